@@ -1,0 +1,26 @@
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test clean
+
+demo: $(STAMP)
+	mkdir -p demo
+	$(BIN)/permprune --verbose compare smollm2-135m --json demo/compare.json --picture demo/compare.png
+
+test: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy permprune
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find permprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@python=$$(command -v python3.11 || command -v python3) \
+		&& "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "permprune needs Python 3.11 or newer: install it, or put it first in PATH" >&2; exit 1; }; \
+	test -x $(BIN)/python || "$$python" -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@

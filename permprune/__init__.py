@@ -1,0 +1,50 @@
+"""permprune learns channel permutations so that N:M pruning of a Transformer loses less."""
+
+from permprune.commands import Evaluation, compare, evaluate, prune_to_folder, verify_folder
+from permprune.coupling import discover, fold, fold_all
+from permprune.errors import PermpruneError
+from permprune.evaluate import Result, perplexity
+from permprune.model_io import load, read_model
+from permprune.pattern import Pattern
+from permprune.permuters import (
+    Identity,
+    Learned,
+    Newton,
+    Permuter,
+    Random,
+    Reconstruction,
+    RIAPermuter,
+)
+from permprune.pipeline import Pruned, Settings, prune
+from permprune.saliency import RIA, Magnitude, Saliency, Wanda
+
+__all__ = [
+    "RIA",
+    "Evaluation",
+    "Identity",
+    "Learned",
+    "Magnitude",
+    "Newton",
+    "Pattern",
+    "PermpruneError",
+    "Permuter",
+    "Pruned",
+    "RIAPermuter",
+    "Random",
+    "Reconstruction",
+    "Result",
+    "Saliency",
+    "Settings",
+    "Wanda",
+    "compare",
+    "discover",
+    "evaluate",
+    "fold",
+    "fold_all",
+    "load",
+    "perplexity",
+    "prune",
+    "prune_to_folder",
+    "read_model",
+    "verify_folder",
+]

@@ -1,0 +1,5 @@
+"""`python -m permprune`."""
+
+from permprune.cli import app
+
+app()

@@ -1,0 +1,167 @@
+"""What flows into each layer, and which of its outputs the loss feels: one pass over the calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from permprune.errors import PermpruneError
+from permprune.layers import Layer
+from permprune.losses import Loss
+from permprune.progress import log, track
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Calibration statistics.
+
+    `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there;
+    `fisher[layer]` is the mean over tokens of the squared gradient of the summed loss by each output, fp32 (rows,).
+    """
+
+    moments: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+    tokens: int
+
+    def norm(self, site: str) -> Tensor:
+        """Root mean square of each input channel, (channels,)."""
+        return self.moments[site].diagonal().clamp_min(0).sqrt()
+
+
+def calibrate(
+    model: nn.Module,
+    layers: list[Layer],
+    sites: dict[str, str],
+    windows: Tensor,
+    loss: Loss,
+    dtype: torch.dtype,
+    batch: int = 4,
+    memory: int | None = None,
+) -> Statistics:
+    """Stream `windows` (count, length) through the model, forward and backward.
+
+    `sites` names, for each layer, the tensor it reads; layers with one site share one H. Activations have type
+    `dtype`; each batch's product is formed in fp32 and added in fp64. `memory` bounds the bytes of the accumulators:
+    sites that do not fit wait for a further pass. Raises `PermpruneError` when a loss or a statistic is not finite.
+    """
+    readers = {sites[layer.name]: layer for layer in reversed(layers)}
+    passes = _split(readers, memory)
+    if len(passes) > 1:
+        log.info("calibration needs %d passes to stay within the memory limit", len(passes))
+    moments: dict[str, Tensor] = {}
+    fisher = {layer.name: torch.zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
+    tokens = 0
+    for number, group in enumerate(passes):
+        sums = {
+            site: torch.zeros(layer.weight.shape[1], layer.weight.shape[1], dtype=torch.float64)
+            for site, layer in group.items()
+        }
+        seen = dict.fromkeys(group, 0)
+        first = number == 0
+        with _observe(layers if first else [], group, sums, seen, fisher), frozen(model):
+            for part in track(windows.split(batch), "calibrating", total=-(-len(windows) // batch)):
+                with (
+                    torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
+                    torch.set_grad_enabled(first),
+                ):
+                    total, count = loss(model, part)
+                if not torch.isfinite(total):
+                    raise PermpruneError(
+                        "the loss on the calibration data is not finite: check the checkpoint and the data"
+                    )
+                if first:
+                    total.backward()
+                    tokens += count
+        moments |= {site: (sums.pop(site) / seen[site]).float() for site in group}
+    for site, matrix in moments.items():
+        if not torch.isfinite(matrix).all():
+            raise PermpruneError(
+                f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
+            )
+    for name, diagonal in fisher.items():
+        if not torch.isfinite(diagonal).all():
+            raise PermpruneError(
+                f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
+            )
+    return Statistics(moments, {name: (f / tokens).float() for name, f in fisher.items()}, tokens)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside, and dropout is off; both are as before afterwards."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.requires_grad_(False).eval()
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        model.train(training)
+
+
+@contextmanager
+def output_fisher(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[None]:
+    """Add the squared output gradients of every backward pass inside to `fisher[layer]` (rows,)."""
+
+    def add(name: str, gradient: Tensor) -> None:
+        fisher[name] += gradient.flatten(0, -2).float().square().sum(0).to(fisher[name])
+
+    def forward(name: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(add, name))
+
+    handles = [layer.module.register_forward_hook(partial(forward, layer.name)) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _observe(
+    layers: list[Layer],
+    readers: dict[str, Layer],
+    sums: dict[str, Tensor],
+    seen: dict[str, int],
+    fisher: dict[str, Tensor],
+) -> Iterator[None]:
+    """Hooks that start the graph at the first layer, add up H at each reader and the Fisher diagonals at each layer."""
+
+    def start(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x = args[0]
+        return None if x.requires_grad or not torch.is_grad_enabled() else (x.detach().requires_grad_(), *args[1:])
+
+    def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        sums[site] += (x.T @ x).to(sums[site])
+        seen[site] += len(x)
+
+    handles = [layer.module.register_forward_pre_hook(start) for layer in layers]
+    handles += [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in readers.items()]
+    try:
+        with output_fisher(layers, fisher):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Layer]]:
+    """The sites in as few passes as the fp64 accumulators fit into `memory` bytes; at least one site a pass."""
+    passes: list[dict[str, Layer]] = [{}]
+    used = 0
+    for site, layer in readers.items():
+        size = 8 * layer.weight.shape[1] ** 2
+        if memory and passes[-1] and used + size > memory:
+            passes.append({})
+            used = 0
+        passes[-1][site] = layer
+        used += size
+    return passes

@@ -1,0 +1,96 @@
+"""The application, its options that several commands share, and how errors reach a person."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from permprune.checkpoint import write_json
+from permprune.errors import PermpruneError
+from permprune.progress import console, log
+
+app = typer.Typer(
+    help="Learns channel permutations so that N:M pruning of a Transformer loses less.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Model = Annotated[str, typer.Argument(help="a zoo name (smollm2-135m), a folder, or a hub id")]
+PatternOption = Annotated[str, typer.Option(help="N of every M consecutive weights survive", metavar="N:M")]
+SaliencyOption = Annotated[str, typer.Option(help="magnitude, wanda or ria")]
+Mode = Annotated[str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")]
+Calibration = Annotated[
+    str | None, typer.Option(help="text file, .jsonl with a text field, or data set id; the default text if absent")
+]
+Data = Annotated[str | None, typer.Option(help="text to evaluate on, likewise; must not be the calibration text")]
+Windows = Annotated[int, typer.Option(help="windows of text to evaluate on")]
+Samples = Annotated[int, typer.Option(help="windows of calibration text")]
+Length = Annotated[int, typer.Option(help="tokens in a window")]
+Seed = Annotated[int, typer.Option(help="the same seed gives the same permutations")]
+Precision = Annotated[str, typer.Option(help="of activations in the search: auto, fp32 or bf16")]
+Memory = Annotated[str | None, typer.Option(help="bound on the calibration statistics of one pass, as 8GiB")]
+Minutes = Annotated[float | None, typer.Option(help="end the search after so long (the result then varies)")]
+Exclude = Annotated[list[str] | None, typer.Option(help="glob of layers that stay dense; may be repeated")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@app.callback()
+def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each decision")] = False) -> None:
+    handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Register a command; errors for people become one line on stderr and exit status 2, Ctrl-C status 130."""
+
+    @app.command()
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except PermpruneError as error:
+            print(f"permprune: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            hint = "; the same command with --resume goes on from the last finished round" if "resume" in kwargs else ""
+            print(f"permprune: interrupted{hint}", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """ "8GiB" in bytes. Raises `PermpruneError` for anything else."""
+    if text is None:
+        return None
+    number = text.rstrip("BGIKMbgikm")
+    try:
+        return int(float(number) * UNITS[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError):
+        raise PermpruneError(f'"{text}" is no amount of memory: give it as 8GiB or 500MB') from None
+
+
+def show(table: Table) -> None:
+    """Print a table, as wide as it needs where the output is no terminal."""
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def write_figures(path: Path | None, figures: object) -> None:
+    if path is not None:
+        write_json(path, figures)

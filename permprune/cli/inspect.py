@@ -1,0 +1,46 @@
+"""`permprune inspect`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from permprune.cli import common as cli
+from permprune.coupling import ChannelSpace, discover
+from permprune.coupling import verify as prove
+from permprune.model_io import read_model
+
+
+@cli.command
+def inspect(
+    model: cli.Model,
+    verify: Annotated[bool, typer.Option("--verify", help="prove each space on a random order")] = False,
+    each: Annotated[bool, typer.Option("--each", help="a row for every space, not for every kind")] = False,
+) -> None:
+    """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
+    network, _, _ = read_model(model)
+    example = {"input_ids": torch.arange(1, 33).view(2, 16)}
+    kinds: dict[tuple[str, ...], list[float]] = {}
+    for space in discover(network, example).spaces:
+        name = space.name if each else re.sub(r"\d+", "*", space.name)
+        kind = (name, str(space.size), _freedom(space), str(len(space.members)), str(len(space.readers)))
+        worst = prove(network, space, example) if verify and space.freedom != "frozen" else 0.0
+        kinds.setdefault(kind, []).append(worst)
+    table = Table(title=f"channel spaces of {model}")
+    for title in ("space", "size", "freedom", "members", "readers", "count"):
+        table.add_column(title, justify="left" if title in ("space", "freedom") else "right", overflow="fold")
+    if verify:
+        table.add_column("max difference", justify="right")
+    for cells, differences in kinds.items():
+        table.add_row(*cells, str(len(differences)), *([f"{max(differences):.1e}"] if verify else []))
+    cli.show(table)
+
+
+def _freedom(space: ChannelSpace) -> str:
+    if space.freedom == "frozen":
+        return f"frozen: {space.reason}"
+    return space.freedom if space.blocks == 1 else f"in each of {space.blocks} blocks"

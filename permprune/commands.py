@@ -1,0 +1,213 @@
+"""The jobs of the command line, from model name to files: prune, compare, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from permprune.checkpoint import write_json
+from permprune.data import load_documents, tokenize
+from permprune.errors import PermpruneError
+from permprune.evaluate import Result, perplexity
+from permprune.model_io import RECORD, load, read_model, read_record, write_weights
+from permprune.pattern import Pattern
+from permprune.permuters import permuter
+from permprune.pipeline import Prepared, Pruned, Settings, finish, gap_closed, prepare
+from permprune.progress import log
+from permprune.report import write_report
+from permprune.resources import peak_memory_mb, reset_peak_memory
+from permprune.zoo.models import MODELS
+
+PROBE = "probe.safetensors"
+"""A few tokens, and what the masked model said of them in its original order: what `verify` compares with."""
+
+VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Text to measure perplexity on: a source (None: the default text), and how many windows of how many tokens."""
+
+    source: str | None = None
+    windows: int = 24
+    length: int = 512
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        return tokenize(load_documents(self.source, "evaluation"), tokenizer, self.length, self.windows, fewer=True)
+
+
+def evaluate(name: str, evaluation: Evaluation) -> Result:
+    """Perplexity of a model by name or folder."""
+    model, tokenizer, _ = read_model(name)
+    return perplexity(model, evaluation.tokens(tokenizer))
+
+
+def prune_to_folder(
+    name: str, out: Path, permute: str, settings: Settings, evaluation: Evaluation, resume: bool = False
+) -> dict[str, Any]:
+    """Permute, prune, fold, measure, and write the checkpoint, its record and its report to `out`.
+
+    While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
+    With `resume` a search goes on from its last state. Returns the record. Raises `PermpruneError`.
+    """
+    partial = out.with_name(out.name + ".partial")
+    _require_free(out)
+    if not resume:
+        shutil.rmtree(partial, ignore_errors=True)
+    method = permuter(permute)
+    reset_peak_memory()
+    started = time.monotonic()
+    model, tokenizer, stored = read_model(name)
+    tokens = evaluation.tokens(tokenizer)
+    prepared = prepare(model, tokenizer, settings, partial=partial)
+    values = {"none": perplexity(model, tokens).value}
+    with prepared.network.dense_weights():
+        values["dense"] = perplexity(model, tokens).value
+    solution = method.solve(prepared.network, prepared.run)
+    probe = _probe(model, prepared)
+    pruned = finish(prepared, solution)
+    values["pruned"] = perplexity(model, tokens).value
+    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "total": time.monotonic() - started}
+    record = _record(name, permute, settings, pruned) | {
+        "perplexity": {"data": evaluation.source or "default text", "tokens": tokens.numel(), **values},
+        "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"]),
+        "seconds": seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    model.to(stored)  # type: ignore[arg-type]
+    _write(model, tokenizer, record, probe, partial / "model")
+    os.replace(partial / "model", out)
+    shutil.rmtree(partial)
+    return record
+
+
+def compare(name: str, methods: list[str], settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
+    """One row a method, on the same calibration and masks; the dense model and no permutation are always among them.
+
+    "seconds" are those of the search, its start included; "peak_memory_mb" that of the process while it ran.
+    """
+    chosen = [permuter(method) for method in dict.fromkeys(["none", *methods]) if method != "dense"]
+    rows: list[dict[str, Any]] = []
+    reset_peak_memory()
+    model, tokenizer, _ = read_model(name)
+    tokens = evaluation.tokens(tokenizer)
+    prepared = prepare(model, tokenizer, settings)
+    with prepared.network.dense_weights():
+        dense = perplexity(model, tokens).value
+    rows.append({"method": "dense", "perplexity": dense, "seconds": 0.0, "peak_memory_mb": peak_memory_mb()})
+    for method in chosen:
+        reset_peak_memory()
+        solution = method.solve(prepared.network, prepared.run)
+        value = perplexity(model, tokens).value
+        rows.append(
+            {
+                "method": method.name,
+                "perplexity": value,
+                "seconds": solution.seconds,
+                "peak_memory_mb": peak_memory_mb(),
+            }
+        )
+        log.info("%s: perplexity %.2f after %.0f s", method.name, value, solution.seconds)
+    none = rows[1]["perplexity"]
+    for row in rows:
+        row["gap_closed"] = gap_closed(row["perplexity"], dense, none)
+    fixed = {"pattern": settings.pattern, "saliency": settings.saliency, "mode": settings.mode}
+    return {"model": name, **fixed, "seed": settings.seed, "calibrate_seconds": prepared.seconds, "rows": rows}
+
+
+def verify_folder(folder: Path) -> dict[str, float]:
+    """Prove a folder that permprune wrote: N:M in stored order, it reloads, and it says what the masked model said.
+
+    Returns "layers", how many were checked, and "difference", the largest of the logits. Raises `PermpruneError`
+    naming the first thing that does not hold.
+    """
+    record = read_record(folder)
+    pattern = Pattern.parse(record["settings"]["pattern"])
+    model = load(folder)
+    for row in record["layers"]:
+        module = model.get_submodule(row["name"])
+        weight = module.weight.T if row["transposed"] else module.weight
+        if not pattern.holds(weight):  # type: ignore[arg-type]
+            raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
+    with safe_open(folder / PROBE, "pt") as file:
+        ids, expected = file.get_tensor("ids"), file.get_tensor("logits")
+    rounding = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize < 4 else 0.0
+    difference = float((_last_logits(model, ids) - expected).abs().max())
+    if not difference <= max(1e-4, rounding * float(expected.abs().max())):
+        raise PermpruneError(f"{folder} says other than the masked model did (logits differ by {difference:.2g})")
+    return {"layers": len(record["layers"]), "difference": difference}
+
+
+def _require_free(out: Path) -> None:
+    if out.exists():
+        raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
+    if not out.absolute().parent.exists():
+        raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
+
+
+def _probe(model: PreTrainedModel, prepared: Prepared) -> dict[str, Tensor]:
+    ids = prepared.run.held_out[:2, :16].cpu().contiguous()
+    return {"ids": ids, "logits": _last_logits(model, ids)}
+
+
+@torch.inference_mode()
+def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of the last token, fp32 (batch, vocabulary), from a model in evaluation mode."""
+    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
+    return logits.float().cpu().contiguous()
+
+
+def _record(name: str, permute: str, settings: Settings, pruned: Pruned) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "version": importlib.metadata.version("permprune"),
+        "model": name,
+        "note": MODELS[name].note if name in MODELS else None,
+        "settings": {"permute": permute, **dataclasses.asdict(settings)},
+        "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
+        "layers": pruned.layers,
+        "curve": [dataclasses.asdict(point) for point in pruned.solution.curve],
+        "permutations": {space: table.tolist() for space, table in pruned.tables.items()},
+        "gathers": pruned.gathers,
+    }
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict[str, Any],
+    probe: dict[str, Tensor],
+    folder: Path,
+) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_weights(model, tokenizer, bool(record["gathers"]), folder)
+        save_file(probe, folder / PROBE)
+    except OSError as error:
+        raise PermpruneError(
+            f"cannot write {folder}: {error.strerror or error}; free space, then repeat with --resume"
+        ) from error
+    write_json(folder / RECORD, _finite(record))
+    write_report(record, folder / "report.html")
+
+
+def _finite(value: Any) -> Any:
+    """The same with infinities and NaN as None, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,196 @@
+"""Rules for arithmetic: elementwise ops, contractions, norms, reductions and constants.
+
+They leave order free: elementwise ops unify axes, and a contraction or a symmetric reduction does not depend
+on the order of the axis it sums over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from permprune.coupling.axes import Axis, freeze, product, unify
+from permprune.coupling.walk import Walk, arguments, broadcast, fresh, listed, place, rule, shape_of
+
+
+@rule("pointwise", "where", "__and__", "__or__", "__xor__", "copy_", "fill", "fill_", "zero_")
+def _pointwise(walk: Walk, node: Node) -> Any:
+    if not isinstance(node.meta.get("val"), Tensor):
+        return NotImplemented
+    inputs = [walk.label(source) for source in node.all_input_nodes]
+    return broadcast(inputs, len(shape_of(node)), f"indices regrouped by {place(node)}")
+
+
+# Contractions
+
+
+@rule("linear")
+def _linear(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    source, weight, bias = walk.label(bound["input"]), walk.label(bound["weight"]), walk.label(bound["bias"])
+    if source is None or weight is None or len(weight) != 2:
+        return NotImplemented
+    unify(source[-1], weight[1], f"indices regrouped by {place(node)}")
+    if bias is not None:
+        unify(bias[-1], weight[0], f"indices regrouped by {place(node)}")
+    walk.record(source, without=[-1])
+    walk.record(weight, without=[1])
+    walk.read(bound["weight"], 1, bound["input"], node)
+    walk.write(bound["weight"], 0)
+    return (*source[:-1], weight[0])
+
+
+@rule("matmul", "mm", "bmm")
+def _matmul(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    return _multiply(walk, node, bound["self"], bound["mat2" if "mat2" in bound else "other"])
+
+
+@rule("addmm", "baddbmm")
+def _addmm(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    first, second = ("mat1", "mat2") if "mat1" in bound else ("batch1", "batch2")
+    result = _multiply(walk, node, bound[first], bound[second])
+    return broadcast([result, walk.label(bound["self"])], len(result), f"indices regrouped by {place(node)}")
+
+
+@rule("scaled_dot_product_attention")
+def _attention(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    query, key, value = (walk.label(bound[name]) or () for name in ("query", "key", "value"))
+    mask, reason = walk.label(bound["attn_mask"]), f"indices regrouped by {place(node)}"
+    heads, shared = shape_of(bound["query"])[:-2], shape_of(bound["key"])[:-2]
+    if bound["enable_gqa"] and heads[-1] != shared[-1]:
+        tied = [*(axis for axis in key[-3:-2] if axis), Axis(heads[-1] // shared[-1])]
+        unify(query[-3], product(tied), reason)
+        unify(key[-3], value[-3], reason)
+        batch = broadcast([key[:-3], value[:-3], query[:-3]], len(heads) - 1, reason) + query[-3:-2]
+    else:
+        batch = broadcast([query[:-2], key[:-2], value[:-2]], len(heads), reason)
+    unify(query[-1], key[-1], reason)
+    unify(key[-2], value[-2], reason)
+    scores = (*batch, query[-2], key[-2])
+    if mask is not None:
+        broadcast([scores, mask], len(scores), reason)
+    if bound["is_causal"]:
+        freeze(query[-2], f"order matters to {place(node)}")
+        freeze(key[-2], f"order matters to {place(node)}")
+    for operand in (query, key):
+        walk.record(operand, without=[-1])
+    for operand in (key, value):
+        walk.record(operand, without=[-2])
+    walk.record(scores, without=[-1])
+    return (*batch, query[-2], value[-1])
+
+
+@rule("embedding")
+def _embedding(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    weight, indices = walk.label(bound["weight"]) or (), walk.label(bound["indices"]) or ()
+    freeze(weight[0], f"rows are looked up by {place(node)}")
+    walk.write(bound["weight"], 1)
+    return (*indices, weight[1])
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def _convolution(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    source, weight, bias = walk.label(bound["input"]) or (), walk.label(bound["weight"]) or (), bound["bias"]
+    if bound["groups"] != 1 or bound.get("transposed") or len(source) != len(weight):
+        return NotImplemented
+    reason = f"order matters to {place(node)}"
+    for axis in (*source[2:], *weight[2:]):
+        freeze(axis, reason)
+    unify(source[1], weight[1], reason)
+    unify(weight[0], (walk.label(bias) or (None,))[0], reason)
+    walk.record(source, without=[1])
+    walk.record(weight, without=[1])
+    walk.write(bound["weight"], 0)
+    return (source[0], weight[0], *fresh(shape_of(node)[2:], reason))
+
+
+# Norms and symmetric reductions
+
+
+@rule("layer_norm", "rms_norm")
+def _norm(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["input"]) or ()
+    count = len(bound["normalized_shape"])
+    affine = [walk.label(bound[name]) for name in ("weight", "bias") if name in bound]
+    walk.record(label, without=range(-count, 0))
+    return broadcast([label, *affine], len(label), f"indices regrouped by {place(node)}")
+
+
+@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
+def _softmax(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"])
+    walk.record(label, without=[bound["dim"]] if label else ())
+    return label
+
+
+@rule(
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "prod",
+    "all",
+    "any",
+    "var",
+    "std",
+    "logsumexp",
+    "linalg_vector_norm",
+    "norm",
+)
+def _reduce(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    dims = listed(bound.get("dim"), len(label)) or list(range(len(label)))
+    if not bound.get("keepdim", False):
+        return tuple(axis for dim, axis in enumerate(label) if dim not in dims)
+    return tuple(None if dim in dims else axis for dim, axis in enumerate(label))
+
+
+# Constants
+
+
+@rule(
+    "full",
+    "full_like",
+    "zeros",
+    "zeros_like",
+    "ones",
+    "ones_like",
+    "new_full",
+    "new_zeros",
+    "new_ones",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "scalar_tensor",
+)
+def _uniform(walk: Walk, node: Node) -> Any:
+    return fresh(shape_of(node))  # the same value everywhere, so no order to keep
+
+
+@rule("arange", "linspace", "eye")
+def _sequence(walk: Walk, node: Node) -> Any:
+    return fresh(shape_of(node), f"constant made by {place(node)}")
+
+
+def _multiply(walk: Walk, node: Node, first: Node, second: Node) -> Any:
+    a, b = walk.label(first), walk.label(second)
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
+        return NotImplemented
+    reason = f"indices regrouped by {place(node)}"
+    batch = broadcast([a[:-2], b[:-2]], max(len(a), len(b)) - 2, reason)
+    unify(a[-1], b[-2], reason)
+    walk.record(a, without=[-1])
+    walk.record(b, without=[-2])
+    walk.read(second, -2, first, node)
+    walk.write(second, -1)
+    return (*batch, a[-2], b[-1])

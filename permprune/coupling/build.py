@@ -1,0 +1,190 @@
+"""From a labelled graph to channel spaces: one for each atom that some parameter runs along."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permprune.coupling.axes import Axis, Label, Loop, Occurrence, find, loops, occurrences
+from permprune.coupling.sites import UniqueNames, common_prefix, dotted, owner
+from permprune.coupling.space import ChannelSpace, Member, Role
+from permprune.coupling.walk import Walk
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """An atom's occurrence in one dimension of a tensor."""
+
+    dim: int
+    occurrence: Occurrence
+
+
+def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[ChannelSpace, ...]:
+    """Every space that some linear reads, in the order of reading; within one reader, from the inside out.
+
+    `readers` maps (weight, input dimension) to the name of the site it reads.
+    """
+    spots = _parameter_spots(walk)
+    blocks = _block_axes(walk, spots)
+    rank = {key: position for position, key in enumerate(walk.reads)}
+    found = []
+    for atom, places in spots.items():
+        reading = [
+            (rank[parameter, spot.dim], spot.occurrence.stride)
+            for parameter, spot in places
+            if (parameter, spot.dim) in rank
+        ]
+        if reading:
+            found.append((min(reading), atom))
+    found.sort(key=lambda entry: entry[0])
+    names = UniqueNames()
+    return tuple(_space(walk, atom, spots[atom], blocks[atom], readers, names) for _, atom in found)
+
+
+def _parameter_spots(walk: Walk) -> dict[Axis, list[tuple[str, _Spot]]]:
+    spots: dict[Axis, list[tuple[str, _Spot]]] = {}
+    for parameter, label in walk.parameters.items():
+        for spot in _spots(label):
+            if spot.occurrence.atom.size > 1:
+                spots.setdefault(spot.occurrence.atom, []).append((parameter, spot))
+    return spots
+
+
+def _spots(label: Label) -> Iterable[_Spot]:
+    for dim, axis in enumerate(label):
+        if axis is not None:
+            for occurrence in occurrences(axis):
+                yield _Spot(dim, occurrence)
+
+
+def _block_axes(walk: Walk, atoms: Iterable[Axis]) -> dict[Axis, list[Axis]]:
+    """For each atom, the axes whose every index may have its own permutation of the atom.
+
+    An axis tells blocks apart when wherever the atom occurs, in parameters and in activations, it occurs too,
+    so that no op ever mixes or compares two of its indices.
+    """
+    wanted = set(atoms)
+    common: dict[Axis, dict[Axis, None]] = {}
+    labels = {_signature(label): label for label in itertools.chain(walk.records, walk.parameters.values())}
+    for label in labels.values():
+        for spot in _spots(label):
+            atom = spot.occurrence.atom
+            if atom not in wanted:
+                continue
+            beside = _companions(label, spot)
+            if atom in common:
+                common[atom] = {axis: None for axis in common[atom] if axis in beside}
+            else:
+                common[atom] = beside
+    return {atom: [] if atom.reason else list(common[atom]) for atom in wanted}
+
+
+def _signature(label: Label) -> tuple[int, ...]:
+    return tuple(0 if axis is None else id(find(axis)) for axis in label)
+
+
+def _companions(label: Label, spot: _Spot) -> dict[Axis, None]:
+    """The atoms that run beside an occurrence: its factors in the same dimension, else those of other
+    dimensions.
+
+    One that occurs twice is ambiguous and left out.
+    """
+    same = [loop.axis for loop in spot.occurrence.siblings]
+    others = [
+        loop.axis for dim, axis in enumerate(label) if axis is not None and dim != spot.dim for loop in loops(axis)
+    ]
+    unique = [axis for axis in same if same.count(axis) == 1]
+    unique += [axis for axis in others if others.count(axis) == 1 and axis not in same]
+    return {axis: None for axis in unique if axis.kind == "atom" and axis is not spot.occurrence.atom}
+
+
+def _space(
+    walk: Walk,
+    atom: Axis,
+    places: Sequence[tuple[str, _Spot]],
+    blocks: Sequence[Axis],
+    readers: Mapping[tuple[str, int], str],
+    names: UniqueNames,
+) -> ChannelSpace:
+    members: list[Member] = []
+    for key, group in itertools.groupby(places, key=lambda place: (place[0], place[1].dim)):
+        members += _members(walk, key, [spot for _, spot in group], blocks, readers)
+    count = members[0].positions.shape[0]
+    freedom: str = "frozen" if atom.reason else "blocks" if count > 1 else "free"
+    name = names.take(_name(places, count, readers))
+    return ChannelSpace(name, atom.size, count, freedom, tuple(members), atom.reason)  # type: ignore[arg-type]
+
+
+def _members(
+    walk: Walk,
+    key: tuple[str, int],
+    spots: Sequence[_Spot],
+    blocks: Sequence[Axis],
+    readers: Mapping[tuple[str, int], str],
+) -> list[Member]:
+    """The members of one dimension of a parameter: one, with all copies, unless the copies overlap."""
+    parameter, _ = key
+    role: Role = "reads" if key in readers else "writes" if key in walk.writes else "scales"
+    site = readers.get(key)
+    placed = [_positions(walk.parameters[parameter], spot, blocks) for spot in spots]
+    dims = {entry[0] for entry in placed}
+    joined = torch.cat([positions for _, positions in placed], dim=1)
+    if len(dims) == 1 and joined.unique().numel() == joined.numel():
+        return [Member(parameter, placed[0][0], joined, role, site)]
+    return [Member(parameter, where, positions, role, site) for where, positions in placed]
+
+
+def _positions(label: Label, spot: _Spot, blocks: Sequence[Axis]) -> tuple[tuple[int, ...], Tensor]:
+    """(dims, positions) of one occurrence; positions is (blocks, copies, size)."""
+    beside = {loop.axis for loop in spot.occurrence.siblings}
+    elsewhere = [
+        dim
+        for dim, axis in enumerate(label)
+        if axis is not None
+        and dim != spot.dim
+        and any(loop.axis in blocks and loop.axis not in beside for loop in loops(axis))
+    ]
+    dims = tuple(sorted([spot.dim, *elsewhere]))
+    own = Loop(spot.occurrence.atom, spot.occurrence.stride)
+    offset, stride, around = 0, 1, []
+    for dim in reversed(dims):
+        axis = label[dim]
+        assert axis is not None
+        if dim == spot.dim:
+            offset = spot.occurrence.offset * stride
+            inner = spot.occurrence.siblings
+            own = Loop(own.axis, own.stride * stride)
+        else:
+            inner = loops(axis)
+        around += [Loop(loop.axis, loop.stride * stride) for loop in inner]
+        stride *= axis.size
+    chosen = [next(loop for loop in around if loop.axis is block) for block in blocks]
+    copies = sorted((loop for loop in around if loop not in chosen), key=lambda loop: -loop.stride)
+    grid = _run(chosen)[:, None, None] + _run(copies)[None, :, None] + _run([own])[None, None, :]
+    return dims, grid + offset
+
+
+def _run(nested: Iterable[Loop]) -> Tensor:
+    """Every offset that nested loops reach, the last loop fastest."""
+    offsets = torch.zeros(1, dtype=torch.int64)
+    for loop in nested:
+        steps = torch.arange(loop.axis.size, dtype=torch.int64) * loop.stride
+        offsets = (offsets[:, None] + steps).flatten()
+    return offsets
+
+
+def _name(places: Sequence[tuple[str, _Spot]], blocks: int, readers: Mapping[tuple[str, int], str]) -> str:
+    """<reader>.input for channels, residual for those read at several sites, heads for whole groups of
+    them."""
+    reading = [(parameter, spot) for parameter, spot in places if (parameter, spot.dim) in readers]
+    owners = [owner(parameter) for parameter, _ in reading]
+    prefix = common_prefix(owners)
+    if all(spot.occurrence.stride == 1 for _, spot in reading):
+        sites = {readers[parameter, spot.dim] for parameter, spot in reading}
+        return dotted(prefix, "input" if len(sites) == 1 else "residual")
+    parent = prefix.rpartition(".")[0] if len(set(owners)) == 1 else prefix
+    return dotted(parent, "heads" if blocks == 1 else "heads_in_group")

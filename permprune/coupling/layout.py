@@ -1,0 +1,288 @@
+"""Rules for ops that move, split and join dimensions without arithmetic, and for those to which order
+matters."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from permprune.coupling.axes import Axis, Label, align, freeze, product, unify
+from permprune.coupling.walk import (
+    IDENTITIES,
+    Origin,
+    Walk,
+    arguments,
+    broadcast,
+    fresh,
+    join,
+    listed,
+    place,
+    replace,
+    rule,
+    segments,
+    shape_of,
+)
+
+
+@rule(*IDENTITIES)
+def _identity(walk: Walk, node: Node) -> Any:
+    source: Any = node.args[0]
+    if source in walk.origins:
+        walk.origins[node] = walk.origins[source]
+    return walk.label(source)
+
+
+@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
+def _view(walk: Walk, node: Node) -> Any:
+    source: Any = node.args[0]
+    label, shape = walk.label(source) or (), shape_of(node)
+    if 0 in shape or math.prod(shape) != math.prod(shape_of(source)):
+        return NotImplemented
+    result = fresh(shape)
+    align(
+        [axis for axis in label if axis is not None],
+        [axis for axis in result if axis is not None],
+        f"indices regrouped by {place(node)}",
+    )
+    return result
+
+
+@rule("transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT")
+def _move(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    rank = len(label)
+    order = list(range(rank))
+    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    if name == "permute":
+        order = [dim % rank for dim in bound["dims"]]
+    elif name == "movedim":
+        sources, targets = listed(bound["source"], rank), listed(bound["destination"], rank)
+        rest = iter([dim for dim in order if dim not in sources])
+        order = [sources[targets.index(dim)] if dim in targets else next(rest) for dim in range(rank)]
+    elif name == "numpy_T":
+        order.reverse()
+    elif rank > 1:
+        a, b = bound.get("dim0", bound.get("axis0", -2)), bound.get("dim1", bound.get("axis1", -1))
+        order[a], order[b] = order[b], order[a]
+    if origin := walk.origins.get(bound["self"]):
+        walk.origins[node] = Origin(origin.parameter, tuple(origin.dims[dim] for dim in order))
+    return tuple(label[dim] for dim in order)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def _expand(walk: Walk, node: Node) -> Any:
+    # Along an expanded dimension all values are equal, so its new axis may move freely.
+    label, shape = walk.label(node.args[0]) or (), shape_of(node)
+    padded = (None,) * (len(shape) - len(label)) + label
+    return tuple(old or new for old, new in zip(padded, fresh(shape), strict=True))
+
+
+@rule("repeat")
+def _repeat(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    padded = (None,) * (len(bound["repeats"]) - len(label)) + label
+    return tuple(_replicas(old, times, False) for old, times in zip(padded, bound["repeats"], strict=True))
+
+
+@rule("repeat_interleave")
+def _repeat_interleave(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, times, dim = walk.label(bound.get("self")), bound.get("repeats"), bound.get("dim")
+    if label is None or dim is None or not isinstance(times, int):
+        return NotImplemented
+    return replace(label, dim, _replicas(label[dim], times, True))
+
+
+# Pieces of a dimension
+
+
+@rule("slice")
+def _slice(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    dim, size = bound["dim"], shape_of(bound["self"])[bound["dim"]]
+    if not all(isinstance(bound[name], (int, type(None))) for name in ("start", "end", "step")):
+        return NotImplemented
+    start, stop, step = slice(bound["start"], bound["end"], bound["step"]).indices(size)
+    if step != 1:
+        return _reorder(label, [dim], shape_of(node), f"indices picked by {place(node)}")
+    return replace(label, dim, _piece(label[dim], start, stop - start, size, node))
+
+
+@rule("narrow")
+def _narrow(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    if not isinstance(bound["start"], int):
+        return NotImplemented
+    label = walk.label(bound["self"]) or ()
+    dim, size = bound["dim"], shape_of(bound["self"])[bound["dim"]]
+    return replace(label, dim, _piece(label[dim], bound["start"] % size, bound["length"], size, node))
+
+
+@rule("split", "split_with_sizes", "chunk", "tensor_split")
+def _split(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, dim = walk.label(bound["self"]) or (), bound["dim"]
+    sizes = [value.shape[dim] for value in node.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        return NotImplemented
+    if len(sizes) == 1:
+        return [label]
+    pieces = segments(label[dim], sizes, f"cut by {place(node)}")
+    return [replace(label, dim, _solid(piece)) for piece in pieces]
+
+
+@rule("glu")
+def _glu(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, dim = walk.label(bound["self"]) or (), bound["dim"]
+    size = shape_of(node)[dim]
+    first, second = segments(label[dim], [size, size], f"cut by {place(node)}")
+    unify(first, second, f"halves joined by {place(node)}")
+    return replace(label, dim, _solid(first))
+
+
+@rule("select", "unbind")
+def _select(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    dim = bound["dim"] % len(label)
+    freeze(label[dim], f"one index picked by {place(node)}")
+    rest = label[:dim] + label[dim + 1 :]
+    if isinstance(node.meta["val"], (list, tuple)):
+        return [rest] * len(node.meta["val"])
+    if origin := walk.origins.get(bound["self"]):
+        walk.origins[node] = Origin(origin.parameter, origin.dims[:dim] + origin.dims[dim + 1 :])
+    return rest
+
+
+@rule("cat", "concat", "concatenate")
+def _cat(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    shape = shape_of(node)
+    dim = bound["dim"] % len(shape)
+    tensors = [tensor for tensor in bound["tensors"] if 0 not in tuple(tensor.meta["val"].shape)]
+    if not tensors or 0 in shape or any(0 in shape_of(tensor) for tensor in tensors):
+        return NotImplemented
+    labels = [walk.label(tensor) or () for tensor in tensors]
+    joined = labels[0][dim] if len(labels) == 1 else join([label[dim] for label in labels])
+    rest = broadcast([replace(label, dim, None) for label in labels], len(shape), f"joined by {place(node)}")
+    return replace(rest, dim, joined)
+
+
+@rule("stack")
+def _stack(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    shape, reason = shape_of(node), f"stacked by {place(node)}"
+    dim = bound["dim"] % len(shape)
+    rest = broadcast([walk.label(tensor) for tensor in bound["tensors"]], len(shape) - 1, reason)
+    return (*rest[:dim], fresh(shape[dim : dim + 1], reason)[0], *rest[dim:])
+
+
+# Order matters along a dimension
+
+
+@rule(
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "flip",
+    "roll",
+    "sort",
+    "argsort",
+    "topk",
+    "argmax",
+    "argmin",
+    "index_select",
+)
+def _ordered(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    dims = bound.get("dims", bound.get("dim"))
+    if not label or dims is None or dims == [] or ("index" in bound and bound["index"] is None):
+        return NotImplemented
+    reason = f"order matters to {place(node)}"
+    for axis in walk.label(bound.get("index")) or ():
+        freeze(axis, reason)
+    value = node.meta["val"]
+    if isinstance(value, (list, tuple)):
+        return [_reorder(label, listed(dims, len(label)), tuple(one.shape), reason) for one in value]
+    return _reorder(label, listed(dims, len(label)), shape_of(node), reason)
+
+
+@rule("tril", "triu")
+def _triangle(walk: Walk, node: Node) -> Any:
+    label = walk.label(node.args[0]) or ()
+    for axis in label[-2:]:
+        freeze(axis, f"order matters to {place(node)}")
+    return label
+
+
+@rule("pad", "constant_pad_nd")
+def _pad(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    return _reorder(
+        label,
+        [-1 - back for back in range(len(bound["pad"]) // 2)],
+        shape_of(node),
+        f"padded by {place(node)}",
+    )
+
+
+@rule("index")
+def _index(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, reason = walk.label(bound["self"]) or (), f"indexed by {place(node)}"
+    indexed = [dim for dim, index in enumerate(bound["indices"]) if index is not None]
+    indices = [walk.label(bound["indices"][dim]) for dim in indexed]
+    if indexed != list(range(indexed[0], indexed[0] + len(indexed))):
+        return NotImplemented
+    if any(bound["indices"][dim].meta["val"].dtype in (torch.bool, torch.uint8) for dim in indexed):
+        return NotImplemented
+    for axes in (label[indexed[0] : indexed[-1] + 1], *indices):
+        for axis in axes or ():
+            freeze(axis, reason)
+    shape = shape_of(node)
+    after = len(label) - indexed[-1] - 1
+    middle = fresh(shape[indexed[0] : len(shape) - after], reason)
+    return (*label[: indexed[0]], *middle, *label[indexed[-1] + 1 :])
+
+
+def _replicas(axis: Axis | None, times: int, inside: bool) -> Axis | None:
+    if times == 1:
+        return axis
+    copies = Axis(times)
+    if axis is None:
+        return copies
+    return product([axis, copies] if inside else [copies, axis])
+
+
+def _piece(axis: Axis | None, start: int, length: int, size: int, node: Node) -> Axis | None:
+    if length == size:
+        return axis
+    reason = f"cut by {place(node)}"
+    if length < 1:
+        return Axis(0, reason)
+    sizes = [start, length, size - start - length]
+    return _solid(segments(axis, sizes, reason)[1])
+
+
+def _solid(axis: Axis | None) -> Axis | None:
+    return None if axis is None or axis.size == 1 else axis
+
+
+def _reorder(label: Label, dims: list[int], shape: Any, reason: str) -> Label:
+    """Freeze some dimensions of a label and give the result new ones there."""
+    chosen = {dim % len(label) for dim in dims}
+    for dim in chosen:
+        freeze(label[dim], reason)
+    if len(shape) < len(label):
+        return tuple(axis for dim, axis in enumerate(label) if dim not in chosen)
+    new = fresh(shape, reason)
+    return tuple(new[dim] if dim in chosen else axis for dim, axis in enumerate(label))

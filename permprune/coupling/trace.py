@@ -1,0 +1,151 @@
+"""From a model to a labelled graph: `torch.export`, then the walk."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.fx import Node
+from torch.utils import _pytree
+
+from permprune.coupling import arithmetic, layout  # noqa: F401 - imported for the rules that they register
+from permprune.coupling.axes import freeze
+from permprune.coupling.walk import Origin, Walk, fresh, place
+from permprune.errors import PermpruneError
+
+
+def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, torch.fx.Graph]:
+    """Export the model on an example batch (keyword arguments of its forward) and label its graph.
+
+    The model is traced in evaluation mode and without a key/value cache. Raises `PermpruneError` where export
+    fails.
+    """
+    program = _export(model, example)
+    walk = Walk()
+    canonical = canonical_names(model)
+    inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            _label_input(walk, node, inputs[node.name], canonical)
+        elif node.op == "get_attr":
+            value = node.meta.get("val")
+            walk.keep(node, fresh(value.shape, f"constant {node.target}") if isinstance(value, Tensor) else None)
+        elif node.op == "call_function":
+            walk.step(node)
+    _freeze_overlaps(walk, model, canonical)
+    for node in _main_outputs(program):
+        for axis in walk.label(node) or ():
+            freeze(axis, f"the model returns it ({place(node)})")
+    return walk, program.graph
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients and no key/value cache inside the block; everything as before after
+    it."""
+    training = [module for module in model.modules() if module.training]
+    config = getattr(model, "config", None)
+    cache = getattr(config, "use_cache", None)
+    model.eval()
+    if cache is not None:
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        if cache is not None:
+            config.use_cache = cache  # type: ignore[union-attr]
+
+
+def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The keyword arguments for a forward pass on the example, without a key/value cache."""
+    if not example:
+        raise PermpruneError("the example batch is empty: give the tensors that the model's forward takes, by name")
+    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+    return {**example, **({"use_cache": False} if takes_cache else {})}
+
+
+def main_outputs(output: Any) -> list[Any]:
+    """What must stay as it is: the logits where the output has them, else every tensor in it."""
+    if getattr(output, "logits", None) is not None:
+        output = output.logits
+    return list(_pytree.tree_leaves(output))
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter -> the first name of the same tensor (tied weights share one)."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault(_identity(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def _identity(parameter: Tensor) -> Any:
+    if parameter.numel() == 0 or parameter.device.type == "meta":
+        return id(parameter)
+    return (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
+
+
+def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
+    with inference(model):
+        try:
+            return torch.export.export(model, (), forward_arguments(model, example), strict=False)
+        except PermpruneError:
+            raise
+        except Exception as error:
+            message = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+            line = f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else "an unknown line"
+            raise PermpruneError(
+                f"cannot trace the model ({message} at {line}): use gather mode, which needs no coupling"
+            ) from error
+
+
+def _label_input(walk: Walk, node: Node, spec: InputSpec, canonical: Mapping[str, str]) -> None:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        walk.keep(node, None)
+    elif spec.kind is InputKind.PARAMETER:
+        name = canonical[str(spec.target)]
+        label = walk.parameters.setdefault(name, fresh(value.shape))
+        walk.origins[node] = Origin(name, tuple(range(value.dim())))
+        walk.keep(node, label)
+    else:
+        kind = "the model's input" if spec.kind is InputKind.USER_INPUT else "buffer or constant"
+        walk.keep(node, fresh(value.shape, f"index of {kind} {spec.target or node.name}"))
+
+
+def _freeze_overlaps(walk: Walk, model: nn.Module, canonical: Mapping[str, str]) -> None:
+    """Freeze parameters that share memory without being the same tensor."""
+    ranges = []
+    for name in dict.fromkeys(canonical.values()):
+        parameter = model.get_parameter(name)
+        if parameter.numel() and parameter.device.type != "meta":
+            steps = zip(parameter.shape, parameter.stride(), strict=True)
+            extent = 1 + sum((size - 1) * stride for size, stride in steps)
+            start = parameter.data_ptr()
+            ranges.append((str(parameter.device), start, start + extent * parameter.element_size(), name))
+    ranges.sort()
+    for (device, _, stop, name), (other_device, start, _, other) in itertools.pairwise(ranges):
+        if device == other_device and start < stop:
+            for axis in (*walk.parameters.get(name, ()), *walk.parameters.get(other, ())):
+                freeze(axis, f"{name} and {other} share memory")
+
+
+def _main_outputs(program: ExportedProgram) -> list[Node]:
+    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    spec = program.call_spec.out_spec
+    count = spec.num_leaves if spec is not None else 0
+    output = _pytree.tree_unflatten(results[len(results) - count :], spec) if spec is not None else results
+    return [node for node in main_outputs(output) if isinstance(node, Node)]

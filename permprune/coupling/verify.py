@@ -1,0 +1,73 @@
+"""The proof that a space is one: the model says the same after a random permutation of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from permprune.coupling.fold import fold, inverse
+from permprune.coupling.space import ChannelSpace
+from permprune.coupling.trace import forward_arguments, inference, main_outputs
+from permprune.errors import PermpruneError
+
+
+def verify(
+    model: nn.Module,
+    space: ChannelSpace,
+    example: Mapping[str, Tensor],
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> float:
+    """Fold a random table, compare the outputs on the example batch, and fold back (the parameters are as
+    before).
+
+    Returns the largest absolute difference. Raises `PermpruneError` when it exceeds `tolerance` times the
+    largest output (in absolute value), for outputs computed in the model's own precision; for half precision
+    the bound is never below 8 machine epsilons, since sums in another order round differently. A frozen space
+    is refused.
+    """
+    table = _random_table(space, seed)
+    before = _outputs(model, example)
+    fold(model, space, table)
+    try:
+        after = _outputs(model, example)
+    finally:
+        fold(model, space, inverse(table))
+    worst = 0.0
+    for old, new in zip(before, after, strict=True):
+        difference, scale = _difference(old, new)
+        bound = max(tolerance, 8 * torch.finfo(old.dtype).eps) * scale if old.is_floating_point() else 0.0
+        if not difference <= bound:
+            raise PermpruneError(
+                f"permuting {space.name} changes the model's output by {difference:.3g} (of {scale:.3g}): "
+                "this space was discovered wrongly, leave it out and report the model"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _random_table(space: ChannelSpace, seed: int) -> Tensor:
+    """A random permutation for each block, none of them the identity (which would prove nothing)."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
+    identity = (table == torch.arange(space.size)).all(dim=1, keepdim=True)
+    return torch.where(identity, table.roll(1, dims=1), table)
+
+
+def _outputs(model: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
+    with inference(model):
+        output = model(**forward_arguments(model, example))
+    return [leaf.clone() for leaf in main_outputs(output) if isinstance(leaf, Tensor)]
+
+
+def _difference(old: Tensor, new: Tensor) -> tuple[float, float]:
+    """(largest absolute difference, largest absolute finite output); infinite where only one is finite."""
+    if old.numel() == 0:
+        return 0.0, 0.0
+    finite = torch.isfinite(old)
+    if not torch.equal(finite, torch.isfinite(new)):
+        return float("inf"), 0.0
+    old, new = (torch.where(finite, value, 0).double() for value in (old, new))
+    return float((old - new).abs().max()), float(old.abs().max())

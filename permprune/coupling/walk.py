@@ -1,0 +1,220 @@
+"""The walk over a traced graph: labels every tensor's dimensions with axes, one op rule at a time.
+
+A rule is a function of the walk and a node that unifies, splits or freezes the axes of the node's inputs and
+returns the label of its output (or the list of labels, for an op with several outputs; or NotImplemented for
+what it does not cover). An op without a rule freezes every axis it touches: what is unknown stays where it
+is. A new family of models needs new rules and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from permprune.coupling.axes import Axis, Label, concat, cut, freeze, unify
+
+Rule = Callable[["Walk", Node], Any]
+
+RULES: dict[str, Rule] = {}
+
+IDENTITIES = frozenset(
+    {"alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to", "type_as", "_to_copy"}
+)
+"""Ops that return their first argument, index by index."""
+
+_WITHOUT_VALUE = re.compile(r"_assert_\w+|sym_\w+|_check\w*")
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for the ops of these names (see `op_name`)."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A tensor that is a parameter, perhaps transposed: the parameter's dimension behind each of its own."""
+
+    parameter: str
+    dims: tuple[int, ...]
+
+
+@dataclass
+class Walk:
+    """What is known of the graph so far.
+
+    `labels` holds each node's label; `parameters` each parameter's; `records` every label seen, and also
+    those of the partial results inside an op (a contraction mixes values across the contracted axis, so what
+    is left has not got it); `reads` the activation node that each linear's input dimension contracts with;
+    `writes` the output dimensions of linears and embeddings.
+    """
+
+    labels: dict[Node, Any] = field(default_factory=dict)
+    parameters: dict[str, Label] = field(default_factory=dict)
+    origins: dict[Node, Origin] = field(default_factory=dict)
+    records: list[Label] = field(default_factory=list)
+    reads: dict[tuple[str, int], list[tuple[Node, Node]]] = field(default_factory=dict)
+    writes: set[tuple[str, int]] = field(default_factory=set)
+
+    def step(self, node: Node) -> None:
+        """Label one `call_function` node."""
+        name = op_name(node)
+        known = RULES.get(name)
+        if name == "getitem":
+            parts = self.labels.get(node.args[0])  # type: ignore[arg-type]
+            label = parts[cast(int, node.args[1])] if isinstance(parts, list) else None
+        elif _WITHOUT_VALUE.fullmatch(name):
+            label = None
+        else:
+            label = known(self, node) if known else NotImplemented
+        self.keep(node, self.give_up(node) if label is NotImplemented else label)
+
+    def keep(self, node: Node, label: Any) -> None:
+        self.labels[node] = label
+        for one in label if isinstance(label, list) else [label]:
+            self.record(one)
+
+    def record(self, label: Label | None, without: Sequence[int] = ()) -> None:
+        """Note that a tensor with this label, less the dimensions `without`, takes part in the
+        computation."""
+        if label:
+            dropped = {dim % len(label) for dim in without}
+            self.records.append(tuple(axis for dim, axis in enumerate(label) if dim not in dropped))
+
+    def give_up(self, node: Node) -> Any:
+        """Freeze everything an op without a rule touches; its outputs get new, frozen axes."""
+        reason = f"no rule for {place(node)}"
+        for source in node.all_input_nodes:
+            label = self.labels.get(source)
+            for one in label if isinstance(label, list) else [label]:
+                for axis in one or ():
+                    freeze(axis, reason)
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            return fresh(value.shape, reason)
+        if isinstance(value, (list, tuple)):
+            return [fresh(item.shape, reason) if isinstance(item, Tensor) else None for item in value]
+        return None
+
+    def label(self, value: Any) -> Label | None:
+        """The label of an op's argument; None when it is no tensor."""
+        found = self.labels.get(value) if isinstance(value, Node) else None
+        return found if isinstance(found, tuple) else None
+
+    def read(self, weight: Any, dim: int, source: Node, reader: Node) -> None:
+        """Note that `reader` contracts dimension `dim` of a weight with the last dimension of `source`."""
+        if isinstance(weight, Node) and (origin := self.origins.get(weight)):
+            self.reads.setdefault((origin.parameter, origin.dims[dim]), []).append((source, reader))
+
+    def write(self, weight: Any, dim: int) -> None:
+        """Note that dimension `dim` of a weight runs along its output."""
+        if isinstance(weight, Node) and (origin := self.origins.get(weight)):
+            self.writes.add((origin.parameter, origin.dims[dim]))
+
+
+def fresh(shape: Sequence[int], reason: str = "") -> Label:
+    """New axes for a tensor of this shape, frozen when a reason is given."""
+    return tuple(None if size == 1 else Axis(_static(size), reason) for size in shape)
+
+
+def shape_of(node: Any) -> tuple[int, ...]:
+    """The traced shape of a node; data-dependent sizes are 0."""
+    return tuple(_static(size) for size in node.meta["val"].shape)
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an ATen op by the names in its schema, defaults filled in."""
+    target: Any = node.target
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(target._schema.arguments):
+        if position < len(node.args):
+            bound[argument.name] = node.args[position]
+        else:
+            bound[argument.name] = node.kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def op_name(node: Node) -> str:
+    """The name of an ATen op without overload, as in linear; pointwise for whatever PyTorch tags as such."""
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return str(getattr(target, "__name__", target))
+    if torch.Tag.pointwise in target.tags:
+        return "pointwise"
+    return target._schema.name.removeprefix("aten::")
+
+
+def module_path(node: Node) -> str:
+    """The name of the innermost module whose forward ran the node; empty for the model itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
+
+
+def place(node: Node) -> str:
+    """The op and where it stands in the model, as in: cumsum in model.layers.0.mlp (modeling_x.py:12)."""
+    target: Any = node.target
+    name = target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else node.name
+    frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = [(file, line) for file, line in frames if "/torch/" not in file] or frames
+    source = f" ({PurePath(frames[-1][0]).name}:{frames[-1][1]})" if frames else ""
+    return f"{name} in {module_path(node) or 'the model'}{source}"
+
+
+def segments(axis: Axis | None, sizes: Sequence[int], reason: str) -> list[Axis | None]:
+    """Cut an axis into consecutive pieces; where its structure forbids that, freeze it and return new frozen
+    axes."""
+    points, position = [], 0
+    kept = [size for size in sizes if size]
+    for size in kept[:-1]:
+        position += size
+        points.append(position)
+    pieces = cut(axis, points) if axis is not None and axis.size == sum(sizes) else None
+    if pieces is None:
+        freeze(axis, reason)
+        return list(fresh(sizes, reason))
+    found = iter(pieces)
+    return [next(found) if size else Axis(0, reason) for size in sizes]
+
+
+def replace(label: Label, dim: int, axis: Axis | None) -> Label:
+    """The label with another axis at `dim`."""
+    dim %= len(label)
+    return (*label[:dim], axis, *label[dim + 1 :])
+
+
+def listed(dims: int | Sequence[int] | None, rank: int) -> list[int]:
+    """An op's `dim` argument as a list of non-negative dimensions; empty when it is not given."""
+    return [dim % rank for dim in ([] if dims is None else [dims] if isinstance(dims, int) else dims)]
+
+
+def join(axes: Sequence[Axis | None]) -> Axis:
+    """The concatenation of axes, where None stands for a single index."""
+    return concat([Axis(1) if axis is None else axis for axis in axes])
+
+
+def broadcast(labels: Sequence[Label | None], rank: int, reason: str) -> Label:
+    """Unify labels aligned at their last dimensions, as elementwise ops do; the label of the result."""
+    result: list[Axis | None] = [None] * rank
+    for label in labels:
+        for back in range(1, len(label or ()) + 1):
+            axis = label[-back] if label else None
+            if result[-back] is None:
+                result[-back] = axis
+            else:
+                unify(result[-back], axis, reason)
+    return tuple(result)
+
+
+def _static(size: Any) -> int:
+    return size if isinstance(size, int) else 0

@@ -1,0 +1,165 @@
+"""Text as batches of tokens: where it comes from, and how it is cut into windows."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+from permprune.zoo.texts import Part, text_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_CHARACTERS = 50_000_000
+"""How much of a hub data set is read."""
+
+POOL = 4
+"""With a seed, windows are drawn from this many times as many."""
+
+_MARGIN = 64
+_PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|raw|tokens)", re.DOTALL)
+
+
+def load_documents(source: str | Path | None, part: Part) -> list[str]:
+    """The documents of a text.
+
+    `source` is None for the default text's `part`; a .jsonl file, one document in the "text" of each line;
+    any other file, which is one document, character for character; or a `datasets` name: "name",
+    "name:config", "name@split", "name:config@split", field "text", split "train" for calibration and "test"
+    for evaluation unless given. Of a data set the first `MAX_CHARACTERS` are streamed; where some of its rows
+    are empty, the rows are the lines of one document and are joined by blank lines (WikiText as GPTQ,
+    SparseGPT and Wanda read it). Raises `PermpruneError` when the text cannot be read, or is empty.
+    """
+    path = text_file(part) if source is None else Path(source)
+    name, config, split = _parse(str(source), part)
+    if path.is_file():
+        documents = _read_lines(path) if path.suffix == ".jsonl" else [_read(path)]
+    elif Path(name).is_dir() or not (isinstance(source, Path) or _PATH_LIKE.fullmatch(name)):
+        documents = _read_dataset(name, config, split)
+    else:
+        raise PermpruneError(f"no text file {path}: give an existing file, or the name of a hub data set")
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise PermpruneError(f"{path} holds no text")
+    return documents
+
+
+def tokenize(
+    documents: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int | None = None,
+    fewer: bool = False,
+) -> Tensor:
+    """`count` windows of `length` tokens that do not overlap, int64 (count, length).
+
+    Documents follow each other with the tokenizer's end-of-sequence token between them (nothing where it has
+    none); no other special tokens are added. Without a seed these are the first windows of the text, and no
+    more of it is read than they need. With a seed the documents are taken in random order until there are
+    `POOL` times as many windows, or the text ends, and `count` distinct ones of those are drawn. A text with too
+    few tokens gives what it has if `fewer` will do. Raises `PermpruneError` otherwise, and when it has no window.
+    """
+    if length < 2 or count < 1:
+        raise PermpruneError(f"{count} windows of {length} tokens are no text: ask for at least 1 window of 2 tokens")
+    generator = torch.Generator().manual_seed(seed or 0)
+    order = range(len(documents)) if seed is None else torch.randperm(len(documents), generator=generator).tolist()
+    wanted = count * length * (1 if seed is None else POOL)
+    ids = list(islice(_stream([documents[i] for i in order], tokenizer, wanted), wanted))
+    available = len(ids) // length
+    if fewer:
+        count = max(1, min(count, available))
+    if available < count:
+        held = f"{available} windows" if available else f"{len(ids)} tokens"
+        raise PermpruneError(f"the text has {held} but {count} windows of {length} tokens are wanted: give more text")
+    windows = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
+    return windows[:count] if seed is None else windows[torch.randperm(available, generator=generator)[:count]]
+
+
+def _stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int) -> Iterator[int]:
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for number, document in enumerate(documents):
+        yield from separator if number else []
+        yield from _encode(document, tokenizer, wanted)
+
+
+def _encode(document: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
+    """All tokens of the document, or at least the first `wanted`, from no more of it than they need.
+
+    The last tokens before a cut may differ from those of the whole document, so a margin of them is dropped.
+    """
+    characters = 8 * (wanted + _MARGIN)
+    while True:
+        ids: list[int] = tokenizer(document[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        if characters >= len(document):
+            return ids
+        if len(ids) >= wanted + _MARGIN:
+            return ids[:wanted]
+        characters *= 2
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PermpruneError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+    except OSError as error:
+        raise PermpruneError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _read_lines(path: Path) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise PermpruneError(f'{path}, line {number}: no JSON object with a "text" string')
+        documents.append(text)
+    return documents
+
+
+def _parse(source: str, part: Part) -> tuple[str, str | None, str]:
+    """Name, configuration and split of "name:config@split"."""
+    name, _, split = source.partition("@")
+    name, _, config = name.partition(":")
+    return name, config or None, split or ("train" if part == "calibration" else "test")
+
+
+def _read_dataset(name: str, config: str | None, split: str) -> list[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        documents = _bounded(row.get("text") for row in rows)
+    except PermpruneError:
+        raise
+    except Exception as error:  # datasets raises whatever its readers, fsspec and the network raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PermpruneError(
+            f'"{name}" is no file here, and its split "{split}" does not load as a data set: {reason}'
+        ) from error
+    return ["\n\n".join(documents)] if "" in documents else documents
+
+
+def _bounded(texts: Iterable[object]) -> list[str]:
+    documents, characters = [], 0
+    for text in texts:
+        if not isinstance(text, str):
+            raise PermpruneError('the data set has no field "text" of strings: save the text as a file and give that')
+        documents.append(text)
+        characters += len(text)
+        if characters >= MAX_CHARACTERS:
+            break
+    return documents

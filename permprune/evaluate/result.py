@@ -1,0 +1,20 @@
+"""What every evaluation answers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured `value` of `metric` on `task`, over `tokens` predictions; `stderr` its standard error."""
+
+    task: str
+    metric: str
+    value: float
+    tokens: int
+    stderr: float | None = None
+
+    def to_json(self) -> dict[str, str | float | int | None]:
+        """The fields, ready for `json.dumps`."""
+        return asdict(self)

@@ -1,0 +1,87 @@
+"""The N:M pattern: which weights of a row survive, given a score for each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Keep `n` of every `m` consecutive weights of a row (of the input dimension).
+
+    Raises `PermpruneError` unless 1 <= n < m.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise PermpruneError(f'pattern "{self}" keeps no or all weights: give N:M with 1 <= N < M, as "2:4"')
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @classmethod
+    def parse(cls, text: str | Pattern) -> Pattern:
+        """Read "N:M". Raises `PermpruneError` for anything else."""
+        if isinstance(text, Pattern):
+            return text
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        if not match:
+            raise PermpruneError(f'"{text}" is no N:M pattern: give two whole numbers, as "2:4"')
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept."""
+        return self.n / self.m
+
+    def divides(self, width: int) -> bool:
+        return width % self.m == 0
+
+    def require_divisible(self, width: int, name: str) -> None:
+        """Raise `PermpruneError` when rows of `width` weights do not split into groups of m."""
+        if not self.divides(width):
+            raise PermpruneError(
+                f"{name} has rows of {width} weights, which {self.m} does not divide: "
+                f"choose a pattern whose M divides {width}, or leave that layer out"
+            )
+
+    def mask(self, score: Tensor) -> Tensor:
+        """Keep the n largest scores of every m consecutive ones.
+
+        `score` is (..., width) with m dividing width; returns a bool tensor of the same shape. Ties are broken
+        by position, the earlier weight first, so that the same scores give the same mask on every device.
+        Raises `PermpruneError` when m does not divide the width or a score is NaN.
+        """
+        self.require_divisible(score.shape[-1], "a score matrix")
+        if torch.isnan(score).any():
+            raise PermpruneError("a score is NaN: check the weights and the calibration data for NaN or overflow")
+        return self.mask_groups(score.unflatten(-1, (-1, self.m)), -1).flatten(-2)
+
+    def mask_groups(self, score: Tensor, dim: int) -> Tensor:
+        """The same, unchecked, for scores whose dimension `dim` runs over the m members of each group."""
+        if self.m > 8:
+            keep = score.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, self.n)
+            return torch.zeros_like(score, dtype=torch.bool).scatter_(dim, keep, True)
+        members = score.unbind(dim)  # for small groups counting who comes before is faster than sorting
+        kept = []
+        for i, own in enumerate(members):
+            before = torch.zeros_like(own, dtype=torch.uint8)
+            for j, other in enumerate(members):
+                if j != i:
+                    before += other >= own if j < i else other > own
+            kept.append(before < self.n)
+        return torch.stack(kept, dim)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether every group of m consecutive weights of (..., width) has at most n non-zeros."""
+        self.require_divisible(weight.shape[-1], "a weight matrix")
+        return bool((weight.unflatten(-1, (-1, self.m)).ne(0).sum(-1) <= self.n).all())

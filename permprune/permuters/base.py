@@ -1,0 +1,96 @@
+"""What every permuter answers, and what it is given."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from permprune.checkpoint import Checkpoint
+from permprune.network import PrunedNetwork
+from permprune.problem import Orders, Problem
+from permprune.progress import track
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One round of a search: its held-out loss, whether the round was kept, and the seconds since the search began."""
+
+    round: int
+    loss: float
+    kept: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a search found, the seconds it took (those of its start included) and the rounds it made."""
+
+    orders: Orders
+    seconds: float
+    curve: tuple[CurvePoint, ...] = ()
+
+
+@dataclass
+class Run:
+    """The budget and the data of a search.
+
+    `train` and `held_out` are token windows (count, length) of the calibration text, disjoint: gradients come from the
+    first, the accept test reads the second. `minutes`, if given, ends a search after the round under way (its result
+    then depends on the machine's speed). `solved` keeps what was found, so that a search that starts from another's
+    orders does not repeat it.
+    """
+
+    train: Tensor
+    held_out: Tensor
+    seed: int = 0
+    minutes: float | None = None
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}))
+    solved: dict[Permuter, Solution] = field(default_factory=dict)
+
+    def generator(self, *stream: int) -> torch.Generator:
+        """A generator that depends on the seed and on the numbers of `stream` alone."""
+        mixed = self.seed
+        for number in stream:
+            mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+        return torch.Generator().manual_seed(mixed)
+
+
+@dataclass(frozen=True)
+class Permuter(ABC):
+    """Finds an order for each problem of a pruned network; the same network, run and seed give the same orders."""
+
+    name: ClassVar[str]
+
+    def solve(self, network: PrunedNetwork, run: Run) -> Solution:
+        """Search, or recall what this run already found, and make the network show it."""
+        if self not in run.solved:
+            run.solved[self] = self.search(network, run)
+        network.set_orders(run.solved[self].orders)
+        return run.solved[self]
+
+    @abstractmethod
+    def search(self, network: PrunedNetwork, run: Run) -> Solution:
+        """Find orders, whatever the network shows at first."""
+
+
+@dataclass(frozen=True)
+class LocalPermuter(Permuter):
+    """A permuter that solves each problem by itself."""
+
+    @abstractmethod
+    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+        """The order of one problem, int64 (size,)."""
+
+    def search(self, network: PrunedNetwork, run: Run) -> Solution:
+        started = time.monotonic()
+        network.set_orders(network.identity())
+        orders = {
+            problem.name: self.order(network, problem, run.generator(number))
+            for number, problem in enumerate(track(network.problems, self.name))
+        }
+        return Solution(orders, time.monotonic() - started)

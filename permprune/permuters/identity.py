@@ -1,0 +1,33 @@
+"""No permutation, and a random one: the two baselines of every table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from permprune.network import PrunedNetwork
+from permprune.permuters.base import LocalPermuter
+from permprune.problem import Problem
+
+
+@dataclass(frozen=True)
+class Identity(LocalPermuter):
+    """Leave the channels where they stand."""
+
+    name: ClassVar[str] = "none"
+
+    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+        return problem.identity()
+
+
+@dataclass(frozen=True)
+class Random(LocalPermuter):
+    """A uniformly random order."""
+
+    name: ClassVar[str] = "random"
+
+    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+        return torch.randperm(problem.size, generator=generator)

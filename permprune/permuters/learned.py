@@ -1,0 +1,56 @@
+"""Learned: a permutation cost matrix, trained through the Sinkhorn matching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from permprune.matching import Geometric, assign, gumbel_noise, sinkhorn
+from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.trust_region import TrustRegion
+
+
+@dataclass(frozen=True)
+class Learned(TrustRegion):
+    """Learn the cost C of every channel at every position (Li et al. 2026), in the loss's own unit.
+
+    The channels are split in `parts` equal parts with a permutation each. A round makes `steps` passes over the parts;
+    a pass frees one slot of every group, where dLoss/dP has a closed form that sees displaced rivals
+    (`placement_cost`), and trains C there. In the natural metric of an entropic plan that gradient is the step itself
+    (mirror descent), so C <- decay * C + dLoss/dP keeps its scale. The plan P is the Sinkhorn matching of C plus Gumbel
+    noise, with epsilon annealed over the round's passes (in units of the mean absolute cost), and the network, which
+    always shows a hard permutation, moves by the exact assignment of P as far as the quadratic model agrees.
+    """
+
+    name: ClassVar[str] = "learned"
+    distillation: float = 0.0
+    parts: int = 4
+    steps: int = 4
+    decay: float = 0.5
+    noise: float = 0.1
+    iterations: int = 20
+    epsilon: Geometric = Geometric(1.0, 0.02)
+
+    def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor:
+        count, m = model.groups.shape
+        parts = self.parts if count % self.parts == 0 and count > self.parts else 1
+        cost = torch.zeros(count * m, count * m // parts) if memory is None else memory.clone()
+        for step in range(self.steps):
+            slots = torch.randint(m, (count,), generator=generator)
+            for at in torch.arange(count).chunk(parts):
+                rows = model.groups[at, slots[at]][:, None]
+                columns = ((at - at[0]) * m + slots[at])[None, :]
+                gradient = model.placement_cost(at, slots[at])
+                cost[rows, columns] = self.decay * cost[rows, columns] + gradient
+                target = self._match(cost[rows, columns], step / max(1, self.steps - 1), generator)
+                model.move(at, slots[at], target, gradient)
+        return cost
+
+    def _match(self, cost: Tensor, progress: float, generator: torch.Generator) -> Tensor:
+        """The column of each row in the permutation nearest the noisy Sinkhorn plan."""
+        epsilon = self.epsilon(progress) * max(float(cost.abs().mean()), 1e-30)
+        noise = gumbel_noise(cost.shape, self.noise * epsilon, generator)
+        return assign(-sinkhorn(cost + noise, epsilon, self.iterations).matrix)

@@ -1,0 +1,25 @@
+"""Newton: end-to-end trust-region search by swaps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.trust_region import TrustRegion
+
+
+@dataclass(frozen=True)
+class Newton(TrustRegion):
+    """Swaps of channels that the damped quadratic model of the loss says gain, `swaps` rounds of them a gradient."""
+
+    name: ClassVar[str] = "newton"
+    swaps: int = 24
+
+    def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
+        for _ in range(self.swaps):
+            model.swap(generator)
+        return memory

@@ -1,0 +1,225 @@
+"""A quadratic model of the loss in the masks of one problem, and the moves of channels that lower it.
+
+The model, around the present masks, for a change dE of the pruned part E = W - W_eff of the problem's weights:
+
+    dLoss = <slope, dE> + damping / 2 * sum_r fisher_r dE_r H dE_r^T
+
+With slope = fisher * (E H) and damping 1 it is the layer's own output error, rows weighted by how much the loss feels
+them; with slope = -dLoss/dW_eff it is the end-to-end model of the "newton" and "learned" searches, where a damping
+above 1 stands for the curvature between layers that move together.
+
+Matrices here are channels first, (channels, rows), so that a group's weights are contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permprune.matching import assign, cycles
+from permprune.network import PrunedNetwork
+from permprune.pattern import Pattern
+from permprune.problem import Problem
+
+
+@dataclass
+class Bundle:
+    """Rows that share one input. `weight`, `score`, `slope` and `error` are (channels, rows), `moments` is H.
+
+    Rows are scaled so that fisher is 1 in the model: weight and error times sqrt(fisher), slope over sqrt(fisher).
+    """
+
+    weight: Tensor
+    score: Tensor
+    moments: Tensor
+    slope: Tensor
+    error: Tensor
+
+
+class QuadraticModel:
+    """The model of one problem at its present groups; moves of channels keep slope and error up to date.
+
+    `change` adds up the modelled changes of all moves made.
+    """
+
+    def __init__(self, bundles: list[Bundle], order: Tensor, pattern: Pattern, damping: float) -> None:
+        self.bundles, self.pattern, self.damping = bundles, pattern, damping
+        self.groups = order.view(-1, pattern.m).clone()
+        self.change = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        network: PrunedNetwork,
+        problem: Problem,
+        fisher: dict[str, Tensor],
+        gradient: dict[str, Tensor] | None = None,
+        damping: float = 1.0,
+    ) -> QuadraticModel:
+        """The model at the network's masks; without `gradient` the local one, whose slope is fisher * (E H)."""
+        pieces: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        for part in problem.parts:
+            root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
+            weight, score, mask = (
+                x[part.layer][:, part.columns] for x in (network.dense, network.scores, network.masks)
+            )
+            error = weight * ~mask * root
+            slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
+            pieces.setdefault((part.site, int(part.columns[0])), []).append((weight * root, score, slope, error))
+        bundles = []
+        for (site, first), rows in pieces.items():
+            columns = next(p.columns for p in problem.parts if (p.site, int(p.columns[0])) == (site, first))
+            moments = network.statistics.moments[site][columns][:, columns]
+            weight, score, slope, error = (torch.cat(x).T.contiguous() for x in zip(*rows, strict=True))
+            bundles.append(Bundle(weight, score, moments, moments @ slope if gradient is None else slope, error))
+        order = network.orders.get(problem.name, problem.identity())
+        return cls(bundles, order, network.pattern, damping)
+
+    def deal(self, groups: Tensor) -> None:
+        """Start over from these groups (groups, m), whatever the model says of them."""
+        self.groups = groups.contiguous()
+        channels = self.order.view(1, -1)
+        self._commit(self.order, [self._move(bundle, channels)[0] for bundle in self.bundles], 0.0)
+
+    @property
+    def order(self) -> Tensor:
+        return self.groups.flatten()
+
+    def swap(self, generator: torch.Generator) -> None:
+        """One random swap in every pair of a random pairing of the groups; each pair keeps its swap if it gains."""
+        count, m = self.groups.shape
+        pairs = torch.randperm(count, generator=generator)[: count // 2 * 2].view(-1, 2)
+        at = torch.arange(len(pairs))
+        i, j = torch.randint(m, (2, len(pairs)), generator=generator)
+        channels = self.groups[pairs].flatten(1)
+        left, right = channels[at, i].clone(), channels[at, m + j].clone()
+        channels[at, i], channels[at, m + j] = right, left
+        moves = [self._move(bundle, channels) for bundle in self.bundles]
+        gain = self._gain(channels, moves)
+        better = gain < -1e-12
+        if better.any():
+            self.groups = self.groups.index_put((pairs[better],), channels[better].view(-1, 2, m))
+            self._commit(
+                channels[better].flatten(),
+                [move[better].flatten(0, 1) for move in moves],
+                float(gain[better].sum()),
+            )
+
+    def placement_cost(self, at: Tensor, slots: Tensor) -> Tensor:
+        """What it costs to move the channel in slot slots[i] of group at[i] (row) to that slot of each group (column).
+
+        `at` and `slots` are int64 (k,), one free slot a group; returns (k, k), zero on the diagonal: the model's
+        change with the other members at rest, cross terms between moving channels left out. As only one slot of a
+        group is free, the threshold that a newcomer must pass and the rival it displaces are known exactly for every
+        row: the counterfactual gradient of a permutation matrix.
+        """
+        cost = torch.stack([self._bundle_cost(bundle, at, slots) for bundle in self.bundles]).sum(0)
+        return cost - cost.diagonal()[:, None]
+
+    def move(self, at: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
+        """Send the free channel of each group at[i] to group at[target[i]], as far as the model falls.
+
+        The cycles of `target` are moves that can be made apart: those that `cost` says gain are judged together,
+        exactly; if the model does not fall, the better half of them, then a quarter, and so on.
+        """
+        gain = cost[torch.arange(len(at)), target]
+        cycle = cycles(target)
+        total = torch.zeros(len(at)).index_add_(0, cycle, gain)
+        ranked = total.argsort()
+        ranked = ranked[total[ranked] < -1e-12]
+        while len(ranked):
+            moving = torch.isin(cycle, ranked).nonzero().flatten()
+            if self._try((at[moving], slots[moving]), (at[target[moving]], slots[target[moving]])):
+                return
+            ranked = ranked[: len(ranked) // 2]
+
+    def _try(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> bool:
+        """Move channels from their (group, slot) to another if the whole move lowers the model."""
+        groups = self.groups.clone()
+        groups[target] = self.groups[source]
+        to = target[0]
+        channels = groups[to].view(1, -1)
+        moves = [self._move(bundle, channels) for bundle in self.bundles]
+        gain = float(self._gain(channels, moves))
+        if gain >= -1e-12:
+            return False
+        self.groups = groups
+        self._commit(channels.flatten(), [move[0] for move in moves], gain)
+        return True
+
+    def _bundle_cost(self, bundle: Bundle, at: Tensor, slots: Tensor) -> Tensor:
+        """The bundle's share of `placement_cost`, up to a constant for each row."""
+        count, n = len(at), self.pattern.n
+        free = self.groups[at, slots]
+        rest = self.groups[at][self.groups[at].ne(free[:, None])].view(count, -1)
+        rank = bundle.score[rest].sort(1, descending=True)
+        threshold = rank.values[:, n - 1]
+        rival = (
+            self._prune_cost(bundle, rest.flatten())
+            .view_as(rank.values)
+            .gather(1, rank.indices[:, n - 1 : n])
+            .squeeze(1)
+        )
+        own, score = self._prune_cost(bundle, free), bundle.score[free]
+        cost = torch.empty(count, count)
+        for c in range(count):
+            cost[c] = torch.where(score[c] > threshold, rival, own[c]).sum(1)
+        return cost
+
+    def _prune_cost(self, bundle: Bundle, channels: Tensor) -> Tensor:
+        """The modelled loss of each weight pruned less that of the same weight kept, (k, rows)."""
+        weight = bundle.weight[channels]
+        curvature = self.damping / 2 * bundle.moments.diagonal()[channels, None]
+        sign = torch.where(bundle.error[channels] != 0, -1.0, 1.0)
+        return weight * (bundle.slope[channels] + curvature * sign * weight)
+
+    def _move(self, bundle: Bundle, channels: Tensor) -> Tensor:
+        """dE (sets, k, rows) if the channels (sets, k) stood in groups of m in the given order."""
+        flat = channels.flatten()
+        keep = self.pattern.mask_groups(bundle.score[flat].view(-1, self.pattern.m, bundle.score.shape[1]), dim=1)
+        after = bundle.weight[flat].masked_fill_(keep.flatten(0, 1), 0.0)
+        return after.sub_(bundle.error[flat]).view(*channels.shape, -1)
+
+    def _gain(self, channels: Tensor, moves: list[Tensor]) -> Tensor:
+        """The modelled change of the loss of each set over all bundles, (sets,)."""
+        parts = [self._predict(bundle, channels, move) for bundle, move in zip(self.bundles, moves, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def _predict(self, bundle: Bundle, channels: Tensor, move: Tensor) -> Tensor:
+        """The modelled change of the loss of each set, (sets,)."""
+        block = bundle.moments[channels[:, :, None], channels[:, None, :]]
+        field = torch.bmm(block, move).mul_(self.damping / 2)
+        field += bundle.slope[channels.flatten()].view_as(move)
+        return field.mul_(move).sum((1, 2))
+
+    def _commit(self, channels: Tensor, moves: list[Tensor], gain: float) -> None:
+        self.change += gain
+        for bundle, move in zip(self.bundles, moves, strict=True):
+            bundle.error[channels] += move
+            bundle.slope += self.damping * (bundle.moments[:, channels] @ move)
+
+
+def deal_and_assign(network: PrunedNetwork, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
+    """The order that keeps the most squared score: channels dealt to groups, then one assignment for each slot.
+
+    Channels sorted by their total go to the groups snake-wise; then, slot by slot, the channels there are put back
+    where they keep the most (Zhang et al. 2024, "Plug-and-Play", section 3.2). Rows weigh equally, or by `fisher`.
+    """
+    rows = [network.scores[part.layer][:, part.columns] for part in problem.parts]
+    if fisher is not None:
+        rows = [row * fisher[part.layer].sqrt()[:, None] for row, part in zip(rows, problem.parts, strict=True)]
+    energy = torch.cat(rows).square().T.contiguous()
+    no_curvature = torch.zeros(()).expand(problem.size, problem.size)
+    bundle = Bundle(energy, energy, no_curvature, torch.ones_like(energy), torch.zeros_like(energy))
+    model = QuadraticModel([bundle], problem.identity(), network.pattern, damping=0.0)
+    hands = energy.sum(1).argsort(descending=True, stable=True).view(network.pattern.m, -1).clone()
+    hands[1::2] = hands[1::2].flip(1)
+    model.deal(hands.T)
+    at = torch.arange(len(model.groups))
+    for slot in range(network.pattern.m):
+        slots = torch.full_like(at, slot)
+        cost = model.placement_cost(at, slots)
+        model.move(at, slots, assign(cost), cost)
+    return model.order

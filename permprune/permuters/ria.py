@@ -1,0 +1,24 @@
+"""RIA's channel permutation: deal, then one linear assignment a slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from permprune.network import PrunedNetwork
+from permprune.permuters.base import LocalPermuter
+from permprune.permuters.quadratic import deal_and_assign
+from permprune.problem import Problem
+
+
+@dataclass(frozen=True)
+class RIAPermuter(LocalPermuter):
+    """Keep the most squared score, the energy of a weight (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
+
+    name: ClassVar[str] = "ria"
+
+    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+        return deal_and_assign(network, problem)

@@ -1,0 +1,219 @@
+"""The stages, walked once: couple, calibrate, score, permute, prune, fold."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from permprune.calibrate import Statistics, calibrate
+from permprune.checkpoint import Checkpoint
+from permprune.coupling import Coupling, discover, fold_all
+from permprune.data import load_documents, tokenize
+from permprune.errors import PermpruneError
+from permprune.layers import Layer, prunable_layers
+from permprune.losses import fast_dtype, next_token
+from permprune.model_io import attach_gather, gather_places
+from permprune.network import PrunedNetwork
+from permprune.pattern import Pattern
+from permprune.permuters import Permuter, Run, Solution, permuter
+from permprune.problem import MODES, Orders, Problem, build_problems
+from permprune.progress import log
+from permprune.saliency import saliency
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; the same settings give the same permutations.
+
+    `pattern`: "N:M". `saliency`: magnitude, wanda or ria. `mode`: "fold" (no run-time cost) or "gather" (every reader
+    of the residual stream in its own order, one `index_select` each). `calibration`: a text (see `load_documents`),
+    None for the default one, of which `samples` windows of `length` tokens are drawn: the first `measured` give the
+    statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of activations: fp32, bf16,
+    or auto for the faster. `memory`: bytes for the statistics of one calibration pass. `minutes`: end the search after
+    so long. `exclude`: globs of layers that stay dense.
+    """
+
+    pattern: str = "2:4"
+    saliency: str = "wanda"
+    mode: str = "fold"
+    calibration: str | None = None
+    samples: int = 192
+    length: int = 512
+    measured: int = 24
+    held_out: int = 8
+    seed: int = 0
+    precision: str = "auto"
+    memory: int | None = None
+    minutes: float | None = None
+    exclude: tuple[str, ...] = ()
+
+
+@dataclass
+class Prepared:
+    """A model, coupled and calibrated: all that does not depend on the permuter."""
+
+    model: PreTrainedModel
+    settings: Settings
+    coupling: Coupling
+    layers: list[Layer]
+    network: PrunedNetwork
+    run: Run
+    seconds: float
+
+
+@dataclass
+class Pruned:
+    """A pruned model in stored order, and what was decided on the way.
+
+    `tables` are the folded permutations by space, `gathers` what a loader must put back: dicts with "site", "output",
+    "inputs" and "order". `layers` has, for each pruned layer, the share of squared saliency kept and the relative
+    output error, in natural order and as pruned.
+    """
+
+    model: PreTrainedModel
+    solution: Solution
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    gathers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Settings,
+    windows: Tensor | None = None,
+    partial: Path | None = None,
+) -> Prepared:
+    """Discover the couplings, calibrate, and show the network its masks in natural order.
+
+    `windows` are calibration tokens (count, length) to use in place of a text; `partial` is a folder in which the
+    searches keep their state. Raises `PermpruneError` for settings, data or a model that cannot be used.
+    """
+    started = time.monotonic()
+    pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
+    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
+        raise PermpruneError(
+            f'mode "{settings.mode}" with precision "{settings.precision}": '
+            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
+        )
+    layers = prunable_layers(model, pattern, settings.exclude)
+    if windows is None:
+        windows = calibration_windows(settings, tokenizer)
+    windows = windows.to(model.device)
+    measured, held_out, train = _divide(windows, settings)
+    coupling = discover(model, {"input_ids": windows[:2, :16]})
+    problems = build_problems(coupling, layers, pattern, settings.mode)
+    log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
+    sites = _sites(coupling, layers)
+    dtype = PRECISIONS.get(settings.precision) or fast_dtype(model.device)
+    statistics = calibrate(model, layers, sites, measured, next_token, dtype, memory=settings.memory)
+    network = PrunedNetwork(model, layers, problems, sites, statistics, metric, pattern, next_token, dtype)
+    checkpoint = Checkpoint(partial, {**asdict(settings), "exclude": list(settings.exclude), "minutes": None})
+    run = Run(train, held_out, settings.seed, settings.minutes, checkpoint)
+    return Prepared(model, settings, coupling, layers, network, run, time.monotonic() - started)
+
+
+def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """Token windows of the calibration text, as many of `samples` as there are."""
+    if tokenizer is None:
+        raise PermpruneError("without a tokenizer give the calibration as token windows")
+    documents = load_documents(settings.calibration, "calibration")
+    return tokenize(documents, tokenizer, settings.length, settings.samples, settings.seed, fewer=True)
+
+
+def finish(prepared: Prepared, solution: Solution) -> Pruned:
+    """Write the masks and the orders into the weights. The prepared network is used up."""
+    network = prepared.network
+    network.set_orders(solution.orders)
+    measures = network.measures()
+    tables = _tables(prepared.coupling, network.problems, solution.orders)
+    fold_all(prepared.model, tables, prepared.coupling)
+    gathers = _gather(prepared, solution.orders)
+    return Pruned(prepared.model, solution, tables, gathers, measures)
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    permute: str | Permuter = "newton",
+    windows: Tensor | None = None,
+    **settings: Any,
+) -> Pruned:
+    """Permute and prune a model in place; `settings` are the fields of `Settings`, as pattern="2:4", mode="fold".
+
+    In gather mode the index selections are attached to the returned model. Raises `PermpruneError`.
+    """
+    method = permuter(permute)
+    prepared = prepare(model, tokenizer, Settings(**settings), windows)
+    return finish(prepared, method.solve(prepared.network, prepared.run))
+
+
+def gap_closed(perplexity: float, dense: float, none: float) -> float | None:
+    """Share of the log-perplexity gap between the dense and the plainly pruned model; None where there is no gap."""
+    gap = math.log(none) - math.log(dense)
+    return (math.log(none) - math.log(perplexity)) / gap if gap > 0 else None
+
+
+def _divide(windows: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows for statistics, held-out loss and gradients; a short text is shared out in the same proportion."""
+    wanted = settings.measured + settings.held_out
+    share = min(1.0, len(windows) / (2 * wanted))
+    measured, held_out = (max(1, int(share * count)) for count in (settings.measured, settings.held_out))
+    if len(windows) < measured + held_out + 1:
+        raise PermpruneError(
+            f"the calibration text gives {len(windows)} windows of {settings.length} tokens, 3 are the least: "
+            "give more text, or a smaller --length"
+        )
+    return tuple(windows.split([measured, held_out, len(windows) - measured - held_out]))  # type: ignore[return-value]
+
+
+def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
+    """The tensor each layer reads."""
+    names = {reader: site.name for site in coupling.sites for reader in site.readers}
+    missing = [layer.name for layer in layers if layer.parameter not in names]
+    if missing:
+        raise PermpruneError(f"{missing[0]} takes no part in the traced forward pass: leave it out with --exclude")
+    return {layer.name: names[layer.parameter] for layer in layers}
+
+
+def _tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
+    tables: dict[str, Tensor] = {}
+    sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
+    for problem in problems:
+        if problem.space:
+            blocks, size = sizes[problem.space]
+            table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
+            table[problem.block] = orders[problem.name]
+    return tables
+
+
+@torch.no_grad()
+def _gather(prepared: Prepared, orders: Orders) -> list[dict[str, Any]]:
+    """Reorder the columns of every gathered layer and attach the gathers; returns their description."""
+    sites = {site.name: site for site in prepared.coupling.sites}
+    gathers = []
+    for problem in prepared.network.problems:
+        order = orders[problem.name]
+        if problem.space or torch.equal(order, problem.identity()):
+            continue
+        readers = [part.layer for part in problem.parts]
+        for name in readers:
+            weight = prepared.network.layers[name].weight
+            weight.copy_(weight[:, order])
+        output, inputs = gather_places(sites[problem.site], readers)
+        attach_gather(prepared.model, output, inputs, order)
+        gathers.append({"site": problem.site, "output": output, "inputs": inputs, "order": order.tolist()})
+    return gathers
+
+
+__all__ = ["Prepared", "Pruned", "Settings", "Statistics", "finish", "gap_closed", "prepare", "prune"]

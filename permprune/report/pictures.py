@@ -1,0 +1,195 @@
+"""The pictures of a run and of a comparison, as SVG or PNG bytes that read on a light and on a dark page."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from permprune.report.style import BLUE, GRAY, ORANGE, Format, figure, quiet, save
+from permprune.report.words import duration, number, percent
+
+Record = Mapping[str, Any]
+Points = list[tuple[int, float, float]]
+
+WIDTH = 5.4  # inches: lettering stays legible when the page shrinks a picture to the width of a phone
+COLUMNS = 2
+
+
+def kept_saliency(layers: Sequence[Record], kind: Format = "svg") -> bytes:
+    """Share of the squared saliency that the mask keeps, by layer: natural order against permuted."""
+    return _by_kind(layers, "kept_none", "kept", kind)
+
+
+def output_error(layers: Sequence[Record], kind: Format = "svg") -> bytes:
+    """Squared error of each layer's output relative to the output itself: natural order against permuted."""
+    return _by_kind(layers, "error_none", "error", kind)
+
+
+def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
+    """Held-out loss against seconds; a refused round is a cross, or a triangle at the upper edge if beyond."""
+    kept = [point for point in curve if point["kept"] and math.isfinite(point["loss"])]
+    refused = [point for point in curve if not point["kept"]]
+    picture = figure(WIDTH, 2.5)
+    axes = picture.subplots()
+    losses = [point["loss"] for point in kept]
+    low, high = (min(losses), max(losses)) if losses else (0.0, 1.0)
+    spread = (high - low) or 0.1 * abs(high) or 1.0
+    bottom, top = low - 0.12 * spread, high + 0.2 * spread
+    axes.set_ylim(bottom, top)
+    axes.plot([point["seconds"] for point in kept], losses, color=BLUE, marker="o", markersize=4, label="accepted")
+    inside = [point for point in refused if point["loss"] <= top]
+    beyond = [point for point in refused if not point["loss"] <= top]
+    for points, marker, label in ((inside, "x", "refused"), (beyond, "^", "refused, off the scale")):
+        if points:
+            seconds, heights = [point["seconds"] for point in points], [min(point["loss"], top) for point in points]
+            axes.plot(seconds, heights, marker, color=ORANGE, markersize=6, clip_on=False, label=label)
+    axes.set_xlabel("seconds of search")
+    axes.set_ylabel("held-out loss")
+    quiet(axes)
+    picture.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8, labelcolor=GRAY)
+    return save(picture, kind)
+
+
+def perplexities(dense: float, none: float, pruned: float, method: str, kind: Format = "svg") -> bytes:
+    """Bars of three perplexities: dense, pruned in natural order, and pruned as permuted by `method`."""
+    labels = ["dense", "pruned,\nnatural order", f"pruned,\n{method}"]
+    values = [dense, none, pruned]
+    picture = figure(WIDTH, 2.5)
+    axes = picture.subplots()
+    lengths = [value if math.isfinite(value) else 0.0 for value in values]
+    bars = axes.barh(range(3), lengths, color=[GRAY, ORANGE, BLUE], height=0.62)
+    axes.bar_label(bars, [number(value) for value in values], padding=4, color=GRAY, fontsize=9)
+    axes.set_yticks(range(3), labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(lengths) or 1.0)
+    axes.set_xlabel("perplexity (lower is better)")
+    quiet(axes, "x")
+    axes.tick_params(axis="y", length=0)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    return save(picture, kind)
+
+
+def comparison(rows: Sequence[Record], title: str = "", kind: Format = "svg") -> bytes:
+    """Perplexity by method on a log scale, best first, with the share of the gap closed and the seconds beside it."""
+    ordered = sorted(rows, key=lambda row: row["perplexity"] if math.isfinite(row["perplexity"]) else math.inf)
+    picture = figure(7.4, 1.3 + 0.34 * len(ordered))
+    axes, margin = picture.subplots(1, 2, sharey=True, width_ratios=(3, 1.35))
+    margin.axis("off")
+    finite = [row["perplexity"] for row in ordered if math.isfinite(row["perplexity"])] or [1.0]
+    axes.set_xscale("log")
+    axes.set_xlim(min(finite) / 1.12, max(finite) * 1.12)
+    axes.set_ylim(len(ordered) - 0.4, -0.6)
+    _cells(margin, -0.8, ["perplexity", "gap closed", "time"])
+    for place, row in enumerate(ordered):
+        color = {"dense": GRAY, "none": ORANGE}.get(row["method"], BLUE)
+        axes.plot(row["perplexity"], place, color=color, marker="o", markersize=8)
+        _cells(margin, place, [number(row["perplexity"]), percent(row["gap_closed"]), duration(row["seconds"])])
+    axes.set_yticks(range(len(ordered)), [row["method"] for row in ordered])
+    axes.set_xlabel("perplexity, log scale (lower is better)")
+    _plain_ticks(axes)
+    quiet(axes, "both")
+    axes.tick_params(axis="y", length=0, labelsize=9)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    if title:
+        heading = picture.suptitle(title, x=0.01, ha="left", color=GRAY, fontsize=10)
+        heading.set_parse_math(False)
+    return save(picture, kind)
+
+
+def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:
+    """(layer index, before, after) of every linear by kind: the last part of its name, or as many as tell it apart.
+
+    The index is the first number in the name; linears that share kind and index, such as experts, are averaged.
+    """
+    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for layer in layers:
+        parts = layer["name"].split(".")
+        index = next((int(part) for part in parts if part.isdecimal()), 0)
+        path = ".".join(part for part in parts if not part.isdecimal())
+        found[path][index].append((layer[before], layer[after]))
+    labels = _short_names(list(found))
+    return {labels[path]: [_mean(index, found[path][index]) for index in sorted(found[path])] for path in found}
+
+
+def _mean(index: int, pairs: list[tuple[float, float]]) -> tuple[int, float, float]:
+    return index, sum(pair[0] for pair in pairs) / len(pairs), sum(pair[1] for pair in pairs) / len(pairs)
+
+
+def _short_names(paths: list[str]) -> dict[str, str]:
+    """The shortest ending of each dotted path that no other path ends in."""
+    names = {}
+    for path in paths:
+        parts = path.split(".")
+        endings = (".".join(parts[start:]) for start in reversed(range(len(parts))))
+        names[path] = next(
+            (end for end in endings if not any(f".{other}".endswith(f".{end}") for other in paths if other != path)),
+            path,
+        )
+    return names
+
+
+def _by_kind(layers: Sequence[Record], before: str, after: str, kind: Format) -> bytes:
+    """One small panel for each kind of linear; the scale is shared, so the panels can be compared."""
+    kinds = layer_kinds(layers, before, after)
+    rows = math.ceil(len(kinds) / COLUMNS)
+    picture = figure(WIDTH, 0.75 + 1.15 * rows)
+    grid = list(picture.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (name, points) in zip(grid, kinds.items(), strict=False):
+        index, first, second = (list(column) for column in zip(*points, strict=True))
+        axes.fill_between(index, first, second, color=BLUE, alpha=0.18, linewidth=0)
+        marker = "o" if len(index) == 1 else ""
+        axes.plot(index, first, color=ORANGE, linewidth=1.1, linestyle=(0, (4, 1.5)), marker=marker, markersize=3)
+        axes.plot(index, second, color=BLUE, linewidth=1.5, marker=marker, markersize=3)
+        title = name if len(name) <= 30 else f"…{name[-29:]}"
+        axes.set_title(title, loc="left", pad=3, color=GRAY, fontsize=9, parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        quiet(axes)
+    for axes in grid[len(kinds) :]:
+        axes.set_visible(False)
+    for axes in grid[len(kinds) - COLUMNS : len(kinds)]:
+        axes.tick_params(labelbottom=True)
+    _by_kind_labels(picture)
+    return save(picture, kind)
+
+
+def _by_kind_labels(picture: Figure) -> None:
+    picture.supxlabel("layer", color=GRAY, fontsize=9)
+    handles = [
+        Line2D([], [], color=ORANGE, linewidth=1.1, linestyle=(0, (4, 1.5))),
+        Line2D([], [], color=BLUE, linewidth=1.5),
+    ]
+    labels = ["natural order", "permuted"]
+    picture.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=GRAY)
+
+
+def _cells(axes: Axes, height: float, cells: list[str]) -> None:
+    """Three right-aligned cells at a height in data units."""
+    for place, cell in zip((0.3, 0.7, 1.0), cells, strict=True):
+        transform = axes.get_yaxis_transform()
+        axes.text(place, height, cell, transform=transform, ha="right", va="center", color=GRAY, fontsize=9)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, or a few even ones when the range is too short for them."""
+    low, high = axes.get_xlim()
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+    axes.set_xticks(ticks)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+__all__ = ["comparison", "kept_saliency", "layer_kinds", "learning_curve", "output_error", "perplexities"]

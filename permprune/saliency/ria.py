@@ -1,0 +1,27 @@
+"""RIA: relative importance and activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from permprune.saliency.base import Saliency
+
+
+@dataclass(frozen=True)
+class RIA(Saliency):
+    """(|w| / column sum + |w| / row sum) * ||x_j||^power (Zhang et al. 2024, "Plug-and-Play", section 3.1).
+
+    `power` tempers the activations; the paper's choice is 0.5.
+    """
+
+    name: ClassVar[str] = "ria"
+    power: float = 0.5
+
+    def score(self, weight: Tensor, norm: Tensor) -> Tensor:
+        size = weight.float().abs()
+        tiny = 1e-12  # a row or column of zeros scores zero instead of NaN
+        relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+        return relative * norm**self.power

@@ -1,0 +1,20 @@
+"""Wanda."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from permprune.saliency.base import Saliency
+
+
+@dataclass(frozen=True)
+class Wanda(Saliency):
+    """|w| * ||x_j||: weight times the norm of its input channel (Sun et al. 2024, arXiv 2306.11695, section 3)."""
+
+    name: ClassVar[str] = "wanda"
+
+    def score(self, weight: Tensor, norm: Tensor) -> Tensor:
+        return weight.float().abs() * norm

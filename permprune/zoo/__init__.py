@@ -1,0 +1,1 @@
+"""Models and text from the package registry, for machines without a model hub."""

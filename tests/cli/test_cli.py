@@ -1,0 +1,186 @@
+"""The command line, run as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from permprune.checkpoint import Checkpoint
+from permprune.cli import app
+from permprune.cli.common import parse_bytes
+from permprune.errors import PermpruneError
+
+SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
+
+
+@pytest.fixture(autouse=True)
+def verbosity() -> Iterator[None]:
+    """The application silences Transformers; other tests listen to it."""
+    before = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(before)
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def source(tiny_checkpoint: Path, tiny_text: Path) -> list[str]:
+    return [str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text), *SMALL]
+
+
+def run(*arguments: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def fails(*arguments: str | Path) -> str:
+    """The one line of an error, after checking that it is one and that the status says so."""
+    code, _, stderr = run(*arguments)
+    assert code == 2
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("permprune: "), stderr
+    return lines[0]
+
+
+def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Path) -> None:
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--mode", "gather")
+    assert code == 0 and "2:4 with ria: perplexity" in stdout
+    assert {"config.json", "permprune.json", "report.html", "tokenizer.json"} <= {p.name for p in out.iterdir()}
+    assert not (tmp_path / "out.partial").exists()
+    code, stdout, _ = run("verify", out)
+    assert code == 0 and "14 layers hold the pattern" in stdout
+    code, stdout, _ = run("evaluate", out, "--data", tiny_text, "--windows", "4", "--length", "16", "--json", figures)
+    assert code == 0
+    found = json.loads(figures.read_text())
+    assert {"task", "metric", "value", "tokens"} <= found.keys()
+    record = json.loads((out / "permprune.json").read_text())
+    assert found["value"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-4)
+
+
+def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path) -> None:
+    figures, picture = tmp_path / "compare.json", tmp_path / "compare.png"
+    code, stdout, _ = run("compare", *source, "--methods", "ria,random", "--json", figures, "--picture", picture)
+    assert code == 0 and "random" in stdout
+    result = json.loads(figures.read_text())
+    assert [row["method"] for row in result["rows"]] == ["dense", "none", "ria", "random"]
+    assert {"model", "pattern", "saliency", "mode"} <= result.keys()
+    for row in result["rows"]:
+        assert row.keys() == {"method", "perplexity", "gap_closed", "seconds", "peak_memory_mb"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
+    code, stdout, _ = run("inspect", tiny_checkpoint, "--verify")
+    assert code == 0
+    assert "residual" in stdout and "max difference" in stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--pattern", "24"], '"24" is no N:M pattern'),
+        (["--pattern", "4:4"], "keeps no or all weights"),
+        (["--pattern", "2:5"], "which 5 does not divide"),
+        (["--saliency", "luck"], 'unknown saliency "luck"'),
+        (["--permute", "luck"], 'unknown permuter "luck"'),
+        (["--mode", "luck"], 'mode "luck"'),
+        (["--precision", "int8"], 'precision "int8"'),
+        (["--memory", "much"], "no amount of memory"),
+        (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
+        (["--data", "missing/text.txt"], "no text file missing/text.txt"),
+        (["--exclude", "*"], "no linear layer to prune"),
+        (["--length", "1"], "no text"),
+    ],
+)
+def test_bad_input_is_one_line(source: list[str], tmp_path: Path, change: list[str], message: str) -> None:
+    assert message in fails("prune", *source, "--out", tmp_path / "out", *change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_calibration_text_is_one_line(source: list[str], tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert "holds no text" in fails("prune", *source, "--out", tmp_path / "out", "--calibration", empty)
+
+
+def test_a_missing_model_or_folder_is_one_line(tmp_path: Path) -> None:
+    assert "missing/model" in fails("evaluate", "./missing/model")
+    assert "permprune.json" in fails("verify", tmp_path)
+
+
+def test_existing_output_is_not_overwritten(source: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert "exists already" in fails("prune", *source, "--out", tmp_path / "out")
+    assert "no folder" in fails("prune", *source, "--out", tmp_path / "no" / "out")
+
+
+def test_nan_weights_are_one_line(source: list[str], tiny_llama: torch.nn.Module, tmp_path: Path) -> None:
+    tiny_llama.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")  # type: ignore[union-attr,index,operator]
+    tiny_llama.save_pretrained(source[0])  # type: ignore[operator]
+    assert "holds NaN" in fails("prune", *source, "--out", tmp_path / "out")
+
+
+def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    arguments = ["prune", *source, "--out", tmp_path / "out", "--permute", "newton"]
+    with monkeypatch.context() as patch:
+        patch.setattr("permprune.commands.write_weights", full)
+        assert "No space left on device" in fails(*arguments)
+    assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not (tmp_path / "out").exists()
+    code, _, _ = run(*arguments, "--resume")
+    assert code == 0 and (tmp_path / "out" / "permprune.json").exists()
+
+
+def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Checkpoint.save
+
+    def interrupt(self: Checkpoint, *args: object) -> None:
+        save(self, *args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    arguments = ["prune", *source, "--permute", "newton"]
+    assert run(*arguments, "--out", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", interrupt)
+        code, _, stderr = run(*arguments, "--out", out)
+    assert code == 130 and "--resume" in stderr and not out.exists()
+    assert "other settings (seed)" in fails(*arguments, "--out", out, "--seed", "1", "--resume")
+    assert run(*arguments, "--out", out, "--resume")[0] == 0
+    first, second = (json.loads((folder / "permprune.json").read_text()) for folder in (whole, out))
+    assert first["permutations"] == second["permutations"]
+
+
+def test_a_killed_process_resumes_to_the_same_permutations(source: list[str], tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = [sys.executable, "-m", "permprune", "prune", *source, "--permute", "newton"]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "out.partial" / "newton.safetensors").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not out.exists()
+    assert run(*command[3:], "--out", out, "--resume")[0] == 0
+    assert run(*command[3:], "--out", whole)[0] == 0
+    first, second = (json.loads((folder / "permprune.json").read_text()) for folder in (whole, out))
+    assert first["permutations"] == second["permutations"]
+
+
+def test_bytes() -> None:
+    assert parse_bytes("8GiB") == 8 * 2**30
+    assert parse_bytes("1.5 MB") == 1_500_000
+    assert parse_bytes(None) is None
+    with pytest.raises(PermpruneError):
+        parse_bytes("GiB")

@@ -1,0 +1,52 @@
+"""Epsilon schedules."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from permprune.errors import PermpruneError
+from permprune.matching import Constant, Cosine, Geometric
+
+falling = st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)).map(lambda pair: sorted(pair, reverse=True))
+shares = st.floats(0, 1)
+
+
+@pytest.mark.parametrize("schedule", [Geometric, Cosine])
+@given(ends=falling, one=shares, other=shares)
+def test_falls_from_start_to_end_without_rising(schedule, ends, one, other):
+    epsilon = schedule(*ends)
+    assert (epsilon(0), epsilon(1)) == tuple(ends)
+    early, late = sorted((one, other))
+    assert epsilon(early) >= epsilon(late) * (1 - 1e-12)
+    assert ends[0] * (1 + 1e-12) >= epsilon(early) >= ends[1] * (1 - 1e-12)
+
+
+def test_geometric_is_halfway_at_the_geometric_mean_and_cosine_at_the_mean():
+    assert Geometric(1.0, 0.01)(0.5) == pytest.approx(0.1)
+    assert Cosine(1.0, 0.01)(0.5) == pytest.approx(0.505)
+
+
+def test_constant_stays():
+    assert {Constant(0.3)(share) for share in (0, 0.2, 1)} == {0.3}
+
+
+@pytest.mark.parametrize("start, end", [(1, 0), (1, -1), (0.1, 1), (math.inf, 1), (math.nan, 1), (1, math.nan)])
+@pytest.mark.parametrize("schedule", [Geometric, Cosine])
+def test_refuses_ends_that_do_not_fall_to_a_positive_number(schedule, start, end):
+    with pytest.raises(PermpruneError, match="epsilon cannot go from"):
+        schedule(start, end)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
+def test_refuses_a_constant_that_is_not_positive(value):
+    with pytest.raises(PermpruneError, match="epsilon cannot"):
+        Constant(value)
+
+
+@pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan])
+@pytest.mark.parametrize("epsilon", [Constant(1), Geometric(1, 0.1), Cosine(1, 0.1)])
+def test_refuses_progress_outside_the_training(epsilon, progress):
+    with pytest.raises(PermpruneError, match="share of the steps"):
+        epsilon(progress)

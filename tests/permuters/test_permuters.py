@@ -1,0 +1,129 @@
+"""All permuters on one tiny model: orders, repeatability, and what each promises to lower."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune.checkpoint import Checkpoint
+from permprune.errors import PermpruneError
+from permprune.permuters import PERMUTERS, Learned, Newton, Permuter, Reconstruction, Solution, permuter
+from permprune.permuters.trust_region import TrustRegion
+from permprune.pipeline import Prepared, Settings, prepare
+from permprune.problem import Orders
+
+WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
+
+
+def ready(model: LlamaForCausalLM, mode: str = "gather") -> Prepared:
+    return prepare(model, None, Settings(mode=mode, precision="fp32", measured=6, held_out=4), WINDOWS)
+
+
+def brief(name: str) -> Permuter:
+    method = permuter(name)
+    return dataclasses.replace(method, rounds=3, windows=4) if isinstance(method, TrustRegion) else method
+
+
+def same(a: Orders, b: Orders) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize("name", PERMUTERS)
+def test_orders_are_permutations_and_repeat(tiny_llama: LlamaForCausalLM, name: str, mode: str) -> None:
+    prepared = ready(tiny_llama, mode)
+    first = brief(name).solve(prepared.network, prepared.run)
+    for problem in prepared.network.problems:
+        assert torch.equal(first.orders[problem.name].sort().values, torch.arange(problem.size))
+    again = brief(name).search(prepared.network, dataclasses.replace(prepared.run, solved={}))
+    assert same(first.orders, again.orders)
+
+
+@pytest.mark.parametrize("name", [name for name in PERMUTERS if name not in ("none", "ria", "reconstruction")])
+def test_another_seed_gives_other_orders(tiny_llama: LlamaForCausalLM, name: str) -> None:
+    prepared = ready(tiny_llama)
+    first = brief(name).search(prepared.network, prepared.run)
+    other = brief(name).search(prepared.network, dataclasses.replace(prepared.run, seed=1, solved={}))
+    assert not same(first.orders, other.orders)
+
+
+def test_none_is_the_natural_order(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    assert same(brief("none").solve(prepared.network, prepared.run).orders, prepared.network.identity())
+
+
+def test_ria_keeps_more_score_and_reconstruction_leaves_less_error(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    brief("ria").solve(prepared.network, prepared.run)
+    rows = prepared.network.measures()
+    assert sum(row["kept"] for row in rows) > sum(row["kept_none"] for row in rows)
+    Reconstruction().solve(prepared.network, prepared.run)
+    rows = prepared.network.measures()
+    assert sum(row["error"] for row in rows) < sum(row["error_none"] for row in rows)
+
+
+@pytest.mark.parametrize("method", [Newton(rounds=4, windows=4), Learned(rounds=4, windows=4)])
+def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCausalLM, method: TrustRegion) -> None:
+    prepared = ready(tiny_llama)
+    method.start.solve(prepared.network, prepared.run)
+    start = prepared.network.loss(prepared.run.held_out)
+    solution = method.solve(prepared.network, prepared.run)
+    assert any(point.kept for point in solution.curve[1:])
+    assert prepared.network.loss(prepared.run.held_out) < start
+    kept = [point.loss for point in solution.curve if point.kept]
+    assert kept == sorted(kept, reverse=True)
+    assert prepared.network.loss(prepared.run.held_out) == pytest.approx(kept[-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("method", [Newton(rounds=5, windows=2), Learned(rounds=5, windows=2)])
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_killed_search_resumes_to_the_same_orders(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, method: TrustRegion, stop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = ready(tiny_llama)
+    whole = method.search(prepared.network, prepared.run)
+
+    class Killed(Exception):
+        pass
+
+    save = Checkpoint.save
+    saved = []
+
+    def save_then_die(self: Checkpoint, *args: object) -> None:
+        save(self, *args)  # type: ignore[arg-type]
+        saved.append(1)
+        if len(saved) == stop:
+            raise Killed
+
+    run = dataclasses.replace(prepared.run, checkpoint=Checkpoint(tmp_path, {"seed": 0}), solved={})
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", save_then_die)
+        with pytest.raises(Killed):
+            method.search(prepared.network, run)
+    prepared.network.set_orders(prepared.network.identity())
+    resumed: Solution = method.search(prepared.network, dataclasses.replace(run, solved={}))
+    assert same(whole.orders, resumed.orders)
+    assert [(p.round, p.loss, p.kept) for p in resumed.curve] == [(p.round, p.loss, p.kept) for p in whole.curve]
+
+
+def test_a_time_limit_ends_the_search_after_the_round_under_way(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    run = dataclasses.replace(prepared.run, minutes=1e-9)
+    assert len(Newton(rounds=50, windows=2).search(prepared.network, run).curve) <= 2
+
+
+def test_a_search_that_starts_from_another_does_not_repeat_it(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = ready(tiny_llama)
+    Reconstruction().solve(prepared.network, prepared.run)
+    monkeypatch.setattr(Reconstruction, "search", lambda *_: pytest.fail("searched again"))
+    solution = Newton(rounds=1, windows=2).solve(prepared.network, prepared.run)
+    assert solution.seconds >= prepared.run.solved[Reconstruction()].seconds
+
+
+def test_an_unknown_permuter_lists_the_names() -> None:
+    with pytest.raises(PermpruneError, match="reconstruction, newton, learned"):
+        permuter("hungarian")

@@ -1,0 +1,238 @@
+"""The quadratic model against direct evaluation of its formula, and its moves against brute force."""
+
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor
+
+from permprune.matching import assign
+from permprune.pattern import Pattern
+from permprune.permuters.quadratic import Bundle, QuadraticModel
+
+ROWS = (5, 3)  # of the two bundles that share the channels
+
+
+def masked(weight: Tensor, score: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
+    """The pruned part of `weight` (channels, rows) when the channels stand in `order`."""
+    error = torch.zeros_like(weight)
+    keep = pattern.mask(score[order].T).T
+    error[order] = weight[order] * ~keep
+    return error
+
+
+def build(
+    groups: int,
+    pattern: Pattern,
+    seed: int,
+    damping: float = 1.5,
+    local: bool = False,
+    diagonal: bool = False,
+):
+    """A random model in fp64 at a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = groups * pattern.m
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    order = torch.randperm(channels, generator=generator)
+    bundles = []
+    for rows in ROWS:
+        weight, x = normal(channels, rows), normal(3 * channels, channels)
+        moments = x.T @ x / len(x)
+        if diagonal:
+            moments = moments.diagonal().diag()
+        score = weight.abs() * moments.diagonal().sqrt()[:, None]
+        error = masked(weight, score, order, pattern)
+        slope = moments @ error if local else 5 * normal(channels, rows)
+        bundles.append(Bundle(weight, score, moments, slope, error))
+    return QuadraticModel(bundles, order, pattern, damping)
+
+
+class Reference:
+    """The model's value at any order, from the formula alone."""
+
+    def __init__(self, model: QuadraticModel) -> None:
+        self.pattern, self.damping = model.pattern, model.damping
+        self.start = [(b.weight, b.score, b.moments, b.slope.clone(), b.error.clone()) for b in model.bundles]
+
+    def __call__(self, order: Tensor) -> float:
+        total = 0.0
+        for weight, score, moments, slope, error in self.start:
+            change = masked(weight, score, order, self.pattern) - error
+            total += float((slope * change).sum() + self.damping / 2 * (change * (moments @ change)).sum())
+        return total
+
+    def check(self, model: QuadraticModel) -> None:
+        """The order is a permutation; error is that of its masks and slope the model's gradient there."""
+        assert model.order.sort().values.tolist() == list(range(len(model.order)))
+        for bundle, (weight, score, moments, slope, error) in zip(model.bundles, self.start, strict=True):
+            assert torch.equal(bundle.error, masked(weight, score, model.order, self.pattern))
+            expected = slope + self.damping * moments @ (bundle.error - error)
+            torch.testing.assert_close(bundle.slope, expected, atol=1e-9, rtol=1e-9)
+
+
+def swapped(order: Tensor, i: int, j: int) -> Tensor:
+    order = order.clone()
+    order[[i, j]] = order[[j, i]]
+    return order
+
+
+def free(model: QuadraticModel, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some groups, and a random slot of each."""
+    at = torch.randperm(len(model.groups), generator=generator)[:count]
+    return at, torch.randint(model.pattern.m, (count,), generator=generator)
+
+
+def reassign(model: QuadraticModel, generator: torch.Generator) -> None:
+    at, slots = free(model, len(model.groups), generator)
+    cost = model.placement_cost(at, slots)
+    model.move(at, slots, assign(cost), cost)
+
+
+@pytest.fixture(params=[Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2)], ids=str)
+def pattern(request) -> Pattern:
+    return request.param
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_pair_swaps_down_to_where_no_swap_gains(pattern, seed):
+    """Two groups make one pair, so every step is one swap: predicted exactly, and taken only if it gains."""
+    model = build(2, pattern, seed)
+    value, generator = Reference(model), torch.Generator().manual_seed(seed)
+    for _ in range(200):
+        before, predicted = value(model.order), model.change
+        model.swap(generator)
+        after = value(model.order)
+        assert model.change - predicted == pytest.approx(after - before, abs=1e-9)
+        assert after <= before + 1e-9
+    value.check(model)
+    m, here = pattern.m, value(model.order)
+    assert all(value(swapped(model.order, i, m + j)) >= here - 1e-9 for i in range(m) for j in range(m))
+
+
+def test_local_model_is_the_output_error(pattern):
+    """With slope H E and damping 1 the model is half of tr(E^T H E), not only to second order."""
+    model = build(2, pattern, seed=0, damping=1.0, local=True)
+
+    def output_error() -> float:
+        return sum(float((b.error * (b.moments @ b.error)).sum()) / 2 for b in model.bundles)
+
+    start, generator = output_error(), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        model.swap(generator)
+        assert start + model.change == pytest.approx(output_error(), rel=1e-9)
+    assert output_error() < start
+
+
+def test_swaps_in_several_pairs_keep_error_and_slope_consistent(pattern):
+    model = build(7, pattern, seed=1)
+    value, generator = Reference(model), torch.Generator().manual_seed(1)
+    for _ in range(60):
+        model.swap(generator)
+    value.check(model)
+
+
+def test_swaps_in_several_pairs_add_up_where_channels_do_not_interact(pattern):
+    """Pairs are judged apart: with a diagonal H they have no cross terms, and no step raises the model."""
+    model = build(6, pattern, seed=2, diagonal=True)
+    value, generator = Reference(model), torch.Generator().manual_seed(2)
+    last = 0.0
+    for _ in range(60):
+        model.swap(generator)
+        assert model.change == pytest.approx(value(model.order), abs=1e-9)
+        assert model.change <= last
+        last = model.change
+    assert last < 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_placement_cost_of_two_channels_is_exact_where_channels_do_not_interact(pattern, seed):
+    model = build(6, pattern, seed, diagonal=True)
+    value = Reference(model)
+    at, slots = free(model, 4, torch.Generator().manual_seed(seed))
+    cost = model.placement_cost(at, slots)
+    assert torch.equal(cost.diagonal(), torch.zeros_like(cost.diagonal()))
+    place = at * pattern.m + slots
+    for a in range(4):
+        for b in range(a):
+            change = value(swapped(model.order, int(place[a]), int(place[b])))
+            assert float(cost[a, b] + cost[b, a]) == pytest.approx(change, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reassignment_is_the_best_of_all_where_channels_do_not_interact(pattern, seed):
+    model = build(6, pattern, seed, diagonal=True)
+    value = Reference(model)
+    at, slots = free(model, 4, torch.Generator().manual_seed(seed))
+    place = at * pattern.m + slots
+    candidates = []
+    for target in permutations(range(4)):
+        order = model.order.clone()
+        order[place[list(target)]] = model.order[place]
+        candidates.append(value(order))
+    cost = model.placement_cost(at, slots)
+    model.move(at, slots, assign(cost), cost)
+    assert value(model.order) == pytest.approx(min(candidates), abs=1e-5)
+    assert model.change == pytest.approx(min(candidates), abs=1e-5)
+    value.check(model)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reassignment_never_raises_the_model_and_predicts_exactly(pattern, seed):
+    model = build(6, pattern, seed)
+    value, generator = Reference(model), torch.Generator().manual_seed(seed)
+    last = 0.0
+    for _ in range(40):
+        reassign(model, generator)
+        now = value(model.order)
+        assert now <= last + 1e-9
+        assert model.change == pytest.approx(now, abs=1e-9)
+        last = now
+    assert last < 0
+    value.check(model)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_move_goes_to_the_slots_it_names_if_the_model_falls(seed):
+    model = build(5, Pattern(2, 4), seed)
+    value = Reference(model)
+    at, slots, target = torch.tensor([4, 0, 2]), torch.tensor([0, 1, 3]), torch.tensor([1, 2, 0])
+    expected = model.groups.clone()
+    for i, to in enumerate(target):
+        expected[at[to], slots[to]] = model.groups[at[i], slots[i]]
+    if value(expected.flatten()) > 0:
+        expected = model.groups.clone()
+    model.move(at, slots, target, torch.full((3, 3), -1.0))  # the cost claims a gain; the model decides
+    assert torch.equal(model.groups, expected)
+
+
+def test_dealing_anew_keeps_error_and_slope_consistent(pattern):
+    model = build(5, pattern, seed=3)
+    value = Reference(model)
+    groups = torch.randperm(5 * pattern.m, generator=torch.Generator().manual_seed(9)).view(5, pattern.m)
+    model.deal(groups)
+    assert torch.equal(model.order, groups.flatten())
+    value.check(model)
+
+
+def test_an_order_taken_earlier_does_not_move_with_the_model():
+    dealt = torch.arange(16).view(4, 4)
+    model, generator = build(4, Pattern(2, 4), seed=0), torch.Generator().manual_seed(0)
+    model.deal(dealt)
+    taken = model.order
+    while torch.equal(model.order, torch.arange(16)):
+        model.swap(generator)
+    assert torch.equal(taken, torch.arange(16)) and torch.equal(dealt.flatten(), torch.arange(16))
+
+
+def test_the_same_seed_gives_the_same_order():
+    orders = []
+    for _ in range(2):
+        model, generator = build(6, Pattern(2, 4), seed=4), torch.Generator().manual_seed(4)
+        for _ in range(20):
+            model.swap(generator)
+            reassign(model, generator)
+        orders.append(model.order)
+    assert torch.equal(*orders)

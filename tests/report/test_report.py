@@ -1,0 +1,247 @@
+"""The page and the pictures: what they say, that they are whole, and that nothing in a record can break out of them."""
+
+import base64
+import copy
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from permprune.report import pictures, render, write_comparison, write_report
+from permprune.report.page import decision
+from permprune.report.words import duration, number, percent
+
+VOID = {"meta", "img", "br"}
+PNG = b"\x89PNG\r\n\x1a\n"
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+LAYERS = [
+    {
+        "name": f"model.layers.{index}.{kind}",
+        "kept_none": 0.78,
+        "kept": 0.79 + 0.001 * index,
+        "error_none": 0.05,
+        "error": 0.04,
+    }
+    for index in range(4)
+    for kind in KINDS
+]
+CURVE = [
+    {"round": 0, "loss": 3.9, "kept": True, "seconds": 1.0},
+    {"round": 1, "loss": 3.5, "kept": True, "seconds": 2.0},
+    {"round": 2, "loss": 40.0, "kept": False, "seconds": 3.0},
+    {"round": 3, "loss": float("nan"), "kept": False, "seconds": 4.0},
+]
+RECORD: dict[str, Any] = {
+    "format": 1,
+    "version": "0.1.0",
+    "model": "someone/small-model",
+    "note": None,
+    "settings": {"pattern": "2:4", "saliency": "wanda", "permute": "newton", "mode": "fold", "seed": 0, "exclude": []},
+    "versions": {"torch": "2.13.0"},
+    "perplexity": {"data": "WikiText-2 test", "tokens": 6144, "dense": 30.1, "none": 175.7, "pruned": 63.4},
+    "gap_closed": 0.58,
+    "seconds": {"calibrate": 31.2, "search": 493.0, "total": 7300.0},
+    "layers": LAYERS,
+    "curve": CURVE,
+    "permutations": {"model.layers.0.mlp.down_proj.input": [[1, 0, 2, 3]]},
+    "gathers": [{"site": "model.norm.output", "output": "model.norm", "inputs": [], "order": [3, 2, 1, 0]}],
+}
+ROWS = [
+    {"method": "newton", "perplexity": 63.4, "gap_closed": 0.58, "seconds": 493.0, "peak_memory_mb": 900},
+    {"method": "none", "perplexity": 175.7, "gap_closed": None, "seconds": None, "peak_memory_mb": None},
+    {"method": "random", "perplexity": float("inf"), "gap_closed": -0.2, "seconds": 1.0, "peak_memory_mb": 900},
+]
+
+
+class Page(HTMLParser):
+    """The text and the tags of a page; fails at a tag that is closed out of turn."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.images: list[bytes] = []
+        self.outside: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name == "src" and (match := re.fullmatch(r"data:image/svg\+xml;base64,(.+)", value or "")):
+                self.images.append(base64.b64decode(match[1]))
+            elif name in ("src", "href"):
+                self.outside.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def assert_svg(picture: bytes) -> None:
+    root = ElementTree.fromstring(picture)
+    assert root.tag.endswith("}svg")
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 5
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(RECORD), **fields}
+
+
+def permuted_by(method: str, **fields: Any) -> dict[str, Any]:
+    return changed(settings={**RECORD["settings"], "permute": method}, **fields)
+
+
+def test_the_page_states_the_decision_and_shows_four_pictures() -> None:
+    page = Page(render(RECORD))
+    assert (
+        "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 without permutation: 58 % of the gap closed."
+        in page.text
+    )
+    assert len(page.images) == 4
+    for picture in page.images:
+        assert_svg(picture)
+    assert page.outside == [], "the page needs nothing beside itself"
+    assert "script" not in page.tags
+
+
+def test_the_page_lists_settings_versions_times_and_orders() -> None:
+    text = Page(render(RECORD)).text
+    for part in ("wanda", "2.13.0", "2.0 h", "8 min", "model.layers.0.mlp.down_proj.input", "model.norm.output"):
+        assert part in text
+    assert "1 channel space folded into the weights, 1 order kept as an index at run time." in text
+    assert "50 %" in text, "two of the four channels moved"
+
+
+def test_a_record_without_perplexities_says_so() -> None:
+    page = Page(render(changed(perplexity=None, gap_closed=None)))
+    assert "the model was not evaluated" in page.text
+    assert "output error of a layer 4.00 % against 5.00 % without permutation" in page.text
+    assert len(page.images) == 3
+
+
+def test_a_bare_record_still_gives_a_page() -> None:
+    bare = changed(perplexity=None, gap_closed=None, layers=[], curve=[], permutations={}, gathers=[])
+    page = Page(render(bare))
+    assert page.images == []
+    assert "2:4 with newton: perplexity was not measured." in page.text
+    assert "every channel stands where it stood" in page.text
+
+
+MEASURED = "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 without permutation"
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        (changed(gap_closed=-0.124), f"{MEASURED}: the gap is 12 % wider."),
+        (changed(gap_closed=None), f"{MEASURED}."),
+        (permuted_by("none"), "2:4 in natural order: perplexity 63.40 against 30.10 dense."),
+        (
+            permuted_by("none", perplexity=None),
+            "2:4 in natural order: mean output error of a layer 5.00 %; perplexity was not measured.",
+        ),
+    ],
+)
+def test_the_decision_fits_the_outcome(record: dict[str, Any], sentence: str) -> None:
+    assert decision(record) == sentence
+
+
+def test_the_note_is_printed() -> None:
+    assert "No network: a small text was used." in Page(render(changed(note="No network: a small text was used."))).text
+
+
+def test_everything_in_a_record_is_escaped() -> None:
+    evil = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>$\\bad$"
+    record = changed(model=evil, note=evil, versions={evil: evil}, permutations={evil: [[1, 0]]})
+    record["settings"] = {**RECORD["settings"], "permute": evil, "calibration": evil, "exclude": [evil]}
+    record["perplexity"]["data"] = evil
+    record["layers"][0]["name"] = f"model.layers.0.{evil}"
+    page = Page(render(record))
+    assert "script" not in page.tags
+    assert page.outside == []
+    assert page.text.count(evil) >= 9
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_every_picture_is_a_whole_file(kind: pictures.Format) -> None:
+    drawn = [
+        pictures.kept_saliency(LAYERS, kind),
+        pictures.output_error(LAYERS, kind),
+        pictures.learning_curve(CURVE, kind),
+        pictures.perplexities(30.1, 175.7, float("inf"), "newton", kind),
+        pictures.comparison(ROWS, "a_model with $ signs $", kind),
+    ]
+    for picture in drawn:
+        if kind == "svg":
+            assert_svg(picture)
+        else:
+            assert picture.startswith(PNG)
+            assert picture.endswith(b"IEND\xaeB`\x82")
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_the_same_record_gives_the_same_page() -> None:
+    assert render(RECORD) == render(copy.deepcopy(RECORD))
+
+
+def test_kinds_are_told_apart_and_experts_averaged() -> None:
+    names = ["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.mlp.c_proj", "h.0.experts.0.w1", "h.0.experts.1.w1", "head"]
+    layers = [{"name": name, "a": float(place), "b": 1.0} for place, name in enumerate(names)]
+    assert pictures.layer_kinds(layers, "a", "b") == {
+        "attn.c_proj": [(0, 0.0, 1.0)],
+        "mlp.c_proj": [(0, 1.0, 1.0), (1, 2.0, 1.0)],
+        "w1": [(0, 3.5, 1.0)],
+        "head": [(0, 5.0, 1.0)],
+    }
+
+
+@given(st.sets(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(tuple), min_size=1, max_size=8))
+def test_no_two_kinds_share_a_label(paths: set[tuple[str, ...]]) -> None:
+    layers = [{"name": ".".join(path), "a": 0.0, "b": 0.0} for path in paths]
+    assert len(pictures.layer_kinds(layers, "a", "b")) == len(paths)
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    write_report(RECORD, tmp_path / "report.html")
+    result = {"model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "rows": ROWS}
+    write_comparison(result, tmp_path / "compare.png")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(RECORD)
+    assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.png", "report.html"]
+
+
+def test_numbers_read_well() -> None:
+    assert [number(value) for value in (30.089, 175.66, 12400.2, 2.5e7, 0.01234, None, float("inf"))] == [
+        "30.09",
+        "175.7",
+        "12,400",
+        "2.5e+07",
+        "0.0123",
+        "\N{EN DASH}",
+        "not finite",
+    ]
+    assert [percent(value) for value in (0.584, -0.001, -0.124, None)] == [
+        "58 %",
+        "0 %",
+        "\N{MINUS SIGN}12 %",
+        "\N{EN DASH}",
+    ]
+    assert [duration(value) for value in (0.21, 31.2, 493.0, 9000.0, None)] == [
+        "0.2 s",
+        "31 s",
+        "8 min",
+        "2.5 h",
+        "\N{EN DASH}",
+    ]

@@ -1,0 +1,158 @@
+"""Calibration statistics against direct computations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from permprune.calibrate import Statistics, calibrate, frozen, output_fisher
+from permprune.errors import PermpruneError
+from permprune.layers import Layer, prunable_layers
+from permprune.losses import next_token
+from permprune.pattern import Pattern
+
+WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))
+SHARED = {
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+}
+
+
+def layers_and_sites(model) -> tuple[list[Layer], dict[str, str]]:
+    """All linears; those that read one tensor share a site."""
+    layers = prunable_layers(model, Pattern(2, 4))
+    sites = {}
+    for layer in layers:
+        block, _, name = layer.name.split(".", 2)[-1].partition(".")
+        sites[layer.name] = f"{block}.{SHARED.get(name.rpartition('.')[-1], name)}"
+    return layers, sites
+
+
+def statistics(model, dtype=torch.float32, **settings) -> Statistics:
+    layers, sites = layers_and_sites(model)
+    return calibrate(model, layers, sites, WINDOWS, next_token, dtype, **settings)
+
+
+def assert_same(one: Statistics, other: Statistics, **tolerance) -> None:
+    torch.testing.assert_close(one.moments, other.moments, **tolerance)
+    torch.testing.assert_close(one.fisher, other.fisher, **tolerance)
+    assert one.tokens == other.tokens
+
+
+def test_moments_are_the_second_moments_of_what_each_layer_reads(tiny_llama):
+    layers, sites = layers_and_sites(tiny_llama)
+    read = {}
+    handles = [
+        layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: read.update({name: args[0]}))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        tiny_llama(WINDOWS)
+    for handle in handles:
+        handle.remove()
+    found = statistics(tiny_llama, batch=2)
+    assert set(found.moments) == set(sites.values()) and len(found.moments) == 8
+    for layer in layers:
+        x = read[layer.name].flatten(0, 1).double()
+        expected = (x.T @ x / len(x)).float()
+        torch.testing.assert_close(found.moments[sites[layer.name]], expected, rtol=1e-4, atol=1e-7)
+        norm = x.square().mean(0).sqrt().float()
+        torch.testing.assert_close(found.norm(sites[layer.name]), norm, rtol=1e-4, atol=1e-6)
+
+
+def test_fisher_is_the_mean_square_of_the_output_gradient_of_each_token(tiny_llama):
+    """Differentiate by a zero that is added to one layer's output, one window at a time."""
+    layers, _ = layers_and_sites(tiny_llama)
+    found = statistics(tiny_llama, batch=2)
+    assert found.tokens == 5 * 11
+    for layer in layers:
+        total = torch.zeros(len(layer.weight))
+        for window in WINDOWS:
+            nudge = torch.zeros(1, len(window), len(layer.weight), requires_grad=True)
+            handle = layer.module.register_forward_hook(lambda _, __, output, nudge=nudge: output + nudge)
+            logits = tiny_llama(window[None]).logits[0, :-1]
+            handle.remove()
+            terms = F.cross_entropy(logits, window[1:], reduction="none")
+            (gradient,) = torch.autograd.grad(terms.sum(), nudge)
+            total += gradient[0].square().sum(0)
+        torch.testing.assert_close(found.fisher[layer.name], total / (5 * 11), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5])
+def test_the_batch_size_changes_nothing(tiny_llama, batch):
+    assert_same(statistics(tiny_llama), statistics(tiny_llama, batch=batch), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("memory", [1, 8 * 2 * 32**2, 8 * 64**2])
+def test_a_memory_limit_gives_the_same_statistics_in_several_passes(tiny_llama, memory, caplog):
+    caplog.set_level("INFO", "permprune")
+    limited = statistics(tiny_llama, memory=memory)
+    passes = {1: 8, 8 * 2 * 32**2: 6, 8 * 64**2: 4}[memory]
+    assert f"calibration needs {passes} passes" in caplog.text
+    assert_same(limited, statistics(tiny_llama), rtol=1e-5, atol=1e-8)
+
+
+def test_bf16_activations_give_nearly_the_same_fp32_statistics(tiny_llama):
+    coarse, fine = statistics(tiny_llama, torch.bfloat16), statistics(tiny_llama)
+    for site, matrix in coarse.moments.items():
+        assert matrix.dtype == torch.float32
+        assert 0 < (matrix - fine.moments[site]).norm() < 0.05 * fine.moments[site].norm()
+    for layer, diagonal in coarse.fisher.items():
+        assert diagonal.dtype == torch.float32
+        assert (diagonal - fine.fisher[layer]).norm() < 0.1 * fine.fisher[layer].norm()
+
+
+def test_leaves_the_model_as_it_was(tiny_llama):
+    tiny_llama.train()
+    tiny_llama.lm_head.weight.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in tiny_llama.named_parameters()}
+    wanted = {name: p.requires_grad for name, p in tiny_llama.named_parameters()}
+    statistics(tiny_llama)
+    assert tiny_llama.training
+    assert {name: p.requires_grad for name, p in tiny_llama.named_parameters()} == wanted
+    for name, parameter in tiny_llama.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.grad is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in tiny_llama.modules())
+
+
+def test_frozen_puts_things_back_after_an_error(tiny_llama):
+    tiny_llama.train()
+    with pytest.raises(KeyError), frozen(tiny_llama):
+        assert not tiny_llama.training and not any(p.requires_grad for p in tiny_llama.parameters())
+        raise KeyError
+    assert tiny_llama.training and all(p.requires_grad for p in tiny_llama.parameters())
+
+
+def test_output_fisher_adds_up_over_backward_passes(tiny_llama):
+    layers, _ = layers_and_sites(tiny_llama)
+    sums = {layer.name: torch.zeros(len(layer.weight)) for layer in layers}
+    with output_fisher(layers, sums):
+        for window in WINDOWS.split(2):
+            next_token(tiny_llama, window)[0].backward()
+    expected = statistics(tiny_llama).fisher
+    for name, total in sums.items():
+        torch.testing.assert_close(total / (5 * 11), expected[name], rtol=1e-4, atol=1e-9)
+
+
+def test_refuses_a_loss_that_is_not_finite(tiny_llama):
+    tiny_llama.model.embed_tokens.weight.data[WINDOWS[0, 0]] = float("nan")
+    with pytest.raises(PermpruneError, match="loss on the calibration data is not finite"):
+        statistics(tiny_llama)
+
+
+def test_refuses_activations_whose_squares_overflow(tiny_llama):
+    mlp = tiny_llama.model.layers[0].mlp
+    mlp.up_proj.weight.data *= 1e25
+    mlp.down_proj.weight.data.zero_()
+    with pytest.raises(PermpruneError, match=r"activations at 0\.mlp\.down_proj overflow"):
+        statistics(tiny_llama)
+
+
+def test_refuses_gradients_whose_squares_overflow(tiny_llama):
+    mlp = tiny_llama.model.layers[0].mlp
+    mlp.up_proj.weight.data *= 1e-25
+    mlp.down_proj.weight.data *= 1e25
+    with pytest.raises(PermpruneError, match=r"gradients at model\.layers\.0\.mlp\.up_proj overflow"):
+        statistics(tiny_llama)

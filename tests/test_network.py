@@ -1,0 +1,74 @@
+"""The masked model, its losses and its gradients."""
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune.losses import next_token
+from permprune.permuters import Random
+from permprune.pipeline import Prepared, Settings, prepare
+
+WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
+    return prepare(tiny_llama, None, Settings(precision="fp32", measured=4, held_out=2), WINDOWS)
+
+
+def test_weights_are_dense_times_mask_and_the_dense_ones_come_back(prepared: Prepared) -> None:
+    network = prepared.network
+    with network.dense_weights():
+        assert all(torch.equal(layer.weight, network.dense[name]) for name, layer in network.layers.items())
+    for name, layer in network.layers.items():
+        assert torch.equal(layer.weight, network.dense[name] * network.masks[name])
+
+
+def test_masks_are_the_pattern_in_the_chosen_order(prepared: Prepared) -> None:
+    network = prepared.network
+    Random().solve(network, prepared.run)
+    for problem in network.problems:
+        order = network.orders[problem.name]
+        for part in problem.parts:
+            stored = network.masks[part.layer][:, part.columns[order]]
+            assert torch.equal(stored, network.pattern.mask(network.scores[part.layer][:, part.columns[order]]))
+
+
+def test_orders_set_one_after_the_other_leave_no_trace(prepared: Prepared) -> None:
+    network = prepared.network
+    before = {name: mask.clone() for name, mask in network.masks.items()}
+    Random().solve(network, prepared.run)
+    assert any(not torch.equal(before[name], mask) for name, mask in network.masks.items())
+    network.set_orders(network.identity())
+    assert all(torch.equal(before[name], mask) for name, mask in network.masks.items())
+
+
+def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
+    network = prepared.network
+    found = network.gradients(WINDOWS[:6])
+    for layer in network.layers.values():
+        layer.module.weight.requires_grad_(True)
+    total, count = next_token(network.model, WINDOWS[:6])
+    (total / count).backward()
+    assert found.loss == pytest.approx(float(total.detach()) / count, rel=1e-5)
+    assert found.count == count
+    for name, layer in network.layers.items():
+        torch.testing.assert_close(found.weight[name], layer.module.weight.grad, rtol=1e-4, atol=1e-7)
+    assert found.loss == pytest.approx(network.loss(WINDOWS[:6]), rel=1e-5)
+
+
+def test_distillation_adds_the_distance_of_block_outputs(prepared: Prepared) -> None:
+    network = prepared.network
+    plain, distilled = network.gradients(WINDOWS[:4]), network.gradients(WINDOWS[:4], distillation=1.0)
+    assert distilled.loss > plain.loss
+    for mask in network.masks.values():
+        mask.fill_(True)  # the dense network, whose distance is nothing
+    with network.dense_weights():
+        pass
+    assert network.gradients(WINDOWS[:4], 1.0).loss == pytest.approx(network.gradients(WINDOWS[:4]).loss, rel=1e-6)
+
+
+def test_measures_compare_with_the_natural_order(prepared: Prepared) -> None:
+    natural = prepared.network.measures()
+    assert all(row["kept"] == row["kept_none"] and row["error"] == row["error_none"] for row in natural)
+    assert all(0.5 < row["kept"] < 1 and 0 < row["error"] < 1 for row in natural)

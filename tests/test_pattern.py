@@ -1,0 +1,95 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from permprune.errors import PermpruneError
+from permprune.pattern import Pattern
+
+patterns = st.integers(2, 12).flatmap(lambda m: st.builds(Pattern, st.integers(1, m - 1), st.just(m)))
+
+
+@st.composite
+def scores(draw):
+    """A pattern and scores of (rows, groups, m), many of them tied."""
+    pattern = draw(patterns)
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 4)), pattern.m)
+    values = st.one_of(st.integers(-2, 2).map(float), st.floats(width=32, allow_nan=False))
+    return pattern, torch.from_numpy(draw(arrays.arrays("float32", shape, elements=values)))
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"), [("2:4", Pattern(2, 4)), (" 4 : 8 ", Pattern(4, 8)), ("1:16", Pattern(1, 16))]
+)
+def test_parse(text, pattern):
+    assert Pattern.parse(text) == pattern
+    assert Pattern.parse(str(pattern)) == pattern
+    assert Pattern.parse(pattern) is pattern
+
+
+@pytest.mark.parametrize(
+    "text", ["", "2", "2:", ":4", "2:4:8", "a:b", "2.0:4", "-2:4", "2-4", "0:4", "4:4", "5:4", "0:0"]
+)
+def test_bad_patterns(text):
+    with pytest.raises(PermpruneError, match=f'"{text}"'):
+        Pattern.parse(text)
+
+
+def test_density():
+    assert Pattern(2, 4).density == 0.5
+
+
+@given(scores())
+def test_mask_keeps_the_n_best_of_each_group(case):
+    pattern, score = case
+    mask = pattern.mask(score.flatten(1)).view_as(score)
+    assert mask.dtype == torch.bool
+    assert (mask.sum(-1) == pattern.n).all()
+    least_kept = score.masked_fill(~mask, torch.inf).amin(-1)
+    best_dropped = score.masked_fill(mask, -torch.inf).amax(-1)
+    assert (least_kept >= best_dropped).all()
+
+
+@given(scores())
+def test_ties_go_to_the_earlier_weight(case):
+    pattern, score = case
+    expected = torch.zeros_like(score, dtype=torch.bool)
+    for row in range(score.shape[0]):
+        for group in range(score.shape[1]):
+            ranked = sorted(range(pattern.m), key=lambda i: (-score[row, group, i].item(), i))
+            expected[row, group, ranked[: pattern.n]] = True
+    assert torch.equal(pattern.mask(score.flatten(1)), expected.flatten(1))
+
+
+@given(scores())
+def test_masked_weights_hold_the_pattern(case):
+    pattern, score = case
+    weight = torch.ones_like(score).flatten(1)
+    assert pattern.holds(weight * pattern.mask(score.flatten(1)))
+    assert not pattern.holds(weight)
+
+
+def test_mask_of_any_leading_shape():
+    score = torch.rand(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    mask = Pattern(2, 4).mask(score)
+    assert torch.equal(mask, torch.stack([Pattern(2, 4).mask(row) for row in score]))
+
+
+def test_nan_score():
+    score = torch.ones(2, 8)
+    score[1, 3] = torch.nan
+    with pytest.raises(PermpruneError, match="NaN"):
+        Pattern(2, 4).mask(score)
+
+
+@pytest.mark.parametrize("call", [Pattern(2, 4).mask, Pattern(2, 4).holds])
+def test_width_that_m_does_not_divide(call):
+    with pytest.raises(PermpruneError, match="6 weights, which 4 does not divide"):
+        call(torch.ones(2, 6))
+
+
+def test_width_error_names_the_layer():
+    with pytest.raises(PermpruneError, match=r"^layers\.3\.up has rows of 10"):
+        Pattern(2, 4).require_divisible(10, "layers.3.up")
+    Pattern(2, 4).require_divisible(12, "layers.3.up")

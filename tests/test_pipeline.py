@@ -1,0 +1,184 @@
+"""From a model to a pruned one, and back from disk."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from permprune.commands import Evaluation, _last_logits, prune_to_folder, verify_folder
+from permprune.coupling import discover, fold, verify
+from permprune.data import load_documents, tokenize
+from permprune.errors import PermpruneError
+from permprune.layers import prunable_layers
+from permprune.model_io import GATHERED, load, read_record
+from permprune.pattern import Pattern
+from permprune.permuters import Random
+from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune
+from permprune.resources import peak_memory_mb, reset_peak_memory
+
+WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:4", "8:16"])
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCausalLM, mode: str, pattern: str) -> None:
+    prepared = prepare(tiny_llama, None, Settings(pattern=pattern, mode=mode, precision="fp32"), WINDOWS)
+    solution = Random().solve(prepared.network, prepared.run)
+    masked = _last_logits(tiny_llama, WINDOWS)
+    pruned = finish(prepared, solution)
+    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    for layer in prunable_layers(pruned.model, Pattern.parse(pattern)):
+        assert Pattern.parse(pattern).holds(layer.weight)
+        assert layer.weight.ne(0).float().mean() == pytest.approx(Pattern.parse(pattern).density, abs=0.01)
+
+
+@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "ria"])
+def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> None:
+    dense = copy.deepcopy(tiny_llama)
+    pruned = prune(tiny_llama, permute="none", windows=WINDOWS, saliency=saliency, precision="fp32")
+    for own, before in zip(
+        prunable_layers(pruned.model, Pattern(2, 4)), prunable_layers(dense, Pattern(2, 4)), strict=True
+    ):
+        kept = own.weight.ne(0)
+        assert torch.equal(own.weight[kept], before.weight[kept])  # masks only: what is kept is unchanged
+
+
+def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
+    before = tiny_llama.model.layers[0].mlp.down_proj.weight.clone()
+    prune(tiny_llama, permute="none", windows=WINDOWS, precision="fp32", exclude=("*.0.mlp.down_proj",))
+    assert torch.equal(tiny_llama.model.layers[0].mlp.down_proj.weight, before)
+
+
+@pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])
+def test_windows_are_shared_out(total: int, measured: int, held_out: int) -> None:
+    parts = _divide(torch.arange(total)[:, None], Settings())
+    assert [len(part) for part in parts] == [measured, held_out, total - measured - held_out]
+    assert torch.equal(torch.cat(parts)[:, 0], torch.arange(total))
+
+
+def test_too_little_text_is_refused() -> None:
+    with pytest.raises(PermpruneError, match="3 are the least"):
+        _divide(torch.zeros(2, 16), Settings())
+
+
+def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
+    tiny_llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(PermpruneError, match=r"layers\.1\.mlp\.up_proj holds NaN"):
+        prune(tiny_llama, windows=WINDOWS)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mode": "both"}, {"precision": "int8"}, {"saliency": "luck"}, {"pattern": "4:2"}]
+)
+def test_unknown_settings_are_refused(tiny_llama: LlamaForCausalLM, settings: dict[str, str]) -> None:
+    with pytest.raises(PermpruneError):
+        prune(tiny_llama, windows=WINDOWS, **settings)
+
+
+def test_without_tokenizer_or_windows_there_is_no_calibration(tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(PermpruneError, match="token windows"):
+        prune(tiny_llama)
+
+
+def test_gap_closed() -> None:
+    assert gap_closed(100.0, 10.0, 1000.0) == pytest.approx(0.5)
+    assert gap_closed(1000.0, 10.0, 1000.0) == 0
+    assert gap_closed(10.0, 10.0, 10.0) is None
+
+
+def test_peak_memory_sees_what_was_allocated() -> None:
+    reset_peak_memory()
+    before = peak_memory_mb()
+    block = torch.ones(64, 2**20)
+    assert peak_memory_mb() > before + 200
+    assert block[0, 0] == 1
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_written_folder_loads_and_proves_itself(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_text: Path,
+    tmp_path: Path,
+    mode: str,
+    dtype: torch.dtype,
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_llama.to(dtype).save_pretrained(source)
+    tiny_tokenizer.save_pretrained(source)
+    settings = Settings(mode=mode, calibration=str(tiny_text), length=16, samples=24)
+    prune_to_folder(str(source), out, "random", settings, Evaluation(str(tiny_text), 4, 16))
+    assert verify_folder(out)["layers"] == 14
+    model = load(out)
+    assert model.dtype == dtype
+    plain = out / "model.safetensors"
+    if mode == "fold":
+        ids = WINDOWS[:2]
+        again = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
+        assert torch.equal(_last_logits(again, ids), _last_logits(model, ids))
+        assert plain.exists() and not read_record(out)["gathers"]
+    else:
+        assert (out / GATHERED).exists() and not plain.exists()
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_folder_whose_weights_were_touched_fails_verification(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(calibration=str(tiny_text), length=16, samples=24)
+    out = tmp_path / "out"
+    prune_to_folder(str(tiny_checkpoint), out, "random", settings, Evaluation(str(tiny_text), 4, 16))
+    model = load(out)
+    coupling = discover(model, {"input_ids": WINDOWS[:2]})
+    moved = next(space for space in coupling.spaces if "down_proj" in space.name)
+    weight = model.model.layers[0].mlp.down_proj.weight
+    weight.data[:, [0, 5]] = weight.data[:, [5, 0]]
+    model.save_pretrained(out)
+    with pytest.raises(PermpruneError, match=r"prune the model again|says other than"):
+        verify_folder(out)
+    assert moved.size == 64
+
+
+def test_the_real_model_folds_loads_and_verifies(
+    smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], smollm_folder: Path, tmp_path: Path
+) -> None:
+    """SmolLM2-135M, a random order in every space: plain loading gives the masked model's logits, exactly 2:4."""
+    out = tmp_path / "out"
+    settings = Settings(samples=6, length=64, measured=3, held_out=1)
+    record = prune_to_folder("smollm2-135m", out, "random", settings, Evaluation(None, 2, 64))
+    found = verify_folder(out)
+    assert found["layers"] == 210 and found["difference"] < 1e-4
+    assert record["perplexity"]["none"] > record["perplexity"]["dense"]
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    _, tokenizer = smollm
+    ids = tokenize(load_documents(None, "evaluation"), tokenizer, 32, 2)
+    assert torch.equal(_last_logits(model, ids), _last_logits(load(out), ids))
+    for layer in prunable_layers(model, Pattern(2, 4)):
+        assert Pattern(2, 4).holds(layer.weight)
+
+
+def test_dense_folding_of_the_real_model_changes_nothing(
+    smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
+) -> None:
+    """A few spaces alone, then every discovered space of the real model at once: logits within 1e-4."""
+    model, tokenizer = smollm
+    ids = tokenize(load_documents(None, "evaluation"), tokenizer, 16, 2)
+    spaces = discover(model, {"input_ids": ids}).spaces
+    assert [sum(space.name.endswith(end) for space in spaces) for end in (".down_proj.input", ".o_proj.input")] == [
+        30,
+        30,
+    ]
+    for space in [space for space in spaces if ".7." in space.name or space.name.endswith("residual")]:
+        assert verify(model, space, {"input_ids": ids}) < 1e-4
+    before, generator = _last_logits(model, ids), torch.Generator().manual_seed(0)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for space in spaces:
+        table = torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
+        fold(model, space, table)
+    after = _last_logits(model, ids)
+    model.load_state_dict(state)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
