@@ -23,6 +23,9 @@ from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.problem import Problem
 
+BLOCK = 2**17
+"""Elements of a matrix that are worked on at a time."""
+
 
 @dataclass
 class Bundle:
@@ -126,7 +129,7 @@ class QuadraticModel:
         """
         gain = cost[torch.arange(len(at)), target]
         cycle = cycles(target)
-        total = torch.zeros(len(at)).index_add_(0, cycle, gain)
+        total = gain.new_zeros(len(at)).index_add_(0, cycle, gain)
         ranked = total.argsort()
         ranked = ranked[total[ranked] < -1e-12]
         while len(ranked):
@@ -162,11 +165,7 @@ class QuadraticModel:
             .gather(1, rank.indices[:, n - 1 : n])
             .squeeze(1)
         )
-        own, score = self._prune_cost(bundle, free), bundle.score[free]
-        cost = torch.empty(count, count)
-        for c in range(count):
-            cost[c] = torch.where(score[c] > threshold, rival, own[c]).sum(1)
-        return cost
+        return _place(bundle.score[free], self._prune_cost(bundle, free), threshold, rival)
 
     def _prune_cost(self, bundle: Bundle, channels: Tensor) -> Tensor:
         """The modelled loss of each weight pruned less that of the same weight kept, (k, rows)."""
@@ -199,6 +198,24 @@ class QuadraticModel:
         for bundle, move in zip(self.bundles, moves, strict=True):
             bundle.error[channels] += move
             bundle.slope += self.damping * (bundle.moments[:, channels] @ move)
+
+
+def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
+    """Sum over rows r of rival[g, r] where score[c, r] > threshold[g, r] and own[c, r] elsewhere: (c, g).
+
+    All four are (k, rows). Rows go in blocks that stay in the processor's cache, and masks are multiplied in, which is
+    several times faster than a selection.
+    """
+    cost = own.sum(1, keepdim=True).repeat(1, len(threshold))
+    rows = max(1, BLOCK // len(threshold))
+    for block in zip(*(x.split(rows, 1) for x in (score, own, threshold, rival)), strict=True):
+        scores, owns, limits, rivals = (x.contiguous() for x in block)
+        kept, difference = torch.empty_like(limits, dtype=torch.bool), torch.empty_like(rivals)
+        for c in range(len(cost)):
+            torch.gt(scores[c], limits, out=kept)
+            torch.sub(rivals, owns[c], out=difference)
+            cost[c] += difference.mul_(kept).sum(1)
+    return cost
 
 
 def deal_and_assign(network: PrunedNetwork, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
