@@ -54,11 +54,11 @@ def calibrate(
     if len(passes) > 1:
         log.info("calibration needs %d passes to stay within the memory limit", len(passes))
     moments: dict[str, Tensor] = {}
-    fisher = {layer.name: torch.zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
+    fisher = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
     tokens = 0
     for number, group in enumerate(passes):
         sums = {
-            site: torch.zeros(layer.weight.shape[1], layer.weight.shape[1], dtype=torch.float64)
+            site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64)
             for site, layer in group.items()
         }
         seen = dict.fromkeys(group, 0)

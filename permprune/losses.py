@@ -49,5 +49,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     """The activation type in which this device multiplies fastest without loss scaling: bf16 or fp32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    probe = getattr(torch.cpu, "get_capabilities", dict)  # newer releases of torch
+    capabilities: dict[str, object] = probe() if device.type == "cpu" else {}
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32

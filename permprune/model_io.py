@@ -23,7 +23,7 @@ GATHERED = "gathered.safetensors"
 
 
 def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """A causal language model in fp32 with its tokenizer, and the type in which its checkpoint is stored.
+    """A causal language model in fp32 (on the GPU if there is one), its tokenizer, and the type it is stored in.
 
     `name` is a zoo name, a folder (one that permprune wrote included) or a hub id. Raises `PermpruneError` when it
     does not load.
@@ -39,7 +39,8 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tor
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(f"{name} does not load as a causal language model: {reason}") from error
     stored = model.dtype
-    return model.float().eval(), tokenizer, stored
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.float().to(device).eval(), tokenizer, stored
 
 
 def load(folder: str | Path) -> PreTrainedModel:

@@ -116,7 +116,7 @@ class PrunedNetwork:
         parts = windows.split(self.batch)
         taught = self._dense_outputs(parts) if distillation else [None] * len(parts)
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
-        fisher = {name: torch.zeros(len(layer.weight)) for name, layer in self.layers.items()}
+        fisher = {name: layer.weight.new_zeros(len(layer.weight)) for name, layer in self.layers.items()}
         total, count = 0.0, 0
         with frozen(self.model), output_fisher(list(self.layers.values()), fisher):
             for weight in weights.values():

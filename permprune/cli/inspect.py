@@ -23,7 +23,7 @@ def inspect(
 ) -> None:
     """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
     network, _, _ = read_model(model)
-    example = {"input_ids": torch.arange(1, 33).view(2, 16)}
+    example = {"input_ids": torch.arange(1, 33, device=network.device).view(2, 16)}
     kinds: dict[tuple[str, ...], list[float]] = {}
     for space in discover(network, example).spaces:
         name = space.name if each else re.sub(r"\d+", "*", space.name)

@@ -26,7 +26,8 @@ class Learned(TrustRegion):
     """
 
     name: ClassVar[str] = "learned"
-    distillation: float = 0.0
+    rounds: int = 10
+    distillation: float = 1e-5
     parts: int = 4
     steps: int = 4
     decay: float = 0.5

@@ -100,7 +100,7 @@ class QuadraticModel:
         left, right = channels[at, i].clone(), channels[at, m + j].clone()
         channels[at, i], channels[at, m + j] = right, left
         moves = [self._move(bundle, channels) for bundle in self.bundles]
-        gain = self._gain(channels, moves)
+        gain = self._gain(channels, moves).cpu()
         better = gain < -1e-12
         if better.any():
             self.groups = self.groups.index_put((pairs[better],), channels[better].view(-1, 2, m))
@@ -119,7 +119,7 @@ class QuadraticModel:
         row: the counterfactual gradient of a permutation matrix.
         """
         cost = torch.stack([self._bundle_cost(bundle, at, slots) for bundle in self.bundles]).sum(0)
-        return cost - cost.diagonal()[:, None]
+        return (cost - cost.diagonal()[:, None]).cpu()
 
     def move(self, at: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
         """Send the free channel of each group at[i] to group at[target[i]], as far as the model falls.
@@ -178,7 +178,7 @@ class QuadraticModel:
         """dE (sets, k, rows) if the channels (sets, k) stood in groups of m in the given order."""
         flat = channels.flatten()
         keep = self.pattern.mask_groups(bundle.score[flat].view(-1, self.pattern.m, bundle.score.shape[1]), dim=1)
-        after = bundle.weight[flat].masked_fill_(keep.flatten(0, 1), 0.0)
+        after = bundle.weight[flat].mul_(keep.logical_not_().flatten(0, 1))
         return after.sub_(bundle.error[flat]).view(*channels.shape, -1)
 
     def _gain(self, channels: Tensor, moves: list[Tensor]) -> Tensor:
@@ -228,10 +228,10 @@ def deal_and_assign(network: PrunedNetwork, problem: Problem, fisher: dict[str, 
     if fisher is not None:
         rows = [row * fisher[part.layer].sqrt()[:, None] for row, part in zip(rows, problem.parts, strict=True)]
     energy = torch.cat(rows).square().T.contiguous()
-    no_curvature = torch.zeros(()).expand(problem.size, problem.size)
+    no_curvature = energy.new_zeros(()).expand(problem.size, problem.size)
     bundle = Bundle(energy, energy, no_curvature, torch.ones_like(energy), torch.zeros_like(energy))
     model = QuadraticModel([bundle], problem.identity(), network.pattern, damping=0.0)
-    hands = energy.sum(1).argsort(descending=True, stable=True).view(network.pattern.m, -1).clone()
+    hands = energy.sum(1).argsort(descending=True, stable=True).cpu().view(network.pattern.m, -1).clone()
     hands[1::2] = hands[1::2].flip(1)
     model.deal(hands.T)
     at = torch.arange(len(model.groups))
