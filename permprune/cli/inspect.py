@@ -14,6 +14,9 @@ from permprune.coupling import ChannelSpace, discover
 from permprune.coupling import verify as prove
 from permprune.model_io import read_model
 
+TEXT = "The order of the channels decides which of the weights survive, and a dense model does not feel it at all."
+"""What the model is traced and proven on."""
+
 
 @cli.command
 def inspect(
@@ -22,8 +25,10 @@ def inspect(
     each: Annotated[bool, typer.Option("--each", help="a row for every space, not for every kind")] = False,
 ) -> None:
     """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
-    network, _, _ = read_model(model)
-    example = {"input_ids": torch.arange(1, 33, device=network.device).view(2, 16)}
+    network, tokenizer, _ = read_model(model)
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    half = len(ids) // 2
+    example = {"input_ids": torch.tensor([ids[:half], ids[half : 2 * half]], device=network.device)}
     kinds: dict[tuple[str, ...], list[float]] = {}
     for space in discover(network, example).spaces:
         name = space.name if each else re.sub(r"\d+", "*", space.name)
