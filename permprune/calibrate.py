@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.layers import Layer
-from permprune.losses import Loss
+from permprune.losses import Task
 from permprune.progress import log, track
 
 
@@ -38,7 +38,7 @@ def calibrate(
     layers: list[Layer],
     sites: dict[str, str],
     windows: Tensor,
-    loss: Loss,
+    task: Task,
     dtype: torch.dtype,
     batch: int = 4,
     memory: int | None = None,
@@ -69,14 +69,15 @@ def calibrate(
                     torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
                     torch.set_grad_enabled(first),
                 ):
-                    total, count = loss(model, part)
+                    said = task(model, part)
+                    total = said.loss
                 if not torch.isfinite(total):
                     raise PermpruneError(
                         "the loss on the calibration data is not finite: check the checkpoint and the data"
                     )
                 if first:
                     total.backward()
-                    tokens += count
+                    tokens += len(said.labels)
         moments |= {site: (sums.pop(site) / seen[site]).float() for site in group}
     for site, matrix in moments.items():
         if not torch.isfinite(matrix).all():

@@ -1,9 +1,10 @@
-"""What a batch costs: the task losses and the distillation losses the searches minimise."""
+"""What a batch costs: the task's own loss, and the distances to the dense model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +12,82 @@ from torch import Tensor, nn
 
 from permprune.layers import blocks
 
-Loss = Callable[[nn.Module, Tensor], tuple[Tensor, int]]
-"""(model, batch) -> (summed loss with its graph, number of terms summed)."""
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of a batch: `logits` (terms, classes) with their graph, and the right `labels` (terms,)."""
+
+    logits: Tensor
+    labels: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """Cross-entropy, summed over the terms."""
+        return F.cross_entropy(self.logits.float(), self.labels, reduction="sum")
 
 
-def next_token(model: nn.Module, ids: Tensor) -> tuple[Tensor, int]:
-    """Cross-entropy of each next token of `ids` (batch, length), summed over batch * (length - 1) tokens."""
+Task = Callable[[nn.Module, Tensor], Predictions]
+"""(model, batch) -> predictions."""
+
+
+def next_token(model: nn.Module, ids: Tensor) -> Predictions:
+    """Each next token of `ids` (batch, length): batch * (length - 1) terms."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    targets = ids[:, 1:]
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-    return loss, targets.numel()
+    return Predictions(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the dense model said of a batch, on the CPU: fp16 log-probabilities (terms, classes), block outputs."""
+
+    log_probabilities: Tensor | None
+    outputs: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum of losses; each is summed over the terms of a batch.
+
+    `task`: cross-entropy of the labels. `divergence`: KL divergence from the dense model's predictions, which has the
+    same gradient in the mean but none of the noise of single labels. `distillation`: Smooth-L1 distance of every
+    block's output to the dense model's, summed over channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss").
+    `cosine`: 1 - the cosine of the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss").
+    """
+
+    task: float = 1.0
+    divergence: float = 0.0
+    distillation: float = 0.0
+    cosine: float = 0.0
+
+    @property
+    def taught(self) -> bool:
+        """Whether the dense model has to be asked."""
+        return bool(self.divergence or self.distillation or self.cosine)
+
+    def teach(self, model: nn.Module, batch: Tensor, task: Task) -> Taught:
+        """Ask the dense model, which `model` must show."""
+        with block_outputs(model) as outputs:
+            said = task(model, batch).logits
+        kept = outputs if self.distillation else outputs[-1:] if self.cosine else []
+        log_probabilities = said.float().log_softmax(-1).half().cpu() if self.divergence else None
+        return Taught(log_probabilities, [output.cpu() for output in kept])
+
+    def __call__(self, model: nn.Module, batch: Tensor, task: Task, taught: Taught | None) -> tuple[Tensor, int]:
+        """(loss with its graph, number of terms); `taught` is what `teach` gave for this batch."""
+        with block_outputs(model) as outputs:
+            said = task(model, batch)
+        losses = [self.task * said.loss] if self.task else []
+        if taught is not None and taught.log_probabilities is not None:
+            dense = taught.log_probabilities.to(said.logits.device).float().log_softmax(-1)  # mends the rounding
+            losses.append(
+                self.divergence * F.kl_div(said.logits.float().log_softmax(-1), dense, reduction="sum", log_target=True)
+            )
+        if taught is not None and self.distillation:
+            losses.append(self.distillation * _distance(outputs, taught.outputs))
+        if taught is not None and self.cosine:
+            own, dense = outputs[-1].float(), taught.outputs[-1].to(outputs[-1].device).float()
+            losses.append(self.cosine * (1 - F.cosine_similarity(own, dense, dim=-1)).sum())
+        return torch.stack(losses).sum(), len(said.labels)
 
 
 @contextmanager
@@ -39,10 +106,11 @@ def block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def layer_distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
-    """Layer-wise distillation: the Smooth-L1 distances of block outputs to the dense model's, summed."""
+def _distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     pairs = zip(outputs, dense, strict=True)
-    return torch.stack([F.smooth_l1_loss(own.float(), taught.float(), reduction="sum") for own, taught in pairs]).sum()
+    return torch.stack(
+        [F.smooth_l1_loss(own.float(), taught.to(own.device).float(), reduction="sum") for own, taught in pairs]
+    ).sum()
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from permprune.calibrate import Statistics, frozen, output_fisher
 from permprune.errors import PermpruneError
 from permprune.layers import Layer
-from permprune.losses import Loss, block_outputs, layer_distance
+from permprune.losses import Objective, Task, Taught
 from permprune.pattern import Pattern
 from permprune.problem import Orders, Problem
 from permprune.saliency import Saliency
@@ -50,13 +50,13 @@ class PrunedNetwork:
         statistics: Statistics,
         saliency: Saliency,
         pattern: Pattern,
-        loss: Loss,
+        task: Task,
         dtype: torch.dtype = torch.float32,
         batch: int = 4,
     ) -> None:
         self.model, self.problems, self.statistics, self.pattern = model, problems, statistics, pattern
         self.layers = {layer.name: layer for layer in layers}
-        self.loss_function, self.dtype, self.batch = loss, dtype, batch
+        self.task, self.dtype, self.batch = task, dtype, batch
         self.dense = {layer.name: layer.weight.clone() for layer in layers}
         self.sites = sites
         self.scores = {name: saliency.score(self.dense[name], statistics.norm(site)) for name, site in sites.items()}
@@ -94,38 +94,39 @@ class PrunedNetwork:
         try:
             yield
         finally:
-            self._show(self.layers)
+            self.restore()
+
+    def restore(self) -> None:
+        """Show the weights of the present masks again, whatever was written into the layers."""
+        self._show(self.layers)
 
     @torch.inference_mode()
-    def loss(self, windows: Tensor) -> float:
-        """Mean loss over `windows` (count, length) at the present masks."""
+    def loss(self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None) -> float:
+        """Mean loss over `windows` (count, length) at the present masks; `taught` is what `teach` gave for them."""
         total, count = 0.0, 0
         with frozen(self.model):
-            for part in windows.split(self.batch):
+            for part, answers in self._parts(windows, objective, taught):
                 with self._autocast(part):
-                    value, terms = self.loss_function(self.model, part)
+                    value, terms = objective(self.model, part, self.task, answers)
                 total, count = total + float(value), count + terms
         return total / count
 
-    def gradients(self, windows: Tensor, distillation: float = 0.0) -> Gradients:
-        """Gradients of the mean loss over `windows` (count, length) at the present masks.
+    def gradients(self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None) -> Gradients:
+        """Gradients of the mean loss over `windows` (count, length) at the weights shown.
 
-        With `distillation` the loss also has that multiple of the Smooth-L1 distance of every block's output to the
-        dense model's, summed over channels and blocks (Li et al. 2026, "loss").
+        `taught` is what `teach` gave for them; without it the dense model is asked, after which the network shows the
+        weights of its masks.
         """
-        parts = windows.split(self.batch)
-        taught = self._dense_outputs(parts) if distillation else [None] * len(parts)
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
         fisher = {name: layer.weight.new_zeros(len(layer.weight)) for name, layer in self.layers.items()}
         total, count = 0.0, 0
+        parts = self._parts(windows, objective, taught)
         with frozen(self.model), output_fisher(list(self.layers.values()), fisher):
             for weight in weights.values():
                 weight.requires_grad_(True)
-            for part, teacher in zip(parts, taught, strict=True):
-                with self._autocast(part), block_outputs(self.model) as outputs:
-                    value, terms = self.loss_function(self.model, part)
-                if teacher is not None:
-                    value = value + distillation * layer_distance(outputs, teacher)
+            for part, answers in parts:
+                with self._autocast(part):
+                    value, terms = objective(self.model, part, self.task, answers)
                 value.backward()
                 total, count = total + float(value.detach()), count + terms
         found = {}
@@ -157,14 +158,23 @@ class PrunedNetwork:
         return found
 
     @torch.no_grad()
-    def _dense_outputs(self, parts: Sequence[Tensor]) -> list[list[Tensor]]:
-        taught = []
+    def teach(self, windows: Tensor, objective: Objective) -> list[Taught] | None:
+        """What the dense model says of `windows` (count, length), batch by batch; None where nothing is asked."""
+        if not objective.taught:
+            return None
+        answers = []
         with frozen(self.model), self.dense_weights():
-            for part in parts:
-                with self._autocast(part), block_outputs(self.model) as outputs:
-                    self.loss_function(self.model, part)
-                taught.append(outputs)
-        return taught
+            for part in windows.split(self.batch):
+                with self._autocast(part):
+                    answers.append(objective.teach(self.model, part, self.task))
+        return answers
+
+    def _parts(
+        self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None
+    ) -> Sequence[tuple[Tensor, Taught | None]]:
+        parts = windows.split(self.batch)
+        answers: Sequence[Taught | None] = taught or self.teach(windows, objective) or [None] * len(parts)
+        return list(zip(parts, answers, strict=True))
 
     def _autocast(self, part: Tensor) -> torch.autocast:
         return torch.autocast(part.device.type, self.dtype, enabled=self.dtype != torch.float32)

@@ -130,7 +130,7 @@ def test_output_fisher_adds_up_over_backward_passes(tiny_llama):
     sums = {layer.name: torch.zeros(len(layer.weight)) for layer in layers}
     with output_fisher(layers, sums):
         for window in WINDOWS.split(2):
-            next_token(tiny_llama, window)[0].backward()
+            next_token(tiny_llama, window).loss.backward()
     expected = statistics(tiny_llama).fisher
     for name, total in sums.items():
         torch.testing.assert_close(total / (5 * 11), expected[name], rtol=1e-4, atol=1e-9)

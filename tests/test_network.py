@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from permprune.losses import next_token
+from permprune.losses import Objective, next_token
 from permprune.permuters import Random
 from permprune.pipeline import Prepared, Settings, prepare
 
@@ -45,27 +45,43 @@ def test_orders_set_one_after_the_other_leave_no_trace(prepared: Prepared) -> No
 
 def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
     network = prepared.network
-    found = network.gradients(WINDOWS[:6])
+    found = network.gradients(WINDOWS[:6], Objective())
     for layer in network.layers.values():
         layer.module.weight.requires_grad_(True)
-    total, count = next_token(network.model, WINDOWS[:6])
+    said = next_token(network.model, WINDOWS[:6])
+    total, count = said.loss, len(said.labels)
     (total / count).backward()
     assert found.loss == pytest.approx(float(total.detach()) / count, rel=1e-5)
     assert found.count == count
     for name, layer in network.layers.items():
         torch.testing.assert_close(found.weight[name], layer.module.weight.grad, rtol=1e-4, atol=1e-7)
-    assert found.loss == pytest.approx(network.loss(WINDOWS[:6]), rel=1e-5)
+    assert found.loss == pytest.approx(network.loss(WINDOWS[:6], Objective()), rel=1e-5)
 
 
-def test_distillation_adds_the_distance_of_block_outputs(prepared: Prepared) -> None:
+@pytest.mark.parametrize(
+    "objective", [Objective(0, divergence=1.0), Objective(0, distillation=1.0), Objective(0, cosine=1.0)]
+)
+def test_distances_to_the_dense_model_vanish_there_alone(prepared: Prepared, objective: Objective) -> None:
     network = prepared.network
-    plain, distilled = network.gradients(WINDOWS[:4]), network.gradients(WINDOWS[:4], distillation=1.0)
-    assert distilled.loss > plain.loss
+    found = network.gradients(WINDOWS[:4], objective)
+    assert found.loss > 1e-4
+    assert found.loss == pytest.approx(network.loss(WINDOWS[:4], objective), rel=1e-5)
+    assert found.loss == pytest.approx(
+        network.loss(WINDOWS[:4], objective, network.teach(WINDOWS[:4], objective)), rel=1e-5
+    )
     for mask in network.masks.values():
-        mask.fill_(True)  # the dense network, whose distance is nothing
+        mask.fill_(True)  # the dense network
     with network.dense_weights():
         pass
-    assert network.gradients(WINDOWS[:4], 1.0).loss == pytest.approx(network.gradients(WINDOWS[:4]).loss, rel=1e-6)
+    assert network.loss(WINDOWS[:4], objective) < 1e-2 * found.loss
+
+
+def test_an_objective_is_the_weighted_sum_of_its_losses(prepared: Prepared) -> None:
+    network = prepared.network
+    parts = [Objective(), Objective(0, divergence=1.0), Objective(0, distillation=1.0), Objective(0, cosine=1.0)]
+    losses = [network.loss(WINDOWS[:4], part) for part in parts]
+    whole = network.loss(WINDOWS[:4], Objective(1.0, 2.0, 3.0, 4.0))
+    assert whole == pytest.approx(losses[0] + 2 * losses[1] + 3 * losses[2] + 4 * losses[3], rel=1e-5)
 
 
 def test_measures_compare_with_the_natural_order(prepared: Prepared) -> None:

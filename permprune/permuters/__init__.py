@@ -5,11 +5,14 @@ from permprune.permuters.base import CurvePoint, LocalPermuter, Permuter, Run, S
 from permprune.permuters.identity import Identity, Random
 from permprune.permuters.learned import Learned
 from permprune.permuters.newton import Newton
+from permprune.permuters.paper import LearnedPaper
+from permprune.permuters.permllm import PermLLM
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 
 PERMUTERS: dict[str, type[Permuter]] = {
-    method.name: method for method in (Identity, Random, RIAPermuter, Reconstruction, Newton, Learned)
+    method.name: method
+    for method in (Identity, Random, RIAPermuter, PermLLM, Reconstruction, LearnedPaper, Learned, Newton)
 }
 
 
@@ -27,8 +30,10 @@ __all__ = [
     "CurvePoint",
     "Identity",
     "Learned",
+    "LearnedPaper",
     "LocalPermuter",
     "Newton",
+    "PermLLM",
     "Permuter",
     "RIAPermuter",
     "Random",

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from permprune.losses import Objective
 from permprune.matching import Geometric, assign, gumbel_noise, sinkhorn
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
@@ -17,7 +18,7 @@ from permprune.permuters.trust_region import TrustRegion
 class Learned(TrustRegion):
     """Learn the cost C of every channel at every position (Li et al. 2026), in the loss's own unit.
 
-    The channels are split in `parts` equal parts with a permutation each. A round makes `steps` passes over the parts;
+    The channels are split in `groups` equal parts with a permutation each. A round makes `steps` passes over the parts;
     a pass frees one slot of every group, where dLoss/dP has a closed form that sees displaced rivals
     (`placement_cost`), and trains C there. In the natural metric of an entropic plan that gradient is the step itself
     (mirror descent), so C <- decay * C + dLoss/dP keeps its scale. The plan P is the Sinkhorn matching of C plus Gumbel
@@ -27,8 +28,8 @@ class Learned(TrustRegion):
 
     name: ClassVar[str] = "learned"
     rounds: int = 10
-    distillation: float = 1e-5
-    parts: int = 4
+    objective: Objective = Objective(distillation=1e-5)
+    groups: int = 4
     steps: int = 4
     decay: float = 0.5
     noise: float = 0.1
@@ -37,7 +38,7 @@ class Learned(TrustRegion):
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor:
         count, m = model.groups.shape
-        parts = self.parts if count % self.parts == 0 and count > self.parts else 1
+        parts = self.groups if count % self.groups == 0 and count > self.groups else 1
         cost = torch.zeros(count * m, count * m // parts) if memory is None else memory.clone()
         for step in range(self.steps):
             slots = torch.randint(m, (count,), generator=generator)

@@ -10,6 +10,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
@@ -51,15 +52,14 @@ class TrustRegion(Permuter):
     When a proposal fails, a random half of its problems is tried, then a quarter; the damping rises when parts had to
     be left out and falls when the model foretold the loss well. Gradients taken at one point are averaged.
 
-    `distillation` adds that multiple of the layer-wise distance to the dense model's block outputs to the loss
-    (Li et al. 2026, "loss"). `start` finds the orders of the first round.
+    `objective` is the loss, `start` finds the orders of the first round.
     """
 
     start: Permuter = Reconstruction()
     rounds: int = 12
     windows: int = 8
     damping: float = 15.0
-    distillation: float = 0.0
+    objective: Objective = Objective()
 
     @abstractmethod
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -69,14 +69,15 @@ class TrustRegion(Permuter):
         """
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        state = self._resume(network, run) or self._begin(network, run)
+        taught = network.teach(run.held_out, self.objective)
+        state = self._resume(network, run) or self._begin(network, run, taught)
         mean: Gradients | None = None  # at the present orders
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(self.name, total=self.rounds, completed=state.round)
             while state.round < self.rounds and not (run.minutes and state.seconds > 60 * run.minutes):
                 started = time.monotonic()
                 mean = self._gradients(network, run, state, mean)
-                mean = None if self._round(network, run, state, mean) else mean
+                mean = None if self._round(network, run, state, mean, taught) else mean
                 state.seconds += time.monotonic() - started
                 self._save(network, run, state)
                 bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
@@ -85,10 +86,12 @@ class TrustRegion(Permuter):
     def _gradients(self, network: PrunedNetwork, run: Run, state: State, mean: Gradients | None) -> Gradients:
         """The mean gradient over this round's windows and those of the rounds refused at the same orders."""
         for number in state.pending if mean is None else []:  # resumed: take them again
-            mean = _average(mean, network.gradients(self._batch(run, number), self.distillation))
-        return _average(mean, network.gradients(self._batch(run, state.round), self.distillation))
+            mean = _average(mean, network.gradients(self._batch(run, number), self.objective))
+        return _average(mean, network.gradients(self._batch(run, state.round), self.objective))
 
-    def _round(self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients) -> bool:
+    def _round(
+        self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
+    ) -> bool:
         before = network.current()
         proposal: Orders = {}
         foretold: dict[str, float] = {}
@@ -105,7 +108,7 @@ class TrustRegion(Permuter):
         while not kept and share >= 0.25:
             moved = names[: max(1, round(share * len(names)))]
             network.set_orders({name: proposal[name] if name in moved else before[name] for name in names})
-            loss = network.loss(run.held_out)
+            loss = network.loss(run.held_out, self.objective, taught)
             kept = loss < state.best - TOLERANCE
             share /= 2
         self._adapt(state, kept, share * 2, (loss - state.best) / min(-1e-12, sum(foretold[name] for name in moved)))
@@ -139,9 +142,9 @@ class TrustRegion(Permuter):
         at = torch.arange(number * self.windows, (number + 1) * self.windows) % len(run.train)
         return run.train[at]
 
-    def _begin(self, network: PrunedNetwork, run: Run) -> State:
+    def _begin(self, network: PrunedNetwork, run: Run, taught: list[Taught] | None) -> State:
         start = self.start.solve(network, run)
-        state = State(0, network.loss(run.held_out), self.damping, [], seconds=start.seconds)
+        state = State(0, network.loss(run.held_out, self.objective, taught), self.damping, [], seconds=start.seconds)
         state.curve.append(CurvePoint(0, state.best, True, state.seconds))
         return state
 

@@ -9,7 +9,8 @@ from transformers import LlamaForCausalLM
 
 from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
-from permprune.permuters import PERMUTERS, Learned, Newton, Permuter, Reconstruction, Solution, permuter
+from permprune.permuters import PERMUTERS, Learned, LearnedPaper, Newton, Permuter, Reconstruction, Solution, permuter
+from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pipeline import Prepared, Settings, prepare
 from permprune.problem import Orders
@@ -23,6 +24,8 @@ def ready(model: LlamaForCausalLM, mode: str = "gather") -> Prepared:
 
 def brief(name: str) -> Permuter:
     method = permuter(name)
+    if isinstance(method, CostMatrixLearner):
+        return dataclasses.replace(method, steps=4, check=2, learning_rate=1.0)
     return dataclasses.replace(method, rounds=3, windows=4) if isinstance(method, TrustRegion) else method
 
 
@@ -41,7 +44,9 @@ def test_orders_are_permutations_and_repeat(tiny_llama: LlamaForCausalLM, name: 
     assert same(first.orders, again.orders)
 
 
-@pytest.mark.parametrize("name", [name for name in PERMUTERS if name not in ("none", "ria", "reconstruction")])
+@pytest.mark.parametrize(
+    "name", [name for name in PERMUTERS if name not in ("none", "ria", "reconstruction", "permllm")]
+)
 def test_another_seed_gives_other_orders(tiny_llama: LlamaForCausalLM, name: str) -> None:
     prepared = ready(tiny_llama)
     first = brief(name).search(prepared.network, prepared.run)
@@ -68,19 +73,26 @@ def test_ria_keeps_more_score_and_reconstruction_leaves_less_error(tiny_llama: L
 def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCausalLM, method: TrustRegion) -> None:
     prepared = ready(tiny_llama)
     method.start.solve(prepared.network, prepared.run)
-    start = prepared.network.loss(prepared.run.held_out)
+    start = prepared.network.loss(prepared.run.held_out, method.objective)
     solution = method.solve(prepared.network, prepared.run)
     assert any(point.kept for point in solution.curve[1:])
-    assert prepared.network.loss(prepared.run.held_out) < start
+    assert prepared.network.loss(prepared.run.held_out, method.objective) < start
     kept = [point.loss for point in solution.curve if point.kept]
     assert kept == sorted(kept, reverse=True)
-    assert prepared.network.loss(prepared.run.held_out) == pytest.approx(kept[-1], abs=1e-6)
+    assert prepared.network.loss(prepared.run.held_out, method.objective) == pytest.approx(kept[-1], abs=1e-6)
 
 
-@pytest.mark.parametrize("method", [Newton(rounds=5, windows=2), Learned(rounds=5, windows=2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Newton(rounds=5, windows=2),
+        Learned(rounds=5, windows=2),
+        LearnedPaper(steps=5, windows=2, check=1, learning_rate=1.0),
+    ],
+)
 @pytest.mark.parametrize("stop", [1, 3])
 def test_a_killed_search_resumes_to_the_same_orders(
-    tiny_llama: LlamaForCausalLM, tmp_path: Path, method: TrustRegion, stop: int, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, method: Permuter, stop: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = ready(tiny_llama)
     whole = method.search(prepared.network, prepared.run)
@@ -125,5 +137,5 @@ def test_a_search_that_starts_from_another_does_not_repeat_it(
 
 
 def test_an_unknown_permuter_lists_the_names() -> None:
-    with pytest.raises(PermpruneError, match="reconstruction, newton, learned"):
+    with pytest.raises(PermpruneError, match=r"reconstruction, .*newton"):
         permuter("hungarian")

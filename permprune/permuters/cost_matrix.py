@@ -1,0 +1,194 @@
+"""Cost matrices trained by gradient descent through the Sinkhorn matching and the pruned network."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from permprune.losses import Objective, Taught
+from permprune.matching import Epsilon, Geometric, assign, gumbel_noise
+from permprune.network import PrunedNetwork
+from permprune.pattern import Pattern
+from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
+from permprune.permuters.identity import Identity
+from permprune.problem import Orders, Part, Problem
+from permprune.progress import console, log
+
+COST, FIRST, SECOND, ORDER = "cost/", "first/", "second/", "order/"
+"""Prefixes of costs, AdamW's moments and best orders among the tensors of a checkpoint."""
+
+
+@dataclass
+class State:
+    """Where the training stands: the costs by problem with their optimiser, and the best orders so far."""
+
+    costs: dict[str, Tensor]
+    optimizer: torch.optim.AdamW
+    orders: Orders
+    best: float
+    step: int = 0
+    seconds: float = 0.0
+    curve: list[CurvePoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CostMatrixLearner(Permuter):
+    """Train C, the cost of every channel at every position, by AdamW; the weights of the network stay frozen.
+
+    Channels are split in parts of equal size, in the order that `start` finds, with a cost matrix each; C begins at 0
+    there and at `margin` elsewhere. Each of `steps` steps relaxes the matching of C plus Gumbel noise (`relax`), shows
+    the network permuted, pruned and permuted back, takes the gradient of `objective` on `windows` calibration windows
+    and sends it through mask and matching to C. The learning rate falls to zero along half a cosine. Every `check`
+    steps the exact assignment of C is tried on the held-out windows, and the best is kept.
+    """
+
+    start: Permuter = Identity()
+    objective: Objective = Objective()
+    steps: int = 60
+    windows: int = 4
+    check: int = 10
+    learning_rate: float = 0.1
+    weight_decay: float = 0.01
+    iterations: int = 5
+    epsilon: Epsilon = Geometric(1.0, 0.1)
+    noise: float = 0.0
+    margin: float = 3.0
+
+    @abstractmethod
+    def part_size(self, size: int, pattern: Pattern) -> int:
+        """Channels of each part, for a problem of `size` channels."""
+
+    @abstractmethod
+    def relax(self, cost: Tensor, epsilon: float) -> Tensor:
+        """A doubly stochastic (parts, channels, positions) for such costs, with its graph."""
+
+    def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
+        """The mask of scores (..., width), in stored order."""
+        return pattern.mask(score.detach())
+
+    def search(self, network: PrunedNetwork, run: Run) -> Solution:
+        start = self.start.solve(network, run)
+        taught = network.teach(run.held_out, self.objective)
+        state = self._resume(network, run) or self._begin(network, run, start, taught)
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(self.name, total=self.steps, completed=state.step)
+            while state.step < self.steps and not (run.minutes and state.seconds > 60 * run.minutes):
+                began = time.monotonic()
+                self._step(network, run, state, start.orders)
+                if state.step % self.check == 0 or state.step == self.steps:
+                    self._try(network, run, state, start.orders, taught)
+                    self._save(run, state)
+                state.seconds += time.monotonic() - began
+                bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
+        network.set_orders(state.orders)
+        return Solution(state.orders, state.seconds, tuple(state.curve))
+
+    def _step(self, network: PrunedNetwork, run: Run, state: State, starts: Orders) -> None:
+        """One step of AdamW; leaves the network as it was."""
+        at = torch.arange(state.step * self.windows, (state.step + 1) * self.windows) % len(run.train)
+        taught = network.teach(run.train[at], self.objective)
+        with torch.no_grad():
+            for _, _, shown in self._prune(network, run, state, starts):
+                for part, columns, weight in shown:
+                    network.layers[part.layer].weight[:, columns] = weight
+        slope = network.gradients(run.train[at], self.objective, taught).weight
+        network.restore()
+        for _, cost, shown in self._prune(network, run, state, starts):
+            cost.grad = None
+            pairs = [(weight, slope[part.layer][:, columns]) for part, columns, weight in shown]
+            torch.autograd.backward([weight for weight, _ in pairs], [gradient for _, gradient in pairs])
+        done = state.step / self.steps
+        state.optimizer.param_groups[0]["lr"] = self.learning_rate * (1 + math.cos(math.pi * done)) / 2
+        state.optimizer.step()
+        state.step += 1
+
+    def _prune(
+        self, network: PrunedNetwork, run: Run, state: State, starts: Orders
+    ) -> Iterator[tuple[Problem, Tensor, list[tuple[Part, Tensor, Tensor]]]]:
+        """(problem, cost, [(part, its columns, their weights permuted, pruned and permuted back)])."""
+        epsilon = self.epsilon(state.step / self.steps)
+        for index, problem in enumerate(network.problems):
+            cost = state.costs[problem.name]
+            noise = gumbel_noise(cost.shape, self.noise, run.generator(state.step, 3, index)).to(cost)
+            plan = self.relax(cost + noise, epsilon)
+            shown = []
+            for part in problem.parts:
+                columns = part.columns[starts[problem.name]]
+                weight, score = (
+                    matrix[part.layer][:, columns].float().unflatten(1, (len(plan), -1)).transpose(0, 1) @ plan
+                    for matrix in (network.dense, network.scores)
+                )
+                back = (weight * self.keep(score, network.pattern)) @ plan.mT
+                shown.append((part, columns, back.transpose(0, 1).flatten(1)))
+            yield problem, cost, shown
+
+    def _try(self, network: PrunedNetwork, run: Run, state: State, starts: Orders, taught: list[Taught] | None) -> None:
+        orders = {}
+        for name, cost in state.costs.items():
+            channels = starts[name].view(len(cost), -1)
+            orders[name] = channels.gather(1, assign(cost).argsort(-1).cpu()).flatten()
+        network.set_orders(orders)
+        loss = network.loss(run.held_out, self.objective, taught)
+        kept = loss < state.best
+        if kept:
+            state.best, state.orders = loss, orders
+        state.curve.append(CurvePoint(state.step, loss, kept, state.seconds))
+        log.info("%s step %d: held-out loss %.4f, best %.4f", self.name, state.step, loss, state.best)
+
+    def _begin(self, network: PrunedNetwork, run: Run, start: Solution, taught: list[Taught] | None) -> State:
+        costs = {}
+        for problem in network.problems:
+            size = self.part_size(problem.size, network.pattern)
+            device = network.dense[problem.parts[0].layer].device
+            costs[problem.name] = (self.margin * (1 - torch.eye(size, device=device))).repeat(
+                problem.size // size, 1, 1
+            )
+        best = network.loss(run.held_out, self.objective, taught)
+        state = State(costs, self._optimizer(costs), start.orders, best, seconds=start.seconds)
+        state.curve.append(CurvePoint(0, best, True, state.seconds))
+        return state
+
+    def _optimizer(self, costs: dict[str, Tensor]) -> torch.optim.AdamW:
+        for cost in costs.values():
+            cost.requires_grad_(True)
+        return torch.optim.AdamW(costs.values(), self.learning_rate, weight_decay=self.weight_decay)
+
+    def _save(self, run: Run, state: State) -> None:
+        tensors = {ORDER + name: order for name, order in state.orders.items()}
+        for name, cost in state.costs.items():
+            moments = state.optimizer.state[cost]
+            tensors |= {
+                COST + name: cost.detach(),
+                FIRST + name: moments["exp_avg"],
+                SECOND + name: moments["exp_avg_sq"],
+            }
+        curve = [[p.round, p.loss, p.kept, p.seconds] for p in state.curve]
+        values = {"step": state.step, "best": state.best, "seconds": state.seconds, "curve": curve}
+        run.checkpoint.save(self.name, tensors, values)
+
+    def _resume(self, network: PrunedNetwork, run: Run) -> State | None:
+        saved = run.checkpoint.load(self.name)
+        if saved is None:
+            return None
+        tensors, values = saved
+        names = [problem.name for problem in network.problems]
+        devices = {problem.name: network.dense[problem.parts[0].layer].device for problem in network.problems}
+        costs = {name: tensors[COST + name].to(devices[name]) for name in names}
+        state = State(costs, self._optimizer(costs), {name: tensors[ORDER + name] for name in names}, values["best"])
+        for name, cost in costs.items():
+            state.optimizer.state[cost] = {
+                "step": torch.tensor(float(values["step"])),
+                "exp_avg": tensors[FIRST + name].to(cost),
+                "exp_avg_sq": tensors[SECOND + name].to(cost),
+            }
+        state.step, state.seconds = values["step"], values["seconds"]
+        state.curve = [CurvePoint(*point) for point in values["curve"]]
+        log.info("%s goes on after step %d", self.name, state.step)
+        return state

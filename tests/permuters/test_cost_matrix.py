@@ -1,0 +1,73 @@
+"""Cost matrices trained through the matching: the gradient, and that training moves channels to a lower loss."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune.losses import Objective
+from permprune.matching import Constant
+from permprune.permuters import LearnedPaper, PermLLM, Random
+from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.pipeline import Prepared, Settings, prepare
+
+WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
+    settings = Settings(mode="gather", precision="fp32", measured=6, held_out=4)
+    return prepare(tiny_llama, None, settings, WINDOWS)
+
+
+def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
+    """Against a difference quotient of the relaxed network's loss; no mask changes over so small a step."""
+    network, run = prepared.network, prepared.run
+    method = LearnedPaper(noise=0.0, windows=4, epsilon=Constant(0.5), learning_rate=0.0, objective=Objective())
+    start = method.start.solve(network, run)
+    state = method._begin(network, run, start, None)
+    method._step(network, run, state, start.orders)
+    cost = state.costs[network.problems[0].name]
+    direction = 0.1 * cost.grad / cost.grad.abs().max()
+    losses = []
+    for sign in (1, -1):
+        state.step = 0
+        with torch.no_grad():
+            cost += sign * direction
+            for _, _, shown in method._prune(network, run, state, start.orders):
+                for part, columns, weight in shown:
+                    network.layers[part.layer].weight[:, columns] = weight
+            losses.append(network.loss(run.train[:4], Objective()))
+            cost -= sign * direction
+    assert float((cost.grad * direction).sum()) == pytest.approx((losses[0] - losses[1]) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("method", [LearnedPaper(), PermLLM()])
+def test_hard_plans_show_the_masks_of_their_orders(prepared: Prepared, method: CostMatrixLearner) -> None:
+    network, run = prepared.network, prepared.run
+    method = dataclasses.replace(method, start=Random(), noise=0.0, margin=50.0)
+    start = method.start.solve(network, run)
+    state = method._begin(network, run, start, None)
+    with torch.no_grad():
+        for _, _, shown in method._prune(network, run, state, start.orders):
+            for part, columns, weight in shown:
+                torch.testing.assert_close(weight, network.layers[part.layer].weight[:, columns], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [LearnedPaper, PermLLM])
+def test_training_moves_channels_and_keeps_the_best(prepared: Prepared, method: type[CostMatrixLearner]) -> None:
+    learner = method(steps=12, windows=8, check=2, learning_rate=0.5)
+    solution = learner.solve(prepared.network, prepared.run)
+    losses = [point.loss for point in solution.curve]
+    assert len(losses) == 7 and len(set(losses)) > 2
+    assert prepared.network.loss(prepared.run.held_out, learner.objective) == pytest.approx(min(losses), rel=1e-5)
+    assert min(losses) < losses[0]
+
+
+def test_widths_that_do_not_divide_are_one_part(prepared: Prepared) -> None:
+    pattern = prepared.network.pattern
+    assert LearnedPaper().part_size(64, pattern) == 16
+    assert LearnedPaper().part_size(24, pattern) == 24
+    assert PermLLM().part_size(128, pattern) == 64
+    assert PermLLM().part_size(96, pattern) == 96
