@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from permprune import parallel
 from permprune.checkpoint import Checkpoint
 from permprune.network import PrunedNetwork
 from permprune.problem import Orders, Problem
@@ -89,8 +90,9 @@ class LocalPermuter(Permuter):
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         started = time.monotonic()
         network.set_orders(network.identity())
+        mine = parallel.share(list(enumerate(network.problems)))
         orders = {
             problem.name: self.order(network, problem, run.generator(number))
-            for number, problem in enumerate(track(network.problems, self.name))
+            for number, problem in track(mine, self.name)
         }
-        return Solution(orders, time.monotonic() - started)
+        return Solution(parallel.merge(orders), time.monotonic() - started)

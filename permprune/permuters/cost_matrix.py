@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from permprune import parallel
 from permprune.losses import Objective, Taught
 from permprune.matching import Epsilon, Geometric, assign, gumbel_noise
 from permprune.network import PrunedNetwork
@@ -85,7 +86,7 @@ class CostMatrixLearner(Permuter):
                 if state.step % self.check == 0 or state.step == self.steps:
                     self._try(network, run, state, start.orders, taught)
                     self._save(run, state)
-                state.seconds += time.monotonic() - began
+                state.seconds += parallel.mean(time.monotonic() - began)
                 bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
         network.set_orders(state.orders)
         return Solution(state.orders, state.seconds, tuple(state.curve))

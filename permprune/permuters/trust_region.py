@@ -10,12 +10,12 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from permprune import parallel
 from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.problem import Orders
 from permprune.progress import console, log
 
 TOLERANCE = 1e-4
@@ -40,6 +40,15 @@ class State:
     memory: dict[str, Tensor] = field(default_factory=dict)
     curve: list[CurvePoint] = field(default_factory=list)
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New order of a problem, the change of the loss that its model foretells, and what it carries on if kept."""
+
+    order: Tensor
+    change: float
+    memory: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class TrustRegion(Permuter):
                 started = time.monotonic()
                 mean = self._gradients(network, run, state, mean)
                 mean = None if self._round(network, run, state, mean, taught) else mean
-                state.seconds += time.monotonic() - started
+                state.seconds += parallel.mean(time.monotonic() - started)
                 self._save(network, run, state)
                 bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
         return Solution(network.current(), state.seconds, tuple(state.curve))
@@ -93,28 +102,26 @@ class TrustRegion(Permuter):
         self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
     ) -> bool:
         before = network.current()
-        proposal: Orders = {}
-        foretold: dict[str, float] = {}
-        memory: dict[str, Tensor | None] = {}
-        for index, problem in enumerate(network.problems):
-            model = QuadraticModel.of(network, problem, gradients.fisher, gradients.weight, state.damping)
-            generator = run.generator(state.round, 2, index)
-            memory[problem.name] = self.propose(model, state.memory.get(problem.name), generator)
-            proposal[problem.name], foretold[problem.name] = model.order, model.change
-        names = [
-            network.problems[i].name for i in torch.randperm(len(proposal), generator=run.generator(state.round, 1))
-        ]
+        proposals = parallel.merge(
+            {
+                network.problems[index].name: self._proposal(network, run, state, gradients, index)
+                for index in parallel.share(range(len(network.problems)))
+            }
+        )
+        shuffled = torch.randperm(len(network.problems), generator=run.generator(state.round, 1))
+        names = [network.problems[i].name for i in shuffled]
         loss, share, kept = state.best, 1.0, False
         while not kept and share >= 0.25:
             moved = names[: max(1, round(share * len(names)))]
-            network.set_orders({name: proposal[name] if name in moved else before[name] for name in names})
+            network.set_orders({name: proposals[name].order if name in moved else before[name] for name in names})
             loss = network.loss(run.held_out, self.objective, taught)
             kept = loss < state.best - TOLERANCE
             share /= 2
-        self._adapt(state, kept, share * 2, (loss - state.best) / min(-1e-12, sum(foretold[name] for name in moved)))
+        foretold = sum(proposals[name].change for name in moved)
+        self._adapt(state, kept, share * 2, (loss - state.best) / min(-1e-12, foretold))
         if kept:
             state.best = loss
-            state.memory |= {name: kept_memory for name in moved if (kept_memory := memory[name]) is not None}
+            state.memory |= {name: memory for name in moved if (memory := proposals[name].memory) is not None}
         else:
             network.set_orders(before)
         state.curve.append(CurvePoint(state.round, loss, kept, state.seconds))
@@ -127,6 +134,12 @@ class TrustRegion(Permuter):
             state.damping,
         )
         return kept
+
+    def _proposal(self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, index: int) -> Proposal:
+        problem = network.problems[index]
+        model = QuadraticModel.of(network, problem, gradients.fisher, gradients.weight, state.damping)
+        memory = self.propose(model, state.memory.get(problem.name), run.generator(state.round, 2, index))
+        return Proposal(model.order, model.change, memory)
 
     @staticmethod
     def _adapt(state: State, kept: bool, share: float, ratio: float) -> None:

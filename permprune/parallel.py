@@ -1,0 +1,89 @@
+"""Work shared among the processes that `torchrun` starts; alone, everything here does nothing.
+
+Calibration batches and problems are dealt to the ranks in turn and the results are brought together, so that every
+rank holds the same orders. Sums over batches are those of one process to the last bit where their order does not
+matter, as for the two batches of a round on two ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    return dist.get_rank() if _running() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if _running() else 1
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the other ranks where `torchrun` started this process: over NCCL where there are GPUs, else gloo."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or _running():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cuda:nccl,cpu:gloo")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """The items of this rank: every `world`-th, from its own number on."""
+    return items[rank() :: world()]
+
+
+def add_(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its sum over the ranks."""
+    if _running():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def total(*numbers: float) -> tuple[float, ...]:
+    """The sums over the ranks."""
+    if not _running():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return tuple(sums.tolist())
+
+
+def mean(number: float) -> float:
+    """The mean over the ranks, so that all go by one clock."""
+    return total(number)[0] / world()
+
+
+def merge(found: dict[str, T]) -> dict[str, T]:
+    """The union of the ranks' dicts, which hold objects that pickle, tensors on the CPU among them."""
+    if not _running():
+        return found
+    parts: list[Any] = [None] * world()
+    dist.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if _running():
+        dist.barrier()
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
