@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from permprune.calibrate import Statistics, calibrate, frozen, output_fisher
+from permprune.calibrate import Statistics, calibrate, frozen, input_moments, output_fisher
 from permprune.errors import PermpruneError
 from permprune.layers import Layer, prunable_layers
 from permprune.losses import next_token
@@ -102,6 +102,22 @@ def test_bf16_activations_give_nearly_the_same_fp32_statistics(tiny_llama):
     for layer, diagonal in coarse.fisher.items():
         assert diagonal.dtype == torch.float32
         assert (diagonal - fine.fisher[layer]).norm() < 0.1 * fine.fisher[layer].norm()
+
+
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 1e-6), (torch.bfloat16, 1e-4, 1e-2)])
+def test_products_have_the_type_asked_for_whatever_the_activations(tiny_llama, dtype, least, most):
+    layer = prunable_layers(tiny_llama, Pattern(2, 4))[0]
+    read = []
+    handle = layer.module.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), input_moments({"here": layer}, dtype) as moments:
+        for part in WINDOWS.split(2):
+            tiny_llama(part)
+        assert not moments
+    handle.remove()
+    x = torch.cat(read)
+    exact = x.T @ x / len(x)
+    error = (moments["here"] - exact).norm() / exact.norm()
+    assert moments["here"].dtype == torch.float32 and least <= error < most
 
 
 def test_leaves_the_model_as_it_was(tiny_llama):
