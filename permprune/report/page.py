@@ -42,9 +42,13 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> None:
     A row has "method", "perplexity", "gap_closed" and "seconds" (each of the last two may be None).
     Raises `PermpruneError`.
     """
-    title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
-    picture = pictures.comparison(result["rows"], title, "png")
+    picture = pictures.comparison(result["rows"], comparison_title(result), "png")
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
+
+
+def comparison_title(result: Mapping[str, Any]) -> str:
+    """What the rows of a comparison have in common."""
+    return f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
 
 
 def decision(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """The command line, run as a person runs it."""
 
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -16,8 +18,9 @@ from typer.testing import CliRunner
 
 from permprune.checkpoint import Checkpoint
 from permprune.cli import app
-from permprune.cli.common import parse_bytes
+from permprune.cli.common import parse_bytes, settings
 from permprune.errors import PermpruneError
+from permprune.pipeline import Settings
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
@@ -67,13 +70,21 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     assert found["value"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-4)
 
 
+def test_the_shared_options_are_the_settings() -> None:
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out"}
+    assert set(inspect.signature(settings).parameters) == fields
+    assert settings() == Settings()
+    chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], minutes=2.0)
+    assert chosen == Settings(pattern="4:8", memory=2**20, exclude=("*.o_proj",), minutes=2.0)
+
+
 def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path) -> None:
     figures, picture = tmp_path / "compare.json", tmp_path / "compare.png"
     code, stdout, _ = run("compare", *source, "--methods", "ria,random", "--json", figures, "--picture", picture)
     assert code == 0 and "random" in stdout
     result = json.loads(figures.read_text())
     assert [row["method"] for row in result["rows"]] == ["dense", "none", "ria", "random"]
-    assert {"model", "pattern", "saliency", "mode"} <= result.keys()
+    assert {"model", "pattern", "saliency", "mode", "seed"} <= result.keys()
     for row in result["rows"]:
         assert row.keys() == {"method", "perplexity", "gap_closed", "seconds", "peak_memory_mb"}
     assert picture.read_bytes().startswith(b"\x89PNG")
