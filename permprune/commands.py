@@ -24,7 +24,7 @@ from permprune.evaluate import Result, perplexity
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.pattern import Pattern
 from permprune.permuters import permuter
-from permprune.pipeline import Prepared, Pruned, Settings, finish, gap_closed, prepare
+from permprune.pipeline import Prepared, Pruned, Settings, finish, gap_closed, prepare, update_weights
 from permprune.progress import log
 from permprune.report import write_report
 from permprune.resources import peak_memory_mb, reset_peak_memory
@@ -57,7 +57,7 @@ def evaluate(name: str, evaluation: Evaluation) -> Result:
 def prune_to_folder(
     name: str, out: Path, permute: str, settings: Settings, evaluation: Evaluation, resume: bool = False
 ) -> dict[str, Any]:
-    """Permute, prune, fold, measure, and write the checkpoint, its record and its report to `out`.
+    """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to `out`.
 
     While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
     With `resume` a search goes on from its last state. Returns the record. Raises `PermpruneError`.
@@ -72,14 +72,18 @@ def prune_to_folder(
     model, tokenizer, stored = read_model(name)
     tokens = evaluation.tokens(tokenizer)
     prepared = prepare(model, tokenizer, settings, partial=partial)
-    values = {"none": perplexity(model, tokens).value}
+    update_weights(prepared)
+    natural, values = prepared.network.measures(), {"none": perplexity(model, tokens).value}
     with prepared.network.dense_weights():
         values["dense"] = perplexity(model, tokens).value
     solution = method.solve(prepared.network, prepared.run)
+    searched = time.monotonic()
+    update_weights(prepared)
+    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
     probe = _probe(model, prepared)
-    pruned = finish(prepared, solution)
+    pruned = finish(prepared, solution, natural)
     values["pruned"] = perplexity(model, tokens).value
-    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "total": time.monotonic() - started}
+    seconds["total"] = time.monotonic() - started
     record = _record(name, permute, settings, pruned) | {
         "perplexity": {"data": evaluation.source or "default text", "tokens": tokens.numel(), **values},
         "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"]),
@@ -94,7 +98,7 @@ def prune_to_folder(
 
 
 def compare(name: str, methods: list[str], settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
-    """One row a method, on the same calibration and masks; the dense model and no permutation are always among them.
+    """One row a method, on the same calibration and saliency; the dense model and no permutation are always among them.
 
     "seconds" are those of the search, its start included; "peak_memory_mb" that of the process while it ran.
     """
@@ -110,6 +114,7 @@ def compare(name: str, methods: list[str], settings: Settings, evaluation: Evalu
     for method in chosen:
         reset_peak_memory()
         solution = method.solve(prepared.network, prepared.run)
+        update_weights(prepared)
         value = perplexity(model, tokens).value
         rows.append(
             {
@@ -123,8 +128,8 @@ def compare(name: str, methods: list[str], settings: Settings, evaluation: Evalu
     none = rows[1]["perplexity"]
     for row in rows:
         row["gap_closed"] = gap_closed(row["perplexity"], dense, none)
-    fixed = {"pattern": settings.pattern, "saliency": settings.saliency, "mode": settings.mode}
-    return {"model": name, **fixed, "seed": settings.seed, "calibrate_seconds": prepared.seconds, "rows": rows}
+    fixed = {key: getattr(settings, key) for key in ("pattern", "saliency", "mode", "update", "seed")}
+    return {"model": name, **fixed, "calibrate_seconds": prepared.seconds, "rows": rows}
 
 
 def verify_folder(folder: Path) -> dict[str, float]:

@@ -38,7 +38,7 @@ class PrunedNetwork:
 
     The masks are those the pattern leaves when each layer's columns stand in the chosen orders; the network itself
     stays in its own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be taken
-    through it.
+    through it. Other weights can be shown in their place until orders are next set (`show`).
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class PrunedNetwork:
         self.scores = {name: saliency.score(self.dense[name], statistics.norm(site)) for name, site in sites.items()}
         self.masks = {name: pattern.mask(score) for name, score in self.scores.items()}
         self.orders: Orders = {}
-        self._show(self.layers)
+        self.updated: dict[str, Tensor] = {}
+        self._refresh(self.layers)
 
     def identity(self) -> Orders:
         """The natural order of every problem."""
@@ -72,9 +73,22 @@ class PrunedNetwork:
         """The orders the network shows."""
         return self.identity() | self.orders
 
+    def stored_columns(self) -> dict[str, Tensor]:
+        """For each layer its columns in the order in which they will be stored, int64 (channels,), by present orders.
+
+        Groups of m neighbours there are those of the pattern; columns that no problem moves keep their places.
+        """
+        stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
+        orders = self.current()
+        for problem in self.problems:
+            for part in problem.parts:
+                stored[part.layer][part.columns] = part.columns[orders[problem.name]]
+        return stored
+
     def set_orders(self, orders: Orders) -> None:
         """Make the network show the masks of these orders; problems left out keep theirs."""
-        touched: dict[str, None] = {}
+        touched = dict.fromkeys(self.updated)
+        self.updated.clear()
         for problem in self.problems:
             order = orders.get(problem.name)
             if order is None or torch.equal(order, self.orders.get(problem.name, problem.identity())):
@@ -84,7 +98,12 @@ class PrunedNetwork:
                 columns = part.columns[order]
                 self.masks[part.layer][:, columns] = self.pattern.mask(self.scores[part.layer][:, columns])
                 touched[part.layer] = None
-        self._show(touched)
+        self._refresh(touched)
+
+    def show(self, weights: dict[str, Tensor]) -> None:
+        """Show these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
+        self.updated |= weights
+        self._refresh(dict.fromkeys(weights))
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
@@ -94,7 +113,11 @@ class PrunedNetwork:
         try:
             yield
         finally:
-            self._show(self.layers)
+            self._refresh(self.layers)
+
+    def autocast(self, windows: Tensor) -> torch.autocast:
+        """The context in which activations have the network's type."""
+        return torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.inference_mode()
     def loss(self, windows: Tensor) -> float:
@@ -102,7 +125,7 @@ class PrunedNetwork:
         total, count = 0.0, 0
         with frozen(self.model):
             for part in windows.split(self.batch):
-                with self._autocast(part):
+                with self.autocast(part):
                     value, terms = self.loss_function(self.model, part)
                 total, count = total + float(value), count + terms
         return total / count
@@ -122,7 +145,7 @@ class PrunedNetwork:
             for weight in weights.values():
                 weight.requires_grad_(True)
             for part, teacher in zip(parts, taught, strict=True):
-                with self._autocast(part), block_outputs(self.model) as outputs:
+                with self.autocast(part), block_outputs(self.model) as outputs:
                     value, terms = self.loss_function(self.model, part)
                 if teacher is not None:
                     value = value + distillation * layer_distance(outputs, teacher)
@@ -141,19 +164,18 @@ class PrunedNetwork:
         return Gradients(found, {name: f / count for name, f in fisher.items()}, total / count, count)
 
     def measures(self) -> list[dict[str, Any]]:
-        """For each layer the share of squared score kept and the relative output error, tr(E H E^T) / tr(W H W^T).
+        """What the weights shown cost each layer, by name.
 
-        "kept_none" and "error_none" are those of the natural order.
+        "kept" is the share of the squared score whose weights are not zero, "error" the relative output error on the
+        dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff.
         """
         found = []
-        for name, score in self.scores.items():
-            energy, moments = score.square(), self.statistics.moments[self.sites[name]]
-            dense = _output_energy(self.dense[name], moments)
-            row: dict[str, Any] = {"name": name, "transposed": self.layers[name].transposed}
-            for suffix, mask in (("_none", self.pattern.mask(score)), ("", self.masks[name])):
-                row[f"kept{suffix}"] = float((energy * mask).sum() / energy.sum().clamp_min(1e-30))
-                row[f"error{suffix}"] = _output_energy(self.dense[name] * ~mask, moments) / max(dense, 1e-30)
-            found.append(row)
+        for name, layer in self.layers.items():
+            dense, shown, energy = self.dense[name], layer.weight, self.scores[name].square()
+            moments = self.statistics.moments[self.sites[name]]
+            kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
+            error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
+            found.append({"name": name, "transposed": layer.transposed, "kept": kept, "error": error})
         return found
 
     @torch.no_grad()
@@ -161,17 +183,17 @@ class PrunedNetwork:
         taught = []
         with frozen(self.model), self.dense_weights():
             for part in parts:
-                with self._autocast(part), block_outputs(self.model) as outputs:
+                with self.autocast(part), block_outputs(self.model) as outputs:
                     self.loss_function(self.model, part)
                 taught.append(outputs)
         return taught
 
-    def _autocast(self, part: Tensor) -> torch.autocast:
-        return torch.autocast(part.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def _show(self, names: dict[str, Layer] | dict[str, None]) -> None:
+    def _refresh(self, names: dict[str, Layer] | dict[str, None]) -> None:
         for name in names:
-            torch.mul(self.dense[name], self.masks[name], out=self.layers[name].weight)
+            if name in self.updated:
+                self.layers[name].weight.copy_(self.updated[name])
+            else:
+                torch.mul(self.dense[name], self.masks[name], out=self.layers[name].weight)
 
     @staticmethod
     def _parameter(layer: Layer) -> nn.Parameter:

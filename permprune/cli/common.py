@@ -56,6 +56,12 @@ def settings(
     mode: Annotated[
         str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")
     ] = Settings.mode,
+    update: Annotated[
+        str,
+        typer.Option(
+            help="none: masks alone; sparsegpt: its own masks, and the weights that stay make up for the others"
+        ),
+    ] = Settings.update,
     calibration: Annotated[
         str | None, typer.Option(help="text file, .jsonl with a text field, or data set id; the default text if absent")
     ] = Settings.calibration,
@@ -76,6 +82,7 @@ def settings(
         pattern=pattern,
         saliency=saliency,
         mode=mode,
+        update=update,
         calibration=calibration,
         samples=samples,
         length=length,
