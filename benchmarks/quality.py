@@ -15,6 +15,7 @@ def main() -> None:
     parser.add_argument("--modes", default="fold,gather")
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--saliency", default="wanda")
+    parser.add_argument("--update", default="none")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--calibration")
     parser.add_argument("--data")
@@ -29,6 +30,7 @@ def main() -> None:
                 mode=mode,
                 calibration=options.calibration,
                 seed=int(seed),
+                update=options.update,
             )
             evaluation = Evaluation(options.data, options.windows)
             for row in compare(options.model, options.methods.split(","), settings, evaluation)["rows"]:

@@ -17,6 +17,7 @@ from permprune.permuters import (
 )
 from permprune.pipeline import Pruned, Settings, prune
 from permprune.saliency import RIA, Magnitude, Saliency, Wanda
+from permprune.updates import SparseGPT, Update
 
 __all__ = [
     "RIA",
@@ -35,6 +36,8 @@ __all__ = [
     "Result",
     "Saliency",
     "Settings",
+    "SparseGPT",
+    "Update",
     "Wanda",
     "compare",
     "discover",

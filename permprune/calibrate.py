@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from permprune import parallel
 from permprune.errors import PermpruneError
 from permprune.layers import Layer
 from permprune.losses import Task
@@ -46,8 +47,8 @@ def calibrate(
     """Stream `windows` (count, length) through the model, forward and backward.
 
     `sites` names, for each layer, the tensor it reads; layers with one site share one H. Activations have type
-    `dtype`; each batch's product is formed in fp32 and added in fp64. `memory` bounds the bytes of the accumulators:
-    sites that do not fit wait for a further pass. Raises `PermpruneError` when a loss or a statistic is not finite.
+    `dtype`. `memory` bounds the bytes of the accumulators: sites that do not fit wait for a further pass. Raises
+    `PermpruneError` when a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
     passes = _split(readers, memory)
@@ -55,16 +56,11 @@ def calibrate(
         log.info("calibration needs %d passes to stay within the memory limit", len(passes))
     moments: dict[str, Tensor] = {}
     fisher = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
-    tokens = 0
+    tokens = 0.0
     for number, group in enumerate(passes):
-        sums = {
-            site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64)
-            for site, layer in group.items()
-        }
-        seen = dict.fromkeys(group, 0)
         first = number == 0
-        with _observe(layers if first else [], group, sums, seen, fisher), frozen(model):
-            for part in track(windows.split(batch), "calibrating", total=-(-len(windows) // batch)):
+        with _graph(layers if first else [], fisher), input_moments(group) as found, frozen(model):
+            for part in track(parallel.share(windows.split(batch)), "calibrating"):
                 with (
                     torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
                     torch.set_grad_enabled(first),
@@ -78,18 +74,15 @@ def calibrate(
                 if first:
                     total.backward()
                     tokens += len(said.labels)
-        moments |= {site: (sums.pop(site) / seen[site]).float() for site in group}
-    for site, matrix in moments.items():
-        if not torch.isfinite(matrix).all():
-            raise PermpruneError(
-                f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
-            )
+        moments |= found
+    parallel.add_(list(fisher.values()))
+    (tokens,) = parallel.total(tokens)
     for name, diagonal in fisher.items():
         if not torch.isfinite(diagonal).all():
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
-    return Statistics(moments, {name: (f / tokens).float() for name, f in fisher.items()}, tokens)
+    return Statistics(moments, {name: (f / tokens).float() for name, f in fisher.items()}, int(tokens))
 
 
 @contextmanager
@@ -126,26 +119,51 @@ def output_fisher(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[No
 
 
 @contextmanager
-def _observe(
-    layers: list[Layer],
-    readers: dict[str, Layer],
-    sums: dict[str, Tensor],
-    seen: dict[str, int],
-    fisher: dict[str, Tensor],
-) -> Iterator[None]:
-    """Hooks that start the graph at the first layer, add up H at each reader and the Fisher diagonals at each layer."""
+def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
+    """The second moments of what layers read inside.
+
+    `readers` names one layer for each site. The dict yielded is empty until the context is left; then it holds, by
+    site, H = X^T X / tokens, fp32 (channels, channels). Each call's product is formed in fp32, whatever the type of the
+    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find. Raises
+    `PermpruneError` when a product overflows.
+    """
+    sums = {
+        site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64) for site, layer in readers.items()
+    }
+    seen = dict.fromkeys(readers, 0)
+    moments: dict[str, Tensor] = {}
+
+    def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().flatten(0, -2).float()
+        with torch.autocast(x.device.type, enabled=False):
+            sums[site] += (x.T @ x).to(sums[site])
+        seen[site] += len(x)
+
+    handles = [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in readers.items()]
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()
+    parallel.add_(list(sums.values()))
+    counts = parallel.total(*seen.values())
+    for site, count in zip(readers, counts, strict=True):
+        moments[site] = (sums.pop(site) / count).float()
+        if not torch.isfinite(moments[site]).all():
+            raise PermpruneError(
+                f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
+            )
+
+
+@contextmanager
+def _graph(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[None]:
+    """Hooks that start the graph at the first layer and add up the Fisher diagonals at each layer."""
 
     def start(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         x = args[0]
         return None if x.requires_grad or not torch.is_grad_enabled() else (x.detach().requires_grad_(), *args[1:])
 
-    def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().flatten(0, -2).float()
-        sums[site] += (x.T @ x).to(sums[site])
-        seen[site] += len(x)
-
     handles = [layer.module.register_forward_pre_hook(start) for layer in layers]
-    handles += [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in readers.items()]
     try:
         with output_fisher(layers, fisher):
             yield

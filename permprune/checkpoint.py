@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from permprune import parallel
 from permprune.errors import PermpruneError
 
 
@@ -47,7 +48,7 @@ class Checkpoint:
         self.folder, self.settings = folder, settings
 
     def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        if self.folder is None:
+        if self.folder is None or parallel.rank():
             return
         metadata = {"settings": json.dumps(self.settings), "values": json.dumps(values)}
         copies = {key: tensor.contiguous() for key, tensor in tensors.items()}

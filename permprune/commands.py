@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from permprune import parallel
 from permprune.checkpoint import write_json
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, perplexity
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.pattern import Pattern
-from permprune.permuters import permuter
-from permprune.pipeline import Prepared, Pruned, Settings, finish, gap_closed, prepare
+from permprune.permuters import Permuter, permuter
+from permprune.pipeline import Prepared, Pruned, Settings, finish, gap_closed, prepare, update_weights
 from permprune.progress import log
 from permprune.report import write_report
 from permprune.resources import peak_memory_mb, reset_peak_memory
@@ -57,48 +59,60 @@ def evaluate(name: str, evaluation: Evaluation) -> Result:
 def prune_to_folder(
     name: str, out: Path, permute: str, settings: Settings, evaluation: Evaluation, resume: bool = False
 ) -> dict[str, Any]:
-    """Permute, prune, fold, measure, and write the checkpoint, its record and its report to `out`.
+    """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to `out`.
 
     While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
     With `resume` a search goes on from its last state. Returns the record. Raises `PermpruneError`.
     """
     partial = out.with_name(out.name + ".partial")
     _require_free(out)
-    if not resume:
+    if not resume and not parallel.rank():
         shutil.rmtree(partial, ignore_errors=True)
+    parallel.wait()
     method = permuter(permute)
     reset_peak_memory()
     started = time.monotonic()
     model, tokenizer, stored = read_model(name)
     tokens = evaluation.tokens(tokenizer)
     prepared = prepare(model, tokenizer, settings, partial=partial)
-    values = {"none": perplexity(model, tokens).value}
+    update_weights(prepared)
+    natural, values = prepared.network.measures(), {"none": perplexity(model, tokens).value}
     with prepared.network.dense_weights():
         values["dense"] = perplexity(model, tokens).value
     solution = method.solve(prepared.network, prepared.run)
+    searched = time.monotonic()
+    update_weights(prepared)
+    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
     probe = _probe(model, prepared)
-    pruned = finish(prepared, solution)
+    pruned = finish(prepared, solution, natural)
     values["pruned"] = perplexity(model, tokens).value
-    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "total": time.monotonic() - started}
+    seconds["total"] = time.monotonic() - started
     record = _record(name, permute, settings, pruned) | {
         "perplexity": {"data": evaluation.source or "default text", "tokens": tokens.numel(), **values},
         "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"]),
         "seconds": seconds,
         "peak_memory_mb": peak_memory_mb(),
     }
-    model.to(stored)  # type: ignore[arg-type]
-    _write(model, tokenizer, record, probe, partial / "model")
-    os.replace(partial / "model", out)
-    shutil.rmtree(partial)
+    if not parallel.rank():
+        model.to(stored)  # type: ignore[arg-type]
+        _write(model, tokenizer, record, probe, partial / "model")
+        os.replace(partial / "model", out)
+        shutil.rmtree(partial)
+    parallel.wait()
     return record
 
 
-def compare(name: str, methods: list[str], settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
-    """One row a method, on the same calibration and masks; the dense model and no permutation are always among them.
+def compare(
+    name: str, methods: Sequence[str] | Mapping[str, Permuter], settings: Settings, evaluation: Evaluation
+) -> dict[str, Any]:
+    """One row a method, by name or under a label, on the same calibration and saliency.
+
+    The dense model and no permutation are always among them.
 
     "seconds" are those of the search, its start included; "peak_memory_mb" that of the process while it ran.
     """
-    chosen = [permuter(method) for method in dict.fromkeys(["none", *methods]) if method != "dense"]
+    named = methods if isinstance(methods, Mapping) else {method: permuter(method) for method in methods}
+    chosen = {"none": permuter("none"), **named}
     rows: list[dict[str, Any]] = []
     reset_peak_memory()
     model, tokenizer, _ = read_model(name)
@@ -107,24 +121,25 @@ def compare(name: str, methods: list[str], settings: Settings, evaluation: Evalu
     with prepared.network.dense_weights():
         dense = perplexity(model, tokens).value
     rows.append({"method": "dense", "perplexity": dense, "seconds": 0.0, "peak_memory_mb": peak_memory_mb()})
-    for method in chosen:
+    for label, method in chosen.items():
         reset_peak_memory()
         solution = method.solve(prepared.network, prepared.run)
+        update_weights(prepared)
         value = perplexity(model, tokens).value
         rows.append(
             {
-                "method": method.name,
+                "method": label,
                 "perplexity": value,
                 "seconds": solution.seconds,
                 "peak_memory_mb": peak_memory_mb(),
             }
         )
-        log.info("%s: perplexity %.2f after %.0f s", method.name, value, solution.seconds)
+        log.info("%s: perplexity %.2f after %.0f s", label, value, solution.seconds)
     none = rows[1]["perplexity"]
     for row in rows:
         row["gap_closed"] = gap_closed(row["perplexity"], dense, none)
-    fixed = {"pattern": settings.pattern, "saliency": settings.saliency, "mode": settings.mode}
-    return {"model": name, **fixed, "seed": settings.seed, "calibrate_seconds": prepared.seconds, "rows": rows}
+    fixed = {key: getattr(settings, key) for key in ("pattern", "saliency", "mode", "update", "seed")}
+    return {"model": name, **fixed, "calibrate_seconds": prepared.seconds, "rows": rows}
 
 
 def verify_folder(folder: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permprune import parallel
 from permprune.calibrate import Statistics, frozen, output_fisher
 from permprune.errors import PermpruneError
 from permprune.layers import Layer
@@ -38,7 +39,7 @@ class PrunedNetwork:
 
     The masks are those the pattern leaves when each layer's columns stand in the chosen orders; the network itself
     stays in its own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be taken
-    through it.
+    through it. Other weights can be shown in their place until orders are next set (`show`).
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class PrunedNetwork:
         self.scores = {name: saliency.score(self.dense[name], statistics.norm(site)) for name, site in sites.items()}
         self.masks = {name: pattern.mask(score) for name, score in self.scores.items()}
         self.orders: Orders = {}
-        self._show(self.layers)
+        self.updated: dict[str, Tensor] = {}
+        self._refresh(self.layers)
 
     def identity(self) -> Orders:
         """The natural order of every problem."""
@@ -72,9 +74,22 @@ class PrunedNetwork:
         """The orders the network shows."""
         return self.identity() | self.orders
 
+    def stored_columns(self) -> dict[str, Tensor]:
+        """For each layer its columns in the order in which they will be stored, int64 (channels,), by present orders.
+
+        Groups of m neighbours there are those of the pattern; columns that no problem moves keep their places.
+        """
+        stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
+        orders = self.current()
+        for problem in self.problems:
+            for part in problem.parts:
+                stored[part.layer][part.columns] = part.columns[orders[problem.name]]
+        return stored
+
     def set_orders(self, orders: Orders) -> None:
         """Make the network show the masks of these orders; problems left out keep theirs."""
-        touched: dict[str, None] = {}
+        touched = dict.fromkeys(self.updated)
+        self.updated.clear()
         for problem in self.problems:
             order = orders.get(problem.name)
             if order is None or torch.equal(order, self.orders.get(problem.name, problem.identity())):
@@ -84,7 +99,12 @@ class PrunedNetwork:
                 columns = part.columns[order]
                 self.masks[part.layer][:, columns] = self.pattern.mask(self.scores[part.layer][:, columns])
                 touched[part.layer] = None
-        self._show(touched)
+        self._refresh(touched)
+
+    def show(self, weights: dict[str, Tensor]) -> None:
+        """Show these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
+        self.updated |= weights
+        self._refresh(dict.fromkeys(weights))
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
@@ -94,94 +114,103 @@ class PrunedNetwork:
         try:
             yield
         finally:
-            self.restore()
+            self._refresh(self.layers)
 
-    def restore(self) -> None:
-        """Show the weights of the present masks again, whatever was written into the layers."""
-        self._show(self.layers)
+    def autocast(self, windows: Tensor) -> torch.autocast:
+        """The context in which activations have the network's type."""
+        return torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.inference_mode()
     def loss(self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None) -> float:
         """Mean loss over `windows` (count, length) at the present masks; `taught` is what `teach` gave for them."""
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with frozen(self.model):
             for part, answers in self._parts(windows, objective, taught):
-                with self._autocast(part):
+                with self.autocast(part):
                     value, terms = objective(self.model, part, self.task, answers)
                 total, count = total + float(value), count + terms
+        total, count = parallel.total(total, count)
         return total / count
 
-    def gradients(self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None) -> Gradients:
-        """Gradients of the mean loss over `windows` (count, length) at the weights shown.
-
-        `taught` is what `teach` gave for them; without it the dense model is asked, after which the network shows the
-        weights of its masks.
-        """
+    def gradients(self, windows: Tensor, objective: Objective) -> Gradients:
+        """Gradients of the mean loss over `windows` (count, length) at the weights shown."""
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
         fisher = {name: layer.weight.new_zeros(len(layer.weight)) for name, layer in self.layers.items()}
-        total, count = 0.0, 0
-        parts = self._parts(windows, objective, taught)
+        total, count = 0.0, 0.0
+        parts = self._parts(windows, objective)
         with frozen(self.model), output_fisher(list(self.layers.values()), fisher):
             for weight in weights.values():
                 weight.requires_grad_(True)
             for part, answers in parts:
-                with self._autocast(part):
+                with self.autocast(part):
                     value, terms = objective(self.model, part, self.task, answers)
                 value.backward()
                 total, count = total + float(value.detach()), count + terms
+        total, count = parallel.total(total, count)
+        parallel.add_(list(fisher.values()))
+        slopes = self._collect(weights, bool(parts))
+        mean = {name: slope / count for name, slope in slopes.items()}
+        return Gradients(mean, {name: f / count for name, f in fisher.items()}, total / count, int(count))
+
+    def _collect(self, weights: dict[str, nn.Parameter], asked: bool) -> dict[str, Tensor]:
+        """The gradients left in `weights`, (rows, channels), summed over the ranks; those not `asked` have none."""
         found = {}
         for name, weight in weights.items():
             weight.requires_grad_(False)
-            if weight.grad is None:
+            if weight.grad is None and asked:
                 raise PermpruneError(
                     f"{name} takes no part in the loss: exclude it, or calibrate with inputs that reach it"
                 )
-            gradient = weight.grad.T if self.layers[name].transposed else weight.grad
-            found[name] = gradient.float() / count
+            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             weight.grad = None
-        return Gradients(found, {name: f / count for name, f in fisher.items()}, total / count, count)
+            parallel.add_([gradient])
+            found[name] = (gradient.T if self.layers[name].transposed else gradient).float()
+        return found
 
     def measures(self) -> list[dict[str, Any]]:
-        """For each layer the share of squared score kept and the relative output error, tr(E H E^T) / tr(W H W^T).
+        """What the weights shown cost each layer, by name.
 
-        "kept_none" and "error_none" are those of the natural order.
+        "kept" is the share of the squared score whose weights are not zero, "error" the relative output error on the
+        dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff.
         """
         found = []
-        for name, score in self.scores.items():
-            energy, moments = score.square(), self.statistics.moments[self.sites[name]]
-            dense = _output_energy(self.dense[name], moments)
-            row: dict[str, Any] = {"name": name, "transposed": self.layers[name].transposed}
-            for suffix, mask in (("_none", self.pattern.mask(score)), ("", self.masks[name])):
-                row[f"kept{suffix}"] = float((energy * mask).sum() / energy.sum().clamp_min(1e-30))
-                row[f"error{suffix}"] = _output_energy(self.dense[name] * ~mask, moments) / max(dense, 1e-30)
-            found.append(row)
+        for name, layer in self.layers.items():
+            dense, shown, energy = self.dense[name], layer.weight, self.scores[name].square()
+            moments = self.statistics.moments[self.sites[name]]
+            kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
+            error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
+            found.append({"name": name, "transposed": layer.transposed, "kept": kept, "error": error})
         return found
 
     @torch.no_grad()
     def teach(self, windows: Tensor, objective: Objective) -> list[Taught] | None:
-        """What the dense model says of `windows` (count, length), batch by batch; None where nothing is asked."""
+        """What the dense model says of this rank's batches of `windows` (count, length); None if not asked."""
         if not objective.taught:
             return None
         answers = []
         with frozen(self.model), self.dense_weights():
-            for part in windows.split(self.batch):
-                with self._autocast(part):
+            for part in self._share(windows):
+                with self.autocast(part):
                     answers.append(objective.teach(self.model, part, self.task))
         return answers
 
     def _parts(
         self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None
     ) -> Sequence[tuple[Tensor, Taught | None]]:
-        parts = windows.split(self.batch)
+        parts = self._share(windows)
         answers: Sequence[Taught | None] = taught or self.teach(windows, objective) or [None] * len(parts)
         return list(zip(parts, answers, strict=True))
 
-    def _autocast(self, part: Tensor) -> torch.autocast:
-        return torch.autocast(part.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def _share(self, windows: Tensor) -> Sequence[Tensor]:
+        """The batches of this rank."""
+        return parallel.share(windows.split(self.batch))
 
-    def _show(self, names: dict[str, Layer] | dict[str, None]) -> None:
+    def _refresh(self, names: dict[str, Layer] | dict[str, None]) -> None:
         for name in names:
-            torch.mul(self.dense[name], self.masks[name], out=self.layers[name].weight)
+            if name in self.updated:
+                self.layers[name].weight.copy_(self.updated[name])
+            else:
+                torch.mul(self.dense[name], self.masks[name], out=self.layers[name].weight)
 
     @staticmethod
     def _parameter(layer: Layer) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""The stages, walked once: couple, calibrate, score, permute, prune, fold."""
+"""The stages, walked once: couple, calibrate, score, permute, prune, update, fold."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
 from permprune.progress import log
 from permprune.saliency import saliency
+from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +41,8 @@ class Settings:
     None for the default one, of which `samples` windows of `length` tokens are drawn: the first `measured` give the
     statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of activations: fp32, bf16,
     or auto for the faster. `memory`: bytes for the statistics of one calibration pass. `minutes`: end the search after
-    so long. `exclude`: globs of layers that stay dense.
+    so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the
+    orders found; it chooses masks of its own, so that the saliency has its say in the search alone.
     """
 
     pattern: str = "2:4"
@@ -56,11 +58,20 @@ class Settings:
     memory: int | None = None
     minutes: float | None = None
     exclude: tuple[str, ...] = ()
+    update: str = "none"
+
+    @property
+    def train(self) -> int:
+        """Windows that gradients are taken on, where the text has as many as are asked for."""
+        return self.samples - self.measured - self.held_out
 
 
 @dataclass
 class Prepared:
-    """A model, coupled and calibrated: all that does not depend on the permuter."""
+    """A model, coupled and calibrated: all that does not depend on the permuter.
+
+    `measured` are the windows (count, length) that gave the statistics.
+    """
 
     model: PreTrainedModel
     settings: Settings
@@ -68,6 +79,7 @@ class Prepared:
     layers: list[Layer]
     network: PrunedNetwork
     run: Run
+    measured: Tensor
     seconds: float
 
 
@@ -77,7 +89,7 @@ class Pruned:
 
     `tables` are the folded permutations by space, `gathers` what a loader must put back: dicts with "site", "output",
     "inputs" and "order". `layers` has, for each pruned layer, the share of squared saliency kept and the relative
-    output error, in natural order and as pruned.
+    output error, in natural order ("kept_none", "error_none") and as pruned ("kept", "error").
     """
 
     model: PreTrainedModel
@@ -101,6 +113,7 @@ def prepare(
     """
     started = time.monotonic()
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
+    update(settings.update)
     if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
         raise PermpruneError(
             f'mode "{settings.mode}" with precision "{settings.precision}": '
@@ -118,9 +131,9 @@ def prepare(
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(model.device)
     statistics = calibrate(model, layers, sites, measured, next_token, dtype, memory=settings.memory)
     network = PrunedNetwork(model, layers, problems, sites, statistics, metric, pattern, next_token, dtype)
-    checkpoint = Checkpoint(partial, {**asdict(settings), "exclude": list(settings.exclude), "minutes": None})
-    run = Run(train, held_out, settings.seed, settings.minutes, checkpoint)
-    return Prepared(model, settings, coupling, layers, network, run, time.monotonic() - started)
+    searched = {**asdict(settings), "exclude": list(settings.exclude), "minutes": None, "update": None}
+    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
+    return Prepared(model, settings, coupling, layers, network, run, measured, time.monotonic() - started)
 
 
 def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
@@ -131,11 +144,21 @@ def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase |
     return tokenize(documents, tokenizer, settings.length, settings.samples, settings.seed, fewer=True)
 
 
-def finish(prepared: Prepared, solution: Solution) -> Pruned:
-    """Write the masks and the orders into the weights. The prepared network is used up."""
+def update_weights(prepared: Prepared) -> None:
+    """Update the weights at the orders the network shows, as the settings say. Raises `PermpruneError`."""
+    update(prepared.settings.update).run(prepared.network, prepared.measured)
+
+
+def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]) -> Pruned:
+    """Fold the orders into the weights that the network shows for this solution. The prepared network is used up.
+
+    `natural` are the network's measures in natural order.
+    """
     network = prepared.network
-    network.set_orders(solution.orders)
-    measures = network.measures()
+    measures = [
+        {**row, "kept_none": before["kept"], "error_none": before["error"]}
+        for row, before in zip(network.measures(), natural, strict=True)
+    ]
     tables = _tables(prepared.coupling, network.problems, solution.orders)
     fold_all(prepared.model, tables, prepared.coupling)
     gathers = _gather(prepared, solution.orders)
@@ -155,7 +178,11 @@ def prune(
     """
     method = permuter(permute)
     prepared = prepare(model, tokenizer, Settings(**settings), windows)
-    return finish(prepared, method.solve(prepared.network, prepared.run))
+    update_weights(prepared)
+    natural = prepared.network.measures()
+    solution = method.solve(prepared.network, prepared.run)
+    update_weights(prepared)
+    return finish(prepared, solution, natural)
 
 
 def gap_closed(perplexity: float, dense: float, none: float) -> float | None:
@@ -216,4 +243,4 @@ def _gather(prepared: Prepared, orders: Orders) -> list[dict[str, Any]]:
     return gathers
 
 
-__all__ = ["Prepared", "Pruned", "Settings", "Statistics", "finish", "gap_closed", "prepare", "prune"]
+__all__ = ["Prepared", "Pruned", "Settings", "Statistics", "finish", "gap_closed", "prepare", "prune", "update_weights"]

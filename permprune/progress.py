@@ -1,7 +1,7 @@
 """How long work shows where it is: one rich bar on stderr, one logger."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 from rich.console import Console
@@ -19,7 +19,7 @@ console = Console(stderr=True)
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]:
     """Yield `items` while a bar named `label` runs; on a stream that is no terminal only the log speaks."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:

@@ -84,7 +84,52 @@ def test_an_objective_is_the_weighted_sum_of_its_losses(prepared: Prepared) -> N
     assert whole == pytest.approx(losses[0] + 2 * losses[1] + 3 * losses[2] + 4 * losses[3], rel=1e-5)
 
 
-def test_measures_compare_with_the_natural_order(prepared: Prepared) -> None:
-    natural = prepared.network.measures()
-    assert all(row["kept"] == row["kept_none"] and row["error"] == row["error_none"] for row in natural)
-    assert all(0.5 < row["kept"] < 1 and 0 < row["error"] < 1 for row in natural)
+def test_measures_are_those_of_the_weights_shown(prepared: Prepared) -> None:
+    network = prepared.network
+    masked = network.measures()
+    assert [row["name"] for row in masked] == list(network.layers)
+    for row in masked:
+        name = row["name"]
+        energy, mask = network.scores[name].square(), network.masks[name]
+        moments = network.statistics.moments[network.sites[name]]
+        lost, dense = network.dense[name] * ~mask, network.dense[name]
+        assert row["kept"] == pytest.approx(float(energy[mask].sum() / energy.sum()), rel=1e-5)
+        error = torch.trace(lost @ moments @ lost.T) / torch.trace(dense @ moments @ dense.T)
+        assert row["error"] == pytest.approx(float(error), rel=1e-4)
+        assert 0.5 < row["kept"] < 1 and 0 < row["error"] < 1
+    network.show({name: weight / 2 for name, weight in network.dense.items()})
+    for row in network.measures():
+        assert row["kept"] == pytest.approx(1) and row["error"] == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_stored_columns_are_the_order_in_which_the_pattern_holds(tiny_llama: LlamaForCausalLM, mode: str) -> None:
+    network = prepare(tiny_llama, None, Settings(mode=mode, precision="fp32"), WINDOWS).network
+    natural = network.stored_columns()
+    assert all(torch.equal(columns, torch.arange(len(columns))) for columns in natural.values())
+    generator = torch.Generator().manual_seed(0)
+    network.set_orders({p.name: torch.randperm(p.size, generator=generator) for p in network.problems})
+    for name, columns in network.stored_columns().items():
+        assert torch.equal(columns.sort().values, torch.arange(len(columns)))
+        assert not torch.equal(columns, torch.arange(len(columns)))
+        assert torch.equal(network.masks[name][:, columns], network.pattern.mask(network.scores[name][:, columns]))
+
+
+def test_columns_that_no_problem_moves_keep_their_places(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = prepare(tiny_llama, None, Settings(pattern="4:8", precision="fp32"), WINDOWS)
+    Random().solve(prepared.network, prepared.run)
+    for name, columns in prepared.network.stored_columns().items():  # heads are as wide as a group
+        assert torch.equal(columns, torch.arange(len(columns))) == name.endswith("o_proj")
+
+
+def test_weights_shown_stay_until_orders_are_set(prepared: Prepared) -> None:
+    network = prepared.network
+    name = "model.layers.1.mlp.up_proj"
+    weight = torch.full_like(network.dense[name], 0.5)
+    network.show({name: weight})
+    assert torch.equal(network.layers[name].weight, weight)
+    with network.dense_weights():
+        assert torch.equal(network.layers[name].weight, network.dense[name])
+    assert torch.equal(network.layers[name].weight, weight)
+    network.set_orders(network.current())
+    assert torch.equal(network.layers[name].weight, network.dense[name] * network.masks[name])

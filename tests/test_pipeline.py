@@ -1,21 +1,23 @@
 """From a model to a pruned one, and back from disk."""
 
 import copy
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permprune.commands import Evaluation, _last_logits, prune_to_folder, verify_folder
+from permprune.commands import Evaluation, _last_logits, compare, evaluate, prune_to_folder, verify_folder
 from permprune.coupling import discover, fold, verify
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.layers import prunable_layers
 from permprune.model_io import GATHERED, load, read_record
 from permprune.pattern import Pattern
-from permprune.permuters import Random
-from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune
+from permprune.permuters import Newton, Random
+from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune, update_weights
 from permprune.resources import peak_memory_mb, reset_peak_memory
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -25,10 +27,12 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCausalLM, mode: str, pattern: str) -> None:
     prepared = prepare(tiny_llama, None, Settings(pattern=pattern, mode=mode, precision="fp32"), WINDOWS)
+    natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = _last_logits(tiny_llama, WINDOWS)
-    pruned = finish(prepared, solution)
+    pruned = finish(prepared, solution, natural)
     torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    assert [row["error_none"] for row in pruned.layers] == [row["error"] for row in natural]
     for layer in prunable_layers(pruned.model, Pattern.parse(pattern)):
         assert Pattern.parse(pattern).holds(layer.weight)
         assert layer.weight.ne(0).float().mean() == pytest.approx(Pattern.parse(pattern).density, abs=0.01)
@@ -43,6 +47,33 @@ def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> N
     ):
         kept = own.weight.ne(0)
         assert torch.equal(own.weight[kept], before.weight[kept])  # masks only: what is kept is unchanged
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForCausalLM, mode: str) -> None:
+    settings: dict[str, Any] = {"permute": "random", "windows": WINDOWS, "mode": mode, "precision": "fp32"}
+    masked = prune(copy.deepcopy(tiny_llama), **settings)
+    updated = prune(tiny_llama, update="sparsegpt", **settings)
+    for key in ("error", "error_none"):
+        pairs = [(own[key], before[key]) for own, before in zip(updated.layers, masked.layers, strict=True)]
+        assert all(own < before for own, before in pairs)
+    for layer in prunable_layers(updated.model, Pattern(2, 4)):
+        assert Pattern(2, 4).holds(layer.weight)
+
+
+def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = prepare(tiny_llama, None, Settings(update="sparsegpt", precision="fp32"), WINDOWS)
+    network, method = prepared.network, Newton(rounds=2, windows=2)
+    alone = method.search(network, prepared.run)
+    update_weights(prepared)
+    assert all(
+        not torch.equal(own.weight, network.dense[name] * network.masks[name]) for name, own in network.layers.items()
+    )
+    after = method.search(network, dataclasses.replace(prepared.run, solved={}))
+    assert [point.loss for point in after.curve] == [point.loss for point in alone.curve]
+    assert all(torch.equal(after.orders[name], order) for name, order in alone.orders.items())
+    for name, layer in network.layers.items():
+        assert torch.equal(layer.weight, network.dense[name] * network.masks[name])
 
 
 def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
@@ -70,7 +101,7 @@ def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"mode": "both"}, {"precision": "int8"}, {"saliency": "luck"}, {"pattern": "4:2"}]
+    "settings", [{"mode": "both"}, {"precision": "int8"}, {"saliency": "luck"}, {"pattern": "4:2"}, {"update": "luck"}]
 )
 def test_unknown_settings_are_refused(tiny_llama: LlamaForCausalLM, settings: dict[str, str]) -> None:
     with pytest.raises(PermpruneError):
@@ -124,6 +155,26 @@ def test_a_written_folder_loads_and_proves_itself(
         assert (out / GATHERED).exists() and not plain.exists()
         with pytest.raises(OSError, match=r"model\.safetensors"):
             AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_a_folder_of_updated_weights_proves_itself(
+    tiny_checkpoint: Path, tiny_llama: LlamaForCausalLM, tiny_text: Path, tmp_path: Path, mode: str
+) -> None:
+    settings = Settings(mode=mode, update="sparsegpt", calibration=str(tiny_text), length=16, samples=24)
+    out, evaluation = tmp_path / "out", Evaluation(str(tiny_text), 4, 16)
+    record = prune_to_folder(str(tiny_checkpoint), out, "random", settings, evaluation)
+    assert verify_folder(out)["layers"] == 14
+    assert record["settings"]["update"] == "sparsegpt" and "update" in record["seconds"]
+    assert evaluate(str(out), evaluation).value == pytest.approx(record["perplexity"]["pruned"], rel=1e-5)
+    natural = compare(str(tiny_checkpoint), ["random"], settings, evaluation)["rows"]
+    measured = record["perplexity"]
+    assert [row["perplexity"] for row in natural] == [
+        pytest.approx(measured[key], rel=1e-5) for key in ("dense", "none", "pruned")
+    ]
+    dense = tiny_llama.model.layers[0].mlp.down_proj.weight
+    kept = load(out).model.layers[0].mlp.down_proj.weight
+    assert torch.isin(kept[kept != 0], dense).float().mean() < 0.2  # updated, not only reordered
 
 
 def test_a_folder_whose_weights_were_touched_fails_verification(

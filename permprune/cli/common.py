@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,8 +18,11 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from permprune import parallel
 from permprune.checkpoint import write_json
 from permprune.errors import PermpruneError
+from permprune.permuters import PERMUTERS
+from permprune.pipeline import Settings
 from permprune.progress import console, log
 
 app = typer.Typer(
@@ -27,22 +33,14 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="a zoo name (smollm2-135m), a folder, or a hub id")]
-PatternOption = Annotated[str, typer.Option(help="N of every M consecutive weights survive", metavar="N:M")]
-SaliencyOption = Annotated[str, typer.Option(help="magnitude, wanda or ria")]
-Mode = Annotated[str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")]
-Calibration = Annotated[
-    str | None, typer.Option(help="text file, .jsonl with a text field, or data set id; the default text if absent")
+Data = Annotated[
+    str | None, typer.Option(help="text to evaluate on: file, .jsonl or data set id; must not be the calibration text")
 ]
-Data = Annotated[str | None, typer.Option(help="text to evaluate on, likewise; must not be the calibration text")]
 Windows = Annotated[int, typer.Option(help="windows of text to evaluate on")]
-Samples = Annotated[int, typer.Option(help="windows of calibration text")]
 Length = Annotated[int, typer.Option(help="tokens in a window")]
-Seed = Annotated[int, typer.Option(help="the same seed gives the same permutations")]
-Precision = Annotated[str, typer.Option(help="of activations in the search: auto, fp32 or bf16")]
-Memory = Annotated[str | None, typer.Option(help="bound on the calibration statistics of one pass, as 8GiB")]
-Minutes = Annotated[float | None, typer.Option(help="end the search after so long (the result then varies)")]
-Exclude = Annotated[list[str] | None, typer.Option(help="glob of layers that stay dense; may be repeated")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+
+METHODS = f"one of {', '.join(PERMUTERS)}"
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -56,23 +54,93 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
     transformers.utils.logging.disable_progress_bar()
 
 
+def settings(
+    pattern: Annotated[
+        str, typer.Option(help="N of every M consecutive weights survive", metavar="N:M")
+    ] = Settings.pattern,
+    saliency: Annotated[str, typer.Option(help="magnitude, wanda or ria")] = Settings.saliency,
+    mode: Annotated[
+        str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")
+    ] = Settings.mode,
+    update: Annotated[
+        str,
+        typer.Option(
+            help="none: masks alone; sparsegpt: its own masks, and the weights that stay make up for the others"
+        ),
+    ] = Settings.update,
+    calibration: Annotated[
+        str | None, typer.Option(help="text file, .jsonl with a text field, or data set id; the default text if absent")
+    ] = Settings.calibration,
+    samples: Annotated[int, typer.Option(help="windows of calibration text")] = Settings.samples,
+    length: Length = Settings.length,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same permutations")] = Settings.seed,
+    precision: Annotated[
+        str, typer.Option(help="of activations in the search: auto, fp32 or bf16")
+    ] = Settings.precision,
+    memory: Annotated[str | None, typer.Option(help="bound on the calibration statistics of one pass, as 8GiB")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="end the search after so long (the result then varies)")
+    ] = Settings.minutes,
+    exclude: Annotated[list[str] | None, typer.Option(help="glob of layers that stay dense; may be repeated")] = None,
+) -> Settings:
+    """The options of every command that prunes."""
+    return Settings(
+        pattern=pattern,
+        saliency=saliency,
+        mode=mode,
+        update=update,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        precision=precision,
+        memory=parse_bytes(memory),
+        minutes=minutes,
+        exclude=tuple(exclude or ()),
+    )
+
+
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register a command; errors for people become one line on stderr and exit status 2, Ctrl-C status 130."""
+    """Register a command; errors for people become one line on stderr and exit status 2, Ctrl-C status 130.
 
-    @app.command()
+    A parameter annotated `Settings` stands for the options of `settings`.
+    """
+    own = inspect.signature(function, eval_str=True).parameters
+    shared = inspect.signature(settings, eval_str=True).parameters
+    place = next((name for name, parameter in own.items() if parameter.annotation is Settings), "")
+
     @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except PermpruneError as error:
-            print(f"permprune: {error}", file=sys.stderr)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            hint = "; the same command with --resume goes on from the last finished round" if "resume" in kwargs else ""
-            print(f"permprune: interrupted{hint}", file=sys.stderr)
-            raise typer.Exit(130) from None
+    def run(**options: Any) -> None:
+        with parallel.processes(), _speaking(parallel.rank() == 0):
+            try:
+                if place:
+                    options[place] = settings(**{name: options.pop(name) for name in shared})
+                function(**options)
+            except PermpruneError as error:
+                print(f"permprune: {error}", file=sys.stderr)
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                resumable = "resume" in options
+                hint = "; the same command with --resume goes on from the last finished round" if resumable else ""
+                print(f"permprune: interrupted{hint}", file=sys.stderr)
+                raise typer.Exit(130) from None
 
+    offered = [p for name, parameter in own.items() for p in (shared.values() if name == place else [parameter])]
+    run.__signature__ = inspect.Signature(offered)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in offered}
+    app.command()(run)
     return run
+
+
+@contextmanager
+def _speaking(speaks: bool) -> Iterator[None]:
+    """Of several processes one speaks; the others run the same command in silence."""
+    if speaks:
+        yield
+        return
+    console.quiet = True
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+        yield
 
 
 def parse_bytes(text: str | None) -> int | None:

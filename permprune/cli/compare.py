@@ -12,55 +12,35 @@ from permprune.cli import common as cli
 from permprune.commands import Evaluation
 from permprune.commands import compare as run
 from permprune.pipeline import Settings
-from permprune.report import write_comparison
+from permprune.report import comparison_title, write_comparison
 
 
 @cli.command
 def compare(
     model: cli.Model,
-    methods: Annotated[str, typer.Option(help="permuters, separated by commas")] = (
+    settings: Settings,
+    methods: Annotated[str, typer.Option(help=f"permuters, separated by commas: {cli.METHODS}")] = (
         "none,ria,reconstruction,newton,learned"
     ),
-    pattern: cli.PatternOption = "2:4",
-    saliency: cli.SaliencyOption = "wanda",
-    mode: cli.Mode = "fold",
-    calibration: cli.Calibration = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
-    samples: cli.Samples = 192,
-    length: cli.Length = 512,
-    seed: cli.Seed = 0,
-    precision: cli.Precision = "auto",
-    memory: cli.Memory = None,
-    minutes: cli.Minutes = None,
-    exclude: cli.Exclude = None,
     json: cli.Json = None,
     picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
 ) -> None:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, seconds, memory."""
-    settings = Settings(
-        pattern=pattern,
-        saliency=saliency,
-        mode=mode,
-        calibration=calibration,
-        samples=samples,
-        length=length,
-        seed=seed,
-        precision=precision,
-        memory=cli.parse_bytes(memory),
-        minutes=minutes,
-        exclude=tuple(exclude or ()),
-    )
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    result = run(model, names, settings, Evaluation(data, windows, length))
+    result = run(
+        model, [name for name in names if name != "dense"], settings, Evaluation(data, windows, settings.length)
+    )
     cli.write_figures(json, result)
     if picture is not None:
         write_comparison(result, picture)
-    cli.show(_table(result))
+    cli.show(comparison_table(result))
 
 
-def _table(result: dict[str, Any]) -> Table:
-    table = Table(title=f"{result['model']}, {result['pattern']}, {result['saliency']}, {result['mode']} mode")
+def comparison_table(result: dict[str, Any]) -> Table:
+    """What `permprune.compare` returns, for the terminal."""
+    table = Table(title=comparison_title(result))
     table.add_column("method")
     for title in ("perplexity", "gap closed", "seconds", "peak MiB"):
         table.add_column(title, justify="right")

@@ -94,13 +94,10 @@ class CostMatrixLearner(Permuter):
     def _step(self, network: PrunedNetwork, run: Run, state: State, starts: Orders) -> None:
         """One step of AdamW; leaves the network as it was."""
         at = torch.arange(state.step * self.windows, (state.step + 1) * self.windows) % len(run.train)
-        taught = network.teach(run.train[at], self.objective)
         with torch.no_grad():
-            for _, _, shown in self._prune(network, run, state, starts):
-                for part, columns, weight in shown:
-                    network.layers[part.layer].weight[:, columns] = weight
-        slope = network.gradients(run.train[at], self.objective, taught).weight
-        network.restore()
+            network.show(self._shown(network, run, state, starts))
+        slope = network.gradients(run.train[at], self.objective).weight
+        network.set_orders({})
         for _, cost, shown in self._prune(network, run, state, starts):
             cost.grad = None
             pairs = [(weight, slope[part.layer][:, columns]) for part, columns, weight in shown]
@@ -109,6 +106,14 @@ class CostMatrixLearner(Permuter):
         state.optimizer.param_groups[0]["lr"] = self.learning_rate * (1 + math.cos(math.pi * done)) / 2
         state.optimizer.step()
         state.step += 1
+
+    def _shown(self, network: PrunedNetwork, run: Run, state: State, starts: Orders) -> dict[str, Tensor]:
+        """The weights of the relaxed network, by layer, in the network's own order."""
+        found: dict[str, Tensor] = {}
+        for _, _, shown in self._prune(network, run, state, starts):
+            for part, columns, weight in shown:
+                found.setdefault(part.layer, network.layers[part.layer].weight.clone())[:, columns] = weight
+        return found
 
     def _prune(
         self, network: PrunedNetwork, run: Run, state: State, starts: Orders

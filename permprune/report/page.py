@@ -15,7 +15,7 @@ from permprune.checkpoint import write_whole
 from permprune.report import pictures
 from permprune.report.words import duration, fine_percent, number, percent
 
-NO_PERMUTATION = "none"
+NO_PERMUTATION = NO_UPDATE = "none"
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -37,14 +37,19 @@ def write_report(record: Mapping[str, Any], path: Path) -> None:
 
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a comparison as PNG: `result` has "model", "pattern", "saliency", "mode" and "rows".
+    """Write the picture of a comparison as PNG: `result` has "model", "pattern", "saliency", "mode", "update", "rows".
 
     A row has "method", "perplexity", "gap_closed" and "seconds" (each of the last two may be None).
     Raises `PermpruneError`.
     """
-    title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
-    picture = pictures.comparison(result["rows"], title, "png")
+    picture = pictures.comparison(result["rows"], comparison_title(result), "png")
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
+
+
+def comparison_title(result: Mapping[str, Any]) -> str:
+    """What the rows of a comparison have in common."""
+    title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
+    return title if result["update"] == NO_UPDATE else f"{title}, {result['update']} update"
 
 
 def decision(record: Mapping[str, Any]) -> str:
@@ -54,6 +59,8 @@ def decision(record: Mapping[str, Any]) -> str:
     measured = record["perplexity"]
     if method == NO_PERMUTATION:
         run = f"{record['settings']['pattern']} in natural order"
+    if (update := record["settings"]["update"]) != NO_UPDATE:
+        run += f", then {update}"
     if measured is None:
         return f"{run}: {_error_clause(record)}perplexity was not measured."
     dense, none, pruned = (number(measured[key]) for key in ("dense", "none", "pruned"))

@@ -1,5 +1,7 @@
 """The command line, run as a person runs it."""
 
+import dataclasses
+import inspect
 import json
 import os
 import signal
@@ -16,8 +18,9 @@ from typer.testing import CliRunner
 
 from permprune.checkpoint import Checkpoint
 from permprune.cli import app
-from permprune.cli.common import parse_bytes
+from permprune.cli.common import parse_bytes, settings
 from permprune.errors import PermpruneError
+from permprune.pipeline import Settings
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
@@ -67,16 +70,58 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     assert found["value"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-4)
 
 
+def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> None:
+    figures, out = tmp_path / "compare.json", tmp_path / "out"
+    code, stdout, _ = run("compare", *source, "--methods", "random", "--update", "sparsegpt", "--json", figures)
+    assert code == 0 and "sparsegpt update" in " ".join(stdout.split())
+    result = json.loads(figures.read_text())
+    assert result["update"] == "sparsegpt"
+    code, stdout, _ = run("prune", *source, "--permute", "random", "--update", "sparsegpt", "--out", out)
+    assert code == 0 and "2:4 with random, then sparsegpt: perplexity" in stdout
+    record = json.loads((out / "permprune.json").read_text())
+    assert record["settings"]["update"] == "sparsegpt"
+    assert record["perplexity"]["pruned"] == pytest.approx(result["rows"][-1]["perplexity"], rel=1e-4)
+
+
+def test_the_shared_options_are_the_settings() -> None:
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out"}
+    assert set(inspect.signature(settings).parameters) == fields
+    assert settings() == Settings()
+    chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], minutes=2.0, update="sparsegpt")
+    assert chosen == Settings(pattern="4:8", memory=2**20, exclude=("*.o_proj",), minutes=2.0, update="sparsegpt")
+
+
 def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path) -> None:
     figures, picture = tmp_path / "compare.json", tmp_path / "compare.png"
     code, stdout, _ = run("compare", *source, "--methods", "ria,random", "--json", figures, "--picture", picture)
     assert code == 0 and "random" in stdout
     result = json.loads(figures.read_text())
     assert [row["method"] for row in result["rows"]] == ["dense", "none", "ria", "random"]
-    assert {"model", "pattern", "saliency", "mode"} <= result.keys()
+    assert {"model", "pattern", "saliency", "mode", "update", "seed"} <= result.keys()
     for row in result["rows"]:
         assert row.keys() == {"method", "perplexity", "gap_closed", "seconds", "peak_memory_mb"}
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_preset_names_the_learned_permuter(source: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "learned", "--preset", "paper")
+    assert code == 0 and "learned-paper" in stdout
+    assert json.loads((out / "permprune.json").read_text())["settings"]["permute"] == "learned-paper"
+
+
+@pytest.mark.parametrize(("study", "labels"), [("loss", ["CE", "KL"]), ("groups", ["1 groups", "4 groups"])])
+@pytest.mark.parametrize("preset", ["ours", "paper"])
+def test_ablate_compares_the_variants(
+    source: list[str], tmp_path: Path, study: str, labels: list[str], preset: str
+) -> None:
+    figures = tmp_path / "ablation.json"
+    options = ["--study", study, "--preset", preset, "--epochs", "1", "--json", figures]
+    code, stdout, _ = run("ablate", *source, "--mode", "gather", "--samples", "36", *options)
+    assert code == 0
+    result = json.loads(figures.read_text())
+    assert {"dense", "none", *labels} <= {row["method"] for row in result["rows"]}
+    assert len({row["perplexity"] for row in result["rows"]}) > 3
 
 
 def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
@@ -91,7 +136,9 @@ def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
         (["--pattern", "24"], '"24" is no N:M pattern'),
         (["--pattern", "4:4"], "keeps no or all weights"),
         (["--pattern", "2:5"], "which 5 does not divide"),
+        (["--preset", "luck"], 'unknown permuter "newton-luck"'),
         (["--saliency", "luck"], 'unknown saliency "luck"'),
+        (["--update", "luck"], 'unknown update "luck": choose one of none, sparsegpt'),
         (["--permute", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], 'mode "luck"'),
         (["--precision", "int8"], 'precision "int8"'),
@@ -139,7 +186,7 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
         patch.setattr("permprune.commands.write_weights", full)
         assert "No space left on device" in fails(*arguments)
     assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not (tmp_path / "out").exists()
-    code, _, _ = run(*arguments, "--resume")
+    code, _, _ = run(*arguments, "--resume", "--update", "sparsegpt")  # which the search does not depend on
     assert code == 0 and (tmp_path / "out" / "permprune.json").exists()
 
 

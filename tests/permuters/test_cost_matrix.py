@@ -35,9 +35,7 @@ def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
         state.step = 0
         with torch.no_grad():
             cost += sign * direction
-            for _, _, shown in method._prune(network, run, state, start.orders):
-                for part, columns, weight in shown:
-                    network.layers[part.layer].weight[:, columns] = weight
+            network.show(method._shown(network, run, state, start.orders))
             losses.append(network.loss(run.train[:4], Objective()))
             cost -= sign * direction
     assert float((cost.grad * direction).sum()) == pytest.approx((losses[0] - losses[1]) / 2, rel=0.05)
@@ -50,9 +48,8 @@ def test_hard_plans_show_the_masks_of_their_orders(prepared: Prepared, method: C
     start = method.start.solve(network, run)
     state = method._begin(network, run, start, None)
     with torch.no_grad():
-        for _, _, shown in method._prune(network, run, state, start.orders):
-            for part, columns, weight in shown:
-                torch.testing.assert_close(weight, network.layers[part.layer].weight[:, columns], rtol=1e-5, atol=1e-6)
+        for name, weight in method._shown(network, run, state, start.orders).items():
+            torch.testing.assert_close(weight, network.layers[name].weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [LearnedPaper, PermLLM])

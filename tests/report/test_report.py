@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permprune.report import pictures, render, write_comparison, write_report
-from permprune.report.page import decision
+from permprune.report import comparison_title, decision, pictures, render, write_comparison, write_report
 from permprune.report.words import duration, number, percent
 
 VOID = {"meta", "img", "br"}
@@ -41,7 +40,15 @@ RECORD: dict[str, Any] = {
     "version": "0.1.0",
     "model": "someone/small-model",
     "note": None,
-    "settings": {"pattern": "2:4", "saliency": "wanda", "permute": "newton", "mode": "fold", "seed": 0, "exclude": []},
+    "settings": {
+        "pattern": "2:4",
+        "saliency": "wanda",
+        "permute": "newton",
+        "mode": "fold",
+        "update": "none",
+        "seed": 0,
+        "exclude": [],
+    },
     "versions": {"torch": "2.13.0"},
     "perplexity": {"data": "WikiText-2 test", "tokens": 6144, "dense": 30.1, "none": 175.7, "pruned": 63.4},
     "gap_closed": 0.58,
@@ -51,6 +58,7 @@ RECORD: dict[str, Any] = {
     "permutations": {"model.layers.0.mlp.down_proj.input": [[1, 0, 2, 3]]},
     "gathers": [{"site": "model.norm.output", "output": "model.norm", "inputs": [], "order": [3, 2, 1, 0]}],
 }
+COMPARED = {"model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "update": "none"}
 ROWS = [
     {"method": "newton", "perplexity": 63.4, "gap_closed": 0.58, "seconds": 493.0, "peak_memory_mb": 900},
     {"method": "none", "perplexity": 175.7, "gap_closed": None, "seconds": None, "peak_memory_mb": None},
@@ -139,6 +147,13 @@ def test_a_bare_record_still_gives_a_page() -> None:
     assert "every channel stands where it stood" in page.text
 
 
+def test_an_update_is_named() -> None:
+    settings = {**RECORD["settings"], "update": "sparsegpt"}
+    assert decision(changed(settings=settings)).startswith("2:4 with newton, then sparsegpt: perplexity 63.40 against")
+    assert comparison_title(COMPARED) == "someone/small-model, 2:4, wanda masks, fold mode"
+    assert comparison_title({**COMPARED, "update": "sparsegpt"}).endswith("fold mode, sparsegpt update")
+
+
 MEASURED = "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 without permutation"
 
 
@@ -215,8 +230,7 @@ def test_no_two_kinds_share_a_label(paths: set[tuple[str, ...]]) -> None:
 
 def test_files_are_written_whole(tmp_path: Path) -> None:
     write_report(RECORD, tmp_path / "report.html")
-    result = {"model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "rows": ROWS}
-    write_comparison(result, tmp_path / "compare.png")
+    write_comparison({**COMPARED, "rows": ROWS}, tmp_path / "compare.png")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(RECORD)
     assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.png", "report.html"]

@@ -1,0 +1,33 @@
+"""`permprune ablate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from permprune.ablation import variants
+from permprune.cli import common as cli
+from permprune.cli.compare import comparison_table
+from permprune.commands import Evaluation, compare
+from permprune.pipeline import Settings
+
+
+@cli.command
+def ablate(
+    model: cli.Model,
+    settings: Settings,
+    study: Annotated[str, typer.Option(help="what to vary: loss, groups or epochs")] = "loss",
+    preset: Annotated[str, typer.Option(help="the learner: ours, or paper")] = "ours",
+    epochs: Annotated[
+        float | None, typer.Option(help="passes over the calibration text of each variant; the learner's own if absent")
+    ] = None,
+    data: cli.Data = None,
+    windows: cli.Windows = 24,
+    json: cli.Json = None,
+) -> None:
+    """Vary one thing about the learned permutation of MODEL: its loss, its groups, or how long it learns."""
+    methods = variants(study, preset, settings.train, epochs)
+    result = compare(model, methods, settings, Evaluation(data, windows, settings.length))
+    cli.write_figures(json, {"study": study, "preset": preset, **result})
+    cli.show(comparison_table(result))

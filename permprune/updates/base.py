@@ -1,0 +1,100 @@
+"""What every update answers, and the walk through the blocks that layer-wise updates share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from permprune.calibrate import frozen, input_moments
+from permprune.errors import PermpruneError
+from permprune.layers import Layer, blocks
+from permprune.network import PrunedNetwork
+from permprune.pattern import Pattern
+from permprune.progress import track
+
+
+@dataclass(frozen=True)
+class Update(ABC):
+    """Changes the weights of a pruned network, at the channel orders it shows, to make up for those it loses."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def run(self, network: PrunedNetwork, windows: Tensor) -> None:
+        """Make the network show updated weights, N:M in stored order, until orders are next set.
+
+        `windows` (count, length) are calibration tokens. Raises `PermpruneError` where there is no update.
+        """
+
+
+@dataclass(frozen=True)
+class LayerUpdate(Update):
+    """An update that takes one layer at a time, given the second moments of its inputs.
+
+    Blocks follow one another as in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774): the inputs of a block come
+    through the updated blocks before it and its own dense weights.
+    """
+
+    @abstractmethod
+    def apply(self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
+        """Prune one layer.
+
+        `weight` is fp32 (rows, channels), `moments` H of its inputs, fp32 (channels, channels), `order` int64
+        (channels,): the columns in stored order, in which groups of m neighbours follow the pattern. Returns fp32
+        (rows, channels) in the order of `weight`, which stays as it is. Raises `PermpruneError` where H does not do.
+        """
+
+    @torch.no_grad()
+    def run(self, network: PrunedNetwork, windows: Tensor) -> None:
+        """One forward pass over all windows in one batch, which stops ahead of each block until that is updated."""
+        waiting = _layers_by_block(network)
+        columns = network.stored_columns()
+
+        def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            layers = waiting.pop(block, None)
+            if layers is None:  # a block that runs again
+                return
+            next(bar)
+            network.show({layer.name: network.dense[layer.name] for layer in layers})
+            with input_moments({network.sites[layer.name]: layer for layer in layers}) as moments:
+                block.forward(*args, **kwargs)  # not a call, which would come back here
+            with torch.autocast(windows.device.type, enabled=False):
+                network.show({layer.name: self._layer(network, layer.name, moments, columns) for layer in layers})
+            if not waiting:
+                raise _AllUpdated
+
+        handles = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
+        bar = track(waiting.copy(), self.name)
+        try:
+            with closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast(windows):
+                network.task(network.model, windows)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _layer(
+        self, network: PrunedNetwork, name: str, moments: dict[str, Tensor], columns: dict[str, Tensor]
+    ) -> Tensor:
+        weight, inputs = network.dense[name].float(), moments[network.sites[name]]
+        try:
+            return self.apply(weight, inputs, columns[name], network.pattern)
+        except PermpruneError as error:
+            raise PermpruneError(f"{name}: {error}") from error
+
+
+class _AllUpdated(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
+def _layers_by_block(network: PrunedNetwork) -> dict[nn.Module, list[Layer]]:
+    """The pruned layers of each repeated block; those of a module that blocks share go with the first."""
+    block_of = {module: block for block in reversed(blocks(network.model)) for module in block.modules()}
+    found: dict[nn.Module, list[Layer]] = {}
+    for layer in network.layers.values():
+        found.setdefault(block_of[layer.module], []).append(layer)
+    return found

@@ -1,0 +1,21 @@
+"""No update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from permprune.network import PrunedNetwork
+from permprune.updates.base import Update
+
+
+@dataclass(frozen=True)
+class NoUpdate(Update):
+    """Masks alone: every weight that stays keeps its value."""
+
+    name: ClassVar[str] = "none"
+
+    def run(self, network: PrunedNetwork, windows: Tensor) -> None:
+        """Leave the network as it is."""
