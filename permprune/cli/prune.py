@@ -18,7 +18,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     pattern: cli.PatternOption = "2:4",
     saliency: cli.SaliencyOption = "wanda",
-    permute: Annotated[str, typer.Option(help="none, random, ria, reconstruction, newton or learned")] = "newton",
+    permute: Annotated[str, typer.Option(help="none, random, ria, cp, reconstruction, newton or learned")] = "newton",
     mode: cli.Mode = "fold",
     calibration: cli.Calibration = None,
     data: cli.Data = None,
