@@ -2,6 +2,7 @@
 
 from permprune.errors import PermpruneError
 from permprune.permuters.base import CurvePoint, LocalPermuter, Permuter, Run, Solution
+from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity, Random
 from permprune.permuters.learned import Learned
 from permprune.permuters.newton import Newton
@@ -12,7 +13,7 @@ from permprune.permuters.ria import RIAPermuter
 
 PERMUTERS: dict[str, type[Permuter]] = {
     method.name: method
-    for method in (Identity, Random, RIAPermuter, PermLLM, Reconstruction, LearnedPaper, Learned, Newton)
+    for method in (Identity, Random, RIAPermuter, CP, PermLLM, Reconstruction, LearnedPaper, Learned, Newton)
 }
 
 
@@ -26,6 +27,7 @@ def permuter(name: str | Permuter) -> Permuter:
 
 
 __all__ = [
+    "CP",
     "PERMUTERS",
     "CurvePoint",
     "Identity",

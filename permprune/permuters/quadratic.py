@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permprune.matching import assign, cycles
+from permprune.matching import cycles
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.problem import Problem
@@ -79,12 +79,6 @@ class QuadraticModel:
             bundles.append(Bundle(weight, score, moments, moments @ slope if gradient is None else slope, error))
         order = network.orders.get(problem.name, problem.identity())
         return cls(bundles, order, network.pattern, damping)
-
-    def deal(self, groups: Tensor) -> None:
-        """Start over from these groups (groups, m), whatever the model says of them."""
-        self.groups = groups.contiguous()
-        channels = self.order.view(1, -1)
-        self._commit(self.order, [self._move(bundle, channels)[0] for bundle in self.bundles], 0.0)
 
     @property
     def order(self) -> Tensor:
@@ -216,27 +210,3 @@ def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tens
             torch.sub(rivals, owns[c], out=difference)
             cost[c] += difference.mul_(kept).sum(1)
     return cost
-
-
-def deal_and_assign(network: PrunedNetwork, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
-    """The order that keeps the most squared score: channels dealt to groups, then one assignment for each slot.
-
-    Channels sorted by their total go to the groups snake-wise; then, slot by slot, the channels there are put back
-    where they keep the most (Zhang et al. 2024, "Plug-and-Play", section 3.2). Rows weigh equally, or by `fisher`.
-    """
-    rows = [network.scores[part.layer][:, part.columns] for part in problem.parts]
-    if fisher is not None:
-        rows = [row * fisher[part.layer].sqrt()[:, None] for row, part in zip(rows, problem.parts, strict=True)]
-    energy = torch.cat(rows).square().T.contiguous()
-    no_curvature = energy.new_zeros(()).expand(problem.size, problem.size)
-    bundle = Bundle(energy, energy, no_curvature, torch.ones_like(energy), torch.zeros_like(energy))
-    model = QuadraticModel([bundle], problem.identity(), network.pattern, damping=0.0)
-    hands = energy.sum(1).argsort(descending=True, stable=True).cpu().view(network.pattern.m, -1).clone()
-    hands[1::2] = hands[1::2].flip(1)
-    model.deal(hands.T)
-    at = torch.arange(len(model.groups))
-    for slot in range(network.pattern.m):
-        slots = torch.full_like(at, slot)
-        cost = model.placement_cost(at, slots)
-        model.move(at, slots, assign(cost), cost)
-    return model.order

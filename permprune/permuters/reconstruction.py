@@ -10,7 +10,8 @@ from torch import Tensor
 
 from permprune.network import PrunedNetwork
 from permprune.permuters.base import LocalPermuter
-from permprune.permuters.quadratic import QuadraticModel, deal_and_assign
+from permprune.permuters.kept import deal_and_assign, stacked_scores
+from permprune.permuters.quadratic import QuadraticModel
 from permprune.problem import Problem
 
 
@@ -28,7 +29,8 @@ class Reconstruction(LocalPermuter):
 
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
         fisher = network.statistics.fisher
-        network.set_orders({problem.name: deal_and_assign(network, problem, fisher)})
+        energy = stacked_scores(network, problem, fisher).square()
+        network.set_orders({problem.name: deal_and_assign(energy, network.pattern)})
         model = QuadraticModel.of(network, problem, fisher)
         for _ in range(self.swaps):
             model.swap(generator)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from permprune.network import PrunedNetwork
 from permprune.permuters.base import LocalPermuter
-from permprune.permuters.quadratic import deal_and_assign
+from permprune.permuters.kept import deal_and_assign, stacked_scores
 from permprune.problem import Problem
 
 
@@ -21,4 +21,4 @@ class RIAPermuter(LocalPermuter):
     name: ClassVar[str] = "ria"
 
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
-        return deal_and_assign(network, problem)
+        return deal_and_assign(stacked_scores(network, problem).square(), network.pattern)

@@ -9,7 +9,17 @@ from transformers import LlamaForCausalLM
 
 from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
-from permprune.permuters import PERMUTERS, Learned, LearnedPaper, Newton, Permuter, Reconstruction, Solution, permuter
+from permprune.permuters import (
+    CP,
+    PERMUTERS,
+    Learned,
+    LearnedPaper,
+    Newton,
+    Permuter,
+    Reconstruction,
+    Solution,
+    permuter,
+)
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pipeline import Prepared, Settings, prepare
@@ -24,6 +34,8 @@ def ready(model: LlamaForCausalLM, mode: str = "gather") -> Prepared:
 
 def brief(name: str) -> Permuter:
     method = permuter(name)
+    if isinstance(method, CP):
+        return dataclasses.replace(method, escapes=10)
     if isinstance(method, CostMatrixLearner):
         return dataclasses.replace(method, steps=4, check=2, learning_rate=1.0)
     return dataclasses.replace(method, rounds=3, windows=4) if isinstance(method, TrustRegion) else method
@@ -66,6 +78,15 @@ def test_ria_keeps_more_score_and_reconstruction_leaves_less_error(tiny_llama: L
     assert sum(row["kept"] for row in prepared.network.measures()) > sum(row["kept"] for row in natural)
     Reconstruction().solve(prepared.network, prepared.run)
     assert sum(row["error"] for row in prepared.network.measures()) < sum(row["error"] for row in natural)
+
+
+def test_cp_keeps_more_score_than_ria(tiny_llama: LlamaForCausalLM) -> None:
+    network, run = (prepared := ready(tiny_llama)).network, prepared.run
+    kept = {}
+    for name in ("none", "ria", "cp"):
+        brief(name).solve(network, run)
+        kept[name] = sum(float((score * network.masks[layer]).sum()) for layer, score in network.scores.items())
+    assert kept["none"] < kept["ria"] < kept["cp"]
 
 
 @pytest.mark.parametrize("method", [Newton(rounds=4, windows=4), Learned(rounds=4, windows=4)])
