@@ -31,6 +31,9 @@ from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+FREE = ("minutes", "update", "recompute")
+"""Settings that may change before an interrupted search goes on."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,7 +45,8 @@ class Settings:
     statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of activations: fp32, bf16,
     or auto for the faster. `memory`: bytes for the statistics of one calibration pass. `minutes`: end the search after
     so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the
-    orders found; it chooses masks of its own, so that the saliency has its say in the search alone.
+    orders found; it chooses masks of its own, so that the saliency has its say in the search alone. `recompute`: run
+    each block again in the backward pass instead of keeping its activations.
     """
 
     pattern: str = "2:4"
@@ -59,6 +63,7 @@ class Settings:
     minutes: float | None = None
     exclude: tuple[str, ...] = ()
     update: str = "none"
+    recompute: bool = False
 
     @property
     def train(self) -> int:
@@ -129,9 +134,14 @@ def prepare(
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(model.device)
-    statistics = calibrate(model, layers, sites, measured, next_token, dtype, memory=settings.memory)
-    network = PrunedNetwork(model, layers, problems, sites, statistics, metric, pattern, next_token, dtype)
-    searched = {**asdict(settings), "exclude": list(settings.exclude), "minutes": None, "update": None}
+    recompute = settings.recompute
+    statistics = calibrate(
+        model, layers, sites, measured, next_token, dtype, memory=settings.memory, recompute=recompute
+    )
+    network = PrunedNetwork(
+        model, layers, problems, sites, statistics, metric, pattern, next_token, dtype, recompute=recompute
+    )
+    searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
     return Prepared(model, settings, coupling, layers, network, run, measured, time.monotonic() - started)
 

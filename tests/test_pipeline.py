@@ -14,10 +14,12 @@ from permprune.coupling import discover, fold, verify
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.layers import prunable_layers
+from permprune.losses import Objective
 from permprune.model_io import GATHERED, load, read_record
 from permprune.pattern import Pattern
 from permprune.permuters import Newton, Random
 from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune, update_weights
+from permprune.recompute import recomputing
 from permprune.resources import peak_memory_mb, reset_peak_memory
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
@@ -74,6 +76,18 @@ def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausal
     assert all(torch.equal(after.orders[name], order) for name, order in alone.orders.items())
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, network.dense[name] * network.masks[name])
+
+
+def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausalLM) -> None:
+    runs: list[bool] = []
+    tiny_llama.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: runs.append(recomputing()))
+    for recompute in (False, True):
+        prepared = prepare(tiny_llama, None, Settings(precision="fp32", recompute=recompute), WINDOWS)
+        assert any(runs) is recompute
+        runs.clear()
+        prepared.network.gradients(WINDOWS[:2], Objective())
+        assert any(runs) is recompute
+        runs.clear()
 
 
 def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:

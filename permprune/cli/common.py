@@ -78,6 +78,9 @@ def settings(
         str, typer.Option(help="of activations in the search: auto, fp32 or bf16")
     ] = Settings.precision,
     memory: Annotated[str | None, typer.Option(help="bound on the calibration statistics of one pass, as 8GiB")] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, less memory")
+    ] = Settings.recompute,
     minutes: Annotated[
         float | None, typer.Option(help="end the search after so long (the result then varies)")
     ] = Settings.minutes,
@@ -95,6 +98,7 @@ def settings(
         seed=seed,
         precision=precision,
         memory=parse_bytes(memory),
+        recompute=recompute,
         minutes=minutes,
         exclude=tuple(exclude or ()),
     )

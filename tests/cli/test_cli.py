@@ -87,8 +87,8 @@ def test_the_shared_options_are_the_settings() -> None:
     fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out"}
     assert set(inspect.signature(settings).parameters) == fields
     assert settings() == Settings()
-    chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], minutes=2.0, update="sparsegpt")
-    assert chosen == Settings(pattern="4:8", memory=2**20, exclude=("*.o_proj",), minutes=2.0, update="sparsegpt")
+    chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], update="sparsegpt", recompute=True)
+    assert chosen == Settings(pattern="4:8", memory=2**20, exclude=("*.o_proj",), update="sparsegpt", recompute=True)
 
 
 def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path) -> None:
@@ -186,8 +186,11 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
         patch.setattr("permprune.commands.write_weights", full)
         assert "No space left on device" in fails(*arguments)
     assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not (tmp_path / "out").exists()
-    code, _, _ = run(*arguments, "--resume", "--update", "sparsegpt")  # which the search does not depend on
-    assert code == 0 and (tmp_path / "out" / "permprune.json").exists()
+    free = ["--update", "sparsegpt", "--recompute"]  # which the search does not depend on
+    code, _, _ = run(*arguments, "--resume", *free)
+    assert code == 0
+    used = json.loads((tmp_path / "out" / "permprune.json").read_text())["settings"]
+    assert used["update"] == "sparsegpt" and used["recompute"] is True
 
 
 def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
