@@ -31,7 +31,7 @@ from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-FREE = ("minutes", "update", "recompute")
+FREE = ("minutes", "update", "batch", "recompute")
 """Settings that may change before an interrupted search goes on."""
 
 
@@ -45,8 +45,9 @@ class Settings:
     statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of activations: fp32, bf16,
     or auto for the faster. `memory`: bytes for the statistics of one calibration pass. `minutes`: end the search after
     so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the
-    orders found; it chooses masks of its own, so that the saliency has its say in the search alone. `recompute`: run
-    each block again in the backward pass instead of keeping its activations.
+    orders found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`:
+    calibration windows that pass through the model at a time. `recompute`: run each block again in the backward pass
+    instead of keeping its activations.
     """
 
     pattern: str = "2:4"
@@ -63,6 +64,7 @@ class Settings:
     minutes: float | None = None
     exclude: tuple[str, ...] = ()
     update: str = "none"
+    batch: int = 4
     recompute: bool = False
 
     @property
@@ -117,13 +119,8 @@ def prepare(
     searches keep their state. Raises `PermpruneError` for settings, data or a model that cannot be used.
     """
     started = time.monotonic()
+    _check(settings)
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
-    update(settings.update)
-    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
-        raise PermpruneError(
-            f'mode "{settings.mode}" with precision "{settings.precision}": '
-            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
-        )
     layers = prunable_layers(model, pattern, settings.exclude)
     if windows is None:
         windows = calibration_windows(settings, tokenizer)
@@ -134,12 +131,10 @@ def prepare(
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(model.device)
-    recompute = settings.recompute
-    statistics = calibrate(
-        model, layers, sites, measured, next_token, dtype, memory=settings.memory, recompute=recompute
-    )
+    batch, recompute = settings.batch, settings.recompute
+    statistics = calibrate(model, layers, sites, measured, next_token, dtype, batch, settings.memory, recompute)
     network = PrunedNetwork(
-        model, layers, problems, sites, statistics, metric, pattern, next_token, dtype, recompute=recompute
+        model, layers, problems, sites, statistics, metric, pattern, next_token, dtype, batch, recompute
     )
     searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
@@ -199,6 +194,17 @@ def gap_closed(perplexity: float, dense: float, none: float) -> float | None:
     """Share of the log-perplexity gap between the dense and the plainly pruned model; None where there is no gap."""
     gap = math.log(none) - math.log(dense)
     return (math.log(none) - math.log(perplexity)) / gap if gap > 0 else None
+
+
+def _check(settings: Settings) -> None:
+    update(settings.update)
+    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
+        raise PermpruneError(
+            f'mode "{settings.mode}" with precision "{settings.precision}": '
+            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
+        )
+    if settings.batch < 1:
+        raise PermpruneError(f"a batch of {settings.batch} windows: give --batch 1 or more")
 
 
 def _divide(windows: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """The masked model, its losses and its gradients."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -56,6 +59,23 @@ def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
     for name, layer in network.layers.items():
         torch.testing.assert_close(found.weight[name], layer.module.weight.grad, rtol=1e-4, atol=1e-7)
     assert found.loss == pytest.approx(network.loss(WINDOWS[:6], Objective()), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_gradients_do_not_depend_on_the_batch(tiny_llama: LlamaForCausalLM, prepared: Prepared, batch: int) -> None:
+    every = Objective(1.0, 1.0, 1.0, 1.0)
+    expected = prepared.network.gradients(WINDOWS[:6], every)
+    with prepared.network.dense_weights():
+        dense = copy.deepcopy(tiny_llama)
+    network = prepare(dense, None, dataclasses.replace(prepared.settings, batch=batch), WINDOWS).network
+    sizes: list[int] = []
+    dense.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    found = network.gradients(WINDOWS[:6], every)
+    assert set(sizes) == {batch}
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5) and found.count == expected.count
+    for name, slope in expected.weight.items():
+        torch.testing.assert_close(found.weight[name], slope, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.fisher[name], expected.fisher[name], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(

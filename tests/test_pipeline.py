@@ -90,6 +90,13 @@ def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausa
         runs.clear()
 
 
+def test_windows_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
+    sizes: list[int] = []
+    tiny_llama.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    prepare(tiny_llama, None, Settings(precision="fp32", samples=12, measured=5, held_out=1, batch=3), WINDOWS)
+    assert sizes[-2:] == [3, 2]
+
+
 def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
     before = tiny_llama.model.layers[0].mlp.down_proj.weight.clone()
     prune(tiny_llama, permute="none", windows=WINDOWS, precision="fp32", exclude=("*.0.mlp.down_proj",))
@@ -115,9 +122,17 @@ def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"mode": "both"}, {"precision": "int8"}, {"saliency": "luck"}, {"pattern": "4:2"}, {"update": "luck"}]
+    "settings",
+    [
+        {"mode": "both"},
+        {"precision": "int8"},
+        {"saliency": "luck"},
+        {"pattern": "4:2"},
+        {"update": "luck"},
+        {"batch": 0},
+    ],
 )
-def test_unknown_settings_are_refused(tiny_llama: LlamaForCausalLM, settings: dict[str, str]) -> None:
+def test_unknown_settings_are_refused(tiny_llama: LlamaForCausalLM, settings: dict[str, Any]) -> None:
     with pytest.raises(PermpruneError):
         prune(tiny_llama, windows=WINDOWS, **settings)
 

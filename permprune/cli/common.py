@@ -78,6 +78,7 @@ def settings(
         str, typer.Option(help="of activations in the search: auto, fp32 or bf16")
     ] = Settings.precision,
     memory: Annotated[str | None, typer.Option(help="bound on the calibration statistics of one pass, as 8GiB")] = None,
+    batch: Annotated[int, typer.Option(help="calibration windows at a time: fewer need less memory")] = Settings.batch,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, less memory")
     ] = Settings.recompute,
@@ -98,6 +99,7 @@ def settings(
         seed=seed,
         precision=precision,
         memory=parse_bytes(memory),
+        batch=batch,
         recompute=recompute,
         minutes=minutes,
         exclude=tuple(exclude or ()),
