@@ -30,10 +30,6 @@ class Statistics:
     fisher: dict[str, Tensor]
     tokens: int
 
-    def norm(self, site: str) -> Tensor:
-        """Root mean square of each input channel, (channels,)."""
-        return self.moments[site].diagonal().clamp_min(0).sqrt()
-
 
 def calibrate(
     model: nn.Module,

@@ -64,7 +64,7 @@ class PrunedNetwork:
         self.task, self.dtype, self.batch, self.recompute = task, dtype, batch, recompute
         self.dense = {layer.name: layer.weight.clone() for layer in layers}
         self.sites = sites
-        self.scores = {name: saliency.score(self.dense[name], statistics.norm(site)) for name, site in sites.items()}
+        self.scores = {name: self._score(name, saliency) for name in sites}
         self.masks = {name: pattern.mask(score) for name, score in self.scores.items()}
         self.orders: Orders = {}
         self.updated: dict[str, Tensor] = {}
@@ -212,6 +212,12 @@ class PrunedNetwork:
     def _share(self, windows: Tensor) -> Sequence[Tensor]:
         """The batches of this rank."""
         return parallel.share(windows.split(self.batch))
+
+    def _score(self, name: str, saliency: Saliency) -> Tensor:
+        try:
+            return saliency.score(self.dense[name], self.statistics.moments[self.sites[name]])
+        except PermpruneError as error:
+            raise PermpruneError(f"{name}: {error}") from error
 
     def _refresh(self, names: dict[str, Layer] | dict[str, None]) -> None:
         for name in names:

@@ -39,15 +39,15 @@ FREE = ("minutes", "update", "batch", "recompute")
 class Settings:
     """What a run depends on; the same settings give the same permutations.
 
-    `pattern`: "N:M". `saliency`: magnitude, wanda or ria. `mode`: "fold" (no run-time cost) or "gather" (every reader
-    of the residual stream in its own order, one `index_select` each). `calibration`: a text (see `load_documents`),
-    None for the default one, of which `samples` windows of `length` tokens are drawn: the first `measured` give the
-    statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of activations: fp32, bf16,
-    or auto for the faster. `memory`: bytes for the statistics of one calibration pass. `minutes`: end the search after
-    so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the
-    orders found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`:
-    calibration windows that pass through the model at a time. `recompute`: run each block again in the backward pass
-    instead of keeping its activations.
+    `pattern`: "N:M". `saliency`: magnitude, wanda, ria or obs. `mode`: "fold" (no run-time cost) or "gather" (every
+    reader of the residual stream in its own order, one `index_select` each). `calibration`: a text (see
+    `load_documents`), None for the default one, of which `samples` windows of `length` tokens are drawn: the first
+    `measured` give the statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of
+    activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one calibration pass.
+    `minutes`: end the search after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt,
+    which changes the weights at the orders found; it chooses masks of its own, so that the saliency has its say in the
+    search alone. `batch`: calibration windows that pass through the model at a time. `recompute`: run each block again
+    in the backward pass instead of keeping its activations.
     """
 
     pattern: str = "2:4"

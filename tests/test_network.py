@@ -7,9 +7,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.calibrate import Statistics
+from permprune.errors import PermpruneError
 from permprune.losses import Objective, next_token
+from permprune.network import PrunedNetwork
 from permprune.permuters import Random
 from permprune.pipeline import Prepared, Settings, prepare
+from permprune.saliency import OBS
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -44,6 +48,14 @@ def test_orders_set_one_after_the_other_leave_no_trace(prepared: Prepared) -> No
     assert any(not torch.equal(before[name], mask) for name, mask in network.masks.items())
     network.set_orders(network.identity())
     assert all(torch.equal(before[name], mask) for name, mask in network.masks.items())
+
+
+def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
+    network = prepared.network
+    moments = {site: -moments for site, moments in network.statistics.moments.items()}
+    wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
+    with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
+        PrunedNetwork(prepared.model, prepared.layers, [], network.sites, wrong, OBS(), network.pattern, next_token)
 
 
 def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:

@@ -21,6 +21,7 @@ from permprune.permuters import Newton, Random
 from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune, update_weights
 from permprune.recompute import recomputing
 from permprune.resources import peak_memory_mb, reset_peak_memory
+from permprune.saliency import SALIENCIES
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -40,7 +41,7 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
         assert layer.weight.ne(0).float().mean() == pytest.approx(Pattern.parse(pattern).density, abs=0.01)
 
 
-@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "ria"])
+@pytest.mark.parametrize("saliency", SALIENCIES)
 def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> None:
     dense = copy.deepcopy(tiny_llama)
     pruned = prune(tiny_llama, permute="none", windows=WINDOWS, saliency=saliency, precision="fp32")

@@ -21,6 +21,7 @@ from permprune.cli import app
 from permprune.cli.common import parse_bytes, settings
 from permprune.errors import PermpruneError
 from permprune.pipeline import Settings
+from permprune.saliency import SALIENCIES
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
@@ -91,6 +92,11 @@ def test_the_shared_options_are_the_settings() -> None:
     assert chosen == Settings(
         pattern="4:8", memory=2**20, exclude=("*.o_proj",), update="sparsegpt", batch=2, recompute=True
     )
+
+
+def test_help_names_every_metric() -> None:
+    code, stdout, _ = run("prune", "--help")
+    assert code == 0 and f"one of {', '.join(SALIENCIES)}" in " ".join(stdout.replace("│", " ").split())
 
 
 def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path) -> None:
