@@ -31,18 +31,23 @@ from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+FREE = ("minutes", "update", "batch", "recompute")
+"""Settings that may change before an interrupted search goes on."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What a run depends on; the same settings give the same permutations.
 
-    `pattern`: "N:M". `saliency`: magnitude, wanda or ria. `mode`: "fold" (no run-time cost) or "gather" (every reader
-    of the residual stream in its own order, one `index_select` each). `calibration`: a text (see `load_documents`),
-    None for the default one, of which `samples` windows of `length` tokens are drawn: the first `measured` give the
-    statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of activations: fp32, bf16,
-    or auto for the faster. `memory`: bytes for the statistics of one calibration pass. `minutes`: end the search after
-    so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the
-    orders found; it chooses masks of its own, so that the saliency has its say in the search alone.
+    `pattern`: "N:M". `saliency`: magnitude, wanda, ria or obs. `mode`: "fold" (no run-time cost) or "gather" (every
+    reader of the residual stream in its own order, one `index_select` each). `calibration`: a text (see
+    `load_documents`), None for the default one, of which `samples` windows of `length` tokens are drawn: the first
+    `measured` give the statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of
+    activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one calibration pass.
+    `minutes`: end the search after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt,
+    which changes the weights at the orders found; it chooses masks of its own, so that the saliency has its say in the
+    search alone. `batch`: calibration windows that pass through the model at a time. `recompute`: run each block again
+    in the backward pass instead of keeping its activations.
     """
 
     pattern: str = "2:4"
@@ -59,6 +64,8 @@ class Settings:
     minutes: float | None = None
     exclude: tuple[str, ...] = ()
     update: str = "none"
+    batch: int = 4
+    recompute: bool = False
 
     @property
     def train(self) -> int:
@@ -112,13 +119,8 @@ def prepare(
     searches keep their state. Raises `PermpruneError` for settings, data or a model that cannot be used.
     """
     started = time.monotonic()
+    _check(settings)
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
-    update(settings.update)
-    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
-        raise PermpruneError(
-            f'mode "{settings.mode}" with precision "{settings.precision}": '
-            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
-        )
     layers = prunable_layers(model, pattern, settings.exclude)
     if windows is None:
         windows = calibration_windows(settings, tokenizer)
@@ -129,9 +131,12 @@ def prepare(
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(model.device)
-    statistics = calibrate(model, layers, sites, measured, next_token, dtype, memory=settings.memory)
-    network = PrunedNetwork(model, layers, problems, sites, statistics, metric, pattern, next_token, dtype)
-    searched = {**asdict(settings), "exclude": list(settings.exclude), "minutes": None, "update": None}
+    batch, recompute = settings.batch, settings.recompute
+    statistics = calibrate(model, layers, sites, measured, next_token, dtype, batch, settings.memory, recompute)
+    network = PrunedNetwork(
+        model, layers, problems, sites, statistics, metric, pattern, next_token, dtype, batch, recompute
+    )
+    searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
     return Prepared(model, settings, coupling, layers, network, run, measured, time.monotonic() - started)
 
@@ -189,6 +194,17 @@ def gap_closed(perplexity: float, dense: float, none: float) -> float | None:
     """Share of the log-perplexity gap between the dense and the plainly pruned model; None where there is no gap."""
     gap = math.log(none) - math.log(dense)
     return (math.log(none) - math.log(perplexity)) / gap if gap > 0 else None
+
+
+def _check(settings: Settings) -> None:
+    update(settings.update)
+    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
+        raise PermpruneError(
+            f'mode "{settings.mode}" with precision "{settings.precision}": '
+            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
+        )
+    if settings.batch < 1:
+        raise PermpruneError(f"a batch of {settings.batch} windows: give --batch 1 or more")
 
 
 def _divide(windows: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
