@@ -90,9 +90,8 @@ class LocalPermuter(Permuter):
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         started = time.monotonic()
         network.set_orders(network.identity())
-        mine = parallel.share(list(enumerate(network.problems)))
         orders = {
             problem.name: self.order(network, problem, run.generator(number))
-            for number, problem in track(mine, self.name)
+            for number, problem in track(network.share_problems(), self.name)
         }
         return Solution(parallel.merge(orders), time.monotonic() - started)
