@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from permprune.layers import Layer
 from permprune.losses import Objective, Task, Taught
 from permprune.pattern import Pattern
 from permprune.problem import Orders, Problem
+from permprune.progress import track
 from permprune.recompute import recomputed
 from permprune.saliency import Saliency
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,20 @@ class PrunedNetwork:
         """The orders the network shows."""
         return self.identity() | self.orders
 
-    def share_problems(self) -> list[tuple[int, Problem]]:
-        """This rank's problems with their numbers; dealt by size, so that the ranks finish together."""
+    def each_problem(self, solve: Callable[[int, Problem], T], label: str) -> dict[str, T]:
+        """What `solve` finds for each problem, given its number, by name.
+
+        Problems are dealt to ranks and threads by size, so that they finish together; `solve` only reads the network.
+        """
 
         def weights(numbered: tuple[int, Problem]) -> int:
             problem = numbered[1]
             return -problem.size * sum(len(self.dense[part.layer]) for part in problem.parts)
 
-        return list(parallel.share(sorted(enumerate(self.problems), key=weights)))
+        mine = parallel.share(sorted(enumerate(self.problems), key=weights))
+        found = parallel.each(lambda numbered: solve(*numbered), mine, next(iter(self.dense.values())).device)
+        pairs = zip(mine, track(found, label, len(mine)), strict=True)
+        return parallel.merge({problem.name: solved for (_, problem), solved in pairs})
 
     def stored_columns(self) -> dict[str, Tensor]:
         """For each layer its columns in the order in which they will be stored, int64 (channels,), by present orders.

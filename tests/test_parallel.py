@@ -24,6 +24,19 @@ def test_alone_nothing_is_shared() -> None:
     assert parallel.merge({"a": 1}) == {"a": 1} and tensor.tolist() == [1, 1]
 
 
+def test_threads_answer_in_order_and_give_the_threads_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inside = list(parallel.each(lambda i: (i, torch.get_num_threads()), range(20), torch.device("cpu")))
+        assert [i for i, _ in inside] == list(range(20)) and {threads for _, threads in inside} == {1}
+        with pytest.raises(ZeroDivisionError):
+            list(parallel.each(lambda i: 1 // i, range(3), torch.device("cpu")))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("method", ["newton", "learned", "reconstruction"])
 def test_two_processes_find_what_one_finds(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, method: str) -> None:
     options = [

@@ -10,11 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune import parallel
 from permprune.checkpoint import Checkpoint
 from permprune.network import PrunedNetwork
 from permprune.problem import Orders, Problem
-from permprune.progress import track
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ class LocalPermuter(Permuter):
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         started = time.monotonic()
         network.set_orders(network.identity())
-        orders = {
-            problem.name: self.order(network, problem, run.generator(number))
-            for number, problem in track(network.share_problems(), self.name)
-        }
-        return Solution(parallel.merge(orders), time.monotonic() - started)
+        orders = network.each_problem(
+            lambda number, problem: self.order(network, problem, run.generator(number)), self.name
+        )
+        return Solution(orders, time.monotonic() - started)

@@ -60,14 +60,20 @@ class QuadraticModel:
         fisher: dict[str, Tensor],
         gradient: dict[str, Tensor] | None = None,
         damping: float = 1.0,
+        order: Tensor | None = None,
     ) -> QuadraticModel:
-        """The model at the network's masks; without `gradient` the local one, whose slope is fisher * (E H)."""
+        """The model at the masks of `order`, or of the order that the network shows.
+
+        Without `gradient` it is the local one, whose slope is fisher * (E H).
+        """
+        if order is None:
+            order = network.orders.get(problem.name, problem.identity())
         pieces: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
         for part in problem.parts:
             root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
-            weight, score, mask = (
-                x[part.layer][:, part.columns] for x in (network.dense, network.scores, network.masks)
-            )
+            weight, score = (x[part.layer][:, part.columns] for x in (network.dense, network.scores))
+            mask = torch.empty_like(score, dtype=torch.bool)
+            mask[:, order] = network.pattern.mask(score[:, order])
             error = weight * ~mask * root
             slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
             pieces.setdefault((part.site, int(part.columns[0])), []).append((weight * root, score, slope, error))
@@ -77,7 +83,6 @@ class QuadraticModel:
             moments = network.statistics.moments[site][columns][:, columns]
             weight, score, slope, error = (torch.cat(x).T.contiguous() for x in zip(*rows, strict=True))
             bundles.append(Bundle(weight, score, moments, moments @ slope if gradient is None else slope, error))
-        order = network.orders.get(problem.name, problem.identity())
         return cls(bundles, order, network.pattern, damping)
 
     @property

@@ -9,7 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune import parallel
 from permprune.losses import Objective
 from permprune.network import PrunedNetwork
 from permprune.permuters.base import Permuter, Run, Solution
@@ -36,21 +35,18 @@ class Reconstruction(Permuter):
     """
 
     name: ClassVar[str] = "reconstruction"
-    swaps: int = 50
+    swaps: int = 40
     candidates: int = 3
-    shares: int = 10
+    shares: int = 8
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         started = time.monotonic()
-        network.set_orders(network.identity())
-        found = parallel.merge(
-            {
-                problem.name: [
-                    self._order(network, problem, run.generator(number, candidate), JITTER if candidate else 0.0)
-                    for candidate in range(self.candidates)
-                ]
-                for number, problem in track(network.share_problems(), self.name)
-            }
+        found = network.each_problem(
+            lambda number, problem: [
+                self._order(network, problem, run.generator(number, candidate), JITTER if candidate else 0.0)
+                for candidate in range(self.candidates)
+            ],
+            self.name,
         )
         candidates = [{p.name: found[p.name][i] for p in network.problems} for i in range(self.candidates)]
         return Solution(self._choose(network, run, candidates), time.monotonic() - started)
@@ -59,8 +55,7 @@ class Reconstruction(Permuter):
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square()
         noise = 1 + jitter * torch.randn(energy.shape, generator=generator).to(energy)
-        network.set_orders({problem.name: deal_and_assign(energy * noise, network.pattern)})
-        model = QuadraticModel.of(network, problem, fisher)
+        model = QuadraticModel.of(network, problem, fisher, order=deal_and_assign(energy * noise, network.pattern))
         for _ in range(self.swaps):
             model.swap(generator)
         return model.order

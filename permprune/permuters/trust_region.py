@@ -16,6 +16,7 @@ from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
+from permprune.problem import Problem
 from permprune.progress import console, log
 
 TOLERANCE = 1e-4
@@ -102,11 +103,8 @@ class TrustRegion(Permuter):
         self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
     ) -> bool:
         before = network.current()
-        proposals = parallel.merge(
-            {
-                problem.name: self._proposal(network, run, state, gradients, index)
-                for index, problem in network.share_problems()
-            }
+        proposals = network.each_problem(
+            lambda number, problem: self._proposal(network, run, state, gradients, number, problem), self.name
         )
         shuffled = torch.randperm(len(network.problems), generator=run.generator(state.round, 1))
         names = [network.problems[i].name for i in shuffled]
@@ -135,10 +133,11 @@ class TrustRegion(Permuter):
         )
         return kept
 
-    def _proposal(self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, index: int) -> Proposal:
-        problem = network.problems[index]
+    def _proposal(
+        self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, number: int, problem: Problem
+    ) -> Proposal:
         model = QuadraticModel.of(network, problem, gradients.fisher, gradients.weight, state.damping)
-        memory = self.propose(model, state.memory.get(problem.name), run.generator(state.round, 2, index))
+        memory = self.propose(model, state.memory.get(problem.name), run.generator(state.round, 2, number))
         return Proposal(model.order, model.change, memory)
 
     @staticmethod
