@@ -94,8 +94,12 @@ def write_weights(
 
 
 def gather_places(site: Site, readers: list[str]) -> tuple[str, list[str]]:
-    """Where the gather of a site stands: (a module whose output it reorders, []) or ("", modules whose inputs)."""
-    return (site.gather[1], []) if site.gather[0] == "output" else ("", readers)
+    """Where the gather of a site stands: (a module whose output it reorders, []) or ("", modules whose inputs).
+
+    `readers` are the modules that follow its order; if others read the site too, its output must stay as it is.
+    """
+    alone = len(readers) == len(site.readers)
+    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", readers)
 
 
 def attach_gather(model: nn.Module, output: str, inputs: list[str], order: Tensor) -> None:
