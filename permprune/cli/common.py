@@ -51,6 +51,7 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -77,7 +78,9 @@ def settings(
     precision: Annotated[
         str, typer.Option(help="of activations in the search: auto, fp32 or bf16")
     ] = Settings.precision,
-    memory: Annotated[str | None, typer.Option(help="bound on the calibration statistics of one pass, as 8GiB")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="bound on tensors, as 8GiB: prune reads a model that needs more layer by layer")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="end the search after so long (the result then varies)")
     ] = Settings.minutes,

@@ -10,6 +10,7 @@ from permprune.calibrate import frozen
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import Result
 from permprune.progress import track
+from permprune.resources import compute_device
 
 CHUNK = 256
 """Tokens whose logits are held in fp32 at a time."""
@@ -25,7 +26,7 @@ def perplexity(model: nn.Module, windows: Tensor, batch: int = 4) -> Result:
     `PermpruneError` when a loss is not finite.
     """
     count, length = windows.shape
-    device = next(model.parameters()).device
+    device = compute_device(model)
     losses = []
     with frozen(model):
         for part in track(windows.split(batch), "perplexity", total=-(-count // batch)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -91,8 +92,10 @@ class LocalPermuter(Permuter):
         started = time.monotonic()
         network.set_orders(network.identity())
         mine = parallel.share(list(enumerate(network.problems)))
-        orders = {
-            problem.name: self.order(network, problem, run.generator(number))
-            for number, problem in track(mine, self.name)
-        }
-        return Solution(parallel.merge(orders), time.monotonic() - started)
+        orders = self.orders(network, run, track(mine, self.name))
+        return Solution(orders, time.monotonic() - started)
+
+    def orders(self, network: PrunedNetwork, run: Run, mine: Iterable[tuple[int, Problem]]) -> Orders:
+        """The orders that all ranks find, by problem. `mine` are this rank's, each with the number that seeds it."""
+        found = {problem.name: self.order(network, problem, run.generator(number)) for number, problem in mine}
+        return parallel.merge(found)
