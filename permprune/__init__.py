@@ -16,10 +16,11 @@ from permprune.permuters import (
     RIAPermuter,
 )
 from permprune.pipeline import Pruned, Settings, prune
-from permprune.saliency import RIA, Magnitude, Saliency, Wanda
+from permprune.saliency import OBS, RIA, Magnitude, Saliency, Wanda
 from permprune.updates import SparseGPT, Update
 
 __all__ = [
+    "OBS",
     "RIA",
     "Evaluation",
     "Identity",

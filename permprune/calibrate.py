@@ -15,6 +15,7 @@ from permprune.errors import PermpruneError
 from permprune.layers import Layer
 from permprune.losses import Task
 from permprune.progress import log, track
+from permprune.recompute import recomputed, recomputing
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,6 @@ class Statistics:
     fisher: dict[str, Tensor]
     tokens: int
 
-    def norm(self, site: str) -> Tensor:
-        """Root mean square of each input channel, (channels,)."""
-        return self.moments[site].diagonal().clamp_min(0).sqrt()
-
 
 def calibrate(
     model: nn.Module,
@@ -43,12 +40,14 @@ def calibrate(
     dtype: torch.dtype,
     batch: int = 4,
     memory: int | None = None,
+    recompute: bool = False,
 ) -> Statistics:
     """Stream `windows` (count, length) through the model, forward and backward.
 
     `sites` names, for each layer, the tensor it reads; layers with one site share one H. Activations have type
-    `dtype`. `memory` bounds the bytes of the accumulators: sites that do not fit wait for a further pass. Raises
-    `PermpruneError` when a loss or a statistic is not finite.
+    `dtype`. `batch` windows at a time; `recompute` runs each block again in the backward pass (`recomputed`): both
+    leave the result as it is and bound the memory of the activations. `memory` bounds the bytes of the accumulators:
+    sites that do not fit wait for a further pass. Raises `PermpruneError` when a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
     passes = _split(readers, memory)
@@ -59,7 +58,12 @@ def calibrate(
     tokens = 0.0
     for number, group in enumerate(passes):
         first = number == 0
-        with _graph(layers if first else [], fisher), input_moments(group) as found, frozen(model):
+        with (
+            _graph(layers if first else [], fisher),
+            input_moments(group) as found,
+            frozen(model),
+            recomputed(model, recompute and first),
+        ):
             for part in track(parallel.share(windows.split(batch)), "calibrating"):
                 with (
                     torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
@@ -124,8 +128,8 @@ def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
 
     `readers` names one layer for each site. The dict yielded is empty until the context is left; then it holds, by
     site, H = X^T X / tokens, fp32 (channels, channels). Each call's product is formed in fp32, whatever the type of the
-    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find. Raises
-    `PermpruneError` when a product overflows.
+    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find. Blocks that
+    run again for their gradients count once. Raises `PermpruneError` when a product overflows.
     """
     sums = {
         site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64) for site, layer in readers.items()
@@ -134,6 +138,8 @@ def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
     moments: dict[str, Tensor] = {}
 
     def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if recomputing():
+            return
         sums[site] += inner_product(args[0]).to(sums[site])
         seen[site] += args[0].shape[:-1].numel()
 

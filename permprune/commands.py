@@ -31,7 +31,7 @@ from permprune.pipeline import Plan, Pruned, Settings, finish, gap_closed, plan_
 from permprune.progress import log
 from permprune.report import write_report
 from permprune.resources import compute_device, peak_memory_mb, reset_peak_memory
-from permprune.streaming import Stream, exceeds_memory
+from permprune.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.zoo.models import MODELS
 
 PROBE = "probe.safetensors"
@@ -203,15 +203,16 @@ def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Eva
 def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, partial: Path) -> _Done:
     """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
     started = time.monotonic()
-    model, tokenizer, stored, weights = read_offloaded(name, partial / f"weights-{parallel.rank()}")
+    own = partial / f"rank-{parallel.rank()}"
+    model, tokenizer, stored, weights = read_offloaded(name, own / "weights")
     tokens = evaluation.tokens(tokenizer)
     plan = plan_run(model, tokenizer, settings)
-    stream = Stream(model, weights, plan)
+    stream = Stream(model, weights, plan, own / "masks")
     pruned = stream.solve(cast(LocalPermuter, method))
     search = pruned.solution.seconds
     seconds = {"calibrate": time.monotonic() - started - search, "search": search, "update": 0.0}
     values: dict[str, Any] = {"tokens": tokens.numel()}
-    for label, edit in {"dense": None, "none": stream.masked(natural=True), "pruned": stream.masked()}.items():
+    for label, edit in {"dense": None, "none": stream.masked(NATURAL), "pruned": stream.masked(DECIDED)}.items():
         weights.edit = edit
         values[label] = perplexity(model, tokens).value
     probe = _probe(model, plan)

@@ -17,6 +17,7 @@ from permprune.layers import Layer
 from permprune.losses import Objective, Task, Taught
 from permprune.pattern import Pattern
 from permprune.problem import Orders, Problem
+from permprune.recompute import recomputed
 from permprune.saliency import Saliency
 
 
@@ -40,6 +41,8 @@ class PrunedNetwork:
     The masks are those the pattern leaves when each layer's columns stand in the chosen orders; the network itself
     stays in its own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be taken
     through it. Other weights can be shown in their place until orders are next set (`show`).
+
+    Windows pass in batches of `batch`; with `recompute` gradients take less memory and more time (`recomputed`).
     """
 
     def __init__(
@@ -54,13 +57,14 @@ class PrunedNetwork:
         task: Task,
         dtype: torch.dtype = torch.float32,
         batch: int = 4,
+        recompute: bool = False,
     ) -> None:
         self.model, self.problems, self.statistics, self.pattern = model, problems, statistics, pattern
         self.layers = {layer.name: layer for layer in layers}
-        self.task, self.dtype, self.batch = task, dtype, batch
+        self.task, self.dtype, self.batch, self.recompute = task, dtype, batch, recompute
         self.dense = {layer.name: layer.weight.clone() for layer in layers}
         self.sites = sites
-        self.scores = {name: saliency.score(self.dense[name], statistics.norm(site)) for name, site in sites.items()}
+        self.scores = {name: self._score(name, saliency) for name in sites}
         self.masks = {name: pattern.mask(score) for name, score in self.scores.items()}
         self.orders: Orders = {}
         self.updated: dict[str, Tensor] = {}
@@ -138,7 +142,11 @@ class PrunedNetwork:
         fisher = {name: layer.weight.new_zeros(len(layer.weight)) for name, layer in self.layers.items()}
         total, count = 0.0, 0.0
         parts = self._parts(windows, objective)
-        with frozen(self.model), output_fisher(list(self.layers.values()), fisher):
+        with (
+            frozen(self.model),
+            output_fisher(list(self.layers.values()), fisher),
+            recomputed(self.model, self.recompute),
+        ):
             for weight in weights.values():
                 weight.requires_grad_(True)
             for part, answers in parts:
@@ -204,6 +212,12 @@ class PrunedNetwork:
     def _share(self, windows: Tensor) -> Sequence[Tensor]:
         """The batches of this rank."""
         return parallel.share(windows.split(self.batch))
+
+    def _score(self, name: str, saliency: Saliency) -> Tensor:
+        try:
+            return saliency.score(self.dense[name], self.statistics.moments[self.sites[name]])
+        except PermpruneError as error:
+            raise PermpruneError(f"{name}: {error}") from error
 
     def _refresh(self, names: dict[str, Layer] | dict[str, None]) -> None:
         for name in names:

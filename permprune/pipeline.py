@@ -32,19 +32,24 @@ from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+FREE = ("minutes", "update", "batch", "recompute")
+"""Settings that may change before an interrupted search goes on."""
+
 
 @dataclass(frozen=True)
 class Settings:
     """What a run depends on; the same settings give the same permutations.
 
-    `pattern`: "N:M". `saliency`: magnitude, wanda or ria. `mode`: "fold" (no run-time cost) or "gather" (every reader
-    of the residual stream in its own order, one `index_select` each). `calibration`: a text (see `load_documents`),
-    None for the default one, of which `samples` windows of `length` tokens are drawn: the first `measured` give the
-    statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of activations: fp32, bf16,
-    or auto for the faster. `memory`: bytes for the statistics of one calibration pass; `prune_to_folder` reads a model
-    that needs more in all layer by layer. `minutes`: end the search after so long. `exclude`: globs of layers that stay
-    dense. `update`: none, or sparsegpt, which changes the weights at the orders found; it chooses masks of its own, so
-    that the saliency has its say in the search alone.
+    `pattern`: "N:M". `saliency`: magnitude, wanda, ria or obs. `mode`: "fold" (no run-time cost) or "gather" (every
+    reader of the residual stream in its own order, one `index_select` each). `calibration`: a text (see
+    `load_documents`), None for the default one, of which `samples` windows of `length` tokens are drawn: the first
+    `measured` give the statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of
+    activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one calibration pass;
+    `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search after so long.
+    `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the orders
+    found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`: calibration
+    windows that pass through the model at a time. `recompute`: run each block again in the backward pass instead of
+    keeping its activations.
     """
 
     pattern: str = "2:4"
@@ -61,6 +66,8 @@ class Settings:
     minutes: float | None = None
     exclude: tuple[str, ...] = ()
     update: str = "none"
+    batch: int = 4
+    recompute: bool = False
 
     @property
     def train(self) -> int:
@@ -127,11 +134,11 @@ def prepare(
     """
     started = time.monotonic()
     plan = plan_run(model, tokenizer, settings, windows, partial)
-    statistics = calibrate(
-        model, plan.layers, plan.sites, plan.measured, next_token, plan.dtype, memory=settings.memory
-    )
+    layers, sites, dtype = plan.layers, plan.sites, plan.dtype
+    batch, recompute = settings.batch, settings.recompute
+    statistics = calibrate(model, layers, sites, plan.measured, next_token, dtype, batch, settings.memory, recompute)
     network = PrunedNetwork(
-        model, plan.layers, plan.problems, plan.sites, statistics, plan.metric, plan.pattern, next_token, plan.dtype
+        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, next_token, dtype, batch, recompute
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
@@ -147,13 +154,8 @@ def plan_run(
 
     The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
     """
+    _check(settings)
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
-    update(settings.update)
-    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
-        raise PermpruneError(
-            f'mode "{settings.mode}" with precision "{settings.precision}": '
-            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
-        )
     layers = prunable_layers(model, pattern, settings.exclude)
     if windows is None:
         windows = calibration_windows(settings, tokenizer)
@@ -165,7 +167,7 @@ def plan_run(
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
-    searched = {**asdict(settings), "exclude": list(settings.exclude), "minutes": None, "update": None}
+    searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
 
@@ -220,6 +222,17 @@ def gap_closed(perplexity: float, dense: float, none: float) -> float | None:
     """Share of the log-perplexity gap between the dense and the plainly pruned model; None where there is no gap."""
     gap = math.log(none) - math.log(dense)
     return (math.log(none) - math.log(perplexity)) / gap if gap > 0 else None
+
+
+def _check(settings: Settings) -> None:
+    update(settings.update)
+    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
+        raise PermpruneError(
+            f'mode "{settings.mode}" with precision "{settings.precision}": '
+            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
+        )
+    if settings.batch < 1:
+        raise PermpruneError(f"a batch of {settings.batch} windows: give --batch 1 or more")
 
 
 def _divide(windows: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,14 +6,17 @@ import time
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.calibrate import Statistics, frozen, inner_product
+from permprune.checkpoint import write_whole
 from permprune.coupling import fold_parameter
 from permprune.errors import PermpruneError
 from permprune.layers import Layer, prunable_layers, require_finite
@@ -25,9 +28,13 @@ from permprune.permuters import PERMUTERS, LocalPermuter, Permuter, Solution
 from permprune.pipeline import Plan, Pruned, Settings, beside_natural, fold_tables, gather_records
 from permprune.problem import Orders, Problem
 from permprune.progress import log, track
+from permprune.saliency import OBS
 
 BATCH = 4
-"""Windows that pass through a model at a time when it is evaluated, or held."""
+"""Windows that pass through a model at a time when it is evaluated."""
+
+NATURAL, DECIDED = "natural", "decided"
+"""Orders in which a layer's mask is kept."""
 
 
 def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
@@ -40,7 +47,8 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
     model = read_skeleton(name)
     layers = prunable_layers(model, Pattern.parse(settings.pattern), settings.exclude)
     local = isinstance(method, LocalPermuter)
-    needed = held_bytes(model, layers, BATCH * settings.length, gradients=not local)
+    tokens = 0 if settings.recompute else settings.batch * settings.length
+    needed = held_bytes(model, layers, tokens, gradients=not local)
     if needed <= settings.memory:
         return False
     if not local or settings.update != "none":
@@ -55,10 +63,10 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
 
 
 def held_bytes(model: nn.Module, layers: list[Layer], tokens: int, gradients: bool) -> int:
-    """About what a run takes that holds the whole model and passes so many tokens through it at a time.
+    """About what a run takes that holds the whole model and keeps the activations of so many tokens at a time.
 
     That is the fp32 weights; of each pruned layer a dense copy, scores and a mask, where asked for a gradient, and the
-    second moments of its input with their fp64 sums; and the activations that the backward pass needs.
+    second moments of its input with their fp64 sums; and what goes into and comes out of each layer.
     """
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     for layer in layers:
@@ -71,14 +79,15 @@ def streamed_bytes(model: nn.Module, plan: Plan) -> int:
     """About what a run takes at most that reads the model layer by layer.
 
     Either the search on the layers that read one tensor: up to 56 bytes a weight, the second moments and what is made
-    of them, and the tensor itself; or these layers' forward pass; or one on a part of the model that is not pruned,
-    such as the head, and its outputs.
+    of them (OBS inverts them), and the tensor itself; or their forward pass; or that of a part of the model that
+    is not pruned, such as the head, and its outputs. What `cp` tabulates for up to 2048 channels, some 20 MB, is not
+    counted.
     """
-    tokens, needed = plan.measured.numel(), 0
+    tokens, needed, square = plan.measured.numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
     for site in dict.fromkeys(plan.sites.values()):
         shapes = [layer.weight.shape for layer in plan.layers if plan.sites[layer.name] == site]
         rows, channels = sum(shape[0] for shape in shapes), shapes[0][1]
-        search = 56 * rows * channels + 12 * channels**2 + 12 * tokens * channels
+        search = 56 * rows * channels + square * channels**2 + 12 * tokens * channels
         needed = max(needed, search, 4 * rows * channels + 12 * tokens * (rows + channels))
     pruned = {layer.parameter for layer in plan.layers}
     others = [parameter for name, parameter in model.named_parameters() if name not in pruned]
@@ -93,20 +102,17 @@ def _gib(size: int) -> str:
 class Stream:
     """A model whose weights stay on disk, its plan, and what has been decided about its layers.
 
-    What a layer's pruned weight is follows from its dense weight, `norms[site]`, the root mean square of its input
-    channels, (channels,), and `columns[layer]`, its columns in stored order, int64 (channels,). Raises `PermpruneError`
-    when even a layer at a time takes more memory than the settings allow.
+    The masks of decided layers lie in `folder`, a bit a weight. Raises `PermpruneError` when even a layer at a time
+    takes more memory than the settings allow.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan) -> None:
+    def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
         needed = streamed_bytes(model, plan)
         if plan.settings.memory is not None and needed > plan.settings.memory:
             raise PermpruneError(
                 f"even layer by layer this model takes {_gib(needed)}: raise --memory to that, or shorten --length"
             )
-        self.model, self.weights, self.plan = model, weights, plan
-        self.norms: dict[str, Tensor] = {}
-        self.columns: dict[str, Tensor] = {}
+        self.model, self.weights, self.plan, self.folder = model, weights, plan, folder
         self.orders: Orders = {}
         self.measures: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
@@ -158,14 +164,23 @@ class Stream:
     ) -> None:
         """Solve the numbered problems of the layers that read `x`, (..., channels), and keep what was found."""
         network = self._network(site, layers, list(problems.values()), x)
+        self._keep_masks(network, NATURAL)
         natural, started = network.measures(), time.monotonic()
         found = method.orders(network, self.plan.run, parallel.share(list(problems.items())))
         self.seconds += time.monotonic() - started
         network.set_orders(found)
         self.orders |= found
         self.measures |= {row["name"]: row for row in beside_natural(network.measures(), natural)}
-        self.norms[site] = network.statistics.norm(site)
-        self.columns |= network.stored_columns()
+        self._keep_masks(network, DECIDED)
+
+    def _keep_masks(self, network: PrunedNetwork, order: str) -> None:
+        for name, mask in network.masks.items():
+            packed = np.packbits(mask.cpu().numpy(), axis=1).tobytes()
+            write_whole(self.folder / f"{name}.{order}", partial(Path.write_bytes, data=packed))
+
+    def _mask(self, name: str, order: str, shape: torch.Size) -> Tensor:
+        packed = np.fromfile(self.folder / f"{name}.{order}", np.uint8).reshape(shape[0], -1)
+        return torch.from_numpy(np.unpackbits(packed, axis=1, count=shape[1])).bool()
 
     def _pruned(self, problems: list[Problem]) -> Pruned:
         tables = fold_tables(self.plan.coupling, problems, self.orders)
@@ -173,27 +188,22 @@ class Stream:
         measures = [self.measures[layer.name] for layer in self.plan.layers]
         return Pruned(self.model, Solution(self.orders, self.seconds), tables, list(gathers.values()), measures)
 
-    def masked(self, natural: bool = False) -> Edit:
-        """The edit that prunes the layers, in the columns' natural order or in the one decided."""
+    def masked(self, order: str) -> Edit:
+        """The edit that prunes the layers with the masks of the `NATURAL` orders or the `DECIDED` ones."""
         layers = {layer.parameter: layer for layer in self.plan.layers}
 
         def edit(name: str, tensor: Tensor) -> Tensor:
             layer = layers.get(name)
-            if layer is None:
-                return tensor
-            weight = tensor.T if layer.transposed else tensor
-            columns = torch.arange(weight.shape[1]) if natural else self.columns[layer.name]
-            score = self.plan.metric.score(weight, self.norms[self.plan.sites[layer.name]])
-            mask = torch.empty_like(weight, dtype=torch.bool)
-            mask[:, columns] = self.plan.pattern.mask(score[:, columns])
-            weight *= mask
+            if layer is not None:
+                weight = tensor.T if layer.transposed else tensor
+                weight *= self._mask(layer.name, order, weight.shape).to(weight.device)
             return tensor
 
         return edit
 
     def stored(self, pruned: Pruned) -> Edit:
         """The edit that makes the weights as they are to be written: pruned, folded, and in the order of gathers."""
-        masked, layers = self.masked(), {layer.name: layer for layer in self.plan.layers}
+        masked, layers = self.masked(DECIDED), {layer.name: layer for layer in self.plan.layers}
         gathered = {
             layers[part.layer].parameter: (int(not layers[part.layer].transposed), pruned.solution.orders[problem.name])
             for problem in self.plan.problems

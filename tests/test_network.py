@@ -1,12 +1,19 @@
 """The masked model, its losses and its gradients."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.calibrate import Statistics
+from permprune.errors import PermpruneError
 from permprune.losses import Objective, next_token
+from permprune.network import PrunedNetwork
 from permprune.permuters import Random
 from permprune.pipeline import Prepared, Settings, prepare
+from permprune.saliency import OBS
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -43,6 +50,14 @@ def test_orders_set_one_after_the_other_leave_no_trace(prepared: Prepared) -> No
     assert all(torch.equal(before[name], mask) for name, mask in network.masks.items())
 
 
+def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
+    network = prepared.network
+    moments = {site: -moments for site, moments in network.statistics.moments.items()}
+    wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
+    with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
+        PrunedNetwork(prepared.model, prepared.layers, [], network.sites, wrong, OBS(), network.pattern, next_token)
+
+
 def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
     network = prepared.network
     found = network.gradients(WINDOWS[:6], Objective())
@@ -56,6 +71,23 @@ def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
     for name, layer in network.layers.items():
         torch.testing.assert_close(found.weight[name], layer.module.weight.grad, rtol=1e-4, atol=1e-7)
     assert found.loss == pytest.approx(network.loss(WINDOWS[:6], Objective()), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_gradients_do_not_depend_on_the_batch(tiny_llama: LlamaForCausalLM, prepared: Prepared, batch: int) -> None:
+    every = Objective(1.0, 1.0, 1.0, 1.0)
+    expected = prepared.network.gradients(WINDOWS[:6], every)
+    with prepared.network.dense_weights():
+        dense = copy.deepcopy(tiny_llama)
+    network = prepare(dense, None, dataclasses.replace(prepared.settings, batch=batch), WINDOWS).network
+    sizes: list[int] = []
+    dense.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    found = network.gradients(WINDOWS[:6], every)
+    assert set(sizes) == {batch}
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5) and found.count == expected.count
+    for name, slope in expected.weight.items():
+        torch.testing.assert_close(found.weight[name], slope, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.fisher[name], expected.fisher[name], rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize(

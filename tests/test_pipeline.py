@@ -14,11 +14,14 @@ from permprune.coupling import discover, fold, verify
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.layers import prunable_layers
+from permprune.losses import Objective
 from permprune.model_io import GATHERED, load, read_record
 from permprune.pattern import Pattern
 from permprune.permuters import Newton, Random
 from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune, update_weights
+from permprune.recompute import recomputing
 from permprune.resources import peak_memory_mb, reset_peak_memory
+from permprune.saliency import SALIENCIES
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -38,7 +41,7 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
         assert layer.weight.ne(0).float().mean() == pytest.approx(Pattern.parse(pattern).density, abs=0.01)
 
 
-@pytest.mark.parametrize("saliency", ["magnitude", "wanda", "ria"])
+@pytest.mark.parametrize("saliency", SALIENCIES)
 def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> None:
     dense = copy.deepcopy(tiny_llama)
     pruned = prune(tiny_llama, permute="none", windows=WINDOWS, saliency=saliency, precision="fp32")
@@ -74,6 +77,25 @@ def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausal
     assert all(torch.equal(after.orders[name], order) for name, order in alone.orders.items())
     for name, layer in network.layers.items():
         assert torch.equal(layer.weight, network.dense[name] * network.masks[name])
+
+
+def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausalLM) -> None:
+    runs: list[bool] = []
+    tiny_llama.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: runs.append(recomputing()))
+    for recompute in (False, True):
+        prepared = prepare(tiny_llama, None, Settings(precision="fp32", recompute=recompute), WINDOWS)
+        assert any(runs) is recompute
+        runs.clear()
+        prepared.network.gradients(WINDOWS[:2], Objective())
+        assert any(runs) is recompute
+        runs.clear()
+
+
+def test_windows_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
+    sizes: list[int] = []
+    tiny_llama.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    prepare(tiny_llama, None, Settings(precision="fp32", samples=12, measured=5, held_out=1, batch=3), WINDOWS)
+    assert sizes[-2:] == [3, 2]
 
 
 def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
@@ -112,9 +134,17 @@ def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"mode": "both"}, {"precision": "int8"}, {"saliency": "luck"}, {"pattern": "4:2"}, {"update": "luck"}]
+    "settings",
+    [
+        {"mode": "both"},
+        {"precision": "int8"},
+        {"saliency": "luck"},
+        {"pattern": "4:2"},
+        {"update": "luck"},
+        {"batch": 0},
+    ],
 )
-def test_unknown_settings_are_refused(tiny_llama: LlamaForCausalLM, settings: dict[str, str]) -> None:
+def test_unknown_settings_are_refused(tiny_llama: LlamaForCausalLM, settings: dict[str, Any]) -> None:
     with pytest.raises(PermpruneError):
         prune(tiny_llama, windows=WINDOWS, **settings)
 

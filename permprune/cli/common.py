@@ -24,6 +24,7 @@ from permprune.errors import PermpruneError
 from permprune.permuters import PERMUTERS
 from permprune.pipeline import Settings
 from permprune.progress import console, log
+from permprune.saliency import SALIENCIES
 
 app = typer.Typer(
     help="Learns channel permutations so that N:M pruning of a Transformer loses less.",
@@ -41,6 +42,7 @@ Length = Annotated[int, typer.Option(help="tokens in a window")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
 METHODS = f"one of {', '.join(PERMUTERS)}"
+METRICS = f"one of {', '.join(SALIENCIES)}"
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -59,7 +61,7 @@ def settings(
     pattern: Annotated[
         str, typer.Option(help="N of every M consecutive weights survive", metavar="N:M")
     ] = Settings.pattern,
-    saliency: Annotated[str, typer.Option(help="magnitude, wanda or ria")] = Settings.saliency,
+    saliency: Annotated[str, typer.Option(help=METRICS)] = Settings.saliency,
     mode: Annotated[
         str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")
     ] = Settings.mode,
@@ -81,6 +83,10 @@ def settings(
     memory: Annotated[
         str | None, typer.Option(help="bound on tensors, as 8GiB: prune reads a model that needs more layer by layer")
     ] = None,
+    batch: Annotated[int, typer.Option(help="calibration windows at a time: fewer need less memory")] = Settings.batch,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, less memory")
+    ] = Settings.recompute,
     minutes: Annotated[
         float | None, typer.Option(help="end the search after so long (the result then varies)")
     ] = Settings.minutes,
@@ -98,6 +104,8 @@ def settings(
         seed=seed,
         precision=precision,
         memory=parse_bytes(memory),
+        batch=batch,
+        recompute=recompute,
         minutes=minutes,
         exclude=tuple(exclude or ()),
     )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permprune import parallel
 from permprune.calibrate import frozen
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import Result
@@ -27,13 +28,14 @@ def perplexity(model: nn.Module, windows: Tensor, batch: int = 4) -> Result:
     """
     count, length = windows.shape
     device = compute_device(model)
-    losses = []
+    nll = torch.zeros(count, dtype=torch.float64)
     with frozen(model):
-        for part in track(windows.split(batch), "perplexity", total=-(-count // batch)):
-            ids = part.to(device)
+        for at in track(parallel.share(torch.arange(count).split(batch)), "perplexity"):
+            ids = windows[at].to(device)
             logits = model(input_ids=ids, use_cache=False).logits
-            losses += [_loss(own[:-1], tokens[1:]) for own, tokens in zip(logits, ids, strict=True)]
-    nll = torch.tensor(losses, dtype=torch.float64)
+            losses = [_loss(own[:-1], tokens[1:]) for own, tokens in zip(logits, ids, strict=True)]
+            nll[at] = torch.tensor(losses, dtype=torch.float64)
+    parallel.add_([nll])
     value = float(nll.mean().exp())
     if not torch.isfinite(torch.tensor(value)):
         window = int((~nll.isfinite()).int().argmax())

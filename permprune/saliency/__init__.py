@@ -3,10 +3,11 @@
 from permprune.errors import PermpruneError
 from permprune.saliency.base import Saliency
 from permprune.saliency.magnitude import Magnitude
+from permprune.saliency.obs import OBS
 from permprune.saliency.ria import RIA
 from permprune.saliency.wanda import Wanda
 
-SALIENCIES: dict[str, type[Saliency]] = {metric.name: metric for metric in (Magnitude, Wanda, RIA)}
+SALIENCIES: dict[str, type[Saliency]] = {metric.name: metric for metric in (Magnitude, Wanda, RIA, OBS)}
 
 
 def saliency(name: str | Saliency) -> Saliency:
@@ -18,4 +19,4 @@ def saliency(name: str | Saliency) -> Saliency:
     return SALIENCIES[name]()
 
 
-__all__ = ["RIA", "SALIENCIES", "Magnitude", "Saliency", "Wanda", "saliency"]
+__all__ = ["OBS", "RIA", "SALIENCIES", "Magnitude", "Saliency", "Wanda", "saliency"]

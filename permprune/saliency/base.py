@@ -16,9 +16,10 @@ class Saliency(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def score(self, weight: Tensor, norm: Tensor) -> Tensor:
+    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
         """Score each weight.
 
-        `weight` is (rows, channels); `norm` is (channels,), the root mean square of each input channel over the
-        calibration tokens. Returns non-negative scores (rows, channels) in fp32.
+        `weight` is (rows, channels); `moments` is H = X^T X / tokens of its inputs over the calibration tokens, fp32
+        (channels, channels). Returns non-negative scores (rows, channels) in fp32. Raises `PermpruneError` where H does
+        not do.
         """

@@ -16,5 +16,5 @@ class Magnitude(Saliency):
 
     name: ClassVar[str] = "magnitude"
 
-    def score(self, weight: Tensor, norm: Tensor) -> Tensor:
+    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
         return weight.float().abs()

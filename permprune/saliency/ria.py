@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from permprune.moments import root_mean_square
 from permprune.saliency.base import Saliency
 
 
@@ -20,8 +21,8 @@ class RIA(Saliency):
     name: ClassVar[str] = "ria"
     power: float = 0.5
 
-    def score(self, weight: Tensor, norm: Tensor) -> Tensor:
+    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
         size = weight.float().abs()
         tiny = 1e-12  # a row or column of zeros scores zero instead of NaN
         relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
-        return relative * norm**self.power
+        return relative * root_mean_square(moments) ** self.power

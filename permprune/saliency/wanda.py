@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from permprune.moments import root_mean_square
 from permprune.saliency.base import Saliency
 
 
@@ -16,5 +17,5 @@ class Wanda(Saliency):
 
     name: ClassVar[str] = "wanda"
 
-    def score(self, weight: Tensor, norm: Tensor) -> Tensor:
-        return weight.float().abs() * norm
+    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
+        return weight.float().abs() * root_mean_square(moments)

@@ -8,12 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.errors import PermpruneError
+from permprune.moments import inverse_factor
 from permprune.pattern import Pattern
 from permprune.updates.base import LayerUpdate
-
-ATTEMPTS = 4
-"""Dampings tried, each ten times the one before."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,8 @@ class SparseGPT(LayerUpdate):
     def apply(self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
         pattern.require_divisible(weight.shape[1], "a weight matrix")
         order = order.to(weight.device)
-        factor = self._factor(moments[order][:, order])
+        factor = inverse_factor(moments[order][:, order], self.damping)
+        factor.diagonal().masked_fill_(moments.diagonal()[order] == 0, torch.inf)  # nothing is lost there
         columns = weight.T[order].contiguous()  # a row of memory for each column
         width = max(1, self.block // pattern.m) * pattern.m
         for start in range(0, len(columns), width):
@@ -44,28 +42,6 @@ class SparseGPT(LayerUpdate):
         pruned = torch.empty_like(weight)
         pruned[:, order] = columns.T
         return pruned
-
-    def _factor(self, moments: Tensor) -> Tensor:
-        """The upper triangular U with U^T U = (H + damping * mean diagonal * I)^-1; U_jj^2 = [(H_F)^-1]_jj.
-
-        Read from the last channel to the first, a Cholesky factor of H is an upper one, whose inverse is U. Where a
-        channel is always zero U_jj is infinite.
-        """
-        mean = float(moments.diagonal().mean()) or 1.0
-        for attempt in range(ATTEMPTS):
-            damped = moments.flip(0, 1)
-            damped.diagonal().add_(self.damping * 10**attempt * mean)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-                factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-                if torch.isfinite(factor).all() and factor.diagonal().all():
-                    factor.diagonal().masked_fill_(moments.diagonal() == 0, torch.inf)  # nothing is lost there
-                    return factor
-        raise PermpruneError(
-            "the second moments of its inputs have no Cholesky factor even with more damping: "
-            "calibrate with --precision fp32, and check the calibration text"
-        )
 
 
 def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:

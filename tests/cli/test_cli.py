@@ -21,6 +21,7 @@ from permprune.cli import app
 from permprune.cli.common import parse_bytes, settings
 from permprune.errors import PermpruneError
 from permprune.pipeline import Settings
+from permprune.saliency import SALIENCIES
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
@@ -97,8 +98,15 @@ def test_the_shared_options_are_the_settings() -> None:
     fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out"}
     assert set(inspect.signature(settings).parameters) == fields
     assert settings() == Settings()
-    chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], minutes=2.0, update="sparsegpt")
-    assert chosen == Settings(pattern="4:8", memory=2**20, exclude=("*.o_proj",), minutes=2.0, update="sparsegpt")
+    chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], update="sparsegpt", batch=2, recompute=True)
+    assert chosen == Settings(
+        pattern="4:8", memory=2**20, exclude=("*.o_proj",), update="sparsegpt", batch=2, recompute=True
+    )
+
+
+def test_help_names_every_metric() -> None:
+    code, stdout, _ = run("prune", "--help")
+    assert code == 0 and f"one of {', '.join(SALIENCIES)}" in " ".join(stdout.replace("│", " ").split())
 
 
 def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path) -> None:
@@ -152,6 +160,7 @@ def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
         (["--permute", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], 'mode "luck"'),
         (["--precision", "int8"], 'precision "int8"'),
+        (["--batch", "0"], "a batch of 0 windows"),
         (["--memory", "much"], "no amount of memory"),
         (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
         (["--data", "missing/text.txt"], "no text file missing/text.txt"),
@@ -196,8 +205,11 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
         patch.setattr("permprune.commands.write_weights", full)
         assert "No space left on device" in fails(*arguments)
     assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not (tmp_path / "out").exists()
-    code, _, _ = run(*arguments, "--resume", "--update", "sparsegpt")  # which the search does not depend on
-    assert code == 0 and (tmp_path / "out" / "permprune.json").exists()
+    free = ["--update", "sparsegpt", "--batch", "2", "--recompute"]  # which the search does not depend on
+    code, _, _ = run(*arguments, "--resume", *free)
+    assert code == 0
+    used = json.loads((tmp_path / "out" / "permprune.json").read_text())["settings"]
+    assert used["update"] == "sparsegpt" and used["recompute"] is True
 
 
 def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,29 @@
+"""OBS: Optimal Brain Surgeon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from permprune.moments import inverse_factor
+from permprune.saliency.base import Saliency
+
+
+@dataclass(frozen=True)
+class OBS(Saliency):
+    """|w| / sqrt([(H + damping * mean diagonal * I)^-1]_jj), the score of SparseGPT (Frantar & Alistarh 2023).
+
+    Its square is the output error left where a weight goes and all others of its row make up for it (arXiv 2301.00774,
+    section 3). SparseGPT itself takes H of the channels that it has yet to meet, which are fewer at each step; here it
+    is H of all. A channel that is always zero scores zero.
+    """
+
+    name: ClassVar[str] = "obs"
+    damping: float = 0.01
+
+    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
+        deviation: Tensor = torch.linalg.vector_norm(inverse_factor(moments, self.damping), dim=0)
+        return weight.float().abs() * (moments.diagonal() > 0) / deviation
