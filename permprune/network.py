@@ -78,6 +78,15 @@ class PrunedNetwork:
         """The orders the network shows."""
         return self.identity() | self.orders
 
+    def share_problems(self) -> list[tuple[int, Problem]]:
+        """This rank's problems with their numbers; dealt by size, so that the ranks finish together."""
+
+        def weights(numbered: tuple[int, Problem]) -> int:
+            problem = numbered[1]
+            return -problem.size * sum(len(self.dense[part.layer]) for part in problem.parts)
+
+        return list(parallel.share(sorted(enumerate(self.problems), key=weights)))
+
     def stored_columns(self) -> dict[str, Tensor]:
         """For each layer its columns in the order in which they will be stored, int64 (channels,), by present orders.
 

@@ -58,7 +58,7 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
             f"{what} has to hold the whole network, which takes {_gib(needed)}: raise --memory to that, "
             f"or take a permuter that works layer by layer ({able}) and no update"
         )
-    log.warning("holding the whole model takes %s: it is read layer by layer, rows weighing alike", _gib(needed))
+    log.warning("holding the whole model takes %s: it is read layer by layer, and its loss has no say", _gib(needed))
     return True
 
 
@@ -123,8 +123,8 @@ class Stream:
         """Find the orders, each where one tensor is read; those that span more of the network stay natural.
 
         Calibration is one forward pass of the dense model over all measured windows in one batch, which stops ahead of
-        each tensor's readers until they are decided. Row weights are uniform, since the loss's Fisher information
-        takes gradients. Raises `PermpruneError`.
+        each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
+        place of its Fisher information, and one candidate. Raises `PermpruneError`.
         """
         plan, problems = self.plan, self._local()
         waiting = {site: [layer for layer in plan.layers if plan.sites[layer.name] == site] for site in problems}

@@ -82,7 +82,7 @@ class Permuter(ABC):
 
 @dataclass(frozen=True)
 class LocalPermuter(Permuter):
-    """A permuter that solves each problem by itself."""
+    """A permuter that can solve each problem by itself."""
 
     @abstractmethod
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
@@ -91,8 +91,7 @@ class LocalPermuter(Permuter):
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         started = time.monotonic()
         network.set_orders(network.identity())
-        mine = parallel.share(list(enumerate(network.problems)))
-        orders = self.orders(network, run, track(mine, self.name))
+        orders = self.orders(network, run, track(network.share_problems(), self.name))
         return Solution(orders, time.monotonic() - started)
 
     def orders(self, network: PrunedNetwork, run: Run, mine: Iterable[tuple[int, Problem]]) -> Orders:

@@ -104,8 +104,8 @@ class TrustRegion(Permuter):
         before = network.current()
         proposals = parallel.merge(
             {
-                network.problems[index].name: self._proposal(network, run, state, gradients, index)
-                for index in parallel.share(range(len(network.problems)))
+                problem.name: self._proposal(network, run, state, gradients, index)
+                for index, problem in network.share_problems()
             }
         )
         shuffled = torch.randperm(len(network.problems), generator=run.generator(state.round, 1))

@@ -9,6 +9,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
+from permprune.losses import Objective
 from permprune.permuters import (
     CP,
     PERMUTERS,
@@ -87,6 +88,15 @@ def test_cp_keeps_more_score_than_ria(tiny_llama: LlamaForCausalLM) -> None:
         brief(name).solve(network, run)
         kept[name] = sum(float((score * network.masks[layer]).sum()) for layer, score in network.scores.items())
     assert kept["none"] < kept["ria"] < kept["cp"]
+
+
+def test_reconstruction_takes_the_candidates_that_held_out_text_prefers(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    losses = []
+    for candidates in (1, 3):
+        Reconstruction(candidates=candidates).solve(prepared.network, prepared.run)
+        losses.append(prepared.network.loss(prepared.run.held_out, Objective()))
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("method", [Newton(rounds=4, windows=4), Learned(rounds=4, windows=4)])
