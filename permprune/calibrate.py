@@ -140,10 +140,8 @@ def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
     def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if recomputing():
             return
-        x = args[0].detach().flatten(0, -2).float()
-        with torch.autocast(x.device.type, enabled=False):
-            sums[site] += (x.T @ x).to(sums[site])
-        seen[site] += len(x)
+        sums[site] += inner_product(args[0]).to(sums[site])
+        seen[site] += args[0].shape[:-1].numel()
 
     handles = [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in readers.items()]
     try:
@@ -159,6 +157,13 @@ def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
             raise PermpruneError(
                 f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
             )
+
+
+def inner_product(x: Tensor) -> Tensor:
+    """X^T X of activations (..., channels), fp32 (channels, channels) whatever their type."""
+    rows = x.detach().flatten(0, -2).float()
+    with torch.autocast(x.device.type, enabled=False):
+        return rows.T @ rows
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -24,12 +24,14 @@ from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, perplexity
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
+from permprune.offload import read_offloaded, write_offloaded
 from permprune.pattern import Pattern
-from permprune.permuters import Permuter, permuter
-from permprune.pipeline import Prepared, Pruned, Settings, finish, gap_closed, prepare, update_weights
+from permprune.permuters import LocalPermuter, Permuter, permuter
+from permprune.pipeline import Plan, Pruned, Settings, finish, gap_closed, plan_run, prepare, update_weights
 from permprune.progress import log
 from permprune.report import write_report
-from permprune.resources import peak_memory_mb, reset_peak_memory
+from permprune.resources import compute_device, peak_memory_mb, reset_peak_memory
+from permprune.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.zoo.models import MODELS
 
 PROBE = "probe.safetensors"
@@ -72,30 +74,17 @@ def prune_to_folder(
     method = permuter(permute)
     reset_peak_memory()
     started = time.monotonic()
-    model, tokenizer, stored = read_model(name)
-    tokens = evaluation.tokens(tokenizer)
-    prepared = prepare(model, tokenizer, settings, partial=partial)
-    update_weights(prepared)
-    natural, values = prepared.network.measures(), {"none": perplexity(model, tokens).value}
-    with prepared.network.dense_weights():
-        values["dense"] = perplexity(model, tokens).value
-    solution = method.solve(prepared.network, prepared.run)
-    searched = time.monotonic()
-    update_weights(prepared)
-    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
-    probe = _probe(model, prepared)
-    pruned = finish(prepared, solution, natural)
-    values["pruned"] = perplexity(model, tokens).value
-    seconds["total"] = time.monotonic() - started
-    record = _record(name, permute, settings, pruned) | {
-        "perplexity": {"data": evaluation.source or "default text", "tokens": tokens.numel(), **values},
+    prune_model = _prune_streamed if exceeds_memory(name, method, settings) else _prune_held
+    done = prune_model(name, method, settings, evaluation, partial)
+    values = done.perplexities
+    record = _record(name, permute, settings, done.pruned) | {
+        "perplexity": {"data": evaluation.source or "default text", **values},
         "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"]),
-        "seconds": seconds,
+        "seconds": {**done.seconds, "total": time.monotonic() - started},
         "peak_memory_mb": peak_memory_mb(),
     }
     if not parallel.rank():
-        model.to(stored)  # type: ignore[arg-type]
-        _write(model, tokenizer, record, probe, partial / "model")
+        _write(done, record, partial / "model")
         os.replace(partial / "model", out)
         shutil.rmtree(partial)
     parallel.wait()
@@ -172,15 +161,78 @@ def _require_free(out: Path) -> None:
         raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
 
 
-def _probe(model: PreTrainedModel, prepared: Prepared) -> dict[str, Tensor]:
-    ids = prepared.run.held_out[:2, :16].cpu().contiguous()
+@dataclasses.dataclass
+class _Done:
+    """A pruned model, what was measured of it, and how to write its weights and tokenizer to a folder.
+
+    `perplexities` are those of the dense model ("dense"), and pruned in natural order ("none") and as decided
+    ("pruned"), with the number of "tokens"; `probe` is what `verify_folder` compares with.
+    """
+
+    pruned: Pruned
+    perplexities: dict[str, Any]
+    seconds: dict[str, float]
+    probe: dict[str, Tensor]
+    write: Callable[[Path], None]
+
+
+def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, partial: Path) -> _Done:
+    """Prune a model that is held in memory."""
+    model, tokenizer, stored = read_model(name)
+    tokens = evaluation.tokens(tokenizer)
+    prepared = prepare(model, tokenizer, settings, partial=partial)
+    update_weights(prepared)
+    natural, values = prepared.network.measures(), {"tokens": tokens.numel(), "none": perplexity(model, tokens).value}
+    with prepared.network.dense_weights():
+        values["dense"] = perplexity(model, tokens).value
+    solution = method.solve(prepared.network, prepared.run)
+    searched = time.monotonic()
+    update_weights(prepared)
+    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
+    probe = _probe(model, prepared)
+    pruned = finish(prepared, solution, natural)
+    values["pruned"] = perplexity(model, tokens).value
+
+    def write(folder: Path) -> None:
+        model.to(stored)  # type: ignore[arg-type]
+        write_weights(model, tokenizer, bool(pruned.gathers), folder)
+
+    return _Done(pruned, values, seconds, probe, write)
+
+
+def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, partial: Path) -> _Done:
+    """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
+    started = time.monotonic()
+    own = partial / f"rank-{parallel.rank()}"
+    model, tokenizer, stored, weights = read_offloaded(name, own / "weights")
+    tokens = evaluation.tokens(tokenizer)
+    plan = plan_run(model, tokenizer, settings)
+    stream = Stream(model, weights, plan, own / "masks")
+    pruned = stream.solve(cast(LocalPermuter, method))
+    search = pruned.solution.seconds
+    seconds = {"calibrate": time.monotonic() - started - search, "search": search, "update": 0.0}
+    values: dict[str, Any] = {"tokens": tokens.numel()}
+    for label, edit in {"dense": None, "none": stream.masked(NATURAL), "pruned": stream.masked(DECIDED)}.items():
+        weights.edit = edit
+        values[label] = perplexity(model, tokens).value
+    probe = _probe(model, plan)
+    weights.edit = stream.stored(pruned)
+
+    def write(folder: Path) -> None:
+        write_offloaded(model, tokenizer, weights, stored, bool(pruned.gathers), folder, cast(int, settings.memory))
+
+    return _Done(pruned, values, seconds, probe, write)
+
+
+def _probe(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    ids = plan.run.held_out[:2, :16].cpu().contiguous()
     return {"ids": ids, "logits": _last_logits(model, ids)}
 
 
 @torch.inference_mode()
 def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of the last token, fp32 (batch, vocabulary), from a model in evaluation mode."""
-    logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
+    logits: Tensor = model(input_ids=ids.to(compute_device(model)), use_cache=False).logits[:, -1]
     return logits.float().cpu().contiguous()
 
 
@@ -199,18 +251,12 @@ def _record(name: str, permute: str, settings: Settings, pruned: Pruned) -> dict
     }
 
 
-def _write(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    record: dict[str, Any],
-    probe: dict[str, Tensor],
-    folder: Path,
-) -> None:
+def _write(done: _Done, record: dict[str, Any], folder: Path) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_weights(model, tokenizer, bool(record["gathers"]), folder)
-        save_file(probe, folder / PROBE)
+        done.write(folder)
+        save_file(done.probe, folder / PROBE)
     except OSError as error:
         raise PermpruneError(
             f"cannot write {folder}: {error.strerror or error}; free space, then repeat with --resume"

@@ -53,7 +53,7 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
 
     Embeddings, the output head and task heads stand outside the blocks and stay dense, as in the literature
     (SparseGPT, Wanda). Raises `PermpruneError` when nothing is left, when M does not divide a width, or when a
-    weight holds NaN or infinity.
+    weight holds NaN or infinity (`require_finite`; weights on the meta device are not there to look at).
     """
     exclude = tuple(exclude)
     inside = {id(module) for block in blocks(model) for module in block.modules()}
@@ -68,9 +68,15 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
         raise PermpruneError("no linear layer to prune: the model has no repeated blocks, or all are excluded")
     for layer in layers:
         pattern.require_divisible(layer.weight.shape[1], layer.name)
-        if not torch.isfinite(layer.weight).all():
-            raise PermpruneError(f"{layer.name} holds NaN or infinite weights: repair the checkpoint before pruning")
+        if not layer.weight.is_meta:
+            require_finite(layer)
     return layers
+
+
+def require_finite(layer: Layer) -> None:
+    """Raise `PermpruneError` when the layer's weight holds NaN or infinity."""
+    if not torch.isfinite(layer.weight).all():
+        raise PermpruneError(f"{layer.name} holds NaN or infinite weights: repair the checkpoint before pruning")
 
 
 def _has_linear(module: nn.Module) -> bool:

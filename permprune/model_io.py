@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from permprune.coupling import Site
 from permprune.errors import PermpruneError
+from permprune.resources import best_device
 from permprune.zoo.models import resolve_model
 
 RECORD = "permprune.json"
@@ -29,18 +32,24 @@ def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, tor
     does not load.
     """
     source = resolve_model(name)
-    try:
+    with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(source)
         if (Path(source) / GATHERED).exists():
             model = load(str(source))
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    stored = model.dtype
+    return model.float().to(best_device()).eval(), tokenizer, stored
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turn what loading raises into a `PermpruneError`."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(f"{name} does not load as a causal language model: {reason}") from error
-    stored = model.dtype
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.float().to(device).eval(), tokenizer, stored
 
 
 def load(folder: str | Path) -> PreTrainedModel:
@@ -82,10 +91,7 @@ def write_weights(
 ) -> None:
     """Config, weights and tokenizer; weights that need gathers under a name that plain loading does not find."""
     if gathered:
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+        write_configs(model, folder)
         save_safetensors(model, str(folder / GATHERED))
     else:
         model.save_pretrained(folder)
@@ -93,9 +99,20 @@ def write_weights(
         tokenizer.save_pretrained(folder)
 
 
+def write_configs(model: PreTrainedModel, folder: Path) -> None:
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
 def gather_places(site: Site, readers: list[str]) -> tuple[str, list[str]]:
-    """Where the gather of a site stands: (a module whose output it reorders, []) or ("", modules whose inputs)."""
-    return (site.gather[1], []) if site.gather[0] == "output" else ("", readers)
+    """Where the gather of a site stands: (a module whose output it reorders, []) or ("", modules whose inputs).
+
+    `readers` are the modules that follow its order; if others read the site too, its output must stay as it is.
+    """
+    alone = len(readers) == len(site.readers)
+    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", readers)
 
 
 def attach_gather(model: nn.Module, output: str, inputs: list[str], order: Tensor) -> None:

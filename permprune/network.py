@@ -81,20 +81,24 @@ class PrunedNetwork:
         """The orders the network shows."""
         return self.identity() | self.orders
 
-    def each_problem(self, solve: Callable[[int, Problem], T], label: str) -> dict[str, T]:
-        """What `solve` finds for each problem, given its number, by name.
+    def each_problem(
+        self, solve: Callable[[int, Problem], T], label: str | None, numbers: Sequence[int] | None = None
+    ) -> dict[str, T]:
+        """What `solve` finds for each problem, given its number, by name; a bar shows `label` if there is one.
 
         Problems are dealt to ranks and threads by size, so that they finish together; `solve` only reads the network.
+        They are numbered by their place where there are no `numbers`.
         """
 
         def weights(numbered: tuple[int, Problem]) -> int:
             problem = numbered[1]
             return -problem.size * sum(len(self.dense[part.layer]) for part in problem.parts)
 
-        mine = parallel.share(sorted(enumerate(self.problems), key=weights))
-        found = parallel.each(lambda numbered: solve(*numbered), mine, next(iter(self.dense.values())).device)
-        pairs = zip(mine, track(found, label, len(mine)), strict=True)
-        return parallel.merge({problem.name: solved for (_, problem), solved in pairs})
+        numbered = zip(numbers or range(len(self.problems)), self.problems, strict=True)
+        mine = parallel.share(sorted(numbered, key=weights))
+        found = parallel.each(lambda pair: solve(*pair), mine, next(iter(self.dense.values())).device)
+        shown = track(found, label, len(mine)) if label else found
+        return parallel.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
 
     def stored_columns(self) -> dict[str, Tensor]:
         """For each layer its columns in the order in which they will be stored, int64 (channels,), by present orders.

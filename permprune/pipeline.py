@@ -26,7 +26,8 @@ from permprune.pattern import Pattern
 from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
 from permprune.progress import log
-from permprune.saliency import saliency
+from permprune.resources import compute_device
+from permprune.saliency import Saliency, saliency
 from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,11 +44,12 @@ class Settings:
     reader of the residual stream in its own order, one `index_select` each). `calibration`: a text (see
     `load_documents`), None for the default one, of which `samples` windows of `length` tokens are drawn: the first
     `measured` give the statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of
-    activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one calibration pass.
-    `minutes`: end the search after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt,
-    which changes the weights at the orders found; it chooses masks of its own, so that the saliency has its say in the
-    search alone. `batch`: calibration windows that pass through the model at a time. `recompute`: run each block again
-    in the backward pass instead of keeping its activations.
+    activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one calibration pass;
+    `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search after so long.
+    `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the orders
+    found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`: calibration
+    windows that pass through the model at a time. `recompute`: run each block again in the backward pass instead of
+    keeping its activations.
     """
 
     pattern: str = "2:4"
@@ -74,19 +76,31 @@ class Settings:
 
 
 @dataclass
-class Prepared:
-    """A model, coupled and calibrated: all that does not depend on the permuter.
+class Plan:
+    """What will be searched in a model, before anything is measured.
 
-    `measured` are the windows (count, length) that gave the statistics.
+    `sites` names the tensor that each layer reads; `measured` are the windows (count, length) for the statistics,
+    through which activations have type `dtype`.
     """
 
-    model: PreTrainedModel
     settings: Settings
+    pattern: Pattern
+    metric: Saliency
+    dtype: torch.dtype
     coupling: Coupling
     layers: list[Layer]
-    network: PrunedNetwork
-    run: Run
+    problems: list[Problem]
+    sites: dict[str, str]
     measured: Tensor
+    run: Run
+
+
+@dataclass
+class Prepared(Plan):
+    """A model, coupled and calibrated: all that does not depend on the permuter."""
+
+    model: PreTrainedModel
+    network: PrunedNetwork
     seconds: float
 
 
@@ -119,26 +133,43 @@ def prepare(
     searches keep their state. Raises `PermpruneError` for settings, data or a model that cannot be used.
     """
     started = time.monotonic()
+    plan = plan_run(model, tokenizer, settings, windows, partial)
+    layers, sites, dtype = plan.layers, plan.sites, plan.dtype
+    batch, recompute = settings.batch, settings.recompute
+    statistics = calibrate(model, layers, sites, plan.measured, next_token, dtype, batch, settings.memory, recompute)
+    network = PrunedNetwork(
+        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, next_token, dtype, batch, recompute
+    )
+    return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
+
+
+def plan_run(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: Settings,
+    windows: Tensor | None = None,
+    partial: Path | None = None,
+) -> Plan:
+    """Discover the couplings and share out the windows; arguments as those of `prepare`.
+
+    The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
+    """
     _check(settings)
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
     if windows is None:
         windows = calibration_windows(settings, tokenizer)
-    windows = windows.to(model.device)
+    device = compute_device(model)
+    windows = windows.to(device)
     measured, held_out, train = _divide(windows, settings)
     coupling = discover(model, {"input_ids": windows[:2, :16]})
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
-    dtype = PRECISIONS.get(settings.precision) or fast_dtype(model.device)
-    batch, recompute = settings.batch, settings.recompute
-    statistics = calibrate(model, layers, sites, measured, next_token, dtype, batch, settings.memory, recompute)
-    network = PrunedNetwork(
-        model, layers, problems, sites, statistics, metric, pattern, next_token, dtype, batch, recompute
-    )
+    dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
     searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
-    return Prepared(model, settings, coupling, layers, network, run, measured, time.monotonic() - started)
+    return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
 
 
 def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
@@ -160,11 +191,8 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
     `natural` are the network's measures in natural order.
     """
     network = prepared.network
-    measures = [
-        {**row, "kept_none": before["kept"], "error_none": before["error"]}
-        for row, before in zip(network.measures(), natural, strict=True)
-    ]
-    tables = _tables(prepared.coupling, network.problems, solution.orders)
+    measures = beside_natural(network.measures(), natural)
+    tables = fold_tables(prepared.coupling, network.problems, solution.orders)
     fold_all(prepared.model, tables, prepared.coupling)
     gathers = _gather(prepared, solution.orders)
     return Pruned(prepared.model, solution, tables, gathers, measures)
@@ -229,7 +257,16 @@ def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
     return {layer.name: names[layer.parameter] for layer in layers}
 
 
-def _tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
+def beside_natural(measures: list[dict[str, Any]], natural: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A network's measures, each layer's with those in natural order ("kept_none", "error_none")."""
+    return [
+        {**row, "kept_none": before["kept"], "error_none": before["error"]}
+        for row, before in zip(measures, natural, strict=True)
+    ]
+
+
+def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
+    """The permutations to fold, by space: int64 (blocks, size); blocks without a problem keep their order."""
     tables: dict[str, Tensor] = {}
     sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
     for problem in problems:
@@ -240,23 +277,31 @@ def _tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict
     return tables
 
 
-@torch.no_grad()
-def _gather(prepared: Prepared, orders: Orders) -> list[dict[str, Any]]:
-    """Reorder the columns of every gathered layer and attach the gathers; returns their description."""
-    sites = {site.name: site for site in prepared.coupling.sites}
-    gathers = []
-    for problem in prepared.network.problems:
+def gather_records(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, dict[str, Any]]:
+    """The gathers that a loader must put back, by problem; those of orders that move nothing are left out."""
+    sites = {site.name: site for site in coupling.sites}
+    found = {}
+    for problem in problems:
         order = orders[problem.name]
         if problem.space or torch.equal(order, problem.identity()):
             continue
-        readers = [part.layer for part in problem.parts]
-        for name in readers:
-            weight = prepared.network.layers[name].weight
-            weight.copy_(weight[:, order])
-        output, inputs = gather_places(sites[problem.site], readers)
-        attach_gather(prepared.model, output, inputs, order)
-        gathers.append({"site": problem.site, "output": output, "inputs": inputs, "order": order.tolist()})
-    return gathers
+        output, inputs = gather_places(sites[problem.site], [part.layer for part in problem.parts])
+        found[problem.name] = {"site": problem.site, "output": output, "inputs": inputs, "order": order.tolist()}
+    return found
+
+
+@torch.no_grad()
+def _gather(prepared: Prepared, orders: Orders) -> list[dict[str, Any]]:
+    """Reorder the columns of every gathered layer and attach the gathers; returns their description."""
+    found = gather_records(prepared.coupling, prepared.problems, orders)
+    for problem in prepared.problems:
+        if gather := found.get(problem.name):
+            order = orders[problem.name]
+            for part in problem.parts:
+                weight = prepared.network.layers[part.layer].weight
+                weight.copy_(weight[:, order])
+            attach_gather(prepared.model, gather["output"], gather["inputs"], order)
+    return list(found.values())
 
 
 __all__ = ["Prepared", "Pruned", "Settings", "Statistics", "finish", "gap_closed", "prepare", "prune", "update_weights"]

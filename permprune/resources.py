@@ -1,10 +1,24 @@
-"""Peak memory of this process."""
+"""Where models run, and the peak memory of this process."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where a model runs: where its weights lie, or the best device where they are read layer by layer."""
+    device = next(model.parameters()).device
+    return best_device() if device.type == "meta" else device
 
 
 def reset_peak_memory() -> None:

@@ -104,6 +104,17 @@ def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
     assert torch.equal(tiny_llama.model.layers[0].mlp.down_proj.weight, before)
 
 
+def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCausalLM) -> None:
+    settings = Settings(mode="gather", precision="fp32", exclude=("*.k_proj",))  # k reads what q and v read
+    prepared = prepare(tiny_llama, None, settings, WINDOWS)
+    natural = prepared.network.measures()
+    solution = Random().solve(prepared.network, prepared.run)
+    masked = _last_logits(tiny_llama, WINDOWS)
+    pruned = finish(prepared, solution, natural)
+    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    assert {bool(gather["output"]) for gather in pruned.gathers} == {False, True}
+
+
 @pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])
 def test_windows_are_shared_out(total: int, measured: int, held_out: int) -> None:
     parts = _divide(torch.arange(total)[:, None], Settings())

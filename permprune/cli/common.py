@@ -53,6 +53,7 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
 
@@ -79,7 +80,9 @@ def settings(
     precision: Annotated[
         str, typer.Option(help="of activations in the search: auto, fp32 or bf16")
     ] = Settings.precision,
-    memory: Annotated[str | None, typer.Option(help="bound on the calibration statistics of one pass, as 8GiB")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="bound on tensors, as 8GiB: prune reads a model that needs more layer by layer")
+    ] = None,
     batch: Annotated[int, typer.Option(help="calibration windows at a time: fewer need less memory")] = Settings.batch,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, less memory")

@@ -11,13 +11,25 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from permprune.coupling.build import build_spaces
-from permprune.coupling.fold import fold, fold_all, inverse
+from permprune.coupling.fold import fold, fold_all, fold_parameter, inverse
 from permprune.coupling.sites import find_sites
 from permprune.coupling.space import ChannelSpace, Coupling, Member, Site
-from permprune.coupling.trace import trace
+from permprune.coupling.trace import canonical_names, trace
 from permprune.coupling.verify import verify
 
-__all__ = ["ChannelSpace", "Coupling", "Member", "Site", "discover", "fold", "fold_all", "inverse", "verify"]
+__all__ = [
+    "ChannelSpace",
+    "Coupling",
+    "Member",
+    "Site",
+    "canonical_names",
+    "discover",
+    "fold",
+    "fold_all",
+    "fold_parameter",
+    "inverse",
+    "verify",
+]
 
 
 def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:

@@ -44,6 +44,17 @@ def fold_all(model: nn.Module, tables: Mapping[str, Tensor], coupling: Coupling)
             fold(model, space, tables[name])
 
 
+@torch.no_grad()
+def fold_parameter(name: str, parameter: Tensor, tables: Mapping[str, Tensor], coupling: Coupling) -> None:
+    """Do to one parameter, in place, what `fold_all` does to all of them; `name` is its name in the coupling."""
+    for space in coupling.spaces:
+        if space.name in tables:
+            table = check_table(space, tables[space.name])
+            for member in space.members:
+                if member.parameter == name:
+                    _move(parameter, member, table)
+
+
 def inverse(table: Tensor) -> Tensor:
     """The table that undoes a table, block by block: (blocks, size)."""
     return table.argsort(dim=-1)

@@ -11,6 +11,7 @@ from permprune.calibrate import frozen
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import Result
 from permprune.progress import track
+from permprune.resources import compute_device
 
 CHUNK = 256
 """Tokens whose logits are held in fp32 at a time."""
@@ -26,7 +27,7 @@ def perplexity(model: nn.Module, windows: Tensor, batch: int = 4) -> Result:
     `PermpruneError` when a loss is not finite.
     """
     count, length = windows.shape
-    device = next(model.parameters()).device
+    device = compute_device(model)
     nll = torch.zeros(count, dtype=torch.float64)
     with frozen(model):
         for at in track(parallel.share(torch.arange(count).split(batch)), "perplexity"):

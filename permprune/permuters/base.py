@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -79,7 +80,7 @@ class Permuter(ABC):
 
 @dataclass(frozen=True)
 class LocalPermuter(Permuter):
-    """A permuter that solves each problem by itself."""
+    """A permuter that can solve each problem by itself."""
 
     @abstractmethod
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
@@ -88,7 +89,9 @@ class LocalPermuter(Permuter):
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         started = time.monotonic()
         network.set_orders(network.identity())
-        orders = network.each_problem(
-            lambda number, problem: self.order(network, problem, run.generator(number)), self.name
-        )
+        orders = network.each_problem(self.solver(network, run), self.name)
         return Solution(orders, time.monotonic() - started)
+
+    def solver(self, network: PrunedNetwork, run: Run) -> Callable[[int, Problem], Tensor]:
+        """`order`, given the number that seeds a problem and the problem."""
+        return lambda number, problem: self.order(network, problem, run.generator(number))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from permprune.losses import Objective
 from permprune.network import PrunedNetwork
-from permprune.permuters.base import Permuter, Run, Solution
+from permprune.permuters.base import LocalPermuter, Run, Solution
 from permprune.permuters.kept import deal_and_assign, stacked_scores
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.problem import Orders, Problem
@@ -22,7 +22,7 @@ JITTER = 0.01
 
 
 @dataclass(frozen=True)
-class Reconstruction(Permuter):
+class Reconstruction(LocalPermuter):
     """Minimise tr(F E H E^T) of every layer: its output error on the calibration tokens, exact in the masks.
 
     E is the pruned part of the weight, H the input second moments, F the diagonal of the output's Fisher information,
@@ -31,7 +31,8 @@ class Reconstruction(Permuter):
 
     What a layer loses by itself says little about the network: orders of nearly the same error can be far apart in
     perplexity. So each problem is searched `candidates` times, from scores that differ by a hundredth, and the
-    problems, in `shares` runs of neighbours, take the order with which the held-out loss is least.
+    problems, in `shares` runs of neighbours, take the order with which the held-out loss is least. Where the network is
+    read layer by layer there is no such loss, and the first candidate stays.
     """
 
     name: ClassVar[str] = "reconstruction"
@@ -43,7 +44,7 @@ class Reconstruction(Permuter):
         started = time.monotonic()
         found = network.each_problem(
             lambda number, problem: [
-                self._order(network, problem, run.generator(number, candidate), JITTER if candidate else 0.0)
+                self.order(network, problem, run.generator(number, candidate), JITTER if candidate else 0.0)
                 for candidate in range(self.candidates)
             ],
             self.name,
@@ -51,7 +52,9 @@ class Reconstruction(Permuter):
         candidates = [{p.name: found[p.name][i] for p in network.problems} for i in range(self.candidates)]
         return Solution(self._choose(network, run, candidates), time.monotonic() - started)
 
-    def _order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator, jitter: float) -> Tensor:
+    def order(
+        self, network: PrunedNetwork, problem: Problem, generator: torch.Generator, jitter: float = 0.0
+    ) -> Tensor:
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square()
         noise = 1 + jitter * torch.randn(energy.shape, generator=generator).to(energy)

@@ -84,6 +84,16 @@ def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> 
     assert record["perplexity"]["pruned"] == pytest.approx(result["rows"][-1]["perplexity"], rel=1e-4)
 
 
+def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fails("prune", *source, "--out", out, "--memory", "100KB")  # newton
+    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--memory", "300KB")
+    assert code == 0 and "2:4 with ria: perplexity" in stdout
+    record = json.loads((out / "permprune.json").read_text())
+    assert record["permutations"] and not any("residual" in space for space in record["permutations"])
+    assert run("verify", out)[0] == 0 and not (tmp_path / "out.partial").exists()
+
+
 def test_the_shared_options_are_the_settings() -> None:
     fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out"}
     assert set(inspect.signature(settings).parameters) == fields

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from permprune.coupling import ChannelSpace, Member, discover, fold, fold_all, inverse, verify
+from permprune.coupling import ChannelSpace, Member, discover, fold, fold_all, fold_parameter, inverse, verify
 from permprune.errors import PermpruneError
 
 from .coupling_models import llama, randomised, tokens
@@ -143,3 +143,19 @@ def test_fold_all_checks_everything_before_it_moves_anything():
     with pytest.raises(PermpruneError, match="frozen"):
         fold_all(model, {good.name: table}, dataclasses.replace(coupling, spaces=(dataclasses.replace(
             good, freedom="frozen", reason="test"),)))  # fmt: skip
+
+
+def test_parameters_folded_one_by_one_are_those_of_fold_all():
+    model = randomised(llama())
+    coupling = discover(model, tokens())
+    generator = torch.Generator().manual_seed(0)
+    tables = {
+        space.name: torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
+        for space in coupling.spaces
+        if space.freedom != "frozen"
+    }
+    apart = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in apart.items():
+        fold_parameter(name, parameter, tables, coupling)
+    fold_all(model, tables, coupling)
+    assert all(torch.equal(apart[name], parameter) for name, parameter in model.named_parameters())
