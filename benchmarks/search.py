@@ -41,7 +41,7 @@ METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "deal + assignment of w^2 (ria)": lambda score: deal_and_assign(score.square(), PATTERN),
     "deal + assignment of abs(w)": lambda score: deal_and_assign(score, PATTERN),
     "cp, no escapes": cp(0),
-    "cp": cp(100),
+    "cp, 100 escapes": cp(100),
     "cp, 300 escapes": cp(300),
     "cp, triples, no escapes": cp(0, triples=True),
     "cp, triples": cp(100, triples=True),
