@@ -20,6 +20,9 @@ from permprune.problem import Problem
 ROWS = 64
 """Rows that are worked on at a time, so that they stay in the processor's cache."""
 
+PASSES = 2
+"""Times that each slot is assigned anew: the second still gains, what more would gain is not worth the time."""
+
 
 def stacked_scores(network: PrunedNetwork, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
     """The scores of all weights along a problem's channels, (channels, rows); rows times sqrt(fisher) if given."""
@@ -69,14 +72,14 @@ def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
     """The order that keeps the most score: channels dealt to groups, then one assignment for each slot.
 
     Channels sorted by their total go to the groups snake-wise; then, slot by slot, the channels there are put back
-    where they keep the most (Zhang et al. 2024, "Plug-and-Play", section 3.2). A channel c that joins a group whose
-    n-th largest other member is t adds max(c - t, 0): their distances |c - t| decide which assignment is best. `score`
-    is (channels, rows); returns int64 (channels,).
+    where they keep the most (Zhang et al. 2024, "Plug-and-Play", section 3.2), `PASSES` times over. A channel c that
+    joins a group whose n-th largest other member is t adds max(c - t, 0): their distances |c - t| decide which
+    assignment is best. `score` is (channels, rows); returns int64 (channels,).
     """
     hands = score.sum(1).argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
     hands[1::2] = hands[1::2].flip(1)
     groups = hands.T.contiguous()
-    for slot in range(pattern.m):
+    for slot in [*range(pattern.m)] * PASSES:
         free = groups[:, slot].clone()
         others = groups[:, torch.arange(pattern.m) != slot].T
         distance = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=score.device)

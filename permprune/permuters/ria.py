@@ -1,4 +1,4 @@
-"""RIA's channel permutation: deal, then one linear assignment a slot."""
+"""RIA's channel permutation: deal, then linear assignments slot by slot."""
 
 from __future__ import annotations
 

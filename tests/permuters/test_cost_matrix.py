@@ -54,7 +54,7 @@ def test_hard_plans_show_the_masks_of_their_orders(prepared: Prepared, method: C
 
 @pytest.mark.parametrize("method", [LearnedPaper, PermLLM])
 def test_training_moves_channels_and_keeps_the_best(prepared: Prepared, method: type[CostMatrixLearner]) -> None:
-    learner = method(steps=12, windows=8, check=2, learning_rate=0.5)
+    learner = method(start=Random(), steps=12, windows=8, check=2, learning_rate=0.5)
     solution = learner.solve(prepared.network, prepared.run)
     losses = [point.loss for point in solution.curve]
     assert len(losses) == 7 and len(set(losses)) > 2

@@ -45,10 +45,10 @@ def test_what_a_union_keeps(i: int, j: int, data: st.DataObject) -> None:
 
 
 def best_assignments(energy: Tensor, pattern: Pattern) -> Tensor:
-    """Deal to four groups, then for each slot try all 24 assignments of the channels there."""
+    """Deal to four groups, then twice for each slot try all 24 assignments of the channels there."""
     hands = energy.sum(1).argsort(descending=True).view(pattern.m, 4)
     groups = torch.stack([hand.flip(0) if slot % 2 else hand for slot, hand in enumerate(hands)], 1)
-    for slot in range(pattern.m):
+    for slot in [*range(pattern.m)] * 2:
         candidates = []
         for target in permutations(range(4)):
             moved = groups.clone()
