@@ -1,4 +1,4 @@
-"""What flows into each layer, and which of its outputs the loss feels: one pass over the calibration text."""
+"""What flows into each layer, and which of its outputs the loss feels: one pass over the calibration examples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from permprune import parallel
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import Layer
 from permprune.losses import Task
 from permprune.progress import log, track
@@ -35,17 +36,17 @@ def calibrate(
     model: nn.Module,
     layers: list[Layer],
     sites: dict[str, str],
-    windows: Tensor,
+    examples: Examples,
     task: Task,
     dtype: torch.dtype,
     batch: int = 4,
     memory: int | None = None,
     recompute: bool = False,
 ) -> Statistics:
-    """Stream `windows` (count, length) through the model, forward and backward.
+    """Stream `examples` through the model, forward and backward.
 
     `sites` names, for each layer, the tensor it reads; layers with one site share one H. Activations have type
-    `dtype`. `batch` windows at a time; `recompute` runs each block again in the backward pass (`recomputed`): both
+    `dtype`. `batch` examples at a time; `recompute` runs each block again in the backward pass (`recomputed`): both
     leave the result as it is and bound the memory of the activations. `memory` bounds the bytes of the accumulators:
     sites that do not fit wait for a further pass. Raises `PermpruneError` when a loss or a statistic is not finite.
     """
@@ -64,7 +65,7 @@ def calibrate(
             frozen(model),
             recomputed(model, recompute and first),
         ):
-            for part in track(parallel.share(windows.split(batch)), "calibrating"):
+            for part in track(parallel.share(examples.split(batch)), "calibrating"):
                 with (
                     torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
                     torch.set_grad_enabled(first),

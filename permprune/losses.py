@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permprune.examples import Examples
 from permprune.layers import blocks
 
 
@@ -26,14 +27,14 @@ class Predictions:
         return F.cross_entropy(self.logits.float(), self.labels, reduction="sum")
 
 
-Task = Callable[[nn.Module, Tensor], Predictions]
+Task = Callable[[nn.Module, Examples], Predictions]
 """(model, batch) -> predictions."""
 
 
-def next_token(model: nn.Module, ids: Tensor) -> Predictions:
-    """Each next token of `ids` (batch, length): batch * (length - 1) terms."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return Predictions(logits.flatten(0, 1), ids[:, 1:].flatten())
+def next_token(model: nn.Module, batch: Examples) -> Predictions:
+    """Each next token of the batch's "input_ids" (batch, length): batch * (length - 1) terms."""
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    return Predictions(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten())
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Objective:
         """Whether the dense model has to be asked."""
         return bool(self.divergence or self.distillation or self.cosine)
 
-    def teach(self, model: nn.Module, batch: Tensor, task: Task) -> Taught:
+    def teach(self, model: nn.Module, batch: Examples, task: Task) -> Taught:
         """Ask the dense model, which `model` must show."""
         with block_outputs(model) as outputs:
             said = task(model, batch).logits
@@ -72,7 +73,7 @@ class Objective:
         log_probabilities = said.float().log_softmax(-1).half().cpu() if self.divergence else None
         return Taught(log_probabilities, [output.cpu() for output in kept])
 
-    def __call__(self, model: nn.Module, batch: Tensor, task: Task, taught: Taught | None) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Examples, task: Task, taught: Taught | None) -> tuple[Tensor, int]:
         """(loss with its graph, number of terms); `taught` is what `teach` gave for this batch."""
         with block_outputs(model) as outputs:
             said = task(model, batch)

@@ -82,7 +82,7 @@ def streamed_bytes(model: nn.Module, plan: Plan) -> int:
     is not pruned, such as the head, and its outputs. What `cp` tabulates for up to 2048 channels, some 20 MB, is not
     counted.
     """
-    tokens, needed, square = plan.measured.numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
+    tokens, needed, square = plan.measured["input_ids"].numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
     for site in dict.fromkeys(plan.sites.values()):
         shapes = [layer.weight.shape for layer in plan.layers if plan.sites[layer.name] == site]
         rows, channels = sum(shape[0] for shape in shapes), shapes[0][1]
@@ -121,7 +121,7 @@ class Stream:
     def solve(self, method: LocalPermuter) -> Pruned:
         """Find the orders, each where one tensor is read; those that span more of the network stay natural.
 
-        Calibration is one forward pass of the dense model over all measured windows in one batch, which stops ahead of
+        Calibration is one forward pass of the dense model over all measured examples in one batch, which stops ahead of
         each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
         place of its Fisher information, and one candidate. Raises `PermpruneError`.
         """

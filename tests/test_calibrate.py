@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from permprune.calibrate import Statistics, calibrate, frozen, input_moments, output_fisher
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
 from permprune.losses import next_token
 from permprune.pattern import Pattern
@@ -32,7 +33,7 @@ def layers_and_sites(model) -> tuple[list[Layer], dict[str, str]]:
 
 def statistics(model, dtype=torch.float32, **settings) -> Statistics:
     layers, sites = layers_and_sites(model)
-    return calibrate(model, layers, sites, WINDOWS, next_token, dtype, **settings)
+    return calibrate(model, layers, sites, Examples.of(WINDOWS), next_token, dtype, **settings)
 
 
 def assert_same(one: Statistics, other: Statistics, **tolerance) -> None:
@@ -143,7 +144,7 @@ def test_output_fisher_adds_up_over_backward_passes(tiny_llama):
     sums = {layer.name: torch.zeros(len(layer.weight)) for layer in layers}
     with output_fisher(layers, sums):
         for window in WINDOWS.split(2):
-            next_token(tiny_llama, window).loss.backward()
+            next_token(tiny_llama, Examples.of(window)).loss.backward()
     expected = statistics(tiny_llama).fisher
     for name, total in sums.items():
         torch.testing.assert_close(total / (5 * 11), expected[name], rtol=1e-4, atol=1e-9)

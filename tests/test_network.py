@@ -9,13 +9,14 @@ from transformers import LlamaForCausalLM
 
 from permprune.calibrate import Statistics
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.losses import Objective, next_token
 from permprune.network import PrunedNetwork
 from permprune.permuters import Random
 from permprune.pipeline import Prepared, Settings, prepare
 from permprune.saliency import OBS
 
-WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
+WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture

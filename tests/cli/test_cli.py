@@ -160,7 +160,7 @@ def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
         (["--permute", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], 'mode "luck"'),
         (["--precision", "int8"], 'precision "int8"'),
-        (["--batch", "0"], "a batch of 0 windows"),
+        (["--batch", "0"], "a batch of 0 examples"),
         (["--memory", "much"], "no amount of memory"),
         (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
         (["--data", "missing/text.txt"], "no text file missing/text.txt"),
