@@ -15,12 +15,13 @@ from permprune.calibrate import Statistics, frozen, output_fisher
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer
-from permprune.losses import Objective, Task, Taught
+from permprune.losses import Objective, Taught
 from permprune.pattern import Pattern
 from permprune.problem import Orders, Problem
 from permprune.progress import track
 from permprune.recompute import recomputed
 from permprune.saliency import Saliency
+from permprune.tasks import Task
 
 T = TypeVar("T")
 
@@ -29,8 +30,8 @@ T = TypeVar("T")
 class Gradients:
     """Of the mean loss of one batch of examples at the present masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` the mean over tokens
-    of the squared output gradient (rows,); `loss` the mean loss; `count` the number of its terms.
+    `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` the mean over
+    the `count` terms of the loss of the squared gradient of their sum by each output (rows,); `loss` the mean loss.
     """
 
     weight: dict[str, Tensor]
@@ -216,7 +217,7 @@ class PrunedNetwork:
     @torch.no_grad()
     def teach(self, examples: Examples, objective: Objective) -> list[Taught] | None:
         """What the dense model says of this rank's batches of `examples`; None if not asked."""
-        if not objective.taught:
+        if not objective.asks(self.task):
             return None
         answers = []
         with frozen(self.model), self.dense_weights():

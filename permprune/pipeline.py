@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.calibrate import Statistics, calibrate
+from permprune.calibrate import Statistics, calibrate, frozen
 from permprune.checkpoint import Checkpoint
 from permprune.coupling import Coupling, discover, fold_all
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
-from permprune.losses import fast_dtype, next_token
+from permprune.losses import fast_dtype
 from permprune.model_io import attach_gather, gather_places
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
@@ -29,6 +29,7 @@ from permprune.problem import MODES, Orders, Problem, build_problems
 from permprune.progress import log
 from permprune.resources import compute_device
 from permprune.saliency import Saliency, saliency
+from permprune.tasks import choose_task, model_inputs
 from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -137,9 +138,13 @@ def prepare(
     plan = plan_run(model, tokenizer, settings, examples, partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     batch, recompute = settings.batch, settings.recompute
-    statistics = calibrate(model, layers, sites, plan.measured, next_token, dtype, batch, settings.memory, recompute)
+    with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):
+        task = choose_task(model, plan.measured, batch)
+    statistics = calibrate(
+        model, layers, sites, plan.measured, task, dtype, batch, settings.memory, recompute, settings.seed
+    )
     network = PrunedNetwork(
-        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, next_token, dtype, batch, recompute
+        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, task, dtype, batch, recompute
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
@@ -161,7 +166,7 @@ def plan_run(
     device = compute_device(model)
     shown = calibration_text(settings, tokenizer) if examples is None else Examples.of(examples)
     measured, held_out, train = _divide(shown.to(device), settings)
-    coupling = discover(model, {"input_ids": shown["input_ids"][:2, :16].to(device)})
+    coupling = discover(model, _traced(model, measured))
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
@@ -245,6 +250,14 @@ def _divide(examples: Examples, settings: Settings) -> list[Examples]:
             f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"
         )
     return examples.split([measured, held_out, len(examples) - measured - held_out])
+
+
+def _traced(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
+    """A small batch to trace the model on: two examples, of text that a model writes the first few tokens."""
+    inputs = model_inputs(model, examples[torch.arange(2) % len(examples)])
+    if inputs.keys() == {"input_ids"}:
+        return {"input_ids": inputs["input_ids"][:, :16]}
+    return {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}
 
 
 def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:

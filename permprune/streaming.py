@@ -19,15 +19,16 @@ from permprune.checkpoint import write_whole
 from permprune.coupling import fold_parameter
 from permprune.errors import PermpruneError
 from permprune.layers import Layer, prunable_layers, require_finite
-from permprune.losses import next_token
 from permprune.network import PrunedNetwork
 from permprune.offload import Edit, StoredWeights, attach, read_skeleton
+from permprune.padding import real
 from permprune.pattern import Pattern
 from permprune.permuters import PERMUTERS, LocalPermuter, Permuter, Solution
 from permprune.pipeline import Plan, Pruned, Settings, beside_natural, fold_tables, gather_records
 from permprune.problem import Orders, Problem
 from permprune.progress import log, track
 from permprune.saliency import OBS
+from permprune.tasks import next_token, running
 
 BATCH = 4
 """Windows that pass through a model at a time when it is evaluated."""
@@ -134,7 +135,7 @@ class Stream:
                 return
             next(bar)
             with torch.autocast(args[0].device.type, enabled=False):
-                self._decide(method, site, layers, problems[site], args[0])
+                self._decide(method, site, layers, problems[site], real(args[0]))
             if not waiting:
                 raise _AllDecided
 
@@ -149,8 +150,9 @@ class Stream:
                 suppress(_AllDecided),
                 frozen(self.model),
                 torch.autocast(device.type, plan.dtype, enabled=plan.dtype != torch.float32),
+                running(self.model, plan.measured),
             ):
-                next_token(self.model, plan.measured)
+                pass  # the hooks do the work
         finally:
             for hook in hooks:
                 hook.remove()

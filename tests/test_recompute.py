@@ -10,11 +10,12 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 from permprune.calibrate import Statistics, calibrate
 from permprune.examples import Examples
 from permprune.layers import Layer, blocks, prunable_layers
-from permprune.losses import Objective, Predictions, Task, next_token
+from permprune.losses import Objective
 from permprune.network import Gradients, PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.recompute import recomputed, recomputing
 from permprune.saliency import Wanda
+from permprune.tasks import Predictions, Task, next_token
 
 from .conftest import make_tiny_llama
 
@@ -124,7 +125,7 @@ def test_calibration_finds_the_same_statistics(
         torch.testing.assert_close(again.moments[name], moments, rtol=1e-6, atol=0)
         torch.testing.assert_close(again.fisher[name], once.fisher[name], rtol=1e-6, atol=0)
         assert moments.any() and once.fisher[name].any()
-    assert again.tokens == once.tokens
+    assert again.terms == once.terms
 
 
 def test_gradients_are_the_same(model: nn.Module, dtype: torch.dtype, runs: list[bool]) -> None:

@@ -61,7 +61,8 @@ class TrustRegion(Permuter):
     under the quadratic model (see `quadratic`), and keeps them if the loss on held-out examples falls. All
     problems move together, which the block-diagonal model cannot see, so its curvature is multiplied by `damping`.
     When a proposal fails, a random half of its problems is tried, then a quarter; the damping rises when parts had to
-    be left out and falls when the model foretold the loss well. Gradients taken at one point are averaged.
+    be left out and falls when the model foretold the loss well, or proposed nothing. Gradients taken at one point are
+    averaged.
 
     `objective` is the loss, `start` finds the orders of the first round.
     """
@@ -117,7 +118,8 @@ class TrustRegion(Permuter):
             kept = loss < state.best - TOLERANCE
             share /= 2
         foretold = sum(proposals[name].change for name in moved)
-        self._adapt(state, kept, share * 2, (loss - state.best) / min(-1e-12, foretold))
+        still = all(torch.equal(proposals[name].order, before[name]) for name in names)
+        self._adapt(state, still, kept, share * 2, (loss - state.best) / min(-1e-12, foretold))
         if kept:
             state.best = loss
             state.memory |= {name: memory for name in moved if (memory := proposals[name].memory) is not None}
@@ -142,9 +144,11 @@ class TrustRegion(Permuter):
         return Proposal(model.order, model.change, memory)
 
     @staticmethod
-    def _adapt(state: State, kept: bool, share: float, ratio: float) -> None:
-        """`ratio` is the true over the foretold change of the loss."""
-        if kept and share == 1:
+    def _adapt(state: State, still: bool, kept: bool, share: float, ratio: float) -> None:
+        """`still` is whether nothing was proposed, `ratio` the true over the foretold change of the loss."""
+        if still:
+            state.damping /= 4
+        elif kept and share == 1:
             state.damping *= 0.7 if ratio > 0.5 else 1.0 if ratio > 0.2 else 1.3
         else:
             state.damping *= 1.5
