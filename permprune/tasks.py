@@ -105,16 +105,20 @@ Task = Callable[[nn.Module, Examples], Predictions | Features]
 
 def next_token(model: nn.Module, batch: Examples) -> Predictions:
     """Each next token of "input_ids" (batch, length), or of "labels" where only some count; padding does not."""
-    targets = batch["labels"] if "labels" in batch else batch["input_ids"]
+    labels = next_labels(batch)
     with running(model, batch) as output:
-        logits, labels = output.logits[:, :-1], targets[:, 1:]
-    counted = labels.ne(IGNORED) if "labels" in batch else None
-    if (mask := batch.get("attention_mask")) is not None:
-        both = mask[:, 1:].bool() & mask[:, :-1].bool()
-        counted = both if counted is None else counted & both
-    if counted is None:
+        logits = output.logits[:, :-1]
+    if batch.keys() == ["input_ids"]:
         return Predictions(logits.flatten(0, 1), labels.flatten())
+    counted = labels != IGNORED
     return Predictions(logits[counted], labels[counted])
+
+
+def next_labels(batch: Examples) -> Tensor:
+    """The tokens that follow each but the last, (batch, length - 1); `IGNORED` where one does not count."""
+    labels = (batch["labels"] if "labels" in batch else batch["input_ids"])[:, 1:]
+    mask = batch.get("attention_mask")
+    return labels if mask is None else labels.masked_fill(~(mask[:, 1:].bool() & mask[:, :-1].bool()), IGNORED)
 
 
 def labelled(model: nn.Module, batch: Examples) -> Predictions:
@@ -152,6 +156,7 @@ class Imitation:
             return Features(torch.cat([_scaled(output[name], v) for name, v in self.variances.items()], 1))
 
     @classmethod
+    @torch.no_grad()
     def of(cls, model: nn.Module, examples: Examples, batch: int) -> Imitation:
         """The imitation that suits what a dense model returns for these examples, `batch` at a time.
 

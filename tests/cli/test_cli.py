@@ -66,7 +66,7 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     code, stdout, _ = run("evaluate", out, "--data", tiny_text, "--windows", "4", "--length", "16", "--json", figures)
     assert code == 0
     found = json.loads(figures.read_text())
-    assert {"task", "metric", "value", "tokens"} <= found.keys()
+    assert {"task", "metric", "value", "count"} <= found.keys()
     record = json.loads((out / "permprune.json").read_text())
     assert found["value"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-4)
 
