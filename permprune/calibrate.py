@@ -77,7 +77,7 @@ def calibrate(
                     torch.set_grad_enabled(first),
                 ):
                     said = task(model, part)
-                    total = said.fisher_loss(torch.Generator().manual_seed(seed * 2**20 + place))
+                    total = said.fisher_loss(torch.Generator().manual_seed((seed * 2**20 + place) % 2**63))
                 if not torch.isfinite(total):
                     raise PermpruneError(
                         "the loss on the calibration data is not finite: check the checkpoint and the data"

@@ -128,7 +128,8 @@ def labelled(model: nn.Module, batch: Examples) -> Predictions:
     """
     labels = batch["labels"]
     with running(model, batch) as output:
-        logits = output.logits[:, : labels.shape[1]] if decodes(model) else output.logits
+        spoken = decodes(model) and labels.dim() == 2
+        logits = output.logits[:, : labels.shape[1]] if spoken else output.logits
     if logits.shape[:-1] != labels.shape or int(labels.max()) >= logits.shape[-1]:
         raise PermpruneError(
             f"labels up to {int(labels.max())} of shape {tuple(labels.shape)} do not go with logits of shape "
@@ -231,7 +232,7 @@ def running(model: nn.Module, batch: Examples) -> Iterator[Any]:
     """The model's output for a batch. Inside, and to hooks of the model's modules, `mask_of` tells what is padding."""
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     decoder = batch.get("decoder_attention_mask")
-    if decoder is None and labels is not None and decodes(model):
+    if decoder is None and labels is not None and labels.dim() == 2 and decodes(model):
         if mask is not None and mask.shape == labels.shape:  # so that the two sides have masks of different shapes
             labels = F.pad(labels, (0, 1), value=IGNORED)
         decoder = labels != IGNORED
@@ -240,19 +241,20 @@ def running(model: nn.Module, batch: Examples) -> Iterator[Any]:
 
 
 def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """The arguments of the model's forward: all but the labels, which a decoder reads shifted by one.
+    """The arguments of the model's forward: all but the labels, which a decoder reads as its text, shifted by one.
 
     `labels` are those of the batch unless given. Raises `PermpruneError` where a decoder has nothing to read.
     """
     inputs = {name: batch[name] for name in batch if name != "labels"}
     if decodes(model) and "decoder_input_ids" not in inputs:
         labels = batch.get("labels") if labels is None else labels
-        if labels is None:
+        if labels is None and "input_ids" not in batch:
             raise PermpruneError("this model has a decoder, which needs text to read: give the examples labels")
-        config: Any = model.config
-        ids = labels.masked_fill(labels == IGNORED, config.pad_token_id or 0).roll(1, 1)
-        ids[:, 0] = config.decoder_start_token_id
-        inputs["decoder_input_ids"] = ids
+        if labels is not None and labels.dim() == 2:
+            config: Any = model.config
+            ids = labels.masked_fill(labels == IGNORED, config.pad_token_id or 0).roll(1, 1)
+            ids[:, 0] = config.decoder_start_token_id
+            inputs["decoder_input_ids"] = ids
     return inputs
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import BartConfig, BartForSequenceClassification, LlamaForCausalLM, LlamaModel
 
 from permprune.calibrate import Statistics, calibrate
 from permprune.errors import PermpruneError
@@ -78,6 +78,19 @@ def test_labels_cost_what_the_model_itself_says(data: str) -> None:
     said = labelled(model, examples)
     assert said.terms == int(examples["labels"].ne(-100).sum())
     assert float(said.loss()) / said.terms == pytest.approx(float(model(**examples).loss), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_classifier_with_a_decoder_reads_its_own_input() -> None:
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = BartConfig(vocab_size=64, d_model=32, max_position_embeddings=32, num_labels=3, **layers, **heads)
+    model = BartForSequenceClassification(config).eval()
+    ids = draw(50, 4, 9) + 5
+    ids[:, -1] = config.eos_token_id
+    examples = Examples({"input_ids": ids, "labels": draw(3, 4)})
+    assert choose_task(model, examples, 2) is labelled
+    assert float(labelled(model, examples).loss()) / 4 == pytest.approx(float(model(**examples).loss), rel=1e-5)
 
 
 @torch.no_grad()

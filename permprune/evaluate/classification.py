@@ -7,6 +7,7 @@ from torch import nn
 
 from permprune import parallel
 from permprune.calibrate import frozen
+from permprune.errors import PermpruneError
 from permprune.evaluate.result import Result
 from permprune.examples import Examples
 from permprune.progress import track
@@ -36,6 +37,8 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
 
 
 def share(task: str, metric: str, right: float, count: float) -> Result:
-    """The share that is right, of `count` predictions."""
+    """The share that is right, of `count` predictions. Raises `PermpruneError` where there are none."""
+    if not count:
+        raise PermpruneError("there is nothing to count: give examples with labels")
     value = right / count
     return Result(task, metric, value, int(count), (value * (1 - value) / count) ** 0.5)

@@ -26,7 +26,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
     `windows` are token ids, int64 (count, length), length >= 2, or `Examples`; each is predicted apart from the
     others, and all tokens weigh the same, but padding nothing. The loss is taken in fp32. The standard error is the
     windows' by the delta method, ppl * std(window NLL) / sqrt(count), absent for one window. The model's mode is as
-    before afterwards. Raises `PermpruneError` when a loss is not finite.
+    before afterwards. Raises `PermpruneError` when a loss is not finite, or no token counts.
     """
     examples = Examples.of(windows)
     device = compute_device(model)
@@ -41,6 +41,8 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
             nll[at] = torch.tensor(losses, dtype=torch.float64)
             counts[at] = labels.ne(IGNORED).sum(1).double().cpu()
     parallel.add_([nll, counts])
+    if not counts.any():
+        raise PermpruneError("the text has no tokens to predict: give longer windows, or labels that count")
     mean = nll.sum() / counts.sum()
     value = float(mean.exp())
     if not torch.isfinite(torch.tensor(value)):

@@ -67,6 +67,15 @@ def test_agreement_measures_a_network_that_shows_other_weights() -> None:
     assert shown[0].count == 12 and shown[1].value > 0.01
 
 
+def test_nothing_to_count_is_refused(tiny_llama: LlamaForCausalLM) -> None:
+    nothing = torch.full((12,), -100)
+    with pytest.raises(PermpruneError, match="nothing to count"):
+        accuracy(make("vit"), Examples({**images(), "labels": nothing}))
+    ids = draw(64, 3, 8)
+    with pytest.raises(PermpruneError, match="no tokens to predict"):
+        perplexity(tiny_llama, Examples({"input_ids": ids, "attention_mask": torch.zeros_like(ids)}))
+
+
 def test_words_are_counted_as_a_model_says_them(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model, examples = make("whisper"), speech()
     model.generation_config.eos_token_id = model.config.eos_token_id = 63

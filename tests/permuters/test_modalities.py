@@ -44,7 +44,7 @@ def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) 
 
 @pytest.mark.parametrize("data", EXAMPLES)
 def test_sparsegpt_lowers_the_output_errors(data: str) -> None:
-    prepared = prepare(make(data), None, Settings(update="sparsegpt", **SETTINGS), EXAMPLES[data]())
+    prepared = prepare(make(data), None, Settings(update="sparsegpt", **SETTINGS), dict(**EXAMPLES[data]()))
     before = prepared.network.measures()
     update_weights(prepared)
     assert sum(row["error"] for row in prepared.network.measures()) < sum(row["error"] for row in before)
