@@ -30,6 +30,7 @@ from permprune.progress import log
 from permprune.resources import compute_device
 from permprune.saliency import Saliency, saliency
 from permprune.tasks import choose_task, model_inputs
+from permprune.transcripts import lacks_text, transcribed
 from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -131,11 +132,15 @@ def prepare(
 ) -> Prepared:
     """Discover the couplings, calibrate, and show the network its masks in natural order.
 
-    `examples` are what to calibrate on in place of a text, token ids (count, length) among them; `partial` is a folder
-    in which the searches keep their state. Raises `PermpruneError` for settings, data or a model that cannot be used.
+    `examples` are what to calibrate on in place of a text, token ids (count, length) among them; a decoder that
+    is given no text reads what the dense model writes. `partial` is a folder in which the searches keep their
+    state. Raises `PermpruneError` for settings, data or a model that cannot be used.
     """
     started = time.monotonic()
-    plan = plan_run(model, tokenizer, settings, examples, partial)
+    shown = None if examples is None else Examples.of(examples)
+    if shown is not None and lacks_text(model, shown):
+        shown = transcribed(model, shown, settings.batch)
+    plan = plan_run(model, tokenizer, settings, shown, partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     batch, recompute = settings.batch, settings.recompute
     with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):

@@ -17,9 +17,7 @@ from permprune.examples import Examples
 from permprune.progress import track
 from permprune.resources import compute_device
 from permprune.tasks import IGNORED
-
-PROMPT = 4
-"""Places that the tokens with which a decoder starts may take up."""
+from permprune.transcripts import generate
 
 _PLAIN = jiwer.Compose([jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()])
 
@@ -35,14 +33,10 @@ def word_error_rate(model: nn.Module, examples: Examples, tokenizer: PreTrainedT
     device = compute_device(model)
     wrong, words = torch.zeros(2, len(examples), dtype=torch.float64)
     longest = 2 * examples["labels"].shape[1]
-    room = getattr(model.config, "max_target_positions", longest + PROMPT) - PROMPT
     with frozen(model):
         for at in track(parallel.share(torch.arange(len(examples)).split(batch)), "word error rate"):
             part = examples[at].to(device)
-            inputs: dict[str, Any] = {name: part[name] for name in part if name != "labels"}
-            spoken = model.generate(  # type: ignore[operator]
-                **inputs, max_new_tokens=min(longest, room), do_sample=False, num_beams=1
-            )
+            spoken = generate(model, part, longest)
             texts = zip(_texts(part["labels"], tokenizer), _texts(spoken, tokenizer), strict=True)
             for place, (right, own) in zip(at.tolist(), texts, strict=True):
                 wrong[place], words[place] = _errors(right, own)
