@@ -3,7 +3,8 @@
 from permprune.commands import Evaluation, compare, evaluate, prune_to_folder, verify_folder
 from permprune.coupling import discover, fold, fold_all
 from permprune.errors import PermpruneError
-from permprune.evaluate import Result, perplexity
+from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity
+from permprune.examples import Examples
 from permprune.model_io import load, read_model
 from permprune.pattern import Pattern
 from permprune.permuters import (
@@ -23,6 +24,7 @@ __all__ = [
     "OBS",
     "RIA",
     "Evaluation",
+    "Examples",
     "Identity",
     "Learned",
     "Magnitude",
@@ -43,6 +45,8 @@ __all__ = [
     "compare",
     "discover",
     "evaluate",
+    "evaluate_model",
+    "fit_probe",
     "fold",
     "fold_all",
     "load",

@@ -23,10 +23,10 @@ EPOCHS = (0.0, 0.25, 0.5, 1.0, 2.0)
 STUDIES = ("loss", "groups", "epochs")
 
 
-def variants(study: str, preset: str, windows: int, epochs: float | None = None) -> dict[str, Permuter]:
+def variants(study: str, preset: str, examples: int, epochs: float | None = None) -> dict[str, Permuter]:
     """The permuters to compare in a study, by label (Li et al. 2026, arXiv 2601.22980, "ablations").
 
-    An epoch is one pass over the `windows` calibration windows that gradients are taken on; `epochs`, if given, is how
+    An epoch is one pass over the `examples` of the calibration that gradients are taken on; `epochs`, if given, is how
     long every variant learns (the study of epochs has its own). Raises `PermpruneError` for unknown names.
     """
     if preset not in PRESETS or study not in STUDIES:
@@ -36,17 +36,17 @@ def variants(study: str, preset: str, windows: int, epochs: float | None = None)
         )
     learner = PRESETS[preset]
     if epochs is not None:
-        learner = lasting(learner, epochs, windows)
+        learner = lasting(learner, epochs, examples)
     if study == "loss":
         return {label: dataclasses.replace(learner, objective=loss) for label, loss in OBJECTIVES.items()}
     if study == "groups":
         return {f"{count} groups": dataclasses.replace(learner, groups=count) for count in GROUPS}
-    return {f"{length:g} epochs": lasting(PRESETS[preset], length, windows) for length in EPOCHS}
+    return {f"{length:g} epochs": lasting(PRESETS[preset], length, examples) for length in EPOCHS}
 
 
-def lasting(learner: Learned | LearnedPaper, epochs: float, windows: int) -> Learned | LearnedPaper:
-    """The same learner for so many passes over the windows."""
-    count = math.ceil(epochs * windows / learner.windows)
+def lasting(learner: Learned | LearnedPaper, epochs: float, examples: int) -> Learned | LearnedPaper:
+    """The same learner for so many passes over the examples."""
+    count = math.ceil(epochs * examples / learner.examples)
     if isinstance(learner, Learned):
         return dataclasses.replace(learner, rounds=count)
     return dataclasses.replace(learner, steps=count)

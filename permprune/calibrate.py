@@ -1,4 +1,4 @@
-"""What flows into each layer, and which of its outputs the loss feels: one pass over the calibration text."""
+"""What flows into each layer, and which of its outputs the loss feels: one pass over the calibration examples."""
 
 from __future__ import annotations
 
@@ -12,42 +12,49 @@ from torch import Tensor, nn
 
 from permprune import parallel
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import Layer
-from permprune.losses import Task
+from permprune.padding import mask_of, real
 from permprune.progress import log, track
 from permprune.recompute import recomputed, recomputing
+from permprune.tasks import Task
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Calibration statistics.
 
-    `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there;
-    `fisher[layer]` is the mean over tokens of the squared gradient of the summed loss by each output, fp32 (rows,).
+    `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there,
+    a token being any position, such as a patch of an image;
+    `fisher[layer]` is the mean over the `terms` of the loss of the squared gradient of their sum by each output, fp32
+    (rows,). Padding counts in neither.
     """
 
     moments: dict[str, Tensor]
     fisher: dict[str, Tensor]
-    tokens: int
+    terms: int
 
 
 def calibrate(
     model: nn.Module,
     layers: list[Layer],
     sites: dict[str, str],
-    windows: Tensor,
+    examples: Examples,
     task: Task,
     dtype: torch.dtype,
     batch: int = 4,
     memory: int | None = None,
     recompute: bool = False,
+    seed: int = 0,
 ) -> Statistics:
-    """Stream `windows` (count, length) through the model, forward and backward.
+    """Stream `examples` through the model, forward and backward.
 
     `sites` names, for each layer, the tensor it reads; layers with one site share one H. Activations have type
-    `dtype`. `batch` windows at a time; `recompute` runs each block again in the backward pass (`recomputed`): both
+    `dtype`. `batch` examples at a time; `recompute` runs each block again in the backward pass (`recomputed`): both
     leave the result as it is and bound the memory of the activations. `memory` bounds the bytes of the accumulators:
-    sites that do not fit wait for a further pass. Raises `PermpruneError` when a loss or a statistic is not finite.
+    sites that do not fit wait for a further pass. `seed` decides on what is drawn at random where there are no labels
+    (`Predictions.fisher_loss`), the same for any number of processes. Raises `PermpruneError` when a loss or a
+    statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
     passes = _split(readers, memory)
@@ -55,7 +62,7 @@ def calibrate(
         log.info("calibration needs %d passes to stay within the memory limit", len(passes))
     moments: dict[str, Tensor] = {}
     fisher = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
-    tokens = 0.0
+    terms = 0.0
     for number, group in enumerate(passes):
         first = number == 0
         with (
@@ -64,29 +71,29 @@ def calibrate(
             frozen(model),
             recomputed(model, recompute and first),
         ):
-            for part in track(parallel.share(windows.split(batch)), "calibrating"):
+            for place, part in track(parallel.share(list(enumerate(examples.split(batch)))), "calibrating"):
                 with (
                     torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
                     torch.set_grad_enabled(first),
                 ):
                     said = task(model, part)
-                    total = said.loss
+                    total = said.fisher_loss(torch.Generator().manual_seed((seed * 2**20 + place) % 2**63))
                 if not torch.isfinite(total):
                     raise PermpruneError(
                         "the loss on the calibration data is not finite: check the checkpoint and the data"
                     )
                 if first:
                     total.backward()
-                    tokens += len(said.labels)
+                    terms += said.terms
         moments |= found
     parallel.add_(list(fisher.values()))
-    (tokens,) = parallel.total(tokens)
+    (terms,) = parallel.total(terms)
     for name, diagonal in fisher.items():
         if not torch.isfinite(diagonal).all():
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
-    return Statistics(moments, {name: (f / tokens).float() for name, f in fisher.items()}, int(tokens))
+    return Statistics(moments, {name: (f / terms).float() for name, f in fisher.items()}, int(terms))
 
 
 @contextmanager
@@ -105,14 +112,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def output_fisher(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[None]:
-    """Add the squared output gradients of every backward pass inside to `fisher[layer]` (rows,)."""
+    """Add the squared output gradients of every backward pass inside, padding apart, to `fisher[layer]` (rows,)."""
 
-    def add(name: str, gradient: Tensor) -> None:
-        fisher[name] += gradient.flatten(0, -2).float().square().sum(0).to(fisher[name])
+    def add(name: str, mask: Tensor | None, gradient: Tensor) -> None:
+        rows = gradient if mask is None else gradient[mask]
+        fisher[name] += rows.flatten(0, -2).float().square().sum(0).to(fisher[name])
 
     def forward(name: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(partial(add, name))
+            output.register_hook(partial(add, name, mask_of(output)))
 
     handles = [layer.module.register_forward_hook(partial(forward, layer.name)) for layer in layers]
     try:
@@ -128,8 +136,9 @@ def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
 
     `readers` names one layer for each site. The dict yielded is empty until the context is left; then it holds, by
     site, H = X^T X / tokens, fp32 (channels, channels). Each call's product is formed in fp32, whatever the type of the
-    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find. Blocks that
-    run again for their gradients count once. Raises `PermpruneError` when a product overflows.
+    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find. Padding does
+    not count, and blocks that run again for their gradients count once. Raises `PermpruneError` when a product
+    overflows.
     """
     sums = {
         site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64) for site, layer in readers.items()
@@ -140,8 +149,9 @@ def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
     def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if recomputing():
             return
-        sums[site] += inner_product(args[0]).to(sums[site])
-        seen[site] += args[0].shape[:-1].numel()
+        x = real(args[0])
+        sums[site] += inner_product(x).to(sums[site])
+        seen[site] += x.shape[:-1].numel()
 
     handles = [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in readers.items()]
     try:

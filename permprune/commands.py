@@ -225,7 +225,7 @@ def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation:
 
 
 def _probe(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    ids = plan.run.held_out[:2, :16].cpu().contiguous()
+    ids = plan.run.held_out["input_ids"][:2, :16].cpu().contiguous()
     return {"ids": ids, "logits": _last_logits(model, ids)}
 
 

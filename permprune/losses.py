@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,37 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permprune.examples import Examples
 from permprune.layers import blocks
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says of a batch: `logits` (terms, classes) with their graph, and the right `labels` (terms,)."""
-
-    logits: Tensor
-    labels: Tensor
-
-    @property
-    def loss(self) -> Tensor:
-        """Cross-entropy, summed over the terms."""
-        return F.cross_entropy(self.logits.float(), self.labels, reduction="sum")
-
-
-Task = Callable[[nn.Module, Tensor], Predictions]
-"""(model, batch) -> predictions."""
-
-
-def next_token(model: nn.Module, ids: Tensor) -> Predictions:
-    """Each next token of `ids` (batch, length): batch * (length - 1) terms."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return Predictions(logits.flatten(0, 1), ids[:, 1:].flatten())
+from permprune.padding import real
+from permprune.tasks import Imitation, Task
 
 
 @dataclass(frozen=True)
 class Taught:
-    """What the dense model said of a batch, on the CPU: fp16 log-probabilities (terms, classes), block outputs."""
+    """What the dense model said of a batch, on the CPU: what is kept of it (see `Task`), and block outputs."""
 
-    log_probabilities: Tensor | None
+    said: Tensor | None
     outputs: list[Tensor]
 
 
@@ -48,10 +28,11 @@ class Taught:
 class Objective:
     """A weighted sum of losses; each is summed over the terms of a batch.
 
-    `task`: cross-entropy of the labels. `divergence`: KL divergence from the dense model's predictions, which has the
-    same gradient in the mean but none of the noise of single labels. `distillation`: Smooth-L1 distance of every
-    block's output to the dense model's, summed over channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss").
-    `cosine`: 1 - the cosine of the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss").
+    `task`: cross-entropy of the labels, or for an `Imitation` the distance to the dense model. `divergence`: KL
+    divergence from the dense model's predictions, which has the same gradient in the mean but none of the noise of
+    single labels. `distillation`: Smooth-L1 distance of every block's output to the dense model's, summed over
+    positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss"). `cosine`: 1 - the cosine of
+    the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss").
     """
 
     task: float = 1.0
@@ -59,44 +40,42 @@ class Objective:
     distillation: float = 0.0
     cosine: float = 0.0
 
-    @property
-    def taught(self) -> bool:
+    def asks(self, task: Task) -> bool:
         """Whether the dense model has to be asked."""
-        return bool(self.divergence or self.distillation or self.cosine)
+        return bool(self.distillation or self.cosine) or self._keeps(task)
 
-    def teach(self, model: nn.Module, batch: Tensor, task: Task) -> Taught:
+    def _keeps(self, task: Task) -> bool:
+        return bool(self.divergence or (self.task and isinstance(task, Imitation)))
+
+    def teach(self, model: nn.Module, batch: Examples, task: Task) -> Taught:
         """Ask the dense model, which `model` must show."""
         with block_outputs(model) as outputs:
-            said = task(model, batch).logits
+            said = task(model, batch)
         kept = outputs if self.distillation else outputs[-1:] if self.cosine else []
-        log_probabilities = said.float().log_softmax(-1).half().cpu() if self.divergence else None
-        return Taught(log_probabilities, [output.cpu() for output in kept])
+        return Taught(said.kept() if self._keeps(task) else None, [output.cpu() for output in kept])
 
-    def __call__(self, model: nn.Module, batch: Tensor, task: Task, taught: Taught | None) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Examples, task: Task, taught: Taught | None) -> tuple[Tensor, int]:
         """(loss with its graph, number of terms); `taught` is what `teach` gave for this batch."""
         with block_outputs(model) as outputs:
             said = task(model, batch)
-        losses = [self.task * said.loss] if self.task else []
-        if taught is not None and taught.log_probabilities is not None:
-            dense = taught.log_probabilities.to(said.logits.device).float().log_softmax(-1)  # mends the rounding
-            losses.append(
-                self.divergence * F.kl_div(said.logits.float().log_softmax(-1), dense, reduction="sum", log_target=True)
-            )
+        losses = [self.task * said.loss(taught.said if taught else None)] if self.task else []
+        if taught is not None and self.divergence:
+            losses.append(self.divergence * said.distance(taught.said))
         if taught is not None and self.distillation:
             losses.append(self.distillation * _distance(outputs, taught.outputs))
         if taught is not None and self.cosine:
             own, dense = outputs[-1].float(), taught.outputs[-1].to(outputs[-1].device).float()
             losses.append(self.cosine * (1 - F.cosine_similarity(own, dense, dim=-1)).sum())
-        return torch.stack(losses).sum(), len(said.labels)
+        return torch.stack(losses).sum(), said.terms
 
 
 @contextmanager
 def block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the output of every repeated block of the model, in the order in which they run."""
+    """Collect the output of every repeated block of the model, without padding, in the order in which they run."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output if isinstance(output, Tensor) else output[0])
+        outputs.append(real(output if isinstance(output, Tensor) else output[0]))
 
     handles = [block.register_forward_hook(keep) for block in blocks(model)]
     try:

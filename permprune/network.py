@@ -13,23 +13,25 @@ from torch import Tensor, nn
 from permprune import parallel
 from permprune.calibrate import Statistics, frozen, output_fisher
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import Layer
-from permprune.losses import Objective, Task, Taught
+from permprune.losses import Objective, Taught
 from permprune.pattern import Pattern
 from permprune.problem import Orders, Problem
 from permprune.progress import track
 from permprune.recompute import recomputed
 from permprune.saliency import Saliency
+from permprune.tasks import Task
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the mean loss of one batch of tokens at the present masks, by layer.
+    """Of the mean loss of one batch of examples at the present masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` the mean over tokens
-    of the squared output gradient (rows,); `loss` the mean loss; `count` the number of its terms.
+    `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` the mean over
+    the `count` terms of the loss of the squared gradient of their sum by each output (rows,); `loss` the mean loss.
     """
 
     weight: dict[str, Tensor]
@@ -45,7 +47,7 @@ class PrunedNetwork:
     stays in its own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be taken
     through it. Other weights can be shown in their place until orders are next set (`show`).
 
-    Windows pass in batches of `batch`; with `recompute` gradients take less memory and more time (`recomputed`).
+    Examples pass in batches of `batch`; with `recompute` gradients take less memory and more time (`recomputed`).
     """
 
     def __init__(
@@ -142,28 +144,28 @@ class PrunedNetwork:
         finally:
             self._refresh(self.layers)
 
-    def autocast(self, windows: Tensor) -> torch.autocast:
+    def autocast(self, examples: Examples) -> torch.autocast:
         """The context in which activations have the network's type."""
-        return torch.autocast(windows.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(examples.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.inference_mode()
-    def loss(self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None) -> float:
-        """Mean loss over `windows` (count, length) at the present masks; `taught` is what `teach` gave for them."""
+    def loss(self, examples: Examples, objective: Objective, taught: Sequence[Taught] | None = None) -> float:
+        """Mean loss over `examples` at the present masks; `taught` is what `teach` gave for them."""
         total, count = 0.0, 0.0
         with frozen(self.model):
-            for part, answers in self._parts(windows, objective, taught):
+            for part, answers in self._parts(examples, objective, taught):
                 with self.autocast(part):
                     value, terms = objective(self.model, part, self.task, answers)
                 total, count = total + float(value), count + terms
         total, count = parallel.total(total, count)
         return total / count
 
-    def gradients(self, windows: Tensor, objective: Objective) -> Gradients:
-        """Gradients of the mean loss over `windows` (count, length) at the weights shown."""
+    def gradients(self, examples: Examples, objective: Objective) -> Gradients:
+        """Gradients of the mean loss over `examples` at the weights shown."""
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
         fisher = {name: layer.weight.new_zeros(len(layer.weight)) for name, layer in self.layers.items()}
         total, count = 0.0, 0.0
-        parts = self._parts(windows, objective)
+        parts = self._parts(examples, objective)
         with (
             frozen(self.model),
             output_fisher(list(self.layers.values()), fisher),
@@ -213,27 +215,27 @@ class PrunedNetwork:
         return found
 
     @torch.no_grad()
-    def teach(self, windows: Tensor, objective: Objective) -> list[Taught] | None:
-        """What the dense model says of this rank's batches of `windows` (count, length); None if not asked."""
-        if not objective.taught:
+    def teach(self, examples: Examples, objective: Objective) -> list[Taught] | None:
+        """What the dense model says of this rank's batches of `examples`; None if not asked."""
+        if not objective.asks(self.task):
             return None
         answers = []
         with frozen(self.model), self.dense_weights():
-            for part in self._share(windows):
+            for part in self._share(examples):
                 with self.autocast(part):
                     answers.append(objective.teach(self.model, part, self.task))
         return answers
 
     def _parts(
-        self, windows: Tensor, objective: Objective, taught: Sequence[Taught] | None = None
-    ) -> Sequence[tuple[Tensor, Taught | None]]:
-        parts = self._share(windows)
-        answers: Sequence[Taught | None] = taught or self.teach(windows, objective) or [None] * len(parts)
+        self, examples: Examples, objective: Objective, taught: Sequence[Taught] | None = None
+    ) -> Sequence[tuple[Examples, Taught | None]]:
+        parts = self._share(examples)
+        answers: Sequence[Taught | None] = taught or self.teach(examples, objective) or [None] * len(parts)
         return list(zip(parts, answers, strict=True))
 
-    def _share(self, windows: Tensor) -> Sequence[Tensor]:
+    def _share(self, examples: Examples) -> Sequence[Examples]:
         """The batches of this rank."""
-        return parallel.share(windows.split(self.batch))
+        return parallel.share(examples.split(self.batch))
 
     def _score(self, name: str, saliency: Saliency) -> Tensor:
         try:

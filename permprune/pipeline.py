@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.calibrate import Statistics, calibrate
+from permprune.calibrate import Statistics, calibrate, frozen
 from permprune.checkpoint import Checkpoint
 from permprune.coupling import Coupling, discover, fold_all
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
-from permprune.losses import fast_dtype, next_token
+from permprune.losses import fast_dtype
 from permprune.model_io import attach_gather, gather_places
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
@@ -28,6 +29,8 @@ from permprune.problem import MODES, Orders, Problem, build_problems
 from permprune.progress import log
 from permprune.resources import compute_device
 from permprune.saliency import Saliency, saliency
+from permprune.tasks import choose_task, model_inputs
+from permprune.transcripts import lacks_text, transcribed
 from permprune.updates import update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +51,7 @@ class Settings:
     `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search after so long.
     `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the orders
     found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`: calibration
-    windows that pass through the model at a time. `recompute`: run each block again in the backward pass instead of
+    examples that pass through the model at a time. `recompute`: run each block again in the backward pass instead of
     keeping its activations.
     """
 
@@ -79,8 +82,8 @@ class Settings:
 class Plan:
     """What will be searched in a model, before anything is measured.
 
-    `sites` names the tensor that each layer reads; `measured` are the windows (count, length) for the statistics,
-    through which activations have type `dtype`.
+    `sites` names the tensor that each layer reads; `measured` are the examples for the statistics, through which
+    activations have type `dtype`.
     """
 
     settings: Settings
@@ -91,7 +94,7 @@ class Plan:
     layers: list[Layer]
     problems: list[Problem]
     sites: dict[str, str]
-    measured: Tensor
+    measured: Examples
     run: Run
 
 
@@ -124,21 +127,29 @@ def prepare(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     settings: Settings,
-    windows: Tensor | None = None,
+    examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     partial: Path | None = None,
 ) -> Prepared:
     """Discover the couplings, calibrate, and show the network its masks in natural order.
 
-    `windows` are calibration tokens (count, length) to use in place of a text; `partial` is a folder in which the
-    searches keep their state. Raises `PermpruneError` for settings, data or a model that cannot be used.
+    `examples` are what to calibrate on in place of a text, token ids (count, length) among them; a decoder that
+    is given no text reads what the dense model writes. `partial` is a folder in which the searches keep their
+    state. Raises `PermpruneError` for settings, data or a model that cannot be used.
     """
     started = time.monotonic()
-    plan = plan_run(model, tokenizer, settings, windows, partial)
+    shown = None if examples is None else Examples.of(examples)
+    if shown is not None and lacks_text(model, shown):
+        shown = transcribed(model, shown, settings.batch)
+    plan = plan_run(model, tokenizer, settings, shown, partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     batch, recompute = settings.batch, settings.recompute
-    statistics = calibrate(model, layers, sites, plan.measured, next_token, dtype, batch, settings.memory, recompute)
+    with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):
+        task = choose_task(model, plan.measured, batch)
+    statistics = calibrate(
+        model, layers, sites, plan.measured, task, dtype, batch, settings.memory, recompute, settings.seed
+    )
     network = PrunedNetwork(
-        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, next_token, dtype, batch, recompute
+        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, task, dtype, batch, recompute
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
@@ -147,22 +158,20 @@ def plan_run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     settings: Settings,
-    windows: Tensor | None = None,
+    examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     partial: Path | None = None,
 ) -> Plan:
-    """Discover the couplings and share out the windows; arguments as those of `prepare`.
+    """Discover the couplings and share out the examples; arguments as those of `prepare`.
 
     The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
     """
     _check(settings)
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
-    if windows is None:
-        windows = calibration_windows(settings, tokenizer)
     device = compute_device(model)
-    windows = windows.to(device)
-    measured, held_out, train = _divide(windows, settings)
-    coupling = discover(model, {"input_ids": windows[:2, :16]})
+    shown = calibration_text(settings, tokenizer) if examples is None else Examples.of(examples)
+    measured, held_out, train = _divide(shown.to(device), settings)
+    coupling = discover(model, _traced(model, measured))
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
@@ -172,12 +181,12 @@ def plan_run(
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
 
 
-def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
-    """Token windows of the calibration text, as many of `samples` as there are."""
+def calibration_text(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Examples:
+    """Windows of the calibration text, as many of `samples` as there are."""
     if tokenizer is None:
-        raise PermpruneError("without a tokenizer give the calibration as token windows")
+        raise PermpruneError("without a tokenizer give the calibration as examples")
     documents = load_documents(settings.calibration, "calibration")
-    return tokenize(documents, tokenizer, settings.length, settings.samples, settings.seed, fewer=True)
+    return Examples.of(tokenize(documents, tokenizer, settings.length, settings.samples, settings.seed, fewer=True))
 
 
 def update_weights(prepared: Prepared) -> None:
@@ -202,15 +211,16 @@ def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
     permute: str | Permuter = "newton",
-    windows: Tensor | None = None,
+    examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     **settings: Any,
 ) -> Pruned:
     """Permute and prune a model in place; `settings` are the fields of `Settings`, as pattern="2:4", mode="fold".
 
-    In gather mode the index selections are attached to the returned model. Raises `PermpruneError`.
+    `examples` are as for `prepare`. In gather mode the index selections are attached to the returned model. Raises
+    `PermpruneError`.
     """
     method = permuter(permute)
-    prepared = prepare(model, tokenizer, Settings(**settings), windows)
+    prepared = prepare(model, tokenizer, Settings(**settings), examples)
     update_weights(prepared)
     natural = prepared.network.measures()
     solution = method.solve(prepared.network, prepared.run)
@@ -232,20 +242,27 @@ def _check(settings: Settings) -> None:
             f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
         )
     if settings.batch < 1:
-        raise PermpruneError(f"a batch of {settings.batch} windows: give --batch 1 or more")
+        raise PermpruneError(f"a batch of {settings.batch} examples: give --batch 1 or more")
 
 
-def _divide(windows: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Windows for statistics, held-out loss and gradients; a short text is shared out in the same proportion."""
+def _divide(examples: Examples, settings: Settings) -> list[Examples]:
+    """Examples for statistics, held-out loss and gradients; too few are shared out in the same proportion."""
     wanted = settings.measured + settings.held_out
-    share = min(1.0, len(windows) / (2 * wanted))
+    share = min(1.0, len(examples) / (2 * wanted))
     measured, held_out = (max(1, int(share * count)) for count in (settings.measured, settings.held_out))
-    if len(windows) < measured + held_out + 1:
+    if len(examples) < measured + held_out + 1:
         raise PermpruneError(
-            f"the calibration text gives {len(windows)} windows of {settings.length} tokens, 3 are the least: "
-            "give more text, or a smaller --length"
+            f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"
         )
-    return tuple(windows.split([measured, held_out, len(windows) - measured - held_out]))  # type: ignore[return-value]
+    return examples.split([measured, held_out, len(examples) - measured - held_out])
+
+
+def _traced(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
+    """A small batch to trace the model on: two examples, of text that a model writes the first few tokens."""
+    inputs = model_inputs(model, examples[torch.arange(2) % len(examples)])
+    if inputs.keys() == {"input_ids"}:
+        return {"input_ids": inputs["input_ids"][:, :16]}
+    return {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}
 
 
 def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:

@@ -19,15 +19,16 @@ from permprune.checkpoint import write_whole
 from permprune.coupling import fold_parameter
 from permprune.errors import PermpruneError
 from permprune.layers import Layer, prunable_layers, require_finite
-from permprune.losses import next_token
 from permprune.network import PrunedNetwork
 from permprune.offload import Edit, StoredWeights, attach, read_skeleton
+from permprune.padding import real
 from permprune.pattern import Pattern
 from permprune.permuters import PERMUTERS, LocalPermuter, Permuter, Solution
 from permprune.pipeline import Plan, Pruned, Settings, beside_natural, fold_tables, gather_records
 from permprune.problem import Orders, Problem
 from permprune.progress import log, track
 from permprune.saliency import OBS
+from permprune.tasks import next_token, running
 
 BATCH = 4
 """Windows that pass through a model at a time when it is evaluated."""
@@ -82,7 +83,7 @@ def streamed_bytes(model: nn.Module, plan: Plan) -> int:
     is not pruned, such as the head, and its outputs. What `cp` tabulates for up to 2048 channels, some 20 MB, is not
     counted.
     """
-    tokens, needed, square = plan.measured.numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
+    tokens, needed, square = plan.measured["input_ids"].numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
     for site in dict.fromkeys(plan.sites.values()):
         shapes = [layer.weight.shape for layer in plan.layers if plan.sites[layer.name] == site]
         rows, channels = sum(shape[0] for shape in shapes), shapes[0][1]
@@ -121,7 +122,7 @@ class Stream:
     def solve(self, method: LocalPermuter) -> Pruned:
         """Find the orders, each where one tensor is read; those that span more of the network stay natural.
 
-        Calibration is one forward pass of the dense model over all measured windows in one batch, which stops ahead of
+        Calibration is one forward pass of the dense model over all measured examples in one batch, which stops ahead of
         each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
         place of its Fisher information, and one candidate. Raises `PermpruneError`.
         """
@@ -134,7 +135,7 @@ class Stream:
                 return
             next(bar)
             with torch.autocast(args[0].device.type, enabled=False):
-                self._decide(method, site, layers, problems[site], args[0])
+                self._decide(method, site, layers, problems[site], real(args[0]))
             if not waiting:
                 raise _AllDecided
 
@@ -149,8 +150,9 @@ class Stream:
                 suppress(_AllDecided),
                 frozen(self.model),
                 torch.autocast(device.type, plan.dtype, enabled=plan.dtype != torch.float32),
+                running(self.model, plan.measured),
             ):
-                next_token(self.model, plan.measured)
+                pass  # the hooks do the work
         finally:
             for hook in hooks:
                 hook.remove()

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from permprune.calibrate import Statistics, calibrate, frozen, input_moments, output_fisher
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
-from permprune.losses import next_token
 from permprune.pattern import Pattern
+from permprune.tasks import next_token
 
 WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))
 SHARED = {
@@ -32,13 +33,13 @@ def layers_and_sites(model) -> tuple[list[Layer], dict[str, str]]:
 
 def statistics(model, dtype=torch.float32, **settings) -> Statistics:
     layers, sites = layers_and_sites(model)
-    return calibrate(model, layers, sites, WINDOWS, next_token, dtype, **settings)
+    return calibrate(model, layers, sites, Examples.of(WINDOWS), next_token, dtype, **settings)
 
 
 def assert_same(one: Statistics, other: Statistics, **tolerance) -> None:
     torch.testing.assert_close(one.moments, other.moments, **tolerance)
     torch.testing.assert_close(one.fisher, other.fisher, **tolerance)
-    assert one.tokens == other.tokens
+    assert one.terms == other.terms
 
 
 def test_moments_are_the_second_moments_of_what_each_layer_reads(tiny_llama):
@@ -64,7 +65,7 @@ def test_fisher_is_the_mean_square_of_the_output_gradient_of_each_token(tiny_lla
     """Differentiate by a zero that is added to one layer's output, one window at a time."""
     layers, _ = layers_and_sites(tiny_llama)
     found = statistics(tiny_llama, batch=2)
-    assert found.tokens == 5 * 11
+    assert found.terms == 5 * 11
     for layer in layers:
         total = torch.zeros(len(layer.weight))
         for window in WINDOWS:
@@ -143,7 +144,7 @@ def test_output_fisher_adds_up_over_backward_passes(tiny_llama):
     sums = {layer.name: torch.zeros(len(layer.weight)) for layer in layers}
     with output_fisher(layers, sums):
         for window in WINDOWS.split(2):
-            next_token(tiny_llama, window).loss.backward()
+            next_token(tiny_llama, Examples.of(window)).loss().backward()
     expected = statistics(tiny_llama).fisher
     for name, total in sums.items():
         torch.testing.assert_close(total / (5 * 11), expected[name], rtol=1e-4, atol=1e-9)

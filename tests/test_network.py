@@ -9,13 +9,15 @@ from transformers import LlamaForCausalLM
 
 from permprune.calibrate import Statistics
 from permprune.errors import PermpruneError
-from permprune.losses import Objective, next_token
+from permprune.examples import Examples
+from permprune.losses import Objective
 from permprune.network import PrunedNetwork
 from permprune.permuters import Random
 from permprune.pipeline import Prepared, Settings, prepare
 from permprune.saliency import OBS
+from permprune.tasks import next_token
 
-WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
+WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
     for layer in network.layers.values():
         layer.module.weight.requires_grad_(True)
     said = next_token(network.model, WINDOWS[:6])
-    total, count = said.loss, len(said.labels)
+    total, count = said.loss(), said.terms
     (total / count).backward()
     assert found.loss == pytest.approx(float(total.detach()) / count, rel=1e-5)
     assert found.count == count

@@ -13,6 +13,7 @@ from permprune.commands import Evaluation, _last_logits, compare, evaluate, prun
 from permprune.coupling import discover, fold, verify
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import prunable_layers
 from permprune.losses import Objective
 from permprune.model_io import GATHERED, load, read_record
@@ -44,7 +45,7 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
 @pytest.mark.parametrize("saliency", SALIENCIES)
 def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> None:
     dense = copy.deepcopy(tiny_llama)
-    pruned = prune(tiny_llama, permute="none", windows=WINDOWS, saliency=saliency, precision="fp32")
+    pruned = prune(tiny_llama, permute="none", examples=WINDOWS, saliency=saliency, precision="fp32")
     for own, before in zip(
         prunable_layers(pruned.model, Pattern(2, 4)), prunable_layers(dense, Pattern(2, 4)), strict=True
     ):
@@ -54,7 +55,7 @@ def test_every_saliency_prunes(tiny_llama: LlamaForCausalLM, saliency: str) -> N
 
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForCausalLM, mode: str) -> None:
-    settings: dict[str, Any] = {"permute": "random", "windows": WINDOWS, "mode": mode, "precision": "fp32"}
+    settings: dict[str, Any] = {"permute": "random", "examples": WINDOWS, "mode": mode, "precision": "fp32"}
     masked = prune(copy.deepcopy(tiny_llama), **settings)
     updated = prune(tiny_llama, update="sparsegpt", **settings)
     for key in ("error", "error_none"):
@@ -66,7 +67,7 @@ def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForC
 
 def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausalLM) -> None:
     prepared = prepare(tiny_llama, None, Settings(update="sparsegpt", precision="fp32"), WINDOWS)
-    network, method = prepared.network, Newton(rounds=2, windows=2)
+    network, method = prepared.network, Newton(rounds=2, examples=2)
     alone = method.search(network, prepared.run)
     update_weights(prepared)
     assert all(
@@ -86,12 +87,12 @@ def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausa
         prepared = prepare(tiny_llama, None, Settings(precision="fp32", recompute=recompute), WINDOWS)
         assert any(runs) is recompute
         runs.clear()
-        prepared.network.gradients(WINDOWS[:2], Objective())
+        prepared.network.gradients(Examples.of(WINDOWS[:2]), Objective())
         assert any(runs) is recompute
         runs.clear()
 
 
-def test_windows_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
+def test_examples_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
     sizes: list[int] = []
     tiny_llama.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     prepare(tiny_llama, None, Settings(precision="fp32", samples=12, measured=5, held_out=1, batch=3), WINDOWS)
@@ -100,7 +101,7 @@ def test_windows_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
 
 def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
     before = tiny_llama.model.layers[0].mlp.down_proj.weight.clone()
-    prune(tiny_llama, permute="none", windows=WINDOWS, precision="fp32", exclude=("*.0.mlp.down_proj",))
+    prune(tiny_llama, permute="none", examples=WINDOWS, precision="fp32", exclude=("*.0.mlp.down_proj",))
     assert torch.equal(tiny_llama.model.layers[0].mlp.down_proj.weight, before)
 
 
@@ -116,21 +117,21 @@ def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCau
 
 
 @pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])
-def test_windows_are_shared_out(total: int, measured: int, held_out: int) -> None:
-    parts = _divide(torch.arange(total)[:, None], Settings())
+def test_examples_are_shared_out(total: int, measured: int, held_out: int) -> None:
+    parts = _divide(Examples.of(torch.arange(total)[:, None]), Settings())
     assert [len(part) for part in parts] == [measured, held_out, total - measured - held_out]
-    assert torch.equal(torch.cat(parts)[:, 0], torch.arange(total))
+    assert torch.equal(torch.cat([part["input_ids"] for part in parts])[:, 0], torch.arange(total))
 
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(PermpruneError, match="3 are the least"):
-        _divide(torch.zeros(2, 16), Settings())
+        _divide(Examples.of(torch.zeros(2, 16)), Settings())
 
 
 def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
     tiny_llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(PermpruneError, match=r"layers\.1\.mlp\.up_proj holds NaN"):
-        prune(tiny_llama, windows=WINDOWS)
+        prune(tiny_llama, examples=WINDOWS)
 
 
 @pytest.mark.parametrize(
@@ -146,11 +147,11 @@ def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
 )
 def test_unknown_settings_are_refused(tiny_llama: LlamaForCausalLM, settings: dict[str, Any]) -> None:
     with pytest.raises(PermpruneError):
-        prune(tiny_llama, windows=WINDOWS, **settings)
+        prune(tiny_llama, examples=WINDOWS, **settings)
 
 
-def test_without_tokenizer_or_windows_there_is_no_calibration(tiny_llama: LlamaForCausalLM) -> None:
-    with pytest.raises(PermpruneError, match="token windows"):
+def test_without_tokenizer_or_examples_there_is_no_calibration(tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(PermpruneError, match="as examples"):
         prune(tiny_llama)
 
 

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from permprune.calibrate import Statistics, calibrate
+from permprune.examples import Examples
 from permprune.layers import Layer, blocks, prunable_layers
-from permprune.losses import Objective, Predictions, next_token
+from permprune.losses import Objective
 from permprune.network import Gradients, PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.recompute import recomputed, recomputing
 from permprune.saliency import Wanda
+from permprune.tasks import Predictions, Task, next_token
 
 from .conftest import make_tiny_llama
 
@@ -48,7 +50,8 @@ class Sharing(nn.Module):
         return said
 
 
-def next_of_sharing(model: nn.Module, ids: Tensor) -> Predictions:
+def next_of_sharing(model: nn.Module, batch: Examples) -> Predictions:
+    ids = batch["input_ids"]
     return Predictions(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
@@ -72,7 +75,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param  # type: ignore[no-any-return]
 
 
-def parts(model: nn.Module) -> tuple[list[Layer], dict[str, str], Callable[[nn.Module, Tensor], Predictions]]:
+def parts(model: nn.Module) -> tuple[list[Layer], dict[str, str], Task]:
     layers = prunable_layers(model, Pattern(2, 4))
     task = next_of_sharing if isinstance(model, Sharing) else next_token
     return layers, {layer.name: layer.name for layer in layers}, task
@@ -80,7 +83,7 @@ def parts(model: nn.Module) -> tuple[list[Layer], dict[str, str], Callable[[nn.M
 
 def statistics(model: nn.Module, dtype: torch.dtype, recompute: bool, memory: int | None = None) -> Statistics:
     layers, sites, task = parts(model)
-    return calibrate(model, layers, sites, WINDOWS, task, dtype, 2, memory, recompute)
+    return calibrate(model, layers, sites, Examples.of(WINDOWS), task, dtype, 2, memory, recompute)
 
 
 def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute: bool) -> Gradients:
@@ -90,7 +93,7 @@ def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute
     )
     every = Objective(1.0, 1.0, 1.0, 1.0)
     try:
-        return network.gradients(WINDOWS, every)
+        return network.gradients(Examples.of(WINDOWS), every)
     finally:
         for name, layer in network.layers.items():
             layer.weight.copy_(network.dense[name])
@@ -122,7 +125,7 @@ def test_calibration_finds_the_same_statistics(
         torch.testing.assert_close(again.moments[name], moments, rtol=1e-6, atol=0)
         torch.testing.assert_close(again.fisher[name], once.fisher[name], rtol=1e-6, atol=0)
         assert moments.any() and once.fisher[name].any()
-    assert again.tokens == once.tokens
+    assert again.terms == once.terms
 
 
 def test_gradients_are_the_same(model: nn.Module, dtype: torch.dtype, runs: list[bool]) -> None:

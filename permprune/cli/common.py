@@ -83,7 +83,7 @@ def settings(
     memory: Annotated[
         str | None, typer.Option(help="bound on tensors, as 8GiB: prune reads a model that needs more layer by layer")
     ] = None,
-    batch: Annotated[int, typer.Option(help="calibration windows at a time: fewer need less memory")] = Settings.batch,
+    batch: Annotated[int, typer.Option(help="calibration examples at a time: fewer need less memory")] = Settings.batch,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, less memory")
     ] = Settings.recompute,

@@ -19,4 +19,4 @@ def evaluate(
     result = run(model, Evaluation(data, windows, length))
     cli.write_figures(json, result.to_json())
     error = "" if result.stderr is None else f" ± {result.stderr:.2f}"
-    print(f"{result.metric} {result.value:.2f}{error} on {result.tokens} tokens")
+    print(f"{result.metric} {result.value:.2f}{error} on {result.count} tokens")

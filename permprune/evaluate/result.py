@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Result:
-    """One measured `value` of `metric` on `task`, over `tokens` predictions; `stderr` its standard error."""
+    """One measured `value` of `metric` on `task`, over `count` predictions; `stderr` its standard error."""
 
     task: str
     metric: str
     value: float
-    tokens: int
+    count: int
     stderr: float | None = None
 
     def to_json(self) -> dict[str, str | float | int | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from permprune.checkpoint import Checkpoint
+from permprune.examples import Examples
 from permprune.network import PrunedNetwork
 from permprune.problem import Orders, Problem
 
@@ -39,14 +40,14 @@ class Solution:
 class Run:
     """The budget and the data of a search.
 
-    `train` and `held_out` are token windows (count, length) of the calibration text, disjoint: gradients come from the
+    `train` and `held_out` are calibration examples, disjoint: gradients come from the
     first, the accept test reads the second. `minutes`, if given, ends a search after the round under way (its result
     then depends on the machine's speed). `solved` keeps what was found, so that a search that starts from another's
     orders does not repeat it.
     """
 
-    train: Tensor
-    held_out: Tensor
+    train: Examples
+    held_out: Examples
     seed: int = 0
     minutes: float | None = None
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}))

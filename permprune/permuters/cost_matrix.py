@@ -45,15 +45,15 @@ class CostMatrixLearner(Permuter):
 
     Channels are split in parts of equal size, in the order that `start` finds, with a cost matrix each; C begins at 0
     there and at `margin` elsewhere. Each of `steps` steps relaxes the matching of C plus Gumbel noise (`relax`), shows
-    the network permuted, pruned and permuted back, takes the gradient of `objective` on `windows` calibration windows
+    the network permuted, pruned and permuted back, takes the gradient of `objective` on `examples` calibration examples
     and sends it through mask and matching to C. The learning rate falls to zero along half a cosine. Every `check`
-    steps the exact assignment of C is tried on the held-out windows, and the best is kept.
+    steps the exact assignment of C is tried on the held-out examples, and the best is kept.
     """
 
     start: Permuter = Identity()
     objective: Objective = Objective()
     steps: int = 60
-    windows: int = 4
+    examples: int = 4
     check: int = 10
     learning_rate: float = 0.1
     weight_decay: float = 0.01
@@ -93,7 +93,7 @@ class CostMatrixLearner(Permuter):
 
     def _step(self, network: PrunedNetwork, run: Run, state: State, starts: Orders) -> None:
         """One step of AdamW; leaves the network as it was."""
-        at = torch.arange(state.step * self.windows, (state.step + 1) * self.windows) % len(run.train)
+        at = torch.arange(state.step * self.examples, (state.step + 1) * self.examples) % len(run.train)
         with torch.no_grad():
             network.show(self._shown(network, run, state, starts))
         slope = network.gradients(run.train[at], self.objective).weight

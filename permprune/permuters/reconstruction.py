@@ -67,13 +67,14 @@ class Reconstruction(LocalPermuter):
         """The first candidate, but for the shares in which another has less held-out loss."""
         best = candidates[0]
         network.set_orders(best)
-        least = network.loss(run.held_out, Objective())
+        taught = network.teach(run.held_out, Objective())
+        least = network.loss(run.held_out, Objective(), taught)
         problems = list(best)
         for share in track(torch.arange(len(problems)).chunk(self.shares), "choosing"):
             for other in candidates[1:]:
                 tried = best | {problems[i]: other[problems[i]] for i in share.tolist()}
                 network.set_orders(tried)
-                loss = network.loss(run.held_out, Objective())
+                loss = network.loss(run.held_out, Objective(), taught)
                 if loss < least:
                     best, least = tried, loss
         log.info("%s: held-out loss %.4f", self.name, least)

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from permprune import parallel
+from permprune.examples import Examples
 from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
@@ -56,18 +57,19 @@ class Proposal:
 class TrustRegion(Permuter):
     """Minimise the loss of the pruned network itself, over all orders at once.
 
-    A round takes the gradient of the loss in every mask on `windows` fresh calibration windows, asks `propose` for new
-    orders under the quadratic model (see `quadratic`), and keeps them if the loss on held-out windows falls. All
+    A round takes the gradient of the loss in every mask on `examples` fresh examples, asks `propose` for new orders
+    under the quadratic model (see `quadratic`), and keeps them if the loss on held-out examples falls. All
     problems move together, which the block-diagonal model cannot see, so its curvature is multiplied by `damping`.
     When a proposal fails, a random half of its problems is tried, then a quarter; the damping rises when parts had to
-    be left out and falls when the model foretold the loss well. Gradients taken at one point are averaged.
+    be left out and falls when the model foretold the loss well, or proposed nothing. Gradients taken at one point are
+    averaged.
 
     `objective` is the loss, `start` finds the orders of the first round.
     """
 
     start: Permuter = Reconstruction()
     rounds: int = 12
-    windows: int = 8
+    examples: int = 8
     damping: float = 15.0
     objective: Objective = Objective()
 
@@ -94,7 +96,7 @@ class TrustRegion(Permuter):
         return Solution(network.current(), state.seconds, tuple(state.curve))
 
     def _gradients(self, network: PrunedNetwork, run: Run, state: State, mean: Gradients | None) -> Gradients:
-        """The mean gradient over this round's windows and those of the rounds refused at the same orders."""
+        """The mean gradient over this round's examples and those of the rounds refused at the same orders."""
         for number in state.pending if mean is None else []:  # resumed: take them again
             mean = _average(mean, network.gradients(self._batch(run, number), self.objective))
         return _average(mean, network.gradients(self._batch(run, state.round), self.objective))
@@ -116,7 +118,8 @@ class TrustRegion(Permuter):
             kept = loss < state.best - TOLERANCE
             share /= 2
         foretold = sum(proposals[name].change for name in moved)
-        self._adapt(state, kept, share * 2, (loss - state.best) / min(-1e-12, foretold))
+        still = all(torch.equal(proposals[name].order, before[name]) for name in names)
+        self._adapt(state, still, kept, share * 2, (loss - state.best) / min(-1e-12, foretold))
         if kept:
             state.best = loss
             state.memory |= {name: memory for name in moved if (memory := proposals[name].memory) is not None}
@@ -141,17 +144,19 @@ class TrustRegion(Permuter):
         return Proposal(model.order, model.change, memory)
 
     @staticmethod
-    def _adapt(state: State, kept: bool, share: float, ratio: float) -> None:
-        """`ratio` is the true over the foretold change of the loss."""
-        if kept and share == 1:
+    def _adapt(state: State, still: bool, kept: bool, share: float, ratio: float) -> None:
+        """`still` is whether nothing was proposed, `ratio` the true over the foretold change of the loss."""
+        if still:
+            state.damping /= 4
+        elif kept and share == 1:
             state.damping *= 0.7 if ratio > 0.5 else 1.0 if ratio > 0.2 else 1.3
         else:
             state.damping *= 1.5
         state.pending = [] if kept else [*state.pending, state.round]
         state.round += 1
 
-    def _batch(self, run: Run, number: int) -> Tensor:
-        at = torch.arange(number * self.windows, (number + 1) * self.windows) % len(run.train)
+    def _batch(self, run: Run, number: int) -> Examples:
+        at = torch.arange(number * self.examples, (number + 1) * self.examples) % len(run.train)
         return run.train[at]
 
     def _begin(self, network: PrunedNetwork, run: Run, taught: list[Taught] | None) -> State:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from permprune.calibrate import frozen, input_moments
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.layers import Layer, blocks
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
@@ -25,10 +26,10 @@ class Update(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def run(self, network: PrunedNetwork, windows: Tensor) -> None:
+    def run(self, network: PrunedNetwork, examples: Examples) -> None:
         """Make the network show updated weights, N:M in stored order, until orders are next set.
 
-        `windows` (count, length) are calibration tokens. Raises `PermpruneError` where there is no update.
+        `examples` are those of the calibration. Raises `PermpruneError` where there is no update.
         """
 
 
@@ -50,8 +51,8 @@ class LayerUpdate(Update):
         """
 
     @torch.no_grad()
-    def run(self, network: PrunedNetwork, windows: Tensor) -> None:
-        """One forward pass over all windows in one batch, which stops ahead of each block until that is updated."""
+    def run(self, network: PrunedNetwork, examples: Examples) -> None:
+        """One forward pass over all examples in one batch, which stops ahead of each block until that is updated."""
         waiting = _layers_by_block(network)
         columns = network.stored_columns()
 
@@ -63,7 +64,7 @@ class LayerUpdate(Update):
             network.show({layer.name: network.dense[layer.name] for layer in layers})
             with input_moments({network.sites[layer.name]: layer for layer in layers}) as moments:
                 block.forward(*args, **kwargs)  # not a call, which would come back here
-            with torch.autocast(windows.device.type, enabled=False):
+            with torch.autocast(examples.device.type, enabled=False):
                 network.show({layer.name: self._layer(network, layer.name, moments, columns) for layer in layers})
             if not waiting:
                 raise _AllUpdated
@@ -71,8 +72,8 @@ class LayerUpdate(Update):
         handles = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
         bar = track(waiting.copy(), self.name)
         try:
-            with closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast(windows):
-                network.task(network.model, windows)
+            with closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast(examples):
+                network.task(network.model, examples)
         finally:
             for handle in handles:
                 handle.remove()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
+from permprune.examples import Examples
 from permprune.network import PrunedNetwork
 from permprune.updates.base import Update
 
@@ -17,5 +16,5 @@ class NoUpdate(Update):
 
     name: ClassVar[str] = "none"
 
-    def run(self, network: PrunedNetwork, windows: Tensor) -> None:
+    def run(self, network: PrunedNetwork, examples: Examples) -> None:
         """Leave the network as it is."""

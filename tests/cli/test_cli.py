@@ -66,7 +66,7 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     code, stdout, _ = run("evaluate", out, "--data", tiny_text, "--windows", "4", "--length", "16", "--json", figures)
     assert code == 0
     found = json.loads(figures.read_text())
-    assert {"task", "metric", "value", "tokens"} <= found.keys()
+    assert {"task", "metric", "value", "count"} <= found.keys()
     record = json.loads((out / "permprune.json").read_text())
     assert found["value"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-4)
 
@@ -160,7 +160,7 @@ def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
         (["--permute", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], 'mode "luck"'),
         (["--precision", "int8"], 'precision "int8"'),
-        (["--batch", "0"], "a batch of 0 windows"),
+        (["--batch", "0"], "a batch of 0 examples"),
         (["--memory", "much"], "no amount of memory"),
         (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
         (["--data", "missing/text.txt"], "no text file missing/text.txt"),

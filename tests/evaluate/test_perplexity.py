@@ -32,7 +32,7 @@ def test_is_exp_of_the_mean_loss(tiny_llama, windows, batch, chunk, monkeypatch)
     nll = _nll(tiny_llama, windows)
     result = perplexity(tiny_llama, windows, batch)
     assert result.value == pytest.approx(nll.mean().exp().item(), rel=1e-5)
-    assert result.tokens == 5 * 23
+    assert result.count == 5 * 23
     assert result.stderr == pytest.approx(result.value * nll.std().item() / math.sqrt(5), rel=1e-3)
     assert result.metric == "perplexity"
 
@@ -80,7 +80,7 @@ def test_result_is_json(tiny_llama, windows):
         "task": "language modelling",
         "metric": "perplexity",
         "value": result.value,
-        "tokens": 115,
+        "count": 115,
         "stderr": result.stderr,
     }
 

@@ -24,7 +24,7 @@ def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
 def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
     """Against a difference quotient of the relaxed network's loss; no mask changes over so small a step."""
     network, run = prepared.network, prepared.run
-    method = LearnedPaper(noise=0.0, windows=4, epsilon=Constant(0.5), learning_rate=0.0, objective=Objective())
+    method = LearnedPaper(noise=0.0, examples=4, epsilon=Constant(0.5), learning_rate=0.0, objective=Objective())
     start = method.start.solve(network, run)
     state = method._begin(network, run, start, None)
     method._step(network, run, state, start.orders)
@@ -54,7 +54,7 @@ def test_hard_plans_show_the_masks_of_their_orders(prepared: Prepared, method: C
 
 @pytest.mark.parametrize("method", [LearnedPaper, PermLLM])
 def test_training_moves_channels_and_keeps_the_best(prepared: Prepared, method: type[CostMatrixLearner]) -> None:
-    learner = method(start=Random(), steps=12, windows=8, check=2, learning_rate=0.5)
+    learner = method(start=Random(), steps=12, examples=8, check=2, learning_rate=0.5)
     solution = learner.solve(prepared.network, prepared.run)
     losses = [point.loss for point in solution.curve]
     assert len(losses) == 7 and len(set(losses)) > 2

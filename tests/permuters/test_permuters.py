@@ -39,7 +39,7 @@ def brief(name: str) -> Permuter:
         return dataclasses.replace(method, escapes=10)
     if isinstance(method, CostMatrixLearner):
         return dataclasses.replace(method, steps=4, check=2, learning_rate=1.0)
-    return dataclasses.replace(method, rounds=3, windows=4) if isinstance(method, TrustRegion) else method
+    return dataclasses.replace(method, rounds=3, examples=4) if isinstance(method, TrustRegion) else method
 
 
 def same(a: Orders, b: Orders) -> bool:
@@ -99,7 +99,7 @@ def test_reconstruction_takes_the_candidates_that_held_out_text_prefers(tiny_lla
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("method", [Newton(rounds=4, windows=4), Learned(rounds=4, windows=4)])
+@pytest.mark.parametrize("method", [Newton(rounds=4, examples=4), Learned(rounds=4, examples=4)])
 def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCausalLM, method: TrustRegion) -> None:
     prepared = ready(tiny_llama)
     method.start.solve(prepared.network, prepared.run)
@@ -115,9 +115,9 @@ def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCau
 @pytest.mark.parametrize(
     "method",
     [
-        Newton(rounds=5, windows=2),
-        Learned(rounds=5, windows=2),
-        LearnedPaper(steps=5, windows=2, check=1, learning_rate=1.0),
+        Newton(rounds=5, examples=2),
+        Learned(rounds=5, examples=2),
+        LearnedPaper(steps=5, examples=2, check=1, learning_rate=1.0),
     ],
 )
 @pytest.mark.parametrize("stop", [1, 3])
@@ -153,7 +153,7 @@ def test_a_killed_search_resumes_to_the_same_orders(
 def test_a_time_limit_ends_the_search_after_the_round_under_way(tiny_llama: LlamaForCausalLM) -> None:
     prepared = ready(tiny_llama)
     run = dataclasses.replace(prepared.run, minutes=1e-9)
-    assert len(Newton(rounds=50, windows=2).search(prepared.network, run).curve) <= 2
+    assert len(Newton(rounds=50, examples=2).search(prepared.network, run).curve) <= 2
 
 
 def test_a_search_that_starts_from_another_does_not_repeat_it(
@@ -162,7 +162,7 @@ def test_a_search_that_starts_from_another_does_not_repeat_it(
     prepared = ready(tiny_llama)
     Reconstruction().solve(prepared.network, prepared.run)
     monkeypatch.setattr(Reconstruction, "search", lambda *_: pytest.fail("searched again"))
-    solution = Newton(rounds=1, windows=2).solve(prepared.network, prepared.run)
+    solution = Newton(rounds=1, examples=2).solve(prepared.network, prepared.run)
     assert solution.seconds >= prepared.run.solved[Reconstruction()].seconds
 
 

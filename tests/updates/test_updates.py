@@ -59,7 +59,7 @@ def test_each_block_is_updated_for_the_inputs_that_the_updated_blocks_before_it_
         own = [name for name in found if name.startswith(f"model.layers.{index}.")]
         network.show({name: network.dense[name] for name in own})
         with inputs_of(network) as read, torch.no_grad():
-            tiny_llama(prepared.measured)
+            tiny_llama(**prepared.measured)
         for name in own:
             moments = read[name].T @ read[name] / len(read[name])
             expected = method.apply(network.dense[name], moments, columns[name], network.pattern)

@@ -1,0 +1,42 @@
+"""The metric that suits a model and its examples."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from permprune.errors import PermpruneError
+from permprune.evaluate.agreement import Answers, agreement
+from permprune.evaluate.classification import accuracy
+from permprune.evaluate.perplexity import perplexity
+from permprune.evaluate.result import Result
+from permprune.evaluate.speech import word_error_rate
+from permprune.examples import Examples
+from permprune.tasks import decodes, writes
+
+
+def evaluate_model(
+    model: nn.Module,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dense: nn.Module | Answers | None = None,
+    batch: int = 4,
+) -> list[Result]:
+    """Measure a model on examples, the metric that counts first.
+
+    With `dense`, how far it agrees with that model (`agreement`). Otherwise the word error rate of speech whose labels
+    the `tokenizer` reads; perplexity of text that the model writes; accuracy of classes. Raises `PermpruneError` where
+    nothing can be measured.
+    """
+    labels = examples.get("labels")
+    if dense is not None:
+        return agreement(model, examples, dense, batch)
+    if labels is not None and labels.dim() == 2 and decodes(model):
+        if "input_features" in examples and tokenizer is not None:
+            return [word_error_rate(model, examples, tokenizer, batch)]
+        return [perplexity(model, examples, batch)]
+    if writes(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
+        return [perplexity(model, examples, batch)]
+    if labels is None:
+        raise PermpruneError("nothing says what is right: give examples with labels, or a dense model to compare with")
+    return accuracy(model, examples, batch)

@@ -1,0 +1,152 @@
+"""A linear probe: a classifier on frozen features, which shows what they tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
+
+from permprune.calibrate import frozen
+from permprune.errors import PermpruneError
+from permprune.evaluate.classification import share
+from permprune.evaluate.result import Result
+from permprune.examples import Examples
+from permprune.progress import log, track
+from permprune.resources import compute_device
+from permprune.tasks import running
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Weights of the squared norm beside the mean cross-entropy, for standardised features."""
+
+HELD_OUT = 0.2
+"""The share of the examples on which the penalty is chosen."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model with a fitted classifier, its accuracy on the held-out part before the last fit, and the penalty."""
+
+    model: PreTrainedModel
+    result: Result
+    penalty: float
+
+
+def fit_probe(model: PreTrainedModel, examples: Examples, batch: int = 32, seed: int = 0) -> Probe:
+    """Fit the linear layer that gives a model's logits, by multinomial logistic regression with an L2 penalty.
+
+    `examples` have "labels" (count,), classes from 0 on. A model that has such a layer keeps its other weights and is
+    changed in place; one without a head is given that of its kind for images or sentences, and shares its weights with
+    the model returned. Which examples are held out depends on `seed`. Raises `PermpruneError` where there is no such
+    head, or where the labels are no classes of single examples.
+    """
+    labels = examples.get("labels")
+    if labels is None or labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0:
+        raise PermpruneError("a probe is fitted to classes from 0 on, one for each example: give such labels")
+    classes = int(labels.max()) + 1
+    model = _with_head(model, examples, classes)
+    name, inputs = _head_inputs(model, examples, batch)
+    head = _resized(model, name, classes)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    held_out, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+    x, y = inputs.double(), labels.cpu()
+    right: dict[float, int] = {}
+    for penalty in track(PENALTIES, "fitting"):
+        weight, bias = logistic_regression(x[rest], y[rest], classes, penalty)
+        right[penalty] = int(((x[held_out] @ weight.T + bias).argmax(1) == y[held_out]).sum())
+    best = max(right, key=lambda penalty: (right[penalty], penalty))
+    weight, bias = logistic_regression(x, y, classes, best)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    log.info("probe: %d of %d held out are right with penalty %g", right[best], len(held_out), best)
+    return Probe(model, share("linear probe", "top-1 accuracy", right[best], len(held_out)), best)
+
+
+def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weight (classes, features) and bias (classes,) that minimise mean cross-entropy + penalty / 2 * |weight|^2.
+
+    `x` is fp64 (count, features), `y` int64 (count,). The penalty is on the weight for features that are standardised.
+    """
+    mean, scale = x.mean(0), x.std(0, correction=0)
+    scale = torch.where(scale > 1e-9 * scale.max(), scale, torch.inf)  # a feature that is constant says nothing
+    standard = (x - mean) / scale
+    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=300, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(standard @ weight.T + bias, y) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    found = weight.detach() / scale
+    return found, bias.detach() - found @ mean
+
+
+def _with_head(model: PreTrainedModel, examples: Examples, classes: int) -> PreTrainedModel:
+    """The model itself if it gives logits, else one with a head for so many classes that shares its weights."""
+    with torch.no_grad(), frozen(model), running(model, examples[:1].to(compute_device(model))) as output:
+        if getattr(output, "logits", None) is not None:
+            return model
+    kind: Any = AutoModelForImageClassification if "pixel_values" in examples else AutoModelForSequenceClassification
+    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": classes})
+    try:
+        headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype)
+    except ValueError as error:
+        raise PermpruneError(
+            f"Transformers has no {kind.__name__} with a {type(config).__name__}: give a model with a head"
+        ) from error
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    base = getattr(headed, headed.base_model_prefix)
+    missing = [key for key in base.state_dict() if key not in own]
+    if missing:
+        raise PermpruneError(f"the head wants {missing[0]}, which the model has not: give a model with a head")
+    base.load_state_dict({key: own[key] for key in base.state_dict()}, assign=True)
+    headed.to(compute_device(model)).eval()  # type: ignore[arg-type]
+    return headed
+
+
+@torch.no_grad()
+def _head_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> tuple[str, Tensor]:
+    """The name of the linear layer that gives the logits, and what it reads, fp32 (count, features) on the CPU."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: calls.append((name, args[0], output)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    found: list[tuple[str, Tensor]] = []
+    try:
+        with frozen(model):
+            for part in track(examples.split(batch), "features"):
+                calls.clear()
+                with running(model, part.to(compute_device(model))) as output:
+                    logits = output.logits
+                found += [(name, x) for name, x, y in calls if y is logits or y.data_ptr() == logits.data_ptr()]
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = {name for name, _ in found}
+    if len(names) != 1 or any(x.dim() != 2 for _, x in found):
+        raise PermpruneError(
+            "no linear layer gives the logits of an example: give a classifier, or a model without a head"
+        )
+    return names.pop(), torch.cat([x.float().cpu() for _, x in found])
+
+
+def _resized(model: PreTrainedModel, name: str, classes: int) -> nn.Linear:
+    """The layer of that name with so many rows; the model's configuration goes along."""
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    place = {"device": old.weight.device, "dtype": old.weight.dtype}
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, old.in_features, classes, **place)
+    model.set_submodule(name, head)
+    model.config.num_labels = classes
+    vars(model)["num_labels"] = classes  # what a head's own loss goes by
+    return head

@@ -1,0 +1,79 @@
+"""What a model is shown: named tensors, one example a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+
+
+class Examples:
+    """Tensors by the names of the model's arguments, all of one first dimension; immutable.
+
+    Text has "input_ids" (count, length), int64, and "attention_mask" of that shape where some of it is padding (0);
+    images "pixel_values" (count, channels, height, width); speech "input_features" (count, bins, frames). What is right
+    goes by "labels": a class for each example, int64 (count,), or for each position, (count, length), -100 where there
+    is none; without labels the name is absent. `len` counts examples; slices and index tensors select them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        counts = {name: len(tensor) for name, tensor in tensors.items()}
+        if not counts or len(set(counts.values())) > 1:
+            given = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no tensors"
+            raise PermpruneError(f"examples with {given}: give tensors of one first dimension, by name")
+        self._tensors = dict(tensors)
+
+    @classmethod
+    def of(cls, data: Examples | Mapping[str, Tensor] | Tensor) -> Examples:
+        """Named tensors, or token ids (count, length), as examples."""
+        if isinstance(data, Examples):
+            return data
+        return cls({"input_ids": data} if isinstance(data, Tensor) else data)
+
+    @overload
+    def __getitem__(self, at: str) -> Tensor: ...
+    @overload
+    def __getitem__(self, at: slice | Tensor) -> Examples: ...
+    def __getitem__(self, at: str | slice | Tensor) -> Tensor | Examples:
+        """The tensor of that name, or the examples at those places (a slice, or int64 indices)."""
+        if isinstance(at, str):
+            return self._tensors[at]
+        return Examples({name: tensor[at] for name, tensor in self._tensors.items()})
+
+    def __len__(self) -> int:
+        return len(next(iter(self._tensors.values())))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {tuple(tensor.shape)}" for name, tensor in self._tensors.items())
+        return f"Examples({shapes})"
+
+    def keys(self) -> list[str]:
+        """The names; `**examples` are the tensors as keyword arguments."""
+        return list(self._tensors)
+
+    def get(self, name: str) -> Tensor | None:
+        """The tensor of that name; None if there is none."""
+        return self._tensors.get(name)
+
+    def split(self, sizes: int | list[int]) -> list[Examples]:
+        """Runs of so many examples, the last one perhaps shorter; or runs of the sizes listed, which add up to all."""
+        names = self._tensors.keys()
+        parts = zip(*(tensor.split(sizes) for tensor in self._tensors.values()), strict=True)
+        return [Examples(dict(zip(names, part, strict=True))) for part in parts]
+
+    def to(self, device: torch.device) -> Examples:
+        return Examples({name: tensor.to(device) for name, tensor in self._tensors.items()})
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._tensors.values())).device

@@ -1,0 +1,56 @@
+"""Named tensors of one first dimension."""
+
+import pytest
+import torch
+
+from permprune.errors import PermpruneError
+from permprune.examples import Examples
+
+
+@pytest.fixture
+def images() -> Examples:
+    return Examples({"pixel_values": torch.arange(5 * 12).view(5, 3, 2, 2), "labels": torch.arange(5)})
+
+
+def test_slices_and_indices_select_from_every_tensor(images: Examples) -> None:
+    assert len(images) == 5 and list(images) == ["pixel_values", "labels"]
+    for part, expected in ((images[1:3], [1, 2]), (images[torch.tensor([4, 0, 4])], [4, 0, 4])):
+        assert len(part) == len(expected) and part["labels"].tolist() == expected
+        assert torch.equal(part["pixel_values"], images["pixel_values"][expected])
+
+
+def test_parts_are_all_of_it_in_order(images: Examples) -> None:
+    for parts, sizes in ((images.split(2), [2, 2, 1]), (images.split([1, 0, 4]), [1, 0, 4])):
+        assert [len(part) for part in parts] == sizes
+        assert torch.equal(torch.cat([part["pixel_values"] for part in parts]), images["pixel_values"])
+
+
+def test_stands_for_keyword_arguments(images: Examples) -> None:
+    assert dict(**images).keys() == {"pixel_values", "labels"}
+    assert "labels" in images and "input_ids" not in images and images.get("input_ids") is None
+    assert "pixel_values: (5, 3, 2, 2)" in repr(images)
+
+
+def test_moves_to_a_device(images: Examples) -> None:
+    moved = images.to(torch.device("meta"))
+    assert moved.device.type == moved["labels"].device.type == "meta" and images.device.type == "cpu"
+
+
+def test_token_ids_and_mappings_are_taken_as_examples(images: Examples) -> None:
+    ids = torch.arange(6).view(2, 3)
+    assert Examples.of(images) is images
+    assert torch.equal(Examples.of(ids)["input_ids"], ids)
+    assert Examples.of({"input_ids": ids, "labels": ids[:, 0]}).keys() == ["input_ids", "labels"]
+
+
+def test_a_mapping_that_changes_later_is_no_matter() -> None:
+    tensors = {"input_ids": torch.arange(6).view(2, 3)}
+    examples = Examples(tensors)
+    tensors["labels"] = torch.arange(7)
+    assert examples.keys() == ["input_ids"]
+
+
+@pytest.mark.parametrize("tensors", [{}, {"pixel_values": torch.zeros(2, 3), "labels": torch.zeros(3)}])
+def test_tensors_of_other_lengths_are_refused(tensors: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(PermpruneError, match="give tensors of one first dimension"):
+        Examples(tensors)
