@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from permprune.calibrate import Statistics, calibrate
 from permprune.checkpoint import Checkpoint
 from permprune.coupling import Coupling, discover, fold_all
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
+from permprune.inputs import example_inputs
 from permprune.layers import Layer, prunable_layers
 from permprune.losses import fast_dtype, next_token
 from permprune.model_io import attach_gather, gather_places
@@ -25,6 +26,7 @@ from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
+from permprune.processors import Processor, tokenizer_of
 from permprune.progress import log
 from permprune.resources import compute_device
 from permprune.saliency import Saliency, saliency
@@ -122,7 +124,7 @@ class Pruned:
 
 def prepare(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     settings: Settings,
     windows: Tensor | None = None,
     partial: Path | None = None,
@@ -145,7 +147,7 @@ def prepare(
 
 def plan_run(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     settings: Settings,
     windows: Tensor | None = None,
     partial: Path | None = None,
@@ -162,7 +164,7 @@ def plan_run(
     device = compute_device(model)
     windows = windows.to(device)
     measured, held_out, train = _divide(windows, settings)
-    coupling = discover(model, {"input_ids": windows[:2, :16]})
+    coupling = discover(model, example_inputs(model, tokenizer))
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
@@ -172,12 +174,12 @@ def plan_run(
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
 
 
-def calibration_windows(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def calibration_windows(settings: Settings, tokenizer: Processor | None) -> Tensor:
     """Token windows of the calibration text, as many of `samples` as there are."""
     if tokenizer is None:
         raise PermpruneError("without a tokenizer give the calibration as token windows")
     documents = load_documents(settings.calibration, "calibration")
-    return tokenize(documents, tokenizer, settings.length, settings.samples, settings.seed, fewer=True)
+    return tokenize(documents, tokenizer_of(tokenizer), settings.length, settings.samples, settings.seed, fewer=True)
 
 
 def update_weights(prepared: Prepared) -> None:
@@ -200,7 +202,7 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
 
 def prune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     permute: str | Permuter = "newton",
     windows: Tensor | None = None,
     **settings: Any,
