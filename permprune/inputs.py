@@ -70,13 +70,18 @@ def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
         tensors = readers[path.suffix](path)
     except (OSError, SafetensorError, ValueError, TypeError, zipfile.BadZipFile) as error:
         raise PermpruneError(f"cannot read the tensors in {path}: {error}") from error
-    kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-    taken = [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+    taken = argument_names(model)
     if unknown := sorted(tensors.keys() - set(taken)):
         raise PermpruneError(f"{path} holds {unknown[0]}, which the model does not take: it takes {', '.join(taken)}")
     if not tensors:
         raise PermpruneError(f"{path} holds no tensor: the model takes {', '.join(taken)}")
     return _as_the_model(tensors, model)
+
+
+def argument_names(model: PreTrainedModel) -> list[str]:
+    """What the model's forward takes by name."""
+    kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
 
 
 def find_config(config: PreTrainedConfig, *fields: str) -> Any:
