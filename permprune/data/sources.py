@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import torch
 
 from permprune.errors import PermpruneError
@@ -161,12 +162,13 @@ def pick_rows(rows: Any, part: Part, count: int, seed: int, shared: bool) -> lis
     return picked
 
 
-def stored_file(cell: Any, place: str) -> io.BytesIO | Path:
-    """The file in a cell of a data set. Raises `PermpruneError` when it holds none."""
+def stored_file(cell: Any, place: str) -> io.BytesIO:
+    """The file in a cell of a data set, wherever it lies. Raises `PermpruneError` when it holds none."""
     if isinstance(cell, dict) and cell.get("bytes"):
         return io.BytesIO(cell["bytes"])
     if isinstance(cell, dict) and cell.get("path"):
-        return Path(cell["path"])
+        with fsspec.open(cell["path"], "rb") as file:
+            return io.BytesIO(file.read())
     raise PermpruneError(f"{place} holds no file: give a data set with a column of images or of sound")
 
 
