@@ -34,9 +34,9 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
     Text is `input_ids` (2, 11), and `decoder_input_ids` likewise for the decoder of two sides; images `pixel_values`
     (2, channels, height, width), with the frames before the channels if there are several; sound `input_features`
     (2, bands, frames), or frames first where the model has them so, or `input_values` (2, samples). A model of several
-    modalities is given each that its config describes, and its text a placeholder for every feature of an image.
-    Where the config has no size of images, `processor` gives it. Raises `PermpruneError` for an argument that is needed
-    and cannot be made up.
+    modalities is given each that its config describes, and its text a placeholder for every feature of an image;
+    without weights to count those by, it is given text alone. Where the config has no size of images, `processor` gives
+    it. Raises `PermpruneError` for an argument that is needed and cannot be made up.
     """
     maker = _Maker(model.config, processor)
     parameters = inspect.signature(model.forward).parameters
@@ -53,7 +53,10 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
         )
     example = _as_the_model(made, model)
     if {"input_ids", "pixel_values"} <= example.keys() and (owner := find_config(model.config, "image_token_id")):
-        example["input_ids"] = _with_placeholders(model, example, owner.image_token_id)
+        if next(model.parameters()).is_meta:
+            del example["pixel_values"]
+        else:
+            example["input_ids"] = _with_placeholders(model, example, owner.image_token_id)
     return example
 
 

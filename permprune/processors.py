@@ -31,15 +31,10 @@ def read_processor(source: str | Path) -> Processor | None:
     Transformers raises when there is one that does not load.
     """
     folder = Path(source)
-    text, other = (
-        not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in patterns)
-        for patterns in (TEXT_FILES, OTHER_FILES)
-    )
-    kinds: list[Any] = []
-    if text:
-        kinds = [AutoProcessor if other else AutoTokenizer]
-    if other and not (text and folder.is_dir()):
-        kinds += [AutoImageProcessor, AutoFeatureExtractor]
+    kinds: list[Any] = [AutoProcessor, AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor]
+    if folder.is_dir():
+        text, other = (any(any(folder.glob(pattern)) for pattern in patterns) for patterns in (TEXT_FILES, OTHER_FILES))
+        kinds = kinds[:1] if text and other else kinds[1:2] if text else kinds[2:] if other else []
     failures: list[Exception] = []
     for kind in kinds:
         try:

@@ -131,6 +131,11 @@ def test_every_linear_takes_part_in_the_example(family: str) -> None:
     assert linears and {id(weight) for weight in linears} <= {id(weight) for weight in read}
 
 
+def test_text_stands_alone_where_features_cannot_be_counted() -> None:
+    assert example_inputs(llava().to("meta")).keys() == {"input_ids"}
+    assert example_inputs(clip().to("meta")).keys() == {"input_ids", "pixel_values"}
+
+
 def test_text_has_no_token_of_special_meaning_but_the_end() -> None:
     model = clip()
     for special in model.config.text_config.pad_token_id, model.config.text_config.bos_token_id:

@@ -11,7 +11,7 @@ from permprune.errors import PermpruneError
 from permprune.inputs import example_inputs
 from permprune.model_io import GATHERED, RECORD, load, read_model, write_weights
 from permprune.offload import attach, read_offloaded, read_skeleton, write_offloaded
-from permprune.processors import feature_extractor_of, image_processor_of, tokenizer_of
+from permprune.processors import feature_extractor_of, image_processor_of, read_processor, tokenizer_of
 
 KINDS = {
     "tiny_checkpoint": (tf.LlamaForCausalLM, tf.PreTrainedTokenizerBase),
@@ -96,6 +96,19 @@ def test_a_damaged_processor_is_one_line(fixture: str, file: str, request: pytes
     with pytest.raises(PermpruneError, match=f"{folder} does not load: ") as caught:
         read_model(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_of_a_hub_id_whatever_loads_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(source: str) -> None:
+        raise OSError(f"{source} has no preprocessor_config.json")
+
+    monkeypatch.setattr(tf.AutoProcessor, "from_pretrained", fail)
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda source: f"tokenizer of {source}")
+    assert read_processor("owner/name") == "tokenizer of owner/name"
+    for kind in (tf.AutoTokenizer, tf.AutoImageProcessor, tf.AutoFeatureExtractor):
+        monkeypatch.setattr(kind, "from_pretrained", fail)
+    with pytest.raises(OSError, match="has no preprocessor_config"):
+        read_processor("owner/name")
 
 
 def test_sound_without_a_tokenizer_is_a_feature_extractor(tiny_ctc: Path) -> None:
