@@ -22,7 +22,7 @@ from permprune.data.sources import (
     list_files,
     listed_items,
     locate,
-    pick,
+    pick_items,
     pick_rows,
     read_text,
     shares_rows,
@@ -69,8 +69,7 @@ def load_speech(
     if path is None:
         items = _from_dataset(str(source), part, count, seed, shares_rows(str(source), shared))
     else:
-        found = _from_files(path)
-        items = [found[at] for at in pick([item.name for item in found], part, count, seed, shared)]
+        items = pick_items(_from_files(path), path, part, count, seed, shared)
     waves = [_resampled(item.read(), maker.sampling_rate) for item in items]
     longest = getattr(maker, "n_samples", None)
     heard = [at for at, wave in enumerate(waves) if longest is None or len(wave) <= longest]

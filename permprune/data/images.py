@@ -22,7 +22,7 @@ from permprune.data.sources import (
     list_files,
     listed_items,
     locate,
-    pick,
+    pick_items,
     pick_rows,
     shares_rows,
     stored_file,
@@ -61,8 +61,7 @@ def load_images(
     if path is None:
         items = _from_dataset(str(source), labels, part, count, seed, shares_rows(str(source), shared))
     else:
-        found = _from_files(path)
-        items = [found[at] for at in pick([item.name for item in found], part, count, seed, shared)]
+        items = pick_items(_from_files(path), path, part, count, seed, shared)
     owner = find_config(model.config, "num_channels")
     mode = MODES.get(owner.num_channels if owner else 3, "RGB")
     made = [maker(images=[item.read().convert(mode)], return_tensors="pt") for item in items]

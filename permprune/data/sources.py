@@ -150,6 +150,13 @@ def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -
     return [own[at] for at in order[:count].tolist()]
 
 
+def pick_items(items: Sequence[Item], path: Path, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
+    """As `pick`, of the items of a folder or table, whose names are those within the folder, wherever it lies."""
+    folder = path if path.is_dir() else path.parent
+    keys = [Path(item.name).relative_to(folder).as_posix() for item in items]
+    return [items[at] for at in pick(keys, part, count, seed, shared)]
+
+
 def pick_rows(rows: Any, part: Part, count: int, seed: int, shared: bool) -> list[tuple[str, dict[str, Any]]]:
     """Up to `count` rows of a streamed data set, mixed over a buffer, and their names; otherwise as `pick`."""
     rows = rows.map(lambda _, at: {ROW: f"row {at}"}, with_indices=True)

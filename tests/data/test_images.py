@@ -72,7 +72,9 @@ def test_a_table_names_classes(classifier: Classifier, folder: Path, name: str, 
     assert by_level(found) == [(10, 1), (200, 0)]
 
 
-def test_draws_are_deterministic_and_halves_apart(classifier: Classifier, tmp_path: Path) -> None:
+def test_draws_are_deterministic_and_halves_apart(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for level in range(40):
         paint(tmp_path / "many" / f"{level:02}.png", 4 * level)
 
@@ -83,6 +85,9 @@ def test_draws_are_deterministic_and_halves_apart(classifier: Classifier, tmp_pa
     assert drawn("calibration") == drawn("calibration") != drawn("calibration", seed=1)
     assert sorted(drawn("calibration") + drawn("evaluation", seed=1)) == list(range(0, 160, 4))
     assert drawn("evaluation", shared=False, count=3) == drawn("calibration", shared=False, count=5)[:3]
+    half = sorted(drawn("calibration"))
+    monkeypatch.chdir(tmp_path)
+    assert sorted(levels(load_images("many", *classifier, "calibration", 40, shared=True)["pixel_values"])) == half
 
 
 def test_unlabelled_images_have_no_labels(classifier: Classifier, tmp_path: Path) -> None:
