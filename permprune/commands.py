@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.checkpoint import write_json
@@ -28,6 +28,7 @@ from permprune.offload import read_offloaded, write_offloaded
 from permprune.pattern import Pattern
 from permprune.permuters import LocalPermuter, Permuter, permuter
 from permprune.pipeline import Plan, Pruned, Settings, finish, gap_closed, plan_run, prepare, update_weights
+from permprune.processors import Processor, tokenizer_of
 from permprune.progress import log
 from permprune.report import write_report
 from permprune.resources import compute_device, peak_memory_mb, reset_peak_memory
@@ -48,8 +49,9 @@ class Evaluation:
     windows: int = 24
     length: int = 512
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        return tokenize(load_documents(self.source, "evaluation"), tokenizer, self.length, self.windows, fewer=True)
+    def tokens(self, processor: Processor | None) -> Tensor:
+        documents = load_documents(self.source, "evaluation")
+        return tokenize(documents, tokenizer_of(processor), self.length, self.windows, fewer=True)
 
 
 def evaluate(name: str, evaluation: Evaluation) -> Result:

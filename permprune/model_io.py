@@ -13,10 +13,11 @@ import transformers
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from permprune.coupling import Site
 from permprune.errors import PermpruneError
+from permprune.processors import Processor, read_processor
 from permprune.resources import best_device
 from permprune.zoo.models import resolve_model
 
@@ -25,21 +26,38 @@ GATHERED = "gathered.safetensors"
 """Weights of a gathered model: under a name of their own, since without the gathers they would compute nonsense."""
 
 
-def read_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """A causal language model in fp32 (on the GPU if there is one), its tokenizer, and the type it is stored in.
+def read_model(name: str) -> tuple[PreTrainedModel, Processor | None, torch.dtype]:
+    """A model in fp32 (on the GPU if there is one), its processor, and the type it is stored in.
 
-    `name` is a zoo name, a folder (one that permprune wrote included) or a hub id. Raises `PermpruneError` when it
-    does not load.
+    `name` is a zoo name, a folder (one that permprune wrote included) or a hub id. The processor is a tokenizer, an
+    image processor, a feature extractor or what joins them; None for a folder without. Raises `PermpruneError` when
+    something does not load.
     """
     source = resolve_model(name)
     with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if (Path(source) / GATHERED).exists():
-            model = load(str(source))
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        processor = read_processor(source)
+        model = load(source) if (Path(source) / GATHERED).exists() else _load_plain(source)
     stored = model.dtype
-    return model.float().to(best_device()).eval(), tokenizer, stored
+    return model.float().to(best_device()).eval(), processor, stored
+
+
+def read_config(source: str | Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class of the model in a folder or hub id, and its config.
+
+    The class is the one that the checkpoint names, or, where it names none, the one without a head. Raises
+    `PermpruneError` when Transformers has no such class.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if config.architectures:
+        name = config.architectures[0]
+        found = getattr(transformers, name, None)
+    else:
+        name = f"model without a head of type {config.model_type}"
+        found = transformers.MODEL_MAPPING.get(type(config), None)
+        found = found[0] if isinstance(found, tuple) else found
+    if found is None:
+        raise PermpruneError(f"{source} holds a {name}, which Transformers {transformers.__version__} does not have")
+    return found, config
 
 
 @contextmanager
@@ -47,9 +65,9 @@ def loading(name: str) -> Iterator[None]:
     """Turn what loading raises into a `PermpruneError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PermpruneError(f"{name} does not load as a causal language model: {reason}") from error
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PermpruneError(f"{name} does not load: {reason}") from error
 
 
 def load(folder: str | Path) -> PreTrainedModel:
@@ -61,15 +79,19 @@ def load(folder: str | Path) -> PreTrainedModel:
     folder = Path(folder)
     record = read_record(folder)
     if not record["gathers"]:
-        plain: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-        plain.eval()
-        return plain
-    config = AutoConfig.from_pretrained(folder)
-    architecture: type[PreTrainedModel] = getattr(transformers, config.architectures[0])
+        return _load_plain(folder)
+    architecture, config = read_config(folder)
     model: PreTrainedModel = architecture._from_config(config, dtype=config.dtype or torch.float32)
     load_safetensors(model, folder / GATHERED)
     for gather in record["gathers"]:
         attach_gather(model, gather["output"], gather["inputs"], torch.tensor(gather["order"]))
+    model.eval()
+    return model
+
+
+def _load_plain(source: str | Path) -> PreTrainedModel:
+    architecture, _ = read_config(source)
+    model: PreTrainedModel = architecture.from_pretrained(source, dtype="auto")
     model.eval()
     return model
 
@@ -86,17 +108,15 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def write_weights(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, gathered: bool, folder: Path
-) -> None:
-    """Config, weights and tokenizer; weights that need gathers under a name that plain loading does not find."""
+def write_weights(model: PreTrainedModel, processor: Processor | None, gathered: bool, folder: Path) -> None:
+    """Config, weights and processor; weights that need gathers under a name that plain loading does not find."""
     if gathered:
         write_configs(model, folder)
         save_safetensors(model, str(folder / GATHERED))
     else:
         model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
 
 
 def write_configs(model: PreTrainedModel, folder: Path) -> None:

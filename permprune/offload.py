@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from permprune.coupling import canonical_names
-from permprune.model_io import GATHERED, loading, write_configs
+from permprune.model_io import GATHERED, loading, read_config, write_configs
+from permprune.processors import Processor, read_processor
 from permprune.resources import best_device
 from permprune.zoo.models import resolve_model
 
@@ -62,13 +63,13 @@ class StoredWeights(Mapping[str, Tensor]):
 def read_skeleton(name: str) -> PreTrainedModel:
     """The model of that name without weights, on the meta device. Raises `PermpruneError`."""
     with loading(name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_model(name)))
+        architecture, config = read_config(resolve_model(name))
+        model: PreTrainedModel = architecture._from_config(config)
+    model.to("meta")  # type: ignore[arg-type]  # some parameters are made where no default device is heeded
     return model
 
 
-def read_offloaded(
-    name: str, folder: Path
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype, StoredWeights]:
+def read_offloaded(name: str, folder: Path) -> tuple[PreTrainedModel, Processor | None, torch.dtype, StoredWeights]:
     """What `read_model` gives, with the parameters on the meta device, and the weights beside it.
 
     The model runs once `attach` has given it weights. Where Transformers stores weights otherwise than it computes with
@@ -76,8 +77,9 @@ def read_offloaded(
     """
     source = resolve_model(name)
     with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(
+        processor = read_processor(source)
+        architecture, _ = read_config(source)
+        model = architecture.from_pretrained(
             source, dtype="auto", device_map={"": "disk"}, offload_folder=str(folder), use_safetensors=True
         )
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
@@ -87,7 +89,7 @@ def read_offloaded(
         buffer.data = buffer.data.to(best_device())
     dtype = model.dtype
     _convert(model, torch.float32)
-    return model.eval(), tokenizer, dtype, StoredWeights(stored, canonical_names(model))
+    return model.eval(), processor, dtype, StoredWeights(stored, canonical_names(model))
 
 
 def attach(model: PreTrainedModel, weights: StoredWeights) -> None:
@@ -97,7 +99,7 @@ def attach(model: PreTrainedModel, weights: StoredWeights) -> None:
 
 def write_offloaded(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor | None,
     weights: StoredWeights,
     dtype: torch.dtype,
     gathered: bool,
@@ -115,7 +117,8 @@ def write_offloaded(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             model.save_pretrained(folder, max_shard_size=min(memory // 2, SHARD))
-    tokenizer.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
 
 
 def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from permprune.calibrate import Statistics, calibrate, frozen
 from permprune.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
+from permprune.processors import Processor, tokenizer_of
 from permprune.progress import log
 from permprune.resources import compute_device
 from permprune.saliency import Saliency, saliency
@@ -125,7 +126,7 @@ class Pruned:
 
 def prepare(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     settings: Settings,
     examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     partial: Path | None = None,
@@ -156,7 +157,7 @@ def prepare(
 
 def plan_run(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Processor | None,
     settings: Settings,
     examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     partial: Path | None = None,
@@ -181,12 +182,13 @@ def plan_run(
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
 
 
-def calibration_text(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> Examples:
+def calibration_text(settings: Settings, tokenizer: Processor | None) -> Examples:
     """Windows of the calibration text, as many of `samples` as there are."""
     if tokenizer is None:
         raise PermpruneError("without a tokenizer give the calibration as examples")
     documents = load_documents(settings.calibration, "calibration")
-    return Examples.of(tokenize(documents, tokenizer, settings.length, settings.samples, settings.seed, fewer=True))
+    length, samples = settings.length, settings.samples
+    return Examples.of(tokenize(documents, tokenizer_of(tokenizer), length, samples, settings.seed, fewer=True))
 
 
 def update_weights(prepared: Prepared) -> None:
@@ -209,7 +211,7 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
 
 def prune(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Processor | None = None,
     permute: str | Permuter = "newton",
     examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     **settings: Any,

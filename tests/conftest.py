@@ -1,6 +1,8 @@
 """Models that many tests share."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +10,23 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
 
 from permprune.zoo.models import resolve_model
@@ -63,6 +79,96 @@ def tiny_checkpoint(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer
     folder = tmp_path / "tiny-llama"
     tiny_llama.save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+BLOCK: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random classifier of texts (no, Maybe, yes) and its tokenizer."""
+    folder = tmp_path / "tiny-bert"
+    labels = {0: "no", 1: "Maybe", 2: "yes"}
+    BertForSequenceClassification(
+        BertConfig(**BLOCK, vocab_size=128, id2label=labels, label2id={name: n for n, name in labels.items()})
+    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer.backend_tokenizer, unk_token="<unk>", pad_token="</s>", model_max_length=64
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_vit(tmp_path: Path) -> Path:
+    """A folder with a random classifier of 16 x 16 images (cat, dog, Owl) and its image processor."""
+    folder = tmp_path / "tiny-vit"
+    labels = {0: "cat", 1: "dog", 2: "Owl"}
+    ViTForImageClassification(
+        ViTConfig(
+            **BLOCK, image_size=16, patch_size=4, id2label=labels, label2id={name: n for n, name in labels.items()}
+        )
+    ).save_pretrained(folder)
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def tiny_ctc(tmp_path: Path) -> Path:
+    """A folder with a random recogniser of speech that reads the wave and writes capitals, and its processor."""
+    folder = tmp_path / "tiny-ctc"
+    config = Wav2Vec2Config(
+        **BLOCK,
+        vocab_size=32,
+        conv_dim=[16, 16],
+        conv_kernel=[10, 3],
+        conv_stride=[5, 2],
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    Wav2Vec2ForCTC(config).save_pretrained(folder)
+    letters = ["<pad>", "<s>", "</s>", "<unk>", *"|ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
+    vocabulary = tmp_path / "letters.json"
+    vocabulary.write_text(json.dumps({letter: number for number, letter in enumerate(letters)}))
+    Wav2Vec2Processor(
+        feature_extractor=Wav2Vec2FeatureExtractor(return_attention_mask=True),
+        tokenizer=Wav2Vec2CTCTokenizer(str(vocabulary)),
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_whisper(tmp_path: Path) -> Path:
+    """A folder with a random recogniser that reads one second's spectrogram and writes bytes, and its processor."""
+    folder = tmp_path / "tiny-whisper"
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|translate|>"]
+    tokens = [*special, "<|startofprev|>", "<|startoflm|>", "<|nocaptions|>", "<|notimestamps|>"]
+    tokens += sorted(pre_tokenizers.ByteLevel.alphabet())
+    config = WhisperConfig(
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        vocab_size=len(tokens),
+        num_mel_bins=8,
+        max_source_positions=50,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=1,
+    )
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperProcessor(
+        feature_extractor=WhisperFeatureExtractor(feature_size=8, chunk_length=1),
+        tokenizer=WhisperTokenizer(vocab={token: number for number, token in enumerate(tokens)}, merges=[]),
+    ).save_pretrained(folder)
     return folder
 
 

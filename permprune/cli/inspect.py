@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
 from permprune.cli import common as cli
 from permprune.coupling import ChannelSpace, discover
 from permprune.coupling import verify as prove
+from permprune.inputs import example_inputs, read_example
 from permprune.model_io import read_model
-
-TEXT = "The order of the channels decides which of the weights survive, and a dense model does not feel it at all."
-"""What the model is traced and proven on."""
 
 
 @cli.command
 def inspect(
     model: cli.Model,
     verify: Annotated[bool, typer.Option("--verify", help="prove each space on a random order")] = False,
+    example: Annotated[
+        Path | None,
+        typer.Option(help=".safetensors or .npz of the model's inputs by name, to trace it on; made up if absent"),
+    ] = None,
     each: Annotated[bool, typer.Option("--each", help="a row for every space, not for every kind")] = False,
 ) -> None:
     """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
-    network, tokenizer, _ = read_model(model)
-    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    half = len(ids) // 2
-    example = {"input_ids": torch.tensor([ids[:half], ids[half : 2 * half]], device=network.device)}
+    network, processor, _ = read_model(model)
+    batch = read_example(example, network) if example else example_inputs(network, processor)
     kinds: dict[tuple[str, ...], list[float]] = {}
-    for space in discover(network, example).spaces:
+    for space in discover(network, batch).spaces:
         name = space.name if each else re.sub(r"\d+", "*", space.name)
         kind = (name, str(space.size), _freedom(space), str(len(space.members)), str(len(space.readers)))
-        worst = prove(network, space, example) if verify and space.freedom != "frozen" else 0.0
+        worst = prove(network, space, batch) if verify and space.freedom != "frozen" else 0.0
         kinds.setdefault(kind, []).append(worst)
     table = Table(title=f"channel spaces of {model}")
     for title in ("space", "size", "freedom", "members", "readers", "count"):

@@ -49,22 +49,21 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, torch.
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no key/value cache inside the block; everything as before after
-    it."""
+    """Evaluation mode, no gradients and no key/value cache inside the block; everything as before after it."""
     training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     model.eval()
-    if cache is not None:
-        config.use_cache = False  # type: ignore[union-attr]
+    for config in caching:
+        config.use_cache = False
     try:
         with torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
-        if cache is not None:
-            config.use_cache = cache  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
 
 
 def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -108,7 +107,8 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
             frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
             line = f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else "an unknown line"
             raise PermpruneError(
-                f"cannot trace the model ({message} at {line}): use gather mode, which needs no coupling"
+                f"cannot trace the model on {', '.join(example)} ({message} at {line}): "
+                "if it takes other inputs, try them with permprune inspect --example FILE"
             ) from error
 
 

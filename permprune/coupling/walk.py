@@ -125,7 +125,7 @@ class Walk:
 
 def fresh(shape: Sequence[int], reason: str = "") -> Label:
     """New axes for a tensor of this shape, frozen when a reason is given."""
-    return tuple(None if size == 1 else Axis(_static(size), reason) for size in shape)
+    return tuple(None if size == 1 else Axis(size, reason) for size in map(_static, shape))
 
 
 def shape_of(node: Any) -> tuple[int, ...]:

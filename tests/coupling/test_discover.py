@@ -302,12 +302,42 @@ def test_discovery_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_cache_is_turned_off_inside_as_well():
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            output = self.inner(input_ids)
+            assert output.past_key_values is None
+            return output.logits
+
+    model = Inner()
+    discover(model, tokens())
+    assert model.inner.config.use_cache is True
+
+
+def test_sizes_that_depend_on_the_data_freeze_what_they_touch():
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(6, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+            return self.head(self.inner(x)[ends, :].view(2, -1, 4)[:, -1, :])
+
+    model = randomised(Last())
+    example = {"x": torch.randn(2, 3, 6).double(), "ends": torch.tensor([False, False, True]).repeat(2, 1)}
+    assert {space.freedom for space in discover(model, example).spaces} == {"frozen"}
+
+
 def test_a_model_that_cannot_be_traced_is_refused_in_one_line():
     class Branch(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) if x.sum() > 0 else x
 
-    with pytest.raises(PermpruneError, match="gather mode") as caught:
+    with pytest.raises(PermpruneError, match=r"cannot trace the model on x .*--example") as caught:
         discover(Branch(6, 6), {"x": X["x"].float()})
     assert "\n" not in str(caught.value)
     with pytest.raises(PermpruneError, match="empty"):

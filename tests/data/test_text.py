@@ -7,7 +7,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from permprune import data
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 
@@ -99,7 +98,7 @@ def test_dataset_is_read_only_so_far(monkeypatch):
             yield {"text": "0123456789"}
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: endless())
-    monkeypatch.setattr(data, "MAX_CHARACTERS", 25)
+    monkeypatch.setattr("permprune.data.text.MAX_CHARACTERS", 25)
     assert len(load_documents("name", "calibration")) == 3
 
 

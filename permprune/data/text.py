@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from permprune.data.sources import dataset, looks_like_path, parse_name, read_text
 from permprune.errors import PermpruneError
 from permprune.zoo.texts import Part, text_file
 
@@ -25,7 +25,6 @@ POOL = 4
 """With a seed, windows are drawn from this many times as many."""
 
 _MARGIN = 64
-_PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|raw|tokens)", re.DOTALL)
 
 
 def load_documents(source: str | Path | None, part: Part) -> list[str]:
@@ -39,11 +38,11 @@ def load_documents(source: str | Path | None, part: Part) -> list[str]:
     SparseGPT and Wanda read it). Raises `PermpruneError` when the text cannot be read, or is empty.
     """
     path = text_file(part) if source is None else Path(source)
-    name, config, split = _parse(str(source), part)
+    name, _, _ = parse_name(str(source), part)
     if path.is_file():
-        documents = _read_lines(path) if path.suffix == ".jsonl" else [_read(path)]
-    elif Path(name).is_dir() or not (isinstance(source, Path) or _PATH_LIKE.fullmatch(name)):
-        documents = _read_dataset(name, config, split)
+        documents = _read_lines(path) if path.suffix == ".jsonl" else [read_text(path)]
+    elif Path(name).is_dir() or not (isinstance(source, Path) or looks_like_path(name)):
+        documents = _read_dataset(str(source), part)
     else:
         raise PermpruneError(f"no text file {path}: give an existing file, or the name of a hub data set")
     documents = [document for document in documents if document.strip()]
@@ -106,18 +105,9 @@ def _encode(document: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> l
         characters *= 2
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise PermpruneError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
-    except OSError as error:
-        raise PermpruneError(f"cannot read {path}: {error.strerror}") from error
-
-
 def _read_lines(path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(_read(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -130,26 +120,9 @@ def _read_lines(path: Path) -> list[str]:
     return documents
 
 
-def _parse(source: str, part: Part) -> tuple[str, str | None, str]:
-    """Name, configuration and split of "name:config@split"."""
-    name, _, split = source.partition("@")
-    name, _, config = name.partition(":")
-    return name, config or None, split or ("train" if part == "calibration" else "test")
-
-
-def _read_dataset(name: str, config: str | None, split: str) -> list[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+def _read_dataset(source: str, part: Part) -> list[str]:
+    with dataset(source, part) as rows:
         documents = _bounded(row.get("text") for row in rows)
-    except PermpruneError:
-        raise
-    except Exception as error:  # datasets raises whatever its readers, fsspec and the network raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PermpruneError(
-            f'"{name}" is no file here, and its split "{split}" does not load as a data set: {reason}'
-        ) from error
     return ["\n\n".join(documents)] if "" in documents else documents
 
 

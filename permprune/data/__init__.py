@@ -1,0 +1,8 @@
+"""Data as a model's inputs: text in windows, and text, images and speech with what a model should say of them."""
+
+from permprune.data.audio import load_speech
+from permprune.data.images import load_images
+from permprune.data.labelled import load_labelled_text
+from permprune.data.text import load_documents, tokenize
+
+__all__ = ["load_documents", "load_images", "load_labelled_text", "load_speech", "tokenize"]

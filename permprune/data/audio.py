@@ -1,0 +1,154 @@
+"""Speech, and its transcripts."""
+
+from __future__ import annotations
+
+from functools import partial as bind
+from io import BytesIO
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.signal import resample_poly
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from permprune.data.sources import (
+    Item,
+    dataset,
+    find_column,
+    find_list,
+    list_files,
+    listed_items,
+    locate,
+    pick_items,
+    pick_rows,
+    read_text,
+    shares_rows,
+    stored_file,
+)
+from permprune.errors import PermpruneError
+from permprune.inputs import argument_names
+from permprune.processors import Processor, feature_extractor_of, tokenizer_of
+from permprune.progress import log
+from permprune.zoo.texts import Part
+
+SUFFIXES = (".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
+TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text")
+Samples = np.ndarray[Any, np.dtype[np.float32]]
+Sound = tuple[Samples, int]
+"""Samples (count,) of one channel, and how many make a second."""
+
+IGNORED = -100
+"""The label of what is not to be said, as Transformers counts it."""
+
+
+def load_speech(
+    source: str | Path,
+    model: PreTrainedModel,
+    processor: Processor | None,
+    part: Part,
+    count: int,
+    seed: int = 0,
+    shared: bool = False,
+) -> dict[str, Tensor]:
+    """Up to `count` utterances as the model's processor makes them, drawn at random.
+
+    `input_features` (count, bands, frames) or `input_values` (count, samples), with `attention_mask` where the
+    processor gives one; and, where the model takes them, the tokens of the transcripts: `labels` int64 (count, tokens),
+    padded with -100. Utterances longer than the model hears are left out with a warning.
+
+    `source` is a folder of sound with NAME.trans.txt files as in LibriSpeech, or with metadata.csv, transcripts.csv,
+    .tsv or .jsonl, which lists files and texts; such a table itself; or a `datasets` name as in `load_documents`. With
+    `shared`, the other part comes from the same source, of which each gets half. Raises `PermpruneError`.
+    """
+    maker: Any = feature_extractor_of(processor)
+    taken = argument_names(model)
+    path = locate(source, "sound")
+    if path is None:
+        items = _from_dataset(str(source), part, count, seed, shares_rows(str(source), shared))
+    else:
+        items = pick_items(_from_files(path), path, part, count, seed, shared)
+    waves = [_resampled(item.read(), maker.sampling_rate) for item in items]
+    longest = getattr(maker, "n_samples", None)
+    heard = [at for at, wave in enumerate(waves) if longest is None or len(wave) <= longest]
+    if len(heard) < len(items):
+        log.warning(
+            "%d of %d utterances are longer than the model hears: left out", len(items) - len(heard), len(items)
+        )
+    if not heard:
+        raise PermpruneError(
+            f"the model hears {longest / maker.sampling_rate:g} s, and all of {source} is longer: cut it"
+        )
+    made = maker(
+        [waves[at] for at in heard],
+        sampling_rate=maker.sampling_rate,
+        padding="max_length" if longest else True,
+        return_tensors="pt",
+    )
+    tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
+    if "labels" in taken:
+        tensors["labels"] = _labels([items[at] for at in heard], processor, model.config)
+    return tensors
+
+
+def _labels(items: list[Item], processor: Processor | None, config: Any) -> Tensor:
+    """Tokens of the transcripts, without the one that the model puts in front itself."""
+    tokenizer = tokenizer_of(processor)
+    for item in items:
+        if not isinstance(item.label, str) or not item.label.strip():
+            raise PermpruneError(f"{item.name} has no transcript: add it, or take the file out")
+    rows = [torch.tensor(tokenizer(item.label)["input_ids"]) for item in items]
+    start = getattr(config, "decoder_start_token_id", None)
+    rows = [row[int(len(row) > 0 and row[0].item() == start) :] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+
+
+def _from_files(path: Path) -> list[Item]:
+    if table := find_list(path):
+        return listed_items(table, TEXT_COLUMNS, lambda file: _decode(file, str(file)))
+    transcripts = {}
+    for file in sorted(path.rglob("*.trans.txt")):
+        for line in read_text(file).splitlines():
+            name, _, text = line.partition(" ")
+            transcripts[file.parent / name] = text
+    items = []
+    for file in list_files(path, SUFFIXES, "sound"):
+        items.append(Item(str(file), bind(_decode, file, str(file)), transcripts.pop(file.with_suffix(""), None)))
+    if transcripts:
+        raise PermpruneError(f"{next(iter(transcripts))} has a transcript and no sound: give whole folders")
+    return items
+
+
+def _from_dataset(source: str, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
+    items = []
+    with dataset(source, part) as rows:
+        for name, row in pick_rows(rows, part, count, seed, shared):
+            place = f"{source}, {name}"
+            sound = stored_file(row[find_column(row, ("audio",), source)], place)
+            text = next((row[key] for key in TEXT_COLUMNS if key in row), None)
+            items.append(Item(place, bind(_decode, sound, place), text))
+    return items
+
+
+def _decode(file: Path | BytesIO, name: str) -> Sound:
+    try:
+        import soundfile
+    except ImportError as error:
+        raise PermpruneError("reading sound needs soundfile: pip install 'permprune[audio]'") from error
+    try:
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise PermpruneError(f"cannot read the sound {name}: remove or repair it") from error
+    return samples.mean(axis=1), rate
+
+
+def _resampled(sound: Sound, wanted: int) -> Samples:
+    """The samples of a sound at another rate."""
+    samples, rate = sound
+    if rate == wanted:
+        return samples
+    common = gcd(rate, wanted)
+    resampled: Samples = resample_poly(samples, wanted // common, rate // common).astype(np.float32)
+    return resampled

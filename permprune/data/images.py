@@ -1,0 +1,114 @@
+"""Images, and the classes they are of."""
+
+from __future__ import annotations
+
+from functools import partial as bind
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from permprune.data.labels import Labels
+from permprune.data.sources import (
+    LABEL_COLUMNS,
+    Item,
+    dataset,
+    find_column,
+    find_list,
+    list_files,
+    listed_items,
+    locate,
+    pick_items,
+    pick_rows,
+    shares_rows,
+    stored_file,
+)
+from permprune.errors import PermpruneError
+from permprune.inputs import argument_names, find_config
+from permprune.processors import Processor, image_processor_of
+from permprune.zoo.texts import Part
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_COLUMNS = ("image", "img")
+MODES = {1: "L", 4: "RGBA"}
+"""Modes of images by channels; RGB for others."""
+
+
+def load_images(
+    source: str | Path,
+    model: PreTrainedModel,
+    processor: Processor | None,
+    part: Part,
+    count: int,
+    seed: int = 0,
+    shared: bool = False,
+) -> dict[str, Tensor]:
+    """Up to `count` images as the model's processor makes them, drawn at random: `pixel_values` (count, channels,
+    height, width) and, where the model takes them and the source has any, `labels` (count,).
+
+    `source` is a folder, whose sub-folders are the classes, or in which labels.csv, metadata.csv, .tsv or .jsonl lists
+    files and labels; such a table itself; or a `datasets` name as in `load_documents`. With `shared`, the other part
+    comes from the same source, of which each gets half. Raises `PermpruneError`.
+    """
+    maker = image_processor_of(processor)
+    taken = argument_names(model)
+    labels = Labels(model.config) if "labels" in taken else None
+    path = locate(source, "images")
+    if path is None:
+        items = _from_dataset(str(source), labels, part, count, seed, shares_rows(str(source), shared))
+    else:
+        items = pick_items(_from_files(path), path, part, count, seed, shared)
+    owner = find_config(model.config, "num_channels")
+    mode = MODES.get(owner.num_channels if owner else 3, "RGB")
+    made = [maker(images=[item.read().convert(mode)], return_tensors="pt") for item in items]
+    tensors = {name: _stack([one[name] for one in made], items) for name in made[0] if name in taken}
+    if labels and any(item.label is not None for item in items):
+        tensors["labels"] = labels.tensor([item.label for item in items], [item.name for item in items])
+    return tensors
+
+
+def _from_files(path: Path) -> list[Item]:
+    if table := find_list(path):
+        return listed_items(table, LABEL_COLUMNS, lambda file: _open(file, str(file)))
+    items = []
+    for file in list_files(path, SUFFIXES, "images"):
+        *classes, _ = file.relative_to(path).parts
+        items.append(Item(str(file), bind(_open, file, str(file)), classes[0] if classes else None))
+    return items
+
+
+def _from_dataset(source: str, labels: Labels | None, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
+    with dataset(source, part) as rows:
+        names: dict[str, Any] = {key: getattr(kind, "names", None) for key, kind in (rows.features or {}).items()}
+        items = []
+        for name, row in pick_rows(rows, part, count, seed, shared):
+            place = f"{source}, {name}"
+            image = stored_file(row[find_column(row, IMAGE_COLUMNS, source)], place)
+            column = next((key for key in LABEL_COLUMNS if key in row), None)
+            label = row[column] if column else None
+            if labels and column and names.get(column):
+                label = labels.named(label, names[column])
+            items.append(Item(place, bind(_open, image, place), label))
+    return items
+
+
+def _open(file: Path | BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PermpruneError(f"cannot read the image {name}: remove or repair it") from error
+
+
+def _stack(tensors: list[Tensor], items: list[Item]) -> Tensor:
+    for tensor, item in zip(tensors, items, strict=True):
+        if tensor.shape != tensors[0].shape:
+            raise PermpruneError(
+                f"{item.name} becomes {tuple(tensor.shape[1:])} and {items[0].name} {tuple(tensors[0].shape[1:])}: "
+                "set a size in the model's preprocessor_config.json, or give images of one size"
+            )
+    return torch.cat(tensors)

@@ -1,0 +1,55 @@
+"""Labels as the model counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from permprune.errors import PermpruneError
+
+SHOWN = 5
+
+
+class Labels:
+    """The classes of a model, by its config's names or numbers; scores where it has a single output."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.names: dict[int, str] = {int(number): str(name) for number, name in (config.id2label or {}).items()}
+        self.numbers = {name.casefold(): number for number, name in self.names.items()}
+
+    def read(self, label: Any, place: str) -> float:
+        """The number of a class, or a score. Raises `PermpruneError` where the model knows no such label."""
+        text = "" if label is None else str(label).strip()
+        if not text or (text == "-1" and len(self.names) > 1):
+            raise PermpruneError(f"{place} has no label: give labelled data, as NAME@validation for a data set's split")
+        number: float | None = self.numbers.get(text.casefold())
+        if number is None:
+            number = self._number({"true": "1", "false": "0"}.get(text.casefold(), text))
+        if number is None:
+            shown = ", ".join(list(self.names.values())[:SHOWN]) + (", ..." if len(self.names) > SHOWN else "")
+            known = "scores" if len(self.names) == 1 else f"{shown} (0 to {len(self.names) - 1})"
+            raise PermpruneError(f'{place} has the label "{text}", which the model does not know: it knows {known}')
+        return number
+
+    def tensor(self, labels: Sequence[Any], places: Sequence[str]) -> Tensor:
+        """The labels of examples: int64 (count,), or fp32 if they are scores."""
+        dtype = torch.float32 if len(self.names) == 1 else torch.int64
+        return torch.tensor([self.read(*pair) for pair in zip(labels, places, strict=True)], dtype=dtype)
+
+    def named(self, label: Any, names: Sequence[str]) -> Any:
+        """A data set's class number as its name, where the model knows all of these names: numbers may differ."""
+        known = all(name.casefold() in self.numbers for name in names)
+        return names[label] if known and isinstance(label, int) and 0 <= label < len(names) else label
+
+    def _number(self, text: str) -> float | None:
+        try:
+            number = float(text)
+        except ValueError:
+            return None
+        if len(self.names) == 1:
+            return number
+        return int(number) if number in self.names else None

@@ -1,0 +1,179 @@
+"""Speech and its transcripts."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2Model
+
+from permprune.data import load_speech
+from permprune.errors import PermpruneError
+from permprune.model_io import read_model
+
+TEXTS = {"1-2-0000": "MARIE SIGHED", "1-2-0001": "A BRISK WIND", "1-2-0002": "HAD COME UP"}
+SECONDS = {"1-2-0000": 0.1, "1-2-0001": 0.2, "1-2-0002": 0.3}
+
+
+def tone(path: Path, seconds: float, rate: int = 16_000, pitch: float = 200.0, channels: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.5 * np.sin(2 * np.pi * pitch * np.arange(round(seconds * rate)) / rate)
+    soundfile.write(path, np.stack([wave] * channels, axis=1), rate)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three utterances as LibriSpeech lays them out."""
+    chapter = tmp_path / "speech" / "1" / "2"
+    for name, seconds in SECONDS.items():
+        tone(chapter / f"{name}.flac", seconds)
+    (chapter / "1-2.trans.txt").write_text("".join(f"{name} {text}\n" for name, text in TEXTS.items()))
+    return tmp_path / "speech"
+
+
+@pytest.fixture
+def ctc(tiny_ctc: Path) -> tuple[PreTrainedModel, Any]:
+    model, processor, _ = read_model(str(tiny_ctc))
+    return model, processor
+
+
+@pytest.fixture
+def whisper(tiny_whisper: Path) -> tuple[PreTrainedModel, Any]:
+    model, processor, _ = read_model(str(tiny_whisper))
+    return model, processor
+
+
+def spoken(found: dict[str, torch.Tensor], processor: Any) -> list[str]:
+    rows = [row[row >= 0] for row in found["labels"]]
+    texts = [processor.tokenizer.decode(row, skip_special_tokens=True, group_tokens=False) for row in rows]
+    return [text.removeprefix("<|notimestamps|>") for text in texts]
+
+
+def test_waves_are_padded_to_the_longest(ctc: tuple[PreTrainedModel, Any], folder: Path) -> None:
+    model, processor = ctc
+    found = load_speech(folder, model, processor, "calibration", 9)
+    assert found.keys() == {"input_values", "attention_mask", "labels"}
+    assert found["input_values"].shape == found["attention_mask"].shape == (3, 4800)
+    samples = dict(zip(spoken(found, processor), found["attention_mask"].sum(dim=1).tolist(), strict=True))
+    assert samples == {TEXTS[name]: round(16_000 * seconds) for name, seconds in SECONDS.items()}
+    assert found["labels"].shape == (3, 12) and (found["labels"] == -100).any()
+    assert model(**found).loss.isfinite()
+
+
+def test_spectrograms_have_the_length_that_the_model_hears(whisper: tuple[PreTrainedModel, Any], folder: Path) -> None:
+    model, processor = whisper
+    found = load_speech(folder, model, processor, "calibration", 9)
+    assert found.keys() == {"input_features", "labels"}
+    assert found["input_features"].shape == (3, 8, 100)
+    assert sorted(spoken(found, processor)) == sorted(TEXTS.values())
+    assert not (found["labels"][:, 0] == model.config.decoder_start_token_id).any()  # the model puts it there
+    assert model(**found).loss.isfinite()
+
+
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("name", ["metadata.csv", "transcripts.jsonl"])
+def test_a_table_has_transcripts(
+    ctc: tuple[PreTrainedModel, Any], folder: Path, tmp_path: Path, name: str, itself: bool
+) -> None:
+    tone(tmp_path / "listed" / "a.wav", 0.1)
+    if name.endswith("csv"):
+        text = 'file_name,transcription\na.wav,"SO, YES"\n'
+    else:
+        text = '{"file": "a.wav", "text": "SO, YES"}'
+    (tmp_path / "listed" / name).write_text(text)
+    found = load_speech(tmp_path / "listed" / (name if itself else ""), *ctc, "evaluation", 9)
+    assert found["labels"].tolist() == [ctc[1].tokenizer("SO, YES")["input_ids"]]
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (44_100, 2)])
+def test_sound_of_any_rate_is_resampled(
+    ctc: tuple[PreTrainedModel, Any], tmp_path: Path, rate: int, channels: int
+) -> None:
+    model, processor = Wav2Vec2Model(Wav2Vec2Config(num_hidden_layers=0)), ctc[1]
+    expected = load_speech(tone(tmp_path / "a" / "a.wav", 0.5).parent, model, processor, "evaluation", 1)
+    other = tone(tmp_path / "b" / "a.wav", 0.5, rate, channels=channels).parent
+    found = load_speech(other, model, processor, "evaluation", 1)
+    assert found["input_values"].shape == expected["input_values"].shape == (1, 8000)
+    inner = slice(200, -200)
+    assert torch.allclose(found["input_values"][0, inner], expected["input_values"][0, inner], atol=0.02)
+
+
+def test_draws_are_deterministic_and_halves_apart(ctc: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    for number in range(20):
+        tone(tmp_path / "many" / f"{number:02}.wav", (10 + number) / 1000)
+    model = Wav2Vec2Model(Wav2Vec2Config(num_hidden_layers=0))
+
+    def drawn(part: str, seed: int = 0, shared: bool = True) -> list[int]:
+        found = load_speech(tmp_path / "many", model, ctc[1], part, 20, seed, shared)  # type: ignore[arg-type]
+        assert found.keys() == {"input_values", "attention_mask"}  # this model has nothing to say
+        return (found["attention_mask"].sum(dim=1) // 16).tolist()
+
+    assert drawn("calibration") == drawn("calibration") != drawn("calibration", seed=1)
+    assert sorted(drawn("calibration") + drawn("evaluation", seed=1)) == list(range(10, 30))
+    assert drawn("evaluation", shared=False) == drawn("calibration", shared=False)
+
+
+def test_what_is_too_long_is_left_out(
+    whisper: tuple[PreTrainedModel, Any], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("1-2-0000", "1-2-0001"):
+        tone(folder / "1" / "2" / f"{name}.flac", 1.01)
+    with caplog.at_level(logging.WARNING, "permprune"):
+        found = load_speech(folder, *whisper, "evaluation", 9)
+    assert spoken(found, whisper[1]) == ["HAD COME UP"]
+    assert "2 of 3 utterances are longer than the model hears" in caplog.text
+    tone(folder / "1" / "2" / "1-2-0002.flac", 1.01)
+    with pytest.raises(PermpruneError, match=r"the model hears 1 s, and all of .*speech is longer"):
+        load_speech(folder, *whisper, "evaluation", 9)
+
+
+def test_a_data_set(ctc: tuple[PreTrainedModel, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [str(folder / "1" / "2" / f"{name}.flac") for name in TEXTS]
+    stored = [
+        {"path": None, "bytes": Path(files[0]).read_bytes()},
+        *({"path": file, "bytes": None} for file in files[1:]),
+    ]
+    rows = datasets.Dataset.from_dict({"audio": stored, "text": list(TEXTS.values())}).to_iterable_dataset()
+    rows = rows.cast_column("audio", datasets.Audio())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: rows)
+    found = load_speech("name", *ctc, "calibration", 9)
+    samples = dict(zip(spoken(found, ctc[1]), found["attention_mask"].sum(dim=1).tolist(), strict=True))
+    assert samples == {TEXTS[name]: round(16_000 * seconds) for name, seconds in SECONDS.items()}
+
+
+def test_bad_sources_are_one_line(ctc: tuple[PreTrainedModel, Any], folder: Path, tmp_path: Path) -> None:
+    model, processor = ctc
+    chapter = folder / "1" / "2"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PermpruneError, match="empty holds no sound: give a folder of"):
+        load_speech(tmp_path / "empty", model, processor, "evaluation", 9)
+    with pytest.raises(PermpruneError, match="no sound at"):
+        load_speech("./none", model, processor, "evaluation", 9)
+    with pytest.raises(PermpruneError, match="the model has none"):
+        load_speech(folder, model, None, "evaluation", 9)
+    with pytest.raises(PermpruneError, match="text needs a tokenizer, and the model has none"):
+        load_speech(folder, model, processor.feature_extractor, "evaluation", 9)
+    tone(chapter / "1-2-0003.flac", 0.1)
+    with pytest.raises(PermpruneError, match=r"1-2-0003\.flac has no transcript"):
+        load_speech(folder, model, processor, "evaluation", 9)
+    (chapter / "1-2-0003.flac").unlink()
+    (chapter / "1-2-0000.flac").write_bytes(b"no sound")
+    with pytest.raises(PermpruneError, match=r"cannot read the sound .*1-2-0000\.flac"):
+        load_speech(folder, model, processor, "evaluation", 9)
+    (chapter / "1-2-0000.flac").unlink()
+    with pytest.raises(PermpruneError, match="1-2-0000 has a transcript and no sound"):
+        load_speech(folder, model, processor, "evaluation", 9)
+
+
+def test_without_soundfile_it_is_asked_for(
+    ctc: tuple[PreTrainedModel, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(PermpruneError, match=r"pip install 'permprune\[audio\]'"):
+        load_speech(folder, *ctc, "evaluation", 9)

@@ -1,0 +1,129 @@
+"""Tables, folders and data sets, and the part of them that is drawn."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from permprune.data.sources import dataset, locate, parse_name, pick, pick_rows, read_table, shares_rows
+from permprune.errors import PermpruneError
+
+
+@given(
+    keys=st.lists(st.text(max_size=3), min_size=1, max_size=60),
+    seeds=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    counts=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+)
+def test_parts_of_one_source_never_overlap(keys: list[str], seeds: tuple[int, int], counts: tuple[int, int]) -> None:
+    found: list[set[str]] = []
+    for part, seed, count in zip(("calibration", "evaluation"), seeds, counts, strict=True):
+        try:
+            chosen = pick(keys, part, count, seed, shared=True)  # type: ignore[arg-type]
+        except PermpruneError:
+            chosen = []
+        assert len(set(chosen)) == len(chosen) <= count
+        found.append({keys[at] for at in chosen})
+    assert not found[0] & found[1]
+
+
+def test_parts_of_one_source_are_all_of_it() -> None:
+    keys = [f"name {n}" for n in range(200)]
+    calibration, evaluation = (pick(keys, part, 200, 0, shared=True) for part in ("calibration", "evaluation"))
+    assert sorted(calibration + evaluation) == list(range(200))
+    assert min(len(calibration), len(evaluation)) > 70
+
+
+def test_a_draw_depends_on_the_seed_alone() -> None:
+    keys = [f"name {n}" for n in range(50)]
+    drawn = pick(keys, "calibration", 10, 0, shared=False)
+    assert drawn == pick(keys, "evaluation", 10, 0, shared=False)
+    assert drawn == pick(keys, "calibration", 30, 0, shared=False)[:10]
+    assert drawn != pick(keys, "calibration", 10, 1, shared=False)
+    assert sorted(pick(keys, "calibration", 99, 0, shared=False)) == list(range(50))
+
+
+def test_nothing_to_draw_is_refused() -> None:
+    with pytest.raises(PermpruneError, match="0 of 1 examples for calibration"):
+        pick(["a"], "calibration", 0, 0, shared=False)
+    with pytest.raises(PermpruneError, match="of 0 examples"):
+        pick([], "calibration", 3, 0, shared=False)
+
+
+def stream(rows: int) -> datasets.IterableDataset:
+    return datasets.Dataset.from_dict({"row": list(range(rows))}).to_iterable_dataset()
+
+
+def test_rows_of_a_data_set_are_drawn_likewise() -> None:
+    def drawn(part: str, count: int, seed: int, shared: bool) -> list[int]:
+        found = pick_rows(stream(60), part, count, seed, shared)  # type: ignore[arg-type]
+        assert all(name == f"row {row['row']}" for name, row in found)
+        return [row["row"] for _, row in found]
+
+    calibration, evaluation = (drawn(part, 60, 0, True) for part in ("calibration", "evaluation"))
+    assert sorted(calibration + evaluation) == list(range(60)) and calibration and evaluation
+    assert drawn("calibration", 60, 0, False) != drawn("calibration", 60, 1, False)
+    assert drawn("calibration", 5, 0, False) == drawn("evaluation", 5, 0, False)
+    assert drawn("calibration", 5, 0, False) != list(range(5))
+    with pytest.raises(PermpruneError, match="no rows for evaluation"):
+        pick_rows(stream(1).filter(lambda _: False), "evaluation", 5, 0, False)
+
+
+def test_default_splits_share_no_rows() -> None:
+    assert shares_rows("name@test", True) and not shares_rows("name", True) and not shares_rows("name@test", False)
+    assert parse_name("a/b:c", "calibration") == ("a/b", "c", "train")
+    assert parse_name("a/b:c", "evaluation") == ("a/b", "c", "test")
+    assert parse_name("a/b@validation", "evaluation") == ("a/b", None, "validation")
+
+
+def test_a_data_set_keeps_its_media_as_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features(
+        {"image": datasets.Image(), "audio": datasets.Audio(), "text": datasets.Value("string")}
+    )
+    rows = datasets.Dataset.from_dict({key: [None] for key in features}, features).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: rows)
+    with dataset("name", "calibration") as found:
+        assert not found.features["image"].decode and not found.features["audio"].decode
+
+
+def test_what_is_neither_here_nor_an_id_is_refused(tmp_path: Path) -> None:
+    assert locate(tmp_path, "images") == tmp_path
+    assert locate("owner/name:config@split", "images") is None
+    for source in ("./none", "a/b/c", "rows.tsv", tmp_path / "none"):
+        with pytest.raises(PermpruneError, match="no images at"):
+            locate(source, "images")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.tsv", '\ufefftext\tlabel\na "quoted" one\t1\ntwo\u2028lines\t0\n'),
+        ("a.csv", 'text,label\r\n"a ""quoted"" one",1\r\ntwo\u2028lines,0\r\n'),
+        ("a.jsonl", '{"text": "a \\"quoted\\" one", "label": "1"}\n\n{"text": "two\u2028lines", "label": "0"}\n'),
+    ],
+)
+def test_tables_of_every_kind_say_the_same(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert read_table(tmp_path / name) == [
+        {"text": 'a "quoted" one', "label": "1"},
+        {"text": "two\u2028lines", "label": "0"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "", "holds no rows"),
+        ("a.tsv", "text\tlabel\n", "holds no rows"),
+        ("a.jsonl", "\n", "holds no rows"),
+        ("a.jsonl", '{"text": 1}\n[1]\n', "line 2: no JSON object"),
+        ("a.jsonl", "{", "line 1: no JSON object"),
+        ("a.csv", "text\n" + "x" * 200_000, r"a\.csv, line 1: field larger"),
+        ("a.xml", "<a/>", r"no table: give a \.csv, \.tsv or \.jsonl file"),
+    ],
+)
+def test_a_bad_table_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PermpruneError, match=message):
+        read_table(tmp_path / name)
