@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree
+from transformers.utils.generic import ModelOutput
 
 from permprune.coupling import arithmetic, layout  # noqa: F401 - imported for the rules that they register
 from permprune.coupling.axes import freeze
-from permprune.coupling.walk import Origin, Walk, fresh, place
+from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
 
 
-def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, torch.fx.Graph]:
+def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]:
     """Export the model on an example batch (keyword arguments of its forward) and label its graph.
 
     The model is traced in evaluation mode and without a key/value cache. Raises `PermpruneError` where export
@@ -32,13 +33,17 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, torch.
     walk = Walk()
     canonical = canonical_names(model)
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    live = _live(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            _label_input(walk, node, inputs[node.name], canonical)
+            spec = inputs[node.name]
+            _label_input(walk, node, spec, canonical)
+            if isinstance(constant := program.constants.get(str(spec.target)), Tensor):
+                walk.constants[node] = constant
         elif node.op == "get_attr":
             value = node.meta.get("val")
             walk.keep(node, fresh(value.shape, f"constant {node.target}") if isinstance(value, Tensor) else None)
-        elif node.op == "call_function":
+        elif node in live:
             walk.step(node)
     _freeze_overlaps(walk, model, canonical)
     for node in _main_outputs(program):
@@ -52,19 +57,19 @@ def inference(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients and no key/value cache inside the block; everything as before after
     it."""
     training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)
-    cache = getattr(config, "use_cache", None)
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
     model.eval()
-    if cache is not None:
-        config.use_cache = False  # type: ignore[union-attr]
+    for config in caching:
+        config.use_cache = False
     try:
         with torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
-        if cache is not None:
-            config.use_cache = cache  # type: ignore[union-attr]
+        for config in caching:
+            config.use_cache = True
 
 
 def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -76,9 +81,14 @@ def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[s
 
 
 def main_outputs(output: Any) -> list[Any]:
-    """What must stay as it is: the logits where the output has them, else every tensor in it."""
+    """What must stay as it is: the logits where the output has them, else every tensor in it.
+
+    The outputs of a model's parts that it hands on among its own are not what it was asked for.
+    """
     if getattr(output, "logits", None) is not None:
         output = output.logits
+    elif isinstance(output, ModelOutput):
+        output = [value for value in output.values() if not isinstance(value, ModelOutput)]
     return list(_pytree.tree_leaves(output))
 
 
@@ -110,6 +120,16 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
             raise PermpruneError(
                 f"cannot trace the model ({message} at {line}): use gather mode, which needs no coupling"
             ) from error
+
+
+def _live(graph: Graph) -> set[Node]:
+    """The calls whose result is used, or that write into a tensor."""
+    live: set[Node] = set()
+    for node in reversed(graph.nodes):
+        used = any(user.op == "output" or user in live for user in node.users)
+        if node.op == "call_function" and (used or writes(node)):
+            live.add(node)
+    return live
 
 
 def _label_input(walk: Walk, node: Node, spec: InputSpec, canonical: Mapping[str, str]) -> None:
