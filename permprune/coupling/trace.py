@@ -23,11 +23,18 @@ from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
 
 
+class Untraceable(PermpruneError):
+    """`torch.export` failed; `what` says how and where."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: use gather mode (--mode gather), which needs no coupling")
+        self.what = what
+
+
 def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]:
     """Export the model on an example batch (keyword arguments of its forward) and label its graph.
 
-    The model is traced in evaluation mode and without a key/value cache. Raises `PermpruneError` where export
-    fails.
+    The model is traced in evaluation mode and without a key/value cache. Raises `Untraceable` where export fails.
     """
     program = _export(model, example)
     walk = Walk()
@@ -117,9 +124,7 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
             message = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
             line = f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else "an unknown line"
-            raise PermpruneError(
-                f"cannot trace the model ({message} at {line}): use gather mode, which needs no coupling"
-            ) from error
+            raise Untraceable(f"cannot trace the model ({message} at {line})") from error
 
 
 def _live(graph: Graph) -> set[Node]:

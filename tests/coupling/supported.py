@@ -86,12 +86,8 @@ def kind(model: nn.Module, space: ChannelSpace, streams: set[frozenset[str | Non
 
 def frozen(coupling: Coupling) -> list[str]:
     """Each frozen space with the op that froze it, alike ones once."""
-    found = [
-        f"{re.sub(r'[0-9]+', '*', space.name)}: {space.reason}"
-        for space in coupling.spaces
-        if space.freedom == "frozen"
-    ]
-    return list(dict.fromkeys(re.sub(r"\.\d+", ".*", line) for line in found))
+    lines = [f"{space.name}: {space.reason}" for space in coupling.spaces if space.freedom == "frozen"]
+    return list(dict.fromkeys(re.sub(r"\.\d+\b", ".*", line) for line in lines))
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ SPACES = {
 FROZEN = {
     "bloom": ["transformer.h.heads: constant made by arange"],
     "bert": ["residual: the model returns it"],
-    "siglip": ["vision_model.head.mlp.fc*.input: the model returns it"],
+    "siglip": ["vision_model.head.mlp.fc1.input: the model returns it"],
 }
 
 
