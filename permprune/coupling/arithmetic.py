@@ -11,8 +11,19 @@ from typing import Any, cast
 from torch import Tensor
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Lookup, factor, freeze, product, unify
-from permprune.coupling.walk import Walk, arguments, broadcast, fresh, listed, moved_dims, place, rule, shape_of
+from permprune.coupling.axes import Axis, factor, freeze, product, unify
+from permprune.coupling.walk import (
+    Walk,
+    arguments,
+    broadcast,
+    fresh,
+    listed,
+    lookups,
+    moved_dims,
+    place,
+    rule,
+    shape_of,
+)
 
 
 @rule("pointwise", "where", "__and__", "__or__", "__xor__", "copy_", "fill", "fill_", "zero_")
@@ -65,8 +76,8 @@ def _grouped(walk: Walk, node: Node) -> Any:
         return NotImplemented
     reason = f"rows are looked up by {place(node)}"
     freeze(b[0], reason)
-    rows = Axis(shape_of(source)[0], reason, (Lookup(b[0], ends),)) if b[0] and a[0] else None
-    unify(a[0], rows, reason)
+    if a[0]:
+        unify(a[0], Axis(a[0].size, reason, lookups(b[0], cast(Node, ends))), reason)
     unify(a[1], b[1], reason)
     walk.record(a, without=[-1])
     walk.record(b, without=[-2])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Label, Lookup, align, freeze, product, unify
+from permprune.coupling.axes import Axis, Label, align, freeze, product, unify
 from permprune.coupling.stack import stacked
 from permprune.coupling.walk import (
     IDENTITIES,
@@ -20,6 +20,7 @@ from permprune.coupling.walk import (
     fresh,
     join,
     listed,
+    lookups,
     moved_dims,
     op_name,
     place,
@@ -28,7 +29,6 @@ from permprune.coupling.walk import (
     segments,
     shape_of,
     shapes_of,
-    writes,
 )
 
 
@@ -284,8 +284,8 @@ def _look_up(walk: Walk, node: Node, dim: int, rows: Axis | None) -> None:
     """Note that indices of the dimension were looked up, one for each of the `rows`."""
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
-    if rows and (axis := label[dim]) and not any(map(writes, bound["indices"][dim].users)):
-        rows.lookups = (Lookup(axis, bound["indices"][dim]),)
+    if rows:
+        rows.lookups = lookups(label[dim], bound["indices"][dim])
     if origin := walk.origins.get(bound["self"]):
         walk.origins[node] = Origin(origin.parameter, (*origin.dims[:dim], None, *origin.dims[dim + 1 :]))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Label, concat, cut, find, freeze, unify
+from permprune.coupling.axes import Axis, Label, Lookup, concat, cut, find, freeze, unify
 
 Rule = Callable[["Walk", Node], Any]
 
@@ -217,6 +217,24 @@ def writes(node: Node) -> bool:
     """Whether a node is an op that writes into a tensor."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
+
+
+def lookups(axis: Axis | None, key: Node) -> tuple[Lookup, ...]:
+    """What is known of rows that were looked up along an axis by a key: nothing if the key is ever overwritten."""
+    source = key
+    while _is_view(source):
+        source = source.all_input_nodes[0]
+    return (Lookup(axis, key),) if axis and not _overwritten(source) else ()
+
+
+def _overwritten(node: Node) -> bool:
+    return any(writes(user) or (_is_view(user) and _overwritten(user)) for user in node.users)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the result of a node may share memory with its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def moved_dims(node: Node) -> list[int | None] | None:

@@ -293,8 +293,24 @@ def test_a_grouped_convolution_leaves_channels_in_groups_and_whole_groups(normed
 LOOKUPS = {
     "one key": (lambda key: key, 3),
     "two keys": (lambda key: key.flip(0), 1),
-    "a key that changes": (lambda key: key.copy_(key.flip(0)), 1),
+    "a key that changes": (lambda key: (key.view(-1).copy_(key.flip(0)), key)[1], 1),
 }
+
+
+@pytest.mark.parametrize(("second", "blocks"), LOOKUPS.values(), ids=LOOKUPS)
+def test_one_table_looked_up_twice_has_an_order_for_each_expert_if_one_key_looks_it_up(second, blocks):
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.table = nn.Linear(6, 3), nn.Parameter(torch.randn(3, 8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            key = self.router(x).argmax(-1).clone()
+            h = torch.bmm(self.table[key], x.unsqueeze(-1)).squeeze(-1)
+            return torch.bmm(self.table[second(key)].mT, torch.relu(h).unsqueeze(-1)).squeeze(-1)
+
+    space = check(Experts(), {"x": X["x"].flatten(0, 1)})["table.input"]
+    assert (space.size, space.blocks) == (8, blocks)
 
 
 @pytest.mark.parametrize(("second", "blocks"), LOOKUPS.values(), ids=LOOKUPS)
