@@ -21,6 +21,7 @@ from permprune.coupling.walk import (
     lookups,
     moved_dims,
     place,
+    replace,
     rule,
     shape_of,
 )
@@ -220,6 +221,20 @@ def _reduce(walk: Walk, node: Node) -> Any:
     if not bound.get("keepdim", False):
         return tuple(axis for dim, axis in enumerate(label) if dim not in dims)
     return tuple(None if dim in dims else axis for dim, axis in enumerate(label))
+
+
+@rule("max", "min")
+def _extreme(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    if "dim" not in bound:
+        return NotImplemented
+    label, dim = walk.label(bound["self"]) or (), bound["dim"]
+    if any(user.args[1:] != (0,) for user in node.users):
+        freeze(label[dim], f"order matters to {place(node)}")
+    kept = replace(label, dim, None)
+    if not bound["keepdim"]:
+        kept = kept[: dim % len(label)] + kept[dim % len(label) + 1 :]
+    return [kept, kept]
 
 
 # Constants

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Label, align, freeze, product, unify
+from permprune.coupling.axes import Axis, Label, align, factor, freeze, product, unify
 from permprune.coupling.stack import stacked
 from permprune.coupling.walk import (
     IDENTITIES,
@@ -104,6 +104,8 @@ def _slice(walk: Walk, node: Node) -> Any:
     ends = slice(bound["start"], bound["end"], bound["step"])
     known = all(isinstance(end, (int, type(None))) for end in (ends.start, ends.stop))
     start, stop, step = ends.indices(size) if known else (0, 0, 0)
+    if step > 1 and (every := _every(label[dim], start, stop, step, f"indices picked by {place(node)}")):
+        return replace(label, dim, every)
     if step != 1:
         return _reorder(label, [dim], shape_of(node), f"indices picked by {place(node)}")
     return replace(label, dim, _piece(label[dim], start, stop - start, size, node))
@@ -243,6 +245,19 @@ def _masked_scatter(walk: Walk, node: Node) -> Any:
     return label
 
 
+@rule("gather")
+def _gather(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, index = walk.label(bound["self"]) or (), walk.label(bound["index"]) or ()
+    reason = f"order matters to {place(node)}"
+    for dim, (own, other) in enumerate(zip(label, index, strict=True)):
+        if dim == bound["dim"] % len(label) or own is None or other is None:
+            freeze(own, reason)
+        else:
+            unify(own, other, reason)
+    return index
+
+
 @rule("tril", "triu")
 def _triangle(walk: Walk, node: Node) -> Any:
     label = walk.label(node.args[0]) or ()
@@ -307,6 +322,17 @@ def _piece(axis: Axis | None, start: int, length: int, size: int, node: Node) ->
         return Axis(0, reason)
     sizes = [start, length, size - start - length]
     return _solid(segments(axis, sizes, reason)[1])
+
+
+def _every(axis: Axis | None, start: int, stop: int, step: int, reason: str) -> Axis | None:
+    """The axis of every step-th index, where the axis is made of runs of `step` that each give one."""
+    if axis is None or axis.size % step or start >= step or stop != axis.size or axis.size == step:
+        return None
+    halves = factor(axis, axis.size // step, reason)
+    if halves is None:
+        return None
+    freeze(halves[1], reason)
+    return halves[0]
 
 
 def _solid(axis: Axis | None) -> Axis | None:

@@ -114,6 +114,34 @@ def qwen3_moe() -> nn.Module:
     return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**EXPERTS, head_dim=8, moe_intermediate_size=24, num_experts=3))
 
 
+def gpt_oss() -> nn.Module:
+    return tf.GptOssForCausalLM(tf.GptOssConfig(**EXPERTS, head_dim=8, num_local_experts=3))
+
+
+def deepseek_v3() -> nn.Module:
+    """Latent attention, one dense layer, one of routed experts and a shared one."""
+    latent = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+    settings = {**EXPERTS, "num_key_value_heads": 4, **latent, **experts, "first_k_dense_replace": 1}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**settings))
+
+
+def deberta_v2() -> nn.Module:
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    return tf.DebertaV2ForMaskedLM(tf.DebertaV2Config(**SHORT, **relative))
+
+
+def modernbert() -> nn.Module:
+    settings = {**SMALL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}
+    return tf.ModernBertForMaskedLM(tf.ModernBertConfig(**settings))
+
+
+def segformer() -> nn.Module:
+    stages = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32]}
+    within = {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2]}
+    return tf.SegformerForImageClassification(tf.SegformerConfig(**stages, **within))
+
+
 def distilbert() -> nn.Module:
     width = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
     return tf.DistilBertForMaskedLM(tf.DistilBertConfig(vocab_size=64, **width))
@@ -216,6 +244,8 @@ FAMILIES: dict[str, Family] = {
     "bloom": Family(bloom, tokens),
     "mixtral": Family(mixtral, tokens, 1e-5),
     "qwen3-moe": Family(qwen3_moe, tokens, 1e-5),
+    "gpt-oss": Family(gpt_oss, tokens, 1e-5),
+    "deepseek-v3": Family(deepseek_v3, tokens, 1e-5),
     "qwen2.5-vl, text alone": Family(qwen2_5_vl, tokens, 1e-5),
     "bert": Family(lambda: tf.BertModel(tf.BertConfig(**SMALL)), tokens),
     "bert, classifier": Family(lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL)), tokens),
@@ -223,6 +253,8 @@ FAMILIES: dict[str, Family] = {
     "distilbert": Family(distilbert, tokens),
     "mpnet": Family(lambda: tf.MPNetForMaskedLM(tf.MPNetConfig(**SHORT)), tokens),
     "albert": Family(lambda: tf.AlbertForMaskedLM(tf.AlbertConfig(**SMALL, embedding_size=16)), tokens),
+    "deberta-v2": Family(deberta_v2, tokens),
+    "modernbert": Family(modernbert, tokens),
     "t5": Family(t5, both_texts, 1e-5),
     "bart": Family(bart, both_texts),
     "vit": Family(lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE)), pixels),
@@ -230,6 +262,7 @@ FAMILIES: dict[str, Family] = {
     "dinov2": Family(dinov2, pixels),
     "dinov2, swiglu": Family(lambda: dinov2(use_swiglu_ffn=True), pixels),
     "swin": Family(swin, pixels),
+    "segformer": Family(segformer, pixels),
     "clip": Family(clip, text_and_image),
     "siglip": Family(siglip, text_and_image),
     "llava": Family(llava, text_with_image, 1e-5),

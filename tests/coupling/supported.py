@@ -28,7 +28,8 @@ name of a family stands in the code: others work as well where their operations 
 - **d_ff**: the inner width of an MLP or an expert, or another width that is read in one place; any order.
 - **head channels**: the channels of values within each head, or each key/value head.
 - **heads**: whole heads, groups of them, and heads within a group.
-- **residual**: channels read in several places, all in one order; "groups" where a grouped convolution ties them.
+- **residual**: channels read in several places, all in one order; where a grouped convolution reads them as well, one
+  space within its groups and one of whole groups.
 
 Each number counts spaces. "Difference" is the largest change of an output, as a share of the largest output, when each
 space alone and then all together were permuted at random; models are in float64, and where it is not near 1e-16 the
