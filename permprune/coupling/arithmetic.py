@@ -152,7 +152,7 @@ def _in_group(channels: Axis | None, group: Axis | None, reason: str) -> Axis | 
     if halves is None:
         freeze(channels, reason)
         freeze(group, reason)
-        return None
+        return Axis(channels.size // group.size, reason)
     unify(halves[0], group, reason)
     return halves[1]
 

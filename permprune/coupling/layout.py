@@ -222,8 +222,10 @@ def _ordered(walk: Walk, node: Node) -> Any:
     "upsample_bicubic2d",
 )
 def _pool(walk: Walk, node: Node) -> Any:
-    label: Any = walk.label(node.args[0])
-    return _reorder(label, list(range(2, len(label))), shape_of(node), f"order matters to {place(node)}")
+    count = int(op_name(node)[-2])  # of the dimensions pooled, the last ones
+    return _reorder(
+        walk.label(node.args[0]) or (), list(range(-count, 0)), shape_of(node), f"order matters to {place(node)}"
+    )
 
 
 @rule("masked_scatter")
@@ -236,7 +238,8 @@ def _masked_scatter(walk: Walk, node: Node) -> Any:
         mask = mask.args[0]
     if op_name(mask) in ("expand", "expand_as"):
         mask = mask.args[0]
-    if shape_of(mask)[-1:] != (1,) or shape_of(bound["source"])[-1] != shape_of(node)[-1]:
+    rows = shape_of(mask)[-1:] == (1,) and shape_of(bound["source"])[-1:] == shape_of(node)[-1:]
+    if not rows or shape_of(bound["self"]) != shape_of(node):
         return NotImplemented
     reason = f"order matters to {place(node)}"
     unify(label[-1], source[-1], reason)

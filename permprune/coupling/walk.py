@@ -333,5 +333,6 @@ def _static(size: Any) -> int:
     if isinstance(size, int):
         return size
     expression = size.node.expr
-    numbers = {symbol: 720720 * sympy.prime(100 + int(symbol.name[1:])) for symbol in expression.free_symbols}
-    return int(expression.subs(numbers))
+    numbers = {symbol: re.sub(r"\D", "", symbol.name) for symbol in expression.free_symbols}
+    primes = {symbol: sympy.prime(100 + int(number or 0)) for symbol, number in numbers.items()}
+    return int(expression.subs({symbol: 720720 * prime for symbol, prime in primes.items()}))

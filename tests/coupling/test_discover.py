@@ -164,6 +164,8 @@ FREEZING = {
     "pad": lambda h: F.pad(h, (1, 1))[..., :12],
     "written in one place": lambda h: (copy := h.clone(), copy[..., 0].zero_())[0],
     "pool": lambda h: F.adaptive_avg_pool1d(h, 12),
+    "pool of one": lambda h: h + F.adaptive_avg_pool1d(h[0], 12),
+    "groups across pieces": lambda h: F.group_norm(torch.cat([h[..., :5] * 2, h[..., 5:]], -1).mT, 3).mT,
     "scattered": lambda h: h.masked_scatter(h > 0, -h),
     "triangle": lambda h: (h.mT @ h).tril().mean(1, keepdim=True).expand(-1, 4, -1),
     "regrouped": lambda h: h.view(3, 4, 3, 4).transpose(2, 3).reshape(3, 4, 12) + h,
