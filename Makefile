@@ -1,7 +1,7 @@
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test clean
+.PHONY: demo test supported clean
 
 demo: $(STAMP)
 	mkdir -p demo
@@ -12,6 +12,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy permprune
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+supported: $(STAMP)
+	$(BIN)/python -m tests.coupling.supported
 
 clean:
 	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from permprune.calibrate import Statistics, calibrate, frozen
 from permprune.checkpoint import Checkpoint
-from permprune.coupling import Coupling, discover, fold_all
+from permprune.coupling import Coupling, Untraceable, discover, fold_all, observe
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
@@ -172,7 +172,7 @@ def plan_run(
     device = compute_device(model)
     shown = calibration_text(settings, tokenizer) if examples is None else Examples.of(examples)
     measured, held_out, train = _divide(shown.to(device), settings)
-    coupling = discover(model, _traced(model, measured))
+    coupling = _couple(model, _traced(model, measured), layers, settings.mode)
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     sites = _sites(coupling, layers)
@@ -180,6 +180,17 @@ def plan_run(
     searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
+
+
+def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:
+    """The couplings of a model; in gather mode the sites alone will do, where it cannot be traced."""
+    try:
+        return discover(model, example)
+    except Untraceable as error:
+        if mode != "gather":
+            raise
+        log.warning("%s: every order takes a gather of its own", error.what)
+        return observe(model, example, [layer.name for layer in layers])
 
 
 def calibration_text(settings: Settings, tokenizer: Processor | None) -> Examples:
@@ -272,7 +283,7 @@ def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
     names = {reader: site.name for site in coupling.sites for reader in site.readers}
     missing = [layer.name for layer in layers if layer.parameter not in names]
     if missing:
-        raise PermpruneError(f"{missing[0]} takes no part in the traced forward pass: leave it out with --exclude")
+        raise PermpruneError(f"{missing[0]} takes no part in the forward pass: leave it out with --exclude")
     return {layer.name: names[layer.parameter] for layer in layers}
 
 

@@ -11,6 +11,7 @@ from permprune.coupling import ChannelSpace, Coupling, Site
 from permprune.errors import PermpruneError
 from permprune.layers import Layer
 from permprune.pattern import Pattern
+from permprune.progress import log
 
 Orders = dict[str, Tensor]
 """For each problem, by name, its order: int64 (size,); position i holds channel order[i]."""
@@ -63,9 +64,11 @@ def build_problems(coupling: Coupling, layers: list[Layer], pattern: Pattern, mo
     covered: set[str] = set()
     for space in coupling.spaces:
         sites = {reader.site for reader in space.readers if reader.parameter in pruned}
-        if space.freedom == "frozen" or not sites or (mode == "gather" and len(sites) > 1):
-            continue
         found = _space_problems(space, pruned, pattern)
+        if space.freedom == "frozen" and found and mode == "fold":
+            log.warning("%s keeps its order: %s", space.name, space.reason)
+        if space.freedom == "frozen" or (mode == "gather" and len(sites) > 1):
+            continue
         covered.update(part.layer for problem in found for part in problem.parts)
         problems += found
     if mode == "gather":

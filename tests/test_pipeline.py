@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from permprune.commands import Evaluation, _last_logits, compare, evaluate, prune_to_folder, verify_folder
 from permprune.coupling import discover, fold, verify
@@ -114,6 +115,62 @@ def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCau
     pruned = finish(prepared, solution, natural)
     torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
     assert {bool(gather["output"]) for gather in pruned.gathers} == {False, True}
+
+
+@pytest.fixture
+def untraceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every LLaMA look at the values that pass through it."""
+    plain = LlamaMLP.forward
+
+    def forward(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        return plain(self, x) if x.abs().sum() >= 0 else x
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+
+
+@pytest.mark.usefixtures("untraceable")
+def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
+    tiny_llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(PermpruneError, match=r"test_pipeline\.py:\d+\).*--mode gather"):
+        prepare(tiny_llama, None, Settings(precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, Settings(mode="gather", precision="fp32"), WINDOWS)
+    assert "cannot trace" in caplog.text
+    assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
+    natural = prepared.network.measures()
+    solution = Random().solve(prepared.network, prepared.run)
+    masked = _last_logits(tiny_llama, WINDOWS)
+    pruned = finish(prepared, solution, natural)
+    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    assert len(pruned.gathers) == 8 and not pruned.tables
+    assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
+
+
+@pytest.mark.usefixtures("untraceable")
+def test_a_folder_of_a_model_that_cannot_be_traced_proves_itself(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    settings = Settings(mode="gather", calibration=str(tiny_text), length=16, samples=24)
+    out = tmp_path / "out"
+    prune_to_folder(str(tiny_checkpoint), out, "random", settings, Evaluation(str(tiny_text), 4, 16))
+    assert verify_folder(out)["layers"] == 14
+
+
+def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    activation = tiny_llama.model.layers[0].mlp.act_fn
+    monkeypatch.setattr(activation, "forward", lambda x: x.cummax(-1).values)
+    prepared = prepare(tiny_llama, None, Settings(precision="fp32"), WINDOWS)
+    assert "model.layers.0.mlp.down_proj.input keeps its order: no rule for cummax" in caplog.text
+    names = {problem.name for problem in prepared.problems}
+    assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
+    natural = prepared.network.measures()
+    solution = Random().solve(prepared.network, prepared.run)
+    masked = _last_logits(tiny_llama, WINDOWS)
+    pruned = finish(prepared, solution, natural)
+    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
 
 @pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])

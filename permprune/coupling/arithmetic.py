@@ -6,13 +6,25 @@ on the order of the axis it sums over.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, freeze, product, unify
-from permprune.coupling.walk import Walk, arguments, broadcast, fresh, listed, place, rule, shape_of
+from permprune.coupling.axes import Axis, factor, freeze, product, unify
+from permprune.coupling.walk import (
+    Walk,
+    arguments,
+    broadcast,
+    fresh,
+    listed,
+    lookups,
+    moved_dims,
+    place,
+    replace,
+    rule,
+    shape_of,
+)
 
 
 @rule("pointwise", "where", "__and__", "__or__", "__xor__", "copy_", "fill", "fill_", "zero_")
@@ -54,6 +66,25 @@ def _addmm(walk: Walk, node: Node) -> Any:
     first, second = ("mat1", "mat2") if "mat1" in bound else ("batch1", "batch2")
     result = _multiply(walk, node, bound[first], bound[second])
     return broadcast([result, walk.label(bound["self"])], len(result), f"indices regrouped by {place(node)}")
+
+
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def _grouped(walk: Walk, node: Node) -> Any:
+    """Rows in runs, one for each matrix of `weight` (groups, k, n): row i looks up the matrix of its run."""
+    source, weight, ends, *rest = node.args
+    a, b = walk.label(source), walk.label(weight)
+    if a is None or b is None or len(a) != 2 or len(b) != 3 or rest or node.kwargs:
+        return NotImplemented
+    reason = f"rows are looked up by {place(node)}"
+    freeze(b[0], reason)
+    if a[0]:
+        unify(a[0], Axis(a[0].size, reason, lookups(b[0], cast(Node, ends))), reason)
+    unify(a[1], b[1], reason)
+    walk.record(a, without=[-1])
+    walk.record(b, without=[-2])
+    walk.read(weight, -2, cast(Node, source), node)
+    walk.write(weight, -1)
+    return (a[0], b[2])
 
 
 @rule("scaled_dot_product_attention")
@@ -98,17 +129,42 @@ def _embedding(walk: Walk, node: Node) -> Any:
 def _convolution(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     source, weight, bias = walk.label(bound["input"]) or (), walk.label(bound["weight"]) or (), bound["bias"]
-    if bound["groups"] != 1 or bound.get("transposed") or len(source) != len(weight):
+    if bound.get("transposed") or len(source) != len(weight):
         return NotImplemented
-    reason = f"order matters to {place(node)}"
+    reason, regrouped = f"order matters to {place(node)}", f"indices regrouped by {place(node)}"
     for axis in (*source[2:], *weight[2:]):
         freeze(axis, reason)
-    unify(source[1], weight[1], reason)
-    unify(weight[0], (walk.label(bias) or (None,))[0], reason)
-    walk.record(source, without=[1])
+    (group,) = fresh([bound["groups"]])
+    unify(_in_group(source[1], group, regrouped), weight[1], regrouped)
+    _in_group(weight[0], group, regrouped)
+    unify(weight[0], (walk.label(bias) or (None,))[0], regrouped)
+    walk.record((source[0], group, *source[2:]))
     walk.record(weight, without=[1])
     walk.write(bound["weight"], 0)
     return (source[0], weight[0], *fresh(shape_of(node)[2:], reason))
+
+
+def _in_group(channels: Axis | None, group: Axis | None, reason: str) -> Axis | None:
+    """Split channels into groups; the axis that runs within each group, None where it is of size 1."""
+    if channels is None or group is None:
+        return channels
+    halves = (channels, None) if channels.size == group.size else factor(channels, group.size, reason)
+    if halves is None:
+        freeze(channels, reason)
+        freeze(group, reason)
+        return Axis(channels.size // group.size, reason)
+    unify(halves[0], group, reason)
+    return halves[1]
+
+
+@rule("_weight_norm")
+def _weight_norm(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, scale = walk.label(bound["v"]) or (), walk.label(bound["g"])
+    walk.record(label, without=[dim for dim in range(len(label)) if dim != bound["dim"] % len(label)])
+    if origin := walk.origins.get(bound["v"]):
+        walk.origins[node] = origin
+    return broadcast([label, scale], len(label), f"indices regrouped by {place(node)}")
 
 
 # Norms and symmetric reductions
@@ -122,6 +178,18 @@ def _norm(walk: Walk, node: Node) -> Any:
     affine = [walk.label(bound[name]) for name in ("weight", "bias") if name in bound]
     walk.record(label, without=range(-count, 0))
     return broadcast([label, *affine], len(label), f"indices regrouped by {place(node)}")
+
+
+@rule("group_norm")
+def _group_norm(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, reason = walk.label(bound["input"]) or (), f"indices regrouped by {place(node)}"
+    for name in ("weight", "bias"):
+        unify(label[1], (walk.label(bound[name]) or (None,))[0], reason)
+    (group,) = fresh([bound["num_groups"]])
+    _in_group(label[1], group, reason)
+    walk.record((label[0], group))
+    return label
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
@@ -153,6 +221,20 @@ def _reduce(walk: Walk, node: Node) -> Any:
     if not bound.get("keepdim", False):
         return tuple(axis for dim, axis in enumerate(label) if dim not in dims)
     return tuple(None if dim in dims else axis for dim, axis in enumerate(label))
+
+
+@rule("max", "min")
+def _extreme(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    if "dim" not in bound:
+        return NotImplemented
+    label, dim = walk.label(bound["self"]) or (), bound["dim"]
+    if any(user.args[1:] != (0,) for user in node.users):
+        freeze(label[dim], f"order matters to {place(node)}")
+    kept = replace(label, dim, None)
+    if not bound["keepdim"]:
+        kept = kept[: dim % len(label)] + kept[dim % len(label) + 1 :]
+    return [kept, kept]
 
 
 # Constants
@@ -193,4 +275,13 @@ def _multiply(walk: Walk, node: Node, first: Node, second: Node) -> Any:
     walk.record(b, without=[-2])
     walk.read(second, -2, first, node)
     walk.write(second, -1)
+    if b[-1] is None and (column := _column(second)):  # a matrix times vectors: the weight comes first
+        walk.read(first, -1, column, node)
+        walk.write(first, -2)
     return (*batch, a[-2], b[-1])
+
+
+def _column(node: Node) -> Node | None:
+    """The tensor that a node makes a column of, along a new last dimension."""
+    last = moved_dims(node)
+    return cast(Node, node.args[0]) if last and last[-1] is None and last[:-1] == list(range(len(last) - 1)) else None

@@ -22,12 +22,21 @@ Label = tuple["Axis | None", ...]
 """The axes of a tensor, one a dimension; None for a dimension of size 1, which has no order to keep."""
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """Row i of a tensor belongs to index `key[i]` of `axis`, as where each token looks up the weights of its expert."""
+
+    axis: Axis
+    key: object
+
+
 @dataclass(eq=False, slots=True)
 class Axis:
-    """A node of the forest. Read `kind`, `parts` and `reason` of roots (`find`) only."""
+    """A node of the forest. Read all but `size` of roots (`find`) only."""
 
     size: int
     reason: str = ""  # why it is frozen; empty while it may move
+    lookups: tuple[Lookup, ...] = ()
     kind: Literal["atom", "product", "concat"] = "atom"
     parts: list[Axis] = field(default_factory=list)
     parent: Axis | None = None
@@ -85,7 +94,11 @@ def unify(first: Axis | None, second: Axis | None, reason: str) -> None:
         return
     a, b = find(a), find(b)
     if a is not b:
-        a.parent = b
+        lookups = tuple(dict.fromkeys(a.lookups + b.lookups))
+        b.lookups, a.parent = lookups, b
+        for one, other in itertools.combinations(lookups, 2):
+            if one.key is other.key and one.axis.size == other.axis.size:
+                unify(one.axis, other.axis, reason)
 
 
 def align(left: Sequence[Axis], right: Sequence[Axis], reason: str) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Label, align, freeze, product, unify
+from permprune.coupling.axes import Axis, Label, align, factor, freeze, product, unify
+from permprune.coupling.stack import stacked
 from permprune.coupling.walk import (
     IDENTITIES,
     Origin,
@@ -19,11 +20,15 @@ from permprune.coupling.walk import (
     fresh,
     join,
     listed,
+    lookups,
+    moved_dims,
+    op_name,
     place,
     replace,
     rule,
     segments,
     shape_of,
+    shapes_of,
 )
 
 
@@ -35,12 +40,14 @@ def _identity(walk: Walk, node: Node) -> Any:
     return walk.label(source)
 
 
-@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze")
+@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
 def _view(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     label, shape = walk.label(source) or (), shape_of(node)
     if 0 in shape or math.prod(shape) != math.prod(shape_of(source)):
         return NotImplemented
+    if stack := stacked(walk, node, label):
+        return stack
     result = fresh(shape)
     align(
         [axis for axis in label if axis is not None],
@@ -50,27 +57,13 @@ def _view(walk: Walk, node: Node) -> Any:
     return result
 
 
-@rule("transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT")
+@rule("transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze")
 def _move(walk: Walk, node: Node) -> Any:
-    bound = arguments(node)
-    label = walk.label(bound["self"]) or ()
-    rank = len(label)
-    order = list(range(rank))
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
-    if name == "permute":
-        order = [dim % rank for dim in bound["dims"]]
-    elif name == "movedim":
-        sources, targets = listed(bound["source"], rank), listed(bound["destination"], rank)
-        rest = iter([dim for dim in order if dim not in sources])
-        order = [sources[targets.index(dim)] if dim in targets else next(rest) for dim in range(rank)]
-    elif name == "numpy_T":
-        order.reverse()
-    elif rank > 1:
-        a, b = bound.get("dim0", bound.get("axis0", -2)), bound.get("dim1", bound.get("axis1", -1))
-        order[a], order[b] = order[b], order[a]
-    if origin := walk.origins.get(bound["self"]):
-        walk.origins[node] = Origin(origin.parameter, tuple(origin.dims[dim] for dim in order))
-    return tuple(label[dim] for dim in order)
+    source: Any = node.args[0]
+    label, order = walk.label(source) or (), moved_dims(node) or []
+    if origin := walk.origins.get(source):
+        walk.origins[node] = Origin(origin.parameter, tuple(None if d is None else origin.dims[d] for d in order))
+    return tuple(None if dim is None else label[dim] for dim in order)
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -85,6 +78,8 @@ def _expand(walk: Walk, node: Node) -> Any:
 def _repeat(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
+    if not all(isinstance(times, int) for times in bound["repeats"]):
+        return NotImplemented
     padded = (None,) * (len(bound["repeats"]) - len(label)) + label
     return tuple(_replicas(old, times, False) for old, times in zip(padded, bound["repeats"], strict=True))
 
@@ -106,9 +101,11 @@ def _slice(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
     dim, size = bound["dim"], shape_of(bound["self"])[bound["dim"]]
-    if not all(isinstance(bound[name], (int, type(None))) for name in ("start", "end", "step")):
-        return NotImplemented
-    start, stop, step = slice(bound["start"], bound["end"], bound["step"]).indices(size)
+    ends = slice(bound["start"], bound["end"], bound["step"])
+    known = all(isinstance(end, (int, type(None))) for end in (ends.start, ends.stop))
+    start, stop, step = ends.indices(size) if known else (0, 0, 0)
+    if step > 1 and (every := _every(label[dim], start, stop, step, f"indices picked by {place(node)}")):
+        return replace(label, dim, every)
     if step != 1:
         return _reorder(label, [dim], shape_of(node), f"indices picked by {place(node)}")
     return replace(label, dim, _piece(label[dim], start, stop - start, size, node))
@@ -128,9 +125,7 @@ def _narrow(walk: Walk, node: Node) -> Any:
 def _split(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, dim = walk.label(bound["self"]) or (), bound["dim"]
-    sizes = [value.shape[dim] for value in node.meta["val"]]
-    if not all(isinstance(size, int) for size in sizes):
-        return NotImplemented
+    sizes = [shape[dim] for shape in shapes_of(node)]
     if len(sizes) == 1:
         return [label]
     pieces = segments(label[dim], sizes, f"cut by {place(node)}")
@@ -166,8 +161,8 @@ def _cat(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     shape = shape_of(node)
     dim = bound["dim"] % len(shape)
-    tensors = [tensor for tensor in bound["tensors"] if 0 not in tuple(tensor.meta["val"].shape)]
-    if not tensors or 0 in shape or any(0 in shape_of(tensor) for tensor in tensors):
+    tensors = [tensor for tensor in bound["tensors"] if 0 not in shape_of(tensor)]
+    if not tensors:
         return NotImplemented
     labels = [walk.label(tensor) or () for tensor in tensors]
     joined = labels[0][dim] if len(labels) == 1 else join([label[dim] for label in labels])
@@ -211,8 +206,59 @@ def _ordered(walk: Walk, node: Node) -> Any:
         freeze(axis, reason)
     value = node.meta["val"]
     if isinstance(value, (list, tuple)):
-        return [_reorder(label, listed(dims, len(label)), tuple(one.shape), reason) for one in value]
+        return [_reorder(label, listed(dims, len(label)), shape, reason) for shape in shapes_of(node)]
     return _reorder(label, listed(dims, len(label)), shape_of(node), reason)
+
+
+@rule(
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "max_pool1d",
+    "max_pool2d",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+)
+def _pool(walk: Walk, node: Node) -> Any:
+    count = int(op_name(node)[-2])  # of the dimensions pooled, the last ones
+    return _reorder(
+        walk.label(node.args[0]) or (), list(range(-count, 0)), shape_of(node), f"order matters to {place(node)}"
+    )
+
+
+@rule("masked_scatter")
+def _masked_scatter(walk: Walk, node: Node) -> Any:
+    """Whole rows are replaced, in order, where the mask is the same all along the last dimension."""
+    bound = arguments(node)
+    label, source = walk.label(bound["self"]) or (), walk.label(bound["source"]) or ()
+    mask = bound["mask"]
+    while op_name(mask) in IDENTITIES:
+        mask = mask.args[0]
+    if op_name(mask) in ("expand", "expand_as"):
+        mask = mask.args[0]
+    rows = shape_of(mask)[-1:] == (1,) and shape_of(bound["source"])[-1:] == shape_of(node)[-1:]
+    if not rows or shape_of(bound["self"]) != shape_of(node):
+        return NotImplemented
+    reason = f"order matters to {place(node)}"
+    unify(label[-1], source[-1], reason)
+    for axis in (*label[:-1], *source[:-1]):
+        freeze(axis, reason)
+    return label
+
+
+@rule("gather")
+def _gather(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, index = walk.label(bound["self"]) or (), walk.label(bound["index"]) or ()
+    reason = f"order matters to {place(node)}"
+    for dim, (own, other) in enumerate(zip(label, index, strict=True)):
+        if dim == bound["dim"] % len(label) or own is None or other is None:
+            freeze(own, reason)
+        else:
+            unify(own, other, reason)
+    return index
 
 
 @rule("tril", "triu")
@@ -227,12 +273,8 @@ def _triangle(walk: Walk, node: Node) -> Any:
 def _pad(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
-    return _reorder(
-        label,
-        [-1 - back for back in range(len(bound["pad"]) // 2)],
-        shape_of(node),
-        f"padded by {place(node)}",
-    )
+    padded = [-1 - back for back in range(len(bound["pad"]) // 2) if any(bound["pad"][2 * back : 2 * back + 2])]
+    return _reorder(label, padded, shape_of(node), f"padded by {place(node)}")
 
 
 @rule("index")
@@ -251,7 +293,19 @@ def _index(walk: Walk, node: Node) -> Any:
     shape = shape_of(node)
     after = len(label) - indexed[-1] - 1
     middle = fresh(shape[indexed[0] : len(shape) - after], reason)
+    if len(indexed) == len(middle) == 1:
+        _look_up(walk, node, indexed[0], middle[0])
     return (*label[: indexed[0]], *middle, *label[indexed[-1] + 1 :])
+
+
+def _look_up(walk: Walk, node: Node, dim: int, rows: Axis | None) -> None:
+    """Note that indices of the dimension were looked up, one for each of the `rows`."""
+    bound = arguments(node)
+    label = walk.label(bound["self"]) or ()
+    if rows:
+        rows.lookups = lookups(label[dim], bound["indices"][dim])
+    if origin := walk.origins.get(bound["self"]):
+        walk.origins[node] = Origin(origin.parameter, (*origin.dims[:dim], None, *origin.dims[dim + 1 :]))
 
 
 def _replicas(axis: Axis | None, times: int, inside: bool) -> Axis | None:
@@ -271,6 +325,17 @@ def _piece(axis: Axis | None, start: int, length: int, size: int, node: Node) ->
         return Axis(0, reason)
     sizes = [start, length, size - start - length]
     return _solid(segments(axis, sizes, reason)[1])
+
+
+def _every(axis: Axis | None, start: int, stop: int, step: int, reason: str) -> Axis | None:
+    """The axis of every step-th index, where the axis is made of runs of `step` that each give one."""
+    if axis is None or axis.size % step or start >= step or stop != axis.size or axis.size == step:
+        return None
+    halves = factor(axis, axis.size // step, reason)
+    if halves is None:
+        return None
+    freeze(halves[1], reason)
+    return halves[0]
 
 
 def _solid(axis: Axis | None) -> Axis | None:

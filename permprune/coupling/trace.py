@@ -13,32 +13,47 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.utils import _pytree
+from transformers.utils.generic import ModelOutput
 
 from permprune.coupling import arithmetic, layout  # noqa: F401 - imported for the rules that they register
 from permprune.coupling.axes import freeze
-from permprune.coupling.walk import Origin, Walk, fresh, place
+from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
 
 
-def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, torch.fx.Graph]:
+class Untraceable(PermpruneError):
+    """`torch.export` failed; `what` says how and where."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}: use gather mode (--mode gather), which needs no coupling; "
+            "if it takes other inputs, try them with permprune inspect --example FILE"
+        )
+        self.what = what
+
+
+def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]:
     """Export the model on an example batch (keyword arguments of its forward) and label its graph.
 
-    The model is traced in evaluation mode and without a key/value cache. Raises `PermpruneError` where export
-    fails.
+    The model is traced in evaluation mode and without a key/value cache. Raises `Untraceable` where export fails.
     """
     program = _export(model, example)
     walk = Walk()
     canonical = canonical_names(model)
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    live = _live(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            _label_input(walk, node, inputs[node.name], canonical)
+            spec = inputs[node.name]
+            _label_input(walk, node, spec, canonical)
+            if isinstance(constant := program.constants.get(str(spec.target)), Tensor):
+                walk.constants[node] = constant
         elif node.op == "get_attr":
             value = node.meta.get("val")
             walk.keep(node, fresh(value.shape, f"constant {node.target}") if isinstance(value, Tensor) else None)
-        elif node.op == "call_function":
+        elif node in live:
             walk.step(node)
     _freeze_overlaps(walk, model, canonical)
     for node in _main_outputs(program):
@@ -75,9 +90,14 @@ def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[s
 
 
 def main_outputs(output: Any) -> list[Any]:
-    """What must stay as it is: the logits where the output has them, else every tensor in it."""
+    """What must stay as it is: the logits where the output has them, else every tensor in it.
+
+    The outputs of a model's parts that it hands on among its own are not what it was asked for.
+    """
     if getattr(output, "logits", None) is not None:
         output = output.logits
+    elif isinstance(output, ModelOutput):
+        output = [value for value in output.values() if not isinstance(value, ModelOutput)]
     return list(_pytree.tree_leaves(output))
 
 
@@ -106,10 +126,17 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
             message = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
             line = f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else "an unknown line"
-            raise PermpruneError(
-                f"cannot trace the model on {', '.join(example)} ({message} at {line}): "
-                "if it takes other inputs, try them with permprune inspect --example FILE"
-            ) from error
+            raise Untraceable(f"cannot trace the model on {', '.join(example)} ({message} at {line})") from error
+
+
+def _live(graph: Graph) -> set[Node]:
+    """The calls whose result is used, or that write into a tensor."""
+    live: set[Node] = set()
+    for node in reversed(graph.nodes):
+        used = any(user.op == "output" or user in live for user in node.users)
+        if node.op == "call_function" and (used or writes(node)):
+            live.add(node)
+    return live
 
 
 def _label_input(walk: Walk, node: Node, spec: InputSpec, canonical: Mapping[str, str]) -> None:

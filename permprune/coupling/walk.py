@@ -9,16 +9,18 @@ is. A new family of models needs new rules and nothing else.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, cast
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from permprune.coupling.axes import Axis, Label, concat, cut, freeze, unify
+from permprune.coupling.axes import Axis, Label, Lookup, concat, cut, find, freeze, unify
 
 Rule = Callable[["Walk", Node], Any]
 
@@ -28,6 +30,12 @@ IDENTITIES = frozenset(
     {"alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to", "type_as", "_to_copy"}
 )
 """Ops that return their first argument, index by index."""
+
+_MOVES = frozenset(
+    {
+        "transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze", "slice",
+    }
+)  # fmt: skip
 
 _WITHOUT_VALUE = re.compile(r"_assert_\w+|sym_\w+|_check\w*")
 
@@ -44,23 +52,37 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 @dataclass(frozen=True)
 class Origin:
-    """A tensor that is a parameter, perhaps transposed: the parameter's dimension behind each of its own."""
+    """A tensor that is a parameter, perhaps transposed: the parameter's dimension behind each of its own.
+
+    None stands for one that the parameter has not got, as where rows of it are looked up.
+    """
 
     parameter: str
-    dims: tuple[int, ...]
+    dims: tuple[int | None, ...]
+
+
+class Composite(ABC):
+    """What stands in the place of a label where the tensor needs several."""
+
+    labels: tuple[Label, ...]
+
+    @abstractmethod
+    def step(self, walk: Walk, node: Node) -> Any:
+        """Label a node whose first argument has this composite label."""
 
 
 @dataclass
 class Walk:
     """What is known of the graph so far.
 
-    `labels` holds each node's label; `parameters` each parameter's; `records` every label seen, and also
-    those of the partial results inside an op (a contraction mixes values across the contracted axis, so what
-    is left has not got it); `reads` the activation node that each linear's input dimension contracts with;
-    `writes` the output dimensions of linears and embeddings.
+    `labels` holds each node's label; `constants` the values of those that are constant; `parameters` each parameter's
+    label; `records` every label seen, and also those of the partial results inside an op (a contraction mixes values
+    across the contracted axis, so what is left has not got it); `reads` the activation node that each linear's input
+    dimension contracts with; `writes` the output dimensions of linears and embeddings.
     """
 
     labels: dict[Node, Any] = field(default_factory=dict)
+    constants: dict[Node, Tensor] = field(default_factory=dict)
     parameters: dict[str, Label] = field(default_factory=dict)
     origins: dict[Node, Origin] = field(default_factory=dict)
     records: list[Label] = field(default_factory=list)
@@ -76,13 +98,19 @@ class Walk:
             label = parts[cast(int, node.args[1])] if isinstance(parts, list) else None
         elif _WITHOUT_VALUE.fullmatch(name):
             label = None
+        elif node.all_input_nodes and isinstance(first := self.labels.get(node.all_input_nodes[0]), Composite):
+            label = first.step(self, node)
         else:
             label = known(self, node) if known else NotImplemented
         self.keep(node, self.give_up(node) if label is NotImplemented else label)
+        for source in node.all_input_nodes:  # once more: the op may have shown that other rows are looked up
+            for one in labels_in(self.labels.get(source)):
+                if any(axis and find(axis).lookups for axis in one):
+                    self.record(one)
 
     def keep(self, node: Node, label: Any) -> None:
         self.labels[node] = label
-        for one in label if isinstance(label, list) else [label]:
+        for one in labels_in(label):
             self.record(one)
 
     def record(self, label: Label | None, without: Sequence[int] = ()) -> None:
@@ -90,15 +118,15 @@ class Walk:
         computation."""
         if label:
             dropped = {dim % len(label) for dim in without}
-            self.records.append(tuple(axis for dim, axis in enumerate(label) if dim not in dropped))
+            kept = tuple(axis for dim, axis in enumerate(label) if dim not in dropped)
+            self.records.append(kept + looked_up(kept))
 
     def give_up(self, node: Node) -> Any:
         """Freeze everything an op without a rule touches; its outputs get new, frozen axes."""
         reason = f"no rule for {place(node)}"
         for source in node.all_input_nodes:
-            label = self.labels.get(source)
-            for one in label if isinstance(label, list) else [label]:
-                for axis in one or ():
+            for one in labels_in(self.labels.get(source)):
+                for axis in one:
                     freeze(axis, reason)
         value = node.meta.get("val")
         if isinstance(value, Tensor):
@@ -114,13 +142,38 @@ class Walk:
 
     def read(self, weight: Any, dim: int, source: Node, reader: Node) -> None:
         """Note that `reader` contracts dimension `dim` of a weight with the last dimension of `source`."""
-        if isinstance(weight, Node) and (origin := self.origins.get(weight)):
-            self.reads.setdefault((origin.parameter, origin.dims[dim]), []).append((source, reader))
+        if (place := self._behind(weight, dim)) is not None:
+            self.reads.setdefault(place, []).append((source, reader))
 
     def write(self, weight: Any, dim: int) -> None:
         """Note that dimension `dim` of a weight runs along its output."""
-        if isinstance(weight, Node) and (origin := self.origins.get(weight)):
-            self.writes.add((origin.parameter, origin.dims[dim]))
+        if (place := self._behind(weight, dim)) is not None:
+            self.writes.add(place)
+
+    def _behind(self, weight: Any, dim: int) -> tuple[str, int] | None:
+        """The parameter and its dimension behind a dimension of a weight."""
+        origin = self.origins.get(weight) if isinstance(weight, Node) else None
+        behind = origin.dims[dim] if origin else None
+        return None if origin is None or behind is None else (origin.parameter, behind)
+
+
+def labels_in(label: Any) -> Sequence[Label]:
+    """The labels of the tensors of a node: one, several where an op has several outputs, or none."""
+    if isinstance(label, Composite):
+        return label.labels
+    return [one for one in (label if isinstance(label, list) else [label]) if one]
+
+
+def looked_up(label: Label) -> Label:
+    """The axes whose indices the rows of a tensor were looked up by, which run beside it all the same.
+
+    One that was looked up by several keys is left out.
+    """
+    keys: dict[Axis, set[int]] = {}
+    for axis in label:
+        for lookup in find(axis).lookups if axis else ():
+            keys.setdefault(find(lookup.axis), set()).add(id(lookup.key))
+    return tuple(axis for axis, found in keys.items() if len(found) == 1)
 
 
 def fresh(shape: Sequence[int], reason: str = "") -> Label:
@@ -129,8 +182,13 @@ def fresh(shape: Sequence[int], reason: str = "") -> Label:
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """The traced shape of a node; data-dependent sizes are 0."""
+    """The traced shape of a node, numbers standing for data-dependent sizes."""
     return tuple(_static(size) for size in node.meta["val"].shape)
+
+
+def shapes_of(node: Node) -> list[tuple[int, ...]]:
+    """The traced shapes of the outputs of a node that has several."""
+    return [tuple(_static(size) for size in value.shape) for value in node.meta["val"]]
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -153,6 +211,59 @@ def op_name(node: Node) -> str:
     if torch.Tag.pointwise in target.tags:
         return "pointwise"
     return target._schema.name.removeprefix("aten::")
+
+
+def writes(node: Node) -> bool:
+    """Whether a node is an op that writes into a tensor."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def lookups(axis: Axis | None, key: Node) -> tuple[Lookup, ...]:
+    """What is known of rows that were looked up along an axis by a key: nothing if the key is ever overwritten."""
+    source = key
+    while _is_view(source):
+        source = source.all_input_nodes[0]
+    return (Lookup(axis, key),) if axis and not _overwritten(source) else ()
+
+
+def _overwritten(node: Node) -> bool:
+    return any(writes(user) or (_is_view(user) and _overwritten(user)) for user in node.users)
+
+
+def _is_view(node: Node) -> bool:
+    """Whether the result of a node may share memory with its first argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def moved_dims(node: Node) -> list[int | None] | None:
+    """Which dimension of its first argument each dimension of a node is (None: a new one), where it does no more than
+    move dimensions; None for every other op."""
+    name = op_name(node)
+    if name not in _MOVES and name not in IDENTITIES:
+        return None
+    bound, rank = arguments(node), len(shape_of(node.args[0]))
+    order: list[int | None] = list(range(rank))
+    if name == "permute":
+        return [dim % rank for dim in bound["dims"]]
+    if name == "movedim":
+        sources, targets = listed(bound["source"], rank), listed(bound["destination"], rank)
+        rest = iter([dim for dim in order if dim not in sources])
+        return [sources[targets.index(dim)] if dim in targets else next(rest) for dim in range(rank)]
+    if name == "unsqueeze":
+        order.insert(bound["dim"] % (rank + 1), None)
+    elif name == "squeeze":
+        chosen = listed(bound.get("dim"), rank) or range(rank)
+        return [dim for dim in range(rank) if dim not in chosen or shape_of(node.args[0])[dim] != 1]
+    elif name == "slice":
+        return order if shape_of(node) == shape_of(node.args[0]) else None
+    elif name == "numpy_T":
+        order.reverse()
+    elif name not in IDENTITIES and rank > 1:
+        a, b = bound.get("dim0", bound.get("axis0", -2)), bound.get("dim1", bound.get("axis1", -1))
+        order[a], order[b] = order[b], order[a]
+    return order
 
 
 def module_path(node: Node) -> str:
@@ -217,4 +328,11 @@ def broadcast(labels: Sequence[Label | None], rank: int, reason: str) -> Label:
 
 
 def _static(size: Any) -> int:
-    return size if isinstance(size, int) else 0
+    """A size as a number. What is known at run time alone gets one of its own, with many divisors, so that sizes made
+    of it by products and quotients are told apart and fit."""
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    numbers = {symbol: re.sub(r"\D", "", symbol.name) for symbol in expression.free_symbols}
+    primes = {symbol: sympy.prime(100 + int(number or 0)) for symbol, number in numbers.items()}
+    return int(expression.subs({symbol: 720720 * prime for symbol, prime in primes.items()}))

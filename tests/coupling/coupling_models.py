@@ -1,5 +1,4 @@
-"""Tiny random models of several families, with every parameter random so that no wrong permutation goes
-unseen."""
+"""Tiny random models of many families, with every parameter random so that no wrong permutation goes unseen."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import timm.models.vision_transformer
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -21,20 +21,62 @@ class Family:
     tolerance: float = 1e-10  # relative; families whose norms compute in float32 need more
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A family that `torch.export` cannot trace, and why."""
+
+    build: Callable[[], nn.Module]
+    example: Callable[[], Example]
+    reason: str
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double()
+
+
 def tokens() -> Example:
-    return {"input_ids": torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(1))}
+    return {"input_ids": torch.randint(0, 60, (2, 7), generator=torch.Generator().manual_seed(1))}
 
 
 def pixels() -> Example:
-    return {"pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()}
+    return {"pixel_values": noise(2, 3, 16, 16)}
+
+
+def both_texts() -> Example:
+    return {**tokens(), "decoder_input_ids": tokens()["input_ids"]}
 
 
 def speech() -> Example:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "input_features": torch.randn(1, 8, 40, generator=generator).double(),
-        "decoder_input_ids": tokens()["input_ids"][:1],
-    }
+    return {"input_features": noise(1, 8, 40), "decoder_input_ids": tokens()["input_ids"][:1]}
+
+
+def text_and_image() -> Example:
+    return tokens() | pixels()
+
+
+def text_with_image() -> Example:
+    """One image of 16 patches in the middle of a text."""
+    return {"input_ids": torch.tensor([[1, 5, *[60] * 16, 7, 9]]), "pixel_values": noise(1, 3, 16, 16)}
+
+
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, **SPECIAL,
+}  # fmt: skip
+GROUPED: dict[str, Any] = {**SMALL, "num_key_value_heads": 2}
+SHORT: dict[str, Any] = {**SMALL, "max_position_embeddings": 16}
+IMAGE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 4,
+}  # fmt: skip
+ENCODER_DECODER: dict[str, Any] = {
+    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1,
+    **SPECIAL,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {**GROUPED, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+"""Experts in a form that computes in float64 on the CPU too."""
 
 
 def llama(**changes: Any) -> nn.Module:
@@ -45,67 +87,199 @@ def llama(**changes: Any) -> nn.Module:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**{**settings, **changes}))
 
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}  # fmt: skip
-IMAGE: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "image_size": 16, "patch_size": 4,
-}  # fmt: skip
-WHISPER: dict[str, Any] = {
-    "vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_mel_bins": 8,
-    "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "decoder_start_token_id": 1,
-}  # fmt: skip
+def gemma3() -> nn.Module:
+    attention = {"head_dim": 8, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GROUPED, **attention))
+
+
+def opt() -> nn.Module:
+    width = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 32}
+    return tf.OPTForCausalLM(tf.OPTConfig(vocab_size=64, num_hidden_layers=2, num_attention_heads=4, **width))
+
+
+def falcon(**changes: Any) -> nn.Module:
+    settings = {"vocab_size": 64, "hidden_size": 32, "ffn_hidden_size": 48, "num_hidden_layers": 2, **SPECIAL}
+    return tf.FalconForCausalLM(tf.FalconConfig(**settings, num_attention_heads=4, **changes))
+
+
+def bloom() -> nn.Module:
+    return tf.BloomForCausalLM(tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, **SPECIAL))
+
+
+def mixtral(**changes: Any) -> nn.Module:
+    return tf.MixtralForCausalLM(tf.MixtralConfig(**{**EXPERTS, "num_local_experts": 3, **changes}))
+
+
+def qwen3_moe() -> nn.Module:
+    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**EXPERTS, head_dim=8, moe_intermediate_size=24, num_experts=3))
+
+
+def gpt_oss() -> nn.Module:
+    return tf.GptOssForCausalLM(tf.GptOssConfig(**EXPERTS, head_dim=8, num_local_experts=3))
+
+
+def deepseek_v3() -> nn.Module:
+    """Latent attention, one dense layer, one of routed experts and a shared one."""
+    latent = {"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 8}
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+    settings = {**EXPERTS, "num_key_value_heads": 4, **latent, **experts, "first_k_dense_replace": 1}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**settings))
+
+
+def deberta_v2() -> nn.Module:
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    return tf.DebertaV2ForMaskedLM(tf.DebertaV2Config(**SHORT, **relative))
+
+
+def modernbert() -> nn.Module:
+    settings = {**SMALL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4}
+    return tf.ModernBertForMaskedLM(tf.ModernBertConfig(**settings))
+
+
+def segformer() -> nn.Module:
+    stages = {"num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32]}
+    within = {"patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2]}
+    return tf.SegformerForImageClassification(tf.SegformerConfig(**stages, **within))
+
+
+def distilbert() -> nn.Module:
+    width = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 32}
+    return tf.DistilBertForMaskedLM(tf.DistilBertConfig(vocab_size=64, **width))
+
+
+def t5() -> nn.Module:
+    width = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return tf.T5ForConditionalGeneration(tf.T5Config(**width))
+
+
+def bart() -> nn.Module:
+    return tf.BartForConditionalGeneration(tf.BartConfig(**ENCODER_DECODER, max_position_embeddings=32))
+
+
+def whisper() -> nn.Module:
+    positions = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}
+    return tf.WhisperForConditionalGeneration(tf.WhisperConfig(**ENCODER_DECODER, **positions))
+
+
+def wav2vec2(**changes: Any) -> nn.Module:
+    ears = {"conv_dim": (16, 16), "conv_stride": (2, 2), "conv_kernel": (3, 2), "num_feat_extract_layers": 2}
+    places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 4}
+    return tf.Wav2Vec2ForCTC(tf.Wav2Vec2Config(**SMALL, **ears, **places, **changes))
+
+
+def dinov2(**changes: Any) -> nn.Module:
+    settings = {name: value for name, value in IMAGE.items() if name != "intermediate_size"}
+    return tf.Dinov2ForImageClassification(tf.Dinov2Config(**settings, mlp_ratio=2, **changes))
+
+
+def swin() -> nn.Module:
+    stages = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "mlp_ratio": 2.0}
+    return tf.SwinForImageClassification(tf.SwinConfig(image_size=16, patch_size=1, **stages))
+
+
+def clip() -> nn.Module:
+    towers = {"text_config": {**SHORT, "projection_dim": 24}, "vision_config": {**IMAGE, "projection_dim": 24}}
+    return tf.CLIPModel(tf.CLIPConfig(**towers, projection_dim=24))
+
+
+def siglip() -> nn.Module:
+    return tf.SiglipModel(tf.SiglipConfig(text_config={**SHORT, "projection_size": 32}, vision_config=IMAGE))
+
+
+def llava() -> nn.Module:
+    parts = {"vision_config": tf.CLIPVisionConfig(**IMAGE), "text_config": tf.LlamaConfig(**GROUPED)}
+    return tf.LlavaForConditionalGeneration(tf.LlavaConfig(**parts, image_token_id=60, vision_feature_layer=-1))
+
+
+def paligemma() -> nn.Module:
+    vision = {"model_type": "siglip_vision_model", **IMAGE, "projection_dim": 32}
+    parts = {"vision_config": vision, "text_config": {"model_type": "gemma", **GROUPED, "head_dim": 8}}
+    config = tf.PaliGemmaConfig(**parts, image_token_id=60, projection_dim=32, hidden_size=32)
+    return tf.PaliGemmaForConditionalGeneration(config)
+
+
+def qwen2_5_vl() -> nn.Module:
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4, "window_size": 16,
+        "temporal_patch_size": 1, "fullatt_block_indexes": [1], "out_hidden_size": 32,
+    }  # fmt: skip
+    text = {**GROUPED, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    marks = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+    config = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
+    return tf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def text_with_patches() -> Example:
+    ids = torch.tensor([[1, 5, 62, 60, 60, 60, 60, 63, 7, 9]])
+    image = {"pixel_values": noise(16, 48), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    return {"input_ids": ids, "mm_token_type_ids": (ids == 60).int(), **image}
+
+
+def timm_vit() -> nn.Module:
+    return timm.models.vision_transformer.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, mlp_ratio=2, num_classes=5
+    )
+
 
 FAMILIES: dict[str, Family] = {
-    "llama-gqa": Family(llama, tokens, 1e-5),
-    "llama-tied": Family(lambda: llama(tie_word_embeddings=True), tokens, 1e-5),
-    "llama-mha": Family(lambda: llama(num_key_value_heads=6), tokens, 1e-5),
-    "llama-mqa": Family(lambda: llama(num_key_value_heads=1), tokens, 1e-5),
-    "llama-bias": Family(lambda: llama(attention_bias=True, mlp_bias=True), tokens, 1e-5),
-    "llama-eager": Family(lambda: llama(attn_implementation="eager"), tokens, 1e-5),
-    "qwen3": Family(
-        lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8)), tokens, 1e-5
-    ),
-    "phi3": Family(
-        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**SMALL, num_key_value_heads=2, pad_token_id=0)),
-        tokens,
-        1e-5,
-    ),
+    "llama": Family(llama, tokens, 1e-5),
+    "llama, tied embeddings": Family(lambda: llama(tie_word_embeddings=True), tokens, 1e-5),
+    "llama, multi-head": Family(lambda: llama(num_key_value_heads=6), tokens, 1e-5),
+    "llama, multi-query": Family(lambda: llama(num_key_value_heads=1), tokens, 1e-5),
+    "llama, biases": Family(lambda: llama(attention_bias=True, mlp_bias=True), tokens, 1e-5),
+    "llama, eager attention": Family(lambda: llama(attn_implementation="eager"), tokens, 1e-5),
+    "mistral": Family(lambda: tf.MistralForCausalLM(tf.MistralConfig(**GROUPED)), tokens, 1e-5),
+    "qwen2": Family(lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED)), tokens, 1e-5),
+    "qwen3": Family(lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED, head_dim=8)), tokens, 1e-5),
+    "gemma3": Family(gemma3, tokens, 1e-5),
+    "phi3": Family(lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED)), tokens, 1e-5),
     "gpt2": Family(
         lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)),
         tokens,
     ),
     "gpt-neox": Family(lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL)), tokens),
-    "opt": Family(
-        lambda: tf.OPTForCausalLM(
-            tf.OPTConfig(
-                vocab_size=64,
-                hidden_size=32,
-                word_embed_proj_dim=32,
-                ffn_dim=48,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=32,
-            )
-        ),
-        tokens,
-    ),
+    "opt": Family(opt, tokens),
+    "falcon, multi-query": Family(falcon, tokens),
+    "falcon, grouped": Family(lambda: falcon(num_kv_heads=2, new_decoder_architecture=True), tokens),
+    "bloom": Family(bloom, tokens),
+    "mixtral": Family(mixtral, tokens, 1e-5),
+    "qwen3-moe": Family(qwen3_moe, tokens, 1e-5),
+    "gpt-oss": Family(gpt_oss, tokens, 1e-5),
+    "deepseek-v3": Family(deepseek_v3, tokens, 1e-5),
+    "qwen2.5-vl, text alone": Family(qwen2_5_vl, tokens, 1e-5),
     "bert": Family(lambda: tf.BertModel(tf.BertConfig(**SMALL)), tokens),
-    "bert-classifier": Family(lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL)), tokens),
-    "vit": Family(lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE)), pixels),
-    "whisper": Family(lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**WHISPER)), speech),
-    "t5": Family(
-        lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
-        ),
-        lambda: {**tokens(), "decoder_input_ids": tokens()["input_ids"]},
-        1e-5,
-    ),
+    "bert, classifier": Family(lambda: tf.BertForSequenceClassification(tf.BertConfig(**SMALL)), tokens),
+    "roberta": Family(lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**SHORT)), tokens),
+    "distilbert": Family(distilbert, tokens),
+    "mpnet": Family(lambda: tf.MPNetForMaskedLM(tf.MPNetConfig(**SHORT)), tokens),
     "albert": Family(lambda: tf.AlbertForMaskedLM(tf.AlbertConfig(**SMALL, embedding_size=16)), tokens),
+    "deberta-v2": Family(deberta_v2, tokens),
+    "modernbert": Family(modernbert, tokens),
+    "t5": Family(t5, both_texts, 1e-5),
+    "bart": Family(bart, both_texts),
+    "vit": Family(lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE)), pixels),
+    "deit": Family(lambda: tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**IMAGE)), pixels),
+    "dinov2": Family(dinov2, pixels),
+    "dinov2, swiglu": Family(lambda: dinov2(use_swiglu_ffn=True), pixels),
+    "swin": Family(swin, pixels),
+    "segformer": Family(segformer, pixels),
+    "clip": Family(clip, text_and_image),
+    "siglip": Family(siglip, text_and_image),
+    "llava": Family(llava, text_with_image, 1e-5),
+    "paligemma": Family(paligemma, text_with_image, 1e-5),
+    "whisper": Family(whisper, speech),
+    "wav2vec2": Family(wav2vec2, lambda: {"input_values": noise(1, 64)}),
+    "wav2vec2, pre-norm": Family(
+        lambda: wav2vec2(do_stable_layer_norm=True, feat_extract_norm="layer"), lambda: {"input_values": noise(1, 64)}
+    ),
+    "timm vit": Family(timm_vit, lambda: {"x": noise(2, 3, 16, 16)}),
+}
+
+
+REFUSED: dict[str, Refused] = {
+    "qwen2.5-vl, with an image": Refused(
+        qwen2_5_vl, text_with_patches, "the sizes of the image's windows are read out of a tensor (vision_utils.py)"
+    ),
 }
 
 

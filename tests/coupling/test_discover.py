@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from permprune.coupling import Coupling, discover, verify
 from permprune.errors import PermpruneError
 
-from .coupling_models import FAMILIES, llama, randomised, tokens
+from .coupling_models import FAMILIES, llama, mixtral, randomised, tokens
 
 LAYER = "model.layers.1"
 
@@ -155,11 +155,18 @@ FREEZING = {
     "roll": lambda h: h.roll(1, -1),
     "fft": lambda h: torch.fft.rfft(h, n=22, dim=-1).real,
     "constant": lambda h: h + torch.arange(12, dtype=h.dtype),
-    "strided slice": lambda h: torch.cat([h[..., ::2], h[..., 1::2]], -1),
+    "strided slice": lambda h: torch.cat([h[..., ::5]] * 4, -1),
+    "picked channels": lambda h: h.gather(-1, torch.arange(11, -1, -1).expand(3, 4, 12)),
+    "place of the largest": lambda h: h * h.max(-1, keepdim=True).indices,
     "gather": lambda h: h[..., torch.arange(11, -1, -1)],
     "argmax": lambda h: h * h.argmax(-1, keepdim=True),
     "unfold": lambda h: h.unfold(-1, 2, 1).sum(-1).repeat(1, 1, 2)[..., :12],
     "pad": lambda h: F.pad(h, (1, 1))[..., :12],
+    "written in one place": lambda h: (copy := h.clone(), copy[..., 0].zero_())[0],
+    "pool": lambda h: F.adaptive_avg_pool1d(h, 12),
+    "pool of one": lambda h: h + F.adaptive_avg_pool1d(h[0], 12),
+    "groups across pieces": lambda h: F.group_norm(torch.cat([h[..., :5] * 2, h[..., 5:]], -1).mT, 3).mT,
+    "scattered": lambda h: h.masked_scatter(h > 0, -h),
     "triangle": lambda h: (h.mT @ h).tril().mean(1, keepdim=True).expand(-1, 4, -1),
     "regrouped": lambda h: h.view(3, 4, 3, 4).transpose(2, 3).reshape(3, 4, 12) + h,
     "einsum": lambda h: torch.einsum("bsd,btd->bst", h, h) @ h,
@@ -203,6 +210,15 @@ HARMLESS = {
     "running tokens": (lambda h: h.cumsum(1), 12, 1),
     "gram": (lambda h: h @ (h.mT @ h), 12, 1),
     "written in place": (lambda h: torch.zeros_like(h).copy_(h).mul_(2), 12, 1),
+    "padded tokens": (lambda h: F.pad(h, (0, 0, 1, 1))[:, 1:-1], 12, 1),
+    "pooled tokens": (lambda h: F.adaptive_avg_pool1d(h.mT, 4).mT, 12, 1),
+    "scattered tokens": (lambda h: h.masked_scatter((h.mean(-1, keepdim=True) > 0).expand_as(h), h), 12, 1),
+    "unused": (lambda h: (h, h[..., 0])[0], 12, 1),
+    "even and odd": (lambda h: torch.cat([h[..., ::2], h[..., 1::2]], -1), 6, 1),
+    "gathered tokens": (lambda h: h.gather(1, torch.tensor([3, 2, 1, 0])[:, None].expand(3, 4, 12)), 12, 1),
+    "largest": (lambda h: h - h.max(-1, keepdim=True).values, 12, 1),
+    "group norm": (lambda h: F.group_norm(h.mT, 3).mT, 4, 3),
+    "stacked": (lambda h: h.view(3, 4, 3, 4)[:, :, 0].repeat(1, 1, 3), 4, 1),
     "glu": (lambda h: F.glu(h, -1).repeat(1, 1, 2), 6, 1),
 }
 
@@ -243,6 +259,93 @@ def test_attention_with_shared_key_value_heads(causal):
     assert (spaces["o.input"].size, spaces["o.input"].blocks) == (4, 3)
     assert (spaces["heads"].size, spaces["heads"].blocks) == (3, 1)
     assert (spaces["heads_in_group"].size, spaces["heads_in_group"].blocks) == (2, 3)
+
+
+def test_what_one_projection_stacks_is_told_apart():
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.o = nn.Linear(6, 48), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(3, 4, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            turned = q * torch.linspace(1, 2, 4, dtype=q.dtype)  # the order of the query's channels counts
+            return self.o(F.scaled_dot_product_attention(turned, k, v).transpose(1, 2).flatten(2))
+
+    spaces = check(Fused(), X)
+    assert (spaces["o.input"].size, spaces["o.input"].blocks) == (4, 4)
+    members = {member.parameter: member for member in spaces["o.input"].members}
+    assert set(members) == {"qkv.weight", "qkv.bias", "o.weight"}
+    assert members["qkv.weight"].positions.flatten().tolist() == list(range(32, 48))
+    heads = {member.parameter: member.positions.shape for member in spaces["heads"].members}
+    assert heads == {"qkv.weight": (1, 12, 4), "qkv.bias": (1, 12, 4), "o.weight": (1, 4, 4)}
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_grouped_convolution_leaves_channels_in_groups_and_whole_groups(normed):
+    class Convolved(Mlp):
+        def __init__(self) -> None:
+            super().__init__(24)
+            conv = nn.Conv1d(24, 24, 3, padding=1, groups=4)
+            self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2) if normed else conv
+
+        def middle(self, h: Tensor) -> Tensor:
+            return h + self.conv(h.mT).mT
+
+    spaces = check(Convolved(), X)
+    assert (spaces["down.input"].size, spaces["down.input"].blocks) == (6, 4)
+    assert (spaces["heads"].size, spaces["heads"].blocks) == (4, 1)
+
+
+LOOKUPS = {
+    "one key": (lambda key: key, 3),
+    "two keys": (lambda key: key.flip(0), 1),
+    "a key that changes": (lambda key: (key.view(-1).copy_(key.flip(0)), key)[1], 1),
+}
+
+
+@pytest.mark.parametrize(("second", "blocks"), LOOKUPS.values(), ids=LOOKUPS)
+def test_one_table_looked_up_twice_has_an_order_for_each_expert_if_one_key_looks_it_up(second, blocks):
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.table = nn.Linear(6, 3), nn.Parameter(torch.randn(3, 8, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            key = self.router(x).argmax(-1).clone()
+            h = torch.bmm(self.table[key], x.unsqueeze(-1)).squeeze(-1)
+            return torch.bmm(self.table[second(key)].mT, torch.relu(h).unsqueeze(-1)).squeeze(-1)
+
+    space = check(Experts(), {"x": X["x"].flatten(0, 1)})["table.input"]
+    assert (space.size, space.blocks) == (8, blocks)
+
+
+@pytest.mark.parametrize(("second", "blocks"), LOOKUPS.values(), ids=LOOKUPS)
+def test_looked_up_experts_have_their_own_orders_if_one_key_looks_them_up(second, blocks):
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(6, 3)
+            self.up, self.bias = nn.Parameter(torch.randn(3, 8, 6)), nn.Parameter(torch.randn(3, 8))
+            self.down = nn.Parameter(torch.randn(3, 5, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            key = self.router(x).argmax(-1).clone()
+            h = torch.relu(torch.bmm(self.up[key], x.unsqueeze(-1)).squeeze(-1) + self.bias[key])
+            return torch.bmm(self.down[second(key)], h.unsqueeze(-1)).squeeze(-1)
+
+    space = check(Experts(), {"x": X["x"].flatten(0, 1)})["down.input"]
+    assert (space.size, space.blocks) == (8, blocks)
+    assert {member.parameter for member in space.members} == {"up", "bias", "down"}
+
+
+def test_experts_multiplied_in_groups_have_their_own_orders():
+    model = randomised(mixtral(experts_implementation="grouped_mm")).float()
+    spaces = spaces_of(discover(model, tokens()))
+    space = spaces["model.layers.1.mlp.experts.down_proj.input"]
+    assert (space.size, space.blocks) == (48, 3)
+    for one in spaces.values():
+        verify(model, one, tokens())
 
 
 def test_experts_have_their_own_orders():

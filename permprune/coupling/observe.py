@@ -1,0 +1,58 @@
+"""Sites without a graph: watching which tensors the linears read while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from permprune.coupling.sites import UniqueNames, common_prefix, dotted
+from permprune.coupling.space import Coupling, Site
+from permprune.coupling.trace import forward_arguments, inference
+from permprune.errors import PermpruneError
+
+
+def observe(model: nn.Module, example: Mapping[str, Tensor], linears: Sequence[str]) -> Coupling:
+    """The sites of a model that cannot be traced; it has no spaces, so that every order takes a gather.
+
+    `linears` names the modules to watch, `example` holds the keyword arguments of the model's forward. Linears that
+    read the very same tensor share a site. Raises `PermpruneError` when the model does not run.
+    """
+    read: list[tuple[str, Tensor]] = []  # the tensors are held, so that none is taken for another
+
+    def note(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read.append((name, args[0]))
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in linears]
+    try:
+        with inference(model):
+            model(**forward_arguments(model, example))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PermpruneError(
+            f"the model can be neither traced nor run on the calibration data ({reason}): "
+            "raise --memory if it is read layer by layer, else check that it runs"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return Coupling((), tuple(_sites(read)))
+
+
+def _sites(read: Sequence[tuple[str, Tensor]]) -> list[Site]:
+    """One site for the linears that are joined by tensors they read, in the order of reading."""
+    groups: list[dict[str, Tensor]] = []
+    readers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in read:
+        readers.setdefault(id(tensor), {})[name] = tensor
+    for found in readers.values():
+        joined = [group for group in groups if group.keys() & found.keys()]
+        merged = {name: tensor for group in [*joined, found] for name, tensor in group.items()}
+        groups = [group for group in groups if group not in joined] + [merged]
+    names, sites = UniqueNames(), []
+    for group in groups:
+        weights = tuple(f"{name}.weight" for name in group)
+        size = next(iter(group.values())).shape[-1]
+        sites.append(Site(names.take(dotted(common_prefix(group), "input")), weights, size, ("input",)))
+    return sites

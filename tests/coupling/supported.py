@@ -1,0 +1,141 @@
+"""What coupling finds in every family that the tests run, as a page: python -m tests.coupling.supported"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from permprune.coupling import ChannelSpace, Coupling, discover, fold, fold_all, inverse
+from permprune.coupling.trace import main_outputs
+
+from .coupling_models import FAMILIES, REFUSED, Example, randomised
+
+PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
+KINDS = ("d_ff", "head channels", "heads", "residual")
+
+HEAD = """# Supported models
+
+What permprune finds in tiny random models of these families, with transformers {transformers} and torch {torch}. No
+name of a family stands in the code: others work as well where their operations do. Written by `make supported`.
+
+- **d_ff**: the inner width of an MLP or an expert, or another width that is read in one place; any order.
+- **head channels**: the channels of values within each head, or each key/value head.
+- **heads**: whole heads, groups of them, and heads within a group.
+- **residual**: channels read in several places, all in one order; where a grouped convolution reads them as well, one
+  space within its groups and one of whole groups.
+
+Each number counts spaces. "Difference" is the largest change of an output, as a share of the largest output, when each
+space alone and then all together were permuted at random; models are in float64, and where it is not near 1e-16 the
+model's own code computes norms in float32.
+
+| family | class | {kinds} | difference | frozen |
+|---|---|{columns}---:|---|
+"""
+
+REFUSALS = """
+Not traced, so that only `--mode gather` prunes them:
+
+| family | why |
+|---|---|
+"""
+
+
+def movable(coupling: Coupling) -> list[ChannelSpace]:
+    return [space for space in coupling.spaces if space.freedom != "frozen"]
+
+
+def random_table(space: ChannelSpace, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
+
+
+def random_tables(coupling: Coupling) -> dict[str, Tensor]:
+    return {space.name: random_table(space, seed) for seed, space in enumerate(movable(coupling))}
+
+
+def sites_of(space: ChannelSpace) -> frozenset[str | None]:
+    return frozenset(member.site for member in space.readers)
+
+
+def census(model: nn.Module, coupling: Coupling) -> dict[str, int]:
+    """The number of movable spaces of each kind."""
+    streams = {
+        sites_of(space)
+        for space in coupling.spaces
+        if len(sites_of(space)) > 1 and ".heads" not in f".{space.name}"
+    }  # fmt: skip
+    counts = Counter(kind(model, space, streams) for space in movable(coupling))
+    return {name: counts[name] for name in KINDS}
+
+
+def kind(model: nn.Module, space: ChannelSpace, streams: set[frozenset[str | None]]) -> str:
+    if sites_of(space) in streams:
+        return "residual"
+    if ".heads" in f".{space.name}":
+        return "heads"
+    member = space.readers[0]
+    width = model.get_parameter(member.parameter).shape[member.dims[-1]]
+    return "d_ff" if space.size == width else "head channels"
+
+
+def frozen(coupling: Coupling) -> list[str]:
+    """Each frozen space with the op that froze it, alike ones once."""
+    lines = [f"{space.name}: {space.reason}" for space in coupling.spaces if space.freedom == "frozen"]
+    return list(dict.fromkeys(re.sub(r"\.\d+\b", ".*", line) for line in lines))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, example: Example) -> list[Tensor]:
+    return [leaf for leaf in main_outputs(model(**example)) if isinstance(leaf, Tensor)]
+
+
+def difference(before: list[Tensor], after: list[Tensor]) -> float:
+    """The largest change, as a share of the largest output."""
+    pairs = zip(before, after, strict=True)
+    return max(float((old - new).abs().max() / old.abs().max()) for old, new in pairs)
+
+
+def worst(model: nn.Module, coupling: Coupling, example: Example) -> float:
+    """The largest difference over each space alone and all together."""
+    model = copy.deepcopy(model)
+    before, tables = outputs(model, example), random_tables(coupling)
+    found = []
+    for space in movable(coupling):
+        fold(model, space, tables[space.name])
+        found.append(difference(before, outputs(model, example)))
+        fold(model, space, inverse(tables[space.name]))
+    fold_all(model, tables, coupling)
+    return max([*found, difference(before, outputs(model, example))])
+
+
+def row(name: str) -> str:
+    family = FAMILIES[name]
+    model, example = randomised(family.build()), family.example()
+    coupling = discover(model, example)
+    counts: list[Any] = list(census(model, coupling).values())
+    cells = [name, f"`{type(model).__name__}`", *counts, f"{worst(model, coupling, example):.0e}"]
+    return " | ".join(["", *map(str, cells), "; ".join(frozen(coupling)) or "nothing", ""]).strip()
+
+
+def page() -> str:
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+    head = HEAD.format(**versions, kinds=" | ".join(KINDS), columns="---:|" * len(KINDS))
+    refusals = "".join(f"| {name} | {refused.reason} |\n" for name, refused in REFUSED.items())
+    return head + "".join(f"{row(name)}\n" for name in FAMILIES) + REFUSALS + refusals
+
+
+def families(text: str) -> list[str]:
+    """The families that a page lists, in order: the first column of its tables."""
+    cells = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    return [cell for cell in cells if cell not in ("family", "---")]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
