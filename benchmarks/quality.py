@@ -1,7 +1,9 @@
 """What each permuter loses: a Markdown table over patterns, saliencies, modes and methods, on the same masks and data.
 
 Every search is tested on each text of --data, so that text of another domain than the calibration's can stand among
-them. With several --seeds the figures are means, with the standard deviation of the gap closed.
+them. With several --seeds the figures are means, with the standard deviation of the gap closed. A method may be given
+options, as in newton:rounds=24. With --rows every figure is added to a file as soon as it is there, and what the file
+has is not measured again.
 
 python benchmarks/quality.py --calibration wiki.valid.tokens --data wiki.test.tokens c4.jsonl --windows 12
 torchrun --nproc-per-node 2 benchmarks/quality.py ...    # the same from two processes
@@ -10,13 +12,19 @@ torchrun --nproc-per-node 2 benchmarks/quality.py ...    # the same from two pro
 import argparse
 import dataclasses
 import itertools
+import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from permprune import Evaluation, Settings, parallel, perplexity, read_model
-from permprune.permuters import permuter
+from permprune.permuters import Permuter, permuter
 from permprune.pipeline import gap_closed, prepare, update_weights
+from permprune.progress import log
 from permprune.resources import peak_memory_mb, reset_peak_memory
+
+Row = dict[str, Any]
 
 
 def main() -> None:
@@ -31,72 +39,103 @@ def main() -> None:
     parser.add_argument("--calibration", help="text to calibrate on; the default one if absent")
     parser.add_argument("--data", nargs="+", default=[None], help="texts to test on; the default one if absent")
     parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens of each text")
-    parser.add_argument("--rounds", type=int, help="of the trust-region searches; their own if absent")
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
-    texts = [Path(source).name if source else "default text" for source in options.data]
-    heads = [head for text in texts for head in (f"{text} perplexity", "gap closed")]
-    say("| pattern | mask | mode | method |", *(f"{head} |" for head in [*heads, "seconds", "peak MiB"]))
-    say("|---" * (6 + len(heads)) + "|")
+    known = [json.loads(line) for line in options.rows.open()] if options.rows and options.rows.exists() else []
+    table = []
     for pattern, name, update, mode in itertools.product(
         options.patterns, options.saliencies, options.updates, options.modes
     ):
         settings = Settings(pattern=pattern, saliency=name, mode=mode, update=update, calibration=options.calibration)
-        rows: dict[str, list[list[float]]] = {}
         for seed in options.seeds:
-            for method, figures in measure(options, dataclasses.replace(settings, seed=seed)):
-                rows.setdefault(method, []).append(figures)
-                if len(rows[method]) == len(options.seeds):
-                    mask = name if update == "none" else f"{name} + {update}"
-                    say(f"| {pattern} | {mask} | {mode} | {method} |", *cells(rows[method]))
+            table += rows_of(options, dataclasses.replace(settings, seed=seed), known)
+    if not parallel.rank():
+        print(markdown(table))
 
 
-def measure(options: argparse.Namespace, settings: Settings):
-    """Yield (method, [perplexity and gap closed of each text, seconds, peak MiB]); dense and none come first."""
+def rows_of(options: argparse.Namespace, settings: Settings, known: list[Row]) -> list[Row]:
+    """A row for each method: those known, and the others measured and added to the file."""
+    cell = {
+        "model": options.model,
+        "pattern": settings.pattern,
+        "mask": settings.saliency if settings.update == "none" else f"{settings.saliency} + {settings.update}",
+        "mode": settings.mode,
+        "calibration": text_name(settings.calibration),
+        "windows": options.windows,
+        "seed": settings.seed,
+    }
+    texts = {text_name(source) for source in options.data}
+    rows = [row for row in known if all(row[key] == value for key, value in cell.items()) and texts <= set(row["gap"])]
+    wanted = ["dense", "none", *options.methods]
+    if missing := set(wanted) - {row["method"] for row in rows}:
+        for found in measure(options, settings, missing):
+            rows.append(cell | found)
+            if not parallel.rank():
+                log.info("%s", rows[-1])
+                if options.rows:
+                    with options.rows.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+    return sorted((row for row in rows if row["method"] in wanted), key=lambda row: wanted.index(row["method"]))
+
+
+def measure(options: argparse.Namespace, settings: Settings, wanted: set[str]) -> Iterator[Row]:
+    """Yield the rows of the methods wanted."""
     model, tokenizer, _ = read_model(options.model)
-    texts = [Evaluation(source, options.windows).tokens(tokenizer) for source in options.data]
+    texts = {text_name(source): Evaluation(source, options.windows).tokens(tokenizer) for source in options.data}
     prepared = prepare(model, tokenizer, settings)
 
-    def perplexities() -> list[float]:
-        return [perplexity(model, tokens).value for tokens in texts]
+    def perplexities() -> dict[str, float]:
+        return {name: perplexity(model, tokens).value for name, tokens in texts.items()}
 
     with prepared.network.dense_weights():
         dense = perplexities()
-    none: list[float] = []
+    if "dense" in wanted:
+        yield {"method": "dense", "perplexity": dense, "gap": dict.fromkeys(dense, 1.0), "seconds": 0, "peak": 0}
+    none: dict[str, float] = {}
     for method in ["none", *options.methods]:
-        reset_peak_memory()
-        search = permuter(method)
-        if options.rounds and hasattr(search, "rounds"):
-            search = dataclasses.replace(search, rounds=options.rounds)
-        solution = search.solve(prepared.network, prepared.run)
-        update_weights(prepared)
-        found = perplexities()
-        if not none:
-            none = found
-            yield "dense", [x for value in dense for x in (value, 1.0)] + [0.0, 0.0]
-        closed = [gap_closed(*three) or 0.0 for three in zip(found, dense, none, strict=True)]
-        figures = [x for pair in zip(found, closed, strict=True) for x in pair]
-        yield method, [*figures, solution.seconds, peak_memory_mb()]
+        if method in wanted or method == "none":
+            reset_peak_memory()
+            solution = search(method).solve(prepared.network, prepared.run)
+            update_weights(prepared)
+            found = perplexities()
+            none = none or found
+            gap = {name: gap_closed(found[name], dense[name], none[name]) for name in texts}
+            if method in wanted:
+                cost = {"seconds": round(solution.seconds), "peak": round(peak_memory_mb())}
+                yield {"method": method, "perplexity": found, "gap": gap, **cost}
 
 
-def cells(seeds: list[list[float]]) -> list[str]:
-    """Means over the seeds, each as a cell."""
-    columns = list(zip(*seeds, strict=True))
-    found = []
-    for number, column in enumerate(columns):
-        mean = statistics.mean(column)
-        if number >= len(columns) - 2:
-            found.append(f"{mean:.0f} |")
-        elif number % 2 == 0:
-            found.append(f"{mean:.2f} |")
-        else:
-            spread = f" ± {100 * statistics.stdev(column):.1f}" if len(column) > 1 else ""
-            found.append(f"{100 * mean:.1f}{spread} % |")
-    return found
+def search(method: str) -> Permuter:
+    """The permuter of a name with options, as in newton:rounds=24,damping=8."""
+    name, _, changes = method.partition(":")
+    pairs = [change.split("=") for change in changes.split(",") if change]
+    return dataclasses.replace(permuter(name), **{field: json.loads(value) for field, value in pairs})
 
 
-def say(*words: str) -> None:
-    if not parallel.rank():
-        print(*words, flush=True)
+def markdown(rows: list[Row]) -> str:
+    """Rows that differ in their seeds only make one line."""
+    texts = list(rows[0]["gap"])
+    heads = ["pattern", "mask", "mode", "calibrated on", "method"]
+    heads += [head for text in texts for head in (f"perplexity, {text}", "gap closed")] + ["seconds", "peak MiB"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    keys = ("pattern", "mask", "mode", "calibration", "method")
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for group, seeds in groups.items():
+        cells = list(group)
+        for text in texts:
+            gaps = [100 * (row["gap"][text] or 0.0) for row in seeds]
+            spread = f" ± {statistics.stdev(gaps):.1f}" if len(gaps) > 1 else ""
+            cells.append(f"{statistics.mean(row['perplexity'][text] for row in seeds):.2f}")
+            cells.append(f"{statistics.mean(gaps):.1f}{spread} %")
+        cells += [f"{statistics.mean(row[key] for row in seeds):.0f}" for key in ("seconds", "peak")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def text_name(source: str | None) -> str:
+    return Path(source).name if source else "default text"
 
 
 if __name__ == "__main__":

@@ -38,8 +38,7 @@ def cp(escapes: int, triples: bool = False) -> Callable[[Tensor], Tensor]:
 
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
-    "deal + assignment of w^2 (ria)": lambda score: deal_and_assign(score.square(), PATTERN),
-    "deal + assignment of abs(w)": lambda score: deal_and_assign(score, PATTERN),
+    "deal + assignment (ria)": lambda score: deal_and_assign(score, PATTERN),
     "cp, no escapes": cp(0),
     "cp, 100 escapes": cp(100),
     "cp, 300 escapes": cp(300),
@@ -88,9 +87,9 @@ def narrow(seeds: int) -> None:
 
 def square() -> None:
     print("\n1024 x 1024 normal, 2:4\n\n| method | efficacy | seconds |\n|---|---|---|")
-    for name in ("deal + assignment of w^2 (ria)", "deal + assignment of abs(w)"):
-        percent, seconds = measure(METHODS[name], normal(1024, 1024, 0))
-        print(f"| {name} | {percent:.1f} % | {seconds:.3f} |", flush=True)
+    name = "deal + assignment (ria)"
+    percent, seconds = measure(METHODS[name], normal(1024, 1024, 0))
+    print(f"| {name} | {percent:.1f} % | {seconds:.3f} |", flush=True)
 
 
 def real(name: str, escapes: int) -> None:
@@ -99,7 +98,7 @@ def real(name: str, escapes: int) -> None:
         f"\n{name}, magnitudes, 2:4\n\n| layer | rows x channels | method | efficacy | seconds |\n|---|---|---|---|---|"
     )
     layers = {tuple(layer.weight.shape): layer for layer in reversed(prunable_layers(read_model(name)[0], PATTERN))}
-    methods = {"ria": METHODS["deal + assignment of w^2 (ria)"], f"cp, {escapes} escapes": cp(escapes)}
+    methods = {"ria": METHODS["deal + assignment (ria)"], f"cp, {escapes} escapes": cp(escapes)}
     for (rows, channels), layer in layers.items():
         score = layer.weight.detach().float().cpu().abs().T.contiguous()
         for method, order in methods.items():

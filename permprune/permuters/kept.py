@@ -65,22 +65,22 @@ def union_kept(x: list[Tensor], y: list[Tensor], n: int) -> Tensor:
     return total
 
 
-def deal_and_assign(energy: Tensor, pattern: Pattern) -> Tensor:
-    """The order that keeps the most energy: channels dealt to groups, then one assignment for each slot.
+def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
+    """The order that keeps the most score: channels dealt to groups, then one assignment for each slot.
 
     Channels sorted by their total go to the groups snake-wise; then, slot by slot, the channels there are put back
     where they keep the most (Zhang et al. 2024, "Plug-and-Play", section 3.2). A channel c that joins a group whose
-    n-th largest other member is t adds max(c - t, 0): their distances |c - t| decide which assignment is best. `energy`
+    n-th largest other member is t adds max(c - t, 0): their distances |c - t| decide which assignment is best. `score`
     is (channels, rows); returns int64 (channels,).
     """
-    hands = energy.sum(1).argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
+    hands = score.sum(1).argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
     hands[1::2] = hands[1::2].flip(1)
     groups = hands.T.contiguous()
     for slot in range(pattern.m):
         free = groups[:, slot].clone()
         others = groups[:, torch.arange(pattern.m) != slot].T
-        distance = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=energy.device)
-        for block in energy.split(ROWS, 1):
+        distance = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=score.device)
+        for block in score.split(ROWS, 1):
             limit = descending(block[others], pattern.n)[-1]
             # above the highest limit a channel adds to all distances alike: clipped, large ones cost no digits
             distance += torch.cdist(block[free].minimum(limit.amax(0)), limit, p=1)

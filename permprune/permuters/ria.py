@@ -16,9 +16,9 @@ from permprune.problem import Problem
 
 @dataclass(frozen=True)
 class RIAPermuter(LocalPermuter):
-    """Keep the most squared score, the energy of a weight (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
+    """Keep the most score, rows weighing equally (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
 
     name: ClassVar[str] = "ria"
 
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
-        return deal_and_assign(stacked_scores(network, problem).square(), network.pattern)
+        return deal_and_assign(stacked_scores(network, problem), network.pattern)
