@@ -76,7 +76,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> tuple[str, 
             figure = f"{wrong} wrong words of {count}"
     elif "ForCausalLM" in AutoConfig.from_pretrained(folder).architectures[0]:
         model, tokenizer, _ = read_model(name)
-        figure = f"perplexity {perplexity(model, Evaluation(windows=8, length=256).tokens(tokenizer)).value:.2f} on film reviews"
+        tokens = Evaluation(windows=8, length=256).tokens(tokenizer)
+        figure = f"perplexity {perplexity(model, tokens).value:.2f} on film reviews"
     else:
         model = AutoModel.from_pretrained(folder).eval()
         same, other = similarities(model, AutoTokenizer.from_pretrained(folder))
