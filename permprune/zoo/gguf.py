@@ -1,0 +1,31 @@
+"""Language models in GGUF files, which Transformers reads itself."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def convert(files: Sequence[Path], folder: Path) -> None:
+    """Write the model of one GGUF file, given in one part or several, to `folder` in fp32 with its tokenizer.
+
+    The parts are joined beside the first, which must lie in a folder of its own.
+    """
+    whole = files[0].with_name("model.gguf")
+    files[0].rename(whole)
+    with whole.open("ab") as sink:
+        for part in files[1:]:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, sink, 1 << 20)
+    tokenizer = AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
+    loaded = AutoModelForCausalLM.from_pretrained(whole.parent, gguf_file=whole.name, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config  # the weights are plain fp32 now; with it save_pretrained refuses
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

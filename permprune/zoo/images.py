@@ -1,0 +1,86 @@
+"""The test images of CIFAR-10, in three parts that share no image."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from permprune.progress import log
+from permprune.zoo.cache import cached
+from permprune.zoo.packages import Package, fetch
+
+ImagePart = Literal["probe", "calibration", "evaluation"]
+
+BIGBENCH = Package(
+    name="bigbench",
+    version="1.0.0",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    size=358,
+    license="Apache-2.0",
+    source=True,
+)
+"""BIG-bench (Srivastava et al. 2022), which holds the 10,000 test images of CIFAR-10 (Krizhevsky 2009).
+
+The package is licensed under Apache-2.0; CIFAR-10 states no licence. The images are fetched, never redistributed.
+"""
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+SHARES: dict[ImagePart, int] = {"probe": 4, "calibration": 2, "evaluation": 4}
+"""Tenths of the images: to train a probe on, to calibrate with, and to measure on."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """`pixels` are uint8 (images, 32, 32, 3), red, green and blue; `labels` are int64 (images,), of `CLASSES`."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def load_images(part: ImagePart) -> Images:
+    """One part of the images, mixed, always in the same order; fetched on first use. Raises `PermpruneError`."""
+    with np.load(cached("images/cifar10-1", _build) / f"{part}.npz") as file:
+        return Images(file["pixels"], file["labels"])
+
+
+def split(images: Images) -> dict[ImagePart, Images]:
+    """Give each image to a part by the digest of its pixels, so that equal ones go together, in the digests' order."""
+    digests = [hashlib.sha256(pixels.tobytes()).digest() for pixels in images.pixels]
+    tenths = np.array([int.from_bytes(digest) % sum(SHARES.values()) for digest in digests])
+    order = np.array(sorted(range(len(digests)), key=digests.__getitem__))
+    parts: dict[ImagePart, Images] = {}
+    first = 0
+    for part, share in SHARES.items():
+        chosen = order[(tenths[order] >= first) & (tenths[order] < first + share)]
+        parts[part] = Images(images.pixels[chosen], images.labels[chosen])
+        first += share
+    return parts
+
+
+def read_task(file: Path) -> Images:
+    """The images of a BIG-bench task whose inputs are PNG files in base64."""
+    examples: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["examples"]
+    pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(example["input"])))) for example in examples]
+    labels = [[example["target_scores"][name] for name in CLASSES].index(1) for example in examples]
+    return Images(np.stack(pixels), np.array(labels, dtype=np.int64))
+
+
+def _build(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        member = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
+        (file,) = fetch(BIGBENCH, [member], Path(temporary))
+        log.info("decoding the images")
+        images = read_task(file)
+    for part, chosen in split(images).items():
+        np.savez_compressed(folder / f"{part}.npz", pixels=chosen.pixels, labels=chosen.labels)
