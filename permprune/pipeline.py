@@ -173,9 +173,10 @@ def plan_run(
     shown = calibration_text(settings, tokenizer) if examples is None else Examples.of(examples)
     measured, held_out, train = _divide(shown.to(device), settings)
     coupling = _couple(model, _traced(model, measured), layers, settings.mode)
+    sites = _sites(coupling, layers)
+    layers = [layer for layer in layers if layer.name in sites]
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
-    sites = _sites(coupling, layers)
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
     searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
@@ -279,12 +280,14 @@ def _traced(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
 
 
 def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
-    """The tensor each layer reads."""
+    """The tensor each layer reads; those that read none are left out, and stay dense."""
     names = {reader: site.name for site in coupling.sites for reader in site.readers}
-    missing = [layer.name for layer in layers if layer.parameter not in names]
-    if missing:
-        raise PermpruneError(f"{missing[0]} takes no part in the forward pass: leave it out with --exclude")
-    return {layer.name: names[layer.parameter] for layer in layers}
+    sites = {layer.name: names[layer.parameter] for layer in layers if layer.parameter in names}
+    if idle := [layer.name for layer in layers if layer.name not in sites]:
+        log.warning("no part in the forward pass, so these stay dense: %s", ", ".join(idle))
+    if not sites:
+        raise PermpruneError("no layer that the pattern fits takes part in the forward pass: there is nothing to prune")
+    return sites
 
 
 def beside_natural(measures: list[dict[str, Any]], natural: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from permprune.coupling import discover
 from permprune.errors import PermpruneError
@@ -118,6 +118,11 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] 
 }
 
 
+def idle(model: nn.Module) -> list[Tensor]:
+    """Weights whose results nobody asks for: the pooler of an encoder whose states a decoder reads."""
+    return [model.encoder.pooler.dense.weight] if isinstance(model, tf.VisionEncoderDecoderModel) else []
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_takes_part_in_the_example(family: str) -> None:
     build, shapes = FAMILIES[family]
@@ -128,7 +133,7 @@ def test_every_linear_takes_part_in_the_example(family: str) -> None:
     assert all(torch.equal(tensor, again[name]) for name, tensor in example.items())
     read = [model.get_parameter(reader) for site in discover(model, example).sites for reader in site.readers]
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    assert linears and {id(weight) for weight in linears} <= {id(weight) for weight in read}
+    assert linears and set(map(id, linears)) - set(map(id, idle(model))) <= set(map(id, read))
 
 
 def test_text_stands_alone_where_features_cannot_be_counted() -> None:

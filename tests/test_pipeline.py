@@ -156,6 +156,14 @@ def test_a_folder_of_a_model_that_cannot_be_traced_proves_itself(
     assert verify_folder(out)["layers"] == 14
 
 
+def test_a_layer_that_takes_no_part_stays_dense(tiny_llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_llama.model.layers[0].spare = torch.nn.Linear(32, 32)
+    before = tiny_llama.model.layers[0].spare.weight.clone()
+    pruned = prune(tiny_llama, permute="random", examples=WINDOWS, precision="fp32")
+    assert "no part in the forward pass, so these stay dense: model.layers.0.spare" in caplog.text
+    assert torch.equal(pruned.model.model.layers[0].spare.weight, before) and len(pruned.layers) == 14
+
+
 def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
