@@ -81,7 +81,8 @@ def rows_of(options: argparse.Namespace, settings: Settings, known: list[Row]) -
 def measure(options: argparse.Namespace, settings: Settings, wanted: set[str]) -> Iterator[Row]:
     """Yield the rows of the methods wanted."""
     model, tokenizer, _ = read_model(options.model)
-    texts = {text_name(source): Evaluation(source, options.windows).tokens(tokenizer) for source in options.data}
+    evaluations = {text_name(source): Evaluation(source, options.windows) for source in options.data}
+    texts = {name: evaluation.examples(model, tokenizer) for name, evaluation in evaluations.items()}
     prepared = prepare(model, tokenizer, settings)
 
     def perplexities() -> dict[str, float]:

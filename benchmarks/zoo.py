@@ -76,7 +76,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> tuple[str, 
             figure = f"{wrong} wrong words of {count}"
     elif "ForCausalLM" in AutoConfig.from_pretrained(folder).architectures[0]:
         model, tokenizer, _ = read_model(name)
-        tokens = Evaluation(windows=8, length=256).tokens(tokenizer)
+        tokens = Evaluation(windows=8, length=256).examples(model, tokenizer)
         start = torch.tensor(tokenizer("").input_ids, dtype=torch.int64)  # some models are lost without it
         tokens = torch.cat([start.expand(len(tokens), -1), tokens], dim=1)
         figure = f"perplexity {perplexity(model, tokens).value:.2f} on film reviews"

@@ -20,44 +20,114 @@ from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.checkpoint import write_json
-from permprune.data import load_documents, tokenize
+from permprune.coupling.trace import forward_arguments, main_outputs
+from permprune.data import WORTH, kind_of, load_examples
 from permprune.errors import PermpruneError
-from permprune.evaluate import Result, perplexity
+from permprune.evaluate import Result, ask, evaluate_model, fit_probe, knows_right, perplexity, with_head
+from permprune.examples import Examples
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.offload import read_offloaded, write_offloaded
 from permprune.pattern import Pattern
 from permprune.permuters import LocalPermuter, Permuter, permuter
-from permprune.pipeline import Plan, Pruned, Settings, finish, gap_closed, plan_run, prepare, update_weights
+from permprune.pipeline import (
+    Plan,
+    Pruned,
+    Settings,
+    finish,
+    gap_closed,
+    plan_run,
+    prepare,
+    short_inputs,
+    update_weights,
+)
 from permprune.processors import Processor, tokenizer_of
 from permprune.progress import log
 from permprune.report import write_report
 from permprune.resources import compute_device, peak_memory_mb, reset_peak_memory
 from permprune.streaming import DECIDED, NATURAL, Stream, exceeds_memory
+from permprune.tasks import decodes
 from permprune.zoo.models import MODELS
 
 PROBE = "probe.safetensors"
-"""A few tokens, and what the masked model said of them in its original order: what `verify` compares with."""
+"""Two examples, and what the masked model said of them in its original order: what `verify` compares with."""
+
+ANSWER = "answer"
+"""The name of what was said among the tensors of the probe."""
+
+ANSWERED_ONCE = 32
+"""Images or sentences to evaluate on for each window of text: they have one answer each, which says little."""
 
 VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Text to measure perplexity on: a source (None: the default text), and how many windows of how many tokens."""
+    """Data to measure on: a source (None: the default data of the model's kind), and how much of it.
+
+    `windows` are those of text, of `length` tokens; of images and sentences 32 examples stand for each. With `shared`
+    it is the calibration's source as well.
+    """
 
     source: str | None = None
     windows: int = 24
     length: int = 512
+    shared: bool = False
 
-    def tokens(self, processor: Processor | None) -> Tensor:
-        documents = load_documents(self.source, "evaluation")
-        return tokenize(documents, tokenizer_of(processor), self.length, self.windows, fewer=True)
+    @classmethod
+    def beside(cls, settings: Settings, source: str | None, windows: int) -> tuple[Settings, Evaluation]:
+        """The settings and the evaluation of a run, which share a source if they name the same one."""
+        shared = source is not None and source == settings.calibration
+        return dataclasses.replace(settings, shared=shared), cls(source, windows, settings.length, shared)
+
+    def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
+        count = self.windows * (ANSWERED_ONCE if WORTH[kind_of(model)] > 1 else 1)
+        return load_examples(self.source, model, processor, "evaluation", count, self.length, None, self.shared)
+
+
+class Meter:
+    """Measures a model on examples, by the metric that suits both; made while the model shows its dense weights.
+
+    Where nobody knows what is right, the dense model is asked.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
+        self.model, self.examples = model, evaluation.examples(model, processor)
+        self.tokenizer = tokenizer_of(processor) if kind_of(model) == "speech" and decodes(model) else None
+        self.answers = None if knows_right(model, self.examples) else ask(model, self.examples)
+
+    def __call__(self) -> Result:
+        return evaluate_model(self.model, self.examples, self.tokenizer, self.answers)[0]
 
 
 def evaluate(name: str, evaluation: Evaluation) -> Result:
-    """Perplexity of a model by name or folder."""
-    model, tokenizer, _ = read_model(name)
-    return perplexity(model, evaluation.tokens(tokenizer))
+    """What a model, by name or folder, scores: perplexity, accuracy or word error rate.
+
+    Raises `PermpruneError` for examples that do not say what is right.
+    """
+    model, processor, _ = read_model(name)
+    examples = evaluation.examples(model, processor)
+    tokenizer = tokenizer_of(processor) if kind_of(model) == "speech" and decodes(model) else None
+    return evaluate_model(model, examples, tokenizer)[0]
+
+
+def probe(name: str, out: Path, classes: Sequence[str], source: str | None, windows: int) -> Result:
+    """Fit a linear classifier of these classes to what a model makes of images or sentences, and write both to `out`.
+
+    `source` and `windows` are as those of `Evaluation`, of the part to train on. Returns the accuracy on a held-out
+    part of it. Raises `PermpruneError`.
+    """
+    _require_free(out)
+    model, processor, _ = read_model(name)
+    headed = with_head(model, classes)
+    fitted = fit_probe(headed, load_examples(source, headed, processor, "probe", windows * ANSWERED_ONCE))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write_weights(fitted.model, processor, False, partial)
+        os.replace(partial, out)
+    except OSError as error:
+        raise PermpruneError(f"cannot write {out}: {error.strerror or error}; free space, then try again") from error
+    return fitted.result
 
 
 def prune_to_folder(
@@ -78,10 +148,10 @@ def prune_to_folder(
     started = time.monotonic()
     prune_model = _prune_streamed if exceeds_memory(name, method, settings) else _prune_held
     done = prune_model(name, method, settings, evaluation, partial)
-    values = done.perplexities
+    values = done.measured
     record = _record(name, permute, settings, done.pruned) | {
-        "perplexity": {"data": evaluation.source or "default text", **values},
-        "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"]),
+        "measured": {"data": evaluation.source or "default data", **values},
+        "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"], values["metric"]),
         "seconds": {**done.seconds, "total": time.monotonic() - started},
         "peak_memory_mb": peak_memory_mb(),
     }
@@ -106,37 +176,31 @@ def compare(
     chosen = {"none": permuter("none"), **named}
     rows: list[dict[str, Any]] = []
     reset_peak_memory()
-    model, tokenizer, _ = read_model(name)
-    tokens = evaluation.tokens(tokenizer)
-    prepared = prepare(model, tokenizer, settings)
+    model, processor, _ = read_model(name)
+    prepared = prepare(model, processor, settings)
     with prepared.network.dense_weights():
-        dense = perplexity(model, tokens).value
-    rows.append({"method": "dense", "perplexity": dense, "seconds": 0.0, "peak_memory_mb": peak_memory_mb()})
+        measure = Meter(model, processor, evaluation)
+        dense = measure()
+    rows.append({"method": "dense", dense.metric: dense.value, "seconds": 0.0, "peak_memory_mb": peak_memory_mb()})
     for label, method in chosen.items():
         reset_peak_memory()
         solution = method.solve(prepared.network, prepared.run)
         update_weights(prepared)
-        value = perplexity(model, tokens).value
-        rows.append(
-            {
-                "method": label,
-                "perplexity": value,
-                "seconds": solution.seconds,
-                "peak_memory_mb": peak_memory_mb(),
-            }
-        )
-        log.info("%s: perplexity %.2f after %.0f s", label, value, solution.seconds)
-    none = rows[1]["perplexity"]
+        value = measure().value
+        cost = {"seconds": solution.seconds, "peak_memory_mb": peak_memory_mb()}
+        rows.append({"method": label, dense.metric: value, **cost})
+        log.info("%s: %s %.4g after %.0f s", label, dense.metric, value, solution.seconds)
+    none = rows[1][dense.metric]
     for row in rows:
-        row["gap_closed"] = gap_closed(row["perplexity"], dense, none)
+        row["gap_closed"] = gap_closed(row[dense.metric], dense.value, none, dense.metric)
     fixed = {key: getattr(settings, key) for key in ("pattern", "saliency", "mode", "update", "seed")}
-    return {"model": name, **fixed, "calibrate_seconds": prepared.seconds, "rows": rows}
+    return {"model": name, **fixed, "calibrate_seconds": prepared.seconds, "metric": dense.metric, "rows": rows}
 
 
 def verify_folder(folder: Path) -> dict[str, float]:
     """Prove a folder that permprune wrote: N:M in stored order, it reloads, and it says what the masked model said.
 
-    Returns "layers", how many were checked, and "difference", the largest of the logits. Raises `PermpruneError`
+    Returns "layers", how many were checked, and "difference", the largest of the outputs. Raises `PermpruneError`
     naming the first thing that does not hold.
     """
     record = read_record(folder)
@@ -148,11 +212,12 @@ def verify_folder(folder: Path) -> dict[str, float]:
         if not pattern.holds(weight):  # type: ignore[arg-type]
             raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
     with safe_open(folder / PROBE, "pt") as file:
-        ids, expected = file.get_tensor("ids"), file.get_tensor("logits")
+        probe = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    expected = probe.pop(ANSWER)
     rounding = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize < 4 else 0.0
-    difference = float((_last_logits(model, ids) - expected).abs().max())
+    difference = float((_answer(model, probe) - expected).abs().max())
     if not difference <= max(1e-4, rounding * float(expected.abs().max())):
-        raise PermpruneError(f"{folder} says other than the masked model did (logits differ by {difference:.2g})")
+        raise PermpruneError(f"{folder} says other than the masked model did (outputs differ by {difference:.2g})")
     return {"layers": len(record["layers"]), "difference": difference}
 
 
@@ -167,12 +232,12 @@ def _require_free(out: Path) -> None:
 class _Done:
     """A pruned model, what was measured of it, and how to write its weights and tokenizer to a folder.
 
-    `perplexities` are those of the dense model ("dense"), and pruned in natural order ("none") and as decided
-    ("pruned"), with the number of "tokens"; `probe` is what `verify_folder` compares with.
+    `measured` has the "metric" of the dense model ("dense"), and pruned in natural order ("none") and as decided
+    ("pruned"), and over how many ("count") of what ("unit"); `probe` is what `verify_folder` compares with.
     """
 
     pruned: Pruned
-    perplexities: dict[str, Any]
+    measured: dict[str, Any]
     seconds: dict[str, float]
     probe: dict[str, Tensor]
     write: Callable[[Path], None]
@@ -180,24 +245,24 @@ class _Done:
 
 def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, partial: Path) -> _Done:
     """Prune a model that is held in memory."""
-    model, tokenizer, stored = read_model(name)
-    tokens = evaluation.tokens(tokenizer)
-    prepared = prepare(model, tokenizer, settings, partial=partial)
-    update_weights(prepared)
-    natural, values = prepared.network.measures(), {"tokens": tokens.numel(), "none": perplexity(model, tokens).value}
+    model, processor, stored = read_model(name)
+    prepared = prepare(model, processor, settings, partial=partial)
     with prepared.network.dense_weights():
-        values["dense"] = perplexity(model, tokens).value
+        measure = Meter(model, processor, evaluation)
+        dense = measure()
+    update_weights(prepared)
+    natural, none = prepared.network.measures(), measure()
     solution = method.solve(prepared.network, prepared.run)
     searched = time.monotonic()
     update_weights(prepared)
     seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
     probe = _probe(model, prepared)
     pruned = finish(prepared, solution, natural)
-    values["pruned"] = perplexity(model, tokens).value
+    values = _measured(dense, none, measure())
 
     def write(folder: Path) -> None:
         model.to(stored)  # type: ignore[arg-type]
-        write_weights(model, tokenizer, bool(pruned.gathers), folder)
+        write_weights(model, processor, bool(pruned.gathers), folder)
 
     return _Done(pruned, values, seconds, probe, write)
 
@@ -207,16 +272,17 @@ def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation:
     started = time.monotonic()
     own = partial / f"rank-{parallel.rank()}"
     model, tokenizer, stored, weights = read_offloaded(name, own / "weights")
-    tokens = evaluation.tokens(tokenizer)
+    examples = evaluation.examples(model, tokenizer)
     plan = plan_run(model, tokenizer, settings)
     stream = Stream(model, weights, plan, own / "masks")
     pruned = stream.solve(cast(LocalPermuter, method))
     search = pruned.solution.seconds
     seconds = {"calibrate": time.monotonic() - started - search, "search": search, "update": 0.0}
-    values: dict[str, Any] = {"tokens": tokens.numel()}
-    for label, edit in {"dense": None, "none": stream.masked(NATURAL), "pruned": stream.masked(DECIDED)}.items():
+    results = []
+    for edit in (None, stream.masked(NATURAL), stream.masked(DECIDED)):
         weights.edit = edit
-        values[label] = perplexity(model, tokens).value
+        results.append(perplexity(model, examples))
+    values = _measured(*results)
     probe = _probe(model, plan)
     weights.edit = stream.stored(pruned)
 
@@ -226,16 +292,27 @@ def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation:
     return _Done(pruned, values, seconds, probe, write)
 
 
+def _measured(dense: Result, none: Result, pruned: Result) -> dict[str, Any]:
+    values = {"dense": dense.value, "none": none.value, "pruned": pruned.value}
+    return {"metric": dense.metric, **values, "count": dense.count, "unit": dense.unit}
+
+
 def _probe(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    ids = plan.run.held_out["input_ids"][:2, :16].cpu().contiguous()
-    return {"ids": ids, "logits": _last_logits(model, ids)}
+    """Two examples, of windows of text the first few tokens, by the names of the model's arguments; and what it says.
+
+    The answer is called `ANSWER`.
+    """
+    inputs = {name: tensor.cpu().contiguous() for name, tensor in short_inputs(model, plan.run.held_out).items()}
+    return {**inputs, ANSWER: _answer(model, inputs)}
 
 
 @torch.inference_mode()
-def _last_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits of the last token, fp32 (batch, vocabulary), from a model in evaluation mode."""
-    logits: Tensor = model(input_ids=ids.to(compute_device(model)), use_cache=False).logits[:, -1]
-    return logits.float().cpu().contiguous()
+def _answer(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The first of a model's main outputs at the last position, fp32 (batch, classes or channels)."""
+    device = compute_device(model)
+    arguments = forward_arguments(model, {name: tensor.to(device) for name, tensor in inputs.items()})
+    output: Tensor = main_outputs(model(**arguments))[0]
+    return (output[:, -1] if output.dim() > 2 else output).float().cpu().contiguous()
 
 
 def _record(name: str, permute: str, settings: Settings, pruned: Pruned) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from permprune.calibrate import Statistics, calibrate, frozen
 from permprune.checkpoint import Checkpoint
 from permprune.coupling import Coupling, Untraceable, discover, fold_all, observe
-from permprune.data import load_documents, tokenize
+from permprune.data import WORTH, kind_of, load_examples
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
@@ -26,7 +26,7 @@ from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
-from permprune.processors import Processor, tokenizer_of
+from permprune.processors import Processor
 from permprune.progress import log
 from permprune.resources import compute_device
 from permprune.saliency import Saliency, saliency
@@ -45,15 +45,16 @@ class Settings:
     """What a run depends on; the same settings give the same permutations.
 
     `pattern`: "N:M". `saliency`: magnitude, wanda, ria or obs. `mode`: "fold" (no run-time cost) or "gather" (every
-    reader of the residual stream in its own order, one `index_select` each). `calibration`: a text (see
-    `load_documents`), None for the default one, of which `samples` windows of `length` tokens are drawn: the first
-    `measured` give the statistics, the next `held_out` the accept test, the rest the gradients. `precision`: of
-    activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one calibration pass;
-    `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search after so long.
-    `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights at the orders
-    found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`: calibration
-    examples that pass through the model at a time. `recompute`: run each block again in the backward pass instead of
-    keeping its activations.
+    reader of the residual stream in its own order, one `index_select` each). `calibration`: a source (see
+    `load_examples`), None for the default one, of which `samples` examples are drawn, or windows of `length` tokens:
+    the first `measured` give the statistics, the next `held_out` the accept test, the rest the gradients; of examples
+    with one answer each, such as images, 8 stand for each that is counted. `precision`: of activations: fp32, bf16, or
+    auto for the faster. `memory`: bytes for the statistics of one calibration pass; `prune_to_folder` reads a model
+    that needs more in all layer by layer. `minutes`: end the search after so long. `exclude`: globs of layers that stay
+    dense. `update`: none, or sparsegpt, which changes the weights at the orders found; it chooses masks of its own, so
+    that the saliency has its say in the search alone. `batch`: calibration examples that pass through the model at a
+    time. `recompute`: run each block again in the backward pass instead of keeping its activations. `shared`: the
+    evaluation comes from the same images, speech or sentences, of which each gets half.
     """
 
     pattern: str = "2:4"
@@ -72,6 +73,7 @@ class Settings:
     update: str = "none"
     batch: int = 4
     recompute: bool = False
+    shared: bool = False
 
     @property
     def train(self) -> int:
@@ -138,12 +140,12 @@ def prepare(
     state. Raises `PermpruneError` for settings, data or a model that cannot be used.
     """
     started = time.monotonic()
-    shown = None if examples is None else Examples.of(examples)
-    if shown is not None and lacks_text(model, shown):
-        shown = transcribed(model, shown, settings.batch)
+    shown = calibration_examples(model, tokenizer, settings) if examples is None else Examples.of(examples)
+    batch, recompute = settings.batch * WORTH[kind_of(model)], settings.recompute
+    if lacks_text(model, shown):
+        shown = transcribed(model, shown, batch)
     plan = plan_run(model, tokenizer, settings, shown, partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
-    batch, recompute = settings.batch, settings.recompute
     with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):
         task = choose_task(model, plan.measured, batch)
     statistics = calibrate(
@@ -170,16 +172,17 @@ def plan_run(
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
     device = compute_device(model)
-    shown = calibration_text(settings, tokenizer) if examples is None else Examples.of(examples)
-    measured, held_out, train = _divide(shown.to(device), settings)
-    coupling = _couple(model, _traced(model, measured), layers, settings.mode)
+    shown = calibration_examples(model, tokenizer, settings) if examples is None else Examples.of(examples)
+    worth = WORTH[kind_of(model)]
+    measured, held_out, train = _divide(shown.to(device), settings, worth)
+    coupling = _couple(model, short_inputs(model, measured), layers, settings.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
     searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
-    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched))
+    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), worth)
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
 
 
@@ -194,13 +197,13 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
         return observe(model, example, [layer.name for layer in layers])
 
 
-def calibration_text(settings: Settings, tokenizer: Processor | None) -> Examples:
-    """Windows of the calibration text, as many of `samples` as there are."""
-    if tokenizer is None:
-        raise PermpruneError("without a tokenizer give the calibration as examples")
-    documents = load_documents(settings.calibration, "calibration")
-    length, samples = settings.length, settings.samples
-    return Examples.of(tokenize(documents, tokenizer_of(tokenizer), length, samples, settings.seed, fewer=True))
+def calibration_examples(model: PreTrainedModel, processor: Processor | None, settings: Settings) -> Examples:
+    """Of the calibration data as many examples as are worth `samples` windows, or as there are."""
+    if processor is None:
+        raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
+    count = settings.samples * WORTH[kind_of(model)]
+    shared, source = settings.shared, settings.calibration
+    return load_examples(source, model, processor, "calibration", count, settings.length, settings.seed, shared)
 
 
 def update_weights(prepared: Prepared) -> None:
@@ -242,10 +245,15 @@ def prune(
     return finish(prepared, solution, natural)
 
 
-def gap_closed(perplexity: float, dense: float, none: float) -> float | None:
-    """Share of the log-perplexity gap between the dense and the plainly pruned model; None where there is no gap."""
-    gap = math.log(none) - math.log(dense)
-    return (math.log(none) - math.log(perplexity)) / gap if gap > 0 else None
+def gap_closed(value: float, dense: float, none: float, metric: str = "perplexity") -> float | None:
+    """Share of the gap between the dense and the plainly pruned model, of perplexities in their logarithm.
+
+    None where there is no gap.
+    """
+    if metric == "perplexity":
+        value, dense, none = math.log(value), math.log(dense), math.log(none)
+        return (none - value) / (none - dense) if none > dense else None
+    return (value - none) / (dense - none) if dense != none else None
 
 
 def _check(settings: Settings) -> None:
@@ -259,11 +267,14 @@ def _check(settings: Settings) -> None:
         raise PermpruneError(f"a batch of {settings.batch} examples: give --batch 1 or more")
 
 
-def _divide(examples: Examples, settings: Settings) -> list[Examples]:
-    """Examples for statistics, held-out loss and gradients; too few are shared out in the same proportion."""
-    wanted = settings.measured + settings.held_out
+def _divide(examples: Examples, settings: Settings, worth: int) -> list[Examples]:
+    """Examples for statistics, held-out loss and gradients; too few are shared out in the same proportion.
+
+    `worth` of them stand for each window that the settings count.
+    """
+    wanted = worth * (settings.measured + settings.held_out)
     share = min(1.0, len(examples) / (2 * wanted))
-    measured, held_out = (max(1, int(share * count)) for count in (settings.measured, settings.held_out))
+    measured, held_out = (max(1, int(share * worth * count)) for count in (settings.measured, settings.held_out))
     if len(examples) < measured + held_out + 1:
         raise PermpruneError(
             f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"
@@ -271,8 +282,8 @@ def _divide(examples: Examples, settings: Settings) -> list[Examples]:
     return examples.split([measured, held_out, len(examples) - measured - held_out])
 
 
-def _traced(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
-    """A small batch to trace the model on: two examples, of text that a model writes the first few tokens."""
+def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
+    """Two examples as arguments of the model's forward, of windows of text the first few tokens; no attention masks."""
     inputs = model_inputs(model, examples[torch.arange(2) % len(examples)])
     if inputs.keys() == {"input_ids"}:
         return {"input_ids": inputs["input_ids"][:, :16]}

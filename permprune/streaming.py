@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from permprune.calibrate import Statistics, frozen, inner_product
 from permprune.checkpoint import write_whole
 from permprune.coupling import fold_parameter
+from permprune.data import kind_of
 from permprune.errors import PermpruneError
 from permprune.layers import Layer, prunable_layers, require_finite
 from permprune.network import PrunedNetwork
@@ -51,6 +52,10 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
     needed = held_bytes(model, layers, tokens, gradients=not local)
     if needed <= settings.memory:
         return False
+    if kind_of(model) != "text":
+        raise PermpruneError(
+            f"models of {kind_of(model)} are pruned in memory only, which takes {_gib(needed)}: raise --memory to that"
+        )
     if not local or settings.update != "none":
         able = ", ".join(name for name, other in PERMUTERS.items() if issubclass(other, LocalPermuter))
         what = f"update {settings.update}" if local else f"permuter {method.name}"

@@ -149,8 +149,8 @@ def tiny_whisper(tmp_path: Path) -> Path:
     tokens += sorted(pre_tokenizers.ByteLevel.alphabet())
     config = WhisperConfig(
         d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
+        encoder_layers=2,
+        decoder_layers=2,
         encoder_attention_heads=4,
         decoder_attention_heads=4,
         encoder_ffn_dim=64,

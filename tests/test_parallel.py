@@ -63,7 +63,7 @@ def test_two_processes_find_what_one_finds(tiny_checkpoint: Path, tiny_text: Pat
     one, two = records
     assert one["permutations"] == two["permutations"] and one["gathers"] == two["gathers"]
     assert [p["loss"] for p in one["curve"]] == pytest.approx([p["loss"] for p in two["curve"]], abs=1e-6)
-    assert one["perplexity"]["pruned"] == pytest.approx(two["perplexity"]["pruned"], rel=1e-6)
+    assert one["measured"]["pruned"] == pytest.approx(two["measured"]["pruned"], rel=1e-6)
 
 
 def test_an_error_is_said_once_and_ends_all_processes(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from permprune.commands import Evaluation, _last_logits, compare, evaluate, prune_to_folder, verify_folder
+from permprune.commands import Evaluation, _answer, compare, evaluate, prune_to_folder, verify_folder
 from permprune.coupling import discover, fold, verify
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
@@ -34,9 +34,9 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
     prepared = prepare(tiny_llama, None, Settings(pattern=pattern, mode=mode, precision="fp32"), WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _last_logits(tiny_llama, WINDOWS)
+    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert [row["error_none"] for row in pruned.layers] == [row["error"] for row in natural]
     for layer in prunable_layers(pruned.model, Pattern.parse(pattern)):
         assert Pattern.parse(pattern).holds(layer.weight)
@@ -111,9 +111,9 @@ def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCau
     prepared = prepare(tiny_llama, None, settings, WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _last_logits(tiny_llama, WINDOWS)
+    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert {bool(gather["output"]) for gather in pruned.gathers} == {False, True}
 
 
@@ -139,9 +139,9 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
     assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _last_logits(tiny_llama, WINDOWS)
+    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert len(pruned.gathers) == 8 and not pruned.tables
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
@@ -175,22 +175,22 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _last_logits(tiny_llama, WINDOWS)
+    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_last_logits(pruned.model, WINDOWS), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
 
 @pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])
 def test_examples_are_shared_out(total: int, measured: int, held_out: int) -> None:
-    parts = _divide(Examples.of(torch.arange(total)[:, None]), Settings())
+    parts = _divide(Examples.of(torch.arange(total)[:, None]), Settings(), 1)
     assert [len(part) for part in parts] == [measured, held_out, total - measured - held_out]
     assert torch.equal(torch.cat([part["input_ids"] for part in parts])[:, 0], torch.arange(total))
 
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(PermpruneError, match="3 are the least"):
-        _divide(Examples.of(torch.zeros(2, 16)), Settings())
+        _divide(Examples.of(torch.zeros(2, 16)), Settings(), 1)
 
 
 def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
@@ -256,7 +256,7 @@ def test_a_written_folder_loads_and_proves_itself(
     if mode == "fold":
         ids = WINDOWS[:2]
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-        assert torch.equal(_last_logits(again, ids), _last_logits(model, ids))
+        assert torch.equal(_answer(again, {"input_ids": ids}), _answer(model, {"input_ids": ids}))
         assert plain.exists() and not read_record(out)["gathers"]
     else:
         assert (out / GATHERED).exists() and not plain.exists()
@@ -273,9 +273,9 @@ def test_a_folder_of_updated_weights_proves_itself(
     record = prune_to_folder(str(tiny_checkpoint), out, "random", settings, evaluation)
     assert verify_folder(out)["layers"] == 14
     assert record["settings"]["update"] == "sparsegpt" and "update" in record["seconds"]
-    assert evaluate(str(out), evaluation).value == pytest.approx(record["perplexity"]["pruned"], rel=1e-5)
+    assert evaluate(str(out), evaluation).value == pytest.approx(record["measured"]["pruned"], rel=1e-5)
     natural = compare(str(tiny_checkpoint), ["random"], settings, evaluation)["rows"]
-    measured = record["perplexity"]
+    measured = record["measured"]
     assert [row["perplexity"] for row in natural] == [
         pytest.approx(measured[key], rel=1e-5) for key in ("dense", "none", "pruned")
     ]
@@ -310,11 +310,11 @@ def test_the_real_model_folds_loads_and_verifies(
     record = prune_to_folder("smollm2-135m", out, "random", settings, Evaluation(None, 2, 64))
     found = verify_folder(out)
     assert found["layers"] == 210 and found["difference"] < 1e-4
-    assert record["perplexity"]["none"] > record["perplexity"]["dense"]
+    assert record["measured"]["none"] > record["measured"]["dense"]
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     _, tokenizer = smollm
     ids = tokenize(load_documents(None, "evaluation"), tokenizer, 32, 2)
-    assert torch.equal(_last_logits(model, ids), _last_logits(load(out), ids))
+    assert torch.equal(_answer(model, {"input_ids": ids}), _answer(load(out), {"input_ids": ids}))
     for layer in prunable_layers(model, Pattern(2, 4)):
         assert Pattern(2, 4).holds(layer.weight)
 
@@ -332,11 +332,11 @@ def test_dense_folding_of_the_real_model_changes_nothing(
     ]
     for space in [space for space in spaces if ".7." in space.name or space.name.endswith("residual")]:
         assert verify(model, space, {"input_ids": ids}) < 1e-4
-    before, generator = _last_logits(model, ids), torch.Generator().manual_seed(0)
+    before, generator = _answer(model, {"input_ids": ids}), torch.Generator().manual_seed(0)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for space in spaces:
         table = torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
         fold(model, space, table)
-    after = _last_logits(model, ids)
+    after = _answer(model, {"input_ids": ids})
     model.load_state_dict(state)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)

@@ -28,6 +28,6 @@ def ablate(
 ) -> None:
     """Vary one thing about the learned permutation of MODEL: its loss, its groups, or how long it learns."""
     methods = variants(study, preset, settings.train, epochs)
-    result = compare(model, methods, settings, Evaluation(data, windows, settings.length))
+    result = compare(model, methods, *Evaluation.beside(settings, data, windows))
     cli.write_figures(json, {"study": study, "preset": preset, **result})
     cli.show(comparison_table(result))

@@ -35,9 +35,10 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="a zoo name (smollm2-135m), a folder, or a hub id")]
 Data = Annotated[
-    str | None, typer.Option(help="text to evaluate on: file, .jsonl or data set id; must not be the calibration text")
+    str | None,
+    typer.Option(help="text (file, .jsonl), images, speech or sentences to evaluate on, or a data set id"),
 ]
-Windows = Annotated[int, typer.Option(help="windows of text to evaluate on")]
+Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; an image counts 1/32")]
 Length = Annotated[int, typer.Option(help="tokens in a window")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
@@ -72,9 +73,10 @@ def settings(
         ),
     ] = Settings.update,
     calibration: Annotated[
-        str | None, typer.Option(help="text file, .jsonl with a text field, or data set id; the default text if absent")
+        str | None,
+        typer.Option(help="text (file, .jsonl), images, speech, sentences, or a data set id; the default if absent"),
     ] = Settings.calibration,
-    samples: Annotated[int, typer.Option(help="windows of calibration text")] = Settings.samples,
+    samples: Annotated[int, typer.Option(help="windows of calibration text; an image counts 1/8")] = Settings.samples,
     length: Length = Settings.length,
     seed: Annotated[int, typer.Option(help="the same seed gives the same permutations")] = Settings.seed,
     precision: Annotated[

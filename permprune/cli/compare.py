@@ -12,7 +12,7 @@ from permprune.cli import common as cli
 from permprune.commands import Evaluation
 from permprune.commands import compare as run
 from permprune.pipeline import Settings
-from permprune.report import comparison_title, write_comparison
+from permprune.report import comparison_title, number, write_comparison
 
 
 @cli.command
@@ -29,9 +29,7 @@ def compare(
 ) -> None:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, seconds, memory."""
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    result = run(
-        model, [name for name in names if name != "dense"], settings, Evaluation(data, windows, settings.length)
-    )
+    result = run(model, [name for name in names if name != "dense"], *Evaluation.beside(settings, data, windows))
     cli.write_figures(json, result)
     if picture is not None:
         write_comparison(result, picture)
@@ -42,10 +40,10 @@ def comparison_table(result: dict[str, Any]) -> Table:
     """What `permprune.compare` returns, for the terminal."""
     table = Table(title=comparison_title(result))
     table.add_column("method")
-    for title in ("perplexity", "gap closed", "seconds", "peak MiB"):
+    for title in (result["metric"], "gap closed", "seconds", "peak MiB"):
         table.add_column(title, justify="right")
     for row in result["rows"]:
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
-        figures = (f"{row['perplexity']:.2f}", closed, f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}")
+        figures = (number(row[result["metric"]]), closed, f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}")
         table.add_row(row["method"], *figures)
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from permprune.cli import common as cli
 from permprune.commands import Evaluation
 from permprune.commands import evaluate as run
+from permprune.report import number
 
 
 @cli.command
@@ -15,8 +16,8 @@ def evaluate(
     length: cli.Length = 512,
     json: cli.Json = None,
 ) -> None:
-    """Perplexity of MODEL, which may be a folder that permprune wrote."""
+    """Perplexity, accuracy or word error rate of MODEL, which may be a folder that permprune wrote."""
     result = run(model, Evaluation(data, windows, length))
     cli.write_figures(json, result.to_json())
-    error = "" if result.stderr is None else f" ± {result.stderr:.2f}"
-    print(f"{result.metric} {result.value:.2f}{error} on {result.count} tokens")
+    error = "" if result.stderr is None else f" ± {number(result.stderr)}"
+    print(f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}")

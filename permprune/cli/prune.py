@@ -28,6 +28,7 @@ def prune(
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
     method = permute if preset is None else f"{permute}-{preset}"
-    record = prune_to_folder(model, out, method, settings, Evaluation(data, windows, settings.length), resume)
+    settings, evaluation = Evaluation.beside(settings, data, windows)
+    record = prune_to_folder(model, out, method, settings, evaluation, resume)
     print(decision(record))
     print(f"written to {out} (report.html, permprune.json)")

@@ -3,6 +3,16 @@
 from permprune.data.audio import load_speech
 from permprune.data.images import load_images
 from permprune.data.labelled import load_labelled_text
+from permprune.data.load import WORTH, kind_of, load_examples
 from permprune.data.text import load_documents, tokenize
 
-__all__ = ["load_documents", "load_images", "load_labelled_text", "load_speech", "tokenize"]
+__all__ = [
+    "WORTH",
+    "kind_of",
+    "load_documents",
+    "load_examples",
+    "load_images",
+    "load_labelled_text",
+    "load_speech",
+    "tokenize",
+]

@@ -2,9 +2,9 @@
 
 from permprune.evaluate.agreement import Answers, agreement, ask
 from permprune.evaluate.classification import accuracy
-from permprune.evaluate.dispatch import evaluate_model
+from permprune.evaluate.dispatch import evaluate_model, knows_right
 from permprune.evaluate.perplexity import perplexity
-from permprune.evaluate.probe import Probe, fit_probe
+from permprune.evaluate.probe import Probe, fit_probe, with_head
 from permprune.evaluate.result import Result
 from permprune.evaluate.speech import word_error_rate
 
@@ -17,6 +17,8 @@ __all__ = [
     "ask",
     "evaluate_model",
     "fit_probe",
+    "knows_right",
     "perplexity",
+    "with_head",
     "word_error_rate",
 ]

@@ -40,3 +40,8 @@ def evaluate_model(
     if labels is None:
         raise PermpruneError("nothing says what is right: give examples with labels, or a dense model to compare with")
     return accuracy(model, examples, batch)
+
+
+def knows_right(model: nn.Module, examples: Examples) -> bool:
+    """Whether the examples themselves say what is right: by labels, or by the tokens that follow."""
+    return "labels" in examples or (writes(model) and "input_ids" in examples)

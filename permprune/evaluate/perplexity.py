@@ -52,7 +52,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
         )
     spread = (nll - mean * counts).std() / counts.mean() if len(examples) > 1 else None
     stderr = None if spread is None else value * float(spread) / len(examples) ** 0.5
-    return Result("language modelling", "perplexity", value, int(counts.sum()), stderr)
+    return Result("language modelling", "perplexity", value, int(counts.sum()), stderr, "tokens")
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:

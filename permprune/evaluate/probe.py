@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from permprune.calibrate import frozen
 from permprune.errors import PermpruneError
 from permprune.evaluate.classification import share
 from permprune.evaluate.result import Result
 from permprune.examples import Examples
+from permprune.inputs import argument_names
 from permprune.progress import log, track
 from permprune.resources import compute_device
 from permprune.tasks import running
@@ -47,7 +54,8 @@ def fit_probe(model: PreTrainedModel, examples: Examples, batch: int = 32, seed:
     if labels is None or labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0:
         raise PermpruneError("a probe is fitted to classes from 0 on, one for each example: give such labels")
     classes = int(labels.max()) + 1
-    model = _with_head(model, examples, classes)
+    if "labels" not in argument_names(model):
+        model = with_head(model, [str(number) for number in range(classes)])
     name, inputs = _head_inputs(model, examples, batch)
     head = _resized(model, name, classes)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
@@ -89,27 +97,48 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> t
     return found, bias.detach() - found @ mean
 
 
-def _with_head(model: PreTrainedModel, examples: Examples, classes: int) -> PreTrainedModel:
-    """The model itself if it gives logits, else one with a head for so many classes that shares its weights."""
-    with torch.no_grad(), frozen(model), running(model, examples[:1].to(compute_device(model))) as output:
-        if getattr(output, "logits", None) is not None:
-            return model
-    kind: Any = AutoModelForImageClassification if "pixel_values" in examples else AutoModelForSequenceClassification
-    config = type(model.config).from_dict({**model.config.to_dict(), "num_labels": classes})
-    try:
-        headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype)
-    except ValueError as error:
-        raise PermpruneError(
-            f"Transformers has no {kind.__name__} with a {type(config).__name__}: give a model with a head"
-        ) from error
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
-    base = getattr(headed, headed.base_model_prefix)
-    missing = [key for key in base.state_dict() if key not in own]
-    if missing:
-        raise PermpruneError(f"the head wants {missing[0]}, which the model has not: give a model with a head")
-    base.load_state_dict({key: own[key] for key in base.state_dict()}, assign=True)
+def with_head(model: PreTrainedModel, classes: Sequence[str]) -> PreTrainedModel:
+    """A classifier of these classes around a model without a head, whose weights it shares; another model as it is.
+
+    Either way the configuration names the classes. The head is that of Transformers for images or sentences. Raises
+    `PermpruneError` where it has none for such a model.
+    """
+    names = dict(enumerate(classes))
+    if "labels" not in argument_names(model):
+        model = _headed(model, len(names))
+    model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    return model
+
+
+def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
+    images = model.main_input_name == "pixel_values"
+    kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    config = _mapped(model.config, kind)
+    config.num_labels = classes
+    headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype)
+    prefix, own = f"{headed.base_model_prefix}.", model.state_dict(keep_vars=True)
+    shared = {key: own[name] for key in headed.state_dict() if (name := key.removeprefix(prefix)) in own}
+    missing = {key.partition(".")[0] for key in headed.state_dict().keys() - shared.keys()}
+    if len(missing) != 1:
+        raise PermpruneError(f"a {type(headed).__name__} has {len(missing)} parts more: give a model with a head")
+    headed.load_state_dict(shared, strict=False, assign=True)
     headed.to(compute_device(model)).eval()  # type: ignore[arg-type]
     return headed
+
+
+def _mapped(config: PreTrainedConfig, kind: Any) -> PreTrainedConfig:
+    """A copy of the config that this kind of model takes: itself, or of the model that such a one is a part of."""
+    known = kind._model_mapping.keys()
+    if type(config) in known:
+        return type(config).from_dict(config.to_dict())
+    for whole in known:
+        for name, part in whole.sub_configs.items():
+            if part is type(config):
+                found: PreTrainedConfig = whole(**{name: config.to_dict()})
+                return found
+    raise PermpruneError(
+        f"Transformers has no {kind.__name__} with a {type(config).__name__}: give a model with a head"
+    )
 
 
 @torch.no_grad()

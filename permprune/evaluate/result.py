@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 
+def higher_is_better(metric: str) -> bool:
+    return metric.endswith(("accuracy", "agreement"))
+
+
 @dataclass(frozen=True)
 class Result:
-    """One measured `value` of `metric` on `task`, over `count` predictions; `stderr` its standard error."""
+    """One measured `value` of `metric` on `task`, over `count` predictions of `unit`; `stderr` its standard error."""
 
     task: str
     metric: str
     value: float
     count: int
     stderr: float | None = None
+    unit: str = "examples"
 
     def to_json(self) -> dict[str, str | float | int | None]:
-        """The fields, ready for `json.dumps`."""
-        return asdict(self)
+        """The fields, ready for `json.dumps`; the count goes by its unit."""
+        fields = {name: value for name, value in asdict(self).items() if name not in ("count", "unit")}
+        return {**fields, self.unit: self.count}

@@ -45,7 +45,7 @@ def word_error_rate(model: nn.Module, examples: Examples, tokenizer: PreTrainedT
         raise PermpruneError("the transcripts have no words: give labels that the tokenizer can read")
     value = wrong.sum() / words.sum()
     spread = float((wrong - value * words).std() / words.mean()) / len(examples) ** 0.5 if len(examples) > 1 else None
-    return Result("speech recognition", "word error rate", float(value), int(words.sum()), spread)
+    return Result("speech recognition", "word error rate", float(value), int(words.sum()), spread, "words")
 
 
 def _errors(right: str, own: str) -> tuple[int, int]:

@@ -40,10 +40,10 @@ class Solution:
 class Run:
     """The budget and the data of a search.
 
-    `train` and `held_out` are calibration examples, disjoint: gradients come from the
-    first, the accept test reads the second. `minutes`, if given, ends a search after the round under way (its result
-    then depends on the machine's speed). `solved` keeps what was found, so that a search that starts from another's
-    orders does not repeat it.
+    `train` and `held_out` are calibration examples, disjoint: gradients come from the first, the accept test reads the
+    second. `minutes`, if given, ends a search after the round under way (its result then depends on the machine's
+    speed). `worth` examples stand for one that permuters count: an image has one answer, a window of text hundreds.
+    `solved` keeps what was found, so that a search that starts from another's orders does not repeat it.
     """
 
     train: Examples
@@ -51,7 +51,13 @@ class Run:
     seed: int = 0
     minutes: float | None = None
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}))
+    worth: int = 1
     solved: dict[Permuter, Solution] = field(default_factory=dict)
+
+    def batch(self, number: int, count: int) -> Examples:
+        """The `number`-th `count` of the training examples, over and over."""
+        count *= self.worth
+        return self.train[torch.arange(number * count, (number + 1) * count) % len(self.train)]
 
     def generator(self, *stream: int) -> torch.Generator:
         """A generator that depends on the seed and on the numbers of `stream` alone."""

@@ -93,10 +93,10 @@ class CostMatrixLearner(Permuter):
 
     def _step(self, network: PrunedNetwork, run: Run, state: State, starts: Orders) -> None:
         """One step of AdamW; leaves the network as it was."""
-        at = torch.arange(state.step * self.examples, (state.step + 1) * self.examples) % len(run.train)
+        batch = run.batch(state.step, self.examples)
         with torch.no_grad():
             network.show(self._shown(network, run, state, starts))
-        slope = network.gradients(run.train[at], self.objective).weight
+        slope = network.gradients(batch, self.objective).weight
         network.set_orders({})
         for _, cost, shown in self._prune(network, run, state, starts):
             cost.grad = None

@@ -11,7 +11,6 @@ from rich.progress import Progress
 from torch import Tensor
 
 from permprune import parallel
-from permprune.examples import Examples
 from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
@@ -98,8 +97,8 @@ class TrustRegion(Permuter):
     def _gradients(self, network: PrunedNetwork, run: Run, state: State, mean: Gradients | None) -> Gradients:
         """The mean gradient over this round's examples and those of the rounds refused at the same orders."""
         for number in state.pending if mean is None else []:  # resumed: take them again
-            mean = _average(mean, network.gradients(self._batch(run, number), self.objective))
-        return _average(mean, network.gradients(self._batch(run, state.round), self.objective))
+            mean = _average(mean, network.gradients(run.batch(number, self.examples), self.objective))
+        return _average(mean, network.gradients(run.batch(state.round, self.examples), self.objective))
 
     def _round(
         self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
@@ -154,10 +153,6 @@ class TrustRegion(Permuter):
             state.damping *= 1.5
         state.pending = [] if kept else [*state.pending, state.round]
         state.round += 1
-
-    def _batch(self, run: Run, number: int) -> Examples:
-        at = torch.arange(number * self.examples, (number + 1) * self.examples) % len(run.train)
-        return run.train[at]
 
     def _begin(self, network: PrunedNetwork, run: Run, taught: list[Taught] | None) -> State:
         start = self.start.solve(network, run)

@@ -37,12 +37,11 @@ def write_report(record: Mapping[str, Any], path: Path) -> None:
 
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a comparison as PNG: `result` has "model", "pattern", "saliency", "mode", "update", "rows".
+    """Write the picture of a comparison as PNG; `result` is what `permprune.compare` returns.
 
-    A row has "method", "perplexity", "gap_closed" and "seconds" (each of the last two may be None).
     Raises `PermpruneError`.
     """
-    picture = pictures.comparison(result["rows"], comparison_title(result), "png")
+    picture = pictures.comparison(result["rows"], result["metric"], comparison_title(result), "png")
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
 
 
@@ -56,18 +55,19 @@ def decision(record: Mapping[str, Any]) -> str:
     """What the run came to, in one sentence."""
     method = record["settings"]["permute"]
     run = f"{record['settings']['pattern']} with {method}"
-    measured = record["perplexity"]
+    measured = record["measured"]
     if method == NO_PERMUTATION:
         run = f"{record['settings']['pattern']} in natural order"
     if (update := record["settings"]["update"]) != NO_UPDATE:
         run += f", then {update}"
     if measured is None:
-        return f"{run}: {_error_clause(record)}perplexity was not measured."
+        return f"{run}: {_error_clause(record)}the network was not measured."
     dense, none, pruned = (number(measured[key]) for key in ("dense", "none", "pruned"))
     if method == NO_PERMUTATION:
-        return f"{run}: perplexity {pruned} against {dense} dense."
+        return f"{run}: {measured['metric']} {pruned} against {dense} dense."
     return (
-        f"{run}: perplexity {pruned} against {dense} dense and {none} without permutation{_gap(record['gap_closed'])}."
+        f"{run}: {measured['metric']} {pruned} against {dense} dense and {none} without permutation"
+        f"{_gap(record['gap_closed'])}."
     )
 
 
@@ -90,8 +90,8 @@ def _error_clause(record: Mapping[str, Any]) -> str:
 def _table(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Rows of what was measured: its name; dense; pruned in natural order; pruned as permuted."""
     rows: list[tuple[str, ...]] = []
-    if (measured := record["perplexity"]) is not None:
-        rows.append(("perplexity", *(number(measured[key]) for key in ("dense", "none", "pruned"))))
+    if (measured := record["measured"]) is not None:
+        rows.append((measured["metric"], *(number(measured[key]) for key in ("dense", "none", "pruned"))))
         rows.append(("gap closed", "", "", percent(record["gap_closed"])))
     if layers := record["layers"]:
         kept, error = (
@@ -106,12 +106,13 @@ def _table(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def _pictures(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Title, what there is to see, and the SVG as a data URI."""
     found: list[tuple[str, str, bytes]] = []
-    if (measured := record["perplexity"]) is not None:
+    if (measured := record["measured"]) is not None:
         values = (measured["dense"], measured["none"], measured["pruned"])
-        picture = pictures.perplexities(*values, method=record["settings"]["permute"])
-        found.append(("Perplexity", f"{measured['tokens']:,} tokens of {measured['data']}.", picture))
+        picture = pictures.bars(*values, measured["metric"], record["settings"]["permute"])
+        text = f"{measured['count']:,} {measured['unit']} of {measured['data']}."
+        found.append((measured["metric"].capitalize(), text, picture))
     if record["curve"]:
-        text = "Each round is kept only if the loss on held-out calibration text falls."
+        text = "Each round is kept only if the loss on held-out calibration data falls."
         found.append(("Search", text, pictures.learning_curve(record["curve"])))
     if layers := record["layers"]:
         text = "Squared error of each layer's output, relative to the output. Lower is better."

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from permprune.evaluate.result import higher_is_better
 from permprune.report.style import BLUE, GRAY, ORANGE, Format, figure, quiet, save
 from permprune.report.words import duration, number, percent
 
@@ -57,19 +58,19 @@ def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
     return save(picture, kind)
 
 
-def perplexities(dense: float, none: float, pruned: float, method: str, kind: Format = "svg") -> bytes:
-    """Bars of three perplexities: dense, pruned in natural order, and pruned as permuted by `method`."""
+def bars(dense: float, none: float, pruned: float, metric: str, method: str, kind: Format = "svg") -> bytes:
+    """Bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
     labels = ["dense", "pruned,\nnatural order", f"pruned,\n{method}"]
     values = [dense, none, pruned]
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
     lengths = [value if math.isfinite(value) else 0.0 for value in values]
-    bars = axes.barh(range(3), lengths, color=[GRAY, ORANGE, BLUE], height=0.62)
-    axes.bar_label(bars, [number(value) for value in values], padding=4, color=GRAY, fontsize=9)
+    drawn = axes.barh(range(3), lengths, color=[GRAY, ORANGE, BLUE], height=0.62)
+    axes.bar_label(drawn, [number(value) for value in values], padding=4, color=GRAY, fontsize=9)
     axes.set_yticks(range(3), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(lengths) or 1.0)
-    axes.set_xlabel("perplexity (lower is better)")
+    axes.set_xlabel(f"{metric} ({_better(metric)})")
     quiet(axes, "x")
     axes.tick_params(axis="y", length=0)
     for label in axes.get_yticklabels():
@@ -77,24 +78,31 @@ def perplexities(dense: float, none: float, pruned: float, method: str, kind: Fo
     return save(picture, kind)
 
 
-def comparison(rows: Sequence[Record], title: str = "", kind: Format = "svg") -> bytes:
-    """Perplexity by method on a log scale, best first, with the share of the gap closed and the seconds beside it."""
-    ordered = sorted(rows, key=lambda row: row["perplexity"] if math.isfinite(row["perplexity"]) else math.inf)
+def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Format = "svg") -> bytes:
+    """A metric by method, best first, with the share of the gap closed and the seconds beside it.
+
+    Perplexities are on a log scale.
+    """
+    sign = -1 if higher_is_better(metric) else 1
+    ordered = sorted(rows, key=lambda row: sign * row[metric] if math.isfinite(row[metric]) else math.inf)
     picture = figure(7.4, 1.3 + 0.34 * len(ordered))
     axes, margin = picture.subplots(1, 2, sharey=True, width_ratios=(3, 1.35))
     margin.axis("off")
-    finite = [row["perplexity"] for row in ordered if math.isfinite(row["perplexity"])] or [1.0]
-    axes.set_xscale("log")
-    axes.set_xlim(min(finite) / 1.12, max(finite) * 1.12)
+    finite = [row[metric] for row in ordered if math.isfinite(row[metric])] or [1.0]
+    scale = ""
+    if metric == "perplexity":
+        scale = ", log scale"
+        axes.set_xscale("log")
+        axes.set_xlim(min(finite) / 1.12, max(finite) * 1.12)
+        _plain_ticks(axes)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
-    _cells(margin, -0.8, ["perplexity", "gap closed", "time"])
+    _cells(margin, -0.8, [metric, "gap closed", "time"])
     for place, row in enumerate(ordered):
         color = {"dense": GRAY, "none": ORANGE}.get(row["method"], BLUE)
-        axes.plot(row["perplexity"], place, color=color, marker="o", markersize=8)
-        _cells(margin, place, [number(row["perplexity"]), percent(row["gap_closed"]), duration(row["seconds"])])
+        axes.plot(row[metric], place, color=color, marker="o", markersize=8)
+        _cells(margin, place, [number(row[metric]), percent(row["gap_closed"]), duration(row["seconds"])])
     axes.set_yticks(range(len(ordered)), [row["method"] for row in ordered])
-    axes.set_xlabel("perplexity, log scale (lower is better)")
-    _plain_ticks(axes)
+    axes.set_xlabel(f"{metric}{scale} ({_better(metric)})")
     quiet(axes, "both")
     axes.tick_params(axis="y", length=0, labelsize=9)
     for label in axes.get_yticklabels():
@@ -103,6 +111,10 @@ def comparison(rows: Sequence[Record], title: str = "", kind: Format = "svg") ->
         heading = picture.suptitle(title, x=0.01, ha="left", color=GRAY, fontsize=10)
         heading.set_parse_math(False)
     return save(picture, kind)
+
+
+def _better(metric: str) -> str:
+    return f"{'higher' if higher_is_better(metric) else 'lower'} is better"
 
 
 def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:
@@ -192,4 +204,4 @@ def _plain_ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-__all__ = ["comparison", "kept_saliency", "layer_kinds", "learning_curve", "output_error", "perplexities"]
+__all__ = ["bars", "comparison", "kept_saliency", "layer_kinds", "learning_curve", "output_error"]

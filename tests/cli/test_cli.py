@@ -8,52 +8,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import transformers
-from typer.testing import CliRunner
 
 from permprune.checkpoint import Checkpoint
-from permprune.cli import app
 from permprune.cli.common import parse_bytes, settings
 from permprune.errors import PermpruneError
 from permprune.pipeline import Settings
 from permprune.saliency import SALIENCIES
 
+from .running import fails, run
+
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
-
-
-@pytest.fixture(autouse=True)
-def verbosity() -> Iterator[None]:
-    """The application silences Transformers; other tests listen to it."""
-    before = transformers.utils.logging.get_verbosity()
-    yield
-    transformers.utils.logging.set_verbosity(before)
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture
 def source(tiny_checkpoint: Path, tiny_text: Path) -> list[str]:
     return [str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text), *SMALL]
-
-
-def run(*arguments: str | Path) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def fails(*arguments: str | Path) -> str:
-    """The one line of an error, after checking that it is one and that the status says so."""
-    code, _, stderr = run(*arguments)
-    assert code == 2
-    lines = stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("permprune: "), stderr
-    return lines[0]
 
 
 def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Path) -> None:
@@ -67,9 +41,9 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     code, stdout, _ = run("evaluate", out, "--data", tiny_text, "--windows", "4", "--length", "16", "--json", figures)
     assert code == 0
     found = json.loads(figures.read_text())
-    assert {"task", "metric", "value", "count"} <= found.keys()
+    assert {"task", "metric", "value", "tokens"} <= found.keys()
     record = json.loads((out / "permprune.json").read_text())
-    assert found["value"] == pytest.approx(record["perplexity"]["pruned"], rel=1e-4)
+    assert found["value"] == pytest.approx(record["measured"]["pruned"], rel=1e-4)
 
 
 def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> None:
@@ -82,7 +56,7 @@ def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> 
     assert code == 0 and "2:4 with random, then sparsegpt: perplexity" in stdout
     record = json.loads((out / "permprune.json").read_text())
     assert record["settings"]["update"] == "sparsegpt"
-    assert record["perplexity"]["pruned"] == pytest.approx(result["rows"][-1]["perplexity"], rel=1e-4)
+    assert record["measured"]["pruned"] == pytest.approx(result["rows"][-1]["perplexity"], rel=1e-4)
 
 
 def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> None:
@@ -96,7 +70,7 @@ def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> Non
 
 
 def test_the_shared_options_are_the_settings() -> None:
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out"}
+    fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out", "shared"}
     assert set(inspect.signature(settings).parameters) == fields
     assert settings() == Settings()
     chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], update="sparsegpt", batch=2, recompute=True)

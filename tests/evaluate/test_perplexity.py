@@ -80,7 +80,7 @@ def test_result_is_json(tiny_llama, windows):
         "task": "language modelling",
         "metric": "perplexity",
         "value": result.value,
-        "count": 115,
+        "tokens": 115,
         "stderr": result.stderr,
     }
 

@@ -50,7 +50,15 @@ RECORD: dict[str, Any] = {
         "exclude": [],
     },
     "versions": {"torch": "2.13.0"},
-    "perplexity": {"data": "WikiText-2 test", "tokens": 6144, "dense": 30.1, "none": 175.7, "pruned": 63.4},
+    "measured": {
+        "metric": "perplexity",
+        "data": "WikiText-2 test",
+        "count": 6144,
+        "unit": "tokens",
+        "dense": 30.1,
+        "none": 175.7,
+        "pruned": 63.4,
+    },
     "gap_closed": 0.58,
     "seconds": {"calibrate": 31.2, "search": 493.0, "total": 7300.0},
     "layers": LAYERS,
@@ -58,7 +66,10 @@ RECORD: dict[str, Any] = {
     "permutations": {"model.layers.0.mlp.down_proj.input": [[1, 0, 2, 3]]},
     "gathers": [{"site": "model.norm.output", "output": "model.norm", "inputs": [], "order": [3, 2, 1, 0]}],
 }
-COMPARED = {"model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "update": "none"}
+COMPARED = {
+    "model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "update": "none",
+    "metric": "perplexity",
+}  # fmt: skip
 ROWS = [
     {"method": "newton", "perplexity": 63.4, "gap_closed": 0.58, "seconds": 493.0, "peak_memory_mb": 900},
     {"method": "none", "perplexity": 175.7, "gap_closed": None, "seconds": None, "peak_memory_mb": None},
@@ -133,17 +144,17 @@ def test_the_page_lists_settings_versions_times_and_orders() -> None:
 
 
 def test_a_record_without_perplexities_says_so() -> None:
-    page = Page(render(changed(perplexity=None, gap_closed=None)))
-    assert "the model was not evaluated" in page.text
+    page = Page(render(changed(measured=None, gap_closed=None)))
+    assert "The network was not measured." in page.text
     assert "output error of a layer 4.00 % against 5.00 % without permutation" in page.text
     assert len(page.images) == 3
 
 
 def test_a_bare_record_still_gives_a_page() -> None:
-    bare = changed(perplexity=None, gap_closed=None, layers=[], curve=[], permutations={}, gathers=[])
+    bare = changed(measured=None, gap_closed=None, layers=[], curve=[], permutations={}, gathers=[])
     page = Page(render(bare))
     assert page.images == []
-    assert "2:4 with newton: perplexity was not measured." in page.text
+    assert "2:4 with newton: the network was not measured." in page.text
     assert "every channel stands where it stood" in page.text
 
 
@@ -164,8 +175,8 @@ MEASURED = "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 with
         (changed(gap_closed=None), f"{MEASURED}."),
         (permuted_by("none"), "2:4 in natural order: perplexity 63.40 against 30.10 dense."),
         (
-            permuted_by("none", perplexity=None),
-            "2:4 in natural order: mean output error of a layer 5.00 %; perplexity was not measured.",
+            permuted_by("none", measured=None),
+            "2:4 in natural order: mean output error of a layer 5.00 %; the network was not measured.",
         ),
     ],
 )
@@ -181,7 +192,7 @@ def test_everything_in_a_record_is_escaped() -> None:
     evil = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>$\\bad$"
     record = changed(model=evil, note=evil, versions={evil: evil}, permutations={evil: [[1, 0]]})
     record["settings"] = {**RECORD["settings"], "permute": evil, "calibration": evil, "exclude": [evil]}
-    record["perplexity"]["data"] = evil
+    record["measured"]["data"] = evil
     record["layers"][0]["name"] = f"model.layers.0.{evil}"
     page = Page(render(record))
     assert "script" not in page.tags
@@ -195,8 +206,8 @@ def test_every_picture_is_a_whole_file(kind: pictures.Format) -> None:
         pictures.kept_saliency(LAYERS, kind),
         pictures.output_error(LAYERS, kind),
         pictures.learning_curve(CURVE, kind),
-        pictures.perplexities(30.1, 175.7, float("inf"), "newton", kind),
-        pictures.comparison(ROWS, "a_model with $ signs $", kind),
+        pictures.bars(30.1, 175.7, float("inf"), "perplexity", "newton", kind),
+        pictures.comparison(ROWS, "perplexity", "a_model with $ signs $", kind),
     ]
     for picture in drawn:
         if kind == "svg":

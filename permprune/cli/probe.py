@@ -1,0 +1,34 @@
+"""`permprune probe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from permprune.cli import common as cli
+from permprune.commands import probe as run
+from permprune.errors import PermpruneError
+from permprune.report import number
+from permprune.zoo.images import CLASSES
+
+
+@cli.command
+def probe(
+    model: cli.Model,
+    out: Annotated[Path, typer.Option(help="folder for the classifier; must not exist yet")],
+    data: Annotated[
+        str | None, typer.Option(help="images, or a table of sentences, with labels; CIFAR-10 if absent")
+    ] = None,
+    classes: Annotated[str, typer.Option(help="names of the classes by number, separated by commas")] = ",".join(
+        CLASSES
+    ),
+    windows: Annotated[int, typer.Option(help="how much of it, 32 examples each")] = 128,
+) -> None:
+    """Make a classifier of MODEL: a linear layer on what it makes of images or sentences, all else as it is."""
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    if len(names) < 2:
+        raise PermpruneError(f"{len(names)} classes: name two or more, separated by commas")
+    result = run(model, out, names, data, windows)
+    print(f"{result.metric} {number(result.value)} on {result.count} examples held out; written to {out}")

@@ -1,0 +1,89 @@
+"""Examples of whatever a model reads, from one call."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from permprune.data.audio import load_speech
+from permprune.data.images import load_images
+from permprune.data.labelled import load_labelled_text
+from permprune.data.text import load_documents, tokenize
+from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.inputs import argument_names
+from permprune.processors import Processor, image_processor_of, tokenizer_of
+from permprune.tasks import writes
+from permprune.zoo import images as zoo
+from permprune.zoo.texts import Part
+
+Kind = Literal["text", "sentences", "images", "speech"]
+
+CIFAR = "cifar10"
+"""The name of the images that the zoo has, the default ones."""
+
+WORTH: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
+"""Examples that are asked for in place of one window of text: a window has many answers, an image one."""
+
+
+def kind_of(model: PreTrainedModel) -> Kind:
+    """What a model reads: windows of text, sentences with a label each, images, or speech."""
+    if model.main_input_name == "pixel_values":
+        return "images"
+    if model.main_input_name in ("input_features", "input_values"):
+        return "speech"
+    classifies = "labels" in argument_names(model) and model.get_output_embeddings() is None
+    return "sentences" if classifies and not writes(model) else "text"
+
+
+def load_examples(
+    source: str | None,
+    model: PreTrainedModel,
+    processor: Processor | None,
+    part: Part | Literal["probe"],
+    count: int,
+    length: int = 512,
+    seed: int | None = None,
+    shared: bool = False,
+) -> Examples:
+    """Up to `count` examples as the model's processor makes them, with labels where source and model have such.
+
+    `source` is what `load_documents`, `load_labelled_text`, `load_images` or `load_speech` takes, by `kind_of` the
+    model; "cifar10" are the zoo's images. None is the default text, or for a model of images the zoo's. Text is cut to
+    windows of `length` tokens, from its beginning without a `seed`. With `shared` the other part comes from the same
+    source. The zoo's images have a part of their own to fit probes on, which elsewhere is the calibration part. Raises
+    `PermpruneError`.
+    """
+    kind = kind_of(model)
+    if kind == "images" and source in (None, CIFAR):
+        return _zoo_images(model, processor, part, count)
+    part = "calibration" if part == "probe" else part
+    if kind == "text":
+        documents = load_documents(source, part)
+        return Examples.of(tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True))
+    if source is None:
+        raise PermpruneError(f"there are no {kind} to {_use(part)} by default: name a file, a folder or a data set")
+    seed = seed or 0
+    if kind == "images":
+        return Examples(load_images(source, model, processor, part, count, seed, shared))
+    if kind == "speech":
+        return Examples(load_speech(source, model, processor, part, count, seed, shared))
+    return Examples(load_labelled_text(source, model, processor, part, count, length, seed, shared))
+
+
+def _use(part: Part) -> str:
+    return "calibrate on" if part == "calibration" else "evaluate on"
+
+
+def _zoo_images(model: PreTrainedModel, processor: Processor | None, part: zoo.ImagePart, count: int) -> Examples:
+    """The first images of a part, mixed as they are; labels for a model of as many classes."""
+    maker = image_processor_of(processor)
+    held = zoo.load_images(part)
+    pictures = [Image.fromarray(pixels) for pixels in held.pixels[:count]]
+    tensors = {"pixel_values": maker(images=pictures, return_tensors="pt")["pixel_values"]}
+    if "labels" in argument_names(model) and model.config.num_labels == len(zoo.CLASSES):
+        tensors["labels"] = torch.from_numpy(held.labels[:count])
+    return Examples(tensors)

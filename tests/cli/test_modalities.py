@@ -1,0 +1,94 @@
+"""The command line on images, speech and labelled sentences."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from .running import fails, run
+
+SMALL = ["--samples", "6", "--windows", "1"]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for kind in ("cat", "dog", "Owl"):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(256, size=(16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / kind / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def sentences(tmp_path: Path) -> Path:
+    generator = random.Random(0)
+    words = ["a", "plain", "film", "that", "nobody", "saw", "twice"]
+    rows = [f"{' '.join(generator.choices(words, k=6))} {number}\t{number % 3}" for number in range(90)]
+    (tmp_path / "sentences.tsv").write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return tmp_path / "sentences.tsv"
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    (tmp_path / "clips").mkdir()
+    lines = []
+    for number in range(16):
+        soundfile.write(tmp_path / "clips" / f"{number}.wav", generator.normal(size=8000) / 9, 16000)
+        lines.append(f"{number} what clip {number} says")
+    (tmp_path / "clips" / "all.trans.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "clips"
+
+
+KINDS = {
+    "images": ("tiny_vit", "pictures", "top-1 accuracy", "examples"),
+    "sentences": ("tiny_bert", "sentences", "top-1 accuracy", "examples"),
+    "speech": ("tiny_whisper", "clips", "word error rate", "words"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prune_verify_evaluate(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model, data, metric, unit = KINDS[kind]
+    folder, source = request.getfixturevalue(model), request.getfixturevalue(data)
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    shared = ["--calibration", source, "--data", source, *SMALL]
+    code, stdout, stderr = run("prune", folder, *shared, "--out", out, "--permute", "newton")
+    assert code == 0 and f"2:4 with newton: {metric}" in stdout, stderr
+    code, stdout, _ = run("verify", out)
+    assert code == 0 and "layers hold the pattern" in stdout
+    record = json.loads((out / "permprune.json").read_text())
+    assert record["settings"]["shared"] and record["measured"]["unit"] == unit
+    code, stdout, _ = run("evaluate", out, "--data", source, "--windows", "1", "--json", figures)
+    assert code == 0 and metric in stdout
+    assert json.loads(figures.read_text())["metric"] == metric
+
+
+def test_compare_shows_the_metric(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    shared = ["--calibration", pictures, "--data", pictures, *SMALL, "--methods", "ria", "--json", figures]
+    code, stdout, _ = run("compare", tiny_vit, *shared, "--picture", tmp_path / "compare.png")
+    assert code == 0 and "top-1 accuracy" in stdout
+    result = json.loads(figures.read_text())
+    assert result["metric"] == "top-1 accuracy"
+    assert all(0 <= row["top-1 accuracy"] <= 1 for row in result["rows"])
+
+
+def test_a_probe_is_a_classifier_that_prunes(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "probe"
+    code, stdout, _ = run("probe", tiny_vit, "--data", pictures, "--classes", "cat,dog,owl", "--out", out)
+    assert code == 0 and "top-1 accuracy" in stdout
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "cat", "1": "dog", "2": "owl"}
+    code, stdout, _ = run("evaluate", out, "--data", pictures, "--windows", "1")
+    assert code == 0 and "top-1 accuracy" in stdout
+    assert "two or more" in fails("probe", tiny_vit, "--classes", "cat", "--out", tmp_path / "other")
+
+
+def test_data_that_has_no_default_is_asked_for(tiny_bert: Path) -> None:
+    assert "no sentences to evaluate on by default" in fails("evaluate", tiny_bert)
