@@ -77,8 +77,6 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> tuple[str, 
     elif "ForCausalLM" in AutoConfig.from_pretrained(folder).architectures[0]:
         model, tokenizer, _ = read_model(name)
         tokens = Evaluation(windows=8, length=256).examples(model, tokenizer)
-        start = torch.tensor(tokenizer("").input_ids, dtype=torch.int64)  # some models are lost without it
-        tokens = torch.cat([start.expand(len(tokens), -1), tokens], dim=1)
         figure = f"perplexity {perplexity(model, tokens).value:.2f} on film reviews"
     else:
         model = AutoModel.from_pretrained(folder).eval()

@@ -62,7 +62,8 @@ def tokenize(
     """`count` windows of `length` tokens that do not overlap, int64 (count, length).
 
     Documents follow each other with the tokenizer's end-of-sequence token between them (nothing where it has
-    none); no other special tokens are added. Without a seed these are the first windows of the text, and no
+    none). Where the tokenizer begins every text with a token, that is the first of every window: some models are lost
+    without it. No other special tokens are added. Without a seed these are the first windows of the text, and no
     more of it is read than they need. With a seed the documents are taken in random order until there are
     `POOL` times as many windows, or the text ends, and `count` distinct ones of those are drawn. A text with too
     few tokens gives what it has if `fewer` will do. Raises `PermpruneError` otherwise, and when it has no window.
@@ -71,16 +72,25 @@ def tokenize(
         raise PermpruneError(f"{count} windows of {length} tokens are no text: ask for at least 1 window of 2 tokens")
     generator = torch.Generator().manual_seed(seed or 0)
     order = range(len(documents)) if seed is None else torch.randperm(len(documents), generator=generator).tolist()
-    wanted = count * length * (1 if seed is None else POOL)
+    start = _start(tokenizer)
+    own = length - len(start)
+    wanted = count * own * (1 if seed is None else POOL)
     ids = list(islice(_stream([documents[i] for i in order], tokenizer, wanted), wanted))
-    available = len(ids) // length
+    available = len(ids) // own
     if fewer:
         count = max(1, min(count, available))
     if available < count:
         held = f"{available} windows" if available else f"{len(ids)} tokens"
         raise PermpruneError(f"the text has {held} but {count} windows of {length} tokens are wanted: give more text")
-    windows = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
+    windows = torch.tensor(ids[: available * own], dtype=torch.int64).view(available, own)
+    windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(available, -1), windows], 1)
     return windows[:count] if seed is None else windows[torch.randperm(available, generator=generator)[:count]]
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer puts it before every text."""
+    first = tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def _stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted: int) -> Iterator[int]:

@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
@@ -128,6 +131,16 @@ def test_windows_are_the_text_in_order(tiny_tokenizer, tiny_text):
     assert windows.flatten().tolist() == _ids(tiny_tokenizer, text)[:60]
 
 
+def test_a_token_that_begins_every_text_begins_every_window(tiny_tokenizer, tiny_text):
+    text = tiny_text.read_text()
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tiny_tokenizer.bos_token_id)])
+    beginning = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    windows = tokenize([text], beginning, 13, 5)
+    assert windows[:, 0].tolist() == [tiny_tokenizer.bos_token_id] * 5
+    assert torch.equal(windows[:, 1:], tokenize([text], tiny_tokenizer, 12, 5))
+
+
 def test_end_of_sequence_between_documents(tiny_tokenizer):
     first, second = _ids(tiny_tokenizer, "the order"), _ids(tiny_tokenizer, "a text")
     expected = [*first, tiny_tokenizer.eos_token_id, *second]
@@ -156,7 +169,7 @@ def test_a_long_text_is_not_tokenised_whole(tiny_tokenizer):
         seen.append(len(text))
         return tiny_tokenizer(text, **options)
 
-    spy.eos_token_id = tiny_tokenizer.eos_token_id
+    spy.eos_token_id, spy.bos_token_id = tiny_tokenizer.eos_token_id, tiny_tokenizer.bos_token_id
     text = "the order of the channels " * 10_000
     for seed in (None, 0):
         tokenize([text] * 3, spy, 8, 2, seed)
