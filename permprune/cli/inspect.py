@@ -19,7 +19,7 @@ from permprune.model_io import read_model
 @cli.command
 def inspect(
     model: cli.Model,
-    verify: Annotated[bool, typer.Option("--verify", help="prove each space on a random order")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="prove each space on a random order, in float64")] = False,
     example: Annotated[
         Path | None,
         typer.Option(help=".safetensors or .npz of the model's inputs by name, to trace it on; made up if absent"),
@@ -28,6 +28,8 @@ def inspect(
 ) -> None:
     """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
     network, processor, _ = read_model(model)
+    if verify:
+        network.double()
     batch = read_example(example, network) if example else example_inputs(network, processor)
     kinds: dict[tuple[str, ...], list[float]] = {}
     for space in discover(network, batch).spaces:
