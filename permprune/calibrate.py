@@ -24,10 +24,9 @@ from permprune.tasks import Task
 class Statistics:
     """Calibration statistics.
 
-    `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there,
-    a token being any position, such as a patch of an image;
-    `fisher[layer]` is the mean over the `terms` of the loss of the squared gradient of their sum by each output, fp32
-    (rows,). Padding counts in neither.
+    `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there, a
+    token being any position, such as a patch of an image; `fisher[layer]` is the mean over the `terms` of the loss of
+    the squared gradient of their sum by each output, fp32 (rows,). Padding counts in neither.
     """
 
     moments: dict[str, Tensor]

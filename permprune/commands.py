@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune import parallel
 from permprune.checkpoint import write_json
@@ -33,6 +33,7 @@ from permprune.pipeline import (
     Plan,
     Pruned,
     Settings,
+    calibration_examples,
     finish,
     gap_closed,
     plan_run,
@@ -92,7 +93,7 @@ class Meter:
 
     def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
         self.model, self.examples = model, evaluation.examples(model, processor)
-        self.tokenizer = tokenizer_of(processor) if kind_of(model) == "speech" and decodes(model) else None
+        self.tokenizer = _transcriber(model, processor)
         self.answers = None if knows_right(model, self.examples) else ask(model, self.examples)
 
     def __call__(self) -> Result:
@@ -105,9 +106,12 @@ def evaluate(name: str, evaluation: Evaluation) -> Result:
     Raises `PermpruneError` for examples that do not say what is right.
     """
     model, processor, _ = read_model(name)
-    examples = evaluation.examples(model, processor)
-    tokenizer = tokenizer_of(processor) if kind_of(model) == "speech" and decodes(model) else None
-    return evaluate_model(model, examples, tokenizer)[0]
+    return evaluate_model(model, evaluation.examples(model, processor), _transcriber(model, processor))[0]
+
+
+def _transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that reads what a model writes of speech; None for other models."""
+    return tokenizer_of(processor) if kind_of(model) == "speech" and decodes(model) else None
 
 
 def probe(name: str, out: Path, classes: Sequence[str], source: str | None, windows: int) -> Result:
@@ -271,9 +275,9 @@ def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation:
     """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
     started = time.monotonic()
     own = partial / f"rank-{parallel.rank()}"
-    model, tokenizer, stored, weights = read_offloaded(name, own / "weights")
-    examples = evaluation.examples(model, tokenizer)
-    plan = plan_run(model, tokenizer, settings)
+    model, processor, stored, weights = read_offloaded(name, own / "weights")
+    examples = evaluation.examples(model, processor)
+    plan = plan_run(model, settings, calibration_examples(model, processor, settings))
     stream = Stream(model, weights, plan, own / "masks")
     pruned = stream.solve(cast(LocalPermuter, method))
     search = pruned.solution.seconds
@@ -287,7 +291,7 @@ def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation:
     weights.edit = stream.stored(pruned)
 
     def write(folder: Path) -> None:
-        write_offloaded(model, tokenizer, weights, stored, bool(pruned.gathers), folder, cast(int, settings.memory))
+        write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, settings.memory))
 
     return _Done(pruned, values, seconds, probe, write)
 

@@ -128,23 +128,24 @@ class Pruned:
 
 def prepare(
     model: PreTrainedModel,
-    tokenizer: Processor | None,
+    processor: Processor | None,
     settings: Settings,
     examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     partial: Path | None = None,
 ) -> Prepared:
     """Discover the couplings, calibrate, and show the network its masks in natural order.
 
-    `examples` are what to calibrate on in place of a text, token ids (count, length) among them; a decoder that
-    is given no text reads what the dense model writes. `partial` is a folder in which the searches keep their
-    state. Raises `PermpruneError` for settings, data or a model that cannot be used.
+    `processor` is the tokenizer, or what makes inputs of images or sound. `examples` are what to calibrate on in place
+    of the settings' data, token ids (count, length) among them; a decoder that is given no text reads what the dense
+    model writes. `partial` is a folder in which the searches keep their state. Raises `PermpruneError` for settings,
+    data or a model that cannot be used.
     """
     started = time.monotonic()
-    shown = calibration_examples(model, tokenizer, settings) if examples is None else Examples.of(examples)
+    shown = calibration_examples(model, processor, settings) if examples is None else Examples.of(examples)
     batch, recompute = settings.batch * WORTH[kind_of(model)], settings.recompute
     if lacks_text(model, shown):
         shown = transcribed(model, shown, batch)
-    plan = plan_run(model, tokenizer, settings, shown, partial)
+    plan = plan_run(model, settings, shown, partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):
         task = choose_task(model, plan.measured, batch)
@@ -157,14 +158,8 @@ def prepare(
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
 
-def plan_run(
-    model: PreTrainedModel,
-    tokenizer: Processor | None,
-    settings: Settings,
-    examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
-    partial: Path | None = None,
-) -> Plan:
-    """Discover the couplings and share out the examples; arguments as those of `prepare`.
+def plan_run(model: PreTrainedModel, settings: Settings, examples: Examples, partial: Path | None = None) -> Plan:
+    """Discover the couplings and share out the examples; `partial` is as that of `prepare`.
 
     The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
     """
@@ -172,9 +167,8 @@ def plan_run(
     pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
     device = compute_device(model)
-    shown = calibration_examples(model, tokenizer, settings) if examples is None else Examples.of(examples)
     worth = WORTH[kind_of(model)]
-    measured, held_out, train = _divide(shown.to(device), settings, worth)
+    measured, held_out, train = _divide(examples.to(device), settings, worth)
     coupling = _couple(model, short_inputs(model, measured), layers, settings.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
@@ -226,7 +220,7 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
 
 def prune(
     model: PreTrainedModel,
-    tokenizer: Processor | None = None,
+    processor: Processor | None = None,
     permute: str | Permuter = "newton",
     examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     **settings: Any,
@@ -237,7 +231,7 @@ def prune(
     `PermpruneError`.
     """
     method = permuter(permute)
-    prepared = prepare(model, tokenizer, Settings(**settings), examples)
+    prepared = prepare(model, processor, Settings(**settings), examples)
     update_weights(prepared)
     natural = prepared.network.measures()
     solution = method.solve(prepared.network, prepared.run)

@@ -44,9 +44,9 @@ def test_what_a_union_keeps(i: int, j: int, data: st.DataObject) -> None:
     torch.testing.assert_close(union_kept(descending(x, n), descending(y, n), n), expected)
 
 
-def best_assignments(energy: Tensor, pattern: Pattern) -> Tensor:
+def best_assignments(score: Tensor, pattern: Pattern) -> Tensor:
     """Deal to four groups, then twice for each slot try all 24 assignments of the channels there."""
-    hands = energy.sum(1).argsort(descending=True).view(pattern.m, 4)
+    hands = score.sum(1).argsort(descending=True).view(pattern.m, 4)
     groups = torch.stack([hand.flip(0) if slot % 2 else hand for slot, hand in enumerate(hands)], 1)
     for slot in [*range(pattern.m)] * 2:
         candidates = []
@@ -54,23 +54,23 @@ def best_assignments(energy: Tensor, pattern: Pattern) -> Tensor:
             moved = groups.clone()
             moved[list(target), slot] = groups[:, slot]
             candidates.append(moved)
-        groups = max(candidates, key=lambda moved: float(kept_score(energy, moved, pattern).sum()))
+        groups = max(candidates, key=lambda moved: float(kept_score(score, moved, pattern).sum()))
     return groups
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_ria_makes_the_best_assignment_of_each_slot(pattern: Pattern, seed: int) -> None:
-    energy = random(4 * pattern.m, 2 * ROWS + 5, seed=seed).square()
-    assert torch.equal(deal_and_assign(energy, pattern), best_assignments(energy, pattern).flatten())
+    score = random(4 * pattern.m, 2 * ROWS + 5, seed=seed).square()
+    assert torch.equal(deal_and_assign(score, pattern), best_assignments(score, pattern).flatten())
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e6, 1e9])
 @pytest.mark.parametrize("seed", range(3))
 def test_huge_channels_do_not_blur_where_others_go(scale: float, seed: int) -> None:
     pattern = Pattern(2, 4)
-    energy = random(16, 400, seed=seed)
-    energy[:3] *= scale
-    found, best = deal_and_assign(energy, pattern).view(4, 4), best_assignments(energy.double(), pattern)
-    kept, most = (float(kept_score(energy.double(), groups, pattern).sum()) for groups in (found, best))
+    score = random(16, 400, seed=seed)
+    score[:3] *= scale
+    found, best = deal_and_assign(score, pattern).view(4, 4), best_assignments(score.double(), pattern)
+    kept, most = (float(kept_score(score.double(), groups, pattern).sum()) for groups in (found, best))
     assert kept == pytest.approx(most, abs=1e-3, rel=0)
