@@ -17,7 +17,7 @@ from permprune.examples import Examples
 from permprune.layers import Layer
 from permprune.losses import Objective, Taught
 from permprune.pattern import Pattern
-from permprune.problem import Orders, Problem
+from permprune.problem import Orders, Part, Problem
 from permprune.progress import track
 from permprune.recompute import recomputed
 from permprune.saliency import Saliency
@@ -124,10 +124,22 @@ class PrunedNetwork:
                 continue
             self.orders[problem.name] = order.clone()
             for part in problem.parts:
-                columns = part.columns[order]
-                self.masks[part.layer][:, columns] = self.pattern.mask(self.scores[part.layer][:, columns])
+                self.masks[part.layer][:, part.columns] = self._mask(part, order)
                 touched[part.layer] = None
         self._refresh(touched)
+
+    def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
+        """dLoss along the step of the masked weights from one order of a problem to another.
+
+        `gradient[layer]` is dLoss/dW_eff (rows, channels) wherever it was taken: where the step begins it foretells
+        what the step brings to first order, where it ends it says whether to go on.
+        """
+        total = 0.0
+        for part in problem.parts:
+            step = self._mask(part, after).float() - self._mask(part, before).float()
+            weight, own = (x[part.layer][:, part.columns] for x in (self.dense, gradient))
+            total += float((step * weight * own).sum())
+        return total
 
     def show(self, weights: dict[str, Tensor]) -> None:
         """Show these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
@@ -236,6 +248,10 @@ class PrunedNetwork:
     def _share(self, examples: Examples) -> Sequence[Examples]:
         """The batches of this rank."""
         return parallel.share(examples.split(self.batch))
+
+    def _mask(self, part: Part, order: Tensor) -> Tensor:
+        """The mask of a part's columns when they stand in `order`."""
+        return self.pattern.mask_in_order(self.scores[part.layer][:, part.columns], order)
 
     def _score(self, name: str, saliency: Saliency) -> Tensor:
         try:

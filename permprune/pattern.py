@@ -66,8 +66,17 @@ class Pattern:
             raise PermpruneError("a score is NaN: check the weights and the calibration data for NaN or overflow")
         return self.mask_groups(score.unflatten(-1, (-1, self.m)), -1).flatten(-2)
 
+    def mask_in_order(self, score: Tensor, order: Tensor) -> Tensor:
+        """The mask that is left when the columns stand in `order`, int64 (width,), put back: `score` is (rows, width).
+
+        Returns bool (rows, width) in the order of `score`. Raises `PermpruneError` as `mask` does.
+        """
+        found = torch.empty_like(score, dtype=torch.bool)
+        found[:, order] = self.mask(score[:, order])
+        return found
+
     def mask_groups(self, score: Tensor, dim: int) -> Tensor:
-        """The same, unchecked, for scores whose dimension `dim` runs over the m members of each group."""
+        """The same as `mask`, unchecked, for scores whose dimension `dim` runs over the m members of each group."""
         if self.m > 8:
             keep = score.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, self.n)
             return torch.zeros_like(score, dtype=torch.bool).scatter_(dim, keep, True)

@@ -28,7 +28,7 @@ from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
 from permprune.processors import Processor
 from permprune.progress import log
-from permprune.resources import compute_device
+from permprune.resources import compute_device, keep_freed_memory
 from permprune.saliency import Saliency, saliency
 from permprune.tasks import choose_task, model_inputs
 from permprune.transcripts import lacks_text, transcribed
@@ -137,10 +137,12 @@ def prepare(
 
     `processor` is the tokenizer, or what makes inputs of images or sound. `examples` are what to calibrate on in place
     of the settings' data, token ids (count, length) among them; a decoder that is given no text reads what the dense
-    model writes. `partial` is a folder in which the searches keep their state. Raises `PermpruneError` for settings,
+    model writes. `partial` is a folder in which the searches keep their state. From here on the process keeps memory
+    that it frees (`keep_freed_memory`). Raises `PermpruneError` for settings,
     data or a model that cannot be used.
     """
     started = time.monotonic()
+    keep_freed_memory()
     shown = calibration_examples(model, processor, settings) if examples is None else Examples.of(examples)
     batch, recompute = settings.batch * WORTH[kind_of(model)], settings.recompute
     if lacks_text(model, shown):

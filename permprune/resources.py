@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
+
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+"""Options of glibc's `mallopt`."""
 
 
 def best_device() -> torch.device:
@@ -37,3 +41,17 @@ def peak_memory_mb() -> float:
     except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse memory it has freed instead of giving it back, where the C library is GNU's.
+
+    By default every large tensor is mapped anew, and the system clears its pages each time it is written to; without
+    that a gradient takes a third less time on a CPU. `mallopt`'s M_MMAP_MAX and M_TRIM_THRESHOLD: see its manual page.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        mallopt(option, value)

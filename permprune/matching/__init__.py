@@ -5,6 +5,7 @@ dimensions are independent problems.
 """
 
 from permprune.matching.assignment import assign, cycles
+from permprune.matching.pairs import pair_up
 from permprune.matching.relaxation import annealed_soft, gumbel_noise, straight_through
 from permprune.matching.schedule import Constant, Cosine, Epsilon, Geometric
 from permprune.matching.sinkhorn import Plan, sinkhorn
@@ -19,6 +20,7 @@ __all__ = [
     "assign",
     "cycles",
     "gumbel_noise",
+    "pair_up",
     "sinkhorn",
     "straight_through",
 ]

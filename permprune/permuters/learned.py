@@ -27,7 +27,7 @@ class Learned(TrustRegion):
     """
 
     name: ClassVar[str] = "learned"
-    rounds: int = 10
+    rounds: int = 16
     objective: Objective = Objective(distillation=1e-5)
     groups: int = 4
     steps: int = 4

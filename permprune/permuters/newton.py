@@ -14,10 +14,10 @@ from permprune.permuters.trust_region import TrustRegion
 
 @dataclass(frozen=True)
 class Newton(TrustRegion):
-    """Swaps of channels that the damped quadratic model of the loss says gain, `swaps` rounds of them a gradient."""
+    """Swaps of channels that the damped quadratic model of the loss says gain, up to `swaps` of each group a round."""
 
     name: ClassVar[str] = "newton"
-    swaps: int = 24
+    swaps: int = 4
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
         for _ in range(self.swaps):

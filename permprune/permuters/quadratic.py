@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permprune.matching import cycles
+from permprune.matching import cycles, pair_up
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.problem import Problem
@@ -72,9 +72,7 @@ class QuadraticModel:
         for part in problem.parts:
             root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
             weight, score = (x[part.layer][:, part.columns] for x in (network.dense, network.scores))
-            mask = torch.empty_like(score, dtype=torch.bool)
-            mask[:, order] = network.pattern.mask(score[:, order])
-            error = weight * ~mask * root
+            error = weight * ~network.pattern.mask_in_order(score, order) * root
             slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
             pieces.setdefault((part.site, int(part.columns[0])), []).append((weight * root, score, slope, error))
         bundles = []
@@ -90,11 +88,16 @@ class QuadraticModel:
         return self.groups.flatten()
 
     def swap(self, generator: torch.Generator) -> None:
-        """One random swap in every pair of a random pairing of the groups; each pair keeps its swap if it gains."""
+        """One swap for every group: each frees a random slot, and the pairs that gain most by `placement_cost` form.
+
+        A pair keeps its swap if the model says, exactly, that it gains by itself.
+        """
         count, m = self.groups.shape
-        pairs = torch.randperm(count, generator=generator)[: count // 2 * 2].view(-1, 2)
+        slots = torch.randint(m, (count,), generator=generator)
+        cost = self.placement_cost(torch.arange(count), slots)
+        pairs = pair_up(cost + cost.T)
         at = torch.arange(len(pairs))
-        i, j = torch.randint(m, (2, len(pairs)), generator=generator)
+        i, j = slots[pairs].T
         channels = self.groups[pairs].flatten(1)
         left, right = channels[at, i].clone(), channels[at, m + j].clone()
         channels[at, i], channels[at, m + j] = right, left

@@ -27,7 +27,7 @@ class Reconstruction(LocalPermuter):
 
     E is the pruned part of the weight, H the input second moments, F the diagonal of the output's Fisher information,
     which tells rows the loss feels from rows it does not. It starts from the order that keeps the most score under the
-    same row weights; then `swaps` rounds try one random swap in every pair of a random pairing of the groups.
+    same row weights; then every group makes up to `swaps` swaps, each with the group where the error falls most.
 
     What a layer loses by itself says little about the network: orders of nearly the same error can be far apart in
     perplexity. So each problem is searched `candidates` times, from scores that differ by a hundredth, and the
@@ -36,7 +36,7 @@ class Reconstruction(LocalPermuter):
     """
 
     name: ClassVar[str] = "reconstruction"
-    swaps: int = 40
+    swaps: int = 6
     candidates: int = 3
     shares: int = 8
 

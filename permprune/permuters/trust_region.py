@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 from rich.progress import Progress
@@ -15,29 +16,38 @@ from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
-from permprune.permuters.reconstruction import Reconstruction
-from permprune.problem import Problem
+from permprune.permuters.ria import RIAPermuter
+from permprune.problem import Orders, Problem
 from permprune.progress import console, log
 
 TOLERANCE = 1e-4
 """Nats by which the held-out loss must fall for a round to count."""
 
-MEMORY = "memory/"
-"""Prefix of the proposals' memory among the tensors of a checkpoint."""
+STILL = 1e-3
+"""A problem whose foretold change is below this share of the mean one proposes nothing."""
+
+ATTEMPTS = 4
+"""Shares of the problems that are tried before a round is refused."""
+
+MEMORY, PREVIOUS = "memory/", "previous/"
+"""Prefixes of the proposals' memory and of the orders before the last step among the tensors of a checkpoint."""
 
 
 @dataclass
 class State:
     """Where a search stands.
 
-    `pending` are the rounds whose gradients are averaged at the present orders; `memory` is what the proposals of each
-    problem carry from round to round.
+    `damping` is that of each problem's model. `previous` are the orders before the last step, if it was kept, and
+    `slopes` what its gradient said along it, by problem; `pending` the rounds whose gradients are averaged at the
+    present orders, if it was not. `memory` is what the proposals of each problem carry from round to round.
     """
 
     round: int
     best: float
-    damping: float
-    pending: list[int]
+    damping: dict[str, float]
+    pending: list[int] = field(default_factory=list)
+    previous: Orders = field(default_factory=dict)
+    slopes: dict[str, float] = field(default_factory=dict)
     memory: dict[str, Tensor] = field(default_factory=dict)
     curve: list[CurvePoint] = field(default_factory=list)
     seconds: float = 0.0
@@ -57,17 +67,19 @@ class TrustRegion(Permuter):
     """Minimise the loss of the pruned network itself, over all orders at once.
 
     A round takes the gradient of the loss in every mask on `examples` fresh examples, asks `propose` for new orders
-    under the quadratic model (see `quadratic`), and keeps them if the loss on held-out examples falls. All
-    problems move together, which the block-diagonal model cannot see, so its curvature is multiplied by `damping`.
-    When a proposal fails, a random half of its problems is tried, then a quarter; the damping rises when parts had to
-    be left out and falls when the model foretold the loss well, or proposed nothing. Gradients taken at one point are
-    averaged.
+    under the quadratic model (see `quadratic`), and keeps them if the loss on held-out examples falls. If it does not,
+    the same is tried with a random part of the problems, at first as large as the parabola through the slope and the
+    loss of the whole step advises. Gradients taken at one point are averaged.
+
+    All problems move together, which the block-diagonal model cannot see, so its curvature is multiplied by a damping,
+    one for each problem. It begins at `damping` and follows what a step brought (see `_adapt`), and the slope that the
+    next gradient finds at the step's end: a problem that should go back overshot, one that should go on was timid.
 
     `objective` is the loss, `start` finds the orders of the first round.
     """
 
-    start: Permuter = Reconstruction()
-    rounds: int = 12
+    start: Permuter = RIAPermuter()
+    rounds: int = 16
     examples: int = 8
     damping: float = 15.0
     objective: Objective = Objective()
@@ -104,59 +116,97 @@ class TrustRegion(Permuter):
         self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
     ) -> bool:
         before = network.current()
+        self._judge(network, state, before, gradients)
         proposals = network.each_problem(
             lambda number, problem: self._proposal(network, run, state, gradients, number, problem), self.name
         )
-        shuffled = torch.randperm(len(network.problems), generator=run.generator(state.round, 1))
-        names = [network.problems[i].name for i in shuffled]
-        loss, share, kept = state.best, 1.0, False
-        while not kept and share >= 0.25:
-            moved = names[: max(1, round(share * len(names)))]
-            network.set_orders({name: proposals[name].order if name in moved else before[name] for name in names})
-            loss = network.loss(run.held_out, self.objective, taught)
-            kept = loss < state.best - TOLERANCE
-            share /= 2
-        foretold = sum(proposals[name].change for name in moved)
-        still = all(torch.equal(proposals[name].order, before[name]) for name in names)
-        self._adapt(state, still, kept, share * 2, (loss - state.best) / min(-1e-12, foretold))
+        slopes = _slopes(network, before, {name: p.order for name, p in proposals.items()}, gradients)
+        loss, moved = self._try(network, run, state, proposals, sum(slopes.values()), taught)
+        kept = loss < state.best - TOLERANCE
+        self._adapt(state, proposals, moved, kept, loss - state.best)
+        state.pending = [] if kept else [*state.pending, state.round]
+        state.previous = before if kept else {}
+        state.slopes = {name: slopes[name] for name in moved} if kept else {}
         if kept:
             state.best = loss
             state.memory |= {name: memory for name in moved if (memory := proposals[name].memory) is not None}
         else:
             network.set_orders(before)
         state.curve.append(CurvePoint(state.round, loss, kept, state.seconds))
+        result = f"{len(moved)} of {len(proposals)} orders moved" if kept else "refused"
+        typical = median(state.damping.values())
         log.info(
-            "%s round %d: held-out loss %.4f, %s; damping now %.1f",
-            self.name,
-            state.round,
-            loss,
-            f"kept {share * 2:.0%}" if kept else "refused",
-            state.damping,
+            "%s round %d: held-out loss %.4f, %s; median damping %.1f", self.name, state.round, loss, result, typical
         )
+        state.round += 1
         return kept
+
+    def _judge(self, network: PrunedNetwork, state: State, here: Orders, gradients: Gradients) -> None:
+        """Let the slope at the end of the last step, beside that at its beginning, decide on each problem's damping.
+
+        Along a parabola that falls with slope s and ends with slope r * s the step was 1 / (1 - r) times too short; the
+        damping takes half of that, in logarithm, since the slope is a noisy one.
+        """
+        ends = _slopes(network, state.previous, here, gradients) if state.previous else {}
+        for name, start in state.slopes.items():
+            if start < -TOLERANCE / 10:
+                state.damping[name] *= min(2.0, max(0.5, max(0.0, 1 - ends[name] / start) ** 0.5))
 
     def _proposal(
         self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, number: int, problem: Problem
     ) -> Proposal:
-        model = QuadraticModel.of(network, problem, gradients.fisher, gradients.weight, state.damping)
+        model = QuadraticModel.of(network, problem, gradients.fisher, gradients.weight, state.damping[problem.name])
         memory = self.propose(model, state.memory.get(problem.name), run.generator(state.round, 2, number))
         return Proposal(model.order, model.change, memory)
 
+    def _try(
+        self,
+        network: PrunedNetwork,
+        run: Run,
+        state: State,
+        proposals: dict[str, Proposal],
+        slope: float,
+        taught: list[Taught] | None,
+    ) -> tuple[float, list[str]]:
+        """Show all proposals, or a part of them that lowers the held-out loss; returns the loss and the part.
+
+        `slope` is that of the loss along the whole step. The network shows the last part tried.
+        """
+        before, share = network.current(), 1.0
+        shuffled = torch.randperm(len(network.problems), generator=run.generator(state.round, 1))
+        names = [network.problems[i].name for i in shuffled]
+        for attempt in range(ATTEMPTS):
+            moved = names[: max(1, round(share * len(names)))]
+            network.set_orders({name: proposals[name].order if name in moved else before[name] for name in names})
+            loss = network.loss(run.held_out, self.objective, taught)
+            if loss < state.best - TOLERANCE or len(moved) == 1:
+                break
+            least = slope / (2 * min(slope - (loss - state.best), -1e-9))  # of the parabola
+            share = min(0.6, max(0.1, least)) if attempt == 0 else share / 2
+        return loss, moved
+
     @staticmethod
-    def _adapt(state: State, still: bool, kept: bool, share: float, ratio: float) -> None:
-        """`still` is whether nothing was proposed, `ratio` the true over the foretold change of the loss."""
-        if still:
-            state.damping /= 4
-        elif kept and share == 1:
-            state.damping *= 0.7 if ratio > 0.5 else 1.0 if ratio > 0.2 else 1.3
+    def _adapt(state: State, proposals: dict[str, Proposal], moved: list[str], kept: bool, change: float) -> None:
+        """Raise the damping where parts had to be left out, and lower it where the model foretold the loss well.
+
+        It falls as well for each problem that proposed nothing.
+        """
+        foretold = sum(proposals[name].change for name in moved)
+        ratio = change / min(-1e-12, foretold)
+        if not kept:
+            factor = 1.6
+        elif len(moved) < len(proposals):
+            factor = 1.3
         else:
-            state.damping *= 1.5
-        state.pending = [] if kept else [*state.pending, state.round]
-        state.round += 1
+            factor = 0.8 if ratio > 0.5 else 1.0 if ratio > 0.2 else 1.2
+        mean = sum(proposal.change for proposal in proposals.values()) / len(proposals)
+        for name, proposal in proposals.items():
+            state.damping[name] *= 0.7 if proposal.change >= STILL * mean else factor
 
     def _begin(self, network: PrunedNetwork, run: Run, taught: list[Taught] | None) -> State:
         start = self.start.solve(network, run)
-        state = State(0, network.loss(run.held_out, self.objective, taught), self.damping, [], seconds=start.seconds)
+        damping = {problem.name: self.damping for problem in network.problems}
+        state = State(0, network.loss(run.held_out, self.objective, taught), damping, seconds=start.seconds)
         state.curve.append(CurvePoint(0, state.best, True, state.seconds))
         return state
 
@@ -166,16 +216,28 @@ class TrustRegion(Permuter):
             return None
         tensors, values = saved
         network.set_orders(tensors)
-        memory = {name.removeprefix(MEMORY): value for name, value in tensors.items() if name.startswith(MEMORY)}
+        memory, previous = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in (MEMORY, PREVIOUS)
+        )
         curve = [CurvePoint(*point) for point in values.pop("curve")]
         log.info("%s goes on after round %d", self.name, values["round"])
-        return State(**values, memory=memory, curve=curve)
+        return State(**values, memory=memory, previous=previous, curve=curve)
 
     def _save(self, network: PrunedNetwork, run: Run, state: State) -> None:
-        memory = {MEMORY + name: value for name, value in state.memory.items()}
-        values = {key: value for key, value in vars(state).items() if key not in ("memory", "curve")}
+        tensors = network.current()
+        tensors |= {MEMORY + name: value for name, value in state.memory.items()}
+        tensors |= {PREVIOUS + name: order.clone() for name, order in state.previous.items()}
+        values = {key: value for key, value in vars(state).items() if key not in ("memory", "previous", "curve")}
         values["curve"] = [[p.round, p.loss, p.kept, p.seconds] for p in state.curve]
-        run.checkpoint.save(self.name, network.current() | memory, values)
+        run.checkpoint.save(self.name, tensors, values)
+
+
+def _slopes(network: PrunedNetwork, before: Orders, after: Orders, gradients: Gradients) -> dict[str, float]:
+    """dLoss along the step between two choices of orders, by problem (see `PrunedNetwork.slope`)."""
+    return network.each_problem(
+        lambda _, problem: network.slope(problem, before[problem.name], after[problem.name], gradients.weight), None
+    )
 
 
 def _average(mean: Gradients | None, new: Gradients) -> Gradients:
