@@ -208,11 +208,11 @@ def verify_folder(folder: Path) -> dict[str, float]:
     naming the first thing that does not hold.
     """
     record = read_record(folder)
-    pattern = Pattern.parse(record["settings"]["pattern"])
     model = load(folder)
     for row in record["layers"]:
         module = model.get_submodule(row["name"])
         weight = module.weight.T if row["transposed"] else module.weight
+        pattern = Pattern.parse(row["pattern"])
         if not pattern.holds(weight):  # type: ignore[arg-type]
             raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
     with safe_open(folder / PROBE, "pt") as file:

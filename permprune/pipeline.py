@@ -21,6 +21,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
 from permprune.losses import fast_dtype
+from permprune.mixture import MIXED, mix, parse_pattern
 from permprune.model_io import attach_gather, gather_places
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
@@ -44,17 +45,18 @@ FREE = ("minutes", "update", "batch", "recompute")
 class Settings:
     """What a run depends on; the same settings give the same permutations.
 
-    `pattern`: "N:M". `saliency`: magnitude, wanda, ria or obs. `mode`: "fold" (no run-time cost) or "gather" (every
-    reader of the residual stream in its own order, one `index_select` each). `calibration`: a source (see
-    `load_examples`), None for the default one, of which `samples` examples are drawn, or windows of `length` tokens:
-    the first `measured` give the statistics, the next `held_out` the accept test, the rest the gradients; of examples
-    with one answer each, such as images, 8 stand for each that is counted. `precision`: of activations: fp32, bf16, or
-    auto for the faster. `memory`: bytes for the statistics of one calibration pass; `prune_to_folder` reads a model
-    that needs more in all layer by layer. `minutes`: end the search after so long. `exclude`: globs of layers that stay
-    dense. `update`: none, or sparsegpt, which changes the weights at the orders found; it chooses masks of its own, so
-    that the saliency has its say in the search alone. `batch`: calibration examples that pass through the model at a
-    time. `recompute`: run each block again in the backward pass instead of keeping its activations. `shared`: the
-    evaluation comes from the same images, speech or sentences, of which each gets half.
+    `pattern`: "N:M", or "mixed" for a pattern of each layer's own (`mix`). `saliency`: magnitude, wanda, ria or obs.
+    `mode`: "fold" (no run-time cost) or "gather" (every reader of the residual stream in its own order, one
+    `index_select` each). `calibration`: a source (see `load_examples`), None for the default one, of which `samples`
+    examples are drawn, or windows of `length` tokens: the first `measured` give the statistics, the next `held_out` the
+    accept test, the rest the gradients; of examples with one answer each, such as images, 8 stand for each that is
+    counted. `precision`: of activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one
+    calibration pass; `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search
+    after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights
+    at the orders found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`:
+    calibration examples that pass through the model at a time. `recompute`: run each block again in the backward pass
+    instead of keeping its activations. `shared`: the evaluation comes from the same images, speech or sentences, of
+    which each gets half.
     """
 
     pattern: str = "2:4"
@@ -152,8 +154,11 @@ def prepare(
     statistics = calibrate(
         model, layers, sites, plan.measured, task, dtype, batch, settings.memory, recompute, settings.seed
     )
+    patterns = dict.fromkeys(sites, plan.pattern)
+    if settings.pattern == MIXED:
+        patterns = mix(layers, plan.problems, sites, statistics, plan.metric)
     network = PrunedNetwork(
-        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, task, dtype, batch, recompute
+        model, layers, plan.problems, sites, statistics, plan.metric, patterns, task, dtype, batch, recompute
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
@@ -164,7 +169,7 @@ def plan_run(model: PreTrainedModel, settings: Settings, examples: Examples, par
     The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
     """
     _check(settings)
-    pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
+    pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
     device = compute_device(model)
     worth = WORTH[kind_of(model)]

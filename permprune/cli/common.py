@@ -60,7 +60,8 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
 
 def settings(
     pattern: Annotated[
-        str, typer.Option(help="N of every M consecutive weights survive", metavar="N:M")
+        str,
+        typer.Option(help="N of every M consecutive weights survive; mixed: a pattern for each layer", metavar="N:M"),
     ] = Settings.pattern,
     saliency: Annotated[str, typer.Option(help=METRICS)] = Settings.saliency,
     mode: Annotated[
