@@ -351,6 +351,7 @@ def _record(name: str, permute: str, settings: Settings, pruned: Pruned) -> dict
         "curve": [dataclasses.asdict(point) for point in pruned.solution.curve],
         "permutations": {space: table.tolist() for space, table in pruned.tables.items()},
         "gathers": pruned.gathers,
+        "sample": pruned.sample,
     }
 
 

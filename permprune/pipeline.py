@@ -31,6 +31,7 @@ from permprune.processors import Processor
 from permprune.progress import log
 from permprune.resources import compute_device
 from permprune.saliency import Saliency, saliency
+from permprune.sample import sample
 from permprune.tasks import choose_task, model_inputs
 from permprune.transcripts import lacks_text, transcribed
 from permprune.updates import update
@@ -119,6 +120,7 @@ class Pruned:
     `tables` are the folded permutations by space, `gathers` what a loader must put back: dicts with "site", "output",
     "inputs" and "order". `layers` has, for each pruned layer, the share of squared saliency kept and the relative
     output error, in natural order ("kept_none", "error_none") and as pruned ("kept", "error").
+    `sample` shows a few weights before and after (see `sample`); None where the model was not held.
     """
 
     model: PreTrainedModel
@@ -126,6 +128,7 @@ class Pruned:
     tables: dict[str, Tensor] = field(default_factory=dict)
     gathers: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    sample: dict[str, Any] | None = None
 
 
 def prepare(
@@ -217,10 +220,11 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
     """
     network = prepared.network
     measures = beside_natural(network.measures(), natural)
+    shown = sample(network, measures)
     tables = fold_tables(prepared.coupling, network.problems, solution.orders)
     fold_all(prepared.model, tables, prepared.coupling)
     gathers = _gather(prepared, solution.orders)
-    return Pruned(prepared.model, solution, tables, gathers, measures)
+    return Pruned(prepared.model, solution, tables, gathers, measures, shown)
 
 
 def prune(
