@@ -2,6 +2,7 @@
 
 from permprune.report.comparison import comparison_title, write_comparison
 from permprune.report.run import decision, render, write_report
+from permprune.report.sweep import render_sweep, sweep_decision, write_sweep
 from permprune.report.words import duration, fine_percent, number, percent
 
 __all__ = [
@@ -12,6 +13,9 @@ __all__ = [
     "number",
     "percent",
     "render",
+    "render_sweep",
+    "sweep_decision",
     "write_comparison",
     "write_report",
+    "write_sweep",
 ]
