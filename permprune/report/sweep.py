@@ -11,7 +11,7 @@ from permprune.checkpoint import write_whole
 from permprune.evaluate.result import higher_is_better
 from permprune.report import tradeoff
 from permprune.report.page import fill, shown
-from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way
+from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way, with_error
 
 Result = Mapping[str, Any]
 
@@ -73,12 +73,11 @@ def _front(result: Result) -> list[Mapping[str, Any]]:
 
 def _cells(row: Mapping[str, Any], result: Result) -> dict[str, str]:
     """A row as text."""
-    error = "" if row["stderr"] is None else f" ± {number(row['stderr'])}"
-    budget = "" if row["minutes"] is None else f", {row['minutes']:g} min"
+    budget = "" if row["minutes"] is None else f", {row['minutes']:g}\N{NO-BREAK SPACE}min"
     return {
         "pattern": row["pattern"],
         "method": row["method"] + budget,
-        "value": number(row[result["metric"]]) + error,
+        "value": with_error(row[result["metric"]], row["stderr"]),
         "gap": percent(row["gap_closed"]),
         "time": duration(row["seconds"]),
         "size": fine_percent(row["size"]),

@@ -56,7 +56,7 @@ def minutes(result: Result, kind: Format = "svg") -> bytes:
     metric, rows = result["metric"], _finite(result)
     sign = -1 if higher_is_better(metric) else 1
     colors, markers = _keys(result)
-    picture = figure(WIDTH, 3.2)
+    picture = figure(WIDTH, 3.6)
     axes = picture.subplots()
     axes.set_xscale("log")
     for pattern, marker in markers.items():

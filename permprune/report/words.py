@@ -26,6 +26,14 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def with_error(value: float, error: float | None) -> str:
+    """A value and its standard error, with as many decimals: 44.77 ± 0.90."""
+    text = number(value)
+    if error is None or not (math.isfinite(value) and math.isfinite(error)):
+        return text
+    return f"{text} ± {error:,.{len(text.partition('.')[2])}f}"
+
+
 def percent(share: float | None) -> str:
     """A share of 1 in whole percent; a dash for None."""
     if share is None or not math.isfinite(share):

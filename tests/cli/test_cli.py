@@ -49,7 +49,7 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
 def test_prune_and_verify_a_mix_of_patterns(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--mode", "gather", "--pattern", "mixed")
-    assert code == 0 and "mixed with ria: perplexity" in stdout
+    assert code == 0 and "A mix of patterns with ria: perplexity" in stdout
     assert run("verify", out)[0] == 0
     record = json.loads((out / "permprune.json").read_text())
     assert {"1:4", "3:4"} <= {layer["pattern"] for layer in record["layers"]}

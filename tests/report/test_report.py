@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.report import comparison_title, decision, maps, pictures, render, write_comparison, write_report
-from permprune.report.words import duration, number, percent
+from permprune.report.words import duration, number, percent, with_error
 
 from .pages import Page, assert_svg
 
@@ -249,6 +249,12 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
 
 
 def test_numbers_read_well() -> None:
+    assert [with_error(*pair) for pair in ((44.77, 0.8953), (9800.0, 196.2), (0.7, None), (float("inf"), 1.0))] == [
+        "44.77 ± 0.90",
+        "9,800 ± 196",
+        "0.7000",
+        "not finite",
+    ]
     assert [number(value) for value in (30.089, 175.66, 12400.2, 2.5e7, 0.01234, None, float("inf"))] == [
         "30.09",
         "175.7",
