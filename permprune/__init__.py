@@ -18,6 +18,7 @@ from permprune.permuters import (
 )
 from permprune.pipeline import Pruned, Settings, prune
 from permprune.saliency import OBS, RIA, Magnitude, Saliency, Wanda
+from permprune.sweep import sweep
 from permprune.updates import SparseGPT, Update
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "prune",
     "prune_to_folder",
     "read_model",
+    "sweep",
     "verify_folder",
 ]

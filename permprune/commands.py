@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import math
 import os
 import shutil
 import time
@@ -28,7 +27,7 @@ from permprune.examples import Examples
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.offload import read_offloaded, write_offloaded
 from permprune.pattern import Pattern
-from permprune.permuters import LocalPermuter, Permuter, permuter
+from permprune.permuters import LocalPermuter, Permuter, Run, Solution, permuter
 from permprune.pipeline import (
     Plan,
     Pruned,
@@ -100,6 +99,40 @@ class Meter:
         return evaluate_model(self.model, self.examples, self.tokenizer, self.answers)[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """What a method found, what the model scores with it, and the peak memory of the process meanwhile (MiB)."""
+
+    solution: Solution
+    result: Result
+    peak_memory_mb: float
+
+    def row(self, label: str) -> dict[str, Any]:
+        cost = {"seconds": self.solution.seconds, "peak_memory_mb": self.peak_memory_mb}
+        return {"method": label, self.result.metric: self.result.value, **cost}
+
+
+class Trials:
+    """One model, read and calibrated, on which one method is tried after the other; `dense` is how it began."""
+
+    def __init__(self, name: str, settings: Settings, evaluation: Evaluation, partial: Path | None = None) -> None:
+        reset_peak_memory()
+        model, processor, _ = read_model(name)
+        self.prepared = prepare(model, processor, settings, partial=partial)
+        with self.prepared.network.dense_weights():
+            self.measure = Meter(model, processor, evaluation)
+            self.dense = Trial(Solution({}, 0.0), self.measure(), peak_memory_mb())
+
+    def run(self, method: Permuter, run: Run | None = None) -> Trial:
+        """Try a method, with the budget, seed and data of `run` if given."""
+        reset_peak_memory()
+        solution = method.solve(self.prepared.network, run or self.prepared.run)
+        update_weights(self.prepared)
+        result = self.measure()
+        log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
+        return Trial(solution, result, peak_memory_mb())
+
+
 def evaluate(name: str, evaluation: Evaluation) -> Result:
     """What a model, by name or folder, scores: perplexity, accuracy or word error rate.
 
@@ -120,7 +153,7 @@ def probe(name: str, out: Path, classes: Sequence[str], source: str | None, wind
     `source` and `windows` are as those of `Evaluation`, of the part to train on. Returns the accuracy on a held-out
     part of it. Raises `PermpruneError`.
     """
-    _require_free(out)
+    require_free(out)
     model, processor, _ = read_model(name)
     headed = with_head(model, classes)
     fitted = fit_probe(headed, load_examples(source, headed, processor, "probe", windows * ANSWERED_ONCE))
@@ -143,7 +176,7 @@ def prune_to_folder(
     With `resume` a search goes on from its last state. Returns the record. Raises `PermpruneError`.
     """
     partial = out.with_name(out.name + ".partial")
-    _require_free(out)
+    require_free(out)
     if not resume and not parallel.rank():
         shutil.rmtree(partial, ignore_errors=True)
     parallel.wait()
@@ -178,27 +211,14 @@ def compare(
     """
     named = methods if isinstance(methods, Mapping) else {method: permuter(method) for method in methods}
     chosen = {"none": permuter("none"), **named}
-    rows: list[dict[str, Any]] = []
-    reset_peak_memory()
-    model, processor, _ = read_model(name)
-    prepared = prepare(model, processor, settings)
-    with prepared.network.dense_weights():
-        measure = Meter(model, processor, evaluation)
-        dense = measure()
-    rows.append({"method": "dense", dense.metric: dense.value, "seconds": 0.0, "peak_memory_mb": peak_memory_mb()})
-    for label, method in chosen.items():
-        reset_peak_memory()
-        solution = method.solve(prepared.network, prepared.run)
-        update_weights(prepared)
-        value = measure().value
-        cost = {"seconds": solution.seconds, "peak_memory_mb": peak_memory_mb()}
-        rows.append({"method": label, dense.metric: value, **cost})
-        log.info("%s: %s %.4g after %.0f s", label, dense.metric, value, solution.seconds)
+    trials = Trials(name, settings, evaluation)
+    dense = trials.dense.result
+    rows = [trials.dense.row("dense"), *(trials.run(method).row(label) for label, method in chosen.items())]
     none = rows[1][dense.metric]
     for row in rows:
         row["gap_closed"] = gap_closed(row[dense.metric], dense.value, none, dense.metric)
     fixed = {key: getattr(settings, key) for key in ("pattern", "saliency", "mode", "update", "seed")}
-    return {"model": name, **fixed, "calibrate_seconds": prepared.seconds, "metric": dense.metric, "rows": rows}
+    return {"model": name, **fixed, "calibrate_seconds": trials.prepared.seconds, "metric": dense.metric, "rows": rows}
 
 
 def verify_folder(folder: Path) -> dict[str, float]:
@@ -208,11 +228,11 @@ def verify_folder(folder: Path) -> dict[str, float]:
     naming the first thing that does not hold.
     """
     record = read_record(folder)
-    pattern = Pattern.parse(record["settings"]["pattern"])
     model = load(folder)
     for row in record["layers"]:
         module = model.get_submodule(row["name"])
         weight = module.weight.T if row["transposed"] else module.weight
+        pattern = Pattern.parse(row["pattern"])
         if not pattern.holds(weight):  # type: ignore[arg-type]
             raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
     with safe_open(folder / PROBE, "pt") as file:
@@ -225,7 +245,7 @@ def verify_folder(folder: Path) -> dict[str, float]:
     return {"layers": len(record["layers"]), "difference": difference}
 
 
-def _require_free(out: Path) -> None:
+def require_free(out: Path) -> None:
     if out.exists():
         raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
     if not out.absolute().parent.exists():
@@ -324,14 +344,20 @@ def _record(name: str, permute: str, settings: Settings, pruned: Pruned) -> dict
         "format": 1,
         "version": importlib.metadata.version("permprune"),
         "model": name,
-        "note": MODELS[name].note if name in MODELS else None,
+        "note": note(name),
         "settings": {"permute": permute, **dataclasses.asdict(settings)},
         "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
         "layers": pruned.layers,
         "curve": [dataclasses.asdict(point) for point in pruned.solution.curve],
         "permutations": {space: table.tolist() for space, table in pruned.tables.items()},
         "gathers": pruned.gathers,
+        "sample": pruned.sample,
     }
+
+
+def note(name: str) -> str | None:
+    """What readers of results must know about a model of the zoo."""
+    return MODELS[name].note if name in MODELS else None
 
 
 def _write(done: _Done, record: dict[str, Any], folder: Path) -> None:
@@ -344,14 +370,5 @@ def _write(done: _Done, record: dict[str, Any], folder: Path) -> None:
         raise PermpruneError(
             f"cannot write {folder}: {error.strerror or error}; free space, then repeat with --resume"
         ) from error
-    write_json(folder / RECORD, _finite(record))
+    write_json(folder / RECORD, record)
     write_report(record, folder / "report.html")
-
-
-def _finite(value: Any) -> Any:
-    """The same with infinities and NaN as None, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

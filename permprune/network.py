@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -43,7 +43,7 @@ class Gradients:
 class PrunedNetwork:
     """A model in its own channel order whose layers hold weight * mask.
 
-    The masks are those the pattern leaves when each layer's columns stand in the chosen orders; the network itself
+    The masks are those that a layer's pattern leaves when its columns stand in the chosen orders; the network itself
     stays in its own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be taken
     through it. Other weights can be shown in their place until orders are next set (`show`).
 
@@ -58,22 +58,26 @@ class PrunedNetwork:
         sites: dict[str, str],
         statistics: Statistics,
         saliency: Saliency,
-        pattern: Pattern,
+        patterns: Mapping[str, Pattern],
         task: Task,
         dtype: torch.dtype = torch.float32,
         batch: int = 4,
         recompute: bool = False,
     ) -> None:
-        self.model, self.problems, self.statistics, self.pattern = model, problems, statistics, pattern
+        self.model, self.problems, self.statistics, self.patterns = model, problems, statistics, patterns
         self.layers = {layer.name: layer for layer in layers}
         self.task, self.dtype, self.batch, self.recompute = task, dtype, batch, recompute
         self.dense = {layer.name: layer.weight.clone() for layer in layers}
         self.sites = sites
         self.scores = {name: self._score(name, saliency) for name in sites}
-        self.masks = {name: pattern.mask(score) for name, score in self.scores.items()}
+        self.masks = {name: patterns[name].mask(score) for name, score in self.scores.items()}
         self.orders: Orders = {}
         self.updated: dict[str, Tensor] = {}
         self._refresh(self.layers)
+
+    def pattern_of(self, problem: Problem) -> Pattern:
+        """The pattern of the layers that follow a problem's order, one for all of them."""
+        return self.patterns[problem.parts[0].layer]
 
     def identity(self) -> Orders:
         """The natural order of every problem."""
@@ -105,7 +109,7 @@ class PrunedNetwork:
     def stored_columns(self) -> dict[str, Tensor]:
         """For each layer its columns in the order in which they will be stored, int64 (channels,), by present orders.
 
-        Groups of m neighbours there are those of the pattern; columns that no problem moves keep their places.
+        Groups of m neighbours there are those of the layer's pattern; columns that no problem moves keep their places.
         """
         stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
         orders = self.current()
@@ -223,7 +227,10 @@ class PrunedNetwork:
             moments = self.statistics.moments[self.sites[name]]
             kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
             error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
-            found.append({"name": name, "transposed": layer.transposed, "kept": kept, "error": error})
+            pattern = str(self.patterns[name])
+            found.append(
+                {"name": name, "transposed": layer.transposed, "pattern": pattern, "kept": kept, "error": error}
+            )
         return found
 
     @torch.no_grad()
@@ -251,7 +258,7 @@ class PrunedNetwork:
 
     def _mask(self, part: Part, order: Tensor) -> Tensor:
         """The mask of a part's columns when they stand in `order`."""
-        return self.pattern.mask_in_order(self.scores[part.layer][:, part.columns], order)
+        return self.patterns[part.layer].mask_in_order(self.scores[part.layer][:, part.columns], order)
 
     def _score(self, name: str, saliency: Saliency) -> Tensor:
         try:

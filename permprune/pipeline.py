@@ -21,6 +21,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
 from permprune.losses import fast_dtype
+from permprune.mixture import MIXED, mix, parse_pattern
 from permprune.model_io import attach_gather, gather_places
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
@@ -30,6 +31,7 @@ from permprune.processors import Processor
 from permprune.progress import log
 from permprune.resources import compute_device, keep_freed_memory
 from permprune.saliency import Saliency, saliency
+from permprune.sample import sample
 from permprune.tasks import choose_task, model_inputs
 from permprune.transcripts import lacks_text, transcribed
 from permprune.updates import update
@@ -44,17 +46,18 @@ FREE = ("minutes", "update", "batch", "recompute")
 class Settings:
     """What a run depends on; the same settings give the same permutations.
 
-    `pattern`: "N:M". `saliency`: magnitude, wanda, ria or obs. `mode`: "fold" (no run-time cost) or "gather" (every
-    reader of the residual stream in its own order, one `index_select` each). `calibration`: a source (see
-    `load_examples`), None for the default one, of which `samples` examples are drawn, or windows of `length` tokens:
-    the first `measured` give the statistics, the next `held_out` the accept test, the rest the gradients; of examples
-    with one answer each, such as images, 8 stand for each that is counted. `precision`: of activations: fp32, bf16, or
-    auto for the faster. `memory`: bytes for the statistics of one calibration pass; `prune_to_folder` reads a model
-    that needs more in all layer by layer. `minutes`: end the search after so long. `exclude`: globs of layers that stay
-    dense. `update`: none, or sparsegpt, which changes the weights at the orders found; it chooses masks of its own, so
-    that the saliency has its say in the search alone. `batch`: calibration examples that pass through the model at a
-    time. `recompute`: run each block again in the backward pass instead of keeping its activations. `shared`: the
-    evaluation comes from the same images, speech or sentences, of which each gets half.
+    `pattern`: "N:M", or "mixed" for a pattern of each layer's own (`mix`). `saliency`: magnitude, wanda, ria or obs.
+    `mode`: "fold" (no run-time cost) or "gather" (every reader of the residual stream in its own order, one
+    `index_select` each). `calibration`: a source (see `load_examples`), None for the default one, of which `samples`
+    examples are drawn, or windows of `length` tokens: the first `measured` give the statistics, the next `held_out` the
+    accept test, the rest the gradients; of examples with one answer each, such as images, 8 stand for each that is
+    counted. `precision`: of activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one
+    calibration pass; `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search
+    after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights
+    at the orders found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`:
+    calibration examples that pass through the model at a time. `recompute`: run each block again in the backward pass
+    instead of keeping its activations. `shared`: the evaluation comes from the same images, speech or sentences, of
+    which each gets half.
     """
 
     pattern: str = "2:4"
@@ -117,6 +120,7 @@ class Pruned:
     `tables` are the folded permutations by space, `gathers` what a loader must put back: dicts with "site", "output",
     "inputs" and "order". `layers` has, for each pruned layer, the share of squared saliency kept and the relative
     output error, in natural order ("kept_none", "error_none") and as pruned ("kept", "error").
+    `sample` shows a few weights before and after (see `sample`); None where the model was not held.
     """
 
     model: PreTrainedModel
@@ -124,6 +128,7 @@ class Pruned:
     tables: dict[str, Tensor] = field(default_factory=dict)
     gathers: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    sample: dict[str, Any] | None = None
 
 
 def prepare(
@@ -154,8 +159,11 @@ def prepare(
     statistics = calibrate(
         model, layers, sites, plan.measured, task, dtype, batch, settings.memory, recompute, settings.seed
     )
+    patterns = dict.fromkeys(sites, plan.pattern)
+    if settings.pattern == MIXED:
+        patterns = mix(layers, plan.problems, sites, statistics, plan.metric)
     network = PrunedNetwork(
-        model, layers, plan.problems, sites, statistics, plan.metric, plan.pattern, task, dtype, batch, recompute
+        model, layers, plan.problems, sites, statistics, plan.metric, patterns, task, dtype, batch, recompute
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
@@ -166,7 +174,7 @@ def plan_run(model: PreTrainedModel, settings: Settings, examples: Examples, par
     The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
     """
     _check(settings)
-    pattern, metric = Pattern.parse(settings.pattern), saliency(settings.saliency)
+    pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
     device = compute_device(model)
     worth = WORTH[kind_of(model)]
@@ -214,10 +222,11 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
     """
     network = prepared.network
     measures = beside_natural(network.measures(), natural)
+    shown = sample(network, measures)
     tables = fold_tables(prepared.coupling, network.problems, solution.orders)
     fold_all(prepared.model, tables, prepared.coupling)
     gathers = _gather(prepared, solution.orders)
-    return Pruned(prepared.model, solution, tables, gathers, measures)
+    return Pruned(prepared.model, solution, tables, gathers, measures, shown)
 
 
 def prune(

@@ -20,10 +20,10 @@ from permprune.coupling import fold_parameter
 from permprune.data import kind_of
 from permprune.errors import PermpruneError
 from permprune.layers import Layer, prunable_layers, require_finite
+from permprune.mixture import MIXED, parse_pattern
 from permprune.network import PrunedNetwork
 from permprune.offload import Edit, StoredWeights, attach, read_skeleton
 from permprune.padding import real
-from permprune.pattern import Pattern
 from permprune.permuters import PERMUTERS, LocalPermuter, Permuter, Solution
 from permprune.pipeline import Plan, Pruned, Settings, beside_natural, fold_tables, gather_records
 from permprune.problem import Orders, Problem
@@ -46,7 +46,7 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
     if settings.memory is None:
         return False
     model = read_skeleton(name)
-    layers = prunable_layers(model, Pattern.parse(settings.pattern), settings.exclude)
+    layers = prunable_layers(model, parse_pattern(settings.pattern), settings.exclude)
     local = isinstance(method, LocalPermuter)
     tokens = 0 if settings.recompute else settings.batch * settings.length
     needed = held_bytes(model, layers, tokens, gradients=not local)
@@ -55,6 +55,11 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
     if kind_of(model) != "text":
         raise PermpruneError(
             f"models of {kind_of(model)} are pruned in memory only, which takes {_gib(needed)}: raise --memory to that"
+        )
+    if settings.pattern == MIXED:
+        raise PermpruneError(
+            f"a mix of patterns weighs all layers against each other, which takes {_gib(needed)}: "
+            "raise --memory to that, or take one pattern"
         )
     if not local or settings.update != "none":
         able = ", ".join(name for name, other in PERMUTERS.items() if issubclass(other, LocalPermuter))
@@ -259,7 +264,7 @@ class Stream:
             dict.fromkeys(uniform, site),
             Statistics({site: moments}, uniform, x.shape[:-1].numel()),
             self.plan.metric,
-            self.plan.pattern,
+            dict.fromkeys(uniform, self.plan.pattern),
             next_token,
             self.plan.dtype,
         )

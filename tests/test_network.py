@@ -40,7 +40,9 @@ def test_masks_are_the_pattern_in_the_chosen_order(prepared: Prepared) -> None:
         order = network.orders[problem.name]
         for part in problem.parts:
             stored = network.masks[part.layer][:, part.columns[order]]
-            assert torch.equal(stored, network.pattern.mask(network.scores[part.layer][:, part.columns[order]]))
+            assert torch.equal(
+                stored, network.pattern_of(problem).mask(network.scores[part.layer][:, part.columns[order]])
+            )
 
 
 def test_orders_set_one_after_the_other_leave_no_trace(prepared: Prepared) -> None:
@@ -57,7 +59,7 @@ def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
     moments = {site: -moments for site, moments in network.statistics.moments.items()}
     wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
     with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
-        PrunedNetwork(prepared.model, prepared.layers, [], network.sites, wrong, OBS(), network.pattern, next_token)
+        PrunedNetwork(prepared.model, prepared.layers, [], network.sites, wrong, OBS(), network.patterns, next_token)
 
 
 def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
@@ -146,7 +148,9 @@ def test_stored_columns_are_the_order_in_which_the_pattern_holds(tiny_llama: Lla
     for name, columns in network.stored_columns().items():
         assert torch.equal(columns.sort().values, torch.arange(len(columns)))
         assert not torch.equal(columns, torch.arange(len(columns)))
-        assert torch.equal(network.masks[name][:, columns], network.pattern.mask(network.scores[name][:, columns]))
+        assert torch.equal(
+            network.masks[name][:, columns], network.patterns[name].mask(network.scores[name][:, columns])
+        )
 
 
 def test_columns_that_no_problem_moves_keep_their_places(tiny_llama: LlamaForCausalLM) -> None:

@@ -89,7 +89,17 @@ def statistics(model: nn.Module, dtype: torch.dtype, recompute: bool, memory: in
 def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute: bool) -> Gradients:
     layers, sites, task = parts(model)
     network = PrunedNetwork(
-        model, layers, [], sites, found, Wanda(), Pattern(2, 4), task, dtype, batch=2, recompute=recompute
+        model,
+        layers,
+        [],
+        sites,
+        found,
+        Wanda(),
+        dict.fromkeys(sites, Pattern(2, 4)),
+        task,
+        dtype,
+        batch=2,
+        recompute=recompute,
     )
     every = Objective(1.0, 1.0, 1.0, 1.0)
     try:

@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -60,7 +60,8 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
 
 def settings(
     pattern: Annotated[
-        str, typer.Option(help="N of every M consecutive weights survive", metavar="N:M")
+        str,
+        typer.Option(help="N of every M consecutive weights survive; mixed: a pattern for each layer", metavar="N:M"),
     ] = Settings.pattern,
     saliency: Annotated[str, typer.Option(help=METRICS)] = Settings.saliency,
     mode: Annotated[
@@ -113,13 +114,14 @@ def settings(
     )
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
+def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callable[..., Any]:
     """Register a command; errors for people become one line on stderr and exit status 2, Ctrl-C status 130.
 
-    A parameter annotated `Settings` stands for the options of `settings`.
+    A parameter annotated `Settings` stands for the options of `settings`, less those `without`.
     """
     own = inspect.signature(function, eval_str=True).parameters
-    shared = inspect.signature(settings, eval_str=True).parameters
+    every = inspect.signature(settings, eval_str=True).parameters
+    shared = {name: parameter for name, parameter in every.items() if name not in without}
     place = next((name for name, parameter in own.items() if parameter.annotation is Settings), "")
 
     @wraps(function)
@@ -165,6 +167,11 @@ def parse_bytes(text: str | None) -> int | None:
         return int(float(number) * UNITS[text[len(number) :].strip().upper()])
     except (ValueError, KeyError):
         raise PermpruneError(f'"{text}" is no amount of memory: give it as 8GiB or 500MB') from None
+
+
+def parts(text: str) -> list[str]:
+    """ "a, b" in its parts."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def show(table: Table) -> None:

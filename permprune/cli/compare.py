@@ -28,8 +28,9 @@ def compare(
     picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
 ) -> None:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, seconds, memory."""
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    result = run(model, [name for name in names if name != "dense"], *Evaluation.beside(settings, data, windows))
+    result = run(
+        model, [name for name in cli.parts(methods) if name != "dense"], *Evaluation.beside(settings, data, windows)
+    )
     cli.write_figures(json, result)
     if picture is not None:
         write_comparison(result, picture)

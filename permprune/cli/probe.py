@@ -27,7 +27,7 @@ def probe(
     windows: Annotated[int, typer.Option(help="how much of it, 32 examples each")] = 128,
 ) -> None:
     """Make a classifier of MODEL: a linear layer on what it makes of images or sentences, all else as it is."""
-    names = [name.strip() for name in classes.split(",") if name.strip()]
+    names = cli.parts(classes)
     if len(names) < 2:
         raise PermpruneError(f"{len(names)} classes: name two or more, separated by commas")
     result = run(model, out, names, data, windows)

@@ -131,7 +131,7 @@ class CostMatrixLearner(Permuter):
                     matrix[part.layer][:, columns].float().unflatten(1, (len(plan), -1)).transpose(0, 1) @ plan
                     for matrix in (network.dense, network.scores)
                 )
-                back = (weight * self.keep(score, network.pattern)) @ plan.mT
+                back = (weight * self.keep(score, network.pattern_of(problem))) @ plan.mT
                 shown.append((part, columns, back.transpose(0, 1).flatten(1)))
             yield problem, cost, shown
 
@@ -151,7 +151,7 @@ class CostMatrixLearner(Permuter):
     def _begin(self, network: PrunedNetwork, run: Run, start: Solution, taught: list[Taught] | None) -> State:
         costs = {}
         for problem in network.problems:
-            size = self.part_size(problem.size, network.pattern)
+            size = self.part_size(problem.size, network.pattern_of(problem))
             device = network.dense[problem.parts[0].layer].device
             costs[problem.name] = (self.margin * (1 - torch.eye(size, device=device))).repeat(
                 problem.size // size, 1, 1

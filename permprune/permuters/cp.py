@@ -50,8 +50,8 @@ class CP(LocalPermuter):
     triples: bool = False
 
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
-        score, groups = stacked_scores(network, problem), problem.identity().view(-1, network.pattern.m)
-        return search(score, groups, network.pattern, generator, self.escapes, self.triples).flatten()
+        score, groups = stacked_scores(network, problem), problem.identity().view(-1, network.pattern_of(problem).m)
+        return search(score, groups, network.pattern_of(problem), generator, self.escapes, self.triples).flatten()
 
 
 def search(

@@ -72,7 +72,7 @@ class QuadraticModel:
         for part in problem.parts:
             root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
             weight, score = (x[part.layer][:, part.columns] for x in (network.dense, network.scores))
-            error = weight * ~network.pattern.mask_in_order(score, order) * root
+            error = weight * ~network.pattern_of(problem).mask_in_order(score, order) * root
             slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
             pieces.setdefault((part.site, int(part.columns[0])), []).append((weight * root, score, slope, error))
         bundles = []
@@ -81,7 +81,7 @@ class QuadraticModel:
             moments = network.statistics.moments[site][columns][:, columns]
             weight, score, slope, error = (torch.cat(x).T.contiguous() for x in zip(*rows, strict=True))
             bundles.append(Bundle(weight, score, moments, moments @ slope if gradient is None else slope, error))
-        return cls(bundles, order, network.pattern, damping)
+        return cls(bundles, order, network.pattern_of(problem), damping)
 
     @property
     def order(self) -> Tensor:

@@ -58,7 +58,9 @@ class Reconstruction(LocalPermuter):
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square()
         noise = 1 + jitter * torch.randn(energy.shape, generator=generator).to(energy)
-        model = QuadraticModel.of(network, problem, fisher, order=deal_and_assign(energy * noise, network.pattern))
+        model = QuadraticModel.of(
+            network, problem, fisher, order=deal_and_assign(energy * noise, network.pattern_of(problem))
+        )
         for _ in range(self.swaps):
             model.swap(generator)
         return model.order

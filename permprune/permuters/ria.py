@@ -21,4 +21,4 @@ class RIAPermuter(LocalPermuter):
     name: ClassVar[str] = "ria"
 
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
-        return deal_and_assign(stacked_scores(network, problem), network.pattern)
+        return deal_and_assign(stacked_scores(network, problem), network.pattern_of(problem))

@@ -1,6 +1,21 @@
 """What a person reads after a run: pictures and one self-contained page."""
 
-from permprune.report.page import comparison_title, decision, render, write_comparison, write_report
-from permprune.report.words import number
+from permprune.report.comparison import comparison_title, write_comparison
+from permprune.report.run import decision, render, write_report
+from permprune.report.sweep import render_sweep, sweep_decision, write_sweep
+from permprune.report.words import duration, fine_percent, number, percent
 
-__all__ = ["comparison_title", "decision", "number", "render", "write_comparison", "write_report"]
+__all__ = [
+    "comparison_title",
+    "decision",
+    "duration",
+    "fine_percent",
+    "number",
+    "percent",
+    "render",
+    "render_sweep",
+    "sweep_decision",
+    "write_comparison",
+    "write_report",
+    "write_sweep",
+]

@@ -5,27 +5,22 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from permprune.evaluate.result import higher_is_better
-from permprune.report.style import BLUE, GRAY, ORANGE, Format, figure, quiet, save
-from permprune.report.words import duration, number, percent
+from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, figure, quiet, save
+from permprune.report.words import better, duration, number, percent
 
 Record = Mapping[str, Any]
 Points = list[tuple[int, float, float]]
 
-WIDTH = 5.4  # inches: lettering stays legible when the page shrinks a picture to the width of a phone
 COLUMNS = 2
-
-
-def kept_saliency(layers: Sequence[Record], kind: Format = "svg") -> bytes:
-    """Share of the squared saliency that the mask keeps, by layer: natural order against permuted."""
-    return _by_kind(layers, "kept_none", "kept", kind)
 
 
 def output_error(layers: Sequence[Record], kind: Format = "svg") -> bytes:
@@ -70,7 +65,7 @@ def bars(dense: float, none: float, pruned: float, metric: str, method: str, kin
     axes.set_yticks(range(3), labels)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(lengths) or 1.0)
-    axes.set_xlabel(f"{metric} ({_better(metric)})")
+    axes.set_xlabel(f"{metric} ({better(metric)})")
     quiet(axes, "x")
     axes.tick_params(axis="y", length=0)
     for label in axes.get_yticklabels():
@@ -88,13 +83,7 @@ def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Forma
     picture = figure(7.4, 1.3 + 0.34 * len(ordered))
     axes, margin = picture.subplots(1, 2, sharey=True, width_ratios=(3, 1.35))
     margin.axis("off")
-    finite = [row[metric] for row in ordered if math.isfinite(row[metric])] or [1.0]
-    scale = ""
-    if metric == "perplexity":
-        scale = ", log scale"
-        axes.set_xscale("log")
-        axes.set_xlim(min(finite) / 1.12, max(finite) * 1.12)
-        _plain_ticks(axes)
+    metric_axis(axes, "x", metric, [row[metric] for row in ordered])
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     _cells(margin, -0.8, [metric, "gap closed", "time"])
     for place, row in enumerate(ordered):
@@ -102,7 +91,6 @@ def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Forma
         axes.plot(row[metric], place, color=color, marker="o", markersize=8)
         _cells(margin, place, [number(row[metric]), percent(row["gap_closed"]), duration(row["seconds"])])
     axes.set_yticks(range(len(ordered)), [row["method"] for row in ordered])
-    axes.set_xlabel(f"{metric}{scale} ({_better(metric)})")
     quiet(axes, "both")
     axes.tick_params(axis="y", length=0, labelsize=9)
     for label in axes.get_yticklabels():
@@ -113,8 +101,15 @@ def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Forma
     return save(picture, kind)
 
 
-def _better(metric: str) -> str:
-    return f"{'higher' if higher_is_better(metric) else 'lower'} is better"
+def metric_axis(axes: Axes, side: Literal["x", "y"], metric: str, values: Sequence[float]) -> None:
+    """The label of an axis that shows a metric's values; perplexities are on a log scale."""
+    label = f"{metric} ({better(metric)})"
+    if metric == "perplexity":
+        finite = [value for value in values if math.isfinite(value)] or [1.0]
+        axes.set(**{f"{side}scale": "log", f"{side}lim": (min(finite) / 1.12, max(finite) * 1.12)})
+        _plain_ticks(axes.xaxis if side == "x" else axes.yaxis)
+        label = f"{metric}, log scale ({better(metric)})"
+    axes.set(**{f"{side}label": label})
 
 
 def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:
@@ -191,17 +186,17 @@ def _cells(axes: Axes, height: float, cells: list[str]) -> None:
         axes.text(place, height, cell, transform=transform, ha="right", va="center", color=GRAY, fontsize=9)
 
 
-def _plain_ticks(axes: Axes) -> None:
+def _plain_ticks(axis: Axis) -> None:
     """Ticks at 1, 2 and 5 times the powers of ten, or a few even ones when the range is too short for them."""
-    low, high = axes.get_xlim()
+    low, high = axis.get_view_interval()
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
     ticks = [tick for tick in ticks if low <= tick <= high]
     if len(ticks) < 3:
         ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
-    axes.set_xticks(ticks)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_ticks(ticks)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-__all__ = ["bars", "comparison", "kept_saliency", "layer_kinds", "learning_curve", "output_error"]
+__all__ = ["bars", "comparison", "layer_kinds", "learning_curve", "metric_axis", "output_error"]

@@ -18,6 +18,15 @@ GRAY = "#757b82"
 BLUE = "#2b87c8"
 ORANGE = "#d9700f"
 
+PALETTE = (ORANGE, BLUE, "#16966f", "#b5649a", "#9a7b0a", "#7d6fd0", "#c0504d", "#4f9aa8", GRAY)
+"""Colours of methods, in their order: that of no permutation first."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+"""Shapes of patterns, in their order."""
+
+WIDTH = 4.4
+"""Inches: lettering stays legible when the page shrinks a picture to the width of a phone."""
+
 
 def figure(width: float, height: float) -> Figure:
     """An empty figure of that many inches, drawn without any global state."""
@@ -35,6 +44,13 @@ def quiet(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
     for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
         label.set_color(GRAY)
         label.set_fontsize(9)
+
+
+def bare(axes: Axes) -> None:
+    """No box, no ticks, no ground."""
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
 
 
 def save(picture: Figure, kind: Format) -> bytes:

@@ -1,10 +1,16 @@
-"""Numbers as a person reads them."""
+"""Numbers and outcomes as a person reads them."""
 
 from __future__ import annotations
 
 import math
 
+from permprune.evaluate.result import higher_is_better
+from permprune.mixture import MIXED
+
 DASH = "\N{EN DASH}"
+
+NONE = "none"
+"""The permuter, and the update, that changes nothing."""
 
 
 def number(value: float | None) -> str:
@@ -20,6 +26,14 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def with_error(value: float, error: float | None) -> str:
+    """A value and its standard error, with as many decimals: 44.77 ± 0.90."""
+    text = number(value)
+    if error is None or not (math.isfinite(value) and math.isfinite(error)):
+        return text
+    return f"{text} ± {error:,.{len(text.partition('.')[2])}f}"
+
+
 def percent(share: float | None) -> str:
     """A share of 1 in whole percent; a dash for None."""
     if share is None or not math.isfinite(share):
@@ -33,6 +47,11 @@ def fine_percent(share: float) -> str:
     return f"{100 * share:.2f} %" if share < 0.1 else f"{100 * share:.1f} %"
 
 
+def count(number: int, thing: str) -> str:
+    """ "1 layer", "2 layers"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
 def duration(seconds: float | None) -> str:
     """Seconds up to two minutes, then minutes, then hours; a dash for None."""
     if seconds is None:
@@ -44,3 +63,26 @@ def duration(seconds: float | None) -> str:
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def way(pattern: str, method: str, update: str) -> str:
+    """How a model was pruned, to begin a sentence with: "2:4 with newton, then sparsegpt"."""
+    words = "A mix of patterns" if pattern == MIXED else pattern
+    words += " in natural order" if method == NONE else f" with {method}"
+    return words if update == NONE else f"{words}, then {update}"
+
+
+def outcome(metric: str, pruned: float, dense: float, none: float | None) -> str:
+    """What pruning left of a metric, as the end of a sentence; `none` is its value in natural order, where told apart.
+
+    Where more is better: " keeps 97 % of the dense top-1 accuracy (...)", else ": perplexity 63.4 against ...".
+    """
+    if higher_is_better(metric) and math.isfinite(pruned) and dense > 0:
+        beside = "" if none is None else f"; {number(none)} without permutation"
+        return f" keeps {percent(pruned / dense)} of the dense {metric} ({number(pruned)} of {number(dense)}{beside})"
+    beside = "" if none is None else f" and {number(none)} without permutation"
+    return f": {metric} {number(pruned)} against {number(dense)} dense{beside}"
+
+
+def better(metric: str) -> str:
+    return f"{'higher' if higher_is_better(metric) else 'lower'} is better"

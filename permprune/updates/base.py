@@ -83,7 +83,7 @@ class LayerUpdate(Update):
     ) -> Tensor:
         weight, inputs = network.dense[name].float(), moments[network.sites[name]]
         try:
-            return self.apply(weight, inputs, columns[name], network.pattern)
+            return self.apply(weight, inputs, columns[name], network.patterns[name])
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
 

@@ -46,6 +46,22 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     assert found["value"] == pytest.approx(record["measured"]["pruned"], rel=1e-4)
 
 
+def test_prune_and_verify_a_mix_of_patterns(source: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--mode", "gather", "--pattern", "mixed")
+    assert code == 0 and "A mix of patterns with ria: perplexity" in stdout
+    assert run("verify", out)[0] == 0
+    record = json.loads((out / "permprune.json").read_text())
+    assert {"1:4", "3:4"} <= {layer["pattern"] for layer in record["layers"]}
+    for layer in record["layers"]:
+        layer["pattern"] = "1:4"
+    (out / "permprune.json").write_text(json.dumps(record))
+    assert "is not 1:4 in stored order" in fails("verify", out)
+    assert "a mix of patterns" in fails(
+        "prune", *source, "--out", tmp_path / "o", "--memory", "9KB", "--pattern", "mixed"
+    )
+
+
 def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> None:
     figures, out = tmp_path / "compare.json", tmp_path / "out"
     code, stdout, _ = run("compare", *source, "--methods", "random", "--update", "sparsegpt", "--json", figures)

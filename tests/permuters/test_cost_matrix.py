@@ -63,7 +63,7 @@ def test_training_moves_channels_and_keeps_the_best(prepared: Prepared, method: 
 
 
 def test_widths_that_do_not_divide_are_one_part(prepared: Prepared) -> None:
-    pattern = prepared.network.pattern
+    pattern = prepared.pattern
     assert LearnedPaper().part_size(64, pattern) == 16
     assert LearnedPaper().part_size(24, pattern) == 24
     assert PermLLM().part_size(128, pattern) == 64

@@ -1,10 +1,7 @@
 """The page and the pictures: what they say, that they are whole, and that nothing in a record can break out of them."""
 
-import base64
 import copy
-import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permprune.report import comparison_title, decision, pictures, render, write_comparison, write_report
-from permprune.report.words import duration, number, percent
+from permprune.report import comparison_title, decision, maps, pictures, render, write_comparison, write_report
+from permprune.report.words import duration, number, percent, with_error
 
-VOID = {"meta", "img", "br"}
+from .pages import Page, assert_svg
+
 PNG = b"\x89PNG\r\n\x1a\n"
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 LAYERS = [
     {
         "name": f"model.layers.{index}.{kind}",
+        "pattern": "2:4",
         "kept_none": 0.78,
         "kept": 0.79 + 0.001 * index,
         "error_none": 0.05,
@@ -29,6 +28,7 @@ LAYERS = [
     for index in range(4)
     for kind in KINDS
 ]
+MIXED = [{**layer, "pattern": "3:4" if place == 2 else "2:4"} for place, layer in enumerate(LAYERS)]
 CURVE = [
     {"round": 0, "loss": 3.9, "kept": True, "seconds": 1.0},
     {"round": 1, "loss": 3.5, "kept": True, "seconds": 2.0},
@@ -65,6 +65,14 @@ RECORD: dict[str, Any] = {
     "curve": CURVE,
     "permutations": {"model.layers.0.mlp.down_proj.input": [[1, 0, 2, 3]]},
     "gathers": [{"site": "model.norm.output", "output": "model.norm", "inputs": [], "order": [3, 2, 1, 0]}],
+    "sample": {
+        "layer": "model.layers.0.mlp.down_proj",
+        "m": 4,
+        "kept_none": 0.78,
+        "kept": 0.79,
+        "natural": {"score": [[100, 90, 60, 1, 2, 3, 1, 0]], "kept": [[1, 1, 0, 0, 1, 1, 0, 0]]},
+        "permuted": {"score": [[100, 1, 60, 1, 2, 3, 90, 0]], "kept": [[1, 0, 1, 0, 0, 1, 1, 0]]},
+    },
 }
 COMPARED = {
     "model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "update": "none",
@@ -77,43 +85,6 @@ ROWS = [
 ]
 
 
-class Page(HTMLParser):
-    """The text and the tags of a page; fails at a tag that is closed out of turn."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.images: list[bytes] = []
-        self.outside: list[str] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
-        for name, value in attrs:
-            if name == "src" and (match := re.fullmatch(r"data:image/svg\+xml;base64,(.+)", value or "")):
-                self.images.append(base64.b64decode(match[1]))
-            elif name in ("src", "href"):
-                self.outside.append(value or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def assert_svg(picture: bytes) -> None:
-    root = ElementTree.fromstring(picture)
-    assert root.tag.endswith("}svg")
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}path"))) > 5
-
-
 def changed(**fields: Any) -> dict[str, Any]:
     return {**copy.deepcopy(RECORD), **fields}
 
@@ -122,13 +93,14 @@ def permuted_by(method: str, **fields: Any) -> dict[str, Any]:
     return changed(settings={**RECORD["settings"], "permute": method}, **fields)
 
 
-def test_the_page_states_the_decision_and_shows_four_pictures() -> None:
+def test_the_page_states_the_decision_and_shows_five_pictures() -> None:
     page = Page(render(RECORD))
     assert (
         "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 without permutation: 58 % of the gap closed."
         in page.text
     )
-    assert len(page.images) == 4
+    assert len(page.images) == 5
+    assert "A few weights of model.layers.0.mlp.down_proj, in groups of 4" in page.text
     for picture in page.images:
         assert_svg(picture)
     assert page.outside == [], "the page needs nothing beside itself"
@@ -143,15 +115,31 @@ def test_the_page_lists_settings_versions_times_and_orders() -> None:
     assert "50 %" in text, "two of the four channels moved"
 
 
+def test_a_mix_shows_the_pattern_of_each_layer() -> None:
+    page = Page(render(changed(layers=MIXED, settings={**RECORD["settings"], "pattern": "mixed"})))
+    assert len(page.images) == 6 and "Pattern of each layer" in page.text
+    assert page.text.count("3:4") == 1 and "A mix of patterns with newton: perplexity" in page.text
+
+
+def test_the_page_follows_the_reader_s_light_and_width() -> None:
+    page = render(RECORD)
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    for picture in Page(page).images:
+        root = ElementTree.fromstring(picture)
+        width, height = (float(size) for size in root.attrib["viewBox"].split()[2:])
+        whole = f"M 0 {height:g} L {width:g} {height:g}"
+        assert whole not in picture.decode(), "no ground of its own, which would glare on a dark page"
+
+
 def test_a_record_without_perplexities_says_so() -> None:
     page = Page(render(changed(measured=None, gap_closed=None)))
     assert "The network was not measured." in page.text
     assert "output error of a layer 4.00 % against 5.00 % without permutation" in page.text
-    assert len(page.images) == 3
+    assert len(page.images) == 4
 
 
 def test_a_bare_record_still_gives_a_page() -> None:
-    bare = changed(measured=None, gap_closed=None, layers=[], curve=[], permutations={}, gathers=[])
+    bare = changed(measured=None, gap_closed=None, layers=[], curve=[], permutations={}, gathers=[], sample=None)
     page = Page(render(bare))
     assert page.images == []
     assert "2:4 with newton: the network was not measured." in page.text
@@ -165,6 +153,7 @@ def test_an_update_is_named() -> None:
     assert comparison_title({**COMPARED, "update": "sparsegpt"}).endswith("fold mode, sparsegpt update")
 
 
+ACCURACY = {**RECORD["measured"], "metric": "top-1 accuracy", "dense": 0.8, "none": 0.6, "pruned": 0.72}
 MEASURED = "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 without permutation"
 
 
@@ -173,6 +162,15 @@ MEASURED = "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 with
     [
         (changed(gap_closed=-0.124), f"{MEASURED}: the gap is 12 % wider."),
         (changed(gap_closed=None), f"{MEASURED}."),
+        (
+            changed(measured=ACCURACY),
+            "2:4 with newton keeps 90 % of the dense top-1 accuracy (0.7200 of 0.8000; 0.6000 without permutation): "
+            "58 % of the gap closed.",
+        ),
+        (
+            permuted_by("none", measured=ACCURACY),
+            "2:4 in natural order keeps 90 % of the dense top-1 accuracy (0.7200 of 0.8000).",
+        ),
         (permuted_by("none"), "2:4 in natural order: perplexity 63.40 against 30.10 dense."),
         (
             permuted_by("none", measured=None),
@@ -193,17 +191,20 @@ def test_everything_in_a_record_is_escaped() -> None:
     record = changed(model=evil, note=evil, versions={evil: evil}, permutations={evil: [[1, 0]]})
     record["settings"] = {**RECORD["settings"], "permute": evil, "calibration": evil, "exclude": [evil]}
     record["measured"]["data"] = evil
+    record["sample"]["layer"] = evil
     record["layers"][0]["name"] = f"model.layers.0.{evil}"
     page = Page(render(record))
     assert "script" not in page.tags
     assert page.outside == []
-    assert page.text.count(evil) >= 9
+    assert page.text.count(evil) >= 10
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_every_picture_is_a_whole_file(kind: pictures.Format) -> None:
     drawn = [
-        pictures.kept_saliency(LAYERS, kind),
+        maps.kept_saliency(LAYERS, kind),
+        maps.patterns(MIXED, kind),
+        maps.sample(RECORD["sample"], kind),
         pictures.output_error(LAYERS, kind),
         pictures.learning_curve(CURVE, kind),
         pictures.bars(30.1, 175.7, float("inf"), "perplexity", "newton", kind),
@@ -248,6 +249,12 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
 
 
 def test_numbers_read_well() -> None:
+    assert [with_error(*pair) for pair in ((44.77, 0.8953), (9800.0, 196.2), (0.7, None), (float("inf"), 1.0))] == [
+        "44.77 ± 0.90",
+        "9,800 ± 196",
+        "0.7000",
+        "not finite",
+    ]
     assert [number(value) for value in (30.089, 175.66, 12400.2, 2.5e7, 0.01234, None, float("inf"))] == [
         "30.09",
         "175.7",

@@ -62,7 +62,7 @@ def test_each_block_is_updated_for_the_inputs_that_the_updated_blocks_before_it_
             tiny_llama(**prepared.measured)
         for name in own:
             moments = read[name].T @ read[name] / len(read[name])
-            expected = method.apply(network.dense[name], moments, columns[name], network.pattern)
+            expected = method.apply(network.dense[name], moments, columns[name], network.patterns[name])
             torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-5)
         network.show({name: found[name] for name in own})
 
@@ -74,7 +74,7 @@ def test_holds_the_pattern_in_stored_order_and_leaves_no_hooks(tiny_llama: Llama
     SparseGPT().run(network, prepared.measured)
     columns = network.stored_columns()
     for name, weight in weights(network).items():
-        assert network.pattern.holds(weight[:, columns[name]])
+        assert network.patterns[name].holds(weight[:, columns[name]])
         assert not torch.equal(weight, network.dense[name] * network.masks[name])
     assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
     assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
@@ -105,7 +105,7 @@ def test_weights_stored_transposed_are_updated_too() -> None:
     SparseGPT().run(network, prepared.measured)
     columns = network.stored_columns()
     assert all(layer.transposed for layer in network.layers.values())
-    assert all(network.pattern.holds(weight[:, columns[name]]) for name, weight in weights(network).items())
+    assert all(network.patterns[name].holds(weight[:, columns[name]]) for name, weight in weights(network).items())
     assert sum(row["error"] for row in network.measures()) < sum(row["error"] for row in before)
 
 

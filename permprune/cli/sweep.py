@@ -1,0 +1,70 @@
+"""`permprune sweep`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from permprune.cli import common as cli
+from permprune.commands import Evaluation
+from permprune.errors import PermpruneError
+from permprune.pipeline import Settings
+from permprune.report import duration, fine_percent, number, percent, sweep_decision
+from permprune.sweep import sweep as run
+
+
+@partial(cli.command, without=("pattern", "minutes"))
+def sweep(
+    model: cli.Model,
+    out: Annotated[Path, typer.Option(help="folder for figures, report and picture; must not exist yet")],
+    settings: Settings,
+    patterns: Annotated[
+        str, typer.Option(help="N:M patterns, separated by commas; mixed: a pattern for each layer")
+    ] = "1:4,2:4,4:8,2:8,8:16,mixed",
+    methods: Annotated[str, typer.Option(help=f"permuters, separated by commas: {cli.METHODS}")] = "none,ria,newton",
+    budgets: Annotated[
+        str, typer.Option(help="minutes that a search may take, separated by commas; as long as it likes if absent")
+    ] = "",
+    data: cli.Data = None,
+    windows: cli.Windows = 24,
+    jobs: Annotated[int, typer.Option(help="processes that take a pattern each at a time")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep")] = False,
+) -> None:
+    """Patterns x methods x budgets on MODEL: what each size costs, as a table, a page and a picture."""
+    settings, evaluation = Evaluation.beside(settings, data, windows)
+    names = cli.parts(methods)
+    result = run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume)
+    cli.show(sweep_table(result))
+    print(sweep_decision(result))
+    print(f"written to {out} (report.html, figures.json, pareto.png)")
+
+
+def _minutes(budgets: str) -> list[float]:
+    try:
+        return [float(budget) for budget in cli.parts(budgets)]
+    except ValueError:
+        raise PermpruneError(f'"{budgets}" is no list of minutes: give it as 5,20') from None
+
+
+def sweep_table(result: dict[str, Any]) -> Table:
+    """What `permprune.sweep` returns, for the terminal; cells that no other beats are bold."""
+    metric = result["metric"]
+    table = Table(title=f"{result['model']}, dense {metric} {number(result['dense'][metric])}")
+    for title in ("pattern", "method"):
+        table.add_column(title)
+    for title in ("minutes", "size", metric, "gap closed", "time", "peak MiB"):
+        table.add_column(title, justify="right")
+    last = ""
+    for row in result["rows"]:
+        if last and row["pattern"] != last:
+            table.add_section()
+        last = row["pattern"]
+        minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
+        cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
+        cost = (duration(row["seconds"]), f"{row['peak_memory_mb']:.0f}")
+        table.add_row(last, row["method"], *cells, *cost, style="bold" if row["front"] else "")
+    return table

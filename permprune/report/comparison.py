@@ -1,0 +1,26 @@
+"""The picture of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from permprune.checkpoint import write_whole
+from permprune.report import pictures
+from permprune.report.words import NONE
+
+
+def write_comparison(result: Mapping[str, Any], path: Path) -> None:
+    """Write the picture of a comparison as PNG; `result` is what `permprune.compare` returns.
+
+    Raises `PermpruneError`.
+    """
+    picture = pictures.comparison(result["rows"], result["metric"], comparison_title(result), "png")
+    write_whole(path, lambda temporary: temporary.write_bytes(picture))
+
+
+def comparison_title(result: Mapping[str, Any]) -> str:
+    """What the rows of a comparison have in common."""
+    title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
+    return title if result["update"] == NONE else f"{title}, {result['update']} update"

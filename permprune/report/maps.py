@@ -1,0 +1,115 @@
+"""Pictures of cells: kept saliency and patterns by layer, and a few weights before and after their reordering."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from permprune.pattern import Pattern
+from permprune.report.pictures import layer_kinds
+from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, bare, figure, save
+
+Record = Mapping[str, Any]
+
+FAINT = 0.06
+"""The opacity of the least value: it shows that there is a cell."""
+
+
+def kept_saliency(layers: Sequence[Record], kind: Format = "svg") -> bytes:
+    """Share of the squared saliency that the mask keeps, kinds of linears x layers: natural order above permuted."""
+    kinds = layer_kinds(layers, "kept_none", "kept")
+    before, after = (_grid(kinds, place) for place in (1, 2))
+    values = np.concatenate([before, after])
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if high - low < 1e-9:
+        low, high = low - 0.01, high + 0.01
+    picture = figure(WIDTH, 1.15 + 0.36 * len(kinds))
+    panels = picture.subplots(2, 1, sharex=True)
+    for axes, grid, title in zip(panels, (before, after), ("natural order", "permuted"), strict=True):
+        cells = axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=low, vmax=high, edgecolors="none")
+        axes.set_title(title, loc="left", pad=3, color=GRAY, fontsize=9)
+        _rows(axes, list(kinds))
+    _columns(panels[1], before.shape[1])
+    bar = picture.colorbar(cells, ax=panels, aspect=30, pad=0.02, format=FuncFormatter(lambda x, _: f"{x:.0%}"))
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=GRAY, labelsize=8, length=3)
+    bar.locator = MaxNLocator(4)
+    return save(picture, kind)
+
+
+def patterns(layers: Sequence[Record], kind: Format = "svg") -> bytes:
+    """The pattern of each layer, kinds of linears x layers: the more it keeps, the stronger the colour."""
+    shares = [{"name": layer["name"], "kept": Pattern.parse(layer["pattern"]).density} for layer in layers]
+    kinds = layer_kinds(shares, "kept", "kept")
+    picture = figure(WIDTH, 0.9 + 0.19 * len(kinds))
+    axes = picture.subplots()
+    grid = _grid(kinds, 1)
+    most = float(np.nanmax(grid))
+    axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=0.0, vmax=most, edgecolors="none")
+    _rows(axes, list(kinds))
+    _columns(axes, grid.shape[1])
+    found = sorted({layer["pattern"] for layer in layers}, key=lambda text: Pattern.parse(text).density)
+    handles = [Patch(facecolor=_ramp(BLUE)(Pattern.parse(text).density / most), label=text) for text in found]
+    picture.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=8, labelcolor=GRAY)
+    return save(picture, kind)
+
+
+def sample(found: Record, kind: Format = "svg") -> bytes:
+    """A few weights of a layer in natural order and as permuted: kept ones blue, pruned ones orange."""
+    picture = figure(WIDTH, 3.4)
+    panels = picture.subplots(2, 1)
+    for axes, key, title in zip(panels, ("natural", "permuted"), ("natural order", "permuted"), strict=True):
+        score, kept = (np.array(found[key][what]) for what in ("score", "kept"))
+        colors = np.where(kept[:, :, None] > 0, to_rgba(BLUE), to_rgba(ORANGE))
+        colors[:, :, 3] = FAINT + (1 - FAINT) * score / 100
+        gap = np.arange(score.shape[1]) // found["m"] * 0.35
+        for column, offset in enumerate(gap):
+            strip = [column + offset, column + offset + 1]
+            axes.pcolormesh(strip, np.arange(len(score) + 1), colors[:, column : column + 1], edgecolors="none")
+        bare(axes)
+        axes.invert_yaxis()
+        axes.set_aspect("equal")
+        axes.set_title(title, loc="left", pad=3, color=GRAY, fontsize=9)
+    handles = [Patch(facecolor=color, label=label) for color, label in ((BLUE, "kept"), (ORANGE, "pruned"))]
+    picture.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=GRAY)
+    return save(picture, kind)
+
+
+def _grid(kinds: Mapping[str, Sequence[tuple[int, float, float]]], place: int) -> np.ndarray:
+    """(kinds, layers) of the second or third number of every point; NaN where a layer lacks a kind."""
+    width = 1 + max(point[0] for points in kinds.values() for point in points)
+    grid = np.full((len(kinds), width), math.nan)
+    for row, points in enumerate(kinds.values()):
+        for point in points:
+            grid[row, point[0]] = point[place]
+    return grid
+
+
+def _ramp(color: str) -> LinearSegmentedColormap:
+    """From almost nothing to the full colour: the ground shines through, light or dark."""
+    rgb = to_rgba(color)[:3]
+    return LinearSegmentedColormap.from_list("ramp", [(*rgb, FAINT), (*rgb, 1.0)])
+
+
+def _rows(axes: Axes, names: Sequence[str]) -> None:
+    bare(axes)
+    shown = [name if len(name) <= 20 else f"…{name[-19:]}" for name in names]
+    axes.set_yticks([row + 0.5 for row in range(len(names))], shown)
+    axes.tick_params(axis="y", labelleft=True, colors=GRAY, labelsize=8, length=0)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    axes.invert_yaxis()
+
+
+def _columns(axes: Axes, count: int) -> None:
+    step = max(1, math.ceil(count / 8))
+    axes.set_xticks([place + 0.5 for place in range(0, count, step)], [str(place) for place in range(0, count, step)])
+    axes.tick_params(axis="x", labelbottom=True, colors=GRAY, labelsize=8, length=0)
+    axes.set_xlabel("layer", color=GRAY, fontsize=9)

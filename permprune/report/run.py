@@ -1,0 +1,118 @@
+"""The page of a run: the decision first, then pictures, then settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from permprune.checkpoint import write_whole
+from permprune.report import maps, pictures
+from permprune.report.page import Shown, fill, shown
+from permprune.report.words import NONE, duration, fine_percent, number, outcome, percent, way
+
+
+def render(record: Mapping[str, Any]) -> str:
+    """The page for the contents of a permprune.json. Everything from the record is escaped."""
+    return fill(
+        "run.html",
+        record=record,
+        model=record["model"],
+        version=record["version"],
+        title=f"{record['model']}, {record['settings']['pattern']}",
+        decision=decision(record),
+        table=_table(record),
+        pictures=_pictures(record),
+        times={name: duration(seconds) for name, seconds in record["seconds"].items()},
+        spaces=_spaces(record),
+    )
+
+
+def write_report(record: Mapping[str, Any], path: Path) -> None:
+    """Write the page of `record`; readers of `path` see all of it or nothing. Raises `PermpruneError`."""
+    page = render(record)
+    write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def decision(record: Mapping[str, Any]) -> str:
+    """What the run came to, in one sentence."""
+    settings, measured = record["settings"], record["measured"]
+    method = settings["permute"]
+    run = way(settings["pattern"], method, settings["update"])
+    if measured is None:
+        return f"{run}: {_error_clause(record)}the network was not measured."
+    none = None if method == NONE else measured["none"]
+    found = run + outcome(measured["metric"], measured["pruned"], measured["dense"], none)
+    return f"{found}." if method == NONE else f"{found}{_gap(record['gap_closed'])}."
+
+
+def _gap(closed: float | None) -> str:
+    if closed is None:
+        return ""
+    return f": {percent(closed)} of the gap closed" if closed >= 0 else f": the gap is {percent(-closed)} wider"
+
+
+def _error_clause(record: Mapping[str, Any]) -> str:
+    layers = record["layers"]
+    if not layers:
+        return ""
+    after, before = (fine_percent(fmean(layer[key] for layer in layers)) for key in ("error", "error_none"))
+    if record["settings"]["permute"] == NONE:
+        return f"mean output error of a layer {before}; "
+    return f"mean output error of a layer {after} against {before} without permutation; "
+
+
+def _table(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of what was measured: its name; dense; pruned in natural order; pruned as permuted."""
+    rows: list[tuple[str, ...]] = []
+    if (measured := record["measured"]) is not None:
+        rows.append((measured["metric"], *(number(measured[key]) for key in ("dense", "none", "pruned"))))
+        rows.append(("gap closed", "", "", percent(record["gap_closed"])))
+    if layers := record["layers"]:
+        kept, error = (
+            [fine_percent(fmean(layer[key] for layer in layers)) for key in keys]
+            for keys in (("kept_none", "kept"), ("error_none", "error"))
+        )
+        rows.append(("kept saliency, mean", "100 %", kept[0], kept[1]))
+        rows.append(("output error, mean", "0 %", error[0], error[1]))
+    return rows
+
+
+def _pictures(record: Mapping[str, Any]) -> list[Shown]:
+    found: list[Shown] = []
+    if (measured := record["measured"]) is not None:
+        values = (measured["dense"], measured["none"], measured["pruned"])
+        picture = pictures.bars(*values, measured["metric"], record["settings"]["permute"])
+        text = f"{measured['count']:,} {measured['unit']} of {measured['data']}."
+        found.append(shown(measured["metric"].capitalize(), text, picture))
+    if record["curve"]:
+        text = "Each round is kept only if the loss on held-out calibration data falls."
+        found.append(shown("Search", text, pictures.learning_curve(record["curve"])))
+    if layers := record["layers"]:
+        text = "Share of the squared saliency that the mask keeps, layer by layer. Higher is better."
+        found.append(shown("Kept saliency", text, maps.kept_saliency(layers)))
+        text = "Squared error of each layer's output, relative to the output. Lower is better."
+        found.append(shown("Output error", text, pictures.output_error(layers)))
+        if len({layer["pattern"] for layer in layers}) > 1:
+            text = "Layers that the loss feels more keep more of their weights; those of one order share a pattern."
+            found.append(shown("Pattern of each layer", text, maps.patterns(layers)))
+    if sample := record["sample"]:
+        text = (
+            f"A few weights of {sample['layer']}, in groups of {sample['m']}: the stronger, the more salient. "
+            f"In all it keeps {fine_percent(sample['kept_none'])} of its saliency in natural order, "
+            f"{fine_percent(sample['kept'])} as permuted."
+        )
+        found.append(shown("What the order changes", text, maps.sample(sample)))
+    return found
+
+
+def _spaces(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of what was permuted: its name; how it is stored; its blocks; channels of a block; share that moved."""
+    orders = [(name, "folded", table) for name, table in record["permutations"].items()]
+    orders += [(gather["site"], "gather", [gather["order"]]) for gather in record["gathers"]]
+    return [(name, how, f"{len(table):,}", f"{len(table[0]):,}", percent(_moved(table))) for name, how, table in orders]
+
+
+def _moved(table: list[list[int]]) -> float:
+    return fmean(place != channel for block in table for place, channel in enumerate(block))

@@ -1,0 +1,102 @@
+"""The page of a sweep: the decision first, then the trade-off in pictures, then every cell."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from permprune.checkpoint import write_whole
+from permprune.evaluate.result import higher_is_better
+from permprune.report import tradeoff
+from permprune.report.page import fill, shown
+from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way, with_error
+
+Result = Mapping[str, Any]
+
+SIZE = (
+    "Size is theoretical: 16 bits for each weight that is kept or never pruned, and for each group of M weights "
+    "ceil(log2(binomial(M, N))) bits that say which N are kept; for 2:4 the 4 bits that hardware stores."
+)
+
+
+def render_sweep(result: Result) -> str:
+    """The page for what `permprune.sweep` returns. Everything in it is escaped."""
+    metric, measured = result["metric"], result["measured"]
+    on = f"{measured['count']:,} {measured['unit']} of {measured['data']}"
+    return fill(
+        "sweep.html",
+        model=result["model"],
+        version=importlib.metadata.version("permprune"),
+        title=f"{result['model']}, sweep",
+        decision=sweep_decision(result),
+        note=result["note"],
+        metric=metric,
+        dense=number(result["dense"][metric]),
+        front=[_cells(row, result) for row in sorted(_front(result), key=lambda row: float(row["size"]))],
+        groups=_groups(result),
+        pictures=[
+            shown(
+                "Size against " + metric, f"{on}. A line joins the cells that no other beats.", tradeoff.pareto(result)
+            ),
+            shown("What time buys", "The line of a pattern is the best found so far.", tradeoff.minutes(result)),
+        ],
+        size=SIZE,
+        settings=result["settings"],
+    )
+
+
+def write_sweep(result: Result, folder: Path) -> None:
+    """Write report.html and pareto.png to a folder. Raises `PermpruneError`."""
+    page, picture = render_sweep(result), tradeoff.pareto(result, "png")
+    write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
+
+
+def sweep_decision(result: Result) -> str:
+    """What the sweep came to, in one sentence: the cell that loses least, and how small it is."""
+    metric, rows = result["metric"], result["rows"]
+    if not (front := _front(result)):
+        return f"None of {count(len(rows), 'cell')} has a finite {metric}."
+    best = (max if higher_is_better(metric) else min)(front, key=lambda row: float(row[metric]))
+    none = next(row for row in rows if row["pattern"] == best["pattern"] and row["method"] == NONE)
+    run = way(best["pattern"], best["method"], result["settings"]["update"])
+    beside = None if best["method"] == NONE else none[metric]
+    found = outcome(metric, best[metric], result["dense"][metric], beside)
+    return f"{run}{found}, the least loss of {count(len(rows), 'cell')}, at {percent(best['size'])} of the dense size."
+
+
+def _front(result: Result) -> list[Mapping[str, Any]]:
+    return [row for row in result["rows"] if row["front"]]
+
+
+def _cells(row: Mapping[str, Any], result: Result) -> dict[str, str]:
+    """A row as text."""
+    budget = "" if row["minutes"] is None else f", {row['minutes']:g}\N{NO-BREAK SPACE}min"
+    return {
+        "pattern": row["pattern"],
+        "method": row["method"] + budget,
+        "value": with_error(row[result["metric"]], row["stderr"]),
+        "gap": percent(row["gap_closed"]),
+        "time": duration(row["seconds"]),
+        "size": fine_percent(row["size"]),
+        "front": "yes" if row["front"] else "",
+    }
+
+
+def _groups(result: Result) -> list[tuple[str, list[dict[str, str]]]]:
+    """The rows of each pattern under a heading: its name, its size, and of a mix how many layers have which."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault(row["pattern"], []).append(row)
+    found = []
+    for pattern, rows in groups.items():
+        heading = f"{pattern}, {fine_percent(rows[0]['size'])} of the dense size"
+        if len(layers := rows[0]["layers"]) > 1:
+            heading += ": " + ", ".join(f"{count(held, 'layer')} {own}" for own, held in layers.items())
+        found.append((heading, [_cells(row, result) for row in rows]))
+    return found
+
+
+__all__ = ["render_sweep", "sweep_decision", "write_sweep"]

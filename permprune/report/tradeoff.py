@@ -1,0 +1,129 @@
+"""The pictures of a sweep: what a size costs, and what the time of a search buys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from permprune.evaluate.result import higher_is_better
+from permprune.report.pictures import metric_axis
+from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, Format, figure, quiet, save
+
+Result = Mapping[str, Any]
+
+TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 300: "5 min", 1200: "20 min", 3600: "1 h", 14400: "4 h", 57600: "16 h"}
+"""Seconds that the axis of time names."""
+
+COLUMNS = 4
+"""Of a legend."""
+
+
+def pareto(result: Result, kind: Format = "svg") -> bytes:
+    """The metric of every cell against its size; a line joins those that no other beats."""
+    metric, rows = result["metric"], _finite(result)
+    colors, markers = _keys(result)
+    picture = figure(WIDTH, 3.6)
+    axes = picture.subplots()
+    front = sorted((row["size"], row[metric]) for row in rows if row["front"])
+    axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
+    for row in rows:
+        axes.plot(
+            row["size"],
+            row[metric],
+            color=colors[row["method"]],
+            marker=markers[row["pattern"]],
+            markersize=7 if row["front"] else 5.5,
+            alpha=1.0 if row["front"] else 0.75,
+            linestyle="",
+        )
+    _dense(axes, result)
+    axes.set_xlabel("size, share of the dense model (smaller is better)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    quiet(axes, "both")
+    _legend(picture, colors, markers)
+    return save(picture, kind)
+
+
+def minutes(result: Result, kind: Format = "svg") -> bytes:
+    """The best value of the metric that a search of so long finds, by pattern."""
+    metric, rows = result["metric"], _finite(result)
+    sign = -1 if higher_is_better(metric) else 1
+    colors, markers = _keys(result)
+    picture = figure(WIDTH, 3.6)
+    axes = picture.subplots()
+    axes.set_xscale("log")
+    for pattern, marker in markers.items():
+        own = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: float(row["seconds"]))
+        best = [sign * min(sign * row[metric] for row in own[: end + 1]) for end in range(len(own))]
+        seconds = [max(1.0, row["seconds"]) for row in own]
+        axes.plot(seconds, best, color=GRAY, linewidth=0.8, drawstyle="steps-post", zorder=1)
+        for row, at in zip(own, seconds, strict=True):
+            axes.plot(at, row[metric], color=colors[row["method"]], marker=marker, markersize=6)
+    _dense(axes, result)
+    axes.set_xlabel("time of the search (log scale)")
+    low, high = axes.get_xlim()
+    ticks = {at: label for at, label in TICKS.items() if low <= at <= high}
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.xaxis.set_minor_locator(NullLocator())
+    quiet(axes, "both")
+    _legend(picture, colors, markers)
+    return save(picture, kind)
+
+
+def _finite(result: Result) -> list[Mapping[str, Any]]:
+    return [row for row in result["rows"] if math.isfinite(row[result["metric"]])]
+
+
+def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
+    """A colour for each method and a marker for each pattern, in the order of the rows."""
+    methods = dict.fromkeys(row["method"] for row in result["rows"])
+    shapes = dict.fromkeys(row["pattern"] for row in result["rows"])
+    colors = {method: PALETTE[place % len(PALETTE)] for place, method in enumerate(methods)}
+    return colors, {pattern: MARKERS[place % len(MARKERS)] for place, pattern in enumerate(shapes)}
+
+
+def _dense(axes: Axes, result: Result) -> None:
+    """The value of the dense model as a line across, and the axis of the metric."""
+    value = result["dense"][result["metric"]]
+    axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+    axes.annotate(
+        "dense", (1.0, value), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+        va="center", color=GRAY, fontsize=8,
+    )  # fmt: skip
+    values = [value, *(row[result["metric"]] for row in _finite(result))]
+    metric_axis(axes, "y", result["metric"], values)
+
+
+def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
+    """Methods by colour, patterns by shape, in rows of their own."""
+    lines = [Line2D([], [], color=color, linewidth=4, label=name) for name, color in colors.items()]
+    shapes = [Line2D([], [], color=GRAY, marker=shape, linestyle="", label=name) for name, shape in markers.items()]
+    rows = [
+        [*kind[start : start + COLUMNS], *(_blank() for _ in range(start + COLUMNS - len(kind)))]
+        for kind in (lines, shapes)
+        for start in range(0, len(kind), COLUMNS)
+    ]
+    legend = picture.legend(
+        handles=[handle for column in zip(*rows, strict=True) for handle in column],
+        loc="outside upper left",
+        ncols=COLUMNS,
+        frameon=False,
+        fontsize=8,
+        labelcolor=GRAY,
+        handlelength=1.2,
+        columnspacing=1.2,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _blank() -> Line2D:
+    """A place of the legend that is left empty."""
+    return Line2D([], [], linestyle="", label=" ")

@@ -1,0 +1,302 @@
+"""Patterns x methods x budgets on one model: what each cell costs and what it is worth."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from permprune import parallel
+from permprune.checkpoint import Checkpoint, write_json
+from permprune.commands import Evaluation, Trials, note, require_free
+from permprune.errors import PermpruneError
+from permprune.evaluate.result import higher_is_better
+from permprune.footprint import model_bytes
+from permprune.layers import prunable_layers
+from permprune.mixture import parse_pattern
+from permprune.offload import read_skeleton
+from permprune.permuters import LocalPermuter, permuter
+from permprune.pipeline import Settings, gap_closed
+from permprune.progress import console, log, track
+from permprune.report import write_sweep
+
+Row = dict[str, Any]
+
+IDENTITY = "sweep.json"
+"""What the cells in a partial folder depend on."""
+
+FREE = ("pattern", "minutes", "batch", "recompute")
+"""Settings that cells have of their own, or that may change before an interrupted sweep goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One pattern with one method; `minutes` bounds its search, which else ends by itself."""
+
+    pattern: str
+    method: str
+    minutes: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        budget = "" if self.minutes is None else f" {self.minutes:g}"
+        return f"{self.pattern.replace(':', '-')} {self.method}{budget}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The cells of one pattern that are to be filled, on one calibrated model, and the folder for what they give."""
+
+    model: str
+    settings: Settings
+    evaluation: Evaluation
+    cells: tuple[Cell, ...]
+    folder: Path
+
+
+def sweep(
+    name: str,
+    out: Path,
+    patterns: Sequence[str],
+    methods: Sequence[str],
+    budgets: Sequence[float],
+    settings: Settings,
+    evaluation: Evaluation,
+    jobs: int = 1,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Fill every cell, and write figures.json, report.html and pareto.png to the folder `out`.
+
+    A cell is measured as `compare` does; no permutation is always among the methods. `budgets` are minutes, none to let
+    searches end by themselves; methods that work layer by layer have no use for them, and a search goes on from where
+    a smaller budget left it. While it runs, `out`.partial keeps the row of every finished cell and the states of the
+    searches, from which `resume` goes on; more patterns, methods and budgets may be asked for then. `jobs` processes
+    take a pattern each at a time; under `torchrun` all processes share each cell's work instead. Returns the
+    figures. Raises `PermpruneError`.
+    """
+    require_free(out)
+    cells = plan_cells(patterns, methods, budgets)
+    _check(name, cells, settings, jobs)
+    partial = out.with_name(out.name + ".partial")
+    _open(partial, _identity(name, settings, evaluation), resume)
+    missing = [cell for cell in cells if not _path(partial, cell).exists()]
+    parallel.wait()  # until all have looked
+    _fill([_job(name, settings, evaluation, group, partial) for group in _by_pattern(missing)], jobs)
+    result = _figures(name, settings, evaluation, cells, partial)
+    if not parallel.rank():
+        done = partial / "done"
+        shutil.rmtree(done, ignore_errors=True)
+        write_json(done / "figures.json", result)
+        write_sweep(result, done)
+        os.replace(done, out)
+        shutil.rmtree(partial)
+    parallel.wait()
+    return result
+
+
+def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
+    """The cells by pattern, method and rising budget. Raises `PermpruneError` for names and budgets that are none."""
+    if not patterns or any(not budget > 0 for budget in budgets):
+        raise PermpruneError("a sweep takes one pattern at least, and budgets above 0 minutes")
+    cells = []
+    for pattern in dict.fromkeys(patterns):
+        parse_pattern(pattern)
+        for method in dict.fromkeys(["none", *methods]):
+            local = isinstance(permuter(method), LocalPermuter)
+            limits: Sequence[float | None] = [None] if local or not budgets else sorted(set(budgets))
+            cells += [Cell(pattern, method, minutes) for minutes in limits]
+    return cells
+
+
+def _check(name: str, cells: list[Cell], settings: Settings, jobs: int) -> None:
+    """Refuse at once what would fail after hours."""
+    if jobs < 1 or (jobs > 1 and parallel.world() > 1):
+        raise PermpruneError(
+            f"{jobs} jobs in {parallel.world()} processes: give --jobs 1 or more, and that without torchrun"
+        )
+    skeleton = read_skeleton(name)
+    for pattern in dict.fromkeys(cell.pattern for cell in cells):
+        prunable_layers(skeleton, parse_pattern(pattern), settings.exclude)
+
+
+def _identity(name: str, settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
+    fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
+    identity = {"model": name, **fixed, **{f"data {k}": v for k, v in dataclasses.asdict(evaluation).items()}}
+    return json.loads(json.dumps(identity))  # type: ignore[no-any-return] # tuples as lists
+
+
+def _open(partial: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Make the partial folder, or go on with one of the same identity. Raises `PermpruneError` for another."""
+    path = partial / IDENTITY
+    if path.exists() and not resume:
+        raise PermpruneError(f"{partial} holds cells of an interrupted sweep: go on with --resume, or remove it")
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if other := sorted(key for key in saved.keys() | identity.keys() if saved.get(key) != identity.get(key)):
+            raise PermpruneError(f"{partial} was filled with another {', '.join(other)}: repeat that, or remove it")
+    parallel.wait()
+    if not parallel.rank():
+        write_json(path, identity)
+
+
+def _path(partial: Path, cell: Cell) -> Path:
+    return partial / "cells" / f"{cell.name}.json"
+
+
+def _by_pattern(cells: list[Cell]) -> list[list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.pattern, []).append(cell)
+    return list(found.values())
+
+
+def _job(name: str, settings: Settings, evaluation: Evaluation, cells: list[Cell], partial: Path) -> Job:
+    own = dataclasses.replace(settings, pattern=cells[0].pattern, minutes=None)
+    return Job(name, own, evaluation, tuple(cells), partial)
+
+
+def _fill(work: list[Job], jobs: int) -> None:
+    if jobs == 1 or len(work) < 2:
+        for job in work:
+            fill(job)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads, log.level))
+    try:
+        for future in track(as_completed([pool.submit(fill, job) for job in work]), "patterns", len(work)):
+            future.result()
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise PermpruneError(
+                "a process of the sweep died, perhaps for want of memory: go on with --resume and fewer --jobs"
+            ) from error
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(threads: int, level: int) -> None:
+    """Work in silence, and end when the parent does, even where it was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    torch.set_num_threads(threads)
+    console.quiet = True
+    log.handlers[:] = [logging.StreamHandler()]
+    log.setLevel(level)
+
+
+def fill(job: Job) -> None:
+    """Measure the cells of a job in turn; each row is written as soon as it is there."""
+    trials = Trials(job.model, job.settings, job.evaluation)
+    prepared, dense = trials.prepared, trials.dense
+    sizes = Counter(map(str, prepared.network.patterns.values()))
+    dense_row = {
+        **dense.row("dense"),
+        "stderr": dense.result.stderr,
+        "bytes": model_bytes(prepared.model, [], {}),
+    }
+    measured = {"metric": dense.result.metric, "count": dense.result.count, "unit": dense.result.unit}
+    if not parallel.rank():
+        write_json(job.folder / "dense.json", {"row": dense_row, "measured": measured})
+    for cell in job.cells:
+        method = permuter(cell.method)
+        states = _states(job, cell)
+        prepared.run.solved.pop(method, None)
+        checkpoint = Checkpoint(states, prepared.run.checkpoint.settings)
+        trial = trials.run(method, dataclasses.replace(prepared.run, minutes=cell.minutes, checkpoint=checkpoint))
+        layers = prepared.network.measures()
+        row = {
+            "pattern": cell.pattern,
+            **trial.row(cell.method),
+            "minutes": cell.minutes,
+            "stderr": trial.result.stderr,
+            "bytes": model_bytes(prepared.model, prepared.layers, prepared.network.patterns),
+            "layers": dict(sorted(sizes.items())),
+            "kept": math.fsum(layer["kept"] for layer in layers) / len(layers),
+            "error": math.fsum(layer["error"] for layer in layers) / len(layers),
+            "curve": [dataclasses.asdict(point) for point in trial.solution.curve],
+        }
+        if not parallel.rank():
+            write_json(_path(job.folder, cell), row)
+
+
+def _states(job: Job, cell: Cell) -> Path:
+    """The folder of a cell's states, which begins where the search of the next smaller budget ended."""
+    own = job.folder / "states" / cell.name
+    smaller = [
+        other
+        for other in (job.folder / "states").glob(f"{dataclasses.replace(cell, minutes=None).name} *")
+        if other.is_dir() and (cell.minutes is None or _minutes(other) < cell.minutes)
+    ]
+    if smaller and not own.exists() and not parallel.rank():
+        copied = own.with_name(f".{own.name}")
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(max(smaller, key=_minutes), copied)
+        os.replace(copied, own)
+    parallel.wait()
+    return own
+
+
+def _minutes(states: Path) -> float:
+    return float(states.name.rpartition(" ")[2])
+
+
+def _figures(name: str, settings: Settings, evaluation: Evaluation, cells: list[Cell], partial: Path) -> dict[str, Any]:
+    """What every cell gave, beside the dense model, in the order of the cells."""
+    dense = json.loads((partial / "dense.json").read_text(encoding="utf-8"))
+    measured = dense["measured"]
+    metric = measured["metric"]
+    rows = [json.loads(_path(partial, cell).read_text(encoding="utf-8")) for cell in cells]
+    for row in rows:
+        row[metric] = math.inf if row[metric] is None else row[metric]
+    none = {row["pattern"]: row[metric] for row in rows if row["method"] == "none"}
+    for row in rows:
+        row["gap_closed"] = gap_closed(row[metric], dense["row"][metric], none[row["pattern"]], metric)
+        row["size"] = row["bytes"] / dense["row"]["bytes"]
+    for row, best in zip(rows, pareto([(row["bytes"], row[metric]) for row in rows], metric), strict=True):
+        row["front"] = best
+    fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("pattern", "minutes")}
+    return {
+        "model": name,
+        "note": note(name),
+        "settings": fixed,
+        "measured": {"data": evaluation.source or "default data", **measured},
+        "metric": metric,
+        "dense": {**dense["row"], "size": 1.0},
+        "rows": rows,
+    }
+
+
+def pareto(points: Sequence[tuple[float, float]], metric: str) -> list[bool]:
+    """Of (bytes, value of the metric): whether no other point is as small and better, or smaller and as good."""
+    sign = -1 if higher_is_better(metric) else 1
+    costs = [(size, sign * value) for size, value in points]
+    return [
+        math.isfinite(own[1]) and not any(other[0] <= own[0] and other[1] <= own[1] and other != own for other in costs)
+        for own in costs
+    ]

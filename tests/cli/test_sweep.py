@@ -1,0 +1,103 @@
+"""`permprune sweep`, run as a person runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .running import fails, run
+
+
+@pytest.fixture
+def source(tiny_checkpoint: Path, tiny_text: Path) -> list[str]:
+    small = ["--length", "16", "--samples", "24", "--windows", "4"]
+    return [str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text), *small]
+
+
+def figures(out: Path) -> list[tuple[Any, ...]]:
+    rows = json.loads((out / "figures.json").read_text())["rows"]
+    return [(row["pattern"], row["method"], row["minutes"], row["perplexity"]) for row in rows]
+
+
+def test_a_sweep_prints_a_table_and_the_decision(source: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--patterns", "2:4,mixed", "--methods", "ria,newton", "--budgets", "0.0001,9", "--mode", "gather"]
+    code, stdout, stderr = run("sweep", *source, *options, "--out", out)
+    assert code == 0, stderr
+    assert "the least loss of 8 cells" in " ".join(stdout.split()) and "0.0001" in stdout
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "What time buys" in (out / "report.html").read_text()
+    assert "exists already" in fails("sweep", *source, "--out", out)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_vit"])
+def test_a_sweep_of_images(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for kind in ("cat", "dog", "Owl"):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(256, size=(16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / kind / f"{number}.png")
+    data = ["--calibration", tmp_path / "pictures", "--data", tmp_path / "pictures", "--samples", "6", "--windows", "1"]
+    options = ["--patterns", "1:4,2:4", "--methods", "ria", "--out", tmp_path / "out"]
+    code, stdout, stderr = run("sweep", request.getfixturevalue(fixture), *data, *options)
+    assert code == 0 and "of the dense top-1 accuracy" in " ".join(stdout.split()), stderr
+
+
+def test_bad_input_is_one_line(source: list[str], tmp_path: Path) -> None:
+    out = ["--out", tmp_path / "out"]
+    assert "no list of minutes" in fails("sweep", *source, *out, "--budgets", "short")
+    assert "which 5 does not divide" in fails("sweep", *source, *out, "--patterns", "2:4,2:5")
+    code, _, stderr = run("sweep", *source, *out, "--pattern", "2:4")
+    assert code == 2 and "No such option" in stderr
+
+
+def test_a_killed_sweep_resumes_to_the_same_figures(source: list[str], tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = ["--patterns", "2:4,1:4", "--methods", "ria,newton"]
+    command = [sys.executable, "-m", "permprune", "sweep", *source, *options]
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    cells = tmp_path / "out.partial" / "cells"
+    state = tmp_path / "out.partial" / "states" / "2-4 newton" / "newton.safetensors"
+    while process.poll() is None and not state.exists():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not out.exists()
+    kept = {path: path.stat().st_mtime_ns for path in cells.iterdir()}
+    assert {path.name for path in kept} >= {"2-4 none.json", "2-4 ria.json"}
+    code, _, stderr = run("sweep", *source, *options, "--out", out, "--resume")
+    assert code == 0, stderr
+    assert run("sweep", *source, *options, "--out", whole)[0] == 0
+    assert figures(out) == figures(whole)
+
+
+def test_jobs_give_the_figures_of_one_process_and_end_with_their_parent(source: list[str], tmp_path: Path) -> None:
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
+    options = ["--patterns", "2:4,1:4", "--methods", "newton"]
+    assert run("sweep", *source, *options, "--out", one)[0] == 0
+    command = [sys.executable, "-m", "permprune", "sweep", *source, *options, "--jobs", "2"]
+    subprocess.run([*command, "--out", str(two)], check=True, capture_output=True)
+    assert figures(one) == figures(two)
+    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "out.partial" / "cells").exists():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.stdout is not None
+    process.stdout.read()  # until the last worker has let go of it
+    process.stdout.close()
+    process.wait()
+    left = sorted((tmp_path / "out.partial").rglob("*.json"))
+    time.sleep(1)
+    assert sorted((tmp_path / "out.partial").rglob("*.json")) == left, "no worker goes on"
+    assert run("sweep", *source, *options, "--out", out, "--resume")[0] == 0
+    assert figures(out) == figures(one)

@@ -1,0 +1,113 @@
+"""The page and the pictures of a sweep."""
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from permprune.report import render_sweep, sweep_decision, tradeoff, write_sweep
+
+from .pages import Page, assert_svg
+
+
+def row(pattern: str, method: str, value: float, size: float, front: bool = False, **fields: Any) -> dict[str, Any]:
+    cost = {"seconds": 600.0, "peak_memory_mb": 900.0, "stderr": 1.5, "gap_closed": 0.5, "minutes": None}
+    layers = {"1:4": 1, "2:4": 12, "3:4": 1} if pattern == "mixed" else {pattern: 14}
+    return {"pattern": pattern, "method": method, "perplexity": value, "size": size, "front": front, "layers": layers,
+            "bytes": 1e8 * size, **cost, **fields}  # fmt: skip
+
+
+RESULT: dict[str, Any] = {
+    "model": "someone/small-model",
+    "note": None,
+    "settings": {"saliency": "wanda", "mode": "fold", "update": "none", "seed": 0, "exclude": []},
+    "measured": {"data": "text.txt", "metric": "perplexity", "count": 6144, "unit": "tokens"},
+    "metric": "perplexity",
+    "dense": {"method": "dense", "perplexity": 30.1, "size": 1.0},
+    "rows": [
+        row("2:4", "none", 163.9, 0.651, seconds=0.01),
+        row("2:4", "newton", 60.0, 0.651, minutes=5.0),
+        row("2:4", "newton", 51.9, 0.651, True, minutes=20.0),
+        row("1:4", "none", math.inf, 0.43),
+        row("1:4", "newton", 300.0, 0.43, True),
+        row("mixed", "none", 150.0, 0.66),
+    ],
+}
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(RESULT), **fields}
+
+
+def test_the_page_states_the_decision_and_every_cell() -> None:
+    page = Page(render_sweep(RESULT))
+    assert (
+        "2:4 with newton: perplexity 51.90 against 30.10 dense and 163.9 without permutation, "
+        "the least loss of 6 cells, at 65 % of the dense size."
+    ) in page.text
+    assert len(page.images) == 2 and page.outside == [] and "script" not in page.tags
+    for picture in page.images:
+        assert_svg(picture)
+    for part in (
+        "newton, 5\N{NO-BREAK SPACE}min",
+        "newton, 20\N{NO-BREAK SPACE}min",
+        "mixed, 66.0 % of the dense size: 1 layer 1:4, 12 layers 2:4",
+        "not finite",
+        "ceil(log2(binomial(M, N)))",
+        "51.90 ± 1.50",
+    ):
+        assert part in page.text
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (
+            changed(rows=[row("2:4", "none", 40.0, 0.65, True)]),
+            "2:4 in natural order: perplexity 40.00 against 30.10 dense, the least loss of 1 cell, at 65 % of the "
+            "dense size.",
+        ),
+        (changed(rows=[row("2:4", "none", math.inf, 0.65)]), "None of 1 cell has a finite perplexity."),
+        (
+            changed(
+                metric="accuracy",
+                dense={"accuracy": 0.8},
+                rows=[
+                    row("2:4", "none", 0, 0.65, accuracy=0.6),
+                    row("2:4", "ria", 0, 0.65, True, accuracy=0.72),
+                    row("1:4", "none", 0, 0.4, True, accuracy=0.3),
+                ],
+            ),
+            "2:4 with ria keeps 90 % of the dense accuracy (0.7200 of 0.8000; 0.6000 without permutation), "
+            "the least loss of 3 cells, at 65 % of the dense size.",
+        ),
+    ],
+)
+def test_the_decision_fits_the_outcome(result: dict[str, Any], sentence: str) -> None:
+    assert sweep_decision(result) == sentence
+
+
+def test_nothing_in_a_sweep_breaks_out() -> None:
+    evil = "<script>alert('x')</script>\"><img src=x onerror=alert(1)>$\\bad$"
+    result = changed(model=evil, note=evil)
+    result["settings"]["calibration"] = result["measured"]["data"] = evil
+    for own in result["rows"]:
+        own["method"] = evil if own["method"] == "newton" else own["method"]
+    page = Page(render_sweep(result))
+    assert "script" not in page.tags and page.outside == [] and page.text.count(evil) >= 6
+
+
+@pytest.mark.parametrize("draw", [tradeoff.pareto, tradeoff.minutes])
+def test_pictures_are_whole(draw: Any) -> None:
+    assert_svg(draw(RESULT))
+    assert draw(RESULT, "png").startswith(b"\x89PNG")
+    nothing = changed(rows=[row("2:4", "none", math.inf, 0.65)])
+    assert_svg(draw(nothing))
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    write_sweep(RESULT, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pareto.png", "report.html"]
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_sweep(RESULT)
