@@ -1,9 +1,12 @@
 """What each permuter loses: a Markdown table over patterns, saliencies, modes and methods, on the same masks and data.
 
-Every search is tested on each text of --data, so that text of another domain than the calibration's can stand among
-them. With several --seeds the figures are means, with the standard deviation of the gap closed. A method may be given
-options, as in newton:rounds=24. With --rows every figure is added to a file as soon as it is there, and what the file
-has is not measured again.
+Every search is tested on each source of --data, so that text of another domain than the calibration's can stand among
+them; the metric is the one that suits the model. With several --seeds the figures are means, with the standard
+deviation of the gap closed. A method may be given options, as in newton:rounds=24. With --rows every figure is added to
+a file as soon as it is there, and what the file has is not measured again.
+
+"core-seconds" are the processor time of the search, all threads together: on a machine that does other work meanwhile
+they say more than the clock does.
 
 python benchmarks/quality.py --calibration wiki.valid.tokens --data wiki.test.tokens c4.jsonl --windows 12
 torchrun --nproc-per-node 2 benchmarks/quality.py ...    # the same from two processes
@@ -14,11 +17,13 @@ import dataclasses
 import itertools
 import json
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from permprune import Evaluation, Settings, parallel, perplexity, read_model
+from permprune import Settings, parallel, read_model
+from permprune.commands import Evaluation, Meter
 from permprune.permuters import Permuter, permuter
 from permprune.pipeline import gap_closed, prepare, update_weights
 from permprune.progress import log
@@ -36,9 +41,9 @@ def main() -> None:
     parser.add_argument("--saliencies", nargs="+", default=["wanda"])
     parser.add_argument("--updates", nargs="+", default=["none"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--calibration", help="text to calibrate on; the default one if absent")
-    parser.add_argument("--data", nargs="+", default=[None], help="texts to test on; the default one if absent")
-    parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens of each text")
+    parser.add_argument("--calibration", help="data to calibrate on; the default one if absent")
+    parser.add_argument("--data", nargs="+", default=[None], help="data to test on; the default one if absent")
+    parser.add_argument("--windows", type=int, default=24, help="windows of 512 tokens, or of 32 examples")
     parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.rows.open()] if options.rows and options.rows.exists() else []
@@ -60,12 +65,12 @@ def rows_of(options: argparse.Namespace, settings: Settings, known: list[Row]) -
         "pattern": settings.pattern,
         "mask": settings.saliency if settings.update == "none" else f"{settings.saliency} + {settings.update}",
         "mode": settings.mode,
-        "calibration": text_name(settings.calibration),
+        "calibration": data_name(settings.calibration),
         "windows": options.windows,
         "seed": settings.seed,
     }
-    texts = {text_name(source) for source in options.data}
-    rows = [row for row in known if all(row[key] == value for key, value in cell.items()) and texts <= set(row["gap"])]
+    tests = {data_name(source) for source in options.data}
+    rows = [row for row in known if all(row[key] == value for key, value in cell.items()) and tests <= set(row["gap"])]
     wanted = ["dense", "none", *options.methods]
     if missing := set(wanted) - {row["method"] for row in rows}:
         for found in measure(options, settings, missing):
@@ -80,30 +85,32 @@ def rows_of(options: argparse.Namespace, settings: Settings, known: list[Row]) -
 
 def measure(options: argparse.Namespace, settings: Settings, wanted: set[str]) -> Iterator[Row]:
     """Yield the rows of the methods wanted."""
-    model, tokenizer, _ = read_model(options.model)
-    evaluations = {text_name(source): Evaluation(source, options.windows) for source in options.data}
-    texts = {name: evaluation.examples(model, tokenizer) for name, evaluation in evaluations.items()}
-    prepared = prepare(model, tokenizer, settings)
-
-    def perplexities() -> dict[str, float]:
-        return {name: perplexity(model, tokens).value for name, tokens in texts.items()}
-
+    model, processor, _ = read_model(options.model)
+    runs = {data_name(source): Evaluation.beside(settings, source, options.windows) for source in options.data}
+    prepared = prepare(
+        model, processor, dataclasses.replace(settings, shared=any(own.shared for own, _ in runs.values()))
+    )
     with prepared.network.dense_weights():
-        dense = perplexities()
+        meters = {name: Meter(model, processor, evaluation) for name, (_, evaluation) in runs.items()}
+        results = {name: meter() for name, meter in meters.items()}
+    metric = next(iter(results.values())).metric
+    dense = {name: result.value for name, result in results.items()}
+    row = {"metric": metric, "method": "dense", "value": dense, "gap": dict.fromkeys(dense, 1.0)}
     if "dense" in wanted:
-        yield {"method": "dense", "perplexity": dense, "gap": dict.fromkeys(dense, 1.0), "seconds": 0, "peak": 0}
+        yield row | {"seconds": 0, "core_seconds": 0, "peak": 0}
     none: dict[str, float] = {}
     for method in ["none", *options.methods]:
         if method in wanted or method == "none":
             reset_peak_memory()
+            began = time.process_time()
             solution = search(method).solve(prepared.network, prepared.run)
+            cost = {"seconds": round(solution.seconds), "core_seconds": round(time.process_time() - began)}
             update_weights(prepared)
-            found = perplexities()
+            found = {name: meter().value for name, meter in meters.items()}
             none = none or found
-            gap = {name: gap_closed(found[name], dense[name], none[name]) for name in texts}
+            gap = {name: gap_closed(found[name], dense[name], none[name], metric) for name in found}
             if method in wanted:
-                cost = {"seconds": round(solution.seconds), "peak": round(peak_memory_mb())}
-                yield {"method": method, "perplexity": found, "gap": gap, **cost}
+                yield row | {"method": method, "value": found, "gap": gap, **cost, "peak": round(peak_memory_mb())}
 
 
 def search(method: str) -> Permuter:
@@ -115,9 +122,10 @@ def search(method: str) -> Permuter:
 
 def markdown(rows: list[Row]) -> str:
     """Rows that differ in their seeds only make one line."""
-    texts = list(rows[0]["gap"])
+    tests, metric = list(rows[0]["gap"]), rows[0]["metric"]
+    digits = 2 if metric == "perplexity" else 4
     heads = ["pattern", "mask", "mode", "calibrated on", "method"]
-    heads += [head for text in texts for head in (f"perplexity, {text}", "gap closed")] + ["seconds", "peak MiB"]
+    heads += [head for test in tests for head in (f"{metric}, {test}", "gap closed")] + ["core-seconds", "peak MiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     keys = ("pattern", "mask", "mode", "calibration", "method")
     groups: dict[tuple[str, ...], list[Row]] = {}
@@ -125,18 +133,18 @@ def markdown(rows: list[Row]) -> str:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     for group, seeds in groups.items():
         cells = list(group)
-        for text in texts:
-            gaps = [100 * (row["gap"][text] or 0.0) for row in seeds]
+        for test in tests:
+            gaps = [100 * (row["gap"][test] or 0.0) for row in seeds]
             spread = f" ± {statistics.stdev(gaps):.1f}" if len(gaps) > 1 else ""
-            cells.append(f"{statistics.mean(row['perplexity'][text] for row in seeds):.2f}")
+            cells.append(f"{statistics.mean(row['value'][test] for row in seeds):.{digits}f}")
             cells.append(f"{statistics.mean(gaps):.1f}{spread} %")
-        cells += [f"{statistics.mean(row[key] for row in seeds):.0f}" for key in ("seconds", "peak")]
+        cells += [f"{statistics.mean(row[key] for row in seeds):.0f}" for key in ("core_seconds", "peak")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def text_name(source: str | None) -> str:
-    return Path(source).name if source else "default text"
+def data_name(source: str | None) -> str:
+    return Path(source).name if source else "default data"
 
 
 if __name__ == "__main__":
