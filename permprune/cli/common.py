@@ -40,6 +40,12 @@ Data = Annotated[
 ]
 Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; an image counts 1/32")]
 Length = Annotated[int, typer.Option(help="tokens in a window")]
+Tasks = Annotated[
+    str,
+    typer.Option(
+        help="tasks of lm-eval, and wikitext2, separated by commas; --data is then their folder (docs/tasks.md)"
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
 METHODS = f"one of {', '.join(PERMUTERS)}"
@@ -54,7 +60,8 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for talker in ("accelerate", "lm_eval"):
+        logging.getLogger(talker).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
 
