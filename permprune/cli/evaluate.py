@@ -11,7 +11,7 @@ from rich.table import Table
 from permprune.cli import common as cli
 from permprune.commands import Evaluation
 from permprune.commands import evaluate as run
-from permprune.evaluate import Result, TaskList, evaluate_tasks
+from permprune.evaluate import Result, evaluate_tasks
 from permprune.report import number, with_error
 
 
@@ -22,13 +22,15 @@ def evaluate(
     windows: cli.Windows = 24,
     length: cli.Length = 512,
     tasks: cli.Tasks = "",
-    limit: Annotated[int | None, typer.Option(help="examples of each task")] = None,
-    few_shot: Annotated[int | None, typer.Option(help="examples in each prompt of the tasks")] = None,
+    limit: cli.Limit = None,
+    few_shot: Annotated[int | None, typer.Option(help="solved examples in each prompt of the tasks")] = None,
     json: cli.Json = None,
 ) -> None:
-    """Perplexity, accuracy, word error rate or task scores of MODEL, which may be a folder that permprune wrote."""
-    if tasks:
-        chosen = TaskList(tuple(cli.parts(tasks)), data, limit, few_shot)
+    """Perplexity, accuracy or word error rate of MODEL, which may be a folder that permprune wrote, or task scores.
+
+    With --tasks, --data is a folder with their files.
+    """
+    if chosen := cli.task_list(tasks, data, limit, few_shot):
         results = evaluate_tasks(model, chosen)
         figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
         cli.write_figures(json, figures)

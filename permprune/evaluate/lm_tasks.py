@@ -96,7 +96,7 @@ class LoadedTasks:
     tasks: list[Any]
 
     def __call__(self, model: PreTrainedModel, processor: Processor | None) -> list[Result]:
-        """What the model scores on each task by each of its metrics, and at last the average if there are several.
+        """What the model scores on each task by each of its metrics.
 
         The model's mode and weights are as before afterwards. Raises `PermpruneError` for a model that does not write
         text.
@@ -108,7 +108,7 @@ class LoadedTasks:
         if self.text is not None:
             windows = cut(self.text, tokenizer, min(WINDOW, _reach(model)))[: self.chosen.limit]
             results.append(dataclasses.replace(perplexity(model, windows, batch=1), task=WIKITEXT))
-        return results + average(results)
+        return results
 
     def _harness(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
         from lm_eval import simple_evaluate
@@ -140,18 +140,27 @@ def evaluate_tasks(name: str, tasks: TaskList) -> list[Result]:
     """
     measure = tasks.load()
     model, processor, _ = read_model(name)
-    return measure(model, processor)
+    results = measure(model, processor)
+    mean = average(results)
+    return results if mean is None or mean.count == 1 else [*results, mean]
 
 
-def average(results: Sequence[Result]) -> list[Result]:
-    """The mean accuracy ("acc") of several tasks, which all weigh the same, and its standard error; [] of fewer."""
+def average(results: Sequence[Result]) -> Result | None:
+    """The mean accuracy ("acc") of tasks, which all weigh the same, and its standard error; None where none has one."""
     own = [result for result in results if result.metric == "acc"]
-    if len(own) < 2:
-        return []
+    if not own:
+        return None
     errors = [result.stderr for result in own if result.stderr is not None]
     error = math.hypot(*errors) / len(own) if len(errors) == len(own) else None
     mean = math.fsum(result.value for result in own) / len(own)
-    return [Result("average", "acc", mean, len(own), error, "tasks")]
+    return Result("average", "acc", mean, len(own), error, "tasks")
+
+
+def task_figures(results: Sequence[Result]) -> dict[str, Any]:
+    """For a row of figures: the "tasks", and their mean accuracy as "score" and "score_stderr"; {} for no results."""
+    mean = average(results)
+    score = {} if mean is None else {"score": mean.value, "score_stderr": mean.stderr}
+    return {**score, "tasks": [result.to_json() for result in results]} if results else {}
 
 
 def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:

@@ -180,9 +180,9 @@ def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokeni
 
 def test_average_weighs_tasks_alike() -> None:
     own = [Result("a", "acc", 0.5, 10, 0.3), Result("a", "acc_norm", 0.9, 10, 0.1), Result("b", "acc", 0.75, 99, 0.4)]
-    assert average(own) == [Result("average", "acc", 0.625, 2, 0.25, "tasks")]
-    assert average(own[:2]) == []
-    assert average([*own, Result("c", "acc", 1.0, 1)])[0].stderr is None
+    assert average(own) == Result("average", "acc", 0.625, 2, 0.25, "tasks")
+    assert average(own[1:2]) is None
+    assert average([*own, Result("c", "acc", 1.0, 1)]) == Result("average", "acc", 0.75, 3, None, "tasks")
 
 
 def test_what_cannot_be_measured(
