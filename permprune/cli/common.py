@@ -58,8 +58,7 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
-    for talker in ("accelerate", "lm_eval"):
-        logging.getLogger(talker).setLevel(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -69,13 +70,14 @@ class TaskList:
         except ImportError as error:
             raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
         local = self.data is not None
-        manager = TaskManager(
-            include_path=str(LOCAL) if local else None,
-            include_defaults=not (local and SOURCES.keys() >= set(names)),
-            metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
-        )
         try:
-            loaded: dict[str, Any] = manager.load(names)["tasks"]
+            with _quiet():
+                manager = TaskManager(
+                    include_path=str(LOCAL) if local else None,
+                    include_defaults=not (local and SOURCES.keys() >= set(names)),
+                    metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
+                )
+                loaded: dict[str, Any] = manager.load(names)["tasks"]
         except PermpruneError:
             raise
         except Exception as error:  # lm-eval and datasets raise whatever their readers and the network raise
@@ -115,7 +117,7 @@ class LoadedTasks:
         from lm_eval.models.huggingface import HFLM
 
         training = model.training
-        with _quiet_bars():
+        with _quiet():
             reader = HFLM(pretrained=model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=BATCH)
             found = simple_evaluate(
                 reader,
@@ -192,9 +194,12 @@ def _results(task: str, figures: Mapping[str, Any], count: int) -> Iterator[Resu
 
 
 @contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """lm-eval's progress bars go away when they are full, and show on a terminal only."""
+def _quiet() -> Iterator[None]:
+    """Inside, lm-eval warns of nothing, and its progress bars show on a terminal only and go away when full."""
     from tqdm import tqdm
+
+    log = logging.getLogger("lm_eval")
+    before = log.level
 
     class Bar(tqdm):  # type: ignore[misc,type-arg]
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -203,4 +208,6 @@ def _quiet_bars() -> Iterator[None]:
     with ExitStack() as patched:
         for module in ("api.model", "api.task", "models.huggingface"):
             patched.enter_context(mock.patch(f"lm_eval.{module}.tqdm", Bar))
+        patched.callback(log.setLevel, before)
+        log.setLevel(logging.ERROR)
         yield
