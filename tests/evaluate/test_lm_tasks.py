@@ -84,11 +84,7 @@ def test_hellaswag_rows_are_those_that_lm_eval_makes() -> None:
 def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], Path], files: Path) -> None:
     folder = pruned("fold")
     found = evaluate_tasks(str(folder), TaskList(tuple(SOURCES), str(files)))
-    manager = TaskManager(include_path=str(LOCAL), include_defaults=False, metadata={"data": str(files)})
-    arguments = {"pretrained": str(folder), "dtype": "float32"}
-    by_hand = lm_eval.simple_evaluate(
-        "hf", arguments, list(SOURCES), device="cpu", task_manager=manager, log_samples=False
-    )
+    by_hand = _by_hand(folder, list(SOURCES), {"data": str(files)})
     own = [result for result in found if result.task != "average"]
     assert {(result.task, result.metric) for result in own} == {
         (task, metric)
@@ -105,6 +101,16 @@ def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], P
         assert result.stderr == (None if stderr == "N/A" else pytest.approx(stderr, abs=1e-12))
         assert result.count == len(ROWS[result.task])
     assert len({result.value for result in own}) > 2
+
+
+def _by_hand(folder: Path, tasks: list[str], metadata: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """What `lm_eval --model hf --model_args pretrained=FOLDER --include_path ... --metadata ...` gives."""
+    manager = TaskManager(include_path=str(LOCAL), include_defaults=False, metadata=metadata)
+    arguments = {"pretrained": str(folder), "dtype": "float32"}
+    found: dict[str, Any] = lm_eval.simple_evaluate(
+        "hf", arguments, tasks, device="cpu", task_manager=manager, **options
+    )
+    return found
 
 
 def test_a_gathered_folder_scores_by_its_own_likelihoods(pruned: Callable[[str], Path], files: Path) -> None:
@@ -165,8 +171,10 @@ def test_limit_and_few_shot(tiny_checkpoint: Path, files: Path) -> None:
     assert all(result.stderr is None for result in found)
     loaded = TaskList(("rte",), str(files), few_shot=1).load()
     loaded(*permprune.read_model(str(tiny_checkpoint))[:2])
-    prompts = {instance.args[0] for instance in loaded.tasks[0].instances}
+    prompts = [instance.args[0] for instance in loaded.tasks[0].instances]
     assert all(prompt.count("True or False?") == 2 for prompt in prompts)
+    by_hand = _by_hand(tiny_checkpoint, ["rte"], {"data": str(files), "few_shot": 1}, num_fewshot=1)
+    assert {sample["arguments"][0][0] for sample in by_hand["samples"]["rte"]} == set(prompts)
 
 
 def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokenizer: Any, files: Path) -> None:
