@@ -3,7 +3,7 @@
 from permprune.commands import Evaluation, compare, evaluate, prune_to_folder, verify_folder
 from permprune.coupling import discover, fold, fold_all
 from permprune.errors import PermpruneError
-from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity
+from permprune.evaluate import Result, TaskList, evaluate_model, evaluate_tasks, fit_probe, perplexity
 from permprune.examples import Examples
 from permprune.model_io import load, read_model
 from permprune.pattern import Pattern
@@ -41,12 +41,14 @@ __all__ = [
     "Saliency",
     "Settings",
     "SparseGPT",
+    "TaskList",
     "Update",
     "Wanda",
     "compare",
     "discover",
     "evaluate",
     "evaluate_model",
+    "evaluate_tasks",
     "fit_probe",
     "fold",
     "fold_all",

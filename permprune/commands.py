@@ -23,6 +23,7 @@ from permprune.coupling.trace import forward_arguments, main_outputs
 from permprune.data import WORTH, kind_of, load_examples
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, ask, evaluate_model, fit_probe, knows_right, perplexity, with_head
+from permprune.evaluate.lm_tasks import TaskList, task_figures
 from permprune.examples import Examples
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.offload import read_offloaded, write_offloaded
@@ -65,19 +66,22 @@ class Evaluation:
     """Data to measure on: a source (None: the default data of the model's kind), and how much of it.
 
     `windows` are those of text, of `length` tokens; of images and sentences 32 examples stand for each. With `shared`
-    it is the calibration's source as well.
+    it is the calibration's source as well. `tasks` are measured besides, where methods are compared.
     """
 
     source: str | None = None
     windows: int = 24
     length: int = 512
     shared: bool = False
+    tasks: TaskList | None = None
 
     @classmethod
-    def beside(cls, settings: Settings, source: str | None, windows: int) -> tuple[Settings, Evaluation]:
+    def beside(
+        cls, settings: Settings, source: str | None, windows: int, tasks: TaskList | None = None
+    ) -> tuple[Settings, Evaluation]:
         """The settings and the evaluation of a run, which share a source if they name the same one."""
         shared = source is not None and source == settings.calibration
-        return dataclasses.replace(settings, shared=shared), cls(source, windows, settings.length, shared)
+        return dataclasses.replace(settings, shared=shared), cls(source, windows, settings.length, shared, tasks)
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
         count = self.windows * (ANSWERED_ONCE if WORTH[kind_of(model)] > 1 else 1)
@@ -101,36 +105,47 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What a method found, what the model scores with it, and the peak memory of the process meanwhile (MiB)."""
+    """What a method found, what the model scores with it, and the peak memory of the process meanwhile (MiB).
+
+    `tasks` are its scores on tasks, if any were asked for.
+    """
 
     solution: Solution
     result: Result
     peak_memory_mb: float
+    tasks: Sequence[Result] = ()
 
     def row(self, label: str) -> dict[str, Any]:
         cost = {"seconds": self.solution.seconds, "peak_memory_mb": self.peak_memory_mb}
-        return {"method": label, self.result.metric: self.result.value, **cost}
+        return {"method": label, self.result.metric: self.result.value, **cost, **task_figures(self.tasks)}
 
 
 class Trials:
     """One model, read and calibrated, on which one method is tried after the other; `dense` is how it began."""
 
     def __init__(self, name: str, settings: Settings, evaluation: Evaluation, partial: Path | None = None) -> None:
+        self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
-        model, processor, _ = read_model(name)
-        self.prepared = prepare(model, processor, settings, partial=partial)
+        model, self.processor, _ = read_model(name)
+        self.prepared = prepare(model, self.processor, settings, partial=partial)
         with self.prepared.network.dense_weights():
-            self.measure = Meter(model, processor, evaluation)
-            self.dense = Trial(Solution({}, 0.0), self.measure(), peak_memory_mb())
+            self.measure = Meter(model, self.processor, evaluation)
+            self.dense = self._trial(Solution({}, 0.0))
 
     def run(self, method: Permuter, run: Run | None = None) -> Trial:
         """Try a method, with the budget, seed and data of `run` if given."""
         reset_peak_memory()
         solution = method.solve(self.prepared.network, run or self.prepared.run)
         update_weights(self.prepared)
-        result = self.measure()
-        log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
-        return Trial(solution, result, peak_memory_mb())
+        trial = self._trial(solution)
+        metric, value = trial.result.metric, trial.result.value
+        log.info("%s: %s %.4g after %.0f s", method.name, metric, value, solution.seconds)
+        return trial
+
+    def _trial(self, solution: Solution) -> Trial:
+        """Measure the weights that the model shows."""
+        result, peak = self.measure(), peak_memory_mb()
+        return Trial(solution, result, peak, self.tasks(self.prepared.model, self.processor) if self.tasks else ())
 
 
 def evaluate(name: str, evaluation: Evaluation) -> Result:

@@ -21,6 +21,7 @@ from rich.table import Table
 from permprune import parallel
 from permprune.checkpoint import write_json
 from permprune.errors import PermpruneError
+from permprune.evaluate import TaskList
 from permprune.permuters import PERMUTERS
 from permprune.pipeline import Settings
 from permprune.progress import console, log
@@ -40,6 +41,9 @@ Data = Annotated[
 ]
 Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; an image counts 1/32")]
 Length = Annotated[int, typer.Option(help="tokens in a window")]
+Tasks = Annotated[str, typer.Option(help="tasks of lm-eval, and wikitext2, separated by commas (docs/tasks.md)")]
+TaskData = Annotated[str | None, typer.Option(help="folder with files of the tasks; the hub if absent")]
+Limit = Annotated[int | None, typer.Option(help="examples of each task; all if absent")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
 METHODS = f"one of {', '.join(PERMUTERS)}"
@@ -172,6 +176,11 @@ def parse_bytes(text: str | None) -> int | None:
 def parts(text: str) -> list[str]:
     """ "a, b" in its parts."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def task_list(names: str, data: str | None, limit: int | None, few_shot: int | None = None) -> TaskList | None:
+    """The tasks that a person names; None for none."""
+    return TaskList(tuple(parts(names)), data, limit, few_shot) if names else None
 
 
 def show(table: Table) -> None:

@@ -12,7 +12,7 @@ from permprune.cli import common as cli
 from permprune.commands import Evaluation
 from permprune.commands import compare as run
 from permprune.pipeline import Settings
-from permprune.report import comparison_title, number, write_comparison
+from permprune.report import comparison_title, number, with_error, write_comparison
 
 
 @cli.command
@@ -24,13 +24,16 @@ def compare(
     ),
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    tasks: cli.Tasks = "",
+    task_data: cli.TaskData = None,
+    limit: cli.Limit = None,
     json: cli.Json = None,
     picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
 ) -> None:
-    """Compare permuters on one MODEL: perplexity, share of the gap closed, seconds, memory."""
-    result = run(
-        model, [name for name in cli.parts(methods) if name != "dense"], *Evaluation.beside(settings, data, windows)
-    )
+    """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds, memory."""
+    names = [name for name in cli.parts(methods) if name != "dense"]
+    chosen = cli.task_list(tasks, task_data, limit)
+    result = run(model, names, *Evaluation.beside(settings, data, windows, chosen))
     cli.write_figures(json, result)
     if picture is not None:
         write_comparison(result, picture)
@@ -41,10 +44,12 @@ def comparison_table(result: dict[str, Any]) -> Table:
     """What `permprune.compare` returns, for the terminal."""
     table = Table(title=comparison_title(result))
     table.add_column("method")
-    for title in (result["metric"], "gap closed", "seconds", "peak MiB"):
+    scored = "score" in result["rows"][0]
+    for title in (result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB"):
         table.add_column(title, justify="right")
     for row in result["rows"]:
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
-        figures = (number(row[result["metric"]]), closed, f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}")
-        table.add_row(row["method"], *figures)
+        score = [with_error(row["score"], row["score_stderr"])] if scored else []
+        figures = (number(row[result["metric"]]), closed, *score)
+        table.add_row(row["method"], *figures, f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}")
     return table

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
 from permprune.cli import common as cli
 from permprune.commands import Evaluation
 from permprune.commands import evaluate as run
-from permprune.report import number
+from permprune.evaluate import Result, evaluate_tasks
+from permprune.report import number, with_error
 
 
 @cli.command
@@ -14,10 +21,37 @@ def evaluate(
     data: cli.Data = None,
     windows: cli.Windows = 24,
     length: cli.Length = 512,
+    tasks: cli.Tasks = "",
+    limit: cli.Limit = None,
+    few_shot: Annotated[int | None, typer.Option(help="solved examples in each prompt of the tasks")] = None,
     json: cli.Json = None,
 ) -> None:
-    """Perplexity, accuracy or word error rate of MODEL, which may be a folder that permprune wrote."""
+    """Perplexity, accuracy or word error rate of MODEL, which may be a folder that permprune wrote, or task scores.
+
+    With --tasks, --data is a folder with their files.
+    """
+    if chosen := cli.task_list(tasks, data, limit, few_shot):
+        results = evaluate_tasks(model, chosen)
+        figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
+        cli.write_figures(json, figures)
+        cli.show(tasks_table(model, results))
+        return
     result = run(model, Evaluation(data, windows, length))
     cli.write_figures(json, result.to_json())
     error = "" if result.stderr is None else f" ± {number(result.stderr)}"
     print(f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}")
+
+
+def tasks_table(model: str, results: list[Result]) -> Table:
+    """What `permprune.evaluate_tasks` returns, for the terminal."""
+    table = Table(title=model)
+    for title in ("task", "metric"):
+        table.add_column(title)
+    for title in ("value", "measured on"):
+        table.add_column(title, justify="right")
+    for result in results:
+        if result.task == "average":
+            table.add_section()
+        figure = with_error(result.value, result.stderr)
+        table.add_row(result.task, result.metric, figure, f"{result.count:,} {result.unit}")
+    return table

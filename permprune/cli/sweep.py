@@ -13,7 +13,7 @@ from permprune.cli import common as cli
 from permprune.commands import Evaluation
 from permprune.errors import PermpruneError
 from permprune.pipeline import Settings
-from permprune.report import duration, fine_percent, number, percent, sweep_decision
+from permprune.report import duration, fine_percent, number, percent, sweep_decision, with_error
 from permprune.sweep import sweep as run
 
 
@@ -31,11 +31,14 @@ def sweep(
     ] = "",
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    tasks: cli.Tasks = "",
+    task_data: cli.TaskData = None,
+    limit: cli.Limit = None,
     jobs: Annotated[int, typer.Option(help="processes that take a pattern each at a time")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep")] = False,
 ) -> None:
     """Patterns x methods x budgets on MODEL: what each size costs, as a table, a page and a picture."""
-    settings, evaluation = Evaluation.beside(settings, data, windows)
+    settings, evaluation = Evaluation.beside(settings, data, windows, cli.task_list(tasks, task_data, limit))
     names = cli.parts(methods)
     result = run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume)
     cli.show(sweep_table(result))
@@ -56,7 +59,8 @@ def sweep_table(result: dict[str, Any]) -> Table:
     table = Table(title=f"{result['model']}, dense {metric} {number(result['dense'][metric])}")
     for title in ("pattern", "method"):
         table.add_column(title)
-    for title in ("minutes", "size", metric, "gap closed", "time", "peak MiB"):
+    scored = "score" in result["dense"]
+    for title in ("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB"):
         table.add_column(title, justify="right")
     last = ""
     for row in result["rows"]:
@@ -65,6 +69,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
         last = row["pattern"]
         minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
         cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
+        score = [with_error(row["score"], row["score_stderr"])] if scored else []
         cost = (duration(row["seconds"]), f"{row['peak_memory_mb']:.0f}")
-        table.add_row(last, row["method"], *cells, *cost, style="bold" if row["front"] else "")
+        table.add_row(last, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
     return table

@@ -3,6 +3,7 @@
 from permprune.evaluate.agreement import Answers, agreement, ask
 from permprune.evaluate.classification import accuracy
 from permprune.evaluate.dispatch import evaluate_model, knows_right
+from permprune.evaluate.lm_tasks import LoadedTasks, TaskList, evaluate_tasks
 from permprune.evaluate.perplexity import perplexity
 from permprune.evaluate.probe import Probe, fit_probe, with_head
 from permprune.evaluate.result import Result
@@ -10,12 +11,15 @@ from permprune.evaluate.speech import word_error_rate
 
 __all__ = [
     "Answers",
+    "LoadedTasks",
     "Probe",
     "Result",
+    "TaskList",
     "accuracy",
     "agreement",
     "ask",
     "evaluate_model",
+    "evaluate_tasks",
     "fit_probe",
     "knows_right",
     "perplexity",

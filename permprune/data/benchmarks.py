@@ -1,0 +1,167 @@
+"""Tasks that language models are compared on, read from a local folder into the rows that lm-eval's own tasks have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from permprune.data.sources import read_table, read_text
+from permprune.data.text import load_documents
+from permprune.errors import PermpruneError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = dict[str, Any]
+
+WIKITEXT_FILE = "wikitext-2/wiki.test.raw"
+WIKITEXT_ID = "Salesforce/wikitext:wikitext-2-raw-v1@test"
+
+_ARC = re.compile(
+    r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: .*", re.DOTALL
+)
+_OPEN = re.compile(r"(.*[.!?][\"')]? )(.+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a task in a folder, "{}" where a part is named; `part` is the one to evaluate on.
+
+    `read` takes the files to records, and `row` a record to what the task's prompt needs of it.
+    """
+
+    files: tuple[str, ...]
+    part: str
+    read: Callable[..., list[Any]]
+    row: Callable[[Any], Row]
+
+    def rows(self, folder: Path, part: str) -> list[Row]:
+        """Raises `PermpruneError` naming the file that is missing, or does not hold what it should."""
+        paths = [folder / file.format(part) for file in self.files]
+        for path in paths:
+            if not path.is_file():
+                raise PermpruneError(f"there is no {path}: lay the files of --data out as docs/tasks.md says")
+        rows = []
+        for number, record in enumerate(self.read(*paths), start=1):
+            try:
+                rows.append(self.row(record))
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise PermpruneError(
+                    f"{paths[0]}, record {number} is not as docs/tasks.md says: {type(error).__name__} {error}"
+                ) from error
+        if not rows:
+            raise PermpruneError(f"{paths[0]} holds no records")
+        return rows
+
+
+def splits(name: str, data: str, few_shot: int = 0, **_: Any) -> dict[str, Dataset]:
+    """The "evaluation" rows of a task in the folder `data`, and its "training" rows if prompts show some.
+
+    lm-eval calls this for the tasks in permprune/evaluate/local_tasks, with its metadata. Raises `PermpruneError`.
+    """
+    from datasets import Dataset
+
+    source, folder = SOURCES[name], Path(data)
+    shown = source.rows(folder, "train") if few_shot else []
+    return {
+        "evaluation": Dataset.from_list(source.rows(folder, source.part)),
+        "training": Dataset.from_list(shown),
+    }
+
+
+def wikitext2(folder: Path | None) -> str:
+    """The test part of WikiText-2, its lines joined by blank lines as GPTQ, SparseGPT and Wanda read it.
+
+    It comes from the raw file in a folder, or without one from the hub. Raises `PermpruneError`.
+    """
+    if folder is None:
+        return load_documents(WIKITEXT_ID, "evaluation")[0]
+    lines = read_text(folder / WIKITEXT_FILE).removesuffix("\n").split("\n")
+    return "\n\n".join(f"{line}\n" if line.strip() else "" for line in lines)
+
+
+def _read_json(path: Path) -> list[Any]:
+    try:
+        records = json.loads(read_text(path))
+    except ValueError as error:
+        raise PermpruneError(f"{path} is no JSON: {error}") from error
+    return list(records)
+
+
+def _read_sixes(path: Path) -> list[list[str]]:
+    lines = read_text(path).removesuffix("\n").split("\n")
+    return [lines[at : at + 6] for at in range(0, len(lines), 6)]
+
+
+def _read_beside(path: Path, labels: Path) -> list[tuple[Row, str]]:
+    rows, right = read_table(path), read_text(labels).split()
+    if len(rows) != len(right):
+        raise PermpruneError(f"{path} has {len(rows)} records and {labels} {len(right)} labels: they must be as many")
+    return list(zip(rows, right, strict=True))
+
+
+def _arc(record: Row) -> Row:
+    """A question out of the instruction that it was wrapped in (LLM-Adapters, Hu et al. 2023)."""
+    found = _ARC.fullmatch(record["instruction"])
+    if found is None:
+        raise ValueError("no question with answers in the instruction")
+    texts = re.split(r" Answer\d+: ", found[2])
+    labels = [str(number) for number in range(1, len(texts) + 1)]
+    key = record["answer"].removeprefix("answer")
+    labels.index(key)
+    return {"question": found[1], "choices": {"text": texts, "label": labels}, "answerKey": key}
+
+
+def _hellaswag(record: list[str]) -> Row:
+    """Six lines as llama.cpp reads them: a context, the number of the right ending, four endings.
+
+    lm-eval capitalises a sentence that the context leaves open, here the words after the last full stop; the contexts
+    that end in one come from WikiHow, and leave nothing open.
+    """
+    context, right, *endings = record
+    if len(endings) != 4:
+        raise ValueError(f"{len(endings)} endings")
+    if not context.endswith("."):
+        context = _OPEN.sub(lambda found: found[1] + found[2].capitalize(), context)
+    return {"query": context, "choices": endings, "label": range(4)[int(right)]}
+
+
+def _piqa(record: tuple[Row, str]) -> Row:
+    row, right = record
+    return {**{key: row[key] for key in ("goal", "sol1", "sol2")}, "label": range(2)[int(right)]}
+
+
+def _boolq(record: Row) -> Row:
+    return {"passage": record["passage"], "question": record["question"], "label": int(record["label"])}
+
+
+def _rte(record: Row) -> Row:
+    right = {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}[record["label"]]
+    return {"sentence1": record["sentence1"], "sentence2": record["sentence2"], "label": right}
+
+
+def _cb(record: Row) -> Row:
+    right = ("entailment", "contradiction", "neutral").index(record["label"])
+    return {"premise": record["premise"], "hypothesis": record["hypothesis"], "label": right}
+
+
+def _wic(record: Row) -> Row:
+    shown = {key: record[key] for key in ("sentence1", "sentence2", "start1", "end1")}
+    return {**shown, "label": int(record["label"])}
+
+
+SOURCES = {
+    "arc_easy": Source(("zeroshot/ARC-Easy.{}.json",), "test", _read_json, _arc),
+    "arc_challenge": Source(("zeroshot/ARC-Challenge.{}.json",), "test", _read_json, _arc),
+    "boolq": Source(("superglue/BoolQ/{}.jsonl",), "val", read_table, _boolq),
+    "hellaswag": Source(("zeroshot/hellaswag_{}_full.txt",), "val", _read_sixes, _hellaswag),
+    "piqa": Source(("zeroshot/piqa.{}.jsonl", "zeroshot/piqa.{}-labels.lst"), "valid", _read_beside, _piqa),
+    "rte": Source(("glue/RTE/{}.tsv",), "dev", read_table, _rte),
+    "cb": Source(("superglue/CB/{}.jsonl",), "val", read_table, _cb),
+    "wic": Source(("superglue/WiC/{}.jsonl",), "val", read_table, _wic),
+}
+"""Tasks by the names that lm-eval has for them."""

@@ -1,0 +1,213 @@
+"""Tasks that models which write text are compared on, through lm-eval, and WikiText-2 as pruning papers measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from permprune import parallel
+from permprune.data.benchmarks import SOURCES, wikitext2
+from permprune.errors import PermpruneError
+from permprune.evaluate.perplexity import perplexity
+from permprune.evaluate.result import Result
+from permprune.model_io import read_model
+from permprune.processors import Processor, tokenizer_of
+from permprune.tasks import writes
+
+WIKITEXT = "wikitext2"
+"""The task that is permprune's own."""
+
+WINDOW = 2048
+"""Tokens in a window of WikiText-2, or as many as the model can read."""
+
+LOCAL = Path(__file__).parent / "local_tasks"
+"""lm-eval's own tasks for local files; lm-eval by hand takes the folder as --include_path."""
+
+BATCH = 4
+"""Prompts at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskList:
+    """Tasks by name: "wikitext2", and whatever lm-eval knows.
+
+    With a folder `data`, laid out as docs/tasks.md says, those of `permprune.data.benchmarks` and "wikitext2" come
+    from there. `limit` bounds the examples of each task (of "wikitext2" the windows); `few_shot` examples stand in
+    each prompt, None for as many as the task says, which mostly is none.
+    """
+
+    names: tuple[str, ...]
+    data: str | None = None
+    limit: int | None = None
+    few_shot: int | None = None
+
+    def load(self) -> LoadedTasks:
+        """The tasks with their data. Raises `PermpruneError` where lm-eval, a task or its data is missing."""
+        if not self.names or (self.limit is not None and self.limit < 1) or (self.few_shot or 0) < 0:
+            raise PermpruneError("--tasks takes one name at least, --limit 1 or more, --few-shot 0 or more")
+        if self.data is not None and not Path(self.data).is_dir():
+            raise PermpruneError(f"there is no folder {self.data}: tasks take a folder laid out as docs/tasks.md says")
+        if parallel.world() > 1:
+            raise PermpruneError("tasks are measured by one process: evaluate without torchrun")
+        text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
+        known = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
+        return LoadedTasks(self, text, *(self._load(known) if known else (None, [])))
+
+    def _load(self, names: list[str]) -> tuple[Any, list[Any]]:
+        """lm-eval's manager of tasks, and its tasks of these names."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
+        local = self.data is not None
+        try:
+            with _quiet():
+                manager = TaskManager(
+                    include_path=str(LOCAL) if local else None,
+                    include_defaults=not (local and SOURCES.keys() >= set(names)),
+                    metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
+                )
+                loaded: dict[str, Any] = manager.load(names)["tasks"]
+        except PermpruneError:
+            raise
+        except Exception as error:  # lm-eval and datasets raise whatever their readers and the network raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise PermpruneError(
+                f"{', '.join(names)}: {reason}; `lm_eval ls tasks` lists the tasks, --data FOLDER reads local files"
+            ) from error
+        return manager, list(loaded.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTasks:
+    """What `TaskList.load` gives: the text of WikiText-2 if it is among them, lm-eval's manager and its tasks."""
+
+    chosen: TaskList
+    text: str | None
+    manager: Any
+    tasks: list[Any]
+
+    def __call__(self, model: PreTrainedModel, processor: Processor | None) -> list[Result]:
+        """What the model scores on each task by each of its metrics.
+
+        The model's mode and weights are as before afterwards. Raises `PermpruneError` for a model that does not write
+        text.
+        """
+        if not writes(model):
+            raise PermpruneError(f"a {type(model).__name__} writes no text, which tasks need: give sentences as --data")
+        tokenizer = tokenizer_of(processor)
+        results = self._harness(model, tokenizer) if self.tasks else []
+        if self.text is not None:
+            windows = cut(self.text, tokenizer, min(WINDOW, _reach(model)))[: self.chosen.limit]
+            results.append(dataclasses.replace(perplexity(model, windows, batch=1), task=WIKITEXT))
+        return results
+
+    def _harness(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        training = model.training
+        with _quiet():
+            reader = HFLM(pretrained=model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=BATCH)
+            found = simple_evaluate(
+                reader,
+                tasks=self.tasks,
+                num_fewshot=self.chosen.few_shot,
+                limit=self.chosen.limit,
+                log_samples=False,
+                task_manager=self.manager,
+            )
+        model.train(training)
+        return [
+            result
+            for name in found["n-samples"]
+            for result in _results(name, found["results"][name], found["n-samples"][name]["effective"])
+        ]
+
+
+def evaluate_tasks(name: str, tasks: TaskList) -> list[Result]:
+    """What a model, by name or folder, scores on tasks, by each metric; at last the average if there are several.
+
+    Raises `PermpruneError`.
+    """
+    measure = tasks.load()
+    model, processor, _ = read_model(name)
+    results = measure(model, processor)
+    mean = average(results)
+    return results if mean is None or mean.count == 1 else [*results, mean]
+
+
+def average(results: Sequence[Result]) -> Result | None:
+    """The mean accuracy ("acc") of tasks, which all weigh the same, and its standard error; None where none has one."""
+    own = [result for result in results if result.metric == "acc"]
+    if not own:
+        return None
+    errors = [result.stderr for result in own if result.stderr is not None]
+    error = math.hypot(*errors) / len(own) if len(errors) == len(own) else None
+    mean = math.fsum(result.value for result in own) / len(own)
+    return Result("average", "acc", mean, len(own), error, "tasks")
+
+
+def task_figures(results: Sequence[Result]) -> dict[str, Any]:
+    """For a row of figures: the "tasks", and their mean accuracy as "score" and "score_stderr"; {} for no results."""
+    mean = average(results)
+    score = {} if mean is None else {"score": mean.value, "score_stderr": mean.stderr}
+    return {**score, "tasks": [result.to_json() for result in results]} if results else {}
+
+
+def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """A text in windows that do not overlap, int64 (count, length), as GPTQ, SparseGPT and Wanda cut it.
+
+    The tokenizer is given the whole of it as it is, so that its special tokens, if it adds any, stand once at the
+    beginning; what the last window leaves over is not used. Raises `PermpruneError` for a text that fills no window.
+    """
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = len(ids) // length
+    if not count:
+        raise PermpruneError(f"the text has {len(ids)} tokens, and a window {length}: give more text")
+    return ids[: count * length].view(count, length)
+
+
+def _reach(model: PreTrainedModel) -> int:
+    """Tokens that a model can read at once."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+
+
+def _results(task: str, figures: Mapping[str, Any], count: int) -> Iterator[Result]:
+    """The metrics among lm-eval's figures of a task, whose keys are "metric,filter" and "metric_stderr,filter"."""
+    for key, value in figures.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = figures.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            yield Result(task, name, float(value), count, error if isinstance(error, float) else None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, lm-eval warns of nothing, and its progress bars show on a terminal only and go away when full."""
+    from tqdm import tqdm
+
+    log = logging.getLogger("lm_eval")
+    before = log.level
+
+    class Bar(tqdm):  # type: ignore[misc,type-arg]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "leave": False, "disable": None})
+
+    with ExitStack() as patched:
+        for module in ("api.model", "api.task", "models.huggingface"):
+            patched.enter_context(mock.patch(f"lm_eval.{module}.tqdm", Bar))
+        patched.callback(log.setLevel, before)
+        log.setLevel(logging.ERROR)
+        yield
