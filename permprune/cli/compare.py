@@ -24,12 +24,15 @@ def compare(
     ),
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    metric: cli.Metric = None,
     json: cli.Json = None,
     picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
 ) -> None:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, seconds, memory."""
     result = run(
-        model, [name for name in cli.parts(methods) if name != "dense"], *Evaluation.beside(settings, data, windows)
+        model,
+        [name for name in cli.parts(methods) if name != "dense"],
+        *Evaluation.beside(settings, data, windows, metric),
     )
     cli.write_figures(json, result)
     if picture is not None:

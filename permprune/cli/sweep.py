@@ -31,11 +31,12 @@ def sweep(
     ] = "",
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    metric: cli.Metric = None,
     jobs: Annotated[int, typer.Option(help="processes that take a pattern each at a time")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep")] = False,
 ) -> None:
     """Patterns x methods x budgets on MODEL: what each size costs, as a table, a page and a picture."""
-    settings, evaluation = Evaluation.beside(settings, data, windows)
+    settings, evaluation = Evaluation.beside(settings, data, windows, metric)
     names = cli.parts(methods)
     result = run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume)
     cli.show(sweep_table(result))

@@ -1,0 +1,123 @@
+"""Fine-tuning to a folder: heads for the labels there are, zeros that stay, and the record."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from permprune.commands import Evaluation, prune_to_folder, verify_folder
+from permprune.errors import PermpruneError
+from permprune.finetuning import FineTuning, finetune
+from permprune.model_io import load
+from permprune.pipeline import Settings
+
+
+def table(path: Path, scores: bool = False) -> Path:
+    """Sentences that are labelled by their first word."""
+    generator = random.Random(0)
+    words = ["the", "order", "of", "channels", "text", "weights"]
+    rows = []
+    for number in range(90):
+        first = number % 6
+        label = f"{first / 2}" if scores else ("entailment" if first > 2 else "not_entailment")
+        rows.append(
+            f"{' '.join([words[first], *generator.choices(words, k=generator.randrange(6))])} {number}\t{label}"
+        )
+    path.write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def encoder(tiny_bert: Path, tmp_path: Path) -> str:
+    """A folder with an encoder without a head."""
+    folder = tmp_path / "encoder"
+    AutoModel.from_pretrained(tiny_bert).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_bert / name).read_bytes())
+    return str(folder)
+
+
+def test_an_encoder_is_given_a_head_for_the_classes(encoder: str, tmp_path: Path) -> None:
+    data = table(tmp_path / "classes.tsv")
+    options = FineTuning(str(data), epochs=6, lr=3e-3, batch=8)
+    found = finetune(encoder, tmp_path / "tuned", options)
+    assert found["metric"] == "top-1 accuracy" and found["after"] > 0.8 and found["count"] == 9
+    assert found["examples"] == 81 and len(found["curve"]) == 7
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+    assert not list(tmp_path.glob("tuned.*"))
+    with pytest.raises(PermpruneError, match="exists already"):
+        finetune(encoder, tmp_path / "tuned", options)
+    finetune(encoder, tmp_path / "again", options)
+    for one, other in zip(model.parameters(), load_plain(tmp_path / "again"), strict=True):
+        assert torch.equal(one, other)
+
+
+def load_plain(folder: Path) -> list[torch.nn.Parameter]:
+    return list(AutoModelForSequenceClassification.from_pretrained(folder).parameters())
+
+
+def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
+    data = str(table(tmp_path / "scores.tsv", scores=True))
+    dense = tmp_path / "dense"
+    found = finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8, metric="spearman"))
+    assert found["metric"] == "Spearman correlation" and found["after"] > 0.5
+    settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16), data, 1)
+    record = prune_to_folder(str(dense), tmp_path / "pruned", "newton", settings, evaluation)
+    assert record["measured"]["metric"] == "Pearson correlation"
+    assert verify_folder(tmp_path / "pruned")["layers"] == 12
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str) -> None:
+    data = str(table(tmp_path / "classes.tsv"))
+    dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
+    finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8))
+    settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16, mode=mode), data, 1)
+    prune_to_folder(str(dense), pruned, "ria", settings, evaluation)
+    options = FineTuning(data, dev=data, teacher=str(dense), epochs=2, lr=1e-3, batch=8)
+    found = finetune(str(pruned), tuned, options)
+    assert found["after"] >= found["before"]
+    assert verify_folder(tuned)["layers"] == 12
+    record = json.loads((tuned / "permprune.json").read_text())
+    assert record["optimised"]["curve"] == found["curve"] and record["gathers"] == load_record(pruned)["gathers"]
+    before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))
+    for layer in record["layers"]:
+        name = f"{layer['name']}.weight"
+        assert torch.equal(before[name] == 0, after[name] == 0) and not torch.equal(before[name], after[name])
+    assert "optimised" not in load_record(pruned)
+
+
+def load_record(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((folder / "permprune.json").read_text())
+    return found
+
+
+def test_text_is_learned_through_norms_alone(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
+    settings = Settings(calibration=text, samples=24, length=16)
+    prune_to_folder(str(tiny_checkpoint), pruned, "ria", settings, Evaluation(text, 4, 16))
+    options = FineTuning(text, train="norms", teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16)
+    found = finetune(str(pruned), tuned, options)
+    assert found["metric"] == "perplexity" and found["after"] < found["before"]
+    verify_folder(tuned)
+    before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("norm" in name for name in changed)
+
+
+def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.tsv"
+    one.write_text("sentence\tlabel\nthe order\tno\na text\tno\n")
+    with pytest.raises(PermpruneError, match="has 1 classes"):
+        finetune(encoder, tmp_path / "out", FineTuning(str(one)))
+    data = str(table(tmp_path / "classes.tsv"))
+    with pytest.raises(PermpruneError, match='has the label "not_entailment", which the model does not know'):
+        finetune(str(tiny_bert), tmp_path / "out", FineTuning(data))
+    with pytest.raises(PermpruneError, match="gives 3 numbers where the model gives 2"):
+        finetune(encoder, tmp_path / "out", FineTuning(data, teacher=str(tiny_bert)))
+    with pytest.raises(PermpruneError, match="choose all, norms, head"):
+        finetune(encoder, tmp_path / "out", FineTuning(data, train="some"))
