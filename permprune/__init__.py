@@ -5,6 +5,7 @@ from permprune.coupling import discover, fold, fold_all
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity
 from permprune.examples import Examples
+from permprune.finetuning import FineTuning, finetune
 from permprune.model_io import load, read_model
 from permprune.pattern import Pattern
 from permprune.permuters import (
@@ -26,6 +27,7 @@ __all__ = [
     "RIA",
     "Evaluation",
     "Examples",
+    "FineTuning",
     "Identity",
     "Learned",
     "Magnitude",
@@ -47,6 +49,7 @@ __all__ = [
     "discover",
     "evaluate",
     "evaluate_model",
+    "finetune",
     "fit_probe",
     "fold",
     "fold_all",

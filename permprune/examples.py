@@ -94,6 +94,13 @@ class Examples:
         return next(iter(self._tensors.values())).device
 
 
+def batches(examples: Examples, batch: int) -> list[Examples]:
+    """All examples in batches: texts by length, without needless padding; others as they come."""
+    if examples.get("attention_mask") is None:
+        return examples.split(batch)
+    return [examples[at].trimmed() for at in by_length(examples, batch)]
+
+
 def by_length(examples: Examples, batch: int, generator: torch.Generator | None = None) -> list[Tensor]:
     """Batches of examples of about one length, as indices int64 (batch,); the last may be smaller.
 

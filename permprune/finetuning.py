@@ -9,18 +9,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.checkpoint import Checkpoint, write_json
 from permprune.commands import BATCH, PROBE, answered, require_free, require_patterns, write_folder
+from permprune.coupling import discover, fold_all
 from permprune.data import WORTH, kind_of, load_examples, read_labelled_text
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, knows_right, with_head
 from permprune.examples import Examples
 from permprune.losses import Objective
 from permprune.model_io import RECORD, read_model, read_record, write_weights
+from permprune.pipeline import short_inputs
 from permprune.processors import Processor
 from permprune.report import write_report
 from permprune.resources import keep_freed_memory
@@ -48,14 +49,16 @@ class FineTuning:
     default 256. `dev` is the source to measure each epoch on; None holds out a tenth of the data, at most 1000
     examples. `length` in tokens: of windows 512 by default, and at most that of other texts, 128. `train` is one of
     `TRAINED`. With `teacher`, the name of the dense model, the KL divergence from what it says is added to the loss, of
-    scores the squared distance. `metric` as that of `Evaluation`. `lr` is by default that of `RATES`; `batch` examples
-    make a step, by default 32, of windows of text 4; there are 3 epochs by default, and more of small data.
+    scores the squared distance, and `hidden` times the distance of the blocks' outputs (`Objective`). `metric` as that
+    of `Evaluation`. `lr` is by default that of `RATES`; `batch` examples make a step, by default 32, of windows of text
+    4; there are 3 epochs by default, and more of small data.
     """
 
     data: str | None
     dev: str | None = None
     train: str = "all"
     teacher: str | None = None
+    hidden: float = 0.0
     metric: str | None = None
     epochs: int | None = None
     lr: float | None = None
@@ -109,7 +112,8 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
     if not knows_right(model, examples):
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)
-    teacher = None if options.teacher is None else _teacher(options.teacher, model, examples, task)
+    teacher = None if options.teacher is None else _teacher(options.teacher, model, record, examples, task)
+    objective = Objective() if teacher is None else Objective(divergence=1.0, distillation=options.hidden)
 
     def measure() -> Result:
         return evaluate_model(model, held_out, None, None, batch, options.metric)[0]
@@ -118,7 +122,7 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
         model,
         trained_weights(model, options.train),
         task,
-        Objective(divergence=0.0 if teacher is None else 1.0),
+        objective,
         measure,
         options.training(model, len(examples)),
         Checkpoint(state, {"model": name, **dataclasses.asdict(options)}),
@@ -167,11 +171,18 @@ def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _teacher(name: str, model: PreTrainedModel, examples: Examples, task: Task) -> nn.Module:
-    """The dense model. Raises `PermpruneError` where it says other things than the model."""
+def _teacher(
+    name: str, model: PreTrainedModel, record: dict[str, Any] | None, examples: Examples, task: Task
+) -> PreTrainedModel:
+    """The dense model, its channels in the order in which those of the pruned one are stored.
+
+    Raises `PermpruneError` where it says other things than the model.
+    """
     teacher, _, _ = read_model(name)
     part = examples[:1].trimmed()
     own, taught = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
     if own != taught:
         raise PermpruneError(f"{name} gives {taught[-1]} numbers where the model gives {own[-1]}: give its dense model")
+    if tables := {space: torch.tensor(table) for space, table in (record or {}).get("permutations", {}).items()}:
+        fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))
     return teacher

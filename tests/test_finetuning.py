@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from permprune.commands import Evaluation, prune_to_folder, verify_folder
 from permprune.errors import PermpruneError
-from permprune.finetuning import FineTuning, finetune
-from permprune.model_io import load
+from permprune.finetuning import FineTuning, _teacher, finetune
+from permprune.losses import block_outputs
+from permprune.model_io import load, read_model
 from permprune.pipeline import Settings
+from permprune.tasks import labelled
 
 
 def table(path: Path, scores: bool = False) -> Path:
@@ -91,8 +94,33 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str) -> 
     assert "optimised" not in load_record(pruned)
 
 
-def load_record(folder: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((folder / "permprune.json").read_text())
+def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(encoder: str, tmp_path: Path) -> None:
+    data = str(table(tmp_path / "classes.tsv"))
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    finetune(encoder, dense, FineTuning(data, epochs=1, lr=3e-3, batch=8))
+    prune_to_folder(
+        str(dense), pruned, "random", Settings(calibration=data, samples=8, length=16), Evaluation(data, 1, 16)
+    )
+    options = FineTuning(data, teacher=str(dense), hidden=1e-3, train="norms", epochs=1)
+    student, processor, _ = read_model(str(pruned))
+    examples, _ = options.examples(student, processor)
+    teacher = _teacher(str(dense), student, load_record(pruned), examples, labelled)
+    plain, _, _ = read_model(str(dense))
+    with torch.no_grad():
+        assert torch.allclose(labelled(teacher, examples).logits, labelled(plain, examples).logits, atol=1e-4)
+        shown = []
+        for model in (student, teacher, plain):
+            with block_outputs(model) as outputs:
+                labelled(model, examples)
+            shown.append(torch.cat([output.flatten() for output in outputs]))
+    near, far = ((shown[0] - other).square().mean() for other in shown[1:])
+    assert near < 0.5 * far
+    assert finetune(str(pruned), tmp_path / "tuned", options)["hidden"] == 1e-3
+    verify_folder(tmp_path / "tuned")
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "permprune.json").read_text())
     return found
 
 

@@ -24,6 +24,9 @@ def finetune(
     dev: Annotated[str | None, typer.Option(help="data to measure epochs on; a tenth of --data if absent")] = None,
     train: Annotated[str, typer.Option(help=f"one of {', '.join(TRAINED)}; norms: also biases and the head")] = "all",
     teacher: Annotated[str | None, typer.Option(help="the dense model, to learn from what it says as well")] = None,
+    hidden: Annotated[
+        float, typer.Option(help="weight of the distance of the blocks' outputs to the teacher's, about 1e-5")
+    ] = FineTuning.hidden,
     metric: cli.Metric = None,
     epochs: Annotated[
         int | None, typer.Option(help="passes over the data, of which the best counts; 3, of small data up to 20")
@@ -37,7 +40,7 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last epoch")] = False,
 ) -> None:
     """Train MODEL on labelled data or text; of a pruned folder only what is left, its zeros stay."""
-    options = FineTuning(data, dev, train, teacher, metric, epochs, lr, batch, length, rows, seed)
+    options = FineTuning(data, dev, train, teacher, hidden, metric, epochs, lr, batch, length, rows, seed)
     found = run(model, out, options, resume)
     cli.write_figures(json, found)
     after = with_error(found["after"], found["stderr"])

@@ -9,7 +9,7 @@ from permprune import parallel
 from permprune.calibrate import frozen
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import Result
-from permprune.examples import Examples, by_length
+from permprune.examples import Examples, batches
 from permprune.progress import track
 from permprune.resources import compute_device
 from permprune.tasks import labelled
@@ -25,8 +25,8 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
     device = compute_device(model)
     first, five, count, classes = 0, 0, 0, 0
     with frozen(model):
-        for at in track(parallel.share(by_length(examples, batch)), "accuracy"):
-            said = labelled(model, examples[at].trimmed().to(device))
+        for part in track(parallel.share(batches(examples, batch)), "accuracy"):
+            said = labelled(model, part.to(device))
             assert said.labels is not None
             classes = said.logits.shape[-1]
             right = said.logits.topk(min(5, classes)).indices == said.labels[:, None]
