@@ -38,7 +38,8 @@ STEPS, MOST_EPOCHS = 300, 20
 """Small data is passed over more often, until there are so many steps, or epochs."""
 
 RATES = {"all": 5e-5, "norms": 1e-3, "head": 1e-3}
-"""Learning rates by what is trained."""
+SMALL, SMALL_RATE = 50_000_000, 1e-4
+"""Learning rates by what is trained, and that of all weights of a model with fewer than so many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,8 @@ class FineTuning:
     examples. `length` in tokens: of windows 512 by default, and at most that of other texts, 128. `train` is one of
     `TRAINED`. With `teacher`, the name of the dense model, the KL divergence from what it says is added to the loss, of
     scores the squared distance, and `hidden` times the distance of the blocks' outputs (`Objective`). `metric` as that
-    of `Evaluation`. `lr` is by default that of `RATES`; `batch` examples make a step, by default 32, of windows of text
-    4; there are 3 epochs by default, and more of small data.
+    of `Evaluation`. `lr` is by default that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32,
+    of windows of text 4; there are 3 epochs by default, and more of small data.
     """
 
     data: str | None
@@ -71,7 +72,8 @@ class FineTuning:
         """That of a model on so many examples."""
         batch = self.batch or BATCH * WORTH[kind_of(model)]
         epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
-        return Training(epochs, self.lr or RATES[self.train], batch, seed=self.seed)
+        small = self.train == "all" and model.num_parameters() < SMALL
+        return Training(epochs, self.lr or (SMALL_RATE if small else RATES[self.train]), batch, seed=self.seed)
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> tuple[Examples, Examples]:
         """Those to train on and those to measure on."""

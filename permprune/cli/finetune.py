@@ -31,7 +31,9 @@ def finetune(
     epochs: Annotated[
         int | None, typer.Option(help="passes over the data, of which the best counts; 3, of small data up to 20")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="largest learning rate; 5e-5 for all weights, else 1e-3")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="largest learning rate; 5e-5, of small models 1e-4, and 1e-3 for norms or head")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="examples in a step; 32, of windows of text 4")] = None,
     length: Annotated[int | None, typer.Option(help="tokens in an example; 128, of windows of text 512")] = None,
     rows: Annotated[int | None, typer.Option(help="examples to draw; all, of windows of text 256")] = None,
