@@ -59,6 +59,26 @@ def test_an_encoder_is_given_a_head_for_the_classes(encoder: str, tmp_path: Path
         assert torch.equal(one, other)
 
 
+def test_an_interrupted_run_goes_on(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = FineTuning(str(table(tmp_path / "classes.tsv")), epochs=2, lr=3e-3, batch=8)
+    whole = finetune(encoder, tmp_path / "whole", options)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("permprune.finetuning.write_weights", full)
+        with pytest.raises(PermpruneError, match="No space left on device"):
+            finetune(encoder, tmp_path / "out", options)
+    with pytest.raises(PermpruneError, match="other settings"):
+        finetune(encoder, tmp_path / "out", FineTuning(options.data, epochs=3, lr=3e-3, batch=8), resume=True)
+    monkeypatch.setattr("permprune.training.Trainer._epoch", full)  # nothing is trained again
+    found = finetune(encoder, tmp_path / "out", options, resume=True)
+    assert [point["value"] for point in found["curve"]] == [point["value"] for point in whole["curve"]]
+    for one, other in zip(load_plain(tmp_path / "whole"), load_plain(tmp_path / "out"), strict=True):
+        assert torch.equal(one, other)
+
+
 def load_plain(folder: Path) -> list[torch.nn.Parameter]:
     return list(AutoModelForSequenceClassification.from_pretrained(folder).parameters())
 
