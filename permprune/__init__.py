@@ -5,6 +5,7 @@ from permprune.coupling import discover, fold, fold_all
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, TaskList, evaluate_model, evaluate_tasks, fit_probe, perplexity
 from permprune.examples import Examples
+from permprune.finetuning import FineTuning, finetune
 from permprune.model_io import load, read_model
 from permprune.pattern import Pattern
 from permprune.permuters import (
@@ -26,6 +27,7 @@ __all__ = [
     "RIA",
     "Evaluation",
     "Examples",
+    "FineTuning",
     "Identity",
     "Learned",
     "Magnitude",
@@ -49,6 +51,7 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "evaluate_tasks",
+    "finetune",
     "fit_probe",
     "fold",
     "fold_all",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from permprune import parallel
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
+from permprune.examples import Examples, batches
 from permprune.layers import Layer
 from permprune.padding import mask_of, real
 from permprune.progress import log, track
@@ -70,7 +70,7 @@ def calibrate(
             frozen(model),
             recomputed(model, recompute and first),
         ):
-            for place, part in track(parallel.share(list(enumerate(examples.split(batch)))), "calibrating"):
+            for place, part in track(parallel.share(list(enumerate(batches(examples, batch)))), "calibrating"):
                 with (
                     torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
                     torch.set_grad_enabled(first),

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,6 +57,9 @@ ANSWER = "answer"
 ANSWERED_ONCE = 32
 """Images or sentences to evaluate on for each window of text: they have one answer each, which says little."""
 
+BATCH = 4
+"""Windows of text to evaluate at a time, or as many examples as are asked for in their place."""
+
 VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
 
 
@@ -66,22 +68,30 @@ class Evaluation:
     """Data to measure on: a source (None: the default data of the model's kind), and how much of it.
 
     `windows` are those of text, of `length` tokens; of images and sentences 32 examples stand for each. With `shared`
-    it is the calibration's source as well. `tasks` are measured besides, where methods are compared.
+    it is the calibration's source as well. `metric` is one of `METRICS`, or accuracy; None: the one that suits. `tasks`
+    are measured besides, where methods are compared.
     """
 
     source: str | None = None
     windows: int = 24
     length: int = 512
     shared: bool = False
+    metric: str | None = None
     tasks: TaskList | None = None
 
     @classmethod
     def beside(
-        cls, settings: Settings, source: str | None, windows: int, tasks: TaskList | None = None
+        cls,
+        settings: Settings,
+        source: str | None,
+        windows: int,
+        metric: str | None = None,
+        tasks: TaskList | None = None,
     ) -> tuple[Settings, Evaluation]:
         """The settings and the evaluation of a run, which share a source if they name the same one."""
         shared = source is not None and source == settings.calibration
-        return dataclasses.replace(settings, shared=shared), cls(source, windows, settings.length, shared, tasks)
+        evaluation = cls(source, windows, settings.length, shared, metric, tasks)
+        return dataclasses.replace(settings, shared=shared), evaluation
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
         count = self.windows * (ANSWERED_ONCE if WORTH[kind_of(model)] > 1 else 1)
@@ -98,9 +108,10 @@ class Meter:
         self.model, self.examples = model, evaluation.examples(model, processor)
         self.tokenizer = _transcriber(model, processor)
         self.answers = None if knows_right(model, self.examples) else ask(model, self.examples)
+        self.batch, self.metric = BATCH * WORTH[kind_of(model)], evaluation.metric
 
     def __call__(self) -> Result:
-        return evaluate_model(self.model, self.examples, self.tokenizer, self.answers)[0]
+        return evaluate_model(self.model, self.examples, self.tokenizer, self.answers, self.batch, self.metric)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +165,8 @@ def evaluate(name: str, evaluation: Evaluation) -> Result:
     Raises `PermpruneError` for examples that do not say what is right.
     """
     model, processor, _ = read_model(name)
-    return evaluate_model(model, evaluation.examples(model, processor), _transcriber(model, processor))[0]
+    examples, tokenizer = evaluation.examples(model, processor), _transcriber(model, processor)
+    return evaluate_model(model, examples, tokenizer, None, BATCH * WORTH[kind_of(model)], evaluation.metric)[0]
 
 
 def _transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:
@@ -172,13 +184,7 @@ def probe(name: str, out: Path, classes: Sequence[str], source: str | None, wind
     model, processor, _ = read_model(name)
     headed = with_head(model, classes)
     fitted = fit_probe(headed, load_examples(source, headed, processor, "probe", windows * ANSWERED_ONCE))
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write_weights(fitted.model, processor, False, partial)
-        os.replace(partial, out)
-    except OSError as error:
-        raise PermpruneError(f"cannot write {out}: {error.strerror or error}; free space, then try again") from error
+    write_folder(out, lambda folder: write_weights(fitted.model, processor, False, folder))
     return fitted.result
 
 
@@ -244,20 +250,36 @@ def verify_folder(folder: Path) -> dict[str, float]:
     """
     record = read_record(folder)
     model = load(folder)
-    for row in record["layers"]:
-        module = model.get_submodule(row["name"])
-        weight = module.weight.T if row["transposed"] else module.weight
-        pattern = Pattern.parse(row["pattern"])
-        if not pattern.holds(weight):  # type: ignore[arg-type]
-            raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
-    with safe_open(folder / PROBE, "pt") as file:
-        probe = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    require_patterns(model, record)
+    probe = load_file(folder / PROBE)
     expected = probe.pop(ANSWER)
     rounding = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize < 4 else 0.0
     difference = float((_answer(model, probe) - expected).abs().max())
     if not difference <= max(1e-4, rounding * float(expected.abs().max())):
         raise PermpruneError(f"{folder} says other than the masked model did (outputs differ by {difference:.2g})")
     return {"layers": len(record["layers"]), "difference": difference}
+
+
+def require_patterns(model: PreTrainedModel, record: Mapping[str, Any]) -> None:
+    """Raise `PermpruneError` unless every layer of a record holds its pattern in stored order."""
+    for row in record["layers"]:
+        module = model.get_submodule(row["name"])
+        weight = module.weight.T if row["transposed"] else module.weight
+        pattern = Pattern.parse(row["pattern"])
+        if not pattern.holds(weight):  # type: ignore[arg-type]
+            raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
+
+
+def write_folder(out: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `out` and rename it: `out` is all there or absent. Raises `PermpruneError`."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        write(partial)
+        os.replace(partial, out)
+    except OSError as error:
+        raise PermpruneError(f"cannot write {out}: {error.strerror or error}; free space, then try again") from error
 
 
 def require_free(out: Path) -> None:
@@ -337,12 +359,14 @@ def _measured(dense: Result, none: Result, pruned: Result) -> dict[str, Any]:
 
 
 def _probe(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """Two examples, of windows of text the first few tokens, by the names of the model's arguments; and what it says.
+    """Two examples, of windows of text the first few tokens, and what the model says of them (`answered`)."""
+    return answered(model, short_inputs(model, plan.run.held_out))
 
-    The answer is called `ANSWER`.
-    """
-    inputs = {name: tensor.cpu().contiguous() for name, tensor in short_inputs(model, plan.run.held_out).items()}
-    return {**inputs, ANSWER: _answer(model, inputs)}
+
+def answered(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A probe: inputs by the names of the model's arguments, and as `ANSWER` what it says of them; on the CPU."""
+    own = {name: tensor.cpu().contiguous() for name, tensor in inputs.items() if name != ANSWER}
+    return {**own, ANSWER: _answer(model, own)}
 
 
 @torch.inference_mode()

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 
+SORTED = 50
+"""Batches whose examples are sorted by length together."""
+
 
 class Examples:
     """Tensors by the names of the model's arguments, all of one first dimension; immutable.
@@ -71,9 +74,43 @@ class Examples:
         parts = zip(*(tensor.split(sizes) for tensor in self._tensors.values()), strict=True)
         return [Examples(dict(zip(names, part, strict=True))) for part in parts]
 
+    def trimmed(self) -> Examples:
+        """Texts with one label each or none, without the columns at the end that are padding in all of them.
+
+        Other examples as they are.
+        """
+        mask, labels = self.get("attention_mask"), self.get("labels")
+        if mask is None or "input_ids" not in self or (labels is not None and labels.dim() > 1):
+            return self
+        longest = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
+        cut = {name: tensor[:, :longest] for name, tensor in self._tensors.items() if tensor.shape == mask.shape}
+        return Examples({**self._tensors, **cut})
+
     def to(self, device: torch.device) -> Examples:
         return Examples({name: tensor.to(device) for name, tensor in self._tensors.items()})
 
     @property
     def device(self) -> torch.device:
         return next(iter(self._tensors.values())).device
+
+
+def batches(examples: Examples, batch: int) -> list[Examples]:
+    """All examples in batches: texts by length, without needless padding; others as they come."""
+    if examples.get("attention_mask") is None:
+        return examples.split(batch)
+    return [examples[at].trimmed() for at in by_length(examples, batch)]
+
+
+def by_length(examples: Examples, batch: int, generator: torch.Generator | None = None) -> list[Tensor]:
+    """Batches of examples of about one length, as indices int64 (batch,); the last may be smaller.
+
+    Given a generator, the examples are mixed before runs of `SORTED` batches are sorted by length, and the batches
+    after it.
+    """
+    mask = examples.get("attention_mask")
+    lengths = torch.zeros(len(examples)) if mask is None else mask.flatten(1).sum(1).cpu()
+    if generator is None:
+        return list(lengths.argsort(stable=True).split(batch))
+    runs = torch.randperm(len(examples), generator=generator).split(SORTED * batch)
+    found = [own for run in runs for own in run[lengths[run].argsort(stable=True)].split(batch)]
+    return [found[at] for at in torch.randperm(len(found), generator=generator).tolist()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from permprune import parallel
 from permprune.calibrate import Statistics, frozen, output_fisher
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
+from permprune.examples import Examples, batches
 from permprune.layers import Layer
 from permprune.losses import Objective, Taught
 from permprune.pattern import Pattern
@@ -254,7 +254,7 @@ class PrunedNetwork:
 
     def _share(self, examples: Examples) -> Sequence[Examples]:
         """The batches of this rank."""
-        return parallel.share(examples.split(self.batch))
+        return parallel.share(batches(examples, self.batch))
 
     def _mask(self, part: Part, order: Tensor) -> Tensor:
         """The mask of a part's columns when they stand in `order`."""

@@ -23,6 +23,9 @@ IGNORED = -100
 FEATURES = ("image_embeds", "text_embeds", "pooler_output", "last_hidden_state")
 """What a model without a head is known by, of whatever it returns."""
 
+SCORES = "logits"
+"""What a model of scores returns, one for each example."""
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -69,20 +72,22 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Features:
-    """What a model without a head says of a batch: `values` (terms, numbers) with their graph, a term an example.
+    """What a model without a head, or one of scores, says of a batch: `values` (terms, numbers) with their graph.
 
-    They are scaled so that the squares of an example's numbers add up to about 1 for each kind of feature.
+    A term is an example. Features are scaled so that the squares of an example's numbers add up to about 1 for each
+    kind of feature. Scores have the right ones as `labels` (terms, 1); without labels the dense model is right.
     """
 
     values: Tensor
+    labels: Tensor | None = None
 
     @property
     def terms(self) -> int:
         return len(self.values)
 
     def loss(self, dense: Tensor | None = None) -> Tensor:
-        """The distance to what `kept` gave of the dense model."""
-        return self.distance(dense)
+        """The squared distance to the labels, or without them to what `kept` gave of the dense model."""
+        return self.distance(dense if self.labels is None else self.labels)
 
     def kept(self) -> Tensor:
         """What `distance` needs of the dense model: the values (terms, numbers), fp32 on the CPU."""
@@ -139,11 +144,26 @@ def labelled(model: nn.Module, batch: Examples) -> Predictions:
     return Predictions(logits[counted], labels[counted])
 
 
+def scored(model: nn.Module, batch: Examples) -> Features:
+    """The score of each example, whose right ones are "labels" (batch,), real numbers.
+
+    Raises `PermpruneError` where the model gives classes.
+    """
+    labels = batch["labels"]
+    with running(model, batch) as output:
+        logits = output.logits
+    if logits.shape != (len(labels), 1):
+        raise PermpruneError(
+            f"labels that are no classes, and logits of shape {tuple(logits.shape)}: give class numbers, or no labels"
+        )
+    return Features(logits.float(), labels[:, None].to(logits))
+
+
 @dataclass(frozen=True)
 class Imitation:
-    """What the dense model says is right: its logits, or, of a model without a head, its features.
+    """What the dense model says is right: its logits, or, of a model without a head or of scores, its features.
 
-    `variances`, of a model without a head, are those of the features that are imitated, by name, each summed over the
+    `variances`, of such a model, are those of the features that are imitated, by name, each summed over the
     channels: how far apart the dense model's features of the calibration examples are.
     """
 
@@ -165,9 +185,10 @@ class Imitation:
         """
         with running(model, examples[:1]) as first:
             logits = getattr(first, "logits", None)
-        if logits is not None and logits.dim() in (2, 3):
+        if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
             return cls()
-        names = [name for name in FEATURES if logits is None and getattr(first, name, None) is not None]
+        known = FEATURES if logits is None else (SCORES,) if logits.shape[-1] == 1 else ()
+        names = [name for name in known if getattr(first, name, None) is not None]
         if not names:
             raise PermpruneError("the model returns neither logits of classes nor features: give examples with labels")
         sums = {name: _Sums(first[name].shape[-1]) for name in names}
@@ -214,14 +235,16 @@ def _scaled(x: Tensor, variance: float) -> Tensor:
 def choose_task(model: nn.Module, examples: Examples, batch: int) -> Task:
     """What a dense model is to be asked about such examples, `batch` at a time.
 
-    Labels are right where there are any, the next token in a text for a model that writes text, and otherwise what the
-    dense model says itself. Raises `PermpruneError` for examples that the model cannot be asked about.
+    Labels are right where there are any, classes or scores; the next token in a text for a model that writes text; and
+    otherwise what the dense model says itself. Raises `PermpruneError` for examples that the model cannot be asked
+    about.
     """
     labels = examples.get("labels")
     if labels is None:
         return next_token if writes(model) and "input_ids" in examples else Imitation.of(model, examples, batch)
     if labels.is_floating_point():
-        raise PermpruneError("labels that are no classes: give class numbers, or no labels")
+        scored(model, examples[:1])
+        return scored
     if not labels.ne(IGNORED).any():
         raise PermpruneError(f"all labels of the measured examples are {IGNORED}: give some that count, or none")
     return next_token if writes(model) and labels.dim() == 2 else labelled

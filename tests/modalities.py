@@ -102,3 +102,12 @@ EXAMPLES: dict[str, Callable[[], Examples]] = {
     "whisper": speech,
     "headless": lambda: images(labels=False),
 }
+
+
+def scorer() -> PreTrainedModel:
+    """A model that gives one score for each sentence."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = bert_config()
+        config.num_labels = 1
+        return BertForSequenceClassification(config).float().eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
+from permprune.examples import Examples, by_length
 
 
 @pytest.fixture
@@ -54,3 +54,16 @@ def test_a_mapping_that_changes_later_is_no_matter() -> None:
 def test_tensors_of_other_lengths_are_refused(tensors: dict[str, torch.Tensor]) -> None:
     with pytest.raises(PermpruneError, match="give tensors of one first dimension"):
         Examples(tensors)
+
+
+def test_batches_of_one_length_lose_their_padding() -> None:
+    lengths = torch.tensor([5, 2, 4, 2, 5, 3, 1])
+    mask = (torch.arange(9) < lengths[:, None]).long()
+    examples = Examples({"input_ids": mask * 7, "attention_mask": mask, "labels": torch.arange(7)})
+    batches = by_length(examples, 3)
+    assert [examples[at].trimmed()["input_ids"].shape for at in batches] == [(3, 2), (3, 5), (1, 5)]
+    mixed = by_length(examples, 3, torch.Generator().manual_seed(0))
+    assert sorted(torch.cat(mixed).tolist()) == list(range(7))
+    assert mixed[0].tolist() != by_length(examples, 3, torch.Generator().manual_seed(5))[0].tolist()
+    positions = Examples({**examples, "labels": mask})
+    assert positions.trimmed() is positions

@@ -14,9 +14,9 @@ from permprune.losses import Objective
 from permprune.padding import mask_of, padded, real
 from permprune.pattern import Pattern
 from permprune.pipeline import Settings, prepare
-from permprune.tasks import Features, Imitation, Predictions, Task, choose_task, labelled, next_token, running
+from permprune.tasks import Features, Imitation, Predictions, Task, choose_task, labelled, next_token, running, scored
 
-from .modalities import EXAMPLES, draw, images, make, sentences, speech
+from .modalities import EXAMPLES, draw, images, make, scorer, sentences, speech
 
 
 def alone(examples: Examples, number: int) -> Examples:
@@ -63,6 +63,21 @@ def test_examples_that_cannot_be_asked_about_are_refused(data: str, labels: torc
     examples = Examples(tensors if labels is None else {**tensors, "labels": labels})
     with pytest.raises(PermpruneError, match=message):
         choose_task(make(data), examples, 4)
+
+
+def test_scores_cost_their_squared_error_and_have_a_gaussian_fisher_information() -> None:
+    model, labels = scorer(), torch.rand(12, generator=torch.Generator().manual_seed(0))
+    data = Examples({**sentences(labels=False), "labels": labels})
+    assert choose_task(model, data, 4) is scored
+    said = scored(model, data)
+    logits = model(**sentences(labels=False)).logits[:, 0]
+    assert said.loss().item() == pytest.approx((logits - labels).square().sum().item(), rel=1e-5)
+    assert said.distance(said.kept()).item() == 0
+    drawn = [torch.autograd.grad(scored(model, data).fisher_loss(torch.Generator().manual_seed(n)),
+             model.classifier.bias)[0].item() ** 2 for n in range(400)]  # fmt: skip
+    assert sum(drawn) / 400 == pytest.approx(2 * 12, rel=0.2)  # twice the squared slope of each score
+    found = choose_task(model, sentences(labels=False), 4)
+    assert isinstance(found, Imitation) and list(found.variances or {}) == ["logits"]
 
 
 @pytest.mark.parametrize("labels", [torch.full((12,), 5), torch.zeros(12, 4, dtype=torch.long)])

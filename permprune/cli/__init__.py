@@ -1,6 +1,16 @@
-"""The command line: `permprune prune | compare | sweep | ablate | evaluate | verify | inspect | probe`, a file each."""
+"""The command line, a file for each command of `permprune`."""
 
-from permprune.cli import ablate, compare, evaluate, inspect, probe, prune, sweep, verify  # noqa: F401 - each registers its command
+from permprune.cli import (  # noqa: F401 - each registers its command
+    ablate,
+    compare,
+    evaluate,
+    finetune,
+    inspect,
+    probe,
+    prune,
+    sweep,
+    verify,
+)
 from permprune.cli.common import app
 
 __all__ = ["app"]

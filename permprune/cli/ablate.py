@@ -24,10 +24,11 @@ def ablate(
     ] = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    metric: cli.Metric = None,
     json: cli.Json = None,
 ) -> None:
     """Vary one thing about the learned permutation of MODEL: its loss, its groups, or how long it learns."""
     methods = variants(study, preset, settings.train, epochs)
-    result = compare(model, methods, *Evaluation.beside(settings, data, windows))
+    result = compare(model, methods, *Evaluation.beside(settings, data, windows, metric))
     cli.write_figures(json, {"study": study, "preset": preset, **result})
     cli.show(comparison_table(result))

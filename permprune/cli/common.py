@@ -21,7 +21,7 @@ from rich.table import Table
 from permprune import parallel
 from permprune.checkpoint import write_json
 from permprune.errors import PermpruneError
-from permprune.evaluate import TaskList
+from permprune.evaluate import ACCURACY, METRICS, TaskList
 from permprune.permuters import PERMUTERS
 from permprune.pipeline import Settings
 from permprune.progress import console, log
@@ -41,13 +41,16 @@ Data = Annotated[
 ]
 Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; an image counts 1/32")]
 Length = Annotated[int, typer.Option(help="tokens in a window")]
+Metric = Annotated[
+    str | None, typer.Option(help=f"of labels: {', '.join((ACCURACY, *METRICS))}; accuracy of classes, else pearson")
+]
 Tasks = Annotated[str, typer.Option(help="tasks of lm-eval, and wikitext2, separated by commas (docs/tasks.md)")]
 TaskData = Annotated[str | None, typer.Option(help="folder with files of the tasks; the hub if absent")]
 Limit = Annotated[int | None, typer.Option(help="examples of each task; all if absent")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
 METHODS = f"one of {', '.join(PERMUTERS)}"
-METRICS = f"one of {', '.join(SALIENCIES)}"
+SALIENCY = f"one of {', '.join(SALIENCIES)}"
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -67,7 +70,7 @@ def settings(
         str,
         typer.Option(help="N of every M consecutive weights survive; mixed: a pattern for each layer", metavar="N:M"),
     ] = Settings.pattern,
-    saliency: Annotated[str, typer.Option(help=METRICS)] = Settings.saliency,
+    saliency: Annotated[str, typer.Option(help=SALIENCY)] = Settings.saliency,
     mode: Annotated[
         str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")
     ] = Settings.mode,

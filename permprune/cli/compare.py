@@ -24,6 +24,7 @@ def compare(
     ),
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    metric: cli.Metric = None,
     tasks: cli.Tasks = "",
     task_data: cli.TaskData = None,
     limit: cli.Limit = None,
@@ -33,7 +34,7 @@ def compare(
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds, memory."""
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_data, limit)
-    result = run(model, names, *Evaluation.beside(settings, data, windows, chosen))
+    result = run(model, names, *Evaluation.beside(settings, data, windows, metric, chosen))
     cli.write_figures(json, result)
     if picture is not None:
         write_comparison(result, picture)

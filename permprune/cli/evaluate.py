@@ -21,6 +21,7 @@ def evaluate(
     data: cli.Data = None,
     windows: cli.Windows = 24,
     length: cli.Length = 512,
+    metric: cli.Metric = None,
     tasks: cli.Tasks = "",
     limit: cli.Limit = None,
     few_shot: Annotated[int | None, typer.Option(help="solved examples in each prompt of the tasks")] = None,
@@ -36,7 +37,7 @@ def evaluate(
         cli.write_figures(json, figures)
         cli.show(tasks_table(model, results))
         return
-    result = run(model, Evaluation(data, windows, length))
+    result = run(model, Evaluation(data, windows, length, metric=metric))
     cli.write_figures(json, result.to_json())
     error = "" if result.stderr is None else f" ± {number(result.stderr)}"
     print(f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}")

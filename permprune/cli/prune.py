@@ -24,11 +24,12 @@ def prune(
     ] = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    metric: cli.Metric = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last state")] = False,
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
     method = permute if preset is None else f"{permute}-{preset}"
-    settings, evaluation = Evaluation.beside(settings, data, windows)
+    settings, evaluation = Evaluation.beside(settings, data, windows, metric)
     record = prune_to_folder(model, out, method, settings, evaluation, resume)
     print(decision(record))
     print(f"written to {out} (report.html, permprune.json)")

@@ -31,6 +31,7 @@ def sweep(
     ] = "",
     data: cli.Data = None,
     windows: cli.Windows = 24,
+    metric: cli.Metric = None,
     tasks: cli.Tasks = "",
     task_data: cli.TaskData = None,
     limit: cli.Limit = None,
@@ -38,7 +39,8 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep")] = False,
 ) -> None:
     """Patterns x methods x budgets on MODEL: what each size costs, as a table, a page and a picture."""
-    settings, evaluation = Evaluation.beside(settings, data, windows, cli.task_list(tasks, task_data, limit))
+    chosen = cli.task_list(tasks, task_data, limit)
+    settings, evaluation = Evaluation.beside(settings, data, windows, metric, chosen)
     names = cli.parts(methods)
     result = run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume)
     cli.show(sweep_table(result))

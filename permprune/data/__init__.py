@@ -2,7 +2,7 @@
 
 from permprune.data.audio import load_speech
 from permprune.data.images import load_images
-from permprune.data.labelled import load_labelled_text
+from permprune.data.labelled import load_labelled_text, read_labelled_text
 from permprune.data.load import WORTH, kind_of, load_examples
 from permprune.data.text import load_documents, tokenize
 
@@ -14,5 +14,6 @@ __all__ = [
     "load_images",
     "load_labelled_text",
     "load_speech",
+    "read_labelled_text",
     "tokenize",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ MAX_ROWS = 1_000_000
 """How much of a hub data set is read."""
 
 TEXTS = (
+    ("word", "sentence1", "sentence2"),
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
@@ -33,10 +36,66 @@ TEXTS = (
     ("content",),
     ("review",),
 )
-"""Columns of the texts that go together, of which a table's first match counts."""
+"""Columns of the texts that go together, of which a table's first match counts.
+
+Of three the first is a word that the other two have in common, as in WiC; it is put before each: "word: sentence".
+"""
 
 COLA = ("source", "label", "mark", "sentence")
-"""Columns of CoLA, which does not name them."""
+STS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
+"""Columns of tables that do not name them."""
+
+WORD_IN_TEXT = re.compile(r"Word: (?P<word>.+?)\. Sentence 1: (?P<sentence1>.+?) Sentence 2: (?P<sentence2>.+)", re.S)
+"""WiC's columns, written as one text."""
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """The rows of a table: their texts, or pairs of them, a list for each column; and what they are labelled.
+
+    `names` are those of the classes by number, where a hub data set has them; `labels` is empty where there are none.
+    """
+
+    source: str
+    texts: list[list[str]]
+    labels: list[Any]
+    names: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts[0])
+
+    def classes(self) -> list[str] | None:
+        """The names of the classes: those of the data set, or else every label, sorted; None if they are scores.
+
+        Labels are scores if all are numbers and not all whole. Raises `PermpruneError` for fewer than 2 classes.
+        """
+        labels = {str(label) for label in self.labels}
+        numbers = {label: number for label in labels if (number := _number(label)) is not None}
+        if len(numbers) == len(labels) and not all(number.is_integer() for number in numbers.values()):
+            return None
+        found = list(self.names or sorted(labels, key=lambda label: (numbers.get(label, 0.0), label)))
+        if len(found) < 2:
+            raise PermpruneError(f"{self.source} has {len(found)} classes: give data with labels of two or more")
+        return found
+
+
+def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) -> LabelledTexts:
+    """Read a .tsv, .csv or .jsonl file with columns of texts and labels, as those of GLUE, or a `datasets` name.
+
+    The labels are left out unless `labelled`. Raises `PermpruneError`.
+    """
+    path = locate(source, "labelled text")
+    rows, names = (_from_file(path), {}) if path and path.is_file() else _from_dataset(str(source), part)
+    columns = next((texts for texts in TEXTS if all(text in rows[0] for text in texts)), None)
+    if columns is None:
+        columns = (find_column(rows[0], [text for (text, *more) in TEXTS if not more], str(source)),)
+    texts = [_texts(rows, column, str(source)) for column in columns]
+    if len(texts) > 2:
+        words, *texts = texts
+        texts = [[f"{word}: {text}" for word, text in zip(words, column, strict=True)] for column in texts]
+    label = find_column(rows[0], LABEL_COLUMNS, str(source)) if labelled else ""
+    labels = [row.get(label) for row in rows] if labelled else []
+    return LabelledTexts(str(source), texts, labels, names.get(label))
 
 
 def load_labelled_text(
@@ -64,17 +123,11 @@ def load_labelled_text(
     taken = argument_names(model)
     labels = Labels(model.config) if "labels" in taken else None
     path = locate(source, "labelled text")
-    file = path if path and path.is_file() else None
-    rows, names = (_from_file(file), {}) if file else _from_dataset(str(source), part)
-    columns = next((texts for texts in TEXTS if all(text in rows[0] for text in texts)), None)
-    if columns is None:
-        columns = (find_column(rows[0], [text for (text, *more) in TEXTS if not more], str(source)),)
-    halved = shared if file else shares_rows(str(source), shared)
-    keys = ["\x1f".join(str(row[column]) for column in columns) for row in rows]
-    chosen = pick(keys, part, count, seed, halved)
-    texts = [_texts(rows, column, chosen, str(source)) for column in columns]
+    table = read_labelled_text(source, part, labels is not None)
+    halved = shared if path and path.is_file() else shares_rows(str(source), shared)
+    chosen = pick(["\x1f".join(texts) for texts in zip(*table.texts, strict=True)], part, count, seed, halved)
     made = tokenizer(
-        *texts,
+        *([column[at] for at in chosen] for column in table.texts),
         truncation=True,
         max_length=min(length, tokenizer.model_max_length),
         padding=True,
@@ -82,25 +135,38 @@ def load_labelled_text(
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
     if labels:
-        column = find_column(rows[0], LABEL_COLUMNS, str(source))
-        found = [rows[at][column] for at in chosen]
-        if known := names.get(column):
-            found = [labels.named(label, known) for label in found]
+        found = [table.labels[at] for at in chosen]
+        if table.names:
+            found = [labels.named(label, table.names) for label in found]
         tensors["labels"] = labels.tensor(found, [f"{source}, row {at + 1}" for at in chosen])
     return tensors
 
 
-def _texts(rows: list[dict[str, Any]], column: str, chosen: list[int], source: str) -> list[str]:
-    for at in chosen:
-        if not isinstance(rows[at].get(column), str):
-            raise PermpruneError(f"{source}, row {at + 1} has no text in its column {column}")
-    return [rows[at][column] for at in chosen]
+def _texts(rows: list[dict[str, Any]], column: str, source: str) -> list[str]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(column), str):
+            raise PermpruneError(f"{source}, row {number} has no text in its column {column}")
+    return [row[column] for row in rows]
 
 
 def _from_file(path: Path) -> list[dict[str, Any]]:
     rows = read_table(path)
     first = list(rows[0])
-    return read_table(path, COLA) if len(first) == len(COLA) and first[1] in ("0", "1") else rows
+    if len(first) == len(COLA) and first[1] in ("0", "1"):
+        return read_table(path, COLA)
+    if len(first) >= len(STS) and _number(first[4]) is not None:
+        return read_table(path, STS)
+    found = [WORD_IN_TEXT.fullmatch(str(row.get("text"))) for row in rows]
+    if all(found):
+        return [{**row, **match.groupdict()} for row, match in zip(rows, found, strict=True) if match]
+    return rows
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _from_dataset(source: str, part: Part) -> tuple[list[dict[str, Any]], Mapping[str, list[str] | None]]:

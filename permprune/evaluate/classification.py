@@ -9,7 +9,7 @@ from permprune import parallel
 from permprune.calibrate import frozen
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import Result
-from permprune.examples import Examples
+from permprune.examples import Examples, batches
 from permprune.progress import track
 from permprune.resources import compute_device
 from permprune.tasks import labelled
@@ -25,7 +25,7 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
     device = compute_device(model)
     first, five, count, classes = 0, 0, 0, 0
     with frozen(model):
-        for part in track(parallel.share(examples.split(batch)), "accuracy"):
+        for part in track(parallel.share(batches(examples, batch)), "accuracy"):
             said = labelled(model, part.to(device))
             assert said.labels is not None
             classes = said.logits.shape[-1]

@@ -8,11 +8,14 @@ from transformers import PreTrainedTokenizerBase
 from permprune.errors import PermpruneError
 from permprune.evaluate.agreement import Answers, agreement
 from permprune.evaluate.classification import accuracy
+from permprune.evaluate.metrics import measure_labels
 from permprune.evaluate.perplexity import perplexity
 from permprune.evaluate.result import Result
 from permprune.evaluate.speech import word_error_rate
 from permprune.examples import Examples
 from permprune.tasks import decodes, writes
+
+ACCURACY = "accuracy"
 
 
 def evaluate_model(
@@ -21,14 +24,19 @@ def evaluate_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dense: nn.Module | Answers | None = None,
     batch: int = 4,
+    metric: str | None = None,
 ) -> list[Result]:
     """Measure a model on examples, the metric that counts first.
 
     With `dense`, how far it agrees with that model (`agreement`). Otherwise the word error rate of speech whose labels
-    the `tokenizer` reads; perplexity of text that the model writes; accuracy of classes. Raises `PermpruneError` where
-    nothing can be measured.
+    the `tokenizer` reads; perplexity of text that the model writes; accuracy of classes, correlation of scores, or
+    the `metric` of `METRICS` asked for. Raises `PermpruneError` where nothing can be measured.
     """
     labels = examples.get("labels")
+    if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):
+        if labels is None:
+            raise PermpruneError(f'the metric "{metric}" needs labels: give examples that have them')
+        return measure_labels(model, examples, metric, batch)
     if dense is not None:
         return agreement(model, examples, dense, batch)
     if labels is not None and labels.dim() == 2 and decodes(model):

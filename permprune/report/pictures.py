@@ -53,6 +53,19 @@ def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
     return save(picture, kind)
 
 
+def epochs(curve: Sequence[Record], metric: str, kind: Format = "svg") -> bytes:
+    """A metric after each epoch of training, the first value being that before it."""
+    picture = figure(WIDTH, 2.5)
+    axes = picture.subplots()
+    values = [point["value"] for point in curve]
+    axes.plot([point["epoch"] for point in curve], values, color=BLUE, marker="o", markersize=4)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epochs")
+    metric_axis(axes, "y", metric, values)
+    quiet(axes)
+    return save(picture, kind)
+
+
 def bars(dense: float, none: float, pruned: float, metric: str, method: str, kind: Format = "svg") -> bytes:
     """Bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
     labels = ["dense", "pruned,\nnatural order", f"pruned,\n{method}"]

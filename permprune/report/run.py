@@ -10,7 +10,7 @@ from typing import Any
 from permprune.checkpoint import write_whole
 from permprune.report import maps, pictures
 from permprune.report.page import Shown, fill, shown
-from permprune.report.words import NONE, duration, fine_percent, number, outcome, percent, way
+from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way, with_error
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -89,6 +89,9 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
     if record["curve"]:
         text = "Each round is kept only if the loss on held-out calibration data falls."
         found.append(shown("Search", text, pictures.learning_curve(record["curve"])))
+    if optimised := record.get("optimised"):
+        picture = pictures.epochs(optimised["curve"], optimised["metric"])
+        found.append(shown("Optimised", _optimised(optimised), picture))
     if layers := record["layers"]:
         text = "Share of the squared saliency that the mask keeps, layer by layer. Higher is better."
         found.append(shown("Kept saliency", text, maps.kept_saliency(layers)))
@@ -105,6 +108,17 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
         )
         found.append(shown("What the order changes", text, maps.sample(sample)))
     return found
+
+
+def _optimised(optimised: Mapping[str, Any]) -> str:
+    """What training after pruning brought."""
+    what = {"all": "the weights that are left", "norms": "norms, biases and the head", "head": "the head"}
+    after = with_error(optimised["after"], optimised["stderr"])
+    return (
+        f"Training {what[optimised['train']]} on {count(optimised['examples'], 'example')} after pruning: "
+        f"{optimised['metric']} {after} against {number(optimised['before'])} before, on {optimised['count']:,} "
+        f"{optimised['unit']} held out. The best epoch was kept; all else here was measured before."
+    )
 
 
 def _spaces(record: Mapping[str, Any]) -> list[tuple[str, ...]]:

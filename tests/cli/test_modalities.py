@@ -92,3 +92,14 @@ def test_a_probe_is_a_classifier_that_prunes(tiny_vit: Path, pictures: Path, tmp
 
 def test_data_that_has_no_default_is_asked_for(tiny_bert: Path) -> None:
     assert "no sentences to evaluate on by default" in fails("evaluate", tiny_bert)
+
+
+def test_finetune_says_what_it_brought_and_goes_on(tiny_bert: Path, sentences: Path, tmp_path: Path) -> None:
+    figures, out = tmp_path / "figures.json", tmp_path / "out"
+    options = ["--data", sentences, "--epochs", "1", "--train", "head", "--metric", "f1", "--json", figures]
+    code, stdout, _ = run("finetune", tiny_bert, *options, "--out", out)
+    assert code == 0 and stdout.startswith("F1 ") and "on 9 examples" in stdout and f"written to {out}" in stdout
+    assert json.loads(figures.read_text())["train"] == "head"
+    assert run("evaluate", out, "--data", sentences, "--metric", "matthews")[1].startswith("Matthews correlation ")
+    assert "exists already" in fails("finetune", tiny_bert, *options, "--out", out)
+    assert "choose one of accuracy, matthews, f1" in fails("evaluate", out, "--data", sentences, "--metric", "pearson")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.data import load_labelled_text
+from permprune.data import load_labelled_text, read_labelled_text
 from permprune.data.labels import Labels
 from permprune.errors import PermpruneError
 from permprune.model_io import read_model
@@ -70,6 +70,44 @@ def test_draws_are_deterministic_and_halves_apart(classifier: Classifier, tmp_pa
     assert ids("calibration") == ids("calibration") != ids("calibration", seed=1)
     assert not set(ids("calibration")) & set(ids("evaluation", seed=1))
     assert ids("calibration", shared=False) == ids("evaluation", shared=False)
+
+
+WORDS = {
+    "columns.jsonl": '{"word": "go", "sentence1": "we go", "sentence2": "it goes", "label": true}\n'
+    '{"word": "run", "sentence1": "they run", "sentence2": "a run", "label": false}\n',
+    "text.jsonl": '{"text": "Word: go. Sentence 1: we go Sentence 2: it goes", "label": 1}\n'
+    '{"text": "Word: run. Sentence 1: they run Sentence 2: a run", "label": 0}\n',
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_word_in_two_sentences_stands_before_both(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(WORDS[name])
+    found = read_labelled_text(tmp_path / name, "calibration")
+    assert found.texts == [["go: we go", "run: they run"], ["go: it goes", "run: a run"]]
+    assert found.classes() == (["False", "True"] if name == "columns.jsonl" else ["0", "1"])
+
+
+def test_scores_without_names_of_columns(tmp_path: Path) -> None:
+    file = tmp_path / "scores.tsv"
+    file.write_text("news\theadlines\t2012\t0001\t2.400\ta text\tone text\nnews\t-\t2012\t2\t5.000\ta b\tb\tlicence\n")
+    found = read_labelled_text(file, "calibration")
+    assert found.texts == [["a text", "a b"], ["one text", "b"]] and found.labels == ["2.400", "5.000"]
+    assert found.classes() is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["not_entailment", "entailment", "entailment"], ["entailment", "not_entailment"]),
+        (["10", "2", "1"], ["1", "2", "10"]),
+        (["1.0", "0.0"], ["0.0", "1.0"]),
+        (["1.0", "0.5"], None),
+    ],
+)
+def test_classes_are_sorted_and_scores_told_apart(tmp_path: Path, labels: list[str], classes: list[str] | None) -> None:
+    (tmp_path / "a.tsv").write_text("sentence\tlabel\n" + "".join(f"a text\t{label}\n" for label in labels))
+    assert read_labelled_text(tmp_path / "a.tsv", "calibration").classes() == classes
 
 
 def test_scores_are_real_numbers(classifier: Classifier, tmp_path: Path) -> None:

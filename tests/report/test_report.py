@@ -107,6 +107,20 @@ def test_the_page_states_the_decision_and_shows_five_pictures() -> None:
     assert "script" not in page.tags
 
 
+def test_the_page_shows_what_training_after_pruning_brought() -> None:
+    curve = [{"epoch": n, "loss": None, "value": value, "seconds": 9.0} for n, value in enumerate([0.8, 0.85, 0.84])]
+    optimised = {
+        "train": "norms", "examples": 1200, "metric": "top-1 accuracy", "before": 0.8, "after": 0.85, "stderr": 0.01,
+        "count": 872, "unit": "examples", "curve": curve,
+    }  # fmt: skip
+    page = Page(render(changed(optimised=optimised)))
+    assert "Training norms, biases and the head on 1,200 examples after pruning" in page.text
+    assert "top-1 accuracy 0.8500 ± 0.0100 against 0.8000 before, on 872 examples held out" in page.text
+    assert len(page.images) == 6
+    for picture in page.images:
+        assert_svg(picture)
+
+
 def test_the_page_lists_settings_versions_times_and_orders() -> None:
     text = Page(render(RECORD)).text
     for part in ("wanda", "2.13.0", "2.0 h", "8 min", "model.layers.0.mlp.down_proj.input", "model.norm.output"):

@@ -1,0 +1,199 @@
+"""What pruning and post-training optimisation leave of GLUE and SuperGLUE scores: a Markdown table.
+
+Each task's dense model is fine-tuned once for each seed on nine tenths of the training rows, of which the rest chooses
+the epoch, and kept in --work; so is every model pruned from it. "newton+finetune" prunes with newton and then trains
+what is left with the dense model as teacher. The search is calibrated on the training rows. All are measured on the
+task's development rows, which nothing else sees; a task that has no others gives a fifth of its rows to them. A task's
+score is the mean of its metrics, as in GLUE and SuperGLUE. RTE, whose rows are the same in both, is measured once.
+
+With --rows each figure is added to a file as soon as it is there, and what the file has is not measured again. With one
+seed the errors are those of the examples; with more, those of the mean over the seeds.
+
+python benchmarks/glue.py --data DATA --work WORK --rows glue.jsonl --tasks cb rte
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from permprune import Evaluation, Settings, prune_to_folder
+from permprune.checkpoint import write_whole
+from permprune.commands import evaluate
+from permprune.data import read_labelled_text
+from permprune.finetuning import FineTuning, finetune
+
+Row = dict[str, Any]
+
+FINETUNE = "+finetune"
+LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Task:
+    """Its files within --data, and its metrics; without training files a part of the others trains."""
+
+    train: tuple[str, ...]
+    dev: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+
+
+TASKS = {
+    "cola": Task(
+        ("glue/CoLA/in_domain_train.tsv",),
+        ("glue/CoLA/in_domain_dev.tsv", "glue/CoLA/out_of_domain_dev.tsv"),
+        ("matthews",),
+    ),
+    "sst2": Task(("glue/SST-2/train.tsv",), ("glue/SST-2/dev.tsv",)),
+    "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",)),
+    "stsb": Task(("glue/STS-B/train.tsv",), ("glue/STS-B/dev.tsv",), ("pearson", "spearman")),
+    "mnli": Task((), ("glue/MNLI/dev_matched.jsonl",)),
+    "boolq": Task((), ("superglue/BoolQ/val.jsonl",)),
+    "cb": Task(("superglue/CB/train.jsonl",), ("superglue/CB/val.jsonl",), ("accuracy", "f1")),
+    "wic": Task(
+        ("superglue/WiC/train_part1.reformatted.jsonl", "superglue/WiC/train_part2.reformatted.jsonl"),
+        ("superglue/WiC/val.jsonl",),
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the folders glue and superglue")
+    parser.add_argument("--work", type=Path, required=True, help="folder for splits and models")
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
+    parser.add_argument("--model", default="minilm-l6")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--methods", nargs="+", default=["dense", "none", "ria", "newton", f"newton{FINETUNE}"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--most", type=int, default=4000, help="training rows of a task")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows, 8 sentences each")
+    options = parser.parse_args()
+    known = [json.loads(line) for line in options.rows.open()] if options.rows and options.rows.exists() else []
+    table = []
+    for name in options.tasks:
+        for seed in options.seeds:
+            table += list(rows_of(options, name, seed, known))
+    print(markdown(table, options.methods))
+
+
+def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row]) -> Iterator[Row]:
+    """The row of each method: as the file has it, or measured and added to the file."""
+    for method in options.methods:
+        cell: Row = {"model": options.model, "task": name, "method": method, "seed": seed, "most": options.most}
+        if method != "dense":
+            cell |= {"pattern": options.pattern, "samples": options.samples}
+        row = next((row for row in known if all(row.get(key) == value for key, value in cell.items())), None)
+        if row is None:
+            began = time.process_time()
+            folder = model_folder(options, name, seed, method)
+            cost = round(time.process_time() - began)
+            row = cell | {"core_seconds": cost, "values": measure(folder, name, splits(options, name)[1])}
+            if options.rows:
+                with options.rows.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+        yield row
+
+
+def model_folder(options: argparse.Namespace, name: str, seed: int, method: str) -> Path:
+    """The folder of a model, which is made if there is none."""
+    train, dev = splits(options, name)
+    kind = "dense" if method == "dense" else f"{options.pattern.replace(':', '-')}-{options.samples}-{method}"
+    out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{seed}-{kind}"
+    if out.exists():
+        return out
+    tuning = FineTuning(str(train), length=LENGTH, metric=TASKS[name].metrics[0], seed=seed)
+    if method == "dense":
+        finetune(options.model, out, tuning)
+        return out
+    dense = str(model_folder(options, name, seed, "dense"))
+    if method.endswith(FINETUNE):
+        pruned = model_folder(options, name, seed, method.removesuffix(FINETUNE))
+        finetune(str(pruned), out, FineTuning(**{**vars(tuning), "teacher": dense}))
+        return out
+    settings = Settings(
+        pattern=options.pattern, calibration=str(train), samples=options.samples, length=LENGTH, seed=seed
+    )
+    prune_to_folder(dense, out, method, settings, Evaluation(str(dev), 1, LENGTH))
+    return out
+
+
+def splits(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
+    """The files of a task's rows to train on, at most --most drawn at random, and to measure on."""
+    folder = options.work / f"{name}-{options.most}"
+    train, dev = folder / "train.jsonl", folder / "dev.jsonl"
+    if not dev.exists():
+        rows = [list(read(options.data, files)) for files in (TASKS[name].train, TASKS[name].dev)]
+        mixed = rows[0] or rows[1]
+        mixed = [mixed[at] for at in torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0)).tolist()]
+        if not rows[0]:
+            rows[1], mixed = mixed[: len(mixed) // 5], mixed[len(mixed) // 5 :]
+        write(train, mixed[: options.most])
+        write(dev, rows[1])
+    return train, dev
+
+
+def read(data: Path, files: tuple[str, ...]) -> Iterator[Row]:
+    for file in files:
+        table = read_labelled_text(data / file, "calibration")
+        for *texts, label in zip(*table.texts, table.labels, strict=True):
+            names = ("sentence",) if len(texts) == 1 else ("sentence1", "sentence2")
+            yield {**dict(zip(names, texts, strict=True)), "label": label}
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def measure(folder: Path, name: str, dev: Path) -> dict[str, list[float | None]]:
+    """The value of each metric of a task, and its standard error."""
+    found = {}
+    for metric in TASKS[name].metrics:
+        result = evaluate(str(folder), Evaluation(str(dev), 10**6, LENGTH, metric=metric))
+        found[metric] = [result.value, result.stderr]
+    return found
+
+
+def score(row: Row) -> float:
+    return statistics.mean(value for value, _ in row["values"].values())
+
+
+def error(rows: list[Row]) -> float:
+    """The standard error of the mean over the seeds; of one seed that of its examples, as if its metrics agreed."""
+    if len(rows) > 1:
+        return statistics.stdev(map(score, rows)) / len(rows) ** 0.5
+    return statistics.mean(spread or 0.0 for _, spread in rows[0]["values"].values())
+
+
+def markdown(rows: list[Row], methods: list[str]) -> str:
+    """A line for each task and one for the mean over the tasks, in percent; a column for each method."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = {(task, method): [row for row in rows if (row["task"], row["method"]) == (task, method)] for task in tasks
+             for method in methods}  # fmt: skip
+    means = {cell: statistics.mean(map(score, found)) for cell, found in cells.items()}
+    errors = {cell: error(found) for cell, found in cells.items()}
+    lines = ["| task | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for task in tasks:
+        line = [f"{100 * means[task, method]:.1f} ± {100 * errors[task, method]:.1f}" for method in methods]
+        lines.append(f"| {task} ({', '.join(TASKS[task].metrics)}) | " + " | ".join(line) + " |")
+    average = {method: statistics.mean(means[task, method] for task in tasks) for method in methods}
+    spread = {method: sum(errors[task, method] ** 2 for task in tasks) ** 0.5 / len(tasks) for method in methods}
+    lines.append("| mean | " + " | ".join(f"{100 * average[m]:.1f} ± {100 * spread[m]:.1f}" for m in methods) + " |")
+    if "dense" in methods:
+        kept = [f"{100 * average[method] / average['dense']:.1f} %" for method in methods]
+        lines.append("| of the dense mean | " + " | ".join(kept) + " |")
+    costs = {method: sum(row["core_seconds"] for row in rows if row["method"] == method) for method in methods}
+    lines.append("| core-seconds, all seeds | " + " | ".join(str(costs[method]) for method in methods) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""`permprune finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from permprune.cli import common as cli
+from permprune.finetuning import FineTuning
+from permprune.finetuning import finetune as run
+from permprune.report import number, with_error
+from permprune.training import TRAINED
+
+
+@cli.command
+def finetune(
+    model: cli.Model,
+    out: Annotated[Path, typer.Option(help="folder for the trained model; must not exist yet")],
+    data: Annotated[
+        str | None, typer.Option(help="labelled sentences, text or images to train on, or a data set id")
+    ] = None,
+    dev: Annotated[str | None, typer.Option(help="data to measure epochs on; a tenth of --data if absent")] = None,
+    train: Annotated[str, typer.Option(help=f"one of {', '.join(TRAINED)}; norms: also biases and the head")] = "all",
+    teacher: Annotated[str | None, typer.Option(help="the dense model, to learn from what it says as well")] = None,
+    hidden: Annotated[
+        float, typer.Option(help="weight of the distance of the blocks' outputs to the teacher's, about 1e-5")
+    ] = FineTuning.hidden,
+    metric: cli.Metric = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="passes over the data, of which the best counts; 3, of small data up to 20")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="largest learning rate; 5e-5, of small models 1e-4, and 1e-3 for norms or head")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="examples in a step; 32, of windows of text 4")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens in an example; 128, of windows of text 512")] = None,
+    rows: Annotated[int | None, typer.Option(help="examples to draw; all, of windows of text 256")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+    json: cli.Json = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last epoch")] = False,
+) -> None:
+    """Train MODEL on labelled data or text; of a pruned folder only what is left, its zeros stay."""
+    options = FineTuning(data, dev, train, teacher, hidden, metric, epochs, lr, batch, length, rows, seed)
+    found = run(model, out, options, resume)
+    cli.write_figures(json, found)
+    after = with_error(found["after"], found["stderr"])
+    print(f"{found['metric']} {after} on {found['count']} {found['unit']}, {number(found['before'])} before training")
+    print(f"written to {out}")

@@ -1,0 +1,190 @@
+"""The job of `permprune finetune`: train a model on a task, or what pruning left of one, and write it to a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from permprune import parallel
+from permprune.checkpoint import Checkpoint, write_json
+from permprune.commands import BATCH, PROBE, answered, require_free, require_patterns, write_folder
+from permprune.coupling import discover, fold_all
+from permprune.data import WORTH, kind_of, load_examples, read_labelled_text
+from permprune.errors import PermpruneError
+from permprune.evaluate import Result, evaluate_model, knows_right, with_head
+from permprune.examples import Examples
+from permprune.losses import Objective
+from permprune.model_io import RECORD, read_model, read_record, write_weights
+from permprune.pipeline import short_inputs
+from permprune.processors import Processor
+from permprune.report import write_report
+from permprune.resources import keep_freed_memory
+from permprune.tasks import Task, choose_task, decodes, writes
+from permprune.training import Trainer, Training, masked, trained_weights
+
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000
+"""The share of the data on which epochs are measured where there is no data apart for it, and the most examples."""
+
+EVERYTHING = 1_000_000
+"""Examples to ask for where all are wanted."""
+
+STEPS, MOST_EPOCHS = 300, 20
+"""Small data is passed over more often, until there are so many steps, or epochs."""
+
+RATES = {"all": 5e-5, "norms": 1e-3, "head": 1e-3}
+SMALL, SMALL_RATE = 50_000_000, 1e-4
+"""Learning rates by what is trained, and that of all weights of a model with fewer than so many."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """What to train on, and how.
+
+    `data` is a source as those of `load_examples`, of which `rows` examples are drawn, or all; of a text windows, by
+    default 256. `dev` is the source to measure each epoch on; None holds out a tenth of the data, at most 1000
+    examples. `length` in tokens: of windows 512 by default, and at most that of other texts, 128. `train` is one of
+    `TRAINED`. With `teacher`, the name of the dense model, the KL divergence from what it says is added to the loss, of
+    scores the squared distance, and `hidden` times the distance of the blocks' outputs (`Objective`). `metric` as that
+    of `Evaluation`. `lr` is by default that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32,
+    of windows of text 4; there are 3 epochs by default, and more of small data.
+    """
+
+    data: str | None
+    dev: str | None = None
+    train: str = "all"
+    teacher: str | None = None
+    hidden: float = 0.0
+    metric: str | None = None
+    epochs: int | None = None
+    lr: float | None = None
+    batch: int | None = None
+    length: int | None = None
+    rows: int | None = None
+    seed: int = Training.seed
+
+    def training(self, model: PreTrainedModel, count: int) -> Training:
+        """That of a model on so many examples."""
+        batch = self.batch or BATCH * WORTH[kind_of(model)]
+        epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
+        small = self.train == "all" and model.num_parameters() < SMALL
+        return Training(epochs, self.lr or (SMALL_RATE if small else RATES[self.train]), batch, seed=self.seed)
+
+    def examples(self, model: PreTrainedModel, processor: Processor | None) -> tuple[Examples, Examples]:
+        """Those to train on and those to measure on."""
+        text = kind_of(model) == "text"
+        length = self.length or (512 if text else 128)
+        rows = self.rows or (256 if text else EVERYTHING)
+        shown = load_examples(self.data, model, processor, "calibration", rows, length, self.seed)
+        if self.dev is not None:
+            return shown, load_examples(self.dev, model, processor, "evaluation", EVERYTHING, length, 0)
+        held_out = min(max(1, round(HELD_OUT * len(shown))), MOST_HELD_OUT)
+        if len(shown) <= held_out:
+            raise PermpruneError(f"{len(shown)} example to train on: give more data")
+        dev, rest = shown.split([held_out, len(shown) - held_out])
+        return rest, dev
+
+
+def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) -> dict[str, Any]:
+    """Train a model, by name or folder, and write it to `out` as it was found: with its record if it was pruned.
+
+    A model without a head is given one for the labels of the data. What is zero in the layers of a pruned model stays
+    zero. While it runs the state lies in `out`.state; with `resume` the training goes on from there. Returns what was
+    measured: "metric", "before" and "after", its standard error "stderr", over "count" of "unit", and the "curve" of
+    the epochs. Raises `PermpruneError`.
+    """
+    require_free(out)
+    if parallel.world() > 1:
+        raise PermpruneError("finetune runs as one process: start it without torchrun")
+    keep_freed_memory()
+    state = out.with_name(out.name + ".state")
+    if not resume:
+        shutil.rmtree(state, ignore_errors=True)
+    model, processor, stored = read_model(name)
+    record = read_record(name) if (Path(name) / RECORD).exists() else None
+    if record is None:
+        model = _with_head(model, options)
+    examples, held_out = options.examples(model, processor)
+    batch = BATCH * WORTH[kind_of(model)]
+    if not knows_right(model, examples):
+        raise PermpruneError("nothing says what is right: give data with labels")
+    task = choose_task(model, examples, batch)
+    teacher = None if options.teacher is None else _teacher(options.teacher, model, record, examples, task)
+    objective = Objective() if teacher is None else Objective(divergence=1.0, distillation=options.hidden)
+
+    def measure() -> Result:
+        return evaluate_model(model, held_out, None, None, batch, options.metric)[0]
+
+    trainer = Trainer(
+        model,
+        trained_weights(model, options.train),
+        task,
+        objective,
+        measure,
+        options.training(model, len(examples)),
+        Checkpoint(state, {"model": name, **dataclasses.asdict(options)}),
+        teacher,
+    )
+    with masked(model, [row["name"] for row in record["layers"]] if record else []):
+        curve = trainer.fit(examples)
+    result = measure()
+    found = {
+        **dataclasses.asdict(options),
+        **dataclasses.asdict(trainer.training),
+        "examples": len(examples),
+        "metric": result.metric,
+        "before": curve[0].value,
+        "after": result.value,
+        "stderr": result.stderr,
+        "count": result.count,
+        "unit": result.unit,
+        "seconds": curve[-1].seconds,
+        "curve": [dataclasses.asdict(epoch) for epoch in curve],
+    }
+
+    def write(folder: Path) -> None:
+        if record is not None:
+            require_patterns(model, record)
+            save_file(answered(model, load_file(Path(name) / PROBE)), folder / PROBE)
+            optimised = {**record, "optimised": found}
+            write_json(folder / RECORD, optimised)
+            write_report(optimised, folder / "report.html")
+        model.to(stored)  # type: ignore[arg-type]
+        write_weights(model, processor, bool(record and record["gathers"]), folder)
+
+    write_folder(out, write)
+    shutil.rmtree(state)
+    return found
+
+
+def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
+    """An encoder with a new head for the labels of the data; any other model as it is."""
+    if kind_of(model) != "text" or writes(model) or decodes(model) or options.data is None:
+        return model
+    classes = read_labelled_text(options.data, "calibration").classes()
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        return with_head(model, classes or ["score"])
+
+
+@torch.no_grad()
+def _teacher(
+    name: str, model: PreTrainedModel, record: dict[str, Any] | None, examples: Examples, task: Task
+) -> PreTrainedModel:
+    """The dense model, its channels in the order in which those of the pruned one are stored.
+
+    Raises `PermpruneError` where it says other things than the model.
+    """
+    teacher, _, _ = read_model(name)
+    part = examples[:1].trimmed()
+    own, taught = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
+    if own != taught:
+        raise PermpruneError(f"{name} gives {taught[-1]} numbers where the model gives {own[-1]}: give its dense model")
+    if tables := {space: torch.tensor(table) for space, table in (record or {}).get("permutations", {}).items()}:
+        fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))
+    return teacher

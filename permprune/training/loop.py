@@ -1,0 +1,179 @@
+"""The loop: epochs over examples, measured after each, of which the best one counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from permprune.checkpoint import Checkpoint
+from permprune.errors import PermpruneError
+from permprune.evaluate import Result
+from permprune.evaluate.result import higher_is_better
+from permprune.examples import Examples, by_length
+from permprune.losses import Objective, fast_dtype
+from permprune.progress import log, track
+from permprune.tasks import Task
+
+STATE = "training"
+"""The name of the state that is kept."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to train: AdamW, its rate rising linearly over the share `warmup` of the steps, and then falling to 0.
+
+    `batch` examples make a step. `decay` is that of weights of two dimensions or more, `clip` the largest norm of a
+    step's gradient. The same `seed` gives the same weights.
+    """
+
+    epochs: int = 3
+    rate: float = 5e-5
+    batch: int = 32
+    warmup: float = 0.1
+    decay: float = 0.01
+    clip: float = 1.0
+    seed: int = 0
+
+    def rate_at(self, step: int, steps: int) -> float:
+        """The rate of a step, the first being 0, of so many."""
+        rising = max(1, round(self.warmup * steps))
+        return self.rate * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """After so many epochs: the mean loss of the last (None before the first), what was measured, seconds in all."""
+
+    epoch: int
+    loss: float | None
+    value: float
+    seconds: float
+
+
+@dataclass
+class Trainer:
+    """Trains `weights` of a model on what `objective` makes of `task`, and leaves it at its best epoch.
+
+    `teacher` is the dense model that the objective may ask. `measure` says how good the model is, before and after
+    each epoch; of equal ones the later is the better. `checkpoint` keeps the state after each epoch, from which an
+    interrupted run goes on.
+    """
+
+    model: nn.Module
+    weights: Mapping[str, nn.Parameter]
+    task: Task
+    objective: Objective
+    measure: Callable[[], Result]
+    training: Training
+    checkpoint: Checkpoint
+    teacher: nn.Module | None = None
+    curve: list[Epoch] = field(default_factory=list)
+
+    def fit(self, examples: Examples) -> list[Epoch]:
+        """Train on all epochs that are left. Raises `PermpruneError` when a loss is not finite."""
+        self.optimizer = self._optimizer()
+        self.best: dict[str, Tensor] = {}
+        self.best_value = 0.0
+        if not self._resume():
+            self._add(0, None, 0.0)
+        for number in range(len(self.curve), self.training.epochs + 1):
+            started = time.monotonic()
+            with self._training():
+                loss = self._epoch(examples, number)
+            self._add(number, loss, self.curve[-1].seconds + time.monotonic() - started)
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.best[name])
+        return self.curve
+
+    def _epoch(self, examples: Examples, number: int) -> float:
+        """One pass over the examples; returns the mean loss."""
+        seed = (self.training.seed * 2**20 + number) % 2**63
+        torch.manual_seed(seed)
+        batches = by_length(examples, self.training.batch, torch.Generator().manual_seed(seed))
+        total, count = 0.0, 0
+        for place, at in enumerate(track(batches, f"epoch {number}")):
+            step = (number - 1) * len(batches) + place
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.training.rate_at(step, self.training.epochs * len(batches))
+            loss, terms = self._loss(examples[at].trimmed())
+            if not torch.isfinite(loss):
+                raise PermpruneError(f"the loss is not finite in epoch {number}: give a smaller --lr")
+            (loss / terms).backward()
+            torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.training.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            total, count = total + float(loss.detach()), count + terms
+        return total / count
+
+    def _loss(self, part: Examples) -> tuple[Tensor, int]:
+        """(loss with its graph, number of terms) of a batch."""
+        device = next(iter(self.weights.values())).device
+        part, dtype = part.to(device), fast_dtype(device)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            taught = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.objective.teach(self.teacher, part, self.task)
+            return self.objective(self.model, part, self.task, taught)
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Inside the weights ask for gradients, and they alone; dropout is on, and randomness the epoch's own."""
+        wanted = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False).train()
+        for weight in self.weights.values():
+            weight.requires_grad_(True)
+        try:
+            with torch.random.fork_rng():
+                yield
+        finally:
+            self.model.requires_grad_(False).eval()
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        flat = [weight for weight in self.weights.values() if weight.dim() < 2]
+        rest = [weight for weight in self.weights.values() if weight.dim() > 1]
+        groups = [{"params": rest, "weight_decay": self.training.decay}, {"params": flat, "weight_decay": 0.0}]
+        return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+
+    def _add(self, number: int, loss: float | None, seconds: float) -> None:
+        """Measure the model, and keep where it is."""
+        result = self.measure()
+        sign = 1 if higher_is_better(result.metric) else -1
+        if not self.best or sign * result.value >= sign * self.best_value:
+            self.best_value = result.value
+            self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.curve.append(Epoch(number, loss, result.value, seconds))
+        log.info("epoch %d: %s %.4g after %.0f s", number, result.metric, result.value, seconds)
+        state = {f"now {name}": weight.detach() for name, weight in self.weights.items()}
+        state |= {f"best {name}": weight for name, weight in self.best.items()}
+        for name, weight in self.weights.items():
+            state |= {f"{key} {name}": value for key, value in self.optimizer.state[weight].items()}
+        self.checkpoint.save(STATE, state, {"curve": [asdict(epoch) for epoch in self.curve], "best": self.best_value})
+
+    def _resume(self) -> bool:
+        """Go on from the state on disk; whether there is one."""
+        if (found := self.checkpoint.load(STATE)) is None:
+            return False
+        tensors, values = found
+        self.curve, self.best_value = [Epoch(**epoch) for epoch in values["curve"]], values["best"]
+        state: dict[str, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(" ")
+            state.setdefault(kind, {})[name] = tensor.to(self.weights[name].device)
+        self.best = state.pop("best")
+        with torch.no_grad():
+            for name, tensor in state.pop("now").items():
+                self.weights[name].copy_(tensor)
+        for kind, own in state.items():
+            for name, tensor in own.items():
+                self.optimizer.state[self.weights[name]][kind] = tensor
+        return True
