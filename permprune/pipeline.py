@@ -34,7 +34,7 @@ from permprune.saliency import Saliency, saliency
 from permprune.sample import sample
 from permprune.tasks import choose_task, model_inputs
 from permprune.transcripts import lacks_text, transcribed
-from permprune.updates import update
+from permprune.updates import update, update_network
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,10 +54,9 @@ class Settings:
     counted. `precision`: of activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one
     calibration pass; `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search
     after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights
-    at the orders found; it chooses masks of its own, so that the saliency has its say in the search alone. `batch`:
-    calibration examples that pass through the model at a time. `recompute`: run each block again in the backward pass
-    instead of keeping its activations. `shared`: the evaluation comes from the same images, speech or sentences, of
-    which each gets half.
+    at the orders found, as far as the held-out examples like it (`update_network`). `batch`: calibration examples that
+    pass through the model at a time. `recompute`: run each block again in the backward pass instead of keeping its
+    activations. `shared`: the evaluation comes from the same images, speech or sentences, of which each gets half.
     """
 
     pattern: str = "2:4"
@@ -212,7 +211,7 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, se
 
 def update_weights(prepared: Prepared) -> None:
     """Update the weights at the orders the network shows, as the settings say. Raises `PermpruneError`."""
-    update(prepared.settings.update).run(prepared.network, prepared.measured)
+    update_network(update(prepared.settings.update), prepared.network, prepared.measured, prepared.run.held_out)
 
 
 def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]) -> Pruned:

@@ -3,6 +3,7 @@
 from permprune.errors import PermpruneError
 from permprune.updates.base import LayerUpdate, Update
 from permprune.updates.none import NoUpdate
+from permprune.updates.share import update_network
 from permprune.updates.sparsegpt import SparseGPT
 
 UPDATES: dict[str, type[Update]] = {method.name: method for method in (NoUpdate, SparseGPT)}
@@ -17,4 +18,4 @@ def update(name: str | Update) -> Update:
     return UPDATES[name]()
 
 
-__all__ = ["UPDATES", "LayerUpdate", "NoUpdate", "SparseGPT", "Update", "update"]
+__all__ = ["UPDATES", "LayerUpdate", "NoUpdate", "SparseGPT", "Update", "update", "update_network"]

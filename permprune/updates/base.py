@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,10 +27,11 @@ class Update(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def run(self, network: PrunedNetwork, examples: Examples) -> None:
+    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
         """Make the network show updated weights, N:M in stored order, until orders are next set.
 
-        `examples` are those of the calibration. Raises `PermpruneError` where there is no update.
+        `examples` are those of the calibration. `masks` are bool (rows, channels) by layer, in the network's own order,
+        of the weights to keep; without them the update may choose. Raises `PermpruneError` where there is no update.
         """
 
 
@@ -42,16 +44,19 @@ class LayerUpdate(Update):
     """
 
     @abstractmethod
-    def apply(self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
+    def apply(
+        self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern, mask: Tensor | None = None
+    ) -> Tensor:
         """Prune one layer.
 
         `weight` is fp32 (rows, channels), `moments` H of its inputs, fp32 (channels, channels), `order` int64
-        (channels,): the columns in stored order, in which groups of m neighbours follow the pattern. Returns fp32
-        (rows, channels) in the order of `weight`, which stays as it is. Raises `PermpruneError` where H does not do.
+        (channels,): the columns in stored order, in which groups of m neighbours follow the pattern; `mask`, if given,
+        bool (rows, channels), the weights to keep. Returns fp32 (rows, channels) in the order of `weight`, which stays
+        as it is. Raises `PermpruneError` where H does not do.
         """
 
     @torch.no_grad()
-    def run(self, network: PrunedNetwork, examples: Examples) -> None:
+    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
         """One forward pass over all examples in one batch, which stops ahead of each block until that is updated."""
         waiting = _layers_by_block(network)
         columns = network.stored_columns()
@@ -65,7 +70,11 @@ class LayerUpdate(Update):
             with input_moments({network.sites[layer.name]: layer for layer in layers}) as moments:
                 block.forward(*args, **kwargs)  # not a call, which would come back here
             with torch.autocast(examples.device.type, enabled=False):
-                network.show({layer.name: self._layer(network, layer.name, moments, columns) for layer in layers})
+                updated = {}
+                for layer in layers:
+                    mask = None if masks is None else masks[layer.name]
+                    updated[layer.name] = self._layer(network, layer.name, moments, columns[layer.name], mask)
+                network.show(updated)
             if not waiting:
                 raise _AllUpdated
 
@@ -79,11 +88,11 @@ class LayerUpdate(Update):
                 handle.remove()
 
     def _layer(
-        self, network: PrunedNetwork, name: str, moments: dict[str, Tensor], columns: dict[str, Tensor]
+        self, network: PrunedNetwork, name: str, moments: dict[str, Tensor], order: Tensor, mask: Tensor | None
     ) -> Tensor:
         weight, inputs = network.dense[name].float(), moments[network.sites[name]]
         try:
-            return self.apply(weight, inputs, columns[name], network.patterns[name])
+            return self.apply(weight, inputs, order, network.patterns[name], mask)
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
 

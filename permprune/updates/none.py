@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
+
+from torch import Tensor
 
 from permprune.examples import Examples
 from permprune.network import PrunedNetwork
@@ -16,5 +19,5 @@ class NoUpdate(Update):
 
     name: ClassVar[str] = "none"
 
-    def run(self, network: PrunedNetwork, examples: Examples) -> None:
+    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
         """Leave the network as it is."""

@@ -18,40 +18,44 @@ class SparseGPT(LayerUpdate):
     """Optimal Brain Surgeon, column by column (Frantar & Alistarh 2023, arXiv 2301.00774, section 3).
 
     The sweep meets the columns in stored order. At each group it keeps the weights of a row that cost the most to
-    lose, w^2 / [(H_F)^-1]_jj, F being the columns from j on; the error of each weight it prunes is made up for by the
-    columns not yet met. `damping` is added to the diagonal of H, in units of its mean. `block` columns at a time, or
-    the most whole groups in as many, are finished before the columns behind them are touched.
-    A channel that is always zero is pruned before any other.
+    lose, w^2 / [(H_F)^-1]_jj, F being the columns from j on, or those of a mask that it is given; the error of each
+    weight it prunes is made up for by the columns not yet met. `damping` is added to the diagonal of H, in units of its
+    mean. `block` columns at a time, or the most whole groups in as many, are finished before the columns behind them
+    are touched. A channel that is always zero is pruned before any other.
     """
 
     name: ClassVar[str] = "sparsegpt"
     damping: float = 0.01
     block: int = 128
 
-    def apply(self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
+    def apply(
+        self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern, mask: Tensor | None = None
+    ) -> Tensor:
         pattern.require_divisible(weight.shape[1], "a weight matrix")
         order = order.to(weight.device)
         factor = inverse_factor(moments[order][:, order], self.damping)
         factor.diagonal().masked_fill_(moments.diagonal()[order] == 0, torch.inf)  # nothing is lost there
         columns = weight.T[order].contiguous()  # a row of memory for each column
+        keep = None if mask is None else mask.T[order]
         width = max(1, self.block // pattern.m) * pattern.m
         for start in range(0, len(columns), width):
             stop = min(start + width, len(columns))
-            errors = _sweep(columns[start:stop], factor[start:stop, start:stop], pattern)
+            own = None if keep is None else keep[start:stop]
+            errors = _sweep(columns[start:stop], factor[start:stop, start:stop], pattern, own)
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         pruned = torch.empty_like(weight)
         pruned[:, order] = columns.T
         return pruned
 
 
-def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
+def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern, mask: Tensor | None) -> Tensor:
     """Prune (k, rows) columns in place, group by group; returns what each owes to those behind it, (k, rows)."""
     errors = torch.zeros_like(columns)
     scale = factor.diagonal()[:, None]
     for start in range(0, len(columns), pattern.m):
         stop = start + pattern.m
         group = columns[start:stop]
-        keep = pattern.mask_groups(group.abs() / scale[start:stop], 0)
+        keep = pattern.mask_groups(group.abs() / scale[start:stop], 0) if mask is None else mask[start:stop]
         for i in range(pattern.m):
             own, dropped = start + i, ~keep[i]
             torch.mul(group[i] / scale[own], dropped, out=errors[own])

@@ -1,0 +1,88 @@
+"""Which of the choices of an update is taken."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from permprune.examples import Examples
+from permprune.losses import Objective
+from permprune.network import PrunedNetwork
+from permprune.permuters import Random
+from permprune.pipeline import Prepared, Settings, prepare
+from permprune.updates import NoUpdate, SparseGPT, Update, update_network
+from permprune.updates.share import SHARES
+
+WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
+
+
+class Towards(Update):
+    """Goes from the masked weights to `target` times them; with masks of its own all weights are zero."""
+
+    name = "towards"
+
+    def __init__(self, target: float) -> None:
+        object.__setattr__(self, "target", target)
+
+    def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
+        factor = 0.0 if masks is None else self.target
+        network.show({name: factor * weight * network.masks[name] for name, weight in network.dense.items()})
+
+
+def ready(model: LlamaForCausalLM) -> Prepared:
+    prepared = prepare(model, None, Settings(precision="fp32"), WINDOWS)
+    Random().solve(prepared.network, prepared.run)
+    return prepared
+
+
+def shown(network: PrunedNetwork) -> dict[str, Tensor]:
+    return {name: layer.weight.clone() for name, layer in network.layers.items()}
+
+
+def test_the_choice_with_the_least_held_out_loss_is_taken(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    network, held_out, target = prepared.network, prepared.run.held_out, 1.5
+    masked = {name: weight * network.masks[name] for name, weight in network.dense.items()}
+    losses = {}
+    for factor in (0.0, 1.0, *(1 + share * (target - 1) for share in SHARES)):
+        network.show({name: factor * weight for name, weight in masked.items()})
+        losses[factor] = network.loss(held_out, Objective())
+    update_network(Towards(target), network, prepared.measured, held_out)
+    best = min(losses, key=losses.__getitem__)
+    for name, weight in shown(network).items():
+        torch.testing.assert_close(weight, best * masked[name])
+
+
+@pytest.mark.parametrize("target", [float("nan"), -50.0])
+def test_an_update_that_only_harms_is_left(tiny_llama: LlamaForCausalLM, target: float) -> None:
+    prepared = ready(tiny_llama)
+    network = prepared.network
+    with torch.no_grad():  # so that zero weights are no good either
+        tiny_llama.lm_head.weight.mul_(0.0)
+    update_network(Towards(target), network, prepared.measured, prepared.run.held_out)
+    for name, weight in shown(network).items():
+        assert torch.equal(weight, network.dense[name] * network.masks[name])
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_what_is_taken_holds_the_pattern_and_lasts_until_orders_are_set(
+    tiny_llama: LlamaForCausalLM, mode: str
+) -> None:
+    prepared = prepare(tiny_llama, None, Settings(precision="fp32", mode=mode), WINDOWS)
+    network = prepared.network
+    Random().solve(network, prepared.run)
+    before = network.loss(prepared.run.held_out, Objective())
+    update_network(SparseGPT(), network, prepared.measured, prepared.run.held_out)
+    assert network.loss(prepared.run.held_out, Objective()) <= before
+    columns = network.stored_columns()
+    assert all(network.patterns[name].holds(weight[:, columns[name]]) for name, weight in shown(network).items())
+    network.set_orders({})
+    assert network.loss(prepared.run.held_out, Objective()) == before
+
+
+def test_no_update_measures_nothing(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = ready(tiny_llama)
+    monkeypatch.setattr(PrunedNetwork, "loss", None)
+    update_network(NoUpdate(), prepared.network, prepared.measured, prepared.run.held_out)
