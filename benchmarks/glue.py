@@ -163,14 +163,14 @@ def measure(folder: Path, name: str, dev: Path) -> dict[str, list[float | None]]
 
 
 def score(row: Row) -> float:
-    return statistics.mean(value for value, _ in row["values"].values())
+    return float(statistics.mean(value for value, _ in row["values"].values()))
 
 
 def error(rows: list[Row]) -> float:
     """The standard error of the mean over the seeds; of one seed that of its examples, as if its metrics agreed."""
     if len(rows) > 1:
-        return statistics.stdev(map(score, rows)) / len(rows) ** 0.5
-    return statistics.mean(spread or 0.0 for _, spread in rows[0]["values"].values())
+        return float(statistics.stdev(map(score, rows)) / len(rows) ** 0.5)
+    return float(statistics.mean(spread or 0.0 for _, spread in rows[0]["values"].values()))
 
 
 def markdown(rows: list[Row], methods: list[str]) -> str:

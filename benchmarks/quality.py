@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from permprune import Settings, parallel, read_model
-from permprune.commands import Evaluation, Meter
 from permprune.permuters import Permuter, permuter
 from permprune.pipeline import gap_closed, prepare, update_weights
 from permprune.progress import log
 from permprune.resources import peak_memory_mb, reset_peak_memory
+from permprune.trials import Evaluation, Meter
 
 Row = dict[str, Any]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality import search, text_name
+from quality import data_name, search
 
 from permprune import Result, Settings, TaskList, read_model
 from permprune.evaluate.lm_tasks import average
@@ -49,7 +49,7 @@ def main() -> None:
 def rows_of(options: argparse.Namespace, known: list[Row]) -> list[Row]:
     """A row for each method and task: those known, and the others measured and added to the file."""
     fields = ("model", "pattern", "saliency", "update", "mode", "seed", "limit", "few_shot")
-    cell = {name: getattr(options, name) for name in fields} | {"calibration": text_name(options.calibration)}
+    cell = {name: getattr(options, name) for name in fields} | {"calibration": data_name(options.calibration)}
     rows = [row for row in known if all(row[key] == value for key, value in cell.items())]
     wanted = [(method, task) for method in ("dense", "none", *options.methods) for task in options.tasks]
     have = {(row["method"], row["task"]) for row in rows}

@@ -1,6 +1,6 @@
 """permprune learns channel permutations so that N:M pruning of a Transformer loses less."""
 
-from permprune.commands import Evaluation, compare, evaluate, prune_to_folder, verify_folder
+from permprune.commands import compare, evaluate, prune_to_folder, verify_folder
 from permprune.coupling import discover, fold, fold_all
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, TaskList, evaluate_model, evaluate_tasks, fit_probe, perplexity
@@ -20,6 +20,7 @@ from permprune.permuters import (
 from permprune.pipeline import Pruned, Settings, prune
 from permprune.saliency import OBS, RIA, Magnitude, Saliency, Wanda
 from permprune.sweep import sweep
+from permprune.trials import Evaluation
 from permprune.updates import SparseGPT, Update
 
 __all__ = [

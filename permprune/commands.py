@@ -14,20 +14,18 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.checkpoint import write_json
 from permprune.coupling.trace import forward_arguments, main_outputs
 from permprune.data import WORTH, kind_of, load_examples
 from permprune.errors import PermpruneError
-from permprune.evaluate import Result, ask, evaluate_model, fit_probe, knows_right, perplexity, with_head
-from permprune.evaluate.lm_tasks import TaskList, task_figures
-from permprune.examples import Examples
+from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity, with_head
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.offload import read_offloaded, write_offloaded
 from permprune.pattern import Pattern
-from permprune.permuters import LocalPermuter, Permuter, Run, Solution, permuter
+from permprune.permuters import LocalPermuter, Permuter, permuter
 from permprune.pipeline import (
     Plan,
     Pruned,
@@ -40,12 +38,10 @@ from permprune.pipeline import (
     short_inputs,
     update_weights,
 )
-from permprune.processors import Processor, tokenizer_of
-from permprune.progress import log
 from permprune.report import write_report
 from permprune.resources import compute_device, peak_memory_mb, reset_peak_memory
 from permprune.streaming import DECIDED, NATURAL, Stream, exceeds_memory
-from permprune.tasks import decodes
+from permprune.trials import ANSWERED_ONCE, BATCH, Evaluation, Meter, Trials, transcriber
 from permprune.zoo.models import MODELS
 
 PROBE = "probe.safetensors"
@@ -54,109 +50,7 @@ PROBE = "probe.safetensors"
 ANSWER = "answer"
 """The name of what was said among the tensors of the probe."""
 
-ANSWERED_ONCE = 32
-"""Images or sentences to evaluate on for each window of text: they have one answer each, which says little."""
-
-BATCH = 4
-"""Windows of text to evaluate at a time, or as many examples as are asked for in their place."""
-
 VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Data to measure on: a source (None: the default data of the model's kind), and how much of it.
-
-    `windows` are those of text, of `length` tokens; of images and sentences 32 examples stand for each. With `shared`
-    it is the calibration's source as well. `metric` is one of `METRICS`, or accuracy; None: the one that suits. `tasks`
-    are measured besides, where methods are compared.
-    """
-
-    source: str | None = None
-    windows: int = 24
-    length: int = 512
-    shared: bool = False
-    metric: str | None = None
-    tasks: TaskList | None = None
-
-    @classmethod
-    def beside(
-        cls,
-        settings: Settings,
-        source: str | None,
-        windows: int,
-        metric: str | None = None,
-        tasks: TaskList | None = None,
-    ) -> tuple[Settings, Evaluation]:
-        """The settings and the evaluation of a run, which share a source if they name the same one."""
-        shared = source is not None and source == settings.calibration
-        evaluation = cls(source, windows, settings.length, shared, metric, tasks)
-        return dataclasses.replace(settings, shared=shared), evaluation
-
-    def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
-        count = self.windows * (ANSWERED_ONCE if WORTH[kind_of(model)] > 1 else 1)
-        return load_examples(self.source, model, processor, "evaluation", count, self.length, None, self.shared)
-
-
-class Meter:
-    """Measures a model on examples, by the metric that suits both; made while the model shows its dense weights.
-
-    Where nobody knows what is right, the dense model is asked.
-    """
-
-    def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
-        self.model, self.examples = model, evaluation.examples(model, processor)
-        self.tokenizer = _transcriber(model, processor)
-        self.answers = None if knows_right(model, self.examples) else ask(model, self.examples)
-        self.batch, self.metric = BATCH * WORTH[kind_of(model)], evaluation.metric
-
-    def __call__(self) -> Result:
-        return evaluate_model(self.model, self.examples, self.tokenizer, self.answers, self.batch, self.metric)[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """What a method found, what the model scores with it, and the peak memory of the process meanwhile (MiB).
-
-    `tasks` are its scores on tasks, if any were asked for.
-    """
-
-    solution: Solution
-    result: Result
-    peak_memory_mb: float
-    tasks: Sequence[Result] = ()
-
-    def row(self, label: str) -> dict[str, Any]:
-        cost = {"seconds": self.solution.seconds, "peak_memory_mb": self.peak_memory_mb}
-        return {"method": label, self.result.metric: self.result.value, **cost, **task_figures(self.tasks)}
-
-
-class Trials:
-    """One model, read and calibrated, on which one method is tried after the other; `dense` is how it began."""
-
-    def __init__(self, name: str, settings: Settings, evaluation: Evaluation, partial: Path | None = None) -> None:
-        self.tasks = evaluation.tasks.load() if evaluation.tasks else None
-        reset_peak_memory()
-        model, self.processor, _ = read_model(name)
-        self.prepared = prepare(model, self.processor, settings, partial=partial)
-        with self.prepared.network.dense_weights():
-            self.measure = Meter(model, self.processor, evaluation)
-            self.dense = self._trial(Solution({}, 0.0))
-
-    def run(self, method: Permuter, run: Run | None = None) -> Trial:
-        """Try a method, with the budget, seed and data of `run` if given."""
-        reset_peak_memory()
-        solution = method.solve(self.prepared.network, run or self.prepared.run)
-        update_weights(self.prepared)
-        trial = self._trial(solution)
-        metric, value = trial.result.metric, trial.result.value
-        log.info("%s: %s %.4g after %.0f s", method.name, metric, value, solution.seconds)
-        return trial
-
-    def _trial(self, solution: Solution) -> Trial:
-        """Measure the weights that the model shows."""
-        result, peak = self.measure(), peak_memory_mb()
-        return Trial(solution, result, peak, self.tasks(self.prepared.model, self.processor) if self.tasks else ())
 
 
 def evaluate(name: str, evaluation: Evaluation) -> Result:
@@ -165,13 +59,8 @@ def evaluate(name: str, evaluation: Evaluation) -> Result:
     Raises `PermpruneError` for examples that do not say what is right.
     """
     model, processor, _ = read_model(name)
-    examples, tokenizer = evaluation.examples(model, processor), _transcriber(model, processor)
+    examples, tokenizer = evaluation.examples(model, processor), transcriber(model, processor)
     return evaluate_model(model, examples, tokenizer, None, BATCH * WORTH[kind_of(model)], evaluation.metric)[0]
-
-
-def _transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that reads what a model writes of speech; None for other models."""
-    return tokenizer_of(processor) if kind_of(model) == "speech" and decodes(model) else None
 
 
 def probe(name: str, out: Path, classes: Sequence[str], source: str | None, windows: int) -> Result:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.checkpoint import Checkpoint, write_json
-from permprune.commands import BATCH, PROBE, answered, require_free, require_patterns, write_folder
+from permprune.commands import PROBE, answered, require_free, require_patterns, write_folder
 from permprune.coupling import discover, fold_all
 from permprune.data import WORTH, kind_of, load_examples, read_labelled_text
 from permprune.errors import PermpruneError
@@ -27,6 +27,7 @@ from permprune.report import write_report
 from permprune.resources import keep_freed_memory
 from permprune.tasks import Task, choose_task, decodes, writes
 from permprune.training import Trainer, Training, masked, trained_weights
+from permprune.trials import BATCH
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 """The share of the data on which epochs are measured where there is no data apart for it, and the most examples."""

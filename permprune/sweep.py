@@ -22,7 +22,7 @@ import torch
 
 from permprune import parallel
 from permprune.checkpoint import Checkpoint, write_json
-from permprune.commands import Evaluation, Trials, note, require_free
+from permprune.commands import note, require_free
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import higher_is_better
 from permprune.footprint import model_bytes
@@ -33,6 +33,7 @@ from permprune.permuters import LocalPermuter, permuter
 from permprune.pipeline import Settings, gap_closed
 from permprune.progress import console, log, track
 from permprune.report import write_sweep
+from permprune.trials import Evaluation, Trials
 
 Row = dict[str, Any]
 

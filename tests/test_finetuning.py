@@ -9,13 +9,14 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from permprune.commands import Evaluation, prune_to_folder, verify_folder
+from permprune.commands import prune_to_folder, verify_folder
 from permprune.errors import PermpruneError
 from permprune.finetuning import FineTuning, _teacher, finetune
 from permprune.losses import block_outputs
 from permprune.model_io import load, read_model
 from permprune.pipeline import Settings
 from permprune.tasks import labelled
+from permprune.trials import Evaluation
 
 
 def table(path: Path, scores: bool = False) -> Path:

@@ -17,12 +17,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from permprune.commands import Evaluation, prune_to_folder, verify_folder
+from permprune.commands import prune_to_folder, verify_folder
 from permprune.errors import PermpruneError
 from permprune.model_io import GATHERED, load, read_record
 from permprune.permuters import PERMUTERS, permuter
 from permprune.pipeline import Settings
 from permprune.streaming import exceeds_memory
+from permprune.trials import Evaluation
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "num_attention_heads": 4}
 LIMIT = 2**20

@@ -9,11 +9,11 @@ import pytest
 
 from permprune import Evaluation, compare
 from permprune import sweep as run_sweep
-from permprune.commands import Trials
 from permprune.errors import PermpruneError
 from permprune.permuters import PERMUTERS
 from permprune.pipeline import Settings
 from permprune.sweep import Cell, pareto, plan_cells
+from permprune.trials import Trials
 
 Figures = dict[str, Any]
 
@@ -150,7 +150,7 @@ def test_a_cell_that_is_not_finite_is_a_row_like_others(
 
     measured = iter([10.0, math.inf, 12.0])
     monkeypatch.setattr(
-        "permprune.commands.Meter.__call__", lambda self: Result("t", "perplexity", next(measured), 60, unit="tokens")
+        "permprune.trials.Meter.__call__", lambda self: Result("t", "perplexity", next(measured), 60, unit="tokens")
     )
     name, settings, evaluation = setting
     figures = run_sweep(name, tmp_path / "out", ["2:4"], ["ria"], [], settings, evaluation)

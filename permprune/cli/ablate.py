@@ -9,8 +9,9 @@ import typer
 from permprune.ablation import variants
 from permprune.cli import common as cli
 from permprune.cli.compare import comparison_table
-from permprune.commands import Evaluation, compare
+from permprune.commands import compare
 from permprune.pipeline import Settings
+from permprune.trials import Evaluation
 
 
 @cli.command

@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 
 from permprune.cli import common as cli
-from permprune.commands import Evaluation
 from permprune.commands import compare as run
 from permprune.pipeline import Settings
 from permprune.report import comparison_title, number, with_error, write_comparison
+from permprune.trials import Evaluation
 
 
 @cli.command

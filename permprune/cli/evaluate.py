@@ -9,10 +9,10 @@ import typer
 from rich.table import Table
 
 from permprune.cli import common as cli
-from permprune.commands import Evaluation
 from permprune.commands import evaluate as run
 from permprune.evaluate import Result, evaluate_tasks
 from permprune.report import number, with_error
+from permprune.trials import Evaluation
 
 
 @cli.command

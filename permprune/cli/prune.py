@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.commands import Evaluation, prune_to_folder
+from permprune.commands import prune_to_folder
 from permprune.pipeline import Settings
 from permprune.report import decision
+from permprune.trials import Evaluation
 
 
 @cli.command

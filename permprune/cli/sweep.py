@@ -10,11 +10,11 @@ import typer
 from rich.table import Table
 
 from permprune.cli import common as cli
-from permprune.commands import Evaluation
 from permprune.errors import PermpruneError
 from permprune.pipeline import Settings
 from permprune.report import duration, fine_percent, number, percent, sweep_decision, with_error
 from permprune.sweep import sweep as run
+from permprune.trials import Evaluation
 
 
 @partial(cli.command, without=("pattern", "minutes"))
