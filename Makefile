@@ -5,7 +5,7 @@ STAMP := .venv/installed
 
 demo: $(STAMP)
 	mkdir -p demo
-	$(BIN)/permprune --verbose compare smollm2-135m --json demo/compare.json --picture demo/compare.png
+	$(BIN)/permprune --verbose compare smollm2-135m --minutes 5 --json demo/compare.json --picture demo/compare.png
 
 test: $(STAMP)
 	$(BIN)/ruff format --check .
