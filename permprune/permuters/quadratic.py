@@ -23,7 +23,7 @@ from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.problem import Problem
 
-BLOCK = 2**17
+BLOCK = 2**18
 """Elements of a matrix that are worked on at a time."""
 
 
@@ -205,16 +205,17 @@ class QuadraticModel:
 def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
     """Sum over rows r of rival[g, r] where score[c, r] > threshold[g, r] and own[c, r] elsewhere: (c, g).
 
-    All four are (k, rows). Rows go in blocks that stay in the processor's cache, and masks are multiplied in, which is
-    several times faster than a selection.
+    All four are (k, rows). Rows go in blocks that stay in the processor's cache, and what is chosen goes through the
+    kernel of ReLU's gradient, several times faster than a mask of booleans.
     """
     cost = own.sum(1, keepdim=True).repeat(1, len(threshold))
     rows = max(1, BLOCK // len(threshold))
     for block in zip(*(x.split(rows, 1) for x in (score, own, threshold, rival)), strict=True):
         scores, owns, limits, rivals = (x.contiguous() for x in block)
-        kept, difference = torch.empty_like(limits, dtype=torch.bool), torch.empty_like(rivals)
+        above, difference = torch.empty_like(limits), torch.empty_like(rivals)
         for c in range(len(cost)):
-            torch.gt(scores[c], limits, out=kept)
+            torch.sub(scores[c], limits, out=above)
             torch.sub(rivals, owns[c], out=difference)
-            cost[c] += difference.mul_(kept).sum(1)
+            torch.ops.aten.threshold_backward.grad_input(difference, above, 0, grad_input=difference)
+            cost[c] += difference.sum(1)
     return cost
