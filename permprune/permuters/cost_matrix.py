@@ -60,7 +60,7 @@ class CostMatrixLearner(Permuter):
     iterations: int = 5
     epsilon: Epsilon = Geometric(1.0, 0.1)
     noise: float = 0.0
-    margin: float = 3.0
+    margin: float = 1.0
 
     @abstractmethod
     def part_size(self, size: int, pattern: Pattern) -> int:

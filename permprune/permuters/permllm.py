@@ -31,7 +31,6 @@ class PermLLM(CostMatrixLearner):
     block: int = 64
     weight_decay: float = 0.01
     learning_rate: float = 0.05
-    margin: float = 1.0
     epsilon: Epsilon = Cosine(1.0, 0.1)
 
     def part_size(self, size: int, pattern: Pattern) -> int:

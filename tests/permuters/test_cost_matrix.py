@@ -24,7 +24,8 @@ def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
 def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
     """Against a difference quotient of the relaxed network's loss; no mask changes over so small a step."""
     network, run = prepared.network, prepared.run
-    method = LearnedPaper(noise=0.0, examples=4, epsilon=Constant(0.5), learning_rate=0.0, objective=Objective())
+    still = LearnedPaper(noise=0.0, examples=4, learning_rate=0.0, objective=Objective())
+    method = dataclasses.replace(still, epsilon=Constant(0.5), margin=3.0)
     start = method.start.solve(network, run)
     state = method._begin(network, run, start, None)
     method._step(network, run, state, start.orders)
