@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from permprune import Settings, parallel, read_model
-from permprune.permuters import Permuter, permuter
+from permprune.permuters import permuter
 from permprune.pipeline import gap_closed, prepare, update_weights
 from permprune.progress import log
 from permprune.resources import peak_memory_mb, reset_peak_memory
@@ -103,7 +103,7 @@ def measure(options: argparse.Namespace, settings: Settings, wanted: set[str]) -
         if method in wanted or method == "none":
             reset_peak_memory()
             began = time.process_time()
-            solution = search(method).solve(prepared.network, prepared.run)
+            solution = permuter(method).solve(prepared.network, prepared.run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(time.process_time() - began)}
             update_weights(prepared)
             found = {name: meter().value for name, meter in meters.items()}
@@ -111,13 +111,6 @@ def measure(options: argparse.Namespace, settings: Settings, wanted: set[str]) -
             gap = {name: gap_closed(found[name], dense[name], none[name], metric) for name in found}
             if method in wanted:
                 yield row | {"method": method, "value": found, "gap": gap, **cost, "peak": round(peak_memory_mb())}
-
-
-def search(method: str) -> Permuter:
-    """The permuter of a name with options, as in newton:rounds=24,damping=8."""
-    name, _, changes = method.partition(":")
-    pairs = [change.split("=") for change in changes.split(",") if change]
-    return dataclasses.replace(permuter(name), **{field: json.loads(value) for field, value in pairs})
 
 
 def markdown(rows: list[Row]) -> str:

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quality import data_name, search
+from quality import data_name
 
 from permprune import Result, Settings, TaskList, read_model
 from permprune.evaluate.lm_tasks import average
+from permprune.permuters import permuter
 from permprune.pipeline import prepare, update_weights
 from permprune.progress import log
 
@@ -79,7 +80,7 @@ def measure(options: argparse.Namespace, missing: list[tuple[str, str]]) -> Iter
     with prepared.network.dense_weights():
         yield from scores("dense", 0.0)
     for method in dict.fromkeys(own for own, _ in missing if own != "dense"):
-        solution = search(method).solve(prepared.network, prepared.run)
+        solution = permuter(method).solve(prepared.network, prepared.run)
         update_weights(prepared)
         yield from scores(method, solution.seconds)
 

@@ -56,7 +56,7 @@ class Cell:
     def name(self) -> str:
         """What its files are called."""
         budget = "" if self.minutes is None else f" {self.minutes:g}"
-        return f"{self.pattern.replace(':', '-')} {self.method}{budget}"
+        return f"{self.pattern} {self.method}{budget}".replace(":", "-")
 
 
 @dataclasses.dataclass(frozen=True)

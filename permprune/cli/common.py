@@ -49,7 +49,7 @@ TaskData = Annotated[str | None, typer.Option(help="folder with files of the tas
 Limit = Annotated[int | None, typer.Option(help="examples of each task; all if absent")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
-METHODS = f"one of {', '.join(PERMUTERS)}"
+METHODS = f"one of {', '.join(PERMUTERS)}, with options after it, as newton:rounds=6"
 SALIENCY = f"one of {', '.join(SALIENCIES)}"
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -29,7 +29,8 @@ def prune(
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last state")] = False,
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
-    method = permute if preset is None else f"{permute}-{preset}"
+    name, *options = permute.split(":")
+    method = ":".join([name if preset is None else f"{name}-{preset}", *options])
     settings, evaluation = Evaluation.beside(settings, data, windows, metric)
     record = prune_to_folder(model, out, method, settings, evaluation, resume)
     print(decision(record))

@@ -1,5 +1,8 @@
 """Permuters: the searches for an order of channels, one file a method."""
 
+import dataclasses
+import json
+
 from permprune.errors import PermpruneError
 from permprune.permuters.base import CurvePoint, LocalPermuter, Permuter, Run, Solution
 from permprune.permuters.cp import CP
@@ -18,12 +21,30 @@ PERMUTERS: dict[str, type[Permuter]] = {
 
 
 def permuter(name: str | Permuter) -> Permuter:
-    """The method of that name with its defaults. Raises `PermpruneError` listing the names when there is none."""
+    """The method of that name, with its defaults but for the options that follow: "newton", "newton:rounds=6".
+
+    More options follow as the first does, "newton:rounds=6:examples=4"; each is a number. Raises `PermpruneError` that
+    lists the names, or the method's options, when there is none such.
+    """
     if isinstance(name, Permuter):
         return name
+    name, *changes = name.split(":")
     if name not in PERMUTERS:
         raise PermpruneError(f'unknown permuter "{name}": choose one of {", ".join(PERMUTERS)}')
-    return PERMUTERS[name]()
+    method = PERMUTERS[name]()
+    numbers = {
+        option.name: value
+        for option in dataclasses.fields(method)
+        if isinstance(value := getattr(method, option.name), (int, float))
+    }
+    for change in changes:
+        option, _, text = change.partition("=")
+        try:
+            numbers[option] = type(numbers[option])(json.loads(text))
+        except (KeyError, ValueError, TypeError) as error:
+            known = ", ".join(f"{option}={json.dumps(value)}" for option, value in numbers.items())
+            raise PermpruneError(f'"{change}" is no option of {name}: give numbers for {known or "none"}') from error
+    return dataclasses.replace(method, **numbers)
 
 
 __all__ = [

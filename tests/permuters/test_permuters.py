@@ -170,3 +170,14 @@ def test_a_search_that_starts_from_another_does_not_repeat_it(
 def test_an_unknown_permuter_lists_the_names() -> None:
     with pytest.raises(PermpruneError, match=r"reconstruction, .*newton"):
         permuter("hungarian")
+
+
+def test_options_follow_a_permuters_name() -> None:
+    assert permuter("newton:rounds=6:damping=8") == Newton(rounds=6, damping=8.0)
+    assert permuter("newton") == Newton()
+
+
+@pytest.mark.parametrize("name", ["newton:round=6", "newton:rounds", "newton:rounds=many", "newton:objective=1"])
+def test_an_unknown_option_lists_those_of_the_method(name: str) -> None:
+    with pytest.raises(PermpruneError, match=r"is no option of newton: give numbers for rounds=16, .*swaps=4"):
+        permuter(name)
