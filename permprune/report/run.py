@@ -41,10 +41,19 @@ def decision(record: Mapping[str, Any]) -> str:
     method = settings["permute"]
     run = way(settings["pattern"], method, settings["update"])
     if measured is None:
-        return f"{run}: {_error_clause(record)}the network was not measured."
+        return f"{run}: {_error_clause(record)}the network was not measured.{_then_trained(record)}"
     none = None if method == NONE else measured["none"]
     found = run + outcome(measured["metric"], measured["pruned"], measured["dense"], none)
-    return f"{found}." if method == NONE else f"{found}{_gap(record['gap_closed'])}."
+    gap = "" if method == NONE else _gap(record["gap_closed"])
+    return f"{found}{gap}.{_then_trained(record)}"
+
+
+def _then_trained(record: Mapping[str, Any]) -> str:
+    """What training after pruning brought, as a sentence of its own; "" where there was none."""
+    if (optimised := record.get("optimised")) is None:
+        return ""
+    after = with_error(optimised["after"], optimised["stderr"])
+    return f" Trained after that: {optimised['metric']} {after} against {number(optimised['before'])} before."
 
 
 def _gap(closed: float | None) -> str:

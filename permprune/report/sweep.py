@@ -34,6 +34,7 @@ def render_sweep(result: Result) -> str:
         note=result["note"],
         metric=metric,
         dense=number(result["dense"][metric]),
+        dense_score=_score(result["dense"]),
         front=[_cells(row, result) for row in sorted(_front(result), key=lambda row: float(row["size"]))],
         groups=_groups(result),
         pictures=[
@@ -79,10 +80,16 @@ def _cells(row: Mapping[str, Any], result: Result) -> dict[str, str]:
         "method": row["method"] + budget,
         "value": with_error(row[result["metric"]], row["stderr"]),
         "gap": percent(row["gap_closed"]),
+        "score": _score(row),
         "time": duration(row["seconds"]),
         "size": fine_percent(row["size"]),
         "front": "yes" if row["front"] else "",
     }
+
+
+def _score(row: Mapping[str, Any]) -> str:
+    """The mean score on tasks; "" if none were asked for."""
+    return with_error(row["score"], row["score_stderr"]) if "score" in row else ""
 
 
 def _groups(result: Result) -> list[tuple[str, list[dict[str, str]]]]:

@@ -114,6 +114,7 @@ def test_the_page_shows_what_training_after_pruning_brought() -> None:
         "count": 872, "unit": "examples", "curve": curve,
     }  # fmt: skip
     page = Page(render(changed(optimised=optimised)))
+    assert "Trained after that: top-1 accuracy 0.8500 ± 0.0100 against 0.8000 before." in page.text
     assert "Training norms, biases and the head on 1,200 examples after pruning" in page.text
     assert "top-1 accuracy 0.8500 ± 0.0100 against 0.8000 before, on 872 examples held out" in page.text
     assert len(page.images) == 6

@@ -61,6 +61,16 @@ def test_the_page_states_the_decision_and_every_cell() -> None:
         assert part in page.text
 
 
+def test_the_page_shows_task_scores_where_there_are_some() -> None:
+    scored = changed(dense={**RESULT["dense"], "score": 0.45, "score_stderr": 0.01})
+    for place, own in enumerate(scored["rows"]):
+        own |= {"score": 0.3 + 0.01 * place, "score_stderr": 0.02}
+    text = Page(render_sweep(scored)).text
+    for part in ("task score", "0.4500 ± 0.0100", "0.3200 ± 0.0200", "0.3500 ± 0.0200"):
+        assert part in text
+    assert "task score" not in Page(render_sweep(RESULT)).text
+
+
 @pytest.mark.parametrize(
     ("result", "sentence"),
     [
