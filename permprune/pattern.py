@@ -10,6 +10,9 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 
+COUNTED = 8
+"""Members of a group up to which counting who comes before whom is faster than sorting."""
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -77,20 +80,30 @@ class Pattern:
 
     def mask_groups(self, score: Tensor, dim: int) -> Tensor:
         """The same as `mask`, unchecked, for scores whose dimension `dim` runs over the m members of each group."""
-        if self.m > 8:
-            keep = score.sort(dim=dim, descending=True, stable=True).indices.narrow(dim, 0, self.n)
-            return torch.zeros_like(score, dtype=torch.bool).scatter_(dim, keep, True)
-        members = score.unbind(dim)  # for small groups counting who comes before is faster than sorting
-        kept = []
-        for i, own in enumerate(members):
-            before = torch.zeros_like(own, dtype=torch.uint8)
-            for j, other in enumerate(members):
-                if j != i:
-                    before += other >= own if j < i else other > own
-            kept.append(before < self.n)
-        return torch.stack(kept, dim)
+        return ranks(score, dim) < self.n
 
     def holds(self, weight: Tensor) -> bool:
         """Whether every group of m consecutive weights of (..., width) has at most n non-zeros."""
         self.require_divisible(weight.shape[-1], "a weight matrix")
         return bool((weight.unflatten(-1, (-1, self.m)).ne(0).sum(-1) <= self.n).all())
+
+
+def ranks(score: Tensor, dim: int) -> Tensor:
+    """How many scores along `dim` come before each: those larger, and the equal ones at earlier places.
+
+    Returns integers of the shape of `score`, of a type that may be as small as uint8.
+    """
+    members = score.unbind(dim)
+    if len(members) > COUNTED:
+        order = score.sort(dim=dim, descending=True, stable=True).indices
+        shape = [-1 if place == dim % score.dim() else 1 for place in range(score.dim())]
+        count = torch.arange(len(members), device=score.device).view(shape).expand_as(order)
+        return torch.empty_like(order).scatter_(dim, order, count)
+    found = []
+    for i, own in enumerate(members):
+        before = torch.zeros_like(own, dtype=torch.uint8)
+        for j, other in enumerate(members):
+            if j != i:
+                before += other >= own if j < i else other > own
+        found.append(before)
+    return torch.stack(found, dim)

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from permprune.errors import PermpruneError
-from permprune.pattern import Pattern
+from permprune.pattern import Pattern, ranks
 
 patterns = st.integers(2, 12).flatmap(lambda m: st.builds(Pattern, st.integers(1, m - 1), st.just(m)))
 
@@ -93,3 +93,13 @@ def test_width_error_names_the_layer():
     with pytest.raises(PermpruneError, match=r"^layers\.3\.up has rows of 10"):
         Pattern(2, 4).require_divisible(10, "layers.3.up")
     Pattern(2, 4).require_divisible(12, "layers.3.up")
+
+
+@pytest.mark.parametrize("members", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_ranks_are_those_of_a_stable_sort(members, dim):
+    shape = [5, 6, 7]
+    shape[dim] = members
+    score = torch.randint(4, shape, generator=torch.Generator().manual_seed(members)).float()
+    expected = score.sort(dim=dim, descending=True, stable=True).indices.argsort(dim)
+    assert torch.equal(ranks(score, dim).long(), expected)

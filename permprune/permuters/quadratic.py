@@ -20,7 +20,7 @@ from torch import Tensor
 
 from permprune.matching import cycles, pair_up
 from permprune.network import PrunedNetwork
-from permprune.pattern import Pattern
+from permprune.pattern import Pattern, ranks
 from permprune.problem import Problem
 
 BLOCK = 2**18
@@ -156,16 +156,12 @@ class QuadraticModel:
 
     def _bundle_cost(self, bundle: Bundle, at: Tensor, slots: Tensor) -> Tensor:
         """The bundle's share of `placement_cost`, up to a constant for each row."""
-        count, n = len(at), self.pattern.n
         free = self.groups[at, slots]
-        rest = self.groups[at][self.groups[at].ne(free[:, None])].view(count, -1)
-        rank = bundle.score[rest].sort(1, descending=True)
-        threshold = rank.values[:, n - 1]
-        rival = (
-            self._prune_cost(bundle, rest.flatten())
-            .view_as(rank.values)
-            .gather(1, rank.indices[:, n - 1 : n])
-            .squeeze(1)
+        rest = self.groups[at][self.groups[at].ne(free[:, None])].view(len(at), -1)
+        score = bundle.score[rest]
+        last = ranks(score, 1) == self.pattern.n - 1  # of those kept were the free slot empty
+        threshold, rival = (
+            (values * last).sum(1) for values in (score, self._prune_cost(bundle, rest.flatten()).view_as(score))
         )
         return _place(bundle.score[free], self._prune_cost(bundle, free), threshold, rival)
 
@@ -173,8 +169,8 @@ class QuadraticModel:
         """The modelled loss of each weight pruned less that of the same weight kept, (k, rows)."""
         weight = bundle.weight[channels]
         curvature = self.damping / 2 * bundle.moments.diagonal()[channels, None]
-        sign = torch.where(bundle.error[channels] != 0, -1.0, 1.0)
-        return weight * (bundle.slope[channels] + curvature * sign * weight)
+        signed = weight - 2 * bundle.error[channels]  # an error is the weight or 0
+        return signed.mul_(curvature).add_(bundle.slope[channels]).mul_(weight)
 
     def _move(self, bundle: Bundle, channels: Tensor) -> Tensor:
         """dE (sets, k, rows) if the channels (sets, k) stood in groups of m in the given order."""
