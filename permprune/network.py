@@ -47,6 +47,9 @@ class PrunedNetwork:
     stays in its own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be taken
     through it. Other weights can be shown in their place until orders are next set (`show`).
 
+    `weights` are what the masks act on: the `dense` ones, unless they are trained meanwhile (`set_weights`). The scores
+    that the masks come from stay those of the dense model.
+
     Examples pass in batches of `batch`; with `recompute` gradients take less memory and more time (`recomputed`).
     """
 
@@ -68,6 +71,7 @@ class PrunedNetwork:
         self.layers = {layer.name: layer for layer in layers}
         self.task, self.dtype, self.batch, self.recompute = task, dtype, batch, recompute
         self.dense = {layer.name: layer.weight.clone() for layer in layers}
+        self.weights = self.dense
         self.sites = sites
         self.scores = {name: self._score(name, saliency) for name in sites}
         self.masks = {name: patterns[name].mask(score) for name, score in self.scores.items()}
@@ -132,6 +136,14 @@ class PrunedNetwork:
                 touched[part.layer] = None
         self._refresh(touched)
 
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Let the masks act on these weights (rows, channels), by layer, and on the dense ones of the other layers."""
+        before, self.weights = self.weights, self.dense | weights
+        changed = [name for name, weight in self.weights.items() if weight is not before[name]]
+        touched = dict.fromkeys([*changed, *self.updated])
+        self.updated.clear()
+        self._refresh(touched)
+
     def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
         """dLoss along the step of the masked weights from one order of a problem to another.
 
@@ -141,7 +153,7 @@ class PrunedNetwork:
         total = 0.0
         for part in problem.parts:
             step = self._mask(part, after).float() - self._mask(part, before).float()
-            weight, own = (x[part.layer][:, part.columns] for x in (self.dense, gradient))
+            weight, own = (x[part.layer][:, part.columns] for x in (self.weights, gradient))
             total += float((step * weight * own).sum())
         return total
 
@@ -271,7 +283,7 @@ class PrunedNetwork:
             if name in self.updated:
                 self.layers[name].weight.copy_(self.updated[name])
             else:
-                torch.mul(self.dense[name], self.masks[name], out=self.layers[name].weight)
+                torch.mul(self.weights[name], self.masks[name], out=self.layers[name].weight)
 
     @staticmethod
     def _parameter(layer: Layer) -> nn.Parameter:

@@ -29,11 +29,15 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a search found, the seconds it took (those of its start included) and the rounds it made."""
+    """What a search found, the seconds it took (those of its start included) and the rounds it made.
+
+    `weights` are those that the masks act on, by layer, if the search trained them.
+    """
 
     orders: Orders
     seconds: float
     curve: tuple[CurvePoint, ...] = ()
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -76,13 +80,15 @@ class Permuter(ABC):
     def solve(self, network: PrunedNetwork, run: Run) -> Solution:
         """Search, or recall what this run already found, and make the network show it."""
         if self not in run.solved:
+            network.set_weights({})
             run.solved[self] = self.search(network, run)
+        network.set_weights(run.solved[self].weights)
         network.set_orders(run.solved[self].orders)
         return run.solved[self]
 
     @abstractmethod
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        """Find orders, whatever the network shows at first."""
+        """Find orders, whichever the network shows at first; its weights are the dense ones."""
 
 
 @dataclass(frozen=True)

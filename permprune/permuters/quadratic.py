@@ -71,7 +71,7 @@ class QuadraticModel:
         pieces: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
         for part in problem.parts:
             root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
-            weight, score = (x[part.layer][:, part.columns] for x in (network.dense, network.scores))
+            weight, score = (x[part.layer][:, part.columns] for x in (network.weights, network.scores))
             error = weight * ~network.pattern_of(problem).mask_in_order(score, order) * root
             slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
             pieces.setdefault((part.site, int(part.columns[0])), []).append((weight * root, score, slope, error))

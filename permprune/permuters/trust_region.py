@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import torch
@@ -17,6 +17,7 @@ from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.tuning import tuned
 from permprune.problem import Orders, Problem
 from permprune.progress import console, log
 
@@ -29,22 +30,25 @@ STILL = 1e-3
 ATTEMPTS = 4
 """Shares of the problems that are tried before a round is refused."""
 
-MEMORY, PREVIOUS = "memory/", "previous/"
-"""Prefixes of the proposals' memory and of the orders before the last step among the tensors of a checkpoint."""
+MEMORY, PREVIOUS, WEIGHT = "memory/", "previous/", "weight/"
+"""Prefixes, among the tensors of a checkpoint, of the proposals' memory, of the orders before the last step and of
+weights that were trained."""
 
 
 @dataclass
 class State:
     """Where a search stands.
 
-    `damping` is that of each problem's model. `previous` are the orders before the last step, if it was kept, and
-    `slopes` what its gradient said along it, by problem; `pending` the rounds whose gradients are averaged at the
-    present orders, if it was not. `memory` is what the proposals of each problem carry from round to round.
+    `damping` is that of each problem's model, `rate` that of training. `previous` are the orders before the last step,
+    if it was kept, and `slopes` what its gradient said along it, by problem; `pending` the rounds whose gradients are
+    averaged at the present orders, if it was not. `memory` is what the proposals of each problem carry from round to
+    round.
     """
 
     round: int
     best: float
     damping: dict[str, float]
+    rate: float
     pending: list[int] = field(default_factory=list)
     previous: Orders = field(default_factory=dict)
     slopes: dict[str, float] = field(default_factory=dict)
@@ -76,6 +80,11 @@ class TrustRegion(Permuter):
     next gradient finds at the step's end: a problem that should go back overshot, one that should go on was timid.
 
     `objective` is the loss, `start` finds the orders of the first round.
+
+    With `tune` order and weights are optimised jointly: after each round but the first `wait` the weights that stay are
+    trained for so many steps (see `tuned`) of half as many examples, on the objective and the KL divergence from the
+    dense model, at `rate`, which is halved when the held-out loss does not fall. The weights that are pruned meanwhile
+    rest as they were, for an order that takes them back.
     """
 
     start: Permuter = RIAPermuter()
@@ -83,6 +92,9 @@ class TrustRegion(Permuter):
     examples: int = 8
     damping: float = 15.0
     objective: Objective = Objective()
+    tune: int = 0
+    wait: int = 0
+    rate: float = 1e-4
 
     @abstractmethod
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -101,10 +113,13 @@ class TrustRegion(Permuter):
                 started = time.monotonic()
                 mean = self._gradients(network, run, state, mean)
                 mean = None if self._round(network, run, state, mean, taught) else mean
+                if self.tune and state.round > self.wait and self._tune(network, run, state, taught):
+                    mean = None
                 state.seconds += parallel.mean(time.monotonic() - started)
                 self._save(network, run, state)
                 bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
-        return Solution(network.current(), state.seconds, tuple(state.curve))
+        trained = network.weights if self.tune else {}
+        return Solution(network.current(), state.seconds, tuple(state.curve), trained)
 
     def _gradients(self, network: PrunedNetwork, run: Run, state: State, mean: Gradients | None) -> Gradients:
         """The mean gradient over this round's examples and those of the rounds refused at the same orders."""
@@ -139,6 +154,24 @@ class TrustRegion(Permuter):
             "%s round %d: held-out loss %.4f, %s; median damping %.1f", self.name, state.round, loss, result, typical
         )
         state.round += 1
+        return kept
+
+    def _tune(self, network: PrunedNetwork, run: Run, state: State, taught: list[Taught] | None) -> bool:
+        """Train the weights that stay, and keep them if the held-out loss falls; says whether."""
+        before, first = network.weights, (state.round - 1) * self.tune
+        objective = replace(self.objective, divergence=1.0)
+        trained = tuned(network, run, first, self.tune, max(1, self.examples // 2), state.rate, objective)
+        network.set_weights(trained)
+        loss = network.loss(run.held_out, self.objective, taught)
+        kept = loss < state.best - TOLERANCE
+        if kept:
+            state.best, state.pending, state.previous, state.slopes = loss, [], {}, {}
+        else:
+            network.set_weights(before)
+            state.rate /= 2
+        state.curve.append(CurvePoint(state.round, loss, kept, state.seconds))
+        result = "kept" if kept else "refused"
+        log.info("%s: held-out loss %.4f after %d steps of training, %s", self.name, loss, self.tune, result)
         return kept
 
     def _judge(self, network: PrunedNetwork, state: State, here: Orders, gradients: Gradients) -> None:
@@ -206,7 +239,7 @@ class TrustRegion(Permuter):
     def _begin(self, network: PrunedNetwork, run: Run, taught: list[Taught] | None) -> State:
         start = self.start.solve(network, run)
         damping = {problem.name: self.damping for problem in network.problems}
-        state = State(0, network.loss(run.held_out, self.objective, taught), damping, seconds=start.seconds)
+        state = State(0, network.loss(run.held_out, self.objective, taught), damping, self.rate, seconds=start.seconds)
         state.curve.append(CurvePoint(0, state.best, True, state.seconds))
         return state
 
@@ -215,11 +248,12 @@ class TrustRegion(Permuter):
         if saved is None:
             return None
         tensors, values = saved
-        network.set_orders(tensors)
-        memory, previous = (
+        memory, previous, weights = (
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            for prefix in (MEMORY, PREVIOUS)
+            for prefix in (MEMORY, PREVIOUS, WEIGHT)
         )
+        network.set_weights({name: weight.to(network.dense[name]) for name, weight in weights.items()})
+        network.set_orders(tensors)
         curve = [CurvePoint(*point) for point in values.pop("curve")]
         log.info("%s goes on after round %d", self.name, values["round"])
         return State(**values, memory=memory, previous=previous, curve=curve)
@@ -228,6 +262,8 @@ class TrustRegion(Permuter):
         tensors = network.current()
         tensors |= {MEMORY + name: value for name, value in state.memory.items()}
         tensors |= {PREVIOUS + name: order.clone() for name, order in state.previous.items()}
+        if self.tune:
+            tensors |= {WEIGHT + name: weight for name, weight in network.weights.items()}
         values = {key: value for key, value in vars(state).items() if key not in ("memory", "previous", "curve")}
         values["curve"] = [[p.round, p.loss, p.kept, p.seconds] for p in state.curve]
         run.checkpoint.save(self.name, tensors, values)

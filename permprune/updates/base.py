@@ -66,7 +66,7 @@ class LayerUpdate(Update):
             if layers is None:  # a block that runs again
                 return
             next(bar)
-            network.show({layer.name: network.dense[layer.name] for layer in layers})
+            network.show({layer.name: network.weights[layer.name] for layer in layers})
             with input_moments({network.sites[layer.name]: layer for layer in layers}) as moments:
                 block.forward(*args, **kwargs)  # not a call, which would come back here
             with torch.autocast(examples.device.type, enabled=False):
@@ -90,7 +90,7 @@ class LayerUpdate(Update):
     def _layer(
         self, network: PrunedNetwork, name: str, moments: dict[str, Tensor], order: Tensor, mask: Tensor | None
     ) -> Tensor:
-        weight, inputs = network.dense[name].float(), moments[network.sites[name]]
+        weight, inputs = network.weights[name].float(), moments[network.sites[name]]
         try:
             return self.apply(weight, inputs, order, network.patterns[name], mask)
         except PermpruneError as error:

@@ -44,7 +44,7 @@ def update_network(update: Update, network: PrunedNetwork, examples: Examples, h
 @torch.no_grad()
 def _choices(update: Update, network: PrunedNetwork, examples: Examples) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """(what it is, weights by layer)."""
-    masked = {name: (weight * network.masks[name]).float() for name, weight in network.dense.items()}
+    masked = {name: (weight * network.masks[name]).float() for name, weight in network.weights.items()}
     yield "masks alone", masked
     update.run(network, examples)
     yield "all of it", dict(network.updated)

@@ -99,7 +99,13 @@ def test_reconstruction_takes_the_candidates_that_held_out_text_prefers(tiny_lla
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("method", [Newton(rounds=4, examples=4), Learned(rounds=4, examples=4)])
+JOINT = {"tune": 3, "rate": 3e-3}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Newton(rounds=4, examples=4), Learned(rounds=4, examples=4), Newton(rounds=3, examples=4, **JOINT)],
+)
 def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCausalLM, method: TrustRegion) -> None:
     prepared = ready(tiny_llama)
     method.start.solve(prepared.network, prepared.run)
@@ -117,6 +123,7 @@ def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCau
     [
         Newton(rounds=5, examples=2),
         Learned(rounds=5, examples=2),
+        Newton(rounds=4, examples=2, **JOINT),
         LearnedPaper(steps=5, examples=2, check=1, learning_rate=1.0),
     ],
 )
@@ -146,8 +153,49 @@ def test_a_killed_search_resumes_to_the_same_orders(
             method.search(prepared.network, run)
     prepared.network.set_orders(prepared.network.identity())
     resumed: Solution = method.search(prepared.network, dataclasses.replace(run, solved={}))
-    assert same(whole.orders, resumed.orders)
+    assert same(whole.orders, resumed.orders) and same(whole.weights, resumed.weights)
     assert [(p.round, p.loss, p.kept) for p in resumed.curve] == [(p.round, p.loss, p.kept) for p in whole.curve]
+
+
+@pytest.mark.parametrize("name", ["newton", "learned"])
+def test_joint_training_lowers_the_loss_at_masks_of_the_pattern(tiny_llama: LlamaForCausalLM, name: str) -> None:
+    prepared = ready(tiny_llama)
+    network, held_out = prepared.network, prepared.run.held_out
+    dense = {layer: weight.clone() for layer, weight in network.dense.items()}
+    alone = brief(name).solve(network, prepared.run)
+    before = network.loss(held_out, Objective())
+    shown = {layer: prunable.weight.clone() for layer, prunable in network.layers.items()}
+    joint = dataclasses.replace(brief(name), **JOINT).solve(network, prepared.run)
+    assert network.loss(held_out, Objective()) < before
+    for layer, columns in network.stored_columns().items():
+        weight = network.layers[layer].weight
+        assert torch.equal(weight, joint.weights[layer] * network.masks[layer])
+        assert network.patterns[layer].holds(weight[:, columns])
+        assert not torch.equal(joint.weights[layer], dense[layer])
+        assert torch.equal(network.dense[layer], dense[layer])
+    assert not alone.weights
+    brief(name).solve(network, prepared.run)  # recalled: the dense weights are back
+    assert all(torch.equal(network.layers[layer].weight, weight) for layer, weight in shown.items())
+
+
+def test_training_waits_for_the_order(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    alone = Newton(rounds=3, examples=4).search(prepared.network, prepared.run)
+    run = dataclasses.replace(prepared.run, solved={})
+    joint = Newton(rounds=3, examples=4, wait=2, **JOINT).search(prepared.network, run)
+    assert same(joint.orders, alone.orders)
+    assert [point.loss for point in joint.curve[:-1]] == [point.loss for point in alone.curve]
+    assert joint.curve[-1].kept and joint.curve[-1].loss < alone.curve[-1].loss
+
+
+def test_a_rate_that_raises_the_loss_is_refused_and_halved(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    method = Newton(rounds=2, examples=4, objective=Objective(0.0, divergence=1.0))
+    alone = method.search(prepared.network, prepared.run)
+    joint = dataclasses.replace(method, tune=3, rate=1.0).search(prepared.network, prepared.run)
+    assert same(joint.orders, alone.orders)
+    assert all(weight is prepared.network.dense[layer] for layer, weight in joint.weights.items())
+    assert [point.kept for point in joint.curve[2::2]] == [False, False]
 
 
 def test_a_time_limit_ends_the_search_after_the_round_under_way(tiny_llama: LlamaForCausalLM) -> None:

@@ -1,0 +1,42 @@
+"""Training of the weights that stay, in between the rounds of a search."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from permprune.losses import Objective
+from permprune.network import PrunedNetwork
+from permprune.permuters.base import Run
+
+BETAS = (0.9, 0.95)
+"""Of Adam; the second as in language models, short enough for a few steps."""
+
+RISING = 0.25
+"""The share of the steps in which the rate rises from 0."""
+
+
+def tuned(
+    network: PrunedNetwork, run: Run, first: int, steps: int, examples: int, rate: float, objective: Objective
+) -> dict[str, Tensor]:
+    """The network's weights after so many steps of Adam at the masks it shows, by layer; the network keeps its own.
+
+    Step i is taken on the batch `first` + i of `examples` training examples, at a rate that rises to `rate` and falls
+    to 0. Weights that the masks prune stay as they are. Moments begin anew, so that nothing but the weights has to be
+    kept between calls.
+    """
+    own = network.weights
+    weights = {name: weight.clone() for name, weight in own.items()}
+    optimizer = torch.optim.Adam(list(weights.values()), betas=BETAS, fused=True)
+    for step in range(steps):
+        network.set_weights(dict(weights))
+        gradients = network.gradients(run.batch(first + step, examples), objective).weight
+        for name, weight in weights.items():
+            weight.grad = gradients[name].mul_(network.masks[name]).to(weight)
+        place = (step + 0.5) / steps
+        optimizer.param_groups[0]["lr"] = rate * min(place / RISING, (1 - place) / (1 - RISING))
+        optimizer.step()
+    for weight in weights.values():
+        weight.grad = None
+    network.set_weights(own)
+    return weights
