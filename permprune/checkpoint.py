@@ -57,7 +57,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any]) -> None:
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
 
     def save(self, name: str, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         if self.folder is None or parallel.rank():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 import torch
@@ -89,6 +89,11 @@ class Permuter(ABC):
     @abstractmethod
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         """Find orders, whichever the network shows at first; its weights are the dense ones."""
+
+    def checkpoint(self, run: Run, free: Sequence[str] = ()) -> Checkpoint:
+        """Where the states of this search are kept: of its options only the `free` may change before it goes on."""
+        options = {option: value for option, value in asdict(self).items() if option not in free}
+        return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **options})
 
 
 @dataclass(frozen=True)

@@ -177,10 +177,10 @@ class CostMatrixLearner(Permuter):
             }
         curve = [[p.round, p.loss, p.kept, p.seconds] for p in state.curve]
         values = {"step": state.step, "best": state.best, "seconds": state.seconds, "curve": curve}
-        run.checkpoint.save(self.name, tensors, values)
+        self.checkpoint(run).save(self.name, tensors, values)
 
     def _resume(self, network: PrunedNetwork, run: Run) -> State | None:
-        saved = run.checkpoint.load(self.name)
+        saved = self.checkpoint(run).load(self.name)
         if saved is None:
             return None
         tensors, values = saved

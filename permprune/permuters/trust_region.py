@@ -244,7 +244,7 @@ class TrustRegion(Permuter):
         return state
 
     def _resume(self, network: PrunedNetwork, run: Run) -> State | None:
-        saved = run.checkpoint.load(self.name)
+        saved = self.checkpoint(run, free=["rounds"]).load(self.name)
         if saved is None:
             return None
         tensors, values = saved
@@ -266,7 +266,7 @@ class TrustRegion(Permuter):
             tensors |= {WEIGHT + name: weight for name, weight in network.weights.items()}
         values = {key: value for key, value in vars(state).items() if key not in ("memory", "previous", "curve")}
         values["curve"] = [[p.round, p.loss, p.kept, p.seconds] for p in state.curve]
-        run.checkpoint.save(self.name, tensors, values)
+        self.checkpoint(run, free=["rounds"]).save(self.name, tensors, values)
 
 
 def _slopes(network: PrunedNetwork, before: Orders, after: Orders, gradients: Gradients) -> dict[str, float]:

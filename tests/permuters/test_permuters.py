@@ -157,6 +157,18 @@ def test_a_killed_search_resumes_to_the_same_orders(
     assert [(p.round, p.loss, p.kept) for p in resumed.curve] == [(p.round, p.loss, p.kept) for p in whole.curve]
 
 
+def test_a_search_goes_on_for_more_rounds_but_not_with_other_options(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    prepared = ready(tiny_llama)
+    whole = Newton(rounds=3, examples=4).search(prepared.network, prepared.run)
+    run = dataclasses.replace(prepared.run, checkpoint=Checkpoint(tmp_path, {"seed": 0}), solved={})
+    Newton(rounds=2, examples=4).search(prepared.network, run)
+    assert same(Newton(rounds=3, examples=4).search(prepared.network, run).orders, whole.orders)
+    with pytest.raises(PermpruneError, match=r"other settings \(swaps\)"):
+        Newton(rounds=3, examples=4, swaps=2).search(prepared.network, run)
+
+
 @pytest.mark.parametrize("name", ["newton", "learned"])
 def test_joint_training_lowers_the_loss_at_masks_of_the_pattern(tiny_llama: LlamaForCausalLM, name: str) -> None:
     prepared = ready(tiny_llama)
