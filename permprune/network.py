@@ -138,11 +138,9 @@ class PrunedNetwork:
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Let the masks act on these weights (rows, channels), by layer, and on the dense ones of the other layers."""
-        before, self.weights = self.weights, self.dense | weights
-        changed = [name for name, weight in self.weights.items() if weight is not before[name]]
-        touched = dict.fromkeys([*changed, *self.updated])
+        self.weights = self.dense | weights
         self.updated.clear()
-        self._refresh(touched)
+        self._refresh(self.layers)
 
     def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
         """dLoss along the step of the masked weights from one order of a problem to another.

@@ -29,7 +29,7 @@ def tuned(
     weights = {name: weight.clone() for name, weight in own.items()}
     optimizer = torch.optim.Adam(list(weights.values()), betas=BETAS, fused=True)
     for step in range(steps):
-        network.set_weights(dict(weights))
+        network.set_weights(weights)
         gradients = network.gradients(run.batch(first + step, examples), objective).weight
         for name, weight in weights.items():
             weight.grad = gradients[name].mul_(network.masks[name]).to(weight)
