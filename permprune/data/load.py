@@ -53,13 +53,13 @@ def load_examples(
 
     `source` is what `load_documents`, `load_labelled_text`, `load_images` or `load_speech` takes, by `kind_of` the
     model; "cifar10" are the zoo's images. None is the default text, or for a model of images the zoo's. Text is cut to
-    windows of `length` tokens, from its beginning without a `seed`. With `shared` the other part comes from the same
-    source. The zoo's images have a part of their own to fit probes on, which elsewhere is the calibration part. Raises
-    `PermpruneError`.
+    windows of `length` tokens. Windows and the zoo's images are the first, or with a `seed` drawn at random. With
+    `shared` the other part comes from the same source. The zoo's images have a part of their own to fit probes on,
+    which elsewhere is the calibration part. Raises `PermpruneError`.
     """
     kind = kind_of(model)
     if kind == "images" and source in (None, CIFAR):
-        return _zoo_images(model, processor, part, count)
+        return _zoo_images(model, processor, part, count, seed)
     part = "calibration" if part == "probe" else part
     if kind == "text":
         documents = load_documents(source, part)
@@ -78,12 +78,18 @@ def _use(part: Part) -> str:
     return "calibrate on" if part == "calibration" else "evaluate on"
 
 
-def _zoo_images(model: PreTrainedModel, processor: Processor | None, part: zoo.ImagePart, count: int) -> Examples:
-    """The first images of a part, mixed as they are; labels for a model of as many classes."""
+def _zoo_images(
+    model: PreTrainedModel, processor: Processor | None, part: zoo.ImagePart, count: int, seed: int | None
+) -> Examples:
+    """Images of a part, drawn with a `seed` and without one the first; labels for a model of as many classes."""
     maker = image_processor_of(processor)
     held = zoo.load_images(part)
-    pictures = [Image.fromarray(pixels) for pixels in held.pixels[:count]]
+    chosen = torch.arange(len(held.labels))
+    if seed is not None:
+        chosen = torch.randperm(len(held.labels), generator=torch.Generator().manual_seed(seed))
+    chosen = chosen[:count]
+    pictures = [Image.fromarray(held.pixels[at]) for at in chosen]
     tensors = {"pixel_values": maker(images=pictures, return_tensors="pt")["pixel_values"]}
     if "labels" in argument_names(model) and model.config.num_labels == len(zoo.CLASSES):
-        tensors["labels"] = torch.from_numpy(held.labels[:count])
+        tensors["labels"] = torch.from_numpy(held.labels)[chosen]
     return Examples(tensors)
