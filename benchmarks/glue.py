@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dense", "none", "ria", "newton", f"newton{FINETUNE}"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--most", type=int, default=4000, help="training rows of a task")
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows, 8 sentences each")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows, 32 sentences each")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.rows.open()] if options.rows and options.rows.exists() else []
     table = []

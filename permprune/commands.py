@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from permprune import parallel
 from permprune.checkpoint import write_json
 from permprune.coupling.trace import forward_arguments, main_outputs
-from permprune.data import WORTH, kind_of, load_examples
+from permprune.data import TOGETHER, kind_of, load_examples
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity, with_head
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
@@ -39,7 +39,7 @@ from permprune.pipeline import (
     update_weights,
 )
 from permprune.report import write_report
-from permprune.resources import compute_device, peak_memory_mb, reset_peak_memory
+from permprune.resources import compute_device, keep_freed_memory, peak_memory_mb, reset_peak_memory
 from permprune.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.trials import ANSWERED_ONCE, BATCH, Evaluation, Meter, Trials, transcriber
 from permprune.zoo.models import MODELS
@@ -58,9 +58,10 @@ def evaluate(name: str, evaluation: Evaluation) -> Result:
 
     Raises `PermpruneError` for examples that do not say what is right.
     """
+    keep_freed_memory()
     model, processor, _ = read_model(name)
     examples, tokenizer = evaluation.examples(model, processor), transcriber(model, processor)
-    return evaluate_model(model, examples, tokenizer, None, BATCH * WORTH[kind_of(model)], evaluation.metric)[0]
+    return evaluate_model(model, examples, tokenizer, None, BATCH * TOGETHER[kind_of(model)], evaluation.metric)[0]
 
 
 def probe(name: str, out: Path, classes: Sequence[str], source: str | None, windows: int) -> Result:
@@ -70,6 +71,7 @@ def probe(name: str, out: Path, classes: Sequence[str], source: str | None, wind
     part of it. Raises `PermpruneError`.
     """
     require_free(out)
+    keep_freed_memory()
     model, processor, _ = read_model(name)
     headed = with_head(model, classes)
     fitted = fit_probe(headed, load_examples(source, headed, processor, "probe", windows * ANSWERED_ONCE))

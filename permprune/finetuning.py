@@ -15,7 +15,7 @@ from permprune import parallel
 from permprune.checkpoint import Checkpoint, write_json
 from permprune.commands import PROBE, answered, require_free, require_patterns, write_folder
 from permprune.coupling import discover, fold_all
-from permprune.data import WORTH, kind_of, load_examples, read_labelled_text
+from permprune.data import TOGETHER, kind_of, load_examples, read_labelled_text
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, knows_right, with_head
 from permprune.examples import Examples
@@ -71,7 +71,7 @@ class FineTuning:
 
     def training(self, model: PreTrainedModel, count: int) -> Training:
         """That of a model on so many examples."""
-        batch = self.batch or BATCH * WORTH[kind_of(model)]
+        batch = self.batch or BATCH * TOGETHER[kind_of(model)]
         epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
         small = self.train == "all" and model.num_parameters() < SMALL
         return Training(epochs, self.lr or (SMALL_RATE if small else RATES[self.train]), batch, seed=self.seed)
@@ -111,7 +111,7 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
     if record is None:
         model = _with_head(model, options)
     examples, held_out = options.examples(model, processor)
-    batch = BATCH * WORTH[kind_of(model)]
+    batch = BATCH * TOGETHER[kind_of(model)]
     if not knows_right(model, examples):
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)

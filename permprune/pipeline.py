@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from permprune.calibrate import Statistics, calibrate, frozen
 from permprune.checkpoint import Checkpoint
 from permprune.coupling import Coupling, Untraceable, discover, fold_all, observe
-from permprune.data import WORTH, kind_of, load_examples
+from permprune.data import TOGETHER, WORTH, kind_of, load_examples
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
@@ -50,8 +50,8 @@ class Settings:
     `mode`: "fold" (no run-time cost) or "gather" (every reader of the residual stream in its own order, one
     `index_select` each). `calibration`: a source (see `load_examples`), None for the default one, of which `samples`
     examples are drawn, or windows of `length` tokens: the first `measured` give the statistics, the next `held_out` the
-    accept test, the rest the gradients; of examples with one answer each, such as images, 8 stand for each that is
-    counted. `precision`: of activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one
+    accept test, the rest the gradients; of examples with one answer each more stand for each that is counted (`WORTH`).
+    `precision`: of activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one
     calibration pass; `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search
     after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights
     at the orders found, as far as the held-out examples like it (`update_network`). `batch`: calibration examples that
@@ -148,7 +148,7 @@ def prepare(
     started = time.monotonic()
     keep_freed_memory()
     shown = calibration_examples(model, processor, settings) if examples is None else Examples.of(examples)
-    batch, recompute = settings.batch * WORTH[kind_of(model)], settings.recompute
+    batch, recompute = settings.batch * TOGETHER[kind_of(model)], settings.recompute
     if lacks_text(model, shown):
         shown = transcribed(model, shown, batch)
     plan = plan_run(model, settings, shown, partial)

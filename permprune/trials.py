@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.data import WORTH, kind_of, load_examples
+from permprune.data import TOGETHER, WORTH, kind_of, load_examples
 from permprune.evaluate import Result, ask, evaluate_model, knows_right
 from permprune.evaluate.lm_tasks import TaskList, task_figures
 from permprune.examples import Examples
@@ -73,7 +73,7 @@ class Meter:
         self.model, self.examples = model, evaluation.examples(model, processor)
         self.tokenizer = transcriber(model, processor)
         self.answers = None if knows_right(model, self.examples) else ask(model, self.examples)
-        self.batch, self.metric = BATCH * WORTH[kind_of(model)], evaluation.metric
+        self.batch, self.metric = BATCH * TOGETHER[kind_of(model)], evaluation.metric
 
     def __call__(self) -> Result:
         return evaluate_model(self.model, self.examples, self.tokenizer, self.answers, self.batch, self.metric)[0]

@@ -3,10 +3,11 @@
 from permprune.data.audio import load_speech
 from permprune.data.images import load_images
 from permprune.data.labelled import load_labelled_text, read_labelled_text
-from permprune.data.load import WORTH, kind_of, load_examples
+from permprune.data.load import TOGETHER, WORTH, kind_of, load_examples
 from permprune.data.text import load_documents, tokenize
 
 __all__ = [
+    "TOGETHER",
     "WORTH",
     "kind_of",
     "load_documents",

@@ -25,8 +25,11 @@ Kind = Literal["text", "sentences", "images", "speech"]
 CIFAR = "cifar10"
 """The name of the images that the zoo has, the default ones."""
 
-WORTH: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
-"""Examples that are asked for in place of one window of text: a window has many answers, an image one."""
+WORTH: dict[Kind, int] = {"text": 1, "sentences": 32, "images": 8, "speech": 1}
+"""Examples that are asked for in place of one window of text: a window has many answers, a sentence or an image one."""
+
+TOGETHER: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
+"""Examples that pass through a model in place of one window of text."""
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
