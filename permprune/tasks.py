@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from permprune import parallel
 from permprune.coupling.trace import forward_arguments
+from permprune.cross_entropy import cross_entropy
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.padding import mask_of, padded, real
@@ -44,7 +45,7 @@ class Predictions:
     def loss(self, dense: Tensor | None = None) -> Tensor:
         """Cross-entropy, or without labels the distance to what `kept` gave of the dense model; summed over terms."""
         if self.labels is not None:
-            return F.cross_entropy(self.logits.float(), self.labels, reduction="sum")
+            return cross_entropy(self.logits, self.labels)
         return self.distance(dense)
 
     def kept(self) -> Tensor:
@@ -67,7 +68,7 @@ class Predictions:
         bounds = self.logits.detach().float().softmax(-1).cumsum(-1)
         drawn = torch.rand(self.terms, 1, generator=generator).to(bounds) * bounds[:, -1:]
         labels = (bounds < drawn).sum(-1).clamp_max(bounds.shape[-1] - 1)
-        return F.cross_entropy(self.logits.float(), labels, reduction="sum")
+        return cross_entropy(self.logits, labels)
 
 
 @dataclass(frozen=True)
