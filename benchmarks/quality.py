@@ -1,10 +1,10 @@
 """What each permuter loses: a Markdown table over patterns, saliencies, modes and methods, on the same masks and data.
 
 Every search is tested on each source of --data, so that text of another domain than the calibration's can stand among
-them; the metric is the one that suits the model. With several --seeds the figures are means, with the standard
-deviation of the gap closed. A method may be given options, as in newton:rounds=24. With --rows every figure is added to
-a file as soon as it is there, and what the file has is not measured again. --bf16 measures with activations in
-bfloat16, which is faster where the CPU or GPU has it and moves an accuracy by a few thousandths.
+them; the metric is the one that suits the model. With several --seeds the figures are means, with standard deviations.
+A method may be given options, as in newton:rounds=24. With --rows every figure is added to a file as soon as it is
+there, and what the file has is not measured again. --bf16 measures with activations in bfloat16, which is faster where
+the CPU or GPU has it and moves an accuracy by a few thousandths.
 
 "core-seconds" are the processor time of the search, all threads together: on a machine that does other work meanwhile
 they say more than the clock does.
@@ -146,13 +146,17 @@ def markdown(rows: list[Row]) -> str:
     for group, seeds in groups.items():
         cells = list(group)
         for test in tests:
-            gaps = [100 * (row["gap"][test] or 0.0) for row in seeds]
-            spread = f" ± {statistics.stdev(gaps):.1f}" if len(gaps) > 1 else ""
-            cells.append(f"{statistics.mean(row['value'][test] for row in seeds):.{digits}f}")
-            cells.append(f"{statistics.mean(gaps):.1f}{spread} %")
+            cells.append(mean_of([row["value"][test] for row in seeds], digits))
+            cells.append(mean_of([100 * (row["gap"][test] or 0.0) for row in seeds], 1) + " %")
         cells += [f"{statistics.mean(row[key] for row in seeds):.0f}" for key in ("core_seconds", "peak")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def mean_of(values: list[float], digits: int) -> str:
+    """The mean of several seeds with their standard deviation, if they differ."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def data_name(source: str | None) -> str:

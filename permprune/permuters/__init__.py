@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from permprune.errors import PermpruneError
 from permprune.permuters.base import CurvePoint, LocalPermuter, Permuter, Run, Solution
@@ -23,8 +24,8 @@ PERMUTERS: dict[str, type[Permuter]] = {
 def permuter(name: str | Permuter) -> Permuter:
     """The method of that name, with its defaults but for the options that follow: "newton", "newton:rounds=6".
 
-    More options follow as the first does, "newton:rounds=6:examples=4"; each is a number. Raises `PermpruneError` that
-    lists the names, or the method's options, when there is none such.
+    More options follow as the first does, "newton:rounds=6:distillation=1e-5"; each is a number, of the method or of
+    its `Objective`. Raises `PermpruneError` that lists the names, or the method's options, when there is none such.
     """
     if isinstance(name, Permuter):
         return name
@@ -32,19 +33,25 @@ def permuter(name: str | Permuter) -> Permuter:
     if name not in PERMUTERS:
         raise PermpruneError(f'unknown permuter "{name}": choose one of {", ".join(PERMUTERS)}')
     method = PERMUTERS[name]()
-    numbers = {
-        option.name: value
-        for option in dataclasses.fields(method)
-        if isinstance(value := getattr(method, option.name), (int, float))
-    }
+    objective = getattr(method, "objective", None)
+    numbers, losses = _numbers(method), _numbers(objective) if objective else {}
     for change in changes:
         option, _, text = change.partition("=")
+        values = losses if option in losses else numbers
         try:
-            numbers[option] = type(numbers[option])(json.loads(text))
+            values[option] = type(values[option])(json.loads(text))
         except (KeyError, ValueError, TypeError) as error:
-            known = ", ".join(f"{option}={json.dumps(value)}" for option, value in numbers.items())
+            known = ", ".join(f"{option}={json.dumps(value)}" for option, value in (numbers | losses).items())
             raise PermpruneError(f'"{change}" is no option of {name}: give numbers for {known or "none"}') from error
+    if objective:
+        method = dataclasses.replace(method, objective=dataclasses.replace(objective, **losses))  # type: ignore[call-arg]
     return dataclasses.replace(method, **numbers)
+
+
+def _numbers(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are numbers."""
+    values = {option.name: getattr(options, option.name) for option in dataclasses.fields(options)}
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
 
 
 __all__ = [

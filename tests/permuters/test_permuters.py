@@ -235,6 +235,8 @@ def test_an_unknown_permuter_lists_the_names() -> None:
 def test_options_follow_a_permuters_name() -> None:
     assert permuter("newton:rounds=6:damping=8") == Newton(rounds=6, damping=8.0)
     assert permuter("newton") == Newton()
+    assert permuter("newton:distillation=1e-4:rounds=6") == Newton(rounds=6, objective=Objective(distillation=1e-4))
+    assert permuter("learned:task=0:divergence=1").objective == Objective(0.0, 1.0, distillation=1e-5)
 
 
 @pytest.mark.parametrize("name", ["newton:round=6", "newton:rounds", "newton:rounds=many", "newton:objective=1"])
