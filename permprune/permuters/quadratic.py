@@ -90,7 +90,9 @@ class QuadraticModel:
     def swap(self, generator: torch.Generator) -> None:
         """One swap for every group: each frees a random slot, and the pairs that gain most by `placement_cost` form.
 
-        A pair keeps its swap if the model says, exactly, that it gains by itself.
+        A pair may swap if the model says, exactly, that it gains by itself. Those that may swap together if the model
+        says, exactly, that at least half of their gains add up; otherwise the better half of them, and so on: channels
+        that carry much the same overshoot where all of them move.
         """
         count, m = self.groups.shape
         slots = torch.randint(m, (count,), generator=generator)
@@ -103,14 +105,15 @@ class QuadraticModel:
         channels[at, i], channels[at, m + j] = right, left
         moves = [self._move(bundle, channels) for bundle in self.bundles]
         gain = self._gain(channels, moves).cpu()
-        better = gain < -1e-12
-        if better.any():
-            self.groups = self.groups.index_put((pairs[better],), channels[better].view(-1, 2, m))
-            self._commit(
-                channels[better].flatten(),
-                [move[better].flatten(0, 1) for move in moves],
-                float(gain[better].sum()),
-            )
+        ranked = gain.argsort()
+        ranked = ranked[gain[ranked] < -1e-12]
+        while len(ranked):
+            chosen = ranked.sort().values
+            together = [move[chosen].flatten(0, 1) for move in moves]
+            if self._commit(channels[chosen].flatten(), together, float(gain[chosen].sum()) / 2):
+                self.groups = self.groups.index_put((pairs[chosen],), channels[chosen].view(-1, 2, m))
+                return
+            ranked = ranked[: len(ranked) // 2]
 
     def placement_cost(self, at: Tensor, slots: Tensor) -> Tensor:
         """What it costs to move the channel in slot slots[i] of group at[i] (row) to that slot of each group (column).
@@ -146,12 +149,10 @@ class QuadraticModel:
         groups[target] = self.groups[source]
         to = target[0]
         channels = groups[to].view(1, -1)
-        moves = [self._move(bundle, channels) for bundle in self.bundles]
-        gain = float(self._gain(channels, moves))
-        if gain >= -1e-12:
+        moves = [self._move(bundle, channels)[0] for bundle in self.bundles]
+        if not self._commit(channels.flatten(), moves, -1e-12):
             return False
         self.groups = groups
-        self._commit(channels.flatten(), [move[0] for move in moves], gain)
         return True
 
     def _bundle_cost(self, bundle: Bundle, at: Tensor, slots: Tensor) -> Tensor:
@@ -191,11 +192,22 @@ class QuadraticModel:
         field += bundle.slope[channels.flatten()].view_as(move)
         return field.mul_(move).sum((1, 2))
 
-    def _commit(self, channels: Tensor, moves: list[Tensor], gain: float) -> None:
-        self.change += gain
-        for bundle, move in zip(self.bundles, moves, strict=True):
+    def _commit(self, channels: Tensor, moves: list[Tensor], enough: float) -> bool:
+        """Make these moves if together they change the model by `enough` or less; says whether."""
+        fields = [
+            self.damping * (bundle.moments[:, channels] @ move)
+            for bundle, move in zip(self.bundles, moves, strict=True)
+        ]
+        change = 0.0
+        for bundle, move, field in zip(self.bundles, moves, fields, strict=True):
+            change += float(((bundle.slope[channels] + field[channels] / 2) * move).sum())
+        if change > enough:
+            return False
+        self.change += change
+        for bundle, move, field in zip(self.bundles, moves, fields, strict=True):
             bundle.error[channels] += move
-            bundle.slope += self.damping * (bundle.moments[:, channels] @ move)
+            bundle.slope += field
+        return True
 
 
 def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:

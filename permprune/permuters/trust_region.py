@@ -132,9 +132,7 @@ class TrustRegion(Permuter):
     ) -> bool:
         before = network.current()
         self._judge(network, state, before, gradients)
-        proposals = network.each_problem(
-            lambda number, problem: self._proposal(network, run, state, gradients, number, problem), self.name
-        )
+        proposals = self._proposals(network, run, state, gradients)
         slopes = _slopes(network, before, {name: p.order for name, p in proposals.items()}, gradients)
         loss, moved = self._try(network, run, state, proposals, sum(slopes.values()), taught)
         kept = loss < state.best - TOLERANCE
@@ -184,6 +182,25 @@ class TrustRegion(Permuter):
         for name, start in state.slopes.items():
             if start < -TOLERANCE / 10:
                 state.damping[name] *= min(2.0, max(0.5, max(0.0, 1 - ends[name] / start) ** 0.5))
+
+    def _proposals(self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients) -> dict[str, Proposal]:
+        """A proposal for each problem. All are damped more where together they foretell to gain more than there is."""
+
+        def propose() -> dict[str, Proposal]:
+            return network.each_problem(
+                lambda number, problem: self._proposal(network, run, state, gradients, number, problem), self.name
+            )
+
+        proposals = propose()
+        for _ in range(ATTEMPTS):
+            excess = -sum(proposal.change for proposal in proposals.values()) / max(state.best, TOLERANCE)
+            if excess <= 1:
+                break
+            log.info("%s foretells to gain %.1f times the loss: damped more", self.name, excess)
+            for name in state.damping:
+                state.damping[name] *= max(2.0, excess)
+            proposals = propose()
+        return proposals
 
     def _proposal(
         self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, number: int, problem: Problem

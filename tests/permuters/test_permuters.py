@@ -227,6 +227,27 @@ def test_a_search_that_starts_from_another_does_not_repeat_it(
     assert solution.seconds >= prepared.run.solved[start].seconds
 
 
+@pytest.mark.parametrize("name", ["newton", "learned"])
+def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCausalLM, name: str) -> None:
+    prepared = ready(tiny_llama)
+    network, run = prepared.network, prepared.run
+    method = dataclasses.replace(permuter(name), damping=15.0, examples=4)
+    assert isinstance(method, TrustRegion)
+    state = method._begin(network, run, None)
+    gradients = method._gradients(network, run, state, None)
+
+    def foretold() -> float:
+        return sum(proposal.change for proposal in method._proposals(network, run, state, gradients).values())
+
+    state.best = 1e9
+    first = foretold()
+    assert set(state.damping.values()) == {15.0} and first < 0
+    state.best = -first / 3
+    assert first / 3 <= foretold() < 0
+    (damping,) = set(state.damping.values())
+    assert damping > 15.0
+
+
 def test_an_unknown_permuter_lists_the_names() -> None:
     with pytest.raises(PermpruneError, match=r"reconstruction, .*newton"):
         permuter("hungarian")
