@@ -79,7 +79,7 @@ class TrustRegion(Permuter):
     one for each problem. It begins at `damping` and follows what a step brought (see `_adapt`), and the slope that the
     next gradient finds at the step's end: a problem that should go back overshot, one that should go on was timid.
 
-    `objective` is the loss, `start` finds the orders of the first round.
+    `objective` is the loss, `start` finds the orders of the first round, if they are better than the natural ones.
 
     With `tune` order and weights are optimised jointly: after each round but the first `wait` the weights that stay are
     trained for so many steps (see `tuned`) of half as many examples, on the objective and the KL divergence from the
@@ -254,9 +254,17 @@ class TrustRegion(Permuter):
             state.damping[name] *= 0.7 if proposal.change >= STILL * mean else factor
 
     def _begin(self, network: PrunedNetwork, run: Run, taught: list[Taught] | None) -> State:
+        """Start from the orders of `start`, or from the natural ones where those have the lower held-out loss."""
         start = self.start.solve(network, run)
+        loss = network.loss(run.held_out, self.objective, taught)
+        network.set_orders(network.identity())
+        natural = network.loss(run.held_out, self.objective, taught)
+        if natural < loss:
+            log.info("%s begins in natural order: loss %.4f, %.4f after %s", self.name, natural, loss, self.start.name)
+        else:
+            network.set_orders(start.orders)
         damping = {problem.name: self.damping for problem in network.problems}
-        state = State(0, network.loss(run.held_out, self.objective, taught), damping, self.rate, seconds=start.seconds)
+        state = State(0, min(natural, loss), damping, self.rate, seconds=start.seconds)
         state.curve.append(CurvePoint(0, state.best, True, state.seconds))
         return state
 

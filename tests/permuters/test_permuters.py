@@ -248,6 +248,20 @@ def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCaus
     assert damping > 15.0
 
 
+def test_a_search_begins_in_natural_order_where_its_start_is_worse(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = ready(tiny_llama)
+    network, run = prepared.network, prepared.run
+    started = {}
+    for name in ("none", "ria", "random"):
+        solution = Newton(rounds=0, start=permuter(name)).solve(network, run)
+        started[name] = solution.curve[0].loss
+        own = permuter(name).solve(network, run).orders
+        assert same(solution.orders, own) or same(solution.orders, network.identity())
+        network.set_orders(solution.orders)
+        assert started[name] == network.loss(run.held_out, Objective())
+    assert max(started.values()) == started["none"]
+
+
 def test_an_unknown_permuter_lists_the_names() -> None:
     with pytest.raises(PermpruneError, match=r"reconstruction, .*newton"):
         permuter("hungarian")
