@@ -34,12 +34,10 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         logits, labels = ctx.saved_tensors
         slope = torch.empty_like(logits)
-        parts = zip(_parts(slope, labels), _parts(logits, labels), strict=True)
-        for (out, right), (own, _) in parts:
+        for (out, right), (own, _) in zip(_parts(slope, labels), _parts(logits, labels), strict=True):
             shares = own.softmax(1, dtype=torch.float32)
             shares[torch.arange(len(right), device=right.device), right] -= 1
-            torch.mul(shares, gradients[0], out=shares)
-            out.copy_(shares)
+            out.copy_(shares.mul_(gradients[0]))
         return slope, None
 
 
