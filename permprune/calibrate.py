@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,9 @@ from permprune.progress import log, track
 from permprune.recompute import recomputed, recomputing
 from permprune.tasks import Task
 
+BLOCK = 2**24
+"""Elements of weight gradients that are formed at a time."""
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -26,12 +30,14 @@ class Statistics:
 
     `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there, a
     token being any position, such as a patch of an image; `fisher[layer]` is the mean over the `terms` of the loss of
-    the squared gradient of their sum by each output, fp32 (rows,). Padding counts in neither.
+    the squared gradient of their sum by each output, fp32 (rows,), where each example has one answer (`together`) of
+    its positions taken together (`row_fisher`). Padding counts in neither.
     """
 
     moments: dict[str, Tensor]
     fisher: dict[str, Tensor]
     terms: int
+    together: bool = False
 
 
 def calibrate(
@@ -61,11 +67,13 @@ def calibrate(
         log.info("calibration needs %d passes to stay within the memory limit", len(passes))
     moments: dict[str, Tensor] = {}
     fisher = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
+    with frozen(model), torch.no_grad(), torch.autocast(examples.device.type, dtype, dtype != torch.float32):
+        together = task(model, examples[:1]).terms == 1
     terms = 0.0
     for number, group in enumerate(passes):
         first = number == 0
         with (
-            _graph(layers if first else [], fisher),
+            _graph(layers if first else [], fisher, together),
             input_moments(group) as found,
             frozen(model),
             recomputed(model, recompute and first),
@@ -92,7 +100,7 @@ def calibrate(
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
-    return Statistics(moments, {name: (f / terms).float() for name, f in fisher.items()}, int(terms))
+    return Statistics(moments, {name: (f / terms).float() for name, f in fisher.items()}, int(terms), together)
 
 
 @contextmanager
@@ -110,16 +118,25 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def output_fisher(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[None]:
-    """Add the squared output gradients of every backward pass inside, padding apart, to `fisher[layer]` (rows,)."""
+def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], together: bool) -> Iterator[None]:
+    """Add the rows' Fisher information of every backward pass inside, padding apart, to `fisher[layer]` (rows,).
 
-    def add(name: str, mask: Tensor | None, gradient: Tensor) -> None:
-        rows = gradient if mask is None else gradient[mask]
-        fisher[name] += rows.flatten(0, -2).float().square().sum(0).to(fisher[name])
+    With `together` it is `row_fisher`, else the squared output gradients.
+    """
 
-    def forward(name: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+    def add(name: str, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
+        if kept is None:
+            rows = gradient if mask is None else gradient[mask]
+            found = rows.flatten(0, -2).float().square().sum(0)
+        else:
+            found = row_fisher(kept(), gradient, mask)
+        fisher[name] += found.to(fisher[name])
+
+    def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            output.register_hook(partial(add, name, mask_of(output)))
+            apart = output.dim() < 3 or not together
+            kept = None if apart else _keep(args[0].detach().to(output.dtype))
+            output.register_hook(partial(add, name, mask_of(output), kept))
 
     handles = [layer.module.register_forward_hook(partial(forward, layer.name)) for layer in layers]
     try:
@@ -127,6 +144,48 @@ def output_fisher(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def row_fisher(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The Fisher information of each row of a weight over the mean square of its inputs, summed over examples, (rows,).
+
+    `inputs` (examples, ..., channels) are what a layer read, `gradient` (examples, ..., rows) is that of the loss by
+    what it said. With G the gradient of an example's loss by the weight, the example adds |G_r|^2 / mean |x|^2: in the
+    model F_r = fisher_r * H a row's information has the trace of the true one. Squared output gradients, summed over
+    positions, say the same of positions that push apart. Those of an image all feel its one answer and push together,
+    by which that sum is up to as many times too small as there are positions (Eschenhagen et al. 2023, arXiv
+    2311.00636, call the two "reduce" and "expand"). Where each position has an answer of its own, |G_r|^2 counts the
+    mean gradient as often as there are answers, which is no part of the information: there the sum is nearer.
+    """
+    exact = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
+    x, g = (part.flatten(1, -2).to(exact) for part in (inputs, gradient))
+    shown = torch.ones(x.shape[:2], device=x.device) if mask is None else mask.flatten(1)
+    g = g * shown[..., None].to(exact)
+    squares = (x.float().square().sum(-1) * shown).sum(1) / shown.sum(1).clamp_min(1)
+    total = gradient.new_zeros(gradient.shape[-1], dtype=torch.float32)
+    count = max(1, BLOCK // (x.shape[-1] * g.shape[-1]))
+    with torch.autocast(x.device.type, enabled=False):
+        for own, slope, square in zip(x.split(count), g.split(count), squares.split(count), strict=True):
+            norms = torch.bmm(slope.mT, own).float().square().sum(2)
+            total += (norms / square.clamp_min(1e-30)[:, None]).sum(0)
+    return total
+
+
+def _keep(tensor: Tensor) -> Callable[[], Tensor]:
+    """Keep a tensor as the graph keeps activations: a block that runs again (`recomputed`) does not hold it."""
+    node = _Kept.apply(torch.zeros((), requires_grad=True), tensor).grad_fn
+    return lambda: node.saved_tensors[0]  # type: ignore[no-any-return]
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scalar: Tensor, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return scalar.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("it only keeps a tensor")
 
 
 @contextmanager
@@ -176,7 +235,7 @@ def inner_product(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _graph(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[None]:
+def _graph(layers: list[Layer], fisher: dict[str, Tensor], together: bool) -> Iterator[None]:
     """Hooks that start the graph at the first layer and add up the Fisher diagonals at each layer."""
 
     def start(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -185,7 +244,7 @@ def _graph(layers: list[Layer], fisher: dict[str, Tensor]) -> Iterator[None]:
 
     handles = [layer.module.register_forward_pre_hook(start) for layer in layers]
     try:
-        with output_fisher(layers, fisher):
+        with output_fisher(layers, fisher, together):
             yield
     finally:
         for handle in handles:

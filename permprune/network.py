@@ -30,8 +30,8 @@ T = TypeVar("T")
 class Gradients:
     """Of the mean loss of one batch of examples at the present masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` the mean over
-    the `count` terms of the loss of the squared gradient of their sum by each output (rows,); `loss` the mean loss.
+    `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` (rows,) that of
+    `Statistics`, as the mean over the `count` terms of this loss; `loss` the mean loss.
     """
 
     weight: dict[str, Tensor]
@@ -194,7 +194,7 @@ class PrunedNetwork:
         parts = self._parts(examples, objective)
         with (
             frozen(self.model),
-            output_fisher(list(self.layers.values()), fisher),
+            output_fisher(list(self.layers.values()), fisher, self.statistics.together),
             recomputed(self.model, self.recompute),
         ):
             for weight in weights.values():

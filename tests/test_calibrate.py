@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from permprune.calibrate import Statistics, calibrate, frozen, input_moments, output_fisher
+from permprune.calibrate import Statistics, calibrate, frozen, input_moments, output_fisher, row_fisher
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
 from permprune.pattern import Pattern
-from permprune.tasks import next_token
+from permprune.tasks import IGNORED, next_token
 
 WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))
 SHARED = {
@@ -65,7 +65,7 @@ def test_fisher_is_the_mean_square_of_the_output_gradient_of_each_token(tiny_lla
     """Differentiate by a zero that is added to one layer's output, one window at a time."""
     layers, _ = layers_and_sites(tiny_llama)
     found = statistics(tiny_llama, batch=2)
-    assert found.terms == 5 * 11
+    assert found.terms == 5 * 11 and not found.together
     for layer in layers:
         total = torch.zeros(len(layer.weight))
         for window in WINDOWS:
@@ -77,6 +77,46 @@ def test_fisher_is_the_mean_square_of_the_output_gradient_of_each_token(tiny_lla
             (gradient,) = torch.autograd.grad(terms.sum(), nudge)
             total += gradient[0].square().sum(0)
         torch.testing.assert_close(found.fisher[layer.name], total / (5 * 11), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_fisher_of_examples_with_one_answer_is_that_of_their_gradients_by_the_weight(tiny_llama, batch):
+    """Of windows of which one token counts: each one's gradient of a row, over the mean square of its inputs."""
+    layers, sites = layers_and_sites(tiny_llama)
+    labels = torch.full_like(WINDOWS, IGNORED)
+    labels[:, -1] = WINDOWS[:, -1]
+    examples = Examples({"input_ids": WINDOWS, "labels": labels})
+    found = calibrate(tiny_llama, layers, sites, examples, next_token, torch.float32, batch)
+    assert found.terms == 5 and found.together
+    for layer in layers:
+        total = torch.zeros(len(layer.weight))
+        for window in WINDOWS:
+            read = []
+            handle = layer.module.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0].detach()))
+            loss = F.cross_entropy(tiny_llama(window[None]).logits[0, -2], window[-1])
+            handle.remove()
+            (gradient,) = torch.autograd.grad(loss, layer.module.weight)
+            total += gradient.square().sum(1) / read[0].square().sum(-1).mean()
+        torch.testing.assert_close(found.fisher[layer.name], total / 5, rtol=1e-3, atol=1e-9)
+
+
+def test_row_fisher_of_single_positions_is_the_sum_of_their_squares():
+    x, g = torch.randn(6, 1, 8), torch.randn(6, 1, 4)
+    torch.testing.assert_close(row_fisher(x, g), g[:, 0].square().sum(0))
+
+
+def test_row_fisher_of_positions_that_push_together_grows_with_their_square():
+    x, g = torch.randn(1, 1, 8).expand(1, 5, 8), torch.randn(1, 1, 4).expand(1, 5, 4)
+    torch.testing.assert_close(row_fisher(x, g), 25 * g[0, 0].square())
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (3, 2, 3)])
+def test_row_fisher_leaves_padding_out(shape):
+    x, g = torch.randn(*shape, 8), torch.randn(*shape, 4)
+    mask = torch.rand(shape) < 0.6
+    mask.flatten(1)[:, 0] = True
+    apart = [row_fisher(x[i][mask[i]][None], g[i][mask[i]][None]) for i in range(3)]
+    torch.testing.assert_close(row_fisher(x, g, mask), torch.stack(apart).sum(0))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5])
@@ -142,7 +182,7 @@ def test_frozen_puts_things_back_after_an_error(tiny_llama):
 def test_output_fisher_adds_up_over_backward_passes(tiny_llama):
     layers, _ = layers_and_sites(tiny_llama)
     sums = {layer.name: torch.zeros(len(layer.weight)) for layer in layers}
-    with output_fisher(layers, sums):
+    with output_fisher(layers, sums, together=False):
         for window in WINDOWS.split(2):
             next_token(tiny_llama, Examples.of(window)).loss().backward()
     expected = statistics(tiny_llama).fisher

@@ -75,19 +75,33 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param  # type: ignore[no-any-return]
 
 
-def parts(model: nn.Module) -> tuple[list[Layer], dict[str, str], Task]:
+def last_answer(task: Task) -> Task:
+    """The task of the last token of each window alone."""
+    each = WINDOWS.shape[1] - 1
+
+    def ask(model: nn.Module, batch: Examples) -> Predictions:
+        said = task(model, batch)
+        assert isinstance(said, Predictions) and said.labels is not None
+        return Predictions(said.logits[each - 1 :: each], said.labels[each - 1 :: each])
+
+    return ask
+
+
+def parts(model: nn.Module, together: bool = False) -> tuple[list[Layer], dict[str, str], Task]:
     layers = prunable_layers(model, Pattern(2, 4))
     task = next_of_sharing if isinstance(model, Sharing) else next_token
-    return layers, {layer.name: layer.name for layer in layers}, task
+    return layers, {layer.name: layer.name for layer in layers}, last_answer(task) if together else task
 
 
-def statistics(model: nn.Module, dtype: torch.dtype, recompute: bool, memory: int | None = None) -> Statistics:
-    layers, sites, task = parts(model)
+def statistics(
+    model: nn.Module, dtype: torch.dtype, recompute: bool, memory: int | None = None, together: bool = False
+) -> Statistics:
+    layers, sites, task = parts(model, together)
     return calibrate(model, layers, sites, Examples.of(WINDOWS), task, dtype, 2, memory, recompute)
 
 
 def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute: bool) -> Gradients:
-    layers, sites, task = parts(model)
+    layers, sites, task = parts(model, found.together)
     network = PrunedNetwork(
         model,
         layers,
@@ -122,14 +136,15 @@ def runs(model: nn.Module) -> Iterator[list[bool]]:
         handle.remove()
 
 
-@pytest.mark.parametrize("memory", [None, 1])
+@pytest.mark.parametrize(("memory", "together"), [(None, False), (1, False), (None, True)])
 def test_calibration_finds_the_same_statistics(
-    model: nn.Module, dtype: torch.dtype, runs: list[bool], memory: int | None
+    model: nn.Module, dtype: torch.dtype, runs: list[bool], memory: int | None, together: bool
 ) -> None:
-    once = statistics(model, dtype, False, memory)
+    once = statistics(model, dtype, False, memory, together)
+    assert once.together == together
     assert runs and not any(runs)
     runs.clear()
-    again = statistics(model, dtype, True, memory)
+    again = statistics(model, dtype, True, memory, together)
     assert any(runs)
     for name, moments in once.moments.items():
         torch.testing.assert_close(again.moments[name], moments, rtol=1e-6, atol=0)
@@ -138,8 +153,9 @@ def test_calibration_finds_the_same_statistics(
     assert again.terms == once.terms
 
 
-def test_gradients_are_the_same(model: nn.Module, dtype: torch.dtype, runs: list[bool]) -> None:
-    found = statistics(model, dtype, False)
+@pytest.mark.parametrize("together", [False, True])
+def test_gradients_are_the_same(model: nn.Module, dtype: torch.dtype, runs: list[bool], together: bool) -> None:
+    found = statistics(model, dtype, False, together=together)
     runs.clear()
     once = gradients(model, found, dtype, False)
     assert runs and not any(runs)

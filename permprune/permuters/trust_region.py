@@ -16,7 +16,7 @@ from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
-from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.tuning import tuned
 from permprune.problem import Orders, Problem
 from permprune.progress import console, log
@@ -87,7 +87,7 @@ class TrustRegion(Permuter):
     rest as they were, for an order that takes them back.
     """
 
-    start: Permuter = RIAPermuter()
+    start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: int = 16
     examples: int = 8
     damping: float = 15.0
