@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,6 +31,9 @@ from transformers import (
 )
 
 from permprune.zoo.models import resolve_model
+
+settings.register_profile("untimed", deadline=None)  # on a loaded machine an example may take as long as it likes
+settings.load_profile("untimed")
 
 SENTENCES = [
     "the order of the channels decides which weights survive",

@@ -448,7 +448,7 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line():
 
 
 @given(st.lists(st.sampled_from([*FREEZING.values(), *(entry[0] for entry in HARMLESS.values())]), max_size=4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_chain_of_ops_yields_a_wrong_space(chain):
     def apply(h: Tensor) -> Tensor:
         for function in chain:

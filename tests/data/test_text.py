@@ -154,7 +154,7 @@ def test_no_separator_where_the_tokenizer_has_none(tiny_tokenizer, monkeypatch):
     assert tokenize(["the order", "a text"], tiny_tokenizer, len(expected), 1)[0].tolist() == expected
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(spaces=st.integers(1, 40), length=st.integers(2, 30), count=st.integers(1, 20))
 def test_reading_no_more_than_needed_changes_no_token(tiny_tokenizer, spaces, length, count):
     text = "the channels of a permutation are kept ".replace(" ", " " * spaces) * 400

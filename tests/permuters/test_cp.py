@@ -79,7 +79,7 @@ def test_two_groups_of_4_have_35_partitions_and_three_have_5775() -> None:
     assert len(found) == 5775
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     pattern=st.sampled_from([Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2), Pattern(2, 3), Pattern(3, 6)]),
     count=st.integers(2, 4),
