@@ -157,10 +157,10 @@ def row_fisher(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> 
     2311.00636, call the two "reduce" and "expand"). Where each position has an answer of its own, |G_r|^2 counts the
     mean gradient as often as there are answers, which is no part of the information: there the sum is nearer.
     """
-    exact = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
-    x, g = (part.flatten(1, -2).to(exact) for part in (inputs, gradient))
+    dtype = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
+    x, g = (part.flatten(1, -2).to(dtype) for part in (inputs, gradient))
     shown = torch.ones(x.shape[:2], device=x.device) if mask is None else mask.flatten(1)
-    g = g * shown[..., None].to(exact)
+    g = g * shown[..., None].to(dtype)
     squares = (x.float().square().sum(-1) * shown).sum(1) / shown.sum(1).clamp_min(1)
     total = gradient.new_zeros(gradient.shape[-1], dtype=torch.float32)
     count = max(1, BLOCK // (x.shape[-1] * g.shape[-1]))
@@ -178,14 +178,12 @@ def _keep(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 class _Kept(torch.autograd.Function):
+    """A node that saves a tensor; nothing flows back through it."""
+
     @staticmethod
     def forward(ctx: Any, scalar: Tensor, tensor: Tensor) -> Tensor:
         ctx.save_for_backward(tensor)
         return scalar.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError("it only keeps a tensor")
 
 
 @contextmanager
