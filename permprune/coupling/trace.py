@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import itertools
 import traceback
 from collections.abc import Iterator, Mapping
@@ -117,7 +118,7 @@ def _identity(parameter: Tensor) -> Any:
 
 
 def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
-    with inference(model):
+    with inference(model), contextlib.redirect_stderr(io.StringIO()):  # where a failed export prints its whole graph
         try:
             return torch.export.export(model, (), forward_arguments(model, example), strict=False)
         except PermpruneError:
