@@ -32,7 +32,8 @@ from permprune.finetuning import FineTuning, finetune
 Row = dict[str, Any]
 
 FINETUNE = "+finetune"
-LENGTH = 128
+LENGTH, BATCH = 128, 16
+"""Tokens of an example at most, and examples of a step of training."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
     out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{seed}-{kind}"
     if out.exists():
         return out
-    tuning = FineTuning(str(train), length=LENGTH, metric=TASKS[name].metrics[0], seed=seed)
+    tuning = FineTuning(str(train), length=LENGTH, batch=BATCH, metric=TASKS[name].metrics[0], seed=seed)
     if method == "dense":
         finetune(options.model, out, tuning)
         return out
