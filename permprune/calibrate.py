@@ -162,13 +162,23 @@ def row_fisher(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> 
     shown = torch.ones(x.shape[:2], device=x.device) if mask is None else mask.flatten(1)
     g = g * shown[..., None].to(dtype)
     squares = (x.float().square().sum(-1) * shown).sum(1) / shown.sum(1).clamp_min(1)
-    total = gradient.new_zeros(gradient.shape[-1], dtype=torch.float32)
-    count = max(1, BLOCK // (x.shape[-1] * g.shape[-1]))
     with torch.autocast(x.device.type, enabled=False):
-        for own, slope, square in zip(x.split(count), g.split(count), squares.split(count), strict=True):
-            norms = torch.bmm(slope.mT, own).float().square().sum(2)
-            total += (norms / square.clamp_min(1e-30)[:, None]).sum(0)
-    return total
+        return (_gradient_norms(x, g) / squares.clamp_min(1e-30)[:, None]).sum(0)
+
+
+def _gradient_norms(x: Tensor, g: Tensor) -> Tensor:
+    """|G_r|^2 of each example and row, fp32 (examples, rows), of G = g^T x for an example.
+
+    `x` is (examples, positions, channels), `g` (examples, positions, rows). With few positions it is the quadratic form
+    g_r^T (x x^T) g_r, else the sum of the squares of G, which is formed for some examples at a time.
+    """
+    (_, positions, channels), rows = x.shape, g.shape[-1]
+    if 2 * positions * (channels + rows) < channels * rows:
+        x, g = x.float(), g.float()
+        return (g * (x @ x.mT @ g)).sum(1).clamp_min(0)
+    count = max(1, BLOCK // (channels * rows))
+    pairs = zip(x.split(count), g.split(count), strict=True)
+    return torch.cat([torch.bmm(slope.mT, own).float().square().sum(2) for own, slope in pairs])
 
 
 def _keep(tensor: Tensor) -> Callable[[], Tensor]:

@@ -110,6 +110,14 @@ def test_row_fisher_of_positions_that_push_together_grows_with_their_square():
     torch.testing.assert_close(row_fisher(x, g), 25 * g[0, 0].square())
 
 
+@pytest.mark.parametrize("positions", [2, 7, 60])
+def test_row_fisher_is_that_of_the_gradient_of_each_example(positions):
+    x, g = torch.randn(3, positions, 32) + 1, torch.randn(3, positions, 24)
+    apart = torch.einsum("epr,epc->erc", g.double(), x.double()).square().sum(2)
+    expected = (apart / x.double().square().sum(2).mean(1)[:, None]).sum(0)
+    torch.testing.assert_close(row_fisher(x, g), expected.float())
+
+
 @pytest.mark.parametrize("shape", [(3, 6), (3, 2, 3)])
 def test_row_fisher_leaves_padding_out(shape):
     x, g = torch.randn(*shape, 8), torch.randn(*shape, 4)
