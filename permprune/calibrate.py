@@ -121,7 +121,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], together: bool) -> Iterator[None]:
     """Add the rows' Fisher information of every backward pass inside, padding apart, to `fisher[layer]` (rows,).
 
-    With `together` it is `row_fisher`, else the squared output gradients.
+    With `together` it is `row_fisher`, or where `fisher[layer]` is (rows, rows) `row_covariance`, else the squared
+    output gradients.
     """
 
     def add(name: str, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
@@ -129,7 +130,7 @@ def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], together: bool
             rows = gradient if mask is None else gradient[mask]
             found = rows.flatten(0, -2).float().square().sum(0)
         else:
-            found = row_fisher(kept(), gradient, mask)
+            found = (row_fisher if fisher[name].dim() == 1 else row_covariance)(kept(), gradient, mask)
         fisher[name] += found.to(fisher[name])
 
     def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -157,13 +158,31 @@ def row_fisher(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> 
     2311.00636, call the two "reduce" and "expand"). Where each position has an answer of its own, |G_r|^2 counts the
     mean gradient as often as there are answers, which is no part of the information: there the sum is nearer.
     """
+    x, g, squares = _examples(inputs, gradient, mask)
+    with torch.autocast(x.device.type, enabled=False):
+        return (_gradient_norms(x, g) / squares[:, None]).sum(0)
+
+
+def row_covariance(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+    """That of each pair of rows, (rows, rows): `row_fisher` is its diagonal.
+
+    An example adds G G^T / mean |x|^2. With few classes every example pushes the rows in about the same direction:
+    rows that all follow the gradient meet a curvature up to as many times that of the diagonal as there are rows.
+    """
+    x, g, squares = _examples(inputs, gradient, mask)
+    with torch.autocast(x.device.type, enabled=False):
+        wide = x.float()  # gradients of keys add up to 0, so that what the inputs have in common must cancel
+        pushed = (wide @ wide.mT @ g.float()) / squares[:, None, None]
+        return (g.flatten(0, 1).T @ pushed.flatten(0, 1).to(g.dtype)).float()
+
+
+def _examples(inputs: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and gradients, (examples, positions, ...), those of padding 0, and the examples' mean |x|^2."""
     dtype = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
     x, g = (part.flatten(1, -2).to(dtype) for part in (inputs, gradient))
     shown = torch.ones(x.shape[:2], device=x.device) if mask is None else mask.flatten(1)
-    g = g * shown[..., None].to(dtype)
     squares = (x.float().square().sum(-1) * shown).sum(1) / shown.sum(1).clamp_min(1)
-    with torch.autocast(x.device.type, enabled=False):
-        return (_gradient_norms(x, g) / squares.clamp_min(1e-30)[:, None]).sum(0)
+    return x, g * shown[..., None].to(dtype), squares.clamp_min(1e-30)
 
 
 def _gradient_norms(x: Tensor, g: Tensor) -> Tensor:

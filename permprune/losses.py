@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from permprune.examples import Examples
 from permprune.layers import blocks
 from permprune.padding import real
 from permprune.tasks import Imitation, Task
+
+ANSWERED_ONCE = 3.0
+"""The weight of `Objective.divergence` where the data give one answer an example."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,33 @@ class Objective:
 
     `task`: cross-entropy of the labels, or for an `Imitation` the distance to the dense model. `divergence`: KL
     divergence from the dense model's predictions, which has the same gradient in the mean but none of the noise of
-    single labels. `distillation`: Smooth-L1 distance of every block's output to the dense model's, summed over
-    positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss"). `cosine`: 1 - the cosine of
-    the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss").
+    single labels; None is 0 until `suited` chooses. `distillation`: Smooth-L1 distance of every block's output to
+    the dense model's, summed over positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss"). `cosine`:
+    1 - the cosine of the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss").
     """
 
     task: float = 1.0
-    divergence: float = 0.0
+    divergence: float | None = None
     distillation: float = 0.0
     cosine: float = 0.0
+
+    def suited(self, task: Task, together: bool) -> Objective:
+        """This one with a `divergence`, if it has none.
+
+        Where each example has one answer (`together`) and the data give it, labels are few: a search can bring their
+        loss below that of the dense model without a better prediction, from which the divergence keeps it.
+        """
+        if self.divergence is not None:
+            return self
+        return replace(self, divergence=ANSWERED_ONCE if together and not isinstance(task, Imitation) else 0.0)
+
+    @property
+    def curvature(self) -> float:
+        """That of cross-entropy and divergence together, over the squared gradients of their sum.
+
+        Both curve as the Fisher information says, but near the dense model only the labels' gradients have its squares.
+        """
+        return (self.task + self.divergence) / self.task**2 if self.task and self.divergence else 1.0
 
     def asks(self, task: Task) -> bool:
         """Whether the dense model has to be asked."""

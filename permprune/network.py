@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -25,19 +25,28 @@ from permprune.tasks import Task
 
 T = TypeVar("T")
 
+COUPLED = 4096
+"""Rows of a layer up to which their covariance is kept: 64 MiB."""
+
+SMALL = 1e-6
+"""The least Fisher information of a coupled row, as a share of the mean: less is rounding."""
+
 
 @dataclass(frozen=True)
 class Gradients:
     """Of the mean loss of one batch of examples at the present masks, by layer.
 
     `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` (rows,) that of
-    `Statistics`, as the mean over the `count` terms of this loss; `loss` the mean loss.
+    `Statistics`, as the mean over the `count` terms of this loss and times its `curvature`; `loss` the mean loss. Where
+    each example has one answer, `covariance[layer]` (rows, rows) is that of the rows (`row_covariance`), whose diagonal
+    is `fisher`, of layers of up to `COUPLED` rows.
     """
 
     weight: dict[str, Tensor]
     fisher: dict[str, Tensor]
     loss: float
     count: int
+    covariance: dict[str, Tensor] = field(default_factory=dict)
 
 
 class PrunedNetwork:
@@ -189,12 +198,17 @@ class PrunedNetwork:
     def gradients(self, examples: Examples, objective: Objective) -> Gradients:
         """Gradients of the mean loss over `examples` at the weights shown."""
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
-        fisher = {name: layer.weight.new_zeros(len(layer.weight)) for name, layer in self.layers.items()}
+        together = self.statistics.together
+        fisher = {
+            name: layer.weight.new_zeros((rows,) * (2 if together and rows <= COUPLED else 1))
+            for name, layer in self.layers.items()
+            for rows in [len(layer.weight)]
+        }
         total, count = 0.0, 0.0
         parts = self._parts(examples, objective)
         with (
             frozen(self.model),
-            output_fisher(list(self.layers.values()), fisher, self.statistics.together),
+            output_fisher(list(self.layers.values()), fisher, together),
             recomputed(self.model, self.recompute),
         ):
             for weight in weights.values():
@@ -208,7 +222,10 @@ class PrunedNetwork:
         parallel.add_(list(fisher.values()))
         slopes = self._collect(weights, bool(parts))
         mean = {name: slope / count for name, slope in slopes.items()}
-        return Gradients(mean, {name: f / count for name, f in fisher.items()}, total / count, int(count))
+        fisher = {name: f * objective.curvature / count for name, f in fisher.items()}
+        covariance = {name: f for name, f in fisher.items() if f.dim() == 2}
+        fisher |= {name: f.diagonal().clamp_min(SMALL * float(f.diagonal().mean())) for name, f in covariance.items()}
+        return Gradients(mean, fisher, total / count, int(count), covariance)
 
     def _collect(self, weights: dict[str, nn.Parameter], asked: bool) -> dict[str, Tensor]:
         """The gradients left in `weights`, (rows, channels), summed over the ranks; those not `asked` have none."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from permprune.calibrate import Statistics, calibrate, frozen, input_moments, output_fisher, row_fisher
+from permprune.calibrate import Statistics, calibrate, frozen, input_moments, output_fisher, row_covariance, row_fisher
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
@@ -116,6 +116,29 @@ def test_row_fisher_is_that_of_the_gradient_of_each_example(positions):
     apart = torch.einsum("epr,epc->erc", g.double(), x.double()).square().sum(2)
     expected = (apart / x.double().square().sum(2).mean(1)[:, None]).sum(0)
     torch.testing.assert_close(row_fisher(x, g), expected.float())
+
+
+@pytest.mark.parametrize("positions", [1, 7, 60])
+def test_row_covariance_is_that_of_the_gradients_of_the_examples(positions):
+    x, g, mask = torch.randn(3, positions, 8), torch.randn(3, positions, 5), torch.rand(3, positions) < 0.6
+    mask[:, 0] = True
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for one in range(3):
+        own, slope = x[one][mask[one]].double(), g[one][mask[one]].double()
+        weight = slope.T @ own
+        expected += weight @ weight.T / own.square().sum(1).mean()
+    found = row_covariance(x, g, mask)
+    torch.testing.assert_close(found, expected.float())
+    torch.testing.assert_close(found.diagonal(), row_fisher(x, g, mask))
+
+
+def test_row_covariance_in_bf16_survives_gradients_that_add_up_to_nothing():
+    x = (torch.randn(4, 9, 16) + 30).bfloat16()
+    g = torch.randn(4, 9, 6)
+    g = (g - g.mean(1, keepdim=True)).bfloat16()
+    g[:, 0] -= g.float().sum(1).bfloat16()
+    found, expected = row_covariance(x, g), row_covariance(x.float(), g.float())
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (3, 2, 3)])

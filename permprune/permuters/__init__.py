@@ -39,7 +39,8 @@ def permuter(name: str | Permuter) -> Permuter:
         option, _, text = change.partition("=")
         values = losses if option in losses else numbers
         try:
-            values[option] = type(values[option])(json.loads(text))
+            kind = float if values[option] is None else type(values[option])
+            values[option] = kind(json.loads(text))
         except (KeyError, ValueError, TypeError) as error:
             known = ", ".join(f"{option}={json.dumps(value)}" for option, value in (numbers | losses).items())
             raise PermpruneError(f'"{change}" is no option of {name}: give numbers for {known or "none"}') from error
@@ -49,9 +50,9 @@ def permuter(name: str | Permuter) -> Permuter:
 
 
 def _numbers(options: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are numbers."""
+    """The fields of a dataclass that are numbers, or None where the data decide on one."""
     values = {option.name: getattr(options, option.name) for option in dataclasses.fields(options)}
-    return {name: value for name, value in values.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in values.items() if value is None or isinstance(value, (int, float))}
 
 
 __all__ = [

@@ -4,6 +4,8 @@ The model, around the present masks, for a change dE of the pruned part E = W - 
 
     dLoss = <slope, dE> + damping / 2 * sum_r fisher_r dE_r H dE_r^T
 
+where a covariance of the rows, whose diagonal is fisher, may stand for it: sum_rs covariance_rs dE_r H dE_s^T.
+
 With slope = fisher * (E H) and damping 1 it is the layer's own output error, rows weighted by how much the loss feels
 them; with slope = -dLoss/dW_eff it is the end-to-end model of the "newton" and "learned" searches, where a damping
 above 1 stands for the curvature between layers that move together.
@@ -32,6 +34,7 @@ class Bundle:
     """Rows that share one input. `weight`, `score`, `slope` and `error` are (channels, rows), `moments` is H.
 
     Rows are scaled so that fisher is 1 in the model: weight and error times sqrt(fisher), slope over sqrt(fisher).
+    `coupling` are what is left of the covariances, by layer, correlations (rows, rows); none where rows are apart.
     """
 
     weight: Tensor
@@ -39,6 +42,14 @@ class Bundle:
     moments: Tensor
     slope: Tensor
     error: Tensor
+    coupling: tuple[Tensor, ...] = ()
+
+    def coupled(self, x: Tensor) -> Tensor:
+        """`x` (..., rows) times the correlations of the rows."""
+        if not self.coupling:
+            return x
+        parts = x.split([len(block) for block in self.coupling], -1)
+        return torch.cat([part @ block for part, block in zip(parts, self.coupling, strict=True)], -1)
 
 
 class QuadraticModel:
@@ -61,26 +72,35 @@ class QuadraticModel:
         gradient: dict[str, Tensor] | None = None,
         damping: float = 1.0,
         order: Tensor | None = None,
+        covariance: dict[str, Tensor] | None = None,
     ) -> QuadraticModel:
         """The model at the masks of `order`, or of the order that the network shows.
 
-        Without `gradient` it is the local one, whose slope is fisher * (E H).
+        Without `gradient` it is the local one, whose slope is fisher * (E H). `covariance` is that of the rows of
+        layers; rows are apart in a bundle with a layer that has none.
         """
         if order is None:
             order = network.orders.get(problem.name, problem.identity())
         pieces: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        coupling: dict[tuple[str, int], list[Tensor]] = {}
         for part in problem.parts:
             root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
             weight, score = (x[part.layer][:, part.columns] for x in (network.weights, network.scores))
             error = weight * ~network.pattern_of(problem).mask_in_order(score, order) * root
             slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
-            pieces.setdefault((part.site, int(part.columns[0])), []).append((weight * root, score, slope, error))
+            place = (part.site, int(part.columns[0]))
+            pieces.setdefault(place, []).append((weight * root, score, slope, error))
+            if covariance and part.layer in covariance:
+                coupling.setdefault(place, []).append(covariance[part.layer] / root / root.T)
         bundles = []
         for (site, first), rows in pieces.items():
             columns = next(p.columns for p in problem.parts if (p.site, int(p.columns[0])) == (site, first))
             moments = network.statistics.moments[site][columns][:, columns]
             weight, score, slope, error = (torch.cat(x).T.contiguous() for x in zip(*rows, strict=True))
-            bundles.append(Bundle(weight, score, moments, moments @ slope if gradient is None else slope, error))
+            slope = moments @ slope if gradient is None else slope
+            blocks = tuple(coupling.get((site, first), ()))
+            whole = sum(map(len, blocks)) == weight.shape[1]
+            bundles.append(Bundle(weight, score, moments, slope, error, blocks if whole else ()))
         return cls(bundles, order, network.pattern_of(problem), damping)
 
     @property
@@ -188,14 +208,14 @@ class QuadraticModel:
     def _predict(self, bundle: Bundle, channels: Tensor, move: Tensor) -> Tensor:
         """The modelled change of the loss of each set, (sets,)."""
         block = bundle.moments[channels[:, :, None], channels[:, None, :]]
-        field = torch.bmm(block, move).mul_(self.damping / 2)
+        field = bundle.coupled(torch.bmm(block, move)).mul_(self.damping / 2)
         field += bundle.slope[channels.flatten()].view_as(move)
         return field.mul_(move).sum((1, 2))
 
     def _commit(self, channels: Tensor, moves: list[Tensor], enough: float) -> bool:
         """Make these moves if together they change the model by `enough` or less; says whether."""
         fields = [
-            self.damping * (bundle.moments[:, channels] @ move)
+            self.damping * bundle.coupled(bundle.moments[:, channels] @ move)
             for bundle, move in zip(self.bundles, moves, strict=True)
         ]
         change = 0.0

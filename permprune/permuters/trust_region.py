@@ -30,6 +30,9 @@ STILL = 1e-3
 ATTEMPTS = 4
 """Shares of the problems that are tried before a round is refused."""
 
+FAR = 0.1
+"""The least share of a step, and of the problems, that is worth trying."""
+
 MEMORY, PREVIOUS, WEIGHT = "memory/", "previous/", "weight/"
 """Prefixes, among the tensors of a checkpoint, of the proposals' memory, of the orders before the last step and of
 weights that were trained."""
@@ -77,9 +80,11 @@ class TrustRegion(Permuter):
 
     All problems move together, which the block-diagonal model cannot see, so its curvature is multiplied by a damping,
     one for each problem. It begins at `damping` and follows what a step brought (see `_adapt`), and the slope that the
-    next gradient finds at the step's end: a problem that should go back overshot, one that should go on was timid.
+    next gradient finds at the step's end: a problem that should go back overshot, one that should go on was timid. A
+    step that went much too far is corrected so at once, and taken again (see `_step`).
 
-    `objective` is the loss, `start` finds the orders of the first round, if they are better than the natural ones.
+    `objective` is the loss, `suited` to the data; `start` finds the orders of the first round, if they are better than
+    the natural ones.
 
     With `tune` order and weights are optimised jointly: after each round but the first `wait` the weights that stay are
     trained for so many steps (see `tuned`) of half as many examples, on the objective and the KL divergence from the
@@ -104,6 +109,10 @@ class TrustRegion(Permuter):
         """
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
+        objective = self.objective.suited(network.task, network.statistics.together)
+        return replace(self, objective=objective)._search(network, run)
+
+    def _search(self, network: PrunedNetwork, run: Run) -> Solution:
         taught = network.teach(run.held_out, self.objective)
         state = self._resume(network, run) or self._begin(network, run, taught)
         mean: Gradients | None = None  # at the present orders
@@ -132,9 +141,8 @@ class TrustRegion(Permuter):
     ) -> bool:
         before = network.current()
         self._judge(network, state, before, gradients)
-        proposals = self._proposals(network, run, state, gradients)
-        slopes = _slopes(network, before, {name: p.order for name, p in proposals.items()}, gradients)
-        loss, moved = self._try(network, run, state, proposals, sum(slopes.values()), taught)
+        proposals, slopes, loss = self._step(network, run, state, gradients, taught)
+        loss, moved = self._parts(network, run, state, before, proposals, (sum(slopes.values()), loss), taught)
         kept = loss < state.best - TOLERANCE
         self._adapt(state, proposals, moved, kept, loss - state.best)
         state.pending = [] if kept else [*state.pending, state.round]
@@ -205,34 +213,65 @@ class TrustRegion(Permuter):
     def _proposal(
         self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, number: int, problem: Problem
     ) -> Proposal:
-        model = QuadraticModel.of(network, problem, gradients.fisher, gradients.weight, state.damping[problem.name])
+        damping, covariance = state.damping[problem.name], gradients.covariance
+        model = QuadraticModel.of(network, problem, gradients.fisher, gradients.weight, damping, covariance=covariance)
         memory = self.propose(model, state.memory.get(problem.name), run.generator(state.round, 2, number))
         return Proposal(model.order, model.change, memory)
 
-    def _try(
+    def _step(
+        self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
+    ) -> tuple[dict[str, Proposal], dict[str, float], float]:
+        """Show proposals for all problems; returns them, their slopes by problem, and the held-out loss.
+
+        Where the loss turns before a tenth of the way, and the slope at the end says so too, the models are far off.
+        Then that slope says by how much each problem is to be damped more, and new proposals are shown.
+        """
+        before = network.current()
+        for attempt in range(ATTEMPTS):
+            proposals = self._proposals(network, run, state, gradients)
+            orders = {name: proposal.order for name, proposal in proposals.items()}
+            slopes = _slopes(network, before, orders, gradients)
+            network.set_orders(orders)
+            loss, slope = network.loss(run.held_out, self.objective, taught), sum(slopes.values())
+            if attempt == ATTEMPTS - 1 or slope > -TOLERANCE or _turn(slope, loss - state.best) >= FAR:
+                break
+            there = network.gradients(run.batch(state.round, self.examples), self.objective)
+            ends = _slopes(network, before, orders, there)
+            if sum(ends.values()) <= 0:
+                break
+            for name, start in slopes.items():
+                if start < -TOLERANCE / 10:
+                    state.damping[name] *= max(1.0, 1 - ends[name] / start)
+            log.info("%s: held-out loss %.4f after a step much too far: damped more", self.name, loss)
+            network.set_orders(before)
+        return proposals, slopes, loss
+
+    def _parts(
         self,
         network: PrunedNetwork,
         run: Run,
         state: State,
+        before: Orders,
         proposals: dict[str, Proposal],
-        slope: float,
+        whole: tuple[float, float],
         taught: list[Taught] | None,
     ) -> tuple[float, list[str]]:
-        """Show all proposals, or a part of them that lowers the held-out loss; returns the loss and the part.
+        """Leave a part of the proposals shown that lowers the held-out loss; returns the loss and the part.
 
-        `slope` is that of the loss along the whole step. The network shows the last part tried.
+        `whole` are the slope of the loss along the step of all of them, and the loss at its end. The network shows the
+        last part tried.
         """
-        before, share = network.current(), 1.0
+        slope, loss = whole
         shuffled = torch.randperm(len(network.problems), generator=run.generator(state.round, 1))
-        names = [network.problems[i].name for i in shuffled]
-        for attempt in range(ATTEMPTS):
+        names = moved = [network.problems[i].name for i in shuffled]
+        share = min(0.6, max(FAR, _turn(slope, loss - state.best)))
+        for _ in range(ATTEMPTS - 1):
+            if loss < state.best - TOLERANCE or len(moved) == 1:
+                break
             moved = names[: max(1, round(share * len(names)))]
             network.set_orders({name: proposals[name].order if name in moved else before[name] for name in names})
             loss = network.loss(run.held_out, self.objective, taught)
-            if loss < state.best - TOLERANCE or len(moved) == 1:
-                break
-            least = slope / (2 * min(slope - (loss - state.best), -1e-9))  # of the parabola
-            share = min(0.6, max(0.1, least)) if attempt == 0 else share / 2
+            share /= 2
         return loss, moved
 
     @staticmethod
@@ -294,6 +333,11 @@ class TrustRegion(Permuter):
         self.checkpoint(run, free=["rounds"]).save(self.name, tensors, values)
 
 
+def _turn(slope: float, change: float) -> float:
+    """Where along a step, of length 1, the parabola has its least that begins with a slope and ends with a change."""
+    return slope / (2 * min(slope - change, -1e-9))
+
+
 def _slopes(network: PrunedNetwork, before: Orders, after: Orders, gradients: Gradients) -> dict[str, float]:
     """dLoss along the step between two choices of orders, by problem (see `PrunedNetwork.slope`)."""
     return network.each_problem(
@@ -310,4 +354,5 @@ def _average(mean: Gradients | None, new: Gradients) -> Gradients:
     def mix(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: a[name].lerp(b[name], new.count / total) for name in a}
 
-    return Gradients(mix(mean.weight, new.weight), mix(mean.fisher, new.fisher), new.loss, total)
+    weight, fisher = mix(mean.weight, new.weight), mix(mean.fisher, new.fisher)
+    return Gradients(weight, fisher, new.loss, total, mix(mean.covariance, new.covariance))

@@ -1,9 +1,13 @@
 """The permuters on models of images, padded sentences, speech, and without a head."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from permprune.losses import Objective
 from permprune.permuters import PERMUTERS, Learned, Newton
+from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pipeline import Settings, finish, prepare, update_weights
 from permprune.tasks import running
@@ -32,7 +36,8 @@ def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) 
             assert same(method.solve(again.network, again.run).orders, solution.orders)
         if isinstance(method, TrustRegion):
             best = min(point.loss for point in solution.curve)
-            assert network.loss(run.held_out, method.objective) == pytest.approx(best, abs=1e-5)
+            objective = method.objective.suited(network.task, network.statistics.together)
+            assert network.loss(run.held_out, objective) == pytest.approx(best, abs=1e-5)
             assert best <= solution.curve[0].loss
     natural = network.measures()
     with torch.no_grad(), running(model, examples[:2]) as output:
@@ -40,6 +45,60 @@ def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) 
     pruned = finish(prepared, solution, natural)
     with torch.no_grad(), running(pruned.model, examples[:2]) as output:
         torch.testing.assert_close(output[0], masked, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_the_dense_model_is_asked_beside_labels_of_which_each_example_has_one(data: str) -> None:
+    prepared = prepare(make(data), None, Settings(**SETTINGS), EXAMPLES[data]())
+    network, run = prepared.network, prepared.run
+    start, weight = PERMUTERS["none"](), 3.0 if data in ("vit", "bert") else 0.0
+    for method in (Newton(rounds=0, start=start), Learned(rounds=0, start=start)):
+        left_open, closed, none = (
+            Newton(rounds=0, start=start, objective=replace(method.objective, divergence=divergence))
+            for divergence in (None, weight, 0.0)
+        )
+        losses = [own.solve(network, run).curve[0].loss for own in (left_open, closed, none)]
+        assert losses[0] == losses[1]
+        assert (losses[0] > losses[2]) == bool(weight)
+        said = method.objective.suited(network.task, network.statistics.together)
+        assert said == closed.objective == said.suited(network.task, together=True)
+
+
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_rows_are_coupled_where_each_example_has_one_answer(data: str) -> None:
+    prepared = prepare(make(data), None, Settings(**SETTINGS), EXAMPLES[data]())
+    network, examples = prepared.network, EXAMPLES[data]()
+    found = network.gradients(examples, Objective())
+    assert bool(found.covariance) == (data != "whisper")
+    for name, rows in found.covariance.items():
+        assert torch.equal(rows.diagonal(), found.fisher[name])
+        torch.testing.assert_close(rows, rows.T)
+    if data in ("vit", "bert"):  # a loss of twice the size has gradients of four times the square
+        twice = network.gradients(examples, Objective(2.0))
+        for name, rows in found.fisher.items():
+            torch.testing.assert_close(twice.fisher[name], 4 * rows)
+
+
+def test_rows_of_wide_layers_are_left_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("permprune.network.COUPLED", 32)  # of 48 rows are the layers into the MLP
+    prepared = prepare(make("bert"), None, Settings(mode="gather", **SETTINGS), EXAMPLES["bert"]())
+    network, run = prepared.network, prepared.run
+    found = network.gradients(EXAMPLES["bert"](), Objective())
+    assert {len(rows) for rows in found.covariance.values()} == {32}
+    assert {rows.dim() for rows in found.fisher.values()} == {1}
+    coupled = [
+        bool(bundle.coupling)
+        for problem in network.problems
+        for bundle in QuadraticModel.of(
+            network, problem, found.fisher, found.weight, covariance=found.covariance
+        ).bundles
+    ]
+    assert any(coupled) and not all(coupled)
+    assert brief("newton").search(network, run).curve
+
+
+def test_divergence_curves_as_the_squares_of_labels_say() -> None:
+    assert [Objective(*weights).curvature for weights in ((1.0,), (1.0, 3.0), (2.0, 2.0), (0.0, 1.0))] == [1, 4, 1, 1]
 
 
 @pytest.mark.parametrize("data", EXAMPLES)

@@ -22,7 +22,7 @@ from permprune.permuters import (
     permuter,
 )
 from permprune.permuters.cost_matrix import CostMatrixLearner
-from permprune.permuters.trust_region import TrustRegion
+from permprune.permuters.trust_region import TOLERANCE, TrustRegion, _slopes
 from permprune.pipeline import Prepared, Settings, prepare
 from permprune.problem import Orders
 
@@ -248,6 +248,32 @@ def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCaus
     assert damping > 15.0
 
 
+@pytest.mark.parametrize("name", ["newton", "learned"])
+def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    prepared = ready(tiny_llama)
+    network, run = prepared.network, prepared.run
+    method = dataclasses.replace(permuter(name), damping=0.01, examples=4)
+    assert isinstance(method, TrustRegion)
+    state = method._begin(network, run, None)
+    gradients = method._gradients(network, run, state, None)
+    network.set_orders(network.identity())
+    proposals = method._proposals(network, run, state, gradients)
+    slopes = _slopes(network, network.identity(), {own: p.order for own, p in proposals.items()}, gradients)
+    beyond = dataclasses.replace(gradients, weight={layer: -2 * slope for layer, slope in gradients.weight.items()})
+    losses = iter([state.best + 1e3, state.best - 1])
+    monkeypatch.setattr(network, "gradients", lambda *_: beyond)
+    monkeypatch.setattr(network, "loss", lambda *_: next(losses))
+    before = dict(state.damping)
+    _, _, loss = method._step(network, run, state, gradients, None)
+    assert loss == state.best - 1 and next(losses, None) is None
+    moving = {own for own, slope in slopes.items() if slope < -TOLERANCE / 10}
+    assert moving
+    for own, damping in state.damping.items():
+        assert damping == pytest.approx(before[own] * (3 if own in moving else 1))
+
+
 def test_a_search_begins_in_natural_order_where_its_start_is_worse(tiny_llama: LlamaForCausalLM) -> None:
     prepared = ready(tiny_llama)
     network, run = prepared.network, prepared.run
@@ -272,6 +298,7 @@ def test_options_follow_a_permuters_name() -> None:
     assert permuter("newton") == Newton()
     assert permuter("newton:distillation=1e-4:rounds=6") == Newton(rounds=6, objective=Objective(distillation=1e-4))
     assert permuter("learned:task=0:divergence=1").objective == Objective(0.0, 1.0, distillation=1e-5)
+    assert permuter("newton:rounds=6").objective.divergence is None
 
 
 @pytest.mark.parametrize("name", ["newton:round=6", "newton:rounds", "newton:rounds=many", "newton:objective=1"])

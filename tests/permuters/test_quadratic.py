@@ -29,8 +29,12 @@ def build(
     local: bool = False,
     diagonal: bool = False,
     mean: float = 0.0,
+    coupled: bool = False,
 ):
-    """A random model in fp64 at a random order; `mean` is that of every input."""
+    """A random model in fp64 at a random order; `mean` is that of every input.
+
+    If `coupled` the first rows of a bundle make one layer, the last two another, each with correlations.
+    """
     generator = torch.Generator().manual_seed(seed)
     channels = groups * pattern.m
 
@@ -47,7 +51,8 @@ def build(
         score = weight.abs() * moments.diagonal().sqrt()[:, None]
         error = masked(weight, score, order, pattern)
         slope = moments @ error if local else 5 * normal(channels, rows)
-        bundles.append(Bundle(weight, score, moments, slope, error))
+        coupling = tuple(normal(size, 9).corrcoef().view(size, size) for size in (rows - 2, 2)) if coupled else ()
+        bundles.append(Bundle(weight, score, moments, slope, error, coupling))
     return QuadraticModel(bundles, order, pattern, damping)
 
 
@@ -56,21 +61,26 @@ class Reference:
 
     def __init__(self, model: QuadraticModel) -> None:
         self.pattern, self.damping = model.pattern, model.damping
-        self.start = [(b.weight, b.score, b.moments, b.slope.clone(), b.error.clone()) for b in model.bundles]
+        self.start = [
+            (b.weight, b.score, b.moments, b.slope.clone(), b.error.clone(), torch.block_diag(*b.coupling))
+            if b.coupling
+            else (b.weight, b.score, b.moments, b.slope.clone(), b.error.clone(), torch.eye(b.weight.shape[1]).double())
+            for b in model.bundles
+        ]
 
     def __call__(self, order: Tensor) -> float:
         total = 0.0
-        for weight, score, moments, slope, error in self.start:
+        for weight, score, moments, slope, error, rows in self.start:
             change = masked(weight, score, order, self.pattern) - error
-            total += float((slope * change).sum() + self.damping / 2 * (change * (moments @ change)).sum())
+            total += float((slope * change).sum() + self.damping / 2 * (change * (moments @ change @ rows)).sum())
         return total
 
     def check(self, model: QuadraticModel) -> None:
         """The order is a permutation; error is that of its masks and slope the model's gradient there."""
         assert model.order.sort().values.tolist() == list(range(len(model.order)))
-        for bundle, (weight, score, moments, slope, error) in zip(model.bundles, self.start, strict=True):
+        for bundle, (weight, score, moments, slope, error, rows) in zip(model.bundles, self.start, strict=True):
             assert torch.equal(bundle.error, masked(weight, score, model.order, self.pattern))
-            expected = slope + self.damping * moments @ (bundle.error - error)
+            expected = slope + self.damping * moments @ (bundle.error - error) @ rows
             torch.testing.assert_close(bundle.slope, expected, atol=1e-9, rtol=1e-9)
 
 
@@ -97,10 +107,11 @@ def pattern(request) -> Pattern:
     return request.param
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_one_pair_swaps_down_to_where_no_swap_gains(pattern, seed):
+def test_one_pair_swaps_down_to_where_no_swap_gains(pattern, seed, coupled):
     """Two groups make one pair, so every step is one swap: predicted exactly, and taken only if it gains."""
-    model = build(2, pattern, seed)
+    model = build(2, pattern, seed, coupled=coupled)
     value, generator = Reference(model), torch.Generator().manual_seed(seed)
     for _ in range(200):
         before, predicted = value(model.order), model.change
@@ -135,10 +146,11 @@ def test_swaps_in_several_pairs_keep_error_and_slope_consistent(pattern):
     value.check(model)
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 1.0])
-def test_swaps_in_several_pairs_are_foretold_exactly_and_never_raise_the_model(pattern, mean):
+def test_swaps_in_several_pairs_are_foretold_exactly_and_never_raise_the_model(pattern, mean, coupled):
     """Channels with a large common mean carry much the same: what gains alone overshoots where all of them move."""
-    model = build(6, pattern, seed=2, mean=mean)
+    model = build(6, pattern, seed=2, mean=mean, coupled=coupled)
     value, generator = Reference(model), torch.Generator().manual_seed(2)
     last = 0.0
     for _ in range(60):
@@ -181,9 +193,10 @@ def test_reassignment_is_the_best_of_all_where_channels_do_not_interact(pattern,
     value.check(model)
 
 
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_reassignment_never_raises_the_model_and_predicts_exactly(pattern, seed):
-    model = build(6, pattern, seed)
+def test_reassignment_never_raises_the_model_and_predicts_exactly(pattern, seed, coupled):
+    model = build(6, pattern, seed, coupled=coupled)
     value, generator = Reference(model), torch.Generator().manual_seed(seed)
     last = 0.0
     for _ in range(40):
