@@ -212,7 +212,8 @@ HARMLESS = {
     "written in place": (lambda h: torch.zeros_like(h).copy_(h).mul_(2), 12, 1),
     "padded tokens": (lambda h: F.pad(h, (0, 0, 1, 1))[:, 1:-1], 12, 1),
     "pooled tokens": (lambda h: F.adaptive_avg_pool1d(h.mT, 4).mT, 12, 1),
-    "scattered tokens": (lambda h: h.masked_scatter((h.mean(-1, keepdim=True) > 0).expand_as(h), h), 12, 1),
+    # not > 0: the mean of what is centred is rounding, of whichever sign the order gives it
+    "scattered tokens": (lambda h: h.masked_scatter((h.mean(-1, keepdim=True) > 0.05).expand_as(h), h), 12, 1),
     "unused": (lambda h: (h, h[..., 0])[0], 12, 1),
     "even and odd": (lambda h: torch.cat([h[..., ::2], h[..., 1::2]], -1), 6, 1),
     "gathered tokens": (lambda h: h.gather(1, torch.tensor([3, 2, 1, 0])[:, None].expand(3, 4, 12)), 12, 1),
