@@ -198,17 +198,12 @@ class PrunedNetwork:
     def gradients(self, examples: Examples, objective: Objective) -> Gradients:
         """Gradients of the mean loss over `examples` at the weights shown."""
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
-        together = self.statistics.together
-        fisher = {
-            name: layer.weight.new_zeros((rows,) * (2 if together and rows <= COUPLED else 1))
-            for name, layer in self.layers.items()
-            for rows in [len(layer.weight)]
-        }
+        fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         total, count = 0.0, 0.0
         parts = self._parts(examples, objective)
         with (
             frozen(self.model),
-            output_fisher(list(self.layers.values()), fisher, together),
+            output_fisher(list(self.layers.values()), fisher, self.statistics.together),
             recomputed(self.model, self.recompute),
         ):
             for weight in weights.values():
@@ -226,6 +221,11 @@ class PrunedNetwork:
         covariance = {name: f for name, f in fisher.items() if f.dim() == 2}
         fisher |= {name: f.diagonal().clamp_min(SMALL * float(f.diagonal().mean())) for name, f in covariance.items()}
         return Gradients(mean, fisher, total / count, int(count), covariance)
+
+    def _no_fisher(self, weight: Tensor) -> Tensor:
+        """Zeros for the Fisher information of a weight's rows, (rows,), or for their covariance, (rows, rows)."""
+        rows = len(weight)
+        return weight.new_zeros((rows, rows) if self.statistics.together and rows <= COUPLED else rows)
 
     def _collect(self, weights: dict[str, nn.Parameter], asked: bool) -> dict[str, Tensor]:
         """The gradients left in `weights`, (rows, channels), summed over the ranks; those not `asked` have none."""

@@ -28,7 +28,7 @@ STILL = 1e-3
 """A problem whose foretold change is below this share of the mean one proposes nothing."""
 
 ATTEMPTS = 4
-"""Shares of the problems that are tried before a round is refused."""
+"""How often a step is corrected, and how many parts of it are tried before a round is refused."""
 
 FAR = 0.1
 """The least share of a step, and of the problems, that is worth trying."""

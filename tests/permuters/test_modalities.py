@@ -52,16 +52,14 @@ def test_the_dense_model_is_asked_beside_labels_of_which_each_example_has_one(da
     prepared = prepare(make(data), None, Settings(**SETTINGS), EXAMPLES[data]())
     network, run = prepared.network, prepared.run
     start, weight = PERMUTERS["none"](), 3.0 if data in ("vit", "bert") else 0.0
-    for method in (Newton(rounds=0, start=start), Learned(rounds=0, start=start)):
-        left_open, closed, none = (
-            Newton(rounds=0, start=start, objective=replace(method.objective, divergence=divergence))
-            for divergence in (None, weight, 0.0)
-        )
-        losses = [own.solve(network, run).curve[0].loss for own in (left_open, closed, none)]
+    for left_open in (Newton.objective, Learned.objective):
+        closed, none = (replace(left_open, divergence=divergence) for divergence in (weight, 0.0))
+        methods = [Newton(rounds=0, start=start, objective=own) for own in (left_open, closed, none)]
+        losses = [method.solve(network, run).curve[0].loss for method in methods]
         assert losses[0] == losses[1]
         assert (losses[0] > losses[2]) == bool(weight)
-        said = method.objective.suited(network.task, network.statistics.together)
-        assert said == closed.objective == said.suited(network.task, together=True)
+        said = left_open.suited(network.task, network.statistics.together)
+        assert said == closed == said.suited(network.task, together=True)
 
 
 @pytest.mark.parametrize("data", EXAMPLES)

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
 from permprune.losses import Objective
+from permprune.network import Gradients
 from permprune.permuters import (
     CP,
     PERMUTERS,
@@ -22,7 +23,7 @@ from permprune.permuters import (
     permuter,
 )
 from permprune.permuters.cost_matrix import CostMatrixLearner
-from permprune.permuters.trust_region import TOLERANCE, TrustRegion, _slopes
+from permprune.permuters.trust_region import TOLERANCE, State, TrustRegion, _slopes
 from permprune.pipeline import Prepared, Settings, prepare
 from permprune.problem import Orders
 
@@ -227,14 +228,19 @@ def test_a_search_that_starts_from_another_does_not_repeat_it(
     assert solution.seconds >= prepared.run.solved[start].seconds
 
 
+def begun(prepared: Prepared, name: str, damping: float) -> tuple[TrustRegion, State, Gradients]:
+    """A search that has found where to begin, and taken its first gradient there."""
+    method = dataclasses.replace(permuter(name), damping=damping, examples=4)
+    assert isinstance(method, TrustRegion)
+    state = method._begin(prepared.network, prepared.run, None)
+    return method, state, method._gradients(prepared.network, prepared.run, state, None)
+
+
 @pytest.mark.parametrize("name", ["newton", "learned"])
 def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCausalLM, name: str) -> None:
     prepared = ready(tiny_llama)
     network, run = prepared.network, prepared.run
-    method = dataclasses.replace(permuter(name), damping=15.0, examples=4)
-    assert isinstance(method, TrustRegion)
-    state = method._begin(network, run, None)
-    gradients = method._gradients(network, run, state, None)
+    method, state, gradients = begun(prepared, name, damping=15.0)
 
     def foretold() -> float:
         return sum(proposal.change for proposal in method._proposals(network, run, state, gradients).values())
@@ -254,10 +260,7 @@ def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again
 ) -> None:
     prepared = ready(tiny_llama)
     network, run = prepared.network, prepared.run
-    method = dataclasses.replace(permuter(name), damping=0.01, examples=4)
-    assert isinstance(method, TrustRegion)
-    state = method._begin(network, run, None)
-    gradients = method._gradients(network, run, state, None)
+    method, state, gradients = begun(prepared, name, damping=0.01)
     network.set_orders(network.identity())
     proposals = method._proposals(network, run, state, gradients)
     slopes = _slopes(network, network.identity(), {own: p.order for own, p in proposals.items()}, gradients)

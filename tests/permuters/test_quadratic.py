@@ -61,12 +61,10 @@ class Reference:
 
     def __init__(self, model: QuadraticModel) -> None:
         self.pattern, self.damping = model.pattern, model.damping
-        self.start = [
-            (b.weight, b.score, b.moments, b.slope.clone(), b.error.clone(), torch.block_diag(*b.coupling))
-            if b.coupling
-            else (b.weight, b.score, b.moments, b.slope.clone(), b.error.clone(), torch.eye(b.weight.shape[1]).double())
-            for b in model.bundles
-        ]
+        self.start = []
+        for b in model.bundles:
+            rows = torch.block_diag(*(b.coupling or [torch.eye(b.weight.shape[1], dtype=torch.float64)]))
+            self.start.append((b.weight, b.score, b.moments, b.slope.clone(), b.error.clone(), rows))
 
     def __call__(self, order: Tensor) -> float:
         total = 0.0
