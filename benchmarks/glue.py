@@ -13,11 +13,11 @@ python benchmarks/glue.py --data DATA --work WORK --rows glue.jsonl --tasks cb r
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ LENGTH, BATCH = 128, 16
 """Tokens of an example at most, and examples of a step of training."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Task:
     """Its files within --data, and its metrics; without training files a part of the others trains."""
 
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--most", type=int, default=4000, help="training rows of a task")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows, 32 sentences each")
+    parser.add_argument("--epochs", type=int, help="of the training after pruning; those of finetune if absent")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.rows.open()] if options.rows and options.rows.exists() else []
     table = []
@@ -91,6 +92,8 @@ def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row])
         cell: Row = {"model": options.model, "task": name, "method": method, "seed": seed, "most": options.most}
         if method != "dense":
             cell |= {"pattern": options.pattern, "samples": options.samples}
+        if method.endswith(FINETUNE):
+            cell["epochs"] = options.epochs
         row = next((row for row in known if all(row.get(key) == value for key, value in cell.items())), None)
         if row is None:
             began = time.process_time()
@@ -107,6 +110,7 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
     """The folder of a model, which is made if there is none."""
     train, dev = splits(options, name)
     kind = "dense" if method == "dense" else f"{options.pattern.replace(':', '-')}-{options.samples}-{method}"
+    kind += f"-{options.epochs}" if method.endswith(FINETUNE) and options.epochs else ""
     out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{seed}-{kind}"
     if out.exists():
         return out
@@ -117,7 +121,7 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
     dense = str(model_folder(options, name, seed, "dense"))
     if method.endswith(FINETUNE):
         pruned = model_folder(options, name, seed, method.removesuffix(FINETUNE))
-        finetune(str(pruned), out, FineTuning(**{**vars(tuning), "teacher": dense}))
+        finetune(str(pruned), out, dataclasses.replace(tuning, teacher=dense, epochs=options.epochs))
         return out
     settings = Settings(
         pattern=options.pattern, calibration=str(train), samples=options.samples, length=LENGTH, seed=seed
