@@ -1,13 +1,14 @@
 """What pruning and post-training optimisation leave of GLUE and SuperGLUE scores: a Markdown table.
 
-Each task's dense model is fine-tuned once for each seed on nine tenths of the training rows, of which the rest chooses
-the epoch, and kept in --work; so is every model pruned from it. "newton+finetune" prunes with newton and then trains
-what is left with the dense model as teacher. The search is calibrated on the training rows. All are measured on the
-task's development rows, which nothing else sees; a task that has no others gives a fifth of its rows to them. A task's
-score is the mean of its metrics, as in GLUE and SuperGLUE. RTE, whose rows are the same in both, is measured once.
+Each task's dense model is fine-tuned once on nine tenths of the training rows, of which the rest chooses the epoch, and
+kept in --work; so is every model pruned from it. "newton+finetune" prunes with newton and then trains what is left with
+the dense model as teacher. The seeds draw the rows that calibrate a search and those that train after it. All models
+are measured on the task's development rows, which nothing else sees; a task that has no others gives a fifth of its
+rows to them. A task's score is the mean of its metrics, as in GLUE and SuperGLUE. RTE, whose rows are the same in both,
+is measured once.
 
-With --rows each figure is added to a file as soon as it is there, and what the file has is not measured again. With one
-seed the errors are those of the examples; with more, those of the mean over the seeds.
+With --rows each figure is added to a file as soon as it is there, and what the file has is not measured again. The
+errors are those of the mean over the seeds; of one seed, and of the dense model, those of the examples.
 
 python benchmarks/glue.py --data DATA --work WORK --rows glue.jsonl --tasks cb rte
 """
@@ -38,11 +39,15 @@ LENGTH, BATCH = 128, 16
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Its files within --data, and its metrics; without training files a part of the others trains."""
+    """Its files within --data, its metrics, and the epochs of its dense model, by default those of `FineTuning`.
+
+    Without training files a part of the others trains.
+    """
 
     train: tuple[str, ...]
     dev: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
+    epochs: int | None = None
 
 
 TASKS = {
@@ -50,9 +55,10 @@ TASKS = {
         ("glue/CoLA/in_domain_train.tsv",),
         ("glue/CoLA/in_domain_dev.tsv", "glue/CoLA/out_of_domain_dev.tsv"),
         ("matthews",),
+        epochs=5,
     ),
     "sst2": Task(("glue/SST-2/train.tsv",), ("glue/SST-2/dev.tsv",)),
-    "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",)),
+    "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",), epochs=6),
     "stsb": Task(("glue/STS-B/train.tsv",), ("glue/STS-B/dev.tsv",), ("pearson", "spearman")),
     "mnli": Task((), ("glue/MNLI/dev_matched.jsonl",)),
     "boolq": Task((), ("superglue/BoolQ/val.jsonl",)),
@@ -60,6 +66,7 @@ TASKS = {
     "wic": Task(
         ("superglue/WiC/train_part1.reformatted.jsonl", "superglue/WiC/train_part2.reformatted.jsonl"),
         ("superglue/WiC/val.jsonl",),
+        epochs=5,
     ),
 }
 
@@ -74,60 +81,71 @@ def main() -> None:
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--methods", nargs="+", default=["dense", "none", "ria", "newton", f"newton{FINETUNE}"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--most", type=int, default=4000, help="training rows of a task")
+    parser.add_argument("--most", type=int, default=10_000, help="training rows of a task")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows, 32 sentences each")
+    parser.add_argument("--after", type=int, default=2000, help="rows that train after pruning")
     parser.add_argument("--epochs", type=int, help="of the training after pruning; those of finetune if absent")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.rows.open()] if options.rows and options.rows.exists() else []
     table = []
     for name in options.tasks:
         for seed in options.seeds:
-            table += list(rows_of(options, name, seed, known))
+            table += rows_of(options, name, seed, known)
     print(markdown(table, options.methods))
 
 
-def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row]) -> Iterator[Row]:
-    """The row of each method: as the file has it, or measured and added to the file."""
+def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row]) -> list[Row]:
+    """The row of each method: as is known, or measured, and added to what is known and to the file."""
+    found = []
     for method in options.methods:
-        cell: Row = {"model": options.model, "task": name, "method": method, "seed": seed, "most": options.most}
+        cell: Row = {"model": options.model, "task": name, "method": method, "most": options.most}
         if method != "dense":
-            cell |= {"pattern": options.pattern, "samples": options.samples}
+            cell |= {"pattern": options.pattern, "samples": options.samples, "seed": seed}
         if method.endswith(FINETUNE):
-            cell["epochs"] = options.epochs
+            cell |= {"after": options.after, "epochs": options.epochs}
         row = next((row for row in known if all(row.get(key) == value for key, value in cell.items())), None)
         if row is None:
             began = time.process_time()
             folder = model_folder(options, name, seed, method)
             cost = round(time.process_time() - began)
             row = cell | {"core_seconds": cost, "values": measure(folder, name, splits(options, name)[1])}
+            known.append(row)
             if options.rows:
                 with options.rows.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-        yield row
+        found.append(row)
+    return found
 
 
 def model_folder(options: argparse.Namespace, name: str, seed: int, method: str) -> Path:
     """The folder of a model, which is made if there is none."""
     train, dev = splits(options, name)
-    kind = "dense" if method == "dense" else f"{options.pattern.replace(':', '-')}-{options.samples}-{method}"
-    kind += f"-{options.epochs}" if method.endswith(FINETUNE) and options.epochs else ""
-    out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{seed}-{kind}"
+    out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{kind(options, seed, method)}"
     if out.exists():
         return out
-    tuning = FineTuning(str(train), length=LENGTH, batch=BATCH, metric=TASKS[name].metrics[0], seed=seed)
+    tuning = FineTuning(str(train), length=LENGTH, batch=BATCH, metric=TASKS[name].metrics[0])
     if method == "dense":
-        finetune(options.model, out, tuning)
+        finetune(options.model, out, dataclasses.replace(tuning, epochs=TASKS[name].epochs))
         return out
     dense = str(model_folder(options, name, seed, "dense"))
     if method.endswith(FINETUNE):
         pruned = model_folder(options, name, seed, method.removesuffix(FINETUNE))
-        finetune(str(pruned), out, dataclasses.replace(tuning, teacher=dense, epochs=options.epochs))
+        own = {"rows": options.after, "epochs": options.epochs, "seed": seed, "teacher": dense}
+        finetune(str(pruned), out, dataclasses.replace(tuning, **own))
         return out
     settings = Settings(
         pattern=options.pattern, calibration=str(train), samples=options.samples, length=LENGTH, seed=seed
     )
     prune_to_folder(dense, out, method, settings, Evaluation(str(dev), 1, LENGTH))
     return out
+
+
+def kind(options: argparse.Namespace, seed: int, method: str) -> str:
+    """What a method's model is called, after the task."""
+    if method == "dense":
+        return method
+    trained = f"-{options.after}-{options.epochs}" if method.endswith(FINETUNE) else ""
+    return f"{options.pattern}-{options.samples}-{seed}-{method}{trained}".replace(":", "-")
 
 
 def splits(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
@@ -172,8 +190,8 @@ def score(row: Row) -> float:
 
 
 def error(rows: list[Row]) -> float:
-    """The standard error of the mean over the seeds; of one seed that of its examples, as if its metrics agreed."""
-    if len(rows) > 1:
+    """The standard error of the mean over the seeds; of one model that of its examples, as if its metrics agreed."""
+    if len({row.get("seed") for row in rows}) > 1:
         return float(statistics.stdev(map(score, rows)) / len(rows) ** 0.5)
     return float(statistics.mean(spread or 0.0 for _, spread in rows[0]["values"].values()))
 
@@ -195,8 +213,9 @@ def markdown(rows: list[Row], methods: list[str]) -> str:
     if "dense" in methods:
         kept = [f"{100 * average[method] / average['dense']:.1f} %" for method in methods]
         lines.append("| of the dense mean | " + " | ".join(kept) + " |")
-    costs = {method: sum(row["core_seconds"] for row in rows if row["method"] == method) for method in methods}
-    lines.append("| core-seconds, all seeds | " + " | ".join(str(costs[method]) for method in methods) + " |")
+    costs = {method: round(statistics.mean(row["core_seconds"] for row in rows if row["method"] == method))
+             for method in methods}  # fmt: skip
+    lines.append("| core-seconds a model | " + " | ".join(str(costs[method]) for method in methods) + " |")
     return "\n".join(lines)
 
 
