@@ -21,6 +21,8 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 def update_network(update: Update, network: PrunedNetwork, examples: Examples, held_out: Examples) -> None:
     """Make the network show the update whose loss on the `held_out` examples is the least, until orders are next set.
 
+    The loss is that of the searches: beside labels of which each example has one, the divergence counts as well.
+
     Updates make up for a layer's own error, and masks that were searched end to end rely on what other layers do: all
     of the update may cost them more than it brings. So there is a choice of masks alone, of the update with the masks
     it chooses, and of shares of the way from the network's masked weights to their update. Raises `PermpruneError`
@@ -28,7 +30,7 @@ def update_network(update: Update, network: PrunedNetwork, examples: Examples, h
     """
     if isinstance(update, NoUpdate):
         return
-    objective = Objective()
+    objective = Objective().suited(network.task, network.statistics.together)
     taught = network.teach(held_out, objective)
     least, label, best = float("inf"), "", dict[str, Tensor]()
     for name, weights in _choices(update, network, examples):

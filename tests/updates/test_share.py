@@ -8,12 +8,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from permprune.examples import Examples
-from permprune.losses import Objective
+from permprune.losses import ANSWERED_ONCE, Objective, Taught
 from permprune.network import PrunedNetwork
 from permprune.permuters import Random
 from permprune.pipeline import Prepared, Settings, prepare
 from permprune.updates import NoUpdate, SparseGPT, Update, update_network
 from permprune.updates.share import SHARES
+
+from ..modalities import make, sentences
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -53,6 +55,19 @@ def test_the_choice_with_the_least_held_out_loss_is_taken(tiny_llama: LlamaForCa
     best = min(losses, key=losses.__getitem__)
     for name, weight in shown(network).items():
         torch.testing.assert_close(weight, best * masked[name])
+
+
+def test_beside_labels_that_stand_alone_the_divergence_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(make("bert"), None, Settings(precision="fp32"), sentences())
+    asked, loss = [], PrunedNetwork.loss
+
+    def spy(network: PrunedNetwork, examples: Examples, objective: Objective, taught: list[Taught] | None) -> float:
+        asked.append(objective)
+        return loss(network, examples, objective, taught)
+
+    monkeypatch.setattr(PrunedNetwork, "loss", spy)
+    update_network(Towards(1.5), prepared.network, prepared.measured, prepared.run.held_out)
+    assert asked == [Objective(divergence=ANSWERED_ONCE)] * (2 + len(SHARES))
 
 
 @pytest.mark.parametrize("target", [float("nan"), -50.0])
