@@ -51,8 +51,9 @@ class FineTuning:
     default 256. `dev` is the source to measure each epoch on; None holds out a tenth of the data, at most 1000
     examples. `length` in tokens: of windows 512 by default, and at most that of other texts, 128. `train` is one of
     `TRAINED`. With `teacher`, the name of the dense model, the KL divergence from what it says is added to the loss, of
-    scores the squared distance, and `hidden` times the distance of the blocks' outputs (`Objective`). `metric` as that
-    of `Evaluation`. `lr` is by default that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32,
+    scores the squared distance, and `hidden` times the distance of the blocks' outputs (`Objective`); dropout is off
+    then, and the best epoch that of the least loss on `dev`, otherwise that of the best metric. `metric` as that of
+    `Evaluation`. `lr` is by default that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32,
     of windows of text 4; there are 3 epochs by default, and more of small data.
     """
 
@@ -130,6 +131,7 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
         options.training(model, len(examples)),
         Checkpoint(state, {"model": name, **dataclasses.asdict(options)}),
         teacher,
+        None if teacher is None else held_out,
     )
     with masked(model, [row["name"] for row in record["layers"]] if record else []):
         curve = trainer.fit(examples)

@@ -15,7 +15,7 @@ from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result
 from permprune.evaluate.result import higher_is_better
-from permprune.examples import Examples, by_length
+from permprune.examples import Examples, batches, by_length
 from permprune.losses import Objective, fast_dtype
 from permprune.progress import log, track
 from permprune.tasks import Task
@@ -48,21 +48,26 @@ class Training:
 
 @dataclass(frozen=True)
 class Epoch:
-    """After so many epochs: the mean loss of the last (None before the first), what was measured, seconds in all."""
+    """After so many epochs: the mean loss of the last (None before the first), what was measured, seconds in all.
+
+    `held_out` is the mean loss on held-out examples, where there are some.
+    """
 
     epoch: int
     loss: float | None
     value: float
     seconds: float
+    held_out: float | None = None
 
 
 @dataclass
 class Trainer:
     """Trains `weights` of a model on what `objective` makes of `task`, and leaves it at its best epoch.
 
-    `teacher` is the dense model that the objective may ask. `measure` says how good the model is, before and after
-    each epoch; of equal ones the later is the better. `checkpoint` keeps the state after each epoch, from which an
-    interrupted run goes on.
+    `teacher` is the dense model that the objective may ask; dropout is off then, since what it says is without noise.
+    `measure` says how good the model is, before and after each epoch. The best epoch is that of the best measure, or
+    with `held_out` examples that of the least loss on them; of equal ones the later. `checkpoint` keeps the state after
+    each epoch, from which an interrupted run goes on.
     """
 
     model: nn.Module
@@ -73,6 +78,7 @@ class Trainer:
     training: Training
     checkpoint: Checkpoint
     teacher: nn.Module | None = None
+    held_out: Examples | None = None
     curve: list[Epoch] = field(default_factory=list)
 
     def fit(self, examples: Examples) -> list[Epoch]:
@@ -96,12 +102,12 @@ class Trainer:
         """One pass over the examples; returns the mean loss."""
         seed = (self.training.seed * 2**20 + number) % 2**63
         torch.manual_seed(seed)
-        batches = by_length(examples, self.training.batch, torch.Generator().manual_seed(seed))
+        runs = by_length(examples, self.training.batch, torch.Generator().manual_seed(seed))
         total, count = 0.0, 0
-        for place, at in enumerate(track(batches, f"epoch {number}")):
-            step = (number - 1) * len(batches) + place
+        for place, at in enumerate(track(runs, f"epoch {number}")):
+            step = (number - 1) * len(runs) + place
             for group in self.optimizer.param_groups:
-                group["lr"] = self.training.rate_at(step, self.training.epochs * len(batches))
+                group["lr"] = self.training.rate_at(step, self.training.epochs * len(runs))
             loss, terms = self._loss(examples[at].trimmed())
             if not torch.isfinite(loss):
                 raise PermpruneError(f"the loss is not finite in epoch {number}: give a smaller --lr")
@@ -123,11 +129,19 @@ class Trainer:
                     taught = self.objective.teach(self.teacher, part, self.task)
             return self.objective(self.model, part, self.task, taught)
 
+    @torch.no_grad()
+    def _held_out_loss(self) -> float | None:
+        """The mean loss on the held-out examples; None if there are none."""
+        if self.held_out is None:
+            return None
+        found = [self._loss(part) for part in batches(self.held_out, self.training.batch)]
+        return sum(float(loss) for loss, _ in found) / sum(terms for _, terms in found)
+
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Inside the weights ask for gradients, and they alone; dropout is on, and randomness the epoch's own."""
+        """Inside the weights ask for gradients, and they alone; dropout is as it should, randomness the epoch's own."""
         wanted = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.requires_grad_(False).train()
+        self.model.requires_grad_(False).train(self.teacher is None)
         for weight in self.weights.values():
             weight.requires_grad_(True)
         try:
@@ -146,12 +160,13 @@ class Trainer:
 
     def _add(self, number: int, loss: float | None, seconds: float) -> None:
         """Measure the model, and keep where it is."""
-        result = self.measure()
+        result, held_out = self.measure(), self._held_out_loss()
         sign = 1 if higher_is_better(result.metric) else -1
-        if not self.best or sign * result.value >= sign * self.best_value:
-            self.best_value = result.value
+        value = sign * result.value if held_out is None else -held_out
+        if not self.best or value >= self.best_value:
+            self.best_value = value
             self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
-        self.curve.append(Epoch(number, loss, result.value, seconds))
+        self.curve.append(Epoch(number, loss, result.value, seconds, held_out))
         log.info("epoch %d: %s %.4g after %.0f s", number, result.metric, result.value, seconds)
         state = {f"now {name}": weight.detach() for name, weight in self.weights.items()}
         state |= {f"best {name}": weight for name, weight in self.best.items()}

@@ -95,11 +95,17 @@ def test_the_best_epoch_is_left() -> None:
     assert torch.equal(model.classifier.weight, seen[1]) and not torch.equal(seen[1], seen[3])
 
 
-def test_a_student_comes_nearer_to_its_teacher() -> None:
+def pair() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A teacher, and a student that is a little off."""
     teacher, student = make("bert"), make("bert")
     with torch.no_grad():
         for parameter in student.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    return teacher, student
+
+
+def test_a_student_comes_nearer_to_its_teacher() -> None:
+    teacher, student = pair()
     data = numbered()
     distances = []
 
@@ -111,6 +117,28 @@ def test_a_student_comes_nearer_to_its_teacher() -> None:
     objective = Objective(task=0.0, divergence=1.0)
     trainer(student, Training(epochs=5, rate=1e-3), objective=objective, teacher=teacher, measure=measure).fit(data)
     assert min(distances) < 0.5 * distances[0]
+
+
+def test_held_out_examples_say_which_epoch_is_the_best_whatever_is_measured() -> None:
+    teacher, student = pair()
+    values = iter([0.9, 0.7, 0.5, 0.3])
+    own = {
+        "objective": Objective(task=0.0, divergence=1.0),
+        "teacher": teacher,
+        "measure": lambda: Result("classification", "top-1 accuracy", next(values), 1),
+        "held_out": numbered()[40:],
+    }
+    curve = trainer(student, Training(epochs=3, rate=1e-3), **own).fit(numbered()[:40])
+    losses = [epoch.held_out or 0.0 for epoch in curve]
+    assert 0 < min(losses) < 0.8 * losses[0]
+    left = evaluate_model(student, numbered()[40:], dense=teacher)[1].value
+    assert left == pytest.approx(min(losses), rel=0.05)
+
+
+def test_no_dropout_stands_between_student_and_teacher() -> None:
+    own = {"objective": Objective(task=0.0, divergence=1.0), "teacher": make("bert")}
+    curve = trainer(make("bert"), Training(epochs=1, rate=1e-9), **own).fit(numbered())
+    assert curve[1].loss is not None and curve[1].loss < 1e-5
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
