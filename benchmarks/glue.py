@@ -20,7 +20,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,13 +41,15 @@ LENGTH, BATCH = 128, 16
 class Task:
     """Its files within --data, its metrics, and the epochs of its dense model, by default those of `FineTuning`.
 
-    Without training files a part of the others trains.
+    Without training files a part of the others trains. Rows of fewer than `words` words neither calibrate nor train
+    after pruning: SST-2 trains on phrases, and asks for sentences.
     """
 
     train: tuple[str, ...]
     dev: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     epochs: int | None = None
+    words: int = 0
 
 
 TASKS = {
@@ -57,7 +59,7 @@ TASKS = {
         ("matthews",),
         epochs=5,
     ),
-    "sst2": Task(("glue/SST-2/train.tsv",), ("glue/SST-2/dev.tsv",)),
+    "sst2": Task(("glue/SST-2/train.tsv",), ("glue/SST-2/dev.tsv",), words=12),
     "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",), epochs=6),
     "stsb": Task(("glue/STS-B/train.tsv",), ("glue/STS-B/dev.tsv",), ("pearson", "spearman")),
     "mnli": Task((), ("glue/MNLI/dev_matched.jsonl",)),
@@ -108,7 +110,7 @@ def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row])
             began = time.process_time()
             folder = model_folder(options, name, seed, method)
             cost = round(time.process_time() - began)
-            row = cell | {"core_seconds": cost, "values": measure(folder, name, splits(options, name)[1])}
+            row = cell | {"core_seconds": cost, "values": measure(folder, name, splits(options, name).dev)}
             known.append(row)
             if options.rows:
                 with options.rows.open("a") as file:
@@ -119,24 +121,24 @@ def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row])
 
 def model_folder(options: argparse.Namespace, name: str, seed: int, method: str) -> Path:
     """The folder of a model, which is made if there is none."""
-    train, dev = splits(options, name)
+    files = splits(options, name)
     out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{kind(options, seed, method)}"
     if out.exists():
         return out
-    tuning = FineTuning(str(train), length=LENGTH, batch=BATCH, metric=TASKS[name].metrics[0])
+    tuning = FineTuning(str(files.train), length=LENGTH, batch=BATCH, metric=TASKS[name].metrics[0])
     if method == "dense":
         finetune(options.model, out, dataclasses.replace(tuning, epochs=TASKS[name].epochs))
         return out
     dense = str(model_folder(options, name, seed, "dense"))
     if method.endswith(FINETUNE):
         pruned = model_folder(options, name, seed, method.removesuffix(FINETUNE))
-        own = {"rows": options.after, "epochs": options.epochs, "seed": seed, "teacher": dense}
+        own = {"rows": options.after, "epochs": options.epochs, "seed": seed, "teacher": dense, "data": str(files.like)}
         finetune(str(pruned), out, dataclasses.replace(tuning, **own))
         return out
     settings = Settings(
-        pattern=options.pattern, calibration=str(train), samples=options.samples, length=LENGTH, seed=seed
+        pattern=options.pattern, calibration=str(files.like), samples=options.samples, length=LENGTH, seed=seed
     )
-    prune_to_folder(dense, out, method, settings, Evaluation(str(dev), 1, LENGTH))
+    prune_to_folder(dense, out, method, settings, Evaluation(str(files.dev), 1, LENGTH))
     return out
 
 
@@ -148,19 +150,29 @@ def kind(options: argparse.Namespace, seed: int, method: str) -> str:
     return f"{options.pattern}-{options.samples}-{seed}-{method}{trained}".replace(":", "-")
 
 
-def splits(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
-    """The files of a task's rows to train on, at most --most drawn at random, and to measure on."""
+class Files(NamedTuple):
+    """Of a task: rows to train on, those of them that are like the ones asked for, and rows to measure on."""
+
+    train: Path
+    like: Path
+    dev: Path
+
+
+def splits(options: argparse.Namespace, name: str) -> Files:
+    """The files of a task; at most --most rows train, drawn at random."""
     folder = options.work / f"{name}-{options.most}"
-    train, dev = folder / "train.jsonl", folder / "dev.jsonl"
-    if not dev.exists():
+    files = Files(*(folder / f"{part}.jsonl" for part in Files._fields))
+    if not files.dev.exists():
         rows = [list(read(options.data, files)) for files in (TASKS[name].train, TASKS[name].dev)]
         mixed = rows[0] or rows[1]
         mixed = [mixed[at] for at in torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0)).tolist()]
         if not rows[0]:
             rows[1], mixed = mixed[: len(mixed) // 5], mixed[len(mixed) // 5 :]
-        write(train, mixed[: options.most])
-        write(dev, rows[1])
-    return train, dev
+        train = mixed[: options.most]
+        write(files.train, train)
+        write(files.like, [row for row in train if len(row.get("sentence", "").split()) >= TASKS[name].words])
+        write(files.dev, rows[1])
+    return files
 
 
 def read(data: Path, files: tuple[str, ...]) -> Iterator[Row]:
