@@ -36,6 +36,9 @@ FINETUNE = "+finetune"
 LENGTH, BATCH = 128, 16
 """Tokens of an example at most, and examples of a step of training."""
 
+HIDDEN = 1e-3
+"""The weight of the blocks' outputs in the training after pruning."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -132,8 +135,8 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
     dense = str(model_folder(options, name, seed, "dense"))
     if method.endswith(FINETUNE):
         pruned = model_folder(options, name, seed, method.removesuffix(FINETUNE))
-        own = {"rows": options.after, "epochs": options.epochs, "seed": seed, "teacher": dense, "data": str(files.like)}
-        finetune(str(pruned), out, dataclasses.replace(tuning, **own))
+        tuning = dataclasses.replace(tuning, data=str(files.like), rows=options.after, epochs=options.epochs)
+        finetune(str(pruned), out, dataclasses.replace(tuning, teacher=dense, hidden=HIDDEN, seed=seed))
         return out
     settings = Settings(
         pattern=options.pattern, calibration=str(files.like), samples=options.samples, length=LENGTH, seed=seed

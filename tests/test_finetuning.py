@@ -102,9 +102,10 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str) -> 
     finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8))
     settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16, mode=mode), data, 1)
     prune_to_folder(str(dense), pruned, "ria", settings, evaluation)
-    options = FineTuning(data, dev=data, teacher=str(dense), epochs=2, lr=1e-3, batch=8)
+    options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
     found = finetune(str(pruned), tuned, options)
-    assert found["after"] >= found["before"]
+    losses = [epoch["held_out"] for epoch in found["curve"]]
+    assert min(losses) < 0.9 * losses[0]
     assert verify_folder(tuned)["layers"] == 12
     record = json.loads((tuned / "permprune.json").read_text())
     assert record["optimised"]["curve"] == found["curve"] and record["gathers"] == load_record(pruned)["gathers"]

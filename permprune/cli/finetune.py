@@ -23,7 +23,9 @@ def finetune(
     ] = None,
     dev: Annotated[str | None, typer.Option(help="data to measure epochs on; a tenth of --data if absent")] = None,
     train: Annotated[str, typer.Option(help=f"one of {', '.join(TRAINED)}; norms: also biases and the head")] = "all",
-    teacher: Annotated[str | None, typer.Option(help="the dense model, to learn from what it says as well")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="the dense model, to learn from what it says in place of the labels")
+    ] = None,
     hidden: Annotated[
         float, typer.Option(help="weight of the distance of the blocks' outputs to the teacher's, about 1e-5")
     ] = FineTuning.hidden,
