@@ -51,11 +51,11 @@ class FineTuning:
     default 256. `dev` is the source to measure each epoch on; None holds out a tenth of the data, at most 1000
     examples. `length` in tokens: of windows 512 by default, and at most that of other texts, 128. `train` is one of
     `TRAINED`. With `teacher`, the name of the dense model, the loss is the KL divergence from what it says, of scores
-    the squared distance, and `hidden` times the distance of the blocks' outputs (`Objective`), in place of the labels,
-    which it mostly knows by heart; dropout is off then, and the best epoch that of the least loss on `dev`, otherwise
-    that of the best metric. `metric` as that of `Evaluation`. `lr` is by default that of `RATES`, or `SMALL_RATE`;
-    `batch` examples make a step, by default 32, of windows of text 4; there are 3 epochs by default, and more of small
-    data.
+    the squared distance, in place of the labels, which it mostly knows by heart, but beside the tokens of a text; and
+    `hidden` times the distance of the blocks' outputs (`Objective`). Dropout is off then, and the best epoch that of
+    the least loss on `dev`, otherwise that of the best metric. `metric` as that of `Evaluation`. `lr` is by default
+    that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32, of windows of text 4; there are 3
+    epochs by default, and more of small data.
     """
 
     data: str | None
@@ -118,7 +118,10 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)
     teacher = None if options.teacher is None else _teacher(options.teacher, model, record, examples, task)
-    objective = Objective() if teacher is None else Objective(0.0, 1.0, options.hidden)
+    objective = Objective()
+    if teacher is not None:
+        known = kind_of(model) != "text"  # a text was hardly trained on so often that its tokens tell nothing new
+        objective = Objective(0.0 if known else 1.0, 1.0, options.hidden)
 
     def measure() -> Result:
         return evaluate_model(model, held_out, None, None, batch, options.metric)[0]

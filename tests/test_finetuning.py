@@ -11,11 +11,13 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from permprune.commands import prune_to_folder, verify_folder
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.finetuning import FineTuning, _teacher, finetune
-from permprune.losses import block_outputs
+from permprune.losses import Objective, block_outputs
 from permprune.model_io import load, read_model
 from permprune.pipeline import Settings
 from permprune.tasks import labelled
+from permprune.training import Epoch, Trainer
 from permprune.trials import Evaluation
 
 
@@ -95,8 +97,21 @@ def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
     assert verify_folder(tmp_path / "pruned")["layers"] == 12
 
 
+@pytest.fixture
+def objectives(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
+    """What each training that ends from here on minimised."""
+    found, fit = [], Trainer.fit
+
+    def spy(trainer: Trainer, examples: Examples) -> list[Epoch]:
+        found.append(trainer.objective)
+        return fit(trainer, examples)
+
+    monkeypatch.setattr(Trainer, "fit", spy)
+    return found
+
+
 @pytest.mark.parametrize("mode", ["fold", "gather"])
-def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str) -> None:
+def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, objectives: list[Objective]) -> None:
     data = str(table(tmp_path / "classes.tsv"))
     dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
     finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8))
@@ -104,6 +119,7 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str) -> 
     prune_to_folder(str(dense), pruned, "ria", settings, evaluation)
     options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
     found = finetune(str(pruned), tuned, options)
+    assert objectives == [Objective(), Objective(task=0.0, divergence=1.0)]  # the labels are the dense model's
     losses = [epoch["held_out"] for epoch in found["curve"]]
     assert min(losses) < 0.9 * losses[0]
     assert verify_folder(tuned)["layers"] == 12
@@ -146,13 +162,16 @@ def load_record(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_text_is_learned_through_norms_alone(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_text_is_learned_through_norms_alone(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, objectives: list[Objective]
+) -> None:
     text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
     settings = Settings(calibration=text, samples=24, length=16)
     prune_to_folder(str(tiny_checkpoint), pruned, "ria", settings, Evaluation(text, 4, 16))
     options = FineTuning(text, train="norms", teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16)
     found = finetune(str(pruned), tuned, options)
     assert found["metric"] == "perplexity" and found["after"] < found["before"]
+    assert objectives == [Objective(task=1.0, divergence=1.0)]
     verify_folder(tuned)
     before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -24,10 +24,11 @@ def finetune(
     dev: Annotated[str | None, typer.Option(help="data to measure epochs on; a tenth of --data if absent")] = None,
     train: Annotated[str, typer.Option(help=f"one of {', '.join(TRAINED)}; norms: also biases and the head")] = "all",
     teacher: Annotated[
-        str | None, typer.Option(help="the dense model, to learn from what it says in place of the labels")
+        str | None, typer.Option(help="the dense model: what it says counts in place of labels, and beside a text")
     ] = None,
     hidden: Annotated[
-        float, typer.Option(help="weight of the distance of the blocks' outputs to the teacher's, about 1e-5")
+        float,
+        typer.Option(help="weight of the distance of the blocks' outputs to the teacher's: of text 1e-5, else 1e-3"),
     ] = FineTuning.hidden,
     metric: cli.Metric = None,
     epochs: Annotated[
