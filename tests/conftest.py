@@ -96,9 +96,10 @@ def tiny_bert(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A folder with a random classifier of texts (no, Maybe, yes) and its tokenizer."""
     folder = tmp_path / "tiny-bert"
     labels = {0: "no", 1: "Maybe", 2: "yes"}
-    BertForSequenceClassification(
-        BertConfig(**BLOCK, vocab_size=128, id2label=labels, label2id={name: n for n, name in labels.items()})
-    ).save_pretrained(folder)
+    config = BertConfig(**BLOCK, vocab_size=128, id2label=labels, label2id={name: n for n, name in labels.items()})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tiny_tokenizer.backend_tokenizer, unk_token="<unk>", pad_token="</s>", model_max_length=64
     ).save_pretrained(folder)

@@ -114,7 +114,7 @@ def objectives(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
 def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, objectives: list[Objective]) -> None:
     data = str(table(tmp_path / "classes.tsv"))
     dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
-    finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8))
+    finetune(encoder, dense, FineTuning(data, epochs=6, lr=5e-4, batch=8))
     settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16, mode=mode), data, 1)
     prune_to_folder(str(dense), pruned, "ria", settings, evaluation)
     options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
