@@ -125,7 +125,7 @@ def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row])
 def model_folder(options: argparse.Namespace, name: str, seed: int, method: str) -> Path:
     """The folder of a model, which is made if there is none."""
     files = splits(options, name)
-    out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{kind(options, seed, method)}"
+    out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{suffix(options, seed, method)}"
     if out.exists():
         return out
     tuning = FineTuning(str(files.train), length=LENGTH, batch=BATCH, metric=TASKS[name].metrics[0])
@@ -145,8 +145,8 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
     return out
 
 
-def kind(options: argparse.Namespace, seed: int, method: str) -> str:
-    """What a method's model is called, after the task."""
+def suffix(options: argparse.Namespace, seed: int, method: str) -> str:
+    """What tells the folder of a method's model from those of others of the task."""
     if method == "dense":
         return method
     trained = f"-{options.after}-{options.epochs}" if method.endswith(FINETUNE) else ""
@@ -166,7 +166,7 @@ def splits(options: argparse.Namespace, name: str) -> Files:
     folder = options.work / f"{name}-{options.most}"
     files = Files(*(folder / f"{part}.jsonl" for part in Files._fields))
     if not files.dev.exists():
-        rows = [list(read(options.data, files)) for files in (TASKS[name].train, TASKS[name].dev)]
+        rows = [list(read(options.data, sources)) for sources in (TASKS[name].train, TASKS[name].dev)]
         mixed = rows[0] or rows[1]
         mixed = [mixed[at] for at in torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0)).tolist()]
         if not rows[0]:

@@ -119,9 +119,8 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
     task = choose_task(model, examples, batch)
     teacher = None if options.teacher is None else _teacher(options.teacher, model, record, examples, task)
     objective = Objective()
-    if teacher is not None:
-        known = kind_of(model) != "text"  # a text was hardly trained on so often that its tokens tell nothing new
-        objective = Objective(0.0 if known else 1.0, 1.0, options.hidden)
+    if teacher is not None:  # it knows its labels by heart, but no text
+        objective = Objective(float(kind_of(model) == "text"), divergence=1.0, distillation=options.hidden)
 
     def measure() -> Result:
         return evaluate_model(model, held_out, None, None, batch, options.metric)[0]

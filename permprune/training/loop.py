@@ -139,7 +139,7 @@ class Trainer:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Inside the weights ask for gradients, and they alone; dropout is as it should, randomness the epoch's own."""
+        """Inside the weights alone ask for gradients; dropout is on without a teacher, randomness the epoch's own."""
         wanted = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False).train(self.teacher is None)
         for weight in self.weights.values():
