@@ -33,12 +33,16 @@ from permprune.permuters import LocalPermuter, permuter
 from permprune.pipeline import Settings, gap_closed
 from permprune.progress import console, log, track
 from permprune.report import write_sweep
+from permprune.report.tradeoff import SCORE
 from permprune.trials import Evaluation, Trials
 
 Row = dict[str, Any]
 
 IDENTITY = "sweep.json"
 """What the cells in a partial folder depend on."""
+
+DENSE = "dense.json"
+"""What the dense model scores."""
 
 FREE = ("pattern", "minutes", "batch", "recompute")
 """Settings that cells have of their own, or that may change before an interrupted sweep goes on."""
@@ -214,16 +218,9 @@ def _begin_worker(threads: int, level: int) -> None:
 def fill(job: Job) -> None:
     """Measure the cells of a job in turn; each row is written as soon as it is there."""
     trials = Trials(job.model, job.settings, job.evaluation)
-    prepared, dense = trials.prepared, trials.dense
+    prepared = trials.prepared
     sizes = Counter(map(str, prepared.network.patterns.values()))
-    dense_row = {
-        **dense.row("dense"),
-        "stderr": dense.result.stderr,
-        "bytes": model_bytes(prepared.model, [], {}),
-    }
-    measured = {"metric": dense.result.metric, "count": dense.result.count, "unit": dense.result.unit}
-    if not parallel.rank():
-        write_json(job.folder / "dense.json", {"row": dense_row, "measured": measured})
+    _measure_dense(trials, job.folder / DENSE)
     for cell in job.cells:
         method = permuter(cell.method)
         states = _states(job, cell)
@@ -244,6 +241,20 @@ def fill(job: Job) -> None:
         }
         if not parallel.rank():
             write_json(_path(job.folder, cell), row)
+
+
+def _measure_dense(trials: Trials, path: Path) -> None:
+    """Write what the dense model scores, unless another job did."""
+    known = path.exists()
+    parallel.wait()  # until all have looked
+    if known:
+        return
+    dense = trials.dense
+    size = model_bytes(trials.prepared.model, [], {})
+    row = {**dense.row("dense"), "stderr": dense.result.stderr, "bytes": size}
+    measured = {"metric": dense.result.metric, "count": dense.result.count, "unit": dense.result.unit}
+    if not parallel.rank():
+        write_json(path, {"row": row, "measured": measured})
 
 
 def _states(job: Job, cell: Cell) -> Path:
@@ -269,7 +280,7 @@ def _minutes(states: Path) -> float:
 
 def _figures(name: str, settings: Settings, evaluation: Evaluation, cells: list[Cell], partial: Path) -> dict[str, Any]:
     """What every cell gave, beside the dense model, in the order of the cells."""
-    dense = json.loads((partial / "dense.json").read_text(encoding="utf-8"))
+    dense = json.loads((partial / DENSE).read_text(encoding="utf-8"))
     measured = dense["measured"]
     metric = measured["metric"]
     rows = [json.loads(_path(partial, cell).read_text(encoding="utf-8")) for cell in cells]
@@ -279,8 +290,9 @@ def _figures(name: str, settings: Settings, evaluation: Evaluation, cells: list[
     for row in rows:
         row["gap_closed"] = gap_closed(row[metric], dense["row"][metric], none[row["pattern"]], metric)
         row["size"] = row["bytes"] / dense["row"]["bytes"]
-    for row, best in zip(rows, pareto([(row["bytes"], row[metric]) for row in rows], metric), strict=True):
-        row["front"] = best
+    _mark_front(rows, metric, "front")
+    if SCORE in dense["row"]:
+        _mark_front(rows, SCORE, "score_front")
     fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("pattern", "minutes")}
     return {
         "model": name,
@@ -291,6 +303,11 @@ def _figures(name: str, settings: Settings, evaluation: Evaluation, cells: list[
         "dense": {**dense["row"], "size": 1.0},
         "rows": rows,
     }
+
+
+def _mark_front(rows: list[Row], value: str, mark: str) -> None:
+    for row, best in zip(rows, pareto([(row["bytes"], row[value]) for row in rows], value), strict=True):
+        row[mark] = best
 
 
 def pareto(points: Sequence[tuple[float, float]], metric: str) -> list[bool]:

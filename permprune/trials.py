@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Trial:
 
 
 class Trials:
-    """One model, read and calibrated, on which one method is tried after the other; `dense` is how it began."""
+    """One model, read and calibrated, on which one method is tried after the other; `dense` is what it was before."""
 
     def __init__(self, name: str, settings: Settings, evaluation: Evaluation, partial: Path | None = None) -> None:
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
@@ -106,7 +107,11 @@ class Trials:
         self.prepared = prepare(model, self.processor, settings, partial=partial)
         with self.prepared.network.dense_weights():
             self.measure = Meter(model, self.processor, evaluation)
-            self.dense = self._trial(Solution({}, 0.0))
+
+    @cached_property
+    def dense(self) -> Trial:
+        with self.prepared.network.dense_weights():
+            return self._trial(Solution({}, 0.0))
 
     def run(self, method: Permuter, run: Run | None = None) -> Trial:
         """Try a method, with the budget, seed and data of `run` if given."""

@@ -1,5 +1,6 @@
 """The sweep: its cells, what they give, and that nothing is done twice after a kill."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from permprune import Evaluation, compare
+from permprune import Evaluation, Result, TaskList, compare
 from permprune import sweep as run_sweep
 from permprune.errors import PermpruneError
 from permprune.permuters import PERMUTERS
@@ -146,8 +147,6 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(
 def test_a_cell_that_is_not_finite_is_a_row_like_others(
     setting: tuple[str, Settings, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from permprune.evaluate import Result
-
     measured = iter([10.0, math.inf, 12.0])
     monkeypatch.setattr(
         "permprune.trials.Meter.__call__", lambda self: Result("t", "perplexity", next(measured), 60, unit="tokens")
@@ -157,6 +156,19 @@ def test_a_cell_that_is_not_finite_is_a_row_like_others(
     assert [row["perplexity"] for row in figures["rows"]] == [math.inf, 12.0]
     assert [row["front"] for row in figures["rows"]] == [False, True]
     assert json.loads((tmp_path / "out" / "figures.json").read_text())["rows"][0]["perplexity"] is None
+
+
+def test_tasks_are_asked_of_the_dense_model_once_and_have_a_front_of_their_own(
+    setting: tuple[str, Settings, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.9, 0.5, 0.6, 0.7, 0.4])
+    monkeypatch.setattr(TaskList, "load", lambda self: lambda *asked: [Result("piqa", "acc", next(scores), 100, 0.05)])
+    name, settings, evaluation = setting
+    asked = dataclasses.replace(evaluation, tasks=TaskList(("piqa",)))
+    figures = run_sweep(name, tmp_path / "out", ["2:4", "1:4"], ["random"], [], settings, asked)
+    assert figures["dense"]["score"] == 0.9 and next(scores, None) is None
+    assert [row["score"] for row in figures["rows"]] == [0.5, 0.6, 0.7, 0.4]
+    assert [row["score_front"] for row in figures["rows"]] == [False, False, True, False]
 
 
 def test_the_front_is_what_nothing_beats() -> None:

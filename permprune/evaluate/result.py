@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 
 def higher_is_better(metric: str) -> bool:
-    return metric.endswith(("accuracy", "agreement", "correlation", "F1"))
+    return metric.endswith(("accuracy", "agreement", "correlation", "F1", "score"))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 from permprune.checkpoint import write_whole
 from permprune.evaluate.result import higher_is_better
-from permprune.report import tradeoff
-from permprune.report.page import fill, shown
+from permprune.report.page import Shown, fill, shown
+from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way, with_error
 
 Result = Mapping[str, Any]
@@ -23,8 +23,7 @@ SIZE = (
 
 def render_sweep(result: Result) -> str:
     """The page for what `permprune.sweep` returns. Everything in it is escaped."""
-    metric, measured = result["metric"], result["measured"]
-    on = f"{measured['count']:,} {measured['unit']} of {measured['data']}"
+    metric, dense = result["metric"], result["dense"]
     return fill(
         "sweep.html",
         model=result["model"],
@@ -33,16 +32,11 @@ def render_sweep(result: Result) -> str:
         decision=sweep_decision(result),
         note=result["note"],
         metric=metric,
-        dense=number(result["dense"][metric]),
-        dense_score=_score(result["dense"]),
+        dense=number(dense[metric]),
+        dense_score=_score(dense),
         front=[_cells(row, result) for row in sorted(_front(result), key=lambda row: float(row["size"]))],
         groups=_groups(result),
-        pictures=[
-            shown(
-                "Size against " + metric, f"{on}. A line joins the cells that no other beats.", tradeoff.pareto(result)
-            ),
-            shown("What time buys", "The line of a pattern is the best found so far.", tradeoff.minutes(result)),
-        ],
+        pictures=_pictures(result),
         size=SIZE,
         settings=result["settings"],
     )
@@ -50,7 +44,7 @@ def render_sweep(result: Result) -> str:
 
 def write_sweep(result: Result, folder: Path) -> None:
     """Write report.html and pareto.png to a folder. Raises `PermpruneError`."""
-    page, picture = render_sweep(result), tradeoff.pareto(result, "png")
+    page, picture = render_sweep(result), pareto(result, _values(result), "png")
     write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
     write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
 
@@ -65,7 +59,34 @@ def sweep_decision(result: Result) -> str:
     run = way(best["pattern"], best["method"], result["settings"]["update"])
     beside = None if best["method"] == NONE else none[metric]
     found = outcome(metric, best[metric], result["dense"][metric], beside)
-    return f"{run}{found}, the least loss of {count(len(rows), 'cell')}, at {percent(best['size'])} of the dense size."
+    score = f", {percent(best[SCORE] / result['dense'][SCORE])} of the dense {SCORE_NAME}" if SCORE in best else ""
+    least = f"the least loss of {count(len(rows), 'cell')}, at {percent(best['size'])} of the dense size"
+    return f"{run}{found}{score}, {least}."
+
+
+def _values(result: Result) -> list[str]:
+    """What is drawn against size."""
+    return [result["metric"], *([SCORE] if SCORE in result["dense"] else [])]
+
+
+def _pictures(result: Result) -> list[Shown]:
+    line = "A line joins the cells that no other beats."
+    found = []
+    for value in _values(result):
+        name, on = (SCORE_NAME, _tasks(result)) if value == SCORE else (value, _data(result))
+        found.append(shown(f"Size against {name}", f"{on}. {line}", pareto(result, [value])))
+    return [*found, shown("What time buys", "The line of a pattern is the best found so far.", minutes(result))]
+
+
+def _data(result: Result) -> str:
+    measured = result["measured"]
+    return f"{measured['count']:,} {measured['unit']} of {measured['data']}"
+
+
+def _tasks(result: Result) -> str:
+    """The tasks of which the score is the mean, and how much of each was asked."""
+    scored = [task for task in result["dense"]["tasks"] if task["metric"] == "acc"]
+    return ", ".join(f"{task['task']} ({task['examples']:,})" for task in scored)
 
 
 def _front(result: Result) -> list[Mapping[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -20,40 +20,55 @@ Result = Mapping[str, Any]
 TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 300: "5 min", 1200: "20 min", 3600: "1 h", 14400: "4 h", 57600: "16 h"}
 """Seconds that the axis of time names."""
 
+SCORE = "score"
+"""The mean score on tasks, in a row that has one."""
+
+SCORE_NAME = "mean task score"
+
+FRONT = ("front", "score_front")
+"""Whether no cell beats that of a row: by the metric, and by the mean score."""
+
 COLUMNS = 4
 """Of a legend."""
 
 
-def pareto(result: Result, kind: Format = "svg") -> bytes:
-    """The metric of every cell against its size; a line joins those that no other beats."""
-    metric, rows = result["metric"], _finite(result)
+def pareto(result: Result, values: Sequence[str], kind: Format = "svg") -> bytes:
+    """Some `values` of every cell, the metric or `SCORE`, against its size, side by side."""
     colors, markers = _keys(result)
-    picture = figure(WIDTH, 3.6)
-    axes = picture.subplots()
-    front = sorted((row["size"], row[metric]) for row in rows if row["front"])
-    axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
-    for row in rows:
-        axes.plot(
-            row["size"],
-            row[metric],
-            color=colors[row["method"]],
-            marker=markers[row["pattern"]],
-            markersize=7 if row["front"] else 5.5,
-            alpha=1.0 if row["front"] else 0.75,
-            linestyle="",
-        )
-    _dense(axes, result)
-    axes.set_xlabel("size, share of the dense model (smaller is better)")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    quiet(axes, "both")
+    picture = figure(WIDTH * len(values), 3.6)
+    for axes, value in zip(picture.subplots(1, len(values), squeeze=False).flat, values, strict=True):
+        _against_size(axes, result, value)
     _legend(picture, colors, markers)
     return save(picture, kind)
 
 
+def _against_size(axes: Axes, result: Result, value: str) -> None:
+    """A value of every cell against its size; a line joins those that no other beats."""
+    rows, best = _finite(result, value), FRONT[value == SCORE]
+    colors, markers = _keys(result)
+    front = sorted((row["size"], row[value]) for row in rows if row[best])
+    axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
+    for row in rows:
+        axes.plot(
+            row["size"],
+            row[value],
+            color=colors[row["method"]],
+            marker=markers[row["pattern"]],
+            markersize=7 if row[best] else 5.5,
+            alpha=1.0 if row[best] else 0.75,
+            linestyle="",
+        )
+    _dense(axes, result, value)
+    axes.set_xlabel("size, share of the dense model (smaller is better)")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    quiet(axes, "both")
+
+
 def minutes(result: Result, kind: Format = "svg") -> bytes:
     """The best value of the metric that a search of so long finds, by pattern."""
-    metric, rows = result["metric"], _finite(result)
+    metric = result["metric"]
+    rows = _finite(result, metric)
     sign = -1 if higher_is_better(metric) else 1
     colors, markers = _keys(result)
     picture = figure(WIDTH, 3.6)
@@ -66,7 +81,7 @@ def minutes(result: Result, kind: Format = "svg") -> bytes:
         axes.plot(seconds, best, color=GRAY, linewidth=0.8, drawstyle="steps-post", zorder=1)
         for row, at in zip(own, seconds, strict=True):
             axes.plot(at, row[metric], color=colors[row["method"]], marker=marker, markersize=6)
-    _dense(axes, result)
+    _dense(axes, result, metric)
     axes.set_xlabel("time of the search (log scale)")
     low, high = axes.get_xlim()
     ticks = {at: label for at, label in TICKS.items() if low <= at <= high}
@@ -77,8 +92,8 @@ def minutes(result: Result, kind: Format = "svg") -> bytes:
     return save(picture, kind)
 
 
-def _finite(result: Result) -> list[Mapping[str, Any]]:
-    return [row for row in result["rows"] if math.isfinite(row[result["metric"]])]
+def _finite(result: Result, value: str) -> list[Mapping[str, Any]]:
+    return [row for row in result["rows"] if math.isfinite(row[value])]
 
 
 def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
@@ -89,16 +104,16 @@ def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
     return colors, {pattern: MARKERS[place % len(MARKERS)] for place, pattern in enumerate(shapes)}
 
 
-def _dense(axes: Axes, result: Result) -> None:
-    """The value of the dense model as a line across, and the axis of the metric."""
-    value = result["dense"][result["metric"]]
-    axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+def _dense(axes: Axes, result: Result, value: str) -> None:
+    """The value of the dense model as a line across, and the axis of the value."""
+    dense = result["dense"][value]
+    axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
     axes.annotate(
-        "dense", (1.0, value), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+        "dense", (1.0, dense), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
         va="center", color=GRAY, fontsize=8,
     )  # fmt: skip
-    values = [value, *(row[result["metric"]] for row in _finite(result))]
-    metric_axis(axes, "y", result["metric"], values)
+    values = [dense, *(row[value] for row in _finite(result, value))]
+    metric_axis(axes, "y", SCORE_NAME if value == SCORE else value, values)
 
 
 def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
