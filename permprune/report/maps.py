@@ -18,6 +18,9 @@ from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, bare, figu
 
 Record = Mapping[str, Any]
 
+NAME = 24
+"""Characters of a row's name that are shown; the beginning is left out."""
+
 FAINT = 0.06
 """The opacity of the least value: it shows that there is a cell."""
 
@@ -100,7 +103,7 @@ def _ramp(color: str) -> LinearSegmentedColormap:
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:
     bare(axes)
-    shown = [name if len(name) <= 20 else f"…{name[-19:]}" for name in names]
+    shown = [name if len(name) <= NAME else f"…{name[1 - NAME :]}" for name in names]
     axes.set_yticks([row + 0.5 for row in range(len(names))], shown)
     axes.tick_params(axis="y", labelleft=True, colors=GRAY, labelsize=8, length=0)
     for label in axes.get_yticklabels():

@@ -116,13 +116,13 @@ def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Forma
 
 def metric_axis(axes: Axes, side: Literal["x", "y"], metric: str, values: Sequence[float]) -> None:
     """The label of an axis that shows a metric's values; perplexities are on a log scale."""
-    label = f"{metric} ({better(metric)})"
+    label, apart = metric, "\n" if side == "y" else " "
     if metric == "perplexity":
         finite = [value for value in values if math.isfinite(value)] or [1.0]
         axes.set(**{f"{side}scale": "log", f"{side}lim": (min(finite) / 1.12, max(finite) * 1.12)})
         _plain_ticks(axes.xaxis if side == "x" else axes.yaxis)
-        label = f"{metric}, log scale ({better(metric)})"
-    axes.set(**{f"{side}label": label})
+        label = f"{metric}, log scale"
+    axes.set(**{f"{side}label": f"{label}{apart}({better(metric)})"})
 
 
 def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:

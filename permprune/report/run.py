@@ -21,7 +21,8 @@ def render(record: Mapping[str, Any]) -> str:
         model=record["model"],
         version=record["version"],
         title=f"{record['model']}, {record['settings']['pattern']}",
-        decision=decision(record),
+        decision=_pruned(record),
+        trained=_then_trained(record),
         table=_table(record),
         pictures=_pictures(record),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
@@ -36,16 +37,20 @@ def write_report(record: Mapping[str, Any], path: Path) -> None:
 
 
 def decision(record: Mapping[str, Any]) -> str:
-    """What the run came to, in one sentence."""
+    """What the run came to, in one sentence, or in two where training followed."""
+    return " ".join(filter(None, (_pruned(record), _then_trained(record))))
+
+
+def _pruned(record: Mapping[str, Any]) -> str:
     settings, measured = record["settings"], record["measured"]
     method = settings["permute"]
     run = way(settings["pattern"], method, settings["update"])
     if measured is None:
-        return f"{run}: {_error_clause(record)}the network was not measured.{_then_trained(record)}"
+        return f"{run}: {_error_clause(record)}the network was not measured."
     none = None if method == NONE else measured["none"]
     found = run + outcome(measured["metric"], measured["pruned"], measured["dense"], none)
     gap = "" if method == NONE else _gap(record["gap_closed"])
-    return f"{found}{gap}.{_then_trained(record)}"
+    return f"{found}{gap}."
 
 
 def _then_trained(record: Mapping[str, Any]) -> str:
@@ -53,7 +58,7 @@ def _then_trained(record: Mapping[str, Any]) -> str:
     if (optimised := record.get("optimised")) is None:
         return ""
     after = with_error(optimised["after"], optimised["stderr"])
-    return f" Trained after that: {optimised['metric']} {after} against {number(optimised['before'])} before."
+    return f"Trained after that: {optimised['metric']} {after} against {number(optimised['before'])} before."
 
 
 def _gap(closed: float | None) -> str:
