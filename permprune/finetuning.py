@@ -98,8 +98,8 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
 
     A model without a head is given one for the labels of the data. What is zero in the layers of a pruned model stays
     zero. While it runs the state lies in `out`.state; with `resume` the training goes on from there. Returns what was
-    measured: "metric", "before" and "after", its standard error "stderr", over "count" of "unit", and the "curve" of
-    the epochs. Raises `PermpruneError`.
+    measured: "metric", "before" and "after", its standard error "stderr", over "count" of "unit", that of the teacher
+    ("dense", None without one), and the "curve" of the epochs. Raises `PermpruneError`.
     """
     require_free(out)
     if parallel.world() > 1:
@@ -122,8 +122,8 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
     if teacher is not None:  # it knows its labels by heart, but no text
         objective = Objective(float(kind_of(model) == "text"), divergence=1.0, distillation=options.hidden)
 
-    def measure() -> Result:
-        return evaluate_model(model, held_out, None, None, batch, options.metric)[0]
+    def measure(shown: PreTrainedModel = model) -> Result:
+        return evaluate_model(shown, held_out, None, None, batch, options.metric)[0]
 
     trainer = Trainer(
         model,
@@ -144,6 +144,7 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
         **dataclasses.asdict(trainer.training),
         "examples": len(examples),
         "metric": result.metric,
+        "dense": None if teacher is None else measure(teacher).value,
         "before": curve[0].value,
         "after": result.value,
         "stderr": result.stderr,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from permprune.commands import prune_to_folder, verify_folder
+from permprune.commands import evaluate, prune_to_folder, verify_folder
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.finetuning import FineTuning, _teacher, finetune
@@ -90,7 +90,7 @@ def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
     data = str(table(tmp_path / "scores.tsv", scores=True))
     dense = tmp_path / "dense"
     found = finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8, metric="spearman"))
-    assert found["metric"] == "Spearman correlation" and found["after"] > 0.5
+    assert found["metric"] == "Spearman correlation" and found["after"] > 0.5 and found["dense"] is None
     settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16), data, 1)
     record = prune_to_folder(str(dense), tmp_path / "pruned", "newton", settings, evaluation)
     assert record["measured"]["metric"] == "Pearson correlation"
@@ -122,6 +122,7 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, obj
     assert objectives == [Objective(), Objective(task=0.0, divergence=1.0)]  # the labels are the dense model's
     losses = [epoch["held_out"] for epoch in found["curve"]]
     assert min(losses) < 0.9 * losses[0]
+    assert found["dense"] == evaluate(str(dense), Evaluation(data, 1, 128)).value
     assert verify_folder(tuned)["layers"] == 12
     record = json.loads((tuned / "permprune.json").read_text())
     assert record["optimised"]["curve"] == found["curve"] and record["gathers"] == load_record(pruned)["gathers"]
@@ -171,6 +172,7 @@ def test_text_is_learned_through_norms_alone(
     options = FineTuning(text, train="norms", teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16)
     found = finetune(str(pruned), tuned, options)
     assert found["metric"] == "perplexity" and found["after"] < found["before"]
+    assert found["dense"] > 1 and "dense and" in Path(tuned, "report.html").read_text(encoding="utf-8")
     assert objectives == [Objective(task=1.0, divergence=1.0)]
     verify_folder(tuned)
     before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))

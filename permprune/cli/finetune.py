@@ -49,5 +49,7 @@ def finetune(
     found = run(model, out, options, resume)
     cli.write_figures(json, found)
     after = with_error(found["after"], found["stderr"])
-    print(f"{found['metric']} {after} on {found['count']} {found['unit']}, {number(found['before'])} before training")
+    beside = "" if found["dense"] is None else f", {number(found['dense'])} of the teacher"
+    on = f"{found['count']} {found['unit']}"
+    print(f"{found['metric']} {after} on {on}, {number(found['before'])} before training{beside}")
     print(f"written to {out}")

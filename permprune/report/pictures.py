@@ -53,17 +53,28 @@ def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
     return save(picture, kind)
 
 
-def epochs(curve: Sequence[Record], metric: str, kind: Format = "svg") -> bytes:
-    """A metric after each epoch of training, the first value being that before it."""
+def epochs(curve: Sequence[Record], metric: str, dense: float | None, kind: Format = "svg") -> bytes:
+    """A metric after each epoch of training, the first value being that before it; a line for the dense model's."""
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
     values = [point["value"] for point in curve]
     axes.plot([point["epoch"] for point in curve], values, color=BLUE, marker="o", markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epochs")
-    metric_axis(axes, "y", metric, values)
+    metric_axis(axes, "y", metric, values if dense is None else [*values, dense])
+    if dense is not None:
+        dense_line(axes, dense)
     quiet(axes)
     return save(picture, kind)
+
+
+def dense_line(axes: Axes, value: float) -> None:
+    """A line across at the value of the dense model."""
+    axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+    axes.annotate(
+        "dense", (1.0, value), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+        va="center", color=GRAY, fontsize=8,
+    )  # fmt: skip
 
 
 def bars(dense: float, none: float, pruned: float, metric: str, method: str, kind: Format = "svg") -> bytes:
@@ -212,4 +223,4 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-__all__ = ["bars", "comparison", "layer_kinds", "learning_curve", "metric_axis", "output_error"]
+__all__ = ["bars", "comparison", "dense_line", "layer_kinds", "learning_curve", "metric_axis", "output_error"]

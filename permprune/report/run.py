@@ -10,7 +10,7 @@ from typing import Any
 from permprune.checkpoint import write_whole
 from permprune.report import maps, pictures
 from permprune.report.page import Shown, fill, shown
-from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way, with_error
+from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, trained, way
 
 
 def render(record: Mapping[str, Any]) -> str:
@@ -57,8 +57,8 @@ def _then_trained(record: Mapping[str, Any]) -> str:
     """What training after pruning brought, as a sentence of its own; "" where there was none."""
     if (optimised := record.get("optimised")) is None:
         return ""
-    after = with_error(optimised["after"], optimised["stderr"])
-    return f"Trained after that: {optimised['metric']} {after} against {number(optimised['before'])} before."
+    metric, before, after, error = (optimised[key] for key in ("metric", "before", "after", "stderr"))
+    return trained(metric, before, after, error, optimised.get("dense"))
 
 
 def _gap(closed: float | None) -> str:
@@ -104,7 +104,7 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
         text = "Each round is kept only if the loss on held-out calibration data falls."
         found.append(shown("Search", text, pictures.learning_curve(record["curve"])))
     if optimised := record.get("optimised"):
-        picture = pictures.epochs(optimised["curve"], optimised["metric"])
+        picture = pictures.epochs(optimised["curve"], optimised["metric"], optimised.get("dense"))
         found.append(shown("Optimised", _optimised(optimised), picture))
     if layers := record["layers"]:
         text = "Share of the squared saliency that the mask keeps, layer by layer. Higher is better."
@@ -127,11 +127,10 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
 def _optimised(optimised: Mapping[str, Any]) -> str:
     """What training after pruning brought."""
     what = {"all": "the weights that are left", "norms": "norms, biases and the head", "head": "the head"}
-    after = with_error(optimised["after"], optimised["stderr"])
     return (
-        f"Training {what[optimised['train']]} on {count(optimised['examples'], 'example')} after pruning: "
-        f"{optimised['metric']} {after} against {number(optimised['before'])} before, on {optimised['count']:,} "
-        f"{optimised['unit']} held out. The best epoch was kept; all else here was measured before."
+        f"Training {what[optimised['train']]} on {count(optimised['examples'], 'example')} after pruning, measured on "
+        f"{optimised['count']:,} {optimised['unit']} held out. The best epoch was kept; all else here was measured "
+        "before."
     )
 
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from permprune.evaluate.result import higher_is_better
-from permprune.report.pictures import metric_axis
+from permprune.report.pictures import dense_line, metric_axis
 from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, Format, figure, quiet, save
 
 Result = Mapping[str, Any]
@@ -107,11 +107,7 @@ def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
 def _dense(axes: Axes, result: Result, value: str) -> None:
     """The value of the dense model as a line across, and the axis of the value."""
     dense = result["dense"][value]
-    axes.axhline(dense, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
-    axes.annotate(
-        "dense", (1.0, dense), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-        va="center", color=GRAY, fontsize=8,
-    )  # fmt: skip
+    dense_line(axes, dense)
     values = [dense, *(row[value] for row in _finite(result, value))]
     metric_axis(axes, "y", SCORE_NAME if value == SCORE else value, values)
 

@@ -84,5 +84,16 @@ def outcome(metric: str, pruned: float, dense: float, none: float | None) -> str
     return f": {metric} {number(pruned)} against {number(dense)} dense{beside}"
 
 
+def trained(metric: str, before: float, after: float, error: float | None, dense: float | None) -> str:
+    """What training after pruning made of a metric, as a sentence; `dense` is that of the teacher, if there was one."""
+    value = with_error(after, error)
+    if dense is None:
+        return f"Trained after that: {metric} {value} against {number(before)} before."
+    if higher_is_better(metric) and dense > 0:
+        share = f"it keeps {percent(after / dense)} of the dense {metric}"
+        return f"Trained after that {share} ({value} of {number(dense)}; {number(before)} before)."
+    return f"Trained after that: {metric} {value} against {number(dense)} dense and {number(before)} before."
+
+
 def better(metric: str) -> str:
     return f"{'higher' if higher_is_better(metric) else 'lower'} is better"
