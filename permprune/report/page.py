@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from functools import cache
 from typing import Any
 
@@ -23,12 +24,17 @@ def shown(title: str, text: str, svg: bytes) -> Shown:
     return title, text, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
 
 
+def _unbroken(text: str) -> str:
+    """The same with hyphens before digits, as in "top-1", at which no line ends."""
+    return re.sub(r"-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
+
+
 @cache
 def _environment() -> Environment:
     loader = PackageLoader("permprune.report", "")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=fine_percent)
+    environment.filters.update(percent=fine_percent, unbroken=_unbroken)
     environment.globals.update(count=count)
     return environment

@@ -27,11 +27,16 @@ def number(value: float | None) -> str:
 
 
 def with_error(value: float, error: float | None) -> str:
-    """A value and its standard error, with as many decimals: 44.77 ± 0.90."""
+    """A value and its standard error, of which two digits count: 44.77 ± 0.90, 0.677 ± 0.024."""
     text = number(value)
     if error is None or not (math.isfinite(value) and math.isfinite(error)):
         return text
-    return f"{text} ± {error:,.{len(text.partition('.')[2])}f}"
+    if abs(value) >= 1e6:
+        return f"{text} ± {error:.2g}"
+    digits = len(text.partition(".")[2])
+    if error > 0:
+        digits = max(0, min(digits, 1 - math.floor(math.log10(error))))
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
 
 
 def percent(share: float | None) -> str:

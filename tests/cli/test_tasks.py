@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from permprune.report import with_error
+
 from ..task_files import ROWS, write_task_files
 from .running import fails, run
 
@@ -42,7 +44,7 @@ def test_compare_and_sweep_score_each_method(tiny_checkpoint: Path, tiny_text: P
     alone = json.loads(figures.read_text())["results"]
     assert dense["tasks"] == alone[:-1]
     assert (dense["score"], dense["score_stderr"]) == (alone[-1]["value"], alone[-1]["stderr"])
-    assert code == 0 and f"{ria['score']:.4f} ± {ria['score_stderr']:.4f}" in stdout
+    assert code == 0 and with_error(ria["score"], ria["score_stderr"]) in stdout
     out = tmp_path / "sweep"
     code, stdout, _ = run("sweep", tiny_checkpoint, *texts, *tasks, "--patterns", "2:4", "--out", out)
     assert code == 0 and "task score" in stdout

@@ -114,10 +114,10 @@ def test_the_page_shows_what_training_after_pruning_brought() -> None:
         "count": 872, "unit": "examples", "curve": curve,
     }  # fmt: skip
     page = Page(render(changed(optimised={**optimised, "dense": None})))
-    assert "Trained after that: top-1 accuracy 0.8500 ± 0.0100 against 0.8000 before." in page.text
+    assert "Trained after that: top-1 accuracy 0.850 ± 0.010 against 0.8000 before." in page.text
     assert "Training norms, biases and the head on 1,200 examples after pruning, measured on 872 examples" in page.text
     taught = Page(render(changed(optimised={**optimised, "dense": 0.9})))
-    keeps = "Trained after that it keeps 94 % of the dense top-1 accuracy (0.8500 ± 0.0100 of 0.9000; 0.8000 before)."
+    keeps = "Trained after that it keeps 94 % of the dense top-1 accuracy (0.850 ± 0.010 of 0.9000; 0.8000 before)."
     assert keeps in taught.text
     assert len(page.images) == 6
     for picture in page.images:
@@ -272,6 +272,8 @@ def test_numbers_read_well() -> None:
         "0.7000",
         "not finite",
     ]
+    close = [with_error(*pair) for pair in ((0.67712, 0.02388), (51.9, 1.5), (0.5, 0.0), (2.5e6, 3.0e5))]
+    assert close == ["0.677 ± 0.024", "51.9 ± 1.5", "0.5000 ± 0.0000", "2.5e+06 ± 3e+05"]
     assert [number(value) for value in (30.089, 175.66, 12400.2, 2.5e7, 0.01234, None, float("inf"))] == [
         "30.09",
         "175.7",
