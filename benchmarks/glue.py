@@ -45,7 +45,8 @@ class Task:
     """Its files within --data, its metrics, and the epochs of its dense model, by default those of `FineTuning`.
 
     Without training files a part of the others trains. Rows of fewer than `words` words neither calibrate nor train
-    after pruning: SST-2 trains on phrases, and asks for sentences.
+    after pruning: SST-2 trains on phrases, and asks for sentences. `samples` are the calibration windows, 32 rows each,
+    if they are not those that --samples gives.
     """
 
     train: tuple[str, ...]
@@ -53,6 +54,7 @@ class Task:
     metrics: tuple[str, ...] = ("accuracy",)
     epochs: int | None = None
     words: int = 0
+    samples: int = 64
 
 
 TASKS = {
@@ -61,17 +63,19 @@ TASKS = {
         ("glue/CoLA/in_domain_dev.tsv", "glue/CoLA/out_of_domain_dev.tsv"),
         ("matthews",),
         epochs=5,
+        samples=32,
     ),
     "sst2": Task(("glue/SST-2/train.tsv",), ("glue/SST-2/dev.tsv",), words=12),
-    "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",), epochs=6),
+    "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",), epochs=6, samples=32),
     "stsb": Task(("glue/STS-B/train.tsv",), ("glue/STS-B/dev.tsv",), ("pearson", "spearman")),
     "mnli": Task((), ("glue/MNLI/dev_matched.jsonl",)),
-    "boolq": Task((), ("superglue/BoolQ/val.jsonl",)),
+    "boolq": Task((), ("superglue/BoolQ/val.jsonl",), samples=16),
     "cb": Task(("superglue/CB/train.jsonl",), ("superglue/CB/val.jsonl",), ("accuracy", "f1")),
     "wic": Task(
         ("superglue/WiC/train_part1.reformatted.jsonl", "superglue/WiC/train_part2.reformatted.jsonl"),
         ("superglue/WiC/val.jsonl",),
         epochs=5,
+        samples=32,
     ),
 }
 
@@ -87,7 +91,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dense", "none", "ria", "newton", f"newton{FINETUNE}"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--most", type=int, default=10_000, help="training rows of a task")
-    parser.add_argument("--samples", type=int, default=64, help="calibration windows, 32 sentences each")
+    parser.add_argument("--samples", type=int, help="calibration windows, 32 rows each; those of the task if absent")
     parser.add_argument("--after", type=int, default=2000, help="rows that train after pruning")
     parser.add_argument("--epochs", type=int, help="of the training after pruning; those of finetune if absent")
     options = parser.parse_args()
@@ -105,7 +109,7 @@ def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row])
     for method in options.methods:
         cell: Row = {"model": options.model, "task": name, "method": method, "most": options.most}
         if method != "dense":
-            cell |= {"pattern": options.pattern, "samples": options.samples, "seed": seed}
+            cell |= {"pattern": options.pattern, "samples": windows(options, name), "seed": seed}
         if method.endswith(FINETUNE):
             cell |= {"after": options.after, "epochs": options.epochs}
         row = next((row for row in known if all(row.get(key) == value for key, value in cell.items())), None)
@@ -125,7 +129,7 @@ def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row])
 def model_folder(options: argparse.Namespace, name: str, seed: int, method: str) -> Path:
     """The folder of a model, which is made if there is none."""
     files = splits(options, name)
-    out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{suffix(options, seed, method)}"
+    out: Path = options.work / f"{Path(options.model).name}-{name}-{options.most}-{suffix(options, name, seed, method)}"
     if out.exists():
         return out
     tuning = FineTuning(str(files.train), length=LENGTH, batch=BATCH, metric=TASKS[name].metrics[0])
@@ -139,18 +143,23 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
         finetune(str(pruned), out, dataclasses.replace(tuning, teacher=dense, hidden=HIDDEN, seed=seed))
         return out
     settings = Settings(
-        pattern=options.pattern, calibration=str(files.like), samples=options.samples, length=LENGTH, seed=seed
+        pattern=options.pattern, calibration=str(files.like), samples=windows(options, name), length=LENGTH, seed=seed
     )
     prune_to_folder(dense, out, method, settings, Evaluation(str(files.dev), 1, LENGTH))
     return out
 
 
-def suffix(options: argparse.Namespace, seed: int, method: str) -> str:
+def suffix(options: argparse.Namespace, name: str, seed: int, method: str) -> str:
     """What tells the folder of a method's model from those of others of the task."""
     if method == "dense":
         return method
     trained = f"-{options.after}-{options.epochs}" if method.endswith(FINETUNE) else ""
-    return f"{options.pattern}-{options.samples}-{seed}-{method}{trained}".replace(":", "-")
+    return f"{options.pattern}-{windows(options, name)}-{seed}-{method}{trained}".replace(":", "-")
+
+
+def windows(options: argparse.Namespace, name: str) -> int:
+    """Calibration windows of a task."""
+    return int(options.samples or TASKS[name].samples)
 
 
 class Files(NamedTuple):
