@@ -195,7 +195,10 @@ def _results(task: str, figures: Mapping[str, Any], count: int) -> Iterator[Resu
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, lm-eval warns of nothing, and its progress bars show on a terminal only and go away when full."""
+    """Inside, lm-eval warns of nothing, and its progress bars show on a terminal only and go away when full.
+
+    It does not ask git and other programs about the machine: nobody reads that, and git complains outside a repository.
+    """
     from tqdm import tqdm
 
     log = logging.getLogger("lm_eval")
@@ -208,6 +211,8 @@ def _quiet() -> Iterator[None]:
     with ExitStack() as patched:
         for module in ("api.model", "api.task", "models.huggingface"):
             patched.enter_context(mock.patch(f"lm_eval.{module}.tqdm", Bar))
+        for asked in ("get_git_commit_hash", "add_env_info"):
+            patched.enter_context(mock.patch(f"lm_eval.evaluator.{asked}", create=True))
         patched.callback(log.setLevel, before)
         log.setLevel(logging.ERROR)
         yield

@@ -3,17 +3,23 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from permprune.report import with_error
 
 from ..task_files import ROWS, write_task_files
 from .running import fails, run
 
 
-def test_evaluate_tasks(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_evaluate_tasks(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # outside a repository
     files, figures = write_task_files(tmp_path / "files"), tmp_path / "figures.json"
     tasks = "piqa, cb, wikitext2"
     code, stdout, stderr = run("evaluate", tiny_checkpoint, "--tasks", tasks, "--data", files, "--json", figures)
     assert code == 0 and not stderr.strip()
+    assert not capfd.readouterr().err.strip(), "programs that lm-eval calls are silent as well"
     found = json.loads(figures.read_text())
     assert (found["names"], found["limit"], found["few_shot"]) == (["piqa", "cb", "wikitext2"], None, None)
     rows = {(row["task"], row["metric"]): row for row in found["results"]}
