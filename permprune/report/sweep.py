@@ -84,9 +84,11 @@ def _data(result: Result) -> str:
 
 
 def _tasks(result: Result) -> str:
-    """The tasks of which the score is the mean, and how much of each was asked."""
-    scored = [task for task in result["dense"]["tasks"] if task["metric"] == "acc"]
-    return ", ".join(f"{task['task']} ({task['examples']:,})" for task in scored)
+    """The tasks of which the score is the mean, how much of each was asked, and the standard error of that."""
+    dense = result["dense"]
+    scored = [task for task in dense["tasks"] if task["metric"] == "acc"]
+    names = ", ".join(f"{task['task']} ({task['examples']:,})" for task in scored)
+    return names if dense["score_stderr"] is None else f"{names}, with an error of about {dense['score_stderr']:.2g}"
 
 
 def _front(result: Result) -> list[Mapping[str, Any]]:

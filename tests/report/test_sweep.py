@@ -80,7 +80,7 @@ def test_the_page_shows_task_scores_where_there_are_some() -> None:
         "0.320 ± 0.020",
         "0.350 ± 0.020",
         "and 163.9 without permutation, 71 % of the dense mean task score, the least loss of",
-        "arc_easy (1,000), piqa (1,000). A line",
+        "arc_easy (1,000), piqa (1,000), with an error of about 0.01. A line",
     ):
         assert part in page.text
     assert len(page.images) == 3
