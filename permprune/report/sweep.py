@@ -59,7 +59,8 @@ def sweep_decision(result: Result) -> str:
     run = way(best["pattern"], best["method"], result["settings"]["update"])
     beside = None if best["method"] == NONE else none[metric]
     found = outcome(metric, best[metric], result["dense"][metric], beside)
-    score = f", {percent(best[SCORE] / result['dense'][SCORE])} of the dense {SCORE_NAME}" if SCORE in best else ""
+    whole = result["dense"].get(SCORE)
+    score = f", {percent(best[SCORE] / whole)} of the dense {SCORE_NAME}" if whole else ""
     least = f"the least loss of {count(len(rows), 'cell')}, at {percent(best['size'])} of the dense size"
     return f"{run}{found}{score}, {least}."
 

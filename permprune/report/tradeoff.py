@@ -25,9 +25,6 @@ SCORE = "score"
 
 SCORE_NAME = "mean task score"
 
-FRONT = ("front", "score_front")
-"""Whether no cell beats that of a row: by the metric, and by the mean score."""
-
 COLUMNS = 4
 """Of a legend."""
 
@@ -44,7 +41,7 @@ def pareto(result: Result, values: Sequence[str], kind: Format = "svg") -> bytes
 
 def _against_size(axes: Axes, result: Result, value: str) -> None:
     """A value of every cell against its size; a line joins those that no other beats."""
-    rows, best = _finite(result, value), FRONT[value == SCORE]
+    rows, best = _finite(result, value), "score_front" if value == SCORE else "front"
     colors, markers = _keys(result)
     front = sorted((row["size"], row[value]) for row in rows if row[best])
     axes.plot(*zip(*front, strict=True), color=GRAY, linewidth=1.0, zorder=1) if front else None
