@@ -46,7 +46,7 @@ class Task:
 
     Without training files a part of the others trains. Rows of fewer than `words` words neither calibrate nor train
     after pruning: SST-2 trains on phrases, and asks for sentences. `samples` are the calibration windows, 32 rows each,
-    if they are not those that --samples gives.
+    and `after` the rows that train after pruning, if --samples and --after do not say; fewer of long texts.
     """
 
     train: tuple[str, ...]
@@ -55,6 +55,7 @@ class Task:
     epochs: int | None = None
     words: int = 0
     samples: int = 64
+    after: int = 2000
 
 
 TASKS = {
@@ -69,7 +70,7 @@ TASKS = {
     "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",), epochs=6, samples=16),
     "stsb": Task(("glue/STS-B/train.tsv",), ("glue/STS-B/dev.tsv",), ("pearson", "spearman")),
     "mnli": Task((), ("glue/MNLI/dev_matched.jsonl",)),
-    "boolq": Task((), ("superglue/BoolQ/val.jsonl",), samples=16),
+    "boolq": Task((), ("superglue/BoolQ/val.jsonl",), samples=16, after=1000),
     "cb": Task(("superglue/CB/train.jsonl",), ("superglue/CB/val.jsonl",), ("accuracy", "f1")),
     "wic": Task(
         ("superglue/WiC/train_part1.reformatted.jsonl", "superglue/WiC/train_part2.reformatted.jsonl"),
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--most", type=int, default=10_000, help="training rows of a task")
     parser.add_argument("--samples", type=int, help="calibration windows, 32 rows each; those of the task if absent")
-    parser.add_argument("--after", type=int, default=2000, help="rows that train after pruning")
+    parser.add_argument("--after", type=int, help="rows that train after pruning; those of the task if absent")
     parser.add_argument("--epochs", type=int, help="of the training after pruning; those of finetune if absent")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.rows.open()] if options.rows and options.rows.exists() else []
@@ -111,7 +112,7 @@ def rows_of(options: argparse.Namespace, name: str, seed: int, known: list[Row])
         if method != "dense":
             cell |= {"pattern": options.pattern, "samples": windows(options, name), "seed": seed}
         if method.endswith(FINETUNE):
-            cell |= {"after": options.after, "epochs": options.epochs}
+            cell |= {"after": trained_after(options, name), "epochs": options.epochs}
         row = next((row for row in known if all(row.get(key) == value for key, value in cell.items())), None)
         if row is None:
             began = time.process_time()
@@ -139,7 +140,8 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
     dense = str(model_folder(options, name, seed, "dense"))
     if method.endswith(FINETUNE):
         pruned = model_folder(options, name, seed, method.removesuffix(FINETUNE))
-        tuning = dataclasses.replace(tuning, data=str(files.like), rows=options.after, epochs=options.epochs)
+        rows = trained_after(options, name)
+        tuning = dataclasses.replace(tuning, data=str(files.like), rows=rows, epochs=options.epochs)
         finetune(str(pruned), out, dataclasses.replace(tuning, teacher=dense, hidden=HIDDEN, seed=seed))
         return out
     settings = Settings(
@@ -153,13 +155,18 @@ def suffix(options: argparse.Namespace, name: str, seed: int, method: str) -> st
     """What tells the folder of a method's model from those of others of the task."""
     if method == "dense":
         return method
-    trained = f"-{options.after}-{options.epochs}" if method.endswith(FINETUNE) else ""
+    trained = f"-{trained_after(options, name)}-{options.epochs}" if method.endswith(FINETUNE) else ""
     return f"{options.pattern}-{windows(options, name)}-{seed}-{method}{trained}".replace(":", "-")
 
 
 def windows(options: argparse.Namespace, name: str) -> int:
     """Calibration windows of a task."""
     return int(options.samples or TASKS[name].samples)
+
+
+def trained_after(options: argparse.Namespace, name: str) -> int:
+    """Rows of a task that train after pruning."""
+    return int(options.after or TASKS[name].after)
 
 
 class Files(NamedTuple):
