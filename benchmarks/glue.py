@@ -67,10 +67,10 @@ TASKS = {
         samples=32,
     ),
     "sst2": Task(("glue/SST-2/train.tsv",), ("glue/SST-2/dev.tsv",), words=12),
-    "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",), epochs=4, samples=16),
+    "rte": Task(("glue/RTE/train.tsv",), ("glue/RTE/dev.tsv",), epochs=4, samples=8, after=1000),
     "stsb": Task(("glue/STS-B/train.tsv",), ("glue/STS-B/dev.tsv",), ("pearson", "spearman")),
     "mnli": Task((), ("glue/MNLI/dev_matched.jsonl",)),
-    "boolq": Task((), ("superglue/BoolQ/val.jsonl",), samples=16, after=1000),
+    "boolq": Task((), ("superglue/BoolQ/val.jsonl",), samples=8, after=1000),
     "cb": Task(("superglue/CB/train.jsonl",), ("superglue/CB/val.jsonl",), ("accuracy", "f1")),
     "wic": Task(
         ("superglue/WiC/train_part1.reformatted.jsonl", "superglue/WiC/train_part2.reformatted.jsonl"),
