@@ -77,8 +77,8 @@ def read_offloaded(name: str, folder: Path) -> tuple[PreTrainedModel, Processor 
     """
     source = resolve_model(name)
     with loading(name):
-        processor = read_processor(source)
         architecture, _ = read_config(source)
+        processor = read_processor(source)
         model = architecture.from_pretrained(
             source, dtype="auto", device_map={"": "disk"}, offload_folder=str(folder), use_safetensors=True
         )

@@ -111,6 +111,22 @@ def test_of_a_hub_id_whatever_loads_first_is_taken(monkeypatch: pytest.MonkeyPat
         read_processor("owner/name")
 
 
+def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each question takes half a minute of retries, and each kind of processor several."""
+
+    def fail(source: str) -> None:
+        asked.append(source)
+        raise OSError("We couldn't connect")
+
+    asked: list[str] = []
+    for kind in (tf.AutoConfig, tf.AutoProcessor, tf.AutoTokenizer, tf.AutoImageProcessor, tf.AutoFeatureExtractor):
+        monkeypatch.setattr(kind, "from_pretrained", fail)
+    for read in (read_model, lambda name: read_offloaded(name, tmp_path)):
+        with pytest.raises(PermpruneError, match="owner/name does not load: We couldn't connect"):
+            read("owner/name")
+    assert asked == ["owner/name"] * 2
+
+
 def test_sound_without_a_tokenizer_is_a_feature_extractor(tiny_ctc: Path) -> None:
     processor = read_model(str(tiny_ctc))[1]
     for file in ("processor_config.json", "vocab.json", "tokenizer_config.json"):

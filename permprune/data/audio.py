@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -149,6 +148,8 @@ def _resampled(sound: Sound, wanted: int) -> Samples:
     samples, rate = sound
     if rate == wanted:
         return samples
+    from scipy.signal import resample_poly  # the start of programs without sound does not wait for it
+
     common = gcd(rate, wanted)
     resampled: Samples = resample_poly(samples, wanted // common, rate // common).astype(np.float32)
     return resampled

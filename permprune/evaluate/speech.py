@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jiwer
@@ -18,8 +19,6 @@ from permprune.progress import track
 from permprune.resources import compute_device
 from permprune.tasks import IGNORED
 from permprune.transcripts import generate
-
-_PLAIN = jiwer.Compose([jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()])
 
 
 @torch.inference_mode()
@@ -68,4 +67,11 @@ def _normalise(text: str, tokenizer: Any) -> str:
         return str(tokenizer.normalize(text)).strip()
     if hasattr(tokenizer, "basic_normalize"):
         return str(tokenizer.basic_normalize(text)).strip()
-    return str(_PLAIN(text))
+    return str(_plain()(text))
+
+
+@cache
+def _plain() -> jiwer.Compose:
+    """Removes case and punctuation; listing all punctuation takes a while, so not until it is asked for."""
+    steps = [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
+    return jiwer.Compose(steps)
