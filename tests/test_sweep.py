@@ -69,9 +69,9 @@ def test_what_would_fail_later_fails_at_once(setting: tuple[str, Settings, Evalu
 
 def test_the_rows_are_those_of_compare(setting: tuple[str, Settings, Evaluation], tmp_path: Path) -> None:
     name, settings, evaluation = setting
-    figures = run_sweep(name, tmp_path / "out", ["2:4", "4:8"], ["ria", "newton"], [], settings, evaluation)
+    figures = run_sweep(name, tmp_path / "out", ["2:4", "4:8"], ["ria", "newton:rounds=5"], [], settings, evaluation)
     assert figures["metric"] == "perplexity" and len(figures["rows"]) == 6
-    compared = compare(name, ["ria", "newton"], settings, evaluation)
+    compared = compare(name, ["ria", "newton:rounds=5"], settings, evaluation)
     expected = {row["method"]: row for row in compared["rows"]}
     assert figures["dense"]["perplexity"] == expected["dense"]["perplexity"]
     for row in figures["rows"][:3]:
@@ -104,7 +104,7 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
     setting: tuple[str, Settings, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, settings, evaluation = setting
-    asked = (["2:4", "1:4"], ["random", "newton"], [])
+    asked = (["2:4", "1:4"], ["random", "newton:rounds=5"], [])
     whole = run_sweep(name, tmp_path / "whole", *asked, settings, evaluation)
     done: list[str] = []
     original = Trials.run
@@ -135,8 +135,8 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(
     setting: tuple[str, Settings, Evaluation], tmp_path: Path
 ) -> None:
     name, settings, evaluation = setting
-    figures = run_sweep(name, tmp_path / "out", ["2:4"], ["newton"], [1e-6, 60], settings, evaluation)
-    alone = run_sweep(name, tmp_path / "alone", ["2:4"], ["newton"], [], settings, evaluation)
+    figures = run_sweep(name, tmp_path / "out", ["2:4"], ["newton:rounds=5"], [1e-6, 60], settings, evaluation)
+    alone = run_sweep(name, tmp_path / "alone", ["2:4"], ["newton:rounds=5"], [], settings, evaluation)
     short, long = figures["rows"][1:]
     assert len(short["curve"]) == 1 and long["curve"][0] == short["curve"][0], "one search, not two"
     assert long["perplexity"] == alone["rows"][1]["perplexity"]

@@ -207,7 +207,7 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    arguments = ["prune", *source, "--out", tmp_path / "out", "--permute", "newton"]
+    arguments = ["prune", *source, "--out", tmp_path / "out", "--permute", "newton:rounds=5"]
     with monkeypatch.context() as patch:
         patch.setattr("permprune.commands.write_weights", full)
         assert "No space left on device" in fails(*arguments)
@@ -227,7 +227,7 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     whole, out = tmp_path / "whole", tmp_path / "out"
-    arguments = ["prune", *source, "--permute", "newton"]
+    arguments = ["prune", *source, "--permute", "newton:rounds=5"]
     assert run(*arguments, "--out", whole)[0] == 0
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoint, "save", interrupt)
@@ -241,7 +241,7 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
 
 def test_a_killed_process_resumes_to_the_same_permutations(source: list[str], tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    command = [sys.executable, "-m", "permprune", "prune", *source, "--permute", "newton"]
+    command = [sys.executable, "-m", "permprune", "prune", *source, "--permute", "newton:rounds=5"]
     process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "out.partial" / "newton.safetensors").exists():
         time.sleep(0.01)

@@ -63,11 +63,11 @@ def test_bad_input_is_one_line(source: list[str], tmp_path: Path) -> None:
 
 def test_a_killed_sweep_resumes_to_the_same_figures(source: list[str], tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = ["--patterns", "2:4,1:4", "--methods", "ria,newton"]
+    options = ["--patterns", "2:4,1:4", "--methods", "ria,newton:rounds=5"]
     command = [sys.executable, "-m", "permprune", "sweep", *source, *options]
     process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     cells = tmp_path / "out.partial" / "cells"
-    state = tmp_path / "out.partial" / "states" / "2-4 newton" / "newton.safetensors"
+    state = tmp_path / "out.partial" / "states" / "2-4 newton-rounds=5" / "newton.safetensors"
     while process.poll() is None and not state.exists():
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
@@ -83,7 +83,7 @@ def test_a_killed_sweep_resumes_to_the_same_figures(source: list[str], tmp_path:
 
 def test_jobs_give_the_figures_of_one_process_and_end_with_their_parent(source: list[str], tmp_path: Path) -> None:
     one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
-    options = ["--patterns", "2:4,1:4", "--methods", "newton"]
+    options = ["--patterns", "2:4,1:4", "--methods", "newton:rounds=5"]
     assert run("sweep", *source, *options, "--out", one)[0] == 0
     command = [sys.executable, "-m", "permprune", "sweep", *source, *options, "--jobs", "2"]
     subprocess.run([*command, "--out", str(two)], check=True, capture_output=True)
