@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from permprune.resources import release_freed_memory
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -94,11 +96,13 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -
         yield from map(function, items)
         return
     torch.set_num_threads(1)
+    release_freed_memory()
     pool = ThreadPoolExecutor(threads)
     try:
         yield from pool.map(function, items)
     finally:
         pool.shutdown(cancel_futures=True)
+        release_freed_memory()
         torch.set_num_threads(threads)
 
 

@@ -49,9 +49,19 @@ def keep_freed_memory() -> None:
     By default every large tensor is mapped anew, and the system clears its pages each time it is written to; without
     that a gradient takes a third less time on a CPU. `mallopt`'s M_MMAP_MAX and M_TRIM_THRESHOLD: see its manual page.
     """
+    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
+        _call_libc("mallopt", option, value)
+
+
+def release_freed_memory() -> None:
+    """Give back now what `keep_freed_memory` has kept: what the next work needs may have other sizes, or threads."""
+    _call_libc("malloc_trim", 0)
+
+
+def _call_libc(name: str, *arguments: int) -> None:
+    """Call a function of the C library, if it has one of that name."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        function = getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError, TypeError):
         return
-    for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
-        mallopt(option, value)
+    function(*arguments)

@@ -15,6 +15,7 @@ from permprune.checkpoint import Checkpoint
 from permprune.examples import Examples
 from permprune.network import PrunedNetwork
 from permprune.problem import Orders, Problem
+from permprune.resources import release_freed_memory
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Permuter(ABC):
         """Search, or recall what this run already found, and make the network show it."""
         if self not in run.solved:
             network.set_weights({})
+            release_freed_memory()  # calibration's, or that of the search before
             run.solved[self] = self.search(network, run)
         network.set_weights(run.solved[self].weights)
         network.set_orders(run.solved[self].orders)
