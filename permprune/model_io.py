@@ -35,7 +35,7 @@ def read_model(name: str) -> tuple[PreTrainedModel, Processor | None, torch.dtyp
     """
     source = resolve_model(name)
     with loading(name):
-        read_config(source)  # no such model is found out here once, and below for every kind of processor
+        read_config(source)  # asks the hub once whether there is such a model; the processor asks again for every kind
         processor = read_processor(source)
         model = load(source) if (Path(source) / GATHERED).exists() else _load_plain(source)
     stored = model.dtype

@@ -89,7 +89,8 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -
     """The function of each item, in order.
 
     On a CPU as many are worked on at a time as torch has threads, with one thread for each: small operations go faster
-    side by side than one after another on all threads. The function must not change what the others read.
+    side by side than one after another on all threads. The function must not change what the others read. Threads do
+    not reuse what others have freed: it is released before they begin and when they have ended.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
