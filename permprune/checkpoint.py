@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,25 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise PermpruneError(f"cannot write {path}: {reason}; free space or choose another --out") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_folder(out: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `out` and rename it: `out` is all there or absent. Raises `PermpruneError`."""
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        write(partial)
+        os.replace(partial, out)
+    except OSError as error:
+        raise PermpruneError(f"cannot write {out}: {error.strerror or error}; free space, then try again") from error
+
+
+def require_free(out: Path) -> None:
+    if out.exists():
+        raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
+    if not out.absolute().parent.exists():
+        raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
 
 
 def write_json(path: Path, value: object) -> None:

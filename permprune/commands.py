@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune import parallel
-from permprune.checkpoint import write_json
+from permprune.checkpoint import require_free, write_folder, write_json
 from permprune.coupling.trace import forward_arguments, main_outputs
 from permprune.data import TOGETHER, kind_of, load_examples
 from permprune.errors import PermpruneError
@@ -159,25 +159,6 @@ def require_patterns(model: PreTrainedModel, record: Mapping[str, Any]) -> None:
         pattern = Pattern.parse(row["pattern"])
         if not pattern.holds(weight):  # type: ignore[arg-type]
             raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
-
-
-def write_folder(out: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `out` and rename it: `out` is all there or absent. Raises `PermpruneError`."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write(partial)
-        os.replace(partial, out)
-    except OSError as error:
-        raise PermpruneError(f"cannot write {out}: {error.strerror or error}; free space, then try again") from error
-
-
-def require_free(out: Path) -> None:
-    if out.exists():
-        raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
-    if not out.absolute().parent.exists():
-        raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
 
 
 @dataclasses.dataclass

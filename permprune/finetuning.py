@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from permprune import parallel
-from permprune.checkpoint import Checkpoint, write_json
-from permprune.commands import PROBE, answered, require_free, require_patterns, write_folder
+from permprune.checkpoint import Checkpoint, require_free, write_folder, write_json
+from permprune.commands import PROBE, answered, require_patterns
 from permprune.coupling import discover, fold_all
 from permprune.data import TOGETHER, kind_of, load_examples, read_labelled_text
 from permprune.errors import PermpruneError

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from permprune import parallel
-from permprune.checkpoint import Checkpoint, write_json
-from permprune.commands import note, require_free
+from permprune.checkpoint import Checkpoint, require_free, write_json
+from permprune.commands import note
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import higher_is_better
 from permprune.footprint import model_bytes
