@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 
 from permprune import Evaluation, Settings, prune_to_folder
-from permprune.checkpoint import write_whole
 from permprune.commands import evaluate
 from permprune.data import read_labelled_text
 from permprune.finetuning import FineTuning, finetune
+from permprune.system.files import write_whole
 
 Row = dict[str, Any]
 

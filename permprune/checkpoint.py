@@ -1,12 +1,8 @@
-"""Files that are whole or absent, and the state from which an interrupted search goes on."""
+"""The state from which an interrupted search goes on."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,57 +12,7 @@ from torch import Tensor
 
 from permprune import parallel
 from permprune.errors import PermpruneError
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path` and rename it: readers see all of it or nothing.
-
-    Raises `PermpruneError` when it cannot be written (a full disk, a missing permission).
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise PermpruneError(f"cannot write {path}: {reason}; free space or choose another --out") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_folder(out: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `out` and rename it: `out` is all there or absent. Raises `PermpruneError`."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        write(partial)
-        os.replace(partial, out)
-    except OSError as error:
-        raise PermpruneError(f"cannot write {out}: {error.strerror or error}; free space, then try again") from error
-
-
-def require_free(out: Path) -> None:
-    if out.exists():
-        raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
-    if not out.absolute().parent.exists():
-        raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, infinities and NaN as null. Raises `PermpruneError`."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _finite(value: object) -> object:
-    """The same with infinities and NaN as None, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+from permprune.system.files import write_whole
 
 
 class Checkpoint:

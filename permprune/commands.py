@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune import parallel
-from permprune.checkpoint import require_free, write_folder, write_json
 from permprune.coupling.trace import forward_arguments, main_outputs
 from permprune.data import TOGETHER, kind_of, load_examples
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity, with_head
+from permprune.footprint import weight_bytes
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.offload import read_offloaded, write_offloaded
 from permprune.pattern import Pattern
@@ -41,6 +39,14 @@ from permprune.pipeline import (
 from permprune.report import write_report
 from permprune.resources import compute_device, keep_freed_memory, peak_memory_mb, reset_peak_memory
 from permprune.streaming import DECIDED, NATURAL, Stream, exceeds_memory
+from permprune.system.files import (
+    WorkFolder,
+    atomic_folder,
+    require_absent,
+    require_space,
+    require_writable,
+    write_json,
+)
 from permprune.trials import ANSWERED_ONCE, BATCH, Evaluation, Meter, Trials, transcriber
 from permprune.zoo.models import MODELS
 
@@ -70,12 +76,15 @@ def probe(name: str, out: Path, classes: Sequence[str], source: str | None, wind
     `source` and `windows` are as those of `Evaluation`, of the part to train on. Returns the accuracy on a held-out
     part of it. Raises `PermpruneError`.
     """
-    require_free(out)
+    require_absent(out)
+    require_writable(out)
     keep_freed_memory()
     model, processor, _ = read_model(name)
+    require_space(out, weight_bytes(model))
     headed = with_head(model, classes)
     fitted = fit_probe(headed, load_examples(source, headed, processor, "probe", windows * ANSWERED_ONCE))
-    write_folder(out, lambda folder: write_weights(fitted.model, processor, False, folder))
+    with atomic_folder(out) as folder:
+        write_weights(fitted.model, processor, False, folder)
     return fitted.result
 
 
@@ -87,28 +96,20 @@ def prune_to_folder(
     While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
     With `resume` a search goes on from its last state. Returns the record. Raises `PermpruneError`.
     """
-    partial = out.with_name(out.name + ".partial")
-    require_free(out)
-    if not resume and not parallel.rank():
-        shutil.rmtree(partial, ignore_errors=True)
-    parallel.wait()
     method = permuter(permute)
-    reset_peak_memory()
-    started = time.monotonic()
-    prune_model = _prune_streamed if exceeds_memory(name, method, settings) else _prune_held
-    done = prune_model(name, method, settings, evaluation, partial)
-    values = done.measured
-    record = _record(name, permute, settings, done.pruned) | {
-        "measured": {"data": evaluation.source or "default data", **values},
-        "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"], values["metric"]),
-        "seconds": {**done.seconds, "total": time.monotonic() - started},
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    if not parallel.rank():
-        _write(done, record, partial / "model")
-        os.replace(partial / "model", out)
-        shutil.rmtree(partial)
-    parallel.wait()
+    with WorkFolder(out).held("prune", resume) as work:
+        reset_peak_memory()
+        started = time.monotonic()
+        prune_model = _prune_streamed if exceeds_memory(name, method, settings) else _prune_held
+        done = prune_model(name, method, settings, evaluation, work)
+        values = done.measured
+        record = _record(name, permute, settings, done.pruned) | {
+            "measured": {"data": evaluation.source or "default data", **values},
+            "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"], values["metric"]),
+            "seconds": {**done.seconds, "total": time.monotonic() - started},
+            "peak_memory_mb": peak_memory_mb(),
+        }
+        parallel.on_first(lambda: _write(done, record, work))
     return record
 
 
@@ -176,10 +177,11 @@ class _Done:
     write: Callable[[Path], None]
 
 
-def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, partial: Path) -> _Done:
+def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
     """Prune a model that is held in memory."""
     model, processor, stored = read_model(name)
-    prepared = prepare(model, processor, settings, partial=partial)
+    require_space(work.out, weight_bytes(model, stored))
+    prepared = prepare(model, processor, settings, partial=work.path)
     with prepared.network.dense_weights():
         measure = Meter(model, processor, evaluation)
         dense = measure()
@@ -200,14 +202,15 @@ def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Eva
     return _Done(pruned, values, seconds, probe, write)
 
 
-def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, partial: Path) -> _Done:
+def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
     """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
     started = time.monotonic()
-    own = partial / f"rank-{parallel.rank()}"
-    model, processor, stored, weights = read_offloaded(name, own / "weights")
+    rank = f"rank-{parallel.rank()}"
+    model, processor, stored, weights = read_offloaded(name, work.scratch / rank)
+    require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
     plan = plan_run(model, settings, calibration_examples(model, processor, settings))
-    stream = Stream(model, weights, plan, own / "masks")
+    stream = Stream(model, weights, plan, work.path / rank)
     pruned = stream.solve(cast(LocalPermuter, method))
     search = pruned.solution.seconds
     seconds = {"calibrate": time.monotonic() - started - search, "search": search, "update": 0.0}
@@ -271,15 +274,9 @@ def note(name: str) -> str | None:
     return MODELS[name].note if name in MODELS else None
 
 
-def _write(done: _Done, record: dict[str, Any], folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+def _write(done: _Done, record: dict[str, Any], work: WorkFolder) -> None:
+    with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
         done.write(folder)
         save_file(done.probe, folder / PROBE)
-    except OSError as error:
-        raise PermpruneError(
-            f"cannot write {folder}: {error.strerror or error}; free space, then repeat with --resume"
-        ) from error
-    write_json(folder / RECORD, record)
-    write_report(record, folder / "report.html")
+        write_json(folder / RECORD, record)
+        write_report(record, folder / "report.html")

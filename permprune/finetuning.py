@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from permprune import parallel
-from permprune.checkpoint import Checkpoint, require_free, write_folder, write_json
+from permprune.checkpoint import Checkpoint
 from permprune.commands import PROBE, answered, require_patterns
 from permprune.coupling import discover, fold_all
 from permprune.data import TOGETHER, kind_of, load_examples, read_labelled_text
@@ -25,6 +24,7 @@ from permprune.pipeline import short_inputs
 from permprune.processors import Processor
 from permprune.report import write_report
 from permprune.resources import keep_freed_memory
+from permprune.system.files import WorkFolder, atomic_folder, write_json
 from permprune.tasks import Task, choose_task, decodes, writes
 from permprune.training import Trainer, Training, masked, trained_weights
 from permprune.trials import BATCH
@@ -97,17 +97,18 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
     """Train a model, by name or folder, and write it to `out` as it was found: with its record if it was pruned.
 
     A model without a head is given one for the labels of the data. What is zero in the layers of a pruned model stays
-    zero. While it runs the state lies in `out`.state; with `resume` the training goes on from there. Returns what was
+    zero. While it runs the state lies in `out`.partial; with `resume` the training goes on from there. Returns what was
     measured: "metric", "before" and "after", its standard error "stderr", over "count" of "unit", that of the teacher
     ("dense", None without one), and the "curve" of the epochs. Raises `PermpruneError`.
     """
-    require_free(out)
     if parallel.world() > 1:
         raise PermpruneError("finetune runs as one process: start it without torchrun")
+    with WorkFolder(out).held("finetune", resume) as work:
+        return _finetune(name, options, work)
+
+
+def _finetune(name: str, options: FineTuning, work: WorkFolder) -> dict[str, Any]:
     keep_freed_memory()
-    state = out.with_name(out.name + ".state")
-    if not resume:
-        shutil.rmtree(state, ignore_errors=True)
     model, processor, stored = read_model(name)
     record = read_record(name) if (Path(name) / RECORD).exists() else None
     if record is None:
@@ -132,7 +133,7 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
         objective,
         measure,
         options.training(model, len(examples)),
-        Checkpoint(state, {"model": name, **dataclasses.asdict(options)}),
+        Checkpoint(work.path, {"model": name, **dataclasses.asdict(options)}),
         teacher,
         None if teacher is None else held_out,
     )
@@ -154,7 +155,7 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
         "curve": [dataclasses.asdict(epoch) for epoch in curve],
     }
 
-    def write(folder: Path) -> None:
+    with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
         if record is not None:
             require_patterns(model, record)
             save_file(answered(model, load_file(Path(name) / PROBE)), folder / PROBE)
@@ -163,9 +164,6 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
             write_report(optimised, folder / "report.html")
         model.to(stored)  # type: ignore[arg-type]
         write_weights(model, processor, bool(record and record["gathers"]), folder)
-
-    write_folder(out, write)
-    shutil.rmtree(state)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from permprune.layers import Layer
@@ -12,6 +13,11 @@ from permprune.pattern import Pattern
 
 VALUE_BITS = 16
 """Bits of a weight, pruned or not, as models are served."""
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a checkpoint with the model's parameters in `dtype`, by default each in its own."""
+    return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in model.parameters())
 
 
 def index_bits(pattern: Pattern) -> int:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from permprune.errors import PermpruneError
 from permprune.resources import release_freed_memory
 
 T = TypeVar("T")
@@ -105,6 +106,23 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -
         pool.shutdown(cancel_futures=True)
         release_freed_memory()
         torch.set_num_threads(threads)
+
+
+def on_first(function: Callable[[], R]) -> R:
+    """What the function returns on the first rank, or the `PermpruneError` that it raises there, on every rank."""
+    if not _running():
+        return function()
+    answer: list[Any] = [None, None]
+    if not rank():
+        try:
+            answer[0] = function()
+        except PermpruneError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    value, failure = answer
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[no-any-return]
 
 
 def wait() -> None:

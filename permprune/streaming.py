@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from permprune.calibrate import Statistics, frozen, inner_product
-from permprune.checkpoint import write_whole
 from permprune.coupling import fold_parameter
 from permprune.data import kind_of
 from permprune.errors import PermpruneError
@@ -29,6 +28,7 @@ from permprune.pipeline import Plan, Pruned, Settings, beside_natural, fold_tabl
 from permprune.problem import Orders, Problem
 from permprune.progress import log, track
 from permprune.saliency import OBS
+from permprune.system.files import write_whole
 from permprune.tasks import next_token, running
 
 BATCH = 4

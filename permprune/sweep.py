@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from permprune import parallel
-from permprune.checkpoint import Checkpoint, require_free, write_json
+from permprune.checkpoint import Checkpoint
 from permprune.commands import note
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import higher_is_better
@@ -34,6 +34,7 @@ from permprune.pipeline import Settings, gap_closed
 from permprune.progress import console, log, track
 from permprune.report import write_sweep
 from permprune.report.tradeoff import SCORE
+from permprune.system.files import WorkFolder, atomic_folder, require_absent, write_json
 from permprune.trials import Evaluation, Trials
 
 Row = dict[str, Any]
@@ -94,24 +95,23 @@ def sweep(
     take a pattern each at a time; under `torchrun` all processes share each cell's work instead. Returns the
     figures. Raises `PermpruneError`.
     """
-    require_free(out)
     cells = plan_cells(patterns, methods, budgets)
+    require_absent(out)
     _check(name, cells, settings, jobs)
-    partial = out.with_name(out.name + ".partial")
-    _open(partial, _identity(name, settings, evaluation), resume)
-    missing = [cell for cell in cells if not _path(partial, cell).exists()]
-    parallel.wait()  # until all have looked
-    _fill([_job(name, settings, evaluation, group, partial) for group in _by_pattern(missing)], jobs)
-    result = _figures(name, settings, evaluation, cells, partial)
-    if not parallel.rank():
-        done = partial / "done"
-        shutil.rmtree(done, ignore_errors=True)
-        write_json(done / "figures.json", result)
-        write_sweep(result, done)
-        os.replace(done, out)
-        shutil.rmtree(partial)
-    parallel.wait()
+    with WorkFolder(out).held("sweep", resume) as work:
+        parallel.on_first(lambda: _open(work.path, _identity(name, settings, evaluation)))
+        missing = [cell for cell in cells if not _path(work.path, cell).exists()]
+        parallel.wait()  # until all have looked
+        _fill([_job(name, settings, evaluation, group, work.path) for group in _by_pattern(missing)], jobs)
+        result = _figures(name, settings, evaluation, cells, work.path)
+        parallel.on_first(lambda: _write(result, work))
     return result
+
+
+def _write(result: dict[str, Any], work: WorkFolder) -> None:
+    with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
+        write_json(folder / "figures.json", result)
+        write_sweep(result, folder)
 
 
 def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
@@ -145,18 +145,14 @@ def _identity(name: str, settings: Settings, evaluation: Evaluation) -> dict[str
     return json.loads(json.dumps(identity))  # type: ignore[no-any-return] # tuples as lists
 
 
-def _open(partial: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Make the partial folder, or go on with one of the same identity. Raises `PermpruneError` for another."""
+def _open(partial: Path, identity: dict[str, Any]) -> None:
+    """Begin in the work folder, or go on with cells of the same identity. Raises `PermpruneError` for another."""
     path = partial / IDENTITY
-    if path.exists() and not resume:
-        raise PermpruneError(f"{partial} holds cells of an interrupted sweep: go on with --resume, or remove it")
     if path.exists():
         saved = json.loads(path.read_text(encoding="utf-8"))
         if other := sorted(key for key in saved.keys() | identity.keys() if saved.get(key) != identity.get(key)):
             raise PermpruneError(f"{partial} was filled with another {', '.join(other)}: repeat that, or remove it")
-    parallel.wait()
-    if not parallel.rank():
-        write_json(path, identity)
+    write_json(path, identity)
 
 
 def _path(partial: Path, cell: Cell) -> Path:

@@ -1,26 +1,12 @@
-"""Whole files and resumable states."""
+"""Resumable states."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from permprune.checkpoint import Checkpoint, write_json, write_whole
+from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    write_json(path, {"value": 1})
-
-    def full(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(PermpruneError, match=r"cannot write .*No space left on device"):
-        write_whole(path, full)
-    assert path.read_text() == '{\n  "value": 1\n}\n'
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_state_comes_back(tmp_path: Path) -> None:

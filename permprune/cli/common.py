@@ -19,13 +19,13 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from permprune import parallel
-from permprune.checkpoint import write_json
 from permprune.errors import PermpruneError
 from permprune.evaluate import ACCURACY, METRICS, TaskList
 from permprune.permuters import PERMUTERS
 from permprune.pipeline import Settings
 from permprune.progress import console, log
 from permprune.saliency import SALIENCIES
+from permprune.system.files import write_json
 
 app = typer.Typer(
     help="Learns channel permutations so that N:M pruning of a Transformer loses less.",

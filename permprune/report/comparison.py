@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from permprune.checkpoint import write_whole
 from permprune.report import pictures
 from permprune.report.words import NONE
+from permprune.system.files import write_whole
 
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from permprune.checkpoint import write_whole
 from permprune.report import maps, pictures
 from permprune.report.page import Shown, fill, shown
 from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, trained, way
+from permprune.system.files import write_whole
 
 
 def render(record: Mapping[str, Any]) -> str:

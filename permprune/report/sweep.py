@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from permprune.checkpoint import write_whole
 from permprune.evaluate.result import higher_is_better
 from permprune.report.page import Shown, fill, shown
 from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way, with_error
+from permprune.system.files import write_whole
 
 Result = Mapping[str, Any]
 

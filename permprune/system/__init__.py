@@ -1,0 +1,1 @@
+"""What permprune asks of the operating system."""

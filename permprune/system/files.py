@@ -1,0 +1,233 @@
+"""Files and folders that are whole or absent, and the folder in which a long run keeps its state.
+
+What is being written lies in a private folder with an unpredictable name, on the same disk, and is renamed when it is
+complete: no reader sees half of it, and no link that somebody else planted is followed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from permprune import parallel
+from permprune.errors import PermpruneError
+
+MARKER, LOCK, SCRATCH = ".permprune", ".lock", "scratch"
+"""Names in a work folder: the file that says it is ours, the lock, and the subfolder that no run needs from another."""
+
+PREFIX = ".permprune-"
+"""What the names of temporary folders begin with."""
+
+ADVICE = "free space, or choose another place"
+
+
+class WriteError(PermpruneError):
+    """What the system refused to write, and its `reason`."""
+
+    def __init__(self, path: Path, reason: str, advice: str) -> None:
+        super().__init__(f"cannot write {path}: {reason}; {advice}")
+        self.reason = reason
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file and rename it to `path`: readers see all of it or nothing.
+
+    A symbolic link at `path` is replaced, not followed. Raises `PermpruneError` when it cannot be written (a full disk,
+    a missing permission, something there that is no file).
+    """
+    with _reported(path):
+        _require_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=path.parent) as private:
+            temporary = Path(private) / path.name
+            write(temporary)
+            os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON, infinities and NaN as null. Raises `PermpruneError`."""
+    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def atomic_folder(out: Path, within: Path | None = None, advice: str = ADVICE) -> Iterator[Path]:
+    """A new folder to fill: it becomes `out` at the end of the block, and is removed if the block raises.
+
+    Until then it lies in `within`, which must be on the same disk; beside `out` by default. Raises `PermpruneError` if
+    `out` exists or cannot be written, ending in `advice`.
+    """
+    require_absent(out)
+    with _reported(out, advice), tempfile.TemporaryDirectory(prefix=PREFIX, dir=within or out.parent) as private:
+        folder = Path(private) / out.name
+        folder.mkdir()
+        yield folder
+        os.rename(folder, out)
+
+
+class WorkFolder:
+    """The folder `OUT.partial`, in which a run that writes `out` keeps what it should not have to find twice.
+
+    `scratch` is a subfolder for files that are of no use to a later run.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.parent / f"{out.name}.partial"
+        self.scratch = self.path / SCRATCH
+
+    def holds_state(self) -> bool:
+        """Whether a run left anything here that `--resume` can go on from."""
+        return self.path.is_dir() and bool(self._entries() - {MARKER, LOCK, SCRATCH})
+
+    @contextmanager
+    def held(self, job: str, resume: bool) -> Iterator[WorkFolder]:
+        """Make the folder, or take up one of an interrupted `job` ("prune"), and keep other runs out of it.
+
+        At the end of the block the folder is removed; if the block raises it stays, unless it holds no state. Under
+        `torchrun` the first rank does all this for the others. Raises `PermpruneError` if another run holds the folder,
+        if it holds files of somebody else or of another job, or the state of an interrupted run without `resume`; and
+        as `require_absent` and `require_writable` do.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        parallel.on_first(lambda: self._open(lock, job, resume))
+        try:
+            yield self
+            parallel.wait()  # until no rank reads from it
+        except BaseException:
+            if not parallel.rank():
+                self._close(lock, keep=self.holds_state())
+            raise
+        parallel.on_first(lambda: self._close(lock, keep=False))
+
+    def _open(self, lock: FileLock, job: str, resume: bool) -> None:
+        require_absent(self.out)
+        require_writable(self.out)
+        with _reported(self.path):
+            self._require_ours()
+            self.path.mkdir(exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise PermpruneError(
+                    f"another run is writing {self.out}: wait until it ends, or choose another --out"
+                ) from None
+        try:
+            require_absent(self.out)  # the run that had the lock until now may have finished
+            self._mark(job)
+            if self.holds_state() and not resume:
+                raise PermpruneError(
+                    f"{self.path} holds the state of an interrupted run: go on with --resume, or remove it"
+                )
+            _remove(self.scratch)
+            self.scratch.mkdir()
+        except BaseException:
+            self._close(lock, keep=self.holds_state())
+            raise
+
+    def _require_ours(self) -> None:
+        """Refuse to touch what is no folder of ours."""
+        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+            raise PermpruneError(f"{self.path} is no folder of permprune's: move it, or choose another --out")
+        entries = self._entries() if self.path.exists() else set()
+        if entries - {MARKER, LOCK} and not (self.path / MARKER).exists():  # marked before anything else is written
+            raise PermpruneError(
+                f"{self.path} holds files that permprune did not write: move them, or choose another --out"
+            )
+
+    def _mark(self, job: str) -> None:
+        path, text = self.path / MARKER, f"permprune {job}\n"
+        if not self.holds_state():
+            write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        elif (found := path.read_text(encoding="utf-8", errors="replace")) != text:
+            raise PermpruneError(
+                f"{self.path} is of an interrupted {found.strip()}: finish or remove that, or choose another --out"
+            )
+
+    def _close(self, lock: FileLock, keep: bool) -> None:
+        """Let other runs in, and remove the folder unless it is to be kept: the marker and the lock last."""
+        with _reported(self.path):
+            _remove(self.scratch)
+            if not keep:
+                for name in sorted(self._entries() - {MARKER, LOCK}):
+                    _remove(self.path / name)
+                _remove(self.path / MARKER)
+            lock.release()
+            if not keep:
+                with suppress(OSError):  # another run may take the lock just now: it will find that `out` exists
+                    _remove(self.path / LOCK)
+                    self.path.rmdir()
+
+    def _entries(self) -> set[str]:
+        return {entry.name for entry in self.path.iterdir()}
+
+
+def require_absent(out: Path) -> None:
+    """Raise `PermpruneError` if there is anything at `out`, or no folder to make it in."""
+    if os.path.lexists(out):
+        raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
+    if not os.path.lexists(out.absolute().parent):
+        raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
+
+
+def require_writable(path: Path) -> None:
+    """Raise `PermpruneError` unless a file or folder can be written at `path`: tries one of its name beside it."""
+    with _reported(path, "choose another place"):
+        _require_file(path)
+        existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=existing) as private:
+            (Path(private) / path.name).touch()
+
+
+def require_space(path: Path, needed: float) -> None:
+    """Raise `PermpruneError` unless the disk on which `path` is to be written has so many bytes left."""
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise PermpruneError(
+            f"{path} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free there: "
+            "free space, or choose another --out"
+        )
+
+
+def _require_file(path: Path) -> None:
+    """Refuse to replace a folder or a device."""
+    if path.exists() and not path.is_file():
+        raise PermpruneError(f"{path} is no file: choose another place")
+
+
+@contextmanager
+def _reported(path: Path, advice: str = ADVICE) -> Iterator[None]:
+    """Turn what the system refuses inside the block into a `WriteError` of `path`."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(path, error.reason, advice) from error
+    except (OSError, SafetensorError) as error:
+        raise WriteError(path, getattr(error, "strerror", None) or str(error), advice) from error
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if there is one; what links point to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _finite(value: object) -> object:
+    """The same with infinities and NaN as None: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
