@@ -49,10 +49,6 @@ class ChannelSpace:
     def readers(self) -> tuple[Member, ...]:
         return tuple(member for member in self.members if member.role == "reads")
 
-    @property
-    def writers(self) -> tuple[Member, ...]:
-        return tuple(member for member in self.members if member.role == "writes")
-
 
 @dataclass(frozen=True)
 class Site:

@@ -6,17 +6,14 @@ dimensions are independent problems.
 
 from permprune.matching.assignment import assign, cycles
 from permprune.matching.pairs import pair_up
-from permprune.matching.relaxation import annealed_soft, gumbel_noise, straight_through
-from permprune.matching.schedule import Constant, Cosine, Epsilon, Geometric
-from permprune.matching.sinkhorn import Plan, sinkhorn
+from permprune.matching.relaxation import gumbel_noise, straight_through
+from permprune.matching.schedule import Cosine, Epsilon, Geometric
+from permprune.matching.sinkhorn import sinkhorn
 
 __all__ = [
-    "Constant",
     "Cosine",
     "Epsilon",
     "Geometric",
-    "Plan",
-    "annealed_soft",
     "assign",
     "cycles",
     "gumbel_noise",

@@ -25,20 +25,12 @@ def gumbel_noise(shape: Sequence[int], scale: float, generator: torch.Generator)
     return exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_().mul_(-scale)
 
 
-def annealed_soft(cost: Tensor, epsilon: float, iterations: int = 50, tolerance: float | None = None) -> Tensor:
-    """The plan of `sinkhorn`, (..., n, n): nearly a permutation once epsilon is small.
-
-    The relaxation of Li et al. 2026, arXiv 2601.22980, which anneals epsilon while it learns the costs.
-    """
-    return sinkhorn(cost, epsilon, iterations, tolerance).matrix
-
-
-def straight_through(cost: Tensor, epsilon: float, iterations: int = 50, tolerance: float | None = None) -> Tensor:
+def straight_through(cost: Tensor, epsilon: float, iterations: int = 50) -> Tensor:
     """The permutation matrix nearest to the plan of `sinkhorn`, (..., n, n), with the gradient of the plan.
 
     Forward it is exactly a permutation, the assignment that keeps most of the plan's mass; backward it is the
     plan (PermLLM, Zou et al. 2025).
     """
-    soft = annealed_soft(cost, epsilon, iterations, tolerance)
+    soft = sinkhorn(cost, epsilon, iterations)
     hard = torch.zeros_like(soft).scatter_(-1, assign(-soft)[..., None], 1.0)
     return hard + (soft - soft.detach())

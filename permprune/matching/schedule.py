@@ -18,20 +18,6 @@ class Epsilon(Protocol):
 
 
 @dataclass(frozen=True)
-class Constant:
-    """Always `value`. Raises `PermpruneError` unless it is positive and finite."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        _require_falling(self.value, self.value)
-
-    def __call__(self, progress: float) -> float:
-        _require_share(progress)
-        return self.value
-
-
-@dataclass(frozen=True)
 class Geometric:
     """From `start` to `end` by one factor at every step. Raises `PermpruneError` unless start >= end > 0."""
 

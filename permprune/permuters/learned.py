@@ -55,4 +55,4 @@ class Learned(TrustRegion):
         """The column of each row in the permutation nearest the noisy Sinkhorn plan."""
         epsilon = self.epsilon(progress) * max(float(cost.abs().mean()), 1e-30)
         noise = gumbel_noise(cost.shape, self.noise * epsilon, generator)
-        return assign(-sinkhorn(cost + noise, epsilon, self.iterations).matrix)
+        return assign(-sinkhorn(cost + noise, epsilon, self.iterations))

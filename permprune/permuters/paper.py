@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from permprune.losses import Objective
-from permprune.matching import annealed_soft
+from permprune.matching import sinkhorn
 from permprune.pattern import Pattern
 from permprune.permuters.cost_matrix import CostMatrixLearner
 
@@ -32,4 +32,4 @@ class LearnedPaper(CostMatrixLearner):
         return size // self.groups if size % (self.groups * pattern.m) == 0 else size
 
     def relax(self, cost: Tensor, epsilon: float) -> Tensor:
-        return annealed_soft(cost, epsilon, self.iterations)
+        return sinkhorn(cost, epsilon, self.iterations)

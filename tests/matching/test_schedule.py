@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
-from permprune.matching import Constant, Cosine, Geometric
+from permprune.matching import Cosine, Geometric
 
 falling = st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)).map(lambda pair: sorted(pair, reverse=True))
 shares = st.floats(0, 1)
@@ -28,10 +28,6 @@ def test_geometric_is_halfway_at_the_geometric_mean_and_cosine_at_the_mean():
     assert Cosine(1.0, 0.01)(0.5) == pytest.approx(0.505)
 
 
-def test_constant_stays():
-    assert {Constant(0.3)(share) for share in (0, 0.2, 1)} == {0.3}
-
-
 @pytest.mark.parametrize("start, end", [(1, 0), (1, -1), (0.1, 1), (math.inf, 1), (math.nan, 1), (1, math.nan)])
 @pytest.mark.parametrize("schedule", [Geometric, Cosine])
 def test_refuses_ends_that_do_not_fall_to_a_positive_number(schedule, start, end):
@@ -39,14 +35,8 @@ def test_refuses_ends_that_do_not_fall_to_a_positive_number(schedule, start, end
         schedule(start, end)
 
 
-@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan])
-def test_refuses_a_constant_that_is_not_positive(value):
-    with pytest.raises(PermpruneError, match="epsilon cannot"):
-        Constant(value)
-
-
 @pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan])
-@pytest.mark.parametrize("epsilon", [Constant(1), Geometric(1, 0.1), Cosine(1, 0.1)])
+@pytest.mark.parametrize("epsilon", [Geometric(1, 0.1), Cosine(1, 0.1)])
 def test_refuses_progress_outside_the_training(epsilon, progress):
     with pytest.raises(PermpruneError, match="share of the steps"):
         epsilon(progress)

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.losses import Objective
-from permprune.matching import Constant
+from permprune.matching import Geometric
 from permprune.permuters import LearnedPaper, PermLLM, Random
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.pipeline import Prepared, Settings, prepare
@@ -25,7 +25,7 @@ def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
     """Against a difference quotient of the relaxed network's loss; no mask changes over so small a step."""
     network, run = prepared.network, prepared.run
     still = LearnedPaper(noise=0.0, examples=4, learning_rate=0.0, objective=Objective())
-    method = dataclasses.replace(still, epsilon=Constant(0.5), margin=3.0)
+    method = dataclasses.replace(still, epsilon=Geometric(0.5, 0.5), margin=3.0)
     start = method.start.solve(network, run)
     state = method._begin(network, run, start, None)
     method._step(network, run, state, start.orders)
