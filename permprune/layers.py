@@ -52,18 +52,18 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
     """Every linear inside the repeated blocks, less those whose name matches a glob of `exclude`.
 
     Embeddings, the output head and task heads stand outside the blocks and stay dense, as in the literature
-    (SparseGPT, Wanda). Raises `PermpruneError` when nothing is left, when M does not divide a width, or when a
-    weight holds NaN or infinity (`require_finite`; weights on the meta device are not there to look at).
+    (SparseGPT, Wanda). Raises `PermpruneError` when a glob matches none of them, when nothing is left, when M does not
+    divide a width, or when a weight holds NaN or infinity (`require_finite`; weights on the meta device are not there
+    to look at).
     """
-    exclude = tuple(exclude)
     inside = {id(module) for block in blocks(model) for module in block.modules()}
     layers = [
         Layer(name, module, isinstance(module, Conv1D))
         for name, module in model.named_modules()
-        if id(module) in inside
-        and isinstance(module, (nn.Linear, Conv1D))
-        and not any(fnmatch(name, glob) for glob in exclude)
+        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
     ]
+    if layers:
+        layers = _less_excluded(layers, exclude)
     if not layers:
         raise PermpruneError("no linear layer to prune: the model has no repeated blocks, or all are excluded")
     for layer in layers:
@@ -71,6 +71,17 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
         if not layer.weight.is_meta:
             require_finite(layer)
     return layers
+
+
+def _less_excluded(layers: list[Layer], exclude: Iterable[str]) -> list[Layer]:
+    """The layers whose name matches none of the globs; each glob must match one."""
+    excluded: set[str] = set()
+    for glob in exclude:
+        matched = {layer.name for layer in layers if fnmatch(layer.name, glob)}
+        if not matched:
+            raise PermpruneError(f'--exclude "{glob}" matches no layer that would be pruned, such as {layers[0].name}')
+        excluded |= matched
+    return [layer for layer in layers if layer.name not in excluded]
 
 
 def require_finite(layer: Layer) -> None:
