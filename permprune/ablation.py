@@ -7,6 +7,7 @@ import math
 
 from permprune.errors import PermpruneError
 from permprune.losses import Objective
+from permprune.options import NonNegative, require
 from permprune.permuters import Learned, LearnedPaper, Permuter
 
 PRESETS: dict[str, Learned | LearnedPaper] = {"ours": Learned(), "paper": LearnedPaper()}
@@ -27,7 +28,8 @@ def variants(study: str, preset: str, examples: int, epochs: float | None = None
     """The permuters to compare in a study, by label (Li et al. 2026, arXiv 2601.22980, "ablations").
 
     An epoch is one pass over the `examples` of the calibration that gradients are taken on; `epochs`, if given, is how
-    long every variant learns (the study of epochs has its own). Raises `PermpruneError` for unknown names.
+    long every variant learns (the study of epochs has its own). Raises `PermpruneError` for unknown names
+    and for `epochs` out of range.
     """
     if preset not in PRESETS or study not in STUDIES:
         raise PermpruneError(
@@ -36,6 +38,7 @@ def variants(study: str, preset: str, examples: int, epochs: float | None = None
         )
     learner = PRESETS[preset]
     if epochs is not None:
+        require("epochs", epochs, NonNegative)
         learner = lasting(learner, epochs, examples)
     if study == "loss":
         return {label: dataclasses.replace(learner, objective=loss) for label, loss in OBJECTIVES.items()}

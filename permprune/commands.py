@@ -22,6 +22,7 @@ from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity, wi
 from permprune.footprint import weight_bytes
 from permprune.model_io import RECORD, load, read_model, read_record, write_weights
 from permprune.offload import read_offloaded, write_offloaded
+from permprune.options import Count, require
 from permprune.pattern import Pattern
 from permprune.permuters import LocalPermuter, Permuter, permuter
 from permprune.pipeline import (
@@ -76,6 +77,7 @@ def probe(name: str, out: Path, classes: Sequence[str], source: str | None, wind
     `source` and `windows` are as those of `Evaluation`, of the part to train on. Returns the accuracy on a held-out
     part of it. Raises `PermpruneError`.
     """
+    require("windows", windows, Count)
     require_absent(out)
     require_writable(out)
     keep_freed_memory()

@@ -20,6 +20,7 @@ from permprune.evaluate import Result, evaluate_model, knows_right, with_head
 from permprune.examples import Examples
 from permprune.losses import Objective
 from permprune.model_io import RECORD, read_model, read_record, write_weights
+from permprune.options import Count, NonNegative, Positive, Seed, require_fields
 from permprune.pipeline import short_inputs
 from permprune.processors import Processor
 from permprune.report import write_report
@@ -55,21 +56,24 @@ class FineTuning:
     `hidden` times the distance of the blocks' outputs (`Objective`). Dropout is off then, and the best epoch that of
     the least loss on `dev`, otherwise that of the best metric. `metric` as that of `Evaluation`. `lr` is by default
     that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32, of windows of text 4; there are 3
-    epochs by default, and more of small data.
+    epochs by default, and more of small data. Raises `PermpruneError` for numbers out of range.
     """
 
     data: str | None
     dev: str | None = None
     train: str = "all"
     teacher: str | None = None
-    hidden: float = 0.0
+    hidden: NonNegative = 0.0
     metric: str | None = None
-    epochs: int | None = None
-    lr: float | None = None
-    batch: int | None = None
-    length: int | None = None
-    rows: int | None = None
-    seed: int = Training.seed
+    epochs: Count | None = None
+    lr: Positive | None = None
+    batch: Count | None = None
+    length: Count | None = None
+    rows: Count | None = None
+    seed: Seed = Training.seed
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def training(self, model: PreTrainedModel, count: int) -> Training:
         """That of a model on so many examples."""

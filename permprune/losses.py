@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import blocks
+from permprune.options import NonNegative, require_fields
 from permprune.padding import real
 from permprune.tasks import Imitation, Task
 
@@ -35,13 +37,19 @@ class Objective:
     divergence from the dense model's predictions, which has the same gradient in the mean but none of the noise of
     single labels; None is 0 until `suited` chooses. `distillation`: Smooth-L1 distance of every block's output to
     the dense model's, summed over positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss"). `cosine`:
-    1 - the cosine of the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss").
+    1 - the cosine of the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss"). Raises
+    `PermpruneError` for a negative weight, and where all of them are 0.
     """
 
-    task: float = 1.0
-    divergence: float | None = None
-    distillation: float = 0.0
-    cosine: float = 0.0
+    task: NonNegative = 1.0
+    divergence: NonNegative | None = None
+    distillation: NonNegative = 0.0
+    cosine: NonNegative = 0.0
+
+    def __post_init__(self) -> None:
+        require_fields(self)
+        if not (self.task or self.divergence or self.distillation or self.cosine):
+            raise PermpruneError("all losses weigh 0: give task, divergence, distillation or cosine a weight above 0")
 
     def suited(self, task: Task, together: bool) -> Objective:
         """This one with a `divergence`, if it has none.

@@ -24,6 +24,7 @@ from permprune.losses import fast_dtype
 from permprune.mixture import MIXED, mix, parse_pattern
 from permprune.model_io import attach_gather, gather_places
 from permprune.network import PrunedNetwork
+from permprune.options import Bytes, Count, Positive, Seed, require_fields
 from permprune.pattern import Pattern
 from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
@@ -57,30 +58,48 @@ class Settings:
     at the orders found, as far as the held-out examples like it (`update_network`). `batch`: calibration examples that
     pass through the model at a time. `recompute`: run each block again in the backward pass instead of keeping its
     activations. `shared`: the evaluation comes from the same images, speech or sentences, of which each gets half.
+    Raises `PermpruneError` for numbers out of range and unknown names.
     """
 
     pattern: str = "2:4"
     saliency: str = "wanda"
     mode: str = "fold"
     calibration: str | None = None
-    samples: int = 192
-    length: int = 512
-    measured: int = 24
-    held_out: int = 8
-    seed: int = 0
+    samples: Count = 192
+    length: Count = 512
+    measured: Count = 24
+    held_out: Count = 8
+    seed: Seed = 0
     precision: str = "auto"
-    memory: int | None = None
-    minutes: float | None = None
+    memory: Bytes | None = None
+    minutes: Positive | None = None
     exclude: tuple[str, ...] = ()
     update: str = "none"
-    batch: int = 4
+    batch: Count = 4
     recompute: bool = False
     shared: bool = False
 
-    @property
-    def train(self) -> int:
-        """Windows that gradients are taken on, where the text has as many as are asked for."""
-        return self.samples - self.measured - self.held_out
+    def __post_init__(self) -> None:
+        require_fields(self)
+        parse_pattern(self.pattern)
+        saliency(self.saliency)
+        update(self.update)
+        if self.mode not in MODES or self.precision not in ("auto", *PRECISIONS):
+            raise PermpruneError(
+                f'mode "{self.mode}" with precision "{self.precision}": '
+                f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
+            )
+
+    def shares(self, count: int, worth: int = 1) -> list[int]:
+        """How many of `count` examples are for the statistics, the held-out loss and the gradients.
+
+        `worth` of them stand for each window. Too few are shared out in the same proportion; the last share may be 0 or
+        less where there are fewer than 3.
+        """
+        wanted = worth * (self.measured + self.held_out)
+        share = min(1.0, count / (2 * wanted))
+        measured, held_out = (max(1, int(share * worth * own)) for own in (self.measured, self.held_out))
+        return [measured, held_out, count - measured - held_out]
 
 
 @dataclass
@@ -172,7 +191,6 @@ def plan_run(model: PreTrainedModel, settings: Settings, examples: Examples, par
 
     The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
     """
-    _check(settings)
     pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
     device = compute_device(model)
@@ -260,30 +278,14 @@ def gap_closed(value: float, dense: float, none: float, metric: str = "perplexit
     return (value - none) / (dense - none) if dense != none else None
 
 
-def _check(settings: Settings) -> None:
-    update(settings.update)
-    if settings.mode not in MODES or settings.precision not in ("auto", *PRECISIONS):
-        raise PermpruneError(
-            f'mode "{settings.mode}" with precision "{settings.precision}": '
-            f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
-        )
-    if settings.batch < 1:
-        raise PermpruneError(f"a batch of {settings.batch} examples: give --batch 1 or more")
-
-
 def _divide(examples: Examples, settings: Settings, worth: int) -> list[Examples]:
-    """Examples for statistics, held-out loss and gradients; too few are shared out in the same proportion.
-
-    `worth` of them stand for each window that the settings count.
-    """
-    wanted = worth * (settings.measured + settings.held_out)
-    share = min(1.0, len(examples) / (2 * wanted))
-    measured, held_out = (max(1, int(share * worth * count)) for count in (settings.measured, settings.held_out))
-    if len(examples) < measured + held_out + 1:
+    """Examples for statistics, held-out loss and gradients (see `Settings.shares`)."""
+    shares = settings.shares(len(examples), worth)
+    if shares[-1] < 1:
         raise PermpruneError(
             f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"
         )
-    return examples.split([measured, held_out, len(examples) - measured - held_out])
+    return examples.split(shares)
 
 
 def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from permprune.footprint import model_bytes
 from permprune.layers import prunable_layers
 from permprune.mixture import parse_pattern
 from permprune.offload import read_skeleton
+from permprune.options import Count, Positive, require
 from permprune.permuters import LocalPermuter, permuter
 from permprune.pipeline import Settings, gap_closed
 from permprune.progress import console, log, track
@@ -116,8 +117,10 @@ def _write(result: dict[str, Any], work: WorkFolder) -> None:
 
 def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
     """The cells by pattern, method and rising budget. Raises `PermpruneError` for names and budgets that are none."""
-    if not patterns or any(not budget > 0 for budget in budgets):
-        raise PermpruneError("a sweep takes one pattern at least, and budgets above 0 minutes")
+    if not patterns:
+        raise PermpruneError("a sweep takes one pattern at least")
+    for budget in budgets:
+        require("budgets", budget, Positive)
     cells = []
     for pattern in dict.fromkeys(patterns):
         parse_pattern(pattern)
@@ -130,10 +133,9 @@ def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequenc
 
 def _check(name: str, cells: list[Cell], settings: Settings, jobs: int) -> None:
     """Refuse at once what would fail after hours."""
-    if jobs < 1 or (jobs > 1 and parallel.world() > 1):
-        raise PermpruneError(
-            f"{jobs} jobs in {parallel.world()} processes: give --jobs 1 or more, and that without torchrun"
-        )
+    require("jobs", jobs, Count)
+    if jobs > 1 and parallel.world() > 1:
+        raise PermpruneError(f"{jobs} jobs in {parallel.world()} processes: give --jobs without torchrun")
     skeleton = read_skeleton(name)
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
         prunable_layers(skeleton, parse_pattern(pattern), settings.exclude)

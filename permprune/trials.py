@@ -15,6 +15,7 @@ from permprune.evaluate import Result, ask, evaluate_model, knows_right
 from permprune.evaluate.lm_tasks import TaskList, task_figures
 from permprune.examples import Examples
 from permprune.model_io import read_model
+from permprune.options import Count, require_fields
 from permprune.permuters import Permuter, Run, Solution
 from permprune.pipeline import Settings, prepare, update_weights
 from permprune.processors import Processor, tokenizer_of
@@ -35,15 +36,18 @@ class Evaluation:
 
     `windows` are those of text, of `length` tokens; of images and sentences 32 examples stand for each. With `shared`
     it is the calibration's source as well. `metric` is one of `METRICS`, or accuracy; None: the one that suits. `tasks`
-    are measured besides, where methods are compared.
+    are measured besides, where methods are compared. Raises `PermpruneError` for numbers out of range.
     """
 
     source: str | None = None
-    windows: int = 24
-    length: int = 512
+    windows: Count = 24
+    length: Count = 512
     shared: bool = False
     metric: str | None = None
     tasks: TaskList | None = None
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     @classmethod
     def beside(

@@ -49,7 +49,7 @@ def test_cells_are_every_combination_that_differs() -> None:
     [
         (["24"], [], [], "no N:M pattern"),
         (["2:4"], ["luck"], [], "unknown permuter"),
-        (["2:4"], [], [0.0], "budgets above 0"),
+        (["2:4"], [], [0.0], "budgets is 0.0"),
         ([], [], [], "one pattern at least"),
     ],
 )
@@ -62,7 +62,7 @@ def test_what_would_fail_later_fails_at_once(setting: tuple[str, Settings, Evalu
     name, settings, evaluation = setting
     with pytest.raises(PermpruneError, match="which 5 does not divide"):
         run_sweep(name, tmp_path / "out", ["2:4", "1:5"], [], [], settings, evaluation)
-    with pytest.raises(PermpruneError, match="--jobs 1 or more"):
+    with pytest.raises(PermpruneError, match="jobs is 0: give a whole number from 1"):
         run_sweep(name, tmp_path / "out", ["2:4"], [], [], settings, evaluation, jobs=0)
     assert list(tmp_path.glob("out*")) == []
 

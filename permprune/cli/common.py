@@ -6,7 +6,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
@@ -135,6 +135,7 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
     def run(**options: Any) -> None:
         with parallel.processes(), _speaking(parallel.rank() == 0):
             try:
+                _require_text(options)
                 if place:
                     options[place] = settings(**{name: options.pop(name) for name in shared})
                 function(**options)
@@ -154,6 +155,15 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
     return run
 
 
+def _require_text(options: Mapping[str, Any]) -> None:
+    """Raise `PermpruneError` for options that files cannot be named by or written with."""
+    for name, given in options.items():
+        for value in given if isinstance(given, list) else [given]:
+            text = str(value)
+            if "\0" in text or text != text.encode(errors="ignore").decode():
+                raise PermpruneError(f"{name} holds a NUL character, or bytes that are not UTF-8: give text without")
+
+
 @contextmanager
 def _speaking(speaks: bool) -> Iterator[None]:
     """Of several processes one speaks; the others run the same command in silence."""
@@ -166,14 +176,17 @@ def _speaking(speaks: bool) -> Iterator[None]:
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """ "8GiB" in bytes. Raises `PermpruneError` for anything else."""
+    """ "8GiB" in bytes. Raises `PermpruneError` for what is no finite amount above 0."""
     if text is None:
         return None
     number = text.rstrip("BGIKMbgikm")
     try:
-        return int(float(number) * UNITS[text[len(number) :].strip().upper()])
-    except (ValueError, KeyError):
-        raise PermpruneError(f'"{text}" is no amount of memory: give it as 8GiB or 500MB') from None
+        size = int(float(number) * UNITS[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise PermpruneError(f'"{text}" is no amount of memory: give one above 0 as 8GiB or 500MB')
+    return size
 
 
 def parts(text: str) -> list[str]:

@@ -21,6 +21,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluate.perplexity import perplexity
 from permprune.evaluate.result import Result
 from permprune.model_io import read_model
+from permprune.options import Count, Natural, require_fields
 from permprune.processors import Processor, tokenizer_of
 from permprune.tasks import writes
 
@@ -48,13 +49,16 @@ class TaskList:
 
     names: tuple[str, ...]
     data: str | None = None
-    limit: int | None = None
-    few_shot: int | None = None
+    limit: Count | None = None
+    few_shot: Natural | None = None
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def load(self) -> LoadedTasks:
         """The tasks with their data. Raises `PermpruneError` where lm-eval, a task or its data is missing."""
-        if not self.names or (self.limit is not None and self.limit < 1) or (self.few_shot or 0) < 0:
-            raise PermpruneError("--tasks takes one name at least, --limit 1 or more, --few-shot 0 or more")
+        if not self.names:
+            raise PermpruneError("--tasks takes one name at least")
         if self.data is not None and not Path(self.data).is_dir():
             raise PermpruneError(f"there is no folder {self.data}: tasks take a folder laid out as docs/tasks.md says")
         if parallel.world() > 1:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from permprune.errors import PermpruneError
+from permprune.options import numbers_of
 from permprune.permuters.base import CurvePoint, LocalPermuter, Permuter, Run, Solution
 from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity, Random
@@ -25,7 +26,8 @@ def permuter(name: str | Permuter) -> Permuter:
     """The method of that name, with its defaults but for the options that follow: "newton", "newton:rounds=6".
 
     More options follow as the first does, "newton:rounds=6:distillation=1e-5"; each is a number, of the method or of
-    its `Objective`. Raises `PermpruneError` that lists the names, or the method's options, when there is none such.
+    its `Objective`. Raises `PermpruneError` that lists the names, or the method's options, when there is none such, and
+    for a value that the option does not take (see `permprune.options`).
     """
     if isinstance(name, Permuter):
         return name
@@ -34,25 +36,28 @@ def permuter(name: str | Permuter) -> Permuter:
         raise PermpruneError(f'unknown permuter "{name}": choose one of {", ".join(PERMUTERS)}')
     method = PERMUTERS[name]()
     objective = getattr(method, "objective", None)
-    numbers, losses = _numbers(method), _numbers(objective) if objective else {}
-    for change in changes:
-        option, _, text = change.partition("=")
-        values = losses if option in losses else numbers
-        try:
-            kind = float if values[option] is None else type(values[option])
-            values[option] = kind(json.loads(text))
-        except (KeyError, ValueError, TypeError) as error:
-            known = ", ".join(f"{option}={json.dumps(value)}" for option, value in (numbers | losses).items())
-            raise PermpruneError(f'"{change}" is no option of {name}: give numbers for {known or "none"}') from error
+    holders = {option: held for held in (method, objective) if held for option in numbers_of(type(held))}
+    chosen = _read_options(name, changes, holders)
+    own, weights = (
+        {key: value for key, value in chosen.items() if holders[key] is held} for held in (method, objective)
+    )
     if objective:
-        method = dataclasses.replace(method, objective=dataclasses.replace(objective, **losses))  # type: ignore[call-arg]
-    return dataclasses.replace(method, **numbers)
+        own["objective"] = dataclasses.replace(objective, **weights)
+    return dataclasses.replace(method, **own)
 
 
-def _numbers(options: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are numbers, or None where the data decide on one."""
-    values = {option.name: getattr(options, option.name) for option in dataclasses.fields(options)}
-    return {name: value for name, value in values.items() if value is None or isinstance(value, (int, float))}
+def _read_options(name: str, changes: list[str], holders: dict[str, Any]) -> dict[str, Any]:
+    """The values that "option=value" give, by option; `holders` are the dataclasses that have the options."""
+    chosen: dict[str, Any] = {}
+    for change in changes:
+        option, equals, text = change.partition("=")
+        if option in chosen:
+            raise PermpruneError(f'"{name}" is given {option} twice: give it once')
+        if not equals or option not in holders:
+            known = ", ".join(f"{key}={json.dumps(getattr(holder, key))}" for key, holder in holders.items())
+            raise PermpruneError(f'"{change}" is no option of {name}: give numbers for {known or "none"}')
+        chosen[option] = numbers_of(type(holders[option]))[option].from_text(text)
+    return chosen
 
 
 __all__ = [

@@ -14,6 +14,7 @@ from torch import Tensor
 from permprune.checkpoint import Checkpoint
 from permprune.examples import Examples
 from permprune.network import PrunedNetwork
+from permprune.options import require_fields
 from permprune.problem import Orders, Problem
 from permprune.resources import release_freed_memory
 
@@ -74,9 +75,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Permuter(ABC):
-    """Finds an order for each problem of a pruned network; the same network, run and seed give the same orders."""
+    """Finds an order for each problem of a pruned network; the same network, run and seed give the same orders.
+
+    Raises `PermpruneError` for options out of range (see `permprune.options`).
+    """
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def solve(self, network: PrunedNetwork, run: Run) -> Solution:
         """Search, or recall what this run already found, and make the network show it."""

@@ -16,6 +16,7 @@ from permprune import parallel
 from permprune.losses import Objective, Taught
 from permprune.matching import Epsilon, Geometric, assign, gumbel_noise
 from permprune.network import PrunedNetwork
+from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.identity import Identity
@@ -52,15 +53,15 @@ class CostMatrixLearner(Permuter):
 
     start: Permuter = Identity()
     objective: Objective = Objective()
-    steps: int = 60
-    examples: int = 4
-    check: int = 10
-    learning_rate: float = 0.1
-    weight_decay: float = 0.01
-    iterations: int = 5
+    steps: Natural = 60
+    examples: Count = 4
+    check: Count = 10
+    learning_rate: NonNegative = 0.1
+    weight_decay: NonNegative = 0.01
+    iterations: Count = 5
     epsilon: Epsilon = Geometric(1.0, 0.1)
-    noise: float = 0.0
-    margin: float = 1.0
+    noise: NonNegative = 0.0
+    margin: NonNegative = 1.0
 
     @abstractmethod
     def part_size(self, size: int, pattern: Pattern) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.network import PrunedNetwork
+from permprune.options import Natural
 from permprune.pattern import Pattern
 from permprune.permuters.base import LocalPermuter
 from permprune.permuters.kept import ROWS, descending, kept_score, stacked_scores, union_kept
@@ -46,7 +47,7 @@ class CP(LocalPermuter):
     """
 
     name: ClassVar[str] = "cp"
-    escapes: int = 10
+    escapes: Natural = 10
     triples: bool = False
 
     def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from permprune.losses import Objective
 from permprune.matching import Geometric, assign, gumbel_noise, sinkhorn
+from permprune.options import Count, Natural, NonNegative, Share
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
 
@@ -27,13 +28,13 @@ class Learned(TrustRegion):
     """
 
     name: ClassVar[str] = "learned"
-    rounds: int = 16
+    rounds: Natural = 16
     objective: Objective = Objective(distillation=1e-5)
-    groups: int = 4
-    steps: int = 4
-    decay: float = 0.5
-    noise: float = 0.1
-    iterations: int = 20
+    groups: Count = 4
+    steps: Count = 4
+    decay: Share = 0.5
+    noise: NonNegative = 0.1
+    iterations: Count = 20
     epsilon: Geometric = Geometric(1.0, 0.02)
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from permprune.options import Natural
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
 
@@ -17,7 +18,7 @@ class Newton(TrustRegion):
     """Swaps of channels that the damped quadratic model of the loss says gain, up to `swaps` of each group a round."""
 
     name: ClassVar[str] = "newton"
-    swaps: int = 4
+    swaps: Natural = 4
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
         for _ in range(self.swaps):

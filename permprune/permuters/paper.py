@@ -9,6 +9,7 @@ from torch import Tensor
 
 from permprune.losses import Objective
 from permprune.matching import sinkhorn
+from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.cost_matrix import CostMatrixLearner
 
@@ -25,8 +26,8 @@ class LearnedPaper(CostMatrixLearner):
 
     name: ClassVar[str] = "learned-paper"
     objective: Objective = Objective(distillation=1e-5)
-    groups: int = 4
-    noise: float = 0.1
+    groups: Count = 4
+    noise: NonNegative = 0.1
 
     def part_size(self, size: int, pattern: Pattern) -> int:
         return size // self.groups if size % (self.groups * pattern.m) == 0 else size

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from permprune.losses import Objective
 from permprune.matching import Cosine, Epsilon, straight_through
+from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.base import Permuter
 from permprune.permuters.cost_matrix import CostMatrixLearner
@@ -28,9 +29,9 @@ class PermLLM(CostMatrixLearner):
     name: ClassVar[str] = "permllm"
     start: Permuter = RIAPermuter()
     objective: Objective = Objective(0.0, cosine=1.0)
-    block: int = 64
-    weight_decay: float = 0.01
-    learning_rate: float = 0.05
+    block: Count = 64
+    weight_decay: NonNegative = 0.01
+    learning_rate: NonNegative = 0.05
     epsilon: Epsilon = Cosine(1.0, 0.1)
 
     def part_size(self, size: int, pattern: Pattern) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from permprune.losses import Objective
 from permprune.network import PrunedNetwork
+from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution
 from permprune.permuters.kept import deal_and_assign, stacked_scores
 from permprune.permuters.quadratic import QuadraticModel
@@ -36,9 +37,9 @@ class Reconstruction(LocalPermuter):
     """
 
     name: ClassVar[str] = "reconstruction"
-    swaps: int = 6
-    candidates: int = 3
-    shares: int = 8
+    swaps: Natural = 6
+    candidates: Count = 3
+    shares: Count = 8
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         started = time.monotonic()

@@ -14,6 +14,7 @@ from torch import Tensor
 from permprune import parallel
 from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
+from permprune.options import Count, Natural, Positive
 from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
@@ -93,13 +94,13 @@ class TrustRegion(Permuter):
     """
 
     start: Permuter = Reconstruction(swaps=3, candidates=1)
-    rounds: int = 16
-    examples: int = 8
-    damping: float = 15.0
+    rounds: Natural = 16
+    examples: Count = 8
+    damping: Positive = 15.0
     objective: Objective = Objective()
-    tune: int = 0
-    wait: int = 0
-    rate: float = 1e-4
+    tune: Natural = 0
+    wait: Natural = 0
+    rate: Positive = 1e-4
 
     @abstractmethod
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:

@@ -8,12 +8,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from permprune.options import require_fields
+
 
 @dataclass(frozen=True)
 class Saliency(ABC):
     """How much each weight of a layer matters; the larger, the sooner it is kept."""
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     @abstractmethod
     def score(self, weight: Tensor, moments: Tensor) -> Tensor:

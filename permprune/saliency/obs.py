@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from permprune.moments import inverse_factor
+from permprune.options import NonNegative
 from permprune.saliency.base import Saliency
 
 
@@ -22,7 +23,7 @@ class OBS(Saliency):
     """
 
     name: ClassVar[str] = "obs"
-    damping: float = 0.01
+    damping: NonNegative = 0.01
 
     def score(self, weight: Tensor, moments: Tensor) -> Tensor:
         deviation: Tensor = torch.linalg.vector_norm(inverse_factor(moments, self.damping), dim=0)

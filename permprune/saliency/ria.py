@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from permprune.moments import root_mean_square
+from permprune.options import NonNegative
 from permprune.saliency.base import Saliency
 
 
@@ -19,7 +20,7 @@ class RIA(Saliency):
     """
 
     name: ClassVar[str] = "ria"
-    power: float = 0.5
+    power: NonNegative = 0.5
 
     def score(self, weight: Tensor, moments: Tensor) -> Tensor:
         size = weight.float().abs()

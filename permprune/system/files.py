@@ -172,10 +172,12 @@ class WorkFolder:
 
 
 def require_absent(out: Path) -> None:
-    """Raise `PermpruneError` if there is anything at `out`, or no folder to make it in."""
+    """Raise `PermpruneError` unless `out` is a new name in a folder that exists."""
+    if out.name in ("", "..") or "\0" in str(out):
+        raise PermpruneError(f'"{out}" cannot name a new folder: choose another --out')
     if os.path.lexists(out):
         raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
-    if not os.path.lexists(out.absolute().parent):
+    if not out.absolute().parent.is_dir():
         raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
 
 

@@ -17,6 +17,7 @@ from permprune.evaluate import Result
 from permprune.evaluate.result import higher_is_better
 from permprune.examples import Examples, batches, by_length
 from permprune.losses import Objective, fast_dtype
+from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
 from permprune.progress import log, track
 from permprune.tasks import Task
 
@@ -29,16 +30,19 @@ class Training:
     """How to train: AdamW, its rate rising linearly over the share `warmup` of the steps, and then falling to 0.
 
     `batch` examples make a step. `decay` is that of weights of two dimensions or more, `clip` the largest norm of a
-    step's gradient. The same `seed` gives the same weights.
+    step's gradient. The same `seed` gives the same weights. Raises `PermpruneError` for numbers out of range.
     """
 
-    epochs: int = 3
-    rate: float = 5e-5
-    batch: int = 32
-    warmup: float = 0.1
-    decay: float = 0.01
-    clip: float = 1.0
-    seed: int = 0
+    epochs: Count = 3
+    rate: Positive = 5e-5
+    batch: Count = 32
+    warmup: Share = 0.1
+    decay: NonNegative = 0.01
+    clip: Positive = 1.0
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     def rate_at(self, step: int, steps: int) -> float:
         """The rate of a step, the first being 0, of so many."""

@@ -16,6 +16,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, blocks
 from permprune.network import PrunedNetwork
+from permprune.options import require_fields
 from permprune.pattern import Pattern
 from permprune.progress import track
 
@@ -25,6 +26,9 @@ class Update(ABC):
     """Changes the weights of a pruned network, at the channel orders it shows, to make up for those it loses."""
 
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        require_fields(self)
 
     @abstractmethod
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from permprune.moments import inverse_factor
+from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.updates.base import LayerUpdate
 
@@ -25,8 +26,8 @@ class SparseGPT(LayerUpdate):
     """
 
     name: ClassVar[str] = "sparsegpt"
-    damping: float = 0.01
-    block: int = 128
+    damping: NonNegative = 0.01
+    block: Count = 128
 
     def apply(
         self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern, mask: Tensor | None = None

@@ -167,7 +167,7 @@ def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
         (["--permute", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], 'mode "luck"'),
         (["--precision", "int8"], 'precision "int8"'),
-        (["--batch", "0"], "a batch of 0 examples"),
+        (["--batch", "0"], "batch is 0: give a whole number from 1"),
         (["--memory", "much"], "no amount of memory"),
         (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
         (["--data", "missing/text.txt"], "no text file missing/text.txt"),

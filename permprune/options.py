@@ -1,0 +1,111 @@
+"""Options that are numbers: which values each may take, declared once as the type of a dataclass field.
+
+A field `rounds: Natural = 16` takes whole numbers from 0. `require_fields` checks all fields of a dataclass when one is
+made, in Python and on the command line alike; `from_text` reads a value from a permuter's name.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import sys
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from permprune.errors import PermpruneError
+
+MOST = 10**9
+"""The largest count: far more than is ever useful, and small enough for the products of two counts."""
+
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of an option: finite numbers from `low` to `high`, without `low` itself if it is `open`."""
+
+    low: float
+    high: float = sys.float_info.max
+    open: bool = False
+
+    def __contains__(self, value: Any) -> bool:
+        return bool((value > self.low if self.open else value >= self.low) and value <= self.high)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:,}" if self.open else f"from {self.low:,}"
+        return f"{low} up" if self.high == sys.float_info.max else f"{low} to {self.high:,}"
+
+
+Count = Annotated[int, Range(1, MOST)]
+Natural = Annotated[int, Range(0, MOST)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Bytes = Annotated[int, Range(1, 2**63 - 1)]
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a field annotated with one of the types above takes. bool fields have no `range`."""
+
+    kind: type
+    range: Range | None
+    optional: bool
+
+    @classmethod
+    def of(cls, hint: Any) -> Number | None:
+        """The number that an annotation stands for; None where it is no number."""
+        optional = type(None) in get_args(hint)
+        if optional:
+            hint = next(part for part in get_args(hint) if part is not type(None))
+        if hint is bool:
+            return cls(bool, None, optional)
+        if get_origin(hint) is Annotated and isinstance(found := hint.__metadata__[0], Range):
+            return cls(hint.__origin__, found, optional)
+        return None
+
+    def __contains__(self, value: object) -> bool:
+        if value is None or isinstance(value, bool):
+            return self.optional if value is None else self.kind is bool
+        kind = Integral if self.kind is int else Real
+        return self.range is not None and isinstance(value, kind) and value in self.range
+
+    def __str__(self) -> str:
+        if self.range is None:
+            return "true or false"
+        return f"a {'whole ' if self.kind is int else ''}number {self.range}"
+
+    def from_text(self, text: str) -> object:
+        """The value that a text writes, in range or not; the text itself where it writes none of this kind."""
+        if self.kind is bool:
+            return {"true": True, "false": False}.get(text, text)
+        form = _INTEGER if self.kind is int else _NUMBER
+        return self.kind(text) if form.fullmatch(text) else text
+
+
+def numbers_of(options: type) -> dict[str, Number]:
+    """The fields of a dataclass that are numbers, by name."""
+    hints = get_type_hints(options, include_extras=True)
+    found = {field.name: Number.of(hints[field.name]) for field in fields(options)}
+    return {name: number for name, number in found.items() if number is not None}
+
+
+def require_fields(options: Any) -> None:
+    """Raise `PermpruneError` that names the first field of a dataclass which is out of its range."""
+    for name, number in numbers_of(type(options)).items():
+        _require(name, getattr(options, name), number)
+
+
+def require(name: str, value: object, hint: Any) -> None:
+    """Raise `PermpruneError` unless `value` is one that an annotation such as `Count` stands for."""
+    number = Number.of(hint)
+    assert number is not None, f"{hint} is no number"
+    _require(name, value, number)
+
+
+def _require(name: str, value: object, number: Number) -> None:
+    if value not in number:
+        raise PermpruneError(f"{name} is {reprlib.repr(value)}: give {number}")
