@@ -1,0 +1,172 @@
+"""Options that mean nothing: each is refused in one line that names it, before any work is done."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from permprune import Evaluation, FineTuning, PermpruneError, Settings, TaskList, prune_to_folder
+from permprune.ablation import variants
+from permprune.cli.common import parse_bytes
+from permprune.losses import Objective
+from permprune.options import numbers_of
+from permprune.permuters import PERMUTERS, Newton, permuter
+from permprune.saliency import SALIENCIES
+from permprune.training import Training
+from permprune.updates import UPDATES
+
+from ..cli.running import fails, run
+
+OPTIONS: list[type] = [
+    *PERMUTERS.values(), *SALIENCIES.values(), *UPDATES.values(),
+    Objective, Settings, Evaluation, TaskList, FineTuning, Training,
+]  # fmt: skip
+REQUIRED = {FineTuning: {"data": None}, TaskList: {"names": ("cb",)}}
+
+
+@pytest.fixture
+def source(tiny_checkpoint: Path, tiny_text: Path) -> list[str]:
+    small = ["--length", "16", "--samples", "24", "--windows", "4"]
+    return [str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text), *small]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: options.__name__)
+def test_every_number_of_every_method_has_a_range(options: type) -> None:
+    made = options(**REQUIRED.get(options, {}))
+    ranges = numbers_of(options)
+    for field in dataclasses.fields(options):
+        value = getattr(made, field.name)
+        assert field.name in ranges or not isinstance(value, (int, float)), field.name
+    for name, number in ranges.items():
+        wrong: list[object] = ["3", [1], math.nan, math.inf, -math.inf, *([] if number.optional else [None])]
+        wrong += [1, 0.0] if number.kind is bool else [True, -1, -0.5, 10**400]
+        wrong += [2.5, 2.0] if number.kind is int else []
+        for value in wrong:
+            with pytest.raises(PermpruneError, match=f"^{name} is .*: give "):
+                dataclasses.replace(made, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            f"newton:rounds={text}"
+            for text in ("6.7", "6.0", "-1", "true", '"3"', "1e400", "1e1", "", " 3", "1_0", "٣")
+        ),
+        *(f"newton:damping={text}" for text in ("-3", "0", "nan", "inf", "1e400", "true", "null", '"3"', "0x1", "")),
+        *(f"newton:{option}" for option in ("examples=0", "swaps=-1", "tune=-1", "wait=0.5", "rate=0", "task=-1")),
+        *(f"newton:rounds={'9' * digits}" for digits in (10, 25, 5000)),
+        *(f"reconstruction:{option}=0" for option in ("candidates", "shares")),
+        *(f"learned:{option}=0" for option in ("groups", "steps", "iterations", "examples")),
+        *(f"learned-paper:{option}" for option in ("iterations=0", "check=0", "noise=-1", "margin=-1")),
+        *("learned:decay=1.5", "learned:noise=-0.1", "permllm:block=0", "cp:escapes=-1", "cp:triples=1"),
+    ],
+)
+def test_a_permuters_name_takes_what_it_understands(name: str) -> None:
+    option = name.split(":")[1].partition("=")[0]
+    assert f"{option} is " in fails("prune", "./no-model", "--out", "out", "--permute", name)
+
+
+def test_a_permuters_name_is_understood_whole() -> None:
+    assert permuter("newton:rounds=0:damping=3:rate=1e-5") == Newton(rounds=0, damping=3.0, rate=1e-5)
+    assert permuter("cp:triples=true").triples is True  # type: ignore[attr-defined]
+    assert "given rounds twice" in fails("prune", "./no-model", "--out", "out", "--permute", "newton:rounds=1:rounds=2")
+    for name in ("newton:", "newton::rounds=1", "newton:rounds", "newton:Rounds=1", "ria:power=1"):
+        assert "is no option of" in fails("compare", "./no-model", "--methods", name)
+    assert "all losses weigh 0" in fails("compare", "./no-model", "--methods", "newton:task=0")
+    assert permuter("newton:task=0:divergence=1").objective.divergence == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((["prune", "--samples", text], "samples") for text in ("0", "-1", "9" * 30)),
+        *((["prune", "--length", text], "length") for text in ("0", "-5")),
+        *((["prune", "--batch", text], "batch") for text in ("0", "-1")),
+        *((["prune", "--windows", text], "windows") for text in ("0", "-1")),
+        *((["prune", "--seed", text], "seed") for text in ("-1", "9" * 23)),
+        *((["prune", "--minutes", text], "minutes") for text in ("-1", "0", "nan", "inf")),
+        *((["compare", option, "0"], option[2:]) for option in ("--samples", "--batch", "--windows", "--minutes")),
+        *((["ablate", "--epochs", text], "epochs") for text in ("-1", "nan", "inf")),
+        *((["evaluate", option, "0"], option[2:]) for option in ("--windows", "--length")),
+        *((["evaluate", "--tasks", "cb", "--limit", text], "limit") for text in ("0", "-1")),
+        (["evaluate", "--tasks", "cb", "--few-shot", "-1"], "few_shot"),
+        (["compare", "--tasks", "cb", "--limit", "0"], "limit"),
+        *((["sweep", "--budgets", text], "budgets") for text in ("0", "-1", "nan", "5,inf")),
+        *((["sweep", "--jobs", text], "jobs") for text in ("0", "-1")),
+        *((["finetune", option, "0"], option[2:]) for option in ("--epochs", "--lr", "--batch", "--length", "--rows")),
+        *((["finetune", option, "nan"], option[2:]) for option in ("--lr", "--hidden")),
+        (["finetune", "--hidden", "-1"], "hidden"),
+        (["finetune", "--seed", "-1"], "seed"),
+        *((["probe", "--windows", text], "windows") for text in ("0", "-1")),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_numbers_out_of_range_are_one_line(
+    command: list[str], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *rest = command
+    out = ["--out", "out"] if name in ("prune", "sweep", "finetune", "probe") else []
+    line = fails(name, "./no-model", *out, *rest)  # refused before the model is looked for
+    assert f"{option} is " in line and ("from 1" in line or "from 0" in line or "above 0" in line)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["1e400GiB", "nanGiB", "infGiB", "0", "-1GiB", "0.1B", "GiB", "", "1e30GiB"])
+def test_memory_is_a_finite_amount(text: str) -> None:
+    assert "memory" in fails("prune", "./no-model", "--out", "out", "--memory", text)
+    assert parse_bytes("1B") == 1
+
+
+@pytest.mark.parametrize("command", ["prune", "compare", "sweep"])
+def test_a_glob_that_excludes_nothing_is_named(command: str, source: list[str], tmp_path: Path) -> None:
+    out = [] if command == "compare" else ["--out", tmp_path / "out"]
+    globs = ["--exclude", "*.q_proj", "--exclude", "*.qproj"]
+    assert '"*.qproj" matches no layer' in fails(command, *source, *out, *globs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_glob_may_match_what_another_does(source: list[str], tmp_path: Path) -> None:
+    globs = ["--exclude", "*.0.*", "--exclude", "*.q_proj"]
+    assert run("prune", *source, "--out", tmp_path / "out", "--permute", "none", *globs)[0] == 0
+    assert run("verify", tmp_path / "out")[1].startswith("6 layers")
+
+
+@pytest.mark.parametrize("command", ["prune", "sweep", "finetune", "probe"])
+@pytest.mark.parametrize("out", ["", ".", "..", "/", "file/out", "link", "a\udcffb"])
+def test_out_is_a_new_name_in_a_folder(command: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("link").symlink_to("nowhere")
+    line = fails(command, "./no-model", "--out", out)
+    assert any(part in line for part in ("cannot name", "exists already", "no folder", "not UTF-8"))
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+
+
+def test_names_hold_no_nul() -> None:
+    """No shell can pass one on; Python can."""
+    assert "NUL" in fails("evaluate", "a\0b")
+    with pytest.raises(PermpruneError, match="cannot name"):
+        prune_to_folder("./no-model", Path("a\0b"), "none", Settings(), Evaluation())
+
+
+def test_the_objects_refuse_what_the_command_line_refuses() -> None:
+    for make in (
+        lambda: Newton(rounds=-1),
+        lambda: Newton(rounds=6.7),  # type: ignore[arg-type]
+        lambda: Settings(mode="luck"),
+        lambda: Settings(pattern="24"),
+        lambda: Objective(0.0),
+        lambda: variants("loss", "ours", 10, epochs=math.nan),
+    ):
+        with pytest.raises(PermpruneError):
+            make()
+    assert Newton(damping=3).damping == 3  # whole numbers are numbers
+
+
+def test_ablations_learn_on_what_is_left_of_few_examples() -> None:
+    few: Any = variants("epochs", "ours", Settings().shares(24)[-1])
+    assert [method.rounds for method in few.values()] == [0, 1, 1, 2, 3]
