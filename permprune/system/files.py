@@ -172,12 +172,12 @@ class WorkFolder:
 
 
 def require_absent(out: Path) -> None:
-    """Raise `PermpruneError` unless `out` is a new name in a folder that exists."""
-    if out.name in ("", "..") or "\0" in str(out):
-        raise PermpruneError(f'"{out}" cannot name a new folder: choose another --out')
+    """Raise `PermpruneError` if there is anything at `out`, no folder to make it in, or no such name possible."""
+    if "\0" in str(out):
+        raise PermpruneError("--out holds a NUL character: choose another name")
     if os.path.lexists(out):
         raise PermpruneError(f"{out} exists already: remove it, or choose another --out")
-    if not out.absolute().parent.is_dir():
+    if not os.path.lexists(out.absolute().parent):
         raise PermpruneError(f"there is no folder {out.absolute().parent} to write into: create it")
 
 

@@ -137,19 +137,23 @@ def test_a_glob_may_match_what_another_does(source: list[str], tmp_path: Path) -
 
 @pytest.mark.parametrize("command", ["prune", "sweep", "finetune", "probe"])
 @pytest.mark.parametrize("out", ["", ".", "..", "/", "file/out", "link", "a\udcffb"])
-def test_out_is_a_new_name_in_a_folder(command: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_out_is_a_new_name_in_a_folder(
+    command: str, out: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     Path("file").touch()
     Path("link").symlink_to("nowhere")
-    line = fails(command, "./no-model", "--out", out)
-    assert any(part in line for part in ("cannot name", "exists already", "no folder", "not UTF-8"))
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
+    line = fails(command, tiny_checkpoint, "--out", out)
+    assert any(part in line for part in ("exists already", "cannot write", "not UTF-8"))
+    assert {path.name for path in folder.iterdir()} == {"file", "link"}
 
 
 def test_names_hold_no_nul() -> None:
     """No shell can pass one on; Python can."""
     assert "NUL" in fails("evaluate", "a\0b")
-    with pytest.raises(PermpruneError, match="cannot name"):
+    with pytest.raises(PermpruneError, match="NUL"):
         prune_to_folder("./no-model", Path("a\0b"), "none", Settings(), Evaluation())
 
 
