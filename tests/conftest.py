@@ -43,6 +43,12 @@ SENTENCES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every run of a test, whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 def make_tiny_llama() -> LlamaForCausalLM:
     """A random LLaMA in fp32 with grouped query attention and tied embeddings; always the same weights."""
     config = LlamaConfig(

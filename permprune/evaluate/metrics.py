@@ -110,7 +110,9 @@ def _said(model: nn.Module, examples: Examples, scores: bool, batch: int) -> tup
 
 
 def _result(task: str, metric: Metric, right: Any, said: Any) -> Result:
-    generator, count = np.random.default_rng(0), len(right)
-    draws = (generator.integers(count, size=count) for _ in range(RESAMPLES))
-    spread = float(np.std([metric.measure(right[at], said[at]) for at in draws], ddof=1)) if count > 1 else None
-    return Result(task, metric.title, metric.measure(right, said), count, spread)
+    if len(right) < 2:  # nothing to resample
+        return Result(task, metric.title, metric.measure(right, said), len(right), None)
+    draws = stats.bootstrap(
+        (right, said), metric.measure, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
+    )
+    return Result(task, metric.title, metric.measure(right, said), len(right), float(draws.standard_error))

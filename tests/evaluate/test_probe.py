@@ -31,15 +31,24 @@ def coloured(labels: torch.Tensor) -> Examples:
     return Examples({"pixel_values": noise + 3 * shift, "labels": labels})
 
 
-def test_the_regression_is_at_the_minimum() -> None:
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_regression_is_at_the_minimum(classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(60, 5, generator=generator, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 1, 0]) + 3
-    y = draw(3, 60)
-    weight, bias = (found.requires_grad_() for found in logistic_regression(x, y, 3, 0.05))
+    y = draw(classes, 60)
+    weight, bias = (found.requires_grad_() for found in logistic_regression(x, y, classes, 0.05))
     loss = F.cross_entropy(x @ weight.T + bias, y) + 0.025 * (weight * x.std(0, correction=0)).square().sum()
     slopes = torch.autograd.grad(loss, (weight, bias))
     assert float(slopes[1].abs().max()) < 1e-5 and float((slopes[0][:, :4]).abs().max()) < 1e-4
     assert not weight[:, 4].any()  # the constant feature
+
+
+def test_a_class_without_examples_is_never_predicted() -> None:
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight, bias = logistic_regression(x, 2 * draw(2, 40), 4, 0.1)
+    assert set((x @ weight.T + bias).argmax(1).tolist()) <= {0, 2}
+    weight, bias = logistic_regression(x, torch.full((40,), 1), 3, 0.1)
+    assert (x @ weight.T + bias).argmax(1).eq(1).all()
 
 
 @pytest.mark.parametrize("name", ["vit", "headless"])
