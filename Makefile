@@ -17,10 +17,10 @@ supported: $(STAMP)
 	$(BIN)/python -m tests.coupling.supported
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf permprune/kernels/libpermprune.* .venv demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find permprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml hatch_build.py $(wildcard permprune/kernels/csrc/*)
 	@python=$$(command -v python3.11 || command -v python3) \
 		&& "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "permprune needs Python 3.11 or newer: install it, or put it first in PATH" >&2; exit 1; }; \

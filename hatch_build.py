@@ -1,0 +1,86 @@
+"""Compiles `permprune/kernels/csrc` into one shared library: as hatchling's build hook, or `python hatch_build.py`.
+
+The compiler is `$CC` where it is set, else Zig's, which comes as a package (`ziglang`), so that no user needs one. Zig
+links against an old C library, so that a wheel built on any Linux runs on every other. `PERMPRUNE_NATIVE=0`, and a
+system for which there are no kernels, make a pure Python wheel: packed weights are then multiplied by PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by hand
+    BuildHookInterface = object
+
+ROOT = Path(__file__).resolve().parent
+FOLDER = Path("permprune/kernels")
+FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden"]
+CHECKS = ["-fno-sanitize=undefined", "-Wall", "-Wextra"]
+MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+GLIBC = (2, 17)
+MACOS = (11, 0)
+
+
+class NativeKernels(BuildHookInterface):
+    """Adds the library to wheels and editable installs, and names the platform it runs on."""
+
+    def initialize(self, version: str, build_data: dict) -> None:
+        if self.target_name != "wheel" or not supported():
+            return
+        library = build()
+        build_data["artifacts"].append(str(library))
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{wheel_platform()}"
+
+
+def supported() -> bool:
+    """Whether there are kernels for this system, and they are wanted."""
+    wanted = os.environ.get("PERMPRUNE_NATIVE") != "0"
+    return wanted and sys.platform in ("linux", "darwin") and platform.machine() in MACHINES
+
+
+def build() -> Path:
+    """Compile the library, and return its path below the root. Raises `SystemExit` when the compiler fails."""
+    library = FOLDER / ("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
+    sources = sorted(str(path) for path in (ROOT / FOLDER / "csrc").glob("*.c"))
+    with tempfile.TemporaryDirectory(dir=ROOT / FOLDER) as scratch:
+        made = Path(scratch) / library.name
+        command = [*compiler(), *FLAGS, *CHECKS, *os.environ.get("CFLAGS", "").split(), "-o", str(made), *sources]
+        environment = {"ZIG_LOCAL_CACHE_DIR": scratch, "ZIG_GLOBAL_CACHE_DIR": scratch, **os.environ}
+        done = subprocess.run(command, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(
+                f"compiling permprune's kernels failed ({shlex.join(command)}): set CC to another compiler, or "
+                "PERMPRUNE_NATIVE=0 to install without kernels"
+            )
+        made.replace(ROOT / library)
+    return library
+
+
+def compiler() -> list[str]:
+    """The command of the compiler, with what it needs to know about the target."""
+    if os.environ.get("CC"):
+        return shlex.split(os.environ["CC"])
+    machine = MACHINES[platform.machine()]
+    system = f"linux-gnu.{GLIBC[0]}.{GLIBC[1]}" if sys.platform == "linux" else f"macos.{MACOS[0]}.{MACOS[1]}"
+    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-{system}", "-s"]
+
+
+def wheel_platform() -> str:
+    """The platform in a wheel's name: any Linux or macOS for Zig's library, this one for `$CC`'s."""
+    machine = platform.machine()
+    if sys.platform == "darwin":
+        return f"macosx_{MACOS[0]}_{MACOS[1]}_{machine}"
+    return f"linux_{machine}" if os.environ.get("CC") else f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{machine}"
+
+
+if __name__ == "__main__":
+    print(build())

@@ -1,0 +1,237 @@
+/* What Python calls: the kernels that run here, a product, a check of a mask, and the unpacked weight. */
+#include "packed.h"
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#define EXPORT __attribute__((visibility("default")))
+
+enum status { DONE, NO_MEMORY, NO_KERNEL, BAD_ORDER };
+
+static const struct kernels *const all_kernels[] = {
+#if defined(__x86_64__)
+    &avx512_kernels, &avx2_kernels,
+#elif defined(__aarch64__)
+    &neon_kernels,
+#endif
+    &portable_kernels,
+};
+enum { KERNELS = sizeof all_kernels / sizeof *all_kernels };
+
+/* ---- threads: those of the OpenMP runtime that torch has loaded, which a second pool would only fight for cores ---- */
+
+typedef void parallel_region(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+
+static parallel_region *parallel;
+
+struct rows {
+    const struct job *job;
+    rows_kernel *kernel;
+    int64_t last, piece;
+    _Atomic int64_t next;
+};
+
+static void take_pieces(void *data)
+{
+    struct rows *rows = data;
+    for (;;) {
+        int64_t first = atomic_fetch_add(&rows->next, rows->piece);
+        if (first >= rows->last)
+            return;
+        rows->kernel(rows->job, first, first + rows->piece < rows->last ? first + rows->piece : rows->last);
+    }
+}
+
+/* Pieces are whole tiles, so that which rows share a tile does not depend on the threads: the same bits for any count. */
+static void deal_rows(const struct job *job, rows_kernel *kernel, int64_t count, int32_t threads)
+{
+    if (threads <= 1 || !parallel) {
+        kernel(job, 0, count);
+        return;
+    }
+    int64_t piece = count / (threads * 4) / TILE_ROWS * TILE_ROWS;
+    struct rows rows = {job, kernel, count, piece < TILE_ROWS ? TILE_ROWS : piece, 0};
+    parallel(take_pieces, &rows, (unsigned)threads, 0);
+}
+
+EXPORT void permprune_use_threads_of(void *gomp_parallel) { parallel = (parallel_region *)gomp_parallel; }
+
+/* ---- activations ---- */
+
+static ALWAYS_INLINE void read_row(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
+{
+    const int64_t first = row * weights->width;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = read_number(x, first + weights->order[c], number);
+    else
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = read_number(x, first + c, number);
+    memset(to + weights->width, 0, (size_t)(weights->words * WORD - weights->width) * sizeof *to);
+}
+
+static void read_floats(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
+{
+    switch (number) { /* a loop for each */
+    case F32: read_row(weights, x, row, F32, to); break;
+    case BF16: read_row(weights, x, row, BF16, to); break;
+    default: read_row(weights, x, row, F16, to);
+    }
+}
+
+static void read_pairs(const struct weights *weights, const uint16_t *x, int64_t row, uint16_t *to)
+{
+    x += row * weights->width;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = x[weights->order[c]];
+    else
+        memcpy(to, x, (size_t)weights->width * sizeof *to);
+    memset(to + weights->width, 0, (size_t)(weights->words * WORD - weights->width) * sizeof *to);
+}
+
+/* A word to integers in -127 to 127; a word with NaN or infinity has the scale NaN. Returns the scale. */
+static float quantize_word(const float *from, int8_t *to, int32_t *shift)
+{
+    uint32_t largest = 0;
+    for (int c = 0; c < WORD; c++) {
+        uint32_t magnitude = to_bits(from[c]) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float limit = from_bits(largest);
+    int finite = largest < 0x7f800000;
+    float inverse = finite && limit > 1e-30f ? 127.0f / limit : 0.0f;
+    int32_t sum = 0;
+    for (int c = 0; c < WORD; c++) { /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
+        float value = finite ? from[c] * inverse : 0.0f;
+        to[c] = (int8_t)to_bits(value + 12582912.0f);
+        sum += to[c];
+    }
+    *shift = -128 * sum;
+    return finite ? limit / 127.0f : from_bits(0x7fc00000);
+}
+
+/* Row `row` of activations of `number`, as `staged` holds them. `line` has room for a row of floats. */
+static void stage_row(const struct weights *weights, const void *x, int64_t row, int32_t number, int pairs,
+                      const struct staged *staged, void *line)
+{
+    int64_t first = row / TILE_BATCH * TILE_BATCH, left = staged->batch - first;
+    int64_t height = left < TILE_BATCH ? left : TILE_BATCH;
+    size_t size = pairs ? 2 : weights->number == I8 ? 1 : 4;
+    if (pairs)
+        read_pairs(weights, x, row, line);
+    else
+        read_floats(weights, x, row, number, line);
+    for (int64_t word = 0; word < weights->words; word++) {
+        int64_t place = first * weights->words + word * height + (row - first);
+        char *to = (char *)staged->values + (size_t)(place * WORD) * size;
+        if (size == 1)
+            staged->scale[place] = quantize_word((float *)line + word * WORD, (int8_t *)to, staged->shift + place);
+        else
+            memcpy(to, (char *)line + (size_t)(word * WORD) * size, WORD * size);
+    }
+}
+
+static int order_is_bad(const struct weights *weights)
+{
+    uint64_t bad = 0;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            bad |= (uint64_t)weights->order[c] >= (uint64_t)weights->width;
+    return bad != 0;
+}
+
+static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
+{
+    if (pairs)
+        return dense ? kernels->dense_pairs : kernels->pairs;
+    return dense ? kernels->dense[number] : kernels->products[number];
+}
+
+/* ---- entries ---- */
+
+/* The name of the kernels `index`, best first; "" when they do not run here, NULL after the last. */
+EXPORT const char *permprune_kernels(int32_t index)
+{
+    if (index < 0 || index >= KERNELS)
+        return NULL;
+    return all_kernels[index]->runs_here() ? all_kernels[index]->name : "";
+}
+
+/* output (batch, rows) = activations (batch, width) x weight^T + bias, both side by side in memory. With `dense`, the
+ * values are all weights, and the width is a multiple of WORD. Returns a `status`. */
+EXPORT int32_t permprune_multiply(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
+                                  void *output, int32_t index, int32_t threads, int32_t dense)
+{
+    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+        return NO_KERNEL;
+    const struct kernels *kernels = all_kernels[index];
+    int pairs = weights->number == BF16 && number == BF16 && kernels->pairs && kernels->pairs_run_here();
+    if (order_is_bad(weights))
+        return BAD_ORDER;
+    size_t channels = (size_t)(weights->words * WORD), places = (size_t)(batch * weights->words);
+    size_t line = channels * sizeof(float), values = places * WORD * sizeof(float);
+    char *memory = aligned_alloc(64, line + values + (places * 2 * sizeof(float) + 63) / 64 * 64);
+    if (!memory)
+        return NO_MEMORY;
+    float *scale = (float *)(memory + line + values);
+    struct staged staged = {memory + line, scale, (int32_t *)(scale + places), batch};
+    for (int64_t row = 0; row < batch; row++)
+        stage_row(weights, activations, row, number, pairs, &staged, memory);
+    struct job job = {weights, &staged, output, number};
+    deal_rows(&job, choose_kernel(kernels, weights->number, pairs, dense), weights->rows, threads);
+    free(memory);
+    return DONE;
+}
+
+/* The first row whose mask does not hold exactly n of every m channels, or has ones after the width; -1 if none. */
+EXPORT int64_t permprune_check(const uint8_t *mask, int64_t rows, int64_t width, int32_t n, int32_t m)
+{
+    const int64_t words = (width + WORD - 1) / WORD;
+    for (int64_t row = 0; row < rows; row++, mask += words * 8) {
+        uint32_t bad = 0;
+        uint64_t waiting = 0; /* channels read but not counted, `count` of them */
+        int count = 0;
+        int64_t counted = 0;
+        for (int64_t byte = 0; byte < words * 8; byte++) {
+            waiting |= (uint64_t)mask[byte] << count;
+            for (count += 8; count >= m && counted < width; count -= m, counted += m, waiting >>= m)
+                bad |= __builtin_popcountll(before(waiting, m)) != n;
+            if (counted == width) {
+                bad |= waiting != 0;
+                waiting = 0;
+                count = 0;
+            }
+        }
+        if (bad)
+            return row;
+    }
+    return -1;
+}
+
+static ALWAYS_INLINE void unpack_row(const struct weights *weights, int64_t row, void *output, int64_t to, int32_t number)
+{
+    const int64_t blocks = weights->number == I8 ? (weights->words + weights->block - 1) / weights->block : 0;
+    const uint8_t *mask = weights->mask + row * weights->words * 8;
+    int64_t value = row * weights->kept, end = value + weights->kept;
+    for (int64_t word = 0; word < weights->words; word++) {
+        uint64_t bits = mask_word(mask, word);
+        float scale = blocks ? weights->scale[row * blocks + word / weights->block] : 1.0f;
+        int64_t left = weights->width - word * WORD;
+        for (int c = 0; c < (left < WORD ? left : WORD); c++, bits >>= 1) {
+            int kept = bits & 1 && value < end;
+            float weight = 0.0f;
+            if (kept)
+                weight = blocks ? ((const int8_t *)weights->values)[value] * scale
+                                : read_number(weights->values, value, weights->number);
+            write_number(output, to * weights->width + word * WORD + c, number, weight);
+            value += kept;
+        }
+    }
+}
+
+/* Rows `first` to `last` of the weight with its zeros, (last - first, width). */
+EXPORT void permprune_unpack(const struct weights *weights, int64_t first, int64_t last, void *output, int32_t number)
+{
+    for (int64_t row = first; row < last; row++)
+        unpack_row(weights, row, output, row - first, number);
+}

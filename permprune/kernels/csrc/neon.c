@@ -1,0 +1,93 @@
+/* NEON, which every aarch64 processor has. */
+#if defined(__aarch64__)
+#include "expand_table.h"
+#include "packed.h"
+#include <arm_neon.h>
+
+/* For four bits of a mask, which byte of the kept values goes to each byte of four channels; 255: none. */
+static uint8_t expand_lanes[16][16];
+
+__attribute__((constructor)) static void fill_expand_lanes(void)
+{
+    for (int bits = 0; bits < 16; bits++)
+        for (int channel = 0, value = 0; channel < 4; channel++) {
+            int kept = bits >> channel & 1;
+            for (int byte = 0; byte < 4; byte++)
+                expand_lanes[bits][4 * channel + byte] = (uint8_t)(kept ? 4 * value + byte : 255);
+            value += kept;
+        }
+}
+
+static ALWAYS_INLINE float32x4_t expand(float32x4_t kept, uint64_t bits)
+{
+    return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(kept), vld1q_u8(expand_lanes[bits & 15])));
+}
+
+#define STAGED float
+#define LANES 4
+#define VECTOR float32x4_t
+#define SUM float32x4_t
+#define LOAD(p) vld1q_f32(p)
+#define EXPAND(p, bits) expand(KEPT(p), bits)
+#define ZERO() vdupq_n_f32(0)
+#define FMA(sum, w, x) vfmaq_f32(sum, w, x)
+#define TOTAL(sum) vaddvq_f32(sum)
+
+#define KIND f32
+#define WEIGHT float
+#define KEPT(p) vld1q_f32(p)
+#include "family.h"
+
+#define KIND bf16
+#define WEIGHT uint16_t
+#define KEPT(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
+#include "family.h"
+
+#define KIND f16
+#define WEIGHT uint16_t
+#define KEPT(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#include "family.h"
+
+#undef VECTOR
+#undef LOAD
+
+typedef struct {
+    int8x8_t part[8];
+} word_i8;
+
+static ALWAYS_INLINE word_i8 load_i8(const int8_t *p)
+{
+    word_i8 word;
+    for (int i = 0; i < 8; i++)
+        word.part[i] = vld1_s8(p + 8 * i);
+    return word;
+}
+
+static ALWAYS_INLINE word_i8 expand_i8(const int8_t *p, uint64_t bits)
+{
+    word_i8 word;
+    for (int i = 0; i < 8; i++)
+        word.part[i] = vtbl1_s8(vld1_s8(p + __builtin_popcountll(before(bits, 8 * i))),
+                                vreinterpret_s8_u8(vld1_u8(expand_bytes[bits >> 8 * i & 255])));
+    return word;
+}
+
+static ALWAYS_INLINE int32x4_t dot_i8(word_i8 w, word_i8 x)
+{
+    int32x4_t sum = vdupq_n_s32(0);
+    for (int i = 0; i < 8; i++)
+        sum = vpadalq_s16(sum, vmull_s8(w.part[i], x.part[i]));
+    return sum;
+}
+
+#define VECTOR word_i8
+#define LOAD(p) load_i8(p)
+#define EXPAND_WORD(p, bits) expand_i8(p, bits)
+#define DOT(shift, w, x) dot_i8(w, x)
+#define SCALE(sum, count, scale) vfmaq_n_f32(sum, vcvtq_f32_s32(count), scale)
+#include "family_i8.h"
+
+static int runs_here(void) { return 1; }
+
+const struct kernels neon_kernels = {.name = "neon", .runs_here = runs_here, ALL_PRODUCTS};
+#endif

@@ -1,0 +1,201 @@
+/* Packed N:M weights, and the job of multiplying activations by them: what every kernel shares.
+ *
+ * A weight of `rows` x `width` keeps n of every m consecutive weights of a row. `values` holds the kept ones of each row
+ * side by side, in channel order. `mask` has a bit for every weight, kept or not: bit c % 8 of byte c / 8 of a row is
+ * channel c, and a row is padded with zeros to whole words of 64 channels. Nothing else says where a value belongs, so
+ * no mask can name a channel outside the row; a kernel never reads past `values`, whatever the mask holds.
+ */
+#ifndef PERMPRUNE_PACKED_H
+#define PERMPRUNE_PACKED_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define PASTE_(a, b) a##b
+#define PASTE(a, b) PASTE_(a, b)
+/* The functions between BEGIN_TARGET and END_TARGET use instructions that not every processor has. */
+#define STRING_(...) #__VA_ARGS__
+#define PRAGMA(...) _Pragma(STRING_(__VA_ARGS__))
+#if defined(__clang__)
+#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_TARGET PRAGMA(clang attribute pop)
+#else
+#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_TARGET PRAGMA(GCC pop_options)
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+enum { WORD = 64 };      /* channels of a word of the mask */
+enum { TILE_ROWS = 4 };  /* rows of the weight that a tile multiplies at once */
+enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at once */
+
+enum number { F32, BF16, F16, I8, NUMBERS };
+
+/* The same members, in the same order, as `_Weights` in native.py. */
+struct weights {
+    const void *values;
+    const uint8_t *mask;
+    const float *scale;   /* I8: (rows, blocks), what one step of the integers is worth in a block of a row */
+    const void *bias;     /* (rows,) or NULL */
+    const int64_t *order; /* (width,) or NULL: channel c of the weight reads channel order[c] of the activations */
+    int64_t rows, width;
+    int64_t kept;  /* values of a row */
+    int64_t words; /* of the mask of a row */
+    int64_t block; /* words of a block that shares a scale */
+    int32_t number, bias_number;
+    int32_t half; /* whether each 32 channels that start at a multiple of 32 keep exactly 16, the last ones excepted */
+};
+
+/* Activations as the kernels read them: groups of TILE_BATCH rows (the last may be smaller), and in a group, for each
+ * word, the channels of one row after the other's, with zeros where the width ends inside the word. */
+struct staged {
+    void *values;
+    float *scale;   /* I8: for each group, word and row, what one step of the integers is worth */
+    int32_t *shift; /* I8: beside it, -128 times the sum of the integers: see product_i8.h */
+    int64_t batch;
+};
+
+struct job {
+    const struct weights *weights;
+    const struct staged *staged;
+    void *output; /* (batch, rows) */
+    int32_t output_number;
+};
+
+typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
+
+/* What one instruction set offers: `products` by what the weight holds, `pairs` for bf16 by bf16 where there is such an
+ * instruction (else NULL), and the same products with a weight that keeps everything, for benchmarks. */
+struct kernels {
+    const char *name;
+    int (*runs_here)(void);
+    rows_kernel *products[NUMBERS];
+    rows_kernel *dense[NUMBERS];
+    int (*pairs_run_here)(void);
+    rows_kernel *pairs, *dense_pairs;
+};
+
+extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
+rows_kernel avx512_pairs, avx512_dense_pairs;
+int avx512_pairs_run_here(void);
+
+static ALWAYS_INLINE float from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static ALWAYS_INLINE uint32_t to_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static ALWAYS_INLINE float bf16_to_f32(uint16_t value) { return from_bits((uint32_t)value << 16); }
+
+static ALWAYS_INLINE uint16_t f32_to_bf16(float value)
+{
+    uint32_t bits = to_bits(value);
+    if ((bits & 0x7fffffff) > 0x7f800000)
+        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static ALWAYS_INLINE float f16_to_f32(uint16_t value)
+{
+    uint32_t sign = (uint32_t)(value & 0x8000) << 16, magnitude = value & 0x7fff;
+    if (magnitude >= 0x7c00)
+        return from_bits(sign | 0x7f800000 | magnitude << 13);
+    return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f)); /* exact for subnormals too */
+}
+
+static ALWAYS_INLINE uint16_t f32_to_f16(float value)
+{
+    uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000)
+        return (uint16_t)(sign | 0x7e00);
+    if (magnitude >= 0x47800000)
+        return (uint16_t)(sign | 0x7c00);
+    if (magnitude < 0x38800000) /* subnormal: the float adder rounds to multiples of 2^-24 */
+        return (uint16_t)(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)));
+    return (uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13);
+}
+
+static ALWAYS_INLINE float read_number(const void *numbers, int64_t index, int32_t number)
+{
+    if (number == F32)
+        return ((const float *)numbers)[index];
+    uint16_t bits = ((const uint16_t *)numbers)[index];
+    return number == BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
+}
+
+static ALWAYS_INLINE void write_number(void *numbers, int64_t index, int32_t number, float value)
+{
+    if (number == F32)
+        ((float *)numbers)[index] = value;
+    else
+        ((uint16_t *)numbers)[index] = number == BF16 ? f32_to_bf16(value) : f32_to_f16(value);
+}
+
+static ALWAYS_INLINE void write_output(const struct job *job, int64_t batch, int64_t row, float sum)
+{
+    const struct weights *weights = job->weights;
+    if (weights->bias)
+        sum += read_number(weights->bias, row, weights->bias_number);
+    write_number(job->output, batch * weights->rows + row, job->output_number, sum);
+}
+
+static ALWAYS_INLINE uint64_t mask_word(const uint8_t *mask, int64_t word)
+{
+    uint64_t bits;
+    memcpy(&bits, mask + word * 8, sizeof bits);
+    return bits;
+}
+
+/* The first `channels` channels of a word. */
+static ALWAYS_INLINE uint64_t before(uint64_t bits, int channels) { return bits & ((1ull << channels) - 1); }
+
+/* Where the values of a word can be read as if WORD of them followed: at `from`, or in `room`, where the array ends
+ * before that. `size` is the bytes of one value. */
+static ALWAYS_INLINE const void *readable(const void *from, const void *end, void *room, size_t size)
+{
+    ptrdiff_t left = (const char *)end - (const char *)from;
+    if (__builtin_expect(left >= (ptrdiff_t)(WORD * size), 1))
+        return from;
+    memset(room, 0, WORD * size);
+    if (left > 0)
+        memcpy(room, from, (size_t)left);
+    return room;
+}
+
+/* Deal the rows to tiles of TILE_ROWS, the rest one by one, and the activations to groups of TILE_BATCH, a tile's size
+ * known where it is compiled. */
+#define DEAL_TILES(NAME, TILE) DEAL_TILES_(NAME, TILE)
+#define DEAL_TILES_(NAME, TILE)                                                                                        \
+    static ALWAYS_INLINE void NAME##_group(const struct job *job, int64_t row, int64_t group, const int height)        \
+    {                                                                                                                  \
+        int64_t left = job->staged->batch - group * TILE_BATCH;                                                        \
+        switch (left < TILE_BATCH ? left : TILE_BATCH) {                                                               \
+        case 1: TILE(job, row, group, height, 1); break;                                                               \
+        case 2: TILE(job, row, group, height, 2); break;                                                               \
+        case 3: TILE(job, row, group, height, 3); break;                                                               \
+        default: TILE(job, row, group, height, 4);                                                                     \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void NAME(const struct job *job, int64_t first, int64_t last)                                               \
+    {                                                                                                                  \
+        int64_t groups = (job->staged->batch + TILE_BATCH - 1) / TILE_BATCH, row = first;                              \
+        if (job->staged->batch > 1)                                                                                    \
+            for (; row + TILE_ROWS <= last; row += TILE_ROWS)                                                          \
+                for (int64_t group = 0; group < groups; group++)                                                       \
+                    NAME##_group(job, row, group, TILE_ROWS);                                                          \
+        for (; row < last; row++)                                                                                      \
+            for (int64_t group = 0; group < groups; group++)                                                           \
+                NAME##_group(job, row, group, 1);                                                                      \
+    }
+
+#endif

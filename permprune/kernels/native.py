@@ -1,0 +1,247 @@
+"""The native library: where it is, what it can do on this machine, and checked calls of its functions.
+
+The library is plain C behind ctypes, which releases the interpreter's lock while a function runs. Everything that a
+function reads or writes is checked here first (`require_layout`, `describe`, `multiply`); what a mask or an order says
+is checked by the library itself, which reads nothing outside the tensors whatever they hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+
+WORD = 64
+"""Channels that a mask is padded to a multiple of."""
+LIBRARY = Path(__file__).with_name("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
+FORCED = "PERMPRUNE_KERNELS"
+"""Environment variable: the kernels to use (`names()`), or "torch" for none of them."""
+GRAIN = 1 << 17
+"""Multiplications that are worth waking another thread for."""
+
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Weights(ctypes.Structure):
+    """`struct weights` of packed.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("values", "mask", "scale", "bias", "order")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "kept", "words", "block")),
+        *((name, ctypes.c_int32) for name in ("number", "bias_number", "half")),
+    )
+
+
+def available() -> bool:
+    """Whether native kernels run here; the first time that they do not, a warning says why."""
+    return _kernels() is not None
+
+
+def names() -> list[str]:
+    """The kernels that run on this processor, best first."""
+    library = _library()
+    return [] if library is None else [name for _, name in _running(library)]
+
+
+def require_layout(
+    values: Tensor,
+    mask: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    *,
+    n: int,
+    m: int,
+    block: int,
+    name: str = "a packed weight",
+) -> None:
+    """Raise `PermpruneError` unless the tensors have the shapes and types of one `PackedWeight`, bias and order."""
+    rows, kept = values.shape if values.dim() == 2 else (-1, -1)
+    width = kept // n * m
+    expected: list[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+        ("values", values, (rows, width // m * n), tuple(_NUMBERS)),
+        ("mask", mask, (rows, -(-width // WORD) * 8), (torch.uint8,)),
+        ("scale", scale, (rows, -(-width // block)), (torch.float32,)),
+        ("bias", bias, (rows,), FLOATS),
+        ("order", order, (width,), (torch.int64,)),
+    ]
+    for part, tensor, shape, dtypes in expected:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            raise PermpruneError(
+                f"{name} has {part} of shape {tuple(tensor.shape)} and type {tensor.dtype}, which do not fit "
+                f"{n}:{m} with values of shape {tuple(values.shape)}: pack the model again"
+            )
+        if tensor.device != values.device:
+            raise PermpruneError(
+                f"{name} has {part} on {tensor.device} and values on {values.device}: move them together"
+            )
+    if (scale is None) == (values.dtype == torch.int8):
+        raise PermpruneError(f"{name} has {'no scale' if scale is None else 'a scale'} but {values.dtype} values")
+
+
+def describe(
+    values: Tensor,
+    mask: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None = None,
+    order: Tensor | None = None,
+    *,
+    n: int,
+    m: int,
+    block: int,
+) -> Weights:
+    """The tensors as the library reads them: pointers, valid as long as the tensors stay where they are.
+
+    Raises `PermpruneError` when they do not belong together, and when one is not contiguous or not in main memory.
+    """
+    require_layout(values, mask, scale, bias, order, n=n, m=m, block=block)
+    for tensor in (values, mask, scale, bias, order):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise PermpruneError("a packed weight has to be contiguous and on the CPU for native kernels")
+    rows, kept = values.shape
+    width = kept // n * m
+    return Weights(
+        *(None if tensor is None else tensor.data_ptr() for tensor in (values, mask, scale, bias, order)),
+        rows=rows,
+        width=width,
+        kept=kept,
+        words=-(-width // WORD),
+        block=block // WORD,
+        number=_NUMBERS[values.dtype],
+        bias_number=0 if bias is None else _NUMBERS[bias.dtype],
+        half=2 * n == m and WORD // 2 % m == 0,
+    )
+
+
+def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: bool = False) -> Tensor:
+    """x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16; the result has its type.
+
+    `kernels` are those of `names()`, the best if not given. `dense` reads the values as a weight that keeps everything,
+    which is for benchmarks. Raises `PermpruneError` for other input.
+    """
+    library, index = _kernels(kernels) or (None, -1)
+    if library is None:
+        raise PermpruneError("native kernels are not available here")
+    if x.dtype not in FLOATS or x.dim() != 2 or x.shape[1] != weights.width:
+        raise PermpruneError(
+            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit a packed weight of "
+            f"{weights.width} channels: give (batch, {weights.width}) of fp32, bf16 or fp16"
+        )
+    if not x.is_contiguous() or x.device.type != "cpu":
+        raise PermpruneError("activations have to be contiguous and on the CPU for native kernels")
+    if dense and (weights.kept != weights.width or weights.width % WORD):
+        raise PermpruneError(f"a dense weight needs all values, and a width that {WORD} divides")
+    batch = x.shape[0]
+    output = torch.empty(batch, weights.rows, dtype=x.dtype)
+    if not output.numel():
+        return output
+    threads = min(torch.get_num_threads(), 1 + batch * weights.rows * weights.kept // GRAIN)
+    status = library.permprune_multiply(
+        weights, x.data_ptr(), _NUMBERS[x.dtype], batch, output.data_ptr(), index, threads, dense
+    )
+    if status:
+        raise PermpruneError(
+            {
+                1: f"no memory for {batch} rows of activations: use smaller batches",
+                2: f"the kernels do not run on this processor: unset {FORCED}",
+                3: f"a channel order names channels outside 0 to {weights.width - 1}: pack the model again",
+            }[status]
+        )
+    return output
+
+
+def unpack(weights: Weights, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Rows `first` to `last` of the weight with its zeros: (last - first, width) of fp32, bf16 or fp16."""
+    library, _ = _kernels() or (None, -1)
+    if library is None or not 0 <= first <= last <= weights.rows or dtype not in FLOATS:
+        raise PermpruneError(f"rows {first} to {last} of a packed weight cannot be unpacked as {dtype}")
+    output = torch.empty(last - first, weights.width, dtype=dtype)
+    library.permprune_unpack(weights, first, last, output.data_ptr(), _NUMBERS[dtype])
+    return output
+
+
+def row_off_pattern(mask: Tensor, width: int, n: int, m: int) -> int | None:
+    """The first row of a contiguous mask (rows, 8 ceil(width / 64)) that does not keep n of every m channels."""
+    library, _ = _kernels() or (None, -1)
+    if library is None or mask.dtype != torch.uint8 or mask.shape[1] != -(-width // WORD) * 8:
+        raise PermpruneError(f"a mask of shape {tuple(mask.shape)} cannot be checked against {width} channels")
+    row: int = library.permprune_check(mask.contiguous().data_ptr(), mask.shape[0], width, n, m)
+    return None if row < 0 else row
+
+
+@cache
+def _kernels(wanted: str | None = None) -> tuple[ctypes.CDLL, int] | None:
+    """The library and the index of the kernels to use; None for torch alone."""
+    forced = wanted or os.environ.get(FORCED)
+    library = None if forced == "torch" else _library()
+    if library is None:
+        return None
+    running = _running(library)
+    for index, name in running:
+        if forced in (None, name):
+            return library, index
+    choices = ", ".join([name for _, name in running] + ["torch"])
+    raise PermpruneError(f"{FORCED} asks for kernels {forced!r}, which do not run here: choose {choices}")
+
+
+def _running(library: ctypes.CDLL) -> list[tuple[int, str]]:
+    """Index and name of the kernels that run on this processor, best first."""
+    found: list[tuple[int, str]] = []
+    while (name := library.permprune_kernels(len(found))) is not None:
+        found.append((len(found), name.decode()))
+    return [(index, name) for index, name in found if name]
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The library, ready for use; None, with a warning, when it is not there or does not load."""
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        warnings.warn(
+            f"permprune's native kernels do not load ({error}): packed weights are multiplied by PyTorch, slowly",
+            stacklevel=4,
+        )
+        return None
+    library.permprune_kernels.argtypes = [ctypes.c_int32]
+    library.permprune_kernels.restype = ctypes.c_char_p
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    weights = ctypes.POINTER(Weights)
+    library.permprune_multiply.argtypes = [weights, pointer, number, count, pointer, number, number, number]
+    library.permprune_multiply.restype = ctypes.c_int32
+    library.permprune_unpack.argtypes = [weights, count, count, pointer, number]
+    library.permprune_unpack.restype = None
+    library.permprune_check.argtypes = [pointer, count, count, number, number]
+    library.permprune_check.restype = ctypes.c_int64
+    library.permprune_use_threads_of.argtypes = [pointer]
+    library.permprune_use_threads_of.restype = None
+    library.permprune_use_threads_of(_parallel_region())
+    return library
+
+
+def _parallel_region() -> ctypes.c_void_p | None:
+    """`GOMP_parallel` of the OpenMP runtime that torch runs on, if it is one that has it (libgomp, libomp, libiomp)."""
+    folder = Path(torch.__file__).parent
+    files = [path for path in (folder / "lib").glob("lib*omp*") if "omp" in path.name.split(".")[0]]
+    if sys.platform == "linux":  # a package manager's torch has it elsewhere
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+        loaded = {Path(line.split(maxsplit=5)[5]) for line in maps if len(line.split(maxsplit=5)) == 6}
+        files += sorted(path for path in loaded if path.name.startswith(("libgomp", "libomp", "libiomp")))
+    for path in files:
+        try:
+            runtime = ctypes.CDLL(str(path), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+            return ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p)
+        except (OSError, AttributeError):  # not loaded, or another library
+            continue
+    return None

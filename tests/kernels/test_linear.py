@@ -1,0 +1,286 @@
+"""Products with packed weights against float64, for every kernel that runs on this processor."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+from permprune.kernels import PackedWeight, native, packed_linear
+from permprune.kernels.linear import LARGEST_BATCH, multiply_reference, round_to_int8
+from permprune.pattern import Pattern
+from tests.kernels.test_packed import PATTERNS
+from tests.kernels.weights import packed, sparse
+
+KERNELS = native.names()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+PRECISION = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of results of each type, beside the largest one; bf16 by bf16 also rounds inside."""
+
+
+def call(weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+    """The operator on a packed weight."""
+    pattern = weight.pattern
+    result: Tensor = packed_linear(
+        x, weight.values, weight.mask, weight.scale, bias, order, pattern.n, pattern.m, weight.block
+    )
+    return result
+
+
+def describe(weight: PackedWeight, bias: Tensor | None = None, order: Tensor | None = None) -> native.Weights:
+    pattern = weight.pattern
+    return native.describe(
+        weight.values, weight.mask, weight.scale, bias, order, n=pattern.n, m=pattern.m, block=weight.block
+    )
+
+
+def exact(weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Tensor:
+    """The product in float64, of activations rounded to int8 where the kernels round them."""
+    channels = x.float() if order is None else x.float()[:, order]
+    if weight.scale is not None:
+        channels = round_to_int8(channels)
+    y = channels.double() @ weight.unpack().double().T
+    return y if bias is None else y + bias.double()
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    limit = PRECISION[found.dtype] * max(1.0, float(expected.abs().max()))
+    assert found.shape == expected.shape
+    assert float((found.double() - expected).abs().max()) <= limit
+
+
+def test_this_processor_has_kernels() -> None:
+    assert KERNELS[-1] == "portable"
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    rows=st.integers(1, 11),
+    groups=st.integers(1, 60),
+    batch=st.integers(1, 10),
+    dtype=st.sampled_from(DTYPES),
+    activations=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    block=st.sampled_from([64, 128]),
+    extras=st.booleans(),
+)
+def test_products_agree_with_float64(
+    kernels: str,
+    pattern: str,
+    rows: int,
+    groups: int,
+    batch: int,
+    dtype: torch.dtype,
+    activations: torch.dtype,
+    block: int,
+    extras: bool,
+) -> None:
+    width = groups * Pattern.parse(pattern).m
+    weight = packed(rows, width, pattern, dtype, block)
+    x = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch)).to(activations)
+    bias = torch.linspace(-1, 1, rows).to(activations) if extras else None
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(width)) if extras else None
+    found = native.multiply(describe(weight, bias, order), x, kernels)
+    assert_near(found, exact(weight, x, bias, order))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_rows_of_many_tiles(kernels: str, pattern: str, dtype: torch.dtype) -> None:
+    weight = packed(37, 1032, pattern, dtype)
+    x = torch.randn(6, 1032)
+    assert_near(native.multiply(describe(weight), x, kernels), exact(weight, x))
+    x = x.bfloat16()
+    assert_near(native.multiply(describe(weight), x, kernels), exact(weight, x))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    weight = packed(1001, 512, dtype=dtype)
+    x = torch.randn(5, 512)
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native.multiply(describe(weight), x, kernels))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert_near(found[0], exact(weight, x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, LARGEST_BATCH, LARGEST_BATCH + 1])
+def test_the_operator_below_and_above_the_largest_batch(
+    dtype: torch.dtype, activations: torch.dtype, batch: int
+) -> None:
+    weight = packed(24, 320, dtype=dtype)
+    x = torch.randn(batch, 320).to(activations)
+    bias, order = torch.randn(24), torch.randperm(320)
+    expected = exact(weight, x, bias, order)
+    if batch > LARGEST_BATCH and dtype == torch.int8:
+        expected = x[:, order].double() @ weight.unpack().double().T + bias.double()
+    assert_near(call(weight, x, bias, order), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, LARGEST_BATCH + 1])
+def test_pytorch_gives_the_same_where_there_are_no_kernels(
+    dtype: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = packed(24, 320, dtype=dtype)
+    x, bias, order = torch.randn(batch, 320), torch.randn(24), torch.randperm(320)
+    expected = call(weight, x, bias, order)
+    monkeypatch.setattr(native, "available", lambda: False)
+    found = call(weight, x, bias, order)
+    assert_near(found, expected.double())
+    assert torch.equal(found, multiply_reference(weight, x, bias, order))
+
+
+@pytest.mark.parametrize("shape", [(320,), (0, 320), (2, 3, 320), (2, 0, 320)])
+def test_activations_of_any_dimensions(shape: tuple[int, ...]) -> None:
+    weight = packed(24, 320)
+    x = torch.randn(shape)
+    found = call(weight, x)
+    assert found.shape == (*shape[:-1], 24)
+    if found.numel():
+        assert_near(found.view(-1, 24), exact(weight, x.view(-1, 320)))
+
+
+def test_activations_that_are_not_contiguous() -> None:
+    weight = packed(24, 320)
+    x = torch.randn(320, 6).T
+    assert_near(call(weight, x), exact(weight, x))
+    assert_near(call(weight, x[::2]), exact(weight, x[::2]))
+
+
+def test_a_row_of_one_group() -> None:
+    weight = packed(1, 7, "2:7")
+    x = torch.randn(1, 7)
+    assert_near(call(weight, x), exact(weight, x))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite_do_not_vanish(kernels: str, dtype: torch.dtype, bad: float) -> None:
+    weight = PackedWeight.pack(torch.eye(4).repeat(1, 64) * 2, Pattern(2, 4), dtype)
+    x = torch.ones(1, 256)
+    x[0, 100] = bad
+    found = native.multiply(describe(weight), x, kernels)
+    assert not torch.isfinite(found[0, 0])
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_masks_that_lie_read_nothing_outside(kernels: str) -> None:
+    for dtype in DTYPES:
+        weight = packed(5, 192, dtype=dtype)
+        weight.mask.fill_(255)
+        native.multiply(describe(weight), torch.randn(3, 192), kernels)
+        native.multiply(describe(weight), torch.randn(1, 192).bfloat16(), kernels)
+        native.unpack(describe(weight), 0, 5, torch.float32)
+
+
+@pytest.mark.parametrize("batch", [1, LARGEST_BATCH + 1])
+def test_orders_that_lie_are_refused(batch: int) -> None:
+    weight = packed(5, 192)
+    for bad in (192, -1):
+        order = torch.arange(192)
+        order[7] = bad
+        with pytest.raises(PermpruneError, match="outside 0 to 191"):
+            call(weight, torch.randn(batch, 192), order=order)
+
+
+def test_input_that_does_not_fit_is_refused() -> None:
+    weight = packed(5, 192)
+    with pytest.raises(PermpruneError, match="do not fit a packed weight of 192 channels"):
+        call(weight, torch.randn(1, 191))
+    with pytest.raises(PermpruneError, match="float64"):
+        call(weight, torch.randn(1, 192).double())
+    with pytest.raises(PermpruneError, match="bias of shape"):
+        call(weight, torch.randn(1, 192), bias=torch.zeros(4))
+    with pytest.raises(PermpruneError, match="order of shape"):
+        call(weight, torch.randn(1, 192), order=torch.arange(192, dtype=torch.int32))
+    with pytest.raises(PermpruneError, match="has to be contiguous"):
+        wide = PackedWeight(weight.pattern, weight.values.T.contiguous().T, weight.mask)
+        call(wide, torch.randn(1, 192))
+    with pytest.raises(PermpruneError, match="activations have to be contiguous"):
+        native.multiply(describe(weight), torch.randn(192, 2).T)
+    with pytest.raises(PermpruneError, match="which do not run here: choose"):
+        native.multiply(describe(weight), torch.randn(1, 192), "vax")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_native_unpacking_agrees(pattern: str, dtype: torch.dtype) -> None:
+    weight = packed(5, 3 * 5 * 7 * 16, pattern, dtype)
+    for to in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(native.unpack(describe(weight), 1, 4, to), weight.unpack(to)[1:4])
+
+
+@pytest.mark.parametrize("number", [torch.float16, torch.bfloat16])
+def test_every_number_of_16_bits_goes_in_and_out(number: torch.dtype) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(number)
+    finite = every[torch.isfinite(every)].view(1, -1)
+    weight = PackedWeight(Pattern(1, 2), finite, torch.full((1, finite.shape[1] // 4), 0x55, dtype=torch.uint8))
+    found = native.unpack(describe(weight), 0, 1, torch.float32)[:, ::2]
+    assert torch.equal(found, finite.float())
+    wide = torch.randn(1, finite.shape[1], generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        -12, 6, finite.shape[1]
+    )
+    weight = PackedWeight(weight.pattern, wide, weight.mask)
+    assert torch.equal(native.unpack(describe(weight), 0, 1, number)[:, ::2], wide.to(number))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_the_operator_passes_opcheck(dtype: torch.dtype) -> None:
+    weight = packed(8, 64, dtype=dtype)
+    order = torch.randperm(64)
+    for x in (torch.randn(2, 64), torch.randn(2, 3, 64).bfloat16(), torch.randn(0, 64)):
+        arguments = (x, weight.values, weight.mask, weight.scale, torch.zeros(8), order, 2, 4, weight.block)
+        torch.library.opcheck(packed_linear, arguments)
+
+
+def test_the_operator_exports_and_compiles() -> None:
+    weight = packed(8, 64)
+
+    class Linear(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return call(weight, x).relu()
+
+    x = torch.randn(3, 64)
+    expected = call(weight, x).relu()
+    exported = torch.export.export(Linear(), (x,))
+    assert torch.equal(exported.module()(x), expected)
+    compiled = torch.compile(Linear(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+    assert torch.equal(compiled(x[:2]), expected[:2])
+
+
+def test_activations_of_zero_or_almost() -> None:
+    weight = packed(8, 64, dtype=torch.int8)
+    assert torch.equal(call(weight, torch.zeros(2, 64)), torch.zeros(2, 8))
+    assert torch.isfinite(call(weight, torch.full((2, 64), 1e-42))).all()
+
+
+def test_dense_twins_of_the_benchmark_agree() -> None:
+    x = torch.randn(5, 128)
+    for kernels, dtype in product(KERNELS, [torch.float32, torch.bfloat16]):
+        values = torch.randn(9, 128).to(dtype)
+        weights = native.describe(values, torch.full((9, 32), 255, dtype=torch.uint8), None, n=1, m=2, block=64)
+        weights.width, weights.words, weights.half = 128, 2, 0
+        for activations in (x, x.bfloat16()):
+            found = native.multiply(weights, activations, kernels, dense=True)
+            assert_near(found, activations.double() @ values.double().T)
+
+
+def test_the_weights_of_the_tests_hold_their_pattern() -> None:
+    for pattern in map(Pattern.parse, PATTERNS):
+        assert pattern.holds(sparse(3, 4 * pattern.m, pattern))
