@@ -6,22 +6,28 @@ from permprune.errors import PermpruneError
 from permprune.evaluate import Result, TaskList, evaluate_model, evaluate_tasks, fit_probe, perplexity
 from permprune.examples import Examples
 from permprune.finetuning import FineTuning, finetune
+from permprune.losses import Objective
 from permprune.model_io import load, read_model
+from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.permuters import (
     Identity,
     Learned,
+    LocalPermuter,
     Newton,
     Permuter,
     Random,
     Reconstruction,
     RIAPermuter,
+    Run,
+    Solution,
 )
 from permprune.pipeline import Pruned, Settings, prune
+from permprune.problem import Problem
 from permprune.saliency import OBS, RIA, Magnitude, Saliency, Wanda
 from permprune.sweep import sweep
 from permprune.trials import Evaluation
-from permprune.updates import SparseGPT, Update
+from permprune.updates import LayerUpdate, SparseGPT, Update
 
 __all__ = [
     "OBS",
@@ -30,19 +36,26 @@ __all__ = [
     "Examples",
     "FineTuning",
     "Identity",
+    "LayerUpdate",
     "Learned",
+    "LocalPermuter",
     "Magnitude",
     "Newton",
+    "Objective",
     "Pattern",
     "PermpruneError",
     "Permuter",
+    "Problem",
     "Pruned",
+    "PrunedNetwork",
     "RIAPermuter",
     "Random",
     "Reconstruction",
     "Result",
+    "Run",
     "Saliency",
     "Settings",
+    "Solution",
     "SparseGPT",
     "TaskList",
     "Update",

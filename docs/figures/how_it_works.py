@@ -5,15 +5,10 @@ python docs/figures/how_it_works.py [OUT.svg | OUT.png]
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-
-GRAY, BLUE, ORANGE = "#757b82", "#2b87c8", "#d9700f"
+from style import BLUE, GRAY, ORANGE, save
 
 WEIGHTS = (0.95, 0.85, 0.80, 0.75, 0.12, 0.22, 0.18, 0.10)  # magnitudes of one row, by channel
 ORDER = (0, 4, 1, 6, 2, 5, 3, 7)
@@ -71,8 +66,8 @@ def draw() -> Figure:
     titles = ("2:4 keeps two of every four", "Reorder the channels", "Fold it into the weights")
     details = (
         "Large weights share a group: 3 and 4 are lost.",
-        "The same rule now keeps all four large weights.",
-        "The rows before follow, at no cost.",
+        "Now the same rule keeps all four large weights.",
+        "The rows before move along, at no cost.",
     )
     for number, (x, title, detail) in enumerate(zip(starts, titles, details, strict=True), start=1):
         axes.text(x, 4.9, f"{number}  {title}", va="top", color=GRAY, fontsize=13, weight="bold")
@@ -96,13 +91,5 @@ def legend(axes: Axes, x: float, y: float) -> None:
         axes.text(x + offset, y + 0.14, text, va="center", color=GRAY, fontsize=10)
 
 
-def main() -> None:
-    default = Path(__file__).parents[1] / "how-it-works.svg"
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else default
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    with matplotlib.rc_context({"svg.hashsalt": "permprune", "svg.fonttype": "path"}):
-        draw().savefig(path, transparent=True, dpi=110, metadata=metadata)
-
-
 if __name__ == "__main__":
-    main()
+    save(draw(), "how-it-works.svg")

@@ -1,0 +1,43 @@
+"""Hooks of mkdocs: pages from files in the root of the repository, and notebooks as pages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages that are not Markdown files in docs/."""
+    root = Path(config.config_file_path).parent
+    for name in ROOT_PAGES:
+        text = (root / name).read_text(encoding="utf-8").replace("](docs/", "](")
+        files.append(File.generated(config, name.lower(), content=text))
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        notebook = json.loads(file.content_string)
+        files.remove(file)
+        files.append(File.generated(config, f"{file.src_uri.removesuffix('.ipynb')}.md", content=markdown(notebook)))
+        files.append(file)
+    return files
+
+
+def markdown(notebook: dict[str, Any]) -> str:
+    """The cells of a notebook with their text outputs."""
+    return "\n\n".join(filter(None, (part for cell in notebook["cells"] for part in _cell(cell))))
+
+
+def _cell(cell: dict[str, Any]) -> list[str]:
+    source = "".join(cell["source"])
+    if cell["cell_type"] != "code":
+        return [source]
+    shown = "".join(text for output in cell["outputs"] for text in _texts(output)).rstrip()
+    return [f"```python\n{source}\n```", f'```text title="Output"\n{shown}\n```' if shown else ""]
+
+
+def _texts(output: dict[str, Any]) -> list[str]:
+    return output["text"] if output["output_type"] == "stream" else output["data"]["text/plain"]

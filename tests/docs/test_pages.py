@@ -1,0 +1,122 @@
+"""The documentation: its examples run, its commands exist, and the API pages have every public name."""
+
+import re
+import runpy
+import shlex
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import typer
+
+import permprune
+from permprune.cli import app
+
+from ..cli.running import run
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+
+RUN = ["index", "start", "how-to/evaluate", "how-to/extend", "how-to/gpu", "how-to/large-models", "how-to/train"]
+"""Pages whose Python examples run, one after the other, in a folder with the files that they name."""
+
+SMALLER = {"smollm2-135m": "tiny-llama", "minilm-l6": "tiny-bert", '"newton"': '"newton:rounds=1"'}
+"""What takes the place of real models and long searches."""
+
+FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`(permprune [a-z]+(?: [^`]*)?)`")
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    """The code blocks of a page in a language."""
+    found = FENCE.findall(page.read_text(encoding="utf-8"))
+    return [textwrap.dedent(code) for _, tag, code in found if tag == language]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of every `permprune` command in the code blocks of a page, the indented ones included."""
+    indented = re.findall(r"^    .*$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    code = "\n".join([*fenced(page, "sh"), textwrap.dedent("\n".join(indented))]).replace("\\\n", " ")
+    lines = re.findall(r"^(?:torchrun .* -m )?permprune (.*)$", code, flags=re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The working folder of an example: tiny models, texts and tables."""
+    for name in ("tiny_checkpoint", "tiny_bert", "tiny_text"):
+        request.getfixturevalue(name)
+    text = (tmp_path / "text.txt").read_text(encoding="utf-8")
+    for name in ("my_text.txt", "other_text.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    rows = [f"{line}\t{('no', 'Maybe', 'yes')[number % 3]}" for number, line in enumerate(text.splitlines()[:30])]
+    for name in ("train.tsv", "dev.tsv"):
+        (tmp_path / name).write_text("\n".join(["sentence\tlabel", *rows]), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = "\n".join(fenced(DOCS / f"{name}.md", "python"))
+    for real, tiny in SMALLER.items():
+        source = source.replace(real, tiny)
+    if name == "start":  # its folder comes from the command line
+        assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
+    script = folder / "example.py"
+    script.write_text(source, encoding="utf-8")
+    runpy.run_path(str(script), run_name="__main__")
+
+
+TINY = ["tiny-llama", "--calibration", "text.txt", "--data", "text.txt", "--samples", "24", "--length", "16"]
+
+
+def test_the_commands_of_the_start_page_run(folder: Path) -> None:
+    found = commands(DOCS / "start.md")
+    assert [arguments[0] for arguments in found] == ["prune", "verify", "evaluate", "compare"]
+    small = {
+        "prune": [*TINY, "--permute", "newton:rounds=1"],
+        "verify": ["pruned"],
+        "evaluate": ["pruned", "--data", "text.txt"],
+        "compare": TINY,
+    }
+    for command, _, *options in found:
+        options = [option.replace("newton", "newton:rounds=1") for option in options]
+        code, _, stderr = run(command, *small[command], *options)
+        assert code == 0, stderr
+    assert (folder / "pruned" / "report.html").exists() and (folder / "figures.png").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_understood(page: Path) -> None:
+    known: Any = typer.main.get_command(app)
+    for name, *arguments in commands(page):
+        known.commands[name].make_context(name, arguments)
+    for inline in INLINE.findall(page.read_text(encoding="utf-8")):
+        _, name, *arguments = shlex.split(inline)
+        options = {option for parameter in known.commands[name].params for option in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("--")} <= options, inline
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_examples_are_python(page: Path) -> None:
+    for source in fenced(page, "python"):
+        compile(source, str(page), "exec")
+        missing = {name for name in re.findall(r"\bpermprune\.([A-Za-z_]\w*)", source) if not hasattr(permprune, name)}
+        assert not missing
+
+
+def test_the_api_pages_have_every_public_name_once() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "api").glob("*.md")))
+    assert sorted(re.findall(r"^::: permprune\.(\w+)$", text, flags=re.MULTILINE)) == sorted(permprune.__all__)
+
+
+@pytest.mark.parametrize("name", ["quick-start", "own-permuter"])
+def test_notebooks_run(name: str) -> None:
+    notebook = runpy.run_path(str(DOCS / "notebooks" / "run.py"))["run"](DOCS / "notebooks" / f"{name}.ipynb")
+    assert all(cell["outputs"] for cell in notebook["cells"] if "print(" in "".join(cell["source"]))
