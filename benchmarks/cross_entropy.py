@@ -47,7 +47,7 @@ def measure(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Te
     forward, both = [], []
     logits.grad = torch.zeros_like(logits)
     reset_peak_memory()
-    before = peak_memory_mb()
+    before = peak_memory_mb() or 0.0
     for _ in range(3):
         began = time.process_time()
         with torch.no_grad():
@@ -57,7 +57,7 @@ def measure(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Te
         began = time.process_time()
         loss(logits, labels).backward()
         both.append(time.process_time() - began)
-    return min(forward), min(both), peak_memory_mb() - before
+    return min(forward), min(both), (peak_memory_mb() or 0.0) - before
 
 
 if __name__ == "__main__":

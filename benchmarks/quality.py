@@ -129,7 +129,7 @@ def measure(options: argparse.Namespace, settings: Settings, wanted: set[str], k
             none = none or found
             gap = {name: gap_closed(found[name], dense[name], none[name], metric) for name in found}
             if method in wanted:
-                yield row | {"method": method, "value": found, "gap": gap, **cost, "peak": round(peak_memory_mb())}
+                yield row | {"method": method, "value": found, "gap": gap, **cost, "peak": round(peak_memory_mb() or 0)}
 
 
 def markdown(rows: list[Row]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
@@ -33,14 +33,19 @@ def reset_peak_memory() -> None:
         return  # elsewhere peaks are those since the process began
 
 
-def peak_memory_mb() -> float:
-    """The largest resident memory since the last reset, in MiB."""
+def peak_memory_mb() -> float | None:
+    """The largest resident memory since the last reset, in MiB; None where the system does not say."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
     except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 1024)
+        pass  # not Linux
+    try:
+        import resource
+    except ImportError:  # Windows, whose own count psutil reads
+        peak: int | None = getattr(psutil.Process().memory_info(), "peak_wset", None)
+        return None if peak is None else peak / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def keep_freed_memory() -> None:

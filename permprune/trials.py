@@ -86,14 +86,15 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What a method found, what the model scores with it, and the peak memory of the process meanwhile (MiB).
+    """What a method found, what the model scores with it, and the peak memory of the process meanwhile.
 
-    `tasks` are its scores on tasks, if any were asked for.
+    `peak_memory_mb` is in MiB, None where the system does not say; `tasks` are its scores on tasks, if any were
+    asked for.
     """
 
     solution: Solution
     result: Result
-    peak_memory_mb: float
+    peak_memory_mb: float | None
     tasks: Sequence[Result] = ()
 
     def row(self, label: str) -> dict[str, Any]:

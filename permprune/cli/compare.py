@@ -11,7 +11,7 @@ from rich.table import Table
 from permprune.cli import common as cli
 from permprune.commands import compare as run
 from permprune.pipeline import Settings
-from permprune.report import comparison_title, number, with_error, write_comparison
+from permprune.report import comparison_title, number, whole, with_error, write_comparison
 from permprune.trials import Evaluation
 
 
@@ -52,5 +52,5 @@ def comparison_table(result: dict[str, Any]) -> Table:
         closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
         score = [with_error(row["score"], row["score_stderr"])] if scored else []
         figures = (number(row[result["metric"]]), closed, *score)
-        table.add_row(row["method"], *figures, f"{row['seconds']:.0f}", f"{row['peak_memory_mb']:.0f}")
+        table.add_row(row["method"], *figures, f"{row['seconds']:.0f}", whole(row["peak_memory_mb"]))
     return table

@@ -12,7 +12,7 @@ from rich.table import Table
 from permprune.cli import common as cli
 from permprune.errors import PermpruneError
 from permprune.pipeline import Settings
-from permprune.report import duration, fine_percent, number, percent, sweep_decision, with_error
+from permprune.report import duration, fine_percent, number, percent, sweep_decision, whole, with_error
 from permprune.sweep import sweep as run
 from permprune.trials import Evaluation
 
@@ -72,6 +72,6 @@ def sweep_table(result: dict[str, Any]) -> Table:
         minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
         cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
         score = [with_error(row["score"], row["score_stderr"])] if scored else []
-        cost = (duration(row["seconds"]), f"{row['peak_memory_mb']:.0f}")
+        cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
         table.add_row(last, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
     return table

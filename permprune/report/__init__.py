@@ -3,7 +3,7 @@
 from permprune.report.comparison import comparison_title, write_comparison
 from permprune.report.run import decision, render, write_report
 from permprune.report.sweep import render_sweep, sweep_decision, write_sweep
-from permprune.report.words import duration, fine_percent, number, percent, with_error
+from permprune.report.words import duration, fine_percent, number, percent, whole, with_error
 
 __all__ = [
     "comparison_title",
@@ -15,6 +15,7 @@ __all__ = [
     "render",
     "render_sweep",
     "sweep_decision",
+    "whole",
     "with_error",
     "write_comparison",
     "write_report",

@@ -26,6 +26,11 @@ def number(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def whole(value: float | None) -> str:
+    """A number without decimals; a dash for None."""
+    return DASH if value is None else f"{value:.0f}"
+
+
 def with_error(value: float, error: float | None) -> str:
     """A value and its standard error, of which two digits count: 44.77 ± 0.90, 0.677 ± 0.024."""
     text = number(value)

@@ -1,0 +1,73 @@
+"""Systems that lack what Linux has."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from permprune import resources
+from permprune.resources import peak_memory_mb, reset_peak_memory
+
+from ..cli.running import run
+
+WINDOWS = """
+import builtins
+
+find = builtins.__import__
+
+def windows(name, globals=None, *rest, **named):
+    asks = (globals or {}).get("__name__", "")
+    if asks.startswith("permprune") and name in ("fcntl", "grp", "pwd", "resource", "termios"):
+        raise ModuleNotFoundError(name)
+    return find(name, globals, *rest, **named)
+
+builtins.__import__ = windows
+import permprune
+import permprune.cli
+print(permprune.resources.peak_memory_mb() > 100)
+"""
+"""permprune's own imports fail as they do there; its dependencies know what they run on."""
+
+
+@pytest.fixture
+def no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux's own files are not there."""
+
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(resources, "Path", lambda _: SimpleNamespace(read_text=missing, write_text=missing))
+
+
+def test_it_imports_without_the_modules_of_unix() -> None:
+    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@pytest.mark.usefixtures("no_proc")
+def test_peaks_come_from_what_the_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset_peak_memory()
+    assert (peak_memory_mb() or 0) > 100, "those of POSIX"
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory_mb() is None, "psutil knows no peak of this system"
+    windows = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 * 2**20))
+    monkeypatch.setattr(psutil, "Process", lambda: windows)
+    assert peak_memory_mb() == 3.0
+
+
+@pytest.mark.usefixtures("no_proc")
+def test_an_unknown_peak_is_a_dash(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "resource", None)
+    small = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
+    code, stdout, stderr = run("compare", tiny_checkpoint, *small, "--methods", "random")
+    assert code == 0 and "\N{EN DASH} │" in stdout, stderr
+    assert run("prune", tiny_checkpoint, *small, "--permute", "random", "--out", tmp_path / "out")[0] == 0
+    assert '"peak_memory_mb": null' in (tmp_path / "out" / "permprune.json").read_text()
+    options = ["--patterns", "2:4", "--methods", "random", "--out", tmp_path / "sweep"]
+    code, stdout, stderr = run("sweep", tiny_checkpoint, *small, *options)
+    assert code == 0 and "\N{EN DASH} │" in stdout, stderr
