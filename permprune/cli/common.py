@@ -45,6 +45,10 @@ Metric = Annotated[
     str | None, typer.Option(help=f"of labels: {', '.join((ACCURACY, *METRICS))}; accuracy of classes, else pearson")
 ]
 Tasks = Annotated[str, typer.Option(help="tasks of lm-eval, and wikitext2, separated by commas (docs/tasks.md)")]
+TaskFile = Annotated[
+    list[str] | None,
+    typer.Option(help="lm-eval's YAML of a task or group; runs the code that it names; may be repeated"),
+]
 TaskData = Annotated[str | None, typer.Option(help="folder with files of the tasks; the hub if absent")]
 Limit = Annotated[int | None, typer.Option(help="examples of each task; all if absent")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
@@ -194,9 +198,11 @@ def parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def task_list(names: str, data: str | None, limit: int | None, few_shot: int | None = None) -> TaskList | None:
+def task_list(
+    names: str, files: list[str] | None, data: str | None, limit: int | None, few_shot: int | None = None
+) -> TaskList | None:
     """The tasks that a person names; None for none."""
-    return TaskList(tuple(parts(names)), data, limit, few_shot) if names else None
+    return TaskList(tuple(parts(names)), data, limit, few_shot, tuple(files or ())) if names or files else None
 
 
 def show(table: Table) -> None:

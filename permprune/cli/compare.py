@@ -26,6 +26,7 @@ def compare(
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
     tasks: cli.Tasks = "",
+    task_file: cli.TaskFile = None,
     task_data: cli.TaskData = None,
     limit: cli.Limit = None,
     json: cli.Json = None,
@@ -33,7 +34,7 @@ def compare(
 ) -> None:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds, memory."""
     names = [name for name in cli.parts(methods) if name != "dense"]
-    chosen = cli.task_list(tasks, task_data, limit)
+    chosen = cli.task_list(tasks, task_file, task_data, limit)
     result = run(model, names, *Evaluation.beside(settings, data, windows, metric, chosen))
     cli.write_figures(json, result)
     if picture is not None:

@@ -23,6 +23,7 @@ def evaluate(
     length: cli.Length = 512,
     metric: cli.Metric = None,
     tasks: cli.Tasks = "",
+    task_file: cli.TaskFile = None,
     limit: cli.Limit = None,
     few_shot: Annotated[int | None, typer.Option(help="solved examples in each prompt of the tasks")] = None,
     json: cli.Json = None,
@@ -31,7 +32,7 @@ def evaluate(
 
     With --tasks, --data is a folder with their files.
     """
-    if chosen := cli.task_list(tasks, data, limit, few_shot):
+    if chosen := cli.task_list(tasks, task_file, data, limit, few_shot):
         results = evaluate_tasks(model, chosen)
         figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
         cli.write_figures(json, figures)

@@ -33,13 +33,14 @@ def sweep(
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
     tasks: cli.Tasks = "",
+    task_file: cli.TaskFile = None,
     task_data: cli.TaskData = None,
     limit: cli.Limit = None,
     jobs: Annotated[int, typer.Option(help="processes that take a pattern each at a time")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep")] = False,
 ) -> None:
     """Patterns x methods x budgets on MODEL: what each size costs, as a table, a page and a picture."""
-    chosen = cli.task_list(tasks, task_data, limit)
+    chosen = cli.task_list(tasks, task_file, task_data, limit)
     settings, evaluation = Evaluation.beside(settings, data, windows, metric, chosen)
     names = cli.parts(methods)
     result = run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune import parallel
 from permprune.data.benchmarks import SOURCES, wikitext2
+from permprune.data.sources import read_text
 from permprune.errors import PermpruneError
 from permprune.evaluate.perplexity import perplexity
 from permprune.evaluate.result import Result
@@ -37,57 +39,78 @@ LOCAL = Path(__file__).parent / "local_tasks"
 BATCH = 4
 """Prompts at a time."""
 
+_FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
+"""What a file's name has and a task's has not."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskList:
-    """Tasks by name: "wikitext2", and whatever lm-eval knows.
+    """Tasks by name: "wikitext2", and whatever lm-eval knows; and tasks or groups of `files`.
 
-    With a folder `data`, laid out as docs/tasks.md says, those of `permprune.data.benchmarks` and "wikitext2" come
-    from there. `limit` bounds the examples of each task (of "wikitext2" the windows); `few_shot` examples stand in
-    each prompt, None for as many as the task says, which mostly is none.
+    Files are lm-eval's YAML; the code that they name by `!function` or `class` is run. With a folder `data`, laid out
+    as docs/tasks.md says, the tasks of `permprune.data.benchmarks` and "wikitext2" come from there. `limit` bounds the
+    examples of each task (of "wikitext2" the windows); `few_shot` examples stand in each prompt, None for as many as
+    the task says, which mostly is none. Raises `PermpruneError` for numbers out of range.
     """
 
     names: tuple[str, ...]
     data: str | None = None
     limit: Count | None = None
     few_shot: Natural | None = None
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_fields(self)
 
     def load(self) -> LoadedTasks:
         """The tasks with their data. Raises `PermpruneError` where lm-eval, a task or its data is missing."""
-        if not self.names:
-            raise PermpruneError("--tasks takes one name at least")
+        self._check_names()
         if self.data is not None and not Path(self.data).is_dir():
             raise PermpruneError(f"there is no folder {self.data}: tasks take a folder laid out as docs/tasks.md says")
         if parallel.world() > 1:
             raise PermpruneError("tasks are measured by one process: evaluate without torchrun")
         text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
         known = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
-        return LoadedTasks(self, text, *(self._load(known) if known else (None, [])))
+        return LoadedTasks(self, text, *(self._load(known) if known or self.files else (None, [])))
+
+    def _check_names(self) -> None:
+        if not self.names and not self.files:
+            raise PermpruneError("--tasks takes one name at least")
+        if file := next(filter(_FILE.search, self.names), None):
+            raise PermpruneError(
+                f"--tasks takes names, and {file} is a file: give --task-file {file}, which runs the code that it names"
+            )
+        if missing := next((file for file in self.files if not Path(file).is_file()), None):
+            raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
 
     def _load(self, names: list[str]) -> tuple[Any, list[Any]]:
-        """lm-eval's manager of tasks, and its tasks of these names."""
+        """lm-eval's manager of tasks, and its tasks of these names and of the files."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
         local = self.data is not None
+        own = (
+            set(names) <= SOURCES.keys() if local else not names
+        )  # lm-eval takes half a minute to list all that it has
         try:
             with _quiet():
                 manager = TaskManager(
                     include_path=str(LOCAL) if local else None,
-                    include_defaults=not (local and SOURCES.keys() >= set(names)),
+                    include_defaults=not own or any(map(_is_group, self.files)),
                     metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
                 )
-                loaded: dict[str, Any] = manager.load(names)["tasks"]
+                if unknown := [name for name in names if name not in manager.all_tasks]:  # it would try them as paths
+                    raise PermpruneError(
+                        f"{', '.join(unknown)}: lm-eval has no such task; `lm_eval ls tasks` lists them"
+                    )
+                loaded: dict[str, Any] = manager.load([*names, *self.files])["tasks"]
         except PermpruneError:
             raise
         except Exception as error:  # lm-eval and datasets raise whatever their readers and the network raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise PermpruneError(
-                f"{', '.join(names)}: {reason}; `lm_eval ls tasks` lists the tasks, --data FOLDER reads local files"
+                f"{', '.join([*names, *self.files])}: {reason}; --data FOLDER reads local files of some tasks"
             ) from error
         return manager, list(loaded.values())
 
@@ -180,6 +203,11 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     if not count:
         raise PermpruneError(f"the text has {len(ids)} tokens, and a window {length}: give more text")
     return ids[: count * length].view(count, length)
+
+
+def _is_group(file: str) -> bool:
+    """Whether a task file groups other tasks, which it may name."""
+    return re.search(r"^group\s*:", read_text(Path(file)), re.MULTILINE) is not None
 
 
 def _reach(model: PreTrainedModel) -> int:

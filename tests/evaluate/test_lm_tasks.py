@@ -200,7 +200,7 @@ def test_what_cannot_be_measured(
         evaluate_tasks(str(tiny_bert), TaskList(("cb",), str(files)))
     manager = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: manager(include_path=options["include_path"]))
-    with pytest.raises(PermpruneError, match=r"'nosuch' is not a registered task.*lm_eval ls tasks"):
+    with pytest.raises(PermpruneError, match=r"nosuch: lm-eval has no such task; `lm_eval ls tasks`"):
         TaskList(("nosuch", "cb"), str(files)).load()
     with pytest.raises(PermpruneError, match=r"cannot read .*wiki\.test\.raw: No such file"):
         TaskList(("wikitext2",), str(files / "glue")).load()
