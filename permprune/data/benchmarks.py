@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from permprune.data.sources import read_table, read_text
+from permprune.data.sources import parse_json, read_table, read_text
 from permprune.data.text import load_documents
 from permprune.errors import PermpruneError
 
@@ -85,11 +84,10 @@ def wikitext2(folder: Path | None) -> str:
 
 
 def _read_json(path: Path) -> list[Any]:
-    try:
-        records = json.loads(read_text(path))
-    except ValueError as error:
-        raise PermpruneError(f"{path} is no JSON: {error}") from error
-    return list(records)
+    records = parse_json(read_text(path), str(path))
+    if not isinstance(records, list):
+        raise PermpruneError(f"{path}: no JSON list")
+    return records
 
 
 def _read_sixes(path: Path) -> list[list[str]]:

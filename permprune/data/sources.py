@@ -96,6 +96,25 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     return rows
 
 
+def parse_json(text: str, place: str) -> Any:
+    """The value of a JSON text, whose strings hold whole characters.
+
+    Raises `PermpruneError` that begins with `place` for text that is no JSON, is nested deeper than Python can follow,
+    or holds half of a surrogate pair ("\\ud83d"), which tokenizers refuse.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # the escape of half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise PermpruneError(f"{place}: half of a surrogate pair is no character: remove it") from error
+    except RecursionError as error:
+        raise PermpruneError(f"{place}: JSON nested too deep: flatten it") from error
+    except ValueError as error:
+        raise PermpruneError(f"{place}: no JSON ({getattr(error, 'msg', error)})") from error
+    return value
+
+
 def find_column(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
     """The first of these columns that a row has. Raises `PermpruneError` where there is none."""
     found = next((name for name in names if name in row), None)
@@ -220,10 +239,7 @@ def _half(key: str) -> Part:
 
 
 def _json_object(line: str, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
+    row = parse_json(line, place)
     if not isinstance(row, dict):
         raise PermpruneError(f"{place}: no JSON object")
     return row

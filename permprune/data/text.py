@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from permprune.data.sources import dataset, looks_like_path, parse_name, read_text
+from permprune.data.sources import dataset, looks_like_path, parse_json, parse_name, read_text
 from permprune.errors import PermpruneError
 from permprune.zoo.texts import Part, text_file
 
@@ -120,13 +119,10 @@ def _read_lines(path: Path) -> list[str]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
+        row = parse_json(line, f"{path}, line {number}")
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise PermpruneError(f'{path}, line {number}: no JSON object with a "text" string')
-        documents.append(text)
+        documents.append(row["text"])
     return documents
 
 

