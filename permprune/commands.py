@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.coupling.trace import forward_arguments, main_outputs
-from permprune.data import TOGETHER, kind_of, load_examples
+from permprune.data import TOGETHER, kind_of, load_examples, warn_of_overlap
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity, with_head
 from permprune.footprint import weight_bytes
@@ -122,18 +122,27 @@ def compare(
 
     The dense model and no permutation are always among them.
 
-    "seconds" are those of the search, its start included; "peak_memory_mb" that of the process while it ran.
+    "seconds" are those of the search, its start included; "peak_memory_mb" that of the process while it ran. "overlap"
+    is the share of the evaluation that is in the calibration as well.
     """
     named = methods if isinstance(methods, Mapping) else {method: permuter(method) for method in methods}
     chosen = {"none": permuter("none"), **named}
     trials = Trials(name, settings, evaluation)
+    warn_of_overlap(trials.overlap)
     dense = trials.dense.result
     rows = [trials.dense.row("dense"), *(trials.run(method).row(label) for label, method in chosen.items())]
     none = rows[1][dense.metric]
     for row in rows:
         row["gap_closed"] = gap_closed(row[dense.metric], dense.value, none, dense.metric)
     fixed = {key: getattr(settings, key) for key in ("pattern", "saliency", "mode", "update", "seed")}
-    return {"model": name, **fixed, "calibrate_seconds": trials.prepared.seconds, "metric": dense.metric, "rows": rows}
+    return {
+        "model": name,
+        **fixed,
+        "calibrate_seconds": trials.prepared.seconds,
+        "metric": dense.metric,
+        "overlap": trials.overlap,
+        "rows": rows,
+    }
 
 
 def verify_folder(folder: Path) -> dict[str, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from permprune.calibrate import Statistics, calibrate, frozen
 from permprune.checkpoint import Checkpoint
 from permprune.coupling import Coupling, Untraceable, discover, fold_all, observe
-from permprune.data import TOGETHER, WORTH, kind_of, load_examples
+from permprune.data import TOGETHER, WORTH, kind_of, load_examples, overlap
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
@@ -120,6 +120,10 @@ class Plan:
     sites: dict[str, str]
     measured: Examples
     run: Run
+
+    def overlap(self, evaluation: Examples) -> float:
+        """The share of an evaluation that is in the calibration as well (`permprune.data.overlap`)."""
+        return overlap([self.measured, self.run.held_out, self.run.train], evaluation)
 
 
 @dataclass

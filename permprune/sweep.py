@@ -23,6 +23,7 @@ import torch
 from permprune import parallel
 from permprune.checkpoint import Checkpoint
 from permprune.commands import note
+from permprune.data import warn_of_overlap
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import higher_is_better
 from permprune.footprint import model_bytes
@@ -247,10 +248,12 @@ def _measure_dense(trials: Trials, path: Path) -> None:
     parallel.wait()  # until all have looked
     if known:
         return
+    warn_of_overlap(trials.overlap)
     dense = trials.dense
     size = model_bytes(trials.prepared.model, [], {})
     row = {**dense.row("dense"), "stderr": dense.result.stderr, "bytes": size}
-    measured = {"metric": dense.result.metric, "count": dense.result.count, "unit": dense.result.unit}
+    result = dense.result
+    measured = {"metric": result.metric, "count": result.count, "unit": result.unit, "overlap": trials.overlap}
     if not parallel.rank():
         write_json(path, {"row": row, "measured": measured})
 

@@ -114,6 +114,11 @@ class Trials:
             self.measure = Meter(model, self.processor, evaluation)
 
     @cached_property
+    def overlap(self) -> float:
+        """The share of the evaluation that is in the calibration as well."""
+        return self.prepared.overlap(self.measure.examples)
+
+    @cached_property
     def dense(self) -> Trial:
         with self.prepared.network.dense_weights():
             return self._trial(Solution({}, 0.0))

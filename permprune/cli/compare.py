@@ -11,7 +11,7 @@ from rich.table import Table
 from permprune.cli import common as cli
 from permprune.commands import compare as run
 from permprune.pipeline import Settings
-from permprune.report import comparison_title, number, whole, with_error, write_comparison
+from permprune.report import comparison_title, number, overlap_note, whole, with_error, write_comparison
 from permprune.trials import Evaluation
 
 
@@ -44,7 +44,7 @@ def compare(
 
 def comparison_table(result: dict[str, Any]) -> Table:
     """What `permprune.compare` returns, for the terminal."""
-    table = Table(title=comparison_title(result))
+    table = Table(title=comparison_title(result), caption=overlap_note(result["overlap"]), caption_justify="left")
     table.add_column("method")
     scored = "score" in result["rows"][0]
     for title in (result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB"):

@@ -12,7 +12,7 @@ from rich.table import Table
 from permprune.cli import common as cli
 from permprune.errors import PermpruneError
 from permprune.pipeline import Settings
-from permprune.report import duration, fine_percent, number, percent, sweep_decision, whole, with_error
+from permprune.report import duration, fine_percent, number, overlap_note, percent, sweep_decision, whole, with_error
 from permprune.sweep import sweep as run
 from permprune.trials import Evaluation
 
@@ -59,7 +59,8 @@ def _minutes(budgets: str) -> list[float]:
 def sweep_table(result: dict[str, Any]) -> Table:
     """What `permprune.sweep` returns, for the terminal; cells that no other beats are bold."""
     metric = result["metric"]
-    table = Table(title=f"{result['model']}, dense {metric} {number(result['dense'][metric])}")
+    title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
+    table = Table(title=title, caption=overlap_note(result["measured"]["overlap"]), caption_justify="left")
     for title in ("pattern", "method"):
         table.add_column(title)
     scored = "score" in result["dense"]

@@ -3,7 +3,7 @@
 from permprune.report.comparison import comparison_title, write_comparison
 from permprune.report.run import decision, render, write_report
 from permprune.report.sweep import render_sweep, sweep_decision, write_sweep
-from permprune.report.words import duration, fine_percent, number, percent, whole, with_error
+from permprune.report.words import duration, fine_percent, number, overlap_note, percent, whole, with_error
 
 __all__ = [
     "comparison_title",
@@ -11,6 +11,7 @@ __all__ = [
     "duration",
     "fine_percent",
     "number",
+    "overlap_note",
     "percent",
     "render",
     "render_sweep",

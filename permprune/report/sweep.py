@@ -10,7 +10,18 @@ from typing import Any
 from permprune.evaluate.result import higher_is_better
 from permprune.report.page import Shown, fill, shown
 from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
-from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, way, with_error
+from permprune.report.words import (
+    NONE,
+    count,
+    duration,
+    fine_percent,
+    number,
+    outcome,
+    overlap_note,
+    percent,
+    way,
+    with_error,
+)
 from permprune.system.files import write_whole
 
 Result = Mapping[str, Any]
@@ -31,6 +42,7 @@ def render_sweep(result: Result) -> str:
         title=f"{result['model']}, sweep",
         decision=sweep_decision(result),
         note=result["note"],
+        overlap=overlap_note(result["measured"]["overlap"]),
         metric=metric,
         dense=number(dense[metric]),
         dense_score=_score(dense),

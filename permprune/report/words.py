@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from permprune.data.overlap import QUOTED
 from permprune.evaluate.result import higher_is_better
 from permprune.mixture import MIXED
 
@@ -60,6 +61,13 @@ def fine_percent(share: float) -> str:
 def count(number: int, thing: str) -> str:
     """ "1 layer", "2 layers"."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
+
+
+def overlap_note(share: float | None) -> str:
+    """What a reader must know of an evaluation of which such a share was calibrated on; "" where it is hardly any."""
+    if share is None or share <= QUOTED:
+        return ""
+    return f"{percent(share)} of the evaluation is in the calibration as well: on other data pruned models do worse."
 
 
 def duration(seconds: float | None) -> str:

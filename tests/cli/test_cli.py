@@ -125,7 +125,7 @@ def test_ablate_compares_the_variants(
     source: list[str], tmp_path: Path, study: str, labels: list[str], preset: str
 ) -> None:
     figures = tmp_path / "ablation.json"
-    options = ["--study", study, "--preset", preset, "--epochs", "1", "--json", figures]
+    options = ["--study", study, "--preset", preset, "--epochs", "0.2", "--json", figures]
     code, _, _ = run("ablate", *source, "--mode", "gather", "--samples", "36", *options)
     assert code == 0
     result = json.loads(figures.read_text())

@@ -24,7 +24,7 @@ RESULT: dict[str, Any] = {
     "model": "someone/small-model",
     "note": None,
     "settings": {"saliency": "wanda", "mode": "fold", "update": "none", "seed": 0, "exclude": []},
-    "measured": {"data": "text.txt", "metric": "perplexity", "count": 6144, "unit": "tokens"},
+    "measured": {"data": "text.txt", "metric": "perplexity", "count": 6144, "unit": "tokens", "overlap": 0.0},
     "metric": "perplexity",
     "dense": {"method": "dense", "perplexity": 30.1, "size": 1.0},
     "rows": [
