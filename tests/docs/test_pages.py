@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers
 import typer
+import yaml
 
 import permprune
 from permprune.cli import app
@@ -107,8 +108,21 @@ def test_commands_are_understood(page: Path) -> None:
 def test_python_examples_are_python(page: Path) -> None:
     for source in fenced(page, "python"):
         compile(source, str(page), "exec")
-        missing = {name for name in re.findall(r"\bpermprune\.([A-Za-z_]\w*)", source) if not hasattr(permprune, name)}
+        missing = {name for name in re.findall(r"(?<![\w.])permprune\.(\w+)", source) if not hasattr(permprune, name)}
         assert not missing
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = [page for section in config["nav"] for part in section.values() for page in pages_of(part)]
+    generated = [str(path.relative_to(DOCS).with_suffix(".md")) for path in DOCS.rglob("*.ipynb")]
+    written = [str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")]
+    assert sorted(listed) == sorted([*written, *generated, "contributing.md", "changelog.md"])
+
+
+def pages_of(part: str | list[dict[str, str]]) -> list[str]:
+    """The pages of an entry of the navigation."""
+    return [part] if isinstance(part, str) else [page for entry in part for page in entry.values()]
 
 
 def test_the_api_pages_have_every_public_name_once() -> None:
