@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ from permprune.evaluate.result import Result
 from permprune.model_io import read_model
 from permprune.options import Count, Natural, require_fields
 from permprune.processors import Processor, tokenizer_of
+from permprune.progress import console
 from permprune.tasks import writes
 
 WIKITEXT = "wikitext2"
@@ -71,7 +72,7 @@ class TaskList:
             raise PermpruneError("tasks are measured by one process: evaluate without torchrun")
         text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
         known = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
-        return LoadedTasks(self, text, *(self._load(known) if known or self.files else (None, [])))
+        return LoadedTasks(self, text, self._load(known) if known or self.files else [])
 
     def _check_names(self) -> None:
         if not self.names and not self.files:
@@ -83,8 +84,8 @@ class TaskList:
         if missing := next((file for file in self.files if not Path(file).is_file()), None):
             raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
 
-    def _load(self, names: list[str]) -> tuple[Any, list[Any]]:
-        """lm-eval's manager of tasks, and its tasks of these names and of the files."""
+    def _load(self, names: list[str]) -> list[Any]:
+        """lm-eval's tasks of these names and of the files."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -112,16 +113,15 @@ class TaskList:
             raise PermpruneError(
                 f"{', '.join([*names, *self.files])}: {reason}; --data FOLDER reads local files of some tasks"
             ) from error
-        return manager, list(loaded.values())
+        return list(loaded.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedTasks:
-    """What `TaskList.load` gives: the text of WikiText-2 if it is among them, lm-eval's manager and its tasks."""
+    """What `TaskList.load` gives: the text of WikiText-2 if it is among them, and lm-eval's tasks."""
 
     chosen: TaskList
     text: str | None
-    manager: Any
     tasks: list[Any]
 
     def __call__(self, model: PreTrainedModel, processor: Processor | None) -> list[Result]:
@@ -140,20 +140,13 @@ class LoadedTasks:
         return results
 
     def _harness(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval.evaluator import evaluate
 
         training = model.training
+        tasks = {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks}
         with _quiet():
-            reader = HFLM(pretrained=model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=BATCH)
-            found = simple_evaluate(
-                reader,
-                tasks=self.tasks,
-                num_fewshot=self.chosen.few_shot,
-                limit=self.chosen.limit,
-                log_samples=False,
-                task_manager=self.manager,
-            )
+            reader = _reader(model, tokenizer)
+            found: Any = evaluate(reader, {"tasks": tasks, "groups": {}}, limit=self.chosen.limit, log_samples=False)
         model.train(training)
         return [
             result
@@ -225,26 +218,45 @@ def _results(task: str, figures: Mapping[str, Any], count: int) -> Iterator[Resu
             yield Result(task, name, float(value), count, error if isinstance(error, float) else None)
 
 
+def _with_shots(task: Any, few_shot: int | None) -> Any:
+    """An lm-eval task with so many solved examples in each prompt, and its own seed; as its command line decides.
+
+    A task that is defined with none keeps none; by default there are as many as the task is defined with.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    defined = task.get_config("num_fewshot")
+    if defined != 0:
+        task.set_config(key="num_fewshot", value=few_shot if few_shot is not None else defined or 0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return task
+
+
+def _reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model as lm-eval asks it, `BATCH` prompts at a time, without progress bars."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Reader(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm)
+
+    return Reader(pretrained=model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=BATCH)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, lm-eval warns of nothing, and its progress bars show on a terminal only and go away when full.
-
-    It does not ask git and other programs about the machine: nobody reads that, and git complains outside a repository.
-    """
-    from tqdm import tqdm
-
+    """Inside, lm-eval logs errors alone, and a status line stands for its progress bars, which know no terminal."""
     log = logging.getLogger("lm_eval")
     before = log.level
-
-    class Bar(tqdm):  # type: ignore[misc,type-arg]
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **{**options, "leave": False, "disable": None})
-
-    with ExitStack() as patched:
-        for module in ("api.model", "api.task", "models.huggingface"):
-            patched.enter_context(mock.patch(f"lm_eval.{module}.tqdm", Bar))
-        for asked in ("get_git_commit_hash", "add_env_info"):
-            patched.enter_context(mock.patch(f"lm_eval.evaluator.{asked}", create=True))
-        patched.callback(log.setLevel, before)
-        log.setLevel(logging.ERROR)
-        yield
+    log.setLevel(logging.ERROR)
+    try:
+        with console.status("measuring tasks"), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(before)
