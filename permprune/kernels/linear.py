@@ -19,7 +19,7 @@ from permprune.pattern import Pattern
 
 LARGEST_BATCH = 64
 """Rows of activations up to which the packed weight is read as it is."""
-UNPACKED_ROWS = 1024
+UNPACKED_ROWS = 256
 """Rows of the weight that are unpacked at a time for BLAS."""
 
 
@@ -84,9 +84,11 @@ def _multiply_unpacked(
     exact = x.dtype if x.dtype == dtype else torch.float32
     channels = (x if order is None else _reorder(x, order)).to(exact)
     y = torch.empty(x.shape[0], weights.rows, dtype=exact)
+    tile = torch.empty(min(UNPACKED_ROWS, weights.rows), weights.width, dtype=exact)
     for first in range(0, weights.rows, UNPACKED_ROWS):
-        last = min(first + UNPACKED_ROWS, weights.rows)
-        y[:, first:last] = channels @ native.unpack(weights, first, last, exact).T
+        some = tile[: weights.rows - first]
+        native.unpack(weights, first, some)
+        y[:, first : first + UNPACKED_ROWS] = channels @ some.T
     if bias is not None:
         y += bias
     return y.to(x.dtype)

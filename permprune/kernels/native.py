@@ -25,7 +25,7 @@ LIBRARY = Path(__file__).with_name("libpermprune.dylib" if sys.platform == "darw
 FORCED = "PERMPRUNE_KERNELS"
 """Environment variable: the kernels to use (`names()`), or "torch" for none of them."""
 GRAIN = 1 << 17
-"""Multiplications that are worth waking another thread for."""
+"""Multiplications or numbers written that are worth waking another thread for."""
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,11 +124,36 @@ def describe(
     )
 
 
+def describe_dense(values: Tensor, scale: Tensor | None = None, block: int = WORD) -> Weights:
+    """A weight that keeps everything, values (rows, width), for `multiply(..., dense=True)`: to compare with.
+
+    Raises `PermpruneError` unless the width is a multiple of 64, and the tensors are contiguous and belong together.
+    """
+    rows, width = values.shape
+    parts = [values] if scale is None else [values, scale]
+    if width % WORD or not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
+        raise PermpruneError(f"a dense weight has to be contiguous, on the CPU, and of a width that {WORD} divides")
+    if (scale is None) == (values.dtype == torch.int8) or values.dtype not in _NUMBERS:
+        raise PermpruneError(f"a dense weight of {values.dtype} needs {'a scale' if scale is None else 'no scale'}")
+    if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows, -(-width // block))):
+        raise PermpruneError(f"a dense weight has a scale of shape {tuple(scale.shape)} and type {scale.dtype}")
+    return Weights(
+        values=values.data_ptr(),
+        scale=None if scale is None else scale.data_ptr(),
+        rows=rows,
+        width=width,
+        kept=width,
+        words=width // WORD,
+        block=block // WORD,
+        number=_NUMBERS[values.dtype],
+    )
+
+
 def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: bool = False) -> Tensor:
     """x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16; the result has its type.
 
-    `kernels` are those of `names()`, the best if not given. `dense` reads the values as a weight that keeps everything,
-    which is for benchmarks. Raises `PermpruneError` for other input.
+    `kernels` are those of `names()`, the best if not given; `dense` is for the weights of `describe_dense`. Raises
+    `PermpruneError` for other input.
     """
     library, index = _kernels(kernels) or (None, -1)
     if library is None:
@@ -140,13 +165,13 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: boo
         )
     if not x.is_contiguous() or x.device.type != "cpu":
         raise PermpruneError("activations have to be contiguous and on the CPU for native kernels")
-    if dense and (weights.kept != weights.width or weights.width % WORD):
-        raise PermpruneError(f"a dense weight needs all values, and a width that {WORD} divides")
+    if dense != (weights.kept == weights.width):
+        raise PermpruneError("a weight of `describe_dense` is multiplied with dense=True, a packed one without")
     batch = x.shape[0]
     output = torch.empty(batch, weights.rows, dtype=x.dtype)
     if not output.numel():
         return output
-    threads = min(torch.get_num_threads(), 1 + batch * weights.rows * weights.kept // GRAIN)
+    threads = _threads(batch * weights.rows * weights.kept)
     status = library.permprune_multiply(
         weights, x.data_ptr(), _NUMBERS[x.dtype], batch, output.data_ptr(), index, threads, dense
     )
@@ -161,14 +186,15 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: boo
     return output
 
 
-def unpack(weights: Weights, first: int, last: int, dtype: torch.dtype) -> Tensor:
-    """Rows `first` to `last` of the weight with its zeros: (last - first, width) of fp32, bf16 or fp16."""
-    library, _ = _kernels() or (None, -1)
-    if library is None or not 0 <= first <= last <= weights.rows or dtype not in FLOATS:
-        raise PermpruneError(f"rows {first} to {last} of a packed weight cannot be unpacked as {dtype}")
-    output = torch.empty(last - first, weights.width, dtype=dtype)
-    library.permprune_unpack(weights, first, last, output.data_ptr(), _NUMBERS[dtype])
-    return output
+def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = None) -> None:
+    """Write the weight with its zeros, from row `first` on, to a contiguous (rows, width) of fp32, bf16 or fp16."""
+    library, index = _kernels(kernels) or (None, -1)
+    rows, width = output.shape
+    fits = output.dtype in FLOATS and output.is_contiguous() and output.device.type == "cpu"
+    if library is None or not fits or width != weights.width or not 0 <= first <= weights.rows - rows:
+        raise PermpruneError(f"{rows} rows of a packed weight from {first} on cannot be unpacked to {output.dtype}")
+    number, threads = _NUMBERS[output.dtype], _threads(output.numel())
+    library.permprune_unpack(weights, first, first + rows, output.data_ptr(), number, index, threads)
 
 
 def row_off_pattern(mask: Tensor, width: int, n: int, m: int) -> int | None:
@@ -178,6 +204,10 @@ def row_off_pattern(mask: Tensor, width: int, n: int, m: int) -> int | None:
         raise PermpruneError(f"a mask of shape {tuple(mask.shape)} cannot be checked against {width} channels")
     row: int = library.permprune_check(mask.contiguous().data_ptr(), mask.shape[0], width, n, m)
     return None if row < 0 else row
+
+
+def _threads(work: int) -> int:
+    return min(torch.get_num_threads(), 1 + work // GRAIN)
 
 
 @cache
@@ -220,8 +250,8 @@ def _library() -> ctypes.CDLL | None:
     weights = ctypes.POINTER(Weights)
     library.permprune_multiply.argtypes = [weights, pointer, number, count, pointer, number, number, number]
     library.permprune_multiply.restype = ctypes.c_int32
-    library.permprune_unpack.argtypes = [weights, count, count, pointer, number]
-    library.permprune_unpack.restype = None
+    library.permprune_unpack.argtypes = [weights, count, count, pointer, number, number, number]
+    library.permprune_unpack.restype = ctypes.c_int32
     library.permprune_check.argtypes = [pointer, count, count, number, number]
     library.permprune_check.restype = ctypes.c_int64
     library.permprune_use_threads_of.argtypes = [pointer]

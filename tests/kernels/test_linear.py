@@ -1,7 +1,5 @@
 """Products with packed weights against float64, for every kernel that runs on this processor."""
 
-from itertools import product
-
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import PackedWeight, native, packed_linear
-from permprune.kernels.linear import LARGEST_BATCH, multiply_reference, round_to_int8
+from permprune.kernels.linear import LARGEST_BATCH, UNPACKED_ROWS, multiply_reference, round_to_int8
 from permprune.pattern import Pattern
 from tests.kernels.test_packed import PATTERNS
 from tests.kernels.weights import packed, sparse
@@ -35,6 +33,12 @@ def describe(weight: PackedWeight, bias: Tensor | None = None, order: Tensor | N
     return native.describe(
         weight.values, weight.mask, weight.scale, bias, order, n=pattern.n, m=pattern.m, block=weight.block
     )
+
+
+def unpack(weight: PackedWeight, first: int, last: int, dtype: torch.dtype, kernels: str | None = None) -> Tensor:
+    output = torch.empty(last - first, weight.width, dtype=dtype)
+    native.unpack(describe(weight), first, output, kernels)
+    return output
 
 
 def exact(weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Tensor:
@@ -121,9 +125,10 @@ def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype
 def test_the_operator_below_and_above_the_largest_batch(
     dtype: torch.dtype, activations: torch.dtype, batch: int
 ) -> None:
-    weight = packed(24, 320, dtype=dtype)
+    rows = UNPACKED_ROWS + 24
+    weight = packed(rows, 320, dtype=dtype)
     x = torch.randn(batch, 320).to(activations)
-    bias, order = torch.randn(24), torch.randperm(320)
+    bias, order = torch.randn(rows), torch.randperm(320)
     expected = exact(weight, x, bias, order)
     if batch > LARGEST_BATCH and dtype == torch.int8:
         expected = x[:, order].double() @ weight.unpack().double().T + bias.double()
@@ -185,7 +190,7 @@ def test_masks_that_lie_read_nothing_outside(kernels: str) -> None:
         weight.mask.fill_(255)
         native.multiply(describe(weight), torch.randn(3, 192), kernels)
         native.multiply(describe(weight), torch.randn(1, 192).bfloat16(), kernels)
-        native.unpack(describe(weight), 0, 5, torch.float32)
+        unpack(weight, 0, 5, torch.float32, kernels)
 
 
 @pytest.mark.parametrize("batch", [1, LARGEST_BATCH + 1])
@@ -213,16 +218,21 @@ def test_input_that_does_not_fit_is_refused() -> None:
         call(wide, torch.randn(1, 192))
     with pytest.raises(PermpruneError, match="activations have to be contiguous"):
         native.multiply(describe(weight), torch.randn(192, 2).T)
+    for first, output in ((1, torch.empty(5, 192)), (0, torch.empty(5, 191)), (0, torch.empty(5, 192).double())):
+        with pytest.raises(PermpruneError, match="cannot be unpacked"):
+            native.unpack(describe(weight), first, output)
     with pytest.raises(PermpruneError, match="which do not run here: choose"):
         native.multiply(describe(weight), torch.randn(1, 192), "vax")
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_native_unpacking_agrees(pattern: str, dtype: torch.dtype) -> None:
-    weight = packed(5, 3 * 5 * 7 * 16, pattern, dtype)
-    for to in (torch.float32, torch.bfloat16, torch.float16):
-        assert torch.equal(native.unpack(describe(weight), 1, 4, to), weight.unpack(to)[1:4])
+def test_native_unpacking_agrees(kernels: str, dtype: torch.dtype) -> None:
+    for pattern in PATTERNS:
+        weight = packed(6, 50 * Pattern.parse(pattern).m, pattern, dtype, 128)
+        for to in (torch.float32, torch.bfloat16, torch.float16):
+            assert torch.equal(unpack(weight, 1, 5, to, kernels), weight.unpack(to)[1:5])
+            assert torch.equal(unpack(weight, 0, 6, to, kernels), weight.unpack(to))
 
 
 @pytest.mark.parametrize("number", [torch.float16, torch.bfloat16])
@@ -230,13 +240,13 @@ def test_every_number_of_16_bits_goes_in_and_out(number: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(number)
     finite = every[torch.isfinite(every)].view(1, -1)
     weight = PackedWeight(Pattern(1, 2), finite, torch.full((1, finite.shape[1] // 4), 0x55, dtype=torch.uint8))
-    found = native.unpack(describe(weight), 0, 1, torch.float32)[:, ::2]
+    found = unpack(weight, 0, 1, torch.float32)[:, ::2]
     assert torch.equal(found, finite.float())
     wide = torch.randn(1, finite.shape[1], generator=torch.Generator().manual_seed(0)) * torch.logspace(
         -12, 6, finite.shape[1]
     )
     weight = PackedWeight(weight.pattern, wide, weight.mask)
-    assert torch.equal(native.unpack(describe(weight), 0, 1, number)[:, ::2], wide.to(number))
+    assert torch.equal(unpack(weight, 0, 1, number)[:, ::2], wide.to(number))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
@@ -270,15 +280,20 @@ def test_activations_of_zero_or_almost() -> None:
     assert torch.isfinite(call(weight, torch.full((2, 64), 1e-42))).all()
 
 
-def test_dense_twins_of_the_benchmark_agree() -> None:
-    x = torch.randn(5, 128)
-    for kernels, dtype in product(KERNELS, [torch.float32, torch.bfloat16]):
-        values = torch.randn(9, 128).to(dtype)
-        weights = native.describe(values, torch.full((9, 32), 255, dtype=torch.uint8), None, n=1, m=2, block=64)
-        weights.width, weights.words, weights.half = 128, 2, 0
-        for activations in (x, x.bfloat16()):
-            found = native.multiply(weights, activations, kernels, dense=True)
-            assert_near(found, activations.double() @ values.double().T)
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_kernels_of_the_benchmark_agree(kernels: str, dtype: torch.dtype) -> None:
+    weight = torch.randn(9, 128)
+    scale = torch.full((9, 2), 0.03) if dtype == torch.int8 else None
+    values = (weight / 0.03).clamp(-127, 127).round().to(dtype) if dtype == torch.int8 else weight.to(dtype)
+    weights = native.describe_dense(values, scale)
+    for x in (torch.randn(5, 128), torch.randn(1, 128).bfloat16()):
+        channels, stored = x.double(), values.double()
+        if dtype == torch.int8:
+            channels, stored = round_to_int8(x.float()).double(), stored * 0.03
+        assert_near(native.multiply(weights, x, kernels, dense=True), channels @ stored.T)
+    with pytest.raises(PermpruneError, match="multiplied with dense=True"):
+        native.multiply(weights, x, kernels)
 
 
 def test_the_weights_of_the_tests_hold_their_pattern() -> None:

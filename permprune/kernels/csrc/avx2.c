@@ -32,6 +32,7 @@ static ALWAYS_INLINE float total(__m256 sum)
 #define VECTOR __m256
 #define SUM __m256
 #define LOAD(p) _mm256_loadu_ps(p)
+#define STORE(p, v) _mm256_storeu_ps(p, v)
 #define EXPAND(p, bits) expand(KEPT(p), bits)
 #define ZERO() _mm256_setzero_ps()
 #define FMA(sum, w, x) _mm256_fmadd_ps(w, x, sum)
@@ -95,5 +96,5 @@ static ALWAYS_INLINE __m256i dot_i8(word_i8 w, word_i8 x)
 
 END_TARGET
 
-const struct kernels avx2_kernels = {.name = "avx2", .runs_here = has_avx2, ALL_PRODUCTS};
+const struct kernels avx2_kernels = {.name = "avx2", .runs_here = has_avx2, ALL_KERNELS};
 #endif

@@ -28,15 +28,13 @@ static ALWAYS_INLINE __m512i indices(uint64_t bits)
 #define SUM __m512
 #define INDEX __m512i
 #define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, v) _mm512_storeu_ps(p, v)
 #define EXPAND(p, bits) _mm512_maskz_expand_ps((__mmask16)(bits), KEPT(p))
 #define ZERO() _mm512_setzero_ps()
 #define FMA(sum, w, x) _mm512_fmadd_ps(w, x, sum)
 #define TOTAL(sum) _mm512_reduce_add_ps(sum)
 #define INDICES(bits) indices(bits)
 #define PICK(low, index, high) _mm512_permutex2var_ps(low, index, high)
-#ifndef PICK_FROM
-#define PICK_FROM 1
-#endif
 
 #define KIND f32
 #define WEIGHT float
@@ -56,12 +54,10 @@ static ALWAYS_INLINE __m512i indices(uint64_t bits)
 #undef VECTOR
 #undef LOAD
 
-static ALWAYS_INLINE __m512i unsigned_i8(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
-
 #define VECTOR __m512i
 #define LOAD(p) _mm512_loadu_si512(p)
-#define LOAD_WEIGHT(p) unsigned_i8(LOAD(p))
-#define EXPAND_WORD(p, bits) unsigned_i8(_mm512_maskz_expand_epi8(bits, LOAD(p)))
+#define EXPAND_WORD(p, bits) _mm512_maskz_expand_epi8(bits, LOAD(p))
+#define FACTOR(w) _mm512_xor_si512(w, _mm512_set1_epi8(-128))
 #define DOT(shift, w, x) _mm512_dpbusd_epi32(_mm512_zextsi128_si512(_mm_cvtsi32_si128(shift)), w, x)
 #define SCALE(sum, count, scale) _mm512_fmadd_ps(_mm512_cvtepi32_ps(count), _mm512_set1_ps(scale), sum)
 #include "family_i8.h"
@@ -71,7 +67,7 @@ END_TARGET
 const struct kernels avx512_kernels = {
     .name = "avx512",
     .runs_here = has_avx512,
-    ALL_PRODUCTS,
+    ALL_KERNELS,
     .pairs_run_here = avx512_pairs_run_here,
     .pairs = avx512_pairs,
     .dense_pairs = avx512_dense_pairs,

@@ -29,9 +29,6 @@ static ALWAYS_INLINE __m512i indices(uint64_t bits)
 #define TOTAL(sum) _mm512_reduce_add_ps(sum)
 #define INDICES(bits) indices(bits)
 #define PICK(low, index, high) _mm512_permutex2var_epi16(low, index, high)
-#ifndef PICK_FROM
-#define PICK_FROM 1
-#endif
 
 #define KIND pairs
 #define WEIGHT uint16_t

@@ -208,30 +208,20 @@ EXPORT int64_t permprune_check(const uint8_t *mask, int64_t rows, int64_t width,
     return -1;
 }
 
-static ALWAYS_INLINE void unpack_row(const struct weights *weights, int64_t row, void *output, int64_t to, int32_t number)
+/* output (last - first, width) = rows `first` to `last` of the weight with its zeros. Returns a `status`. */
+EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, int64_t last, void *output, int32_t number,
+                                int32_t index, int32_t threads)
 {
-    const int64_t blocks = weights->number == I8 ? (weights->words + weights->block - 1) / weights->block : 0;
-    const uint8_t *mask = weights->mask + row * weights->words * 8;
-    int64_t value = row * weights->kept, end = value + weights->kept;
-    for (int64_t word = 0; word < weights->words; word++) {
-        uint64_t bits = mask_word(mask, word);
-        float scale = blocks ? weights->scale[row * blocks + word / weights->block] : 1.0f;
-        int64_t left = weights->width - word * WORD;
-        for (int c = 0; c < (left < WORD ? left : WORD); c++, bits >>= 1) {
-            int kept = bits & 1 && value < end;
-            float weight = 0.0f;
-            if (kept)
-                weight = blocks ? ((const int8_t *)weights->values)[value] * scale
-                                : read_number(weights->values, value, weights->number);
-            write_number(output, to * weights->width + word * WORD + c, number, weight);
-            value += kept;
-        }
-    }
-}
-
-/* Rows `first` to `last` of the weight with its zeros, (last - first, width). */
-EXPORT void permprune_unpack(const struct weights *weights, int64_t first, int64_t last, void *output, int32_t number)
-{
-    for (int64_t row = first; row < last; row++)
-        unpack_row(weights, row, output, row - first, number);
+    static const size_t sizes[NUMBERS] = {[F32] = 4, [BF16] = 2, [F16] = 2, [I8] = 1};
+    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+        return NO_KERNEL;
+    struct weights some = *weights;
+    some.rows = last - first;
+    some.values = (const char *)weights->values + (size_t)(first * weights->kept) * sizes[weights->number];
+    some.mask += first * weights->words * 8;
+    if (some.scale)
+        some.scale += first * ((weights->words + weights->block - 1) / weights->block);
+    struct job job = {&some, NULL, output, number};
+    deal_rows(&job, all_kernels[index]->unpack[some.number], some.rows, threads);
+    return DONE;
 }

@@ -1,12 +1,13 @@
-/* The products of one pair of numbers: `product_KIND` for packed weights, and `dense_KIND` for benchmarks.
+/* The kernels of one pair of numbers: `product_KIND` and, where vectors can be stored as floats, `unpack_KIND` for packed
+ * weights, and `dense_KIND` for benchmarks.
  *
  * Expects KIND; WEIGHT and STAGED, the numbers of weight and activations in memory; LANES; the types VECTOR and SUM;
  * LOAD(const STAGED *), a VECTOR; KEPT(const WEIGHT *), the next LANES values, a VECTOR; EXPAND(const WEIGHT *, uint64_t
  * bits), the next values put where `bits` has ones and zeros between, which may read LANES values; ZERO(),
- * FMA(SUM, VECTOR, VECTOR) and TOTAL(SUM).
+ * FMA(SUM, VECTOR, VECTOR) and TOTAL(SUM); and STORE(float *, VECTOR), where the vectors are floats.
  *
  * Where activations can be picked by an index, also the type INDEX; INDICES(uint64_t bits), where the ones stand among
- * 2 LANES channels; PICK(VECTOR, INDEX, VECTOR); and PICK_FROM, the batch from which that is the quicker way.
+ * 2 LANES channels; and PICK(VECTOR, INDEX, VECTOR). Then weights that keep half of each word are multiplied that way.
  */
 #define MASK_WORD mask_word
 #define AHEAD (WORD / 2) /* values to fetch early, of those that a word keeps in the usual patterns */
@@ -35,13 +36,34 @@
 static void PASTE(product_, KIND)(const struct job *job, int64_t first, int64_t last)
 {
 #ifdef PICK
-    if (job->weights->half && job->staged->batch >= PICK_FROM) {
+    if (job->weights->half) {
         PASTE(pick_, KIND)(job, first, last);
         return;
     }
 #endif
     PASTE(expand_, KIND)(job, first, last);
 }
+
+#ifdef STORE
+static void PASTE(unpack_, KIND)(const struct job *job, int64_t first, int64_t last)
+{
+    const struct weights *weights = job->weights;
+    const WEIGHT *end = (const WEIGHT *)weights->values + weights->rows * weights->kept;
+    WEIGHT room[WORD];
+    float line[WORD];
+    for (int64_t row = first; row < last; row++) {
+        const WEIGHT *values = (const WEIGHT *)weights->values + row * weights->kept;
+        for (int64_t word = 0; word < weights->words; word++) {
+            uint64_t bits = mask_word(weights->mask + row * weights->words * 8, word);
+            const WEIGHT *from = readable(values, end, room, sizeof(WEIGHT));
+            for (int step = 0; step < WORD; step += LANES)
+                STORE(line + step, EXPAND(from + __builtin_popcountll(before(bits, step)), bits >> step));
+            values += __builtin_popcountll(bits);
+            write_line(job, row, word * WORD, line);
+        }
+    }
+}
+#endif
 
 #undef KIND
 #undef WEIGHT

@@ -28,6 +28,7 @@ static ALWAYS_INLINE float32x4_t expand(float32x4_t kept, uint64_t bits)
 #define VECTOR float32x4_t
 #define SUM float32x4_t
 #define LOAD(p) vld1q_f32(p)
+#define STORE(p, v) vst1q_f32(p, v)
 #define EXPAND(p, bits) expand(KEPT(p), bits)
 #define ZERO() vdupq_n_f32(0)
 #define FMA(sum, w, x) vfmaq_f32(sum, w, x)
@@ -89,5 +90,5 @@ static ALWAYS_INLINE int32x4_t dot_i8(word_i8 w, word_i8 x)
 
 static int runs_here(void) { return 1; }
 
-const struct kernels neon_kernels = {.name = "neon", .runs_here = runs_here, ALL_PRODUCTS};
+const struct kernels neon_kernels = {.name = "neon", .runs_here = runs_here, ALL_KERNELS};
 #endif

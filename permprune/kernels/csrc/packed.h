@@ -60,19 +60,21 @@ struct staged {
 struct job {
     const struct weights *weights;
     const struct staged *staged;
-    void *output; /* (batch, rows) */
+    void *output; /* (batch, rows); (rows, width) to unpack */
     int32_t output_number;
 };
 
 typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
 
-/* What one instruction set offers: `products` by what the weight holds, `pairs` for bf16 by bf16 where there is such an
- * instruction (else NULL), and the same products with a weight that keeps everything, for benchmarks. */
+/* What one instruction set offers, by what the weight holds: `products`; `dense`, the same with a weight that keeps
+ * everything, for benchmarks; and `unpack`, which writes the weight with its zeros, (rows, width). `pairs`
+ * multiplies bf16 by bf16 where there is such an instruction, else it is NULL. */
 struct kernels {
     const char *name;
     int (*runs_here)(void);
     rows_kernel *products[NUMBERS];
     rows_kernel *dense[NUMBERS];
+    rows_kernel *unpack[NUMBERS];
     int (*pairs_run_here)(void);
     rows_kernel *pairs, *dense_pairs;
 };
@@ -154,6 +156,23 @@ static ALWAYS_INLINE uint64_t mask_word(const uint8_t *mask, int64_t word)
     uint64_t bits;
     memcpy(&bits, mask + word * 8, sizeof bits);
     return bits;
+}
+
+/* Some floats of a row of the unpacked weight. */
+static ALWAYS_INLINE void write_line(const struct job *job, int64_t row, int64_t channel, const float *line)
+{
+    const int64_t left = job->weights->width - channel, to = row * job->weights->width + channel;
+    const int count = left < WORD ? (int)left : WORD;
+    switch (job->output_number) { /* a loop for each */
+    case F32: memcpy((float *)job->output + to, line, (size_t)count * sizeof *line); break;
+    case BF16:
+        for (int c = 0; c < count; c++)
+            write_number(job->output, to + c, BF16, line[c]);
+        break;
+    default:
+        for (int c = 0; c < count; c++)
+            write_number(job->output, to + c, F16, line[c]);
+    }
 }
 
 /* The first `channels` channels of a word. */

@@ -18,6 +18,8 @@ static ALWAYS_INLINE vector expand(vector kept, uint64_t bits)
 
 static ALWAYS_INLINE vector load(const float *p) { return (vector){p[0], p[1], p[2], p[3]}; }
 
+static ALWAYS_INLINE void store(float *p, vector v) { memcpy(p, &v, sizeof v); }
+
 static ALWAYS_INLINE vector load_bf16(const uint16_t *p)
 {
     return (vector){bf16_to_f32(p[0]), bf16_to_f32(p[1]), bf16_to_f32(p[2]), bf16_to_f32(p[3])};
@@ -33,6 +35,7 @@ static ALWAYS_INLINE vector load_f16(const uint16_t *p)
 #define VECTOR vector
 #define SUM vector
 #define LOAD(p) load(p)
+#define STORE(p, v) store(p, v)
 #define EXPAND(p, bits) expand(KEPT(p), bits)
 #define ZERO() ((vector){0})
 #define FMA(sum, w, x) ((sum) + (w) * (x))
@@ -100,4 +103,4 @@ static ALWAYS_INLINE int32_t dot_i8(const word_i8 *w, const word_i8 *x)
 
 static int runs_here(void) { return 1; }
 
-const struct kernels portable_kernels = {.name = "portable", .runs_here = runs_here, ALL_PRODUCTS};
+const struct kernels portable_kernels = {.name = "portable", .runs_here = runs_here, ALL_KERNELS};

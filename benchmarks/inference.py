@@ -1,0 +1,135 @@
+"""One linear layer with a packed 2:4 weight, beside the same dense: a Markdown table of milliseconds and ratios.
+
+`packed` is `permprune.kernels`; `dense` the same kernel with a dense weight (same tiles, same threads); `torch` is
+`torch.nn.functional.linear` on a dense weight of the activations' type. They take turns, and the fastest of all turns
+counts. Weights are cycled through so many copies that none is in the processor's cache.
+
+python benchmarks/inference.py --threads 1 2 --batch 1 16
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from permprune.kernels import PackedWeight, native
+from permprune.pattern import Pattern
+
+Product = Callable[[Tensor], Tensor]
+
+CACHE = 1 << 27
+"""Bytes that no processor's cache holds for one process."""
+TYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "int8": (torch.int8, torch.float32),
+}
+"""Of the weight, and of the activations."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--pattern", default="2:4")
+    parser.add_argument("--kernels", choices=native.names(), default=native.names()[0])
+    options = parser.parse_args()
+    print(f"{options.kernels}, {options.pattern}, {options.rows} x {options.width}, ms\n")
+    print("| type | batch | threads | packed | dense | torch | dense / packed | torch / packed | byte limit |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in options.types:
+        torch.manual_seed(0)
+        stored, activations = TYPES[name]
+        pattern = Pattern.parse(options.pattern)
+        weight = torch.randn(options.rows, options.width)
+        products, limit = layers(weight * pattern.mask(weight.abs()), pattern, stored, activations, options.kernels)
+        for batch in options.batch:
+            x = torch.randn(batch, options.width).to(activations)
+            check(products, x)
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                packed, dense, blas = measure(products, x, options.turns)
+                print(
+                    f"| {name} | {batch} | {threads} | {packed:.2f} | {dense:.2f} | {blas:.2f} | "
+                    f"{dense / packed:.2f} | {blas / packed:.2f} | {limit:.2f} |",
+                    flush=True,
+                )
+
+
+def layers(
+    weight: Tensor, pattern: Pattern, stored: torch.dtype, activations: torch.dtype, kernels: str
+) -> tuple[list[Product], float]:
+    """The weight packed, dense on the same kernels, and in torch; and the dense bytes over the packed ones."""
+    packed = PackedWeight.pack(weight, pattern, stored)
+    values = weight.to(stored)
+    if packed.scale is not None:
+        scale = packed.scale.repeat_interleave(packed.block, 1)[:, : weight.shape[1]]
+        values = (weight / scale).round().to(stored)
+    dense_bytes = values.nbytes + (0 if packed.scale is None else packed.scale.nbytes)
+    return [
+        cycle([_packed(copy(packed), kernels) for _ in range(copies(packed.nbytes))]),
+        cycle([_dense(values.clone(), packed.scale, kernels) for _ in range(copies(dense_bytes))]),
+        cycle([_torch(weight.to(activations)) for _ in range(copies(weight.to(activations).nbytes))]),
+    ], dense_bytes / packed.nbytes
+
+
+def copies(size: int) -> int:
+    return max(1, -(-CACHE // size))
+
+
+def cycle(products: list[Product]) -> Product:
+    """The products in turn, one a call."""
+
+    def product(x: Tensor) -> Tensor:
+        products.append(products.pop(0))
+        return products[-1](x)
+
+    return product
+
+
+def copy(weight: PackedWeight) -> PackedWeight:
+    scale = None if weight.scale is None else weight.scale.clone()
+    return PackedWeight(weight.pattern, weight.values.clone(), weight.mask.clone(), scale, weight.block)
+
+
+def _packed(weight: PackedWeight, kernels: str) -> Product:
+    pattern = weight.pattern
+    described = native.describe(weight.values, weight.mask, weight.scale, n=pattern.n, m=pattern.m, block=weight.block)
+    return lambda x, _owner=weight: native.multiply(described, x, kernels)  # type: ignore[misc]
+
+
+def _dense(values: Tensor, scale: Tensor | None, kernels: str) -> Product:
+    described = native.describe_dense(values, scale)
+    return lambda x, _owner=(values, scale): native.multiply(described, x, kernels, dense=True)  # type: ignore[misc]
+
+
+def _torch(weight: Tensor) -> Product:
+    return lambda x: F.linear(x, weight)
+
+
+def check(products: list[Product], x: Tensor) -> None:
+    """All give the same, within the rounding of int8 weights and activations."""
+    found = [product(x).float() for product in products]
+    assert all((other - found[0]).norm() < 0.02 * found[0].norm() for other in found)
+
+
+def measure(products: list[Product], x: Tensor, turns: int) -> list[float]:
+    """Milliseconds of each, the fastest of its turns."""
+    fastest = [float("inf")] * len(products)
+    for _ in range(turns):
+        for index, product in enumerate(products):
+            began = time.perf_counter()
+            product(x)
+            fastest[index] = min(fastest[index], time.perf_counter() - began)
+    return [1000 * seconds for seconds in fastest]
+
+
+if __name__ == "__main__":
+    main()
