@@ -33,5 +33,5 @@ $(STAMP): pyproject.toml hatch_build.py $(wildcard permprune/kernels/csrc/*)
 	@touch $@
 
 $(DOCS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet 'permprune[docs]'
 	@touch $@
