@@ -22,25 +22,25 @@ KINDS = ("d_ff", "head channels", "heads", "residual")
 
 HEAD = """# Supported models
 
-What permprune finds in tiny random models of these families, with transformers {transformers} and torch {torch}. No
-name of a family stands in the code: others work as well where their operations do. Written by `make supported`.
+What permprune finds in tiny random models of these families, with transformers {transformers} and torch {torch}. The
+code names no family: others work as well if permprune knows their operators. Written by `make supported`.
 
 - **d_ff**: the inner width of an MLP or an expert, or another width that is read in one place; any order.
 - **head channels**: the channels of values within each head, or each key/value head.
 - **heads**: whole heads, groups of them, and heads within a group.
-- **residual**: channels read in several places, all in one order; where a grouped convolution reads them as well, one
-  space within its groups and one of whole groups.
+- **residual**: channels that are read in several places, all in one order. Where a grouped convolution reads them as
+  well, there is one space within its groups and one of whole groups.
 
-Each number counts spaces. "Difference" is the largest change of an output, as a share of the largest output, when each
-space alone and then all together were permuted at random; models are in float64, and where it is not near 1e-16 the
-model's own code computes norms in float32.
+Each number counts spaces. "Difference" is the largest change of an output, relative to the largest output, when each
+space alone and then all spaces together are permuted at random. Models are in float64; where the difference is not near
+1e-16, the model's own code computes norms in float32.
 
 | family | class | {kinds} | difference | frozen |
 |---|---|{columns}---:|---|
 """
 
 REFUSALS = """
-Not traced, so that only `--mode gather` prunes them:
+Models that cannot be traced, so that only `--mode gather` prunes them:
 
 | family | why |
 |---|---|

@@ -112,6 +112,12 @@ def test_python_examples_are_python(page: Path) -> None:
         assert not missing
 
 
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_between_files_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#:]+)[^):]*\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
 def test_the_navigation_has_every_page_once() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = [page for section in config["nav"] for part in section.values() for page in pages_of(part)]
