@@ -60,28 +60,36 @@ ANSWER = "answer"
 VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
 
 
-def evaluate(name: str, evaluation: Evaluation) -> Result:
+def evaluate(name: str, evaluation: Evaluation, *, trust_remote_code: bool = False) -> Result:
     """What a model, by name or folder, scores: perplexity, accuracy or word error rate.
 
-    Raises `PermpruneError` for examples that do not say what is right.
+    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` for examples that do not say what is right.
     """
     keep_freed_memory()
-    model, processor, _ = read_model(name)
+    model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
     examples, tokenizer = evaluation.examples(model, processor), transcriber(model, processor)
     return evaluate_model(model, examples, tokenizer, None, BATCH * TOGETHER[kind_of(model)], evaluation.metric)[0]
 
 
-def probe(name: str, out: Path, classes: Sequence[str], source: str | None, windows: int) -> Result:
+def probe(
+    name: str,
+    out: Path,
+    classes: Sequence[str],
+    source: str | None,
+    windows: int,
+    *,
+    trust_remote_code: bool = False,
+) -> Result:
     """Fit a linear classifier of these classes to what a model makes of images or sentences, and write both to `out`.
 
-    `source` and `windows` are as those of `Evaluation`, of the part to train on. Returns the accuracy on a held-out
-    part of it. Raises `PermpruneError`.
+    `source` and `windows` are as those of `Evaluation`, of the part to train on; `trust_remote_code` as that of
+    `read_model`. Returns the accuracy on a held-out part of it. Raises `PermpruneError`.
     """
     require("windows", windows, Count)
     require_absent(out)
     require_writable(out)
     keep_freed_memory()
-    model, processor, _ = read_model(name)
+    model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
     require_space(out, weight_bytes(model))
     headed = with_head(model, classes)
     fitted = fit_probe(headed, load_examples(source, headed, processor, "probe", windows * ANSWERED_ONCE))
@@ -145,14 +153,14 @@ def compare(
     }
 
 
-def verify_folder(folder: Path) -> dict[str, float]:
+def verify_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, float]:
     """Prove a folder that permprune wrote: N:M in stored order, it reloads, and it says what the masked model said.
 
-    Returns "layers", how many were checked, and "difference", the largest of the outputs. Raises `PermpruneError`
-    naming the first thing that does not hold.
+    Returns "layers", how many were checked, and "difference", the largest of the outputs. `trust_remote_code` is as
+    that of `read_model`. Raises `PermpruneError` naming the first thing that does not hold.
     """
     record = read_record(folder)
-    model = load(folder)
+    model = load(folder, trust_remote_code=trust_remote_code)
     require_patterns(model, record)
     probe = load_file(folder / PROBE)
     expected = probe.pop(ANSWER)
@@ -190,7 +198,7 @@ class _Done:
 
 def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
     """Prune a model that is held in memory."""
-    model, processor, stored = read_model(name)
+    model, processor, stored = read_model(name, trust_remote_code=settings.trust_remote_code)
     require_space(work.out, weight_bytes(model, stored))
     prepared = prepare(model, processor, settings, partial=work.path)
     with prepared.network.dense_weights():
@@ -216,8 +224,8 @@ def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Eva
 def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
     """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
     started = time.monotonic()
-    rank = f"rank-{parallel.rank()}"
-    model, processor, stored, weights = read_offloaded(name, work.scratch / rank)
+    rank, trust = f"rank-{parallel.rank()}", settings.trust_remote_code
+    model, processor, stored, weights = read_offloaded(name, work.scratch / rank, trust_remote_code=trust)
     require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
     plan = plan_run(model, settings, calibration_examples(model, processor, settings))

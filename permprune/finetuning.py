@@ -56,7 +56,8 @@ class FineTuning:
     `hidden` times the distance of the blocks' outputs (`Objective`). Dropout is off then, and the best epoch that of
     the least loss on `dev`, otherwise that of the best metric. `metric` as that of `Evaluation`. `lr` is by default
     that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32, of windows of text 4; there are 3
-    epochs by default, and more of small data. Raises `PermpruneError` for numbers out of range.
+    epochs by default, and more of small data. `trust_remote_code` is as that of `read_model`, of the teacher too.
+    Raises `PermpruneError` for numbers out of range.
     """
 
     data: str | None
@@ -71,6 +72,7 @@ class FineTuning:
     length: Count | None = None
     rows: Count | None = None
     seed: Seed = Training.seed
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -113,7 +115,7 @@ def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) ->
 
 def _finetune(name: str, options: FineTuning, work: WorkFolder) -> dict[str, Any]:
     keep_freed_memory()
-    model, processor, stored = read_model(name)
+    model, processor, stored = read_model(name, trust_remote_code=options.trust_remote_code)
     record = read_record(name) if (Path(name) / RECORD).exists() else None
     if record is None:
         model = _with_head(model, options)
@@ -122,7 +124,11 @@ def _finetune(name: str, options: FineTuning, work: WorkFolder) -> dict[str, Any
     if not knows_right(model, examples):
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)
-    teacher = None if options.teacher is None else _teacher(options.teacher, model, record, examples, task)
+    teacher = (
+        None
+        if options.teacher is None
+        else _teacher(options.teacher, model, record, examples, task, options.trust_remote_code)
+    )
     objective = Objective()
     if teacher is not None:  # it knows its labels by heart, but no text
         objective = Objective(float(kind_of(model) == "text"), divergence=1.0, distillation=options.hidden)
@@ -183,13 +189,18 @@ def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
 
 @torch.no_grad()
 def _teacher(
-    name: str, model: PreTrainedModel, record: dict[str, Any] | None, examples: Examples, task: Task
+    name: str,
+    model: PreTrainedModel,
+    record: dict[str, Any] | None,
+    examples: Examples,
+    task: Task,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The dense model, its channels in the order in which those of the pruned one are stored.
 
     Raises `PermpruneError` where it says other things than the model.
     """
-    teacher, _, _ = read_model(name)
+    teacher, _, _ = read_model(name, trust_remote_code=trust_remote_code)
     part = examples[:1].trimmed()
     own, taught = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
     if own != taught:

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.coupling import canonical_names
-from permprune.model_io import GATHERED, loading, read_config, write_configs
+from permprune.model_io import GATHERED, PROCESSOR, WEIGHTS, loading, read_config, write_configs
+from permprune.models.weights import load_whole, whole_skeleton
 from permprune.processors import Processor, read_processor
 from permprune.resources import best_device
 from permprune.zoo.models import resolve_model
@@ -60,28 +61,41 @@ class StoredWeights(Mapping[str, Tensor]):
         return len(self.stored)
 
 
-def read_skeleton(name: str) -> PreTrainedModel:
-    """The model of that name without weights, on the meta device. Raises `PermpruneError`."""
-    with loading(name), torch.device("meta"):
-        architecture, config = read_config(resolve_model(name))
-        model: PreTrainedModel = architecture._from_config(config)
+def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of that name without weights, on the meta device.
+
+    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`, and where the weights are not those of the
+    model.
+    """
+    source = resolve_model(name)
+    with loading(name, source):
+        architecture, config = read_config(source, trust_remote_code)
+    with loading(name, source, WEIGHTS):
+        if not (Path(source) / GATHERED).exists():
+            return whole_skeleton(name, architecture, config, source, trust_remote_code=trust_remote_code)[0]
+        with torch.device("meta"):
+            model: PreTrainedModel = architecture._from_config(config)
     model.to("meta")  # type: ignore[arg-type]  # some parameters are made where no default device is heeded
     return model
 
 
-def read_offloaded(name: str, folder: Path) -> tuple[PreTrainedModel, Processor | None, torch.dtype, StoredWeights]:
+def read_offloaded(
+    name: str, folder: Path, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Processor | None, torch.dtype, StoredWeights]:
     """What `read_model` gives, with the parameters on the meta device, and the weights beside it.
 
     The model runs once `attach` has given it weights. Where Transformers stores weights otherwise than it computes with
-    them (fused experts), they are written anew to `folder`. Raises `PermpruneError` when there are no safetensors.
+    them (fused experts), they are written anew to `folder`. `trust_remote_code` is as that of `read_model`. Raises
+    `PermpruneError`, and when there are no safetensors.
     """
     source = resolve_model(name)
-    with loading(name):
-        architecture, _ = read_config(source)
-        processor = read_processor(source)
-        model = architecture.from_pretrained(
-            source, dtype="auto", device_map={"": "disk"}, offload_folder=str(folder), use_safetensors=True
-        )
+    with loading(name, source):
+        architecture, config = read_config(source, trust_remote_code)
+    with loading(name, source, PROCESSOR):
+        processor = read_processor(source, trust_remote_code)
+    options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}
+    with loading(name, source, WEIGHTS):
+        model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     remove_hook_from_submodules(model)

@@ -58,6 +58,7 @@ class Settings:
     at the orders found, as far as the held-out examples like it (`update_network`). `batch`: calibration examples that
     pass through the model at a time. `recompute`: run each block again in the backward pass instead of keeping its
     activations. `shared`: the evaluation comes from the same images, speech or sentences, of which each gets half.
+    `trust_remote_code`: run the code that comes with a checkpoint, where the model is read by name (`read_model`).
     Raises `PermpruneError` for numbers out of range and unknown names.
     """
 
@@ -78,6 +79,7 @@ class Settings:
     batch: Count = 4
     recompute: bool = False
     shared: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         require_fields(self)

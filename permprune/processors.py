@@ -24,11 +24,11 @@ TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 OTHER_FILES = ("*processor_config.json",)
 
 
-def read_processor(source: str | Path) -> Processor | None:
+def read_processor(source: str | Path, trust_remote_code: bool = False) -> Processor | None:
     """The tokenizer, image processor or feature extractor of a folder or hub id, or the processor that joins them.
 
-    None for a folder that has none of their files: Transformers would make up an empty tokenizer. Raises what
-    Transformers raises when there is one that does not load.
+    None for a folder that has none of their files: Transformers would make up an empty tokenizer. Code that comes with
+    one is run only with `trust_remote_code`. Raises what Transformers raises when there is one that does not load.
     """
     folder = Path(source)
     kinds: list[Any] = [AutoProcessor, AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor]
@@ -38,7 +38,7 @@ def read_processor(source: str | Path) -> Processor | None:
     failures: list[Exception] = []
     for kind in kinds:
         try:
-            processor: Processor = kind.from_pretrained(source)
+            processor: Processor = kind.from_pretrained(source, trust_remote_code=trust_remote_code)
         except Exception as error:  # a wrong kind raises whatever its reader meets first
             failures.append(error)
         else:

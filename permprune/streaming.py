@@ -45,7 +45,7 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
     """
     if settings.memory is None:
         return False
-    model = read_skeleton(name)
+    model = read_skeleton(name, trust_remote_code=settings.trust_remote_code)
     layers = prunable_layers(model, parse_pattern(settings.pattern), settings.exclude)
     local = isinstance(method, LocalPermuter)
     tokens = 0 if settings.recompute else settings.batch * settings.length

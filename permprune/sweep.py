@@ -137,7 +137,7 @@ def _check(name: str, cells: list[Cell], settings: Settings, jobs: int) -> None:
     require("jobs", jobs, Count)
     if jobs > 1 and parallel.world() > 1:
         raise PermpruneError(f"{jobs} jobs in {parallel.world()} processes: give --jobs without torchrun")
-    skeleton = read_skeleton(name)
+    skeleton = read_skeleton(name, trust_remote_code=settings.trust_remote_code)
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
         prunable_layers(skeleton, parse_pattern(pattern), settings.exclude)
 

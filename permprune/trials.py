@@ -108,7 +108,7 @@ class Trials:
     def __init__(self, name: str, settings: Settings, evaluation: Evaluation, partial: Path | None = None) -> None:
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
-        model, self.processor, _ = read_model(name)
+        model, self.processor, _ = read_model(name, trust_remote_code=settings.trust_remote_code)
         self.prepared = prepare(model, self.processor, settings, partial=partial)
         with self.prepared.network.dense_weights():
             self.measure = Meter(model, self.processor, evaluation)

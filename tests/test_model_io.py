@@ -99,11 +99,11 @@ def test_a_damaged_processor_is_one_line(fixture: str, file: str, request: pytes
 
 
 def test_of_a_hub_id_whatever_loads_first_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(source: str) -> None:
+    def fail(source: str, **options: bool) -> None:
         raise OSError(f"{source} has no preprocessor_config.json")
 
     monkeypatch.setattr(tf.AutoProcessor, "from_pretrained", fail)
-    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda source: f"tokenizer of {source}")
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", lambda source, **_options: f"tokenizer of {source}")
     assert read_processor("owner/name") == "tokenizer of owner/name"
     for kind in (tf.AutoTokenizer, tf.AutoImageProcessor, tf.AutoFeatureExtractor):
         monkeypatch.setattr(kind, "from_pretrained", fail)
@@ -114,7 +114,7 @@ def test_of_a_hub_id_whatever_loads_first_is_taken(monkeypatch: pytest.MonkeyPat
 def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each question takes half a minute of retries, and each kind of processor several."""
 
-    def fail(source: str) -> None:
+    def fail(source: str, **options: bool) -> None:
         asked.append(source)
         raise OSError("We couldn't connect")
 

@@ -51,6 +51,9 @@ TaskFile = Annotated[
 ]
 TaskData = Annotated[str | None, typer.Option(help="folder with files of the tasks; the hub if absent")]
 Limit = Annotated[int | None, typer.Option(help="examples of each task; all if absent")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model, where it needs that")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
 
 METHODS = f"one of {', '.join(PERMUTERS)}, with options after it, as newton:rounds=6"
@@ -105,6 +108,7 @@ def settings(
         float | None, typer.Option(help="end the search after so long (the result then varies)")
     ] = Settings.minutes,
     exclude: Annotated[list[str] | None, typer.Option(help="glob of layers that stay dense; may be repeated")] = None,
+    trust_remote_code: TrustRemoteCode = Settings.trust_remote_code,
 ) -> Settings:
     """The options of every command that prunes."""
     return Settings(
@@ -122,6 +126,7 @@ def settings(
         recompute=recompute,
         minutes=minutes,
         exclude=tuple(exclude or ()),
+        trust_remote_code=trust_remote_code,
     )
 
 

@@ -26,6 +26,7 @@ def evaluate(
     task_file: cli.TaskFile = None,
     limit: cli.Limit = None,
     few_shot: Annotated[int | None, typer.Option(help="solved examples in each prompt of the tasks")] = None,
+    trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> None:
     """Perplexity, accuracy or word error rate of MODEL, which may be a folder that permprune wrote, or task scores.
@@ -33,12 +34,12 @@ def evaluate(
     With --tasks, --data is a folder with their files.
     """
     if chosen := cli.task_list(tasks, task_file, data, limit, few_shot):
-        results = evaluate_tasks(model, chosen)
+        results = evaluate_tasks(model, chosen, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
         cli.write_figures(json, figures)
         cli.show(tasks_table(model, results))
         return
-    result = run(model, Evaluation(data, windows, length, metric=metric))
+    result = run(model, Evaluation(data, windows, length, metric=metric), trust_remote_code=trust_remote_code)
     cli.write_figures(json, result.to_json())
     error = "" if result.stderr is None else f" ± {number(result.stderr)}"
     print(f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}")

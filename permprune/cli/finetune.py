@@ -41,11 +41,14 @@ def finetune(
     length: Annotated[int | None, typer.Option(help="tokens in an example; 128, of windows of text 512")] = None,
     rows: Annotated[int | None, typer.Option(help="examples to draw; all, of windows of text 256")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+    trust_remote_code: cli.TrustRemoteCode = FineTuning.trust_remote_code,
     json: cli.Json = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last epoch")] = False,
 ) -> None:
     """Train MODEL on labelled data or text; of a pruned folder only what is left, its zeros stay."""
-    options = FineTuning(data, dev, train, teacher, hidden, metric, epochs, lr, batch, length, rows, seed)
+    options = FineTuning(
+        data, dev, train, teacher, hidden, metric, epochs, lr, batch, length, rows, seed, trust_remote_code
+    )
     found = run(model, out, options, resume)
     cli.write_figures(json, found)
     after = with_error(found["after"], found["stderr"])

@@ -25,9 +25,10 @@ def inspect(
         typer.Option(help=".safetensors or .npz of the model's inputs by name, to trace it on; made up if absent"),
     ] = None,
     each: Annotated[bool, typer.Option("--each", help="a row for every space, not for every kind")] = False,
+    trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
     """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
-    network, processor, _ = read_model(model)
+    network, processor, _ = read_model(model, trust_remote_code=trust_remote_code)
     if verify:
         network.double()
     batch = read_example(example, network) if example else example_inputs(network, processor)

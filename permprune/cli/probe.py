@@ -25,10 +25,11 @@ def probe(
         CLASSES
     ),
     windows: Annotated[int, typer.Option(help="how much of it, 32 examples each")] = 128,
+    trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
     """Make a classifier of MODEL: a linear layer on what it makes of images or sentences, all else as it is."""
     names = cli.parts(classes)
     if len(names) < 2:
         raise PermpruneError(f"{len(names)} classes: name two or more, separated by commas")
-    result = run(model, out, names, data, windows)
+    result = run(model, out, names, data, windows, trust_remote_code=trust_remote_code)
     print(f"{result.metric} {number(result.value)} on {result.count} examples held out; written to {out}")

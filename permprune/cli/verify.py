@@ -12,8 +12,11 @@ from permprune.commands import verify_folder
 
 
 @cli.command
-def verify(folder: Annotated[Path, typer.Argument(help="a folder that permprune wrote")]) -> None:
+def verify(
+    folder: Annotated[Path, typer.Argument(help="a folder that permprune wrote")],
+    trust_remote_code: cli.TrustRemoteCode = False,
+) -> None:
     """Prove a pruned FOLDER: N:M in stored order, it reloads, and it says what the masked model said."""
-    found = verify_folder(folder)
+    found = verify_folder(folder, trust_remote_code=trust_remote_code)
     print(f"{found['layers']} layers hold the pattern in stored order")
     print(f"reloaded; logits differ by at most {found['difference']:.1e} from the masked model in its own order")

@@ -155,13 +155,13 @@ class LoadedTasks:
         ]
 
 
-def evaluate_tasks(name: str, tasks: TaskList) -> list[Result]:
+def evaluate_tasks(name: str, tasks: TaskList, *, trust_remote_code: bool = False) -> list[Result]:
     """What a model, by name or folder, scores on tasks, by each metric; at last the average if there are several.
 
-    Raises `PermpruneError`.
+    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`.
     """
     measure = tasks.load()
-    model, processor, _ = read_model(name)
+    model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
     results = measure(model, processor)
     mean = average(results)
     return results if mean is None or mean.count == 1 else [*results, mean]
@@ -246,7 +246,13 @@ def _reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
         def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
             return super().generate_until(requests, disable_tqdm)
 
-    return Reader(pretrained=model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=BATCH)
+    return Reader(
+        pretrained=model,
+        backend="causal",
+        tokenizer=deepcopy(tokenizer),
+        batch_size=BATCH,
+        trust_remote_code=False,
+    )
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
     kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
     config = _mapped(model.config, kind)
     config.num_labels = classes
-    headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype)
+    headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype, trust_remote_code=False)
     prefix, own = f"{headed.base_model_prefix}.", model.state_dict(keep_vars=True)
     shared = {key: own[name] for key in headed.state_dict() if (name := key.removeprefix(prefix)) in own}
     missing = {key.partition(".")[0] for key in headed.state_dict().keys() - shared.keys()}

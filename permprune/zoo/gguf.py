@@ -21,8 +21,9 @@ def convert(files: Sequence[Path], folder: Path) -> None:
         for part in files[1:]:
             with part.open("rb") as source:
                 shutil.copyfileobj(source, sink, 1 << 20)
-    tokenizer = AutoTokenizer.from_pretrained(whole.parent, gguf_file=whole.name)
-    loaded = AutoModelForCausalLM.from_pretrained(whole.parent, gguf_file=whole.name, dtype=torch.float32)
+    place = {"gguf_file": whole.name, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(whole.parent, **place)
+    loaded = AutoModelForCausalLM.from_pretrained(whole.parent, dtype=torch.float32, **place)
     config = loaded.config
     del config.quantization_config  # the weights are plain fp32 now; with it save_pretrained refuses
     model = type(loaded)(config)

@@ -1,0 +1,1 @@
+"""Reading models: checkpoints that are whole, and the classes they name."""
