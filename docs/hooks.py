@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"{file.src_uri.removesuffix('.ipynb')}.md", content=markdown(notebook)))
         files.append(file)
     return files
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep figures, their errors and their units on one line in the cells of tables."""
+    return re.sub(r"<td[^>]*>[^<]*", lambda cell: re.sub(r"(?<=[\d±]) (?=[\d±%])", "&nbsp;", cell[0]), html)
 
 
 def markdown(notebook: dict[str, Any]) -> str:
