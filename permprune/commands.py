@@ -99,12 +99,19 @@ def probe(
 
 
 def prune_to_folder(
-    name: str, out: Path, permute: str, settings: Settings, evaluation: Evaluation, resume: bool = False
+    name: str,
+    out: Path,
+    permute: str,
+    settings: Settings,
+    evaluation: Evaluation,
+    resume: bool = False,
+    announce: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to `out`.
 
     While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
-    With `resume` a search goes on from its last state. Returns the record. Raises `PermpruneError`.
+    With `resume` a search goes on from its last state. `announce` is given the record before anything is written to
+    `out`. Returns the record. Raises `PermpruneError`.
     """
     method = permuter(permute)
     with WorkFolder(out).held("prune", resume) as work:
@@ -119,6 +126,7 @@ def prune_to_folder(
             "seconds": {**done.seconds, "total": time.monotonic() - started},
             "peak_memory_mb": peak_memory_mb(),
         }
+        announce(record)
         parallel.on_first(lambda: _write(done, record, work))
     return record
 
@@ -201,6 +209,7 @@ def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Eva
     model, processor, stored = read_model(name, trust_remote_code=settings.trust_remote_code)
     require_space(work.out, weight_bytes(model, stored))
     prepared = prepare(model, processor, settings, partial=work.path)
+    require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.network))
     with prepared.network.dense_weights():
         measure = Meter(model, processor, evaluation)
         dense = measure()
@@ -228,11 +237,12 @@ def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation:
     model, processor, stored, weights = read_offloaded(name, work.scratch / rank, trust_remote_code=trust)
     require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
-    plan = plan_run(model, settings, calibration_examples(model, processor, settings))
+    plan = plan_run(model, settings, calibration_examples(model, processor, settings), weights.stored)
     stream = Stream(model, weights, plan, work.path / rank)
+    require_space(work.out, weight_bytes(model, stored) + parallel.world() * stream.state_bytes)
     pruned = stream.solve(cast(LocalPermuter, method))
-    search = pruned.solution.seconds
-    seconds = {"calibrate": time.monotonic() - started - search, "search": search, "update": 0.0}
+    calibrated = time.monotonic() - started - stream.seconds
+    seconds = {"calibrate": calibrated, "search": pruned.solution.seconds, "update": 0.0}
     results = []
     for edit in (None, stream.masked(NATURAL), stream.masked(DECIDED)):
         weights.edit = edit

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
+from permprune.system.digests import digest_of
 
 SORTED = 50
 """Batches whose examples are sorted by length together."""
@@ -88,6 +90,11 @@ class Examples:
 
     def to(self, device: torch.device) -> Examples:
         return Examples({name: tensor.to(device) for name, tensor in self._tensors.items()})
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all their values, wherever they lie."""
+        return digest_of(sorted(self._tensors.items()))
 
     @property
     def device(self) -> torch.device:

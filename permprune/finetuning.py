@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from permprune.data import TOGETHER, kind_of, load_examples, read_labelled_text
 from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, knows_right, with_head
 from permprune.examples import Examples
+from permprune.footprint import weight_bytes
 from permprune.losses import Objective
 from permprune.model_io import RECORD, read_model, read_record, write_weights
 from permprune.options import Count, NonNegative, Positive, Seed, require_fields
@@ -25,7 +27,8 @@ from permprune.pipeline import short_inputs
 from permprune.processors import Processor
 from permprune.report import write_report
 from permprune.resources import keep_freed_memory
-from permprune.system.files import WorkFolder, atomic_folder, write_json
+from permprune.system.digests import WEIGHTS, model_digests, versions
+from permprune.system.files import WorkFolder, atomic_folder, require_space, write_json
 from permprune.tasks import Task, choose_task, decodes, writes
 from permprune.training import Trainer, Training, masked, trained_weights
 from permprune.trials import BATCH
@@ -99,21 +102,30 @@ class FineTuning:
         return rest, dev
 
 
-def finetune(name: str, out: Path, options: FineTuning, resume: bool = False) -> dict[str, Any]:
+def finetune(
+    name: str,
+    out: Path,
+    options: FineTuning,
+    resume: bool = False,
+    announce: Callable[[dict[str, Any]], None] = lambda found: None,
+) -> dict[str, Any]:
     """Train a model, by name or folder, and write it to `out` as it was found: with its record if it was pruned.
 
     A model without a head is given one for the labels of the data. What is zero in the layers of a pruned model stays
     zero. While it runs the state lies in `out`.partial; with `resume` the training goes on from there. Returns what was
     measured: "metric", "before" and "after", its standard error "stderr", over "count" of "unit", that of the teacher
-    ("dense", None without one), and the "curve" of the epochs. Raises `PermpruneError`.
+    ("dense", None without one), and the "curve" of the epochs. `announce` is given that before the folder is
+    written. Raises `PermpruneError`.
     """
     if parallel.world() > 1:
         raise PermpruneError("finetune runs as one process: start it without torchrun")
     with WorkFolder(out).held("finetune", resume) as work:
-        return _finetune(name, options, work)
+        return _finetune(name, options, work, announce)
 
 
-def _finetune(name: str, options: FineTuning, work: WorkFolder) -> dict[str, Any]:
+def _finetune(
+    name: str, options: FineTuning, work: WorkFolder, announce: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     keep_freed_memory()
     model, processor, stored = read_model(name, trust_remote_code=options.trust_remote_code)
     record = read_record(name) if (Path(name) / RECORD).exists() else None
@@ -136,14 +148,26 @@ def _finetune(name: str, options: FineTuning, work: WorkFolder) -> dict[str, Any
     def measure(shown: PreTrainedModel = model) -> Result:
         return evaluate_model(shown, held_out, None, None, batch, options.metric)[0]
 
+    identity = {
+        "model": name,
+        **dataclasses.asdict(options),
+        **model_digests(model, model.state_dict().items()),
+        "training examples": examples.digest,
+        "held-out examples": held_out.digest,
+        "teacher weights": None if teacher is None else model_digests(teacher, teacher.state_dict().items())[WEIGHTS],
+        **versions(),
+    }
+    weights = trained_weights(model, options.train)
+    state_bytes = 32 * sum(weight.numel() for weight in weights.values())  # now, best and two moments, twice
+    require_space(work.out, weight_bytes(model, stored) + state_bytes)
     trainer = Trainer(
         model,
-        trained_weights(model, options.train),
+        weights,
         task,
         objective,
         measure,
         options.training(model, len(examples)),
-        Checkpoint(work.path, {"model": name, **dataclasses.asdict(options)}),
+        Checkpoint(work.path, identity),
         teacher,
         None if teacher is None else held_out,
     )
@@ -165,9 +189,11 @@ def _finetune(name: str, options: FineTuning, work: WorkFolder) -> dict[str, Any
         "curve": [dataclasses.asdict(epoch) for epoch in curve],
     }
 
+    if record is not None:
+        require_patterns(model, record)
+    announce(found)
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
         if record is not None:
-            require_patterns(model, record)
             save_file(answered(model, load_file(Path(name) / PROBE)), folder / PROBE)
             optimised = {**record, "optimised": found}
             write_json(folder / RECORD, optimised)

@@ -10,7 +10,7 @@ matter, as for the two batches of a round on two ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -84,6 +84,11 @@ def merge(found: dict[str, T]) -> dict[str, T]:
     parts: list[Any] = [None] * world()
     dist.all_gather_object(parts, found)
     return {key: value for part in parts for key, value in part.items()}
+
+
+def common(items: Iterable[str]) -> set[str]:
+    """The items that every rank has."""
+    return set.intersection(*merge({str(rank()): set(items)}).values())
 
 
 def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -> Iterator[R]:

@@ -33,6 +33,7 @@ from permprune.progress import log
 from permprune.resources import compute_device, keep_freed_memory
 from permprune.saliency import Saliency, saliency
 from permprune.sample import sample
+from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.tasks import choose_task, model_inputs
 from permprune.transcripts import lacks_text, transcribed
 from permprune.updates import update, update_network
@@ -176,7 +177,7 @@ def prepare(
     batch, recompute = settings.batch * TOGETHER[kind_of(model)], settings.recompute
     if lacks_text(model, shown):
         shown = transcribed(model, shown, batch)
-    plan = plan_run(model, settings, shown, partial)
+    plan = plan_run(model, settings, shown, model.state_dict(), partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):
         task = choose_task(model, plan.measured, batch)
@@ -192,10 +193,17 @@ def prepare(
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
 
-def plan_run(model: PreTrainedModel, settings: Settings, examples: Examples, partial: Path | None = None) -> Plan:
+def plan_run(
+    model: PreTrainedModel,
+    settings: Settings,
+    examples: Examples,
+    weights: Mapping[str, Tensor],
+    partial: Path | None = None,
+) -> Plan:
     """Discover the couplings and share out the examples; `partial` is as that of `prepare`.
 
-    The weights are not looked at: they may be on the meta device. Raises `PermpruneError`.
+    The model may be on the meta device, with its weights on disk: `weights` are the model's, by name, for a digest.
+    Raises `PermpruneError`.
     """
     pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
@@ -208,7 +216,8 @@ def plan_run(model: PreTrainedModel, settings: Settings, examples: Examples, par
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
     dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
-    searched = {**asdict(settings), "exclude": list(settings.exclude), **dict.fromkeys(FREE)}
+    searched = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), worth)
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from permprune import parallel
 from permprune.calibrate import Statistics, frozen, inner_product
+from permprune.checkpoint import Checkpoint, Journal
 from permprune.coupling import fold_parameter
 from permprune.data import kind_of
 from permprune.errors import PermpruneError
@@ -112,8 +115,9 @@ def _gib(size: int) -> str:
 class Stream:
     """A model whose weights stay on disk, its plan, and what has been decided about its layers.
 
-    The masks of decided layers lie in `folder`, a bit a weight. Raises `PermpruneError` when even a layer at a time
-    takes more memory than the settings allow.
+    The masks of decided layers lie in `folder`, a bit a weight, and beside them what an interrupted run goes on from.
+    `seconds` are those that this process spent on deciding. Raises `PermpruneError` when even a layer at a time takes
+    more memory than the settings allow.
     """
 
     def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
@@ -123,10 +127,13 @@ class Stream:
                 f"even layer by layer this model takes {_gib(needed)}: raise --memory to that, or shorten --length"
             )
         self.model, self.weights, self.plan, self.folder = model, weights, plan, folder
-        self.orders: Orders = {}
-        self.measures: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
         attach(model, weights)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the masks in both orders take on disk."""
+        return sum(layer.weight.numel() for layer in self.plan.layers) // 4
 
     @torch.no_grad()
     def solve(self, method: LocalPermuter) -> Pruned:
@@ -136,8 +143,23 @@ class Stream:
         each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
         place of its Fisher information, and one candidate. Raises `PermpruneError`.
         """
-        plan, problems = self.plan, self._local()
-        waiting = {site: [layer for layer in plan.layers if plan.sites[layer.name] == site] for site in problems}
+        problems = self._local()
+        run = replace(self.plan.run, checkpoint=Checkpoint(self.folder, self.plan.run.checkpoint.settings))
+        with Journal(method.checkpoint(run), method.name) as journal:
+            self._walk(method, problems, journal)
+        return self._pruned([problem for numbered in problems.values() for problem in numbered.values()], journal)
+
+    def _walk(self, method: LocalPermuter, problems: dict[str, dict[int, Problem]], journal: Journal) -> None:
+        """Decide at every tensor that layers read, on the way through the model, unless the journal knows."""
+        plan = self.plan
+        known = parallel.common(journal.values)  # what one rank decides all take part in
+        waiting = {
+            site: [layer for layer in plan.layers if plan.sites[layer.name] == site]
+            for site in problems
+            if site not in known
+        }
+        if not waiting:
+            return
 
         def reach(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
             layers = waiting.pop(site, None)
@@ -145,7 +167,7 @@ class Stream:
                 return
             next(bar)
             with torch.autocast(args[0].device.type, enabled=False):
-                self._decide(method, site, layers, problems[site], real(args[0]))
+                journal.add(*self._decide(method, site, layers, problems[site], real(args[0])))
             if not waiting:
                 raise _AllDecided
 
@@ -168,21 +190,23 @@ class Stream:
                 hook.remove()
         if waiting:
             raise PermpruneError(f"no calibration token reaches {next(iter(waiting))}: exclude it, or give more text")
-        return self._pruned([problem for numbered in problems.values() for problem in numbered.values()])
 
     def _decide(
         self, method: LocalPermuter, site: str, layers: list[Layer], problems: dict[int, Problem], x: Tensor
-    ) -> None:
-        """Solve the numbered problems of the layers that read `x`, (..., channels), and keep what was found."""
+    ) -> tuple[Orders, dict[str, Any]]:
+        """Solve the numbered problems of the layers that read `x`, (..., channels).
+
+        Returns the orders, and by the site the measures of its layers and the seconds it took.
+        """
         network = self._network(site, layers, list(problems.values()), x)
         self._keep_masks(network, NATURAL)
         natural, started = network.measures(), time.monotonic()
         found = network.each_problem(method.solver(network, self.plan.run), None, list(problems))
-        self.seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.seconds += seconds
         network.set_orders(found)
-        self.orders |= found
-        self.measures |= {row["name"]: row for row in beside_natural(network.measures(), natural)}
         self._keep_masks(network, DECIDED)
+        return found, {site: {"layers": beside_natural(network.measures(), natural), "seconds": seconds}}
 
     def _keep_masks(self, network: PrunedNetwork, order: str) -> None:
         for name, mask in network.masks.items():
@@ -193,11 +217,14 @@ class Stream:
         packed = np.fromfile(self.folder / f"{name}.{order}", np.uint8).reshape(shape[0], -1)
         return torch.from_numpy(np.unpackbits(packed, axis=1, count=shape[1])).bool()
 
-    def _pruned(self, problems: list[Problem]) -> Pruned:
-        tables = fold_tables(self.plan.coupling, problems, self.orders)
-        gathers = gather_records(self.plan.coupling, problems, self.orders)
-        measures = [self.measures[layer.name] for layer in self.plan.layers]
-        return Pruned(self.model, Solution(self.orders, self.seconds), tables, list(gathers.values()), measures)
+    def _pruned(self, problems: list[Problem], journal: Journal) -> Pruned:
+        orders = {problem.name: journal.tensors[problem.name] for problem in problems}
+        tables = fold_tables(self.plan.coupling, problems, orders)
+        gathers = gather_records(self.plan.coupling, problems, orders)
+        measures = {row["name"]: row for site in journal.values.values() for row in site["layers"]}
+        solution = Solution(orders, math.fsum(site["seconds"] for site in journal.values.values()))
+        layers = [measures[layer.name] for layer in self.plan.layers]
+        return Pruned(self.model, solution, tables, list(gathers.values()), layers)
 
     def masked(self, order: str) -> Edit:
         """The edit that prunes the layers with the masks of the `NATURAL` orders or the `DECIDED` ones."""

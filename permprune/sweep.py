@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from permprune import parallel
-from permprune.checkpoint import Checkpoint
+from permprune.checkpoint import Checkpoint, require_same
 from permprune.commands import note
 from permprune.data import warn_of_overlap
 from permprune.errors import PermpruneError
@@ -36,16 +36,29 @@ from permprune.pipeline import Settings, gap_closed
 from permprune.progress import console, log, track
 from permprune.report import write_sweep
 from permprune.report.tradeoff import SCORE
-from permprune.system.files import WorkFolder, atomic_folder, require_absent, write_json
+from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
+from permprune.system.files import (
+    WorkFolder,
+    atomic_folder,
+    read_sealed,
+    require_space,
+    write_json,
+    write_sealed,
+)
 from permprune.trials import Evaluation, Trials
 
 Row = dict[str, Any]
 
 IDENTITY = "sweep.json"
-"""What the cells in a partial folder depend on."""
+"""What the cells in a work folder were asked for, and digests of the model and the data that they were measured on."""
 
 DENSE = "dense.json"
 """What the dense model scores."""
+
+CELLS = "cells"
+"""The subfolder of their rows."""
+
+AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start anew"
 
 FREE = ("pattern", "minutes", "batch", "recompute")
 """Settings that cells have of their own, or that may change before an interrupted sweep goes on."""
@@ -68,13 +81,17 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The cells of one pattern that are to be filled, on one calibrated model, and the folder for what they give."""
+    """The cells of one pattern that are to be filled, on one calibrated model, and the folder for what they give.
+
+    `asked` is what the whole sweep depends on.
+    """
 
     model: str
     settings: Settings
     evaluation: Evaluation
     cells: tuple[Cell, ...]
     folder: Path
+    asked: dict[str, Any]
 
 
 def sweep(
@@ -87,6 +104,7 @@ def sweep(
     evaluation: Evaluation,
     jobs: int = 1,
     resume: bool = False,
+    announce: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Fill every cell, and write figures.json, report.html and pareto.png to the folder `out`.
 
@@ -94,18 +112,21 @@ def sweep(
     searches end by themselves; methods that work layer by layer have no use for them, and a search goes on from where
     a smaller budget left it. While it runs, `out`.partial keeps the row of every finished cell and the states of the
     searches, from which `resume` goes on; more patterns, methods and budgets may be asked for then. `jobs` processes
-    take a pattern each at a time; under `torchrun` all processes share each cell's work instead. Returns the
-    figures. Raises `PermpruneError`.
+    take a pattern each at a time; under `torchrun` all processes share each cell's work instead. `announce` is
+    given the figures before they are written. Returns them. Raises `PermpruneError`.
     """
     cells = plan_cells(patterns, methods, budgets)
-    require_absent(out)
-    _check(name, cells, settings, jobs)
+    asked = _asked(name, settings, evaluation)
     with WorkFolder(out).held("sweep", resume) as work:
-        parallel.on_first(lambda: _open(work.path, _identity(name, settings, evaluation)))
+        _check(name, cells, settings, jobs)
+        parallel.on_first(lambda: _require_sound(work.path, cells, asked))
         missing = [cell for cell in cells if not _path(work.path, cell).exists()]
         parallel.wait()  # until all have looked
-        _fill([_job(name, settings, evaluation, group, work.path) for group in _by_pattern(missing)], jobs)
+        groups = _by_pattern(missing) or [cells[:1]]  # one at least, which compares the data with that of the cells
+        own = dataclasses.replace(settings, minutes=None)
+        _fill([Job(name, own, evaluation, tuple(group), work.path, asked) for group in groups], jobs)
         result = _figures(name, settings, evaluation, cells, work.path)
+        announce(result)
         parallel.on_first(lambda: _write(result, work))
     return result
 
@@ -142,24 +163,33 @@ def _check(name: str, cells: list[Cell], settings: Settings, jobs: int) -> None:
         prunable_layers(skeleton, parse_pattern(pattern), settings.exclude)
 
 
-def _identity(name: str, settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
+def _asked(name: str, settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
     fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
-    identity = {"model": name, **fixed, **{f"data {k}": v for k, v in dataclasses.asdict(evaluation).items()}}
-    return json.loads(json.dumps(identity))  # type: ignore[no-any-return] # tuples as lists
+    asked = {"model": name, **fixed, **{f"data {k}": v for k, v in dataclasses.asdict(evaluation).items()}}
+    return json.loads(json.dumps(asked))  # type: ignore[no-any-return] # tuples as lists
 
 
-def _open(partial: Path, identity: dict[str, Any]) -> None:
-    """Begin in the work folder, or go on with cells of the same identity. Raises `PermpruneError` for another."""
-    path = partial / IDENTITY
+def _require_sound(partial: Path, cells: list[Cell], asked: dict[str, Any]) -> None:
+    """Raise `PermpruneError` for the work folder of another sweep, and for files in it that have been damaged."""
+    if (path := partial / IDENTITY).exists():
+        require_same(path, read_sealed(path, ANEW)["asked"], asked)
+    elif (partial / CELLS).exists():
+        raise PermpruneError(f"{path} is missing: {ANEW}")
+    for path in (partial / DENSE, *(_path(partial, cell) for cell in cells)):
+        if path.exists():
+            read_sealed(path, AGAIN)
+
+
+def _agree(path: Path, asked: dict[str, Any], data: dict[str, Any]) -> None:
+    """Write what the cells beside `path` depend on, or raise `PermpruneError` if they were measured on other data."""
     if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if other := sorted(key for key in saved.keys() | identity.keys() if saved.get(key) != identity.get(key)):
-            raise PermpruneError(f"{partial} was filled with another {', '.join(other)}: repeat that, or remove it")
-    write_json(path, identity)
+        require_same(path, read_sealed(path, ANEW)["data"], data)
+    else:
+        write_sealed(path, {"asked": asked, "data": data})
 
 
 def _path(partial: Path, cell: Cell) -> Path:
-    return partial / "cells" / f"{cell.name}.json"
+    return partial / CELLS / f"{cell.name}.json"
 
 
 def _by_pattern(cells: list[Cell]) -> list[list[Cell]]:
@@ -167,11 +197,6 @@ def _by_pattern(cells: list[Cell]) -> list[list[Cell]]:
     for cell in cells:
         found.setdefault(cell.pattern, []).append(cell)
     return list(found.values())
-
-
-def _job(name: str, settings: Settings, evaluation: Evaluation, cells: list[Cell], partial: Path) -> Job:
-    own = dataclasses.replace(settings, pattern=cells[0].pattern, minutes=None)
-    return Job(name, own, evaluation, tuple(cells), partial)
 
 
 def _fill(work: list[Job], jobs: int) -> None:
@@ -216,15 +241,18 @@ def _begin_worker(threads: int, level: int) -> None:
 
 def fill(job: Job) -> None:
     """Measure the cells of a job in turn; each row is written as soon as it is there."""
-    trials = Trials(job.model, job.settings, job.evaluation)
+    trials = Trials(job.model, dataclasses.replace(job.settings, pattern=job.cells[0].pattern), job.evaluation)
     prepared = trials.prepared
     sizes = Counter(map(str, prepared.network.patterns.values()))
+    states = [permuter(cell.method).state_bytes(prepared.network) for cell in job.cells]
+    require_space(job.folder, sum(states))
+    parallel.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(trials)))
     _measure_dense(trials, job.folder / DENSE)
     for cell in job.cells:
+        if _path(job.folder, cell).exists():
+            continue
         method = permuter(cell.method)
-        states = _states(job, cell)
-        prepared.run.solved.pop(method, None)
-        checkpoint = Checkpoint(states, prepared.run.checkpoint.settings)
+        checkpoint = Checkpoint(_states(job, cell), prepared.run.checkpoint.settings)
         trial = trials.run(method, dataclasses.replace(prepared.run, minutes=cell.minutes, checkpoint=checkpoint))
         layers = prepared.network.measures()
         row = {
@@ -239,7 +267,15 @@ def fill(job: Job) -> None:
             "curve": [dataclasses.asdict(point) for point in trial.solution.curve],
         }
         if not parallel.rank():
-            write_json(_path(job.folder, cell), row)
+            write_sealed(_path(job.folder, cell), row)
+
+
+def _data(trials: Trials) -> dict[str, Any]:
+    run, evaluation = trials.prepared.run, trials.measure.examples.digest
+    return {name: run.checkpoint.settings[name] for name in (CONFIG, WEIGHTS, *versions())} | {
+        CALIBRATION: [trials.prepared.measured.digest, run.train.digest, run.held_out.digest],
+        "evaluation examples": evaluation,
+    }
 
 
 def _measure_dense(trials: Trials, path: Path) -> None:
@@ -255,7 +291,7 @@ def _measure_dense(trials: Trials, path: Path) -> None:
     result = dense.result
     measured = {"metric": result.metric, "count": result.count, "unit": result.unit, "overlap": trials.overlap}
     if not parallel.rank():
-        write_json(path, {"row": row, "measured": measured})
+        write_sealed(path, {"row": row, "measured": measured})
 
 
 def _states(job: Job, cell: Cell) -> Path:
@@ -267,10 +303,8 @@ def _states(job: Job, cell: Cell) -> Path:
         if other.is_dir() and (cell.minutes is None or _minutes(other) < cell.minutes)
     ]
     if smaller and not own.exists() and not parallel.rank():
-        copied = own.with_name(f".{own.name}")
-        shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(max(smaller, key=_minutes), copied)
-        os.replace(copied, own)
+        with atomic_folder(own) as copied:
+            shutil.copytree(max(smaller, key=_minutes), copied, dirs_exist_ok=True)
     parallel.wait()
     return own
 
@@ -281,10 +315,10 @@ def _minutes(states: Path) -> float:
 
 def _figures(name: str, settings: Settings, evaluation: Evaluation, cells: list[Cell], partial: Path) -> dict[str, Any]:
     """What every cell gave, beside the dense model, in the order of the cells."""
-    dense = json.loads((partial / DENSE).read_text(encoding="utf-8"))
+    dense = read_sealed(partial / DENSE, AGAIN)
     measured = dense["measured"]
     metric = measured["metric"]
-    rows = [json.loads(_path(partial, cell).read_text(encoding="utf-8")) for cell in cells]
+    rows = [read_sealed(_path(partial, cell), AGAIN) for cell in cells]
     for row in rows:
         row[metric] = math.inf if row[metric] is None else row[metric]
     none = {row["pattern"]: row[metric] for row in rows if row["method"] == "none"}

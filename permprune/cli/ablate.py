@@ -31,5 +31,5 @@ def ablate(
     """Vary one thing about the learned permutation of MODEL: its loss, its groups, or how long it learns."""
     methods = variants(study, preset, max(0, settings.shares(settings.samples)[-1]), epochs)
     result = compare(model, methods, *Evaluation.beside(settings, data, windows, metric))
-    cli.write_figures(json, {"study": study, "preset": preset, **result})
     cli.show(comparison_table(result))
+    cli.write_figures(json, {"study": study, "preset": preset, **result})

@@ -25,7 +25,7 @@ from permprune.permuters import PERMUTERS
 from permprune.pipeline import Settings
 from permprune.progress import console, log
 from permprune.saliency import SALIENCIES
-from permprune.system.files import write_json
+from permprune.system.files import WorkFolder, require_writable, write_json
 
 app = typer.Typer(
     help="Learns channel permutations so that N:M pruning of a Transformer loses less.",
@@ -55,6 +55,9 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model, where it needs that")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+
+WRITTEN = ("json", "picture")
+"""Parameters that name files to write."""
 
 METHODS = f"one of {', '.join(PERMUTERS)}, with options after it, as newton:rounds=6"
 SALIENCY = f"one of {', '.join(SALIENCIES)}"
@@ -147,13 +150,16 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
                 _require_text(options)
                 if place:
                     options[place] = settings(**{name: options.pop(name) for name in shared})
+                for path in (options.get(name) for name in WRITTEN):
+                    if path is not None:
+                        require_writable(path)  # before hours of work, not after
                 function(**options)
             except PermpruneError as error:
                 print(f"permprune: {error}", file=sys.stderr)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
-                resumable = "resume" in options
-                hint = "; the same command with --resume goes on from the last finished round" if resumable else ""
+                kept = "resume" in options and WorkFolder(options["out"]).holds_state()
+                hint = "; the same command with --resume goes on from what was found" if kept else ""
                 print(f"permprune: interrupted{hint}", file=sys.stderr)
                 raise typer.Exit(130) from None
 

@@ -36,10 +36,10 @@ def compare(
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_file, task_data, limit)
     result = run(model, names, *Evaluation.beside(settings, data, windows, metric, chosen))
+    cli.show(comparison_table(result))
     cli.write_figures(json, result)
     if picture is not None:
         write_comparison(result, picture)
-    cli.show(comparison_table(result))
 
 
 def comparison_table(result: dict[str, Any]) -> Table:

@@ -36,13 +36,13 @@ def evaluate(
     if chosen := cli.task_list(tasks, task_file, data, limit, few_shot):
         results = evaluate_tasks(model, chosen, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
-        cli.write_figures(json, figures)
         cli.show(tasks_table(model, results))
+        cli.write_figures(json, figures)
         return
     result = run(model, Evaluation(data, windows, length, metric=metric), trust_remote_code=trust_remote_code)
-    cli.write_figures(json, result.to_json())
     error = "" if result.stderr is None else f" ± {number(result.stderr)}"
     print(f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}")
+    cli.write_figures(json, result.to_json())
 
 
 def tasks_table(model: str, results: list[Result]) -> Table:

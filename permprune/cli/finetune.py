@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,10 +49,14 @@ def finetune(
     options = FineTuning(
         data, dev, train, teacher, hidden, metric, epochs, lr, batch, length, rows, seed, trust_remote_code
     )
-    found = run(model, out, options, resume)
+    found = run(model, out, options, resume, announce)
+    print(f"written to {out}")
     cli.write_figures(json, found)
+
+
+def announce(found: dict[str, Any]) -> None:
+    """Print what training came to."""
     after = with_error(found["after"], found["stderr"])
     beside = "" if found["dense"] is None else f", {number(found['dense'])} of the teacher"
     on = f"{found['count']} {found['unit']}"
     print(f"{found['metric']} {after} on {on}, {number(found['before'])} before training{beside}")
-    print(f"written to {out}")

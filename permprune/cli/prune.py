@@ -32,6 +32,5 @@ def prune(
     name, *options = permute.split(":")
     method = ":".join([name if preset is None else f"{name}-{preset}", *options])
     settings, evaluation = Evaluation.beside(settings, data, windows, metric)
-    record = prune_to_folder(model, out, method, settings, evaluation, resume)
-    print(decision(record))
+    prune_to_folder(model, out, method, settings, evaluation, resume, lambda record: print(decision(record)))
     print(f"written to {out} (report.html, permprune.json)")

@@ -43,10 +43,14 @@ def sweep(
     chosen = cli.task_list(tasks, task_file, task_data, limit)
     settings, evaluation = Evaluation.beside(settings, data, windows, metric, chosen)
     names = cli.parts(methods)
-    result = run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume)
+    run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume, announce)
+    print(f"written to {out} (report.html, figures.json, pareto.png)")
+
+
+def announce(result: dict[str, Any]) -> None:
+    """Print what a sweep came to."""
     cli.show(sweep_table(result))
     print(sweep_decision(result))
-    print(f"written to {out} (report.html, figures.json, pareto.png)")
 
 
 def _minutes(budgets: str) -> list[float]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from permprune.checkpoint import Checkpoint
+from permprune.checkpoint import Checkpoint, Journal
 from permprune.examples import Examples
 from permprune.network import PrunedNetwork
 from permprune.options import require_fields
 from permprune.problem import Orders, Problem
+from permprune.progress import log
 from permprune.resources import release_freed_memory
+from permprune.system.digests import CALIBRATION
+
+ORDER, WEIGHT = "order/", "weight/"
+"""Prefixes of orders and of trained weights among the tensors of a kept solution."""
 
 
 @dataclass(frozen=True)
@@ -42,23 +46,28 @@ class Solution:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
     """The budget and the data of a search.
 
     `train` and `held_out` are calibration examples, disjoint: gradients come from the first, the accept test reads the
     second. `minutes`, if given, ends a search after the round under way (its result then depends on the machine's
     speed). `worth` examples stand for one that permuters count: an image has one answer, a window of text hundreds.
-    `solved` keeps what was found, so that a search that starts from another's orders does not repeat it.
+    `checkpoint` is where searches keep their states. `solved` keeps what was found, so that a search that starts from
+    another's orders does not repeat it; runs that differ may share it, since a solution goes by all that it depends on.
     """
 
     train: Examples
     held_out: Examples
     seed: int = 0
     minutes: float | None = None
-    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}))
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}), compare=False)
     worth: int = 1
-    solved: dict[Permuter, Solution] = field(default_factory=dict)
+    solved: dict[tuple[object, ...], Solution] = field(default_factory=dict, compare=False)
+
+    def decides(self) -> tuple[object, ...]:
+        """All of a run that the result of a search depends on."""
+        return tuple(getattr(self, own.name) for own in fields(self) if own.compare)
 
     def batch(self, number: int, count: int) -> Examples:
         """The `number`-th `count` of the training examples, over and over."""
@@ -82,27 +91,76 @@ class Permuter(ABC):
 
     name: ClassVar[str]
 
+    free: ClassVar[tuple[str, ...]] = ()
+    """Options that may change before an interrupted search goes on, such as for how long it does."""
+
     def __post_init__(self) -> None:
         require_fields(self)
 
     def solve(self, network: PrunedNetwork, run: Run) -> Solution:
-        """Search, or recall what this run already found, and make the network show it."""
-        if self not in run.solved:
+        """Search, or recall what this run or an interrupted one already found, and make the network show it."""
+        key = self.key(network, run)
+        if key not in run.solved:
             network.set_weights({})
-            release_freed_memory()  # calibration's, or that of the search before
-            run.solved[self] = self.search(network, run)
-        network.set_weights(run.solved[self].weights)
-        network.set_orders(run.solved[self].orders)
-        return run.solved[self]
+            run.solved[key] = self._recall(network, run) or self._search(network, run)
+        solution = run.solved[key]
+        network.set_weights(solution.weights)
+        network.set_orders(solution.orders)
+        return solution
 
     @abstractmethod
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         """Find orders, whichever the network shows at first; its weights are the dense ones."""
 
-    def checkpoint(self, run: Run, free: Sequence[str] = ()) -> Checkpoint:
-        """Where the states of this search are kept: of its options only the `free` may change before it goes on."""
-        options = {option: value for option, value in asdict(self).items() if option not in free}
-        return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **options})
+    def key(self, network: PrunedNetwork, run: Run) -> tuple[object, ...]:
+        """All that the solution depends on; networks and examples go by their identity."""
+        return (self, network, *run.decides())
+
+    def checkpoint(self, run: Run) -> Checkpoint:
+        """Where the states of this search are kept, under all that they depend on."""
+        if run.checkpoint.folder is None:
+            return run.checkpoint
+        options = {name: value for name, value in self.options().items() if name not in self.free}
+        examples = [run.checkpoint.settings.get(CALIBRATION), run.train.digest, run.held_out.digest]
+        own = {"seed": run.seed, CALIBRATION: examples, **options}
+        return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **own})
+
+    def options(self) -> dict[str, Any]:
+        """Its options as JSON can hold them."""
+        found = {own.name: getattr(self, own.name) for own in fields(self)}
+        return {name: repr(value) if is_dataclass(value) else value for name, value in found.items()}
+
+    def limits(self, run: Run) -> dict[str, Any]:
+        """What ends the search: a solution found under others is not this one, but its state may be gone on from."""
+        return {"minutes": run.minutes, **{name: self.options()[name] for name in self.free}}
+
+    def state_bytes(self, network: PrunedNetwork) -> int:
+        """About what the states of this search take on disk, while one is written beside the last."""
+        return 2**20 + 64 * sum(problem.size for problem in network.problems)
+
+    def _search(self, network: PrunedNetwork, run: Run) -> Solution:
+        release_freed_memory()  # calibration's, or that of the search before
+        solution = self.search(network, run)
+        tensors = {ORDER + name: order for name, order in solution.orders.items()}
+        tensors |= {WEIGHT + name: weight for name, weight in solution.weights.items()}
+        curve = [[p.round, p.loss, p.kept, p.seconds] for p in solution.curve]
+        values = {"limits": self.limits(run), "seconds": solution.seconds, "curve": curve}
+        self.checkpoint(run).save(f"{self.name}.found", tensors, values)
+        return solution
+
+    def _recall(self, network: PrunedNetwork, run: Run) -> Solution | None:
+        """What an interrupted run found, if it ended by the same limits."""
+        saved = self.checkpoint(run).load(f"{self.name}.found")
+        if saved is None or saved[1]["limits"] != self.limits(run):
+            return None
+        tensors, values = saved
+        log.info("%s was found by the interrupted run", self.name)
+        orders, weights = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in (ORDER, WEIGHT)
+        )
+        weights = {name: weight.to(network.dense[name]) for name, weight in weights.items()}
+        return Solution(orders, values["seconds"], tuple(CurvePoint(*point) for point in values["curve"]), weights)
 
 
 @dataclass(frozen=True)
@@ -114,11 +172,28 @@ class LocalPermuter(Permuter):
         """The order of one problem, int64 (size,)."""
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        started = time.monotonic()
         network.set_orders(network.identity())
-        orders = network.each_problem(self.solver(network, run), self.name)
-        return Solution(orders, time.monotonic() - started)
+        with Journal(self.checkpoint(run), self.name) as journal:
+            return Solution(self.each(network, journal, self.solver(network, run)), journal.seconds)
+
+    def each(
+        self, network: PrunedNetwork, journal: Journal, solve: Callable[[int, Problem], Tensor]
+    ) -> dict[str, Tensor]:
+        """What `solve` finds for every problem, given its number; what the journal knows is not sought again."""
+
+        def find(number: int, problem: Problem) -> Tensor:
+            if problem.name not in journal.tensors:
+                journal.add({problem.name: solve(number, problem)})
+            return journal.tensors[problem.name]
+
+        return network.each_problem(find, self.name)
 
     def solver(self, network: PrunedNetwork, run: Run) -> Callable[[int, Problem], Tensor]:
         """`order`, given the number that seeds a problem and the problem."""
         return lambda number, problem: self.order(network, problem, run.generator(number))
+
+    def key(self, network: PrunedNetwork, run: Run) -> tuple[object, ...]:
+        return super().key(network, replace(run, minutes=None))
+
+    def limits(self, run: Run) -> dict[str, Any]:
+        return super().limits(replace(run, minutes=None))

@@ -18,13 +18,13 @@ from permprune.matching import Epsilon, Geometric, assign, gumbel_noise
 from permprune.network import PrunedNetwork
 from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
-from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
+from permprune.permuters.base import ORDER, CurvePoint, Permuter, Run, Solution
 from permprune.permuters.identity import Identity
 from permprune.problem import Orders, Part, Problem
 from permprune.progress import console, log
 
-COST, FIRST, SECOND, ORDER = "cost/", "first/", "second/", "order/"
-"""Prefixes of costs, AdamW's moments and best orders among the tensors of a checkpoint."""
+COST, FIRST, SECOND = "cost/", "first/", "second/"
+"""Prefixes of costs and AdamW's moments among the tensors of a checkpoint."""
 
 
 @dataclass
@@ -74,6 +74,12 @@ class CostMatrixLearner(Permuter):
     def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
         """The mask of scores (..., width), in stored order."""
         return pattern.mask(score.detach())
+
+    def state_bytes(self, network: PrunedNetwork) -> int:
+        parts = [
+            (problem.size, self.part_size(problem.size, network.pattern_of(problem))) for problem in network.problems
+        ]
+        return super().state_bytes(network) + sum(24 * size * part for size, part in parts)  # C and two moments, twice
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         start = self.start.solve(network, run)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from permprune.losses import Objective
 from permprune.matching import Geometric, assign, gumbel_noise, sinkhorn
+from permprune.network import PrunedNetwork
 from permprune.options import Count, Natural, NonNegative, Share
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
@@ -39,7 +40,7 @@ class Learned(TrustRegion):
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor:
         count, m = model.groups.shape
-        parts = self.groups if count % self.groups == 0 and count > self.groups else 1
+        parts = self._parts_of(count)
         cost = torch.zeros(count * m, count * m // parts) if memory is None else memory.clone()
         for step in range(self.steps):
             slots = torch.randint(m, (count,), generator=generator)
@@ -51,6 +52,14 @@ class Learned(TrustRegion):
                 target = self._match(cost[rows, columns], step / max(1, self.steps - 1), generator)
                 model.move(at, slots[at], target, gradient)
         return cost
+
+    def state_bytes(self, network: PrunedNetwork) -> int:
+        sizes = [(problem.size, problem.size // network.pattern_of(problem).m) for problem in network.problems]
+        return super().state_bytes(network) + sum(8 * size * size // self._parts_of(count) for size, count in sizes)
+
+    def _parts_of(self, count: int) -> int:
+        """Parts that so many groups are split in."""
+        return self.groups if count % self.groups == 0 and count > self.groups else 1
 
     def _match(self, cost: Tensor, progress: float, generator: torch.Generator) -> Tensor:
         """The column of each row in the permutation nearest the noisy Sinkhorn plan."""

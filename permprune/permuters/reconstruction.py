@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from permprune.checkpoint import Journal
 from permprune.losses import Objective
 from permprune.network import PrunedNetwork
 from permprune.options import Count, Natural
@@ -42,16 +42,20 @@ class Reconstruction(LocalPermuter):
     shares: Count = 8
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        started = time.monotonic()
-        found = network.each_problem(
-            lambda number, problem: [
-                self.order(network, problem, run.generator(number, candidate), JITTER if candidate else 0.0)
-                for candidate in range(self.candidates)
-            ],
-            self.name,
-        )
-        candidates = [{p.name: found[p.name][i] for p in network.problems} for i in range(self.candidates)]
-        return Solution(self._choose(network, run, candidates), time.monotonic() - started)
+        def solve(number: int, problem: Problem) -> Tensor:
+            """The orders of all candidates, int64 (candidates, size)."""
+            generators = [run.generator(number, candidate) for candidate in range(self.candidates)]
+            return torch.stack(
+                [
+                    self.order(network, problem, generator, JITTER if candidate else 0.0)
+                    for candidate, generator in enumerate(generators)
+                ]
+            )
+
+        with Journal(self.checkpoint(run), self.name) as journal:
+            found = self.each(network, journal, solve)
+            candidates = [{name: orders[i] for name, orders in found.items()} for i in range(self.candidates)]
+            return Solution(self._choose(network, run, candidates), journal.seconds)
 
     def order(
         self, network: PrunedNetwork, problem: Problem, generator: torch.Generator, jitter: float = 0.0

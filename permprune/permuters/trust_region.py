@@ -6,6 +6,7 @@ import time
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import ClassVar
 
 import torch
 from rich.progress import Progress
@@ -15,7 +16,7 @@ from permprune import parallel
 from permprune.losses import Objective, Taught
 from permprune.network import Gradients, PrunedNetwork
 from permprune.options import Count, Natural, Positive
-from permprune.permuters.base import CurvePoint, Permuter, Run, Solution
+from permprune.permuters.base import WEIGHT, CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.tuning import tuned
@@ -34,9 +35,8 @@ ATTEMPTS = 4
 FAR = 0.1
 """The least share of a step, and of the problems, that is worth trying."""
 
-MEMORY, PREVIOUS, WEIGHT = "memory/", "previous/", "weight/"
-"""Prefixes, among the tensors of a checkpoint, of the proposals' memory, of the orders before the last step and of
-weights that were trained."""
+MEMORY, PREVIOUS = "memory/", "previous/"
+"""Prefixes, among the tensors of a checkpoint, of the proposals' memory and of the orders before the last step."""
 
 
 @dataclass
@@ -93,6 +93,7 @@ class TrustRegion(Permuter):
     rest as they were, for an order that takes them back.
     """
 
+    free: ClassVar[tuple[str, ...]] = ("rounds",)
     start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: Natural = 16
     examples: Count = 8
@@ -111,9 +112,13 @@ class TrustRegion(Permuter):
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         objective = self.objective.suited(network.task, network.statistics.together)
-        return replace(self, objective=objective)._search(network, run)
+        return replace(self, objective=objective)._minimise(network, run)
 
-    def _search(self, network: PrunedNetwork, run: Run) -> Solution:
+    def state_bytes(self, network: PrunedNetwork) -> int:
+        weights = sum(weight.numel() for weight in network.dense.values()) if self.tune else 0
+        return super().state_bytes(network) + 12 * weights  # twice the state, and the solution
+
+    def _minimise(self, network: PrunedNetwork, run: Run) -> Solution:
         taught = network.teach(run.held_out, self.objective)
         state = self._resume(network, run) or self._begin(network, run, taught)
         mean: Gradients | None = None  # at the present orders
@@ -309,7 +314,7 @@ class TrustRegion(Permuter):
         return state
 
     def _resume(self, network: PrunedNetwork, run: Run) -> State | None:
-        saved = self.checkpoint(run, free=["rounds"]).load(self.name)
+        saved = self.checkpoint(run).load(self.name)
         if saved is None:
             return None
         tensors, values = saved
@@ -331,7 +336,7 @@ class TrustRegion(Permuter):
             tensors |= {WEIGHT + name: weight for name, weight in network.weights.items()}
         values = {key: value for key, value in vars(state).items() if key not in ("memory", "previous", "curve")}
         values["curve"] = [[p.round, p.loss, p.kept, p.seconds] for p in state.curve]
-        self.checkpoint(run, free=["rounds"]).save(self.name, tensors, values)
+        self.checkpoint(run).save(self.name, tensors, values)
 
 
 def _turn(slope: float, change: float) -> float:

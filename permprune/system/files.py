@@ -6,6 +6,7 @@ complete: no reader sees half of it, and no link that somebody else planted is f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -57,6 +59,26 @@ def write_json(path: Path, value: object) -> None:
     """Write a value as JSON, infinities and NaN as null. Raises `PermpruneError`."""
     text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_sealed(path: Path, value: object) -> None:
+    """Write a value as JSON with a digest of it. Raises `PermpruneError`."""
+    plain = json.loads(json.dumps(_finite(value)))
+    write_json(path, {"digest": _seal(plain), "value": plain})
+
+
+def read_sealed(path: Path, advice: str) -> Any:
+    """What `write_sealed` wrote, infinities and NaN as None.
+
+    Raises `PermpruneError` if it is not that any more, ending in `advice`.
+    """
+    try:
+        sealed = json.loads(path.read_text(encoding="utf-8"))
+        if sealed["digest"] != _seal(sealed["value"]):
+            raise ValueError("the digest is another")
+    except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
+        raise PermpruneError(f"{path} is damaged: {advice}") from error
+    return sealed["value"]
 
 
 @contextmanager
@@ -121,18 +143,18 @@ class WorkFolder:
                 raise PermpruneError(
                     f"another run is writing {self.out}: wait until it ends, or choose another --out"
                 ) from None
-        try:
-            require_absent(self.out)  # the run that had the lock until now may have finished
-            self._mark(job)
-            if self.holds_state() and not resume:
-                raise PermpruneError(
-                    f"{self.path} holds the state of an interrupted run: go on with --resume, or remove it"
-                )
-            _remove(self.scratch)
-            self.scratch.mkdir()
-        except BaseException:
-            self._close(lock, keep=self.holds_state())
-            raise
+            try:
+                require_absent(self.out)  # the run that had the lock until now may have finished
+                self._mark(job)
+                if self.holds_state() and not resume:
+                    raise PermpruneError(
+                        f"{self.path} holds the state of an interrupted run: go on with --resume, or remove it"
+                    )
+                _remove(self.scratch)
+                self.scratch.mkdir()
+            except BaseException:
+                self._close(lock, keep=self.holds_state())
+                raise
 
     def _require_ours(self) -> None:
         """Refuse to touch what is no folder of ours."""
@@ -224,6 +246,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _seal(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _finite(value: object) -> object:

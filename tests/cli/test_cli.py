@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,9 +223,10 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
 def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Checkpoint.save
 
-    def interrupt(self: Checkpoint, *args: object) -> None:
-        save(self, *args)  # type: ignore[arg-type]
-        raise KeyboardInterrupt
+    def interrupt(self: Checkpoint, name: str, *args: Any, **options: Any) -> None:
+        save(self, name, *args, **options)
+        if name == "newton":
+            raise KeyboardInterrupt
 
     whole, out = tmp_path / "whole", tmp_path / "out"
     arguments = ["prune", *source, "--permute", "newton:rounds=5"]
@@ -233,7 +235,7 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
         patch.setattr(Checkpoint, "save", interrupt)
         code, _, stderr = run(*arguments, "--out", out)
     assert code == 130 and "--resume" in stderr and not out.exists()
-    assert "other settings (seed)" in fails(*arguments, "--out", out, "--seed", "1", "--resume")
+    assert "seed: repeat that" in fails(*arguments, "--out", out, "--seed", "1", "--resume")
     assert run(*arguments, "--out", out, "--resume")[0] == 0
     first, second = (json.loads((folder / "permprune.json").read_text()) for folder in (whole, out))
     assert first["permutations"] == second["permutations"]

@@ -1,0 +1,303 @@
+"""What an interrupted run goes on from: its own state, never that of another model, text or version, or of two runs."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune import checkpoint
+from permprune.checkpoint import Checkpoint
+from permprune.permuters import PERMUTERS, LocalPermuter, Newton, Permuter, Random
+from permprune.pipeline import Prepared, Settings, prepare
+from permprune.system.files import WorkFolder
+from permprune.training import Trainer
+from permprune.trials import Trials
+
+from ..cli.running import fails, run
+
+SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
+TEXTS = ["two of every four weights are kept", "the order of the channels decides", "a few small windows"]
+
+
+def write_text(path: Path, words: str) -> Path:
+    path.write_text("\n".join([words, *TEXTS] * 60), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def source(tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
+    calibration, data = (write_text(tmp_path / f"{name}.txt", name) for name in ("calibration", "evaluation"))
+    return [str(tiny_checkpoint), "--calibration", str(calibration), "--data", str(data), *SMALL]
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def interrupted(owner: type, name: str, before: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, the call of a method raises KeyboardInterrupt after so many have been made."""
+    original, calls = getattr(owner, name), []
+
+    def interrupt(*args: Any, **options: Any) -> Any:
+        if len(calls) == before:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return original(*args, **options)
+
+    with patch.context() as inside:
+        inside.setattr(owner, name, interrupt)
+        yield
+
+
+@contextmanager
+def counted(owner: type, name: str, patch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Inside, a list that has an element for every call of a method."""
+    original, calls = getattr(owner, name), list[int]()
+
+    def count(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return original(*args, **options)
+
+    with patch.context() as inside:
+        inside.setattr(owner, name, count)
+        yield calls
+
+
+def other_weights(folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1.01)
+    model.save_pretrained(folder)
+
+
+def other_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+
+
+def other_text(folder: Path, name: str) -> None:
+    write_text(folder.parent / f"{name}.txt", "other words")
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "model weights": other_weights,
+    "model config": other_config,
+    "calibration examples": lambda folder: other_text(folder, "calibration"),
+    "evaluation examples": lambda folder: other_text(folder, "evaluation"),
+}
+
+
+@contextmanager
+def changed(what: str, folder: Path) -> Iterator[None]:
+    """Inside, what a run reads has other contents under the same names."""
+    paths = [folder / "config.json", folder / "model.safetensors", *folder.parent.glob("*.txt")]
+    before = {path: path.read_bytes() for path in paths}
+    CHANGES[what](folder)
+    yield
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("memory", [None, "300KB"], ids=["held", "streamed"])
+def test_the_state_of_another_search_is_refused(
+    source: list[str], tmp_path: Path, memory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["prune", *source, "--out", tmp_path / "out", "--permute", "ria"]
+    command += ["--memory", memory] if memory else []
+    with interrupted(PERMUTERS["ria"], "order", 2, monkeypatch):
+        assert run(*command)[0] == 130
+    for what in ("model weights", "model config", "calibration examples"):
+        with changed(what, Path(source[0])):
+            code, _, stderr = run(*command, "--resume")
+        assert code == 2 and f"was saved with another {what}: repeat that, or remove" in stderr.splitlines()[-1]
+    monkeypatch.setattr("permprune.pipeline.versions", lambda: {"torch version": "1.0", "permprune version": "0"})
+    assert "another permprune version, torch version, transformers version" in run(*command, "--resume")[2]
+    assert "go on with --resume, or remove it" in fails(*command)
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["part", "all"])
+def test_the_cells_of_another_sweep_are_refused(
+    source: list[str], tmp_path: Path, done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
+    with monkeypatch.context() as patch, interrupted(Trials, "run", 2 if done else 1, patch):
+        patch.setattr("permprune.cli.sweep.sweep_table", stop)
+        assert run(*command)[0] == 130
+    with counted(Trials, "run", monkeypatch) as runs:
+        for what in CHANGES:
+            with changed(what, Path(source[0])):
+                assert f"was saved with another {what}: repeat that, or remove" in fails(*command, "--resume")
+    assert not runs
+    assert run(*command, "--resume")[0] == 0
+
+
+def test_a_damaged_file_of_a_sweep_is_named(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
+    with interrupted(Trials, "run", 1, monkeypatch):
+        assert run(*command)[0] == 130
+    for name in ("sweep.json", "dense.json", "cells/2-4 none.json"):
+        path = tmp_path / "out.partial" / name
+        whole = path.read_text()
+        damaged = [
+            "",
+            "{",
+            "[]",
+            "null",
+            "[" * 100_000,
+            '{"digest": 1, "value": {}}',
+            whole.replace("2", "3"),
+            whole[:-9],
+        ]
+        for text in damaged:
+            path.write_text(text)
+            assert f"{path} is damaged: remove" in fails(*command, "--resume")
+        path.unlink()
+        if name == "sweep.json":
+            assert f"{path} is missing: remove" in fails(*command, "--resume")
+        path.write_text(whole)
+    assert run(*command, "--resume")[0] == 0
+
+
+def orders(out: Path) -> Any:
+    record = json.loads((out / "permprune.json").read_text())
+    return record["permutations"], record["gathers"]
+
+
+@pytest.mark.parametrize(("name", "memory"), [("cp:escapes=1", None), ("reconstruction", None), ("ria", "300KB")])
+def test_what_works_problem_by_problem_goes_on_after_the_last_one(
+    source: list[str], tmp_path: Path, name: str, memory: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, method = ["prune", *source, "--permute", name], PERMUTERS[name.partition(":")[0]]
+    command += ["--memory", memory] if memory else []
+    with counted(method, "order", monkeypatch) as whole:
+        assert run(*command, "--out", tmp_path / "whole")[0] == 0
+    half = len(whole) // 2
+    with interrupted(method, "order", half, monkeypatch):
+        code, _, stderr = run(*command, "--out", tmp_path / "out")
+    assert code == 130 and "the same command with --resume goes on from what was found" in stderr
+    with counted(method, "order", monkeypatch) as rest:
+        assert run(*command, "--out", tmp_path / "out", "--resume")[0] == 0
+    assert len(rest) < len(whole) - half + 3  # of one problem the candidates, of one tensor the problems
+    assert orders(tmp_path / "whole") == orders(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["newton:rounds=1", "permllm:steps=1"])
+def test_a_solution_is_not_sought_twice(
+    source: list[str], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither that of the search, nor that of the one from whose orders it starts."""
+    command, method = ["prune", *source, "--permute", name, "--out", tmp_path / "out"], PERMUTERS[name.split(":")[0]]
+    with monkeypatch.context() as patch:
+        patch.setattr("permprune.commands.finish", stop)
+        code, _, stderr = run(*command)
+    assert code == 130 and "--resume" in stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "search", lambda *_: pytest.fail("searched again"))
+        assert run(*command, "--resume")[0] == 0
+
+
+def test_no_hint_is_given_where_nothing_was_found(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command, owner, name in (
+        (["prune", *source, "--permute", "reconstruction"], PERMUTERS["reconstruction"], "order"),
+        (["finetune", *source[:1], "--data", source[2], "--rows", "8", "--length", "16"], Trainer, "_add"),
+        (["compare", *source], Trials, "run"),
+    ):
+        out = [] if command[0] == "compare" else ["--out", tmp_path / "out"]
+        with interrupted(owner, name, 0, monkeypatch):
+            code, _, stderr = run(*command, *out)
+        assert (code, stderr.strip()) == (130, "permprune: interrupted")
+        assert not list(tmp_path.glob("out*"))
+
+
+def test_more_minutes_or_rounds_go_on_from_the_state(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run("prune", *source, "--permute", "newton:rounds=2", "--out", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("permprune.commands.finish", stop)
+        assert run("prune", *source, "--permute", "newton:rounds=1", "--minutes", "9", "--out", out)[0] == 130
+    assert run("prune", *source, "--permute", "newton:rounds=2", "--out", out, "--resume")[0] == 0
+    assert orders(whole) == orders(out)
+
+
+def test_the_state_of_another_training_is_refused(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(source[0], teacher)
+    command = ["finetune", source[0], "--data", source[2], "--dev", source[4], "--teacher", teacher]
+    command += ["--rows", "8", "--length", "16", "--epochs", "2", "--out", tmp_path / "out"]
+    with interrupted(Trainer, "_epoch", 1, monkeypatch):
+        code, _, stderr = run(*command)
+    assert code == 130 and "--resume" in stderr
+    for what, change, folder in (
+        ("model weights", "model weights", source[0]),
+        ("training examples", "calibration examples", source[0]),
+        ("held-out examples", "evaluation examples", source[0]),
+        ("teacher weights", "model weights", teacher),
+    ):
+        with changed(change, Path(folder)):
+            assert f"was saved with another {what}: repeat that, or remove" in fails(*command, "--resume")
+    assert run(*command, "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["prune", "sweep", "finetune"])
+def test_a_second_run_on_one_out_is_refused_at_once(source: list[str], tmp_path: Path, command: str) -> None:
+    out = tmp_path / "out"
+    options = [source[0], "--data", source[4], "--out", out]
+    with WorkFolder(out).held(command, resume=False) as work:
+        (work.path / "state").touch()
+        for resume in ([], ["--resume"]):
+            assert "another run is writing" in fails(command, *options, *resume)
+        assert (work.path / "state").exists()
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.fixture
+def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
+    tokens = torch.randint(0, 128, (30, 8), generator=torch.Generator().manual_seed(0))
+    return prepare(tiny_llama, None, Settings(length=8), tokens)
+
+
+@pytest.mark.parametrize("method", [Random(), Newton(rounds=1, examples=2)], ids=["random", "newton"])
+def test_what_was_found_is_recalled_by_all_that_it_depends_on(prepared: Prepared, method: Permuter) -> None:
+    network, run = prepared.network, prepared.run
+    first = method.solve(network, run)
+    assert method.solve(network, run) is first
+    assert method.solve(network, dataclasses.replace(run, checkpoint=Checkpoint(None, {}))) is first
+    for change in ({"seed": 1}, {"train": run.train[:4]}, {"held_out": run.held_out[:1]}, {"worth": 2}):
+        assert method.solve(network, dataclasses.replace(run, **change)) is not first
+    shorter = method.solve(network, dataclasses.replace(run, minutes=1e-9))
+    assert (shorter is first) == isinstance(method, LocalPermuter)
+    other = method.solve(network, dataclasses.replace(run, seed=1))
+    assert any(not torch.equal(other.orders[name], order) for name, order in first.orders.items()) or method != Random()
+    assert torch.equal(network.current()[network.problems[0].name], other.orders[network.problems[0].name])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        run.seed = 1  # type: ignore[misc]
+
+
+def test_a_journal_keeps_what_was_found_until_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few seconds, by each rank in a file of its own."""
+    kept = Checkpoint(tmp_path, {"seed": 0})
+    killed = checkpoint.Journal(kept, "cp")
+    killed.add({"a": torch.arange(3)})
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(checkpoint, "EVERY", 0)
+    killed.add({"b": torch.arange(2)}, {"b": [1.5]})
+    with monkeypatch.context() as patch:
+        patch.setattr("permprune.parallel.rank", lambda: 1)
+        checkpoint.Journal(kept, "cp").add({"c": torch.arange(4)})
+    found = checkpoint.Journal(kept, "cp")
+    assert {name: len(tensor) for name, tensor in found.tensors.items()} == {"a": 3, "b": 2, "c": 4}
+    assert found.values == {"b": [1.5]} and found.seconds > 0
