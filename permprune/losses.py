@@ -1,4 +1,4 @@
-"""What a batch costs: the task's own loss, and the distances to the dense model."""
+"""The loss of a batch: the task's own loss, and distances to the dense model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ANSWERED_ONCE = 3.0
 
 @dataclass(frozen=True)
 class Taught:
-    """What the dense model said of a batch, on the CPU: what is kept of it (see `Task`), and block outputs."""
+    """The dense model's outputs for a batch, on the CPU: what is kept of them (see `Task`), and the blocks' outputs."""
 
     said: Tensor | None
     outputs: list[Tensor]
@@ -31,13 +31,14 @@ class Taught:
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of losses; each is summed over the terms of a batch.
+    """A weighted sum of losses, each summed over the terms of a batch. The fields are their weights.
 
-    `task`: cross-entropy of the labels, or for an `Imitation` the distance to the dense model. `divergence`: KL
-    divergence from the dense model's predictions, which has the same gradient in the mean but none of the noise of
-    single labels; None is 0 until `suited` chooses. `distillation`: Smooth-L1 distance of every block's output to
-    the dense model's, summed over positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss"). `cosine`:
-    1 - the cosine of the last block's output with the dense one (PermLLM, Zou et al. 2025, "loss"). Raises
+    `task`: cross-entropy with the labels; for an `Imitation`, the distance to the dense model. `divergence`: KL
+    divergence from the dense model's predictions. Its gradient has the same mean as that of the labels, without the
+    noise of single labels. None lets `suited` choose; until then it counts as 0. `distillation`: Smooth-L1 distance of
+    every block's output to the dense model's, summed over positions, channels and blocks (Li et al. 2026, arXiv
+    2601.22980, "loss"). `cosine`: 1 - the cosine similarity of the last block's output and the dense model's (PermLLM,
+    Zou et al. 2025, "loss"). Raises
     `PermpruneError` for a negative weight, and where all of them are 0.
     """
 
@@ -52,10 +53,10 @@ class Objective:
             raise PermpruneError("all losses weigh 0: give task, divergence, distillation or cosine a weight above 0")
 
     def suited(self, task: Task, together: bool) -> Objective:
-        """This one with a `divergence`, if it has none.
+        """This objective, with a `divergence` chosen for the data if it is None.
 
-        Where each example has one answer (`together`) and the data give it, labels are few: a search can bring their
-        loss below that of the dense model without a better prediction, from which the divergence keeps it.
+        Where each example has one label (`together`), labels are few, and a search can bring their loss below that of
+        the dense model without better predictions. The divergence prevents this.
         """
         if self.divergence is not None:
             return self
@@ -63,21 +64,22 @@ class Objective:
 
     @property
     def curvature(self) -> float:
-        """That of cross-entropy and divergence together, over the squared gradients of their sum.
+        """The curvature of cross-entropy and divergence together, divided by the squared gradient of their sum.
 
-        Both curve as the Fisher information says, but near the dense model only the labels' gradients have its squares.
+        The Fisher information is the curvature of both, but near the dense model only the squared gradients of the
+        labels' loss add up to it.
         """
         return (self.task + self.divergence) / self.task**2 if self.task and self.divergence else 1.0
 
     def asks(self, task: Task) -> bool:
-        """Whether the dense model has to be asked."""
+        """Whether the dense model's outputs are needed."""
         return bool(self.distillation or self.cosine) or self._keeps(task)
 
     def _keeps(self, task: Task) -> bool:
         return bool(self.divergence or (self.task and isinstance(task, Imitation)))
 
     def teach(self, model: nn.Module, batch: Examples, task: Task) -> Taught:
-        """Ask the dense model, which `model` must show."""
+        """The dense model's outputs for a batch; `model` must show the dense weights."""
         with block_outputs(model) as outputs:
             said = task(model, batch)
         kept = outputs if self.distillation else outputs[-1:] if self.cosine else []

@@ -1,4 +1,4 @@
-"""The pruned network: a model whose linears show their masked weights, for any choice of channel orders."""
+"""The pruned network: a model whose linear layers have masked weights, for any choice of channel orders."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class Gradients:
 class PrunedNetwork:
     """A model in its own channel order whose layers hold weight * mask.
 
-    The masks are those that a layer's pattern leaves when its columns stand in the chosen orders; the network itself
-    stays in its own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be taken
-    through it. Other weights can be shown in their place until orders are next set (`show`).
+    The masks are those of each layer's pattern with its columns in the chosen orders. The network itself stays in its
+    own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with it. Other
+    weights can be shown instead until orders are next set (`show`).
 
-    `weights` are what the masks act on: the `dense` ones, unless they are trained meanwhile (`set_weights`). The scores
-    that the masks come from stay those of the dense model.
+    `dense` are the original weights by layer, `scores` their saliency, both (rows, channels). `weights` are what the
+    masks act on: the dense weights, unless they are trained (`set_weights`); the scores stay those of the dense ones.
 
     Examples pass in batches of `batch`; with `recompute` gradients take less memory and more time (`recomputed`).
     """
@@ -103,10 +103,10 @@ class PrunedNetwork:
     def each_problem(
         self, solve: Callable[[int, Problem], T], label: str | None, numbers: Sequence[int] | None = None
     ) -> dict[str, T]:
-        """What `solve` finds for each problem, given its number, by name; a bar shows `label` if there is one.
+        """`solve(number, problem)` for every problem, by name; a progress bar shows `label` unless it is None.
 
-        Problems are dealt to ranks and threads by size, so that they finish together; `solve` only reads the network.
-        They are numbered by their place where there are no `numbers`.
+        Problems are distributed to ranks and threads by size, so that they finish together; `solve` must not change
+        the network. Without `numbers` the problems are numbered by their position.
         """
 
         def weights(numbered: tuple[int, Problem]) -> int:
@@ -120,9 +120,10 @@ class PrunedNetwork:
         return parallel.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
 
     def stored_columns(self) -> dict[str, Tensor]:
-        """For each layer its columns in the order in which they will be stored, int64 (channels,), by present orders.
+        """The columns of each layer in the order in which they will be stored, int64 (channels,).
 
-        Groups of m neighbours there are those of the layer's pattern; columns that no problem moves keep their places.
+        The order is that of the present orders: groups of m neighbours follow the layer's pattern, and columns that no
+        problem moves keep their positions.
         """
         stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
         orders = self.current()
@@ -132,7 +133,7 @@ class PrunedNetwork:
         return stored
 
     def set_orders(self, orders: Orders) -> None:
-        """Make the network show the masks of these orders; problems left out keep theirs."""
+        """Use the masks of these orders; problems that are left out keep theirs."""
         touched = dict.fromkeys(self.updated)
         self.updated.clear()
         for problem in self.problems:
@@ -146,16 +147,16 @@ class PrunedNetwork:
         self._refresh(touched)
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Let the masks act on these weights (rows, channels), by layer, and on the dense ones of the other layers."""
+        """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers."""
         self.weights = self.dense | weights
         self.updated.clear()
         self._refresh(self.layers)
 
     def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
-        """dLoss along the step of the masked weights from one order of a problem to another.
+        """The directional derivative of the loss along the step from one order of a problem to another.
 
-        `gradient[layer]` is dLoss/dW_eff (rows, channels) wherever it was taken: where the step begins it foretells
-        what the step brings to first order, where it ends it says whether to go on.
+        `gradient[layer]` is dLoss/dW_eff (rows, channels). Taken where the step begins, it predicts the change of the
+        loss to first order; taken where it ends, it says whether a longer step would gain more.
         """
         total = 0.0
         for part in problem.parts:
@@ -165,13 +166,13 @@ class PrunedNetwork:
         return total
 
     def show(self, weights: dict[str, Tensor]) -> None:
-        """Show these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
+        """Use these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
         self.updated |= weights
         self._refresh(dict.fromkeys(weights))
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
-        """Show the dense weights inside."""
+        """Use the dense weights inside the block."""
         for name, layer in self.layers.items():
             layer.weight.copy_(self.dense[name])
         try:
@@ -180,12 +181,12 @@ class PrunedNetwork:
             self._refresh(self.layers)
 
     def autocast(self, examples: Examples) -> torch.autocast:
-        """The context in which activations have the network's type."""
+        """A context in which activations have the network's dtype."""
         return torch.autocast(examples.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.inference_mode()
     def loss(self, examples: Examples, objective: Objective, taught: Sequence[Taught] | None = None) -> float:
-        """Mean loss over `examples` at the present masks; `taught` is what `teach` gave for them."""
+        """The mean loss over `examples` with the present masks; `taught` is the result of `teach` for them."""
         total, count = 0.0, 0.0
         with frozen(self.model):
             for part, answers in self._parts(examples, objective, taught):
@@ -196,7 +197,7 @@ class PrunedNetwork:
         return total / count
 
     def gradients(self, examples: Examples, objective: Objective) -> Gradients:
-        """Gradients of the mean loss over `examples` at the weights shown."""
+        """Gradients of the mean loss over `examples` with respect to the present weights."""
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         total, count = 0.0, 0.0
@@ -243,10 +244,10 @@ class PrunedNetwork:
         return found
 
     def measures(self) -> list[dict[str, Any]]:
-        """What the weights shown cost each layer, by name.
+        """What the present weights cost each layer: a dict for each, with its "name", "pattern" and two figures.
 
-        "kept" is the share of the squared score whose weights are not zero, "error" the relative output error on the
-        dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff.
+        "kept" is the share of the squared scores that belongs to weights that are not zero; "error" the relative output
+        error on the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff.
         """
         found = []
         for name, layer in self.layers.items():
@@ -262,7 +263,7 @@ class PrunedNetwork:
 
     @torch.no_grad()
     def teach(self, examples: Examples, objective: Objective) -> list[Taught] | None:
-        """What the dense model says of this rank's batches of `examples`; None if not asked."""
+        """The dense model's outputs for this rank's batches of `examples`; None if the objective does not need them."""
         if not objective.asks(self.task):
             return None
         answers = []

@@ -1,4 +1,4 @@
-"""What is searched: for each set of channels that may be reordered, which weight columns move with them."""
+"""The problems of a search: for each set of channels that may be reordered, the weight columns that move with them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Problem:
-    """One order to find: `size` channels, and every weight whose input channels follow it.
+    """One order to find: that of `size` channels, which the input channels of the `parts` follow.
 
-    `space` and `block` say which block of which `ChannelSpace` the order folds into; when `space` is empty the order
+    `space` and `block` name the block of the `ChannelSpace` that the order folds into; if `space` is empty, the order
     needs a gather at `site`.
     """
 

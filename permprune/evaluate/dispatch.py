@@ -26,11 +26,12 @@ def evaluate_model(
     batch: int = 4,
     metric: str | None = None,
 ) -> list[Result]:
-    """Measure a model on examples, the metric that counts first.
+    """Measure a model on examples; the most important result comes first.
 
-    With `dense`, how far it agrees with that model (`agreement`). Otherwise the word error rate of speech whose labels
-    the `tokenizer` reads; perplexity of text that the model writes; accuracy of classes, correlation of scores, or
-    the `metric` of `METRICS` asked for. Raises `PermpruneError` where nothing can be measured.
+    With `dense`, the agreement with that model. Otherwise the metric follows from the model and the labels: word error
+    rate for speech, whose labels the `tokenizer` decodes; perplexity for language models; accuracy for classes;
+    correlation for scores; or the `metric` that is asked for (one of `METRICS`). `batch` examples pass through the
+    model at a time. Raises `PermpruneError` where nothing can be measured.
     """
     labels = examples.get("labels")
     if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):

@@ -15,7 +15,10 @@ from permprune.permuters.trust_region import TrustRegion
 
 @dataclass(frozen=True)
 class Newton(TrustRegion):
-    """Swaps of channels that the damped quadratic model of the loss says gain, up to `swaps` of each group a round."""
+    """End-to-end search by swaps: in each round every group of channels makes up to `swaps` swaps.
+
+    Swaps are chosen by the damped quadratic model of the loss, the ones that lower it the most first.
+    """
 
     name: ClassVar[str] = "newton"
     swaps: Natural = 4

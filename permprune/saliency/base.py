@@ -1,4 +1,4 @@
-"""What every saliency metric answers."""
+"""The interface of saliency metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from permprune.options import require_fields
 
 @dataclass(frozen=True)
 class Saliency(ABC):
-    """How much each weight of a layer matters; the larger, the sooner it is kept."""
+    """A score for each weight of a layer: in every group the weights with the largest scores are kept."""
 
     name: ClassVar[str]
 
@@ -24,7 +24,7 @@ class Saliency(ABC):
     def score(self, weight: Tensor, moments: Tensor) -> Tensor:
         """Score each weight.
 
-        `weight` is (rows, channels); `moments` is H = X^T X / tokens of its inputs over the calibration tokens, fp32
-        (channels, channels). Returns non-negative scores (rows, channels) in fp32. Raises `PermpruneError` where H does
-        not do.
+        `weight` is (rows, channels) = (outputs, inputs); `moments` are the second moments of the inputs over the
+        calibration tokens, H = X^T X / tokens, fp32 (channels, channels). Returns non-negative scores, fp32
+        (rows, channels). Raises `PermpruneError` where H cannot be used.
         """

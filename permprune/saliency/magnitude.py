@@ -12,7 +12,7 @@ from permprune.saliency.base import Saliency
 
 @dataclass(frozen=True)
 class Magnitude(Saliency):
-    """|w|, blind to the inputs (Han et al. 2015, arXiv 1506.02626)."""
+    """|w|, independent of the inputs (Han et al. 2015, arXiv 1506.02626)."""
 
     name: ClassVar[str] = "magnitude"
 

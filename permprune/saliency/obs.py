@@ -17,9 +17,9 @@ from permprune.saliency.base import Saliency
 class OBS(Saliency):
     """|w| / sqrt([(H + damping * mean diagonal * I)^-1]_jj), the score of SparseGPT (Frantar & Alistarh 2023).
 
-    Its square is the output error left where a weight goes and all others of its row make up for it (arXiv 2301.00774,
-    section 3). SparseGPT itself takes H of the channels that it has yet to meet, which are fewer at each step; here it
-    is H of all. A channel that is always zero scores zero.
+    Its square is the output error that remains when a weight is removed and all others of its row are updated to
+    compensate (arXiv 2301.00774, section 3). SparseGPT itself uses H of the channels not yet processed, fewer at each
+    step; here it is H of all channels. A channel that is always zero has score zero.
     """
 
     name: ClassVar[str] = "obs"

@@ -16,7 +16,7 @@ from permprune.saliency.base import Saliency
 class RIA(Saliency):
     """(|w| / column sum + |w| / row sum) * ||x_j||^power (Zhang et al. 2024, "Plug-and-Play", section 3.1).
 
-    `power` tempers the activations; the paper's choice is 0.5.
+    `power` reduces the influence of the activations; the paper uses 0.5.
     """
 
     name: ClassVar[str] = "ria"

@@ -1,4 +1,4 @@
-"""What every update answers, and the walk through the blocks that layer-wise updates share."""
+"""The interface of weight updates, and the walk through the blocks that layer-wise updates share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from permprune.progress import track
 
 @dataclass(frozen=True)
 class Update(ABC):
-    """Changes the weights of a pruned network, at the channel orders it shows, to make up for those it loses."""
+    """Changes the weights that stay, at the channel orders that a network shows, to compensate for the pruned ones."""
 
     name: ClassVar[str]
 
@@ -34,29 +34,29 @@ class Update(ABC):
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
         """Make the network show updated weights, N:M in stored order, until orders are next set.
 
-        `examples` are those of the calibration. `masks` are bool (rows, channels) by layer, in the network's own order,
-        of the weights to keep; without them the update may choose. Raises `PermpruneError` where there is no update.
+        `examples` are those of the calibration. `masks` say which weights to keep: bool (rows, channels) by layer, in
+        the network's own order; without them the update chooses. Raises `PermpruneError` where no update exists.
         """
 
 
 @dataclass(frozen=True)
 class LayerUpdate(Update):
-    """An update that takes one layer at a time, given the second moments of its inputs.
+    """An update of one layer at a time, given the second moments of its inputs.
 
-    Blocks follow one another as in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774): the inputs of a block come
-    through the updated blocks before it and its own dense weights.
+    Blocks are updated one after the other, as in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774): the inputs of
+    a block come through the updated blocks before it and its own dense weights.
     """
 
     @abstractmethod
     def apply(
         self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern, mask: Tensor | None = None
     ) -> Tensor:
-        """Prune one layer.
+        """Prune one layer and update the weights that stay.
 
-        `weight` is fp32 (rows, channels), `moments` H of its inputs, fp32 (channels, channels), `order` int64
-        (channels,): the columns in stored order, in which groups of m neighbours follow the pattern; `mask`, if given,
-        bool (rows, channels), the weights to keep. Returns fp32 (rows, channels) in the order of `weight`, which stays
-        as it is. Raises `PermpruneError` where H does not do.
+        `weight` is fp32 (rows, channels); `moments` are the second moments H of its inputs, fp32 (channels, channels).
+        `order`, int64 (channels,), are the columns in stored order, in which groups of m neighbours follow the pattern.
+        `mask`, if given, is bool (rows, channels): the weights to keep. Returns fp32 (rows, channels) in the order of
+        `weight`, which is not changed. Raises `PermpruneError` where H cannot be used.
         """
 
     @torch.no_grad()

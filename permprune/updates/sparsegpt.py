@@ -18,11 +18,11 @@ from permprune.updates.base import LayerUpdate
 class SparseGPT(LayerUpdate):
     """Optimal Brain Surgeon, column by column (Frantar & Alistarh 2023, arXiv 2301.00774, section 3).
 
-    The sweep meets the columns in stored order. At each group it keeps the weights of a row that cost the most to
-    lose, w^2 / [(H_F)^-1]_jj, F being the columns from j on, or those of a mask that it is given; the error of each
-    weight it prunes is made up for by the columns not yet met. `damping` is added to the diagonal of H, in units of its
-    mean. `block` columns at a time, or the most whole groups in as many, are finished before the columns behind them
-    are touched. A channel that is always zero is pruned before any other.
+    The columns are processed in stored order. In each group the weights of a row with the largest
+    w^2 / [(H_F)^-1]_jj are kept, F being the columns from j on; a given mask decides instead. The columns not yet
+    processed are updated to compensate for the error of each pruned weight. `damping` is added to the diagonal of H, in
+    units of its mean. `block` columns (rounded down to whole groups) are finished before the columns after them are
+    updated. A channel that is always zero is pruned before any other.
     """
 
     name: ClassVar[str] = "sparsegpt"
