@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages from files in the root of the repository, and notebooks as pages."""
+"""Hooks of mkdocs: pages from files in the root of the repository, from notebooks, and from the command line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+
+from permprune.cli import app
 
 ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 
@@ -24,12 +27,44 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.remove(file)
         files.append(File.generated(config, f"{file.src_uri.removesuffix('.ipynb')}.md", content=markdown(notebook)))
         files.append(file)
+    files.append(File.generated(config, "api/commands.md", content=command_page()))
     return files
 
 
 def on_page_content(html: str, **_: Any) -> str:
     """Keep figures, their errors and their units on one line in the cells of tables."""
     return re.sub(r"<td[^>]*>[^<]*", lambda cell: re.sub(r"(?<=[\d±]) (?=[\d±%])", "&nbsp;", cell[0]), html)
+
+
+def command_page() -> str:
+    """Every command with its arguments and options, as `--help` gives them."""
+    group: Any = typer.main.get_command(app)
+    parts = ["# Command line", group.help, "`permprune COMMAND --help` shows the same in a terminal."]
+    parts += [part for name, command in sorted(group.commands.items()) for part in _command(name, command)]
+    return "\n\n".join(parts)
+
+
+def _command(name: str, command: Any) -> list[str]:
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    usage = " ".join(["permprune", name, *(argument.name.upper() for argument in arguments), "[OPTIONS]"])
+    rows = ["| option | meaning | default |", "|---|---|---|"]
+    rows += [f"| `{argument.name.upper()}` | {_cell_text(argument.help)} | required |" for argument in arguments]
+    rows += [f"| `{option.opts[0]}` | {_cell_text(option.help)} | {_default(option)} |" for option in options]
+    return [f"## {name}", f"```sh\n{usage}\n```", command.help, "\n".join(rows)]
+
+
+def _default(option: Any) -> str:
+    if option.required:
+        return "required"
+    absent = (
+        isinstance(option.default, bool) or not isinstance(option.default, (int, float, str)) or option.default == ""
+    )
+    return "" if absent else f"`{option.default}`"
+
+
+def _cell_text(text: str | None) -> str:
+    return (text or "").replace("|", "\\|")
 
 
 def markdown(notebook: dict[str, Any]) -> str:
