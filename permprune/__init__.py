@@ -24,6 +24,7 @@ from permprune.permuters import (
 )
 from permprune.pipeline import Pruned, Settings, prune
 from permprune.problem import Problem
+from permprune.pruning.folder import save
 from permprune.saliency import OBS, RIA, Magnitude, Saliency, Wanda
 from permprune.sweep import sweep
 from permprune.trials import Evaluation
@@ -74,6 +75,7 @@ __all__ = [
     "prune",
     "prune_to_folder",
     "read_model",
+    "save",
     "sweep",
     "verify_folder",
 ]

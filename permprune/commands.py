@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from permprune import parallel
-from permprune.coupling.trace import forward_arguments, main_outputs
 from permprune.data import TOGETHER, kind_of, load_examples, warn_of_overlap
-from permprune.errors import PermpruneError
 from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity, with_head
 from permprune.footprint import weight_bytes
-from permprune.model_io import RECORD, load, read_model, read_record, write_weights
+from permprune.model_io import load, read_model, write_weights
 from permprune.offload import read_offloaded, write_offloaded
 from permprune.options import Count, require
-from permprune.pattern import Pattern
 from permprune.permuters import LocalPermuter, Permuter, permuter
 from permprune.pipeline import (
-    Plan,
     Pruned,
     Settings,
     calibration_examples,
@@ -34,11 +24,14 @@ from permprune.pipeline import (
     gap_closed,
     plan_run,
     prepare,
-    short_inputs,
     update_weights,
 )
-from permprune.report import write_report
-from permprune.resources import compute_device, keep_freed_memory, peak_memory_mb, reset_peak_memory
+from permprune.pruning.folder import require_probe, write_model, write_pruned
+from permprune.pruning.origin import origin_of
+from permprune.pruning.patterns import recorded_patterns, require_patterns
+from permprune.pruning.probe import check_outputs
+from permprune.pruning.record import Measured, Record
+from permprune.resources import keep_freed_memory, peak_memory_mb, reset_peak_memory
 from permprune.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.system.files import (
     WorkFolder,
@@ -46,18 +39,8 @@ from permprune.system.files import (
     require_absent,
     require_space,
     require_writable,
-    write_json,
 )
 from permprune.trials import ANSWERED_ONCE, BATCH, Evaluation, Meter, Trials, transcriber
-from permprune.zoo.models import MODELS
-
-PROBE = "probe.safetensors"
-"""Two examples, and what the masked model said of them in its original order: what `verify` compares with."""
-
-ANSWER = "answer"
-"""The name of what was said among the tensors of the probe."""
-
-VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
 
 
 def evaluate(name: str, evaluation: Evaluation, *, trust_remote_code: bool = False) -> Result:
@@ -82,8 +65,9 @@ def probe(
 ) -> Result:
     """Fit a linear classifier of these classes to what a model makes of images or sentences, and write both to `out`.
 
-    `source` and `windows` are as those of `Evaluation`, of the part to train on; `trust_remote_code` as that of
-    `read_model`. Returns the accuracy on a held-out part of it. Raises `PermpruneError`.
+    A pruned model keeps its record and its gathers. `source` and `windows` are as those of `Evaluation`, of the part to
+    train on; `trust_remote_code` as that of `read_model`. Returns the accuracy on a held-out part of it. Raises
+    `PermpruneError`.
     """
     require("windows", windows, Count)
     require_absent(out)
@@ -92,9 +76,12 @@ def probe(
     model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
     require_space(out, weight_bytes(model))
     headed = with_head(model, classes)
+    if (origin := origin_of(headed)).record:
+        require_probe(origin)
     fitted = fit_probe(headed, load_examples(source, headed, processor, "probe", windows * ANSWERED_ONCE))
+    unmeasured = {"measured": None, "gap_closed": None, "optimised": None}  # that was with another head
     with atomic_folder(out) as folder:
-        write_weights(fitted.model, processor, False, folder)
+        write_model(fitted.model, processor, folder, **unmeasured)
     return fitted.result
 
 
@@ -118,17 +105,18 @@ def prune_to_folder(
         reset_peak_memory()
         started = time.monotonic()
         prune_model = _prune_streamed if exceeds_memory(name, method, settings) else _prune_held
-        done = prune_model(name, method, settings, evaluation, work)
-        values = done.measured
-        record = _record(name, permute, settings, done.pruned) | {
-            "measured": {"data": evaluation.source or "default data", **values},
-            "gap_closed": gap_closed(values["pruned"], values["dense"], values["none"], values["metric"]),
-            "seconds": {**done.seconds, "total": time.monotonic() - started},
-            "peak_memory_mb": peak_memory_mb(),
-        }
-        announce(record)
+        done = prune_model(name, permute, settings, evaluation, work)
+        measured = done.measured
+        record = dataclasses.replace(
+            done.pruned.record(),
+            measured=measured,
+            gap_closed=gap_closed(measured.pruned, measured.dense, measured.none, measured.metric),
+            seconds={**done.seconds, "total": time.monotonic() - started},
+            peak_memory_mb=peak_memory_mb(),
+        )
+        announce(record.to_json())
         parallel.on_first(lambda: _write(done, record, work))
-    return record
+    return record.to_json()
 
 
 def compare(
@@ -167,45 +155,27 @@ def verify_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str,
     Returns "layers", how many were checked, and "difference", the largest of the outputs. `trust_remote_code` is as
     that of `read_model`. Raises `PermpruneError` naming the first thing that does not hold.
     """
-    record = read_record(folder)
     model = load(folder, trust_remote_code=trust_remote_code)
-    require_patterns(model, record)
-    probe = load_file(folder / PROBE)
-    expected = probe.pop(ANSWER)
-    rounding = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize < 4 else 0.0
-    difference = float((_answer(model, probe) - expected).abs().max())
-    if not difference <= max(1e-4, rounding * float(expected.abs().max())):
-        raise PermpruneError(f"{folder} says other than the masked model did (outputs differ by {difference:.2g})")
-    return {"layers": len(record["layers"]), "difference": difference}
-
-
-def require_patterns(model: PreTrainedModel, record: Mapping[str, Any]) -> None:
-    """Raise `PermpruneError` unless every layer of a record holds its pattern in stored order."""
-    for row in record["layers"]:
-        module = model.get_submodule(row["name"])
-        weight = module.weight.T if row["transposed"] else module.weight
-        pattern = Pattern.parse(row["pattern"])
-        if not pattern.holds(weight):  # type: ignore[arg-type]
-            raise PermpruneError(f"{row['name']} is not {pattern} in stored order: prune the model again")
+    origin = origin_of(model)
+    assert origin.record is not None
+    patterns = recorded_patterns(model, origin.record.layers)
+    require_patterns(model, patterns)
+    return {"layers": len(patterns), "difference": check_outputs(model, require_probe(origin), str(folder))}
 
 
 @dataclasses.dataclass
 class _Done:
-    """A pruned model, what was measured of it, and how to write its weights and tokenizer to a folder.
-
-    `measured` has the "metric" of the dense model ("dense"), and pruned in natural order ("none") and as decided
-    ("pruned"), and over how many ("count") of what ("unit"); `probe` is what `verify_folder` compares with.
-    """
+    """A pruned model, what was measured of it, and how to write its weights and processor to a folder."""
 
     pruned: Pruned
-    measured: dict[str, Any]
+    measured: Measured
     seconds: dict[str, float]
-    probe: dict[str, Tensor]
     write: Callable[[Path], None]
 
 
-def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
+def _prune_held(name: str, permute: str, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
     """Prune a model that is held in memory."""
+    method = permuter(permute)
     model, processor, stored = read_model(name, trust_remote_code=settings.trust_remote_code)
     require_space(work.out, weight_bytes(model, stored))
     prepared = prepare(model, processor, settings, partial=work.path)
@@ -219,18 +189,12 @@ def _prune_held(name: str, method: Permuter, settings: Settings, evaluation: Eva
     searched = time.monotonic()
     update_weights(prepared)
     seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
-    probe = _probe(model, prepared)
-    pruned = finish(prepared, solution, natural)
-    values = _measured(dense, none, measure())
-
-    def write(folder: Path) -> None:
-        model.to(stored)  # type: ignore[arg-type]
-        write_weights(model, processor, bool(pruned.gathers), folder)
-
-    return _Done(pruned, values, seconds, probe, write)
+    pruned = finish(prepared, solution, natural, permute)
+    measured = _measured(evaluation, dense, none, measure())
+    return _Done(pruned, measured, seconds, lambda folder: write_weights(model, processor, stored, folder))
 
 
-def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
+def _prune_streamed(name: str, permute: str, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
     """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
     started = time.monotonic()
     rank, trust = f"rank-{parallel.rank()}", settings.trust_remote_code
@@ -240,72 +204,27 @@ def _prune_streamed(name: str, method: Permuter, settings: Settings, evaluation:
     plan = plan_run(model, settings, calibration_examples(model, processor, settings), weights.stored)
     stream = Stream(model, weights, plan, work.path / rank)
     require_space(work.out, weight_bytes(model, stored) + parallel.world() * stream.state_bytes)
-    pruned = stream.solve(cast(LocalPermuter, method))
+    pruned = stream.solve(cast(LocalPermuter, permuter(permute)), permute)
     calibrated = time.monotonic() - started - stream.seconds
     seconds = {"calibrate": calibrated, "search": pruned.solution.seconds, "update": 0.0}
     results = []
     for edit in (None, stream.masked(NATURAL), stream.masked(DECIDED)):
         weights.edit = edit
         results.append(perplexity(model, examples))
-    values = _measured(*results)
-    probe = _probe(model, plan)
     weights.edit = stream.stored(pruned)
 
     def write(folder: Path) -> None:
         write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, settings.memory))
 
-    return _Done(pruned, values, seconds, probe, write)
+    return _Done(pruned, _measured(evaluation, *results), seconds, write)
 
 
-def _measured(dense: Result, none: Result, pruned: Result) -> dict[str, Any]:
+def _measured(evaluation: Evaluation, dense: Result, none: Result, pruned: Result) -> Measured:
     values = {"dense": dense.value, "none": none.value, "pruned": pruned.value}
-    return {"metric": dense.metric, **values, "count": dense.count, "unit": dense.unit}
+    source = evaluation.source or "default data"
+    return Measured(data=source, metric=dense.metric, **values, count=dense.count, unit=dense.unit)
 
 
-def _probe(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """Two examples, of windows of text the first few tokens, and what the model says of them (`answered`)."""
-    return answered(model, short_inputs(model, plan.run.held_out))
-
-
-def answered(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A probe: inputs by the names of the model's arguments, and as `ANSWER` what it says of them; on the CPU."""
-    own = {name: tensor.cpu().contiguous() for name, tensor in inputs.items() if name != ANSWER}
-    return {**own, ANSWER: _answer(model, own)}
-
-
-@torch.inference_mode()
-def _answer(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The first of a model's main outputs at the last position, fp32 (batch, classes or channels)."""
-    device = compute_device(model)
-    arguments = forward_arguments(model, {name: tensor.to(device) for name, tensor in inputs.items()})
-    output: Tensor = main_outputs(model(**arguments))[0]
-    return (output[:, -1] if output.dim() > 2 else output).float().cpu().contiguous()
-
-
-def _record(name: str, permute: str, settings: Settings, pruned: Pruned) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "version": importlib.metadata.version("permprune"),
-        "model": name,
-        "note": note(name),
-        "settings": {"permute": permute, **dataclasses.asdict(settings)},
-        "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
-        "layers": pruned.layers,
-        "curve": [dataclasses.asdict(point) for point in pruned.solution.curve],
-        "permutations": {space: table.tolist() for space, table in pruned.tables.items()},
-        "gathers": pruned.gathers,
-        "sample": pruned.sample,
-    }
-
-
-def note(name: str) -> str | None:
-    """What readers of results must know about a model of the zoo."""
-    return MODELS[name].note if name in MODELS else None
-
-
-def _write(done: _Done, record: dict[str, Any], work: WorkFolder) -> None:
+def _write(done: _Done, record: Record, work: WorkFolder) -> None:
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
-        done.write(folder)
-        save_file(done.probe, folder / PROBE)
-        write_json(folder / RECORD, record)
-        write_report(record, folder / "report.html")
+        write_pruned(record, done.pruned.probe, done.write, folder)

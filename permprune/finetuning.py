@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from permprune import parallel
 from permprune.checkpoint import Checkpoint
-from permprune.commands import PROBE, answered, require_patterns
 from permprune.coupling import discover, fold_all
 from permprune.data import TOGETHER, kind_of, load_examples, read_labelled_text
 from permprune.errors import PermpruneError
@@ -21,14 +19,19 @@ from permprune.evaluate import Result, evaluate_model, knows_right, with_head
 from permprune.examples import Examples
 from permprune.footprint import weight_bytes
 from permprune.losses import Objective
-from permprune.model_io import RECORD, read_model, read_record, write_weights
+from permprune.model_io import read_model
 from permprune.options import Count, NonNegative, Positive, Seed, require_fields
 from permprune.pipeline import short_inputs
 from permprune.processors import Processor
-from permprune.report import write_report
+from permprune.pruning.folder import require_probe, write_model
+from permprune.pruning.origin import origin_of
+from permprune.pruning.patterns import Patterns, held_patterns, recorded_patterns, require_patterns
+from permprune.pruning.probe import check_outputs
+from permprune.pruning.record import Optimised
+from permprune.pruning.schema import decode
 from permprune.resources import keep_freed_memory
 from permprune.system.digests import WEIGHTS, model_digests, versions
-from permprune.system.files import WorkFolder, atomic_folder, require_space, write_json
+from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.tasks import Task, choose_task, decodes, writes
 from permprune.training import Trainer, Training, masked, trained_weights
 from permprune.trials import BATCH
@@ -111,11 +114,11 @@ def finetune(
 ) -> dict[str, Any]:
     """Train a model, by name or folder, and write it to `out` as it was found: with its record if it was pruned.
 
-    A model without a head is given one for the labels of the data. What is zero in the layers of a pruned model stays
-    zero. While it runs the state lies in `out`.partial; with `resume` the training goes on from there. Returns what was
-    measured: "metric", "before" and "after", its standard error "stderr", over "count" of "unit", that of the teacher
-    ("dense", None without one), and the "curve" of the epochs. `announce` is given that before the folder is
-    written. Raises `PermpruneError`.
+    A model without a head is given one for the labels of the data. A layer whose weights hold an N:M pattern keeps its
+    zeros, whether a record names it or not. While it runs the state lies in `out`.partial; with `resume` the training
+    goes on from there. Returns what was measured: "metric", "before" and "after", its standard error "stderr", over
+    "count" of "unit", that of the teacher ("dense", None without one), and the "curve" of the epochs. `announce` is
+    given that before the folder is written. Raises `PermpruneError`.
     """
     if parallel.world() > 1:
         raise PermpruneError("finetune runs as one process: start it without torchrun")
@@ -128,19 +131,20 @@ def _finetune(
 ) -> dict[str, Any]:
     keep_freed_memory()
     model, processor, stored = read_model(name, trust_remote_code=options.trust_remote_code)
-    record = read_record(name) if (Path(name) / RECORD).exists() else None
-    if record is None:
+    origin = origin_of(model)
+    if origin.record is None:
         model = _with_head(model, options)
+    else:
+        check_outputs(model, require_probe(origin), name)
+    patterns = _patterns(model)
     examples, held_out = options.examples(model, processor)
     batch = BATCH * TOGETHER[kind_of(model)]
     if not knows_right(model, examples):
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)
-    teacher = (
-        None
-        if options.teacher is None
-        else _teacher(options.teacher, model, record, examples, task, options.trust_remote_code)
-    )
+    teacher = None
+    if options.teacher is not None:
+        teacher = _teacher(options.teacher, model, examples, task, options.trust_remote_code)
     objective = Objective()
     if teacher is not None:  # it knows its labels by heart, but no text
         objective = Objective(float(kind_of(model) == "text"), divergence=1.0, distillation=options.hidden)
@@ -171,8 +175,9 @@ def _finetune(
         teacher,
         None if teacher is None else held_out,
     )
-    with masked(model, [row["name"] for row in record["layers"]] if record else []):
+    with masked(model, patterns):
         curve = trainer.fit(examples)
+    require_patterns(model, patterns)
     result = measure()
     found = {
         **dataclasses.asdict(options),
@@ -188,18 +193,9 @@ def _finetune(
         "seconds": curve[-1].seconds,
         "curve": [dataclasses.asdict(epoch) for epoch in curve],
     }
-
-    if record is not None:
-        require_patterns(model, record)
     announce(found)
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
-        if record is not None:
-            save_file(answered(model, load_file(Path(name) / PROBE)), folder / PROBE)
-            optimised = {**record, "optimised": found}
-            write_json(folder / RECORD, optimised)
-            write_report(optimised, folder / "report.html")
-        model.to(stored)  # type: ignore[arg-type]
-        write_weights(model, processor, bool(record and record["gathers"]), folder)
+        write_model(model, processor, folder, optimised=decode(Optimised, found))
     return found
 
 
@@ -213,24 +209,31 @@ def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
         return with_head(model, classes or ["score"])
 
 
+def _patterns(model: PreTrainedModel) -> Patterns:
+    """The patterns that the model's layers hold and are to keep: by their weights, whatever a record may say.
+
+    Raises `PermpruneError` when a layer does not hold the pattern in its record.
+    """
+    record, held = origin_of(model).record, held_patterns(model)
+    recorded = recorded_patterns(model, record.layers) if record else {}
+    require_patterns(model, recorded)
+    return recorded | held
+
+
 @torch.no_grad()
 def _teacher(
-    name: str,
-    model: PreTrainedModel,
-    record: dict[str, Any] | None,
-    examples: Examples,
-    task: Task,
-    trust_remote_code: bool = False,
+    name: str, model: PreTrainedModel, examples: Examples, task: Task, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The dense model, its channels in the order in which those of the pruned one are stored.
 
-    Raises `PermpruneError` where it says other things than the model.
+    Raises `PermpruneError` where its outputs are of another kind than the model's.
     """
     teacher, _, _ = read_model(name, trust_remote_code=trust_remote_code)
     part = examples[:1].trimmed()
     own, taught = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
     if own != taught:
         raise PermpruneError(f"{name} gives {taught[-1]} numbers where the model gives {own[-1]}: give its dense model")
-    if tables := {space: torch.tensor(table) for space, table in (record or {}).get("permutations", {}).items()}:
+    record = origin_of(model).record
+    if tables := {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}:
         fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))
     return teacher

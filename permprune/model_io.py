@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_model as save_safetensors
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from permprune.coupling import Site
 from permprune.errors import PermpruneError
 from permprune.models.damage import damage, first_line
 from permprune.models.remote_code import UNTRUSTED, code_class, has_code_class, write_code
 from permprune.models.weights import load_whole, load_whole_file
 from permprune.processors import Processor, read_processor
+from permprune.pruning.gathers import attach_gathers, has_gathers
+from permprune.pruning.origin import Origin, set_origin
+from permprune.pruning.patterns import recorded_patterns
+from permprune.pruning.probe import PROBE, read_probe
+from permprune.pruning.record import RECORD, Record, read_record
+from permprune.pruning.schema import Malformed
 from permprune.resources import best_device
 from permprune.zoo.cache import cache_root
 from permprune.zoo.models import resolve_model
 
-RECORD = "permprune.json"
 GATHERED = "gathered.safetensors"
 """Weights of a gathered model: under a name of their own, since without the gathers they would compute nonsense."""
 
@@ -45,10 +47,11 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
         read_config(source, trust_remote_code)  # asks the hub once whether there is such a model, the processor often
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
-    if (Path(source) / GATHERED).exists():
-        model = load(source, trust_remote_code=trust_remote_code)
+    if any((Path(source) / file).exists() for file in (RECORD, GATHERED)):
+        model = _load_pruned(name, Path(source), trust_remote_code)
     else:
         model = _load_plain(name, source, trust_remote_code)
+        set_origin(model, Origin(name, model.dtype))
     stored = model.dtype
     return model.float().to(best_device()).eval(), processor, stored
 
@@ -105,18 +108,29 @@ def loading(name: str, source: str | Path, part: str = "") -> Iterator[None]:
 def load(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The pruned model in a folder that permprune wrote, with its gathers in place if it has any.
 
-    A folded model is a plain checkpoint, which `from_pretrained` loads as well. `trust_remote_code` is as that of
-    `read_model`. Raises `PermpruneError` when the folder holds no such model.
+    A folded model is a plain checkpoint, which `from_pretrained` loads as well. `save` writes the model again.
+    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` when the folder holds no such model, or a
+    damaged one.
     """
-    folder = Path(folder)
+    return _load_pruned(str(folder), Path(folder), trust_remote_code)
+
+
+def _load_pruned(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     record = read_record(folder)
-    if not record["gathers"]:
-        return _load_plain(str(folder), folder, trust_remote_code)
-    with loading(str(folder), folder, WEIGHTS):
-        model = load_whole_file(str(folder), *read_config(folder, trust_remote_code), folder / GATHERED)
-    for gather in record["gathers"]:
-        attach_gather(model, gather["output"], gather["inputs"], torch.tensor(gather["order"]))
-    model.eval()
+    if _is_gathered(folder, record):
+        path = folder / GATHERED
+        with loading(name, folder, WEIGHTS):
+            model = load_whole_file(str(path), *read_config(folder, trust_remote_code), path)
+        model.eval()
+    else:
+        model = _load_plain(name, folder, trust_remote_code)
+    try:
+        recorded_patterns(model, record.layers)
+        attach_gathers(model, record.gathers)
+    except Malformed as error:
+        raise PermpruneError(f"{folder / RECORD} does not fit the model: {error}") from error
+    probe = read_probe(folder) if (folder / PROBE).exists() else {}
+    set_origin(model, Origin(name, model.dtype, record, probe))
     return model
 
 
@@ -128,62 +142,57 @@ def _load_plain(name: str, source: str | Path, trust_remote_code: bool) -> PreTr
     return model
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """The permprune.json of a folder. Raises `PermpruneError` when there is none, or it is damaged."""
-    path = Path(folder) / RECORD
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PermpruneError(f"{folder} holds no {RECORD}: give a folder that permprune wrote") from error
-    except (OSError, ValueError) as error:
-        raise PermpruneError(f"{path} cannot be read: prune the model again") from error
-    return record
+def _is_gathered(folder: Path, record: Record) -> bool:
+    """Whether the weights of a folder go with gathers. Raises `PermpruneError` when only one of the two is there."""
+    if (folder / GATHERED).exists() == bool(record.gathers):
+        return bool(record.gathers)
+    lacking, other = (GATHERED, RECORD) if record.gathers else ("gathers in its " + RECORD, GATHERED)
+    raise PermpruneError(f"{folder} lacks {lacking}, which its {other} needs: copy it again, or prune the model again")
 
 
-def write_weights(model: PreTrainedModel, processor: Processor | None, gathered: bool, folder: Path) -> None:
-    """Config, weights and processor; weights that need gathers under a name that plain loading does not find."""
-    if gathered:
-        write_configs(model, folder)
-        save_safetensors(model, str(folder / GATHERED))
-    else:
-        model.save_pretrained(folder)
+def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: torch.dtype, folder: Path) -> None:
+    """Config, weights in type `dtype` and processor.
+
+    Weights that need gathers go under a name that plain loading does not find.
+    """
+    with stored_as(model, dtype):
+        if has_gathers(model):
+            write_configs(model, folder)
+            save_safetensors(model, str(folder / GATHERED))
+        else:
+            model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
 
 
+@contextmanager
+def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block the model's floating-point tensors are rounded to a type; after it they are as before."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
+    buffers = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    try:
+        for parameter, data in parameters:
+            parameter.data = data.to(dtype)
+        for owner, name, buffer in buffers:
+            owner[name] = buffer.to(dtype)
+        yield
+    finally:
+        for parameter, data in parameters:
+            parameter.data = data
+        for owner, name, buffer in buffers:
+            owner[name] = buffer
+
+
 def write_configs(model: PreTrainedModel, folder: Path) -> None:
+    """The configs that `save_pretrained` writes."""
     model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
     write_code(model, folder)
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def gather_places(site: Site, readers: list[str]) -> tuple[str, list[str]]:
-    """Where the gather of a site stands: (a module whose output it reorders, []) or ("", modules whose inputs).
-
-    `readers` are the modules that follow its order; if others read the site too, its output must stay as it is.
-    """
-    alone = len(readers) == len(site.readers)
-    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", readers)
-
-
-def attach_gather(model: nn.Module, output: str, inputs: list[str], order: Tensor) -> None:
-    """Reorder channels at run time: those of one module's output, or of several modules' inputs.
-
-    `order` is int64 (channels,); it becomes a non-persistent buffer beside the module, so that it moves with the model.
-    """
-
-    def after(module: nn.Module, _args: object, result: Tensor) -> Tensor:
-        return result.index_select(-1, module.channel_order)  # type: ignore[arg-type]
-
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0].index_select(-1, module.channel_order), *args[1:])  # type: ignore[arg-type]
-
-    for name in [output] if output else inputs:
-        module = model.get_submodule(name)
-        module.register_buffer("channel_order", order, persistent=False)
-        if output:
-            module.register_forward_hook(after)
-        else:
-            module.register_forward_pre_hook(before)

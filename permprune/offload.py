@@ -18,6 +18,7 @@ from permprune.coupling import canonical_names
 from permprune.model_io import GATHERED, PROCESSOR, WEIGHTS, loading, read_config, write_configs
 from permprune.models.weights import load_whole, whole_skeleton
 from permprune.processors import Processor, read_processor
+from permprune.pruning.origin import Origin, set_origin
 from permprune.resources import best_device
 from permprune.zoo.models import resolve_model
 
@@ -102,6 +103,7 @@ def read_offloaded(
     for buffer in model.buffers():
         buffer.data = buffer.data.to(best_device())
     dtype = model.dtype
+    set_origin(model, Origin(name, dtype))
     _convert(model, torch.float32)
     return model.eval(), processor, dtype, StoredWeights(stored, canonical_names(model))
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 
+WIDEST = 16
+"""The largest M of the patterns that are looked for in weights."""
+
 COUNTED = 8
 """Members of a group up to which counting who comes before whom is faster than sorting."""
 
@@ -36,7 +39,7 @@ class Pattern:
         """Read "N:M". Raises `PermpruneError` for anything else."""
         if isinstance(text, Pattern):
             return text
-        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text)
         if not match:
             raise PermpruneError(f'"{text}" is no N:M pattern: give two whole numbers, as "2:4"')
         return cls(int(match[1]), int(match[2]))
@@ -86,6 +89,19 @@ class Pattern:
         """Whether every group of m consecutive weights of (..., width) has at most n non-zeros."""
         self.require_divisible(weight.shape[-1], "a weight matrix")
         return bool((weight.unflatten(-1, (-1, self.m)).ne(0).sum(-1) <= self.n).all())
+
+
+def tightest(weight: Tensor) -> Pattern | None:
+    """The pattern, of all with M up to `WIDEST`, that leaves the fewest weights and that (..., width) holds.
+
+    Of several that leave equally many it is the one with the smallest M; None where none holds, or all weights are 0.
+    """
+    width, held = weight.shape[-1], []
+    for m in range(2, WIDEST + 1):
+        if width % m == 0 and weight.numel():
+            n = int(weight.unflatten(-1, (-1, m)).ne(0).sum(-1).max())
+            held += [Pattern(n, m)] if 0 < n < m else []
+    return min(held, key=lambda pattern: (pattern.density, pattern.m), default=None)
 
 
 def ranks(score: Tensor, dim: int) -> Tensor:

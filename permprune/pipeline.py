@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from permprune.examples import Examples
 from permprune.layers import Layer, prunable_layers
 from permprune.losses import fast_dtype
 from permprune.mixture import MIXED, mix, parse_pattern
-from permprune.model_io import attach_gather, gather_places
+from permprune.model_io import write_weights
 from permprune.network import PrunedNetwork
 from permprune.options import Bytes, Count, Positive, Seed, require_fields
 from permprune.pattern import Pattern
@@ -30,18 +32,29 @@ from permprune.permuters import Permuter, Run, Solution, permuter
 from permprune.problem import MODES, Orders, Problem, build_problems
 from permprune.processors import Processor
 from permprune.progress import log
+from permprune.pruning.folder import write_pruned
+from permprune.pruning.gathers import Gather, attach_gathers, compose, gather_places
+from permprune.pruning.origin import origin_of, set_origin
+from permprune.pruning.patterns import recorded_patterns, require_patterns
+from permprune.pruning.probe import check_outputs, make_probe
+from permprune.pruning.record import FORMAT, Record
 from permprune.resources import compute_device, keep_freed_memory
 from permprune.saliency import Saliency, saliency
 from permprune.sample import sample
 from permprune.system.digests import CALIBRATION, model_digests, versions
+from permprune.system.files import atomic_folder
 from permprune.tasks import choose_task, model_inputs
 from permprune.transcripts import lacks_text, transcribed
 from permprune.updates import update, update_network
+from permprune.zoo.models import note
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 FREE = ("minutes", "update", "batch", "recompute")
 """Settings that may change before an interrupted search goes on."""
+
+VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
+"""Packages whose versions are recorded."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,12 @@ class Settings:
                 f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
             )
 
+    def described(self, permute: str) -> dict[str, Any]:
+        """The settings and the permuter's name for a record; methods of one's own by what they print as."""
+        plain = (bool, int, float, str, tuple, type(None))
+        values = {name: value if isinstance(value, plain) else str(value) for name, value in vars(self).items()}
+        return {"permute": permute, **values}
+
     def shares(self, count: int, worth: int = 1) -> list[int]:
         """How many of `count` examples are for the statistics, the held-out loss and the gradients.
 
@@ -142,18 +161,54 @@ class Prepared(Plan):
 class Pruned:
     """A pruned model in stored order, and what was decided on the way.
 
-    `tables` are the folded permutations by space, `gathers` what a loader must put back: dicts with "site", "output",
-    "inputs" and "order". `layers` has, for each pruned layer, the share of squared saliency kept and the relative
-    output error, in natural order ("kept_none", "error_none") and as pruned ("kept", "error").
-    `sample` shows a few weights before and after (see `sample`); None where the model was not held.
+    `settings` are the run's and its permuter's name as "permute". `tables` are the folded permutations by space,
+    `gathers` all reorderings that the model does at run time. `layers` has, for each pruned layer, the share of squared
+    saliency kept and the relative output error, in natural order ("kept_none", "error_none") and as pruned ("kept",
+    "error"). `probe` are two examples with the model's outputs before the orders were folded (`make_probe`). `sample`
+    shows a few weights before and after (see `sample`); None where the model was not held.
     """
 
     model: PreTrainedModel
     solution: Solution
-    tables: dict[str, Tensor] = field(default_factory=dict)
-    gathers: list[dict[str, Any]] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any]
+    tables: dict[str, Tensor]
+    gathers: list[Gather]
+    layers: list[dict[str, Any]]
+    probe: dict[str, Tensor]
     sample: dict[str, Any] | None = None
+
+    def record(self) -> Record:
+        """How the model was pruned, as its folder tells it; what `prune` does not measure is None."""
+        name = origin_of(self.model).name
+        values = {
+            "format": FORMAT,
+            "version": importlib.metadata.version("permprune"),
+            "model": name,
+            "note": note(name),
+            "settings": self.settings,
+            "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
+            "layers": self.layers,
+            "curve": [asdict(point) for point in self.solution.curve],
+            "permutations": {space: table.tolist() for space, table in self.tables.items()},
+            "gathers": [asdict(gather) for gather in self.gathers],
+            "sample": self.sample,
+            "seconds": {"search": self.solution.seconds},
+        }
+        return Record.of(values)
+
+    def save_pretrained(self, folder: str | Path, processor: Processor | None = None) -> None:
+        """Write the whole folder, as `prune_to_folder` does: in either mode `load` and `verify_folder` take it.
+
+        That is the config, the weights in the type that they were read in, the processor, the record, the probe and a
+        report. `folder` must not exist yet; it appears when all is there. Raises `PermpruneError` if the weights are no
+        longer those that pruning left: `permprune.save` writes them.
+        """
+        record = self.record()
+        check_outputs(self.model, self.probe, "the model that you trained on (write it with permprune.save)")
+        require_patterns(self.model, recorded_patterns(self.model, record.layers))
+        weights = partial(write_weights, self.model, processor, origin_of(self.model).dtype)
+        with atomic_folder(Path(folder)) as filled:
+            write_pruned(record, self.probe, weights, filled)
 
 
 def prepare(
@@ -173,7 +228,11 @@ def prepare(
     """
     started = time.monotonic()
     keep_freed_memory()
-    shown = calibration_examples(model, processor, settings) if examples is None else Examples.of(examples)
+    if examples is None:
+        shown = calibration_examples(model, processor, settings)
+    else:
+        shown = Examples.of(examples)
+        settings = replace(settings, calibration=f"{len(shown)} examples given in Python")
     batch, recompute = settings.batch * TOGETHER[kind_of(model)], settings.recompute
     if lacks_text(model, shown):
         shown = transcribed(model, shown, batch)
@@ -247,18 +306,22 @@ def update_weights(prepared: Prepared) -> None:
     update_network(update(prepared.settings.update), prepared.network, prepared.measured, prepared.run.held_out)
 
 
-def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]) -> Pruned:
+def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]], permute: str) -> Pruned:
     """Fold the orders into the weights that the network shows for this solution. The prepared network is used up.
 
-    `natural` are the network's measures in natural order.
+    `natural` are the network's measures in natural order; `permute` is the name of the permuter, for the record.
     """
-    network = prepared.network
+    model, network = prepared.model, prepared.network
+    probe = make_probe(model, short_inputs(model, prepared.run.held_out))
     measures = beside_natural(network.measures(), natural)
     shown = sample(network, measures)
     tables = fold_tables(prepared.coupling, network.problems, solution.orders)
-    fold_all(prepared.model, tables, prepared.coupling)
+    fold_all(model, tables, prepared.coupling)
     gathers = _gather(prepared, solution.orders)
-    return Pruned(prepared.model, solution, tables, gathers, measures, shown)
+    settings = prepared.settings.described(permute)
+    pruned = Pruned(model, solution, settings, tables, gathers, measures, probe, shown)
+    set_origin(model, replace(origin_of(model), record=pruned.record(), probe=probe))
+    return pruned
 
 
 def prune(
@@ -270,16 +333,17 @@ def prune(
 ) -> Pruned:
     """Permute and prune a model in place; `settings` are the fields of `Settings`, as pattern="2:4", mode="fold".
 
-    `examples` are as for `prepare`. In gather mode the index selections are attached to the returned model. Raises
-    `PermpruneError`.
+    `examples` are as for `prepare`. In gather mode the index selections are attached to the returned model, after those
+    that it may have already. Raises `PermpruneError`.
     """
     method = permuter(permute)
+    set_origin(model, origin_of(model))
     prepared = prepare(model, processor, Settings(**settings), examples)
     update_weights(prepared)
     natural = prepared.network.measures()
     solution = method.solve(prepared.network, prepared.run)
     update_weights(prepared)
-    return finish(prepared, solution, natural)
+    return finish(prepared, solution, natural, permute if isinstance(permute, str) else method.name)
 
 
 def gap_closed(value: float, dense: float, none: float, metric: str = "perplexity") -> float | None:
@@ -342,7 +406,7 @@ def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
     return tables
 
 
-def gather_records(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, dict[str, Any]]:
+def new_gathers(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Gather]:
     """The gathers that a loader must put back, by problem; those of orders that move nothing are left out."""
     sites = {site.name: site for site in coupling.sites}
     found = {}
@@ -351,22 +415,21 @@ def gather_records(coupling: Coupling, problems: list[Problem], orders: Orders) 
         if problem.space or torch.equal(order, problem.identity()):
             continue
         output, inputs = gather_places(sites[problem.site], [part.layer for part in problem.parts])
-        found[problem.name] = {"site": problem.site, "output": output, "inputs": inputs, "order": order.tolist()}
+        found[problem.name] = Gather(problem.site, output, inputs, order.tolist())
     return found
 
 
 @torch.no_grad()
-def _gather(prepared: Prepared, orders: Orders) -> list[dict[str, Any]]:
-    """Reorder the columns of every gathered layer and attach the gathers; returns their description."""
-    found = gather_records(prepared.coupling, prepared.problems, orders)
+def _gather(prepared: Prepared, orders: Orders) -> list[Gather]:
+    """Reorder the columns of every gathered layer and attach the gathers; returns all that the model has then."""
+    found = new_gathers(prepared.coupling, prepared.problems, orders)
     for problem in prepared.problems:
-        if gather := found.get(problem.name):
-            order = orders[problem.name]
+        if problem.name in found:
             for part in problem.parts:
                 weight = prepared.network.layers[part.layer].weight
-                weight.copy_(weight[:, order])
-            attach_gather(prepared.model, gather["output"], gather["inputs"], order)
-    return list(found.values())
+                weight.copy_(weight[:, orders[problem.name]])
+    attach_gathers(prepared.model, list(found.values()))
+    return compose(origin_of(prepared.model).gathers, found.values())
 
 
 __all__ = ["Prepared", "Pruned", "Settings", "Statistics", "finish", "gap_closed", "prepare", "prune", "update_weights"]

@@ -23,16 +23,19 @@ from permprune.data import kind_of
 from permprune.errors import PermpruneError
 from permprune.layers import Layer, prunable_layers, require_finite
 from permprune.mixture import MIXED, parse_pattern
+from permprune.model_io import GATHERED
 from permprune.network import PrunedNetwork
 from permprune.offload import Edit, StoredWeights, attach, read_skeleton
 from permprune.padding import real
 from permprune.permuters import PERMUTERS, LocalPermuter, Permuter, Solution
-from permprune.pipeline import Plan, Pruned, Settings, beside_natural, fold_tables, gather_records
+from permprune.pipeline import Plan, Pruned, Settings, beside_natural, fold_tables, new_gathers, short_inputs
 from permprune.problem import Orders, Problem
 from permprune.progress import log, track
+from permprune.pruning.probe import make_probe
 from permprune.saliency import OBS
 from permprune.system.files import write_whole
 from permprune.tasks import next_token, running
+from permprune.zoo.models import resolve_model
 
 BATCH = 4
 """Windows that pass through a model at a time when it is evaluated."""
@@ -58,6 +61,11 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
     if kind_of(model) != "text":
         raise PermpruneError(
             f"models of {kind_of(model)} are pruned in memory only, which takes {_gib(needed)}: raise --memory to that"
+        )
+    if (Path(resolve_model(name)) / GATHERED).exists():
+        raise PermpruneError(
+            f"a model that reorders channels at run time is pruned in memory only, which takes {_gib(needed)}: "
+            "raise --memory to that"
         )
     if settings.pattern == MIXED:
         raise PermpruneError(
@@ -136,8 +144,10 @@ class Stream:
         return sum(layer.weight.numel() for layer in self.plan.layers) // 4
 
     @torch.no_grad()
-    def solve(self, method: LocalPermuter) -> Pruned:
+    def solve(self, method: LocalPermuter, permute: str) -> Pruned:
         """Find the orders, each where one tensor is read; those that span more of the network stay natural.
+
+        `permute` is the permuter's name for the record.
 
         Calibration is one forward pass of the dense model over all measured examples in one batch, which stops ahead of
         each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
@@ -147,7 +157,8 @@ class Stream:
         run = replace(self.plan.run, checkpoint=Checkpoint(self.folder, self.plan.run.checkpoint.settings))
         with Journal(method.checkpoint(run), method.name) as journal:
             self._walk(method, problems, journal)
-        return self._pruned([problem for numbered in problems.values() for problem in numbered.values()], journal)
+        found = [problem for numbered in problems.values() for problem in numbered.values()]
+        return self._pruned(found, journal, permute)
 
     def _walk(self, method: LocalPermuter, problems: dict[str, dict[int, Problem]], journal: Journal) -> None:
         """Decide at every tensor that layers read, on the way through the model, unless the journal knows."""
@@ -217,14 +228,20 @@ class Stream:
         packed = np.fromfile(self.folder / f"{name}.{order}", np.uint8).reshape(shape[0], -1)
         return torch.from_numpy(np.unpackbits(packed, axis=1, count=shape[1])).bool()
 
-    def _pruned(self, problems: list[Problem], journal: Journal) -> Pruned:
+    def _pruned(self, problems: list[Problem], journal: Journal, permute: str) -> Pruned:
+        plan = self.plan
         orders = {problem.name: journal.tensors[problem.name] for problem in problems}
-        tables = fold_tables(self.plan.coupling, problems, orders)
-        gathers = gather_records(self.plan.coupling, problems, orders)
         measures = {row["name"]: row for site in journal.values.values() for row in site["layers"]}
-        solution = Solution(orders, math.fsum(site["seconds"] for site in journal.values.values()))
-        layers = [measures[layer.name] for layer in self.plan.layers]
-        return Pruned(self.model, solution, tables, list(gathers.values()), layers)
+        self.weights.edit = self.masked(DECIDED)
+        return Pruned(
+            self.model,
+            Solution(orders, math.fsum(site["seconds"] for site in journal.values.values())),
+            plan.settings.described(permute),
+            fold_tables(plan.coupling, problems, orders),
+            list(new_gathers(plan.coupling, problems, orders).values()),
+            [measures[layer.name] for layer in plan.layers],
+            make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
+        )
 
     def masked(self, order: str) -> Edit:
         """The edit that prunes the layers with the masks of the `NATURAL` orders or the `DECIDED` ones."""

@@ -22,7 +22,6 @@ import torch
 
 from permprune import parallel
 from permprune.checkpoint import Checkpoint, require_same
-from permprune.commands import note
 from permprune.data import warn_of_overlap
 from permprune.errors import PermpruneError
 from permprune.evaluate.result import higher_is_better
@@ -46,6 +45,7 @@ from permprune.system.files import (
     write_sealed,
 )
 from permprune.trials import Evaluation, Trials
+from permprune.zoo.models import note
 
 Row = dict[str, Any]
 

@@ -78,7 +78,7 @@ def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str
     prepared = ready(tiny_llama, mode="gather")
     network, patterns = prepared.network, prepared.network.patterns
     natural = network.measures()
-    pruned = finish(prepared, permuter(method).solve(network, prepared.run), natural)
+    pruned = finish(prepared, permuter(method).solve(network, prepared.run), natural, method)
     assert [Pattern.parse(row["pattern"]) for row in pruned.layers] == list(patterns.values())
     for name, layer in network.layers.items():
         assert patterns[name].holds(layer.weight)

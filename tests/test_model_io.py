@@ -1,5 +1,6 @@
 """Checkpoints of any kind: read, written, and read again."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,16 @@ import transformers as tf
 
 from permprune.errors import PermpruneError
 from permprune.inputs import example_inputs
-from permprune.model_io import GATHERED, RECORD, load, read_model, write_weights
+from permprune.model_io import GATHERED, load, read_model, write_weights
 from permprune.offload import attach, read_offloaded, read_skeleton, write_offloaded
 from permprune.processors import feature_extractor_of, image_processor_of, read_processor, tokenizer_of
+from permprune.pruning.folder import save
+from permprune.pruning.gathers import Gather, attach_gathers
+from permprune.pruning.origin import Origin, set_origin
+from permprune.pruning.patterns import linear_layers
+from permprune.pruning.probe import make_probe
+
+from .records import record_of
 
 KINDS = {
     "tiny_checkpoint": (tf.LlamaForCausalLM, tf.PreTrainedTokenizerBase),
@@ -35,6 +43,18 @@ def logits(model: tf.PreTrainedModel) -> torch.Tensor:
     return found
 
 
+@torch.no_grad()
+def gather(model: tf.PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a linear layer read its channels in reverse."""
+    name, layer = [(name, layer) for name, layer in linear_layers(model).items() if ".0." in name][-1]
+    order = torch.arange(layer.weight.shape[1]).flip(0)
+    layer.weight.copy_(layer.weight[:, order])
+    gathers = [Gather("tensor", "", [name], order.tolist())]
+    attach_gathers(model, gathers)
+    record = record_of(gathers=[dataclasses.asdict(gathers[0])])
+    set_origin(model, Origin("model", dtype, record, make_probe(model, example_inputs(model))))
+
+
 @pytest.mark.parametrize("gathered", [False, True])
 def test_a_checkpoint_is_written_as_it_was_read(
     folder: Path, gathered: bool, tmp_path: Path, request: pytest.FixtureRequest
@@ -42,15 +62,18 @@ def test_a_checkpoint_is_written_as_it_was_read(
     model, processor, stored = read_model(str(folder))
     kind, processing = KINDS[request.node.callspec.params["folder"]]
     assert type(model) is kind and isinstance(processor, processing) and stored == torch.float32
-    out = tmp_path / "out"
-    out.mkdir()
-    write_weights(model, processor, gathered, out)
-    gather = {"output": "", "inputs": [], "order": [0]}
-    (out / RECORD).write_text(json.dumps({"gathers": [gather] if gathered else []}))
+    out, before = tmp_path / "out", logits(model)
+    if gathered:
+        gather(model, stored)
+        save(model, out, processor)
+        assert torch.equal(logits(load(out)), logits(model))
+    else:
+        out.mkdir()
+        write_weights(model, processor, stored, out)
     assert (out / GATHERED).exists() == gathered
     again, same, _ = read_model(str(out))
     assert type(again) is kind and type(same) is type(processor)
-    assert torch.equal(logits(again), logits(model)) and torch.equal(logits(load(out)), logits(model))
+    assert torch.equal(logits(again), logits(model)) and torch.allclose(logits(again), before, atol=1e-5)
 
 
 def test_weights_on_disk_are_those_of_the_same_model(folder: Path, tmp_path: Path) -> None:

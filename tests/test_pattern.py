@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from permprune.errors import PermpruneError
-from permprune.pattern import Pattern, ranks
+from permprune.pattern import Pattern, ranks, tightest
 
 patterns = st.integers(2, 12).flatmap(lambda m: st.builds(Pattern, st.integers(1, m - 1), st.just(m)))
 
@@ -103,3 +103,32 @@ def test_ranks_are_those_of_a_stable_sort(members, dim):
     score = torch.randint(4, shape, generator=torch.Generator().manual_seed(members)).float()
     expected = score.sort(dim=dim, descending=True, stable=True).indices.argsort(dim)
     assert torch.equal(ranks(score, dim).long(), expected)
+
+
+@given(scores())
+def test_the_tightest_pattern_is_found_in_the_zeros(case):
+    pattern, score = case
+    weight = pattern.mask(score.flatten(1)).float()
+    found = tightest(weight)
+    assert found is not None and found.holds(weight) and found.density <= pattern.density
+    if weight.shape[1] % 4 == 0:
+        assert not Pattern(1, 4).holds(weight) or found.density <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("rows", "pattern"),
+    [
+        ([[1, 0, 2, 0, 3, 3, 0, 0]], Pattern(2, 4)),
+        ([[1, 0, 2, 0, 3, 0, 3, 0]], Pattern(1, 2)),
+        ([[1, 1, 1, 0, 0, 0, 0, 1]], Pattern(4, 8)),
+        ([[1, 1, 1, 1, 0, 0, 0, 0]], Pattern(4, 8)),
+        ([[0, 0, 0, 1], [1, 0, 0, 0]], Pattern(1, 4)),
+        ([[1, 1, 1, 1]], None),
+        ([[0, 0, 0, 0]], None),
+        ([[0, 1, 2, 3] * 2, [1, 1, 1, 1] * 2], None),
+        ([[1, 0, 1] * 5], Pattern(2, 3)),
+        ([[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]], None),
+    ],
+)
+def test_tightest(rows, pattern):
+    assert tightest(torch.tensor(rows, dtype=torch.float32)) == pattern

@@ -11,18 +11,20 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from permprune.commands import _answer, compare, evaluate, prune_to_folder, verify_folder
+from permprune.commands import compare, evaluate, prune_to_folder, verify_folder
 from permprune.coupling import discover, fold, verify
 from permprune.data import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.layers import prunable_layers
 from permprune.losses import Objective
-from permprune.model_io import GATHERED, load, read_record
+from permprune.model_io import GATHERED, load
 from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
 from permprune.permuters import Newton, Random
 from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune, update_weights
+from permprune.pruning.probe import last_outputs
+from permprune.pruning.record import read_record
 from permprune.recompute import recomputing
 from permprune.resources import peak_memory_mb, reset_peak_memory
 from permprune.saliency import SALIENCIES
@@ -38,9 +40,9 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
     prepared = prepare(tiny_llama, None, Settings(pattern=pattern, mode=mode, precision="fp32"), WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    pruned = finish(prepared, solution, natural, "random")
+    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert [row["error_none"] for row in pruned.layers] == [row["error"] for row in natural]
     for layer in prunable_layers(pruned.model, Pattern.parse(pattern)):
         assert Pattern.parse(pattern).holds(layer.weight)
@@ -127,10 +129,10 @@ def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCau
     prepared = prepare(tiny_llama, None, settings, WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
-    assert {bool(gather["output"]) for gather in pruned.gathers} == {False, True}
+    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    pruned = finish(prepared, solution, natural, "random")
+    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    assert {bool(gather.output) for gather in pruned.gathers} == {False, True}
 
 
 @pytest.fixture
@@ -155,9 +157,9 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
     assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    pruned = finish(prepared, solution, natural, "random")
+    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert len(pruned.gathers) == 8 and not pruned.tables
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
@@ -191,9 +193,9 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = _answer(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(_answer(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    pruned = finish(prepared, solution, natural, "random")
+    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
 
@@ -272,8 +274,8 @@ def test_a_written_folder_loads_and_proves_itself(
     if mode == "fold":
         ids = WINDOWS[:2]
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-        assert torch.equal(_answer(again, {"input_ids": ids}), _answer(model, {"input_ids": ids}))
-        assert plain.exists() and not read_record(out)["gathers"]
+        assert torch.equal(last_outputs(again, {"input_ids": ids}), last_outputs(model, {"input_ids": ids}))
+        assert plain.exists() and not read_record(out).gathers
     else:
         assert (out / GATHERED).exists() and not plain.exists()
         with pytest.raises(OSError, match=r"model\.safetensors"):
@@ -313,7 +315,7 @@ def test_a_folder_whose_weights_were_touched_fails_verification(
     weight = model.model.layers[0].mlp.down_proj.weight
     weight.data[:, [0, 5]] = weight.data[:, [5, 0]]
     model.save_pretrained(out)
-    with pytest.raises(PermpruneError, match=r"prune the model again|says other than"):
+    with pytest.raises(PermpruneError, match=r"prune the model again|other outputs than"):
         verify_folder(out)
     assert moved.size == 64
 
@@ -331,7 +333,7 @@ def test_the_real_model_folds_loads_and_verifies(
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     _, tokenizer = smollm
     ids = tokenize(load_documents(None, "evaluation"), tokenizer, 32, 2)
-    assert torch.equal(_answer(model, {"input_ids": ids}), _answer(load(out), {"input_ids": ids}))
+    assert torch.equal(last_outputs(model, {"input_ids": ids}), last_outputs(load(out), {"input_ids": ids}))
     for layer in prunable_layers(model, Pattern(2, 4)):
         assert Pattern(2, 4).holds(layer.weight)
 
@@ -349,11 +351,11 @@ def test_dense_folding_of_the_real_model_changes_nothing(
     ]
     for space in [space for space in spaces if ".7." in space.name or space.name.endswith("residual")]:
         assert verify(model, space, {"input_ids": ids}) < 1e-4
-    before, generator = _answer(model, {"input_ids": ids}), torch.Generator().manual_seed(0)
+    before, generator = last_outputs(model, {"input_ids": ids}), torch.Generator().manual_seed(0)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for space in spaces:
         table = torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
         fold(model, space, table)
-    after = _answer(model, {"input_ids": ids})
+    after = last_outputs(model, {"input_ids": ids})
     model.load_state_dict(state)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)

@@ -16,7 +16,7 @@ def test_the_layer_that_gains_most_is_shown_in_both_orders(tiny_llama: LlamaForC
     natural = network.measures()
     solution = permuter("ria").solve(network, prepared.run)
     columns = network.stored_columns()
-    pruned = finish(prepared, solution, natural)
+    pruned = finish(prepared, solution, natural, "ria")
     shown = pruned.sample
     assert shown is not None
     gains = {row["name"]: row["kept"] - row["kept_none"] for row in pruned.layers}

@@ -19,9 +19,10 @@ from transformers import (
 
 from permprune.commands import prune_to_folder, verify_folder
 from permprune.errors import PermpruneError
-from permprune.model_io import GATHERED, load, read_record
+from permprune.model_io import GATHERED, load
 from permprune.permuters import PERMUTERS, permuter
 from permprune.pipeline import Settings
+from permprune.pruning.record import read_record
 from permprune.streaming import exceeds_memory
 from permprune.trials import Evaluation
 
@@ -175,7 +176,7 @@ def test_a_model_that_fits_is_held(tiny_checkpoint: Path, tiny_text: Path, tmp_p
     assert not exceeds_memory(str(tiny_checkpoint), permuter("ria"), settings)
     assert not exceeds_memory("no such model", permuter("newton"), Settings())
     run(tiny_checkpoint, tmp_path / "out", "random", tiny_text, memory=2**30)
-    assert "model.residual" in read_record(tmp_path / "out")["permutations"]
+    assert "model.residual" in read_record(tmp_path / "out").permutations
 
 
 def test_reconstruction_streams_with_rows_that_weigh_alike(deep: Path, tiny_text: Path, tmp_path: Path) -> None:

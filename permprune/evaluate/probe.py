@@ -22,6 +22,7 @@ from permprune.evaluate.result import Result
 from permprune.examples import Examples
 from permprune.inputs import argument_names
 from permprune.progress import log, track
+from permprune.pruning.origin import carry_over
 from permprune.resources import compute_device
 from permprune.tasks import running
 
@@ -107,6 +108,8 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> t
 def with_head(model: PreTrainedModel, classes: Sequence[str]) -> PreTrainedModel:
     """A classifier of these classes around a model without a head, whose weights it shares; another model as it is.
 
+    It reorders channels at run time as the model does.
+
     Either way the configuration names the classes. The head is that of Transformers for images or sentences. Raises
     `PermpruneError` where it has none for such a model.
     """
@@ -130,6 +133,8 @@ def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
         raise PermpruneError(f"a {type(headed).__name__} has {len(missing)} parts more: give a model with a head")
     headed.load_state_dict(shared, strict=False, assign=True)
     headed.to(compute_device(model)).eval()  # type: ignore[arg-type]
+    within = any(name.startswith(prefix) for name, _ in headed.named_modules())
+    carry_over(model, headed, lambda name: prefix + name if within else name)
     return headed
 
 

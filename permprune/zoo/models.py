@@ -147,6 +147,11 @@ MODELS: dict[str, ZooModel] = {
 _HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 
+def note(name: str) -> str | None:
+    """What readers of results must know about a model of the zoo."""
+    return MODELS[name].note if name in MODELS else None
+
+
 def resolve_model(name: str) -> Path | str:
     """What to give `from_pretrained`: the cached folder of a zoo model, else `name` (a folder or a hub id).
 

@@ -199,7 +199,7 @@ def test_weights_of_a_gathered_model_are_all_there(
     change_weights(gathered, change, GATHERED)
     for command in ("inspect", "verify", "evaluate"):
         line = fails(*arguments(command, gathered, tiny_text))
-        assert line.startswith(f"permprune: {gathered} does not load: ") and clause in line
+        assert line.startswith(f"permprune: {gathered / GATHERED} does not load: ") and clause in line
     with pytest.raises(PermpruneError, match=re.escape(clause)):
         load(gathered)
 

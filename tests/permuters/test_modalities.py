@@ -42,7 +42,7 @@ def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) 
     natural = network.measures()
     with torch.no_grad(), running(model, examples[:2]) as output:
         masked = output[0]
-    pruned = finish(prepared, solution, natural)
+    pruned = finish(prepared, solution, natural, method.name)
     with torch.no_grad(), running(pruned.model, examples[:2]) as output:
         torch.testing.assert_close(output[0], masked, rtol=0, atol=1e-4)
 

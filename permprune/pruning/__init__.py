@@ -1,0 +1,1 @@
+"""The stored form of pruned models: what lies in their folders, and what is kept on the models themselves."""

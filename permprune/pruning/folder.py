@@ -1,0 +1,67 @@
+"""Folders of pruned models: weights, processor, record, probe and report, written in one way by all that write them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from permprune.errors import PermpruneError
+from permprune.model_io import write_weights
+from permprune.processors import Processor
+from permprune.pruning.origin import Origin, origin_of
+from permprune.pruning.patterns import recorded_patterns, require_patterns
+from permprune.pruning.probe import PROBE, Probe, make_probe
+from permprune.pruning.record import RECORD, Record
+from permprune.report import write_report
+from permprune.system.files import atomic_folder, write_json
+
+
+def save(model: PreTrainedModel, folder: str | Path, processor: Processor | None = None) -> None:
+    """Write a model that permprune has pruned or loaded, in either mode, so that `load` and `verify_folder` take it.
+
+    The weights may have been trained since, if every pruned layer still holds its pattern: the outputs that the folder
+    is verified by are the model's own of now. `folder` must not exist yet; it appears when all is there. Raises
+    `PermpruneError` for a model that permprune did not prune, or a layer that lost its pattern.
+    """
+    if origin_of(model).record is None:
+        raise PermpruneError("permprune did not prune this model: write it with its own save_pretrained")
+    with atomic_folder(Path(folder)) as filled:
+        write_model(model, processor, filled)
+
+
+def write_model(model: PreTrainedModel, processor: Processor | None, folder: Path, **changes: Any) -> None:
+    """Fill a folder with a model in the type that its weights are stored in; all that belongs to it if it is pruned.
+
+    `changes` are those of the record's fields; a model that permprune did not prune has no record. Raises
+    `PermpruneError` when a pruned layer does not hold its pattern.
+    """
+    origin = origin_of(model)
+    weights = partial(write_weights, model, processor, origin.dtype)
+    if origin.record is None:
+        weights(folder)
+        return
+    require_patterns(model, recorded_patterns(model, origin.record.layers))
+    record = dataclasses.replace(origin.record, **changes)
+    write_pruned(record, make_probe(model, require_probe(origin)), weights, folder)
+
+
+def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object], folder: Path) -> None:
+    """Fill a folder with a pruned model, whose weights and processor `weights` writes."""
+    weights(folder)
+    save_file(dict(probe), folder / PROBE)
+    values = record.to_json()
+    write_json(folder / RECORD, values)
+    write_report(values, folder / "report.html")
+
+
+def require_probe(origin: Origin) -> Probe:
+    """The probe of a pruned model. Raises `PermpruneError` where its folder lacks it."""
+    if not origin.probe:
+        raise PermpruneError(f"{origin.name} lacks {PROBE}: copy the whole folder, or prune the model again")
+    return origin.probe

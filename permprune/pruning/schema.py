@@ -1,0 +1,136 @@
+"""Parsed JSON as typed dataclasses: every value is checked where it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+EXTRA = "extra"
+"""The field of a dataclass that keeps the keys which no other field has, so that rewriting a file loses none."""
+
+
+class Malformed(ValueError):
+    """A value is not what its type asks for; the message says where it stands and what is wrong."""
+
+
+def decode(kind: Any, value: object, where: str = "") -> Any:
+    """The value as a `kind`; `where` is its place, as in "layers[3].kept".
+
+    `kind` is bool, int, float, str, list[T], dict[str, T], a dataclass, a union of these, `Any`, or Annotated[T, range]
+    where `found in range` tells whether a value is allowed and `str(range)` which are. A float may be null: that is how
+    numbers that are not finite are written, which no range excludes. Raises `Malformed`.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if kind in _SCALARS:
+        return _SCALARS[kind](value, where)
+    if origin is Annotated:
+        found = decode(arguments[0], value, where)
+        finite = not isinstance(found, float) or math.isfinite(found)
+        if finite and found not in arguments[1]:
+            raise Malformed(f"{where} is {reprlib.repr(found)}: it must be {arguments[1]}")
+        return found
+    if origin in (Union, UnionType):
+        return _decode_union(arguments, value, where)
+    if origin is list:
+        items = _expect((list, tuple), "a list", value, where)
+        if arguments[0] is int and all(type(item) is int for item in items):  # orders: the long ones
+            return list(items)
+        return [decode(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(items)]
+    if origin is dict:
+        items = _expect(Mapping, "an object", value, where)
+        return {
+            _text(key, f"a key of {where}"): decode(arguments[1], item, dotted(where, key))
+            for key, item in items.items()
+        }
+    return _decode_fields(kind, _expect(Mapping, "an object", value, where), where)
+
+
+def encode(value: object) -> Any:
+    """The value as JSON takes it: dataclasses as dicts, their extra keys among the others."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.name != EXTRA]
+        return {**{name: encode(getattr(value, name)) for name in names}, **getattr(value, EXTRA, {})}
+    if isinstance(value, Mapping):
+        return {key: encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode(item) for item in value]
+    return value
+
+
+def dotted(where: str, name: str) -> str:
+    name = name if name.isprintable() and len(name) < 100 else reprlib.repr(name)
+    return f"{where}.{name}" if where else name
+
+
+def _decode_union(kinds: tuple[Any, ...], value: object, where: str) -> Any:
+    """The value as the first kind that takes it; null as None if that is among them."""
+    if value is None and NoneType in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not NoneType]
+    for kind in others[:-1]:
+        try:
+            return decode(kind, value, where)
+        except Malformed:
+            continue
+    return decode(others[-1], value, where)
+
+
+def _decode_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
+    hints, found = _hints(kind), {}
+    for field in dataclasses.fields(kind):
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if field.name == EXTRA:
+            found[EXTRA] = {key: item for key, item in value.items() if key not in hints}
+        elif field.name in value:
+            found[field.name] = decode(hints[field.name], value[field.name], dotted(where, field.name))
+        elif required:
+            raise Malformed(f"{where or 'it'} lacks {field.name}")
+    try:
+        return kind(**found)
+    except Malformed as error:  # of a check of the whole
+        raise Malformed(f"{where}: {error}" if where else str(error)) from None
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _expect(kind: Any, what: str, value: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise Malformed(f"{where or 'it'} is {reprlib.repr(value)}, not {what}")
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    if value is None:
+        return math.nan
+    try:
+        return float(_expect((int, float), "a number", value, where))
+    except OverflowError:
+        raise Malformed(f"{where} is out of range") from None
+
+
+def _text(value: object, where: str) -> str:
+    found: str = _expect(str, "a text", value, where)
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        raise Malformed(f"{where} holds half a character (a lone surrogate)") from None
+    return found
+
+
+_SCALARS: dict[Any, Callable[[Any, str], Any]] = {
+    bool: partial(_expect, bool, "true or false"),
+    int: partial(_expect, int, "a whole number"),
+    float: _number,
+    str: _text,
+}
+"""By kind, what checks a value at a place and gives it back."""
