@@ -204,7 +204,8 @@ class Pruned:
         longer those that pruning left: `permprune.save` writes them.
         """
         record = self.record()
-        check_outputs(self.model, self.probe, "the model that you trained on (write it with permprune.save)")
+        trained = "if you have trained it since, write it with permprune.save"
+        check_outputs(self.model, self.probe, "this model", trained)
         require_patterns(self.model, recorded_patterns(self.model, record.layers))
         weights = partial(write_weights, self.model, processor, origin_of(self.model).dtype)
         with atomic_folder(Path(folder)) as filled:

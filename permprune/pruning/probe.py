@@ -21,6 +21,8 @@ PROBE = "probe.safetensors"
 ANSWER = "answer"
 """The name of the outputs among the tensors of the probe; the others are arguments of the model's forward."""
 
+ADVICE = "copy it again, or prune the model again"
+
 Probe = Mapping[str, Tensor]
 
 
@@ -44,25 +46,25 @@ def last_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor
 
 def read_probe(folder: Path) -> dict[str, Tensor]:
     """The probe of a folder. Raises `PermpruneError` if it is missing or damaged."""
-    path, advice = folder / PROBE, "copy it again, or prune the model again"
+    path = folder / PROBE
     try:
         probe = load_file(path)
     except FileNotFoundError:
-        raise PermpruneError(f"{folder} lacks {PROBE}: {advice}") from None
+        raise PermpruneError(f"{folder} lacks {PROBE}: {ADVICE}") from None
     except (OSError, SafetensorError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PermpruneError(f"{path} is damaged ({reason}): {advice}") from error
+        raise PermpruneError(f"{path} is damaged ({reason}): {ADVICE}") from error
     answer = probe.get(ANSWER)
     if len(probe) < 2 or answer is None or answer.dtype != torch.float32 or not answer.numel():
-        raise PermpruneError(f"{path} is damaged (it must hold inputs and fp32 outputs): {advice}")
+        raise PermpruneError(f"{path} is damaged (it must hold inputs and fp32 outputs): {ADVICE}")
     return probe
 
 
-def check_outputs(model: PreTrainedModel, probe: Probe, what: str) -> float:
+def check_outputs(model: PreTrainedModel, probe: Probe, what: str, advice: str = ADVICE) -> float:
     """The largest difference between the model's outputs and those of the probe.
 
-    Raises `PermpruneError` if it is more than rounding explains, or if the model does not run on the probe; `what` is
-    what the message is about.
+    Raises `PermpruneError` if it is more than rounding explains, or if the model does not run on the probe; the message
+    says that `what` computes other outputs, and then what to do about it.
     """
     expected = probe[ANSWER]
     found = _outputs_on(model, probe)
@@ -72,7 +74,7 @@ def check_outputs(model: PreTrainedModel, probe: Probe, what: str) -> float:
     difference = float((found - expected).abs().max())
     if not difference <= max(1e-4, rounding * float(expected.abs().max())):
         raise PermpruneError(
-            f"{what} computes other outputs than the masked model did (they differ by {difference:.2g})"
+            f"{what} computes other outputs than the masked model did (they differ by {difference:.2g}): {advice}"
         )
     return difference
 
