@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from permprune.kernels import PackedWeight, native
+from permprune.kernels import native
+from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
 
 Product = Callable[[Tensor], Tensor]

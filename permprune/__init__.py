@@ -6,6 +6,8 @@ from permprune.errors import PermpruneError
 from permprune.evaluate import Result, TaskList, evaluate_model, evaluate_tasks, fit_probe, perplexity
 from permprune.examples import Examples
 from permprune.finetuning import FineTuning, finetune
+from permprune.inference.pack import pack, unpack
+from permprune.jobs.packing import pack_folder, unpack_folder
 from permprune.losses import Objective
 from permprune.model_io import load, read_model
 from permprune.network import PrunedNetwork
@@ -71,11 +73,15 @@ __all__ = [
     "fold",
     "fold_all",
     "load",
+    "pack",
+    "pack_folder",
     "perplexity",
     "prune",
     "prune_to_folder",
     "read_model",
     "save",
     "sweep",
+    "unpack",
+    "unpack_folder",
     "verify_folder",
 ]

@@ -53,7 +53,9 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
         model = _load_plain(name, source, trust_remote_code)
         set_origin(model, Origin(name, model.dtype))
     stored = model.dtype
-    return model.float().to(best_device()).eval(), processor, stored
+    nn.Module.float(model)  # Transformers' own refuses packed models, which bear it
+    nn.Module.to(model, best_device())
+    return model.eval(), processor, stored
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> tuple[type[PreTrainedModel], PreTrainedConfig]:

@@ -6,9 +6,11 @@ from permprune.cli import (  # noqa: F401 - each registers its command
     evaluate,
     finetune,
     inspect,
+    pack,
     probe,
     prune,
     sweep,
+    unpack,
     verify,
 )
 from permprune.cli.common import app

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import PackedWeight, native, packed_linear
-from permprune.kernels.linear import LARGEST_BATCH, UNPACKED_ROWS, multiply_reference, round_to_int8
+from permprune.kernels import native
+from permprune.kernels.linear import LARGEST_BATCH, UNPACKED_ROWS, multiply_reference, packed_linear, round_to_int8
+from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
 from tests.kernels.test_packed import PATTERNS
 from tests.kernels.weights import packed, sparse

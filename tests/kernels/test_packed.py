@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import PackedWeight, native
-from permprune.kernels.packed import DTYPES, pack_bits, unpack_bits
+from permprune.kernels import native
+from permprune.kernels.packed import DTYPES, PackedWeight, pack_bits, unpack_bits
 from permprune.pattern import Pattern
 from tests.kernels.weights import packed, sparse
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from permprune.kernels import PackedWeight
+from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
 
 

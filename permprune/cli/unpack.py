@@ -1,0 +1,21 @@
+"""`permprune unpack`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from permprune.cli import common as cli
+from permprune.jobs.packing import unpack_folder
+
+
+@cli.command
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="a folder that permprune pack wrote")],
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint with zeros; must not exist yet")],
+) -> None:
+    """Write a packed FOLDER as an ordinary pruned checkpoint, zeros included."""
+    unpack_folder(folder, out)
+    print(f"written to {out}")

@@ -1,0 +1,1 @@
+"""Running pruned models: packed linear layers, and checkpoints of them that Transformers loads."""

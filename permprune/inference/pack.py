@@ -1,0 +1,94 @@
+"""Packing the linears of a model in memory, and unpacking them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from permprune.errors import PermpruneError
+from permprune.inference.linear import PackedLinear
+from permprune.inference.quantizer import PackedConfig, PackedQuantizer
+from permprune.pattern import Pattern
+
+NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+"""What `pack` calls the types of packed values."""
+
+
+def pack(
+    model: PreTrainedModel,
+    patterns: Mapping[str, Pattern | str],
+    dtype: str = "bf16",
+    block: int = 64,
+    orders: Mapping[str, Tensor] | None = None,
+) -> list[str]:
+    """Replace linears of a pruned model by `PackedLinear`, in place: those that `patterns` names, with their N:M.
+
+    `dtype` is "fp32", "bf16", "fp16" or "int8" (a scale for each `block`, 64 or 128, channels of a row); the rest of
+    the model becomes that too, unless it is int8. `orders` has, for layers whose weight stands in another order than
+    what they read, int64 (width,): the channel that each column reads. Afterwards `model.save_pretrained` writes a
+    folder that `from_pretrained` loads once permprune is imported.
+
+    Returns the names of layers that were left dense, since they are neither `nn.Linear` nor `Conv1D` but something that
+    may compute otherwise. Raises `PermpruneError` when a weight does not hold its pattern, or does not fit the dtype.
+    """
+    if dtype not in NAMES:
+        raise PermpruneError(f'weights cannot be packed as "{dtype}": choose {", ".join(NAMES)}')
+    stored, orders, dense = NAMES[dtype], orders or {}, []
+    layers: dict[str, str] = {}
+    for name, text in patterns.items():
+        layer = model.get_submodule(name)
+        if type(layer) not in (nn.Linear, Conv1D):
+            if name in orders:
+                raise PermpruneError(f"{name} has a channel order, but a {type(layer).__name__} cannot be packed")
+            dense.append(name)
+            continue
+        pattern = Pattern.parse(text)
+        try:
+            packed = PackedLinear.pack(layer, pattern, stored, block, orders.get(name))
+        except PermpruneError as error:
+            raise PermpruneError(f"{name}: {error}") from error
+        model.set_submodule(name, packed)
+        layers[name] = str(pattern)
+    if not layers:
+        raise PermpruneError("no layer to pack: give a model that was pruned to N:M")
+    if stored != torch.int8:
+        _convert(model, stored)
+    reordered: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if (order := module._buffers.get("channel_order")) is not None:
+            module.register_buffer("channel_order", order)  # written with the weights from now on
+            reordered[name] = len(order)
+    config = PackedConfig(
+        layers=layers,
+        dtype=str(stored).removeprefix("torch."),
+        block=block,
+        ordered=[name for name in layers if name in orders],
+        reordered=reordered,
+    )
+    PackedQuantizer(config).adopt(model)
+    return dense
+
+
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Floating point tensors to `dtype`, as if loaded in it: buffers that no checkpoint holds stay as they are."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Replace every `PackedLinear` by the layer that it stands for, with its zeros, in place.
+
+    The columns of a weight are put into the order of the channels that it reads. Raises `PermpruneError` for a model
+    that is not packed.
+    """
+    if not isinstance(getattr(model, "hf_quantizer", None), PackedQuantizer):
+        raise PermpruneError("the model is not packed: give one that pack or from_pretrained made")
+    model.dequantize()

@@ -1,0 +1,129 @@
+"""Packed checkpoints for Transformers: `quant_method: permprune` in config.json, through its own extension points.
+
+With permprune imported, `from_pretrained` makes the model without weights, puts `PackedLinear` where the config says,
+and loads the packed tensors as any others; `save_pretrained` writes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from permprune.errors import PermpruneError
+from permprune.inference.linear import PackedLinear
+from permprune.kernels.packed import BLOCKS, DTYPES
+from permprune.model_io import attach_gather
+from permprune.pattern import Pattern
+
+METHOD = "permprune"
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Which layers are packed, and how.
+
+    `layers` maps module names to N:M, `dtype` is what their values are stored as and `block` how many channels share a
+    scale of int8. `ordered` names those with a channel order. `reordered` maps modules whose output is reordered, for
+    all that read it, to its width. Raises `PermpruneError` for what no version so far has written.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, str],
+        dtype: str,
+        block: int = 64,
+        ordered: Sequence[str] = (),
+        reordered: Mapping[str, int] | None = None,
+        version: int = VERSION,
+        quant_method: str = METHOD,
+    ) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.version, self.layers, self.dtype, self.block = version, dict(layers), dtype, block
+        self.ordered, self.reordered = list(ordered), dict(reordered or {})
+        if version != VERSION:
+            raise PermpruneError(f"the packed checkpoint has format {version}: install a permprune that reads it")
+        if self.stored not in DTYPES or block not in BLOCKS or not set(self.ordered) <= set(self.layers):
+            raise PermpruneError("the packed checkpoint's quantization_config is damaged: pack the model again")
+
+    @property
+    def stored(self) -> torch.dtype | None:
+        return getattr(torch, self.dtype, None)
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts packed layers into a model before its weights are loaded, and checks them afterwards."""
+
+    requires_calibration = True
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        for name, text in config.layers.items():
+            own, layer = _find(model, name)
+            if type(layer) not in (nn.Linear, Conv1D):
+                raise PermpruneError(f"{name} is packed in the checkpoint but a {type(layer).__name__} in the model")
+            pattern = Pattern.parse(text)
+            packed = PackedLinear.empty(layer, pattern, config.stored, config.block, name in config.ordered)  # type: ignore[arg-type]
+            model.set_submodule(own, packed)
+        for name, width in config.reordered.items():
+            own, module = _find(model, name)
+            attach_gather(model, own, [], torch.empty(width, dtype=torch.int64, device="meta"))
+            order: Tensor = module.channel_order  # type: ignore[assignment]
+            module.register_buffer("channel_order", order)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLinear):
+                module.check(name)
+        return model
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Make a model that holds packed layers one that this quantizer has loaded."""
+        model.hf_quantizer = self  # type: ignore[assignment]
+        model.quantization_method = METHOD  # type: ignore[assignment]
+        model.is_quantized = True  # type: ignore[assignment]
+        self.postprocess_model(model)
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        unpack_layers(model, model.dtype)
+        return model
+
+
+def unpack_layers(model: nn.Module, dtype: torch.dtype, natural: bool = True) -> None:
+    """Replace every `PackedLinear` by its `dense` layer, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            model.set_submodule(name, module.dense(dtype, natural))
+
+
+def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
+    """A module by its name in the checkpoint, which may be that of a model with or without a head."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            return candidate, model.get_submodule(candidate)
+        except AttributeError:
+            continue
+    raise PermpruneError(f"the checkpoint has a packed {name}, which {type(model).__name__} does not have")

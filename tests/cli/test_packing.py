@@ -1,0 +1,86 @@
+"""`permprune pack` and `permprune unpack`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import permprune
+from permprune.inference.linear import PackedLinear
+
+from .running import fails, run
+
+TOKENS = torch.arange(20).view(2, 10)
+
+
+@pytest.fixture
+def pruned(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder of the tiny LLaMA, pruned in the mode, and to the pattern, that the test asks for."""
+    mode, pattern = request.param
+    options = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
+    out = tmp_path / "pruned"
+    code, _, _ = run(
+        "prune", tiny_checkpoint, *options, "--permute", "ria", "--mode", mode, "--pattern", pattern, "--out", out
+    )
+    assert code == 0
+    return out
+
+
+@torch.no_grad()
+def logits(folder: Path) -> torch.Tensor:
+    found: torch.Tensor = permprune.read_model(str(folder))[0](TOKENS).logits
+    return found
+
+
+@pytest.mark.parametrize("pruned", [("fold", "2:4"), ("gather", "2:4"), ("gather", "mixed")], indirect=True)
+def test_pack_verify_evaluate_unpack(pruned: Path, tiny_text: Path, tmp_path: Path) -> None:
+    expected = logits(pruned)
+    gathers = json.loads((pruned / "permprune.json").read_text())["gathers"]
+    for dtype, close in (("fp32", 1e-5), ("bf16", 0.05), ("int8", 0.05)):
+        packed, back = tmp_path / f"packed-{dtype}", tmp_path / f"back-{dtype}"
+        code, stdout, _ = run("pack", pruned, "--dtype", dtype, "--out", packed)
+        assert code == 0 and re.search(r"pruned layers: 0.0 MB, dense 0.1 MB; all weights: 0.\d MB", stdout), stdout
+        files = {path.name for path in packed.iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json", "permprune.json"} <= files
+        assert "gathered.safetensors" not in files
+        code, stdout, _ = run("verify", packed)
+        assert code == 0 and "14 layers hold the pattern" in stdout
+        options = ["--data", tiny_text, "--windows", "2", "--length", "16"]
+        assert run("evaluate", packed, *options)[0] == 0
+        loaded = AutoModelForCausalLM.from_pretrained(packed)
+        assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 14
+        assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 13)
+        assert float((logits(packed) - expected).abs().max()) <= close * float(expected.abs().max())
+        assert run("unpack", packed, "--out", back)[0] == 0
+        assert run("verify", back)[0] == 0
+        assert json.loads((back / "permprune.json").read_text())["gathers"] == gathers
+        if dtype == "fp32":
+            weights = "gathered.safetensors" if gathers else "model.safetensors"
+            before, after = load_file(pruned / weights), load_file(back / weights)
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
+            assert torch.equal(logits(back), expected)
+
+
+@pytest.mark.parametrize("pruned", [("fold", "2:4")], indirect=True)
+def test_what_is_refused(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert 'cannot be packed as "fp8"' in fails("pack", pruned, "--dtype", "fp8", "--out", out)
+    assert "a scale for 7 channels" in fails("pack", pruned, "--dtype", "int8", "--block", "7", "--out", out)
+    assert "holds no permprune.json" in fails("pack", tiny_checkpoint, "--out", out)
+    assert "is not packed" in fails("unpack", pruned, "--out", out)
+    assert "exists" in fails("pack", pruned, "--out", pruned)
+    assert run("pack", pruned, "--out", out)[0] == 0
+    assert "is packed already" in fails("pack", out, "--out", tmp_path / "again")
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "does not load" in fails("evaluate", out)
+    assert "does not load" in fails("unpack", out, "--out", tmp_path / "again")
+    record = json.loads((pruned / "permprune.json").read_text())
+    record["layers"][0]["pattern"] = "1:4"
+    (pruned / "permprune.json").write_text(json.dumps(record))
+    assert "does not hold 1:4" in fails("pack", pruned, "--out", tmp_path / "again")

@@ -1,0 +1,253 @@
+"""Packed models: they say what the pruned ones say, and go to files and back through Transformers."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    WhisperForConditionalGeneration,
+    pipeline,
+)
+
+import permprune
+from permprune.errors import PermpruneError
+from permprune.inference.linear import PackedLinear
+from permprune.inference.pack import pack, unpack
+from permprune.layers import prunable_layers
+from permprune.pattern import Pattern
+
+DTYPES = ["fp32", "bf16", "fp16", "int8"]
+CLOSE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 5e-3, "int8": 0.05}
+"""How far outputs may be from those of the model with zeros, beside the largest."""
+
+
+def prune_to(model: PreTrainedModel, text: str = "2:4") -> dict[str, str]:
+    """Set the smallest weights of every linear inside the blocks to zero, and name them."""
+    pattern = Pattern.parse(text)
+    layers = prunable_layers(model, pattern)
+    for layer in layers:
+        layer.weight.mul_(pattern.mask(layer.weight.abs()))
+    return {layer.name: text for layer in layers}
+
+
+@torch.no_grad()
+def say(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    output: Tensor = model(**inputs)[0].float()
+    return output
+
+
+def assert_close(found: Tensor, expected: Tensor, dtype: str) -> None:
+    assert float((found - expected).abs().max()) <= CLOSE[dtype] * float(expected.abs().max())
+
+
+TOKENS = torch.arange(20).view(2, 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_model_says_what_the_pruned_one_says(tiny_llama: LlamaForCausalLM, dtype: str, tmp_path: Path) -> None:
+    patterns = prune_to(tiny_llama)
+    expected = say(tiny_llama, input_ids=TOKENS)
+    assert pack(tiny_llama, patterns, dtype) == []
+    found = say(tiny_llama, input_ids=TOKENS)
+    assert_close(found, expected, dtype)
+    tiny_llama.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(say(loaded, input_ids=TOKENS), found)
+    loaded.save_pretrained(tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
+    unpack(loaded)
+    assert not any(isinstance(module, PackedLinear) for module in loaded.modules())
+    assert_close(say(loaded, input_ids=TOKENS), found, dtype)
+    loaded.save_pretrained(tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert torch.equal(
+        say(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"), input_ids=TOKENS), say(loaded, input_ids=TOKENS)
+    )
+
+
+def test_greedy_continuations_and_pipelines(tiny_llama: LlamaForCausalLM, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    patterns = prune_to(tiny_llama)
+    expected = tiny_llama.generate(TOKENS, max_new_tokens=20, do_sample=False)
+    pack(tiny_llama, patterns, "fp32")
+    tiny_llama.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.generate(TOKENS, max_new_tokens=20, do_sample=False), expected)
+    generate = pipeline("text-generation", model=str(tmp_path), tokenizer=AutoTokenizer.from_pretrained(tmp_path))
+    assert generate("the order", max_new_tokens=3, do_sample=False)[0]["generated_text"]
+
+
+def test_conv1d_of_gpt2(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)).eval()
+    patterns = prune_to(model, "4:8")
+    nn.init.normal_(model.transformer.h[0].mlp.c_fc.bias)
+    expected = say(model, input_ids=TOKENS)
+    weight = model.transformer.h[0].mlp.c_fc.weight.clone()
+    pack(model, patterns, "fp32")
+    assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, weight)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close(say(loaded, input_ids=TOKENS), expected, "fp32")
+    unpack(loaded)
+    assert_close(say(loaded, input_ids=TOKENS), expected, "fp32")
+
+
+def test_encoders(tiny_bert: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()
+    pack(model, prune_to(model), "bf16")
+    expected = say(model, input_ids=TOKENS)
+    model.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+    assert torch.equal(say(loaded, input_ids=TOKENS), expected)
+    base = AutoModel.from_pretrained(tmp_path / "packed")  # without the head, whose names have a prefix
+    assert isinstance(base.encoder.layer[0].attention.self.query, PackedLinear)
+    assert torch.equal(say(base, input_ids=TOKENS), say(loaded.bert, input_ids=TOKENS))
+
+
+def test_vision_and_speech(tiny_vit: Path, tiny_whisper: Path, tmp_path: Path) -> None:
+    cases: list[tuple[Any, Path, dict[str, Tensor]]] = [
+        (permprune.load, tiny_vit, {"pixel_values": torch.rand(1, 3, 16, 16)}),
+        (
+            None,
+            tiny_whisper,
+            {"input_features": torch.rand(1, 8, 100), "decoder_input_ids": torch.tensor([[1, 2]])},
+        ),
+    ]
+    for _, folder, inputs in cases:
+        model, _, _ = permprune.read_model(str(folder))
+        pack(model, prune_to(model), "fp32")
+        expected = say(model, **inputs)
+        out = tmp_path / f"{folder.name}-packed"
+        model.save_pretrained(out)
+        loaded, _, _ = permprune.read_model(str(out))
+        assert any(isinstance(module, PackedLinear) for module in loaded.modules())
+        assert torch.equal(say(loaded, **inputs), expected)
+    assert isinstance(loaded, WhisperForConditionalGeneration)
+
+
+def test_orders_go_into_the_kernels(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    patterns = prune_to(tiny_llama)
+    name = "model.layers.1.mlp.down_proj"
+    expected = say(tiny_llama, input_ids=TOKENS)
+    layer = tiny_llama.get_submodule(name)
+    order = torch.arange(64).view(-1, 4).flip(0).flatten()
+    layer.weight.data = layer.weight.data[:, order]
+    pack(tiny_llama, patterns, "fp32", orders={name: order})
+    assert_close(say(tiny_llama, input_ids=TOKENS), expected, "fp32")
+    tiny_llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.get_submodule(name).order, order)
+    unpack(loaded)
+    assert_close(say(loaded, input_ids=TOKENS), expected, "fp32")
+
+
+def test_a_layer_follows_its_tensors(tiny_llama: LlamaForCausalLM) -> None:
+    pack(tiny_llama, prune_to(tiny_llama), "fp32")
+    layer = tiny_llama.model.layers[0].mlp.up_proj
+    x = torch.randn(3, 32)
+    first = layer(x)
+    other = copy.deepcopy(layer)
+    other.values.mul_(2)
+    assert torch.allclose(other(x), 2 * first, atol=1e-5)
+    assert torch.equal(layer(x), first)
+    layer.half()
+    assert layer.values.dtype == torch.float16
+    assert torch.allclose(layer(x), first, atol=1e-2)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_inputs_that_ask_for_gradients_do_not_lose_them_in_silence(tiny_llama: LlamaForCausalLM) -> None:
+    pack(tiny_llama, prune_to(tiny_llama), "fp32")
+    y = tiny_llama.model.layers[0].mlp.up_proj(torch.randn(1, 32, requires_grad=True))
+    with pytest.raises(RuntimeError):
+        y.sum().backward()
+
+
+def test_what_cannot_be_packed(tiny_llama: LlamaForCausalLM) -> None:
+    patterns = {"model.layers.0.mlp.up_proj": "2:4"}
+    with pytest.raises(PermpruneError, match=r"layers.0.mlp.up_proj: a weight to pack does not hold 2:4"):
+        pack(tiny_llama, patterns)
+    with pytest.raises(PermpruneError, match='as "fp8": choose fp32, bf16'):
+        pack(tiny_llama, patterns, "fp8")
+    with pytest.raises(PermpruneError, match="no layer to pack"):
+        pack(tiny_llama, {})
+    with pytest.raises(PermpruneError, match="is not packed"):
+        unpack(tiny_llama)
+
+    class Odd(nn.Linear):
+        pass
+
+    odd = Odd(32, 64, bias=False)
+    tiny_llama.model.layers[0].mlp.up_proj = odd
+    assert pack(tiny_llama, prune_to(tiny_llama), "fp32") == ["model.layers.0.mlp.up_proj"]
+    assert tiny_llama.model.layers[0].mlp.up_proj is odd
+
+
+def _damage_config(**changes: Any) -> Any:
+    def damage(folder: Path) -> None:
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        config["quantization_config"] |= changes
+        path.write_text(json.dumps(config))
+
+    return damage
+
+
+def _damage_tensors(part: str, change: Any) -> Any:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        name = f"model.layers.1.mlp.down_proj.{part}"
+        changed = change(tensors.pop(name))
+        if changed is not None:
+            tensors[name] = changed
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def _with_nan(scale: Tensor) -> Tensor:
+    scale[0, 0] = torch.nan
+    return scale
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "a mask of ones": (_damage_tensors("mask", torch.ones_like), "down_proj does not keep 2:4 in row 0"),
+    "a mask left out": (_damage_tensors("mask", lambda mask: None), "down_proj does not keep 2:4 in row"),
+    "a scale that is NaN": (_damage_tensors("scale", _with_nan), "scale that is NaN"),
+    "values too few": (_damage_tensors("values", lambda values: values[:, 1:].contiguous()), "does not load"),
+    "another pattern": (_damage_config(layers={"model.layers.1.mlp.down_proj": "1:4"}), "does not load"),
+    "a pattern that is none": (_damage_config(layers={"model.layers.1.mlp.down_proj": "x"}), "is no N:M pattern"),
+    "a layer that is not there": (_damage_config(layers={"model.layers.7.mlp.down_proj": "2:4"}), "does not have"),
+    "an embedding": (_damage_config(layers={"model.embed_tokens": "2:4"}), "but a Embedding in the model"),
+    "another dtype": (_damage_config(dtype="load"), "quantization_config is damaged"),
+    "another block": (_damage_config(block=7), "quantization_config is damaged"),
+    "a newer format": (_damage_config(version=2), "install a permprune that reads it"),
+    "an unknown key": (_damage_config(color="red"), "color"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_folders_are_refused_in_one_line(name: str, tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    pack(tiny_llama, prune_to(tiny_llama), "int8")
+    tiny_llama.save_pretrained(tmp_path)
+    damage, words = DAMAGES[name]
+    damage(tmp_path)
+    with pytest.raises(PermpruneError, match=words) as caught:
+        permprune.read_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
