@@ -228,7 +228,7 @@ def _with_nan(scale: Tensor) -> Tensor:
 
 DAMAGES: dict[str, tuple[Any, str]] = {
     "a mask of ones": (_damage_tensors("mask", torch.ones_like), "down_proj does not keep 2:4 in row 0"),
-    "a mask left out": (_damage_tensors("mask", lambda mask: None), "down_proj does not keep 2:4 in row"),
+    "a mask left out": (_damage_tensors("mask", lambda mask: None), "lacks model.layers.1.mlp.down_proj.mask"),
     "a scale that is NaN": (_damage_tensors("scale", _with_nan), "scale that is NaN"),
     "values too few": (_damage_tensors("values", lambda values: values[:, 1:].contiguous()), "does not load"),
     "another pattern": (_damage_config(layers={"model.layers.1.mlp.down_proj": "1:4"}), "does not load"),
