@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
 from permprune.inference.linear import PackedLinear
-from permprune.inference.quantizer import PackedConfig, PackedQuantizer
+from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output
 from permprune.pattern import Pattern
+from permprune.pruning.gathers import detach_gathers
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 """What `pack` calls the types of packed values."""
@@ -23,21 +24,21 @@ def pack(
     patterns: Mapping[str, Pattern | str],
     dtype: str = "bf16",
     block: int = 64,
-    orders: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
     """Replace linears of a pruned model by `PackedLinear`, in place: those that `patterns` names, with their N:M.
 
     `dtype` is "fp32", "bf16", "fp16" or "int8" (a scale for each `block`, 64 or 128, channels of a row); the rest of
-    the model becomes that too, unless it is int8. `orders` has, for layers whose weight stands in another order than
-    what they read, int64 (width,): the channel that each column reads. Afterwards `model.save_pretrained` writes a
-    folder that `from_pretrained` loads once permprune is imported.
+    the model becomes that too, unless it is int8. What the model reorders at run time (gather mode), the packed layers
+    read in that order. Afterwards `model.save_pretrained` writes a folder that `from_pretrained` loads once permprune
+    is imported.
 
     Returns the names of layers that were left dense, since they are neither `nn.Linear` nor `Conv1D` but something that
     may compute otherwise. Raises `PermpruneError` when a weight does not hold its pattern, or does not fit the dtype.
     """
     if dtype not in NAMES:
         raise PermpruneError(f'weights cannot be packed as "{dtype}": choose {", ".join(NAMES)}')
-    stored, orders, dense = NAMES[dtype], orders or {}, []
+    stored, dense, gathers = NAMES[dtype], [], detach_gathers(model)
+    orders = {name: order for (side, name), order in gathers.items() if side == "input"}
     layers: dict[str, str] = {}
     for name, text in patterns.items():
         layer = model.get_submodule(name)
@@ -57,17 +58,15 @@ def pack(
         raise PermpruneError("no layer to pack: give a model that was pruned to N:M")
     if stored != torch.int8:
         _convert(model, stored)
-    reordered: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if (order := module._buffers.get("channel_order")) is not None:
-            module.register_buffer("channel_order", order)  # written with the weights from now on
-            reordered[name] = len(order)
+    reordered = {name: order for (side, name), order in gathers.items() if side == "output"}
+    for name, order in reordered.items():
+        reorder_output(model.get_submodule(name), order)
     config = PackedConfig(
         layers=layers,
         dtype=str(stored).removeprefix("torch."),
         block=block,
         ordered=[name for name in layers if name in orders],
-        reordered=reordered,
+        reordered={name: len(order) for name, order in reordered.items()},
     )
     PackedQuantizer(config).adopt(model)
     return dense

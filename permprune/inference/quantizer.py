@@ -20,11 +20,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from permprune.errors import PermpruneError
 from permprune.inference.linear import PackedLinear
 from permprune.kernels.packed import BLOCKS, DTYPES
-from permprune.model_io import attach_gather
 from permprune.pattern import Pattern
 
 METHOD = "permprune"
 VERSION = 1
+
+ORDER = "channel_order"
+"""The buffer of a module whose output is reordered."""
 
 
 @register_quantization_config(METHOD)
@@ -76,10 +78,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             packed = PackedLinear.empty(layer, pattern, config.stored, config.block, name in config.ordered)  # type: ignore[arg-type]
             model.set_submodule(own, packed)
         for name, width in config.reordered.items():
-            own, module = _find(model, name)
-            attach_gather(model, own, [], torch.empty(width, dtype=torch.int64, device="meta"))
-            order: Tensor = module.channel_order  # type: ignore[assignment]
-            module.register_buffer("channel_order", order)
+            _, module = _find(model, name)
+            reorder_output(module, torch.empty(width, dtype=torch.int64, device="meta"))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -116,6 +116,25 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype, natural: bool = True) ->
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.dense(dtype, natural))
+
+
+def reorder_output(module: nn.Module, order: Tensor) -> None:
+    """Let all that read a module's output read channel `order[c]` of it as c; the order is stored with the weights."""
+    module.register_buffer(ORDER, order)
+    module.register_forward_hook(_reorder)
+
+
+def restore_outputs(model: nn.Module) -> None:
+    """Undo `reorder_output` in all modules."""
+    for module in model.modules():
+        if module._buffers.pop(ORDER, None) is not None:
+            for key in [key for key, hook in module._forward_hooks.items() if hook is _reorder]:
+                del module._forward_hooks[key]
+
+
+def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:
+    order: Tensor = module._buffers[ORDER]  # type: ignore[assignment]
+    return result.index_select(-1, order)
 
 
 def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:

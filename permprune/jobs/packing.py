@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.commands import ANSWER, PROBE, answered
 from permprune.errors import PermpruneError
 from permprune.footprint import weight_bytes
 from permprune.inference.pack import pack
-from permprune.inference.quantizer import unpack_layers
-from permprune.model_io import RECORD, load, read_record, write_weights
+from permprune.inference.quantizer import restore_outputs, unpack_layers
+from permprune.model_io import load, write_weights
 from permprune.processors import read_processor
-from permprune.system.files import atomic_folder, require_absent, require_space, require_writable, write_json
+from permprune.pruning.folder import require_probe, write_pruned
+from permprune.pruning.gathers import attach_gathers
+from permprune.pruning.origin import origin_of
+from permprune.pruning.probe import ANSWER, PROBE, Probe, make_probe
+from permprune.pruning.record import Record, read_record
+from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
 
 PACKED = "packed"
 """The key of a record under which a packed folder keeps what `unpack_folder` needs."""
@@ -26,29 +30,34 @@ PACKED = "packed"
 def pack_folder(folder: Path, out: Path, dtype: str = "bf16", block: int = 64) -> dict[str, Any]:
     """Write the pruned checkpoint in `folder` with packed weights to `out`, which Transformers loads.
 
-    `dtype` and `block` are as those of `inference.pack.pack`. What the folder's gathers reorder is reordered by the
-    packed layers themselves. Returns "bytes" of all weights before and after ("dense", "packed"), the same of the
-    pruned "layers", the layers left "dense", and the largest "difference" of the outputs on the folder's probe, beside
-    the "largest" output. Raises `PermpruneError`.
+    `dtype` and `block` are as those of `permprune.pack`. What the folder's gathers reorder is reordered by the packed
+    layers themselves. Returns "bytes" of all weights before and after ("dense", "packed"), the same of the pruned
+    "layers", the layers left "dense", and the largest "difference" of the outputs on the folder's probe, beside the
+    "largest" output. Raises `PermpruneError`.
     """
     require_absent(out)
     require_writable(out)
     record = read_record(folder)
-    if PACKED in record:
+    if PACKED in record.extra:
         raise PermpruneError(f"{folder} is packed already: unpack it first, or pack the folder that it was made from")
-    model, processor, probe = load(folder), read_processor(folder), load_file(folder / PROBE)
+    model, processor = load(folder), read_processor(folder)
+    probe = require_probe(origin_of(model))
     require_space(out, weight_bytes(model))
-    patterns = {row["name"]: row["pattern"] for row in record["layers"]}
-    orders = {name: torch.tensor(gather["order"]) for gather in record["gathers"] for name in gather["inputs"]}
+    patterns = {row.name: row.pattern for row in record.layers}
     before = _sizes(model, set(patterns))
-    dense = pack(model, patterns, dtype, block, orders)
+    dense = pack(model, patterns, dtype, block)
     after = _sizes(model, set(patterns))
-    kept = {"gathers": record["gathers"], "dtype": dtype, "block": block}
+    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "block": block}
+    record = dataclasses.replace(record, gathers=[], extra={**record.extra, PACKED: kept})
+
+    def weights(written: Path) -> None:
+        model.save_pretrained(written)
+        if processor is not None:
+            processor.save_pretrained(written)
+
     with atomic_folder(out) as written:
-        write_weights(model, processor, False, written)
-        write_json(written / RECORD, {**record, "gathers": [], PACKED: kept})
-        said = answered(load(written), probe)
-        save_file(said, written / PROBE)
+        write_pruned(record, probe, weights, written)
+        said = _renew_probe(written, probe)
     return {
         "bytes": {"dense": before[0], "packed": after[0]},
         "layers": {"dense": before[1], "packed": after[1]},
@@ -65,20 +74,28 @@ def unpack_folder(folder: Path, out: Path) -> None:
     """
     require_absent(out)
     require_writable(out)
-    record = read_record(folder)
-    kept = record.pop(PACKED, None)
+    values = read_record(folder).to_json()
+    kept = values.pop(PACKED, None)
     if kept is None:
         raise PermpruneError(f"{folder} is not packed: give a folder that permprune pack wrote")
-    model, processor, probe = load(folder), read_processor(folder), load_file(folder / PROBE)
+    record = Record.of({**values, "gathers": kept["gathers"]})
+    model, processor = load(folder), read_processor(folder)
+    probe = require_probe(origin_of(model))
     unpack_layers(model, model.dtype, natural=False)
+    restore_outputs(model)
     model.hf_quantizer.remove_quantization_config(model)  # type: ignore[operator,union-attr]
-    for module in model.modules():
-        module._buffers.pop("channel_order", None)
+    attach_gathers(model, record.gathers)
     require_space(out, weight_bytes(model))
     with atomic_folder(out) as written:
-        write_weights(model, processor, bool(kept["gathers"]), written)
-        write_json(written / RECORD, {**record, "gathers": kept["gathers"]})
-        save_file(answered(load(written), probe), written / PROBE)
+        write_pruned(record, probe, lambda made: write_weights(model, processor, model.dtype, made), written)
+        _renew_probe(written, probe)
+
+
+def _renew_probe(folder: Path, probe: Probe) -> dict[str, Tensor]:
+    """The probe with the outputs of the model in the folder, which it takes the place of there."""
+    renewed = make_probe(load(folder), probe)
+    save_file(renewed, folder / PROBE)
+    return renewed
 
 
 def _sizes(model: PreTrainedModel, names: set[str]) -> tuple[int, int]:

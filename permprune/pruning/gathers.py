@@ -106,6 +106,20 @@ def has_gathers(model: nn.Module) -> bool:
     return any(name in module._buffers for module in model.modules() for name in BUFFERS.values())
 
 
+def detach_gathers(model: nn.Module) -> dict[Place, Tensor]:
+    """Undo `attach_gathers`: the weights alone compute something else. Returns the orders by their places."""
+    found: dict[Place, Tensor] = {}
+    for name, module in model.named_modules():
+        for side, buffer in BUFFERS.items():
+            if (order := module._buffers.pop(buffer, None)) is not None:
+                found[side, name] = order
+                hooks: Any = module._forward_hooks if side == "output" else module._forward_pre_hooks
+                for key in [key for key, hook in hooks.items() if hook in (_reorder_output, _reorder_input)]:
+                    del hooks[key]
+        vars(module).pop("save_pretrained", None)
+    return found
+
+
 def _attach(module: nn.Module, side: Side, name: str, order: Tensor) -> None:
     before = module._buffers.get(BUFFERS[side])
     size = _width(module, side) if before is None else len(before)

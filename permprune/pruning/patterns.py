@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
+from permprune.inference.linear import PackedLinear
 from permprune.layers import Layer
 from permprune.pattern import Pattern, tightest
 from permprune.pruning.record import PrunedLayer
@@ -45,7 +46,7 @@ def require_patterns(model: nn.Module, patterns: Patterns) -> None:
 def linear_layers(model: nn.Module) -> dict[str, Layer]:
     """Every linear layer of a model by name, pruned or not."""
     return {
-        name: Layer(name, module, isinstance(module, Conv1D))
+        name: Layer(name, module, isinstance(module, Conv1D) or getattr(module, "transposed", False) is True)
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        if isinstance(module, (nn.Linear, Conv1D, PackedLinear))
     }

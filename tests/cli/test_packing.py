@@ -36,11 +36,19 @@ def logits(folder: Path) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("pruned", [("fold", "2:4"), ("gather", "2:4"), ("gather", "mixed")], indirect=True)
-def test_pack_verify_evaluate_unpack(pruned: Path, tiny_text: Path, tmp_path: Path) -> None:
+CASES = [
+    (("fold", "2:4"), {"fp32": 1e-5, "int8": 0.05}),
+    (("gather", "2:4"), {"fp32": 1e-5, "bf16": 0.05}),
+    (("gather", "mixed"), {"fp32": 1e-5}),
+]
+"""How it was pruned, and how far outputs may be from its own, beside the largest, for each type."""
+
+
+@pytest.mark.parametrize(("pruned", "limits"), CASES, indirect=["pruned"])
+def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tiny_text: Path, tmp_path: Path) -> None:
     expected = logits(pruned)
     gathers = json.loads((pruned / "permprune.json").read_text())["gathers"]
-    for dtype, close in (("fp32", 1e-5), ("bf16", 0.05), ("int8", 0.05)):
+    for dtype, close in limits.items():
         packed, back = tmp_path / f"packed-{dtype}", tmp_path / f"back-{dtype}"
         code, stdout, _ = run("pack", pruned, "--dtype", dtype, "--out", packed)
         assert code == 0 and re.search(r"pruned layers: 0.0 MB, dense 0.1 MB; all weights: 0.\d MB", stdout), stdout

@@ -28,6 +28,7 @@ from permprune.inference.linear import PackedLinear
 from permprune.inference.pack import pack, unpack
 from permprune.layers import prunable_layers
 from permprune.pattern import Pattern
+from permprune.pruning.gathers import Gather, attach_gathers
 
 DTYPES = ["fp32", "bf16", "fp16", "int8"]
 CLOSE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 5e-3, "int8": 0.05}
@@ -147,7 +148,8 @@ def test_orders_go_into_the_kernels(tiny_llama: LlamaForCausalLM, tmp_path: Path
     layer = tiny_llama.get_submodule(name)
     order = torch.arange(64).view(-1, 4).flip(0).flatten()
     layer.weight.data = layer.weight.data[:, order]
-    pack(tiny_llama, patterns, "fp32", orders={name: order})
+    attach_gathers(tiny_llama, [Gather("site", "", [name], order.tolist())])
+    pack(tiny_llama, patterns, "fp32")
     assert_close(say(tiny_llama, input_ids=TOKENS), expected, "fp32")
     tiny_llama.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
