@@ -1,8 +1,8 @@
 """Damage folders at random, and see what the commands make of them: python -m tests.faults.fuzz --count 500
 
-A case copies a checkpoint, a folder pruned in fold mode or one in gather mode, damages a file (`mutations`), and runs
-verify, evaluate and prune on it, in a process that may die or hang. Right are a status of 2 with one line on stderr, and
-a status of 0 with a right answer (`Fuzz.judge`); anything else, or a file that changed outside of --out, is a failure,
+A case copies a checkpoint, a folder pruned in fold mode or one in gather mode, damages a file (`mutations`), and has
+verify, evaluate and prune read it, in a process that may die or hang. Right are a status of 2 with one line on stderr,
+and a status of 0 with a right answer (`Fuzz.judge`); anything else, or a file changed outside of --out, is a failure,
 printed with the number that repeats it (--only).
 """
 
