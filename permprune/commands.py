@@ -11,12 +11,14 @@ from typing import Any, cast
 from permprune import parallel
 from permprune.data import TOGETHER, kind_of, load_examples, warn_of_overlap
 from permprune.evaluate import Result, evaluate_model, fit_probe, perplexity, with_head
+from permprune.examples import Examples
 from permprune.footprint import weight_bytes
 from permprune.model_io import load, read_model, write_weights
 from permprune.offload import read_offloaded, write_offloaded
 from permprune.options import Count, require
 from permprune.permuters import LocalPermuter, Permuter, permuter
 from permprune.pipeline import (
+    Plan,
     Pruned,
     Settings,
     calibration_examples,
@@ -183,6 +185,7 @@ def _prune_held(name: str, permute: str, settings: Settings, evaluation: Evaluat
     with prepared.network.dense_weights():
         measure = Meter(model, processor, evaluation)
         dense = measure()
+    overlap = _said_overlap(prepared, measure.examples)
     update_weights(prepared)
     natural, none = prepared.network.measures(), measure()
     solution = method.solve(prepared.network, prepared.run)
@@ -190,7 +193,7 @@ def _prune_held(name: str, permute: str, settings: Settings, evaluation: Evaluat
     update_weights(prepared)
     seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
     pruned = finish(prepared, solution, natural, permute)
-    measured = _measured(evaluation, dense, none, measure())
+    measured = _measured(evaluation, overlap, dense, none, measure())
     return _Done(pruned, measured, seconds, lambda folder: write_weights(model, processor, stored, folder))
 
 
@@ -202,6 +205,7 @@ def _prune_streamed(name: str, permute: str, settings: Settings, evaluation: Eva
     require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
     plan = plan_run(model, settings, calibration_examples(model, processor, settings), weights.stored)
+    overlap = _said_overlap(plan, examples)
     stream = Stream(model, weights, plan, work.path / rank)
     require_space(work.out, weight_bytes(model, stored) + parallel.world() * stream.state_bytes)
     pruned = stream.solve(cast(LocalPermuter, permuter(permute)), permute)
@@ -216,13 +220,20 @@ def _prune_streamed(name: str, permute: str, settings: Settings, evaluation: Eva
     def write(folder: Path) -> None:
         write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, settings.memory))
 
-    return _Done(pruned, _measured(evaluation, *results), seconds, write)
+    return _Done(pruned, _measured(evaluation, overlap, *results), seconds, write)
 
 
-def _measured(evaluation: Evaluation, dense: Result, none: Result, pruned: Result) -> Measured:
+def _said_overlap(plan: Plan, examples: Examples) -> float:
+    """The share of an evaluation that is in the calibration as well, with a warning where it is large."""
+    share = plan.overlap(examples)
+    warn_of_overlap(share)
+    return share
+
+
+def _measured(evaluation: Evaluation, overlap: float, dense: Result, none: Result, pruned: Result) -> Measured:
     values = {"dense": dense.value, "none": none.value, "pruned": pruned.value}
     source = evaluation.source or "default data"
-    return Measured(data=source, metric=dense.metric, **values, count=dense.count, unit=dense.unit)
+    return Measured(data=source, metric=dense.metric, **values, count=dense.count, unit=dense.unit, overlap=overlap)
 
 
 def _write(done: _Done, record: Record, work: WorkFolder) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from permprune.cli import common as cli
 from permprune.commands import prune_to_folder
 from permprune.pipeline import Settings
-from permprune.report import decision
+from permprune.report import decision, overlap_note
 from permprune.trials import Evaluation
 
 
@@ -32,5 +32,11 @@ def prune(
     name, *options = permute.split(":")
     method = ":".join([name if preset is None else f"{name}-{preset}", *options])
     settings, evaluation = Evaluation.beside(settings, data, windows, metric)
-    prune_to_folder(model, out, method, settings, evaluation, resume, lambda record: print(decision(record)))
+    prune_to_folder(model, out, method, settings, evaluation, resume, _announce)
     print(f"written to {out} (report.html, permprune.json)")
+
+
+def _announce(record: dict[str, Any]) -> None:
+    print(decision(record))
+    if note := overlap_note(record["measured"]["overlap"]):
+        print(note)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from permprune.errors import PermpruneError
-from permprune.options import Range
+from permprune.options import Range, Share
 from permprune.pattern import Pattern
 from permprune.pruning.gathers import Gather, Order
 from permprune.pruning.schema import Malformed, decode, encode
@@ -69,7 +69,10 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The value of a metric of the dense model, of the model pruned in natural order, and as it is."""
+    """The value of a metric of the dense model, of the model pruned in natural order, and as it is.
+
+    `overlap` is the share of the data that was calibrated on as well (`permprune.data.overlap`); None if unknown.
+    """
 
     data: str
     metric: str
@@ -78,6 +81,7 @@ class Measured:
     pruned: Value
     count: Count
     unit: str
+    overlap: Share | None = None
 
     def __post_init__(self) -> None:
         _check_metric(self.metric, [self.dense, self.none, self.pruned])

@@ -9,7 +9,18 @@ from typing import Any
 
 from permprune.report import maps, pictures
 from permprune.report.page import Shown, fill, shown
-from permprune.report.words import NONE, count, duration, fine_percent, number, outcome, percent, trained, way
+from permprune.report.words import (
+    NONE,
+    count,
+    duration,
+    fine_percent,
+    number,
+    outcome,
+    overlap_note,
+    percent,
+    trained,
+    way,
+)
 from permprune.system.files import write_whole
 
 
@@ -23,6 +34,7 @@ def render(record: Mapping[str, Any]) -> str:
         title=f"{record['model']}, {record['settings']['pattern']}",
         decision=_pruned(record),
         trained=_then_trained(record),
+        overlap=overlap_note((record["measured"] or {}).get("overlap")),
         table=_table(record),
         pictures=_pictures(record),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},

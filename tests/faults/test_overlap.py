@@ -139,6 +139,20 @@ def test_sweep_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp
             assert said(text).count("% of the evaluation is in the calibration") == int(share)
 
 
+@pytest.mark.parametrize("memory", [[], ["--length", "16", "--samples", "24", "--windows", "20", "--memory", "300KB"]])
+def test_prune_says_so(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path, memory: list[str]) -> None:
+    one, two = texts
+    for data, share in ((one, 1.0), (two, 0.0)):
+        out = tmp_path / data.stem
+        arguments = ["--calibration", one, "--data", data, *SMALL, "--permute", "none", *memory, "--out", out]
+        code, stdout, stderr = run("prune", tiny_checkpoint, *arguments)
+        assert code == 0, stderr
+        measured = json.loads((out / "permprune.json").read_text())["measured"]
+        assert measured["overlap"] == pytest.approx(share, abs=0.8 if memory else 0.1)  # of the text some is drawn
+        for text in (stdout, stderr, (out / "report.html").read_text()):
+            assert said(text).count("% of the evaluation is in the calibration") == int(share)
+
+
 def test_images_that_are_in_both(tiny_vit: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     for number in range(40):
