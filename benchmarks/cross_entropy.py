@@ -1,4 +1,4 @@
-"""Cross-entropy and its gradient by `permprune.cross_entropy` and by torch, on random bf16 logits: a Markdown table.
+"""Cross-entropy and its gradient by permprune and by torch, on random bf16 logits: a Markdown table.
 
 Seconds of processor time, and the memory that the process needed at its peak over what the logits and their gradient
 take.
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from permprune.cross_entropy import cross_entropy
-from permprune.resources import keep_freed_memory, peak_memory_mb, reset_peak_memory
+from permprune.losses.cross_entropy import cross_entropy
+from permprune.system.memory import keep_freed_memory, peak_memory_mb, reset_peak_memory
 
 
 def by_torch(logits: Tensor, labels: Tensor) -> Tensor:

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 
 from permprune import Evaluation, Settings, prune_to_folder
-from permprune.commands import evaluate
-from permprune.data import read_labelled_text
-from permprune.finetuning import FineTuning, finetune
+from permprune.data.labelled import read_labelled_text
+from permprune.jobs.evaluate import evaluate
+from permprune.jobs.finetune import FineTuning, finetune
 from permprune.system.files import write_whole
 
 Row = dict[str, Any]

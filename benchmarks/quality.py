@@ -25,12 +25,15 @@ from typing import Any
 
 import torch
 
-from permprune import Settings, parallel, read_model
-from permprune.permuters import permuter
-from permprune.pipeline import gap_closed, prepare, update_weights
-from permprune.progress import log
-from permprune.resources import compute_device, peak_memory_mb, reset_peak_memory
-from permprune.trials import Evaluation, Meter
+from permprune import Settings, read_model
+from permprune.evaluation.result import gap_closed
+from permprune.jobs.trials import Evaluation, Meter
+from permprune.permuters.registry import permuter
+from permprune.pipeline import prepare, update_weights
+from permprune.system import distributed
+from permprune.system.device import compute_device
+from permprune.system.memory import peak_memory_mb, reset_peak_memory
+from permprune.system.progress import log
 
 Row = dict[str, Any]
 
@@ -58,7 +61,7 @@ def main() -> None:
         settings = Settings(pattern=pattern, saliency=name, mode=mode, update=update, calibration=options.calibration)
         for seed in options.seeds:
             table += rows_of(options, dataclasses.replace(settings, seed=seed), known)
-    if not parallel.rank():
+    if not distributed.rank():
         print(markdown(table))
 
 
@@ -85,7 +88,7 @@ def rows_of(options: argparse.Namespace, settings: Settings, known: list[Row]) -
         for found in measure(options, settings, missing, dense):
             rows.append(cell | found)
             known.append(rows[-1])
-            if not parallel.rank():
+            if not distributed.rank():
                 log.info("%s", rows[-1])
                 if options.rows:
                     with options.rows.open("a") as file:
@@ -164,5 +167,5 @@ def data_name(source: str | None) -> str:
 
 
 if __name__ == "__main__":
-    with parallel.processes():
+    with distributed.processes():
         main()

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from permprune.layers import prunable_layers
-from permprune.model_io import read_model
+from permprune.checkpoints.io import read_model
+from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.cp import search
 from permprune.permuters.kept import deal_and_assign, kept_score

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune import TaskList, evaluate_tasks, read_model
-from permprune.processors import tokenizer_of
-from permprune.progress import track
+from permprune.models.processors import tokenizer_of
+from permprune.system.progress import track
 
 WINDOW = 2048
 

@@ -17,10 +17,10 @@ from typing import Any
 from quality import data_name
 
 from permprune import Result, Settings, TaskList, read_model
-from permprune.evaluate.lm_tasks import average
-from permprune.permuters import permuter
+from permprune.evaluation.lm_tasks import average
+from permprune.permuters.registry import permuter
 from permprune.pipeline import prepare, update_weights
-from permprune.progress import log
+from permprune.system.progress import log
 
 Row = dict[str, Any]
 

@@ -1,36 +1,46 @@
 """permprune learns channel permutations so that N:M pruning of a Transformer loses less."""
 
-from permprune.commands import compare, evaluate, prune_to_folder, verify_folder
-from permprune.coupling import discover, fold, fold_all
+from __future__ import annotations
+
+from permprune.checkpoints.io import load, read_model
+from permprune.coupling.discovery import discover
+from permprune.coupling.fold import fold, fold_all
 from permprune.errors import PermpruneError
-from permprune.evaluate import Result, TaskList, evaluate_model, evaluate_tasks, fit_probe, perplexity
+from permprune.evaluation.dispatch import evaluate_model
+from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
+from permprune.evaluation.perplexity import perplexity
+from permprune.evaluation.probe import fit_probe
+from permprune.evaluation.result import Result
 from permprune.examples import Examples
-from permprune.finetuning import FineTuning, finetune
 from permprune.inference.pack import pack, unpack
+from permprune.jobs.compare import compare
+from permprune.jobs.evaluate import evaluate
+from permprune.jobs.finetune import FineTuning, finetune
 from permprune.jobs.packing import pack_folder, unpack_folder
-from permprune.losses import Objective
-from permprune.model_io import load, read_model
-from permprune.network import PrunedNetwork
+from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.sweep import sweep
+from permprune.jobs.trials import Evaluation
+from permprune.jobs.verify import verify_folder
+from permprune.losses.objective import Objective
 from permprune.pattern import Pattern
-from permprune.permuters import (
-    Identity,
-    Learned,
-    LocalPermuter,
-    Newton,
-    Permuter,
-    Random,
-    Reconstruction,
-    RIAPermuter,
-    Run,
-    Solution,
-)
-from permprune.pipeline import Pruned, Settings, prune
-from permprune.problem import Problem
+from permprune.permuters.base import LocalPermuter, Permuter, Run, Solution
+from permprune.permuters.identity import Identity, Random
+from permprune.permuters.learned import Learned
+from permprune.permuters.newton import Newton
+from permprune.permuters.reconstruction import Reconstruction
+from permprune.permuters.ria import RIAPermuter
+from permprune.pipeline import Pruned, prune
 from permprune.pruning.folder import save
-from permprune.saliency import OBS, RIA, Magnitude, Saliency, Wanda
-from permprune.sweep import sweep
-from permprune.trials import Evaluation
-from permprune.updates import LayerUpdate, SparseGPT, Update
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Problem
+from permprune.saliency.base import Saliency
+from permprune.saliency.magnitude import Magnitude
+from permprune.saliency.obs import OBS
+from permprune.saliency.ria import RIA
+from permprune.saliency.wanda import Wanda
+from permprune.settings import Settings
+from permprune.updates.base import LayerUpdate, Update
+from permprune.updates.sparsegpt import SparseGPT
 
 __all__ = [
     "OBS",

@@ -1,5 +1,7 @@
 """`python -m permprune`."""
 
+from __future__ import annotations
+
 from permprune.cli import app
 
 app()

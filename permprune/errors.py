@@ -1,5 +1,7 @@
 """What permprune says when it cannot go on."""
 
+from __future__ import annotations
+
 
 class PermpruneError(Exception):
     """Bad input or a failed check: one line for a person, saying what is wrong and what to do.

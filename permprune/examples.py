@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -121,3 +121,10 @@ def by_length(examples: Examples, batch: int, generator: torch.Generator | None 
     runs = torch.randperm(len(examples), generator=generator).split(SORTED * batch)
     found = [own for run in runs for own in run[lengths[run].argsort(stable=True)].split(batch)]
     return [found[at] for at in torch.randperm(len(found), generator=generator).tolist()]
+
+
+IGNORED = -100
+"""The label of positions that have none."""
+
+
+Part = Literal["calibration", "evaluation"]

@@ -13,6 +13,7 @@ from permprune.errors import PermpruneError
 WIDEST = 16
 """The largest M of the patterns that are looked for in weights."""
 
+
 COUNTED = 8
 """Members of a group up to which counting who comes before whom is faster than sorting."""
 
@@ -123,3 +124,19 @@ def ranks(score: Tensor, dim: int) -> Tensor:
                 before += other >= own if j < i else other > own
         found.append(before)
     return torch.stack(found, dim)
+
+
+MIXED = "mixed"
+"""What stands for a pattern where each layer gets one of `CHOICES`."""
+
+
+TOTAL = Pattern(2, 4)
+"""The pattern whose number of weights a mix keeps."""
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern that "N:M" names, of "mixed" the one that keeps as many weights.
+
+    Raises `PermpruneError` for anything else.
+    """
+    return TOTAL if text == MIXED else Pattern.parse(text)

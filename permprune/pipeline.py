@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,137 +14,41 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.calibrate import Statistics, calibrate, frozen
-from permprune.checkpoint import Checkpoint
-from permprune.coupling import Coupling, Untraceable, discover, fold_all, observe
-from permprune.data import TOGETHER, WORTH, kind_of, load_examples, overlap
-from permprune.errors import PermpruneError
+from permprune.calibration.statistics import Statistics, calibrate
+from permprune.checkpoints.gathers import Gather, attach_gathers, compose
+from permprune.checkpoints.io import write_weights
+from permprune.checkpoints.origin import origin_of, set_origin
+from permprune.checkpoints.patterns import recorded_patterns, require_patterns
+from permprune.checkpoints.probe import check_outputs, make_probe
+from permprune.checkpoints.record import FORMAT, Record
+from permprune.coupling.fold import fold_all
+from permprune.coupling.space import Coupling
+from permprune.evaluation.result import gap_closed
 from permprune.examples import Examples
-from permprune.layers import Layer, prunable_layers
-from permprune.losses import fast_dtype
-from permprune.mixture import MIXED, mix, parse_pattern
-from permprune.model_io import write_weights
-from permprune.network import PrunedNetwork
-from permprune.options import Bytes, Count, Positive, Seed, require_fields
-from permprune.pattern import Pattern
-from permprune.permuters import Permuter, Run, Solution, permuter
-from permprune.problem import MODES, Orders, Problem, build_problems
-from permprune.processors import Processor
-from permprune.progress import log
+from permprune.losses.targets import choose_task
+from permprune.models.forward import frozen, short_inputs
+from permprune.models.generation import lacks_text, transcribed
+from permprune.models.modality import TOGETHER, kind_of
+from permprune.models.processors import Processor
+from permprune.pattern import MIXED
+from permprune.permuters.base import Permuter, Solution
+from permprune.permuters.registry import permuter
+from permprune.plan import Plan, calibration_examples, plan_run
+from permprune.pruning.allocation import mix
 from permprune.pruning.folder import write_pruned
-from permprune.pruning.gathers import Gather, attach_gathers, compose, gather_places
-from permprune.pruning.origin import origin_of, set_origin
-from permprune.pruning.patterns import recorded_patterns, require_patterns
-from permprune.pruning.probe import check_outputs, make_probe
-from permprune.pruning.record import FORMAT, Record
-from permprune.resources import compute_device, keep_freed_memory
-from permprune.saliency import Saliency, saliency
-from permprune.sample import sample
-from permprune.system.digests import CALIBRATION, model_digests, versions
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.preview import sample
+from permprune.pruning.problem import Orders, Problem
+from permprune.pruning.stored import fold_tables, gather_places
+from permprune.settings import Settings
 from permprune.system.files import atomic_folder
-from permprune.tasks import choose_task, model_inputs
-from permprune.transcripts import lacks_text, transcribed
-from permprune.updates import update, update_network
+from permprune.system.memory import keep_freed_memory
+from permprune.updates.registry import update
+from permprune.updates.share import update_network
 from permprune.zoo.models import note
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-FREE = ("minutes", "update", "batch", "recompute")
-"""Settings that may change before an interrupted search goes on."""
 
 VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
 """Packages whose versions are recorded."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run depends on; the same settings give the same permutations.
-
-    `pattern`: "N:M", or "mixed" for a pattern of each layer's own (`mix`). `saliency`: magnitude, wanda, ria or obs.
-    `mode`: "fold" (no run-time cost) or "gather" (every reader of the residual stream in its own order, one
-    `index_select` each). `calibration`: a source (see `load_examples`), None for the default one, of which `samples`
-    examples are drawn, or windows of `length` tokens: the first `measured` give the statistics, the next `held_out` the
-    accept test, the rest the gradients; of examples with one answer each more stand for each that is counted (`WORTH`).
-    `precision`: of activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one
-    calibration pass; `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search
-    after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights
-    at the orders found, as far as the held-out examples like it (`update_network`). `batch`: calibration examples that
-    pass through the model at a time. `recompute`: run each block again in the backward pass instead of keeping its
-    activations. `shared`: the evaluation comes from the same images, speech or sentences, of which each gets half.
-    `trust_remote_code`: run the code that comes with a checkpoint, where the model is read by name (`read_model`).
-    Raises `PermpruneError` for numbers out of range and unknown names.
-    """
-
-    pattern: str = "2:4"
-    saliency: str = "wanda"
-    mode: str = "fold"
-    calibration: str | None = None
-    samples: Count = 192
-    length: Count = 512
-    measured: Count = 24
-    held_out: Count = 8
-    seed: Seed = 0
-    precision: str = "auto"
-    memory: Bytes | None = None
-    minutes: Positive | None = None
-    exclude: tuple[str, ...] = ()
-    update: str = "none"
-    batch: Count = 4
-    recompute: bool = False
-    shared: bool = False
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        require_fields(self)
-        parse_pattern(self.pattern)
-        saliency(self.saliency)
-        update(self.update)
-        if self.mode not in MODES or self.precision not in ("auto", *PRECISIONS):
-            raise PermpruneError(
-                f'mode "{self.mode}" with precision "{self.precision}": '
-                f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
-            )
-
-    def described(self, permute: str) -> dict[str, Any]:
-        """The settings and the permuter's name for a record; methods of one's own by what they print as."""
-        plain = (bool, int, float, str, tuple, type(None))
-        values = {name: value if isinstance(value, plain) else str(value) for name, value in vars(self).items()}
-        return {"permute": permute, **values}
-
-    def shares(self, count: int, worth: int = 1) -> list[int]:
-        """How many of `count` examples are for the statistics, the held-out loss and the gradients.
-
-        `worth` of them stand for each window. Too few are shared out in the same proportion; the last share may be 0 or
-        less where there are fewer than 3.
-        """
-        wanted = worth * (self.measured + self.held_out)
-        share = min(1.0, count / (2 * wanted))
-        measured, held_out = (max(1, int(share * worth * own)) for own in (self.measured, self.held_out))
-        return [measured, held_out, count - measured - held_out]
-
-
-@dataclass
-class Plan:
-    """What will be searched in a model, before anything is measured.
-
-    `sites` names the tensor that each layer reads; `measured` are the examples for the statistics, through which
-    activations have type `dtype`.
-    """
-
-    settings: Settings
-    pattern: Pattern
-    metric: Saliency
-    dtype: torch.dtype
-    coupling: Coupling
-    layers: list[Layer]
-    problems: list[Problem]
-    sites: dict[str, str]
-    measured: Examples
-    run: Run
-
-    def overlap(self, evaluation: Examples) -> float:
-        """The share of an evaluation that is in the calibration as well (`permprune.data.overlap`)."""
-        return overlap([self.measured, self.run.held_out, self.run.train], evaluation)
 
 
 @dataclass
@@ -253,55 +156,6 @@ def prepare(
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
 
-def plan_run(
-    model: PreTrainedModel,
-    settings: Settings,
-    examples: Examples,
-    weights: Mapping[str, Tensor],
-    partial: Path | None = None,
-) -> Plan:
-    """Discover the couplings and share out the examples; `partial` is as that of `prepare`.
-
-    The model may be on the meta device, with its weights on disk: `weights` are the model's, by name, for a digest.
-    Raises `PermpruneError`.
-    """
-    pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
-    layers = prunable_layers(model, pattern, settings.exclude)
-    device = compute_device(model)
-    worth = WORTH[kind_of(model)]
-    measured, held_out, train = _divide(examples.to(device), settings, worth)
-    coupling = _couple(model, short_inputs(model, measured), layers, settings.mode)
-    sites = _sites(coupling, layers)
-    layers = [layer for layer in layers if layer.name in sites]
-    problems = build_problems(coupling, layers, pattern, settings.mode)
-    log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
-    dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
-    searched = {name: value for name, value in asdict(settings).items() if name not in FREE}
-    searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
-    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), worth)
-    return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
-
-
-def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:
-    """The couplings of a model; in gather mode the sites alone will do, where it cannot be traced."""
-    try:
-        return discover(model, example)
-    except Untraceable as error:
-        if mode != "gather":
-            raise
-        log.warning("%s: every order takes a gather of its own", error.what)
-        return observe(model, example, [layer.name for layer in layers])
-
-
-def calibration_examples(model: PreTrainedModel, processor: Processor | None, settings: Settings) -> Examples:
-    """Of the calibration data as many examples as are worth `samples` windows, or as there are."""
-    if processor is None:
-        raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
-    count = settings.samples * WORTH[kind_of(model)]
-    shared, source = settings.shared, settings.calibration
-    return load_examples(source, model, processor, "calibration", count, settings.length, settings.seed, shared)
-
-
 def update_weights(prepared: Prepared) -> None:
     """Update the weights at the orders the network shows, as the settings say. Raises `PermpruneError`."""
     update_network(update(prepared.settings.update), prepared.network, prepared.measured, prepared.run.held_out)
@@ -347,64 +201,12 @@ def prune(
     return finish(prepared, solution, natural, permute if isinstance(permute, str) else method.name)
 
 
-def gap_closed(value: float, dense: float, none: float, metric: str = "perplexity") -> float | None:
-    """Share of the gap between the dense and the plainly pruned model, of perplexities in their logarithm.
-
-    None where there is no gap.
-    """
-    if metric == "perplexity":
-        value, dense, none = math.log(value), math.log(dense), math.log(none)
-        return (none - value) / (none - dense) if none > dense else None
-    return (value - none) / (dense - none) if dense != none else None
-
-
-def _divide(examples: Examples, settings: Settings, worth: int) -> list[Examples]:
-    """Examples for statistics, held-out loss and gradients (see `Settings.shares`)."""
-    shares = settings.shares(len(examples), worth)
-    if shares[-1] < 1:
-        raise PermpruneError(
-            f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"
-        )
-    return examples.split(shares)
-
-
-def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
-    """Two examples as arguments of the model's forward, of windows of text the first few tokens; no attention masks."""
-    inputs = model_inputs(model, examples[torch.arange(2) % len(examples)])
-    if inputs.keys() == {"input_ids"}:
-        return {"input_ids": inputs["input_ids"][:, :16]}
-    return {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}
-
-
-def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
-    """The tensor each layer reads; those that read none are left out, and stay dense."""
-    names = {reader: site.name for site in coupling.sites for reader in site.readers}
-    sites = {layer.name: names[layer.parameter] for layer in layers if layer.parameter in names}
-    if idle := [layer.name for layer in layers if layer.name not in sites]:
-        log.warning("no part in the forward pass, so these stay dense: %s", ", ".join(idle))
-    if not sites:
-        raise PermpruneError("no layer that the pattern fits takes part in the forward pass: there is nothing to prune")
-    return sites
-
-
 def beside_natural(measures: list[dict[str, Any]], natural: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """A network's measures, each layer's with those in natural order ("kept_none", "error_none")."""
     return [
         {**row, "kept_none": before["kept"], "error_none": before["error"]}
         for row, before in zip(measures, natural, strict=True)
     ]
-
-
-def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
-    """The permutations to fold, by space: int64 (blocks, size); blocks without a problem keep their order."""
-    tables: dict[str, Tensor] = {}
-    sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
-    for problem in problems:
-        if problem.space:
-            blocks, size = sizes[problem.space]
-            table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
-            table[problem.block] = orders[problem.name]
-    return tables
 
 
 def new_gathers(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Gather]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from permprune.pruning.record import FORMAT, Record
+from permprune.checkpoints.record import FORMAT, Record
 
 
 def record_of(**fields: Any) -> Record:

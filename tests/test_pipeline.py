@@ -11,25 +11,34 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from permprune.commands import compare, evaluate, prune_to_folder, verify_folder
-from permprune.coupling import discover, fold, verify
-from permprune.data import load_documents, tokenize
+from permprune.checkpoints.io import GATHERED, load
+from permprune.checkpoints.probe import last_outputs
+from permprune.checkpoints.record import read_record
+from permprune.coupling.discovery import discover
+from permprune.coupling.fold import fold
+from permprune.coupling.verify import verify
+from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
+from permprune.evaluation.result import gap_closed
 from permprune.examples import Examples
-from permprune.layers import prunable_layers
-from permprune.losses import Objective
-from permprune.model_io import GATHERED, load
-from permprune.network import PrunedNetwork
+from permprune.jobs.compare import compare
+from permprune.jobs.evaluate import evaluate
+from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.trials import Evaluation
+from permprune.jobs.verify import verify_folder
+from permprune.losses.objective import Objective
+from permprune.models.activation_checkpointing import recomputing
+from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
-from permprune.permuters import Newton, Random
-from permprune.pipeline import Settings, _divide, finish, gap_closed, prepare, prune, update_weights
-from permprune.pruning.probe import last_outputs
-from permprune.pruning.record import read_record
-from permprune.recompute import recomputing
-from permprune.resources import peak_memory_mb, reset_peak_memory
-from permprune.saliency import SALIENCIES
-from permprune.trials import Evaluation
-from permprune.updates import Update
+from permprune.permuters.identity import Random
+from permprune.permuters.newton import Newton
+from permprune.pipeline import finish, prepare, prune, update_weights
+from permprune.plan import _divide
+from permprune.pruning.network import PrunedNetwork
+from permprune.saliency.registry import SALIENCIES
+from permprune.settings import Settings
+from permprune.system.memory import peak_memory_mb, reset_peak_memory
+from permprune.updates.base import Update
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 

@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from permprune.ablation import variants
 from permprune.cli import common as cli
 from permprune.cli.compare import comparison_table
-from permprune.commands import compare
-from permprune.pipeline import Settings
-from permprune.trials import Evaluation
+from permprune.jobs.ablate import variants
+from permprune.jobs.compare import compare
+from permprune.jobs.trials import Evaluation
+from permprune.settings import Settings
 
 
 @cli.command

@@ -9,10 +9,11 @@ import typer
 from rich.table import Table
 
 from permprune.cli import common as cli
-from permprune.commands import compare as run
-from permprune.pipeline import Settings
-from permprune.report import comparison_title, number, overlap_note, whole, with_error, write_comparison
-from permprune.trials import Evaluation
+from permprune.jobs.compare import compare as run
+from permprune.jobs.trials import Evaluation
+from permprune.report.comparison import comparison_title, write_comparison
+from permprune.report.words import number, overlap_note, whole, with_error
+from permprune.settings import Settings
 
 
 @cli.command

@@ -9,10 +9,11 @@ import typer
 from rich.table import Table
 
 from permprune.cli import common as cli
-from permprune.commands import evaluate as run
-from permprune.evaluate import Result, evaluate_tasks
-from permprune.report import number, with_error
-from permprune.trials import Evaluation
+from permprune.evaluation.lm_tasks import evaluate_tasks
+from permprune.evaluation.result import Result
+from permprune.jobs.evaluate import evaluate as run
+from permprune.jobs.trials import Evaluation
+from permprune.report.words import number, with_error
 
 
 @cli.command

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from permprune.cli import common as cli
-from permprune.finetuning import FineTuning
-from permprune.finetuning import finetune as run
-from permprune.report import number, with_error
-from permprune.training import TRAINED
+from permprune.jobs.finetune import FineTuning
+from permprune.jobs.finetune import finetune as run
+from permprune.report.words import number, with_error
+from permprune.training.weights import TRAINED
 
 
 @cli.command

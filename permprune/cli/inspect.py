@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from permprune.checkpoints.io import read_model
 from permprune.cli import common as cli
-from permprune.coupling import ChannelSpace, discover
-from permprune.coupling import verify as prove
-from permprune.inputs import example_inputs, read_example
-from permprune.model_io import read_model
+from permprune.coupling.discovery import discover
+from permprune.coupling.space import ChannelSpace
+from permprune.coupling.verify import verify as prove
+from permprune.models.dummy_inputs import example_inputs, read_example
 
 
 @cli.command

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.commands import probe as run
 from permprune.errors import PermpruneError
-from permprune.report import number
+from permprune.jobs.probe import probe as run
+from permprune.report.words import number
 from permprune.zoo.images import CLASSES
 
 

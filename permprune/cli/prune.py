@@ -8,10 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from permprune.cli import common as cli
-from permprune.commands import prune_to_folder
-from permprune.pipeline import Settings
-from permprune.report import decision, overlap_note
-from permprune.trials import Evaluation
+from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.trials import Evaluation
+from permprune.report.run import decision
+from permprune.report.words import overlap_note
+from permprune.settings import Settings
 
 
 @cli.command

@@ -11,10 +11,11 @@ from rich.table import Table
 
 from permprune.cli import common as cli
 from permprune.errors import PermpruneError
-from permprune.pipeline import Settings
-from permprune.report import duration, fine_percent, number, overlap_note, percent, sweep_decision, whole, with_error
-from permprune.sweep import sweep as run
-from permprune.trials import Evaluation
+from permprune.jobs.sweep import sweep as run
+from permprune.jobs.trials import Evaluation
+from permprune.report.sweep import sweep_decision
+from permprune.report.words import duration, fine_percent, number, overlap_note, percent, whole, with_error
+from permprune.settings import Settings
 
 
 @partial(cli.command, without=("pattern", "minutes"))

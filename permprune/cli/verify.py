@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.commands import verify_folder
+from permprune.jobs.verify import verify_folder
 
 
 @cli.command

@@ -35,9 +35,6 @@ def _pointwise(walk: Walk, node: Node) -> Any:
     return broadcast(inputs, len(shape_of(node)), f"indices regrouped by {place(node)}")
 
 
-# Contractions
-
-
 @rule("linear")
 def _linear(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
@@ -167,9 +164,6 @@ def _weight_norm(walk: Walk, node: Node) -> Any:
     return broadcast([label, scale], len(label), f"indices regrouped by {place(node)}")
 
 
-# Norms and symmetric reductions
-
-
 @rule("layer_norm", "rms_norm")
 def _norm(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
@@ -235,9 +229,6 @@ def _extreme(walk: Walk, node: Node) -> Any:
     if not bound["keepdim"]:
         kept = kept[: dim % len(label)] + kept[dim % len(label) + 1 :]
     return [kept, kept]
-
-
-# Constants
 
 
 @rule(

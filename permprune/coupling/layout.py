@@ -93,9 +93,6 @@ def _repeat_interleave(walk: Walk, node: Node) -> Any:
     return replace(label, dim, _replicas(label[dim], times, True))
 
 
-# Pieces of a dimension
-
-
 @rule("slice")
 def _slice(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
@@ -177,9 +174,6 @@ def _stack(walk: Walk, node: Node) -> Any:
     dim = bound["dim"] % len(shape)
     rest = broadcast([walk.label(tensor) for tensor in bound["tensors"]], len(shape) - 1, reason)
     return (*rest[:dim], fresh(shape[dim : dim + 1], reason)[0], *rest[dim:])
-
-
-# Order matters along a dimension
 
 
 @rule(

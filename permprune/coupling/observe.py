@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from permprune.coupling.sites import UniqueNames, common_prefix, dotted
 from permprune.coupling.space import Coupling, Site
-from permprune.coupling.trace import forward_arguments, inference
 from permprune.errors import PermpruneError
+from permprune.models.forward import forward_arguments, inference
 
 
 def observe(model: nn.Module, example: Mapping[str, Tensor], linears: Sequence[str]) -> Coupling:

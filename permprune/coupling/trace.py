@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import itertools
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +14,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx import Graph, Node
 from torch.utils import _pytree
-from transformers.utils.generic import ModelOutput
 
 from permprune.coupling import arithmetic, layout  # noqa: F401 - imported for the rules that they register
 from permprune.coupling.axes import freeze
 from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
+from permprune.models.forward import forward_arguments, inference, main_outputs
+from permprune.models.layers import canonical_names
 
 
 class Untraceable(PermpruneError):
@@ -61,60 +60,6 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
         for axis in walk.label(node) or ():
             freeze(axis, f"the model returns it ({place(node)})")
     return walk, program.graph
-
-
-@contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no key/value cache inside the block; everything as before after it."""
-    training = [module for module in model.modules() if module.training]
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    model.eval()
-    for config in caching:
-        config.use_cache = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for config in caching:
-            config.use_cache = True
-
-
-def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The keyword arguments for a forward pass on the example, without a key/value cache."""
-    if not example:
-        raise PermpruneError("the example batch is empty: give the tensors that the model's forward takes, by name")
-    takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return {**example, **({"use_cache": False} if takes_cache else {})}
-
-
-def main_outputs(output: Any) -> list[Any]:
-    """What must stay as it is: the logits where the output has them, else every tensor in it.
-
-    The outputs of a model's parts that it hands on among its own are not what it was asked for.
-    """
-    if getattr(output, "logits", None) is not None:
-        output = output.logits
-    elif isinstance(output, ModelOutput):
-        output = [value for value in output.values() if not isinstance(value, ModelOutput)]
-    return list(_pytree.tree_leaves(output))
-
-
-def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every name of every parameter -> the first name of the same tensor (tied weights share one)."""
-    first: dict[Any, str] = {}
-    return {
-        name: first.setdefault(_identity(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-
-
-def _identity(parameter: Tensor) -> Any:
-    if parameter.numel() == 0 or parameter.device.type == "meta":
-        return id(parameter)
-    return (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
 
 
 def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:

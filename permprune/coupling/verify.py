@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from permprune.coupling.fold import fold, inverse
 from permprune.coupling.space import ChannelSpace
-from permprune.coupling.trace import forward_arguments, inference, main_outputs
 from permprune.errors import PermpruneError
+from permprune.models.forward import forward_arguments, inference, main_outputs
 
 
 def verify(

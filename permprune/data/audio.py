@@ -28,16 +28,23 @@ from permprune.data.sources import (
     stored_file,
 )
 from permprune.errors import PermpruneError
-from permprune.inputs import argument_names
-from permprune.processors import Processor, feature_extractor_of, tokenizer_of
-from permprune.progress import log
-from permprune.zoo.texts import Part
+from permprune.examples import Part
+from permprune.models.processors import Processor, feature_extractor_of, tokenizer_of
+from permprune.models.signature import argument_names
+from permprune.system.progress import log
 
 SUFFIXES = (".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
+
+
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text")
+
+
 Samples = np.ndarray[Any, np.dtype[np.float32]]
+
+
 Sound = tuple[Samples, int]
 """Samples (count,) of one channel, and how many make a second."""
+
 
 IGNORED = -100
 """The label of what is not to be said, as Transformers counts it."""

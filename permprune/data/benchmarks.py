@@ -15,14 +15,21 @@ from permprune.errors import PermpruneError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+
 Row = dict[str, Any]
 
+
 WIKITEXT_FILE = "wikitext-2/wiki.test.raw"
+
+
 WIKITEXT_ID = "Salesforce/wikitext:wikitext-2-raw-v1@test"
+
 
 _ARC = re.compile(
     r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: .*", re.DOTALL
 )
+
+
 _OPEN = re.compile(r"(.*[.!?][\"')]? )(.+)")
 
 
@@ -60,7 +67,7 @@ class Source:
 def splits(name: str, data: str, few_shot: int = 0, **_: Any) -> dict[str, Dataset]:
     """The "evaluation" rows of a task in the folder `data`, and its "training" rows if prompts show some.
 
-    lm-eval calls this for the tasks in permprune/evaluate/local_tasks, with its metadata. Raises `PermpruneError`.
+    lm-eval calls this for the tasks in permprune/evaluation/local_tasks, with its metadata. Raises `PermpruneError`.
     """
     from datasets import Dataset
 

@@ -28,12 +28,16 @@ from permprune.data.sources import (
     stored_file,
 )
 from permprune.errors import PermpruneError
-from permprune.inputs import argument_names, find_config
-from permprune.processors import Processor, image_processor_of
-from permprune.zoo.texts import Part
+from permprune.examples import Part
+from permprune.models.processors import Processor, image_processor_of
+from permprune.models.signature import argument_names, find_config
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
 IMAGE_COLUMNS = ("image", "img")
+
+
 MODES = {1: "L", 4: "RGBA"}
 """Modes of images by channels; RGB for others."""
 

@@ -13,33 +13,14 @@ from permprune.data.images import load_images
 from permprune.data.labelled import load_labelled_text
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
-from permprune.inputs import argument_names
-from permprune.processors import Processor, image_processor_of, tokenizer_of
-from permprune.tasks import writes
+from permprune.examples import Examples, Part
+from permprune.models.modality import kind_of
+from permprune.models.processors import Processor, image_processor_of, tokenizer_of
+from permprune.models.signature import argument_names
 from permprune.zoo import images as zoo
-from permprune.zoo.texts import Part
-
-Kind = Literal["text", "sentences", "images", "speech"]
 
 CIFAR = "cifar10"
 """The name of the images that the zoo has, the default ones."""
-
-WORTH: dict[Kind, int] = {"text": 1, "sentences": 32, "images": 8, "speech": 1}
-"""Examples that are asked for in place of one window of text: a window has many answers, a sentence or an image one."""
-
-TOGETHER: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
-"""Examples that pass through a model in place of one window of text."""
-
-
-def kind_of(model: PreTrainedModel) -> Kind:
-    """What a model reads: windows of text, sentences with a label each, images, or speech."""
-    if model.main_input_name == "pixel_values":
-        return "images"
-    if model.main_input_name in ("input_features", "input_values"):
-        return "speech"
-    classifies = "labels" in argument_names(model) and model.get_output_embeddings() is None
-    return "sentences" if classifies and not writes(model) else "text"
 
 
 def load_examples(

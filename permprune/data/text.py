@@ -12,16 +12,20 @@ from torch import Tensor
 
 from permprune.data.sources import dataset, looks_like_path, parse_json, parse_name, read_text
 from permprune.errors import PermpruneError
-from permprune.zoo.texts import Part, text_file
+from permprune.examples import Part
+from permprune.zoo.texts import text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 MAX_CHARACTERS = 50_000_000
 """How much of a hub data set is read."""
 
+
 POOL = 4
 """With a seed, windows are drawn from this many times as many."""
+
 
 _MARGIN = 64
 

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from permprune.checkpoints.gathers import detach_gathers
 from permprune.errors import PermpruneError
 from permprune.inference.linear import PackedLinear
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output
 from permprune.pattern import Pattern
-from permprune.pruning.gathers import detach_gathers
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 """What `pack` calls the types of packed values."""

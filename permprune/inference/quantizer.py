@@ -23,7 +23,10 @@ from permprune.kernels.packed import BLOCKS, DTYPES
 from permprune.pattern import Pattern
 
 METHOD = "permprune"
+
+
 VERSION = 1
+
 
 ORDER = "channel_order"
 """The buffer of a module whose output is reordered."""

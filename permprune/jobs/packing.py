@@ -10,17 +10,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.gathers import attach_gathers
+from permprune.checkpoints.io import load, write_weights
+from permprune.checkpoints.origin import origin_of
+from permprune.checkpoints.probe import ANSWER, PROBE, Probe, make_probe
+from permprune.checkpoints.record import Record, read_record
 from permprune.errors import PermpruneError
-from permprune.footprint import weight_bytes
+from permprune.evaluation.size import weight_bytes
 from permprune.inference.pack import pack
 from permprune.inference.quantizer import restore_outputs, unpack_layers
-from permprune.model_io import load, write_weights
-from permprune.processors import read_processor
+from permprune.models.processors import read_processor
 from permprune.pruning.folder import require_probe, write_pruned
-from permprune.pruning.gathers import attach_gathers
-from permprune.pruning.origin import origin_of
-from permprune.pruning.probe import ANSWER, PROBE, Probe, make_probe
-from permprune.pruning.record import Record, read_record
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
 
 PACKED = "packed"

@@ -1,1 +1,1 @@
-"""Reading models: checkpoints that are whole, and the classes they name."""
+"""Models in memory: their layers, what they read, and how they run."""

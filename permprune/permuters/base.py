@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from permprune.checkpoint import Checkpoint, Journal
 from permprune.examples import Examples
-from permprune.network import PrunedNetwork
 from permprune.options import require_fields
-from permprune.problem import Orders, Problem
-from permprune.progress import log
-from permprune.resources import release_freed_memory
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Orders, Problem
 from permprune.system.digests import CALIBRATION
+from permprune.system.memory import release_freed_memory
+from permprune.system.progress import log
+from permprune.system.search_state import Checkpoint, Journal
 
 ORDER, WEIGHT = "order/", "weight/"
 """Prefixes of orders and of trained weights among the tensors of a kept solution."""

@@ -12,16 +12,18 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from permprune import parallel
-from permprune.losses import Objective, Taught
-from permprune.matching import Epsilon, Geometric, assign, gumbel_noise
-from permprune.network import PrunedNetwork
+from permprune.losses.objective import Objective, Taught
+from permprune.matching.assignment import assign
+from permprune.matching.relaxation import gumbel_noise
+from permprune.matching.schedule import Epsilon, Geometric
 from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.base import ORDER, CurvePoint, Permuter, Run, Solution
 from permprune.permuters.identity import Identity
-from permprune.problem import Orders, Part, Problem
-from permprune.progress import console, log
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Orders, Part, Problem
+from permprune.system import distributed
+from permprune.system.progress import console, log
 
 COST, FIRST, SECOND = "cost/", "first/", "second/"
 """Prefixes of costs and AdamW's moments among the tensors of a checkpoint."""
@@ -93,7 +95,7 @@ class CostMatrixLearner(Permuter):
                 if state.step % self.check == 0 or state.step == self.steps:
                     self._try(network, run, state, start.orders, taught)
                     self._save(run, state)
-                state.seconds += parallel.mean(time.monotonic() - began)
+                state.seconds += distributed.mean(time.monotonic() - began)
                 bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
         network.set_orders(state.orders)
         return Solution(state.orders, state.seconds, tuple(state.curve))

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.network import PrunedNetwork
 from permprune.permuters.base import LocalPermuter
-from permprune.problem import Problem
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Problem
 
 
 @dataclass(frozen=True)

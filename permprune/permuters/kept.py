@@ -12,13 +12,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from permprune.matching import assign
-from permprune.network import PrunedNetwork
+from permprune.matching.assignment import assign
 from permprune.pattern import Pattern
-from permprune.problem import Problem
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Problem
 
 ROWS = 64
 """Rows that are worked on at a time, so that they stay in the processor's cache."""
+
 
 PASSES = 2
 """Times that each slot is assigned anew: the second still gains, what more would gain is not worth the time."""

@@ -8,12 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.losses import Objective
-from permprune.matching import Geometric, assign, gumbel_noise, sinkhorn
-from permprune.network import PrunedNetwork
+from permprune.losses.objective import Objective
+from permprune.matching.assignment import assign
+from permprune.matching.relaxation import gumbel_noise
+from permprune.matching.schedule import Geometric
+from permprune.matching.sinkhorn import sinkhorn
 from permprune.options import Count, Natural, NonNegative, Share
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
+from permprune.pruning.network import PrunedNetwork
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from permprune.losses import Objective
-from permprune.matching import sinkhorn
+from permprune.losses.objective import Objective
+from permprune.matching.sinkhorn import sinkhorn
 from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.cost_matrix import CostMatrixLearner

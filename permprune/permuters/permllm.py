@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from permprune.losses import Objective
-from permprune.matching import Cosine, Epsilon, straight_through
+from permprune.losses.objective import Objective
+from permprune.matching.relaxation import straight_through
+from permprune.matching.schedule import Cosine, Epsilon
 from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.base import Permuter

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permprune.matching import cycles, pair_up
-from permprune.network import PrunedNetwork
+from permprune.matching.assignment import cycles
+from permprune.matching.pairs import pair_up
 from permprune.pattern import Pattern, ranks
-from permprune.problem import Problem
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Problem
 
 BLOCK = 2**18
 """Elements of a matrix that are worked on at a time."""

@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.checkpoint import Journal
-from permprune.losses import Objective
-from permprune.network import PrunedNetwork
+from permprune.losses.objective import Objective
 from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution
 from permprune.permuters.kept import deal_and_assign, stacked_scores
 from permprune.permuters.quadratic import QuadraticModel
-from permprune.problem import Orders, Problem
-from permprune.progress import log, track
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Orders, Problem
+from permprune.system.progress import log, track
+from permprune.system.search_state import Journal
 
 JITTER = 0.01
 """Relative noise on the scores from which another candidate starts."""

@@ -12,28 +12,32 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from permprune import parallel
-from permprune.losses import Objective, Taught
-from permprune.network import Gradients, PrunedNetwork
+from permprune.losses.objective import Objective, Taught
 from permprune.options import Count, Natural, Positive
 from permprune.permuters.base import WEIGHT, CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.tuning import tuned
-from permprune.problem import Orders, Problem
-from permprune.progress import console, log
+from permprune.pruning.network import Gradients, PrunedNetwork
+from permprune.pruning.problem import Orders, Problem
+from permprune.system import distributed
+from permprune.system.progress import console, log
 
 TOLERANCE = 1e-4
 """Nats by which the held-out loss must fall for a round to count."""
 
+
 STILL = 1e-3
 """A problem whose foretold change is below this share of the mean one proposes nothing."""
+
 
 ATTEMPTS = 4
 """How often a step is corrected, and how many parts of it are tried before a round is refused."""
 
+
 FAR = 0.1
 """The least share of a step, and of the problems, that is worth trying."""
+
 
 MEMORY, PREVIOUS = "memory/", "previous/"
 """Prefixes, among the tensors of a checkpoint, of the proposals' memory and of the orders before the last step."""
@@ -130,7 +134,7 @@ class TrustRegion(Permuter):
                 mean = None if self._round(network, run, state, mean, taught) else mean
                 if self.tune and state.round > self.wait and self._tune(network, run, state, taught):
                     mean = None
-                state.seconds += parallel.mean(time.monotonic() - started)
+                state.seconds += distributed.mean(time.monotonic() - started)
                 self._save(network, run, state)
                 bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
         trained = network.weights if self.tune else {}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from permprune.losses import Objective
-from permprune.network import PrunedNetwork
+from permprune.losses.objective import Objective
 from permprune.permuters.base import Run
+from permprune.pruning.network import PrunedNetwork
 
 BETAS = (0.9, 0.95)
 """Of Adam; the second as in language models, short enough for a few steps."""
+
 
 RISING = 0.25
 """The share of the steps in which the rate rises from 0."""

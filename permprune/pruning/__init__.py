@@ -1,1 +1,1 @@
-"""The stored form of pruned models: what lies in their folders, and what is kept on the models themselves."""
+"""The pruned network: problems, masks, patterns of layers, and the folder that is written."""

@@ -11,14 +11,14 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.io import write_weights
+from permprune.checkpoints.origin import Origin, origin_of
+from permprune.checkpoints.patterns import recorded_patterns, require_patterns
+from permprune.checkpoints.probe import PROBE, Probe, make_probe
+from permprune.checkpoints.record import RECORD, Record
 from permprune.errors import PermpruneError
-from permprune.model_io import write_weights
-from permprune.processors import Processor
-from permprune.pruning.origin import Origin, origin_of
-from permprune.pruning.patterns import recorded_patterns, require_patterns
-from permprune.pruning.probe import PROBE, Probe, make_probe
-from permprune.pruning.record import RECORD, Record
-from permprune.report import write_report
+from permprune.models.processors import Processor
+from permprune.report.run import write_report
 from permprune.system.files import atomic_folder, write_json
 
 

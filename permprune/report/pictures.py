@@ -13,12 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from permprune.evaluate.result import higher_is_better
+from permprune.evaluation.result import higher_is_better
 from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, figure, quiet, save
 from permprune.report.words import better, duration, number, percent
 
 Record = Mapping[str, Any]
+
+
 Points = list[tuple[int, float, float]]
+
 
 COLUMNS = 2
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from permprune.evaluate.result import higher_is_better
+from permprune.evaluation.result import higher_is_better
 from permprune.report.page import Shown, fill, shown
 from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import (
@@ -25,6 +25,7 @@ from permprune.report.words import (
 from permprune.system.files import write_whole
 
 Result = Mapping[str, Any]
+
 
 SIZE = (
     "Size is theoretical: 16 bits for each weight that is kept or never pruned, and for each group of M weights "

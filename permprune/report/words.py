@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 from permprune.data.overlap import QUOTED
-from permprune.evaluate.result import higher_is_better
-from permprune.mixture import MIXED
+from permprune.evaluation.result import higher_is_better
+from permprune.pattern import MIXED
 
 DASH = "\N{EN DASH}"
+
 
 NONE = "none"
 """The permuter, and the update, that changes nothing."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.moments import inverse_factor
+from permprune.calibration.moments import inverse_factor
 from permprune.options import NonNegative
 from permprune.saliency.base import Saliency
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from permprune.moments import root_mean_square
+from permprune.calibration.moments import root_mean_square
 from permprune.saliency.base import Saliency
 
 

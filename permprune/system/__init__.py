@@ -1,1 +1,1 @@
-"""What permprune asks of the operating system."""
+"""Files, devices, memory, processes and progress: what is not about models."""

@@ -1,8 +1,4 @@
-"""Files and folders that are whole or absent, and the folder in which a long run keeps its state.
-
-What is being written lies in a private folder with an unpredictable name, on the same disk, and is renamed when it is
-complete: no reader sees half of it, and no link that somebody else planted is followed.
-"""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,14 +16,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from permprune import parallel
 from permprune.errors import PermpruneError
+from permprune.system import distributed
 
 MARKER, LOCK, SCRATCH = ".permprune", ".lock", "scratch"
 """Names in a work folder: the file that says it is ours, the lock, and the subfolder that no run needs from another."""
 
+
 PREFIX = ".permprune-"
 """What the names of temporary folders begin with."""
+
 
 ADVICE = "free space, or choose another place"
 
@@ -121,15 +119,15 @@ class WorkFolder:
         as `require_absent` and `require_writable` do.
         """
         lock = FileLock(self.path / LOCK, timeout=0)
-        parallel.on_first(lambda: self._open(lock, job, resume))
+        distributed.on_first(lambda: self._open(lock, job, resume))
         try:
             yield self
-            parallel.wait()  # until no rank reads from it
+            distributed.wait()  # until no rank reads from it
         except BaseException:
-            if not parallel.rank():
+            if not distributed.rank():
                 self._close(lock, keep=self.holds_state())
             raise
-        parallel.on_first(lambda: self._close(lock, keep=False))
+        distributed.on_first(lambda: self._close(lock, keep=False))
 
     def _open(self, lock: FileLock, job: str, resume: bool) -> None:
         require_absent(self.out)

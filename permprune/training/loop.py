@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
-from permprune.evaluate import Result
-from permprune.evaluate.result import higher_is_better
+from permprune.evaluation.result import Result, higher_is_better
 from permprune.examples import Examples, batches, by_length
-from permprune.losses import Objective, fast_dtype
+from permprune.losses.objective import Objective
+from permprune.losses.targets import Task
 from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
-from permprune.progress import log, track
-from permprune.tasks import Task
+from permprune.system.device import fast_dtype
+from permprune.system.progress import log, track
+from permprune.system.search_state import Checkpoint
 
 STATE = "training"
 """The name of the state that is kept."""

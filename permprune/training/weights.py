@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from permprune.errors import PermpruneError
-from permprune.layers import blocks
+from permprune.models.layers import blocks
 
 TRAINED = ("all", "norms", "head")
 """All weights; norms, biases and the head; or the head alone."""

@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from permprune.calibrate import frozen, input_moments
+from permprune.calibration.moments import input_moments
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.layers import Layer, blocks
-from permprune.network import PrunedNetwork
+from permprune.models.forward import frozen
+from permprune.models.layers import Layer, blocks
 from permprune.options import require_fields
 from permprune.pattern import Pattern
-from permprune.progress import track
+from permprune.pruning.network import PrunedNetwork
+from permprune.system.progress import track
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from permprune.examples import Examples
-from permprune.network import PrunedNetwork
+from permprune.pruning.network import PrunedNetwork
 from permprune.updates.base import Update
 
 

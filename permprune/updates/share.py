@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from permprune.examples import Examples
-from permprune.losses import Objective
-from permprune.network import PrunedNetwork
-from permprune.progress import log
+from permprune.losses.objective import Objective
+from permprune.pruning.network import PrunedNetwork
+from permprune.system.progress import log
 from permprune.updates.base import Update
 from permprune.updates.none import NoUpdate
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.moments import inverse_factor
+from permprune.calibration.moments import inverse_factor
 from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.updates.base import LayerUpdate

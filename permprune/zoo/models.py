@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from permprune.errors import PermpruneError
-from permprune.progress import log
+from permprune.system.progress import log
 from permprune.zoo import ctranslate2, gguf, onnx, safetensors
 from permprune.zoo.cache import cached
 from permprune.zoo.packages import Package, fetch
@@ -143,6 +143,7 @@ MODELS: dict[str, ZooModel] = {
         note="Whisper tiny.en out of a CTranslate2 file: its weights are fp16 values, stored as fp32",
     ),
 }
+
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from permprune.errors import PermpruneError
-from permprune.progress import console, log
+from permprune.system.progress import console, log
 
 
 @dataclass(frozen=True)

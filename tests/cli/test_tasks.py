@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from permprune.report import with_error
+from permprune.report.words import with_error
 
 from ..task_files import ROWS, write_task_files
 from .running import fails, run

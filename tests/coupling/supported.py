@@ -12,8 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from permprune.coupling import ChannelSpace, Coupling, discover, fold, fold_all, inverse
-from permprune.coupling.trace import main_outputs
+from permprune.coupling.discovery import discover
+from permprune.coupling.fold import fold, fold_all, inverse
+from permprune.coupling.space import ChannelSpace, Coupling
+from permprune.models.forward import main_outputs
 
 from .coupling_models import FAMILIES, REFUSED, Example, randomised
 

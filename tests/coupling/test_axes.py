@@ -7,18 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permprune.coupling.axes import (
-    Axis,
-    align,
-    concat,
-    cut,
-    factor,
-    find,
-    freeze,
-    occurrences,
-    product,
-    unify,
-)
+from permprune.coupling.axes import Axis, align, concat, cut, factor, find, freeze, occurrences, product, unify
 
 sizes = st.lists(st.sampled_from([2, 3, 4, 6]), min_size=1, max_size=3)
 

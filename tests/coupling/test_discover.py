@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from permprune.coupling import Coupling, discover, verify
+from permprune.coupling.discovery import discover
+from permprune.coupling.space import Coupling
+from permprune.coupling.verify import verify
 from permprune.errors import PermpruneError
 
 from .coupling_models import FAMILIES, llama, mixtral, randomised, tokens

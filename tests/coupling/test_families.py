@@ -9,7 +9,10 @@ import re
 import pytest
 import torch
 
-from permprune.coupling import ChannelSpace, discover, fold, fold_all, inverse, verify
+from permprune.coupling.discovery import discover
+from permprune.coupling.fold import fold, fold_all, inverse
+from permprune.coupling.space import ChannelSpace
+from permprune.coupling.verify import verify
 from permprune.errors import PermpruneError
 
 from .coupling_models import FAMILIES, REFUSED, randomised

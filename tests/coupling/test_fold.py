@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from permprune.coupling import ChannelSpace, Member, discover, fold, fold_all, fold_parameter, inverse, verify
+from permprune.coupling.discovery import discover
+from permprune.coupling.fold import fold, fold_all, fold_parameter, inverse
+from permprune.coupling.space import ChannelSpace, Member
+from permprune.coupling.verify import verify
 from permprune.errors import PermpruneError
 
 from .coupling_models import llama, randomised, tokens

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from permprune.coupling import discover, observe
+from permprune.coupling.discovery import discover
+from permprune.coupling.observe import observe
 from permprune.errors import PermpruneError
 
 from .coupling_models import llama, tokens

@@ -12,9 +12,9 @@ import soundfile
 import torch
 from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2Model
 
-from permprune.data import load_speech
+from permprune.checkpoints.io import read_model
+from permprune.data.audio import load_speech
 from permprune.errors import PermpruneError
-from permprune.model_io import read_model
 
 TEXTS = {"1-2-0000": "MARIE SIGHED", "1-2-0001": "A BRISK WIND", "1-2-0002": "HAD COME UP"}
 SECONDS = {"1-2-0000": 0.1, "1-2-0001": 0.2, "1-2-0002": 0.3}

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
-from permprune.data import load_images
+from permprune.checkpoints.io import read_model
+from permprune.data.images import load_images
 from permprune.errors import PermpruneError
-from permprune.model_io import read_model
-from permprune.processors import Processor
+from permprune.models.processors import Processor
 
 Classifier = tuple[PreTrainedModel, Processor]
 SMALL: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.data import load_labelled_text, read_labelled_text
+from permprune.checkpoints.io import read_model
+from permprune.data.labelled import load_labelled_text, read_labelled_text
 from permprune.data.labels import Labels
 from permprune.errors import PermpruneError
-from permprune.model_io import read_model
-from permprune.processors import tokenizer_of
+from permprune.models.processors import tokenizer_of
 
 Classifier = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 LAYOUTS = {

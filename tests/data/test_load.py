@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from permprune.checkpoints.io import read_model
 from permprune.data import load as module
-from permprune.data import load_examples
-from permprune.model_io import read_model
+from permprune.data.load import load_examples
 from permprune.zoo.images import Images
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from permprune.data import load_documents, tokenize
+from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 
 

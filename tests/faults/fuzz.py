@@ -88,7 +88,7 @@ def serve(pipe: Connection, root: Path) -> None:
         raise Hang
 
     signal.signal(signal.SIGALRM, hang)
-    from permprune import progress
+    from permprune.system import progress
 
     progress.console.width = 200
     while (request := pipe.recv()) is not None:

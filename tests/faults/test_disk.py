@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from permprune.errors import PermpruneError
-from permprune.permuters import PERMUTERS
-from permprune.training import Trainer
-from permprune.trials import Trials
+from permprune.jobs.trials import Trials
+from permprune.permuters.registry import PERMUTERS
+from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
 
@@ -92,7 +92,7 @@ def test_too_little_space_is_said_before_the_work(
 ) -> None:
     usage = collections.namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr("permprune.system.files.shutil.disk_usage", lambda _: usage(2**40, 2**40 - 9999, 9999))
-    monkeypatch.setattr("permprune.commands.prepare", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr("permprune.jobs.prune.prepare", lambda *_, **__: pytest.fail("calibrated"))
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("trained"))
     for command in (
         ["prune", *source],

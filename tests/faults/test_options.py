@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from permprune import Evaluation, FineTuning, PermpruneError, Settings, TaskList, prune_to_folder
-from permprune.ablation import variants
 from permprune.cli.common import parse_bytes
-from permprune.losses import Objective
+from permprune.jobs.ablate import variants
+from permprune.losses.objective import Objective
 from permprune.options import numbers_of
-from permprune.permuters import PERMUTERS, Newton, permuter
-from permprune.saliency import SALIENCIES
-from permprune.training import Training
-from permprune.updates import UPDATES
+from permprune.permuters.newton import Newton
+from permprune.permuters.registry import PERMUTERS, permuter
+from permprune.saliency.registry import SALIENCIES
+from permprune.training.loop import Training
+from permprune.updates.registry import UPDATES
 
 from ..cli.running import fails, run
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from permprune import Examples
-from permprune.data import overlap, warn_of_overlap
-from permprune.report import overlap_note
+from permprune.data.overlap import overlap, warn_of_overlap
+from permprune.report.words import overlap_note
 
 from ..cli.running import run
 from ..conftest import SENTENCES

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from permprune import resources
-from permprune.resources import peak_memory_mb, reset_peak_memory
+from permprune.system import memory as resources
+from permprune.system.memory import peak_memory_mb, reset_peak_memory
 
 from ..cli.running import run
 
@@ -27,7 +27,7 @@ def windows(name, globals=None, *rest, **named):
 builtins.__import__ = windows
 import permprune
 import permprune.cli
-print(permprune.resources.peak_memory_mb() > 100)
+print(permprune.system.memory.peak_memory_mb() > 100)
 """
 """permprune's own imports fail as they do there; its dependencies know what they run on."""
 

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import permprune
-from permprune.model_io import GATHERED
-from permprune.pruning.probe import ANSWER, PROBE
-from permprune.pruning.record import FORMAT, RECORD, Record, read_record
-from permprune.report import render
+from permprune.checkpoints.io import GATHERED
+from permprune.checkpoints.probe import ANSWER, PROBE
+from permprune.checkpoints.record import FORMAT, RECORD, Record, read_record
+from permprune.report.run import render
 
 from ..cli.running import fails, run
 from .pruned import commands, write_pruned, write_source

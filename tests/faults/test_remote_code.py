@@ -12,10 +12,10 @@ import transformers as tf
 from transformers import dynamic_module_utils
 
 from permprune import PermpruneError, load, read_model
+from permprune.checkpoints.io import GATHERED
+from permprune.checkpoints.offload import read_offloaded, read_skeleton
+from permprune.checkpoints.remote_code import UNTRUSTED
 from permprune.cli import app
-from permprune.model_io import GATHERED
-from permprune.models.remote_code import UNTRUSTED
-from permprune.offload import read_offloaded, read_skeleton
 
 from ..cli.running import fails, run
 from ..conftest import make_tiny_llama

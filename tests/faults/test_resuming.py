@@ -12,13 +12,17 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from permprune import checkpoint
-from permprune.checkpoint import Checkpoint
-from permprune.permuters import PERMUTERS, LocalPermuter, Newton, Permuter, Random
-from permprune.pipeline import Prepared, Settings, prepare
+from permprune.jobs.trials import Trials
+from permprune.permuters.base import LocalPermuter, Permuter
+from permprune.permuters.identity import Random
+from permprune.permuters.newton import Newton
+from permprune.permuters.registry import PERMUTERS
+from permprune.pipeline import Prepared, prepare
+from permprune.settings import Settings
+from permprune.system import search_state as checkpoint
 from permprune.system.files import WorkFolder
-from permprune.training import Trainer
-from permprune.trials import Trials
+from permprune.system.search_state import Checkpoint
+from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
 
@@ -118,7 +122,7 @@ def test_the_state_of_another_search_is_refused(
         with changed(what, Path(source[0])):
             code, _, stderr = run(*command, "--resume")
         assert code == 2 and f"was saved with another {what}: repeat that, or remove" in stderr.splitlines()[-1]
-    monkeypatch.setattr("permprune.pipeline.versions", lambda: {"torch version": "1.0", "permprune version": "0"})
+    monkeypatch.setattr("permprune.plan.versions", lambda: {"torch version": "1.0", "permprune version": "0"})
     assert "another permprune version, torch version, transformers version" in run(*command, "--resume")[2]
     assert "go on with --resume, or remove it" in fails(*command)
 
@@ -196,7 +200,7 @@ def test_a_solution_is_not_sought_twice(
     """Neither that of the search, nor that of the one from whose orders it starts."""
     command, method = ["prune", *source, "--permute", name, "--out", tmp_path / "out"], PERMUTERS[name.split(":")[0]]
     with monkeypatch.context() as patch:
-        patch.setattr("permprune.commands.finish", stop)
+        patch.setattr("permprune.jobs.prune.finish", stop)
         code, _, stderr = run(*command)
     assert code == 130 and "--resume" in stderr
     with monkeypatch.context() as patch:
@@ -225,7 +229,7 @@ def test_more_minutes_or_rounds_go_on_from_the_state(
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run("prune", *source, "--permute", "newton:rounds=2", "--out", whole)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("permprune.commands.finish", stop)
+        patch.setattr("permprune.jobs.prune.finish", stop)
         assert run("prune", *source, "--permute", "newton:rounds=1", "--minutes", "9", "--out", out)[0] == 130
     assert run("prune", *source, "--permute", "newton:rounds=2", "--out", out, "--resume")[0] == 0
     assert orders(whole) == orders(out)
@@ -296,7 +300,7 @@ def test_a_journal_keeps_what_was_found_until_a_kill(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checkpoint, "EVERY", 0)
     killed.add({"b": torch.arange(2)}, {"b": [1.5]})
     with monkeypatch.context() as patch:
-        patch.setattr("permprune.parallel.rank", lambda: 1)
+        patch.setattr("permprune.system.distributed.rank", lambda: 1)
         checkpoint.Journal(kept, "cp").add({"c": torch.arange(4)})
     found = checkpoint.Journal(kept, "cp")
     assert {name: len(tensor) for name, tensor in found.tensors.items()} == {"a": 3, "b": 2, "c": 4}

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune.model_io import GATHERED
-from permprune.pruning.patterns import held_patterns
-from permprune.pruning.record import RECORD, read_record
+from permprune.checkpoints.io import GATHERED
+from permprune.checkpoints.patterns import held_patterns
+from permprune.checkpoints.record import RECORD, read_record
 
 from ..cli.running import fails, run
 from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, write_pruned, write_source

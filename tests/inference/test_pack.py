@@ -23,12 +23,12 @@ from transformers import (
 )
 
 import permprune
+from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.errors import PermpruneError
 from permprune.inference.linear import PackedLinear
 from permprune.inference.pack import pack, unpack
-from permprune.layers import prunable_layers
+from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
-from permprune.pruning.gathers import Gather, attach_gathers
 
 DTYPES = ["fp32", "bf16", "fp16", "int8"]
 CLOSE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 5e-3, "int8": 0.05}

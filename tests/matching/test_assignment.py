@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
-from permprune.matching import assign, cycles
+from permprune.matching.assignment import assign, cycles
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

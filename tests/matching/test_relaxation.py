@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
-from permprune.matching import assign, gumbel_noise, sinkhorn, straight_through
+from permprune.matching.assignment import assign
+from permprune.matching.relaxation import gumbel_noise, straight_through
+from permprune.matching.sinkhorn import sinkhorn
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

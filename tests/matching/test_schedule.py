@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
-from permprune.matching import Cosine, Geometric
+from permprune.matching.schedule import Cosine, Geometric
 
 falling = st.tuples(st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)).map(lambda pair: sorted(pair, reverse=True))
 shares = st.floats(0, 1)

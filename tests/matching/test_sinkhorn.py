@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
-from permprune.matching import assign, sinkhorn
+from permprune.matching.assignment import assign
+from permprune.matching.sinkhorn import sinkhorn
 
 seeds = st.integers(0, 10**6)
 sizes = st.integers(1, 7)

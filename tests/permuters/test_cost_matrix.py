@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from permprune.losses import Objective
-from permprune.matching import Geometric
-from permprune.permuters import LearnedPaper, PermLLM, Random
+from permprune.losses.objective import Objective
+from permprune.matching.schedule import Geometric
 from permprune.permuters.cost_matrix import CostMatrixLearner
-from permprune.pipeline import Prepared, Settings, prepare
+from permprune.permuters.identity import Random
+from permprune.permuters.paper import LearnedPaper
+from permprune.permuters.permllm import PermLLM
+from permprune.pipeline import Prepared, prepare
+from permprune.settings import Settings
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 

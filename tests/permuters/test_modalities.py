@@ -5,12 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from permprune.losses import Objective
-from permprune.permuters import PERMUTERS, Learned, Newton
+from permprune.losses.objective import Objective
+from permprune.models.forward import running
+from permprune.permuters.learned import Learned
+from permprune.permuters.newton import Newton
 from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pipeline import Settings, finish, prepare, update_weights
-from permprune.tasks import running
+from permprune.pipeline import finish, prepare, update_weights
+from permprune.settings import Settings
 
 from ..modalities import EXAMPLES, make
 from .test_permuters import brief, same
@@ -78,7 +81,7 @@ def test_rows_are_coupled_where_each_example_has_one_answer(data: str) -> None:
 
 
 def test_rows_of_wide_layers_are_left_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("permprune.network.COUPLED", 32)  # of 48 rows are the layers into the MLP
+    monkeypatch.setattr("permprune.pruning.network.COUPLED", 32)  # of 48 rows are the layers into the MLP
     prepared = prepare(make("bert"), None, Settings(mode="gather", **SETTINGS), EXAMPLES["bert"]())
     network, run = prepared.network, prepared.run
     found = network.gradients(EXAMPLES["bert"](), Objective())

@@ -8,25 +8,22 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
-from permprune.losses import Objective
-from permprune.network import Gradients
-from permprune.permuters import (
-    CP,
-    PERMUTERS,
-    Learned,
-    LearnedPaper,
-    Newton,
-    Permuter,
-    Reconstruction,
-    Solution,
-    permuter,
-)
+from permprune.losses.objective import Objective
+from permprune.permuters.base import Permuter, Solution
 from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.permuters.cp import CP
+from permprune.permuters.learned import Learned
+from permprune.permuters.newton import Newton
+from permprune.permuters.paper import LearnedPaper
+from permprune.permuters.reconstruction import Reconstruction
+from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.permuters.trust_region import TOLERANCE, State, TrustRegion, _slopes
-from permprune.pipeline import Prepared, Settings, prepare
-from permprune.problem import Orders
+from permprune.pipeline import Prepared, prepare
+from permprune.pruning.network import Gradients
+from permprune.pruning.problem import Orders
+from permprune.settings import Settings
+from permprune.system.search_state import Checkpoint
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permprune.matching import assign
+from permprune.matching.assignment import assign
 from permprune.pattern import Pattern
 from permprune.permuters.quadratic import Bundle, QuadraticModel
 

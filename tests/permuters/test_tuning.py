@@ -3,9 +3,10 @@
 import torch
 from transformers import LlamaForCausalLM
 
-from permprune.losses import Objective
+from permprune.losses.objective import Objective
 from permprune.permuters.tuning import BETAS, tuned
-from permprune.pipeline import Settings, prepare
+from permprune.pipeline import prepare
+from permprune.settings import Settings
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 

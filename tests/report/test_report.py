@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permprune.report import comparison_title, decision, maps, pictures, render, write_comparison, write_report
+from permprune.report import maps, pictures
+from permprune.report.comparison import comparison_title, write_comparison
+from permprune.report.run import decision, render, write_report
 from permprune.report.words import duration, number, percent, with_error
 
 from .pages import Page, assert_svg

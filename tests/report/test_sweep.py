@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from permprune.report import render_sweep, sweep_decision, tradeoff, write_sweep
+from permprune.report import tradeoff
+from permprune.report.sweep import render_sweep, sweep_decision, write_sweep
 
 from .pages import Page, assert_svg
 

@@ -7,13 +7,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from permprune.checkpoint import Checkpoint
 from permprune.errors import PermpruneError
-from permprune.evaluate import Result, evaluate_model
+from permprune.evaluation.dispatch import evaluate_model
+from permprune.evaluation.result import Result
 from permprune.examples import Examples
-from permprune.losses import Objective
-from permprune.tasks import labelled, scored
-from permprune.training import Trainer, Training, trained_weights
+from permprune.losses.objective import Objective
+from permprune.losses.targets import labelled, scored
+from permprune.system.search_state import Checkpoint
+from permprune.training.loop import Trainer, Training
+from permprune.training.weights import trained_weights
 
 from ..modalities import draw, make, scorer
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.errors import PermpruneError
-from permprune.training import masked, trained_weights
+from permprune.training.weights import masked, trained_weights
 
 from ..modalities import make, sentences
 

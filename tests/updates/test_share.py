@@ -8,12 +8,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from permprune.examples import Examples
-from permprune.losses import ANSWERED_ONCE, Objective, Taught
-from permprune.network import PrunedNetwork
-from permprune.permuters import Random
-from permprune.pipeline import Prepared, Settings, prepare
-from permprune.updates import NoUpdate, SparseGPT, Update, update_network
-from permprune.updates.share import SHARES
+from permprune.losses.objective import ANSWERED_ONCE, Objective, Taught
+from permprune.permuters.identity import Random
+from permprune.pipeline import Prepared, prepare
+from permprune.pruning.network import PrunedNetwork
+from permprune.settings import Settings
+from permprune.updates.base import Update
+from permprune.updates.none import NoUpdate
+from permprune.updates.share import SHARES, update_network
+from permprune.updates.sparsegpt import SparseGPT
 
 from ..modalities import make, sentences
 

@@ -9,11 +9,15 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from permprune.errors import PermpruneError
-from permprune.network import PrunedNetwork
 from permprune.pattern import Pattern
-from permprune.permuters import Random
-from permprune.pipeline import Prepared, Settings, prepare
-from permprune.updates import UPDATES, LayerUpdate, NoUpdate, SparseGPT, update
+from permprune.permuters.identity import Random
+from permprune.pipeline import Prepared, prepare
+from permprune.pruning.network import PrunedNetwork
+from permprune.settings import Settings
+from permprune.updates.base import LayerUpdate
+from permprune.updates.none import NoUpdate
+from permprune.updates.registry import UPDATES, update
+from permprune.updates.sparsegpt import SparseGPT
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,175 @@
+"""Gathers: orders in which a model reads channels at run time, because they cannot be folded into its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from permprune.checkpoints.schema import Malformed
+from permprune.errors import PermpruneError
+from permprune.system.device import compute_device
+
+Side = Literal["output", "input"]
+
+
+Place = tuple[Side, str]
+"""Which side of which module, by name, has its channels reordered."""
+
+
+BUFFERS: dict[Side, str] = {"output": "permprune_output_order", "input": "permprune_input_order"}
+"""Names of the buffers that hold the orders, beside the module's weights: they move with the model."""
+
+
+class Permutation:
+    """The lists that hold 0 to n - 1 once each, n being at least 1."""
+
+    def __contains__(self, order: list[int]) -> bool:
+        return bool(order) and sorted(order) == list(range(len(order)))
+
+    def __str__(self) -> str:
+        return "a permutation"
+
+
+Order = Annotated[list[int], Permutation()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """An order for the output of one module, or for the inputs of several.
+
+    Channel i of the reordered tensor is channel `order[i]` of the original one. `site` names the tensor. One of
+    `output` and `inputs` is empty.
+    """
+
+    site: str
+    output: str
+    inputs: list[str]
+    order: Order
+
+    def __post_init__(self) -> None:
+        if bool(self.output) == bool(self.inputs) or not all(self.inputs):
+            raise Malformed("it must name either an output or inputs")
+
+    @property
+    def places(self) -> list[Place]:
+        return [("output", self.output)] if self.output else [("input", name) for name in self.inputs]
+
+
+def compose(first: Iterable[Gather], then: Iterable[Gather]) -> list[Gather]:
+    """The gathers that do what `first` and `then` do one after the other, with one order for each place."""
+    orders: dict[Place, tuple[str, tuple[int, ...]]] = {}
+    for gather in (*first, *then):
+        for place in gather.places:
+            _, before = orders.get(place, ("", range(len(gather.order))))
+            orders[place] = gather.site, tuple(before[channel] for channel in gather.order)
+    outputs = [
+        Gather(site, name, [], list(order)) for (side, name), (site, order) in orders.items() if side == "output"
+    ]
+    readers: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (side, name), reordered in orders.items():
+        if side == "input":
+            readers.setdefault(reordered, []).append(name)
+    return outputs + [Gather(site, "", names, list(order)) for (site, order), names in readers.items()]
+
+
+def attach_gathers(model: nn.Module, gathers: Sequence[Gather]) -> None:
+    """Let the model reorder channels as it runs, after any reordering that it does already at the same places.
+
+    The weights are as they are: they must be those that go with these orders. A plain `save_pretrained` of the model
+    raises `PermpruneError` from now on, since the weights alone would compute something else; copies and pickles of the
+    model keep gathers and refusal. Raises `Malformed` for places that the model does not have, or of another size.
+    """
+    device = compute_device(model)
+    for gather in gathers:
+        for side, name in gather.places:
+            _attach(_module(model, side, name), side, name, torch.tensor(gather.order, device=device))
+    for module in model.modules() if gathers else ():
+        if isinstance(module, PreTrainedModel):
+            vars(module)["save_pretrained"] = _refuse_to_save
+
+
+def has_gathers(model: nn.Module) -> bool:
+    """Whether the model reorders channels as it runs."""
+    return any(name in module._buffers for module in model.modules() for name in BUFFERS.values())
+
+
+def detach_gathers(model: nn.Module) -> dict[Place, Tensor]:
+    """Undo `attach_gathers`: the weights alone compute something else. Returns the orders by their places."""
+    found: dict[Place, Tensor] = {}
+    for name, module in model.named_modules():
+        for side, buffer in BUFFERS.items():
+            if (order := module._buffers.pop(buffer, None)) is not None:
+                found[side, name] = order
+                hooks: Any = module._forward_hooks if side == "output" else module._forward_pre_hooks
+                for key in [key for key, hook in hooks.items() if hook in (_reorder_output, _reorder_input)]:
+                    del hooks[key]
+        vars(module).pop("save_pretrained", None)
+    return found
+
+
+def _attach(module: nn.Module, side: Side, name: str, order: Tensor) -> None:
+    before = module._buffers.get(BUFFERS[side])
+    size = _width(module, side) if before is None else len(before)
+    if size is not None and size != len(order):
+        raise Malformed(f"the gather at the {side} of {name} has {len(order)} channels, the module {size}")
+    if before is not None:
+        module.register_buffer(BUFFERS[side], before[order], persistent=False)
+        return
+    module.register_buffer(BUFFERS[side], order, persistent=False)
+    if side == "output":
+        module.register_forward_hook(_reorder_output)
+    else:
+        module.register_forward_pre_hook(_reorder_input)
+
+
+def _reorder_output(module: nn.Module, _args: object, result: Tensor) -> Tensor:
+    return _reorder(result, getattr(module, BUFFERS["output"]))
+
+
+def _reorder_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (_reorder(args[0], getattr(module, BUFFERS["input"])), *args[1:])
+
+
+def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.shape[-1] != len(order):
+        raise PermpruneError(f"a gather of {len(order)} channels does not fit what it reads: prune the model again")
+    return tensor.index_select(-1, order)
+
+
+def _module(model: nn.Module, side: Side, name: str) -> nn.Module:
+    """The module of that name: for its input a linear layer, for its output one without parts."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise Malformed(f"the model has no module {name!r}, where a gather should be") from None
+    fits = isinstance(module, (nn.Linear, Conv1D)) if side == "input" else not any(module.children())
+    if not fits:
+        raise Malformed(f"a gather cannot be at the {side} of {name}")
+    return module
+
+
+def _width(module: nn.Module, side: Side) -> int | None:
+    """The number of channels on a side of a linear layer, an embedding or a norm; None for other modules."""
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    weight = getattr(module, "weight", None)
+    elsewhere = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)  # channels are not their last dimension
+    if not isinstance(weight, Tensor) or isinstance(module, elsewhere):
+        return None
+    if isinstance(module, (nn.Linear, Conv1D)):
+        rows_read = isinstance(module, Conv1D) == (side == "input")
+        return weight.shape[0 if rows_read else 1]
+    return len(weight) if weight.dim() == 1 else None
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
+    raise PermpruneError(
+        "this model reorders channels at run time, which save_pretrained does not store: "
+        "write it with permprune.save(model, folder), or Pruned.save_pretrained"
+    )

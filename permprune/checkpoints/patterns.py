@@ -1,0 +1,52 @@
+"""Which layers of a model hold an N:M pattern, by its record and by the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from permprune.checkpoints.record import PrunedLayer
+from permprune.checkpoints.schema import Malformed
+from permprune.errors import PermpruneError
+from permprune.inference.linear import PackedLinear
+from permprune.models.layers import Layer
+from permprune.pattern import Pattern, tightest
+
+Patterns = dict[str, Pattern]
+"""By the names of layers."""
+
+
+def recorded_patterns(model: nn.Module, layers: Iterable[PrunedLayer]) -> Patterns:
+    """The pattern of each layer in a record. Raises `Malformed` unless the model has these layers."""
+    linears = linear_layers(model)
+    for row in layers:
+        if row.name not in linears or linears[row.name].transposed != row.transposed:
+            raise Malformed(f"the model has no such layer as {row.name!r}")
+        if not Pattern.parse(row.pattern).divides(width := linears[row.name].weight.shape[1]):
+            raise Malformed(f"{row.name} has rows of {width} weights, which {row.pattern} does not fit")
+    return {row.name: Pattern.parse(row.pattern) for row in layers}
+
+
+def held_patterns(model: nn.Module) -> Patterns:
+    """The tightest pattern of each linear layer whose weights hold one (`tightest`)."""
+    found = {name: tightest(layer.weight) for name, layer in linear_layers(model).items()}
+    return {name: pattern for name, pattern in found.items() if pattern}
+
+
+def require_patterns(model: nn.Module, patterns: Patterns) -> None:
+    """Raise `PermpruneError` unless every layer holds its pattern in stored order."""
+    linears = linear_layers(model)
+    for name, pattern in patterns.items():
+        if not pattern.holds(linears[name].weight):
+            raise PermpruneError(f"{name} is not {pattern} in stored order: prune the model again")
+
+
+def linear_layers(model: nn.Module) -> dict[str, Layer]:
+    """Every linear layer of a model by name, pruned or not."""
+    return {
+        name: Layer(name, module, isinstance(module, Conv1D) or getattr(module, "transposed", False) is True)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, PackedLinear))
+    }

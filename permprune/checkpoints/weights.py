@@ -1,0 +1,208 @@
+"""Loading a checkpoint only if it holds every weight of its model, in the right shape."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from permprune.errors import PermpruneError
+from permprune.system.progress import log
+
+TRAINING_ONLY = re.compile(r"(^|\.)masked_spec_embed$")
+"""Names of weights that a checkpoint may lack: inference does not read them (SpecAugment's vector of wav2vec 2.0)."""
+
+
+OBSOLETE = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
+"""Names of tensors that a checkpoint may have besides: constants that older releases of Transformers stored."""
+
+
+POOLER = re.compile(r"(^|\.)pooler\.")
+
+
+SHOWN = 3
+"""Names in an error, at most."""
+
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What a checkpoint and its model do not have in common.
+
+    `missing` are names of weights that only the model has, `unexpected` those that only the checkpoint has, `shapes`
+    the shapes (in the checkpoint, in the model) where they differ.
+    """
+
+    missing: Sequence[str]
+    unexpected: Sequence[str]
+    shapes: Mapping[str, tuple[Shape, Shape]]
+
+    @classmethod
+    def of(
+        cls, missing: Iterable[str], unexpected: Iterable[str], shapes: Mapping[str, tuple[Shape, Shape]]
+    ) -> Differences:
+        """The same in the order of the numbers in the names."""
+        keys = sorted(shapes, key=_numbered)
+        return cls(
+            sorted(missing, key=_numbered), sorted(unexpected, key=_numbered), {key: shapes[key] for key in keys}
+        )
+
+    def require_none(self, name: str, model: nn.Module) -> list[str]:
+        """Raise a `PermpruneError` about the checkpoint `name` that counts them and names the first.
+
+        A checkpoint may have whole parts that the model does not have, such as a head or another tower, but not within
+        the repeated blocks: the names of their tensors are returned. Tensors that inference does not read do not count.
+        """
+        missing = [key for key in self.missing if not TRAINING_ONLY.search(key)]
+        unexpected = [key for key in self.unexpected if not OBSOLETE.search(key)]
+        modules = {_pattern(module) for module, _ in model.named_modules()}
+        parts = [key for key in unexpected if _is_apart(key, modules)]
+        faults = []
+        if missing:
+            faults.append(f"the checkpoint lacks {_named(missing)}")
+        if self.shapes:
+            shown = [f"{key} {stored} instead of {own}" for key, (stored, own) in self.shapes.items()]
+            faults.append(f"the checkpoint has other shapes than config.json for {_named(shown)}")
+        if others := [key for key in unexpected if key not in parts]:
+            faults.append(f"the {type(model).__name__} of config.json has no place for {_named(others)}")
+        if faults:
+            raise PermpruneError(f"{name} does not load: {'; '.join(faults)}")
+        return parts
+
+
+def load_whole(
+    name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, source: str | Path, **options: Any
+) -> PreTrainedModel:
+    """`architecture.from_pretrained`, where the checkpoint has every weight of the model in its shape.
+
+    `name` is what errors call the checkpoint, `options` are those of `from_pretrained`. Logs a warning of parts of the
+    checkpoint that the model does not have. Raises `PermpruneError` (see `Differences.require_none`), and what
+    Transformers raises.
+    """
+    skeleton, options, parts = whole_skeleton(name, architecture, config, source, **options)
+    if parts:
+        log.warning("%s: a %s has no place for %s, left out", name, type(skeleton).__name__, _named(parts))
+    model: PreTrainedModel = architecture.from_pretrained(source, config=config, dtype="auto", **options)
+    return model
+
+
+def whole_skeleton(
+    name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, source: str | Path, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any], list[str]]:
+    """The model on the meta device, as `load_whole` would load it, which reads names and shapes of weights alone.
+
+    Besides it gives the options to load it with, and the names of what is left out. A pooler (of BERT, ViT and others)
+    that the checkpoint does not have is left out of the model, since its weights would be random. Raises as
+    `load_whole` does.
+    """
+    model, found = _dry_run(name, architecture, config, source, options)
+    if any(map(POOLER.search, found.missing)) and (pooler := without_pooler(architecture)):
+        options |= pooler
+        model, found = _dry_run(name, architecture, config, source, options)
+    return model, options, found.require_none(name, model)
+
+
+def load_whole_file(
+    name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, path: Path
+) -> PreTrainedModel:
+    """A model from one safetensors file that holds its weights under the model's own names; otherwise as `load_whole`.
+
+    Raises `PermpruneError`, and what safetensors raises.
+    """
+    with safe_open(path, "pt") as file:
+        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    pooler = {} if any(map(POOLER.search, stored)) else without_pooler(architecture)
+    model: PreTrainedModel = architecture._from_config(config, dtype=config.dtype or torch.float32, **pooler)
+    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    shapes = {key: (shape, own[key]) for key, shape in stored.items() if own.get(key, shape) != shape}
+    missing, unexpected = ((), ()) if shapes else load_model(model, path, strict=False)
+    Differences.of(missing, unexpected, shapes).require_none(name, model)
+    return model
+
+
+def without_pooler(architecture: type[nn.Module]) -> dict[str, bool]:
+    """The argument for `architecture` that leaves out its pooler; none where it takes no such argument."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(architecture).parameters else {}
+
+
+def _dry_run(
+    name: str,
+    architecture: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    source: str | Path,
+    options: Mapping[str, Any],
+) -> tuple[PreTrainedModel, Differences]:
+    """The model on the meta device, and how its checkpoint differs."""
+    reader: Any = architecture
+    dry = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _report() as lines:
+        try:
+            model, found = reader.from_pretrained(source, config=config, dtype="auto", **{**options, **dry})
+        except RuntimeError as error:
+            if "CONVERSION" not in str(error):
+                raise
+            fused = [line.split("|")[0].strip() for line in lines if "| CONVERSION" in line]
+            raise PermpruneError(
+                f"{name} does not load: in the checkpoint some of what makes up {_named(fused)} is missing, or of "
+                "another shape than the rest"
+            ) from error
+    shapes = {key: (tuple(stored), tuple(own)) for key, stored, own in found["mismatched_keys"]}
+    return model, Differences.of(found["missing_keys"], found["unexpected_keys"], shapes)
+
+
+@contextmanager
+def _report() -> Iterator[list[str]]:
+    """The lines of the report that Transformers logs of a checkpoint, in place of showing it."""
+    lines: list[str] = []
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        lines.extend(record.getMessage().splitlines())
+        return False
+
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(keep)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(keep)
+        logger.setLevel(level)
+
+
+def _named(names: Sequence[str]) -> str:
+    """ "a", or "5 weights (a, b, c and 2 more)"."""
+    if len(names) == 1:
+        return names[0]
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} weights ({', '.join(names[:SHOWN])}{more})"
+
+
+def _numbered(name: str) -> list[str | int]:
+    """A key that sorts names by their numbers: layers.2 before layers.10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _pattern(name: str) -> str:
+    """ "layers.0.mlp" as "layers.*.mlp"."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _is_apart(key: str, modules: Container[str]) -> bool:
+    """Whether a tensor belongs to a part that no module is of, by their patterns, and to none of numbered blocks."""
+    path = _pattern(key).split(".")[:-1]
+    above = [".".join(path[:end]) for end in range(1, len(path) + 1)]
+    return not any(part in modules and (part is above[-1] or part.endswith("*")) for part in above)

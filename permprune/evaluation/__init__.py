@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, accuracy, word error rate, tasks, size."""

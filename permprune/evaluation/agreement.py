@@ -1,0 +1,65 @@
+"""How far a model says what the dense one says, where nobody knows what is right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from permprune.evaluation.classification import share
+from permprune.evaluation.result import Result
+from permprune.examples import Examples
+from permprune.losses.targets import Predictions, Task, choose_task
+from permprune.models.forward import frozen
+from permprune.system import distributed
+from permprune.system.device import compute_device
+from permprune.system.progress import track
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a dense model said of this process's batches of examples, on the CPU, and how it was asked."""
+
+    task: Task
+    said: list[Tensor]
+    batch: int
+
+
+@torch.inference_mode()
+def ask(model: nn.Module, examples: Examples, batch: int = 8) -> Answers:
+    """Ask a dense model, for `agreement`; its log-probabilities are kept in fp16."""
+    examples = examples.to(compute_device(model))
+    with frozen(model):
+        task = choose_task(model, examples, batch)
+        parts = track(distributed.share(examples.split(batch)), "asking the dense model")
+        return Answers(task, [task(model, part).kept() for part in parts], batch)
+
+
+@torch.inference_mode()
+def agreement(model: nn.Module, examples: Examples, dense: nn.Module | Answers, batch: int = 8) -> list[Result]:
+    """The share of predictions that are the dense model's, and the mean KL divergence from it, in nats.
+
+    Predictions are those of every example, or of every token that counts. Of a model without a head it is the mean
+    squared distance of the features, as a share of their variance. `dense` is the dense model, or what `ask` gave of
+    it, where both are one model with other weights. Raises `PermpruneError` for examples that it cannot be asked about.
+    """
+    answers = dense if isinstance(dense, Answers) else ask(dense, examples, batch)
+    device = compute_device(model)
+    same, distance, count, kinds = 0, 0.0, 0, 0
+    with frozen(model):
+        parts = distributed.share(examples.split(answers.batch))
+        for part, taught in zip(track(parts, "agreement"), answers.said, strict=True):
+            said = answers.task(model, part.to(device))
+            distance, count = distance + float(said.distance(taught)), count + said.terms
+            if isinstance(said, Predictions):
+                same += int((said.logits.argmax(-1).cpu() == taught.argmax(-1)).sum())
+    if variances := getattr(answers.task, "variances", None):
+        kinds = len(variances)
+    same_total, distance, total = distributed.total(same, distance, count)
+    if kinds:
+        return [Result("imitation", "feature error", distance / total / kinds, int(total))]
+    return [
+        share("imitation", "top-1 agreement", same_total, total),
+        Result("imitation", "KL divergence", distance / total, int(total)),
+    ]

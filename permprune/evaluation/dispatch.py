@@ -1,0 +1,56 @@
+"""The metric that suits a model and its examples."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from permprune.errors import PermpruneError
+from permprune.evaluation.agreement import Answers, agreement
+from permprune.evaluation.classification import accuracy
+from permprune.evaluation.metrics import measure_labels
+from permprune.evaluation.perplexity import perplexity
+from permprune.evaluation.result import Result
+from permprune.evaluation.speech import word_error_rate
+from permprune.examples import Examples
+from permprune.models.forward import decodes, writes
+
+ACCURACY = "accuracy"
+
+
+def evaluate_model(
+    model: nn.Module,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dense: nn.Module | Answers | None = None,
+    batch: int = 4,
+    metric: str | None = None,
+) -> list[Result]:
+    """Measure a model on examples; the most important result comes first.
+
+    With `dense`, the agreement with that model. Otherwise the metric follows from the model and the labels: word error
+    rate for speech, whose labels the `tokenizer` decodes; perplexity for language models; accuracy for classes;
+    correlation for scores; or the `metric` that is asked for (one of `METRICS`). `batch` examples pass through the
+    model at a time. Raises `PermpruneError` where nothing can be measured.
+    """
+    labels = examples.get("labels")
+    if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):
+        if labels is None:
+            raise PermpruneError(f'the metric "{metric}" needs labels: give examples that have them')
+        return measure_labels(model, examples, metric, batch)
+    if dense is not None:
+        return agreement(model, examples, dense, batch)
+    if labels is not None and labels.dim() == 2 and decodes(model):
+        if "input_features" in examples and tokenizer is not None:
+            return [word_error_rate(model, examples, tokenizer, batch)]
+        return [perplexity(model, examples, batch)]
+    if writes(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
+        return [perplexity(model, examples, batch)]
+    if labels is None:
+        raise PermpruneError("nothing says what is right: give examples with labels, or a dense model to compare with")
+    return accuracy(model, examples, batch)
+
+
+def knows_right(model: nn.Module, examples: Examples) -> bool:
+    """Whether the examples themselves say what is right: by labels, or by the tokens that follow."""
+    return "labels" in examples or (writes(model) and "input_ids" in examples)

@@ -1,0 +1,272 @@
+"""Tasks that models which write text are compared on, through lm-eval, and WikiText-2 as pruning papers measure it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from permprune.checkpoints.io import read_model
+from permprune.data.benchmarks import SOURCES, wikitext2
+from permprune.data.sources import read_text
+from permprune.errors import PermpruneError
+from permprune.evaluation.perplexity import perplexity
+from permprune.evaluation.result import Result
+from permprune.models.forward import writes
+from permprune.models.processors import Processor, tokenizer_of
+from permprune.options import Count, Natural, require_fields
+from permprune.system import distributed
+from permprune.system.progress import console
+
+WIKITEXT = "wikitext2"
+"""The task that is permprune's own."""
+
+
+WINDOW = 2048
+"""Tokens in a window of WikiText-2, or as many as the model can read."""
+
+
+LOCAL = Path(__file__).parent / "local_tasks"
+"""lm-eval's own tasks for local files; lm-eval by hand takes the folder as --include_path."""
+
+
+BATCH = 4
+"""Prompts at a time."""
+
+
+_FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
+"""What a file's name has and a task's has not."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskList:
+    """Tasks by name: "wikitext2", and whatever lm-eval knows; and tasks or groups of `files`.
+
+    Files are lm-eval's YAML; the code that they name by `!function` or `class` is run. With a folder `data`, laid out
+    as docs/tasks.md says, the tasks of `permprune.data.benchmarks` and "wikitext2" come from there. `limit` bounds the
+    examples of each task (of "wikitext2" the windows); `few_shot` examples stand in each prompt, None for as many as
+    the task says, which mostly is none. Raises `PermpruneError` for numbers out of range.
+    """
+
+    names: tuple[str, ...]
+    data: str | None = None
+    limit: Count | None = None
+    few_shot: Natural | None = None
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require_fields(self)
+
+    def load(self) -> LoadedTasks:
+        """The tasks with their data. Raises `PermpruneError` where lm-eval, a task or its data is missing."""
+        self._check_names()
+        if self.data is not None and not Path(self.data).is_dir():
+            raise PermpruneError(f"there is no folder {self.data}: tasks take a folder laid out as docs/tasks.md says")
+        if distributed.world() > 1:
+            raise PermpruneError("tasks are measured by one process: evaluate without torchrun")
+        text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
+        known = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
+        return LoadedTasks(self, text, self._load(known) if known or self.files else [])
+
+    def _check_names(self) -> None:
+        if not self.names and not self.files:
+            raise PermpruneError("--tasks takes one name at least")
+        if file := next(filter(_FILE.search, self.names), None):
+            raise PermpruneError(
+                f"--tasks takes names, and {file} is a file: give --task-file {file}, which runs the code that it names"
+            )
+        if missing := next((file for file in self.files if not Path(file).is_file()), None):
+            raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
+
+    def _load(self, names: list[str]) -> list[Any]:
+        """lm-eval's tasks of these names and of the files."""
+        try:
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
+        local = self.data is not None
+        own = (
+            set(names) <= SOURCES.keys() if local else not names
+        )  # lm-eval takes half a minute to list all that it has
+        try:
+            with _quiet():
+                manager = TaskManager(
+                    include_path=str(LOCAL) if local else None,
+                    include_defaults=not own or any(map(_is_group, self.files)),
+                    metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
+                )
+                if unknown := [name for name in names if name not in manager.all_tasks]:  # it would try them as paths
+                    raise PermpruneError(
+                        f"{', '.join(unknown)}: lm-eval has no such task; `lm_eval ls tasks` lists them"
+                    )
+                loaded: dict[str, Any] = manager.load([*names, *self.files])["tasks"]
+        except PermpruneError:
+            raise
+        except Exception as error:  # lm-eval and datasets raise whatever their readers and the network raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise PermpruneError(
+                f"{', '.join([*names, *self.files])}: {reason}; --data FOLDER reads local files of some tasks"
+            ) from error
+        return list(loaded.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTasks:
+    """What `TaskList.load` gives: the text of WikiText-2 if it is among them, and lm-eval's tasks."""
+
+    chosen: TaskList
+    text: str | None
+    tasks: list[Any]
+
+    def __call__(self, model: PreTrainedModel, processor: Processor | None) -> list[Result]:
+        """What the model scores on each task by each of its metrics.
+
+        The model's mode and weights are as before afterwards. Raises `PermpruneError` for a model that does not write
+        text.
+        """
+        if not writes(model):
+            raise PermpruneError(f"a {type(model).__name__} writes no text, which tasks need: give sentences as --data")
+        tokenizer = tokenizer_of(processor)
+        results = self._harness(model, tokenizer) if self.tasks else []
+        if self.text is not None:
+            windows = cut(self.text, tokenizer, min(WINDOW, _reach(model)))[: self.chosen.limit]
+            results.append(dataclasses.replace(perplexity(model, windows, batch=1), task=WIKITEXT))
+        return results
+
+    def _harness(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
+        from lm_eval.evaluator import evaluate
+
+        training = model.training
+        tasks = {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks}
+        with _quiet():
+            reader = _reader(model, tokenizer)
+            found: Any = evaluate(reader, {"tasks": tasks, "groups": {}}, limit=self.chosen.limit, log_samples=False)
+        model.train(training)
+        return [
+            result
+            for name in found["n-samples"]
+            for result in _results(name, found["results"][name], found["n-samples"][name]["effective"])
+        ]
+
+
+def evaluate_tasks(name: str, tasks: TaskList, *, trust_remote_code: bool = False) -> list[Result]:
+    """What a model, by name or folder, scores on tasks, by each metric; at last the average if there are several.
+
+    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`.
+    """
+    measure = tasks.load()
+    model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
+    results = measure(model, processor)
+    mean = average(results)
+    return results if mean is None or mean.count == 1 else [*results, mean]
+
+
+def average(results: Sequence[Result]) -> Result | None:
+    """The mean accuracy ("acc") of tasks, which all weigh the same, and its standard error; None where none has one."""
+    own = [result for result in results if result.metric == "acc"]
+    if not own:
+        return None
+    errors = [result.stderr for result in own if result.stderr is not None]
+    error = math.hypot(*errors) / len(own) if len(errors) == len(own) else None
+    mean = math.fsum(result.value for result in own) / len(own)
+    return Result("average", "acc", mean, len(own), error, "tasks")
+
+
+def task_figures(results: Sequence[Result]) -> dict[str, Any]:
+    """For a row of figures: the "tasks", and their mean accuracy as "score" and "score_stderr"; {} for no results."""
+    mean = average(results)
+    score = {} if mean is None else {"score": mean.value, "score_stderr": mean.stderr}
+    return {**score, "tasks": [result.to_json() for result in results]} if results else {}
+
+
+def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+    """A text in windows that do not overlap, int64 (count, length), as GPTQ, SparseGPT and Wanda cut it.
+
+    The tokenizer is given the whole of it as it is, so that its special tokens, if it adds any, stand once at the
+    beginning; what the last window leaves over is not used. Raises `PermpruneError` for a text that fills no window.
+    """
+    ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    count = len(ids) // length
+    if not count:
+        raise PermpruneError(f"the text has {len(ids)} tokens, and a window {length}: give more text")
+    return ids[: count * length].view(count, length)
+
+
+def _is_group(file: str) -> bool:
+    """Whether a task file groups other tasks, which it may name."""
+    return re.search(r"^group\s*:", read_text(Path(file)), re.MULTILINE) is not None
+
+
+def _reach(model: PreTrainedModel) -> int:
+    """Tokens that a model can read at once."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+
+
+def _results(task: str, figures: Mapping[str, Any], count: int) -> Iterator[Result]:
+    """The metrics among lm-eval's figures of a task, whose keys are "metric,filter" and "metric_stderr,filter"."""
+    for key, value in figures.items():
+        metric, comma, kind = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = figures.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            yield Result(task, name, float(value), count, error if isinstance(error, float) else None)
+
+
+def _with_shots(task: Any, few_shot: int | None) -> Any:
+    """An lm-eval task with so many solved examples in each prompt, and its own seed; as its command line decides.
+
+    A task that is defined with none keeps none; by default there are as many as the task is defined with.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    defined = task.get_config("num_fewshot")
+    if defined != 0:
+        task.set_config(key="num_fewshot", value=few_shot if few_shot is not None else defined or 0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return task
+
+
+def _reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model as lm-eval asks it, `BATCH` prompts at a time, without progress bars."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Reader(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood(requests, disable_tqdm)
+
+        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
+            return super().generate_until(requests, disable_tqdm)
+
+    return Reader(
+        pretrained=model,
+        backend="causal",
+        tokenizer=deepcopy(tokenizer),
+        batch_size=BATCH,
+        trust_remote_code=False,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, lm-eval logs errors alone, and a status line stands for its progress bars, which know no terminal."""
+    log = logging.getLogger("lm_eval")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with console.status("measuring tasks"), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(before)

@@ -1,0 +1,118 @@
+"""The metrics of classes and scores, from what a model says of single examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from permprune.errors import PermpruneError
+from permprune.evaluation.result import Result
+from permprune.examples import IGNORED, Examples, by_length
+from permprune.losses.targets import Predictions, labelled, scored
+from permprune.models.forward import frozen
+from permprune.system import distributed
+from permprune.system.device import compute_device
+from permprune.system.progress import track
+
+RESAMPLES = 500
+"""Draws of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What `measure(right, said)` makes of numpy arrays (count,): classes, or `scores`."""
+
+    title: str
+    measure: Callable[[Any, Any], float]
+    scores: bool = False
+
+
+def _matthews(right: Any, said: Any) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(right, said))
+
+
+def _f1(right: Any, said: Any) -> float:
+    from sklearn.metrics import f1_score
+
+    classes = np.union1d(right, said)
+    if classes.max() < 2:
+        return float(f1_score(right, said, zero_division=0.0))
+    return float(f1_score(right, said, labels=classes, average="macro", zero_division=0.0))
+
+
+def _pearson(right: Any, said: Any) -> float:
+    return float(stats.pearsonr(right, said).statistic) if _vary(right, said) else 0.0
+
+
+def _spearman(right: Any, said: Any) -> float:
+    return float(stats.spearmanr(right, said).statistic) if _vary(right, said) else 0.0
+
+
+def _vary(*arrays: Any) -> bool:
+    return all(np.ptp(array) > 0 for array in arrays)
+
+
+METRICS: Mapping[str, Metric] = {
+    "matthews": Metric("Matthews correlation", _matthews),
+    "f1": Metric("F1", _f1),
+    "pearson": Metric("Pearson correlation", _pearson, scores=True),
+    "spearman": Metric("Spearman correlation", _spearman, scores=True),
+}
+"""Of classes, beside the accuracy, and of scores; by the names that `--metric` takes.
+
+F1 is that of class 1 where there are two classes, and else the mean over the classes. A correlation with what never
+varies counts as 0.
+"""
+
+
+def measure_labels(model: nn.Module, examples: Examples, metric: str | None = None, batch: int = 32) -> list[Result]:
+    """What a model that gives one class or score an example scores by `metric`; of scores by the others as well.
+
+    Scores have the Pearson correlation by default. The standard errors are those of a bootstrap of the examples, always
+    the same. Raises `PermpruneError` for a metric of another kind than the labels.
+    """
+    labels = examples["labels"]
+    scores = labels.is_floating_point()
+    fitting = {name: one for name, one in METRICS.items() if one.scores == scores}
+    if metric is None:
+        metric = next(iter(fitting))
+    if labels.dim() != 1 or metric not in fitting:
+        kind = "one score for each example" if scores else "classes"
+        offered = ", ".join(fitting if scores else ["accuracy", *fitting])
+        raise PermpruneError(f'the metric "{metric}" does not go with {kind}: choose one of {offered}')
+    right, said = (x.numpy() for x in _said(model, examples[labels.ne(IGNORED).nonzero()[:, 0]], scores, batch))
+    names = sorted(fitting, key=lambda name: name != metric) if scores else [metric]
+    task = "regression" if scores else "classification"
+    return [_result(task, fitting[name], right, said) for name in names]
+
+
+@torch.inference_mode()
+def _said(model: nn.Module, examples: Examples, scores: bool, batch: int) -> tuple[Tensor, Tensor]:
+    """The right classes or scores, and those the model gives: fp64 (count,)."""
+    device = compute_device(model)
+    right, said = examples["labels"].cpu().double(), torch.zeros(len(examples), dtype=torch.float64)
+    with frozen(model):
+        for at in track(distributed.share(by_length(examples, batch)), "evaluating"):
+            part = examples[at].trimmed().to(device)
+            found: Any = (scored if scores else labelled)(model, part)
+            answer = found.logits.argmax(-1) if isinstance(found, Predictions) else found.values[:, 0]
+            said[at] = answer.double().cpu()
+    distributed.add_([said])
+    return right, said
+
+
+def _result(task: str, metric: Metric, right: Any, said: Any) -> Result:
+    if len(right) < 2:  # nothing to resample
+        return Result(task, metric.title, metric.measure(right, said), len(right), None)
+    draws = stats.bootstrap(
+        (right, said), metric.measure, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
+    )
+    return Result(task, metric.title, metric.measure(right, said), len(right), float(draws.standard_error))

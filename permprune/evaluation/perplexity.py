@@ -1,0 +1,63 @@
+"""Perplexity of a language model on windows of text."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from permprune.errors import PermpruneError
+from permprune.evaluation.result import Result
+from permprune.examples import IGNORED, Examples
+from permprune.losses.targets import next_labels
+from permprune.models.forward import decodes, frozen, running
+from permprune.system import distributed
+from permprune.system.device import compute_device
+from permprune.system.progress import track
+
+CHUNK = 256
+"""Tokens whose logits are held in fp32 at a time."""
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> Result:
+    """exp of the mean negative log-likelihood of each window's tokens after the first, or of the labels of a decoder.
+
+    `windows` are token ids, int64 (count, length), length >= 2, or `Examples`; each is predicted apart from the
+    others, and all tokens weigh the same, but padding nothing. The loss is taken in fp32. The standard error is the
+    windows' by the delta method, ppl * std(window NLL) / sqrt(count), absent for one window. The model's mode is as
+    before afterwards. Raises `PermpruneError` when a loss is not finite, or no token counts.
+    """
+    examples = Examples.of(windows)
+    device = compute_device(model)
+    nll, counts = torch.zeros(2, len(examples), dtype=torch.float64)
+    with frozen(model):
+        for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "perplexity"):
+            part = examples[at].to(device)
+            labels = part["labels"] if decodes(model) else next_labels(part)
+            with running(model, part) as output:
+                logits = output.logits[:, : labels.shape[1]]
+            losses = [_loss(own, tokens) for own, tokens in zip(logits, labels, strict=True)]
+            nll[at] = torch.tensor(losses, dtype=torch.float64)
+            counts[at] = labels.ne(IGNORED).sum(1).double().cpu()
+    distributed.add_([nll, counts])
+    if not counts.any():
+        raise PermpruneError("the text has no tokens to predict: give longer windows, or labels that count")
+    mean = nll.sum() / counts.sum()
+    value = float(mean.exp())
+    if not torch.isfinite(torch.tensor(value)):
+        window = int((~nll.isfinite()).int().argmax())
+        raise PermpruneError(
+            f"the loss on window {window} of the text is not finite: the weights or activations overflow"
+        )
+    spread = (nll - mean * counts).std() / counts.mean() if len(examples) > 1 else None
+    stderr = None if spread is None else value * float(spread) / len(examples) ** 0.5
+    return Result("language modelling", "perplexity", value, int(counts.sum()), stderr, "tokens")
+
+
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    """Cross-entropy of (tokens, vocabulary) logits, summed in fp64 over chunks."""
+    chunks = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
+    return sum(
+        F.cross_entropy(own.float(), tokens, reduction="sum", ignore_index=IGNORED).item() for own, tokens in chunks
+    )

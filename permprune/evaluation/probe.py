@@ -1,0 +1,194 @@
+"""A linear probe: a classifier on frozen features, which shows what they tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from permprune.checkpoints.origin import carry_over
+from permprune.errors import PermpruneError
+from permprune.evaluation.classification import share
+from permprune.evaluation.result import Result
+from permprune.examples import Examples
+from permprune.models.forward import frozen, running
+from permprune.models.signature import argument_names
+from permprune.system.device import compute_device
+from permprune.system.progress import log, track
+
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Weights of the squared norm beside the mean cross-entropy, for standardised features."""
+
+
+NEVER = -1e4
+"""The logit of a class that no example has; finite, so that the checkpoint is, and within fp16."""
+
+
+HELD_OUT = 0.2
+"""The share of the examples on which the penalty is chosen."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model with a fitted classifier, its accuracy on the held-out part before the last fit, and the penalty."""
+
+    model: PreTrainedModel
+    result: Result
+    penalty: float
+
+
+def fit_probe(model: PreTrainedModel, examples: Examples, batch: int = 32, seed: int = 0) -> Probe:
+    """Fit the linear layer that gives a model's logits, by multinomial logistic regression with an L2 penalty.
+
+    `examples` have "labels" (count,), classes from 0 on. A model that has such a layer keeps its other weights and is
+    changed in place; one without a head is given that of its kind for images or sentences, and shares its weights with
+    the model returned. Which examples are held out depends on `seed`. Raises `PermpruneError` where there is no such
+    head, or where the labels are no classes of single examples.
+    """
+    labels = examples.get("labels")
+    if labels is None or labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0:
+        raise PermpruneError("a probe is fitted to classes from 0 on, one for each example: give such labels")
+    classes = int(labels.max()) + 1
+    if "labels" not in argument_names(model):
+        model = with_head(model, [str(number) for number in range(classes)])
+    name, inputs = _head_inputs(model, examples, batch)
+    head = _resized(model, name, classes)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
+    held_out, rest = order.tensor_split([max(1, round(HELD_OUT * len(order)))])
+    x, y = inputs.double(), labels.cpu()
+    right: dict[float, int] = {}
+    for penalty in track(PENALTIES, "fitting"):
+        weight, bias = logistic_regression(x[rest], y[rest], classes, penalty)
+        right[penalty] = int(((x[held_out] @ weight.T + bias).argmax(1) == y[held_out]).sum())
+    best = max(right, key=lambda penalty: (right[penalty], penalty))
+    weight, bias = logistic_regression(x, y, classes, best)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    log.info("probe: %d of %d held out are right with penalty %g", right[best], len(held_out), best)
+    return Probe(model, share("linear probe", "top-1 accuracy", right[best], len(held_out)), best)
+
+
+def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weight (classes, features) and bias (classes,) that minimise mean cross-entropy + penalty / 2 * |weight|^2.
+
+    `x` is fp64 (count, features), `y` int64 (count,). The penalty is on the weight for features that are standardised.
+    A class that has no example is never predicted.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler()
+    standard = scaler.fit_transform(x.numpy())
+    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype)
+    bias = torch.full((classes,), NEVER, dtype=x.dtype)
+    present = y.unique()
+    if len(present) > 1:
+        two = len(present) == 2  # scikit-learn fits their difference alone, which has twice the squared norm of both
+        solver = LogisticRegression(C=(1 + two) / (penalty * len(y)), tol=1e-8, max_iter=10_000)
+        solver.fit(standard, y.numpy())
+        rows, offsets = torch.from_numpy(solver.coef_), torch.from_numpy(solver.intercept_)
+        weight[present] = torch.cat([-rows, rows]) / 2 if two else rows
+        bias[present] = torch.cat([-offsets, offsets]) / 2 if two else offsets
+    else:
+        bias[present] = 0.0
+    weight /= torch.from_numpy(scaler.scale_)
+    bias -= weight @ torch.from_numpy(scaler.mean_)
+    return weight, bias
+
+
+def with_head(model: PreTrainedModel, classes: Sequence[str]) -> PreTrainedModel:
+    """A classifier of these classes around a model without a head, whose weights it shares; another model as it is.
+
+    It reorders channels at run time as the model does.
+
+    Either way the configuration names the classes. The head is that of Transformers for images or sentences. Raises
+    `PermpruneError` where it has none for such a model.
+    """
+    names = dict(enumerate(classes))
+    if "labels" not in argument_names(model):
+        model = _headed(model, len(names))
+    model.config.id2label, model.config.label2id = names, {name: number for number, name in names.items()}
+    return model
+
+
+def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
+    images = model.main_input_name == "pixel_values"
+    kind: Any = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    config = _mapped(model.config, kind)
+    config.num_labels = classes
+    headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    prefix, own = f"{headed.base_model_prefix}.", model.state_dict(keep_vars=True)
+    shared = {key: own[name] for key in headed.state_dict() if (name := key.removeprefix(prefix)) in own}
+    missing = {key.partition(".")[0] for key in headed.state_dict().keys() - shared.keys()}
+    if len(missing) != 1:
+        raise PermpruneError(f"a {type(headed).__name__} has {len(missing)} parts more: give a model with a head")
+    headed.load_state_dict(shared, strict=False, assign=True)
+    headed.to(compute_device(model)).eval()  # type: ignore[arg-type]
+    within = any(name.startswith(prefix) for name, _ in headed.named_modules())
+    carry_over(model, headed, lambda name: prefix + name if within else name)
+    return headed
+
+
+def _mapped(config: PreTrainedConfig, kind: Any) -> PreTrainedConfig:
+    """A copy of the config that this kind of model takes: itself, or of the model that such a one is a part of."""
+    known = kind._model_mapping.keys()
+    if type(config) in known:
+        return type(config).from_dict(config.to_dict())
+    for whole in known:
+        for name, part in whole.sub_configs.items():
+            if part is type(config):
+                found: PreTrainedConfig = whole(**{name: config.to_dict()})
+                return found
+    raise PermpruneError(
+        f"Transformers has no {kind.__name__} with a {type(config).__name__}: give a model with a head"
+    )
+
+
+@torch.no_grad()
+def _head_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> tuple[str, Tensor]:
+    """The name of the linear layer that gives the logits, and what it reads, fp32 (count, features) on the CPU."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: calls.append((name, args[0], output)))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    found: list[tuple[str, Tensor]] = []
+    try:
+        with frozen(model):
+            for part in track(examples.split(batch), "features"):
+                calls.clear()
+                with running(model, part.to(compute_device(model))) as output:
+                    logits = output.logits
+                found += [(name, x) for name, x, y in calls if y is logits or y.data_ptr() == logits.data_ptr()]
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = {name for name, _ in found}
+    if len(names) != 1 or any(x.dim() != 2 for _, x in found):
+        raise PermpruneError(
+            "no linear layer gives the logits of an example: give a classifier, or a model without a head"
+        )
+    return names.pop(), torch.cat([x.float().cpu() for _, x in found])
+
+
+def _resized(model: PreTrainedModel, name: str, classes: int) -> nn.Linear:
+    """The layer of that name with so many rows; the model's configuration goes along."""
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    place = {"device": old.weight.device, "dtype": old.weight.dtype}
+    head: nn.Linear = nn.utils.skip_init(nn.Linear, old.in_features, classes, **place)
+    model.set_submodule(name, head)
+    model.config.num_labels = classes
+    vars(model)["num_labels"] = classes  # what a head's own loss goes by
+    return head

@@ -1,0 +1,43 @@
+"""What a pruned model takes in memory, in theory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from permprune.models.layers import Layer
+from permprune.pattern import Pattern
+
+VALUE_BITS = 16
+"""Bits of a weight, pruned or not, as models are served."""
+
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a checkpoint with the model's parameters in `dtype`, by default each in its own."""
+    return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in model.parameters())
+
+
+def index_bits(pattern: Pattern) -> int:
+    """Bits that say which n of a group's m weights are kept: ceil(log2 binom(m, n)).
+
+    Of 2:4 four, not three: hardware stores 2 bits for each kept weight (Mishra et al. 2021, arXiv 2104.08378).
+    """
+    if pattern == Pattern(2, 4):
+        return 4
+    return (math.comb(pattern.m, pattern.n) - 1).bit_length()
+
+
+def model_bytes(model: nn.Module, layers: Iterable[Layer], patterns: Mapping[str, Pattern]) -> float:
+    """Bytes of a model with `VALUE_BITS` a weight, whose `layers` hold the kept weights of their patterns and an index.
+
+    A group of m weights takes n * 16 + `index_bits` bits. Layers without a pattern are dense.
+    """
+    bits = float(VALUE_BITS * sum(parameter.numel() for parameter in model.parameters()))
+    for layer in layers:
+        if (pattern := patterns.get(layer.name)) is not None:
+            group = pattern.n * VALUE_BITS + index_bits(pattern)
+            bits += layer.weight.numel() * (group / pattern.m - VALUE_BITS)
+    return bits / 8

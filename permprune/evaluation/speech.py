@@ -1,0 +1,76 @@
+"""Word error rate of a model that writes down speech."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jiwer
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from permprune.errors import PermpruneError
+from permprune.evaluation.result import Result
+from permprune.examples import IGNORED, Examples
+from permprune.models.forward import frozen
+from permprune.models.generation import generate
+from permprune.system import distributed
+from permprune.system.device import compute_device
+from permprune.system.progress import track
+
+
+@torch.inference_mode()
+def word_error_rate(model: nn.Module, examples: Examples, tokenizer: PreTrainedTokenizerBase, batch: int = 8) -> Result:
+    """Words that are wrong, missing or too many, per word of the transcripts, which are the examples' "labels".
+
+    The model decodes greedily, at most twice as many tokens as the longest transcript has. Both texts pass through
+    the tokenizer's own normaliser, or else lose case and punctuation. The standard error is the utterances' by the
+    delta method, absent for one. Raises `PermpruneError` where the transcripts have no words.
+    """
+    device = compute_device(model)
+    wrong, words = torch.zeros(2, len(examples), dtype=torch.float64)
+    longest = 2 * examples["labels"].shape[1]
+    with frozen(model):
+        for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "word error rate"):
+            part = examples[at].to(device)
+            spoken = generate(model, part, longest)
+            texts = zip(_texts(part["labels"], tokenizer), _texts(spoken, tokenizer), strict=True)
+            for place, (right, own) in zip(at.tolist(), texts, strict=True):
+                wrong[place], words[place] = _errors(right, own)
+    distributed.add_([wrong, words])
+    if not words.any():
+        raise PermpruneError("the transcripts have no words: give labels that the tokenizer can read")
+    value = wrong.sum() / words.sum()
+    spread = float((wrong - value * words).std() / words.mean()) / len(examples) ** 0.5 if len(examples) > 1 else None
+    return Result("speech recognition", "word error rate", float(value), int(words.sum()), spread, "words")
+
+
+def _errors(right: str, own: str) -> tuple[int, int]:
+    """(words of `own` that are wrong, missing or too many, words of `right`)."""
+    if not right:
+        return len(own.split()), 0
+    found = jiwer.process_words(right, own)
+    return found.substitutions + found.deletions + found.insertions, len(right.split())
+
+
+def _texts(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Token ids (batch, length) as normalised text."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    texts = tokenizer.batch_decode(ids.masked_fill(ids == IGNORED, pad or 0), skip_special_tokens=True)
+    return [_normalise(text, tokenizer) for text in texts]
+
+
+def _normalise(text: str, tokenizer: Any) -> str:
+    if getattr(tokenizer, "english_spelling_normalizer", None):
+        return str(tokenizer.normalize(text)).strip()
+    if hasattr(tokenizer, "basic_normalize"):
+        return str(tokenizer.basic_normalize(text)).strip()
+    return str(_plain()(text))
+
+
+@cache
+def _plain() -> jiwer.Compose:
+    """Removes case and punctuation; listing all punctuation takes a while, so not until it is asked for."""
+    steps = [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
+    return jiwer.Compose(steps)

@@ -1,0 +1,64 @@
+"""The paper's ablations, at any scale: which loss, how many groups, how long."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from permprune.errors import PermpruneError
+from permprune.losses.objective import Objective
+from permprune.options import NonNegative, require
+from permprune.permuters.base import Permuter
+from permprune.permuters.learned import Learned
+from permprune.permuters.paper import LearnedPaper
+
+PRESETS: dict[str, Learned | LearnedPaper] = {"ours": Learned(), "paper": LearnedPaper()}
+
+
+OBJECTIVES = {
+    "CE": Objective(),
+    "distillation": Objective(0.0, distillation=1e-5),
+    "CE + distillation": Objective(distillation=1e-5),
+    "KL": Objective(0.0, divergence=1.0),
+    "KL + distillation": Objective(0.0, divergence=1.0, distillation=1e-5),
+}
+
+
+GROUPS = (1, 2, 4, 8, 16)
+
+
+EPOCHS = (0.0, 0.25, 0.5, 1.0, 2.0)
+
+
+STUDIES = ("loss", "groups", "epochs")
+
+
+def variants(study: str, preset: str, examples: int, epochs: float | None = None) -> dict[str, Permuter]:
+    """The permuters to compare in a study, by label (Li et al. 2026, arXiv 2601.22980, "ablations").
+
+    An epoch is one pass over the `examples` of the calibration that gradients are taken on; `epochs`, if given, is how
+    long every variant learns (the study of epochs has its own). Raises `PermpruneError` for unknown names
+    and for `epochs` out of range.
+    """
+    if preset not in PRESETS or study not in STUDIES:
+        raise PermpruneError(
+            f'no ablation "{study}" of preset "{preset}": '
+            f"choose a study of {', '.join(STUDIES)} and a preset of {', '.join(PRESETS)}"
+        )
+    learner = PRESETS[preset]
+    if epochs is not None:
+        require("epochs", epochs, NonNegative)
+        learner = lasting(learner, epochs, examples)
+    if study == "loss":
+        return {label: dataclasses.replace(learner, objective=loss) for label, loss in OBJECTIVES.items()}
+    if study == "groups":
+        return {f"{count} groups": dataclasses.replace(learner, groups=count) for count in GROUPS}
+    return {f"{length:g} epochs": lasting(PRESETS[preset], length, examples) for length in EPOCHS}
+
+
+def lasting(learner: Learned | LearnedPaper, epochs: float, examples: int) -> Learned | LearnedPaper:
+    """The same learner for so many passes over the examples."""
+    count = math.ceil(epochs * examples / learner.examples)
+    if isinstance(learner, Learned):
+        return dataclasses.replace(learner, rounds=count)
+    return dataclasses.replace(learner, steps=count)

@@ -1,0 +1,139 @@
+"""Prune a model by name, and write the checkpoint, its record and its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from permprune.checkpoints.io import read_model, write_weights
+from permprune.checkpoints.offload import read_offloaded, write_offloaded
+from permprune.checkpoints.record import Measured, Record
+from permprune.data.overlap import warn_of_overlap
+from permprune.evaluation.perplexity import perplexity
+from permprune.evaluation.result import Result, gap_closed
+from permprune.evaluation.size import weight_bytes
+from permprune.examples import Examples
+from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
+from permprune.jobs.trials import Evaluation, Meter
+from permprune.permuters.base import LocalPermuter
+from permprune.permuters.registry import permuter
+from permprune.pipeline import Pruned, finish, prepare, update_weights
+from permprune.plan import Plan, calibration_examples, plan_run
+from permprune.pruning.folder import write_pruned
+from permprune.settings import Settings
+from permprune.system import distributed
+from permprune.system.files import WorkFolder, atomic_folder, require_space
+from permprune.system.memory import peak_memory_mb, reset_peak_memory
+
+
+def prune_to_folder(
+    name: str,
+    out: Path,
+    permute: str,
+    settings: Settings,
+    evaluation: Evaluation,
+    resume: bool = False,
+    announce: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to `out`.
+
+    While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
+    With `resume` a search goes on from its last state. `announce` is given the record before anything is written to
+    `out`. Returns the record. Raises `PermpruneError`.
+    """
+    method = permuter(permute)
+    with WorkFolder(out).held("prune", resume) as work:
+        reset_peak_memory()
+        started = time.monotonic()
+        prune_model = _prune_streamed if exceeds_memory(name, method, settings) else _prune_held
+        done = prune_model(name, permute, settings, evaluation, work)
+        measured = done.measured
+        record = dataclasses.replace(
+            done.pruned.record(),
+            measured=measured,
+            gap_closed=gap_closed(measured.pruned, measured.dense, measured.none, measured.metric),
+            seconds={**done.seconds, "total": time.monotonic() - started},
+            peak_memory_mb=peak_memory_mb(),
+        )
+        announce(record.to_json())
+        distributed.on_first(lambda: _write(done, record, work))
+    return record.to_json()
+
+
+@dataclasses.dataclass
+class _Done:
+    """A pruned model, what was measured of it, and how to write its weights and processor to a folder."""
+
+    pruned: Pruned
+    measured: Measured
+    seconds: dict[str, float]
+    write: Callable[[Path], None]
+
+
+def _prune_held(name: str, permute: str, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
+    """Prune a model that is held in memory."""
+    method = permuter(permute)
+    model, processor, stored = read_model(name, trust_remote_code=settings.trust_remote_code)
+    require_space(work.out, weight_bytes(model, stored))
+    prepared = prepare(model, processor, settings, partial=work.path)
+    require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.network))
+    with prepared.network.dense_weights():
+        measure = Meter(model, processor, evaluation)
+        dense = measure()
+    overlap = _said_overlap(prepared, measure.examples)
+    update_weights(prepared)
+    natural, none = prepared.network.measures(), measure()
+    solution = method.solve(prepared.network, prepared.run)
+    searched = time.monotonic()
+    update_weights(prepared)
+    seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
+    pruned = finish(prepared, solution, natural, permute)
+    measured = _measured(evaluation, overlap, dense, none, measure())
+    return _Done(pruned, measured, seconds, lambda folder: write_weights(model, processor, stored, folder))
+
+
+def _prune_streamed(name: str, permute: str, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
+    """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
+    started = time.monotonic()
+    rank, trust = f"rank-{distributed.rank()}", settings.trust_remote_code
+    model, processor, stored, weights = read_offloaded(name, work.scratch / rank, trust_remote_code=trust)
+    require_space(work.out, weight_bytes(model, stored))
+    examples = evaluation.examples(model, processor)
+    plan = plan_run(model, settings, calibration_examples(model, processor, settings), weights.stored)
+    overlap = _said_overlap(plan, examples)
+    stream = Stream(model, weights, plan, work.path / rank)
+    require_space(work.out, weight_bytes(model, stored) + distributed.world() * stream.state_bytes)
+    pruned = stream.solve(cast(LocalPermuter, permuter(permute)), permute)
+    calibrated = time.monotonic() - started - stream.seconds
+    seconds = {"calibrate": calibrated, "search": pruned.solution.seconds, "update": 0.0}
+    results = []
+    for edit in (None, stream.masked(NATURAL), stream.masked(DECIDED)):
+        weights.edit = edit
+        results.append(perplexity(model, examples))
+    weights.edit = stream.stored(pruned)
+
+    def write(folder: Path) -> None:
+        write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, settings.memory))
+
+    return _Done(pruned, _measured(evaluation, overlap, *results), seconds, write)
+
+
+def _said_overlap(plan: Plan, examples: Examples) -> float:
+    """The share of an evaluation that is in the calibration as well, with a warning where it is large."""
+    share = plan.overlap(examples)
+    warn_of_overlap(share)
+    return share
+
+
+def _measured(evaluation: Evaluation, overlap: float, dense: Result, none: Result, pruned: Result) -> Measured:
+    values = {"dense": dense.value, "none": none.value, "pruned": pruned.value}
+    source = evaluation.source or "default data"
+    return Measured(data=source, metric=dense.metric, **values, count=dense.count, unit=dense.unit, overlap=overlap)
+
+
+def _write(done: _Done, record: Record, work: WorkFolder) -> None:
+    with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
+        write_pruned(record, done.pruned.probe, done.write, folder)

@@ -1,0 +1,325 @@
+"""Pruning a model that memory does not hold, layer by layer along one forward pass."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing, suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from permprune.calibration.moments import inner_product
+from permprune.calibration.statistics import Statistics
+from permprune.checkpoints.io import GATHERED
+from permprune.checkpoints.offload import Edit, StoredWeights, attach, read_skeleton
+from permprune.checkpoints.probe import make_probe
+from permprune.coupling.fold import fold_parameter
+from permprune.errors import PermpruneError
+from permprune.losses.targets import next_token
+from permprune.models.forward import frozen, running, short_inputs
+from permprune.models.layers import Layer, prunable_layers, require_finite
+from permprune.models.modality import kind_of
+from permprune.models.padding import real
+from permprune.pattern import MIXED, parse_pattern
+from permprune.permuters.base import LocalPermuter, Permuter, Solution
+from permprune.permuters.registry import PERMUTERS
+from permprune.pipeline import Pruned, beside_natural, new_gathers
+from permprune.plan import Plan
+from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.problem import Orders, Problem
+from permprune.pruning.stored import fold_tables
+from permprune.saliency.obs import OBS
+from permprune.settings import Settings
+from permprune.system import distributed
+from permprune.system.files import write_whole
+from permprune.system.progress import log, track
+from permprune.system.search_state import Checkpoint, Journal
+from permprune.zoo.models import resolve_model
+
+BATCH = 4
+"""Windows that pass through a model at a time when it is evaluated."""
+
+
+NATURAL, DECIDED = "natural", "decided"
+"""Orders in which a layer's mask is kept."""
+
+
+def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
+    """Whether a run that holds the whole model of that name takes more than `settings.memory`.
+
+    Raises `PermpruneError` where it does, if the run cannot do without.
+    """
+    if settings.memory is None:
+        return False
+    model = read_skeleton(name, trust_remote_code=settings.trust_remote_code)
+    layers = prunable_layers(model, parse_pattern(settings.pattern), settings.exclude)
+    local = isinstance(method, LocalPermuter)
+    tokens = 0 if settings.recompute else settings.batch * settings.length
+    needed = held_bytes(model, layers, tokens, gradients=not local)
+    if needed <= settings.memory:
+        return False
+    if kind_of(model) != "text":
+        raise PermpruneError(
+            f"models of {kind_of(model)} are pruned in memory only, which takes {_gib(needed)}: raise --memory to that"
+        )
+    if (Path(resolve_model(name)) / GATHERED).exists():
+        raise PermpruneError(
+            f"a model that reorders channels at run time is pruned in memory only, which takes {_gib(needed)}: "
+            "raise --memory to that"
+        )
+    if settings.pattern == MIXED:
+        raise PermpruneError(
+            f"a mix of patterns weighs all layers against each other, which takes {_gib(needed)}: "
+            "raise --memory to that, or take one pattern"
+        )
+    if not local or settings.update != "none":
+        able = ", ".join(name for name, other in PERMUTERS.items() if issubclass(other, LocalPermuter))
+        what = f"update {settings.update}" if local else f"permuter {method.name}"
+        raise PermpruneError(
+            f"{what} has to hold the whole network, which takes {_gib(needed)}: raise --memory to that, "
+            f"or take a permuter that works layer by layer ({able}) and no update"
+        )
+    log.warning("holding the whole model takes %s: it is read layer by layer, and its loss has no say", _gib(needed))
+    return True
+
+
+def held_bytes(model: nn.Module, layers: list[Layer], tokens: int, gradients: bool) -> int:
+    """About what a run takes that holds the whole model and keeps the activations of so many tokens at a time.
+
+    That is the fp32 weights; of each pruned layer a dense copy, scores and a mask, where asked for a gradient, and the
+    second moments of its input with their fp64 sums; and what goes into and comes out of each layer.
+    """
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for layer in layers:
+        rows, channels = layer.weight.shape
+        weights += (13 if gradients else 9) * rows * channels + 12 * channels**2 + 4 * tokens * (rows + channels)
+    return weights
+
+
+def streamed_bytes(model: nn.Module, plan: Plan) -> int:
+    """About what a run takes at most that reads the model layer by layer.
+
+    Either the search on the layers that read one tensor: up to 56 bytes a weight, the second moments and what is made
+    of them (OBS inverts them), and the tensor itself; or their forward pass; or that of a part of the model that
+    is not pruned, such as the head, and its outputs. What `cp` tabulates for up to 2048 channels, some 20 MB, is not
+    counted.
+    """
+    tokens, needed, square = plan.measured["input_ids"].numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
+    for site in dict.fromkeys(plan.sites.values()):
+        shapes = [layer.weight.shape for layer in plan.layers if plan.sites[layer.name] == site]
+        rows, channels = sum(shape[0] for shape in shapes), shapes[0][1]
+        search = 56 * rows * channels + square * channels**2 + 12 * tokens * channels
+        needed = max(needed, search, 4 * rows * channels + 12 * tokens * (rows + channels))
+    pruned = {layer.parameter for layer in plan.layers}
+    others = [parameter for name, parameter in model.named_parameters() if name not in pruned]
+    outputs = BATCH * plan.settings.length
+    return max(needed, *(6 * (p.numel() + outputs * p.shape[:1].numel()) for p in others))
+
+
+def _gib(size: int) -> str:
+    return f"about {size / 2**30:.3g} GiB"
+
+
+class Stream:
+    """A model whose weights stay on disk, its plan, and what has been decided about its layers.
+
+    The masks of decided layers lie in `folder`, a bit a weight, and beside them what an interrupted run goes on from.
+    `seconds` are those that this process spent on deciding. Raises `PermpruneError` when even a layer at a time takes
+    more memory than the settings allow.
+    """
+
+    def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
+        needed = streamed_bytes(model, plan)
+        if plan.settings.memory is not None and needed > plan.settings.memory:
+            raise PermpruneError(
+                f"even layer by layer this model takes {_gib(needed)}: raise --memory to that, or shorten --length"
+            )
+        self.model, self.weights, self.plan, self.folder = model, weights, plan, folder
+        self.seconds = 0.0
+        attach(model, weights)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the masks in both orders take on disk."""
+        return sum(layer.weight.numel() for layer in self.plan.layers) // 4
+
+    @torch.no_grad()
+    def solve(self, method: LocalPermuter, permute: str) -> Pruned:
+        """Find the orders, each where one tensor is read; those that span more of the network stay natural.
+
+        `permute` is the permuter's name for the record.
+
+        Calibration is one forward pass of the dense model over all measured examples in one batch, which stops ahead of
+        each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
+        place of its Fisher information, and one candidate. Raises `PermpruneError`.
+        """
+        problems = self._local()
+        run = replace(self.plan.run, checkpoint=Checkpoint(self.folder, self.plan.run.checkpoint.settings))
+        with Journal(method.checkpoint(run), method.name) as journal:
+            self._walk(method, problems, journal)
+        found = [problem for numbered in problems.values() for problem in numbered.values()]
+        return self._pruned(found, journal, permute)
+
+    def _walk(self, method: LocalPermuter, problems: dict[str, dict[int, Problem]], journal: Journal) -> None:
+        """Decide at every tensor that layers read, on the way through the model, unless the journal knows."""
+        plan = self.plan
+        known = distributed.common(journal.values)  # what one rank decides all take part in
+        waiting = {
+            site: [layer for layer in plan.layers if plan.sites[layer.name] == site]
+            for site in problems
+            if site not in known
+        }
+        if not waiting:
+            return
+
+        def reach(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            layers = waiting.pop(site, None)
+            if layers is None:  # another reader of the tensor, or a module that runs again
+                return
+            next(bar)
+            with torch.autocast(args[0].device.type, enabled=False):
+                journal.add(*self._decide(method, site, layers, problems[site], real(args[0])))
+            if not waiting:
+                raise _AllDecided
+
+        hooks = [
+            layer.module.register_forward_pre_hook(partial(reach, plan.sites[layer.name])) for layer in plan.layers
+        ]
+        bar, device = track(waiting.copy(), method.name), plan.measured.device
+        self.weights.edit = None
+        try:
+            with (
+                closing(bar),
+                suppress(_AllDecided),
+                frozen(self.model),
+                torch.autocast(device.type, plan.dtype, enabled=plan.dtype != torch.float32),
+                running(self.model, plan.measured),
+            ):
+                pass  # the hooks do the work
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if waiting:
+            raise PermpruneError(f"no calibration token reaches {next(iter(waiting))}: exclude it, or give more text")
+
+    def _decide(
+        self, method: LocalPermuter, site: str, layers: list[Layer], problems: dict[int, Problem], x: Tensor
+    ) -> tuple[Orders, dict[str, Any]]:
+        """Solve the numbered problems of the layers that read `x`, (..., channels).
+
+        Returns the orders, and by the site the measures of its layers and the seconds it took.
+        """
+        network = self._network(site, layers, list(problems.values()), x)
+        self._keep_masks(network, NATURAL)
+        natural, started = network.measures(), time.monotonic()
+        found = network.each_problem(method.solver(network, self.plan.run), None, list(problems))
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        network.set_orders(found)
+        self._keep_masks(network, DECIDED)
+        return found, {site: {"layers": beside_natural(network.measures(), natural), "seconds": seconds}}
+
+    def _keep_masks(self, network: PrunedNetwork, order: str) -> None:
+        for name, mask in network.masks.items():
+            packed = np.packbits(mask.cpu().numpy(), axis=1).tobytes()
+            write_whole(self.folder / f"{name}.{order}", partial(Path.write_bytes, data=packed))
+
+    def _mask(self, name: str, order: str, shape: torch.Size) -> Tensor:
+        packed = np.fromfile(self.folder / f"{name}.{order}", np.uint8).reshape(shape[0], -1)
+        return torch.from_numpy(np.unpackbits(packed, axis=1, count=shape[1])).bool()
+
+    def _pruned(self, problems: list[Problem], journal: Journal, permute: str) -> Pruned:
+        plan = self.plan
+        orders = {problem.name: journal.tensors[problem.name] for problem in problems}
+        measures = {row["name"]: row for site in journal.values.values() for row in site["layers"]}
+        self.weights.edit = self.masked(DECIDED)
+        return Pruned(
+            self.model,
+            Solution(orders, math.fsum(site["seconds"] for site in journal.values.values())),
+            plan.settings.described(permute),
+            fold_tables(plan.coupling, problems, orders),
+            list(new_gathers(plan.coupling, problems, orders).values()),
+            [measures[layer.name] for layer in plan.layers],
+            make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
+        )
+
+    def masked(self, order: str) -> Edit:
+        """The edit that prunes the layers with the masks of the `NATURAL` orders or the `DECIDED` ones."""
+        layers = {layer.parameter: layer for layer in self.plan.layers}
+
+        def edit(name: str, tensor: Tensor) -> Tensor:
+            layer = layers.get(name)
+            if layer is not None:
+                weight = tensor.T if layer.transposed else tensor
+                weight *= self._mask(layer.name, order, weight.shape).to(weight.device)
+            return tensor
+
+        return edit
+
+    def stored(self, pruned: Pruned) -> Edit:
+        """The edit that makes the weights as they are to be written: pruned, folded, and in the order of gathers."""
+        masked, layers = self.masked(DECIDED), {layer.name: layer for layer in self.plan.layers}
+        gathered = {
+            layers[part.layer].parameter: (int(not layers[part.layer].transposed), pruned.solution.orders[problem.name])
+            for problem in self.plan.problems
+            if not problem.space
+            for part in problem.parts
+        }
+
+        def edit(name: str, tensor: Tensor) -> Tensor:
+            tensor = masked(name, tensor)
+            fold_parameter(name, tensor, pruned.tables, self.plan.coupling)
+            if name in gathered:
+                dim, order = gathered[name]
+                tensor = tensor.index_select(dim, order.to(tensor.device))
+            return tensor
+
+        return edit
+
+    def _local(self) -> dict[str, dict[int, Problem]]:
+        """By site, in the order of reading, the numbered problems whose channels are read there alone."""
+        found: dict[str, dict[int, Problem]] = {site: {} for site in dict.fromkeys(self.plan.sites.values())}
+        for number, problem in enumerate(self.plan.problems):
+            site, *others = {part.site for part in problem.parts}
+            if others:
+                log.warning("%s keeps its natural order: layers that are not held together read it", problem.name)
+            else:
+                found[site][number] = problem
+        return found
+
+    def _network(self, site: str, layers: list[Layer], problems: list[Problem], x: Tensor) -> PrunedNetwork:
+        """A pruned network of these layers alone, on copies of their weights; `x` is what they read."""
+        moments = inner_product(x).div_(x.shape[:-1].numel())
+        if not torch.isfinite(moments.diagonal()).all():
+            raise PermpruneError(
+                f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
+            )
+        held = []
+        for layer in layers:
+            module = nn.Module()
+            module.weight = nn.Parameter(self.weights[layer.parameter], requires_grad=False)
+            held.append(replace(layer, module=module))
+            require_finite(held[-1])
+        uniform = {layer.name: layer.weight.new_ones(len(layer.weight)) for layer in held}
+        return PrunedNetwork(
+            self.model,
+            held,
+            problems,
+            dict.fromkeys(uniform, site),
+            Statistics({site: moments}, uniform, x.shape[:-1].numel()),
+            self.plan.metric,
+            dict.fromkeys(uniform, self.plan.pattern),
+            next_token,
+            self.plan.dtype,
+        )
+
+
+class _AllDecided(Exception):
+    """Ends a forward pass of which nothing more is needed."""

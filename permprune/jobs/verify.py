@@ -1,0 +1,25 @@
+"""Prove a folder that permprune wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from permprune.checkpoints.io import load
+from permprune.checkpoints.origin import origin_of
+from permprune.checkpoints.patterns import recorded_patterns, require_patterns
+from permprune.checkpoints.probe import check_outputs
+from permprune.pruning.folder import require_probe
+
+
+def verify_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, float]:
+    """Prove a folder that permprune wrote: N:M in stored order, it reloads, and it says what the masked model said.
+
+    Returns "layers", how many were checked, and "difference", the largest of the outputs. `trust_remote_code` is as
+    that of `read_model`. Raises `PermpruneError` naming the first thing that does not hold.
+    """
+    model = load(folder, trust_remote_code=trust_remote_code)
+    origin = origin_of(model)
+    assert origin.record is not None
+    patterns = recorded_patterns(model, origin.record.layers)
+    require_patterns(model, patterns)
+    return {"layers": len(patterns), "difference": check_outputs(model, require_probe(origin), str(folder))}

@@ -1,0 +1,191 @@
+"""A small example batch to trace a model on: made up from what its forward takes and its config says, or read."""
+
+from __future__ import annotations
+
+import inspect
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from permprune.errors import PermpruneError
+from permprune.models.signature import argument_names, find_config, nested_configs
+from permprune.system.device import compute_device
+
+BATCH, LENGTH = 2, 11
+"""Sequences of an example batch, and tokens in each. A prime is seldom another dimension of the model as well."""
+
+
+SECOND = 16_000
+"""Samples of sound, where the config does not say how many make a frame."""
+
+
+FRAMES = 64
+"""Frames of sound, where any number will do."""
+
+
+def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str, Tensor]:
+    """Random keyword arguments of the model's forward, always the same, in its type and on its device.
+
+    Text is `input_ids` (2, 11), and `decoder_input_ids` likewise for the decoder of two sides; images `pixel_values`
+    (2, channels, height, width), with the frames before the channels if there are several; sound `input_features`
+    (2, bands, frames), or frames first where the model has them so, or `input_values` (2, samples). A model of several
+    modalities is given each that its config describes, and its text a placeholder for every feature of an image;
+    without weights to count those by, it is given text alone. Where the config has no size of images, `processor` gives
+    it. Raises `PermpruneError` for an argument that is needed and cannot be made up.
+    """
+    maker = _Maker(model.config, processor)
+    parameters = inspect.signature(model.forward).parameters
+    needed = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    if model.main_input_name in maker.known:
+        needed.add(model.main_input_name)
+    made = {name: tensor for name in maker.known if name in parameters and (tensor := maker.make(name)) is not None}
+    if {"input_features", "input_values"} <= made.keys() - needed:
+        del made["input_values"]
+    if missing := sorted(needed - made.keys()):
+        raise PermpruneError(
+            f"{type(model).__name__} takes {missing[0]}, which cannot be made up from its config: "
+            "try an example batch of your own with permprune inspect --example FILE (.safetensors or .npz)"
+        )
+    example = _as_the_model(made, model)
+    if {"input_ids", "pixel_values"} <= example.keys() and (owner := find_config(model.config, "image_token_id")):
+        if next(model.parameters()).is_meta:
+            del example["pixel_values"]
+        else:
+            example["input_ids"] = _with_placeholders(model, example, owner.image_token_id)
+    return example
+
+
+def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+    """The example batch in a file: named tensors, in the model's type if they are real numbers, on its device.
+
+    Raises `PermpruneError` when it is neither .safetensors nor .npz, cannot be read, holds none, or names an argument
+    that the model's forward does not take.
+    """
+    readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": load_file, ".npz": _read_npz}
+    if path.suffix not in readers:
+        raise PermpruneError(f"{path} is no example batch: give a .safetensors or .npz file of named tensors")
+    try:
+        tensors = readers[path.suffix](path)
+    except (OSError, SafetensorError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise PermpruneError(f"cannot read the tensors in {path}: {error}") from error
+    taken = argument_names(model)
+    if unknown := sorted(tensors.keys() - set(taken)):
+        raise PermpruneError(f"{path} holds {unknown[0]}, which the model does not take: it takes {', '.join(taken)}")
+    if not tensors:
+        raise PermpruneError(f"{path} holds no tensor: the model takes {', '.join(taken)}")
+    return _as_the_model(tensors, model)
+
+
+class _Maker:
+    """Makes arguments by name from a config; None where it does not say enough.
+
+    Labels and optional masks have no part in the tracing.
+    """
+
+    def __init__(self, config: PreTrainedConfig, processor: object) -> None:
+        self.config, self.processor = config, processor
+        self.generator = torch.Generator().manual_seed(0)
+        self.known: dict[str, Callable[[], Tensor | None]] = {
+            "input_ids": lambda: self._ids(config.get_text_config()),
+            "decoder_input_ids": self._decoder_ids,
+            "pixel_values": self._pixels,
+            "input_features": self._features,
+            "input_values": self._wave,
+        }
+
+    def make(self, name: str) -> Tensor | None:
+        return self.known[name]()
+
+    def _ids(self, config: PreTrainedConfig) -> Tensor | None:
+        """Words and an end: other tokens with a meaning of their own, as padding and placeholders, need more."""
+        vocabulary = getattr(config, "vocab_size", None)
+        if vocabulary is None:
+            return None
+        special = {
+            value
+            for one in nested_configs(self.config)
+            for key, value in vars(one).items()
+            if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+        }
+        words = torch.tensor([token for token in range(min(vocabulary, 1000)) if token not in special])
+        ids = words[torch.randint(len(words), (BATCH, LENGTH), generator=self.generator)]
+        end = getattr(config, "eos_token_id", None)
+        if isinstance(end, int) and end < vocabulary:
+            ids[:, -1] = end
+        return ids
+
+    def _decoder_ids(self) -> Tensor | None:
+        return self._ids(self.config.get_text_config(decoder=True)) if self.config.is_encoder_decoder else None
+
+    def _pixels(self) -> Tensor | None:
+        owner = find_config(self.config, "image_size")
+        size = owner.image_size if owner else _processed_size(self.processor)
+        if size is None:
+            return None
+        if isinstance(size, dict):
+            size = size["height"], size["width"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        owner = owner or find_config(self.config, "num_channels") or self.config
+        channels = next((n for key in ("num_channels", "in_channels", "in_chans") if (n := getattr(owner, key, 0))), 3)
+        frames = getattr(owner, "num_frames", None)
+        return self._noise(*([frames] if frames else []), channels, height, width)
+
+    def _features(self) -> Tensor | None:
+        if owner := find_config(self.config, "num_mel_bins", "max_source_positions"):
+            return self._noise(owner.num_mel_bins, 2 * owner.max_source_positions)  # the first convolution's stride
+        for bands in ("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins"):
+            if owner := find_config(self.config, bands):
+                return self._noise(FRAMES, getattr(owner, bands))
+        return None
+
+    def _wave(self) -> Tensor | None:
+        if owner := find_config(self.config, "num_mel_bins", "max_length"):
+            return self._noise(owner.max_length, owner.num_mel_bins)
+        samples = SECOND
+        if owner := find_config(self.config, "conv_kernel", "conv_stride"):
+            samples = FRAMES
+            for kernel, stride in zip(reversed(owner.conv_kernel), reversed(owner.conv_stride), strict=True):
+                samples = (samples - 1) * stride + kernel
+        return self._noise(samples)
+
+    def _noise(self, *shape: int) -> Tensor:
+        return torch.randn(BATCH, *shape, generator=self.generator)
+
+
+def _processed_size(processor: object) -> tuple[int, int] | None:
+    """Height and width of the images that a processor makes."""
+    processor = getattr(processor, "image_processor", processor)
+    for name in ("crop_size", "size"):
+        size = dict(getattr(processor, name, None) or {})
+        side = size.get("shortest_edge")
+        if (height := size.get("height", side)) and (width := size.get("width", side)):
+            return height, width
+    return None
+
+
+@torch.no_grad()
+def _with_placeholders(model: PreTrainedModel, example: dict[str, Tensor], token: int) -> Tensor:
+    """The text after as many placeholders as an image has features: int64 (2, features + 11)."""
+    features = model.get_image_features(pixel_values=example["pixel_values"]).pooler_output  # type: ignore[operator]
+    ids = example["input_ids"]
+    return torch.cat([ids.new_full((BATCH, len(features[0])), token), ids], dim=1)
+
+
+def _as_the_model(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    device, dtype = compute_device(model), model.dtype
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

@@ -1,0 +1,61 @@
+"""Text for a decoder to read where the examples have none: what the dense model itself writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from permprune.examples import Examples
+from permprune.models.forward import decodes, frozen
+from permprune.system import distributed
+from permprune.system.device import compute_device
+from permprune.system.progress import track
+
+LENGTH = 64
+"""Tokens that are written at most."""
+
+
+PROMPT = 4
+"""Places that the tokens with which a decoder starts may take up."""
+
+
+def lacks_text(model: PreTrainedModel, examples: Examples) -> bool:
+    """Whether the model has a decoder that writes, and the examples nothing for it to read."""
+    return decodes(model) and model.can_generate() and not {"labels", "decoder_input_ids"} & set(examples)
+
+
+@torch.no_grad()
+def transcribed(model: PreTrainedModel, examples: Examples, batch: int) -> Examples:
+    """The examples with what the model writes of them, greedily, as "decoder_input_ids" (count, length).
+
+    "decoder_attention_mask" is 0 behind the end of a text. The same for any number of processes.
+    """
+    device = compute_device(model)
+    found: dict[str, Tensor] = {}
+    with frozen(model):
+        places = distributed.share(torch.arange(len(examples)).split(batch))
+        for at in track(places, "transcribing"):
+            written = generate(model, examples[at].to(device), LENGTH).cpu()
+            found |= {str(place): ids for place, ids in zip(at.tolist(), written, strict=True)}
+    texts = [ids for _, ids in sorted(distributed.merge(found).items(), key=lambda item: int(item[0]))]
+    config: Any = model.config
+    padded = torch.nn.utils.rnn.pad_sequence(texts, True, config.pad_token_id or 0)
+    start = torch.full((len(padded), 1), config.decoder_start_token_id)
+    ids = padded if torch.equal(padded[:, :1], start) else torch.cat([start, padded], 1)
+    ended = ids[:, 1:].eq(config.eos_token_id).cumsum(1).bool()
+    mask = torch.cat([torch.ones_like(start), (~ended).long()], 1)
+    return Examples({**examples, "decoder_input_ids": ids, "decoder_attention_mask": mask})
+
+
+def generate(model: Any, batch: Examples, length: int) -> Tensor:
+    """What a model with a decoder writes of a batch, greedily: at most `length` tokens, or as many as it has room for.
+
+    Token ids (batch, length), int64, padded.
+    """
+    room = getattr(model.config, "max_target_positions", length + PROMPT) - PROMPT
+    inputs = {name: batch[name] for name in batch if name != "labels" and not name.startswith("decoder_")}
+    ids: Tensor = model.generate(**inputs, max_new_tokens=min(length, room), do_sample=False, num_beams=1)
+    return ids

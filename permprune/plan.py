@@ -1,0 +1,131 @@
+"""What will be searched in a model, decided before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from permprune.coupling.discovery import discover
+from permprune.coupling.observe import observe
+from permprune.coupling.space import Coupling
+from permprune.coupling.trace import Untraceable
+from permprune.data.load import load_examples
+from permprune.data.overlap import overlap
+from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.models.forward import short_inputs
+from permprune.models.layers import Layer, prunable_layers
+from permprune.models.modality import WORTH, kind_of
+from permprune.models.processors import Processor
+from permprune.pattern import Pattern, parse_pattern
+from permprune.permuters.base import Run
+from permprune.pruning.problem import Problem, build_problems
+from permprune.saliency.base import Saliency
+from permprune.saliency.registry import saliency
+from permprune.settings import PRECISIONS, Settings
+from permprune.system.device import compute_device, fast_dtype
+from permprune.system.digests import CALIBRATION, model_digests, versions
+from permprune.system.progress import log
+from permprune.system.search_state import Checkpoint
+
+FREE = ("minutes", "update", "batch", "recompute")
+"""Settings that may change before an interrupted search goes on."""
+
+
+@dataclass
+class Plan:
+    """What will be searched in a model, before anything is measured.
+
+    `sites` names the tensor that each layer reads; `measured` are the examples for the statistics, through which
+    activations have type `dtype`.
+    """
+
+    settings: Settings
+    pattern: Pattern
+    metric: Saliency
+    dtype: torch.dtype
+    coupling: Coupling
+    layers: list[Layer]
+    problems: list[Problem]
+    sites: dict[str, str]
+    measured: Examples
+    run: Run
+
+    def overlap(self, evaluation: Examples) -> float:
+        """The share of an evaluation that is in the calibration as well (`permprune.data.overlap`)."""
+        return overlap([self.measured, self.run.held_out, self.run.train], evaluation)
+
+
+def plan_run(
+    model: PreTrainedModel,
+    settings: Settings,
+    examples: Examples,
+    weights: Mapping[str, Tensor],
+    partial: Path | None = None,
+) -> Plan:
+    """Discover the couplings and share out the examples; `partial` is as that of `prepare`.
+
+    The model may be on the meta device, with its weights on disk: `weights` are the model's, by name, for a digest.
+    Raises `PermpruneError`.
+    """
+    pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
+    layers = prunable_layers(model, pattern, settings.exclude)
+    device = compute_device(model)
+    worth = WORTH[kind_of(model)]
+    measured, held_out, train = _divide(examples.to(device), settings, worth)
+    coupling = _couple(model, short_inputs(model, measured), layers, settings.mode)
+    sites = _sites(coupling, layers)
+    layers = [layer for layer in layers if layer.name in sites]
+    problems = build_problems(coupling, layers, pattern, settings.mode)
+    log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
+    dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
+    searched = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
+    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), worth)
+    return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
+
+
+def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:
+    """The couplings of a model; in gather mode the sites alone will do, where it cannot be traced."""
+    try:
+        return discover(model, example)
+    except Untraceable as error:
+        if mode != "gather":
+            raise
+        log.warning("%s: every order takes a gather of its own", error.what)
+        return observe(model, example, [layer.name for layer in layers])
+
+
+def calibration_examples(model: PreTrainedModel, processor: Processor | None, settings: Settings) -> Examples:
+    """Of the calibration data as many examples as are worth `samples` windows, or as there are."""
+    if processor is None:
+        raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
+    count = settings.samples * WORTH[kind_of(model)]
+    shared, source = settings.shared, settings.calibration
+    return load_examples(source, model, processor, "calibration", count, settings.length, settings.seed, shared)
+
+
+def _divide(examples: Examples, settings: Settings, worth: int) -> list[Examples]:
+    """Examples for statistics, held-out loss and gradients (see `Settings.shares`)."""
+    shares = settings.shares(len(examples), worth)
+    if shares[-1] < 1:
+        raise PermpruneError(
+            f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"
+        )
+    return examples.split(shares)
+
+
+def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
+    """The tensor each layer reads; those that read none are left out, and stay dense."""
+    names = {reader: site.name for site in coupling.sites for reader in site.readers}
+    sites = {layer.name: names[layer.parameter] for layer in layers if layer.parameter in names}
+    if idle := [layer.name for layer in layers if layer.name not in sites]:
+        log.warning("no part in the forward pass, so these stay dense: %s", ", ".join(idle))
+    if not sites:
+        raise PermpruneError("no layer that the pattern fits takes part in the forward pass: there is nothing to prune")
+    return sites

@@ -1,0 +1,30 @@
+"""The form in which orders are stored: folded permutations and gathers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from permprune.coupling.space import Coupling, Site
+from permprune.pruning.problem import Orders, Problem
+
+
+def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
+    """The permutations to fold, by space: int64 (blocks, size); blocks without a problem keep their order."""
+    tables: dict[str, Tensor] = {}
+    sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
+    for problem in problems:
+        if problem.space:
+            blocks, size = sizes[problem.space]
+            table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
+            table[problem.block] = orders[problem.name]
+    return tables
+
+
+def gather_places(site: Site, readers: list[str]) -> tuple[str, list[str]]:
+    """The output and the inputs of a `Gather` at a site: (a module, []) or ("", modules).
+
+    `readers` are the modules that are to read the new order; if others read the site too, it must stay as it is.
+    """
+    alone = len(readers) == len(site.readers)
+    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", readers)

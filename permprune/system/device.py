@@ -1,0 +1,26 @@
+"""Where models run, and the activation type that runs fastest there."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The activation type in which this device multiplies fastest without loss scaling: bf16 or fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probe = getattr(torch.cpu, "get_capabilities", dict)  # newer releases of torch
+    capabilities: dict[str, object] = probe() if device.type == "cpu" else {}
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where a model runs: where its weights lie, or the best device where they are read layer by layer."""
+    device = next(model.parameters()).device
+    return best_device() if device.type == "meta" else device

@@ -1,0 +1,75 @@
+"""Weights that stay on disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from permprune.checkpoints.io import GATHERED
+from permprune.checkpoints.offload import attach, read_offloaded, read_skeleton, write_offloaded
+from permprune.checkpoints.probe import last_outputs
+from permprune.errors import PermpruneError
+
+IDS = torch.arange(32).view(2, 16)
+
+
+def test_the_skeleton_is_the_model_without_weights(tiny_checkpoint: Path, tiny_llama: LlamaForCausalLM) -> None:
+    skeleton = read_skeleton(str(tiny_checkpoint))
+    shapes = {name: p.shape for name, p in tiny_llama.named_parameters()}
+    assert {name: p.shape for name, p in skeleton.named_parameters()} == shapes
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    (tiny_checkpoint / "config.json").write_text("{}")
+    with pytest.raises(PermpruneError, match="does not load"):
+        read_skeleton(str(tiny_checkpoint))
+
+
+def test_a_model_runs_on_weights_that_come_and_go(
+    tiny_checkpoint: Path, tiny_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    model, _, dtype, weights = read_offloaded(str(tiny_checkpoint), tmp_path / "offloaded")
+    attach(model, weights)
+    assert dtype == torch.float32
+    for _ in range(2):
+        assert torch.equal(last_outputs(model, {"input_ids": IDS}), last_outputs(tiny_llama, {"input_ids": IDS}))
+        assert all(parameter.is_meta for parameter in model.parameters())
+    weights.edit = lambda name, tensor: tensor / 2 if name == "model.embed_tokens.weight" else tensor
+    changed = last_outputs(model, {"input_ids": IDS})
+    tiny_llama.model.embed_tokens.weight.data /= 2  # the head's weight as well: they are tied
+    assert torch.equal(changed, last_outputs(tiny_llama, {"input_ids": IDS}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_what_is_written_is_what_was_read_as_edited(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    gathered: bool,
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_llama.to(dtype).save_pretrained(source, max_shard_size="40KB")
+    tiny_tokenizer.save_pretrained(source)
+    model, tokenizer, stored, weights = read_offloaded(str(source), tmp_path / "offloaded")
+    attach(model, weights)
+    last_outputs(model, {"input_ids": IDS})  # takes tied weights apart
+    weights.edit = lambda name, tensor: -tensor if name.endswith("up_proj.weight") else tensor
+    out.mkdir()
+    write_offloaded(model, tokenizer, weights, stored, gathered, out, memory=40_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 1 or (gathered and files == [out / GATHERED])
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = {name: p.detach() for name, p in tiny_llama.named_parameters()}  # the tied one once
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, -expected[name] if name.endswith("up_proj.weight") else expected[name])
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_without_safetensors_there_is_nothing_to_read(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tiny_checkpoint / "model.safetensors").unlink()
+    with pytest.raises(PermpruneError, match="does not load"):
+        read_offloaded(str(tiny_checkpoint), tmp_path / "offloaded")

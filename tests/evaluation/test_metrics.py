@@ -1,0 +1,73 @@
+"""Metrics of classes and scores, against their definitions, and their standard errors."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from permprune.errors import PermpruneError
+from permprune.evaluation.dispatch import evaluate_model
+from permprune.examples import Examples
+
+from ..modalities import images, make, scorer, sentences
+
+
+@torch.no_grad()
+def test_matthews_and_f1_of_two_classes() -> None:
+    model = make("bert")
+    model.classifier.weight[2] = 0  # the third class is never said
+    model.classifier.bias[2] = -9
+    logits = model(**sentences(labels=False)).logits
+    model.classifier.bias[0] += (logits[:, 1] - logits[:, 0]).quantile(0.5)  # between two: no tie
+    said = model(**sentences(labels=False)).logits.argmax(1)
+    right = torch.where(torch.arange(12) % 4 > 0, said, 1 - said)
+    data = Examples({**sentences(labels=False), "labels": right})
+    tp, tn = (int(((said == k) & (right == k)).sum()) for k in (1, 0))
+    fp, fn = (int(((said == k) & (right != k)).sum()) for k in (1, 0))
+    below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    (matthews,) = evaluate_model(model, data, metric="matthews")
+    assert matthews.metric == "Matthews correlation"
+    assert matthews.value == pytest.approx((tp * tn - fp * fn) / below)
+    (f1,) = evaluate_model(model, data, metric="f1")
+    assert f1.value == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert f1.stderr and matthews.stderr
+    assert evaluate_model(model, data, metric="f1") == [f1]
+
+
+@torch.no_grad()
+def test_f1_of_more_classes_is_their_mean() -> None:
+    model, data = make("vit"), images()
+    said, right = model(pixel_values=data["pixel_values"]).logits.argmax(1), data["labels"]
+    classes = sorted({*said.tolist(), *right.tolist()})
+    parts = [2 * int(((said == k) & (right == k)).sum()) / int((said == k).sum() + (right == k).sum()) for k in classes]
+    (f1,) = evaluate_model(model, data, metric="f1")
+    assert f1.value == pytest.approx(sum(parts) / len(parts))
+
+
+@torch.no_grad()
+def test_correlations_of_scores_and_their_errors() -> None:
+    model, data = scorer(), sentences(labels=False)
+    said = model(**data).logits[:, 0].double()
+    right = said + said.std() * torch.randn(12, generator=torch.Generator().manual_seed(0))
+    data = Examples({**data, "labels": right.float()})
+    pearson, spearman = evaluate_model(model, data)
+    assert (pearson.metric, spearman.metric) == ("Pearson correlation", "Spearman correlation")
+    assert pearson.value == pytest.approx(stats.pearsonr(said, right).statistic, abs=1e-5)
+    assert spearman.value == pytest.approx(stats.spearmanr(said, right).statistic, abs=1e-5)
+    assert pearson.stderr == pytest.approx((1 - pearson.value**2) / math.sqrt(10), rel=0.8)  # of normal variables
+    assert evaluate_model(model, data, metric="spearman") == [spearman, pearson]
+
+
+def test_what_never_varies_has_no_correlation() -> None:
+    data = Examples({**sentences(labels=False), "labels": torch.ones(12)})
+    assert [result.value for result in evaluate_model(scorer(), data)] == [0.0, 0.0]
+
+
+def test_metrics_of_another_kind_are_refused() -> None:
+    with pytest.raises(PermpruneError, match="choose one of accuracy, matthews, f1"):
+        evaluate_model(make("bert"), sentences(), metric="pearson")
+    with pytest.raises(PermpruneError, match="choose one of pearson, spearman"):
+        evaluate_model(scorer(), Examples({**sentences(), "labels": torch.rand(12)}), metric="f1")
+    with pytest.raises(PermpruneError, match="needs labels"):
+        evaluate_model(make("bert"), sentences(labels=False), metric="matthews")

@@ -1,0 +1,196 @@
+"""Fine-tuning to a folder: heads for the labels there are, zeros that stay, and the record."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from permprune.checkpoints.io import load, read_model
+from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.jobs.evaluate import evaluate
+from permprune.jobs.finetune import FineTuning, _teacher, finetune
+from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.trials import Evaluation
+from permprune.jobs.verify import verify_folder
+from permprune.losses.objective import Objective, block_outputs
+from permprune.losses.targets import labelled
+from permprune.settings import Settings
+from permprune.training.loop import Epoch, Trainer
+
+
+def table(path: Path, scores: bool = False) -> Path:
+    """Sentences that are labelled by their first word."""
+    generator = random.Random(0)
+    words = ["the", "order", "of", "channels", "text", "weights"]
+    rows = []
+    for number in range(90):
+        first = number % 6
+        label = f"{first / 2}" if scores else ("entailment" if first > 2 else "not_entailment")
+        rows.append(
+            f"{' '.join([words[first], *generator.choices(words, k=generator.randrange(6))])} {number}\t{label}"
+        )
+    path.write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def encoder(tiny_bert: Path, tmp_path: Path) -> str:
+    """A folder with an encoder without a head."""
+    folder = tmp_path / "encoder"
+    AutoModel.from_pretrained(tiny_bert).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_bert / name).read_bytes())
+    return str(folder)
+
+
+def test_an_encoder_is_given_a_head_for_the_classes(encoder: str, tmp_path: Path) -> None:
+    data = table(tmp_path / "classes.tsv")
+    options = FineTuning(str(data), epochs=6, lr=3e-3, batch=8)
+    found = finetune(encoder, tmp_path / "tuned", options)
+    assert found["metric"] == "top-1 accuracy" and found["after"] > 0.8 and found["count"] == 9
+    assert found["examples"] == 81 and len(found["curve"]) == 7
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
+    assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
+    assert not list(tmp_path.glob("tuned.*"))
+    with pytest.raises(PermpruneError, match="exists already"):
+        finetune(encoder, tmp_path / "tuned", options)
+    finetune(encoder, tmp_path / "again", options)
+    for one, other in zip(model.parameters(), load_plain(tmp_path / "again"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_interrupted_run_goes_on(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = FineTuning(str(table(tmp_path / "classes.tsv")), epochs=2, lr=3e-3, batch=8)
+    whole = finetune(encoder, tmp_path / "whole", options)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("permprune.pruning.folder.write_weights", full)
+        with pytest.raises(PermpruneError, match="No space left on device"):
+            finetune(encoder, tmp_path / "out", options)
+    with pytest.raises(PermpruneError, match="another epochs"):
+        finetune(encoder, tmp_path / "out", FineTuning(options.data, epochs=3, lr=3e-3, batch=8), resume=True)
+    monkeypatch.setattr("permprune.training.loop.Trainer._epoch", full)  # nothing is trained again
+    found = finetune(encoder, tmp_path / "out", options, resume=True)
+    assert [point["value"] for point in found["curve"]] == [point["value"] for point in whole["curve"]]
+    for one, other in zip(load_plain(tmp_path / "whole"), load_plain(tmp_path / "out"), strict=True):
+        assert torch.equal(one, other)
+
+
+def load_plain(folder: Path) -> list[torch.nn.Parameter]:
+    return list(AutoModelForSequenceClassification.from_pretrained(folder).parameters())
+
+
+def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
+    data = str(table(tmp_path / "scores.tsv", scores=True))
+    dense = tmp_path / "dense"
+    found = finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8, metric="spearman"))
+    assert found["metric"] == "Spearman correlation" and found["after"] > 0.5 and found["dense"] is None
+    settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16), data, 1)
+    record = prune_to_folder(str(dense), tmp_path / "pruned", "newton", settings, evaluation)
+    assert record["measured"]["metric"] == "Pearson correlation"
+    assert verify_folder(tmp_path / "pruned")["layers"] == 12
+
+
+@pytest.fixture
+def objectives(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
+    """What each training that ends from here on minimised."""
+    found, fit = [], Trainer.fit
+
+    def spy(trainer: Trainer, examples: Examples) -> list[Epoch]:
+        found.append(trainer.objective)
+        return fit(trainer, examples)
+
+    monkeypatch.setattr(Trainer, "fit", spy)
+    return found
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, objectives: list[Objective]) -> None:
+    data = str(table(tmp_path / "classes.tsv"))
+    dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
+    finetune(encoder, dense, FineTuning(data, epochs=6, lr=5e-4, batch=8))
+    settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16, mode=mode), data, 1)
+    prune_to_folder(str(dense), pruned, "ria", settings, evaluation)
+    options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
+    found = finetune(str(pruned), tuned, options)
+    assert objectives == [Objective(), Objective(task=0.0, divergence=1.0)]  # the labels are the dense model's
+    losses = [epoch["held_out"] for epoch in found["curve"]]
+    assert min(losses) < 0.9 * losses[0]
+    assert found["dense"] == evaluate(str(dense), Evaluation(data, 1, 128)).value
+    assert verify_folder(tuned)["layers"] == 12
+    record = json.loads((tuned / "permprune.json").read_text())
+    assert record["optimised"]["curve"] == found["curve"] and record["gathers"] == load_record(pruned)["gathers"]
+    before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))
+    for layer in record["layers"]:
+        name = f"{layer['name']}.weight"
+        assert torch.equal(before[name] == 0, after[name] == 0) and not torch.equal(before[name], after[name])
+    assert load_record(pruned)["optimised"] is None
+
+
+def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(encoder: str, tmp_path: Path) -> None:
+    data = str(table(tmp_path / "classes.tsv"))
+    dense, pruned = tmp_path / "dense", tmp_path / "pruned"
+    finetune(encoder, dense, FineTuning(data, epochs=1, lr=3e-3, batch=8))
+    prune_to_folder(
+        str(dense), pruned, "random", Settings(calibration=data, samples=8, length=16), Evaluation(data, 1, 16)
+    )
+    options = FineTuning(data, teacher=str(dense), hidden=1e-3, train="norms", epochs=1)
+    student, processor, _ = read_model(str(pruned))
+    examples, _ = options.examples(student, processor)
+    teacher = _teacher(str(dense), student, examples, labelled)
+    plain, _, _ = read_model(str(dense))
+    with torch.no_grad():
+        assert torch.allclose(labelled(teacher, examples).logits, labelled(plain, examples).logits, atol=1e-4)
+        shown = []
+        for model in (student, teacher, plain):
+            with block_outputs(model) as outputs:
+                labelled(model, examples)
+            shown.append(torch.cat([output.flatten() for output in outputs]))
+    near, far = ((shown[0] - other).square().mean() for other in shown[1:])
+    assert near < 0.5 * far
+    assert finetune(str(pruned), tmp_path / "tuned", options)["hidden"] == 1e-3
+    verify_folder(tmp_path / "tuned")
+
+
+def load_record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "permprune.json").read_text())
+    return found
+
+
+def test_text_is_learned_through_norms_alone(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, objectives: list[Objective]
+) -> None:
+    text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
+    settings = Settings(calibration=text, samples=24, length=16)
+    prune_to_folder(str(tiny_checkpoint), pruned, "ria", settings, Evaluation(text, 4, 16))
+    options = FineTuning(text, train="norms", teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16)
+    found = finetune(str(pruned), tuned, options)
+    assert found["metric"] == "perplexity" and found["after"] < found["before"]
+    assert found["dense"] > 1 and "dense and" in Path(tuned, "report.html").read_text(encoding="utf-8")
+    assert objectives == [Objective(task=1.0, divergence=1.0)]
+    verify_folder(tuned)
+    before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("norm" in name for name in changed)
+
+
+def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_path: Path) -> None:
+    one = tmp_path / "one.tsv"
+    one.write_text("sentence\tlabel\nthe order\tno\na text\tno\n")
+    with pytest.raises(PermpruneError, match="has 1 classes"):
+        finetune(encoder, tmp_path / "out", FineTuning(str(one)))
+    data = str(table(tmp_path / "classes.tsv"))
+    with pytest.raises(PermpruneError, match='has the label "not_entailment", which the model does not know'):
+        finetune(str(tiny_bert), tmp_path / "out", FineTuning(data))
+    with pytest.raises(PermpruneError, match="gives 3 numbers where the model gives 2"):
+        finetune(encoder, tmp_path / "out", FineTuning(data, teacher=str(tiny_bert)))
+    with pytest.raises(PermpruneError, match="choose all, norms, head"):
+        finetune(encoder, tmp_path / "out", FineTuning(data, train="some"))

@@ -1,0 +1,46 @@
+"""Speech without transcripts: the dense model's own are imitated."""
+
+import torch
+
+from permprune.examples import Examples
+from permprune.losses.targets import Imitation, choose_task
+from permprune.models.generation import lacks_text, transcribed
+from permprune.pipeline import prepare
+from permprune.settings import Settings
+
+from ..modalities import images, make, speech
+
+
+def silent() -> Examples:
+    return Examples({"input_features": speech()["input_features"]})
+
+
+def test_only_speech_without_text_lacks_it() -> None:
+    assert lacks_text(make("whisper"), silent())
+    assert not lacks_text(make("whisper"), speech())
+    assert not lacks_text(make("vit"), images(labels=False))
+
+
+def test_texts_start_as_the_decoder_does_and_end_where_it_ends() -> None:
+    model = make("whisper")
+    free = transcribed(model, silent(), 5)["decoder_input_ids"]
+    assert (free[:, 0] == 1).all() and free.shape[1] <= 16
+    model.config.eos_token_id = model.generation_config.eos_token_id = int(free[0, 4])
+    found = transcribed(model, silent(), 5)
+    ids, mask = found["decoder_input_ids"], found["decoder_attention_mask"]
+    assert torch.equal(transcribed(model, silent(), 12)["decoder_input_ids"], ids)
+    for own, real in zip(ids[:, 1:].tolist(), mask[:, 1:].tolist(), strict=True):
+        end = own.index(model.config.eos_token_id) if model.config.eos_token_id in own else len(own)
+        assert real == [1] * end + [0] * (len(own) - end)
+    assert 0 < int(mask[0].sum()) <= 4
+
+
+def test_a_speech_model_is_calibrated_without_labels() -> None:
+    model = make("whisper")
+    found = transcribed(model, silent(), 4)
+    said = choose_task(model, found, 4)(model, found)
+    assert said.terms == int(found["decoder_attention_mask"].sum())
+    prepared = prepare(make("whisper"), None, Settings(precision="fp32", measured=4, held_out=2), silent())
+    assert prepared.network.task == Imitation()
+    assert torch.equal(prepared.measured["decoder_input_ids"], found["decoder_input_ids"][:4])
+    assert all(fisher.any() for fisher in prepared.network.statistics.fisher.values())

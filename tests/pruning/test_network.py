@@ -1,0 +1,174 @@
+"""The masked model, its losses and its gradients."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune.calibration.statistics import Statistics
+from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.losses.objective import Objective
+from permprune.losses.targets import next_token
+from permprune.permuters.identity import Random
+from permprune.pipeline import Prepared, prepare
+from permprune.pruning.network import PrunedNetwork
+from permprune.saliency.obs import OBS
+from permprune.settings import Settings
+
+WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture
+def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
+    return prepare(tiny_llama, None, Settings(precision="fp32", measured=4, held_out=2), WINDOWS)
+
+
+def test_weights_are_dense_times_mask_and_the_dense_ones_come_back(prepared: Prepared) -> None:
+    network = prepared.network
+    with network.dense_weights():
+        assert all(torch.equal(layer.weight, network.dense[name]) for name, layer in network.layers.items())
+    for name, layer in network.layers.items():
+        assert torch.equal(layer.weight, network.dense[name] * network.masks[name])
+
+
+def test_masks_are_the_pattern_in_the_chosen_order(prepared: Prepared) -> None:
+    network = prepared.network
+    Random().solve(network, prepared.run)
+    for problem in network.problems:
+        order = network.orders[problem.name]
+        for part in problem.parts:
+            stored = network.masks[part.layer][:, part.columns[order]]
+            assert torch.equal(
+                stored, network.pattern_of(problem).mask(network.scores[part.layer][:, part.columns[order]])
+            )
+
+
+def test_orders_set_one_after_the_other_leave_no_trace(prepared: Prepared) -> None:
+    network = prepared.network
+    before = {name: mask.clone() for name, mask in network.masks.items()}
+    Random().solve(network, prepared.run)
+    assert any(not torch.equal(before[name], mask) for name, mask in network.masks.items())
+    network.set_orders(network.identity())
+    assert all(torch.equal(before[name], mask) for name, mask in network.masks.items())
+
+
+def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
+    network = prepared.network
+    moments = {site: -moments for site, moments in network.statistics.moments.items()}
+    wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
+    with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
+        PrunedNetwork(prepared.model, prepared.layers, [], network.sites, wrong, OBS(), network.patterns, next_token)
+
+
+def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
+    network = prepared.network
+    found = network.gradients(WINDOWS[:6], Objective())
+    for layer in network.layers.values():
+        layer.module.weight.requires_grad_(True)
+    said = next_token(network.model, WINDOWS[:6])
+    total, count = said.loss(), said.terms
+    (total / count).backward()
+    assert found.loss == pytest.approx(float(total.detach()) / count, rel=1e-5)
+    assert found.count == count
+    for name, layer in network.layers.items():
+        torch.testing.assert_close(found.weight[name], layer.module.weight.grad, rtol=1e-4, atol=1e-7)
+    assert found.loss == pytest.approx(network.loss(WINDOWS[:6], Objective()), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 6])
+def test_gradients_do_not_depend_on_the_batch(tiny_llama: LlamaForCausalLM, prepared: Prepared, batch: int) -> None:
+    every = Objective(1.0, 1.0, 1.0, 1.0)
+    expected = prepared.network.gradients(WINDOWS[:6], every)
+    with prepared.network.dense_weights():
+        dense = copy.deepcopy(tiny_llama)
+    network = prepare(dense, None, dataclasses.replace(prepared.settings, batch=batch), WINDOWS).network
+    sizes: list[int] = []
+    dense.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    found = network.gradients(WINDOWS[:6], every)
+    assert set(sizes) == {batch}
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5) and found.count == expected.count
+    for name, slope in expected.weight.items():
+        torch.testing.assert_close(found.weight[name], slope, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.fisher[name], expected.fisher[name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "objective", [Objective(0, divergence=1.0), Objective(0, distillation=1.0), Objective(0, cosine=1.0)]
+)
+def test_distances_to_the_dense_model_vanish_there_alone(prepared: Prepared, objective: Objective) -> None:
+    network = prepared.network
+    found = network.gradients(WINDOWS[:4], objective)
+    assert found.loss > 1e-4
+    assert found.loss == pytest.approx(network.loss(WINDOWS[:4], objective), rel=1e-5)
+    assert found.loss == pytest.approx(
+        network.loss(WINDOWS[:4], objective, network.teach(WINDOWS[:4], objective)), rel=1e-5
+    )
+    for mask in network.masks.values():
+        mask.fill_(True)  # the dense network
+    with network.dense_weights():
+        pass
+    assert network.loss(WINDOWS[:4], objective) < 1e-2 * found.loss
+
+
+def test_an_objective_is_the_weighted_sum_of_its_losses(prepared: Prepared) -> None:
+    network = prepared.network
+    parts = [Objective(), Objective(0, divergence=1.0), Objective(0, distillation=1.0), Objective(0, cosine=1.0)]
+    losses = [network.loss(WINDOWS[:4], part) for part in parts]
+    whole = network.loss(WINDOWS[:4], Objective(1.0, 2.0, 3.0, 4.0))
+    assert whole == pytest.approx(losses[0] + 2 * losses[1] + 3 * losses[2] + 4 * losses[3], rel=1e-5)
+
+
+def test_measures_are_those_of_the_weights_shown(prepared: Prepared) -> None:
+    network = prepared.network
+    masked = network.measures()
+    assert [row["name"] for row in masked] == list(network.layers)
+    for row in masked:
+        name = row["name"]
+        energy, mask = network.scores[name].square(), network.masks[name]
+        moments = network.statistics.moments[network.sites[name]]
+        lost, dense = network.dense[name] * ~mask, network.dense[name]
+        assert row["kept"] == pytest.approx(float(energy[mask].sum() / energy.sum()), rel=1e-5)
+        error = torch.trace(lost @ moments @ lost.T) / torch.trace(dense @ moments @ dense.T)
+        assert row["error"] == pytest.approx(float(error), rel=1e-4)
+        assert 0.5 < row["kept"] < 1 and 0 < row["error"] < 1
+    network.show({name: weight / 2 for name, weight in network.dense.items()})
+    for row in network.measures():
+        assert row["kept"] == pytest.approx(1) and row["error"] == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_stored_columns_are_the_order_in_which_the_pattern_holds(tiny_llama: LlamaForCausalLM, mode: str) -> None:
+    network = prepare(tiny_llama, None, Settings(mode=mode, precision="fp32"), WINDOWS).network
+    natural = network.stored_columns()
+    assert all(torch.equal(columns, torch.arange(len(columns))) for columns in natural.values())
+    generator = torch.Generator().manual_seed(0)
+    network.set_orders({p.name: torch.randperm(p.size, generator=generator) for p in network.problems})
+    for name, columns in network.stored_columns().items():
+        assert torch.equal(columns.sort().values, torch.arange(len(columns)))
+        assert not torch.equal(columns, torch.arange(len(columns)))
+        assert torch.equal(
+            network.masks[name][:, columns], network.patterns[name].mask(network.scores[name][:, columns])
+        )
+
+
+def test_columns_that_no_problem_moves_keep_their_places(tiny_llama: LlamaForCausalLM) -> None:
+    prepared = prepare(tiny_llama, None, Settings(pattern="4:8", precision="fp32"), WINDOWS)
+    Random().solve(prepared.network, prepared.run)
+    for name, columns in prepared.network.stored_columns().items():  # heads are as wide as a group
+        assert torch.equal(columns, torch.arange(len(columns))) == name.endswith("o_proj")
+
+
+def test_weights_shown_stay_until_orders_are_set(prepared: Prepared) -> None:
+    network = prepared.network
+    name = "model.layers.1.mlp.up_proj"
+    weight = torch.full_like(network.dense[name], 0.5)
+    network.show({name: weight})
+    assert torch.equal(network.layers[name].weight, weight)
+    with network.dense_weights():
+        assert torch.equal(network.layers[name].weight, network.dense[name])
+    assert torch.equal(network.layers[name].weight, weight)
+    network.set_orders(network.current())
+    assert torch.equal(network.layers[name].weight, network.dense[name] * network.masks[name])

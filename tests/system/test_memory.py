@@ -1,0 +1,27 @@
+"""Memory that a process has freed."""
+
+import platform
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from permprune.system.memory import keep_freed_memory, release_freed_memory
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back themselves")
+def test_freed_memory_is_kept_until_it_is_released() -> None:
+    keep_freed_memory()
+    tensors = [torch.ones(2**18) for _ in range(200)]
+    last = tensors[-1]  # memory below it does not end the heap
+    full = resident()
+    del tensors
+    assert resident() > full - 2**24
+    release_freed_memory()
+    assert resident() < full - 150 * 2**20 and bool(last.eq(1).all())

@@ -1,0 +1,45 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from permprune.system import progress
+from permprune.system.progress import track
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a person at a terminal sees."""
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=file, force_terminal=True, width=80))
+    return file
+
+
+def test_yields_everything_in_order():
+    assert list(track(range(5), "work")) == [0, 1, 2, 3, 4]
+
+
+def test_names_the_work_and_counts(terminal):
+    assert list(track(iter("abc"), "searching", total=3)) == ["a", "b", "c"]
+    assert "searching" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()
+
+
+def test_works_inside_another_bar(terminal):
+    assert [list(track(range(2), "inner")) for _ in track(range(2), "outer")] == [[0, 1], [0, 1]]
+    assert "inner" in terminal.getvalue()
+    assert "outer" in terminal.getvalue()
+
+
+def test_lazy(terminal):
+    items = track((1 / n for n in (1, 0)), "dividing", total=2)
+    assert next(items) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+
+
+def test_nothing_on_stdout_or_in_a_log_file(capsys):
+    list(track(range(3), "work"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.strip() == ""
