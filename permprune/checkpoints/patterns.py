@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from permprune.checkpoints.record import PrunedLayer
 from permprune.checkpoints.schema import Malformed
 from permprune.errors import PermpruneError
-from permprune.inference.linear import PackedLinear
+from permprune.kernels.module import PackedLinear
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern, tightest
 

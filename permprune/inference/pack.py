@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from permprune.checkpoints.gathers import detach_gathers
 from permprune.errors import PermpruneError
-from permprune.inference.linear import PackedLinear
+from permprune.kernels.module import PackedLinear
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output
 from permprune.pattern import Pattern
 

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permprune.errors import PermpruneError
-from permprune.inference.linear import PackedLinear
+from permprune.kernels.module import PackedLinear
 from permprune.kernels.packed import BLOCKS, DTYPES
 from permprune.pattern import Pattern
 

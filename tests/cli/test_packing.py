@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import permprune
-from permprune.inference.linear import PackedLinear
+from permprune.kernels.module import PackedLinear
 
 from .running import fails, run
 

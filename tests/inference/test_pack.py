@@ -25,7 +25,7 @@ from transformers import (
 import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.errors import PermpruneError
-from permprune.inference.linear import PackedLinear
+from permprune.kernels.module import PackedLinear
 from permprune.inference.pack import pack, unpack
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern

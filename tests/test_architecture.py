@@ -1,0 +1,70 @@
+"""The rooms of the package: who may import whom, and which names may stand where."""
+
+import ast
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import permprune
+
+ROOT = Path(permprune.__file__).parent
+PAGE = ROOT.parent / "docs" / "architecture.md"
+
+
+def rooms() -> dict[str, int]:
+    """Each room and the level at which docs/architecture.md lists it, the lowest level last."""
+    listed = re.search(r"## Who may import what.*?```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert listed
+    lines = [line.partition("(")[0] for line in listed[1].splitlines()]
+    return {room.strip(): level for level, line in enumerate(lines) for room in line.split(",")}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The rooms that a module imports from."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "permprune":
+            module = node.module.split(".")
+            yield from [module[1]] if len(module) > 1 else [alias.name for alias in node.names]
+
+
+def test_a_room_imports_only_from_rooms_below_it() -> None:
+    level = rooms()
+    upwards = []
+    for path in ROOT.rglob("*.py"):
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room in ("__init__", "__main__"):
+            continue
+        for other in {*imports(path)} - {room}:
+            if level[room] >= level[other] and (room, other) != ("report", "evaluation"):
+                upwards.append(f"{path.relative_to(ROOT)} imports from {other}")
+    assert not upwards
+
+
+def test_every_room_is_on_the_page_and_exists() -> None:
+    found = {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert found - {"__init__", "__main__", "__pycache__", "py.typed"} == rooms().keys()
+
+
+def test_public_names_are_exported_by_the_package_alone() -> None:
+    for path in ROOT.glob("*/__init__.py"):
+        if path.parent.name != "cli":
+            statements = ast.parse(path.read_text(encoding="utf-8")).body
+            assert all(isinstance(statement, ast.Expr) for statement in statements), path
+
+
+def test_no_name_hides_a_module() -> None:
+    def packages(package: ModuleType) -> Iterator[ModuleType]:
+        yield package
+        for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            if found.ispkg:
+                yield from packages(importlib.import_module(found.name))
+
+    for package in packages(permprune):
+        for found in pkgutil.iter_modules(package.__path__):
+            if found.name == "__main__":
+                continue
+            module = importlib.import_module(f"{package.__name__}.{found.name}")
+            assert getattr(package, found.name) is module
