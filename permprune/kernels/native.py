@@ -30,7 +30,7 @@ FORCED = "PERMPRUNE_KERNELS"
 """Environment variable: the kernels to use (`names()`), or "torch" for none of them."""
 
 
-GRAIN = 1 << 17
+GRAIN = 1 << 18
 """Multiplications or numbers written that are worth waking another thread for."""
 
 
