@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from permprune.checkpoints.gathers import detach_gathers
 from permprune.errors import PermpruneError
-from permprune.kernels.module import PackedLinear
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output
+from permprune.kernels.module import PackedLinear
 from permprune.pattern import Pattern
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}

@@ -25,8 +25,8 @@ from transformers import (
 import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.errors import PermpruneError
-from permprune.kernels.module import PackedLinear
 from permprune.inference.pack import pack, unpack
+from permprune.kernels.module import PackedLinear
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 
