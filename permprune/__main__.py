@@ -1,7 +1,16 @@
-"""`python -m permprune`."""
+"""The program: `permprune`, or `python -m permprune`."""
 
 from __future__ import annotations
 
-from permprune.cli import app
+from permprune.system.interrupts import leaving_on_interrupt
 
-app()
+
+def main() -> None:
+    """Run the command line."""
+    with leaving_on_interrupt():
+        from permprune.cli import app
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -27,7 +27,8 @@ def windows(name, globals=None, *rest, **named):
 builtins.__import__ = windows
 import permprune
 import permprune.cli
-print(permprune.system.memory.peak_memory_mb() > 100)
+from permprune.system.memory import peak_memory_mb
+print(peak_memory_mb() > 100)
 """
 """permprune's own imports fail as they do there; its dependencies know what they run on."""
 

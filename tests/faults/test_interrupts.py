@@ -1,0 +1,64 @@
+"""Ctrl-C at any time: a status of 130 and a line, never a traceback."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from permprune.system.interrupts import leaving_on_interrupt
+
+SCRIPT = "import sys\nfrom permprune.__main__ import main\nsys.exit(main())\n"
+"""What pip writes for the program."""
+
+
+@pytest.mark.parametrize(("started", "reached"), [("module", "torch"), ("script", "permprune.cli.common")])
+def test_ctrl_c_while_the_program_is_imported(started: str, reached: str, tmp_path: Path) -> None:
+    script = tmp_path / "permprune"
+    script.write_text(SCRIPT)
+    program = ["-m", "permprune"] if started == "module" else [str(script)]
+    command = [sys.executable, "-X", "importtime", *program, "evaluate", "./no-model"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        lines = iter(process.stderr)
+        assert any(line.rsplit("|")[-1].strip() == reached for line in lines), "a line for each module imported"
+        process.send_signal(signal.SIGINT)
+        said = [line.strip() for line in lines if not line.startswith("import time:")]
+        assert process.stdout.read() == ""
+    assert (process.returncode, said) == (130, ["permprune: interrupted"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "started", "leaves"),
+    [
+        (["/usr/bin/permprune", "prune"], [], True),
+        (["C:/Scripts/permprune.exe"], [], True),
+        (["/lib/permprune/__main__.py"], [], True),
+        (["-m"], ["python", "-m", "permprune", "prune"], True),
+        (["-m"], ["python", "-m", "pytest"], False),
+        (["/home/notebook.py"], [], False),
+        (["/lib/other/__main__.py"], [], False),
+        ([""], [], False),
+        ([], [], False),
+    ],
+)
+def test_other_programs_are_left_alone(
+    arguments: list[str], started: list[str], leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "orig_argv", started)
+    before = signal.getsignal(signal.SIGINT)
+    with leaving_on_interrupt():
+        assert (signal.getsignal(signal.SIGINT) is not before) is leaves
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_ignored_interrupt_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["permprune"])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with leaving_on_interrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
