@@ -149,3 +149,8 @@ def test_the_page_on_permuters_explains_every_option() -> None:
 def test_notebooks_run(name: str) -> None:
     notebook = runpy.run_path(str(DOCS / "notebooks" / "run.py"))["run"](DOCS / "notebooks" / f"{name}.ipynb")
     assert all(cell["outputs"] for cell in notebook["cells"] if "print(" in "".join(cell["source"]))
+
+
+def test_the_tests_of_each_promise_exist() -> None:
+    named = re.findall(r"`(tests/[^`]*)`", (DOCS / "guarantees.md").read_text(encoding="utf-8"))
+    assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
