@@ -29,6 +29,9 @@ from .mutations import mutate
 
 GOOD = ("right", "refused")
 COMMANDS = ("verify", "evaluate", "prune")
+WARNING = ("[", " ")
+"""What the lines of warnings begin with, which may stand before that of an error: a time, or the room for one."""
+
 LIMIT, GRACE = 60, 20
 """Seconds that a command may take, and those that its process gets to say so."""
 
@@ -249,7 +252,7 @@ class Fuzz:
         if answer["noise"]:
             return "noise", answer["noise"]
         if answer["status"] == 2:
-            lines = answer["stderr"].strip().splitlines()
+            lines = [line for line in answer["stderr"].splitlines() if not line.startswith(WARNING)]
             one = len(lines) == 1 and lines[0].startswith("permprune: ")
             if not one:
                 return "lines", answer["stderr"]
