@@ -18,10 +18,7 @@ from permprune.errors import PermpruneError
 MOST = 10**9
 """The largest count: far more than is ever useful, and small enough for the products of two counts."""
 
-
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
-
-
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 
 
@@ -42,23 +39,11 @@ class Range:
 
 
 Count = Annotated[int, Range(1, MOST)]
-
-
 Natural = Annotated[int, Range(0, MOST)]
-
-
 Seed = Annotated[int, Range(0, 2**63 - 1)]
-
-
 Bytes = Annotated[int, Range(1, 2**63 - 1)]
-
-
 Positive = Annotated[float, Range(0, open=True)]
-
-
 NonNegative = Annotated[float, Range(0)]
-
-
 Share = Annotated[float, Range(0, 1)]
 
 

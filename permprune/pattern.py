@@ -13,7 +13,6 @@ from permprune.errors import PermpruneError
 WIDEST = 16
 """The largest M of the patterns that are looked for in weights."""
 
-
 COUNTED = 8
 """Members of a group up to which counting who comes before whom is faster than sorting."""
 

@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 
 INDEX = "model.safetensors.index.json"
 
-
 PICKLES = "pytorch_model*.bin"
 
 

@@ -16,11 +16,8 @@ from permprune.errors import PermpruneError
 from permprune.system.device import compute_device
 
 Side = Literal["output", "input"]
-
-
 Place = tuple[Side, str]
 """Which side of which module, by name, has its channels reordered."""
-
 
 BUFFERS: dict[Side, str] = {"output": "permprune_output_order", "input": "permprune_input_order"}
 """Names of the buffers that hold the orders, beside the module's weights: they move with the model."""

@@ -30,7 +30,6 @@ from permprune.zoo.models import resolve_model
 GATHERED = "gathered.safetensors"
 """Weights of a gathered model: under a name of their own, since without the gathers they would compute nonsense."""
 
-
 PROCESSOR, WEIGHTS = "its tokenizer or processor: ", "its weights: "
 """Parts of a model that are loaded one after the other, as errors begin with them."""
 

@@ -25,10 +25,8 @@ from permprune.zoo.models import resolve_model
 Edit = Callable[[str, Tensor], Tensor]
 """(name, tensor) -> what the model is given in its place; the tensor is its own to change."""
 
-
 SHARD = 5 * 10**9
 """Bytes of weights in one file of a checkpoint, at most."""
-
 
 TYPES = {
     torch.float64: "F64",

@@ -18,13 +18,10 @@ from permprune.system.device import compute_device
 
 PROBE = "probe.safetensors"
 
-
 ANSWER = "answer"
 """The name of the outputs among the tensors of the probe; the others are arguments of the model's forward."""
 
-
 ADVICE = "copy it again, or prune the model again"
-
 
 Probe = Mapping[str, Tensor]
 

@@ -17,35 +17,20 @@ from permprune.pattern import Pattern
 
 RECORD = "permprune.json"
 
-
 FORMAT = 1
 """The format that is written, and the newest that is read. New keys with defaults are no new format."""
-
 
 ADVICE = "copy it again, or prune the model again"
 
 
 Format = Annotated[int, Range(FORMAT, FORMAT)]
-
-
 Flag = Annotated[int, Range(0, 1)]
-
-
 GroupSize = Annotated[int, Range(2, 10**6)]
-
-
 Percentage = Annotated[int, Range(0, 100)]
-
-
 Count = Annotated[int, Range(0, 10**15)]
-
-
 Seconds = Annotated[float, Range(0, 1e12)]
-
-
 Value = Annotated[float, Range(-1e300, 1e300)]
 """A measured value, in a range that pictures can show."""
-
 
 Plain = str | int | float | bool | None
 

@@ -23,17 +23,13 @@ from permprune.system.progress import log
 TRAINING_ONLY = re.compile(r"(^|\.)masked_spec_embed$")
 """Names of weights that a checkpoint may lack: inference does not read them (SpecAugment's vector of wav2vec 2.0)."""
 
-
 OBSOLETE = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
 """Names of tensors that a checkpoint may have besides: constants that older releases of Transformers stored."""
 
-
 POOLER = re.compile(r"(^|\.)pooler\.")
-
 
 SHOWN = 3
 """Names in an error, at most."""
-
 
 Shape = tuple[int, ...]
 

@@ -36,59 +36,33 @@ app = typer.Typer(
     add_completion=False,
 )
 
-
 Model = Annotated[str, typer.Argument(help="a zoo name (smollm2-135m), a folder, or a hub id")]
-
-
 Data = Annotated[
     str | None,
     typer.Option(help="text (file, .jsonl), images, speech or sentences to evaluate on, or a data set id"),
 ]
-
-
 Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; an image counts 1/32")]
-
-
 Length = Annotated[int, typer.Option(help="tokens in a window")]
-
-
 Metric = Annotated[
     str | None, typer.Option(help=f"of labels: {', '.join((ACCURACY, *METRICS))}; accuracy of classes, else pearson")
 ]
-
-
 Tasks = Annotated[str, typer.Option(help="tasks of lm-eval, and wikitext2, separated by commas (docs/tasks.md)")]
-
-
 TaskFile = Annotated[
     list[str] | None,
     typer.Option(help="lm-eval's YAML of a task or group; runs the code that it names; may be repeated"),
 ]
-
-
 TaskData = Annotated[str | None, typer.Option(help="folder with files of the tasks; the hub if absent")]
-
-
 Limit = Annotated[int | None, typer.Option(help="examples of each task; all if absent")]
-
-
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model, where it needs that")
 ]
-
-
 Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
-
 
 WRITTEN = ("json", "picture")
 """Parameters that name files to write."""
 
-
 METHODS = f"one of {', '.join(PERMUTERS)}, with options after it, as newton:rounds=6"
-
-
 SALIENCY = f"one of {', '.join(SALIENCIES)}"
-
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 

@@ -24,22 +24,18 @@ from permprune.coupling.axes import Axis, Label, Lookup, concat, cut, find, free
 
 Rule = Callable[["Walk", Node], Any]
 
-
 RULES: dict[str, Rule] = {}
-
 
 IDENTITIES = frozenset(
     {"alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to", "type_as", "_to_copy"}
 )
 """Ops that return their first argument, index by index."""
 
-
 _MOVES = frozenset(
     {
         "transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze", "slice",
     }
 )  # fmt: skip
-
 
 _WITHOUT_VALUE = re.compile(r"_assert_\w+|sym_\w+|_check\w*")
 

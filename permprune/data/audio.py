@@ -34,17 +34,10 @@ from permprune.models.signature import argument_names
 from permprune.system.progress import log
 
 SUFFIXES = (".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
-
-
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text")
-
-
 Samples = np.ndarray[Any, np.dtype[np.float32]]
-
-
 Sound = tuple[Samples, int]
 """Samples (count,) of one channel, and how many make a second."""
-
 
 IGNORED = -100
 """The label of what is not to be said, as Transformers counts it."""

@@ -18,18 +18,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-
 WIKITEXT_FILE = "wikitext-2/wiki.test.raw"
-
-
 WIKITEXT_ID = "Salesforce/wikitext:wikitext-2-raw-v1@test"
-
 
 _ARC = re.compile(
     r"Please choose the correct answer to the question: (.*)\n\nAnswer1: (.*)\n\nAnswer format: .*", re.DOTALL
 )
-
-
 _OPEN = re.compile(r"(.*[.!?][\"')]? )(.+)")
 
 

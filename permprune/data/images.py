@@ -33,11 +33,7 @@ from permprune.models.processors import Processor, image_processor_of
 from permprune.models.signature import argument_names, find_config
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
 IMAGE_COLUMNS = ("image", "img")
-
-
 MODES = {1: "L", 4: "RGBA"}
 """Modes of images by channels; RGB for others."""
 

@@ -22,7 +22,6 @@ from permprune.models.signature import argument_names
 MAX_ROWS = 1_000_000
 """How much of a hub data set is read."""
 
-
 TEXTS = (
     ("word", "sentence1", "sentence2"),
     ("sentence1", "sentence2"),
@@ -42,13 +41,9 @@ TEXTS = (
 Of three the first is a word that the other two have in common, as in WiC; it is put before each: "word: sentence".
 """
 
-
 COLA = ("source", "label", "mark", "sentence")
-
-
 STS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
 """Columns of tables that do not name them."""
-
 
 WORD_IN_TEXT = re.compile(r"Word: (?P<word>.+?)\. Sentence 1: (?P<sentence1>.+?) Sentence 2: (?P<sentence2>.+)", re.S)
 """WiC's columns, written as one text."""

@@ -14,7 +14,6 @@ from permprune.system.progress import log
 SPAN = 32
 """Tokens in a row that two texts hardly share unless one of them holds a part of the other."""
 
-
 QUOTED = 0.01
 """The share of an evaluation up to which an overlap is not spoken of: texts quote each other."""
 

@@ -23,23 +23,15 @@ from permprune.examples import Part
 BUFFER = 1000
 """Rows of a streamed data set that are held to be mixed, at least."""
 
-
 ROW = "__row__"
 """A column for the names of a data set's rows."""
 
-
 TABLES = (".csv", ".tsv", ".jsonl")
-
-
 LISTS = ("labels", "metadata", "transcripts")
 """Tables, by suffix and by name, that lie beside images or sound and say what is in them."""
 
-
 FILE_COLUMNS = ("file_name", "file", "filename", "path", "image", "audio")
-
-
 LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "class", "is_duplicate", "fine_label")
-
 
 _PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|raw|tokens)", re.DOTALL)
 

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 MAX_CHARACTERS = 50_000_000
 """How much of a hub data set is read."""
 
-
 POOL = 4
 """With a seed, windows are drawn from this many times as many."""
-
 
 _MARGIN = 64
 

@@ -31,18 +31,14 @@ from permprune.system.progress import console
 WIKITEXT = "wikitext2"
 """The task that is permprune's own."""
 
-
 WINDOW = 2048
 """Tokens in a window of WikiText-2, or as many as the model can read."""
-
 
 LOCAL = Path(__file__).parent / "local_tasks"
 """lm-eval's own tasks for local files; lm-eval by hand takes the folder as --include_path."""
 
-
 BATCH = 4
 """Prompts at a time."""
-
 
 _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
 """What a file's name has and a task's has not."""

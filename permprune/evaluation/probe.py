@@ -28,10 +28,8 @@ from permprune.system.progress import log, track
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Weights of the squared norm beside the mean cross-entropy, for standardised features."""
 
-
 NEVER = -1e4
 """The logit of a class that no example has; finite, so that the checkpoint is, and within fp16."""
-
 
 HELD_OUT = 0.2
 """The share of the examples on which the penalty is chosen."""

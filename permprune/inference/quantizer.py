@@ -23,10 +23,7 @@ from permprune.kernels.packed import BLOCKS, DTYPES
 from permprune.pattern import Pattern
 
 METHOD = "permprune"
-
-
 VERSION = 1
-
 
 ORDER = "channel_order"
 """The buffer of a module whose output is reordered."""

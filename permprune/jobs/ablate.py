@@ -14,7 +14,6 @@ from permprune.permuters.paper import LearnedPaper
 
 PRESETS: dict[str, Learned | LearnedPaper] = {"ours": Learned(), "paper": LearnedPaper()}
 
-
 OBJECTIVES = {
     "CE": Objective(),
     "distillation": Objective(0.0, distillation=1e-5),
@@ -22,14 +21,8 @@ OBJECTIVES = {
     "KL": Objective(0.0, divergence=1.0),
     "KL + distillation": Objective(0.0, divergence=1.0, distillation=1e-5),
 }
-
-
 GROUPS = (1, 2, 4, 8, 16)
-
-
 EPOCHS = (0.0, 0.25, 0.5, 1.0, 2.0)
-
-
 STUDIES = ("loss", "groups", "epochs")
 
 

@@ -45,18 +45,13 @@ from permprune.training.weights import masked, trained_weights
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 """The share of the data on which epochs are measured where there is no data apart for it, and the most examples."""
 
-
 EVERYTHING = 1_000_000
 """Examples to ask for where all are wanted."""
-
 
 STEPS, MOST_EPOCHS = 300, 20
 """Small data is passed over more often, until there are so many steps, or epochs."""
 
-
 RATES = {"all": 5e-5, "norms": 1e-3, "head": 1e-3}
-
-
 SMALL, SMALL_RATE = 50_000_000, 1e-4
 """Learning rates by what is trained, and that of all weights of a model with fewer than so many."""
 

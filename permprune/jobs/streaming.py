@@ -46,7 +46,6 @@ from permprune.zoo.models import resolve_model
 BATCH = 4
 """Windows that pass through a model at a time when it is evaluated."""
 
-
 NATURAL, DECIDED = "natural", "decided"
 """Orders in which a layer's mask is kept."""
 

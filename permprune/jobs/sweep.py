@@ -43,21 +43,16 @@ from permprune.zoo.models import note
 
 Row = dict[str, Any]
 
-
 IDENTITY = "sweep.json"
 """What the cells in a work folder were asked for, and digests of the model and the data that they were measured on."""
-
 
 DENSE = "dense.json"
 """What the dense model scores."""
 
-
 CELLS = "cells"
 """The subfolder of their rows."""
 
-
 AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start anew"
-
 
 FREE = ("pattern", "minutes", "batch", "recompute")
 """Settings that cells have of their own, or that may change before an interrupted sweep goes on."""

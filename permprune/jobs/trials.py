@@ -30,7 +30,6 @@ from permprune.system.progress import log
 ANSWERED_ONCE = 32
 """Images or sentences to evaluate on for each window of text: they have one answer each, which says little."""
 
-
 BATCH = 4
 """Windows of text to evaluate at a time, or as many examples as are asked for in their place."""
 

@@ -19,8 +19,6 @@ from permprune.pattern import Pattern
 
 LARGEST_BATCH = 64
 """Rows of activations up to which the packed weight is read as it is."""
-
-
 UNPACKED_ROWS = 256
 """Rows of the weight that are unpacked at a time for BLAS."""
 

@@ -21,11 +21,7 @@ from permprune.errors import PermpruneError
 
 WORD = 64
 """Channels that a mask is padded to a multiple of."""
-
-
 LIBRARY = Path(__file__).with_name("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
-
-
 FORCED = "PERMPRUNE_KERNELS"
 """Environment variable: the kernels to use (`names()`), or "torch" for none of them."""
 
@@ -33,10 +29,7 @@ FORCED = "PERMPRUNE_KERNELS"
 GRAIN = 1 << 18
 """Multiplications or numbers written that are worth waking another thread for."""
 
-
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -13,15 +13,9 @@ from permprune.pattern import Pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """What the kept values may be stored as."""
-
-
 BLOCKS = (64, 128)
 """How many channels of a row may share a scale of int8."""
-
-
 LARGEST_GROUP = 16
-
-
 WORD = native.WORD
 
 

@@ -19,7 +19,6 @@ from permprune.system import distributed
 FEATURES = ("image_embeds", "text_embeds", "pooler_output", "last_hidden_state")
 """What a model without a head is known by, of whatever it returns."""
 
-
 SCORES = "logits"
 """What a model of scores returns, one for each example."""
 

@@ -21,10 +21,8 @@ from permprune.system.device import compute_device
 BATCH, LENGTH = 2, 11
 """Sequences of an example batch, and tokens in each. A prime is seldom another dimension of the model as well."""
 
-
 SECOND = 16_000
 """Samples of sound, where the config does not say how many make a frame."""
-
 
 FRAMES = 64
 """Frames of sound, where any number will do."""

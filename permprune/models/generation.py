@@ -17,7 +17,6 @@ from permprune.system.progress import track
 LENGTH = 64
 """Tokens that are written at most."""
 
-
 PROMPT = 4
 """Places that the tokens with which a decoder starts may take up."""
 

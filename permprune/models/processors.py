@@ -20,10 +20,7 @@ from permprune.errors import PermpruneError
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
-
 TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model")
-
-
 OTHER_FILES = ("*processor_config.json",)
 
 

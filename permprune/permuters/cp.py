@@ -22,22 +22,17 @@ from permprune.pruning.problem import Problem
 WIDE = 2048
 """Channels above which single swaps are tried at random."""
 
-
 ROUNDS = 200
 """Rounds of such swaps, one in every pair of a random pairing of the groups."""
-
 
 NARROW = 64
 """Channels up to which sets of three groups can be regrouped: what any 4 of them keep is tabulated, 635,376 sums."""
 
-
 SHUFFLED = 4
 """Groups whose channels an escape shuffles."""
 
-
 GAIN = 1e-6
 """Share of their score by which groups must gain; above the rounding of single precision."""
-
 
 CHUNK = 32
 """Groups whose gains with all others are computed at a time."""

@@ -20,7 +20,6 @@ from permprune.pruning.problem import Problem
 ROWS = 64
 """Rows that are worked on at a time, so that they stay in the processor's cache."""
 
-
 PASSES = 2
 """Times that each slot is assigned anew: the second still gains, what more would gain is not worth the time."""
 

@@ -26,18 +26,14 @@ from permprune.system.progress import console, log
 TOLERANCE = 1e-4
 """Nats by which the held-out loss must fall for a round to count."""
 
-
 STILL = 1e-3
 """A problem whose foretold change is below this share of the mean one proposes nothing."""
-
 
 ATTEMPTS = 4
 """How often a step is corrected, and how many parts of it are tried before a round is refused."""
 
-
 FAR = 0.1
 """The least share of a step, and of the problems, that is worth trying."""
-
 
 MEMORY, PREVIOUS = "memory/", "previous/"
 """Prefixes, among the tensors of a checkpoint, of the proposals' memory and of the orders before the last step."""

@@ -12,7 +12,6 @@ from permprune.pruning.network import PrunedNetwork
 BETAS = (0.9, 0.95)
 """Of Adam; the second as in language models, short enough for a few steps."""
 
-
 RISING = 0.25
 """The share of the steps in which the rate rises from 0."""
 

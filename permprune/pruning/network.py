@@ -27,10 +27,8 @@ from permprune.system.progress import track
 
 T = TypeVar("T")
 
-
 COUPLED = 4096
 """Rows of a layer up to which their covariance is kept: 64 MiB."""
-
 
 SMALL = 1e-6
 """The least Fisher information of a coupled row, as a share of the mean: less is rounding."""

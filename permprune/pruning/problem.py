@@ -16,7 +16,6 @@ from permprune.system.progress import log
 Orders = dict[str, Tensor]
 """For each problem, by name, its order: int64 (size,); position i holds channel order[i]."""
 
-
 MODES = ("fold", "gather")
 
 

@@ -18,10 +18,8 @@ from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, bare, figu
 
 Record = Mapping[str, Any]
 
-
 NAME = 24
 """Characters of a row's name that are shown; the beginning is left out."""
-
 
 FAINT = 0.06
 """The opacity of the least value: it shows that there is a cell."""

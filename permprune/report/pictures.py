@@ -18,10 +18,7 @@ from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, figure, qu
 from permprune.report.words import better, duration, number, percent
 
 Record = Mapping[str, Any]
-
-
 Points = list[tuple[int, float, float]]
-
 
 COLUMNS = 2
 

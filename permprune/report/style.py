@@ -14,23 +14,15 @@ from matplotlib.figure import Figure
 
 Format = Literal["svg", "png"]
 
-
 GRAY = "#757b82"
-
-
 BLUE = "#2b87c8"
-
-
 ORANGE = "#d9700f"
-
 
 PALETTE = (ORANGE, BLUE, "#16966f", "#b5649a", "#9a7b0a", "#7d6fd0", "#c0504d", "#4f9aa8", GRAY)
 """Colours of methods, in their order: that of no permutation first."""
 
-
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 """Shapes of patterns, in their order."""
-
 
 WIDTH = 4.4
 """Inches: lettering stays legible when the page shrinks a picture to the width of a phone."""

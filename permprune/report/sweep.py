@@ -26,7 +26,6 @@ from permprune.system.files import write_whole
 
 Result = Mapping[str, Any]
 
-
 SIZE = (
     "Size is theoretical: 16 bits for each weight that is kept or never pruned, and for each group of M weights "
     "ceil(log2(binomial(M, N))) bits that say which N are kept; for 2:4 the 4 bits that hardware stores."

@@ -17,17 +17,13 @@ from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, Format, figure
 
 Result = Mapping[str, Any]
 
-
 TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 300: "5 min", 1200: "20 min", 3600: "1 h", 14400: "4 h", 57600: "16 h"}
 """Seconds that the axis of time names."""
-
 
 SCORE = "score"
 """The mean score on tasks, in a row that has one."""
 
-
 SCORE_NAME = "mean task score"
-
 
 COLUMNS = 4
 """Of a legend."""

@@ -10,7 +10,6 @@ from permprune.pattern import MIXED
 
 DASH = "\N{EN DASH}"
 
-
 NONE = "none"
 """The permuter, and the update, that changes nothing."""
 

@@ -15,10 +15,8 @@ from transformers import PreTrainedModel
 BLOCKS, BLOCK = 64, 1024
 """Of a tensor with more elements than their product so many blocks of so many neighbours are read, evenly spaced."""
 
-
 CONFIG, WEIGHTS, CALIBRATION = "model config", "model weights", "calibration examples"
 """Names of digests among the settings that a state depends on."""
-
 
 MOVING = ("_name_or_path", "transformers_version")
 """Entries of a config that say where it comes from."""

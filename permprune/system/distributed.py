@@ -23,8 +23,6 @@ from permprune.errors import PermpruneError
 from permprune.system.memory import release_freed_memory
 
 T = TypeVar("T")
-
-
 R = TypeVar("R")
 
 

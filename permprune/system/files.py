@@ -22,10 +22,8 @@ from permprune.system import distributed
 MARKER, LOCK, SCRATCH = ".permprune", ".lock", "scratch"
 """Names in a work folder: the file that says it is ours, the lock, and the subfolder that no run needs from another."""
 
-
 PREFIX = ".permprune-"
 """What the names of temporary folders begin with."""
-
 
 ADVICE = "free space, or choose another place"
 

@@ -10,11 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger("permprune")
-
-
 console = Console(stderr=True)
-
-
 T = TypeVar("T")
 
 

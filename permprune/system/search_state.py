@@ -22,7 +22,6 @@ from permprune.system.files import write_whole
 EVERY = 30.0
 """Seconds between two saves of a journal."""
 
-
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and values that JSON can hold."""
 

@@ -27,7 +27,6 @@ from transformers import (
 TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 """Types of variables by the number that stands for them in the file."""
 
-
 MODULES: dict[str, tuple[str, ...]] = {
     "conv1": ("conv1",),
     "conv2": ("conv2",),
@@ -46,7 +45,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     "ffn/linear_1": ("fc2",),
 }
 """What CTranslate2 calls a module, and the modules of Transformers whose outputs it joins in this order."""
-
 
 PARAMETERS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "encodings": "weight"}
 

@@ -23,7 +23,6 @@ from permprune.zoo.packages import Package, fetch
 
 ImagePart = Literal["probe", "calibration", "evaluation"]
 
-
 BIGBENCH = Package(
     name="bigbench",
     version="1.0.0",
@@ -37,13 +36,10 @@ BIGBENCH = Package(
 The package is licensed under Apache-2.0; CIFAR-10 states no licence. The images are fetched, never redistributed.
 """
 
-
 ENTRY = "images/cifar10-1"
 """Where the cache has the images."""
 
-
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
 
 SHARES: dict[ImagePart, int] = {"probe": 4, "calibration": 2, "evaluation": 4}
 """Tenths of the images: to train a probe on, to calibrate with, and to measure on."""

@@ -144,7 +144,6 @@ MODELS: dict[str, ZooModel] = {
     ),
 }
 
-
 _HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 

@@ -29,16 +29,10 @@ from permprune.errors import PermpruneError
 HEAD = 64
 """Channels of an attention head, in all published sizes of both families; the files do not say."""
 
-
 STEPS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
-
-
 BICUBIC = 3
 
-
 CLIP_COLOURS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-
-
 IMAGENET_COLOURS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 

@@ -27,10 +27,8 @@ The package is licensed under MIT; the reviews were written by users of IMDb. Th
 redistributed.
 """
 
-
 ENTRY = "texts/film-reviews-1"
 """Where the cache has the texts."""
-
 
 RUN = 500
 """Reviews of one film stand together in the file, so whole runs of this many go to one part."""
