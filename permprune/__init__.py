@@ -1,10 +1,17 @@
-"""permprune learns channel permutations so that N:M pruning of a Transformer loses less."""
+"""permprune learns channel permutations so that N:M pruning of a Transformer loses less.
+
+The names below are imported when they are first used, so that the command line's help takes no torch. Importing the
+package makes Transformers know packed checkpoints, now or when it is imported itself.
+"""
 
 from __future__ import annotations
 
-from permprune.system.interrupts import leaving_on_interrupt
+import importlib
+from typing import TYPE_CHECKING, Any
 
-with leaving_on_interrupt():
+from permprune.system.imports import after_import
+
+if TYPE_CHECKING:
     from permprune.checkpoints.io import load, read_model
     from permprune.coupling.discovery import discover
     from permprune.coupling.fold import fold, fold_all
@@ -98,3 +105,72 @@ __all__ = [
     "unpack_folder",
     "verify_folder",
 ]
+
+_MODULES = {
+    "load": "checkpoints.io",
+    "read_model": "checkpoints.io",
+    "discover": "coupling.discovery",
+    "fold": "coupling.fold",
+    "fold_all": "coupling.fold",
+    "PermpruneError": "errors",
+    "evaluate_model": "evaluation.dispatch",
+    "TaskList": "evaluation.lm_tasks",
+    "evaluate_tasks": "evaluation.lm_tasks",
+    "perplexity": "evaluation.perplexity",
+    "fit_probe": "evaluation.probe",
+    "Result": "evaluation.result",
+    "Examples": "examples",
+    "pack": "inference.pack",
+    "unpack": "inference.pack",
+    "compare": "jobs.compare",
+    "evaluate": "jobs.evaluate",
+    "FineTuning": "jobs.finetune",
+    "finetune": "jobs.finetune",
+    "pack_folder": "jobs.packing",
+    "unpack_folder": "jobs.packing",
+    "prune_to_folder": "jobs.prune",
+    "sweep": "jobs.sweep",
+    "Evaluation": "jobs.trials",
+    "verify_folder": "jobs.verify",
+    "Objective": "losses.objective",
+    "Pattern": "pattern",
+    "LocalPermuter": "permuters.base",
+    "Permuter": "permuters.base",
+    "Run": "permuters.base",
+    "Solution": "permuters.base",
+    "Identity": "permuters.identity",
+    "Random": "permuters.identity",
+    "Learned": "permuters.learned",
+    "Newton": "permuters.newton",
+    "Reconstruction": "permuters.reconstruction",
+    "RIAPermuter": "permuters.ria",
+    "Pruned": "pipeline",
+    "prune": "pipeline",
+    "save": "pruning.folder",
+    "PrunedNetwork": "pruning.network",
+    "Problem": "pruning.problem",
+    "Saliency": "saliency.base",
+    "Magnitude": "saliency.magnitude",
+    "OBS": "saliency.obs",
+    "RIA": "saliency.ria",
+    "Wanda": "saliency.wanda",
+    "Settings": "settings",
+    "LayerUpdate": "updates.base",
+    "Update": "updates.base",
+    "SparseGPT": "updates.sparsegpt",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+after_import("transformers.modeling_utils", "permprune.inference.quantizer")

@@ -6,10 +6,11 @@ from permprune.system.interrupts import leaving_on_interrupt
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; a command itself may be interrupted (`interruptible`)."""
     with leaving_on_interrupt():
         from permprune.cli import app
-    app()
+
+        app()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from permprune.errors import PermpruneError
 
+MODES = ("fold", "gather")
+"""Orders written into the weights, or looked up when the model runs."""
+
 MOST = 10**9
 """The largest count: far more than is ever useful, and small enough for the products of two counts."""
 

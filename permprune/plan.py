@@ -27,11 +27,13 @@ from permprune.permuters.base import Run
 from permprune.pruning.problem import Problem, build_problems
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency
-from permprune.settings import PRECISIONS, Settings
+from permprune.settings import Settings
 from permprune.system.device import compute_device, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 FREE = ("minutes", "update", "batch", "recompute")
 """Settings that may change before an interrupted search goes on."""
@@ -83,7 +85,7 @@ def plan_run(
     layers = [layer for layer in layers if layer.name in sites]
     problems = build_problems(coupling, layers, pattern, settings.mode)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
-    dtype = PRECISIONS.get(settings.precision) or fast_dtype(device)
+    dtype = DTYPES.get(settings.precision) or fast_dtype(device)
     searched = {name: value for name, value in asdict(settings).items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), worth)

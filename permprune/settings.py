@@ -5,16 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from permprune.errors import PermpruneError
-from permprune.options import Bytes, Count, Positive, Seed, require_fields
-from permprune.pattern import parse_pattern
-from permprune.pruning.problem import MODES
-from permprune.saliency.registry import saliency
-from permprune.updates.registry import update
+from permprune.options import MODES, Bytes, Count, Positive, Seed, require_fields
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -56,14 +50,18 @@ class Settings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        from permprune.pattern import parse_pattern  # these import torch, which the command line's help does without
+        from permprune.saliency.registry import saliency
+        from permprune.updates.registry import update
+
         require_fields(self)
         parse_pattern(self.pattern)
         saliency(self.saliency)
         update(self.update)
-        if self.mode not in MODES or self.precision not in ("auto", *PRECISIONS):
+        if self.mode not in MODES or self.precision not in PRECISIONS:
             raise PermpruneError(
                 f'mode "{self.mode}" with precision "{self.precision}": '
-                f"choose a mode of {', '.join(MODES)} and a precision of auto, {', '.join(PRECISIONS)}"
+                f"choose a mode of {', '.join(MODES)} and a precision of {', '.join(PRECISIONS)}"
             )
 
     def described(self, permute: str) -> dict[str, Any]:

@@ -7,10 +7,6 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.cli.compare import comparison_table
-from permprune.jobs.ablate import variants
-from permprune.jobs.compare import compare
-from permprune.jobs.trials import Evaluation
 from permprune.settings import Settings
 
 
@@ -29,6 +25,12 @@ def ablate(
     json: cli.Json = None,
 ) -> None:
     """Vary one thing about the learned permutation of MODEL: its loss, its groups, or how long it learns."""
+
+    from permprune.jobs.ablate import variants
+    from permprune.jobs.compare import compare
+    from permprune.jobs.trials import Evaluation
+    from permprune.report.tables import comparison_table
+
     methods = variants(study, preset, max(0, settings.shares(settings.samples)[-1]), epochs)
     result = compare(model, methods, *Evaluation.beside(settings, data, windows, metric))
     cli.show(comparison_table(result))

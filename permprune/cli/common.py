@@ -1,4 +1,8 @@
-"""The application, its options that several commands share, and how errors reach a person."""
+"""The application, its options that several commands share, and how errors reach a person.
+
+Only what the options need is imported at the top of these modules, and what a command does inside its function: help
+takes no torch and no transformers, which are seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import transformers
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.dispatch import ACCURACY
-from permprune.evaluation.lm_tasks import TaskList
-from permprune.evaluation.metrics import METRICS
-from permprune.permuters.registry import PERMUTERS
-from permprune.saliency.registry import SALIENCIES
 from permprune.settings import Settings
-from permprune.system import distributed
-from permprune.system.files import WorkFolder, require_writable, write_json
+from permprune.system.interrupts import interruptible
 from permprune.system.progress import console, log
+
+if TYPE_CHECKING:
+    from permprune.evaluation.lm_tasks import TaskList
 
 app = typer.Typer(
     help="Learns channel permutations so that N:M pruning of a Transformer loses less.",
@@ -44,7 +44,8 @@ Data = Annotated[
 Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; an image counts 1/32")]
 Length = Annotated[int, typer.Option(help="tokens in a window")]
 Metric = Annotated[
-    str | None, typer.Option(help=f"of labels: {', '.join((ACCURACY, *METRICS))}; accuracy of classes, else pearson")
+    str | None,
+    typer.Option(help="of labels: accuracy, matthews, f1, pearson, spearman; accuracy of classes, else pearson"),
 ]
 Tasks = Annotated[str, typer.Option(help="tasks of lm-eval, and wikitext2, separated by commas (docs/tasks.md)")]
 TaskFile = Annotated[
@@ -61,8 +62,10 @@ Json = Annotated[Path | None, typer.Option("--json", help="write the figures to 
 WRITTEN = ("json", "picture")
 """Parameters that name files to write."""
 
-METHODS = f"one of {', '.join(PERMUTERS)}, with options after it, as newton:rounds=6"
-SALIENCY = f"one of {', '.join(SALIENCIES)}"
+METHODS = (
+    "one of none, random, ria, cp, permllm, reconstruction, learned-paper, learned, newton, with options after it, as "
+    "newton:rounds=6"
+)
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -72,9 +75,6 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each
     handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
 
 
 def settings(
@@ -82,7 +82,7 @@ def settings(
         str,
         typer.Option(help="N of every M consecutive weights survive; mixed: a pattern for each layer", metavar="N:M"),
     ] = Settings.pattern,
-    saliency: Annotated[str, typer.Option(help=SALIENCY)] = Settings.saliency,
+    saliency: Annotated[str, typer.Option(help="one of magnitude, wanda, ria, obs")] = Settings.saliency,
     mode: Annotated[
         str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")
     ] = Settings.mode,
@@ -147,7 +147,12 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
 
     @wraps(function)
     def run(**options: Any) -> None:
-        with distributed.processes(), _speaking(distributed.rank() == 0):
+        from permprune.jobs import trials  # noqa: F401 - with it nearly all that a command imports
+        from permprune.system import distributed
+        from permprune.system.files import WorkFolder, require_writable
+
+        _quiet_libraries()
+        with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0):
             try:
                 _require_text(options)
                 if place:
@@ -170,6 +175,15 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in offered}
     app.command()(run)
     return run
+
+
+def _quiet_libraries() -> None:
+    """Leave it to permprune to report what a person must know."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
 
 
 def _require_text(options: Mapping[str, Any]) -> None:
@@ -215,6 +229,8 @@ def task_list(
     names: str, files: list[str] | None, data: str | None, limit: int | None, few_shot: int | None = None
 ) -> TaskList | None:
     """The tasks that a person names; None for none."""
+    from permprune.evaluation.lm_tasks import TaskList
+
     return TaskList(tuple(parts(names)), data, limit, few_shot, tuple(files or ())) if names or files else None
 
 
@@ -224,5 +240,7 @@ def show(table: Table) -> None:
 
 
 def write_figures(path: Path | None, figures: object) -> None:
+    from permprune.system.files import write_json
+
     if path is not None:
         write_json(path, figures)

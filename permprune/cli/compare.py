@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from permprune.cli import common as cli
-from permprune.jobs.compare import compare as run
-from permprune.jobs.trials import Evaluation
-from permprune.report.comparison import comparison_title, write_comparison
-from permprune.report.words import number, overlap_note, whole, with_error
 from permprune.settings import Settings
 
 
@@ -34,6 +29,12 @@ def compare(
     picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
 ) -> None:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds, memory."""
+
+    from permprune.jobs.compare import compare as run
+    from permprune.jobs.trials import Evaluation
+    from permprune.report.comparison import write_comparison
+    from permprune.report.tables import comparison_table
+
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_file, task_data, limit)
     result = run(model, names, *Evaluation.beside(settings, data, windows, metric, chosen))
@@ -41,18 +42,3 @@ def compare(
     cli.write_figures(json, result)
     if picture is not None:
         write_comparison(result, picture)
-
-
-def comparison_table(result: dict[str, Any]) -> Table:
-    """What `permprune.compare` returns, for the terminal."""
-    table = Table(title=comparison_title(result), caption=overlap_note(result["overlap"]), caption_justify="left")
-    table.add_column("method")
-    scored = "score" in result["rows"][0]
-    for title in (result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB"):
-        table.add_column(title, justify="right")
-    for row in result["rows"]:
-        closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
-        score = [with_error(row["score"], row["score_stderr"])] if scored else []
-        figures = (number(row[result["metric"]]), closed, *score)
-        table.add_row(row["method"], *figures, f"{row['seconds']:.0f}", whole(row["peak_memory_mb"]))
-    return table

@@ -6,14 +6,8 @@ import dataclasses
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from permprune.cli import common as cli
-from permprune.evaluation.lm_tasks import evaluate_tasks
-from permprune.evaluation.result import Result
-from permprune.jobs.evaluate import evaluate as run
-from permprune.jobs.trials import Evaluation
-from permprune.report.words import number, with_error
 
 
 @cli.command
@@ -34,6 +28,13 @@ def evaluate(
 
     With --tasks, --data is a folder with their files.
     """
+
+    from permprune.evaluation.lm_tasks import evaluate_tasks
+    from permprune.jobs.evaluate import evaluate as run
+    from permprune.jobs.trials import Evaluation
+    from permprune.report.tables import tasks_table
+    from permprune.report.words import number
+
     if chosen := cli.task_list(tasks, task_file, data, limit, few_shot):
         results = evaluate_tasks(model, chosen, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
@@ -44,18 +45,3 @@ def evaluate(
     error = "" if result.stderr is None else f" ± {number(result.stderr)}"
     print(f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}")
     cli.write_figures(json, result.to_json())
-
-
-def tasks_table(model: str, results: list[Result]) -> Table:
-    """What `permprune.evaluate_tasks` returns, for the terminal."""
-    table = Table(title=model)
-    for title in ("task", "metric"):
-        table.add_column(title)
-    for title in ("value", "measured on"):
-        table.add_column(title, justify="right")
-    for result in results:
-        if result.task == "average":
-            table.add_section()
-        figure = with_error(result.value, result.stderr)
-        table.add_row(result.task, result.metric, figure, f"{result.count:,} {result.unit}")
-    return table

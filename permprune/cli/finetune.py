@@ -8,10 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from permprune.cli import common as cli
-from permprune.jobs.finetune import FineTuning
-from permprune.jobs.finetune import finetune as run
-from permprune.report.words import number, with_error
-from permprune.training.weights import TRAINED
 
 
 @cli.command
@@ -22,14 +18,14 @@ def finetune(
         str | None, typer.Option(help="labelled sentences, text or images to train on, or a data set id")
     ] = None,
     dev: Annotated[str | None, typer.Option(help="data to measure epochs on; a tenth of --data if absent")] = None,
-    train: Annotated[str, typer.Option(help=f"one of {', '.join(TRAINED)}; norms: also biases and the head")] = "all",
+    train: Annotated[str, typer.Option(help="all, norms or head; norms: also biases and the head")] = "all",
     teacher: Annotated[
         str | None, typer.Option(help="the dense model: what it says counts in place of labels, and beside a text")
     ] = None,
     hidden: Annotated[
         float,
         typer.Option(help="weight of the distance of the blocks' outputs to the teacher's: of text 1e-5, else 1e-3"),
-    ] = FineTuning.hidden,
+    ] = 0.0,
     metric: cli.Metric = None,
     epochs: Annotated[
         int | None, typer.Option(help="passes over the data, of which the best counts; 3, of small data up to 20")
@@ -41,11 +37,15 @@ def finetune(
     length: Annotated[int | None, typer.Option(help="tokens in an example; 128, of windows of text 512")] = None,
     rows: Annotated[int | None, typer.Option(help="examples to draw; all, of windows of text 256")] = None,
     seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
-    trust_remote_code: cli.TrustRemoteCode = FineTuning.trust_remote_code,
+    trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last epoch")] = False,
 ) -> None:
     """Train MODEL on labelled data or text; of a pruned folder only what is left, its zeros stay."""
+
+    from permprune.jobs.finetune import FineTuning
+    from permprune.jobs.finetune import finetune as run
+
     options = FineTuning(
         data, dev, train, teacher, hidden, metric, epochs, lr, batch, length, rows, seed, trust_remote_code
     )
@@ -56,6 +56,8 @@ def finetune(
 
 def announce(found: dict[str, Any]) -> None:
     """Print what training came to."""
+    from permprune.report.words import number, with_error
+
     after = with_error(found["after"], found["stderr"])
     beside = "" if found["dense"] is None else f", {number(found['dense'])} of the teacher"
     on = f"{found['count']} {found['unit']}"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from permprune.checkpoints.io import read_model
 from permprune.cli import common as cli
-from permprune.coupling.discovery import discover
-from permprune.coupling.space import ChannelSpace
-from permprune.coupling.verify import verify as prove
-from permprune.models.dummy_inputs import example_inputs, read_example
+
+if TYPE_CHECKING:
+    from permprune.coupling.space import ChannelSpace
 
 
 @cli.command
@@ -29,6 +27,12 @@ def inspect(
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
     """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
+
+    from permprune.checkpoints.io import read_model
+    from permprune.coupling.discovery import discover
+    from permprune.coupling.verify import verify as prove
+    from permprune.models.dummy_inputs import example_inputs, read_example
+
     network, processor, _ = read_model(model, trust_remote_code=trust_remote_code)
     if verify:
         network.double()

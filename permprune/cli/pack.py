@@ -8,21 +8,19 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.inference.pack import NAMES
-from permprune.jobs.packing import pack_folder
-from permprune.kernels.packed import BLOCKS
 
 
 @cli.command
 def pack(
     folder: Annotated[Path, typer.Argument(help="a folder that permprune wrote")],
     out: Annotated[Path, typer.Option(help="folder for the packed checkpoint; must not exist yet")],
-    dtype: Annotated[str, typer.Option(help=f"of the kept weights: {', '.join(NAMES)}")] = "bf16",
-    block: Annotated[
-        int, typer.Option(help=f"channels that share a scale of int8: {' or '.join(map(str, BLOCKS))}")
-    ] = BLOCKS[0],
+    dtype: Annotated[str, typer.Option(help="of the kept weights: fp32, bf16, fp16 or int8")] = "bf16",
+    block: Annotated[int, typer.Option(help="channels that share a scale of int8: 64 or 128")] = 64,
 ) -> None:
     """Write a pruned FOLDER with packed weights: about half the size, and Transformers loads it."""
+
+    from permprune.jobs.packing import pack_folder
+
     found = pack_folder(folder, out, dtype, block)
     megabytes = {
         key: f"{found[key]['packed'] / 1e6:.1f} MB, dense {found[key]['dense'] / 1e6:.1f} MB"

@@ -8,10 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from permprune.cli import common as cli
-from permprune.jobs.prune import prune_to_folder
-from permprune.jobs.trials import Evaluation
-from permprune.report.run import decision
-from permprune.report.words import overlap_note
 from permprune.settings import Settings
 
 
@@ -30,6 +26,10 @@ def prune(
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last state")] = False,
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
+
+    from permprune.jobs.prune import prune_to_folder
+    from permprune.jobs.trials import Evaluation
+
     name, *options = permute.split(":")
     method = ":".join([name if preset is None else f"{name}-{preset}", *options])
     settings, evaluation = Evaluation.beside(settings, data, windows, metric)
@@ -38,6 +38,9 @@ def prune(
 
 
 def _announce(record: dict[str, Any]) -> None:
+    from permprune.report.run import decision
+    from permprune.report.words import overlap_note
+
     print(decision(record))
     if note := overlap_note(record["measured"]["overlap"]):
         print(note)

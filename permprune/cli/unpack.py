@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.jobs.packing import unpack_folder
 
 
 @cli.command
@@ -17,5 +16,8 @@ def unpack(
     out: Annotated[Path, typer.Option(help="folder for the checkpoint with zeros; must not exist yet")],
 ) -> None:
     """Write a packed FOLDER as an ordinary pruned checkpoint, zeros included."""
+
+    from permprune.jobs.packing import unpack_folder
+
     unpack_folder(folder, out)
     print(f"written to {out}")

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.jobs.verify import verify_folder
 
 
 @cli.command
@@ -17,6 +16,9 @@ def verify(
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
     """Prove a pruned FOLDER: N:M in stored order, it reloads, and it says what the masked model said."""
+
+    from permprune.jobs.verify import verify_folder
+
     found = verify_folder(folder, trust_remote_code=trust_remote_code)
     print(f"{found['layers']} layers hold the pattern in stored order")
     print(f"reloaded; logits differ by at most {found['difference']:.1e} from the masked model in its own order")

@@ -10,13 +10,12 @@ from torch import Tensor
 from permprune.coupling.space import ChannelSpace, Coupling, Site
 from permprune.errors import PermpruneError
 from permprune.models.layers import Layer
+from permprune.options import MODES
 from permprune.pattern import Pattern
 from permprune.system.progress import log
 
 Orders = dict[str, Tensor]
 """For each problem, by name, its order: int64 (size,); position i holds channel order[i]."""
-
-MODES = ("fold", "gather")
 
 
 @dataclass(frozen=True)

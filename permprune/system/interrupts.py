@@ -11,10 +11,24 @@ from pathlib import Path
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C raises `KeyboardInterrupt` again, where `leaving_on_interrupt` had it end the program."""
+    if signal.getsignal(signal.SIGINT) is not _leave:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _leave)
+
+
+@contextmanager
 def leaving_on_interrupt() -> Iterator[None]:
     """Inside, Ctrl-C ends the program `permprune` at once, with one line and status 130; other programs go on as ever.
 
-    Importing the package takes seconds, in which an exception could rise anywhere in other packages: some catch it.
+    Importing what a command needs takes seconds, in which an exception could rise anywhere in other packages: some
+    catch it.
     """
     handler = signal.getsignal(signal.SIGINT)
     if not _is_program() or handler is not signal.default_int_handler:  # ignored, as behind nohup

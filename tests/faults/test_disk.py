@@ -146,8 +146,8 @@ def test_tables_are_printed_before_files_are_written(
     def refuse(*_: object) -> None:
         raise PermpruneError("cannot write it: No space left on device; free space")
 
-    monkeypatch.setattr("permprune.cli.common.write_json", refuse)
-    monkeypatch.setattr("permprune.cli.compare.write_comparison", refuse)
+    monkeypatch.setattr("permprune.system.files.write_json", refuse)
+    monkeypatch.setattr("permprune.report.comparison.write_comparison", refuse)
     figures = ["--json", tmp_path / "figures.json"]
     for command, printed in (
         (["evaluate", source[0], "--data", source[4], "--length", "16", *figures], "perplexity"),

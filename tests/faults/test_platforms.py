@@ -27,6 +27,7 @@ def windows(name, globals=None, *rest, **named):
 builtins.__import__ = windows
 import permprune
 import permprune.cli
+assert all(getattr(permprune, name) for name in permprune.__all__)
 from permprune.system.memory import peak_memory_mb
 print(peak_memory_mb() > 100)
 """

@@ -1,0 +1,65 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from permprune.evaluation.result import Result
+from permprune.report.comparison import comparison_title
+from permprune.report.words import duration, fine_percent, number, overlap_note, percent, whole, with_error
+
+
+def comparison_table(result: dict[str, Any]) -> Table:
+    """What `permprune.compare` returns, for the terminal."""
+    table = Table(title=comparison_title(result), caption=overlap_note(result["overlap"]), caption_justify="left")
+    table.add_column("method")
+    scored = "score" in result["rows"][0]
+    for title in (result["metric"], "gap closed", *(["task score"] if scored else []), "seconds", "peak MiB"):
+        table.add_column(title, justify="right")
+    for row in result["rows"]:
+        closed = "" if row["gap_closed"] is None else f"{row['gap_closed']:.0%}"
+        score = [with_error(row["score"], row["score_stderr"])] if scored else []
+        figures = (number(row[result["metric"]]), closed, *score)
+        table.add_row(row["method"], *figures, f"{row['seconds']:.0f}", whole(row["peak_memory_mb"]))
+    return table
+
+
+def tasks_table(model: str, results: Sequence[Result]) -> Table:
+    """What `permprune.evaluate_tasks` returns, for the terminal."""
+    table = Table(title=model)
+    for title in ("task", "metric"):
+        table.add_column(title)
+    for title in ("value", "measured on"):
+        table.add_column(title, justify="right")
+    for result in results:
+        if result.task == "average":
+            table.add_section()
+        figure = with_error(result.value, result.stderr)
+        table.add_row(result.task, result.metric, figure, f"{result.count:,} {result.unit}")
+    return table
+
+
+def sweep_table(result: dict[str, Any]) -> Table:
+    """What `permprune.sweep` returns, for the terminal; cells that no other beats are bold."""
+    metric = result["metric"]
+    title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
+    table = Table(title=title, caption=overlap_note(result["measured"]["overlap"]), caption_justify="left")
+    for title in ("pattern", "method"):
+        table.add_column(title)
+    scored = "score" in result["dense"]
+    for title in ("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB"):
+        table.add_column(title, justify="right")
+    last = ""
+    for row in result["rows"]:
+        if last and row["pattern"] != last:
+            table.add_section()
+        last = row["pattern"]
+        minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
+        cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
+        score = [with_error(row["score"], row["score_stderr"])] if scored else []
+        cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
+        table.add_row(last, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
+    return table

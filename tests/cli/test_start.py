@@ -1,0 +1,77 @@
+"""The start of the program: help imports nothing heavy, and names all that there is."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from permprune.evaluation.dispatch import ACCURACY
+from permprune.evaluation.metrics import METRICS
+from permprune.inference.pack import NAMES
+from permprune.kernels.packed import BLOCKS
+from permprune.permuters.registry import PERMUTERS
+from permprune.saliency.registry import SALIENCIES
+from permprune.settings import Settings
+from permprune.training.weights import TRAINED
+from permprune.updates.registry import UPDATES
+
+from .running import run
+
+HEAVY = ("torch", "transformers", "scipy", "sklearn", "matplotlib", "jinja2", "datasets", "lm_eval", "jiwer")
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from permprune.cli import app
+names = [command.callback.__name__ for command in app.registered_commands]
+for arguments in [["--help"], *([name, "--help"] for name in names)]:
+    assert CliRunner().invoke(app, arguments).exit_code == 0, arguments
+print(len(names), *(module for module in {HEAVY!r} if module in sys.modules))
+"""
+    count, *heavy = python(code).split()
+    assert int(count) > 10 and not heavy
+
+
+@pytest.mark.parametrize("first", ["permprune", "transformers", "transformers.modeling_utils"])
+def test_transformers_knows_packed_checkpoints_whichever_is_imported_first(first: str) -> None:
+    code = f"""
+import {first}, permprune
+from transformers import LlamaForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print("permprune" in AUTO_QUANTIZER_MAPPING)
+"""
+    assert python(code) == "True"
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("prune", [*PERMUTERS]),
+        ("prune", [*SALIENCIES]),
+        ("prune", [ACCURACY, *METRICS]),
+        ("prune", [*UPDATES]),
+        ("finetune", [*TRAINED]),
+        ("pack", [*NAMES]),
+        ("pack", [*map(str, BLOCKS)]),
+    ],
+)
+def test_help_names_every_choice(command: str, names: list[str]) -> None:
+    code, stdout, _ = run(command, "--help")
+    words = set(re.findall(r"[\w-]+", stdout.replace("│", " ")))
+    assert code == 0 and words >= set(names)
+
+
+def test_every_public_name_is_there() -> None:
+    import permprune
+
+    assert all(getattr(permprune, name) is not None for name in permprune.__all__)
+    assert set(permprune.__all__) <= set(dir(permprune)) and permprune.Settings is Settings
+    with pytest.raises(AttributeError, match="luck"):
+        _ = permprune.luck
