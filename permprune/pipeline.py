@@ -108,7 +108,7 @@ class Pruned:
         """
         record = self.record()
         trained = "if you have trained it since, write it with permprune.save"
-        check_outputs(self.model, self.probe, "this model", trained)
+        check_outputs(self.model, self.probe, "this model", stored=self.model.dtype, advice=trained)
         require_patterns(self.model, recorded_patterns(self.model, record.layers))
         weights = partial(write_weights, self.model, processor, origin_of(self.model).dtype)
         with atomic_folder(Path(folder)) as filled:

@@ -60,15 +60,17 @@ def read_probe(folder: Path) -> dict[str, Tensor]:
     return probe
 
 
-def check_outputs(model: PreTrainedModel, probe: Probe, what: str, advice: str = ADVICE) -> float:
+def check_outputs(
+    model: PreTrainedModel, probe: Probe, what: str, *, stored: torch.dtype, advice: str = ADVICE
+) -> float:
     """The largest difference between the model's outputs and those of the probe.
 
-    Raises `PermpruneError` if it is more than rounding explains, or if the model does not run on the probe; the message
-    says that `what` computes other outputs, and then what to do about it.
+    Raises `PermpruneError` if it is more than rounding the weights to type `stored` explains, or if the model does not
+    run on the probe; the message says that `what` computes other outputs, and then what to do about it.
     """
     expected = probe[ANSWER]
     found = _outputs_on(model, probe)
-    rounding = 8 * torch.finfo(model.dtype).eps if model.dtype.itemsize < 4 else 0.0
+    rounding = 8 * torch.finfo(stored).eps if stored.itemsize < 4 else 0.0
     if found.shape != expected.shape:
         raise PermpruneError(f"{what} has outputs of shape {tuple(found.shape)}, and {PROBE} {tuple(expected.shape)}")
     difference = float((found - expected).abs().max())

@@ -30,6 +30,7 @@ from permprune.jobs.trials import BATCH
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Task, choose_task
 from permprune.models.forward import decodes, short_inputs, writes
+from permprune.models.layers import require_changeable
 from permprune.models.modality import TOGETHER, kind_of
 from permprune.models.processors import Processor
 from permprune.options import Count, NonNegative, Positive, Seed, require_fields
@@ -137,11 +138,12 @@ def _finetune(
 ) -> dict[str, Any]:
     keep_freed_memory()
     model, processor, stored = read_model(name, trust_remote_code=options.trust_remote_code)
+    require_changeable(model)
     origin = origin_of(model)
     if origin.record is None:
         model = _with_head(model, options)
     else:
-        check_outputs(model, require_probe(origin), name)
+        check_outputs(model, require_probe(origin), name, stored=stored)
     patterns = _patterns(model)
     examples, held_out = options.examples(model, processor)
     batch = BATCH * TOGETHER[kind_of(model)]

@@ -12,6 +12,7 @@ from permprune.evaluation.probe import fit_probe, with_head
 from permprune.evaluation.result import Result
 from permprune.evaluation.size import weight_bytes
 from permprune.jobs.trials import ANSWERED_ONCE
+from permprune.models.layers import require_changeable
 from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
@@ -38,6 +39,7 @@ def probe(
     require_writable(out)
     keep_freed_memory()
     model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
+    require_changeable(model)
     require_space(out, weight_bytes(model))
     headed = with_head(model, classes)
     if (origin := origin_of(headed)).record:

@@ -22,4 +22,5 @@ def verify_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str,
     assert origin.record is not None
     patterns = recorded_patterns(model, origin.record.layers)
     require_patterns(model, patterns)
-    return {"layers": len(patterns), "difference": check_outputs(model, require_probe(origin), str(folder))}
+    difference = check_outputs(model, require_probe(origin), str(folder), stored=origin.dtype)
+    return {"layers": len(patterns), "difference": difference}

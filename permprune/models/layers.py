@@ -55,8 +55,9 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
     Embeddings, the output head and task heads stand outside the blocks and stay dense, as in the literature
     (SparseGPT, Wanda). Raises `PermpruneError` when a glob matches none of them, when nothing is left, when M does not
     divide a width, or when a weight holds NaN or infinity (`require_finite`; weights on the meta device are not there
-    to look at).
+    to look at) or is packed (`require_changeable`).
     """
+    require_changeable(model)
     inside = {id(module) for block in blocks(model) for module in block.modules()}
     layers = [
         Layer(name, module, isinstance(module, Conv1D))
@@ -83,6 +84,14 @@ def _less_excluded(layers: list[Layer], exclude: Iterable[str]) -> list[Layer]:
             raise PermpruneError(f'--exclude "{glob}" matches no layer that would be pruned, such as {layers[0].name}')
         excluded |= matched
     return [layer for layer in layers if layer.name not in excluded]
+
+
+def require_changeable(model: nn.Module) -> None:
+    """Raise `PermpruneError` for a model whose weights are packed or quantized, so that nothing can change them."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise PermpruneError(
+            "the weights are packed or quantized: unpack them first (permprune unpack), or give the original model"
+        )
 
 
 def require_finite(layer: Layer) -> None:

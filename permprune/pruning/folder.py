@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.gathers import has_gathers
 from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.origin import Origin, origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
@@ -29,8 +30,11 @@ def save(model: PreTrainedModel, folder: str | Path, processor: Processor | None
     is verified by are the model's own of now. `folder` must not exist yet; it appears when all is there. Raises
     `PermpruneError` for a model that permprune did not prune, or a layer that lost its pattern.
     """
-    if origin_of(model).record is None:
+    record = origin_of(model).record
+    if record is None:
         raise PermpruneError("permprune did not prune this model: write it with its own save_pretrained")
+    if has_gathers(model) != bool(record.gathers):
+        raise PermpruneError("this model was packed since it was pruned: write it with its own save_pretrained")
     with atomic_folder(Path(folder)) as filled:
         write_model(model, processor, filled)
 

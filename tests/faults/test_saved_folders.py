@@ -295,6 +295,33 @@ def test_finetune_keeps_zeros_that_a_record_leaves_out(pruned: dict[str, Path], 
     assert run("verify", tmp_path / "out")[0] == 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_weights_are_neither_pruned_nor_trained(pruned: dict[str, Path], tmp_path: Path, mode: str) -> None:
+    assert run("pack", pruned[mode], "--out", tmp_path / "packed")[0] == 0
+    shutil.copy(pruned[mode] / "text.txt", tmp_path / "packed")
+    lines = commands(tmp_path / "packed", tmp_path / "out")
+    for name in ("prune", "finetune"):
+        assert "packed or quantized: unpack them first (permprune unpack)" in fails(*lines[name])
+
+
+def test_a_model_that_was_packed_in_memory_has_its_own_way_to_be_written(
+    pruned: dict[str, Path], tmp_path: Path
+) -> None:
+    model = permprune.load(pruned["gather"])
+    permprune.pack(model, {layer.name: layer.pattern for layer in read_record(pruned["gather"]).layers})
+    with pytest.raises(permprune.PermpruneError, match="packed since it was pruned"):
+        permprune.save(model, tmp_path / "out")
+
+
+def test_finetune_of_a_folder_in_half_precision(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", tiny_tokenizer, torch.bfloat16)
+    for mode in MODES:
+        write_pruned(source, tmp_path / mode, mode)
+        out = tmp_path / f"{mode}-tuned"
+        assert run("finetune", tmp_path / mode, "--data", source / "text.txt", *TUNED, "--out", out)[0] == 0
+        assert run("verify", out)[0] == 0 and permprune.load(out).dtype == torch.bfloat16
+
+
 def test_finetune_refuses_at_once_what_has_lost_its_pattern(pruned: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pruned["fold"], tmp_path / "pruned"))
     model = permprune.load(folder)
