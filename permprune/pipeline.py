@@ -43,6 +43,7 @@ from permprune.pruning.stored import fold_tables, gather_places
 from permprune.settings import Settings
 from permprune.system.files import atomic_folder
 from permprune.system.memory import keep_freed_memory
+from permprune.system.out_of_memory import memory_reported
 from permprune.updates.registry import update
 from permprune.updates.share import update_network
 from permprune.zoo.models import note
@@ -115,6 +116,7 @@ class Pruned:
             write_pruned(record, self.probe, weights, filled)
 
 
+@memory_reported()
 def prepare(
     model: PreTrainedModel,
     processor: Processor | None,
@@ -179,6 +181,7 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
     return pruned
 
 
+@memory_reported()
 def prune(
     model: PreTrainedModel,
     processor: Processor | None = None,

@@ -24,6 +24,7 @@ from permprune.checkpoints.weights import load_whole, load_whole_file
 from permprune.errors import PermpruneError
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
+from permprune.system.out_of_memory import memory_reported
 from permprune.zoo.cache import cache_root
 from permprune.zoo.models import resolve_model
 
@@ -34,6 +35,7 @@ PROCESSOR, WEIGHTS = "its tokenizer or processor: ", "its weights: "
 """Parts of a model that are loaded one after the other, as errors begin with them."""
 
 
+@memory_reported()
 def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Processor | None, torch.dtype]:
     """A model in fp32 (on the GPU if there is one), its processor, and the type it is stored in.
 
@@ -107,6 +109,7 @@ def loading(name: str, source: str | Path, part: str = "") -> Iterator[None]:
         raise PermpruneError(f"{name} does not load: {fault}{cure}") from error
 
 
+@memory_reported()
 def load(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The pruned model in a folder that permprune wrote, with its gathers in place if it has any.
 

@@ -144,12 +144,14 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
     every = inspect.signature(settings, eval_str=True).parameters
     shared = {name: parameter for name, parameter in every.items() if name not in without}
     place = next((name for name, parameter in own.items() if parameter.annotation is Settings), "")
+    parameters = own.keys() | shared.keys() if place else own.keys()
 
     @wraps(function)
     def run(**options: Any) -> None:
         from permprune.jobs import trials  # noqa: F401 - with it nearly all that a command imports
         from permprune.system import distributed
         from permprune.system.files import WorkFolder, require_writable
+        from permprune.system.out_of_memory import OutOfMemory
 
         _quiet_libraries()
         with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0):
@@ -162,7 +164,8 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
                         require_writable(path)  # before hours of work, not after
                 function(**options)
             except PermpruneError as error:
-                print(f"permprune: {error}", file=sys.stderr)
+                said = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
+                print(f"permprune: {said}", file=sys.stderr)
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 kept = "resume" in options and WorkFolder(options["out"]).holds_state()

@@ -14,10 +14,12 @@ from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
 from permprune.models.forward import decodes, writes
+from permprune.system.out_of_memory import memory_reported
 
 ACCURACY = "accuracy"
 
 
+@memory_reported()
 def evaluate_model(
     model: nn.Module,
     examples: Examples,

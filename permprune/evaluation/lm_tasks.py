@@ -26,6 +26,7 @@ from permprune.models.forward import writes
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, Natural, require_fields
 from permprune.system import distributed
+from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console
 
 WIKITEXT = "wikitext2"
@@ -155,6 +156,7 @@ class LoadedTasks:
         ]
 
 
+@memory_reported()
 def evaluate_tasks(name: str, tasks: TaskList, *, trust_remote_code: bool = False) -> list[Result]:
     """What a model, by name or folder, scores on tasks, by each metric; at last the average if there are several.
 

@@ -11,8 +11,10 @@ from permprune.jobs.trials import Evaluation, Trials
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuter
 from permprune.settings import Settings
+from permprune.system.out_of_memory import memory_reported
 
 
+@memory_reported()
 def compare(
     name: str, methods: Sequence[str] | Mapping[str, Permuter], settings: Settings, evaluation: Evaluation
 ) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from permprune.evaluation.result import Result
 from permprune.jobs.trials import BATCH, Evaluation, transcriber
 from permprune.models.modality import TOGETHER, kind_of
 from permprune.system.memory import keep_freed_memory
+from permprune.system.out_of_memory import memory_reported
 
 
+@memory_reported()
 def evaluate(name: str, evaluation: Evaluation, *, trust_remote_code: bool = False) -> Result:
     """What a model, by name or folder, scores: perplexity, accuracy or word error rate.
 

@@ -39,6 +39,7 @@ from permprune.system import distributed
 from permprune.system.digests import WEIGHTS, model_digests, versions
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import keep_freed_memory
+from permprune.system.out_of_memory import memory_reported
 from permprune.system.search_state import Checkpoint
 from permprune.training.loop import Trainer, Training
 from permprune.training.weights import masked, trained_weights
@@ -112,6 +113,7 @@ class FineTuning:
         return rest, dev
 
 
+@memory_reported()
 def finetune(
     name: str,
     out: Path,

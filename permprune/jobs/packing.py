@@ -22,11 +22,13 @@ from permprune.inference.quantizer import restore_outputs, unpack_layers
 from permprune.models.processors import read_processor
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
+from permprune.system.out_of_memory import memory_reported
 
 PACKED = "packed"
 """The key of a record under which a packed folder keeps what `unpack_folder` needs."""
 
 
+@memory_reported()
 def pack_folder(folder: Path, out: Path, dtype: str = "bf16", block: int = 64) -> dict[str, Any]:
     """Write the pruned checkpoint in `folder` with packed weights to `out`, which Transformers loads.
 
@@ -67,6 +69,7 @@ def pack_folder(folder: Path, out: Path, dtype: str = "bf16", block: int = 64) -
     }
 
 
+@memory_reported()
 def unpack_folder(folder: Path, out: Path) -> None:
     """Write the packed checkpoint in `folder` as an ordinary pruned one, zeros and gathers included, to `out`.
 

@@ -17,8 +17,10 @@ from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
 from permprune.system.memory import keep_freed_memory
+from permprune.system.out_of_memory import memory_reported
 
 
+@memory_reported()
 def probe(
     name: str,
     out: Path,

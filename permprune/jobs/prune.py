@@ -27,8 +27,10 @@ from permprune.settings import Settings
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
+from permprune.system.out_of_memory import memory_reported
 
 
+@memory_reported()
 def prune_to_folder(
     name: str,
     out: Path,

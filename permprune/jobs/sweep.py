@@ -37,6 +37,7 @@ from permprune.settings import Settings
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
 from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
+from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console, log, track
 from permprune.system.search_state import Checkpoint, require_same
 from permprune.zoo.models import note
@@ -88,6 +89,7 @@ class Job:
     asked: dict[str, Any]
 
 
+@memory_reported()
 def sweep(
     name: str,
     out: Path,

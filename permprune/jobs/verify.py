@@ -9,8 +9,10 @@ from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
 from permprune.checkpoints.probe import check_outputs
 from permprune.pruning.folder import require_probe
+from permprune.system.out_of_memory import memory_reported
 
 
+@memory_reported()
 def verify_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, float]:
     """Prove a folder that permprune wrote: N:M in stored order, it reloads, and it says what the masked model said.
 

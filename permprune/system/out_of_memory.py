@@ -1,0 +1,56 @@
+"""Running out of memory, as an error that says what to do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+from permprune.errors import PermpruneError
+from permprune.system.memory import peak_memory_mb
+
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+"""What torch, CUDA, C++ and the system say, in lower case."""
+
+ADVICE: Mapping[str, str] = {
+    "batch": "fewer examples at a time (--batch 1)",
+    "recompute": "--recompute",
+    "memory": "a limit such as --memory 8GiB",
+    "length": "shorter windows (--length)",
+    "windows": "fewer windows (--windows)",
+}
+"""The options that make a command need less, and how to give them; other commands need a larger machine."""
+
+
+class OutOfMemory(PermpruneError):
+    """Memory ran out; `peak` is the largest resident memory until then, in MiB, None where it is unknown."""
+
+    def __init__(self, peak: float | None, options: Collection[str] | None = None) -> None:
+        self.peak = peak
+        wanted = [advice for option, advice in ADVICE.items() if options is None or option in options]
+        reached = "" if peak is None else f" (the peak so far: {peak:,.0f} MiB)"
+        super().__init__(
+            f"out of memory{reached}: " + (f"give {', '.join(wanted)}" if wanted else "this takes a larger machine")
+        )
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that memory ran out."""
+    while error is not None:
+        if isinstance(error, (MemoryError, OutOfMemory)) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS):
+            return True
+        error = error.__cause__
+    return False
+
+
+@contextmanager
+def memory_reported() -> Iterator[None]:
+    """Raise `OutOfMemory` for whatever says inside that memory ran out; also a decorator."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(peak_memory_mb()) from error

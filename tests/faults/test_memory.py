@@ -1,0 +1,110 @@
+"""Memory that runs out: one line, with the peak so far and the options that help."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import permprune
+from permprune.system.out_of_memory import OutOfMemory
+
+from ..cli.running import fails, run
+
+WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
+SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
+
+
+try:
+    torch.empty(2**47, dtype=torch.uint8)
+except RuntimeError as error:
+    TORCH_SAYS = str(error)
+
+
+def python_has_none(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+def torch_has_none(*_: object, **__: object) -> None:
+    raise RuntimeError(TORCH_SAYS)
+
+
+def the_gpu_has_none(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def the_system_has_none(*_: object, **__: object) -> None:
+    raise OSError(12, "Cannot allocate memory")
+
+
+ENDS = [python_has_none, torch_has_none, the_gpu_has_none, the_system_has_none]
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize("end", ENDS)
+def test_tracing_says_so(
+    tiny_llama: LlamaForCausalLM, mode: str, end: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", end)
+    with pytest.raises(OutOfMemory, match=r"^out of memory \(the peak so far: [\d,]+ MiB\): give .*--recompute"):
+        permprune.prune(tiny_llama, permute="none", examples=WINDOWS, mode=mode)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_calibration_says_so(
+    tiny_llama: LlamaForCausalLM, end: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass that is traced has enough, a later one has not."""
+    plan = permprune.pipeline.plan_run
+
+    def planned(*arguments: object, **options: object) -> object:
+        found = plan(*arguments, **options)
+        monkeypatch.setattr(LlamaMLP, "forward", end)
+        return found
+
+    monkeypatch.setattr("permprune.pipeline.plan_run", planned)
+    with pytest.raises(OutOfMemory):
+        permprune.prune(tiny_llama, permute="none", examples=WINDOWS)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_loading_and_evaluating_say_so(
+    tiny_checkpoint: Path, end: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "from_pretrained", end)
+        with pytest.raises(OutOfMemory):
+            permprune.read_model(str(tiny_checkpoint))
+    model, _, _ = permprune.read_model(str(tiny_checkpoint))
+    monkeypatch.setattr(LlamaMLP, "forward", end)
+    with pytest.raises(OutOfMemory):
+        permprune.evaluate_model(model, permprune.Examples.of(WINDOWS))
+
+
+def test_a_command_names_the_options_it_has(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--data", tiny_text, "--windows", "4", "--length", "16"]
+    source = [tiny_checkpoint, "--calibration", tiny_text, *data, "--samples", "24"]
+    pruned = tmp_path / "pruned"
+    assert run("prune", *source, "--permute", "none", "--out", pruned)[0] == 0
+    monkeypatch.setattr(LlamaMLP, "forward", torch_has_none)
+    said = fails("prune", *source, "--permute", "none", "--out", tmp_path / "out")
+    assert "out of memory" in said and "--batch 1" in said and "--recompute" in said and "--memory 8GiB" in said
+    assert "--batch 1" in fails("compare", *source, "--methods", "ria")
+    said = fails("evaluate", tiny_checkpoint, *data)
+    assert "--length" in said and "--windows" in said and "--batch" not in said
+    assert "this takes a larger machine" in fails("verify", pruned)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_errors_stay_what_they_are(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("the shapes differ")
+
+    monkeypatch.setattr(LlamaMLP, "forward", broken)
+    with pytest.raises(permprune.PermpruneError, match="cannot trace the model") as caught:
+        permprune.prune(tiny_llama, permute="none", examples=WINDOWS)
+    assert not isinstance(caught.value, OutOfMemory)
