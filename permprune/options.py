@@ -6,9 +6,11 @@ made, in Python and on the command line alike; `from_text` reads a value from a 
 
 from __future__ import annotations
 
+import difflib
 import re
 import reprlib
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -87,6 +89,13 @@ class Number:
             return {"true": True, "false": False}.get(text, text)
         form = _INTEGER if self.kind is int else _NUMBER
         return self.kind(text) if form.fullmatch(text) else text
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The end of an error about a name that is none of these: the one that was probably meant, or all of them."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, 1)
+    return f'did you mean "{close[0]}"?' if close else f"choose one of {', '.join(known)}"
 
 
 def numbers_of(options: type) -> dict[str, Number]:

@@ -42,7 +42,6 @@ from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places
 from permprune.settings import Settings
 from permprune.system.files import atomic_folder
-from permprune.system.memory import keep_freed_memory
 from permprune.system.out_of_memory import memory_reported
 from permprune.updates.registry import update
 from permprune.updates.share import update_network
@@ -128,12 +127,10 @@ def prepare(
 
     `processor` is the tokenizer, or what makes inputs of images or sound. `examples` are what to calibrate on in place
     of the settings' data, token ids (count, length) among them; a decoder that is given no text reads what the dense
-    model writes. `partial` is a folder in which the searches keep their state. From here on the process keeps memory
-    that it frees (`keep_freed_memory`). Raises `PermpruneError` for settings,
-    data or a model that cannot be used.
+    model writes. `partial` is a folder in which the searches keep their state. Raises `PermpruneError` for
+    settings, data or a model that cannot be used.
     """
     started = time.monotonic()
-    keep_freed_memory()
     if examples is None:
         shown = calibration_examples(model, processor, settings)
     else:
@@ -196,7 +193,7 @@ def prune(
     """
     method = permuter(permute)
     set_origin(model, origin_of(model))
-    prepared = prepare(model, processor, Settings(**settings), examples)
+    prepared = prepare(model, processor, Settings.of(**settings), examples)
     update_weights(prepared)
     natural = prepared.network.measures()
     solution = method.solve(prepared.network, prepared.run)

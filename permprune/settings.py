@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from permprune.errors import PermpruneError
-from permprune.options import MODES, Bytes, Count, Positive, Seed, require_fields
+from permprune.options import MODES, Bytes, Count, Positive, Seed, nearest, require_fields
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -63,6 +63,15 @@ class Settings:
                 f'mode "{self.mode}" with precision "{self.precision}": '
                 f"choose a mode of {', '.join(MODES)} and a precision of {', '.join(PRECISIONS)}"
             )
+
+    @classmethod
+    def of(cls, **values: Any) -> Settings:
+        """Settings by keywords. Raises `PermpruneError` for a keyword that is none, naming the nearest that is one."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise PermpruneError(f'there is no setting "{name}": {nearest(name, known)}')
+        return cls(**values)
 
     def described(self, permute: str) -> dict[str, Any]:
         """The settings and the permuter's name for a record; methods of one's own by what they print as."""

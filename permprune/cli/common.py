@@ -6,6 +6,7 @@ takes no torch and no transformers, which are seconds to import.
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import logging
 import os
@@ -70,8 +71,19 @@ METHODS = (
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(importlib.metadata.version("permprune"))
+        raise typer.Exit
+
+
 @app.callback()
-def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each decision")] = False) -> None:
+def main(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each decision")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and end")
+    ] = False,
+) -> None:
     handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
@@ -151,9 +163,11 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
         from permprune.jobs import trials  # noqa: F401 - with it nearly all that a command imports
         from permprune.system import distributed
         from permprune.system.files import WorkFolder, require_writable
+        from permprune.system.memory import keep_freed_memory
         from permprune.system.out_of_memory import OutOfMemory
 
         _quiet_libraries()
+        keep_freed_memory()
         with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0):
             try:
                 _require_text(options)

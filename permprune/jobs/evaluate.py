@@ -7,7 +7,6 @@ from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.result import Result
 from permprune.jobs.trials import BATCH, Evaluation, transcriber
 from permprune.models.modality import TOGETHER, kind_of
-from permprune.system.memory import keep_freed_memory
 from permprune.system.out_of_memory import memory_reported
 
 
@@ -17,7 +16,6 @@ def evaluate(name: str, evaluation: Evaluation, *, trust_remote_code: bool = Fal
 
     `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` for examples that do not say what is right.
     """
-    keep_freed_memory()
     model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
     examples, tokenizer = evaluation.examples(model, processor), transcriber(model, processor)
     return evaluate_model(model, examples, tokenizer, None, BATCH * TOGETHER[kind_of(model)], evaluation.metric)[0]

@@ -38,7 +38,6 @@ from permprune.pruning.folder import require_probe, write_model
 from permprune.system import distributed
 from permprune.system.digests import WEIGHTS, model_digests, versions
 from permprune.system.files import WorkFolder, atomic_folder, require_space
-from permprune.system.memory import keep_freed_memory
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.search_state import Checkpoint
 from permprune.training.loop import Trainer, Training
@@ -138,7 +137,6 @@ def finetune(
 def _finetune(
     name: str, options: FineTuning, work: WorkFolder, announce: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    keep_freed_memory()
     model, processor, stored = read_model(name, trust_remote_code=options.trust_remote_code)
     require_changeable(model)
     origin = origin_of(model)

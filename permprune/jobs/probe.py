@@ -16,7 +16,6 @@ from permprune.models.layers import require_changeable
 from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
-from permprune.system.memory import keep_freed_memory
 from permprune.system.out_of_memory import memory_reported
 
 
@@ -39,7 +38,6 @@ def probe(
     require("windows", windows, Count)
     require_absent(out)
     require_writable(out)
-    keep_freed_memory()
     model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
     require_changeable(model)
     require_space(out, weight_bytes(model))

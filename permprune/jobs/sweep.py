@@ -37,6 +37,7 @@ from permprune.settings import Settings
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
 from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
+from permprune.system.memory import keep_freed_memory
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console, log, track
 from permprune.system.search_state import Checkpoint, require_same
@@ -230,6 +231,7 @@ def _begin_worker(threads: int, level: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     torch.set_num_threads(threads)
+    keep_freed_memory()
     console.quiet = True
     log.handlers[:] = [logging.StreamHandler()]
     log.setLevel(level)

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from permprune.errors import PermpruneError
-from permprune.options import numbers_of
+from permprune.options import nearest, numbers_of
 from permprune.permuters.base import Permuter
 from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity, Random
@@ -35,7 +35,7 @@ def permuter(name: str | Permuter) -> Permuter:
         return name
     name, *changes = name.split(":")
     if name not in PERMUTERS:
-        raise PermpruneError(f'unknown permuter "{name}": choose one of {", ".join(PERMUTERS)}')
+        raise PermpruneError(f'unknown permuter "{name}": {nearest(name, PERMUTERS)}')
     method = PERMUTERS[name]()
     objective = getattr(method, "objective", None)
     holders = {option: held for held in (method, objective) if held for option in numbers_of(type(held))}

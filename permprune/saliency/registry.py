@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from permprune.errors import PermpruneError
+from permprune.options import nearest
 from permprune.saliency.base import Saliency
 from permprune.saliency.magnitude import Magnitude
 from permprune.saliency.obs import OBS
@@ -17,5 +18,5 @@ def saliency(name: str | Saliency) -> Saliency:
     if isinstance(name, Saliency):
         return name
     if name not in SALIENCIES:
-        raise PermpruneError(f'unknown saliency "{name}": choose one of {", ".join(sorted(SALIENCIES))}')
+        raise PermpruneError(f'unknown saliency "{name}": {nearest(name, SALIENCIES)}')
     return SALIENCIES[name]()

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger("permprune")
+log.addHandler(logging.NullHandler())  # what is not asked for is not printed
 console = Console(stderr=True)
 T = TypeVar("T")
 

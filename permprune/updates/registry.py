@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from permprune.errors import PermpruneError
+from permprune.options import nearest
 from permprune.updates.base import Update
 from permprune.updates.none import NoUpdate
 from permprune.updates.sparsegpt import SparseGPT
@@ -15,5 +16,5 @@ def update(name: str | Update) -> Update:
     if isinstance(name, Update):
         return name
     if name not in UPDATES:
-        raise PermpruneError(f'unknown update "{name}": choose one of {", ".join(UPDATES)}')
+        raise PermpruneError(f'unknown update "{name}": {nearest(name, UPDATES)}')
     return UPDATES[name]()
