@@ -28,6 +28,7 @@ from permprune.examples import Examples
 from permprune.losses.targets import choose_task
 from permprune.models.forward import frozen, short_inputs
 from permprune.models.generation import lacks_text, transcribed
+from permprune.models.layers import dense_weights
 from permprune.models.modality import TOGETHER, kind_of
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
@@ -82,7 +83,7 @@ class Pruned:
 
     def record(self) -> Record:
         """How the model was pruned, as its folder tells it; what `prune` does not measure is None."""
-        name = origin_of(self.model).name
+        name, pruned = origin_of(self.model).name, [layer["name"] for layer in self.layers]
         values = {
             "format": FORMAT,
             "version": importlib.metadata.version("permprune"),
@@ -94,6 +95,7 @@ class Pruned:
             "curve": [asdict(point) for point in self.solution.curve],
             "permutations": {space: table.tolist() for space, table in self.tables.items()},
             "gathers": [asdict(gather) for gather in self.gathers],
+            "dense": asdict(dense_weights(self.model, pruned, self.settings["exclude"])),
             "sample": self.sample,
             "seconds": {"search": self.solution.seconds},
         }
@@ -194,6 +196,7 @@ def prune(
     method = permuter(permute)
     set_origin(model, origin_of(model))
     prepared = prepare(model, processor, Settings.of(**settings), examples)
+    prepared.dense.warn()
     update_weights(prepared)
     natural = prepared.network.measures()
     solution = method.solve(prepared.network, prepared.run)

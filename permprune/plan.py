@@ -19,7 +19,7 @@ from permprune.data.overlap import overlap
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.models.forward import short_inputs
-from permprune.models.layers import Layer, prunable_layers
+from permprune.models.layers import DenseWeights, Layer, dense_weights, prunable_layers
 from permprune.models.modality import WORTH, kind_of
 from permprune.models.processors import Processor
 from permprune.pattern import Pattern, parse_pattern
@@ -43,8 +43,8 @@ FREE = ("minutes", "update", "batch", "recompute")
 class Plan:
     """What will be searched in a model, before anything is measured.
 
-    `sites` names the tensor that each layer reads; `measured` are the examples for the statistics, through which
-    activations have type `dtype`.
+    `sites` names the tensor that each layer reads, `dense` what stays dense inside the blocks; `measured` are the
+    examples for the statistics, through which activations have type `dtype`.
     """
 
     settings: Settings
@@ -55,6 +55,7 @@ class Plan:
     layers: list[Layer]
     problems: list[Problem]
     sites: dict[str, str]
+    dense: DenseWeights
     measured: Examples
     run: Run
 
@@ -89,7 +90,8 @@ def plan_run(
     searched = {name: value for name, value in asdict(settings).items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
     run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), worth)
-    return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, measured, run)
+    dense = dense_weights(model, sites, settings.exclude)
+    return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
 
 
 def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:

@@ -55,10 +55,11 @@ def carry_over(model: PreTrainedModel, whole: PreTrainedModel, rename: Callable[
 
 def _renamed(record: Record, rename: Callable[[str], str]) -> Record:
     """The record with other names of modules, and of the spaces and sites that are named after modules."""
-    sample = record.sample
+    sample, dense = record.sample, record.dense
     return dataclasses.replace(
         record,
         layers=[dataclasses.replace(layer, name=rename(layer.name)) for layer in record.layers],
+        dense=None if dense is None else dataclasses.replace(dense, layers=[*map(rename, dense.layers)]),
         permutations={rename(space): table for space, table in record.permutations.items()},
         gathers=[
             dataclasses.replace(

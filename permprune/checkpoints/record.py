@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from permprune.checkpoints.gathers import Gather, Order
 from permprune.checkpoints.schema import Malformed, decode, encode
 from permprune.errors import PermpruneError
+from permprune.models.layers import DenseWeights
 from permprune.options import Range, Share
 from permprune.pattern import Pattern
 
@@ -149,8 +150,9 @@ class Record:
     """How a model was pruned, and what came of it.
 
     `model` is the name of the dense one, `settings` the fields of `Settings` and the permuter's name as "permute".
-    `permutations` are the tables folded into the weights, by space, `gathers` those that a loader puts back. What was
-    not measured is None. Keys that this version does not know are kept in `extra`.
+    `permutations` are the tables folded into the weights, by space, `gathers` those that a loader puts back. `dense` is
+    what stayed dense inside the blocks, None where it was not recorded. What was not measured is None. Keys that this
+    version does not know are kept in `extra`.
     """
 
     format: Format
@@ -163,6 +165,7 @@ class Record:
     curve: list[Round]
     permutations: dict[str, list[Order]]
     gathers: list[Gather]
+    dense: DenseWeights | None = None
     sample: Sample | None = None
     measured: Measured | None = None
     gap_closed: Value | None = None

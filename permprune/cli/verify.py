@@ -21,4 +21,6 @@ def verify(
 
     found = verify_folder(folder, trust_remote_code=trust_remote_code)
     print(f"{found['layers']} layers hold the pattern in stored order")
+    if dense := str(found["dense"]):
+        print(dense)
     print(f"reloaded; logits differ by at most {found['difference']:.1e} from the masked model in its own order")

@@ -29,6 +29,7 @@ def compare(
     chosen = {"none": permuter("none"), **named}
     trials = Trials(name, settings, evaluation)
     warn_of_overlap(trials.overlap)
+    trials.prepared.dense.warn()
     dense = trials.dense.result
     rows = [trials.dense.row("dense"), *(trials.run(method).row(label) for label, method in chosen.items())]
     none = rows[1][dense.metric]

@@ -81,6 +81,7 @@ def _prune_held(name: str, permute: str, settings: Settings, evaluation: Evaluat
     model, processor, stored = read_model(name, trust_remote_code=settings.trust_remote_code)
     require_space(work.out, weight_bytes(model, stored))
     prepared = prepare(model, processor, settings, partial=work.path)
+    prepared.dense.warn()
     require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.network))
     with prepared.network.dense_weights():
         measure = Meter(model, processor, evaluation)
@@ -105,6 +106,7 @@ def _prune_streamed(name: str, permute: str, settings: Settings, evaluation: Eva
     require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
     plan = plan_run(model, settings, calibration_examples(model, processor, settings), weights.stored)
+    plan.dense.warn()
     overlap = _said_overlap(plan, examples)
     stream = Stream(model, weights, plan, work.path / rank)
     require_space(work.out, weight_bytes(model, stored) + distributed.world() * stream.state_bytes)

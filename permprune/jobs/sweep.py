@@ -26,7 +26,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.result import gap_closed, higher_is_better
 from permprune.evaluation.size import model_bytes
 from permprune.jobs.trials import Evaluation, Trials
-from permprune.models.layers import prunable_layers
+from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.options import Count, Positive, require
 from permprune.pattern import parse_pattern
 from permprune.permuters.base import LocalPermuter
@@ -158,6 +158,7 @@ def _check(name: str, cells: list[Cell], settings: Settings, jobs: int) -> None:
     skeleton = read_skeleton(name, trust_remote_code=settings.trust_remote_code)
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
         prunable_layers(skeleton, parse_pattern(pattern), settings.exclude)
+    dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # not of those left out by choice
 
 
 def _asked(name: str, settings: Settings, evaluation: Evaluation) -> dict[str, Any]:

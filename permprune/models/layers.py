@@ -1,7 +1,8 @@
-"""The weights that are pruned: every linear inside the repeated blocks of a model."""
+"""The weights that are pruned, every linear inside the repeated blocks of a model, and those that stay dense there."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
+from permprune.options import Share
 from permprune.pattern import Pattern
+from permprune.system.progress import log
+
+SHOWN = 5
+"""Names of dense weights in a warning, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,7 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
     to look at) or is packed (`require_changeable`).
     """
     require_changeable(model)
-    inside = {id(module) for block in blocks(model) for module in block.modules()}
-    layers = [
-        Layer(name, module, isinstance(module, Conv1D))
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
-    ]
+    layers = block_linears(model)
     if layers:
         layers = _less_excluded(layers, exclude)
     if not layers:
@@ -73,6 +74,67 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
         if not layer.weight.is_meta:
             require_finite(layer)
     return layers
+
+
+def block_linears(model: nn.Module) -> list[Layer]:
+    """Every linear inside the repeated blocks."""
+    inside = _modules_inside(model)
+    return [
+        Layer(name, module, isinstance(module, Conv1D))
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
+    ]
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    """Weights inside the repeated blocks that nobody chose to leave dense.
+
+    `share` is theirs of all weights inside the blocks; `layers` are the parameters' names, those that differ in numbers
+    alone once, with *.
+    """
+
+    share: Share
+    layers: list[str]
+
+    def __str__(self) -> str:
+        """A sentence that names them; empty if there are none."""
+        if not self.layers:
+            return ""
+        more = f" and {len(self.layers) - SHOWN} more" if len(self.layers) > SHOWN else ""
+        shown = ", ".join(self.layers[:SHOWN]) + more
+        return f"{100 * self.share:.3g} % of the weights inside the blocks stay dense: {shown}"
+
+    def warn(self) -> None:
+        """Log a warning that names them, if there are any."""
+        if self.layers:
+            log.warning("%s", self)
+
+
+def dense_weights(model: nn.Module, pruned: Iterable[str], exclude: Iterable[str] = ()) -> DenseWeights:
+    """What stays dense inside the repeated blocks beside the layers `pruned`, given by name.
+
+    Such are fused experts (3-D weights), their routers, kernels of convolutions: every parameter that has two
+    dimensions or more and is no bias and no embedding. Layers that match a glob of `exclude` are dense by choice.
+    """
+    inside, pruned, exclude = _modules_inside(model), set(pruned), tuple(exclude)
+    total, dense = 0, {}
+    for owner, module in model.named_modules():
+        if id(module) not in inside or isinstance(module, nn.Embedding):
+            continue
+        for name, parameter in module.named_parameters(owner, recurse=False):
+            if parameter.squeeze().dim() < 2 or "bias" in name.rpartition(".")[2]:
+                continue
+            total += parameter.numel()
+            if owner not in pruned and not any(fnmatch(owner, glob) for glob in exclude):
+                dense[name] = parameter.numel()
+    names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?![^.])", "*", name) for name in dense)
+    return DenseWeights(sum(dense.values()) / total if total else 0.0, list(names))
+
+
+def _modules_inside(model: nn.Module) -> set[int]:
+    """The ids of the modules inside the repeated blocks."""
+    return {id(module) for block in blocks(model) for module in block.modules()}
 
 
 def _less_excluded(layers: list[Layer], exclude: Iterable[str]) -> list[Layer]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from permprune.models.layers import DenseWeights
 from permprune.report import maps, pictures
 from permprune.report.page import Shown, fill, shown
 from permprune.report.words import (
@@ -36,6 +37,7 @@ def render(record: Mapping[str, Any]) -> str:
         trained=_then_trained(record),
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
         table=_table(record),
+        dense=_dense(record.get("dense")),
         pictures=_pictures(record),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
         spaces=_spaces(record),
@@ -144,6 +146,12 @@ def _optimised(optimised: Mapping[str, Any]) -> str:
         f"{optimised['count']:,} {optimised['unit']} held out. The best epoch was kept; all else here was measured "
         "before."
     )
+
+
+def _dense(weights: Mapping[str, Any] | None) -> str:
+    """What stayed dense inside the blocks, as a sentence; empty if nothing did, or if that was not recorded."""
+    text = str(DenseWeights(**weights)) if weights else ""
+    return f"{text}." if text else ""
 
 
 def _spaces(record: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold, fold_all, inverse
+from permprune.coupling.observe import observe
 from permprune.coupling.space import ChannelSpace, Coupling
 from permprune.models.forward import main_outputs
+from permprune.models.layers import block_linears, dense_weights
 
 from .coupling_models import FAMILIES, REFUSED, Example, randomised
 
@@ -37,15 +39,19 @@ Each number counts spaces. "Difference" is the largest change of an output, rela
 space alone and then all spaces together are permuted at random. Models are in float64; where the difference is not near
 1e-16, the model's own code computes norms in float32.
 
-| family | class | {kinds} | difference | frozen |
-|---|---|{columns}---:|---|
+"Pruned" is the share of the weights inside the repeated blocks that lie in pruned layers. The others stay dense: fused
+experts (3-D weights) and their routers, kernels of convolutions, state matrices. Embeddings, biases and norms do not
+count. Every run says which weights stay dense, and `verify` says it of a folder.
+
+| family | class | pruned | {kinds} | difference | frozen |
+|---|---|---:|{columns}---:|---|
 """
 
 REFUSALS = """
 Models that cannot be traced, so that only `--mode gather` prunes them:
 
-| family | why |
-|---|---|
+| family | pruned | why |
+|---|---:|---|
 """
 
 
@@ -117,19 +123,34 @@ def worst(model: nn.Module, coupling: Coupling, example: Example) -> float:
     return max([*found, difference(before, outputs(model, example))])
 
 
+def pruned(model: nn.Module, coupling: Coupling) -> str:
+    """The share of the weights inside the blocks that is pruned: that of the linears which read a site."""
+    readers = {reader for site in coupling.sites for reader in site.readers}
+    layers = [layer.name for layer in block_linears(model) if layer.parameter in readers]
+    return f"{100 * (1 - dense_weights(model, layers).share):.0f} %"
+
+
 def row(name: str) -> str:
     family = FAMILIES[name]
     model, example = randomised(family.build()), family.example()
     coupling = discover(model, example)
     counts: list[Any] = list(census(model, coupling).values())
-    cells = [name, f"`{type(model).__name__}`", *counts, f"{worst(model, coupling, example):.0e}"]
+    difference = f"{worst(model, coupling, example):.0e}"
+    cells = [name, f"`{type(model).__name__}`", pruned(model, coupling), *counts, difference]
     return " | ".join(["", *map(str, cells), "; ".join(frozen(coupling)) or "nothing", ""]).strip()
+
+
+def refusal(name: str) -> str:
+    family = REFUSED[name]
+    model = family.build()
+    sites = observe(model, family.example(), [layer.name for layer in block_linears(model)])
+    return f"| {name} | {pruned(model, sites)} | {family.reason} |\n"
 
 
 def page() -> str:
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
     head = HEAD.format(**versions, kinds=" | ".join(KINDS), columns="---:|" * len(KINDS))
-    refusals = "".join(f"| {name} | {refused.reason} |\n" for name, refused in REFUSED.items())
+    refusals = "".join(refusal(name) for name in REFUSED)
     return head + "".join(f"{row(name)}\n" for name in FAMILIES) + REFUSALS + refusals
 
 
