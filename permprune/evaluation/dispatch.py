@@ -14,6 +14,7 @@ from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
 from permprune.models.forward import decodes, writes
+from permprune.options import Count, require
 from permprune.system.out_of_memory import memory_reported
 
 ACCURACY = "accuracy"
@@ -35,6 +36,7 @@ def evaluate_model(
     correlation for scores; or the `metric` that is asked for (one of `METRICS`). `batch` examples pass through the
     model at a time. Raises `PermpruneError` where nothing can be measured.
     """
+    require("batch", batch, Count)
     labels = examples.get("labels")
     if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):
         if labels is None:

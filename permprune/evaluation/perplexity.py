@@ -11,6 +11,7 @@ from permprune.evaluation.result import Result
 from permprune.examples import IGNORED, Examples
 from permprune.losses.targets import next_labels
 from permprune.models.forward import decodes, frozen, running
+from permprune.options import Count, require
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
@@ -28,6 +29,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
     windows' by the delta method, ppl * std(window NLL) / sqrt(count), absent for one window. The model's mode is as
     before afterwards. Raises `PermpruneError` when a loss is not finite, or no token counts.
     """
+    require("batch", batch, Count)
     examples = Examples.of(windows)
     device = compute_device(model)
     nll, counts = torch.zeros(2, len(examples), dtype=torch.float64)

@@ -22,6 +22,7 @@ from permprune.evaluation.result import Result
 from permprune.examples import Examples
 from permprune.models.forward import frozen, running
 from permprune.models.signature import argument_names
+from permprune.options import Count, Seed, require
 from permprune.system.device import compute_device
 from permprune.system.progress import log, track
 
@@ -52,6 +53,8 @@ def fit_probe(model: PreTrainedModel, examples: Examples, batch: int = 32, seed:
     the model returned. Which examples are held out depends on `seed`. Raises `PermpruneError` where there is no such
     head, or where the labels are no classes of single examples.
     """
+    require("batch", batch, Count)
+    require("seed", seed, Seed)
     labels = examples.get("labels")
     if labels is None or labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0:
         raise PermpruneError("a probe is fitted to classes from 0 on, one for each example: give such labels")

@@ -6,8 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from permprune import Evaluation, FineTuning, PermpruneError, Settings, TaskList, prune_to_folder
+from permprune import (
+    Evaluation,
+    Examples,
+    FineTuning,
+    PermpruneError,
+    Settings,
+    TaskList,
+    evaluate_model,
+    fit_probe,
+    perplexity,
+    prune_to_folder,
+)
 from permprune.cli.common import parse_bytes
 from permprune.jobs.ablate import variants
 from permprune.losses.objective import Objective
@@ -24,6 +37,7 @@ OPTIONS: list[type] = [
     *PERMUTERS.values(), *SALIENCIES.values(), *UPDATES.values(),
     Objective, Settings, Evaluation, TaskList, FineTuning, Training,
 ]  # fmt: skip
+SHOWN = Examples({"input_ids": torch.zeros(2, 4, dtype=torch.int64)})
 REQUIRED = {FineTuning: {"data": None}, TaskList: {"names": ("cb",)}}
 
 
@@ -166,8 +180,12 @@ def test_the_objects_refuse_what_the_command_line_refuses() -> None:
         lambda: Settings(pattern="24"),
         lambda: Objective(0.0),
         lambda: variants("loss", "ours", 10, epochs=math.nan),
+        lambda: evaluate_model(nn.Linear(2, 2), SHOWN, batch=0),
+        lambda: perplexity(nn.Linear(2, 2), SHOWN, batch=0),
+        lambda: fit_probe(nn.Linear(2, 2), SHOWN, batch=-1),  # type: ignore[arg-type]
+        lambda: fit_probe(nn.Linear(2, 2), SHOWN, seed=-1),  # type: ignore[arg-type]
     ):
-        with pytest.raises(PermpruneError):
+        with pytest.raises(PermpruneError, match=r"give|choose|pattern"):
             make()
     assert Newton(damping=3).damping == 3  # whole numbers are numbers
 
