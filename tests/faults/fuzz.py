@@ -252,7 +252,7 @@ class Fuzz:
         if answer["noise"]:
             return "noise", answer["noise"]
         if answer["status"] == 2:
-            lines = [line for line in answer["stderr"].splitlines() if not line.startswith(WARNING)]
+            lines = [line for line in answer["stderr"].splitlines() if line and not line.startswith(WARNING)]
             one = len(lines) == 1 and lines[0].startswith("permprune: ")
             if not one:
                 return "lines", answer["stderr"]
