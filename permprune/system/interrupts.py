@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 
 @contextmanager
@@ -25,13 +23,13 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def leaving_on_interrupt() -> Iterator[None]:
-    """Inside, Ctrl-C ends the program `permprune` at once, with one line and status 130; other programs go on as ever.
+    """Inside, Ctrl-C ends the program at once, with one line and status 130.
 
     Importing what a command needs takes seconds, in which an exception could rise anywhere in other packages: some
     catch it.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if not _is_program() or handler is not signal.default_int_handler:  # ignored, as behind nohup
+    if handler is not signal.default_int_handler:  # ignored, as behind nohup
         yield
         return
     signal.signal(signal.SIGINT, _leave)
@@ -39,14 +37,6 @@ def leaving_on_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
-
-
-def _is_program() -> bool:
-    """Whether Python was started as `permprune` or as `python -m permprune`."""
-    started = Path(sys.argv[0] if getattr(sys, "argv", None) else "")
-    if started.name == "-m":  # as long as the package itself is imported
-        return "permprune" in sys.orig_argv
-    return "permprune" in (started.stem, started.parent.name if started.name == "__main__.py" else "")
 
 
 def _leave(*_: object) -> None:

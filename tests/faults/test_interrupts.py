@@ -29,33 +29,7 @@ def test_ctrl_c_while_the_program_is_imported(started: str, reached: str, tmp_pa
     assert (process.returncode, said) == (130, ["permprune: interrupted"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "started", "leaves"),
-    [
-        (["/usr/bin/permprune", "prune"], [], True),
-        (["C:/Scripts/permprune.exe"], [], True),
-        (["/lib/permprune/__main__.py"], [], True),
-        (["-m"], ["python", "-m", "permprune", "prune"], True),
-        (["-m"], ["python", "-m", "pytest"], False),
-        (["/home/notebook.py"], [], False),
-        (["/lib/other/__main__.py"], [], False),
-        ([""], [], False),
-        ([], [], False),
-    ],
-)
-def test_other_programs_are_left_alone(
-    arguments: list[str], started: list[str], leaves: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "argv", arguments)
-    monkeypatch.setattr(sys, "orig_argv", started)
-    before = signal.getsignal(signal.SIGINT)
-    with leaving_on_interrupt():
-        assert (signal.getsignal(signal.SIGINT) is not before) is leaves
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_an_ignored_interrupt_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["permprune"])
+def test_an_ignored_interrupt_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with leaving_on_interrupt():
