@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PermpruneError(Exception):
     """Bad input or a failed check: one line for a person, saying what is wrong and what to do.
@@ -10,6 +12,16 @@ class PermpruneError(Exception):
     line breaks in a name that stands in a file, are escaped.
     """
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Processes hand errors on by what they hold: subclasses are not made of their message."""
+        return _restored, (type(self), self.args, vars(self))
+
     def __str__(self) -> str:
         characters = super().__str__()
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in characters)
+
+
+def _restored(kind: type[PermpruneError], args: tuple[Any, ...], state: dict[str, Any]) -> PermpruneError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error

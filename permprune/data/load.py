@@ -47,7 +47,7 @@ def load_examples(
     part = "calibration" if part == "probe" else part
     if kind == "text":
         documents = load_documents(source, part)
-        return Examples.of(tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True))
+        return _known(model, Examples.of(tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True)))
     if source is None:
         raise PermpruneError(f"there are no {kind} to {_use(part)} by default: name a file, a folder or a data set")
     seed = seed or 0
@@ -55,7 +55,21 @@ def load_examples(
         return Examples(load_images(source, model, processor, part, count, seed, shared))
     if kind == "speech":
         return Examples(load_speech(source, model, processor, part, count, seed, shared))
-    return Examples(load_labelled_text(source, model, processor, part, count, length, seed, shared))
+    return _known(model, Examples(load_labelled_text(source, model, processor, part, count, length, seed, shared)))
+
+
+def _known(model: PreTrainedModel, texts: Examples) -> Examples:
+    """The same texts. Raises `PermpruneError` when one has a token that the model has no embedding for."""
+    try:
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # a class that does not say where they are
+        return texts
+    largest = int(texts["input_ids"].max())
+    if known is not None and largest >= known:
+        raise PermpruneError(
+            f"the tokenizer gives token {largest}, and the model knows {known} tokens: take both from one checkpoint"
+        )
+    return texts
 
 
 def _use(part: Part) -> str:

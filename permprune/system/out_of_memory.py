@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from permprune.errors import PermpruneError
 from permprune.system.memory import peak_memory_mb
 
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad_alloc")
+SIGNS = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "can't start new thread",
+)
 """What torch, CUDA, C++ and the system say, in lower case."""
 
 ADVICE: Mapping[str, str] = {

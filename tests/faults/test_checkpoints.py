@@ -267,3 +267,21 @@ def test_pickled_weights_are_read_as_tensors_alone(tiny_checkpoint: Path, tiny_t
     assert run(*arguments("evaluate", tiny_checkpoint, tiny_text)) == expected
     line = fails_at_last(*arguments(LAYERWISE, tiny_checkpoint, tiny_text))
     assert "pytorch_model.bin holds pickled weights" in line and line.endswith("convert it to safetensors")
+
+
+@pytest.mark.parametrize("kind", ["tiny_checkpoint", "tiny_bert"])
+def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
+    kind: str, tiny_text: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(kind)
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["channels"])
+    tokenizer.save_pretrained(folder)
+    data = tiny_text
+    if kind == "tiny_bert":
+        data = tmp_path / "sentences.tsv"
+        data.write_text("text\tlabel\n" + "the order of the channels\tyes\nanother text\tno\n" * 9)
+    for command in ("prune", "sweep", "evaluate"):
+        line = fails(*arguments(command, folder, data))
+        assert "the tokenizer gives token 128, and the model knows 128 tokens" in line
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)

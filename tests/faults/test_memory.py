@@ -1,14 +1,19 @@
 """Memory that runs out: one line, with the peak so far and the options that help."""
 
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 import permprune
+from permprune.coupling.trace import Untraceable
+from permprune.system.files import WriteError
 from permprune.system.out_of_memory import OutOfMemory
 
 from ..cli.running import fails, run
@@ -108,3 +113,45 @@ def test_other_errors_stay_what_they_are(tiny_llama: LlamaForCausalLM, monkeypat
     with pytest.raises(permprune.PermpruneError, match="cannot trace the model") as caught:
         permprune.prune(tiny_llama, permute="none", examples=WINDOWS)
     assert not isinstance(caught.value, OutOfMemory)
+
+
+LIMITED = """
+import re, resource, sys
+from pathlib import Path
+
+import permprune.jobs.trials
+from tests.cli.running import run
+
+for megabytes in (30, 150):
+    size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 2**20, resource.RLIM_INFINITY))
+    print(*run(*sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited and read as Linux does it")
+def test_a_process_that_gets_no_more_memory_says_so(
+    tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path
+) -> None:
+    """At first there is not enough for 50 MB of weights, then for them and activations."""
+    large = LlamaConfig(vocab_size=128, hidden_size=512, intermediate_size=1024, num_hidden_layers=8)
+    LlamaForCausalLM(large).save_pretrained(tmp_path / "large")
+    tiny_tokenizer.save_pretrained(tmp_path / "large")
+    command = ["evaluate", tmp_path / "large", "--data", tiny_text, "--length", "1024", "--windows", "4"]
+    found = subprocess.run([sys.executable, "-c", LIMITED, *command], capture_output=True, text=True, check=True)
+    lines = [line for line in found.stdout.splitlines() if line.strip()]
+    assert len(lines) == 2 and all(line.startswith("2  permprune: out of memory (the peak") for line in lines), found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        permprune.PermpruneError("a line"),
+        OutOfMemory(1234.5, ["batch"]),
+        Untraceable("cannot trace the model"),
+        WriteError(Path("out"), "no space", "free some"),
+    ],
+)
+def test_processes_of_a_sweep_hand_errors_on(error: permprune.PermpruneError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
