@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import permprune
 from permprune.coupling.trace import Untraceable
+from permprune.plan import plan_run
 from permprune.system.files import WriteError
 from permprune.system.out_of_memory import OutOfMemory
 
@@ -62,7 +63,7 @@ def test_calibration_says_so(
     tiny_llama: LlamaForCausalLM, end: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The forward pass that is traced has enough, a later one has not."""
-    plan = permprune.pipeline.plan_run
+    plan = plan_run
 
     def planned(*arguments: object, **options: object) -> object:
         found = plan(*arguments, **options)
