@@ -128,29 +128,30 @@ def test_compare_says_so(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_pa
 
 
 def test_sweep_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
-    one, two = texts
-    for data, share in ((one, 1.0), (two, 0.0)):
-        out = tmp_path / data.stem
-        arguments = ["--calibration", one, "--data", data, *SMALL, "--methods", "none", "--patterns", "1:4,2:4"]
-        code, stdout, stderr = run("sweep", tiny_checkpoint, *arguments, "--out", out)
-        assert code == 0, stderr
-        assert json.loads((out / "figures.json").read_text())["measured"]["overlap"] == pytest.approx(share, abs=0.1)
-        for text in (stdout, stderr, (out / "report.html").read_text()):
-            assert said(text).count("% of the evaluation is in the calibration") == int(share)
+    out = tmp_path / "out"
+    arguments = ["--calibration", texts[0], "--data", texts[0], *SMALL, "--methods", "none", "--patterns", "1:4,2:4"]
+    code, stdout, stderr = run("sweep", tiny_checkpoint, *arguments, "--out", out)
+    assert code == 0, stderr
+    assert json.loads((out / "figures.json").read_text())["measured"]["overlap"] == pytest.approx(1.0, abs=0.1)
+    for text in (stdout, stderr, (out / "report.html").read_text()):
+        assert said(text).count("% of the evaluation is in the calibration") == 1
 
 
-@pytest.mark.parametrize("memory", [[], ["--length", "16", "--samples", "24", "--windows", "20", "--memory", "300KB"]])
-def test_prune_says_so(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path, memory: list[str]) -> None:
-    one, two = texts
-    for data, share in ((one, 1.0), (two, 0.0)):
-        out = tmp_path / data.stem
-        arguments = ["--calibration", one, "--data", data, *SMALL, "--permute", "none", *memory, "--out", out]
-        code, stdout, stderr = run("prune", tiny_checkpoint, *arguments)
-        assert code == 0, stderr
-        measured = json.loads((out / "permprune.json").read_text())["measured"]
-        assert measured["overlap"] == pytest.approx(share, abs=0.8 if memory else 0.1)  # of the text some is drawn
-        for text in (stdout, stderr, (out / "report.html").read_text()):
-            assert said(text).count("% of the evaluation is in the calibration") == int(share)
+LAYERWISE = ["--length", "16", "--samples", "24", "--windows", "20", "--memory", "300KB"]
+
+
+@pytest.mark.parametrize(("other", "options"), [(0, []), (1, []), (0, LAYERWISE)])
+def test_prune_says_so(
+    other: int, options: list[str], texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--calibration", texts[0], "--data", texts[other], *SMALL, "--permute", "none", *options]
+    code, stdout, stderr = run("prune", tiny_checkpoint, *arguments, "--out", out)
+    assert code == 0, stderr
+    found = json.loads((out / "permprune.json").read_text())["measured"]["overlap"]
+    assert found == pytest.approx(1 - other, abs=0.8 if options else 0.1)  # few windows are drawn from the text
+    for text in (stdout, stderr, (out / "report.html").read_text()):
+        assert said(text).count("% of the evaluation is in the calibration") == 1 - other
 
 
 def test_images_that_are_in_both(tiny_vit: Path, tmp_path: Path) -> None:
