@@ -28,7 +28,8 @@ def read_processor(source: str | Path, trust_remote_code: bool = False) -> Proce
     """The tokenizer, image processor or feature extractor of a folder or hub id, or the processor that joins them.
 
     None for a folder that has none of their files: Transformers would make up an empty tokenizer. Code that comes with
-    one is run only with `trust_remote_code`. Raises what Transformers raises when there is one that does not load.
+    one is run only with `trust_remote_code`. Raises what Transformers raises when there is one that does not load, or
+    that takes no text.
     """
     folder = Path(source)
     kinds: list[Any] = [AutoProcessor, AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor]
@@ -39,6 +40,7 @@ def read_processor(source: str | Path, trust_remote_code: bool = False) -> Proce
     for kind in kinds:
         try:
             processor: Processor = kind.from_pretrained(source, trust_remote_code=trust_remote_code)
+            _try_text(processor)
         except Exception as error:  # a wrong kind raises whatever its reader meets first
             failures.append(error)
         else:
@@ -46,6 +48,13 @@ def read_processor(source: str | Path, trust_remote_code: bool = False) -> Proce
     if failures:
         raise failures[0]
     return None
+
+
+def _try_text(processor: Processor) -> None:
+    """Let a tokenizer read a letter: some damage to its files shows only then."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer("a")
 
 
 def tokenizer_of(processor: Processor | None) -> PreTrainedTokenizerBase:

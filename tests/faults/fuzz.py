@@ -32,7 +32,7 @@ COMMANDS = ("verify", "evaluate", "prune")
 WARNING = ("[", " ")
 """What the lines of warnings begin with, which may stand before that of an error: a time, or the room for one."""
 
-LIMIT, GRACE = 60, 20
+LIMIT, GRACE = 120, 30
 """Seconds that a command may take, and those that its process gets to say so."""
 
 MEMORY = 12 * 2**30
@@ -91,9 +91,11 @@ def serve(pipe: Connection, root: Path) -> None:
         raise Hang
 
     signal.signal(signal.SIGALRM, hang)
-    from permprune.system import progress
+    import permprune.jobs.prune
+    import permprune.jobs.verify  # noqa: F401 - that the commands import all this takes longer than they may
+    from permprune.system.progress import console
 
-    progress.console.width = 200
+    console.width = 200
     while (request := pipe.recv()) is not None:
         asked.clear()
         os.ftruncate(noise, 0)

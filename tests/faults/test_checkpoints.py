@@ -73,9 +73,9 @@ def fails_at_last(*arguments: str | Path) -> str:
     return line
 
 
-def change_config(folder: Path, **values: Any) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | values))
+def change_config(folder: Path, file: str = CONFIG, **values: Any) -> None:
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | values))
 
 
 def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], file: str = WEIGHTS) -> None:
@@ -127,6 +127,7 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "index a list": (lambda f: index(f, "[]"), f"{INDEX} names no files"),
     "index of absent files": (lambda f: index(f, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors, which"),
     "tokenizer garbled": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is no valid JSON ("),
+    "tokenizer of words": (lambda f: change_config(f, "tokenizer_config.json", model_max_length="x"), "its tokenizer or "),
     "tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer or processor: "),
     "pickle of code": (lambda f: pickle(f, {"a": Malicious(f / "trace")}), "pytorch_model.bin holds pickled weights"),
     "pickle of a list": (lambda f: pickle(f, [1]), "pytorch_model.bin holds pickled weights"),
