@@ -25,6 +25,7 @@ from ..modalities import images, vit_config
 LAYERWISE = "prune layer by layer"
 COMMANDS = ("prune", LAYERWISE, "sweep", "inspect", "verify", "evaluate")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer_config.json"
 UP = "model.layers.1.mlp.up_proj.weight"
 BIAS = {"model.norm.bias": torch.ones(32)}
 
@@ -127,7 +128,7 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "index a list": (lambda f: index(f, "[]"), f"{INDEX} names no files"),
     "index of absent files": (lambda f: index(f, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors, which"),
     "tokenizer garbled": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is no valid JSON ("),
-    "tokenizer of words": (lambda f: change_config(f, "tokenizer_config.json", model_max_length="x"), "its tokenizer or "),
+    "tokenizer of words": (lambda f: change_config(f, TOKENIZER, model_max_length="x"), "its tokenizer or processor: "),
     "tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer or processor: "),
     "pickle of code": (lambda f: pickle(f, {"a": Malicious(f / "trace")}), "pytorch_model.bin holds pickled weights"),
     "pickle of a list": (lambda f: pickle(f, [1]), "pytorch_model.bin holds pickled weights"),
