@@ -45,8 +45,10 @@ def damage(source: str | Path, weights: bool = False) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
+    """What an error says, in one line; its type where it says nothing, or a key alone."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, KeyError):
+        return f"unknown key {lines[0]}"
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 

@@ -20,7 +20,7 @@ from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_class, write_code
 from permprune.checkpoints.schema import Malformed
-from permprune.checkpoints.weights import load_whole, load_whole_file
+from permprune.checkpoints.weights import load_whole, load_whole_file, require_fewer_layers
 from permprune.errors import PermpruneError
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
@@ -31,7 +31,7 @@ from permprune.zoo.models import resolve_model
 GATHERED = "gathered.safetensors"
 """Weights of a gathered model: under a name of their own, since without the gathers they would compute nonsense."""
 
-PROCESSOR, WEIGHTS = "its tokenizer or processor: ", "its weights: "
+CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "its weights: "
 """Parts of a model that are loaded one after the other, as errors begin with them."""
 
 
@@ -45,8 +45,7 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
     checkpoint and its config.json do not have the same weights.
     """
     source = resolve_model(name)
-    with loading(name, source):
-        read_config(source, trust_remote_code)  # asks the hub once whether there is such a model, the processor often
+    read_config(name, source, trust_remote_code)  # asks the hub once whether there is such a model, a processor often
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
     if any((Path(source) / file).exists() for file in (RECORD, GATHERED)):
@@ -60,37 +59,47 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
     return model.eval(), processor, stored
 
 
-def read_config(source: str | Path, trust_remote_code: bool = False) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class of the model in a folder or hub id, and its config.
+def read_config(
+    name: str, source: str | Path, trust_remote_code: bool = False
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class of the model of that name, which is read from `source`, a folder or hub id, and its config.
 
     The class is the one that the checkpoint names, or, where it names none, the one without a head. With
     `trust_remote_code` that is the checkpoint's own if it comes with code. Raises `PermpruneError` when there is no
-    such class, and what Transformers raises.
+    such class, or no config that a checkpoint can have.
     """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    if trust_remote_code and (own := code_class(config, source)):
-        return own, config
-    if config.architectures:
-        name = str(config.architectures[0])
-        found = getattr(transformers, name, None)
-    else:
-        name = f"model without a head of type {config.model_type}"
-        found = transformers.MODEL_MAPPING.get(type(config), None)
-        found = found[0] if isinstance(found, tuple) else found
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise PermpruneError(
-            f"{source} does not load: {UNTRUSTED}"
-            if has_code_class(config)
-            else f"{source} holds a {name}, which Transformers {transformers.__version__} does not have"
-        )
-    kind = found.config_class
-    if kind is not None and not isinstance(config, kind):  # the config of a whole of which the model is a part
-        config = kind.from_pretrained(source)
-    return found, config
+    with loading(name, source, CONFIG):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        require_fewer_layers(config, source)
+        if trust_remote_code and (own := code_class(config, source)):
+            return own, config
+        found = _named_class(name, config)
+        kind = found.config_class
+        if kind is not None and not isinstance(config, kind):  # the config of a whole of which the model is a part
+            config = kind.from_pretrained(source)
+        return found, config
+
+
+def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of Transformers that a config names. Raises `PermpruneError` when there is none."""
+    match config.architectures:
+        case [str(named), *_]:
+            found = getattr(transformers, named, None)
+        case None | []:
+            named = f"model without a head of type {config.model_type}"
+            found = transformers.MODEL_MAPPING.get(type(config), None)
+            found = found[0] if isinstance(found, tuple) else found
+        case other:
+            raise PermpruneError(f"{name} does not load: architectures in its config is {other!r}, no list of names")
+    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
+        return found
+    if has_code_class(config):
+        raise PermpruneError(f"{name} does not load: {UNTRUSTED}")
+    raise PermpruneError(f"{name} holds a {named}, which Transformers {transformers.__version__} does not have")
 
 
 @contextmanager
-def loading(name: str, source: str | Path, part: str = "") -> Iterator[None]:
+def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
     """Turn what loading a part of a model raises into a `PermpruneError` that says which file is at fault.
 
     `source` is where the model of that name is read from; where it is the cache, the error says how to clear that.
@@ -124,8 +133,9 @@ def _load_pruned(name: str, folder: Path, trust_remote_code: bool) -> PreTrained
     record = read_record(folder)
     if _is_gathered(folder, record):
         path = folder / GATHERED
+        architecture, config = read_config(name, folder, trust_remote_code)
         with loading(name, folder, WEIGHTS):
-            model = load_whole_file(str(path), *read_config(folder, trust_remote_code), path)
+            model = load_whole_file(str(path), architecture, config, path)
         model.eval()
     else:
         model = _load_plain(name, folder, trust_remote_code)
@@ -140,8 +150,8 @@ def _load_pruned(name: str, folder: Path, trust_remote_code: bool) -> PreTrained
 
 
 def _load_plain(name: str, source: str | Path, trust_remote_code: bool) -> PreTrainedModel:
+    architecture, config = read_config(name, source, trust_remote_code)
     with loading(name, source, WEIGHTS):
-        architecture, config = read_config(source, trust_remote_code)
         model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code)
     model.eval()
     return model

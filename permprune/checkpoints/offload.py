@@ -69,8 +69,7 @@ def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedMo
     model.
     """
     source = resolve_model(name)
-    with loading(name, source):
-        architecture, config = read_config(source, trust_remote_code)
+    architecture, config = read_config(name, source, trust_remote_code)
     with loading(name, source, WEIGHTS):
         if not (Path(source) / GATHERED).exists():
             return whole_skeleton(name, architecture, config, source, trust_remote_code=trust_remote_code)[0]
@@ -90,8 +89,7 @@ def read_offloaded(
     `PermpruneError`, and when there are no safetensors.
     """
     source = resolve_model(name)
-    with loading(name, source):
-        architecture, config = read_config(source, trust_remote_code)
+    architecture, config = read_config(name, source, trust_remote_code)
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
     options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,29 @@ def load_whole_file(
     return model
 
 
+def require_fewer_layers(config: PreTrainedConfig, source: str | Path) -> None:
+    """Raise `ValueError` when a config asks for more layers than the safetensors in a folder hold tensors.
+
+    Such a model would take hours to build before anything could be found to be missing.
+    """
+    stored = 0
+    for path in Path(source).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored += len(file.keys())
+    for name, number in _integers(config.to_dict()):
+        if "layers" in name and number > stored > 0:
+            raise ValueError(f"{name} is {number}, and the checkpoint holds {stored} tensors")
+
+
+def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """The integers among values and the values within them, by name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _integers(value)
+        elif isinstance(value, int):
+            yield name, value
+
+
 def without_pooler(architecture: type[nn.Module]) -> dict[str, bool]:
     """The argument for `architecture` that leaves out its pooler; none where it takes no such argument."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(architecture).parameters else {}
@@ -173,7 +197,8 @@ def _report() -> Iterator[list[str]]:
     logger.setLevel(logging.INFO)
     logger.addFilter(keep)
     try:
-        yield lines
+        with warnings.catch_warnings(action="ignore"):  # that loading in earnest repeats
+            yield lines
     finally:
         logger.removeFilter(keep)
         logger.setLevel(level)

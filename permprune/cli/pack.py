@@ -16,12 +16,13 @@ def pack(
     out: Annotated[Path, typer.Option(help="folder for the packed checkpoint; must not exist yet")],
     dtype: Annotated[str, typer.Option(help="of the kept weights: fp32, bf16, fp16 or int8")] = "bf16",
     block: Annotated[int, typer.Option(help="channels that share a scale of int8: 64 or 128")] = 64,
+    trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
     """Write a pruned FOLDER with packed weights: about half the size, and Transformers loads it."""
 
     from permprune.jobs.packing import pack_folder
 
-    found = pack_folder(folder, out, dtype, block)
+    found = pack_folder(folder, out, dtype, block, trust_remote_code=trust_remote_code)
     megabytes = {
         key: f"{found[key]['packed'] / 1e6:.1f} MB, dense {found[key]['dense'] / 1e6:.1f} MB"
         for key in ("layers", "bytes")

@@ -14,10 +14,11 @@ from permprune.cli import common as cli
 def unpack(
     folder: Annotated[Path, typer.Argument(help="a folder that permprune pack wrote")],
     out: Annotated[Path, typer.Option(help="folder for the checkpoint with zeros; must not exist yet")],
+    trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
     """Write a packed FOLDER as an ordinary pruned checkpoint, zeros included."""
 
     from permprune.jobs.packing import unpack_folder
 
-    unpack_folder(folder, out)
+    unpack_folder(folder, out, trust_remote_code=trust_remote_code)
     print(f"written to {out}")

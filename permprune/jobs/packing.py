@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import attach_gathers
-from permprune.checkpoints.io import load, write_weights
+from permprune.checkpoints.io import PROCESSOR, load, loading, write_weights
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.probe import ANSWER, PROBE, Probe, make_probe
 from permprune.checkpoints.record import Record, read_record
@@ -19,7 +19,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.size import weight_bytes
 from permprune.inference.pack import pack
 from permprune.inference.quantizer import restore_outputs, unpack_layers
-from permprune.models.processors import read_processor
+from permprune.models.processors import Processor, read_processor
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
 from permprune.system.out_of_memory import memory_reported
@@ -29,20 +29,22 @@ PACKED = "packed"
 
 
 @memory_reported()
-def pack_folder(folder: Path, out: Path, dtype: str = "bf16", block: int = 64) -> dict[str, Any]:
+def pack_folder(
+    folder: Path, out: Path, dtype: str = "bf16", block: int = 64, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Write the pruned checkpoint in `folder` with packed weights to `out`, which Transformers loads.
 
-    `dtype` and `block` are as those of `permprune.pack`. What the folder's gathers reorder is reordered by the packed
-    layers themselves. Returns "bytes" of all weights before and after ("dense", "packed"), the same of the pruned
-    "layers", the layers left "dense", and the largest "difference" of the outputs on the folder's probe, beside the
-    "largest" output. Raises `PermpruneError`.
+    `dtype` and `block` are as those of `permprune.pack`, `trust_remote_code` is as that of `read_model`. What the
+    folder's gathers reorder is reordered by the packed layers themselves. Returns "bytes" of all weights before and
+    after ("dense", "packed"), the same of the pruned "layers", the layers left "dense", and the largest "difference" of
+    the outputs on the folder's probe, beside the "largest" output. Raises `PermpruneError`.
     """
     require_absent(out)
     require_writable(out)
     record = read_record(folder)
     if PACKED in record.extra:
         raise PermpruneError(f"{folder} is packed already: unpack it first, or pack the folder that it was made from")
-    model, processor = load(folder), read_processor(folder)
+    model, processor = _read(folder, trust_remote_code)
     probe = require_probe(origin_of(model))
     require_space(out, weight_bytes(model))
     patterns = {row.name: row.pattern for row in record.layers}
@@ -59,7 +61,7 @@ def pack_folder(folder: Path, out: Path, dtype: str = "bf16", block: int = 64) -
 
     with atomic_folder(out) as written:
         write_pruned(record, probe, weights, written)
-        said = _renew_probe(written, probe)
+        said = _renew_probe(written, probe, trust_remote_code)
     return {
         "bytes": {"dense": before[0], "packed": after[0]},
         "layers": {"dense": before[1], "packed": after[1]},
@@ -70,10 +72,10 @@ def pack_folder(folder: Path, out: Path, dtype: str = "bf16", block: int = 64) -
 
 
 @memory_reported()
-def unpack_folder(folder: Path, out: Path) -> None:
+def unpack_folder(folder: Path, out: Path, *, trust_remote_code: bool = False) -> None:
     """Write the packed checkpoint in `folder` as an ordinary pruned one, zeros and gathers included, to `out`.
 
-    Raises `PermpruneError`.
+    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`.
     """
     require_absent(out)
     require_writable(out)
@@ -82,7 +84,7 @@ def unpack_folder(folder: Path, out: Path) -> None:
     if kept is None:
         raise PermpruneError(f"{folder} is not packed: give a folder that permprune pack wrote")
     record = Record.of({**values, "gathers": kept["gathers"]})
-    model, processor = load(folder), read_processor(folder)
+    model, processor = _read(folder, trust_remote_code)
     probe = require_probe(origin_of(model))
     unpack_layers(model, model.dtype, natural=False)
     restore_outputs(model)
@@ -91,12 +93,19 @@ def unpack_folder(folder: Path, out: Path) -> None:
     require_space(out, weight_bytes(model))
     with atomic_folder(out) as written:
         write_pruned(record, probe, lambda made: write_weights(model, processor, model.dtype, made), written)
-        _renew_probe(written, probe)
+        _renew_probe(written, probe, trust_remote_code)
 
 
-def _renew_probe(folder: Path, probe: Probe) -> dict[str, Tensor]:
+def _read(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Processor | None]:
+    """The model in the type that it is stored in, and its processor."""
+    with loading(str(folder), folder, PROCESSOR):
+        processor = read_processor(folder, trust_remote_code)
+    return load(folder, trust_remote_code=trust_remote_code), processor
+
+
+def _renew_probe(folder: Path, probe: Probe, trust_remote_code: bool) -> dict[str, Tensor]:
     """The probe with the outputs of the model in the folder, which it takes the place of there."""
-    renewed = make_probe(load(folder), probe)
+    renewed = make_probe(load(folder, trust_remote_code=trust_remote_code), probe)
     save_file(renewed, folder / PROBE)
     return renewed
 

@@ -145,7 +145,7 @@ def test_a_hub_that_is_out_of_reach_is_asked_once(monkeypatch: pytest.MonkeyPatc
     for kind in (tf.AutoConfig, tf.AutoProcessor, tf.AutoTokenizer, tf.AutoImageProcessor, tf.AutoFeatureExtractor):
         monkeypatch.setattr(kind, "from_pretrained", fail)
     for read in (read_model, lambda name: read_offloaded(name, tmp_path)):
-        with pytest.raises(PermpruneError, match="owner/name does not load: We couldn't connect"):
+        with pytest.raises(PermpruneError, match="owner/name does not load: its config: We couldn't connect"):
             read("owner/name")
     assert asked == ["owner/name"] * 2
 

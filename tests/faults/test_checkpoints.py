@@ -1,6 +1,7 @@
 """Checkpoints with a fault: each command says in one line which file or weight is at fault, and writes nothing."""
 
 import json
+import pickle as pickling
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -26,7 +27,9 @@ LAYERWISE = "prune layer by layer"
 COMMANDS = ("prune", LAYERWISE, "sweep", "inspect", "verify", "evaluate")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer_config.json"
+BIN = "pytorch_model.bin"
 UP = "model.layers.1.mlp.up_proj.weight"
+PICKLE = pickling.dumps({"a": 1})
 BIAS = {"model.norm.bias": torch.ones(32)}
 
 SMALL = ("--samples", "6", "--length", "16", "--windows", "1")
@@ -106,7 +109,7 @@ class Malicious:
 
 def pickle(folder: Path, content: object) -> None:
     (folder / WEIGHTS).unlink()
-    torch.save(content, folder / "pytorch_model.bin")
+    torch.save(content, folder / BIN)
 
 
 FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
@@ -122,7 +125,10 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "config of words": (lambda f: change_config(f, num_hidden_layers="two"), "num_hidden_layers"),
     "config of zeros": (lambda f: change_config(f, num_attention_heads=0), "does not load: "),
     "config of a class that is no model": (lambda f: change_config(f, architectures=["LlamaConfig"]), "LlamaConfig"),
-    "config of a number for a class": (lambda f: change_config(f, architectures=[5]), "holds a 5, "),
+    "config of a number for a class": (lambda f: change_config(f, architectures=[5]), "in its config is [5], no list"),
+    "config of a word for classes": (lambda f: change_config(f, architectures="Llama"), "in its config is 'Llama', no"),
+    "config of 100,000 layers": (lambda f: change_config(f, num_hidden_layers=10**5), "num_hidden_layers is 100000, "),
+    "config of an unknown rope": (lambda f: change_config(f, rope_parameters={"rope_type": "b"}), "unknown key 'b'"),
     "config of a type of numbers": (lambda f: change_config(f, dtype="float33"), "does not load: "),
     "index garbled": (lambda f: index(f, "{"), f"{INDEX} is no valid JSON ("),
     "index a list": (lambda f: index(f, "[]"), f"{INDEX} names no files"),
@@ -132,7 +138,8 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer or processor: "),
     "pickle of code": (lambda f: pickle(f, {"a": Malicious(f / "trace")}), "pytorch_model.bin holds pickled weights"),
     "pickle of a list": (lambda f: pickle(f, [1]), "pytorch_model.bin holds pickled weights"),
-    "pickle empty": (lambda f: (pickle(f, {}), cut(f / "pytorch_model.bin", 0)), "holds pickled weights"),
+    "pickle of other making": (lambda f: (pickle(f, {}), (f / BIN).write_bytes(PICKLE)), "holds pickled weights"),
+    "pickle empty": (lambda f: (pickle(f, {}), cut(f / BIN, 0)), "holds pickled weights"),
     "a weight too few": (lambda f: change_weights(f, lambda w: w.pop(UP)), f"lacks {UP}"),
     "a layer too few": (lambda f: change_config(f, num_hidden_layers=3), "lacks 9 weights (model.layers.2.input"),
     "a layer too many": (lambda f: change_config(f, num_hidden_layers=1), "no place for 9 weights (model.layers.1.inp"),

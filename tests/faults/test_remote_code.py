@@ -1,6 +1,7 @@
 """Checkpoints that come with Python code: it runs with --trust-remote-code, and never without."""
 
 import builtins
+import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -189,10 +190,23 @@ def test_code_that_is_not_needed_does_not_run(tiny_checkpoint: Path, trace: Path
     assert type(read_model(str(tiny_checkpoint))[0]) is tf.LlamaForCausalLM and not trace.exists()
 
 
-def test_every_command_that_takes_a_model_takes_the_consent(coded: Path, tiny_text: Path) -> None:
-    for command in commands(coded, tiny_text)[2:]:
-        if command[0] in ("compare", "sweep", "inspect"):
-            code, _, stderr = run(*command, TRUST)
-            assert code == 0, (command, stderr)
-    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    assert names == {"verify"} | {str(command[0]) for command in commands(coded, tiny_text)}
+@pytest.mark.parametrize("command", ["compare", "sweep", "inspect"])
+def test_with_consent_other_commands_run_on_such_a_model(command: str, coded: Path, tiny_text: Path) -> None:
+    (line,) = [line for line in commands(coded, tiny_text) if line[0] == command]
+    code, _, stderr = run(*line, TRUST)
+    assert code == 0, stderr
+
+
+def test_with_consent_such_a_model_is_packed_and_unpacked(coded: Path, tiny_text: Path, tmp_path: Path) -> None:
+    held, packed, again = (tmp_path / name for name in ("held", "packed", "again"))
+    assert run(*commands(coded, tiny_text)[0], "--permute", "none", TRUST)[0] == 0
+    for command in (("pack", held, "--dtype", "fp32", "--out", packed), ("unpack", packed, "--out", again)):
+        assert fails(*command) == f"permprune: {command[1]} does not load: {UNTRUSTED}"
+        assert run(*command, TRUST)[0] == 0
+    assert run("verify", again, TRUST)[0] == 0
+
+
+def test_every_command_that_reads_a_model_takes_the_consent() -> None:
+    for command in app.registered_commands:
+        assert command.callback is not None
+        assert "trust_remote_code" in inspect.signature(command.callback).parameters, command.callback.__name__
