@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from permprune.zoo.models import MODELS
 
 from ..cli.running import fails, run
 from ..conftest import BLOCK, SENTENCES, make_tiny_llama
-from ..coupling.coupling_models import mixtral
+from ..coupling.coupling_models import FAMILIES, mixtral
 from ..modalities import images, vit_config
 
 LAYERWISE = "prune layer by layer"
@@ -294,3 +294,15 @@ def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
         line = fails(*arguments(command, folder, data))
         assert "the tokenizer gives token 128, and the model knows 128 tokens" in line
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not name.startswith("timm")])
+def test_what_a_family_saves_loads_whole(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = cast(tf.PreTrainedModel, FAMILIES[family].build()).float()
+    folder = save(model, tmp_path / "model")
+    read = read_model(str(folder))[0]
+    offloaded, _, _, weights = read_offloaded(str(folder), tmp_path / "offloaded")
+    assert type(read) is type(offloaded) is type(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(read.get_parameter(name), parameter) and torch.equal(weights[name], parameter)
+    assert not [record for record in caplog.records if record.name == "permprune"]
