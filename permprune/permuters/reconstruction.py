@@ -54,7 +54,8 @@ class Reconstruction(LocalPermuter):
 
         with Journal(self.checkpoint(run), self.name) as journal:
             found = self.each(network, journal, solve)
-            candidates = [{name: orders[i] for name, orders in found.items()} for i in range(self.candidates)]
+            names = [problem.name for problem in network.problems]  # in one order for any number of processes
+            candidates = [{name: found[name][i] for name in names} for i in range(self.candidates)]
             return Solution(self._choose(network, run, candidates), journal.seconds)
 
     def order(

@@ -97,5 +97,5 @@ def test_looks_up_by_name_and_passes_objects_through():
 
 
 def test_an_unknown_name_lists_the_names():
-    with pytest.raises(PermpruneError, match='unknown saliency "taylor": choose one of magnitude, obs, ria, wanda'):
+    with pytest.raises(PermpruneError, match='unknown saliency "taylor": choose one of magnitude, wanda, ria, obs'):
         saliency("taylor")
