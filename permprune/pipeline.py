@@ -29,7 +29,7 @@ from permprune.losses.targets import choose_task
 from permprune.models.forward import frozen, short_inputs
 from permprune.models.generation import lacks_text, transcribed
 from permprune.models.layers import dense_weights
-from permprune.models.modality import TOGETHER, kind_of
+from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
 from permprune.permuters.base import Permuter, Solution
@@ -138,7 +138,7 @@ def prepare(
     else:
         shown = Examples.of(examples)
         settings = replace(settings, calibration=f"{len(shown)} examples given in Python")
-    batch, recompute = settings.batch * TOGETHER[kind_of(model)], settings.recompute
+    batch, recompute = settings.batch * BATCH_MULTIPLIER[kind_of(model)], settings.recompute
     if lacks_text(model, shown):
         shown = transcribed(model, shown, batch)
     plan = plan_run(model, settings, shown, model.state_dict(), partial)

@@ -20,7 +20,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.models.forward import short_inputs
 from permprune.models.layers import DenseWeights, Layer, dense_weights, prunable_layers
-from permprune.models.modality import WORTH, kind_of
+from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.processors import Processor
 from permprune.pattern import Pattern, parse_pattern
 from permprune.permuters.base import Run
@@ -79,8 +79,8 @@ def plan_run(
     pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
     layers = prunable_layers(model, pattern, settings.exclude)
     device = compute_device(model)
-    worth = WORTH[kind_of(model)]
-    measured, held_out, train = _divide(examples.to(device), settings, worth)
+    examples_per_window = EXAMPLES_PER_WINDOW[kind_of(model)]
+    measured, held_out, train = _divide(examples.to(device), settings, examples_per_window)
     coupling = _couple(model, short_inputs(model, measured), layers, settings.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
@@ -89,7 +89,7 @@ def plan_run(
     dtype = DTYPES.get(settings.precision) or fast_dtype(device)
     searched = {name: value for name, value in asdict(settings).items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
-    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), worth)
+    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), examples_per_window)
     dense = dense_weights(model, sites, settings.exclude)
     return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
 
@@ -109,14 +109,14 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, se
     """Of the calibration data as many examples as are worth `samples` windows, or as there are."""
     if processor is None:
         raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
-    count = settings.samples * WORTH[kind_of(model)]
+    count = settings.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
     shared, source = settings.shared, settings.calibration
     return load_examples(source, model, processor, "calibration", count, settings.length, settings.seed, shared)
 
 
-def _divide(examples: Examples, settings: Settings, worth: int) -> list[Examples]:
+def _divide(examples: Examples, settings: Settings, examples_per_window: int) -> list[Examples]:
     """Examples for statistics, held-out loss and gradients (see `Settings.shares`)."""
-    shares = settings.shares(len(examples), worth)
+    shares = settings.shares(len(examples), examples_per_window)
     if shares[-1] < 1:
         raise PermpruneError(
             f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"

@@ -19,7 +19,7 @@ class Settings:
     `mode`: "fold" (no run-time cost) or "gather" (every reader of the residual stream in its own order, one
     `index_select` each). `calibration`: a source (see `load_examples`), None for the default one, of which `samples`
     examples are drawn, or windows of `length` tokens: the first `measured` give the statistics, the next `held_out` the
-    accept test, the rest the gradients; of examples with one answer each more stand for each that is counted (`WORTH`).
+    accept test, the rest the gradients; where each example has one label, `EXAMPLES_PER_WINDOW` count as one.
     `precision`: of activations: fp32, bf16, or auto for the faster. `memory`: bytes for the statistics of one
     calibration pass; `prune_to_folder` reads a model that needs more in all layer by layer. `minutes`: end the search
     after so long. `exclude`: globs of layers that stay dense. `update`: none, or sparsegpt, which changes the weights
@@ -79,13 +79,13 @@ class Settings:
         values = {name: value if isinstance(value, plain) else str(value) for name, value in vars(self).items()}
         return {"permute": permute, **values}
 
-    def shares(self, count: int, worth: int = 1) -> list[int]:
+    def shares(self, count: int, examples_per_window: int = 1) -> list[int]:
         """How many of `count` examples are for the statistics, the held-out loss and the gradients.
 
-        `worth` of them stand for each window. Too few are shared out in the same proportion; the last share may be 0 or
-        less where there are fewer than 3.
+        `examples_per_window` of them count as one window. If there are too few, the proportions stay; the last share
+        may be 0 or less where there are fewer than 3.
         """
-        wanted = worth * (self.measured + self.held_out)
+        wanted = examples_per_window * (self.measured + self.held_out)
         share = min(1.0, count / (2 * wanted))
-        measured, held_out = (max(1, int(share * worth * own)) for own in (self.measured, self.held_out))
+        measured, held_out = (max(1, int(share * examples_per_window * own)) for own in (self.measured, self.held_out))
         return [measured, held_out, count - measured - held_out]

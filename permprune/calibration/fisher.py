@@ -18,11 +18,11 @@ BLOCK = 2**24
 
 
 @contextmanager
-def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], together: bool) -> Iterator[None]:
+def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], one_label_per_example: bool) -> Iterator[None]:
     """Add the rows' Fisher information of every backward pass inside, padding apart, to `fisher[layer]` (rows,).
 
-    With `together` it is `row_fisher`, or where `fisher[layer]` is (rows, rows) `row_covariance`, else the squared
-    output gradients.
+    With `one_label_per_example` it is `row_fisher`, or `row_covariance` where `fisher[layer]` is (rows, rows);
+    otherwise the squared output gradients.
     """
 
     def add(name: str, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
@@ -35,7 +35,7 @@ def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], together: bool
 
     def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if output.requires_grad:
-            apart = output.dim() < 3 or not together
+            apart = output.dim() < 3 or not one_label_per_example
             kept = None if apart else _keep(args[0].detach().to(output.dtype))
             output.register_hook(partial(add, name, mask_of(output), kept))
 

@@ -27,14 +27,14 @@ class Statistics:
 
     `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there, a
     token being any position, such as a patch of an image; `fisher[layer]` is the mean over the `terms` of the loss of
-    the squared gradient of their sum by each output, fp32 (rows,), where each example has one answer (`together`) of
-    its positions taken together (`row_fisher`). Padding counts in neither.
+    the squared gradient of their sum by each output, fp32 (rows,). With `one_label_per_example` the gradients of an
+    example's positions are summed before they are squared (`row_fisher`). Padding counts in neither.
     """
 
     moments: dict[str, Tensor]
     fisher: dict[str, Tensor]
     terms: int
-    together: bool = False
+    one_label_per_example: bool = False
 
 
 def calibrate(
@@ -65,12 +65,12 @@ def calibrate(
     moments: dict[str, Tensor] = {}
     fisher = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
     with frozen(model), torch.no_grad(), torch.autocast(examples.device.type, dtype, dtype != torch.float32):
-        together = task(model, examples[:1]).terms == 1
+        one_label_per_example = task(model, examples[:1]).terms == 1
     terms = 0.0
     for number, group in enumerate(passes):
         first = number == 0
         with (
-            _graph(layers if first else [], fisher, together),
+            _graph(layers if first else [], fisher, one_label_per_example),
             input_moments(group) as found,
             frozen(model),
             recomputed(model, recompute and first),
@@ -97,11 +97,13 @@ def calibrate(
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
-    return Statistics(moments, {name: (f / terms).float() for name, f in fisher.items()}, int(terms), together)
+    return Statistics(
+        moments, {name: (f / terms).float() for name, f in fisher.items()}, int(terms), one_label_per_example
+    )
 
 
 @contextmanager
-def _graph(layers: list[Layer], fisher: dict[str, Tensor], together: bool) -> Iterator[None]:
+def _graph(layers: list[Layer], fisher: dict[str, Tensor], one_label_per_example: bool) -> Iterator[None]:
     """Hooks that start the graph at the first layer and add up the Fisher diagonals at each layer."""
 
     def start(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -110,7 +112,7 @@ def _graph(layers: list[Layer], fisher: dict[str, Tensor], together: bool) -> It
 
     handles = [layer.module.register_forward_pre_hook(start) for layer in layers]
     try:
-        with output_fisher(layers, fisher, together):
+        with output_fisher(layers, fisher, one_label_per_example):
             yield
     finally:
         for handle in handles:

@@ -49,11 +49,11 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | Answers, 
     same, distance, count, kinds = 0, 0.0, 0, 0
     with frozen(model):
         parts = distributed.share(examples.split(answers.batch))
-        for part, taught in zip(track(parts, "agreement"), answers.said, strict=True):
+        for part, expected in zip(track(parts, "agreement"), answers.said, strict=True):
             said = answers.task(model, part.to(device))
-            distance, count = distance + float(said.distance(taught)), count + said.terms
+            distance, count = distance + float(said.distance(expected)), count + said.terms
             if isinstance(said, Predictions):
-                same += int((said.logits.argmax(-1).cpu() == taught.argmax(-1)).sum())
+                same += int((said.logits.argmax(-1).cpu() == expected.argmax(-1)).sum())
     if variances := getattr(answers.task, "variances", None):
         kinds = len(variances)
     same_total, distance, total = distributed.total(same, distance, count)

@@ -6,7 +6,7 @@ from permprune.checkpoints.io import read_model
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.result import Result
 from permprune.jobs.trials import BATCH, Evaluation, transcriber
-from permprune.models.modality import TOGETHER, kind_of
+from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.system.out_of_memory import memory_reported
 
 
@@ -18,4 +18,6 @@ def evaluate(name: str, evaluation: Evaluation, *, trust_remote_code: bool = Fal
     """
     model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
     examples, tokenizer = evaluation.examples(model, processor), transcriber(model, processor)
-    return evaluate_model(model, examples, tokenizer, None, BATCH * TOGETHER[kind_of(model)], evaluation.metric)[0]
+    return evaluate_model(
+        model, examples, tokenizer, None, BATCH * BATCH_MULTIPLIER[kind_of(model)], evaluation.metric
+    )[0]

@@ -31,7 +31,7 @@ from permprune.losses.objective import Objective
 from permprune.losses.targets import Task, choose_task
 from permprune.models.forward import decodes, short_inputs, writes
 from permprune.models.layers import require_changeable
-from permprune.models.modality import TOGETHER, kind_of
+from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
 from permprune.options import Count, NonNegative, Positive, Seed, require_fields
 from permprune.pruning.folder import require_probe, write_model
@@ -92,7 +92,7 @@ class FineTuning:
 
     def training(self, model: PreTrainedModel, count: int) -> Training:
         """That of a model on so many examples."""
-        batch = self.batch or BATCH * TOGETHER[kind_of(model)]
+        batch = self.batch or BATCH * BATCH_MULTIPLIER[kind_of(model)]
         epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
         small = self.train == "all" and model.num_parameters() < SMALL
         return Training(epochs, self.lr or (SMALL_RATE if small else RATES[self.train]), batch, seed=self.seed)
@@ -146,7 +146,7 @@ def _finetune(
         check_outputs(model, require_probe(origin), name, stored=stored)
     patterns = _patterns(model)
     examples, held_out = options.examples(model, processor)
-    batch = BATCH * TOGETHER[kind_of(model)]
+    batch = BATCH * BATCH_MULTIPLIER[kind_of(model)]
     if not knows_right(model, examples):
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)
@@ -238,9 +238,9 @@ def _teacher(
     """
     teacher, _, _ = read_model(name, trust_remote_code=trust_remote_code)
     part = examples[:1].trimmed()
-    own, taught = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
-    if own != taught:
-        raise PermpruneError(f"{name} gives {taught[-1]} numbers where the model gives {own[-1]}: give its dense model")
+    own, dense = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
+    if own != dense:
+        raise PermpruneError(f"{name} gives {dense[-1]} numbers where the model gives {own[-1]}: give its dense model")
     record = origin_of(model).record
     if tables := {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}:
         fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))

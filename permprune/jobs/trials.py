@@ -18,7 +18,7 @@ from permprune.evaluation.lm_tasks import TaskList, task_figures
 from permprune.evaluation.result import Result
 from permprune.examples import Examples
 from permprune.models.forward import decodes
-from permprune.models.modality import TOGETHER, WORTH, kind_of
+from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, require_fields
 from permprune.permuters.base import Permuter, Run, Solution
@@ -68,7 +68,7 @@ class Evaluation:
         return dataclasses.replace(settings, shared=shared), evaluation
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
-        count = self.windows * (ANSWERED_ONCE if WORTH[kind_of(model)] > 1 else 1)
+        count = self.windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
         return load_examples(self.source, model, processor, "evaluation", count, self.length, None, self.shared)
 
 
@@ -82,7 +82,7 @@ class Meter:
         self.model, self.examples = model, evaluation.examples(model, processor)
         self.tokenizer = transcriber(model, processor)
         self.answers = None if knows_right(model, self.examples) else ask(model, self.examples)
-        self.batch, self.metric = BATCH * TOGETHER[kind_of(model)], evaluation.metric
+        self.batch, self.metric = BATCH * BATCH_MULTIPLIER[kind_of(model)], evaluation.metric
 
     def __call__(self) -> Result:
         return evaluate_model(self.model, self.examples, self.tokenizer, self.answers, self.batch, self.metric)[0]

@@ -22,11 +22,11 @@ ANSWERED_ONCE = 3.0
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherOutputs:
     """The dense model's outputs for a batch, on the CPU: what is kept of them (see `Task`), and the blocks' outputs."""
 
-    said: Tensor | None
-    outputs: list[Tensor]
+    predictions: Tensor | None
+    block_outputs: list[Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,17 @@ class Objective:
         if not (self.task or self.divergence or self.distillation or self.cosine):
             raise PermpruneError("all losses weigh 0: give task, divergence, distillation or cosine a weight above 0")
 
-    def suited(self, task: Task, together: bool) -> Objective:
+    def suited(self, task: Task, one_label_per_example: bool) -> Objective:
         """This objective, with a `divergence` chosen for the data if it is None.
 
-        Where each example has one label (`together`), labels are few, and a search can bring their loss below that of
-        the dense model without better predictions. The divergence prevents this.
+        With `one_label_per_example` labels are few, and a search can bring their loss below the dense model's without
+        better predictions. The divergence prevents this.
         """
         if self.divergence is not None:
             return self
-        return replace(self, divergence=ANSWERED_ONCE if together and not isinstance(task, Imitation) else 0.0)
+        return replace(
+            self, divergence=ANSWERED_ONCE if one_label_per_example and not isinstance(task, Imitation) else 0.0
+        )
 
     @property
     def curvature(self) -> float:
@@ -71,31 +73,33 @@ class Objective:
         """
         return (self.task + self.divergence) / self.task**2 if self.task and self.divergence else 1.0
 
-    def asks(self, task: Task) -> bool:
+    def needs_teacher(self, task: Task) -> bool:
         """Whether the dense model's outputs are needed."""
         return bool(self.distillation or self.cosine) or self._keeps(task)
 
     def _keeps(self, task: Task) -> bool:
         return bool(self.divergence or (self.task and isinstance(task, Imitation)))
 
-    def teach(self, model: nn.Module, batch: Examples, task: Task) -> Taught:
+    def compute_teacher_outputs(self, model: nn.Module, batch: Examples, task: Task) -> TeacherOutputs:
         """The dense model's outputs for a batch; `model` must show the dense weights."""
         with block_outputs(model) as outputs:
             said = task(model, batch)
         kept = outputs if self.distillation else outputs[-1:] if self.cosine else []
-        return Taught(said.kept() if self._keeps(task) else None, [output.cpu() for output in kept])
+        return TeacherOutputs(said.kept() if self._keeps(task) else None, [output.cpu() for output in kept])
 
-    def __call__(self, model: nn.Module, batch: Examples, task: Task, taught: Taught | None) -> tuple[Tensor, int]:
-        """(loss with its graph, number of terms); `taught` is what `teach` gave for this batch."""
+    def __call__(
+        self, model: nn.Module, batch: Examples, task: Task, teacher_outputs: TeacherOutputs | None
+    ) -> tuple[Tensor, int]:
+        """(loss with its graph, number of terms); `teacher_outputs` are those of this batch."""
         with block_outputs(model) as outputs:
             said = task(model, batch)
-        losses = [self.task * said.loss(taught.said if taught else None)] if self.task else []
-        if taught is not None and self.divergence:
-            losses.append(self.divergence * said.distance(taught.said))
-        if taught is not None and self.distillation:
-            losses.append(self.distillation * _distance(outputs, taught.outputs))
-        if taught is not None and self.cosine:
-            own, dense = outputs[-1].float(), taught.outputs[-1].to(outputs[-1].device).float()
+        losses = [self.task * said.loss(teacher_outputs.predictions if teacher_outputs else None)] if self.task else []
+        if teacher_outputs is not None and self.divergence:
+            losses.append(self.divergence * said.distance(teacher_outputs.predictions))
+        if teacher_outputs is not None and self.distillation:
+            losses.append(self.distillation * _distance(outputs, teacher_outputs.block_outputs))
+        if teacher_outputs is not None and self.cosine:
+            own, dense = outputs[-1].float(), teacher_outputs.block_outputs[-1].to(outputs[-1].device).float()
             losses.append(self.cosine * (1 - F.cosine_similarity(own, dense, dim=-1)).sum())
         return torch.stack(losses).sum(), said.terms
 
@@ -119,5 +123,5 @@ def block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 def _distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     pairs = zip(outputs, dense, strict=True)
     return torch.stack(
-        [F.smooth_l1_loss(own.float(), taught.to(own.device).float(), reduction="sum") for own, taught in pairs]
+        [F.smooth_l1_loss(own.float(), target.to(own.device).float(), reduction="sum") for own, target in pairs]
     ).sum()

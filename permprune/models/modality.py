@@ -12,10 +12,10 @@ from permprune.models.signature import argument_names
 Kind = Literal["text", "sentences", "images", "speech"]
 
 
-WORTH: dict[Kind, int] = {"text": 1, "sentences": 32, "images": 8, "speech": 1}
+EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "images": 8, "speech": 1}
 """Examples that are asked for in place of one window of text: a window has many answers, a sentence or an image one."""
 
-TOGETHER: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
+BATCH_MULTIPLIER: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
 """Examples that pass through a model in place of one window of text."""
 
 

@@ -52,7 +52,7 @@ class Run:
 
     `train` and `held_out` are calibration examples, disjoint: gradients come from the first, the accept test reads the
     second. `minutes`, if given, ends a search after the round under way (its result then depends on the machine's
-    speed). `worth` examples stand for one that permuters count: an image has one answer, a window of text hundreds.
+    speed). `examples_per_window` examples count as one: an image has one label, a window of text hundreds.
     `checkpoint` is where searches keep their states. `solved` keeps what was found, so that a search that starts from
     another's orders does not repeat it; runs that differ may share it, since a solution goes by all that it depends on.
     """
@@ -62,7 +62,7 @@ class Run:
     seed: int = 0
     minutes: float | None = None
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}), compare=False)
-    worth: int = 1
+    examples_per_window: int = 1
     solved: dict[tuple[object, ...], Solution] = field(default_factory=dict, compare=False)
 
     def decides(self) -> tuple[object, ...]:
@@ -71,7 +71,7 @@ class Run:
 
     def batch(self, number: int, count: int) -> Examples:
         """The `number`-th `count` of the training examples, over and over."""
-        count *= self.worth
+        count *= self.examples_per_window
         return self.train[torch.arange(number * count, (number + 1) * count) % len(self.train)]
 
     def generator(self, *stream: int) -> torch.Generator:

@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from permprune.losses.objective import Objective, Taught
+from permprune.losses.objective import Objective, TeacherOutputs
 from permprune.matching.assignment import assign
 from permprune.matching.relaxation import gumbel_noise
 from permprune.matching.schedule import Epsilon, Geometric
@@ -85,15 +85,15 @@ class CostMatrixLearner(Permuter):
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         start = self.start.solve(network, run)
-        taught = network.teach(run.held_out, self.objective)
-        state = self._resume(network, run) or self._begin(network, run, start, taught)
+        teacher_outputs = network.compute_teacher_outputs(run.held_out, self.objective)
+        state = self._resume(network, run) or self._begin(network, run, start, teacher_outputs)
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(self.name, total=self.steps, completed=state.step)
             while state.step < self.steps and not (run.minutes and state.seconds > 60 * run.minutes):
                 began = time.monotonic()
                 self._step(network, run, state, start.orders)
                 if state.step % self.check == 0 or state.step == self.steps:
-                    self._try(network, run, state, start.orders, taught)
+                    self._try(network, run, state, start.orders, teacher_outputs)
                     self._save(run, state)
                 state.seconds += distributed.mean(time.monotonic() - began)
                 bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
@@ -144,20 +144,29 @@ class CostMatrixLearner(Permuter):
                 shown.append((part, columns, back.transpose(0, 1).flatten(1)))
             yield problem, cost, shown
 
-    def _try(self, network: PrunedNetwork, run: Run, state: State, starts: Orders, taught: list[Taught] | None) -> None:
+    def _try(
+        self,
+        network: PrunedNetwork,
+        run: Run,
+        state: State,
+        starts: Orders,
+        teacher_outputs: list[TeacherOutputs] | None,
+    ) -> None:
         orders = {}
         for name, cost in state.costs.items():
             channels = starts[name].view(len(cost), -1)
             orders[name] = channels.gather(1, assign(cost).argsort(-1).cpu()).flatten()
         network.set_orders(orders)
-        loss = network.loss(run.held_out, self.objective, taught)
+        loss = network.loss(run.held_out, self.objective, teacher_outputs)
         kept = loss < state.best
         if kept:
             state.best, state.orders = loss, orders
         state.curve.append(CurvePoint(state.step, loss, kept, state.seconds))
         log.info("%s step %d: held-out loss %.4f, best %.4f", self.name, state.step, loss, state.best)
 
-    def _begin(self, network: PrunedNetwork, run: Run, start: Solution, taught: list[Taught] | None) -> State:
+    def _begin(
+        self, network: PrunedNetwork, run: Run, start: Solution, teacher_outputs: list[TeacherOutputs] | None
+    ) -> State:
         costs = {}
         for problem in network.problems:
             size = self.part_size(problem.size, network.pattern_of(problem))
@@ -165,7 +174,7 @@ class CostMatrixLearner(Permuter):
             costs[problem.name] = (self.margin * (1 - torch.eye(size, device=device))).repeat(
                 problem.size // size, 1, 1
             )
-        best = network.loss(run.held_out, self.objective, taught)
+        best = network.loss(run.held_out, self.objective, teacher_outputs)
         state = State(costs, self._optimizer(costs), start.orders, best, seconds=start.seconds)
         state.curve.append(CurvePoint(0, best, True, state.seconds))
         return state

@@ -75,14 +75,14 @@ class Reconstruction(LocalPermuter):
         """The first candidate, but for the shares in which another has less held-out loss."""
         best = candidates[0]
         network.set_orders(best)
-        taught = network.teach(run.held_out, Objective())
-        least = network.loss(run.held_out, Objective(), taught)
+        teacher_outputs = network.compute_teacher_outputs(run.held_out, Objective())
+        least = network.loss(run.held_out, Objective(), teacher_outputs)
         problems = list(best)
         for share in track(torch.arange(len(problems)).chunk(self.shares), "choosing"):
             for other in candidates[1:]:
                 tried = best | {problems[i]: other[problems[i]] for i in share.tolist()}
                 network.set_orders(tried)
-                loss = network.loss(run.held_out, Objective(), taught)
+                loss = network.loss(run.held_out, Objective(), teacher_outputs)
                 if loss < least:
                     best, least = tried, loss
         log.info("%s: held-out loss %.4f", self.name, least)

@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from permprune.losses.objective import Objective, Taught
+from permprune.losses.objective import Objective, TeacherOutputs
 from permprune.options import Count, Natural, Positive
 from permprune.permuters.base import WEIGHT, CurvePoint, Permuter, Run, Solution
 from permprune.permuters.quadratic import QuadraticModel
@@ -111,7 +111,7 @@ class TrustRegion(Permuter):
         """
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        objective = self.objective.suited(network.task, network.statistics.together)
+        objective = self.objective.suited(network.task, network.statistics.one_label_per_example)
         return replace(self, objective=objective)._minimise(network, run)
 
     def state_bytes(self, network: PrunedNetwork) -> int:
@@ -119,16 +119,16 @@ class TrustRegion(Permuter):
         return super().state_bytes(network) + 12 * weights  # twice the state, and the solution
 
     def _minimise(self, network: PrunedNetwork, run: Run) -> Solution:
-        taught = network.teach(run.held_out, self.objective)
-        state = self._resume(network, run) or self._begin(network, run, taught)
+        teacher_outputs = network.compute_teacher_outputs(run.held_out, self.objective)
+        state = self._resume(network, run) or self._begin(network, run, teacher_outputs)
         mean: Gradients | None = None  # at the present orders
         with Progress(console=console, transient=True) as bar:
             task = bar.add_task(self.name, total=self.rounds, completed=state.round)
             while state.round < self.rounds and not (run.minutes and state.seconds > 60 * run.minutes):
                 started = time.monotonic()
                 mean = self._gradients(network, run, state, mean)
-                mean = None if self._round(network, run, state, mean, taught) else mean
-                if self.tune and state.round > self.wait and self._tune(network, run, state, taught):
+                mean = None if self._round(network, run, state, mean, teacher_outputs) else mean
+                if self.tune and state.round > self.wait and self._tune(network, run, state, teacher_outputs):
                     mean = None
                 state.seconds += distributed.mean(time.monotonic() - started)
                 self._save(network, run, state)
@@ -143,12 +143,17 @@ class TrustRegion(Permuter):
         return _average(mean, network.gradients(run.batch(state.round, self.examples), self.objective))
 
     def _round(
-        self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
+        self,
+        network: PrunedNetwork,
+        run: Run,
+        state: State,
+        gradients: Gradients,
+        teacher_outputs: list[TeacherOutputs] | None,
     ) -> bool:
         before = network.current()
         self._judge(network, state, before, gradients)
-        proposals, slopes, loss = self._step(network, run, state, gradients, taught)
-        loss, moved = self._parts(network, run, state, before, proposals, (sum(slopes.values()), loss), taught)
+        proposals, slopes, loss = self._step(network, run, state, gradients, teacher_outputs)
+        loss, moved = self._parts(network, run, state, before, proposals, (sum(slopes.values()), loss), teacher_outputs)
         kept = loss < state.best - TOLERANCE
         self._adapt(state, proposals, moved, kept, loss - state.best)
         state.pending = [] if kept else [*state.pending, state.round]
@@ -168,13 +173,15 @@ class TrustRegion(Permuter):
         state.round += 1
         return kept
 
-    def _tune(self, network: PrunedNetwork, run: Run, state: State, taught: list[Taught] | None) -> bool:
+    def _tune(
+        self, network: PrunedNetwork, run: Run, state: State, teacher_outputs: list[TeacherOutputs] | None
+    ) -> bool:
         """Train the weights that stay, and keep them if the held-out loss falls; says whether."""
         before, first = network.weights, (state.round - 1) * self.tune
         objective = replace(self.objective, divergence=1.0)
         trained = tuned(network, run, first, self.tune, max(1, self.examples // 2), state.rate, objective)
         network.set_weights(trained)
-        loss = network.loss(run.held_out, self.objective, taught)
+        loss = network.loss(run.held_out, self.objective, teacher_outputs)
         kept = loss < state.best - TOLERANCE
         if kept:
             state.best, state.pending, state.previous, state.slopes = loss, [], {}, {}
@@ -225,7 +232,12 @@ class TrustRegion(Permuter):
         return Proposal(model.order, model.change, memory)
 
     def _step(
-        self, network: PrunedNetwork, run: Run, state: State, gradients: Gradients, taught: list[Taught] | None
+        self,
+        network: PrunedNetwork,
+        run: Run,
+        state: State,
+        gradients: Gradients,
+        teacher_outputs: list[TeacherOutputs] | None,
     ) -> tuple[dict[str, Proposal], dict[str, float], float]:
         """Show proposals for all problems; returns them, their slopes by problem, and the held-out loss.
 
@@ -238,7 +250,7 @@ class TrustRegion(Permuter):
             orders = {name: proposal.order for name, proposal in proposals.items()}
             slopes = _slopes(network, before, orders, gradients)
             network.set_orders(orders)
-            loss, slope = network.loss(run.held_out, self.objective, taught), sum(slopes.values())
+            loss, slope = network.loss(run.held_out, self.objective, teacher_outputs), sum(slopes.values())
             if attempt == ATTEMPTS - 1 or slope > -TOLERANCE or _turn(slope, loss - state.best) >= FAR:
                 break
             there = network.gradients(run.batch(state.round, self.examples), self.objective)
@@ -260,7 +272,7 @@ class TrustRegion(Permuter):
         before: Orders,
         proposals: dict[str, Proposal],
         whole: tuple[float, float],
-        taught: list[Taught] | None,
+        teacher_outputs: list[TeacherOutputs] | None,
     ) -> tuple[float, list[str]]:
         """Leave a part of the proposals shown that lowers the held-out loss; returns the loss and the part.
 
@@ -276,7 +288,7 @@ class TrustRegion(Permuter):
                 break
             moved = names[: max(1, round(share * len(names)))]
             network.set_orders({name: proposals[name].order if name in moved else before[name] for name in names})
-            loss = network.loss(run.held_out, self.objective, taught)
+            loss = network.loss(run.held_out, self.objective, teacher_outputs)
             share /= 2
         return loss, moved
 
@@ -298,12 +310,12 @@ class TrustRegion(Permuter):
         for name, proposal in proposals.items():
             state.damping[name] *= 0.7 if proposal.change >= STILL * mean else factor
 
-    def _begin(self, network: PrunedNetwork, run: Run, taught: list[Taught] | None) -> State:
+    def _begin(self, network: PrunedNetwork, run: Run, teacher_outputs: list[TeacherOutputs] | None) -> State:
         """Start from the orders of `start`, or from the natural ones where those have the lower held-out loss."""
         start = self.start.solve(network, run)
-        loss = network.loss(run.held_out, self.objective, taught)
+        loss = network.loss(run.held_out, self.objective, teacher_outputs)
         network.set_orders(network.identity())
-        natural = network.loss(run.held_out, self.objective, taught)
+        natural = network.loss(run.held_out, self.objective, teacher_outputs)
         if natural < loss:
             log.info("%s begins in natural order: loss %.4f, %.4f after %s", self.name, natural, loss, self.start.name)
         else:

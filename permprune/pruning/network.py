@@ -14,7 +14,7 @@ from permprune.calibration.fisher import output_fisher
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
-from permprune.losses.objective import Objective, Taught
+from permprune.losses.objective import Objective, TeacherOutputs
 from permprune.losses.targets import Task
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.forward import frozen
@@ -187,11 +187,13 @@ class PrunedNetwork:
         return torch.autocast(examples.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     @torch.inference_mode()
-    def loss(self, examples: Examples, objective: Objective, taught: Sequence[Taught] | None = None) -> float:
-        """The mean loss over `examples` with the present masks; `taught` is the result of `teach` for them."""
+    def loss(
+        self, examples: Examples, objective: Objective, teacher_outputs: Sequence[TeacherOutputs] | None = None
+    ) -> float:
+        """The mean loss over `examples` with the present masks, given the teacher outputs if they are needed."""
         total, count = 0.0, 0.0
         with frozen(self.model):
-            for part, answers in self._parts(examples, objective, taught):
+            for part, answers in self._parts(examples, objective, teacher_outputs):
                 with self.autocast(part):
                     value, terms = objective(self.model, part, self.task, answers)
                 total, count = total + float(value), count + terms
@@ -206,7 +208,7 @@ class PrunedNetwork:
         parts = self._parts(examples, objective)
         with (
             frozen(self.model),
-            output_fisher(list(self.layers.values()), fisher, self.statistics.together),
+            output_fisher(list(self.layers.values()), fisher, self.statistics.one_label_per_example),
             recomputed(self.model, self.recompute),
         ):
             for weight in weights.values():
@@ -228,7 +230,7 @@ class PrunedNetwork:
     def _no_fisher(self, weight: Tensor) -> Tensor:
         """Zeros for the Fisher information of a weight's rows, (rows,), or for their covariance, (rows, rows)."""
         rows = len(weight)
-        return weight.new_zeros((rows, rows) if self.statistics.together and rows <= COUPLED else rows)
+        return weight.new_zeros((rows, rows) if self.statistics.one_label_per_example and rows <= COUPLED else rows)
 
     def _collect(self, weights: dict[str, nn.Parameter], asked: bool) -> dict[str, Tensor]:
         """The gradients left in `weights`, (rows, channels), summed over the ranks; those not `asked` have none."""
@@ -264,22 +266,24 @@ class PrunedNetwork:
         return found
 
     @torch.no_grad()
-    def teach(self, examples: Examples, objective: Objective) -> list[Taught] | None:
+    def compute_teacher_outputs(self, examples: Examples, objective: Objective) -> list[TeacherOutputs] | None:
         """The dense model's outputs for this rank's batches of `examples`; None if the objective does not need them."""
-        if not objective.asks(self.task):
+        if not objective.needs_teacher(self.task):
             return None
         answers = []
         with frozen(self.model), self.dense_weights():
             for part in self._share(examples):
                 with self.autocast(part):
-                    answers.append(objective.teach(self.model, part, self.task))
+                    answers.append(objective.compute_teacher_outputs(self.model, part, self.task))
         return answers
 
     def _parts(
-        self, examples: Examples, objective: Objective, taught: Sequence[Taught] | None = None
-    ) -> Sequence[tuple[Examples, Taught | None]]:
+        self, examples: Examples, objective: Objective, teacher_outputs: Sequence[TeacherOutputs] | None = None
+    ) -> Sequence[tuple[Examples, TeacherOutputs | None]]:
         parts = self._share(examples)
-        answers: Sequence[Taught | None] = taught or self.teach(examples, objective) or [None] * len(parts)
+        answers: Sequence[TeacherOutputs | None] = (
+            teacher_outputs or self.compute_teacher_outputs(examples, objective) or [None] * len(parts)
+        )
         return list(zip(parts, answers, strict=True))
 
     def _share(self, examples: Examples) -> Sequence[Examples]:

@@ -127,11 +127,11 @@ class Trainer:
         device = next(iter(self.weights.values())).device
         part, dtype = part.to(device), fast_dtype(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            taught = None
+            teacher_outputs = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    taught = self.objective.teach(self.teacher, part, self.task)
-            return self.objective(self.model, part, self.task, taught)
+                    teacher_outputs = self.objective.compute_teacher_outputs(self.teacher, part, self.task)
+            return self.objective(self.model, part, self.task, teacher_outputs)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float | None:

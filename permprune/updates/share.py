@@ -30,12 +30,12 @@ def update_network(update: Update, network: PrunedNetwork, examples: Examples, h
     """
     if isinstance(update, NoUpdate):
         return
-    objective = Objective().suited(network.task, network.statistics.together)
-    taught = network.teach(held_out, objective)
+    objective = Objective().suited(network.task, network.statistics.one_label_per_example)
+    teacher_outputs = network.compute_teacher_outputs(held_out, objective)
     least, label, best = float("inf"), "", dict[str, Tensor]()
     for name, weights in _choices(update, network, examples):
         network.show(weights)
-        loss = network.loss(held_out, objective, taught)
+        loss = network.loss(held_out, objective, teacher_outputs)
         log.info("%s, %s: held-out loss %.4f", update.name, name, loss)
         if loss < least:
             least, label, best = loss, name, weights

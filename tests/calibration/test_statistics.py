@@ -68,7 +68,7 @@ def test_fisher_is_the_mean_square_of_the_output_gradient_of_each_token(tiny_lla
     """Differentiate by a zero that is added to one layer's output, one window at a time."""
     layers, _ = layers_and_sites(tiny_llama)
     found = statistics(tiny_llama, batch=2)
-    assert found.terms == 5 * 11 and not found.together
+    assert found.terms == 5 * 11 and not found.one_label_per_example
     for layer in layers:
         total = torch.zeros(len(layer.weight))
         for window in WINDOWS:
@@ -90,7 +90,7 @@ def test_fisher_of_examples_with_one_answer_is_that_of_their_gradients_by_the_we
     labels[:, -1] = WINDOWS[:, -1]
     examples = Examples({"input_ids": WINDOWS, "labels": labels})
     found = calibrate(tiny_llama, layers, sites, examples, next_token, torch.float32, batch)
-    assert found.terms == 5 and found.together
+    assert found.terms == 5 and found.one_label_per_example
     for layer in layers:
         total = torch.zeros(len(layer.weight))
         for window in WINDOWS:
@@ -216,7 +216,7 @@ def test_frozen_puts_things_back_after_an_error(tiny_llama):
 def test_output_fisher_adds_up_over_backward_passes(tiny_llama):
     layers, _ = layers_and_sites(tiny_llama)
     sums = {layer.name: torch.zeros(len(layer.weight)) for layer in layers}
-    with output_fisher(layers, sums, together=False):
+    with output_fisher(layers, sums, one_label_per_example=False):
         for window in WINDOWS.split(2):
             next_token(tiny_llama, Examples.of(window)).loss().backward()
     expected = statistics(tiny_llama).fisher

@@ -280,7 +280,7 @@ def test_what_was_found_is_recalled_by_all_that_it_depends_on(prepared: Prepared
     first = method.solve(network, run)
     assert method.solve(network, run) is first
     assert method.solve(network, dataclasses.replace(run, checkpoint=Checkpoint(None, {}))) is first
-    for change in ({"seed": 1}, {"train": run.train[:4]}, {"held_out": run.held_out[:1]}, {"worth": 2}):
+    for change in ({"seed": 1}, {"train": run.train[:4]}, {"held_out": run.held_out[:1]}, {"examples_per_window": 2}):
         assert method.solve(network, dataclasses.replace(run, **change)) is not first
     shorter = method.solve(network, dataclasses.replace(run, minutes=1e-9))
     assert (shorter is first) == isinstance(method, LocalPermuter)

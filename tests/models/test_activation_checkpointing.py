@@ -87,21 +87,25 @@ def last_answer(task: Task) -> Task:
     return ask
 
 
-def parts(model: nn.Module, together: bool = False) -> tuple[list[Layer], dict[str, str], Task]:
+def parts(model: nn.Module, one_label_per_example: bool = False) -> tuple[list[Layer], dict[str, str], Task]:
     layers = prunable_layers(model, Pattern(2, 4))
     task = next_of_sharing if isinstance(model, Sharing) else next_token
-    return layers, {layer.name: layer.name for layer in layers}, last_answer(task) if together else task
+    return layers, {layer.name: layer.name for layer in layers}, last_answer(task) if one_label_per_example else task
 
 
 def statistics(
-    model: nn.Module, dtype: torch.dtype, recompute: bool, memory: int | None = None, together: bool = False
+    model: nn.Module,
+    dtype: torch.dtype,
+    recompute: bool,
+    memory: int | None = None,
+    one_label_per_example: bool = False,
 ) -> Statistics:
-    layers, sites, task = parts(model, together)
+    layers, sites, task = parts(model, one_label_per_example)
     return calibrate(model, layers, sites, Examples.of(WINDOWS), task, dtype, 2, memory, recompute)
 
 
 def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute: bool) -> Gradients:
-    layers, sites, task = parts(model, found.together)
+    layers, sites, task = parts(model, found.one_label_per_example)
     network = PrunedNetwork(
         model,
         layers,
@@ -136,15 +140,15 @@ def runs(model: nn.Module) -> Iterator[list[bool]]:
         handle.remove()
 
 
-@pytest.mark.parametrize(("memory", "together"), [(None, False), (1, False), (None, True)])
+@pytest.mark.parametrize(("memory", "one_label_per_example"), [(None, False), (1, False), (None, True)])
 def test_calibration_finds_the_same_statistics(
-    model: nn.Module, dtype: torch.dtype, runs: list[bool], memory: int | None, together: bool
+    model: nn.Module, dtype: torch.dtype, runs: list[bool], memory: int | None, one_label_per_example: bool
 ) -> None:
-    once = statistics(model, dtype, False, memory, together)
-    assert once.together == together
+    once = statistics(model, dtype, False, memory, one_label_per_example)
+    assert once.one_label_per_example == one_label_per_example
     assert runs and not any(runs)
     runs.clear()
-    again = statistics(model, dtype, True, memory, together)
+    again = statistics(model, dtype, True, memory, one_label_per_example)
     assert any(runs)
     for name, moments in once.moments.items():
         torch.testing.assert_close(again.moments[name], moments, rtol=1e-6, atol=0)
@@ -153,9 +157,11 @@ def test_calibration_finds_the_same_statistics(
     assert again.terms == once.terms
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_gradients_are_the_same(model: nn.Module, dtype: torch.dtype, runs: list[bool], together: bool) -> None:
-    found = statistics(model, dtype, False, together=together)
+@pytest.mark.parametrize("one_label_per_example", [False, True])
+def test_gradients_are_the_same(
+    model: nn.Module, dtype: torch.dtype, runs: list[bool], one_label_per_example: bool
+) -> None:
+    found = statistics(model, dtype, False, one_label_per_example=one_label_per_example)
     runs.clear()
     once = gradients(model, found, dtype, False)
     assert runs and not any(runs)

@@ -39,7 +39,7 @@ def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) 
             assert same(method.solve(again.network, again.run).orders, solution.orders)
         if isinstance(method, TrustRegion):
             best = min(point.loss for point in solution.curve)
-            objective = method.objective.suited(network.task, network.statistics.together)
+            objective = method.objective.suited(network.task, network.statistics.one_label_per_example)
             assert network.loss(run.held_out, objective) == pytest.approx(best, abs=1e-5)
             assert best <= solution.curve[0].loss
     natural = network.measures()
@@ -61,8 +61,8 @@ def test_the_dense_model_is_asked_beside_labels_of_which_each_example_has_one(da
         losses = [method.solve(network, run).curve[0].loss for method in methods]
         assert losses[0] == losses[1]
         assert (losses[0] > losses[2]) == bool(weight)
-        said = left_open.suited(network.task, network.statistics.together)
-        assert said == closed == said.suited(network.task, together=True)
+        said = left_open.suited(network.task, network.statistics.one_label_per_example)
+        assert said == closed == said.suited(network.task, one_label_per_example=True)
 
 
 @pytest.mark.parametrize("data", EXAMPLES)

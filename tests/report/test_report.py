@@ -118,9 +118,9 @@ def test_the_page_shows_what_training_after_pruning_brought() -> None:
     page = Page(render(changed(optimised={**optimised, "dense": None})))
     assert "Trained after that: top-1 accuracy 0.850 ± 0.010 against 0.8000 before." in page.text
     assert "Training norms, biases and the head on 1,200 examples after pruning, measured on 872 examples" in page.text
-    taught = Page(render(changed(optimised={**optimised, "dense": 0.9})))
+    teacher_outputs = Page(render(changed(optimised={**optimised, "dense": 0.9})))
     keeps = "Trained after that it keeps 94 % of the dense top-1 accuracy (0.850 ± 0.010 of 0.9000; 0.8000 before)."
-    assert keeps in taught.text
+    assert keeps in teacher_outputs.text
     assert len(page.images) == 6
     for picture in page.images:
         assert_svg(picture)

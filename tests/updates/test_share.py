@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from permprune.examples import Examples
-from permprune.losses.objective import ANSWERED_ONCE, Objective, Taught
+from permprune.losses.objective import ANSWERED_ONCE, Objective, TeacherOutputs
 from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
@@ -64,9 +64,11 @@ def test_beside_labels_that_stand_alone_the_divergence_counts(monkeypatch: pytes
     prepared = prepare(make("bert"), None, Settings(precision="fp32"), sentences())
     asked, loss = [], PrunedNetwork.loss
 
-    def spy(network: PrunedNetwork, examples: Examples, objective: Objective, taught: list[Taught] | None) -> float:
+    def spy(
+        network: PrunedNetwork, examples: Examples, objective: Objective, teacher_outputs: list[TeacherOutputs] | None
+    ) -> float:
         asked.append(objective)
-        return loss(network, examples, objective, taught)
+        return loss(network, examples, objective, teacher_outputs)
 
     monkeypatch.setattr(PrunedNetwork, "loss", spy)
     update_network(Towards(1.5), prepared.network, prepared.measured, prepared.run.held_out)
