@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from permprune import Evaluation, Settings, prune_to_folder
+from permprune import Evaluation, PruneConfig, prune_to_folder
 from permprune.data.labelled import read_labelled_text
 from permprune.jobs.evaluate import evaluate
 from permprune.jobs.finetune import FineTuning, finetune
@@ -143,10 +143,15 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
         tuning = dataclasses.replace(tuning, data=str(files.like), rows=rows, epochs=options.epochs)
         finetune(str(pruned), out, dataclasses.replace(tuning, teacher=dense, hidden=HIDDEN, seed=seed))
         return out
-    settings = Settings(
-        pattern=options.pattern, calibration=str(files.like), samples=windows(options, name), length=LENGTH, seed=seed
+    config = PruneConfig(
+        pattern=options.pattern,
+        permute=method,
+        calibration=str(files.like),
+        samples=windows(options, name),
+        length=LENGTH,
+        seed=seed,
     )
-    prune_to_folder(dense, out, method, settings, Evaluation(str(files.dev), 1, LENGTH))
+    prune_to_folder(dense, out, config, Evaluation(str(files.dev), 1, LENGTH))
     return out
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from permprune import Settings, read_model
+from permprune import PruneConfig, read_model
 from permprune.evaluation.result import gap_closed
 from permprune.jobs.trials import Evaluation, Meter
 from permprune.permuters.registry import permuter
@@ -58,26 +58,26 @@ def main() -> None:
     for pattern, name, update, mode in itertools.product(
         options.patterns, options.saliencies, options.updates, options.modes
     ):
-        settings = Settings(pattern=pattern, saliency=name, mode=mode, update=update, calibration=options.calibration)
+        config = PruneConfig(pattern=pattern, saliency=name, mode=mode, update=update, calibration=options.calibration)
         for seed in options.seeds:
-            table += rows_of(options, dataclasses.replace(settings, seed=seed), known)
+            table += rows_of(options, dataclasses.replace(config, seed=seed), known)
     if not distributed.rank():
         print(markdown(table))
 
 
-def rows_of(options: argparse.Namespace, settings: Settings, known: list[Row]) -> list[Row]:
+def rows_of(options: argparse.Namespace, config: PruneConfig, known: list[Row]) -> list[Row]:
     """A row for each method: those known, and the others measured and added to them and to the file."""
     shared = {
         "model": options.model,
-        "calibration": data_name(settings.calibration),
+        "calibration": data_name(config.calibration),
         "windows": options.windows,
         "precision": "bf16" if options.bf16 else "fp32",
     }
     cell = shared | {
-        "pattern": settings.pattern,
-        "mask": settings.saliency if settings.update == "none" else f"{settings.saliency} + {settings.update}",
-        "mode": settings.mode,
-        "seed": settings.seed,
+        "pattern": config.pattern,
+        "mask": config.saliency if config.update == "none" else f"{config.saliency} + {config.update}",
+        "mode": config.mode,
+        "seed": config.seed,
     }
     tests = {data_name(source) for source in options.data}
     tested = [row for row in known if tests <= set(row["gap"])]
@@ -85,7 +85,7 @@ def rows_of(options: argparse.Namespace, settings: Settings, known: list[Row]) -
     rows = matching(tested, cell)
     if missing := set(wanted) - {row["method"] for row in rows}:
         dense = next((row for row in matching(tested, shared) if row["method"] == "dense"), None)
-        for found in measure(options, settings, missing, dense):
+        for found in measure(options, config, missing, dense):
             rows.append(cell | found)
             known.append(rows[-1])
             if not distributed.rank():
@@ -101,12 +101,12 @@ def matching(rows: list[Row], cell: Row) -> list[Row]:
     return [row for row in rows if all(({"precision": "fp32"} | row)[key] == value for key, value in cell.items())]
 
 
-def measure(options: argparse.Namespace, settings: Settings, wanted: set[str], known: Row | None) -> Iterator[Row]:
+def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], known: Row | None) -> Iterator[Row]:
     """Yield the rows of the methods wanted; `known` is a row of the dense model on the same data, if there is one."""
     model, processor, _ = read_model(options.model)
-    runs = {data_name(source): Evaluation.beside(settings, source, options.windows) for source in options.data}
+    runs = {data_name(source): Evaluation.beside(config, source, options.windows) for source in options.data}
     prepared = prepare(
-        model, processor, dataclasses.replace(settings, shared=any(own.shared for own, _ in runs.values()))
+        model, processor, dataclasses.replace(config, shared=any(own.shared for own, _ in runs.values()))
     )
 
     def score() -> tuple[dict[str, float], str]:

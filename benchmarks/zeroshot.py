@@ -16,7 +16,7 @@ from typing import Any
 
 from quality import data_name
 
-from permprune import Result, Settings, TaskList, read_model
+from permprune import PruneConfig, Result, TaskList, read_model
 from permprune.evaluation.lm_tasks import average
 from permprune.permuters.registry import permuter
 from permprune.pipeline import prepare, update_weights
@@ -35,11 +35,11 @@ def main() -> None:
     parser.add_argument("--data", help="folder with the files of the tasks; the hub if absent")
     parser.add_argument("--limit", type=int, help="examples of each task; all if absent")
     parser.add_argument("--few-shot", type=int, help="solved examples in each prompt")
-    parser.add_argument("--pattern", default=Settings.pattern)
-    parser.add_argument("--saliency", default=Settings.saliency)
-    parser.add_argument("--update", default=Settings.update)
-    parser.add_argument("--mode", default=Settings.mode)
-    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument("--pattern", default=PruneConfig.pattern)
+    parser.add_argument("--saliency", default=PruneConfig.saliency)
+    parser.add_argument("--update", default=PruneConfig.update)
+    parser.add_argument("--mode", default=PruneConfig.mode)
+    parser.add_argument("--seed", type=int, default=PruneConfig.seed)
     parser.add_argument("--calibration", help="text to calibrate on; the default one if absent")
     parser.add_argument("--rows", type=Path, help="file of scores, one JSON object a line")
     options = parser.parse_args()
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, missing: list[tuple[str, str]]) -> Iter
     tasks = {name: TaskList((name,), options.data, options.limit, options.few_shot).load() for name in names}
     model, tokenizer, _ = read_model(options.model)
     shared = ("pattern", "saliency", "update", "mode", "seed", "calibration")
-    prepared = prepare(model, tokenizer, Settings(**{name: getattr(options, name) for name in shared}))
+    prepared = prepare(model, tokenizer, PruneConfig(**{name: getattr(options, name) for name in shared}))
 
     def scores(method: str, seconds: float) -> Iterator[Row]:
         for name in (task for own, task in missing if own == method):

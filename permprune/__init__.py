@@ -14,6 +14,7 @@ from permprune.system.imports import after_import
 
 if TYPE_CHECKING:
     from permprune.checkpoints.io import load, read_model
+    from permprune.config import PruneConfig
     from permprune.coupling.discovery import discover
     from permprune.coupling.fold import fold, fold_all
     from permprune.errors import PermpruneError
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from permprune.saliency.obs import OBS
     from permprune.saliency.ria import RIA
     from permprune.saliency.wanda import Wanda
-    from permprune.settings import Settings
     from permprune.updates.base import LayerUpdate, Update
     from permprune.updates.sparsegpt import SparseGPT
 
@@ -70,6 +70,7 @@ __all__ = [
     "PermpruneError",
     "Permuter",
     "Problem",
+    "PruneConfig",
     "Pruned",
     "PrunedNetwork",
     "RIAPermuter",
@@ -78,7 +79,6 @@ __all__ = [
     "Result",
     "Run",
     "Saliency",
-    "Settings",
     "Solution",
     "SparseGPT",
     "TaskList",
@@ -155,7 +155,7 @@ _MODULES = {
     "OBS": "saliency.obs",
     "RIA": "saliency.ria",
     "Wanda": "saliency.wanda",
-    "Settings": "settings",
+    "PruneConfig": "config",
     "LayerUpdate": "updates.base",
     "Update": "updates.base",
     "SparseGPT": "updates.sparsegpt",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import reprlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,16 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.calibration.statistics import Statistics, calibrate
+from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import Gather, attach_gathers, compose
 from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
 from permprune.checkpoints.probe import check_outputs, make_probe
-from permprune.checkpoints.record import FORMAT, Record
+from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
+from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_all
 from permprune.coupling.space import Coupling
-from permprune.evaluation.result import gap_closed
+from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.targets import choose_task
 from permprune.models.forward import frozen, short_inputs
@@ -32,16 +34,15 @@ from permprune.models.layers import dense_weights
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
-from permprune.permuters.base import Permuter, Solution
+from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_examples, plan_run
 from permprune.pruning.allocation import mix
 from permprune.pruning.folder import write_pruned
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.network import LayerMeasure, PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places
-from permprune.settings import Settings
 from permprune.system.files import atomic_folder
 from permprune.system.out_of_memory import memory_reported
 from permprune.updates.registry import update
@@ -65,37 +66,37 @@ class Prepared(Plan):
 class Pruned:
     """A pruned model in stored order, and what was decided on the way.
 
-    `settings` are the run's and its permuter's name as "permute". `tables` are the folded permutations by space,
-    `gathers` all reorderings that the model does at run time. `layers` has, for each pruned layer, the share of squared
-    saliency kept and the relative output error, in natural order ("kept_none", "error_none") and as pruned ("kept",
-    "error"). `probe` are two examples with the model's outputs before the orders were folded (`make_probe`). `sample`
-    shows a few weights before and after (see `sample`); None where the model was not held.
+    `config` is the run's. `tables` are the folded permutations by space, `gathers` all reorderings that the model does
+    at run time. `layers` has, for each pruned layer, the share of squared saliency kept and the relative output error,
+    in natural order (`kept_none`, `error_none`) and as pruned (`kept`, `error`). `probe` are two examples with the
+    model's outputs before the orders were folded (`make_probe`). `sample` shows a few weights before and after (see
+    `sample`); None where the model was not held.
     """
 
     model: PreTrainedModel
     solution: Solution
-    settings: dict[str, Any]
+    config: PruneConfig
     tables: dict[str, Tensor]
     gathers: list[Gather]
-    layers: list[dict[str, Any]]
+    layers: list[PrunedLayer]
     probe: dict[str, Tensor]
     sample: dict[str, Any] | None = None
 
     def record(self) -> Record:
         """How the model was pruned, as its folder tells it; what `prune` does not measure is None."""
-        name, pruned = origin_of(self.model).name, [layer["name"] for layer in self.layers]
+        name, pruned = origin_of(self.model).name, [layer.name for layer in self.layers]
         values = {
             "format": FORMAT,
             "version": importlib.metadata.version("permprune"),
             "model": name,
             "note": note(name),
-            "settings": self.settings,
+            "settings": self.config.to_json(),
             "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
-            "layers": self.layers,
+            "layers": [asdict(layer) for layer in self.layers],
             "curve": [asdict(point) for point in self.solution.curve],
             "permutations": {space: table.tolist() for space, table in self.tables.items()},
             "gathers": [asdict(gather) for gather in self.gathers],
-            "dense": asdict(dense_weights(self.model, pruned, self.settings["exclude"])),
+            "dense": asdict(dense_weights(self.model, pruned, self.config.exclude)),
             "sample": self.sample,
             "seconds": {"search": self.solution.seconds},
         }
@@ -121,35 +122,35 @@ class Pruned:
 def prepare(
     model: PreTrainedModel,
     processor: Processor | None,
-    settings: Settings,
+    config: PruneConfig,
     examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
     partial: Path | None = None,
 ) -> Prepared:
     """Discover the couplings, calibrate, and show the network its masks in natural order.
 
     `processor` is the tokenizer, or what makes inputs of images or sound. `examples` are what to calibrate on in place
-    of the settings' data, token ids (count, length) among them; a decoder that is given no text reads what the dense
+    of the config's data, token ids (count, length) among them; a decoder that is given no text reads what the dense
     model writes. `partial` is a folder in which the searches keep their state. Raises `PermpruneError` for
-    settings, data or a model that cannot be used.
+    a config, data or a model that cannot be used.
     """
     started = time.monotonic()
     if examples is None:
-        shown = calibration_examples(model, processor, settings)
+        shown = calibration_examples(model, processor, config)
     else:
         shown = Examples.of(examples)
-        settings = replace(settings, calibration=f"{len(shown)} examples given in Python")
-    batch, recompute = settings.batch * BATCH_MULTIPLIER[kind_of(model)], settings.recompute
+        config = replace(config, calibration=f"{len(shown)} examples given in Python")
+    batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     if lacks_text(model, shown):
         shown = transcribed(model, shown, batch)
-    plan = plan_run(model, settings, shown, model.state_dict(), partial)
+    plan = plan_run(model, config, shown, model.state_dict(), partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):
         task = choose_task(model, plan.measured, batch)
     statistics = calibrate(
-        model, layers, sites, plan.measured, task, dtype, batch, settings.memory, recompute, settings.seed
+        model, layers, sites, plan.measured, task, dtype, batch, config.memory, recompute, config.seed
     )
     patterns = dict.fromkeys(sites, plan.pattern)
-    if settings.pattern == MIXED:
+    if config.pattern == MIXED:
         patterns = mix(layers, plan.problems, sites, statistics, plan.metric)
     network = PrunedNetwork(
         model, layers, plan.problems, sites, statistics, plan.metric, patterns, task, dtype, batch, recompute
@@ -158,14 +159,14 @@ def prepare(
 
 
 def update_weights(prepared: Prepared) -> None:
-    """Update the weights at the orders the network shows, as the settings say. Raises `PermpruneError`."""
-    update_network(update(prepared.settings.update), prepared.network, prepared.measured, prepared.run.held_out)
+    """Update the weights at the orders the network shows, as the config says. Raises `PermpruneError`."""
+    update_network(update(prepared.config.update), prepared.network, prepared.measured, prepared.run.held_out)
 
 
-def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]], permute: str) -> Pruned:
+def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
     """Fold the orders into the weights that the network shows for this solution. The prepared network is used up.
 
-    `natural` are the network's measures in natural order; `permute` is the name of the permuter, for the record.
+    `natural` are the network's measures in natural order.
     """
     model, network = prepared.model, prepared.network
     probe = make_probe(model, short_inputs(model, prepared.run.held_out))
@@ -174,8 +175,16 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
     tables = fold_tables(prepared.coupling, network.problems, solution.orders)
     fold_all(model, tables, prepared.coupling)
     gathers = _gather(prepared, solution.orders)
-    settings = prepared.settings.described(permute)
-    pruned = Pruned(model, solution, settings, tables, gathers, measures, probe, shown)
+    pruned = Pruned(
+        model=model,
+        solution=solution,
+        config=prepared.config,
+        tables=tables,
+        gathers=gathers,
+        layers=measures,
+        probe=probe,
+        sample=shown,
+    )
     set_origin(model, replace(origin_of(model), record=pruned.record(), probe=probe))
     return pruned
 
@@ -184,31 +193,38 @@ def finish(prepared: Prepared, solution: Solution, natural: list[dict[str, Any]]
 def prune(
     model: PreTrainedModel,
     processor: Processor | None = None,
-    permute: str | Permuter = "newton",
+    config: PruneConfig | None = None,
+    *,
     examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
-    **settings: Any,
+    **changes: Any,
 ) -> Pruned:
-    """Permute and prune a model in place; `settings` are the fields of `Settings`, as pattern="2:4", mode="fold".
+    """Permute and prune a model in place.
 
-    `examples` are as for `prepare`. In gather mode the index selections are attached to the returned model, after those
-    that it may have already. Raises `PermpruneError`.
+    `changes` are fields of `PruneConfig`, as `pattern="2:4", permute=Newton(rounds=6)`: those of `config` that are to
+    be other, or of the default one. `processor` is the tokenizer, or what makes inputs of images or sound. `examples`
+    are what to calibrate on in place of the config's data: `Examples`, a dict of tensors, or token ids
+    (count, length). In gather mode the index selections are attached to the returned model, after those that it may
+    have already. Raises `PermpruneError`, for a field that does not exist as well.
     """
-    method = permuter(permute)
+    config = PruneConfig() if config is None else config
+    if not isinstance(config, PruneConfig):
+        raise PermpruneError(f"the config is {reprlib.repr(config)}: give a PruneConfig, or its fields as keywords")
+    config = config.replace(**changes)
     set_origin(model, origin_of(model))
-    prepared = prepare(model, processor, Settings.of(**settings), examples)
+    prepared = prepare(model, processor, config, examples)
     prepared.dense.warn()
     update_weights(prepared)
     natural = prepared.network.measures()
-    solution = method.solve(prepared.network, prepared.run)
+    solution = permuter(prepared.config.permute).solve(prepared.network, prepared.run)
     update_weights(prepared)
-    return finish(prepared, solution, natural, permute if isinstance(permute, str) else method.name)
+    return finish(prepared, solution, natural)
 
 
-def beside_natural(measures: list[dict[str, Any]], natural: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A network's measures, each layer's with those in natural order ("kept_none", "error_none")."""
+def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) -> list[PrunedLayer]:
+    """A network's measures, each layer's with those in natural order."""
     return [
-        {**row, "kept_none": before["kept"], "error_none": before["error"]}
-        for row, before in zip(measures, natural, strict=True)
+        PrunedLayer(**asdict(own), kept_none=before.kept, error_none=before.error)
+        for own, before in zip(measures, natural, strict=True)
     ]
 
 
@@ -236,6 +252,3 @@ def _gather(prepared: Prepared, orders: Orders) -> list[Gather]:
                 weight.copy_(weight[:, orders[problem.name]])
     attach_gathers(prepared.model, list(found.values()))
     return compose(origin_of(prepared.model).gathers, found.values())
-
-
-__all__ = ["Prepared", "Pruned", "Settings", "Statistics", "finish", "gap_closed", "prepare", "prune", "update_weights"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.observe import observe
 from permprune.coupling.space import Coupling
@@ -27,7 +28,6 @@ from permprune.permuters.base import Run
 from permprune.pruning.problem import Problem, build_problems
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency
-from permprune.settings import Settings
 from permprune.system.device import compute_device, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.system.progress import log
@@ -35,8 +35,8 @@ from permprune.system.search_state import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-FREE = ("minutes", "update", "batch", "recompute")
-"""Settings that may change before an interrupted search goes on."""
+FREE = ("permute", "minutes", "update", "batch", "recompute")
+"""Fields of the config that may change before an interrupted search goes on."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Plan:
     examples for the statistics, through which activations have type `dtype`.
     """
 
-    settings: Settings
+    config: PruneConfig
     pattern: Pattern
     metric: Saliency
     dtype: torch.dtype
@@ -66,7 +66,7 @@ class Plan:
 
 def plan_run(
     model: PreTrainedModel,
-    settings: Settings,
+    config: PruneConfig,
     examples: Examples,
     weights: Mapping[str, Tensor],
     partial: Path | None = None,
@@ -76,22 +76,22 @@ def plan_run(
     The model may be on the meta device, with its weights on disk: `weights` are the model's, by name, for a digest.
     Raises `PermpruneError`.
     """
-    pattern, metric = parse_pattern(settings.pattern), saliency(settings.saliency)
-    layers = prunable_layers(model, pattern, settings.exclude)
+    pattern, metric = parse_pattern(config.pattern), saliency(config.saliency)
+    layers = prunable_layers(model, pattern, config.exclude)
     device = compute_device(model)
     examples_per_window = EXAMPLES_PER_WINDOW[kind_of(model)]
-    measured, held_out, train = _divide(examples.to(device), settings, examples_per_window)
-    coupling = _couple(model, short_inputs(model, measured), layers, settings.mode)
+    measured, held_out, train = _divide(examples.to(device), config, examples_per_window)
+    coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
-    problems = build_problems(coupling, layers, pattern, settings.mode)
-    log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), settings.mode)
-    dtype = DTYPES.get(settings.precision) or fast_dtype(device)
-    searched = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    problems = build_problems(coupling, layers, pattern, config.mode)
+    log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), config.mode)
+    dtype = DTYPES.get(config.precision) or fast_dtype(device)
+    searched = {name: value for name, value in config.identity().items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
-    run = Run(train, held_out, settings.seed, settings.minutes, Checkpoint(partial, searched), examples_per_window)
-    dense = dense_weights(model, sites, settings.exclude)
-    return Plan(settings, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
+    run = Run(train, held_out, config.seed, config.minutes, Checkpoint(partial, searched), examples_per_window)
+    dense = dense_weights(model, sites, config.exclude)
+    return Plan(config, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
 
 
 def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:
@@ -105,18 +105,18 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
         return observe(model, example, [layer.name for layer in layers])
 
 
-def calibration_examples(model: PreTrainedModel, processor: Processor | None, settings: Settings) -> Examples:
+def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:
     """Of the calibration data as many examples as are worth `samples` windows, or as there are."""
     if processor is None:
         raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
-    count = settings.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
-    shared, source = settings.shared, settings.calibration
-    return load_examples(source, model, processor, "calibration", count, settings.length, settings.seed, shared)
+    count = config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
+    shared, source = config.shared, config.calibration
+    return load_examples(source, model, processor, "calibration", count, config.length, config.seed, shared)
 
 
-def _divide(examples: Examples, settings: Settings, examples_per_window: int) -> list[Examples]:
-    """Examples for statistics, held-out loss and gradients (see `Settings.shares`)."""
-    shares = settings.shares(len(examples), examples_per_window)
+def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -> list[Examples]:
+    """Examples for statistics, held-out loss and gradients (see `PruneConfig.shares`)."""
+    shares = config.shares(len(examples), examples_per_window)
     if shares[-1] < 1:
         raise PermpruneError(
             f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from permprune.checkpoints.io import GATHERED, load
 from permprune.checkpoints.probe import last_outputs
 from permprune.checkpoints.record import read_record
+from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold
 from permprune.coupling.verify import verify
@@ -36,7 +37,6 @@ from permprune.pipeline import finish, prepare, prune, update_weights
 from permprune.plan import _divide
 from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.registry import SALIENCIES
-from permprune.settings import Settings
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.updates.base import Update
 
@@ -46,13 +46,13 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:4", "8:16"])
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCausalLM, mode: str, pattern: str) -> None:
-    prepared = prepare(tiny_llama, None, Settings(pattern=pattern, mode=mode, precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(pattern=pattern, mode=mode, precision="fp32"), WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural, "random")
+    pruned = finish(prepared, solution, natural)
     torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
-    assert [row["error_none"] for row in pruned.layers] == [row["error"] for row in natural]
+    assert [row.error_none for row in pruned.layers] == [row.error for row in natural]
     for layer in prunable_layers(pruned.model, Pattern.parse(pattern)):
         assert Pattern.parse(pattern).holds(layer.weight)
         assert layer.weight.ne(0).float().mean() == pytest.approx(Pattern.parse(pattern).density, abs=0.01)
@@ -86,7 +86,9 @@ def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForC
     masked = prune(copy.deepcopy(tiny_llama), **settings)
     updated = prune(tiny_llama, update="sparsegpt", **settings)
     for key in ("error", "error_none"):
-        pairs = [(own[key], before[key]) for own, before in zip(updated.layers, masked.layers, strict=True)]
+        pairs = [
+            (getattr(own, key), getattr(before, key)) for own, before in zip(updated.layers, masked.layers, strict=True)
+        ]
         assert all(own < before for own, before in pairs)
     for layer in prunable_layers(updated.model, Pattern(2, 4)):
         assert Pattern(2, 4).holds(layer.weight)
@@ -94,7 +96,7 @@ def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForC
 
 @pytest.mark.usefixtures("whole_update")
 def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, Settings(update="sparsegpt", precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(update="sparsegpt", precision="fp32"), WINDOWS)
     network, method = prepared.network, Newton(rounds=2, examples=2)
     alone = method.search(network, prepared.run)
     update_weights(prepared)
@@ -112,7 +114,7 @@ def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausa
     runs: list[bool] = []
     tiny_llama.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: runs.append(recomputing()))
     for recompute in (False, True):
-        prepared = prepare(tiny_llama, None, Settings(precision="fp32", recompute=recompute), WINDOWS)
+        prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32", recompute=recompute), WINDOWS)
         assert any(runs) is recompute
         runs.clear()
         prepared.network.gradients(Examples.of(WINDOWS[:2]), Objective())
@@ -123,7 +125,7 @@ def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausa
 def test_examples_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
     sizes: list[int] = []
     tiny_llama.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-    prepare(tiny_llama, None, Settings(precision="fp32", samples=12, measured=5, held_out=1, batch=3), WINDOWS)
+    prepare(tiny_llama, None, PruneConfig(precision="fp32", samples=12, measured=5, held_out=1, batch=3), WINDOWS)
     assert sizes[-2:] == [3, 2]
 
 
@@ -134,12 +136,12 @@ def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
 
 
 def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCausalLM) -> None:
-    settings = Settings(mode="gather", precision="fp32", exclude=("*.k_proj",))  # k reads what q and v read
+    settings = PruneConfig(mode="gather", precision="fp32", exclude=("*.k_proj",))  # k reads what q and v read
     prepared = prepare(tiny_llama, None, settings, WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural, "random")
+    pruned = finish(prepared, solution, natural)
     torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert {bool(gather.output) for gather in pruned.gathers} == {False, True}
 
@@ -160,14 +162,14 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
     tiny_llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(PermpruneError, match=r"test_pipeline\.py:\d+\).*--mode gather"):
-        prepare(tiny_llama, None, Settings(precision="fp32"), WINDOWS)
-    prepared = prepare(tiny_llama, None, Settings(mode="gather", precision="fp32"), WINDOWS)
+        prepare(tiny_llama, None, PruneConfig(precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(mode="gather", precision="fp32"), WINDOWS)
     assert "cannot trace" in caplog.text
     assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural, "random")
+    pruned = finish(prepared, solution, natural)
     torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert len(pruned.gathers) == 8 and not pruned.tables
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
@@ -177,9 +179,9 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
 def test_a_folder_of_a_model_that_cannot_be_traced_proves_itself(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(mode="gather", calibration=str(tiny_text), length=16, samples=24)
+    settings = PruneConfig(mode="gather", calibration=str(tiny_text), length=16, samples=24)
     out = tmp_path / "out"
-    prune_to_folder(str(tiny_checkpoint), out, "random", settings, Evaluation(str(tiny_text), 4, 16))
+    prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), Evaluation(str(tiny_text), 4, 16))
     assert verify_folder(out)["layers"] == 14
 
 
@@ -196,28 +198,28 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
 ) -> None:
     activation = tiny_llama.model.layers[0].mlp.act_fn
     monkeypatch.setattr(activation, "forward", lambda x: x.cummax(-1).values)
-    prepared = prepare(tiny_llama, None, Settings(precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32"), WINDOWS)
     assert "model.layers.0.mlp.down_proj.input keeps its order: no rule for cummax" in caplog.text
     names = {problem.name for problem in prepared.problems}
     assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural, "random")
+    pruned = finish(prepared, solution, natural)
     torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
 
 @pytest.mark.parametrize(("total", "measured", "held_out"), [(192, 24, 8), (20, 7, 2), (3, 1, 1)])
 def test_examples_are_shared_out(total: int, measured: int, held_out: int) -> None:
-    parts = _divide(Examples.of(torch.arange(total)[:, None]), Settings(), 1)
+    parts = _divide(Examples.of(torch.arange(total)[:, None]), PruneConfig(), 1)
     assert [len(part) for part in parts] == [measured, held_out, total - measured - held_out]
     assert torch.equal(torch.cat([part["input_ids"] for part in parts])[:, 0], torch.arange(total))
 
 
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(PermpruneError, match="3 are the least"):
-        _divide(Examples.of(torch.zeros(2, 16)), Settings(), 1)
+        _divide(Examples.of(torch.zeros(2, 16)), PruneConfig(), 1)
 
 
 def test_nan_weights_are_refused(tiny_llama: LlamaForCausalLM) -> None:
@@ -274,8 +276,8 @@ def test_a_written_folder_loads_and_proves_itself(
     source, out = tmp_path / "source", tmp_path / "out"
     tiny_llama.to(dtype).save_pretrained(source)
     tiny_tokenizer.save_pretrained(source)
-    settings = Settings(mode=mode, calibration=str(tiny_text), length=16, samples=24)
-    prune_to_folder(str(source), out, "random", settings, Evaluation(str(tiny_text), 4, 16))
+    settings = PruneConfig(mode=mode, calibration=str(tiny_text), length=16, samples=24)
+    prune_to_folder(str(source), out, settings.replace(permute="random"), Evaluation(str(tiny_text), 4, 16))
     assert verify_folder(out)["layers"] == 14
     model = load(out)
     assert model.dtype == dtype
@@ -296,9 +298,9 @@ def test_a_written_folder_loads_and_proves_itself(
 def test_a_folder_of_updated_weights_proves_itself(
     tiny_checkpoint: Path, tiny_llama: LlamaForCausalLM, tiny_text: Path, tmp_path: Path, mode: str
 ) -> None:
-    settings = Settings(mode=mode, update="sparsegpt", calibration=str(tiny_text), length=16, samples=24)
+    settings = PruneConfig(mode=mode, update="sparsegpt", calibration=str(tiny_text), length=16, samples=24)
     out, evaluation = tmp_path / "out", Evaluation(str(tiny_text), 4, 16)
-    record = prune_to_folder(str(tiny_checkpoint), out, "random", settings, evaluation)
+    record = prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), evaluation)
     assert verify_folder(out)["layers"] == 14
     assert record["settings"]["update"] == "sparsegpt" and "update" in record["seconds"]
     assert evaluate(str(out), evaluation).value == pytest.approx(record["measured"]["pruned"], rel=1e-5)
@@ -315,9 +317,9 @@ def test_a_folder_of_updated_weights_proves_itself(
 def test_a_folder_whose_weights_were_touched_fails_verification(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(calibration=str(tiny_text), length=16, samples=24)
+    settings = PruneConfig(calibration=str(tiny_text), length=16, samples=24)
     out = tmp_path / "out"
-    prune_to_folder(str(tiny_checkpoint), out, "random", settings, Evaluation(str(tiny_text), 4, 16))
+    prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), Evaluation(str(tiny_text), 4, 16))
     model = load(out)
     coupling = discover(model, {"input_ids": WINDOWS[:2]})
     moved = next(space for space in coupling.spaces if "down_proj" in space.name)
@@ -334,8 +336,8 @@ def test_the_real_model_folds_loads_and_verifies(
 ) -> None:
     """SmolLM2-135M, a random order in every space: plain loading gives the masked model's logits, exactly 2:4."""
     out = tmp_path / "out"
-    settings = Settings(samples=6, length=64, measured=3, held_out=1)
-    record = prune_to_folder("smollm2-135m", out, "random", settings, Evaluation(None, 2, 64))
+    settings = PruneConfig(samples=6, length=64, measured=3, held_out=1)
+    record = prune_to_folder("smollm2-135m", out, settings.replace(permute="random"), Evaluation(None, 2, 64))
     found = verify_folder(out)
     assert found["layers"] == 210 and found["difference"] < 1e-4
     assert record["measured"]["none"] > record["measured"]["dense"]

@@ -149,7 +149,7 @@ class Optimised:
 class Record:
     """How a model was pruned, and what came of it.
 
-    `model` is the name of the dense one, `settings` the fields of `Settings` and the permuter's name as "permute".
+    `model` is the name of the dense one, `settings` the fields of `PruneConfig` and the permuter's name as "permute".
     `permutations` are the tables folded into the weights, by space, `gathers` those that a loader puts back. `dense` is
     what stayed dense inside the blocks, None where it was not recorded. What was not measured is None. Keys that this
     version does not know are kept in `extra`.

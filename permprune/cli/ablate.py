@@ -7,13 +7,13 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.settings import Settings
+from permprune.config import PruneConfig
 
 
 @cli.command
 def ablate(
     model: cli.Model,
-    settings: Settings,
+    config: PruneConfig,
     study: Annotated[str, typer.Option(help="what to vary: loss, groups or epochs")] = "loss",
     preset: Annotated[str, typer.Option(help="the learner: ours, or paper")] = "ours",
     epochs: Annotated[
@@ -31,7 +31,7 @@ def ablate(
     from permprune.jobs.trials import Evaluation
     from permprune.report.tables import comparison_table
 
-    methods = variants(study, preset, max(0, settings.shares(settings.samples)[-1]), epochs)
-    result = compare(model, methods, *Evaluation.beside(settings, data, windows, metric))
+    methods = variants(study, preset, max(0, config.shares(config.samples)[-1]), epochs)
+    result = compare(model, methods, *Evaluation.beside(config, data, windows, metric))
     cli.show(comparison_table(result))
     cli.write_figures(json, {"study": study, "preset": preset, **result})

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
-from permprune.settings import Settings
 from permprune.system.interrupts import interruptible
 from permprune.system.progress import console, log
 
@@ -89,46 +89,50 @@ def main(
     log.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
-def settings(
+def prune_config(
     pattern: Annotated[
         str,
         typer.Option(help="N of every M consecutive weights survive; mixed: a pattern for each layer", metavar="N:M"),
-    ] = Settings.pattern,
-    saliency: Annotated[str, typer.Option(help="one of magnitude, wanda, ria, obs")] = Settings.saliency,
+    ] = PruneConfig.pattern,
+    saliency: Annotated[str, typer.Option(help="one of magnitude, wanda, ria, obs")] = "wanda",
     mode: Annotated[
         str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")
-    ] = Settings.mode,
+    ] = PruneConfig.mode,
     update: Annotated[
         str,
         typer.Option(
             help="none: masks alone; sparsegpt: its own masks, and the weights that stay make up for the others"
         ),
-    ] = Settings.update,
+    ] = "none",
     calibration: Annotated[
         str | None,
         typer.Option(help="text (file, .jsonl), images, speech, sentences, or a data set id; the default if absent"),
-    ] = Settings.calibration,
-    samples: Annotated[int, typer.Option(help="windows of calibration text; an image counts 1/8")] = Settings.samples,
-    length: Length = Settings.length,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same permutations")] = Settings.seed,
+    ] = PruneConfig.calibration,
+    samples: Annotated[
+        int, typer.Option(help="windows of calibration text; an image counts 1/8")
+    ] = PruneConfig.samples,
+    length: Length = PruneConfig.length,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same permutations")] = PruneConfig.seed,
     precision: Annotated[
         str, typer.Option(help="of activations in the search: auto, fp32 or bf16")
-    ] = Settings.precision,
+    ] = PruneConfig.precision,
     memory: Annotated[
         str | None, typer.Option(help="bound on tensors, as 8GiB: prune reads a model that needs more layer by layer")
     ] = None,
-    batch: Annotated[int, typer.Option(help="calibration examples at a time: fewer need less memory")] = Settings.batch,
+    batch: Annotated[
+        int, typer.Option(help="calibration examples at a time: fewer need less memory")
+    ] = PruneConfig.batch,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, less memory")
-    ] = Settings.recompute,
+    ] = PruneConfig.recompute,
     minutes: Annotated[
         float | None, typer.Option(help="end the search after so long (the result then varies)")
-    ] = Settings.minutes,
+    ] = PruneConfig.minutes,
     exclude: Annotated[list[str] | None, typer.Option(help="glob of layers that stay dense; may be repeated")] = None,
-    trust_remote_code: TrustRemoteCode = Settings.trust_remote_code,
-) -> Settings:
+    trust_remote_code: TrustRemoteCode = PruneConfig.trust_remote_code,
+) -> PruneConfig:
     """The options of every command that prunes."""
-    return Settings(
+    return PruneConfig(
         pattern=pattern,
         saliency=saliency,
         mode=mode,
@@ -150,12 +154,12 @@ def settings(
 def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callable[..., Any]:
     """Register a command; errors for people become one line on stderr and exit status 2, Ctrl-C status 130.
 
-    A parameter annotated `Settings` stands for the options of `settings`, less those `without`.
+    A parameter annotated `PruneConfig` stands for the options of `prune_config`, less those `without`.
     """
     own = inspect.signature(function, eval_str=True).parameters
-    every = inspect.signature(settings, eval_str=True).parameters
+    every = inspect.signature(prune_config, eval_str=True).parameters
     shared = {name: parameter for name, parameter in every.items() if name not in without}
-    place = next((name for name, parameter in own.items() if parameter.annotation is Settings), "")
+    place = next((name for name, parameter in own.items() if parameter.annotation is PruneConfig), "")
     parameters = own.keys() | shared.keys() if place else own.keys()
 
     @wraps(function)
@@ -172,7 +176,7 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
             try:
                 _require_text(options)
                 if place:
-                    options[place] = settings(**{name: options.pop(name) for name in shared})
+                    options[place] = prune_config(**{name: options.pop(name) for name in shared})
                 for path in (options.get(name) for name in WRITTEN):
                     if path is not None:
                         require_writable(path)  # before hours of work, not after

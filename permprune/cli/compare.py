@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.settings import Settings
+from permprune.config import PruneConfig
 
 
 @cli.command
 def compare(
     model: cli.Model,
-    settings: Settings,
+    config: PruneConfig,
     methods: Annotated[str, typer.Option(help=f"permuters, separated by commas: {cli.METHODS}")] = (
         "none,ria,reconstruction,newton,learned"
     ),
@@ -37,7 +37,7 @@ def compare(
 
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_file, task_data, limit)
-    result = run(model, names, *Evaluation.beside(settings, data, windows, metric, chosen))
+    result = run(model, names, *Evaluation.beside(config, data, windows, metric, chosen))
     cli.show(comparison_table(result))
     cli.write_figures(json, result)
     if picture is not None:

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from permprune.cli import common as cli
-from permprune.settings import Settings
+from permprune.config import PruneConfig
 
 
 @cli.command
 def prune(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
-    settings: Settings,
+    config: PruneConfig,
     permute: Annotated[str, typer.Option(help=cli.METHODS)] = "newton",
     preset: Annotated[
         str | None, typer.Option(help="of the learned permuter: paper, for the published parameters")
@@ -32,8 +32,8 @@ def prune(
 
     name, *options = permute.split(":")
     method = ":".join([name if preset is None else f"{name}-{preset}", *options])
-    settings, evaluation = Evaluation.beside(settings, data, windows, metric)
-    prune_to_folder(model, out, method, settings, evaluation, resume, _announce)
+    config, evaluation = Evaluation.beside(config.replace(permute=method), data, windows, metric)
+    prune_to_folder(model, out, config, evaluation, resume=resume, announce=_announce)
     print(f"written to {out} (report.html, permprune.json)")
 
 

@@ -9,15 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from permprune.cli import common as cli
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
-from permprune.settings import Settings
 
 
 @partial(cli.command, without=("pattern", "minutes"))
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for figures, report and picture; must not exist yet")],
-    settings: Settings,
+    config: PruneConfig,
     patterns: Annotated[
         str, typer.Option(help="N:M patterns, separated by commas; mixed: a pattern for each layer")
     ] = "1:4,2:4,4:8,2:8,8:16,mixed",
@@ -41,9 +41,9 @@ def sweep(
     from permprune.jobs.trials import Evaluation
 
     chosen = cli.task_list(tasks, task_file, task_data, limit)
-    settings, evaluation = Evaluation.beside(settings, data, windows, metric, chosen)
+    config, evaluation = Evaluation.beside(config, data, windows, metric, chosen)
     names = cli.parts(methods)
-    run(model, out, cli.parts(patterns), names, _minutes(budgets), settings, evaluation, jobs, resume, announce)
+    run(model, out, cli.parts(patterns), names, _minutes(budgets), config, evaluation, jobs, resume, announce)
     print(f"written to {out} (report.html, figures.json, pareto.png)")
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 from permprune.checkpoints.io import read_model, write_weights
 from permprune.checkpoints.offload import read_offloaded, write_offloaded
 from permprune.checkpoints.record import Measured, Record
+from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result, gap_closed
@@ -18,12 +19,10 @@ from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.jobs.trials import Evaluation, Meter
-from permprune.permuters.base import LocalPermuter
 from permprune.permuters.registry import permuter
 from permprune.pipeline import Pruned, finish, prepare, update_weights
 from permprune.plan import Plan, calibration_examples, plan_run
 from permprune.pruning.folder import write_pruned
-from permprune.settings import Settings
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
@@ -34,9 +33,9 @@ from permprune.system.out_of_memory import memory_reported
 def prune_to_folder(
     name: str,
     out: Path,
-    permute: str,
-    settings: Settings,
+    config: PruneConfig,
     evaluation: Evaluation,
+    *,
     resume: bool = False,
     announce: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
@@ -46,12 +45,11 @@ def prune_to_folder(
     With `resume` a search goes on from its last state. `announce` is given the record before anything is written to
     `out`. Returns the record. Raises `PermpruneError`.
     """
-    method = permuter(permute)
     with WorkFolder(out).held("prune", resume) as work:
         reset_peak_memory()
         started = time.monotonic()
-        prune_model = _prune_streamed if exceeds_memory(name, method, settings) else _prune_held
-        done = prune_model(name, permute, settings, evaluation, work)
+        prune_model = _prune_streamed if exceeds_memory(name, config) else _prune_held
+        done = prune_model(name, config, evaluation, work)
         measured = done.measured
         record = dataclasses.replace(
             done.pruned.record(),
@@ -75,12 +73,12 @@ class _Done:
     write: Callable[[Path], None]
 
 
-def _prune_held(name: str, permute: str, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
+def _prune_held(name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder) -> _Done:
     """Prune a model that is held in memory."""
-    method = permuter(permute)
-    model, processor, stored = read_model(name, trust_remote_code=settings.trust_remote_code)
+    method = permuter(config.permute)
+    model, processor, stored = read_model(name, trust_remote_code=config.trust_remote_code)
     require_space(work.out, weight_bytes(model, stored))
-    prepared = prepare(model, processor, settings, partial=work.path)
+    prepared = prepare(model, processor, config, partial=work.path)
     prepared.dense.warn()
     require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.network))
     with prepared.network.dense_weights():
@@ -93,24 +91,24 @@ def _prune_held(name: str, permute: str, settings: Settings, evaluation: Evaluat
     searched = time.monotonic()
     update_weights(prepared)
     seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
-    pruned = finish(prepared, solution, natural, permute)
+    pruned = finish(prepared, solution, natural)
     measured = _measured(evaluation, overlap, dense, none, measure())
     return _Done(pruned, measured, seconds, lambda folder: write_weights(model, processor, stored, folder))
 
 
-def _prune_streamed(name: str, permute: str, settings: Settings, evaluation: Evaluation, work: WorkFolder) -> _Done:
-    """Prune a model that is read layer by layer, by a method and settings that `exceeds_memory` let pass."""
+def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder) -> _Done:
+    """Prune a model that is read layer by layer, by a config that `exceeds_memory` let pass."""
     started = time.monotonic()
-    rank, trust = f"rank-{distributed.rank()}", settings.trust_remote_code
+    rank, trust = f"rank-{distributed.rank()}", config.trust_remote_code
     model, processor, stored, weights = read_offloaded(name, work.scratch / rank, trust_remote_code=trust)
     require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
-    plan = plan_run(model, settings, calibration_examples(model, processor, settings), weights.stored)
+    plan = plan_run(model, config, calibration_examples(model, processor, config), weights.stored)
     plan.dense.warn()
     overlap = _said_overlap(plan, examples)
     stream = Stream(model, weights, plan, work.path / rank)
     require_space(work.out, weight_bytes(model, stored) + distributed.world() * stream.state_bytes)
-    pruned = stream.solve(cast(LocalPermuter, permuter(permute)), permute)
+    pruned = stream.solve()
     calibrated = time.monotonic() - started - stream.seconds
     seconds = {"calibrate": calibrated, "search": pruned.solution.seconds, "update": 0.0}
     results = []
@@ -120,7 +118,7 @@ def _prune_streamed(name: str, permute: str, settings: Settings, evaluation: Eva
     weights.edit = stream.stored(pruned)
 
     def write(folder: Path) -> None:
-        write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, settings.memory))
+        write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, config.memory))
 
     return _Done(pruned, _measured(evaluation, overlap, *results), seconds, write)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from permprune.calibration.statistics import Statistics
 from permprune.checkpoints.io import GATHERED
 from permprune.checkpoints.offload import Edit, StoredWeights, attach, read_skeleton
 from permprune.checkpoints.probe import make_probe
+from permprune.checkpoints.record import PrunedLayer
+from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
 from permprune.errors import PermpruneError
 from permprune.losses.targets import next_token
@@ -28,19 +30,20 @@ from permprune.models.layers import Layer, prunable_layers, require_finite
 from permprune.models.modality import kind_of
 from permprune.models.padding import real
 from permprune.pattern import MIXED, parse_pattern
-from permprune.permuters.base import LocalPermuter, Permuter, Solution
-from permprune.permuters.registry import PERMUTERS
+from permprune.permuters.base import LocalPermuter, Solution
+from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.pipeline import Pruned, beside_natural, new_gathers
 from permprune.plan import Plan
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables
 from permprune.saliency.obs import OBS
-from permprune.settings import Settings
 from permprune.system import distributed
 from permprune.system.files import write_whole
 from permprune.system.progress import log, track
 from permprune.system.search_state import Checkpoint, Journal
+from permprune.updates.none import NoUpdate
+from permprune.updates.registry import update
 from permprune.zoo.models import resolve_model
 
 BATCH = 4
@@ -50,19 +53,20 @@ NATURAL, DECIDED = "natural", "decided"
 """Orders in which a layer's mask is kept."""
 
 
-def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
-    """Whether a run that holds the whole model of that name takes more than `settings.memory`.
+def exceeds_memory(name: str, config: PruneConfig) -> bool:
+    """Whether a run that holds the whole model of that name takes more than `config.memory`.
 
     Raises `PermpruneError` where it does, if the run cannot do without.
     """
-    if settings.memory is None:
+    if config.memory is None:
         return False
-    model = read_skeleton(name, trust_remote_code=settings.trust_remote_code)
-    layers = prunable_layers(model, parse_pattern(settings.pattern), settings.exclude)
+    model = read_skeleton(name, trust_remote_code=config.trust_remote_code)
+    layers = prunable_layers(model, parse_pattern(config.pattern), config.exclude)
+    method, change = permuter(config.permute), update(config.update)
     local = isinstance(method, LocalPermuter)
-    tokens = 0 if settings.recompute else settings.batch * settings.length
+    tokens = 0 if config.recompute else config.batch * config.length
     needed = held_bytes(model, layers, tokens, gradients=not local)
-    if needed <= settings.memory:
+    if needed <= config.memory:
         return False
     if kind_of(model) != "text":
         raise PermpruneError(
@@ -73,14 +77,14 @@ def exceeds_memory(name: str, method: Permuter, settings: Settings) -> bool:
             f"a model that reorders channels at run time is pruned in memory only, which takes {_gib(needed)}: "
             "raise --memory to that"
         )
-    if settings.pattern == MIXED:
+    if config.pattern == MIXED:
         raise PermpruneError(
             f"a mix of patterns weighs all layers against each other, which takes {_gib(needed)}: "
             "raise --memory to that, or take one pattern"
         )
-    if not local or settings.update != "none":
+    if not local or not isinstance(change, NoUpdate):
         able = ", ".join(name for name, other in PERMUTERS.items() if issubclass(other, LocalPermuter))
-        what = f"update {settings.update}" if local else f"permuter {method.name}"
+        what = f"update {change.name}" if local else f"permuter {method.name}"
         raise PermpruneError(
             f"{what} has to hold the whole network, which takes {_gib(needed)}: raise --memory to that, "
             f"or take a permuter that works layer by layer ({able}) and no update"
@@ -118,7 +122,7 @@ def streamed_bytes(model: nn.Module, plan: Plan) -> int:
         needed = max(needed, search, 4 * rows * channels + 12 * tokens * (rows + channels))
     pruned = {layer.parameter for layer in plan.layers}
     others = [parameter for name, parameter in model.named_parameters() if name not in pruned]
-    outputs = BATCH * plan.settings.length
+    outputs = BATCH * plan.config.length
     return max(needed, *(6 * (p.numel() + outputs * p.shape[:1].numel()) for p in others))
 
 
@@ -131,12 +135,12 @@ class Stream:
 
     The masks of decided layers lie in `folder`, a bit a weight, and beside them what an interrupted run goes on from.
     `seconds` are those that this process spent on deciding. Raises `PermpruneError` when even a layer at a time takes
-    more memory than the settings allow.
+    more memory than the config allows.
     """
 
     def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
         needed = streamed_bytes(model, plan)
-        if plan.settings.memory is not None and needed > plan.settings.memory:
+        if plan.config.memory is not None and needed > plan.config.memory:
             raise PermpruneError(
                 f"even layer by layer this model takes {_gib(needed)}: raise --memory to that, or shorten --length"
             )
@@ -150,21 +154,21 @@ class Stream:
         return sum(layer.weight.numel() for layer in self.plan.layers) // 4
 
     @torch.no_grad()
-    def solve(self, method: LocalPermuter, permute: str) -> Pruned:
+    def solve(self) -> Pruned:
         """Find the orders, each where one tensor is read; those that span more of the network stay natural.
-
-        `permute` is the permuter's name for the record.
 
         Calibration is one forward pass of the dense model over all measured examples in one batch, which stops ahead of
         each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
         place of its Fisher information, and one candidate. Raises `PermpruneError`.
         """
+        method = permuter(self.plan.config.permute)
+        assert isinstance(method, LocalPermuter)
         problems = self._local()
         run = replace(self.plan.run, checkpoint=Checkpoint(self.folder, self.plan.run.checkpoint.settings))
         with Journal(method.checkpoint(run), method.name) as journal:
             self._walk(method, problems, journal)
         found = [problem for numbered in problems.values() for problem in numbered.values()]
-        return self._pruned(found, journal, permute)
+        return self._pruned(found, journal)
 
     def _walk(self, method: LocalPermuter, problems: dict[str, dict[int, Problem]], journal: Journal) -> None:
         """Decide at every tensor that layers read, on the way through the model, unless the journal knows."""
@@ -223,7 +227,8 @@ class Stream:
         self.seconds += seconds
         network.set_orders(found)
         self._keep_masks(network, DECIDED)
-        return found, {site: {"layers": beside_natural(network.measures(), natural), "seconds": seconds}}
+        measures = [asdict(layer) for layer in beside_natural(network.measures(), natural)]
+        return found, {site: {"layers": measures, "seconds": seconds}}
 
     def _keep_masks(self, network: PrunedNetwork, order: str) -> None:
         for name, mask in network.masks.items():
@@ -234,19 +239,19 @@ class Stream:
         packed = np.fromfile(self.folder / f"{name}.{order}", np.uint8).reshape(shape[0], -1)
         return torch.from_numpy(np.unpackbits(packed, axis=1, count=shape[1])).bool()
 
-    def _pruned(self, problems: list[Problem], journal: Journal, permute: str) -> Pruned:
+    def _pruned(self, problems: list[Problem], journal: Journal) -> Pruned:
         plan = self.plan
         orders = {problem.name: journal.tensors[problem.name] for problem in problems}
-        measures = {row["name"]: row for site in journal.values.values() for row in site["layers"]}
+        measures = {row["name"]: PrunedLayer(**row) for site in journal.values.values() for row in site["layers"]}
         self.weights.edit = self.masked(DECIDED)
         return Pruned(
-            self.model,
-            Solution(orders, math.fsum(site["seconds"] for site in journal.values.values())),
-            plan.settings.described(permute),
-            fold_tables(plan.coupling, problems, orders),
-            list(new_gathers(plan.coupling, problems, orders).values()),
-            [measures[layer.name] for layer in plan.layers],
-            make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
+            model=self.model,
+            solution=Solution(orders, math.fsum(site["seconds"] for site in journal.values.values())),
+            config=plan.config,
+            tables=fold_tables(plan.coupling, problems, orders),
+            gathers=list(new_gathers(plan.coupling, problems, orders).values()),
+            layers=[measures[layer.name] for layer in plan.layers],
+            probe=make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
         )
 
     def masked(self, order: str) -> Edit:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from permprune.checkpoints.offload import read_skeleton
+from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import gap_closed, higher_is_better
@@ -33,7 +34,6 @@ from permprune.permuters.base import LocalPermuter
 from permprune.permuters.registry import permuter
 from permprune.report.sweep import write_sweep
 from permprune.report.tradeoff import SCORE
-from permprune.settings import Settings
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
 from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
@@ -56,8 +56,8 @@ CELLS = "cells"
 
 AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start anew"
 
-FREE = ("pattern", "minutes", "batch", "recompute")
-"""Settings that cells have of their own, or that may change before an interrupted sweep goes on."""
+FREE = ("pattern", "permute", "minutes", "batch", "recompute")
+"""Fields of the config that cells have of their own, or that may change before an interrupted sweep goes on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Job:
     """
 
     model: str
-    settings: Settings
+    config: PruneConfig
     evaluation: Evaluation
     cells: tuple[Cell, ...]
     folder: Path
@@ -97,7 +97,7 @@ def sweep(
     patterns: Sequence[str],
     methods: Sequence[str],
     budgets: Sequence[float],
-    settings: Settings,
+    config: PruneConfig,
     evaluation: Evaluation,
     jobs: int = 1,
     resume: bool = False,
@@ -113,16 +113,16 @@ def sweep(
     given the figures before they are written. Returns them. Raises `PermpruneError`.
     """
     cells = plan_cells(patterns, methods, budgets)
-    asked = _asked(name, settings, evaluation)
+    asked = _asked(name, config, evaluation)
     with WorkFolder(out).held("sweep", resume) as work:
-        _check(name, cells, settings, jobs)
+        _check(name, cells, config, jobs)
         distributed.on_first(lambda: _require_sound(work.path, cells, asked))
         missing = [cell for cell in cells if not _path(work.path, cell).exists()]
         distributed.wait()  # until all have looked
         groups = _by_pattern(missing) or [cells[:1]]  # one at least, which compares the data with that of the cells
-        own = dataclasses.replace(settings, minutes=None)
+        own = dataclasses.replace(config, minutes=None)
         _fill([Job(name, own, evaluation, tuple(group), work.path, asked) for group in groups], jobs)
-        result = _figures(name, settings, evaluation, cells, work.path)
+        result = _figures(name, config, evaluation, cells, work.path)
         announce(result)
         distributed.on_first(lambda: _write(result, work))
     return result
@@ -150,19 +150,19 @@ def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequenc
     return cells
 
 
-def _check(name: str, cells: list[Cell], settings: Settings, jobs: int) -> None:
+def _check(name: str, cells: list[Cell], config: PruneConfig, jobs: int) -> None:
     """Refuse at once what would fail after hours."""
     require("jobs", jobs, Count)
     if jobs > 1 and distributed.world() > 1:
         raise PermpruneError(f"{jobs} jobs in {distributed.world()} processes: give --jobs without torchrun")
-    skeleton = read_skeleton(name, trust_remote_code=settings.trust_remote_code)
+    skeleton = read_skeleton(name, trust_remote_code=config.trust_remote_code)
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
-        prunable_layers(skeleton, parse_pattern(pattern), settings.exclude)
+        prunable_layers(skeleton, parse_pattern(pattern), config.exclude)
     dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # not of those left out by choice
 
 
-def _asked(name: str, settings: Settings, evaluation: Evaluation) -> dict[str, Any]:
-    fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in FREE}
+def _asked(name: str, config: PruneConfig, evaluation: Evaluation) -> dict[str, Any]:
+    fixed = {key: value for key, value in config.identity().items() if key not in FREE}
     asked = {"model": name, **fixed, **{f"data {k}": v for k, v in dataclasses.asdict(evaluation).items()}}
     return json.loads(json.dumps(asked))  # type: ignore[no-any-return] # tuples as lists
 
@@ -240,7 +240,7 @@ def _begin_worker(threads: int, level: int) -> None:
 
 def fill(job: Job) -> None:
     """Measure the cells of a job in turn; each row is written as soon as it is there."""
-    trials = Trials(job.model, dataclasses.replace(job.settings, pattern=job.cells[0].pattern), job.evaluation)
+    trials = Trials(job.model, dataclasses.replace(job.config, pattern=job.cells[0].pattern), job.evaluation)
     prepared = trials.prepared
     sizes = Counter(map(str, prepared.network.patterns.values()))
     states = [permuter(cell.method).state_bytes(prepared.network) for cell in job.cells]
@@ -261,8 +261,8 @@ def fill(job: Job) -> None:
             "stderr": trial.result.stderr,
             "bytes": model_bytes(prepared.model, prepared.layers, prepared.network.patterns),
             "layers": dict(sorted(sizes.items())),
-            "kept": math.fsum(layer["kept"] for layer in layers) / len(layers),
-            "error": math.fsum(layer["error"] for layer in layers) / len(layers),
+            "kept": math.fsum(layer.kept for layer in layers) / len(layers),
+            "error": math.fsum(layer.error for layer in layers) / len(layers),
             "curve": [dataclasses.asdict(point) for point in trial.solution.curve],
         }
         if not distributed.rank():
@@ -312,7 +312,9 @@ def _minutes(states: Path) -> float:
     return float(states.name.rpartition(" ")[2])
 
 
-def _figures(name: str, settings: Settings, evaluation: Evaluation, cells: list[Cell], partial: Path) -> dict[str, Any]:
+def _figures(
+    name: str, config: PruneConfig, evaluation: Evaluation, cells: list[Cell], partial: Path
+) -> dict[str, Any]:
     """What every cell gave, beside the dense model, in the order of the cells."""
     dense = read_sealed(partial / DENSE, AGAIN)
     measured = dense["measured"]
@@ -327,7 +329,7 @@ def _figures(name: str, settings: Settings, evaluation: Evaluation, cells: list[
     _mark_front(rows, metric, "front")
     if SCORE in dense["row"]:
         _mark_front(rows, SCORE, "score_front")
-    fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key not in ("pattern", "minutes")}
+    fixed = {key: value for key, value in config.to_json().items() if key not in ("pattern", "permute", "minutes")}
     return {
         "model": name,
         "note": note(name),

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune.checkpoints.io import read_model
+from permprune.config import PruneConfig
 from permprune.data.load import load_examples
 from permprune.evaluation.agreement import ask
 from permprune.evaluation.dispatch import evaluate_model, knows_right
@@ -23,7 +24,6 @@ from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, require_fields
 from permprune.permuters.base import Permuter, Run, Solution
 from permprune.pipeline import prepare, update_weights
-from permprune.settings import Settings
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log
 
@@ -56,16 +56,16 @@ class Evaluation:
     @classmethod
     def beside(
         cls,
-        settings: Settings,
+        config: PruneConfig,
         source: str | None,
         windows: int,
         metric: str | None = None,
         tasks: TaskList | None = None,
-    ) -> tuple[Settings, Evaluation]:
-        """The settings and the evaluation of a run, which share a source if they name the same one."""
-        shared = source is not None and source == settings.calibration
-        evaluation = cls(source, windows, settings.length, shared, metric, tasks)
-        return dataclasses.replace(settings, shared=shared), evaluation
+    ) -> tuple[PruneConfig, Evaluation]:
+        """The config and the evaluation of a run, which share a source if they name the same one."""
+        shared = source is not None and source == config.calibration
+        evaluation = cls(source, windows, config.length, shared, metric, tasks)
+        return dataclasses.replace(config, shared=shared), evaluation
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
         count = self.windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
@@ -109,11 +109,11 @@ class Trial:
 class Trials:
     """One model, read and calibrated, on which one method is tried after the other; `dense` is what it was before."""
 
-    def __init__(self, name: str, settings: Settings, evaluation: Evaluation, partial: Path | None = None) -> None:
+    def __init__(self, name: str, config: PruneConfig, evaluation: Evaluation, partial: Path | None = None) -> None:
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
-        model, self.processor, _ = read_model(name, trust_remote_code=settings.trust_remote_code)
-        self.prepared = prepare(model, self.processor, settings, partial=partial)
+        model, self.processor, _ = read_model(name, trust_remote_code=config.trust_remote_code)
+        self.prepared = prepare(model, self.processor, config, partial=partial)
         with self.prepared.network.dense_weights():
             self.measure = Meter(model, self.processor, evaluation)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,22 @@ class Gradients:
     loss: float
     count: int
     covariance: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerMeasure:
+    """What its present weights cost a pruned layer.
+
+    `kept` is the share of the squared scores that belongs to weights that are not zero; `error` the relative output
+    error on the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff. `transposed` tells whether the
+    weight is stored as (inputs, outputs).
+    """
+
+    name: str
+    transposed: bool
+    pattern: str
+    kept: float
+    error: float
 
 
 class PrunedNetwork:
@@ -247,22 +263,15 @@ class PrunedNetwork:
             found[name] = (gradient.T if self.layers[name].transposed else gradient).float()
         return found
 
-    def measures(self) -> list[dict[str, Any]]:
-        """What the present weights cost each layer: a dict for each, with its "name", "pattern" and two figures.
-
-        "kept" is the share of the squared scores that belongs to weights that are not zero; "error" the relative output
-        error on the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff.
-        """
+    def measures(self) -> list[LayerMeasure]:
+        """What the present weights cost each layer."""
         found = []
         for name, layer in self.layers.items():
             dense, shown, energy = self.dense[name], layer.weight, self.scores[name].square()
             moments = self.statistics.moments[self.sites[name]]
             kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
             error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
-            pattern = str(self.patterns[name])
-            found.append(
-                {"name": name, "transposed": layer.transposed, "pattern": pattern, "kept": kept, "error": error}
-            )
+            found.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
         return found
 
     @torch.no_grad()

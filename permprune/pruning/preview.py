@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from permprune.checkpoints.record import PrunedLayer
 from permprune.pruning.network import PrunedNetwork
 
 ROWS, CHANNELS = 12, 32
 """At most so many are shown."""
 
 
-def sample(network: PrunedNetwork, measures: list[dict[str, Any]]) -> dict[str, Any]:
+def sample(network: PrunedNetwork, measures: Sequence[PrunedLayer]) -> dict[str, Any]:
     """A few weights of the layer in which the order raises the kept saliency most.
 
     `measures` are the network's, beside those in natural order. "natural" and "permuted" hold the scores as whole
     percents of a high one ("score") and which the saliency's mask keeps ("kept", 0 or 1), rows of channels in natural
     and in stored order; an update of the weights, which may choose other masks, is not seen.
     """
-    row = max(measures, key=lambda row: float(row["kept"] - row["kept_none"]))
-    name = row["name"]
+    layer = max(measures, key=lambda layer: layer.kept - layer.kept_none)
+    name = layer.name
     scores, pattern = network.scores[name], network.patterns[name]
     stored = network.stored_columns()[name].to(scores.device)
     count = min(CHANNELS, scores.shape[1]) // pattern.m * pattern.m or pattern.m
@@ -34,5 +36,5 @@ def sample(network: PrunedNetwork, measures: list[dict[str, Any]]) -> dict[str, 
         return {"score": percents, "kept": pattern.mask(shown).int().tolist()}
 
     natural = torch.arange(scores.shape[1], device=scores.device)
-    kept = {"kept_none": row["kept_none"], "kept": row["kept"]}
+    kept = {"kept_none": layer.kept_none, "kept": layer.kept}
     return {"layer": name, "m": pattern.m, **kept, "natural": part(natural), "permuted": part(stored)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from permprune.errors import PermpruneError
-from permprune.options import nearest
+from permprune.registry import method_of
 from permprune.saliency.base import Saliency
 from permprune.saliency.magnitude import Magnitude
 from permprune.saliency.obs import OBS
@@ -13,10 +12,6 @@ from permprune.saliency.wanda import Wanda
 SALIENCIES: dict[str, type[Saliency]] = {metric.name: metric for metric in (Magnitude, Wanda, RIA, OBS)}
 
 
-def saliency(name: str | Saliency) -> Saliency:
-    """The metric of that name. Raises `PermpruneError` listing the names when there is none."""
-    if isinstance(name, Saliency):
-        return name
-    if name not in SALIENCIES:
-        raise PermpruneError(f'unknown saliency "{name}": {nearest(name, SALIENCIES)}')
-    return SALIENCIES[name]()
+def saliency(given: str | Saliency) -> Saliency:
+    """The saliency of that name, such as "wanda" or "ria:power=1", or the object itself (`method_of`)."""
+    return method_of(given, Saliency, SALIENCIES)  # type: ignore[type-abstract]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from permprune.errors import PermpruneError
-from permprune.options import nearest
+from permprune.registry import method_of
 from permprune.updates.base import Update
 from permprune.updates.none import NoUpdate
 from permprune.updates.sparsegpt import SparseGPT
@@ -11,10 +10,6 @@ from permprune.updates.sparsegpt import SparseGPT
 UPDATES: dict[str, type[Update]] = {method.name: method for method in (NoUpdate, SparseGPT)}
 
 
-def update(name: str | Update) -> Update:
-    """The method of that name with its defaults. Raises `PermpruneError` listing the names when there is none."""
-    if isinstance(name, Update):
-        return name
-    if name not in UPDATES:
-        raise PermpruneError(f'unknown update "{name}": {nearest(name, UPDATES)}')
-    return UPDATES[name]()
+def update(given: str | Update) -> Update:
+    """The update of that name, such as "sparsegpt:damping=0.1", or the object itself (`method_of`)."""
+    return method_of(given, Update, UPDATES)  # type: ignore[type-abstract]

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from permprune.cli.common import parse_bytes, settings
+from permprune.cli.common import parse_bytes, prune_config
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.saliency.registry import SALIENCIES
-from permprune.settings import Settings
 from permprune.system.search_state import Checkpoint
 
 from .running import fails, run
@@ -87,11 +87,13 @@ def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> Non
 
 
 def test_the_shared_options_are_the_settings() -> None:
-    fields = {field.name for field in dataclasses.fields(Settings)} - {"measured", "held_out", "shared"}
-    assert set(inspect.signature(settings).parameters) == fields
-    assert settings() == Settings()
-    chosen = settings(pattern="4:8", memory="1MiB", exclude=["*.o_proj"], update="sparsegpt", batch=2, recompute=True)
-    assert chosen == Settings(
+    fields = {field.name for field in dataclasses.fields(PruneConfig)} - {"permute", "measured", "held_out", "shared"}
+    assert set(inspect.signature(prune_config).parameters) == fields
+    assert prune_config() == PruneConfig()
+    chosen = prune_config(
+        pattern="4:8", memory="1MiB", exclude=["*.o_proj"], update="sparsegpt", batch=2, recompute=True
+    )
+    assert chosen == PruneConfig(
         pattern="4:8", memory=2**20, exclude=("*.o_proj",), update="sparsegpt", batch=2, recompute=True
     )
 

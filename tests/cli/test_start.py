@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
+from permprune.config import PruneConfig
 from permprune.evaluation.dispatch import ACCURACY
 from permprune.evaluation.metrics import METRICS
 from permprune.inference.pack import NAMES
 from permprune.kernels.packed import BLOCKS
 from permprune.permuters.registry import PERMUTERS
 from permprune.saliency.registry import SALIENCIES
-from permprune.settings import Settings
 from permprune.training.weights import TRAINED
 from permprune.updates.registry import UPDATES
 
@@ -72,6 +72,6 @@ def test_every_public_name_is_there() -> None:
     import permprune
 
     assert all(getattr(permprune, name) is not None for name in permprune.__all__)
-    assert set(permprune.__all__) <= set(dir(permprune)) and permprune.Settings is Settings
+    assert set(permprune.__all__) <= set(dir(permprune)) and permprune.PruneConfig is PruneConfig
     with pytest.raises(AttributeError, match="luck"):
         _ = permprune.luck

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.evaluation.agreement import agreement, ask
 from permprune.evaluation.classification import accuracy
@@ -15,7 +16,6 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
 from permprune.pipeline import prepare, prune
-from permprune.settings import Settings
 
 from ..modalities import EXAMPLES, draw, images, make, sentences, speech
 
@@ -63,7 +63,7 @@ def test_a_model_agrees_with_itself_and_less_when_pruned(data: str) -> None:
 
 def test_agreement_measures_a_network_that_shows_other_weights() -> None:
     examples = sentences(labels=False)
-    prepared = prepare(make("bert"), None, Settings(precision="fp32", measured=4, held_out=2), examples)
+    prepared = prepare(make("bert"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples)
     with prepared.network.dense_weights():
         answers = ask(prepared.model, examples)
     shown = agreement(prepared.model, examples, answers)

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import permprune
 from permprune import PermpruneError, Result, TaskList, evaluate_tasks
+from permprune.config import PruneConfig
 from permprune.data.benchmarks import SOURCES
 from permprune.evaluation.lm_tasks import LOCAL, average, cut
-from permprune.settings import Settings
 
 from ..task_files import ROWS, WIKITEXT, write_task_files
 
@@ -41,9 +41,9 @@ def pruned(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Callable[[
     """Prunes the tiny LLaMA in a mode and gives the folder."""
 
     def prune(mode: str) -> Path:
-        settings = Settings(mode=mode, calibration=str(tiny_text), samples=24, length=16)
+        settings = PruneConfig(mode=mode, calibration=str(tiny_text), samples=24, length=16)
         evaluation = permprune.Evaluation(str(tiny_text), 4, 16)
-        permprune.prune_to_folder(str(tiny_checkpoint), tmp_path / mode, "ria", settings, evaluation)
+        permprune.prune_to_folder(str(tiny_checkpoint), tmp_path / mode, settings.replace(permute="ria"), evaluation)
         return tmp_path / mode
 
     return prune

@@ -318,9 +318,10 @@ def make_subjects(folder: Path) -> dict[str, Path]:
     make_tiny_llama().save_pretrained(subjects["checkpoint"])
     make_tiny_tokenizer().save_pretrained(subjects["checkpoint"])
     for mode in ("fold", "gather"):
-        settings = permprune.Settings(mode=mode, calibration=str(folder / "one.txt"), samples=24, length=16)
+        calibration = str(folder / "one.txt")
+        config = permprune.PruneConfig(permute="random", mode=mode, calibration=calibration, samples=24, length=16)
         evaluation = permprune.Evaluation(str(folder / "two.txt"), 4, 16)
-        permprune.prune_to_folder(str(subjects["checkpoint"]), subjects[mode], "random", settings, evaluation)
+        permprune.prune_to_folder(str(subjects["checkpoint"]), subjects[mode], config, evaluation)
     return subjects
 
 

@@ -14,7 +14,7 @@ from permprune import (
     Examples,
     FineTuning,
     PermpruneError,
-    Settings,
+    PruneConfig,
     TaskList,
     evaluate_model,
     fit_probe,
@@ -35,7 +35,7 @@ from ..cli.running import fails, run
 
 OPTIONS: list[type] = [
     *PERMUTERS.values(), *SALIENCIES.values(), *UPDATES.values(),
-    Objective, Settings, Evaluation, TaskList, FineTuning, Training,
+    Objective, PruneConfig, Evaluation, TaskList, FineTuning, Training,
 ]  # fmt: skip
 SHOWN = Examples({"input_ids": torch.zeros(2, 4, dtype=torch.int64)})
 REQUIRED = {FineTuning: {"data": None}, TaskList: {"names": ("cb",)}}
@@ -169,15 +169,15 @@ def test_names_hold_no_nul() -> None:
     """No shell can pass one on; Python can."""
     assert "NUL" in fails("evaluate", "a\0b")
     with pytest.raises(PermpruneError, match="NUL"):
-        prune_to_folder("./no-model", Path("a\0b"), "none", Settings(), Evaluation())
+        prune_to_folder("./no-model", Path("a\0b"), PruneConfig(), Evaluation())
 
 
 def test_the_objects_refuse_what_the_command_line_refuses() -> None:
     for make in (
         lambda: Newton(rounds=-1),
         lambda: Newton(rounds=6.7),  # type: ignore[arg-type]
-        lambda: Settings(mode="luck"),
-        lambda: Settings(pattern="24"),
+        lambda: PruneConfig(mode="luck"),
+        lambda: PruneConfig(pattern="24"),
         lambda: Objective(0.0),
         lambda: variants("loss", "ours", 10, epochs=math.nan),
         lambda: evaluate_model(nn.Linear(2, 2), SHOWN, batch=0),
@@ -191,5 +191,5 @@ def test_the_objects_refuse_what_the_command_line_refuses() -> None:
 
 
 def test_ablations_learn_on_what_is_left_of_few_examples() -> None:
-    few: Any = variants("epochs", "ours", Settings().shares(24)[-1])
+    few: Any = variants("epochs", "ours", PruneConfig().shares(24)[-1])
     assert [method.rounds for method in few.values()] == [0, 1, 1, 2, 3]

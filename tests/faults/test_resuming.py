@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.config import PruneConfig
 from permprune.jobs.trials import Trials
 from permprune.permuters.base import LocalPermuter, Permuter
 from permprune.permuters.identity import Random
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS
 from permprune.pipeline import Prepared, prepare
-from permprune.settings import Settings
 from permprune.system import search_state as checkpoint
 from permprune.system.files import WorkFolder
 from permprune.system.search_state import Checkpoint
@@ -271,7 +271,7 @@ def test_a_second_run_on_one_out_is_refused_at_once(source: list[str], tmp_path:
 @pytest.fixture
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     tokens = torch.randint(0, 128, (30, 8), generator=torch.Generator().manual_seed(0))
-    return prepare(tiny_llama, None, Settings(length=8), tokens)
+    return prepare(tiny_llama, None, PruneConfig(length=8), tokens)
 
 
 @pytest.mark.parametrize("method", [Random(), Newton(rounds=1, examples=2)], ids=["random", "newton"])

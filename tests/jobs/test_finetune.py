@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from permprune.checkpoints.io import load, read_model
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.jobs.evaluate import evaluate
@@ -19,7 +20,6 @@ from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify_folder
 from permprune.losses.objective import Objective, block_outputs
 from permprune.losses.targets import labelled
-from permprune.settings import Settings
 from permprune.training.loop import Epoch, Trainer
 
 
@@ -93,8 +93,8 @@ def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     found = finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8, metric="spearman"))
     assert found["metric"] == "Spearman correlation" and found["after"] > 0.5 and found["dense"] is None
-    settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16), data, 1)
-    record = prune_to_folder(str(dense), tmp_path / "pruned", "newton", settings, evaluation)
+    settings, evaluation = Evaluation.beside(PruneConfig(calibration=data, samples=8, length=16), data, 1)
+    record = prune_to_folder(str(dense), tmp_path / "pruned", settings.replace(permute="newton"), evaluation)
     assert record["measured"]["metric"] == "Pearson correlation"
     assert verify_folder(tmp_path / "pruned")["layers"] == 12
 
@@ -117,8 +117,8 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, obj
     data = str(table(tmp_path / "classes.tsv"))
     dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
     finetune(encoder, dense, FineTuning(data, epochs=6, lr=5e-4, batch=8))
-    settings, evaluation = Evaluation.beside(Settings(calibration=data, samples=8, length=16, mode=mode), data, 1)
-    prune_to_folder(str(dense), pruned, "ria", settings, evaluation)
+    settings, evaluation = Evaluation.beside(PruneConfig(calibration=data, samples=8, length=16, mode=mode), data, 1)
+    prune_to_folder(str(dense), pruned, settings.replace(permute="ria"), evaluation)
     options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
     found = finetune(str(pruned), tuned, options)
     assert objectives == [Objective(), Objective(task=0.0, divergence=1.0)]  # the labels are the dense model's
@@ -140,7 +140,10 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
     dense, pruned = tmp_path / "dense", tmp_path / "pruned"
     finetune(encoder, dense, FineTuning(data, epochs=1, lr=3e-3, batch=8))
     prune_to_folder(
-        str(dense), pruned, "random", Settings(calibration=data, samples=8, length=16), Evaluation(data, 1, 16)
+        str(dense),
+        pruned,
+        PruneConfig(permute="random", calibration=data, samples=8, length=16),
+        Evaluation(data, 1, 16),
     )
     options = FineTuning(data, teacher=str(dense), hidden=1e-3, train="norms", epochs=1)
     student, processor, _ = read_model(str(pruned))
@@ -169,8 +172,8 @@ def test_text_is_learned_through_norms_alone(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, objectives: list[Objective]
 ) -> None:
     text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
-    settings = Settings(calibration=text, samples=24, length=16)
-    prune_to_folder(str(tiny_checkpoint), pruned, "ria", settings, Evaluation(text, 4, 16))
+    settings = PruneConfig(calibration=text, samples=24, length=16)
+    prune_to_folder(str(tiny_checkpoint), pruned, settings.replace(permute="ria"), Evaluation(text, 4, 16))
     options = FineTuning(text, train="norms", teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16)
     found = finetune(str(pruned), tuned, options)
     assert found["metric"] == "perplexity" and found["after"] < found["before"]

@@ -19,13 +19,13 @@ from transformers import (
 
 from permprune.checkpoints.io import GATHERED, load
 from permprune.checkpoints.record import read_record
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.streaming import exceeds_memory
 from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify_folder
-from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.settings import Settings
+from permprune.permuters.registry import PERMUTERS
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "num_attention_heads": 4}
 LIMIT = 2**20
@@ -69,10 +69,17 @@ def deep(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
 
 def run(source: Path, out: Path, method: str, text: Path, **settings: Any) -> dict[str, Any]:
     """Few enough windows that the statistics come of one batch, held or streamed."""
-    chosen = Settings(
-        calibration=str(text), length=16, samples=24, measured=4, held_out=2, precision="fp32", **settings
+    chosen = PruneConfig(
+        permute=method,
+        calibration=str(text),
+        length=16,
+        samples=24,
+        measured=4,
+        held_out=2,
+        precision="fp32",
+        **settings,
     )
-    return prune_to_folder(str(source), out, method, chosen, Evaluation(str(text), 4, 16))
+    return prune_to_folder(str(source), out, chosen, Evaluation(str(text), 4, 16))
 
 
 @pytest.mark.parametrize(
@@ -155,12 +162,12 @@ def test_a_streamed_run_holds_the_limit_that_a_held_one_breaks(
 
 @pytest.mark.parametrize("method", [name for name in PERMUTERS if name not in ("none", "random", "ria", "cp")])
 def test_methods_that_need_the_whole_network_are_refused(tiny_checkpoint: Path, method: str) -> None:
-    settings, local = Settings(memory=2**10), "reconstruction"
+    settings, local = PruneConfig(memory=2**10), "reconstruction"
     if method == local:
-        assert exceeds_memory(str(tiny_checkpoint), permuter(method), settings)
+        assert exceeds_memory(str(tiny_checkpoint), settings.replace(permute=method))
         return
     with pytest.raises(PermpruneError, match=r"whole network, which takes about .* GiB.*none, random, ria, cp, recons"):
-        exceeds_memory(str(tiny_checkpoint), permuter(method), settings)
+        exceeds_memory(str(tiny_checkpoint), settings.replace(permute=method))
 
 
 def test_an_update_is_refused_and_a_limit_below_one_layer(
@@ -173,9 +180,9 @@ def test_an_update_is_refused_and_a_limit_below_one_layer(
 
 
 def test_a_model_that_fits_is_held(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
-    settings = Settings(length=16, memory=2**30)
-    assert not exceeds_memory(str(tiny_checkpoint), permuter("ria"), settings)
-    assert not exceeds_memory("no such model", permuter("newton"), Settings())
+    settings = PruneConfig(length=16, memory=2**30)
+    assert not exceeds_memory(str(tiny_checkpoint), settings.replace(permute="ria"))
+    assert not exceeds_memory("no such model", PruneConfig())
     run(tiny_checkpoint, tmp_path / "out", "random", tiny_text, memory=2**30)
     assert "model.residual" in read_record(tmp_path / "out").permutations
 

@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 
 from permprune import Evaluation, Result, TaskList, compare
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.jobs.sweep import Cell, pareto, plan_cells
 from permprune.jobs.sweep import sweep as run_sweep
 from permprune.jobs.trials import Trials
 from permprune.permuters.registry import PERMUTERS
-from permprune.settings import Settings
 
 Figures = dict[str, Any]
 
 
 @pytest.fixture
-def setting(tiny_checkpoint: Path, tiny_text: Path) -> tuple[str, Settings, Evaluation]:
-    settings = Settings(calibration=str(tiny_text), samples=24, length=16, shared=True)
+def setting(tiny_checkpoint: Path, tiny_text: Path) -> tuple[str, PruneConfig, Evaluation]:
+    settings = PruneConfig(calibration=str(tiny_text), samples=24, length=16, shared=True)
     return str(tiny_checkpoint), settings, Evaluation(str(tiny_text), 4, 16, shared=True)
 
 
@@ -58,7 +58,7 @@ def test_bad_cells_are_refused(patterns: list[str], methods: list[str], budgets:
         plan_cells(patterns, methods, budgets)
 
 
-def test_what_would_fail_later_fails_at_once(setting: tuple[str, Settings, Evaluation], tmp_path: Path) -> None:
+def test_what_would_fail_later_fails_at_once(setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path) -> None:
     name, settings, evaluation = setting
     with pytest.raises(PermpruneError, match="which 5 does not divide"):
         run_sweep(name, tmp_path / "out", ["2:4", "1:5"], [], [], settings, evaluation)
@@ -67,7 +67,7 @@ def test_what_would_fail_later_fails_at_once(setting: tuple[str, Settings, Evalu
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_the_rows_are_those_of_compare(setting: tuple[str, Settings, Evaluation], tmp_path: Path) -> None:
+def test_the_rows_are_those_of_compare(setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path) -> None:
     name, settings, evaluation = setting
     figures = run_sweep(name, tmp_path / "out", ["2:4", "4:8"], ["ria", "newton:rounds=5"], [], settings, evaluation)
     assert figures["metric"] == "perplexity" and len(figures["rows"]) == 6
@@ -85,14 +85,14 @@ def test_the_rows_are_those_of_compare(setting: tuple[str, Settings, Evaluation]
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_mix_has_the_size_of_its_pattern(setting: tuple[str, Settings, Evaluation], tmp_path: Path) -> None:
+def test_a_mix_has_the_size_of_its_pattern(setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path) -> None:
     figures = run_sweep(
         setting[0],
         tmp_path / "out",
         ["mixed", "2:4"],
         [],
         [],
-        Settings(**{**vars(setting[1]), "mode": "gather"}),
+        PruneConfig(**{**vars(setting[1]), "mode": "gather"}),
         setting[2],
     )
     mixed, plain = figures["rows"]
@@ -101,7 +101,7 @@ def test_a_mix_has_the_size_of_its_pattern(setting: tuple[str, Settings, Evaluat
 
 
 def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
-    setting: tuple[str, Settings, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, settings, evaluation = setting
     asked = (["2:4", "1:4"], ["random", "newton:rounds=5"], [])
@@ -124,7 +124,7 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
     with pytest.raises(PermpruneError, match="--resume"):
         run_sweep(name, out, *asked, settings, evaluation)
     with pytest.raises(PermpruneError, match="another seed"):
-        run_sweep(name, out, *asked, Settings(**{**vars(settings), "seed": 1}), evaluation, resume=True)
+        run_sweep(name, out, *asked, PruneConfig(**{**vars(settings), "seed": 1}), evaluation, resume=True)
     assert done == ["none", "random", "newton", "none"]
     monkeypatch.setattr(Trials, "run", lambda self, *args: done.append(args[0].name) or original(self, *args))  # type: ignore[func-returns-value]
     assert results(run_sweep(name, out, *asked, settings, evaluation, resume=True)) == results(whole)
@@ -132,7 +132,7 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
 
 
 def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(
-    setting: tuple[str, Settings, Evaluation], tmp_path: Path
+    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path
 ) -> None:
     name, settings, evaluation = setting
     figures = run_sweep(name, tmp_path / "out", ["2:4"], ["newton:rounds=5"], [1e-6, 60], settings, evaluation)
@@ -145,7 +145,7 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(
 
 
 def test_a_cell_that_is_not_finite_is_a_row_like_others(
-    setting: tuple[str, Settings, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter([10.0, math.inf, 12.0])
     monkeypatch.setattr(
@@ -160,7 +160,7 @@ def test_a_cell_that_is_not_finite_is_a_row_like_others(
 
 
 def test_tasks_are_asked_of_the_dense_model_once_and_have_a_front_of_their_own(
-    setting: tuple[str, Settings, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.9, 0.5, 0.6, 0.7, 0.4])
     monkeypatch.setattr(TaskList, "load", lambda self: lambda *asked: [Result("piqa", "acc", next(scores), 100, 0.05)])

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import BartConfig, BartForSequenceClassification, LlamaForCausalLM, LlamaModel
 
 from permprune.calibration.statistics import Statistics, calibrate
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -16,7 +17,6 @@ from permprune.models.layers import prunable_layers
 from permprune.models.padding import mask_of, padded, real
 from permprune.pattern import Pattern
 from permprune.pipeline import prepare
-from permprune.settings import Settings
 
 from ..modalities import EXAMPLES, draw, images, make, scorer, sentences, speech
 
@@ -149,7 +149,7 @@ def test_padding_counts_in_no_objective() -> None:
         examples = sentences()
         ids = examples["input_ids"].masked_fill(examples["attention_mask"] == 0, filler)
         examples = Examples({**examples, "input_ids": ids})
-        prepared = prepare(make("bert"), None, Settings(precision="fp32", measured=4, held_out=2), examples)
+        prepared = prepare(make("bert"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples)
         losses.append(prepared.network.loss(prepared.run.train, every))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

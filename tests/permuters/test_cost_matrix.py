@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.config import PruneConfig
 from permprune.losses.objective import Objective
 from permprune.matching.schedule import Geometric
 from permprune.permuters.cost_matrix import CostMatrixLearner
@@ -13,14 +14,13 @@ from permprune.permuters.identity import Random
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.permllm import PermLLM
 from permprune.pipeline import Prepared, prepare
-from permprune.settings import Settings
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
-    settings = Settings(mode="gather", precision="fp32", measured=6, held_out=4)
+    settings = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4)
     return prepare(tiny_llama, None, settings, WINDOWS)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.losses.objective import Objective
 from permprune.permuters.base import Permuter, Solution
@@ -22,14 +23,13 @@ from permprune.permuters.trust_region import TOLERANCE, State, TrustRegion, _slo
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import Gradients
 from permprune.pruning.problem import Orders
-from permprune.settings import Settings
 from permprune.system.search_state import Checkpoint
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
 
 def ready(model: LlamaForCausalLM, mode: str = "gather") -> Prepared:
-    return prepare(model, None, Settings(mode=mode, precision="fp32", measured=6, held_out=4), WINDOWS)
+    return prepare(model, None, PruneConfig(mode=mode, precision="fp32", measured=6, held_out=4), WINDOWS)
 
 
 def brief(name: str) -> Permuter:
@@ -75,9 +75,9 @@ def test_ria_keeps_more_score_and_reconstruction_leaves_less_error(tiny_llama: L
     prepared = ready(tiny_llama)
     natural = prepared.network.measures()
     brief("ria").solve(prepared.network, prepared.run)
-    assert sum(row["kept"] for row in prepared.network.measures()) > sum(row["kept"] for row in natural)
+    assert sum(row.kept for row in prepared.network.measures()) > sum(row.kept for row in natural)
     Reconstruction().solve(prepared.network, prepared.run)
-    assert sum(row["error"] for row in prepared.network.measures()) < sum(row["error"] for row in natural)
+    assert sum(row.error for row in prepared.network.measures()) < sum(row.error for row in natural)
 
 
 def test_cp_keeps_more_score_than_ria(tiny_llama: LlamaForCausalLM) -> None:

@@ -3,16 +3,16 @@
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.config import PruneConfig
 from permprune.losses.objective import Objective
 from permprune.permuters.tuning import BETAS, tuned
 from permprune.pipeline import prepare
-from permprune.settings import Settings
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
 
 def test_every_step_takes_the_gradient_where_the_last_one_ended(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, Settings(mode="gather", precision="fp32", measured=6, held_out=4), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4), WINDOWS)
     network, run, rate = prepared.network, prepared.run, 1e-2
     expected = {name: weight.clone() for name, weight in network.dense.items()}
     first = {name: torch.zeros_like(weight) for name, weight in expected.items()}

@@ -7,20 +7,20 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.pattern import TOTAL, Pattern, parse_pattern
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.pipeline import Prepared, finish, prepare
 from permprune.pruning.allocation import CHOICES, _least, tied
 from permprune.pruning.problem import Part, Problem
-from permprune.settings import Settings
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
 def ready(model: LlamaForCausalLM, **settings: object) -> Prepared:
     return prepare(
-        model, None, Settings(pattern="mixed", precision="fp32", measured=4, held_out=2, **settings), WINDOWS
+        model, None, PruneConfig(pattern="mixed", precision="fp32", measured=4, held_out=2, **settings), WINDOWS
     )  # type: ignore[arg-type]
 
 
@@ -79,8 +79,8 @@ def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str
     prepared = ready(tiny_llama, mode="gather")
     network, patterns = prepared.network, prepared.network.patterns
     natural = network.measures()
-    pruned = finish(prepared, permuter(method).solve(network, prepared.run), natural, method)
-    assert [Pattern.parse(row["pattern"]) for row in pruned.layers] == list(patterns.values())
+    pruned = finish(prepared, permuter(method).solve(network, prepared.run), natural)
+    assert [Pattern.parse(row.pattern) for row in pruned.layers] == list(patterns.values())
     for name, layer in network.layers.items():
         assert patterns[name].holds(layer.weight)
         assert layer.weight.ne(0).float().mean() == pytest.approx(patterns[name].density, abs=0.01)

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.calibration.statistics import Statistics
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -16,14 +17,13 @@ from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.obs import OBS
-from permprune.settings import Settings
 
 WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0)))
 
 
 @pytest.fixture
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
-    return prepare(tiny_llama, None, Settings(precision="fp32", measured=4, held_out=2), WINDOWS)
+    return prepare(tiny_llama, None, PruneConfig(precision="fp32", measured=4, held_out=2), WINDOWS)
 
 
 def test_weights_are_dense_times_mask_and_the_dense_ones_come_back(prepared: Prepared) -> None:
@@ -84,7 +84,7 @@ def test_gradients_do_not_depend_on_the_batch(tiny_llama: LlamaForCausalLM, prep
     expected = prepared.network.gradients(WINDOWS[:6], every)
     with prepared.network.dense_weights():
         dense = copy.deepcopy(tiny_llama)
-    network = prepare(dense, None, dataclasses.replace(prepared.settings, batch=batch), WINDOWS).network
+    network = prepare(dense, None, dataclasses.replace(prepared.config, batch=batch), WINDOWS).network
     sizes: list[int] = []
     dense.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     found = network.gradients(WINDOWS[:6], every)
@@ -124,24 +124,24 @@ def test_an_objective_is_the_weighted_sum_of_its_losses(prepared: Prepared) -> N
 def test_measures_are_those_of_the_weights_shown(prepared: Prepared) -> None:
     network = prepared.network
     masked = network.measures()
-    assert [row["name"] for row in masked] == list(network.layers)
+    assert [row.name for row in masked] == list(network.layers)
     for row in masked:
-        name = row["name"]
+        name = row.name
         energy, mask = network.scores[name].square(), network.masks[name]
         moments = network.statistics.moments[network.sites[name]]
         lost, dense = network.dense[name] * ~mask, network.dense[name]
-        assert row["kept"] == pytest.approx(float(energy[mask].sum() / energy.sum()), rel=1e-5)
+        assert row.kept == pytest.approx(float(energy[mask].sum() / energy.sum()), rel=1e-5)
         error = torch.trace(lost @ moments @ lost.T) / torch.trace(dense @ moments @ dense.T)
-        assert row["error"] == pytest.approx(float(error), rel=1e-4)
-        assert 0.5 < row["kept"] < 1 and 0 < row["error"] < 1
+        assert row.error == pytest.approx(float(error), rel=1e-4)
+        assert 0.5 < row.kept < 1 and 0 < row.error < 1
     network.show({name: weight / 2 for name, weight in network.dense.items()})
     for row in network.measures():
-        assert row["kept"] == pytest.approx(1) and row["error"] == pytest.approx(0.25, rel=1e-4)
+        assert row.kept == pytest.approx(1) and row.error == pytest.approx(0.25, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_stored_columns_are_the_order_in_which_the_pattern_holds(tiny_llama: LlamaForCausalLM, mode: str) -> None:
-    network = prepare(tiny_llama, None, Settings(mode=mode, precision="fp32"), WINDOWS).network
+    network = prepare(tiny_llama, None, PruneConfig(mode=mode, precision="fp32"), WINDOWS).network
     natural = network.stored_columns()
     assert all(torch.equal(columns, torch.arange(len(columns))) for columns in natural.values())
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +155,7 @@ def test_stored_columns_are_the_order_in_which_the_pattern_holds(tiny_llama: Lla
 
 
 def test_columns_that_no_problem_moves_keep_their_places(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, Settings(pattern="4:8", precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(pattern="4:8", precision="fp32"), WINDOWS)
     Random().solve(prepared.network, prepared.run)
     for name, columns in prepared.network.stored_columns().items():  # heads are as wide as a group
         assert torch.equal(columns, torch.arange(len(columns))) == name.endswith("o_proj")

@@ -3,24 +3,24 @@
 import torch
 from transformers import LlamaForCausalLM
 
+from permprune.config import PruneConfig
 from permprune.pattern import Pattern
 from permprune.permuters.registry import permuter
 from permprune.pipeline import finish, prepare
-from permprune.settings import Settings
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
 def test_the_layer_that_gains_most_is_shown_in_both_orders(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, Settings(pattern="2:4", precision="fp32", measured=4, held_out=2), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(pattern="2:4", precision="fp32", measured=4, held_out=2), WINDOWS)
     network = prepared.network
     natural = network.measures()
     solution = permuter("ria").solve(network, prepared.run)
     columns = network.stored_columns()
-    pruned = finish(prepared, solution, natural, "ria")
+    pruned = finish(prepared, solution, natural)
     shown = pruned.sample
     assert shown is not None
-    gains = {row["name"]: row["kept"] - row["kept_none"] for row in pruned.layers}
+    gains = {row.name: row.kept - row.kept_none for row in pruned.layers}
     assert gains[shown["layer"]] == max(gains.values()) > 0
     scores = network.scores[shown["layer"]]
     rows = torch.linspace(0, len(scores) - 1, 12).long()

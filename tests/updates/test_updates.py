@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
-from permprune.settings import Settings
 from permprune.updates.base import LayerUpdate
 from permprune.updates.none import NoUpdate
 from permprune.updates.registry import UPDATES, update
@@ -23,7 +23,7 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 
 
 def ready(model: LlamaForCausalLM | GPT2LMHeadModel, **settings: str) -> Prepared:
-    prepared = prepare(model, None, Settings(**{"precision": "fp32", **settings}), WINDOWS)
+    prepared = prepare(model, None, PruneConfig(**{"precision": "fp32", **settings}), WINDOWS)
     Random().solve(prepared.network, prepared.run)
     return prepared
 
@@ -112,12 +112,12 @@ def test_weights_stored_transposed_are_updated_too() -> None:
     columns = network.stored_columns()
     assert all(layer.transposed for layer in network.layers.values())
     assert all(network.patterns[name].holds(weight[:, columns[name]]) for name, weight in weights(network).items())
-    assert sum(row["error"] for row in network.measures()) < sum(row["error"] for row in before)
+    assert sum(row.error for row in network.measures()) < sum(row.error for row in before)
 
 
 def test_excluded_layers_and_blocks_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
     dense = {name: parameter.clone() for name, parameter in tiny_llama.named_parameters()}
-    settings = Settings(precision="fp32", exclude=("*.0.*", "*.1.mlp.down_proj"))
+    settings = PruneConfig(precision="fp32", exclude=("*.0.*", "*.1.mlp.down_proj"))
     prepared = prepare(tiny_llama, None, settings, WINDOWS)
     SparseGPT().run(prepared.network, prepared.measured)
     changed = {name for name, parameter in tiny_llama.named_parameters() if not torch.equal(parameter, dense[name])}
