@@ -91,6 +91,12 @@ class Number:
         return self.kind(text) if form.fullmatch(text) else text
 
 
+def described(value: object) -> str:
+    """How a record names an option that is an object or a function, the same in every run."""
+    name = getattr(value, "__qualname__", None)
+    return repr(value) if name is None else f"{getattr(value, '__module__', '')}.{name}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The end of an error about a name that is none of these: the one that was probably meant, or all of them."""
     known = list(names)

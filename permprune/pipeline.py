@@ -43,6 +43,7 @@ from permprune.pruning.network import LayerMeasure, PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places
+from permprune.system.device import autocast, compute_device
 from permprune.system.files import atomic_folder
 from permprune.system.out_of_memory import memory_reported
 from permprune.updates.registry import update
@@ -144,16 +145,35 @@ def prepare(
         shown = transcribed(model, shown, batch)
     plan = plan_run(model, config, shown, model.state_dict(), partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
-    with frozen(model), torch.no_grad(), torch.autocast(plan.measured.device.type, dtype, dtype != torch.float32):
+    with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
     statistics = calibrate(
-        model, layers, sites, plan.measured, task, dtype, batch, config.memory, recompute, config.seed
+        model,
+        layers,
+        sites,
+        plan.measured,
+        task,
+        dtype=dtype,
+        batch=batch,
+        memory=config.memory,
+        recompute=recompute,
+        seed=config.seed,
     )
     patterns = dict.fromkeys(sites, plan.pattern)
     if config.pattern == MIXED:
         patterns = mix(layers, plan.problems, sites, statistics, plan.metric)
     network = PrunedNetwork(
-        model, layers, plan.problems, sites, statistics, plan.metric, patterns, task, dtype, batch, recompute
+        model,
+        layers,
+        plan.problems,
+        sites,
+        statistics=statistics,
+        saliency=plan.metric,
+        patterns=patterns,
+        task=task,
+        dtype=dtype,
+        batch=batch,
+        recompute=recompute,
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 

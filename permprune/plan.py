@@ -80,7 +80,7 @@ def plan_run(
     layers = prunable_layers(model, pattern, config.exclude)
     device = compute_device(model)
     examples_per_window = EXAMPLES_PER_WINDOW[kind_of(model)]
-    measured, held_out, train = _divide(examples.to(device), config, examples_per_window)
+    measured, held_out, train = _divide(examples, config, examples_per_window)
     coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
@@ -89,7 +89,14 @@ def plan_run(
     dtype = DTYPES.get(config.precision) or fast_dtype(device)
     searched = {name: value for name, value in config.identity().items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
-    run = Run(train, held_out, config.seed, config.minutes, Checkpoint(partial, searched), examples_per_window)
+    run = Run(
+        train,
+        held_out,
+        config.seed,
+        config.minutes,
+        checkpoint=Checkpoint(partial, searched),
+        examples_per_window=examples_per_window,
+    )
     dense = dense_weights(model, sites, config.exclude)
     return Plan(config, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
 

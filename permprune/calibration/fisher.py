@@ -11,18 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from permprune.models.layers import Layer
-from permprune.models.padding import mask_of
+from permprune.models.padding import Padding
 
 BLOCK = 2**24
 """Elements of weight gradients that are formed at a time."""
 
 
 @contextmanager
-def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], one_label_per_example: bool) -> Iterator[None]:
-    """Add the rows' Fisher information of every backward pass inside, padding apart, to `fisher[layer]` (rows,).
+def output_fisher(
+    layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool, padding: Padding
+) -> Iterator[None]:
+    """Add the rows' Fisher information of every backward pass inside to `fisher[layer]` (rows,).
 
-    With `one_label_per_example` it is `row_fisher`, or `row_covariance` where `fisher[layer]` is (rows, rows);
-    otherwise the squared output gradients.
+    `padding` is that of the batches inside, and does not count. With `one_label_per_example` it is `row_fisher`, or
+    `row_covariance` where `fisher[layer]` is (rows, rows); otherwise the squared output gradients.
     """
 
     def add(name: str, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
@@ -37,7 +39,7 @@ def output_fisher(layers: list[Layer], fisher: dict[str, Tensor], one_label_per_
         if output.requires_grad:
             apart = output.dim() < 3 or not one_label_per_example
             kept = None if apart else _keep(args[0].detach().to(output.dtype))
-            output.register_hook(partial(add, name, mask_of(output), kept))
+            output.register_hook(partial(add, name, padding.mask_of(output), kept))
 
     handles = [layer.module.register_forward_hook(partial(forward, layer.name)) for layer in layers]
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.models.activation_checkpointing import recomputing
 from permprune.models.layers import Layer
-from permprune.models.padding import real
+from permprune.models.padding import Padding
 from permprune.system import distributed
 
 ATTEMPTS = 4
@@ -47,43 +47,54 @@ def inverse_factor(moments: Tensor, damping: float) -> Tensor:
     )
 
 
-@contextmanager
-def input_moments(readers: dict[str, Layer]) -> Iterator[dict[str, Tensor]]:
-    """The second moments of what layers read inside.
+class InputMoments:
+    """Accumulates the second moments of layers' inputs.
 
-    `readers` names one layer for each site. The dict yielded is empty until the context is left; then it holds, by
-    site, H = X^T X / tokens, fp32 (channels, channels). Each call's product is formed in fp32, whatever the type of the
-    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find. Padding does
-    not count, and blocks that run again for their gradients count once. Raises `PermpruneError` when a product
-    overflows.
+    `readers` names one layer for each site. Each call's product is formed in fp32, whatever the type of the
+    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find.
     """
-    sums = {
-        site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64) for site, layer in readers.items()
-    }
-    seen = dict.fromkeys(readers, 0)
-    moments: dict[str, Tensor] = {}
 
-    def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if recomputing():
-            return
-        x = real(args[0])
-        sums[site] += inner_product(x).to(sums[site])
-        seen[site] += x.shape[:-1].numel()
+    def __init__(self, readers: dict[str, Layer]) -> None:
+        self.readers = readers
+        self.sums = {
+            site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64)
+            for site, layer in readers.items()
+        }
+        self.counts = dict.fromkeys(readers, 0)
 
-    handles = [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in readers.items()]
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
-    distributed.add_(list(sums.values()))
-    counts = distributed.total(*seen.values())
-    for site, count in zip(readers, counts, strict=True):
-        moments[site] = (sums.pop(site) / count).float()
-        if not torch.isfinite(moments[site]).all():
-            raise PermpruneError(
-                f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
-            )
+    @contextmanager
+    def observe(self, padding: Padding) -> Iterator[None]:
+        """Add what the layers read inside, without the padding; blocks that run again in a backward pass count once."""
+
+        def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if recomputing():
+                return
+            x = padding.real(args[0])
+            self.sums[site] += inner_product(x).to(self.sums[site])
+            self.counts[site] += x.shape[:-1].numel()
+
+        handles = [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in self.readers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def result(self) -> dict[str, Tensor]:
+        """By site, H = X^T X / tokens, fp32 (channels, channels), over all ranks; the sums are used up.
+
+        Raises `PermpruneError` when a product overflowed.
+        """
+        distributed.add_(list(self.sums.values()))
+        counts = distributed.total(*self.counts.values())
+        moments = {}
+        for site, count in zip(self.readers, counts, strict=True):
+            moments[site] = (self.sums.pop(site) / count).float()
+            if not torch.isfinite(moments[site]).all():
+                raise PermpruneError(
+                    f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
+                )
+        return moments
 
 
 def inner_product(x: Tensor) -> Tensor:

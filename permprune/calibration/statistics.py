@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from permprune.calibration.fisher import output_fisher
-from permprune.calibration.moments import input_moments
+from permprune.calibration.moments import InputMoments
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
-from permprune.losses.targets import Task
+from permprune.losses.targets import Features, Predictions, Task
 from permprune.models.activation_checkpointing import recomputed
-from permprune.models.forward import frozen
+from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer
 from permprune.system import distributed
+from permprune.system.device import autocast, compute_device
 from permprune.system.progress import log, track
 
 
@@ -43,6 +44,7 @@ def calibrate(
     sites: dict[str, str],
     examples: Examples,
     task: Task,
+    *,
     dtype: torch.dtype,
     batch: int = 4,
     memory: int | None = None,
@@ -52,59 +54,99 @@ def calibrate(
     """Stream `examples` through the model, forward and backward.
 
     `sites` names, for each layer, the tensor it reads; layers with one site share one H. Activations have type
-    `dtype`. `batch` examples at a time; `recompute` runs each block again in the backward pass (`recomputed`): both
-    leave the result as it is and bound the memory of the activations. `memory` bounds the bytes of the accumulators:
-    sites that do not fit wait for a further pass. `seed` decides on what is drawn at random where there are no labels
-    (`Predictions.fisher_loss`), the same for any number of processes. Raises `PermpruneError` when a loss or a
-    statistic is not finite.
+    `dtype`. `batch` examples at a time are moved to the model's device; `recompute` runs each block again in the
+    backward pass (`recomputed`): both leave the result as it is and bound the memory of the activations. `memory`
+    bounds the bytes of the accumulators: sites that do not fit wait for a further pass. `seed` decides on what is drawn
+    at random where there are no labels (`Predictions.fisher_loss`), the same for any number of processes. Raises
+    `PermpruneError` when a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
-    passes = _split(readers, memory)
-    if len(passes) > 1:
-        log.info("calibration needs %d passes to stay within the memory limit", len(passes))
-    moments: dict[str, Tensor] = {}
-    fisher = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
-    with frozen(model), torch.no_grad(), torch.autocast(examples.device.type, dtype, dtype != torch.float32):
-        one_label_per_example = task(model, examples[:1]).terms == 1
-    terms = 0.0
-    for number, group in enumerate(passes):
-        first = number == 0
-        with (
-            _graph(layers if first else [], fisher, one_label_per_example),
-            input_moments(group) as found,
-            frozen(model),
-            recomputed(model, recompute and first),
-        ):
-            for place, part in track(distributed.share(list(enumerate(batches(examples, batch)))), "calibrating"):
-                with (
-                    torch.autocast(part.device.type, dtype, enabled=dtype != torch.float32),
-                    torch.set_grad_enabled(first),
-                ):
-                    said = task(model, part)
-                    total = said.fisher_loss(torch.Generator().manual_seed((seed * 2**20 + place) % 2**63))
-                if not torch.isfinite(total):
-                    raise PermpruneError(
-                        "the loss on the calibration data is not finite: check the checkpoint and the data"
-                    )
-                if first:
-                    total.backward()
-                    terms += said.terms
-        moments |= found
-    distributed.add_(list(fisher.values()))
+    first, *further = _split(readers, memory)
+    if further:
+        log.info("calibration needs %d passes to stay within the memory limit", 1 + len(further))
+    parts = distributed.share(list(enumerate(batches(examples, batch))))
+    reading = _Pass(model, task, parts, dtype, seed)
+    one_label_per_example = reading.terms(examples[:1]) == 1
+    sums = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
+    with frozen(model):
+        with _graph_from(layers), recomputed(model, recompute):
+            moments, terms = reading.differentiated(first, layers, sums, one_label_per_example=one_label_per_example)
+        for group in further:
+            moments |= reading.forward(group)
+    distributed.add_(list(sums.values()))
     (terms,) = distributed.total(terms)
+    fisher = {name: (total / terms).float() for name, total in sums.items()}
     for name, diagonal in fisher.items():
         if not torch.isfinite(diagonal).all():
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
-    return Statistics(
-        moments, {name: (f / terms).float() for name, f in fisher.items()}, int(terms), one_label_per_example
-    )
+    return Statistics(moments, fisher, int(terms), one_label_per_example)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One way through the batches of this rank, each with its number."""
+
+    model: nn.Module
+    task: Task
+    parts: Sequence[tuple[int, Examples]]
+    dtype: torch.dtype
+    seed: int
+
+    @torch.no_grad()
+    def terms(self, examples: Examples) -> int:
+        """How many terms the loss of some examples has."""
+        with frozen(self.model):
+            return self._outputs(examples.to(compute_device(self.model))).terms
+
+    @torch.no_grad()
+    def forward(self, readers: dict[str, Layer]) -> dict[str, Tensor]:
+        """The second moments of what the readers read, by site."""
+        inputs = InputMoments(readers)
+        for _, part in self._batches():
+            with inputs.observe(padding_of(self.model, part)):
+                self._outputs(part)
+        return inputs.result()
+
+    def differentiated(
+        self, readers: dict[str, Layer], layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool
+    ) -> tuple[dict[str, Tensor], float]:
+        """As `forward`, with a backward pass that adds to `fisher` of the layers; also the number of terms."""
+        inputs, terms = InputMoments(readers), 0.0
+        for number, part in self._batches():
+            padding = padding_of(self.model, part)
+            with (
+                inputs.observe(padding),
+                output_fisher(layers, fisher, one_label_per_example=one_label_per_example, padding=padding),
+            ):
+                outputs = self._outputs(part)
+                with autocast(part.device, self.dtype):
+                    loss = outputs.fisher_loss(self._generator(number))
+                if not torch.isfinite(loss):
+                    raise PermpruneError(
+                        "the loss on the calibration data is not finite: check the checkpoint and the data"
+                    )
+                loss.backward()
+            terms += outputs.terms
+        return inputs.result(), terms
+
+    def _batches(self) -> Iterator[tuple[int, Examples]]:
+        device = compute_device(self.model)
+        for number, part in track(self.parts, "calibrating"):
+            yield number, part.to(device)
+
+    def _outputs(self, part: Examples) -> Predictions | Features:
+        with autocast(part.device, self.dtype):
+            return self.task(self.model, part)
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed * 2**20 + number) % 2**63)
 
 
 @contextmanager
-def _graph(layers: list[Layer], fisher: dict[str, Tensor], one_label_per_example: bool) -> Iterator[None]:
-    """Hooks that start the graph at the first layer and add up the Fisher diagonals at each layer."""
+def _graph_from(layers: list[Layer]) -> Iterator[None]:
+    """Start the graph at the first of the layers that runs."""
 
     def start(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         x = args[0]
@@ -112,8 +154,7 @@ def _graph(layers: list[Layer], fisher: dict[str, Tensor], one_label_per_example
 
     handles = [layer.module.register_forward_pre_hook(start) for layer in layers]
     try:
-        with output_fisher(layers, fisher, one_label_per_example):
-            yield
+        yield
     finally:
         for handle in handles:
             handle.remove()

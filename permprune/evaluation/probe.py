@@ -20,7 +20,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.classification import share
 from permprune.evaluation.result import Result
 from permprune.examples import Examples
-from permprune.models.forward import frozen, running
+from permprune.models.forward import frozen, run_model
 from permprune.models.signature import argument_names
 from permprune.options import Count, Seed, require
 from permprune.system.device import compute_device
@@ -169,8 +169,7 @@ def _head_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> tupl
         with frozen(model):
             for part in track(examples.split(batch), "features"):
                 calls.clear()
-                with running(model, part.to(compute_device(model))) as output:
-                    logits = output.logits
+                logits = run_model(model, part.to(compute_device(model))).logits
                 found += [(name, x) for name, x, y in calls if y is logits or y.data_ptr() == logits.data_ptr()]
     finally:
         for handle in handles:

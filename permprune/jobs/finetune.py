@@ -175,13 +175,13 @@ def _finetune(
     trainer = Trainer(
         model,
         weights,
-        task,
-        objective,
-        measure,
-        options.training(model, len(examples)),
-        Checkpoint(work.path, identity),
-        teacher,
-        None if teacher is None else held_out,
+        task=task,
+        loss=objective,
+        measure=measure,
+        training=options.training(model, len(examples)),
+        checkpoint=Checkpoint(work.path, identity),
+        teacher=teacher,
+        held_out=None if teacher is None else held_out,
     )
     with masked(model, patterns):
         curve = trainer.fit(examples)

@@ -24,21 +24,20 @@ from permprune.checkpoints.record import PrunedLayer
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
 from permprune.errors import PermpruneError
-from permprune.losses.targets import next_token
-from permprune.models.forward import frozen, running, short_inputs
+from permprune.models.forward import frozen, padding_of, run_model, short_inputs
 from permprune.models.layers import Layer, prunable_layers, require_finite
 from permprune.models.modality import kind_of
-from permprune.models.padding import real
 from permprune.pattern import MIXED, parse_pattern
 from permprune.permuters.base import LocalPermuter, Solution
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.pipeline import Pruned, beside_natural, new_gathers
 from permprune.plan import Plan
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables
 from permprune.saliency.obs import OBS
 from permprune.system import distributed
+from permprune.system.device import autocast, compute_device
 from permprune.system.files import write_whole
 from permprune.system.progress import log, track
 from permprune.system.search_state import Checkpoint, Journal
@@ -187,25 +186,26 @@ class Stream:
             if layers is None:  # another reader of the tensor, or a module that runs again
                 return
             next(bar)
-            with torch.autocast(args[0].device.type, enabled=False):
-                journal.add(*self._decide(method, site, layers, problems[site], real(args[0])))
+            with torch.autocast(device.type, enabled=False):
+                journal.add(*self._decide(method, site, layers, problems[site], padding.real(args[0])))
             if not waiting:
                 raise _AllDecided
 
         hooks = [
             layer.module.register_forward_pre_hook(partial(reach, plan.sites[layer.name])) for layer in plan.layers
         ]
-        bar, device = track(waiting.copy(), method.name), plan.measured.device
+        bar, device = track(waiting.copy(), method.name), compute_device(self.model)
+        measured = plan.measured.to(device)
+        padding = padding_of(self.model, measured)
         self.weights.edit = None
         try:
             with (
                 closing(bar),
                 suppress(_AllDecided),
                 frozen(self.model),
-                torch.autocast(device.type, plan.dtype, enabled=plan.dtype != torch.float32),
-                running(self.model, plan.measured),
+                autocast(device, plan.dtype),
             ):
-                pass  # the hooks do the work
+                run_model(self.model, measured)  # the hooks do the work
         finally:
             for hook in hooks:
                 hook.remove()
@@ -230,7 +230,7 @@ class Stream:
         measures = [asdict(layer) for layer in beside_natural(network.measures(), natural)]
         return found, {site: {"layers": measures, "seconds": seconds}}
 
-    def _keep_masks(self, network: PrunedNetwork, order: str) -> None:
+    def _keep_masks(self, network: MaskedLayers, order: str) -> None:
         for name, mask in network.masks.items():
             packed = np.packbits(mask.cpu().numpy(), axis=1).tobytes()
             write_whole(self.folder / f"{name}.{order}", partial(Path.write_bytes, data=packed))
@@ -298,8 +298,8 @@ class Stream:
                 found[site][number] = problem
         return found
 
-    def _network(self, site: str, layers: list[Layer], problems: list[Problem], x: Tensor) -> PrunedNetwork:
-        """A pruned network of these layers alone, on copies of their weights; `x` is what they read."""
+    def _network(self, site: str, layers: list[Layer], problems: list[Problem], x: Tensor) -> MaskedLayers:
+        """These layers alone, masked, on copies of their weights; `x` is what they read."""
         moments = inner_product(x).div_(x.shape[:-1].numel())
         if not torch.isfinite(moments.diagonal()).all():
             raise PermpruneError(
@@ -312,16 +312,13 @@ class Stream:
             held.append(replace(layer, module=module))
             require_finite(held[-1])
         uniform = {layer.name: layer.weight.new_ones(len(layer.weight)) for layer in held}
-        return PrunedNetwork(
-            self.model,
+        return MaskedLayers(
             held,
             problems,
             dict.fromkeys(uniform, site),
-            Statistics({site: moments}, uniform, x.shape[:-1].numel()),
-            self.plan.metric,
-            dict.fromkeys(uniform, self.plan.pattern),
-            next_token,
-            self.plan.dtype,
+            statistics=Statistics({site: moments}, uniform, x.shape[:-1].numel()),
+            saliency=self.plan.metric,
+            patterns=dict.fromkeys(uniform, self.plan.pattern),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -12,34 +12,31 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
+from permprune.losses.loss import Loss, TeacherOutputs
 from permprune.losses.targets import Imitation, Task
+from permprune.models.forward import padding_of
 from permprune.models.layers import blocks
-from permprune.models.padding import real
+from permprune.models.padding import Padding
 from permprune.options import NonNegative, require_fields
 
-ANSWERED_ONCE = 3.0
-"""The weight of `Objective.divergence` where the data give one answer an example."""
+ONE_LABEL_DIVERGENCE = 3.0
+"""The weight of `Objective.divergence` where each example has one label."""
 
 
 @dataclass(frozen=True)
-class TeacherOutputs:
-    """The dense model's outputs for a batch, on the CPU: what is kept of them (see `Task`), and the blocks' outputs."""
+class Objective(Loss):
+    """A weighted sum of losses, each summed over the terms of a batch.
 
-    predictions: Tensor | None
-    block_outputs: list[Tensor]
+    Raises `PermpruneError` for a negative weight, and where all of them are 0.
 
-
-@dataclass(frozen=True)
-class Objective:
-    """A weighted sum of losses, each summed over the terms of a batch. The fields are their weights.
-
-    `task`: cross-entropy with the labels; for an `Imitation`, the distance to the dense model. `divergence`: KL
-    divergence from the dense model's predictions. Its gradient has the same mean as that of the labels, without the
-    noise of single labels. None lets `suited` choose; until then it counts as 0. `distillation`: Smooth-L1 distance of
-    every block's output to the dense model's, summed over positions, channels and blocks (Li et al. 2026, arXiv
-    2601.22980, "loss"). `cosine`: 1 - the cosine similarity of the last block's output and the dense model's (PermLLM,
-    Zou et al. 2025, "loss"). Raises
-    `PermpruneError` for a negative weight, and where all of them are 0.
+    Attributes:
+        task: Weight of the cross-entropy with the labels; for an `Imitation`, of the distance to the dense model.
+        divergence: Weight of the KL divergence from the dense model's predictions. Its gradient has the same mean as
+            that of the labels, without the noise of single labels. None lets `suited` choose; until then it is 0.
+        distillation: Weight of the Smooth-L1 distance of every block's output to the dense model's, summed over
+            positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss").
+        cosine: Weight of 1 - the cosine similarity of the last block's output and the dense model's (PermLLM, Zou et
+            al. 2025, "loss").
     """
 
     task: NonNegative = 1.0
@@ -60,9 +57,11 @@ class Objective:
         """
         if self.divergence is not None:
             return self
-        return replace(
-            self, divergence=ANSWERED_ONCE if one_label_per_example and not isinstance(task, Imitation) else 0.0
-        )
+        needed = one_label_per_example and not isinstance(task, Imitation)
+        return replace(self, divergence=ONE_LABEL_DIVERGENCE if needed else 0.0)
+
+    def with_divergence(self) -> Objective:
+        return replace(self, divergence=1.0)
 
     @property
     def curvature(self) -> float:
@@ -74,43 +73,51 @@ class Objective:
         return (self.task + self.divergence) / self.task**2 if self.task and self.divergence else 1.0
 
     def needs_teacher(self, task: Task) -> bool:
-        """Whether the dense model's outputs are needed."""
-        return bool(self.distillation or self.cosine) or self._keeps(task)
+        return bool(self.distillation or self.cosine) or self._compares_predictions(task)
 
-    def _keeps(self, task: Task) -> bool:
+    def _compares_predictions(self, task: Task) -> bool:
         return bool(self.divergence or (self.task and isinstance(task, Imitation)))
 
     def compute_teacher_outputs(self, model: nn.Module, batch: Examples, task: Task) -> TeacherOutputs:
-        """The dense model's outputs for a batch; `model` must show the dense weights."""
-        with block_outputs(model) as outputs:
-            said = task(model, batch)
+        with block_outputs(model, padding_of(model, batch)) as outputs:
+            predictions = task(model, batch)
         kept = outputs if self.distillation else outputs[-1:] if self.cosine else []
-        return TeacherOutputs(said.kept() if self._keeps(task) else None, [output.cpu() for output in kept])
+        dense = predictions.kept() if self._compares_predictions(task) else None
+        return TeacherOutputs(dense, [output.cpu() for output in kept])
 
     def __call__(
         self, model: nn.Module, batch: Examples, task: Task, teacher_outputs: TeacherOutputs | None
     ) -> tuple[Tensor, int]:
-        """(loss with its graph, number of terms); `teacher_outputs` are those of this batch."""
-        with block_outputs(model) as outputs:
-            said = task(model, batch)
-        losses = [self.task * said.loss(teacher_outputs.predictions if teacher_outputs else None)] if self.task else []
-        if teacher_outputs is not None and self.divergence:
-            losses.append(self.divergence * said.distance(teacher_outputs.predictions))
-        if teacher_outputs is not None and self.distillation:
-            losses.append(self.distillation * _distance(outputs, teacher_outputs.block_outputs))
-        if teacher_outputs is not None and self.cosine:
-            own, dense = outputs[-1].float(), teacher_outputs.block_outputs[-1].to(outputs[-1].device).float()
-            losses.append(self.cosine * (1 - F.cosine_similarity(own, dense, dim=-1)).sum())
-        return torch.stack(losses).sum(), said.terms
+        with block_outputs(model, padding_of(model, batch)) as outputs:
+            predictions = task(model, batch)
+        dense = teacher_outputs or TeacherOutputs(None, [])
+        losses = [self.task * predictions.loss(dense.predictions)] if self.task else []
+        if teacher_outputs is not None:
+            losses += self._distances(predictions.distance, outputs, dense)
+        return torch.stack(losses).sum(), predictions.terms
+
+    def _distances(
+        self, distance: Callable[[Tensor | None], Tensor], outputs: list[Tensor], dense: TeacherOutputs
+    ) -> list[Tensor]:
+        """The weighted distances to the dense model; `distance` is that of the predictions."""
+        losses = []
+        if self.divergence:
+            losses.append(self.divergence * distance(dense.predictions))
+        if self.distillation:
+            losses.append(self.distillation * _smooth_l1(outputs, dense.block_outputs))
+        if self.cosine:
+            own, target = outputs[-1].float(), dense.block_outputs[-1].to(outputs[-1].device).float()
+            losses.append(self.cosine * (1 - F.cosine_similarity(own, target, dim=-1)).sum())
+        return losses
 
 
 @contextmanager
-def block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+def block_outputs(model: nn.Module, padding: Padding) -> Iterator[list[Tensor]]:
     """Collect the output of every repeated block of the model, without padding, in the order in which they run."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(real(output if isinstance(output, Tensor) else output[0]))
+        outputs.append(padding.real(output if isinstance(output, Tensor) else output[0]))
 
     handles = [block.register_forward_hook(keep) for block in blocks(model)]
     try:
@@ -120,8 +127,8 @@ def block_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def _distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
+def _smooth_l1(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
+    """The Smooth-L1 distance of tensors of any shapes, summed over all of their elements."""
     pairs = zip(outputs, dense, strict=True)
-    return torch.stack(
-        [F.smooth_l1_loss(own.float(), target.to(own.device).float(), reduction="sum") for own, target in pairs]
-    ).sum()
+    losses = [F.smooth_l1_loss(own.float(), target.to(own.device).float(), reduction="sum") for own, target in pairs]
+    return torch.stack(losses).sum()

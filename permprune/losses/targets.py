@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.cross_entropy import cross_entropy
-from permprune.models.forward import decodes, running, writes
-from permprune.models.padding import mask_of, real
+from permprune.models.forward import decodes, padding_of, run_model, writes
+from permprune.models.padding import Padding
 from permprune.system import distributed
+from permprune.system.device import compute_device
 
 FEATURES = ("image_embeds", "text_embeds", "pooler_output", "last_hidden_state")
 """What a model without a head is known by, of whatever it returns."""
@@ -107,8 +108,7 @@ Task = Callable[[nn.Module, Examples], Predictions | Features]
 def next_token(model: nn.Module, batch: Examples) -> Predictions:
     """Each next token of "input_ids" (batch, length), or of "labels" where only some count; padding does not."""
     labels = next_labels(batch)
-    with running(model, batch) as output:
-        logits = output.logits[:, :-1]
+    logits = run_model(model, batch).logits[:, :-1]
     if batch.keys() == ["input_ids"]:
         return Predictions(logits.flatten(0, 1), labels.flatten())
     counted = labels != IGNORED
@@ -128,9 +128,9 @@ def labelled(model: nn.Module, batch: Examples) -> Predictions:
     Raises `PermpruneError` where the logits are of another shape, or of fewer classes.
     """
     labels = batch["labels"]
-    with running(model, batch) as output:
-        spoken = decodes(model) and labels.dim() == 2
-        logits = output.logits[:, : labels.shape[1]] if spoken else output.logits
+    logits = run_model(model, batch).logits
+    if decodes(model) and labels.dim() == 2:
+        logits = logits[:, : labels.shape[1]]
     if logits.shape[:-1] != labels.shape or int(labels.max()) >= logits.shape[-1]:
         raise PermpruneError(
             f"labels up to {int(labels.max())} of shape {tuple(labels.shape)} do not go with logits of shape "
@@ -146,8 +146,7 @@ def scored(model: nn.Module, batch: Examples) -> Features:
     Raises `PermpruneError` where the model gives classes.
     """
     labels = batch["labels"]
-    with running(model, batch) as output:
-        logits = output.logits
+    logits = run_model(model, batch).logits
     if logits.shape != (len(labels), 1):
         raise PermpruneError(
             f"labels that are no classes, and logits of shape {tuple(logits.shape)}: give class numbers, or no labels"
@@ -167,10 +166,10 @@ class Imitation:
 
     def __call__(self, model: nn.Module, batch: Examples) -> Predictions | Features:
         """Logits of every example or position that is no padding; or features of every example."""
-        with running(model, batch) as output:
-            if self.variances is None:
-                return Predictions(real(output.logits).flatten(0, -2))
-            return Features(torch.cat([_scaled(output[name], v) for name, v in self.variances.items()], 1))
+        output, padding = run_model(model, batch), padding_of(model, batch)
+        if self.variances is None:
+            return Predictions(padding.real(output.logits).flatten(0, -2))
+        return Features(torch.cat([_scaled(output[name], v, padding) for name, v in self.variances.items()], 1))
 
     @classmethod
     @torch.no_grad()
@@ -179,8 +178,9 @@ class Imitation:
 
         Raises `PermpruneError` where it returns neither logits nor features.
         """
-        with running(model, examples[:1]) as first:
-            logits = getattr(first, "logits", None)
+        device = compute_device(model)
+        first = run_model(model, examples[:1].to(device))
+        logits = getattr(first, "logits", None)
         if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
             return cls()
         known = FEATURES if logits is None else (SCORES,) if logits.shape[-1] == 1 else ()
@@ -189,9 +189,10 @@ class Imitation:
             raise PermpruneError("the model returns neither logits of classes nor features: give examples with labels")
         sums = {name: _Sums(first[name].shape[-1]) for name in names}
         for part in distributed.share(examples.split(batch)):
-            with running(model, part) as output:
-                for name in names:
-                    sums[name].add(output[name])
+            own = part.to(device)
+            output, padding = run_model(model, own), padding_of(model, own)
+            for name in names:
+                sums[name].add(padding.real(output[name]))
         return cls({name: found.variance() for name, found in sums.items()})
 
 
@@ -202,7 +203,7 @@ class _Sums:
         self.count, self.square, self.total = 0.0, 0.0, torch.zeros(channels, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        rows = real(x).flatten(0, -2).double()
+        rows = x.flatten(0, -2).double()
         self.count += len(rows)
         self.square += float(rows.square().sum())
         self.total += rows.sum(0).cpu()
@@ -216,12 +217,12 @@ class _Sums:
         return variance if variance > 1e-6 * energy else energy
 
 
-def _scaled(x: Tensor, variance: float) -> Tensor:
+def _scaled(x: Tensor, variance: float, padding: Padding) -> Tensor:
     """Features (batch, channels) or (batch, positions, channels), an example a row, by variance and positions.
 
     Padding is 0.
     """
-    mask = mask_of(x)
+    mask = padding.mask_of(x)
     values = x.float().flatten(1, -2) if x.dim() > 2 else x.float()[:, None]
     weight = values.new_ones(values.shape[:2]) if mask is None else mask.to(values)
     scale = (weight / weight.sum(1, keepdim=True) / max(variance, 1e-30)).sqrt()
@@ -239,7 +240,7 @@ def choose_task(model: nn.Module, examples: Examples, batch: int) -> Task:
     if labels is None:
         return next_token if writes(model) and "input_ids" in examples else Imitation.of(model, examples, batch)
     if labels.is_floating_point():
-        scored(model, examples[:1])
+        scored(model, examples[:1].to(compute_device(model)))
         return scored
     if not labels.ne(IGNORED).any():
         raise PermpruneError(f"all labels of the measured examples are {IGNORED}: give some that count, or none")

@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
-from permprune.models.padding import padded
+from permprune.models.padding import Padding
 
 
 @contextmanager
@@ -81,17 +81,28 @@ def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor
     return {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}
 
 
-@contextmanager
-def running(model: nn.Module, batch: Examples) -> Iterator[Any]:
-    """The model's output for a batch. Inside, and to hooks of the model's modules, `mask_of` tells what is padding."""
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    decoder = batch.get("decoder_attention_mask")
-    if decoder is None and labels is not None and labels.dim() == 2 and decodes(model):
-        if mask is not None and mask.shape == labels.shape:  # so that the two sides have masks of different shapes
-            labels = F.pad(labels, (0, 1), value=IGNORED)
+def run_model(model: nn.Module, batch: Examples) -> Any:
+    """The model's output for a batch. Raises `PermpruneError` where a decoder has nothing to read."""
+    return model(**forward_arguments(model, model_inputs(model, batch, _decoder_labels(model, batch))))
+
+
+def padding_of(model: nn.Module, batch: Examples) -> Padding:
+    """Which positions are padding when the model runs on a batch, those of a decoder included."""
+    decoder, labels = batch.get("decoder_attention_mask"), _decoder_labels(model, batch)
+    if decoder is None and labels is not None:
         decoder = labels != IGNORED
-    with padded(mask, decoder):
-        yield model(**forward_arguments(model, model_inputs(model, batch, labels)))
+    return Padding.of(batch.get("attention_mask"), decoder)
+
+
+def _decoder_labels(model: nn.Module, batch: Examples) -> Tensor | None:
+    """The labels (batch, length) that a decoder reads as its text; None for other models.
+
+    They are one column longer than the batch's where those have the shape of the encoder's mask (see `Padding`).
+    """
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if labels is None or labels.dim() != 2 or not decodes(model) or "decoder_attention_mask" in batch:
+        return None
+    return F.pad(labels, (0, 1), value=IGNORED) if mask is not None and mask.shape == labels.shape else labels
 
 
 def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None) -> dict[str, Tensor]:

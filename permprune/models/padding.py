@@ -1,38 +1,36 @@
-"""Which positions of a batch are padding, told to the hooks of the modules that it passes through."""
+"""Which positions of a batch are padding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from dataclasses import dataclass
 
 from torch import Tensor
 
-_masks: ContextVar[tuple[Tensor, ...]] = ContextVar("masks", default=())
 
+@dataclass(frozen=True)
+class Padding:
+    """The padding of one batch.
 
-@contextmanager
-def padded(*masks: Tensor | None) -> Iterator[None]:
-    """Inside, activations of the shape of one of these masks are padding where it is 0; None stands for no mask.
-
-    Masks are (batch, length), each of another shape.
+    `masks` are bool (batch, length), True where a position is real, one for each sequence that a model reads: that of a
+    decoder beside that of its encoder. Their shapes differ, so that a tensor's own shape tells which sequence it runs
+    along. Without masks nothing is padding.
     """
-    token = _masks.set(tuple(mask.bool() for mask in masks if mask is not None))
-    try:
-        yield
-    finally:
-        _masks.reset(token)
 
+    masks: tuple[Tensor, ...] = ()
 
-def mask_of(x: Tensor) -> Tensor | None:
-    """Where activations x, (batch, length, channels) or (batch * length, channels), are real; None: everywhere."""
-    for mask in _masks.get():
-        if x.shape[:-1] in (mask.shape, (mask.numel(),)):
-            return mask.reshape(x.shape[:-1])
-    return None
+    @classmethod
+    def of(cls, *masks: Tensor | None) -> Padding:
+        """The padding for masks of any type that are 0 at padding; None stands for no mask."""
+        return cls(tuple(mask.bool() for mask in masks if mask is not None))
 
+    def mask_of(self, x: Tensor) -> Tensor | None:
+        """Where activations x, (batch, length, channels) or (batch * length, channels), are real; None: everywhere."""
+        for mask in self.masks:
+            if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+                return mask.reshape(x.shape[:-1])
+        return None
 
-def real(x: Tensor) -> Tensor:
-    """The activations that are no padding, (positions, channels); x as it is where all are real."""
-    mask = mask_of(x)
-    return x if mask is None else x[mask]
+    def real(self, x: Tensor) -> Tensor:
+        """The activations that are not padding, (positions, channels); x itself where all are real."""
+        mask = self.mask_of(x)
+        return x if mask is None else x[mask]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from permprune.examples import Examples
-from permprune.options import require_fields
+from permprune.options import described, require_fields
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.problem import Orders, Problem
+from permprune.system import distributed
 from permprune.system.digests import CALIBRATION
 from permprune.system.memory import release_freed_memory
 from permprune.system.progress import log
@@ -37,30 +39,69 @@ class CurvePoint:
 class Solution:
     """What a search found, the seconds it took (those of its start included) and the rounds it made.
 
-    `weights` are those that the masks act on, by layer, if the search trained them.
+    `weights` are those that the masks act on, by layer, if the search trained them. `stopped` tells whether a callback
+    ended the search.
     """
 
     orders: Orders
     seconds: float
     curve: tuple[CurvePoint, ...] = ()
     weights: dict[str, Tensor] = field(default_factory=dict)
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class Round:
+    """What callbacks are told after each round of a search, and before the first.
+
+    Attributes:
+        method: Name of the permuter.
+        number: Rounds (or steps) made so far; 0 before the first.
+        total: Rounds (or steps) that the search makes at most.
+        loss: Held-out loss of the round's orders, in nats per term.
+        best: The least held-out loss so far.
+        kept: Whether the round's orders were kept.
+        moved: How many orders the round changed.
+        problems: How many orders there are.
+        seconds: Seconds since the search began, those of interrupted runs included.
+    """
+
+    method: str
+    number: int
+    total: int
+    loss: float
+    best: float
+    kept: bool
+    moved: int
+    problems: int
+    seconds: float
+
+
+Callback = Callable[[Round], bool | None]
+"""Told of every round of a search; returning True stops the search, which keeps its best orders."""
 
 
 @dataclass(frozen=True)
 class Run:
     """The budget and the data of a search.
 
-    `train` and `held_out` are calibration examples, disjoint: gradients come from the first, the accept test reads the
-    second. `minutes`, if given, ends a search after the round under way (its result then depends on the machine's
-    speed). `examples_per_window` examples count as one: an image has one label, a window of text hundreds.
-    `checkpoint` is where searches keep their states. `solved` keeps what was found, so that a search that starts from
-    another's orders does not repeat it; runs that differ may share it, since a solution goes by all that it depends on.
+    Attributes:
+        train: Calibration examples from which gradients come.
+        held_out: Calibration examples on which rounds are accepted, none of which is in `train`.
+        seed: Seed of all that is drawn at random.
+        minutes: If given, ends a search after the round under way; its result then depends on the machine's speed.
+        callbacks: Called in turn after each round of an iterative search.
+        checkpoint: Where searches keep their states.
+        examples_per_window: Examples that count as one: an image has one label, a window of text hundreds.
+        solved: What was found, so that a search that starts from another's orders does not repeat it; runs that differ
+            may share it, since a solution is kept under all that it depends on.
     """
 
     train: Examples
     held_out: Examples
     seed: int = 0
     minutes: float | None = None
+    callbacks: tuple[Callback, ...] = field(default=(), compare=False)
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}), compare=False)
     examples_per_window: int = 1
     solved: dict[tuple[object, ...], Solution] = field(default_factory=dict, compare=False)
@@ -68,6 +109,12 @@ class Run:
     def decides(self) -> tuple[object, ...]:
         """All of a run that the result of a search depends on."""
         return tuple(getattr(self, own.name) for own in fields(self) if own.compare)
+
+    def notify(self, round: Round) -> bool:
+        """Call the callbacks, on the first rank; whether one of them returned True."""
+        if not self.callbacks:
+            return False
+        return distributed.on_first(lambda: any([callback(round) is True for callback in self.callbacks]))
 
     def batch(self, number: int, count: int) -> Examples:
         """The `number`-th `count` of the training examples, over and over."""
@@ -128,7 +175,8 @@ class Permuter(ABC):
     def options(self) -> dict[str, Any]:
         """Its options as JSON can hold them."""
         found = {own.name: getattr(self, own.name) for own in fields(self)}
-        return {name: repr(value) if is_dataclass(value) else value for name, value in found.items()}
+        plain = (bool, int, float, str, type(None))
+        return {name: value if isinstance(value, plain) else described(value) for name, value in found.items()}
 
     def limits(self, run: Run) -> dict[str, Any]:
         """What ends the search: a solution found under others is not this one, but its state may be gone on from."""
@@ -145,7 +193,8 @@ class Permuter(ABC):
         tensors |= {WEIGHT + name: weight for name, weight in solution.weights.items()}
         curve = [[p.round, p.loss, p.kept, p.seconds] for p in solution.curve]
         values = {"limits": self.limits(run), "seconds": solution.seconds, "curve": curve}
-        self.checkpoint(run).save(f"{self.name}.found", tensors, values)
+        if not solution.stopped:
+            self.checkpoint(run).save(f"{self.name}.found", tensors, values)
         return solution
 
     def _recall(self, network: PrunedNetwork, run: Run) -> Solution | None:
@@ -168,7 +217,7 @@ class LocalPermuter(Permuter):
     """A permuter that can solve each problem by itself."""
 
     @abstractmethod
-    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
         """The order of one problem, int64 (size,)."""
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
@@ -177,7 +226,7 @@ class LocalPermuter(Permuter):
             return Solution(self.each(network, journal, self.solver(network, run)), journal.seconds)
 
     def each(
-        self, network: PrunedNetwork, journal: Journal, solve: Callable[[int, Problem], Tensor]
+        self, network: MaskedLayers, journal: Journal, solve: Callable[[int, Problem], Tensor]
     ) -> dict[str, Tensor]:
         """What `solve` finds for every problem, given its number; what the journal knows is not sought again."""
 
@@ -188,7 +237,7 @@ class LocalPermuter(Permuter):
 
         return network.each_problem(find, self.name)
 
-    def solver(self, network: PrunedNetwork, run: Run) -> Callable[[int, Problem], Tensor]:
+    def solver(self, network: MaskedLayers, run: Run) -> Callable[[int, Problem], Tensor]:
         """`order`, given the number that seeds a problem and the problem."""
         return lambda number, problem: self.order(network, problem, run.generator(number))
 

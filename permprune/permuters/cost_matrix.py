@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
-from permprune.losses.objective import Objective, TeacherOutputs
 from permprune.matching.assignment import assign
 from permprune.matching.relaxation import gumbel_noise
 from permprune.matching.schedule import Epsilon, Geometric
 from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
-from permprune.permuters.base import ORDER, CurvePoint, Permuter, Run, Solution
+from permprune.permuters.base import ORDER, Permuter, Run, Solution
 from permprune.permuters.identity import Identity
+from permprune.permuters.iterate import Iterative, Search
 from permprune.pruning.network import PrunedNetwork
-from permprune.pruning.problem import Orders, Part, Problem
-from permprune.system import distributed
-from permprune.system.progress import console, log
+from permprune.pruning.problem import Part, Problem
+from permprune.system.progress import log
 
 COST, FIRST, SECOND = "cost/", "first/", "second/"
 """Prefixes of costs and AdamW's moments among the tensors of a checkpoint."""
 
 
-@dataclass
-class State:
-    """Where the training stands: the costs by problem with their optimiser, and the best orders so far."""
-
-    costs: dict[str, Tensor]
-    optimizer: torch.optim.AdamW
-    orders: Orders
-    best: float
-    step: int = 0
-    seconds: float = 0.0
-    curve: list[CurvePoint] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
-class CostMatrixLearner(Permuter):
+class CostMatrixLearner(Iterative):
     """Train C, the cost of every channel at every position, by AdamW; the weights of the network stay frozen.
 
     Channels are split in parts of equal size, in the order that `start` finds, with a cost matrix each; C begins at 0
@@ -54,7 +39,6 @@ class CostMatrixLearner(Permuter):
     """
 
     start: Permuter = Identity()
-    objective: Objective = Objective()
     steps: Natural = 60
     examples: Count = 4
     check: Count = 10
@@ -83,136 +67,141 @@ class CostMatrixLearner(Permuter):
         ]
         return super().state_bytes(network) + sum(24 * size * part for size, part in parts)  # C and two moments, twice
 
-    def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        start = self.start.solve(network, run)
-        teacher_outputs = network.compute_teacher_outputs(run.held_out, self.objective)
-        state = self._resume(network, run) or self._begin(network, run, start, teacher_outputs)
-        with Progress(console=console, transient=True) as bar:
-            task = bar.add_task(self.name, total=self.steps, completed=state.step)
-            while state.step < self.steps and not (run.minutes and state.seconds > 60 * run.minutes):
-                began = time.monotonic()
-                self._step(network, run, state, start.orders)
-                if state.step % self.check == 0 or state.step == self.steps:
-                    self._try(network, run, state, start.orders, teacher_outputs)
-                    self._save(run, state)
-                state.seconds += distributed.mean(time.monotonic() - began)
-                bar.update(task, advance=1, description=f"{self.name}: held-out loss {state.best:.4f}")
-        network.set_orders(state.orders)
-        return Solution(state.orders, state.seconds, tuple(state.curve))
+    @property
+    def total(self) -> int:
+        return self.steps
 
-    def _step(self, network: PrunedNetwork, run: Run, state: State, starts: Orders) -> None:
-        """One step of AdamW; leaves the network as it was."""
-        batch = run.batch(state.step, self.examples)
-        with torch.no_grad():
-            network.show(self._shown(network, run, state, starts))
-        slope = network.gradients(batch, self.objective).weight
-        network.set_orders({})
-        for _, cost, shown in self._prune(network, run, state, starts):
-            cost.grad = None
-            pairs = [(weight, slope[part.layer][:, columns]) for part, columns, weight in shown]
-            torch.autograd.backward([weight for weight, _ in pairs], [gradient for _, gradient in pairs])
-        done = state.step / self.steps
-        state.optimizer.param_groups[0]["lr"] = self.learning_rate * (1 + math.cos(math.pi * done)) / 2
-        state.optimizer.step()
-        state.step += 1
+    def begin(self, network: PrunedNetwork, run: Run) -> Search:
+        return CostMatrixSearch(self, network, run)
 
-    def _shown(self, network: PrunedNetwork, run: Run, state: State, starts: Orders) -> dict[str, Tensor]:
-        """The weights of the relaxed network, by layer, in the network's own order."""
-        found: dict[str, Tensor] = {}
-        for _, _, shown in self._prune(network, run, state, starts):
-            for part, columns, weight in shown:
-                found.setdefault(part.layer, network.layers[part.layer].weight.clone())[:, columns] = weight
-        return found
 
-    def _prune(
-        self, network: PrunedNetwork, run: Run, state: State, starts: Orders
-    ) -> Iterator[tuple[Problem, Tensor, list[tuple[Part, Tensor, Tensor]]]]:
-        """(problem, cost, [(part, its columns, their weights permuted, pruned and permuted back)])."""
-        epsilon = self.epsilon(state.step / self.steps)
-        for index, problem in enumerate(network.problems):
-            cost = state.costs[problem.name]
-            noise = gumbel_noise(cost.shape, self.noise, run.generator(state.step, 3, index)).to(cost)
-            plan = self.relax(cost + noise, epsilon)
-            shown = []
-            for part in problem.parts:
-                columns = part.columns[starts[problem.name]]
-                weight, score = (
-                    matrix[part.layer][:, columns].float().unflatten(1, (len(plan), -1)).transpose(0, 1) @ plan
-                    for matrix in (network.dense, network.scores)
-                )
-                back = (weight * self.keep(score, network.pattern_of(problem))) @ plan.mT
-                shown.append((part, columns, back.transpose(0, 1).flatten(1)))
-            yield problem, cost, shown
+class CostMatrixSearch(Search):
+    """The training of the costs: a round is as many steps as `check` says, and a try of the assignment.
 
-    def _try(
-        self,
-        network: PrunedNetwork,
-        run: Run,
-        state: State,
-        starts: Orders,
-        teacher_outputs: list[TeacherOutputs] | None,
-    ) -> None:
-        orders = {}
-        for name, cost in state.costs.items():
-            channels = starts[name].view(len(cost), -1)
-            orders[name] = channels.gather(1, assign(cost).argsort(-1).cpu()).flatten()
-        network.set_orders(orders)
-        loss = network.loss(run.held_out, self.objective, teacher_outputs)
-        kept = loss < state.best
-        if kept:
-            state.best, state.orders = loss, orders
-        state.curve.append(CurvePoint(state.step, loss, kept, state.seconds))
-        log.info("%s step %d: held-out loss %.4f, best %.4f", self.name, state.step, loss, state.best)
+    `costs` are C by problem, (parts, channels, positions); `starts` the orders in which the channels were split,
+    `orders` the best ones so far.
+    """
 
-    def _begin(
-        self, network: PrunedNetwork, run: Run, start: Solution, teacher_outputs: list[TeacherOutputs] | None
-    ) -> State:
-        costs = {}
-        for problem in network.problems:
-            size = self.part_size(problem.size, network.pattern_of(problem))
-            device = network.dense[problem.parts[0].layer].device
-            costs[problem.name] = (self.margin * (1 - torch.eye(size, device=device))).repeat(
-                problem.size // size, 1, 1
-            )
-        best = network.loss(run.held_out, self.objective, teacher_outputs)
-        state = State(costs, self._optimizer(costs), start.orders, best, seconds=start.seconds)
-        state.curve.append(CurvePoint(0, best, True, state.seconds))
-        return state
+    unit: ClassVar[str] = "step"
 
-    def _optimizer(self, costs: dict[str, Tensor]) -> torch.optim.AdamW:
-        for cost in costs.values():
-            cost.requires_grad_(True)
-        return torch.optim.AdamW(costs.values(), self.learning_rate, weight_decay=self.weight_decay)
+    def __init__(self, method: CostMatrixLearner, network: PrunedNetwork, run: Run) -> None:
+        super().__init__(method, network, run)
+        self.method = method
+        start = method.start.solve(network, run)
+        self.starts = self.orders = start.orders
+        self.seconds = start.seconds
+        self.costs: dict[str, Tensor] = {}
 
-    def _save(self, run: Run, state: State) -> None:
-        tensors = {ORDER + name: order for name, order in state.orders.items()}
-        for name, cost in state.costs.items():
-            moments = state.optimizer.state[cost]
-            tensors |= {
+    def start(self) -> None:
+        for problem in self.network.problems:
+            size = self.method.part_size(problem.size, self.network.pattern_of(problem))
+            apart = 1 - torch.eye(size, device=self._device(problem))
+            self.costs[problem.name] = (self.method.margin * apart).repeat(problem.size // size, 1, 1)
+        self.optimizer = self._optimizer()
+        self.best = self.held_out_loss()
+        self.record(self.best, kept=True)
+
+    def step(self) -> int:
+        for _ in range(min(self.method.check - self.done % self.method.check, self.method.steps - self.done)):
+            self._descend()
+        return self._try()
+
+    def end(self) -> Solution:
+        self.network.set_orders(self.orders)
+        return Solution(self.orders, self.seconds, tuple(self.curve))
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {ORDER + name: order for name, order in self.orders.items()}
+        for name, cost in self.costs.items():
+            moments = self.optimizer.state[cost]
+            found |= {
                 COST + name: cost.detach(),
                 FIRST + name: moments["exp_avg"],
                 SECOND + name: moments["exp_avg_sq"],
             }
-        curve = [[p.round, p.loss, p.kept, p.seconds] for p in state.curve]
-        values = {"step": state.step, "best": state.best, "seconds": state.seconds, "curve": curve}
-        self.checkpoint(run).save(self.name, tensors, values)
+        return found
 
-    def _resume(self, network: PrunedNetwork, run: Run) -> State | None:
-        saved = self.checkpoint(run).load(self.name)
-        if saved is None:
-            return None
-        tensors, values = saved
-        names = [problem.name for problem in network.problems]
-        devices = {problem.name: network.dense[problem.parts[0].layer].device for problem in network.problems}
-        costs = {name: tensors[COST + name].to(devices[name]) for name in names}
-        state = State(costs, self._optimizer(costs), {name: tensors[ORDER + name] for name in names}, values["best"])
-        for name, cost in costs.items():
-            state.optimizer.state[cost] = {
-                "step": torch.tensor(float(values["step"])),
+    def values(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        problems = self.network.problems
+        self.orders = {problem.name: tensors[ORDER + problem.name] for problem in problems}
+        self.costs = {problem.name: tensors[COST + problem.name].to(self._device(problem)) for problem in problems}
+        self.optimizer = self._optimizer()
+        for name, cost in self.costs.items():
+            self.optimizer.state[cost] = {
+                "step": torch.tensor(float(self.done)),
                 "exp_avg": tensors[FIRST + name].to(cost),
                 "exp_avg_sq": tensors[SECOND + name].to(cost),
             }
-        state.step, state.seconds = values["step"], values["seconds"]
-        state.curve = [CurvePoint(*point) for point in values["curve"]]
-        log.info("%s goes on after step %d", self.name, state.step)
-        return state
+
+    def _descend(self) -> None:
+        """One step of AdamW; leaves the network as it was."""
+        batch = self.run.batch(self.done, self.method.examples)
+        with torch.no_grad():
+            self.network.show(self._shown())
+        slope = self.network.gradients(batch, self.loss).weight
+        self.network.set_orders({})
+        for _, cost, shown in self._prune():
+            cost.grad = None
+            pairs = [(weight, slope[part.layer][:, columns]) for part, columns, weight in shown]
+            torch.autograd.backward([weight for weight, _ in pairs], [gradient for _, gradient in pairs])
+        rate = self.method.learning_rate * (1 + math.cos(math.pi * self._progress())) / 2
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.done += 1
+
+    def _shown(self) -> dict[str, Tensor]:
+        """The weights of the relaxed network, by layer, in the network's own order."""
+        found: dict[str, Tensor] = {}
+        for _, _, shown in self._prune():
+            for part, columns, weight in shown:
+                found.setdefault(part.layer, self.network.layers[part.layer].weight.clone())[:, columns] = weight
+        return found
+
+    def _prune(self) -> Iterator[tuple[Problem, Tensor, list[tuple[Part, Tensor, Tensor]]]]:
+        """(problem, cost, [(part, its columns, their weights permuted, pruned and permuted back)])."""
+        method, network = self.method, self.network
+        epsilon = method.epsilon(self._progress())
+        for index, problem in enumerate(network.problems):
+            cost = self.costs[problem.name]
+            noise = gumbel_noise(cost.shape, method.noise, self.run.generator(self.done, 3, index)).to(cost)
+            plan = method.relax(cost + noise, epsilon)
+            shown = []
+            for part in problem.parts:
+                columns = part.columns[self.starts[problem.name]]
+                weight, score = (
+                    matrix[part.layer][:, columns].float().unflatten(1, (len(plan), -1)).transpose(0, 1) @ plan
+                    for matrix in (network.dense, network.scores)
+                )
+                back = (weight * method.keep(score, network.pattern_of(problem))) @ plan.mT
+                shown.append((part, columns, back.transpose(0, 1).flatten(1)))
+            yield problem, cost, shown
+
+    def _try(self) -> int:
+        """Keep the exact assignment of the costs if its held-out loss is the least; how many orders it changes."""
+        orders = {}
+        for name, cost in self.costs.items():
+            channels = self.starts[name].view(len(cost), -1)
+            orders[name] = channels.gather(1, assign(cost).argsort(-1).cpu()).flatten()
+        self.network.set_orders(orders)
+        loss = self.held_out_loss()
+        kept, moved = loss < self.best, 0
+        if kept:
+            moved = sum(not torch.equal(order, self.orders[name]) for name, order in orders.items())
+            self.best, self.orders = loss, orders
+        self.record(loss, kept)
+        log.info("%s step %d: held-out loss %.4f, best %.4f", self.method.name, self.done, loss, self.best)
+        return moved
+
+    def _progress(self) -> float:
+        return self.done / self.method.steps
+
+    def _device(self, problem: Problem) -> torch.device:
+        return self.network.dense[problem.parts[0].layer].device
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        for cost in self.costs.values():
+            cost.requires_grad_(True)
+        return torch.optim.AdamW(self.costs.values(), self.method.learning_rate, weight_decay=self.method.weight_decay)

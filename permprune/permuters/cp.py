@@ -16,7 +16,7 @@ from permprune.options import Natural
 from permprune.pattern import Pattern
 from permprune.permuters.base import LocalPermuter
 from permprune.permuters.kept import ROWS, descending, kept_score, stacked_scores, union_kept
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 WIDE = 2048
@@ -50,7 +50,7 @@ class CP(LocalPermuter):
     escapes: Natural = 10
     triples: bool = False
 
-    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
         score, groups = stacked_scores(network, problem), problem.identity().view(-1, network.pattern_of(problem).m)
         return search(score, groups, network.pattern_of(problem), generator, self.escapes, self.triples).flatten()
 

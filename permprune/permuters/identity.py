@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from permprune.permuters.base import LocalPermuter
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 
@@ -19,7 +19,7 @@ class Identity(LocalPermuter):
 
     name: ClassVar[str] = "none"
 
-    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
         return problem.identity()
 
 
@@ -29,5 +29,5 @@ class Random(LocalPermuter):
 
     name: ClassVar[str] = "random"
 
-    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
         return torch.randperm(problem.size, generator=generator)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from permprune.matching.assignment import assign
 from permprune.pattern import Pattern
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 ROWS = 64
@@ -24,7 +24,7 @@ PASSES = 2
 """Times that each slot is assigned anew: the second still gains, what more would gain is not worth the time."""
 
 
-def stacked_scores(network: PrunedNetwork, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
+def stacked_scores(network: MaskedLayers, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
     """The scores of all weights along a problem's channels, (channels, rows); rows times sqrt(fisher) if given."""
     rows = [network.scores[part.layer][:, part.columns] for part in problem.parts]
     if fisher is not None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from permprune.losses.loss import Loss, LossFunction
 from permprune.losses.objective import Objective
 from permprune.matching.assignment import assign
 from permprune.matching.relaxation import gumbel_noise
@@ -33,7 +34,7 @@ class Learned(TrustRegion):
 
     name: ClassVar[str] = "learned"
     rounds: Natural = 16
-    objective: Objective = Objective(distillation=1e-5)
+    objective: Loss | LossFunction = Objective(distillation=1e-5)
     groups: Count = 4
     steps: Count = 4
     decay: Share = 0.5

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from permprune.losses.loss import Loss, LossFunction
 from permprune.losses.objective import Objective
 from permprune.matching.sinkhorn import sinkhorn
 from permprune.options import Count, NonNegative
@@ -25,7 +26,7 @@ class LearnedPaper(CostMatrixLearner):
     """
 
     name: ClassVar[str] = "learned-paper"
-    objective: Objective = Objective(distillation=1e-5)
+    objective: Loss | LossFunction = Objective(distillation=1e-5)
     groups: Count = 4
     noise: NonNegative = 0.1
 

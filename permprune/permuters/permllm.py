@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from permprune.losses.loss import Loss, LossFunction
 from permprune.losses.objective import Objective
 from permprune.matching.relaxation import straight_through
 from permprune.matching.schedule import Cosine, Epsilon
@@ -29,7 +30,7 @@ class PermLLM(CostMatrixLearner):
 
     name: ClassVar[str] = "permllm"
     start: Permuter = RIAPermuter()
-    objective: Objective = Objective(0.0, cosine=1.0)
+    objective: Loss | LossFunction = Objective(0.0, cosine=1.0)
     block: Count = 64
     weight_decay: NonNegative = 0.01
     learning_rate: NonNegative = 0.05

@@ -23,7 +23,7 @@ from torch import Tensor
 from permprune.matching.assignment import cycles
 from permprune.matching.pairs import pair_up
 from permprune.pattern import Pattern, ranks
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 BLOCK = 2**18
@@ -67,7 +67,7 @@ class QuadraticModel:
     @classmethod
     def of(
         cls,
-        network: PrunedNetwork,
+        network: MaskedLayers,
         problem: Problem,
         fisher: dict[str, Tensor],
         gradient: dict[str, Tensor] | None = None,

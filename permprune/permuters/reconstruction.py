@@ -13,6 +13,7 @@ from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution
 from permprune.permuters.kept import deal_and_assign, stacked_scores
 from permprune.permuters.quadratic import QuadraticModel
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.problem import Orders, Problem
 from permprune.system.progress import log, track
@@ -58,9 +59,7 @@ class Reconstruction(LocalPermuter):
             candidates = [{name: found[name][i] for name in names} for i in range(self.candidates)]
             return Solution(self._choose(network, run, candidates), journal.seconds)
 
-    def order(
-        self, network: PrunedNetwork, problem: Problem, generator: torch.Generator, jitter: float = 0.0
-    ) -> Tensor:
+    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator, jitter: float = 0.0) -> Tensor:
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square()
         noise = 1 + jitter * torch.randn(energy.shape, generator=generator).to(energy)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from permprune.permuters.base import LocalPermuter
 from permprune.permuters.kept import deal_and_assign, stacked_scores
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 
@@ -20,5 +20,5 @@ class RIAPermuter(LocalPermuter):
 
     name: ClassVar[str] = "ria"
 
-    def order(self, network: PrunedNetwork, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
         return deal_and_assign(stacked_scores(network, problem), network.pattern_of(problem))

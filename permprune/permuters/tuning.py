@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from permprune.losses.objective import Objective
+from permprune.losses.loss import Loss
 from permprune.permuters.base import Run
 from permprune.pruning.network import PrunedNetwork
 
@@ -17,7 +17,7 @@ RISING = 0.25
 
 
 def tuned(
-    network: PrunedNetwork, run: Run, first: int, steps: int, examples: int, rate: float, objective: Objective
+    network: PrunedNetwork, run: Run, loss: Loss, *, first: int, steps: int, examples: int, rate: float
 ) -> dict[str, Tensor]:
     """The network's weights after so many steps of Adam at the masks it shows, by layer; the network keeps its own.
 
@@ -30,7 +30,7 @@ def tuned(
     optimizer = torch.optim.Adam(list(weights.values()), betas=BETAS, fused=True)
     for step in range(steps):
         network.set_weights(weights)
-        gradients = network.gradients(run.batch(first + step, examples), objective).weight
+        gradients = network.gradients(run.batch(first + step, examples), loss).weight
         for name, weight in weights.items():
             weight.grad = gradients[name].mul_(network.masks[name]).to(weight)
         place = (step + 0.5) / steps

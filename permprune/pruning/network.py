@@ -1,11 +1,10 @@
-"""The pruned network: a model whose linear layers have masked weights, for any choice of channel orders."""
+"""The pruned network: masked layers within their model, with the losses and gradients of the whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +13,17 @@ from permprune.calibration.fisher import output_fisher
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
-from permprune.losses.objective import Objective, TeacherOutputs
+from permprune.losses.loss import Loss, TeacherOutputs
 from permprune.losses.targets import Task
 from permprune.models.activation_checkpointing import recomputed
-from permprune.models.forward import frozen
+from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern
-from permprune.pruning.problem import Orders, Part, Problem
+from permprune.pruning.masked import MaskedLayers
+from permprune.pruning.problem import Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed
-from permprune.system.progress import track
-
-T = TypeVar("T")
+from permprune.system.device import autocast, compute_device
 
 COUPLED = 4096
 """Rows of a layer up to which their covariance is kept: 64 MiB."""
@@ -50,34 +48,24 @@ class Gradients:
     count: int
     covariance: dict[str, Tensor] = field(default_factory=dict)
 
+    def averaged(self, mean: Gradients | None) -> Gradients:
+        """The mean of these and of others, taken at the same masks: `mean` of `mean.count` terms, or none."""
+        if mean is None:
+            return self
+        total = mean.count + self.count
 
-@dataclass(frozen=True)
-class LayerMeasure:
-    """What its present weights cost a pruned layer.
+        def mix(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: a[name].lerp(b[name], self.count / total) for name in a}
 
-    `kept` is the share of the squared scores that belongs to weights that are not zero; `error` the relative output
-    error on the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff. `transposed` tells whether the
-    weight is stored as (inputs, outputs).
-    """
-
-    name: str
-    transposed: bool
-    pattern: str
-    kept: float
-    error: float
+        weight, fisher = mix(mean.weight, self.weight), mix(mean.fisher, self.fisher)
+        return Gradients(weight, fisher, self.loss, total, mix(mean.covariance, self.covariance))
 
 
-class PrunedNetwork:
-    """A model in its own channel order whose layers hold weight * mask.
+class PrunedNetwork(MaskedLayers):
+    """A model with masked layers, of which losses and their gradients can be taken.
 
-    The masks are those of each layer's pattern with its columns in the chosen orders. The network itself stays in its
-    own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with it. Other
-    weights can be shown instead until orders are next set (`show`).
-
-    `dense` are the original weights by layer, `scores` their saliency, both (rows, channels). `weights` are what the
-    masks act on: the dense weights, unless they are trained (`set_weights`); the scores stay those of the dense ones.
-
-    Examples pass in batches of `batch`; with `recompute` gradients take less memory and more time (`recomputed`).
+    `task` is what the model is asked about a batch. Examples pass in batches of `batch`, moved to the model's device,
+    with activations of type `dtype`; with `recompute` gradients take less memory and more time (`recomputed`).
     """
 
     def __init__(
@@ -86,6 +74,7 @@ class PrunedNetwork:
         layers: list[Layer],
         problems: list[Problem],
         sites: dict[str, str],
+        *,
         statistics: Statistics,
         saliency: Saliency,
         patterns: Mapping[str, Pattern],
@@ -94,154 +83,60 @@ class PrunedNetwork:
         batch: int = 4,
         recompute: bool = False,
     ) -> None:
-        self.model, self.problems, self.statistics, self.patterns = model, problems, statistics, patterns
-        self.layers = {layer.name: layer for layer in layers}
-        self.task, self.dtype, self.batch, self.recompute = task, dtype, batch, recompute
-        self.dense = {layer.name: layer.weight.clone() for layer in layers}
-        self.weights = self.dense
-        self.sites = sites
-        self.scores = {name: self._score(name, saliency) for name in sites}
-        self.masks = {name: patterns[name].mask(score) for name, score in self.scores.items()}
-        self.orders: Orders = {}
-        self.updated: dict[str, Tensor] = {}
-        self._refresh(self.layers)
+        super().__init__(layers, problems, sites, statistics=statistics, saliency=saliency, patterns=patterns)
+        self.model, self.task, self.dtype, self.batch, self.recompute = model, task, dtype, batch, recompute
 
-    def pattern_of(self, problem: Problem) -> Pattern:
-        """The pattern of the layers that follow a problem's order, one for all of them."""
-        return self.patterns[problem.parts[0].layer]
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return compute_device(self.model)
 
-    def identity(self) -> Orders:
-        """The natural order of every problem."""
-        return {problem.name: problem.identity() for problem in self.problems}
-
-    def current(self) -> Orders:
-        """The orders the network shows."""
-        return self.identity() | self.orders
-
-    def each_problem(
-        self, solve: Callable[[int, Problem], T], label: str | None, numbers: Sequence[int] | None = None
-    ) -> dict[str, T]:
-        """`solve(number, problem)` for every problem, by name; a progress bar shows `label` unless it is None.
-
-        Problems are distributed to ranks and threads by size, so that they finish together; `solve` must not change
-        the network. Without `numbers` the problems are numbered by their position.
-        """
-
-        def weights(numbered: tuple[int, Problem]) -> int:
-            problem = numbered[1]
-            return -problem.size * sum(len(self.dense[part.layer]) for part in problem.parts)
-
-        numbered = zip(numbers or range(len(self.problems)), self.problems, strict=True)
-        mine = distributed.share(sorted(numbered, key=weights))
-        found = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.dense.values())).device)
-        shown = track(found, label, len(mine)) if label else found
-        return distributed.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
-
-    def stored_columns(self) -> dict[str, Tensor]:
-        """The columns of each layer in the order in which they will be stored, int64 (channels,).
-
-        The order is that of the present orders: groups of m neighbours follow the layer's pattern, and columns that no
-        problem moves keep their positions.
-        """
-        stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
-        orders = self.current()
-        for problem in self.problems:
-            for part in problem.parts:
-                stored[part.layer][part.columns] = part.columns[orders[problem.name]]
-        return stored
-
-    def set_orders(self, orders: Orders) -> None:
-        """Use the masks of these orders; problems that are left out keep theirs."""
-        touched = dict.fromkeys(self.updated)
-        self.updated.clear()
-        for problem in self.problems:
-            order = orders.get(problem.name)
-            if order is None or torch.equal(order, self.orders.get(problem.name, problem.identity())):
-                continue
-            self.orders[problem.name] = order.clone()
-            for part in problem.parts:
-                self.masks[part.layer][:, part.columns] = self._mask(part, order)
-                touched[part.layer] = None
-        self._refresh(touched)
-
-    def set_weights(self, weights: dict[str, Tensor]) -> None:
-        """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers."""
-        self.weights = self.dense | weights
-        self.updated.clear()
-        self._refresh(self.layers)
-
-    def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
-        """The directional derivative of the loss along the step from one order of a problem to another.
-
-        `gradient[layer]` is dLoss/dW_eff (rows, channels). Taken where the step begins, it predicts the change of the
-        loss to first order; taken where it ends, it says whether a longer step would gain more.
-        """
-        total = 0.0
-        for part in problem.parts:
-            step = self._mask(part, after).float() - self._mask(part, before).float()
-            weight, own = (x[part.layer][:, part.columns] for x in (self.weights, gradient))
-            total += float((step * weight * own).sum())
-        return total
-
-    def show(self, weights: dict[str, Tensor]) -> None:
-        """Use these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
-        self.updated |= weights
-        self._refresh(dict.fromkeys(weights))
-
-    @contextmanager
-    def dense_weights(self) -> Iterator[None]:
-        """Use the dense weights inside the block."""
-        for name, layer in self.layers.items():
-            layer.weight.copy_(self.dense[name])
-        try:
-            yield
-        finally:
-            self._refresh(self.layers)
-
-    def autocast(self, examples: Examples) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         """A context in which activations have the network's dtype."""
-        return torch.autocast(examples.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(self.device, self.dtype)
 
     @torch.inference_mode()
-    def loss(
-        self, examples: Examples, objective: Objective, teacher_outputs: Sequence[TeacherOutputs] | None = None
-    ) -> float:
+    def loss(self, examples: Examples, loss: Loss, teacher_outputs: Sequence[TeacherOutputs] | None = None) -> float:
         """The mean loss over `examples` with the present masks, given the teacher outputs if they are needed."""
         total, count = 0.0, 0.0
         with frozen(self.model):
-            for part, answers in self._parts(examples, objective, teacher_outputs):
-                with self.autocast(part):
-                    value, terms = objective(self.model, part, self.task, answers)
+            for part, dense in self._parts(examples, loss, teacher_outputs):
+                with self.autocast():
+                    value, terms = loss(self.model, part, self.task, dense)
                 total, count = total + float(value), count + terms
         total, count = distributed.total(total, count)
         return total / count
 
-    def gradients(self, examples: Examples, objective: Objective) -> Gradients:
+    def gradients(self, examples: Examples, loss: Loss) -> Gradients:
         """Gradients of the mean loss over `examples` with respect to the present weights."""
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         total, count = 0.0, 0.0
-        parts = self._parts(examples, objective)
-        with (
-            frozen(self.model),
-            output_fisher(list(self.layers.values()), fisher, self.statistics.one_label_per_example),
-            recomputed(self.model, self.recompute),
-        ):
+        parts = self._parts(examples, loss)
+        with frozen(self.model), recomputed(self.model, self.recompute):
             for weight in weights.values():
                 weight.requires_grad_(True)
-            for part, answers in parts:
-                with self.autocast(part):
-                    value, terms = objective(self.model, part, self.task, answers)
-                value.backward()
+            for part, dense in parts:
+                with self._output_fisher(fisher, part):
+                    with self.autocast():
+                        value, terms = loss(self.model, part, self.task, dense)
+                    if not value.requires_grad:
+                        raise PermpruneError(f"{loss} has no gradient: compute it from the model's outputs")
+                    value.backward()
                 total, count = total + float(value.detach()), count + terms
         total, count = distributed.total(total, count)
         distributed.add_(list(fisher.values()))
-        slopes = self._collect(weights, bool(parts))
+        slopes = self._collect(weights, bool(self._share(examples)))
         mean = {name: slope / count for name, slope in slopes.items()}
-        fisher = {name: f * objective.curvature / count for name, f in fisher.items()}
+        fisher = {name: f * loss.curvature / count for name, f in fisher.items()}
         covariance = {name: f for name, f in fisher.items() if f.dim() == 2}
         fisher |= {name: f.diagonal().clamp_min(SMALL * float(f.diagonal().mean())) for name, f in covariance.items()}
         return Gradients(mean, fisher, total / count, int(count), covariance)
+
+    def _output_fisher(self, fisher: dict[str, Tensor], part: Examples) -> AbstractContextManager[None]:
+        """Add the Fisher information of the rows, as a batch's backward pass finds it."""
+        alike, layers = self.statistics.one_label_per_example, list(self.layers.values())
+        return output_fisher(layers, fisher, one_label_per_example=alike, padding=padding_of(self.model, part))
 
     def _no_fisher(self, weight: Tensor) -> Tensor:
         """Zeros for the Fisher information of a weight's rows, (rows,), or for their covariance, (rows, rows)."""
@@ -263,64 +158,32 @@ class PrunedNetwork:
             found[name] = (gradient.T if self.layers[name].transposed else gradient).float()
         return found
 
-    def measures(self) -> list[LayerMeasure]:
-        """What the present weights cost each layer."""
-        found = []
-        for name, layer in self.layers.items():
-            dense, shown, energy = self.dense[name], layer.weight, self.scores[name].square()
-            moments = self.statistics.moments[self.sites[name]]
-            kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
-            error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
-            found.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
-        return found
-
     @torch.no_grad()
-    def compute_teacher_outputs(self, examples: Examples, objective: Objective) -> list[TeacherOutputs] | None:
-        """The dense model's outputs for this rank's batches of `examples`; None if the objective does not need them."""
-        if not objective.needs_teacher(self.task):
+    def compute_teacher_outputs(self, examples: Examples, loss: Loss) -> list[TeacherOutputs] | None:
+        """The dense model's outputs for this rank's batches of `examples`; None if the loss does not need them."""
+        if not loss.needs_teacher(self.task):
             return None
-        answers = []
+        found = []
         with frozen(self.model), self.dense_weights():
             for part in self._share(examples):
-                with self.autocast(part):
-                    answers.append(objective.compute_teacher_outputs(self.model, part, self.task))
-        return answers
+                with self.autocast():
+                    found.append(loss.compute_teacher_outputs(self.model, part.to(self.device), self.task))
+        return found
 
     def _parts(
-        self, examples: Examples, objective: Objective, teacher_outputs: Sequence[TeacherOutputs] | None = None
-    ) -> Sequence[tuple[Examples, TeacherOutputs | None]]:
+        self, examples: Examples, loss: Loss, teacher_outputs: Sequence[TeacherOutputs] | None = None
+    ) -> Iterator[tuple[Examples, TeacherOutputs | None]]:
+        """The batches of this rank on the model's device, with their teacher outputs."""
         parts = self._share(examples)
-        answers: Sequence[TeacherOutputs | None] = (
-            teacher_outputs or self.compute_teacher_outputs(examples, objective) or [None] * len(parts)
+        known: Sequence[TeacherOutputs | None] = (
+            teacher_outputs or self.compute_teacher_outputs(examples, loss) or [None] * len(parts)
         )
-        return list(zip(parts, answers, strict=True))
+        return ((part.to(self.device), dense) for part, dense in zip(parts, known, strict=True))
 
     def _share(self, examples: Examples) -> Sequence[Examples]:
         """The batches of this rank."""
         return distributed.share(batches(examples, self.batch))
 
-    def _mask(self, part: Part, order: Tensor) -> Tensor:
-        """The mask of a part's columns when they stand in `order`."""
-        return self.patterns[part.layer].mask_in_order(self.scores[part.layer][:, part.columns], order)
-
-    def _score(self, name: str, saliency: Saliency) -> Tensor:
-        try:
-            return saliency.score(self.dense[name], self.statistics.moments[self.sites[name]])
-        except PermpruneError as error:
-            raise PermpruneError(f"{name}: {error}") from error
-
-    def _refresh(self, names: dict[str, Layer] | dict[str, None]) -> None:
-        for name in names:
-            if name in self.updated:
-                self.layers[name].weight.copy_(self.updated[name])
-            else:
-                torch.mul(self.weights[name], self.masks[name], out=self.layers[name].weight)
-
     @staticmethod
     def _parameter(layer: Layer) -> nn.Parameter:
         return layer.module.weight  # type: ignore[return-value]
-
-
-def _output_energy(weight: Tensor, moments: Tensor) -> float:
-    """Mean squared norm of the outputs of a (rows, channels) weight on inputs with these second moments."""
-    return float(((weight.float() @ moments) * weight).sum())

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from permprune.checkpoints.record import PrunedLayer
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 
 ROWS, CHANNELS = 12, 32
 """At most so many are shown."""
 
 
-def sample(network: PrunedNetwork, measures: Sequence[PrunedLayer]) -> dict[str, Any]:
+def sample(network: MaskedLayers, measures: Sequence[PrunedLayer]) -> dict[str, Any]:
     """A few weights of the layer in which the order raises the kept saliency most.
 
     `measures` are the network's, beside those in natural order. "natural" and "permuted" hold the scores as whole

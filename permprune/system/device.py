@@ -15,6 +15,11 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """A context in which activations on this device have this type."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def best_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

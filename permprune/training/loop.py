@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Result, higher_is_better
 from permprune.examples import Examples, batches, by_length
-from permprune.losses.objective import Objective
+from permprune.losses.loss import Loss
 from permprune.losses.targets import Task
 from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
-from permprune.system.device import fast_dtype
+from permprune.system.device import autocast, fast_dtype
 from permprune.system.progress import log, track
 from permprune.system.search_state import Checkpoint
 
@@ -66,9 +66,9 @@ class Epoch:
 
 @dataclass
 class Trainer:
-    """Trains `weights` of a model on what `objective` makes of `task`, and leaves it at its best epoch.
+    """Trains `weights` of a model on the `loss` of `task`, and leaves it at its best epoch.
 
-    `teacher` is the dense model that the objective may ask; dropout is off then, since what it says is without noise.
+    `teacher` is the dense model that the loss may need; dropout is off then, since what it says is without noise.
     `measure` says how good the model is, before and after each epoch. The best epoch is that of the best measure, or
     with `held_out` examples that of the least loss on them; of equal ones the later. `checkpoint` keeps the state after
     each epoch, from which an interrupted run goes on.
@@ -77,7 +77,7 @@ class Trainer:
     model: nn.Module
     weights: Mapping[str, nn.Parameter]
     task: Task
-    objective: Objective
+    loss: Loss
     measure: Callable[[], Result]
     training: Training
     checkpoint: Checkpoint
@@ -126,12 +126,12 @@ class Trainer:
         """(loss with its graph, number of terms) of a batch."""
         device = next(iter(self.weights.values())).device
         part, dtype = part.to(device), fast_dtype(device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             teacher_outputs = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_outputs = self.objective.compute_teacher_outputs(self.teacher, part, self.task)
-            return self.objective(self.model, part, self.task, teacher_outputs)
+                    teacher_outputs = self.loss.compute_teacher_outputs(self.teacher, part, self.task)
+            return self.loss(self.model, part, self.task, teacher_outputs)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float | None:

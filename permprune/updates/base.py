@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from permprune.calibration.moments import input_moments
+from permprune.calibration.moments import InputMoments
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.models.forward import frozen
+from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer, blocks
 from permprune.options import require_fields
 from permprune.pattern import Pattern
@@ -64,7 +64,8 @@ class LayerUpdate(Update):
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
         """One forward pass over all examples in one batch, which stops ahead of each block until that is updated."""
         waiting = _layers_by_block(network)
-        columns = network.stored_columns()
+        columns, shown = network.stored_columns(), examples.to(network.device)
+        padding = padding_of(network.model, shown)
 
         def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             layers = waiting.pop(block, None)
@@ -72,9 +73,11 @@ class LayerUpdate(Update):
                 return
             next(bar)
             network.show({layer.name: network.weights[layer.name] for layer in layers})
-            with input_moments({network.sites[layer.name]: layer for layer in layers}) as moments:
+            inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})
+            with inputs.observe(padding):
                 block.forward(*args, **kwargs)  # not a call, which would come back here
-            with torch.autocast(examples.device.type, enabled=False):
+            moments = inputs.result()
+            with torch.autocast(network.device.type, enabled=False):
                 updated = {}
                 for layer in layers:
                     mask = None if masks is None else masks[layer.name]
@@ -86,8 +89,8 @@ class LayerUpdate(Update):
         handles = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
         bar = track(waiting.copy(), self.name)
         try:
-            with closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast(examples):
-                network.task(network.model, examples)
+            with closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast():
+                network.task(network.model, shown)
         finally:
             for handle in handles:
                 handle.remove()

@@ -5,13 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from permprune.calibration.fisher import output_fisher, row_covariance, row_fisher
-from permprune.calibration.moments import input_moments
+from permprune.calibration.moments import InputMoments
 from permprune.calibration.statistics import Statistics, calibrate
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.targets import next_token
 from permprune.models.forward import frozen
 from permprune.models.layers import Layer, prunable_layers
+from permprune.models.padding import Padding
 from permprune.pattern import Pattern
 
 WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))
@@ -36,7 +37,7 @@ def layers_and_sites(model) -> tuple[list[Layer], dict[str, str]]:
 
 def statistics(model, dtype=torch.float32, **settings) -> Statistics:
     layers, sites = layers_and_sites(model)
-    return calibrate(model, layers, sites, Examples.of(WINDOWS), next_token, dtype, **settings)
+    return calibrate(model, layers, sites, Examples.of(WINDOWS), next_token, dtype=dtype, **settings)
 
 
 def assert_same(one: Statistics, other: Statistics, **tolerance) -> None:
@@ -89,7 +90,7 @@ def test_fisher_of_examples_with_one_answer_is_that_of_their_gradients_by_the_we
     labels = torch.full_like(WINDOWS, IGNORED)
     labels[:, -1] = WINDOWS[:, -1]
     examples = Examples({"input_ids": WINDOWS, "labels": labels})
-    found = calibrate(tiny_llama, layers, sites, examples, next_token, torch.float32, batch)
+    found = calibrate(tiny_llama, layers, sites, examples, next_token, dtype=torch.float32, batch=batch)
     assert found.terms == 5 and found.one_label_per_example
     for layer in layers:
         total = torch.zeros(len(layer.weight))
@@ -181,10 +182,11 @@ def test_products_are_formed_in_fp32_whatever_the_activations(tiny_llama):
     layer = prunable_layers(tiny_llama, Pattern(2, 4))[0]
     read = []
     handle = layer.module.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, 1).double()))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), input_moments({"here": layer}) as moments:
+    inputs = InputMoments({"here": layer})
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), inputs.observe(Padding()):
         for part in WINDOWS.split(2):
             tiny_llama(part)
-        assert not moments
+    moments = inputs.result()
     handle.remove()
     x = torch.cat(read)
     exact = x.T @ x / len(x)
@@ -216,7 +218,7 @@ def test_frozen_puts_things_back_after_an_error(tiny_llama):
 def test_output_fisher_adds_up_over_backward_passes(tiny_llama):
     layers, _ = layers_and_sites(tiny_llama)
     sums = {layer.name: torch.zeros(len(layer.weight)) for layer in layers}
-    with output_fisher(layers, sums, one_label_per_example=False):
+    with output_fisher(layers, sums, one_label_per_example=False, padding=Padding()):
         for window in WINDOWS.split(2):
             next_token(tiny_llama, Examples.of(window)).loss().backward()
     expected = statistics(tiny_llama).fisher

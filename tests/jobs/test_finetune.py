@@ -20,6 +20,7 @@ from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify_folder
 from permprune.losses.objective import Objective, block_outputs
 from permprune.losses.targets import labelled
+from permprune.models.forward import padding_of
 from permprune.training.loop import Epoch, Trainer
 
 
@@ -154,7 +155,7 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
         assert torch.allclose(labelled(teacher, examples).logits, labelled(plain, examples).logits, atol=1e-4)
         shown = []
         for model in (student, teacher, plain):
-            with block_outputs(model) as outputs:
+            with block_outputs(model, padding_of(model, examples)) as outputs:
                 labelled(model, examples)
             shown.append(torch.cat([output.flatten() for output in outputs]))
     near, far = ((shown[0] - other).square().mean() for other in shown[1:])

@@ -12,9 +12,9 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Features, Imitation, Predictions, Task, choose_task, labelled, next_token, scored
-from permprune.models.forward import running
+from permprune.models.forward import padding_of, run_model
 from permprune.models.layers import prunable_layers
-from permprune.models.padding import mask_of, padded, real
+from permprune.models.padding import Padding
 from permprune.pattern import Pattern
 from permprune.pipeline import prepare
 
@@ -31,7 +31,7 @@ def alone(examples: Examples, number: int) -> Examples:
 def statistics(model: nn.Module, examples: Examples, task: Task, **settings: int) -> Statistics:
     layers = prunable_layers(model, Pattern(2, 4))
     sites = {layer.name: layer.name for layer in layers}
-    return calibrate(model, layers, sites, examples, task, torch.float32, **settings)
+    return calibrate(model, layers, sites, examples, task, dtype=torch.float32, **settings)
 
 
 @pytest.mark.parametrize(
@@ -159,23 +159,22 @@ def test_a_decoder_whose_text_is_as_long_as_its_encoders_keeps_the_two_apart() -
     model, examples = make("whisper"), speech()
     short = Examples({**examples, "attention_mask": torch.ones(12, 7, dtype=torch.long)})
     seen: list[torch.Tensor | None] = []
+    padding = padding_of(model, short)
     decoder = model.model.decoder.layers[0].fc1
-    decoder.register_forward_hook(lambda _, args, __: seen.append(mask_of(args[0])))
+    decoder.register_forward_hook(lambda _, args, __: seen.append(padding.mask_of(args[0])))
     model.forward = lambda attention_mask, use_cache, **inputs: type(model).forward(model, **inputs)  # takes no mask
-    with running(model, short):
-        pass
+    run_model(model, short)
     assert seen[0] is not None and int(seen[0].sum()) == int(examples["labels"].ne(-100).sum())
     assert labelled(model, short).terms == labelled(make("whisper"), examples).terms
 
 
 def test_masks_are_told_by_their_shapes() -> None:
     x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
-    assert mask_of(x) is None and real(x) is x
-    with padded(mask, None):
-        assert torch.equal(real(x), torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
-        assert torch.equal(real(x.flatten(0, 1)), real(x))
-        assert mask_of(torch.randn(3, 2, 4)) is None
-    assert mask_of(x) is None
+    assert Padding().mask_of(x) is None and Padding().real(x) is x
+    padding = Padding.of(mask, None)
+    assert torch.equal(padding.real(x), torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
+    assert torch.equal(padding.real(x.flatten(0, 1)), padding.real(x))
+    assert padding.mask_of(torch.randn(3, 2, 4)) is None
 
 
 def test_labels_drawn_from_the_predictions_give_their_fisher_information() -> None:

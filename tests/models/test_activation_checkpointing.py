@@ -101,7 +101,9 @@ def statistics(
     one_label_per_example: bool = False,
 ) -> Statistics:
     layers, sites, task = parts(model, one_label_per_example)
-    return calibrate(model, layers, sites, Examples.of(WINDOWS), task, dtype, 2, memory, recompute)
+    return calibrate(
+        model, layers, sites, Examples.of(WINDOWS), task, dtype=dtype, batch=2, memory=memory, recompute=recompute
+    )
 
 
 def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute: bool) -> Gradients:
@@ -111,11 +113,11 @@ def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute
         layers,
         [],
         sites,
-        found,
-        Wanda(),
-        dict.fromkeys(sites, Pattern(2, 4)),
-        task,
-        dtype,
+        statistics=found,
+        saliency=Wanda(),
+        patterns=dict.fromkeys(sites, Pattern(2, 4)),
+        task=task,
+        dtype=dtype,
         batch=2,
         recompute=recompute,
     )

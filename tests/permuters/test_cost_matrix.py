@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.losses.objective import Objective
 from permprune.matching.schedule import Geometric
-from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.permuters.cost_matrix import CostMatrixLearner, CostMatrixSearch
 from permprune.permuters.identity import Random
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.permllm import PermLLM
@@ -29,17 +29,17 @@ def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
     network, run = prepared.network, prepared.run
     still = LearnedPaper(noise=0.0, examples=4, learning_rate=0.0, objective=Objective())
     method = dataclasses.replace(still, epsilon=Geometric(0.5, 0.5), margin=3.0)
-    start = method.start.solve(network, run)
-    state = method._begin(network, run, start, None)
-    method._step(network, run, state, start.orders)
-    cost = state.costs[network.problems[0].name]
+    search = CostMatrixSearch(method, network, run)
+    search.start()
+    search._descend()
+    cost = search.costs[network.problems[0].name]
     direction = 0.1 * cost.grad / cost.grad.abs().max()
     losses = []
     for sign in (1, -1):
-        state.step = 0
+        search.done = 0
         with torch.no_grad():
             cost += sign * direction
-            network.show(method._shown(network, run, state, start.orders))
+            network.show(search._shown())
             losses.append(network.loss(run.train[:4], Objective()))
             cost -= sign * direction
     assert float((cost.grad * direction).sum()) == pytest.approx((losses[0] - losses[1]) / 2, rel=0.05)
@@ -49,10 +49,10 @@ def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
 def test_hard_plans_show_the_masks_of_their_orders(prepared: Prepared, method: CostMatrixLearner) -> None:
     network, run = prepared.network, prepared.run
     method = dataclasses.replace(method, start=Random(), noise=0.0, margin=50.0)
-    start = method.start.solve(network, run)
-    state = method._begin(network, run, start, None)
+    search = CostMatrixSearch(method, network, run)
+    search.start()
     with torch.no_grad():
-        for name, weight in method._shown(network, run, state, start.orders).items():
+        for name, weight in search._shown().items():
             torch.testing.assert_close(weight, network.layers[name].weight, rtol=1e-5, atol=1e-6)
 
 

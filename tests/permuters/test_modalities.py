@@ -7,7 +7,7 @@ import torch
 
 from permprune.config import PruneConfig
 from permprune.losses.objective import Objective
-from permprune.models.forward import running
+from permprune.models.forward import run_model
 from permprune.permuters.learned import Learned
 from permprune.permuters.newton import Newton
 from permprune.permuters.quadratic import QuadraticModel
@@ -43,11 +43,11 @@ def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) 
             assert network.loss(run.held_out, objective) == pytest.approx(best, abs=1e-5)
             assert best <= solution.curve[0].loss
     natural = network.measures()
-    with torch.no_grad(), running(model, examples[:2]) as output:
-        masked = output[0]
+    with torch.no_grad():
+        masked = run_model(model, examples[:2])[0]
     pruned = finish(prepared, solution, natural)
-    with torch.no_grad(), running(pruned.model, examples[:2]) as output:
-        torch.testing.assert_close(output[0], masked, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(run_model(pruned.model, examples[:2])[0], masked, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("data", EXAMPLES)

@@ -14,12 +14,13 @@ from permprune.losses.objective import Objective
 from permprune.permuters.base import Permuter, Solution
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.cp import CP
+from permprune.permuters.damping import LEAST_SLOPE
 from permprune.permuters.learned import Learned
 from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import TOLERANCE, State, TrustRegion, _slopes
+from permprune.permuters.trust_region import TrustRegion, TrustRegionSearch
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import Gradients
 from permprune.pruning.problem import Orders
@@ -226,29 +227,28 @@ def test_a_search_that_starts_from_another_does_not_repeat_it(
     assert solution.seconds >= found.seconds
 
 
-def begun(prepared: Prepared, name: str, damping: float) -> tuple[TrustRegion, State, Gradients]:
+def begun(prepared: Prepared, name: str, damping: float) -> tuple[TrustRegionSearch, Gradients]:
     """A search that has found where to begin, and taken its first gradient there."""
     method = dataclasses.replace(permuter(name), damping=damping, examples=4)
     assert isinstance(method, TrustRegion)
-    state = method._begin(prepared.network, prepared.run, None)
-    return method, state, method._gradients(prepared.network, prepared.run, state, None)
+    search = TrustRegionSearch(method, prepared.network, prepared.run)
+    search.start()
+    return search, search._gradients()
 
 
 @pytest.mark.parametrize("name", ["newton", "learned"])
 def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCausalLM, name: str) -> None:
-    prepared = ready(tiny_llama)
-    network, run = prepared.network, prepared.run
-    method, state, gradients = begun(prepared, name, damping=15.0)
+    search, gradients = begun(ready(tiny_llama), name, damping=15.0)
 
     def foretold() -> float:
-        return sum(proposal.change for proposal in method._proposals(network, run, state, gradients).values())
+        return sum(proposal.change for proposal in search._proposals(gradients).values())
 
-    state.best = 1e9
+    search.best = 1e9
     first = foretold()
-    assert set(state.damping.values()) == {15.0} and first < 0
-    state.best = -first / 3
+    assert set(search.damping.of.values()) == {15.0} and first < 0
+    search.best = -first / 3
     assert first / 3 <= foretold() < 0
-    (damping,) = set(state.damping.values())
+    (damping,) = set(search.damping.of.values())
     assert damping > 15.0
 
 
@@ -257,21 +257,21 @@ def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     prepared = ready(tiny_llama)
-    network, run = prepared.network, prepared.run
-    method, state, gradients = begun(prepared, name, damping=0.01)
+    network = prepared.network
+    search, gradients = begun(prepared, name, damping=0.01)
     network.set_orders(network.identity())
-    proposals = method._proposals(network, run, state, gradients)
-    slopes = _slopes(network, network.identity(), {own: p.order for own, p in proposals.items()}, gradients)
+    proposals = search._proposals(gradients)
+    slopes = search._slopes(network.identity(), {own: p.order for own, p in proposals.items()}, gradients)
     beyond = dataclasses.replace(gradients, weight={layer: -2 * slope for layer, slope in gradients.weight.items()})
-    losses = iter([state.best + 1e3, state.best - 1])
+    losses = iter([search.best + 1e3, search.best - 1])
     monkeypatch.setattr(network, "gradients", lambda *_: beyond)
     monkeypatch.setattr(network, "loss", lambda *_: next(losses))
-    before = dict(state.damping)
-    _, _, loss = method._step(network, run, state, gradients, None)
-    assert loss == state.best - 1 and next(losses, None) is None
-    moving = {own for own, slope in slopes.items() if slope < -TOLERANCE / 10}
+    before = dict(search.damping.of)
+    _, _, loss = search._step(gradients)
+    assert loss == search.best - 1 and next(losses, None) is None
+    moving = {own for own, slope in slopes.items() if slope < -LEAST_SLOPE}
     assert moving
-    for own, damping in state.damping.items():
+    for own, damping in search.damping.of.items():
         assert damping == pytest.approx(before[own] * (3 if own in moving else 1))
 
 

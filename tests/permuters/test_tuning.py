@@ -27,7 +27,7 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(tiny_llama: Llam
             expected[name] -= height * mean / (square.sqrt() + 1e-8)
     network.set_weights({})
     shown = {name: layer.weight.clone() for name, layer in network.layers.items()}
-    found = tuned(network, run, 5, 3, 4, rate, Objective())
+    found = tuned(network, run, Objective(), first=5, steps=3, examples=4, rate=rate)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
         assert torch.equal(network.layers[name].weight, shown[name])

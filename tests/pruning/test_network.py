@@ -15,7 +15,7 @@ from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
 from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.masked import MaskedLayers
 from permprune.saliency.obs import OBS
 
 WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0)))
@@ -60,7 +60,7 @@ def test_a_layer_that_cannot_be_scored_is_named(prepared: Prepared) -> None:
     moments = {site: -moments for site, moments in network.statistics.moments.items()}
     wrong, first = Statistics(moments, {}, 1), prepared.layers[0].name
     with pytest.raises(PermpruneError, match=f"{first}: .* no Cholesky factor"):
-        PrunedNetwork(prepared.model, prepared.layers, [], network.sites, wrong, OBS(), network.patterns, next_token)
+        MaskedLayers(prepared.layers, [], network.sites, statistics=wrong, saliency=OBS(), patterns=network.patterns)
 
 
 def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:

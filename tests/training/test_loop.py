@@ -34,7 +34,7 @@ def trainer(model: PreTrainedModel, training: Training, folder: Path | None = No
     data = numbered(changes.get("task") is scored)
     settings: dict[str, Any] = {
         "task": labelled,
-        "objective": Objective(),
+        "loss": Objective(),
         "measure": lambda: evaluate_model(model, data)[0],
         "checkpoint": Checkpoint(folder, {}),
     }
@@ -117,7 +117,7 @@ def test_a_student_comes_nearer_to_its_teacher() -> None:
         return result
 
     objective = Objective(task=0.0, divergence=1.0)
-    trainer(student, Training(epochs=5, rate=1e-3), objective=objective, teacher=teacher, measure=measure).fit(data)
+    trainer(student, Training(epochs=5, rate=1e-3), loss=objective, teacher=teacher, measure=measure).fit(data)
     assert min(distances) < 0.5 * distances[0]
 
 
@@ -125,7 +125,7 @@ def test_held_out_examples_say_which_epoch_is_the_best_whatever_is_measured() ->
     teacher, student = pair()
     values = iter([0.9, 0.7, 0.5, 0.3])
     own = {
-        "objective": Objective(task=0.0, divergence=1.0),
+        "loss": Objective(task=0.0, divergence=1.0),
         "teacher": teacher,
         "measure": lambda: Result("classification", "top-1 accuracy", next(values), 1),
         "held_out": numbered()[40:],
@@ -138,7 +138,7 @@ def test_held_out_examples_say_which_epoch_is_the_best_whatever_is_measured() ->
 
 
 def test_no_dropout_stands_between_student_and_teacher() -> None:
-    own = {"objective": Objective(task=0.0, divergence=1.0), "teacher": make("bert")}
+    own = {"loss": Objective(task=0.0, divergence=1.0), "teacher": make("bert")}
     curve = trainer(make("bert"), Training(epochs=1, rate=1e-9), **own).fit(numbered())
     assert curve[1].loss is not None and curve[1].loss < 1e-5
 

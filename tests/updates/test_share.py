@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
 from permprune.examples import Examples
-from permprune.losses.objective import ANSWERED_ONCE, Objective, TeacherOutputs
+from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherOutputs
 from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
@@ -72,7 +72,7 @@ def test_beside_labels_that_stand_alone_the_divergence_counts(monkeypatch: pytes
 
     monkeypatch.setattr(PrunedNetwork, "loss", spy)
     update_network(Towards(1.5), prepared.network, prepared.measured, prepared.run.held_out)
-    assert asked == [Objective(divergence=ANSWERED_ONCE)] * (2 + len(SHARES))
+    assert asked == [Objective(divergence=ONE_LABEL_DIVERGENCE)] * (2 + len(SHARES))
 
 
 @pytest.mark.parametrize("target", [float("nan"), -50.0])

@@ -1,0 +1,146 @@
+"""The loop that iterative searches share: start or resume, one round after the other, end."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from permprune.losses.loss import Loss, LossFunction, TeacherOutputs, as_loss
+from permprune.losses.objective import Objective
+from permprune.permuters.base import CurvePoint, Permuter, Round, Run, Solution
+from permprune.pruning.network import PrunedNetwork
+from permprune.system import distributed
+from permprune.system.progress import bar, log
+from permprune.system.search_state import State
+
+
+class Search(ABC):
+    """A search under way on a network, which shows the present orders.
+
+    `done` counts rounds (or steps, where a round is several), `best` is the held-out loss of the best orders so far,
+    `seconds` those of all rounds and of the start, of interrupted runs too. `loss` is suited to the data.
+    """
+
+    unit: ClassVar[str] = "round"
+
+    def __init__(self, method: Iterative, network: PrunedNetwork, run: Run) -> None:
+        self.network, self.run = network, run
+        self.loss = as_loss(method.objective).suited(network.task, network.statistics.one_label_per_example)
+        self.done, self.best, self.seconds = 0, float("inf"), 0.0
+        self.curve: list[CurvePoint] = []
+        self.teacher_outputs: list[TeacherOutputs] | None = None
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin at the first orders, with `best` their held-out loss."""
+
+    @abstractmethod
+    def step(self) -> int:
+        """Make one round, which raises `done`; returns how many orders it changed."""
+
+    @abstractmethod
+    def end(self) -> Solution:
+        """What was found."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors from which an interrupted search goes on."""
+
+    @abstractmethod
+    def values(self) -> dict[str, Any]:
+        """The numbers from which it goes on, as JSON can hold them, besides those that every search has."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go back to where `tensors` and `values` were taken."""
+
+    def held_out_loss(self) -> float:
+        """The loss on the held-out examples with what the network shows."""
+        return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
+
+    def record(self, loss: float, kept: bool) -> None:
+        """Add a point to the curve."""
+        self.curve.append(CurvePoint(self.done, loss, kept, self.seconds))
+
+
+@dataclass(frozen=True)
+class Iterative(Permuter):
+    """A permuter that searches in rounds and keeps its state after each.
+
+    `objective` is the loss to minimise: an `Objective`, or a function of the model and a batch (`LossFunction`).
+    """
+
+    objective: Loss | LossFunction = Objective()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        as_loss(self.objective)
+
+    @property
+    @abstractmethod
+    def total(self) -> int:
+        """What `Search.done` counts up to."""
+
+    @abstractmethod
+    def begin(self, network: PrunedNetwork, run: Run) -> Search:
+        """A search on this network."""
+
+    def search(self, network: PrunedNetwork, run: Run) -> Solution:
+        search = self.begin(network, run)
+        search.teacher_outputs = network.compute_teacher_outputs(run.held_out, search.loss)
+        stopped = not self._resume(search) and self._notify(search, 0)
+        with bar(self.name, self.total, search.done) as advance:
+            while search.done < self.total and not stopped and not _out_of_time(search):
+                started = time.monotonic()
+                moved = search.step()
+                search.seconds += distributed.mean(time.monotonic() - started)
+                self.checkpoint(run).save(self.name, search.tensors(), _state(search))
+                advance(search.done, f"{self.name}: held-out loss {search.best:.4f}")
+                stopped = self._notify(search, moved)
+        if stopped:
+            log.info("%s was stopped by a callback after %s %d", self.name, search.unit, search.done)
+        return replace(search.end(), stopped=stopped)
+
+    def _resume(self, search: Search) -> bool:
+        """Go on from the state of an interrupted run, or start; whether there was one."""
+        saved: State | None = self.checkpoint(search.run).load(self.name)
+        if saved is None:
+            search.start()
+            return False
+        tensors, values = saved
+        search.done, search.best, search.seconds = values["done"], values["best"], values["seconds"]
+        search.curve = [CurvePoint(*point) for point in values["curve"]]
+        search.restore(tensors, values["own"])
+        log.info("%s goes on after %s %d", self.name, search.unit, search.done)
+        return True
+
+    def _notify(self, search: Search, moved: int) -> bool:
+        """Tell the callbacks of a round; whether one of them wants the search to stop."""
+        last, problems = search.curve[-1], len(search.network.problems)
+        told = Round(
+            method=self.name,
+            number=search.done,
+            total=self.total,
+            loss=last.loss,
+            best=search.best,
+            kept=last.kept,
+            moved=moved,
+            problems=problems,
+            seconds=search.seconds,
+        )
+        return search.run.notify(told)
+
+
+def _state(search: Search) -> dict[str, Any]:
+    curve = [[p.round, p.loss, p.kept, p.seconds] for p in search.curve]
+    values = {"done": search.done, "best": search.best, "seconds": search.seconds, "curve": curve}
+    return {**values, "own": search.values()}
+
+
+def _out_of_time(search: Search) -> bool:
+    return search.run.minutes is not None and search.seconds > 60 * search.run.minutes

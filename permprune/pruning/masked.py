@@ -1,0 +1,196 @@
+"""A model whose linear layers have masked weights, for any choice of channel orders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from permprune.calibration.statistics import Statistics
+from permprune.errors import PermpruneError
+from permprune.models.layers import Layer
+from permprune.pattern import Pattern
+from permprune.pruning.problem import Orders, Part, Problem
+from permprune.saliency.base import Saliency
+from permprune.system import distributed
+from permprune.system.progress import track
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerMeasure:
+    """What its present weights cost a pruned layer.
+
+    `kept` is the share of the squared scores that belongs to weights that are not zero; `error` the relative output
+    error on the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff. `transposed` tells whether the
+    weight is stored as (inputs, outputs).
+    """
+
+    name: str
+    transposed: bool
+    pattern: str
+    kept: float
+    error: float
+
+
+class MaskedLayers:
+    """Layers that hold weight * mask, in the model's own channel order.
+
+    The masks are those of each layer's pattern with its columns in the chosen orders. The layers themselves stay in
+    their own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with them.
+    Other weights can be shown instead until orders are next set (`show`).
+
+    `dense` are the original weights by layer, `scores` their saliency, both (rows, channels). `weights` are what the
+    masks act on: the dense weights, unless they are trained (`set_weights`); the scores stay those of the dense ones.
+    `sites` names the tensor that each layer reads. Raises `PermpruneError` for a layer that cannot be scored.
+    """
+
+    def __init__(
+        self,
+        layers: list[Layer],
+        problems: list[Problem],
+        sites: dict[str, str],
+        *,
+        statistics: Statistics,
+        saliency: Saliency,
+        patterns: Mapping[str, Pattern],
+    ) -> None:
+        self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, patterns
+        self.layers = {layer.name: layer for layer in layers}
+        self.dense = {layer.name: layer.weight.clone() for layer in layers}
+        self.weights = self.dense
+        self.scores = {name: self._score(name, saliency) for name in sites}
+        self.masks = {name: patterns[name].mask(score) for name, score in self.scores.items()}
+        self.orders: Orders = {}
+        self.updated: dict[str, Tensor] = {}
+        self._refresh(self.layers)
+
+    def pattern_of(self, problem: Problem) -> Pattern:
+        """The pattern of the layers that follow a problem's order, one for all of them."""
+        return self.patterns[problem.parts[0].layer]
+
+    def identity(self) -> Orders:
+        """The natural order of every problem."""
+        return {problem.name: problem.identity() for problem in self.problems}
+
+    def current(self) -> Orders:
+        """The orders the network shows."""
+        return self.identity() | self.orders
+
+    def each_problem(
+        self, solve: Callable[[int, Problem], T], label: str | None, numbers: Sequence[int] | None = None
+    ) -> dict[str, T]:
+        """`solve(number, problem)` for every problem, by name; a progress bar shows `label` unless it is None.
+
+        Problems are distributed to ranks and threads by size, so that they finish together; `solve` must not change
+        the network. Without `numbers` the problems are numbered by their position.
+        """
+
+        def weights(numbered: tuple[int, Problem]) -> int:
+            problem = numbered[1]
+            return -problem.size * sum(len(self.dense[part.layer]) for part in problem.parts)
+
+        numbered = zip(numbers or range(len(self.problems)), self.problems, strict=True)
+        mine = distributed.share(sorted(numbered, key=weights))
+        found = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.dense.values())).device)
+        shown = track(found, label, len(mine)) if label else found
+        return distributed.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
+
+    def stored_columns(self) -> dict[str, Tensor]:
+        """The columns of each layer in the order in which they will be stored, int64 (channels,).
+
+        The order is that of the present orders: groups of m neighbours follow the layer's pattern, and columns that no
+        problem moves keep their positions.
+        """
+        stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
+        orders = self.current()
+        for problem in self.problems:
+            for part in problem.parts:
+                stored[part.layer][part.columns] = part.columns[orders[problem.name]]
+        return stored
+
+    def set_orders(self, orders: Orders) -> None:
+        """Use the masks of these orders; problems that are left out keep theirs."""
+        touched = dict.fromkeys(self.updated)
+        self.updated.clear()
+        for problem in self.problems:
+            order = orders.get(problem.name)
+            if order is None or torch.equal(order, self.orders.get(problem.name, problem.identity())):
+                continue
+            self.orders[problem.name] = order.clone()
+            for part in problem.parts:
+                self.masks[part.layer][:, part.columns] = self._mask(part, order)
+                touched[part.layer] = None
+        self._refresh(touched)
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers."""
+        self.weights = self.dense | weights
+        self.updated.clear()
+        self._refresh(self.layers)
+
+    def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
+        """The directional derivative of the loss along the step from one order of a problem to another.
+
+        `gradient[layer]` is dLoss/dW_eff (rows, channels). Taken where the step begins, it predicts the change of the
+        loss to first order; taken where it ends, it says whether a longer step would gain more.
+        """
+        total = 0.0
+        for part in problem.parts:
+            step = self._mask(part, after).float() - self._mask(part, before).float()
+            weight, own = (x[part.layer][:, part.columns] for x in (self.weights, gradient))
+            total += float((step * weight * own).sum())
+        return total
+
+    def show(self, weights: dict[str, Tensor]) -> None:
+        """Use these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
+        self.updated |= weights
+        self._refresh(dict.fromkeys(weights))
+
+    @contextmanager
+    def dense_weights(self) -> Iterator[None]:
+        """Use the dense weights inside the block."""
+        for name, layer in self.layers.items():
+            layer.weight.copy_(self.dense[name])
+        try:
+            yield
+        finally:
+            self._refresh(self.layers)
+
+    def measures(self) -> list[LayerMeasure]:
+        """What the present weights cost each layer."""
+        found = []
+        for name, layer in self.layers.items():
+            dense, shown, energy = self.dense[name], layer.weight, self.scores[name].square()
+            moments = self.statistics.moments[self.sites[name]]
+            kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
+            error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
+            found.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
+        return found
+
+    def _mask(self, part: Part, order: Tensor) -> Tensor:
+        """The mask of a part's columns when they stand in `order`."""
+        return self.patterns[part.layer].mask_in_order(self.scores[part.layer][:, part.columns], order)
+
+    def _score(self, name: str, saliency: Saliency) -> Tensor:
+        try:
+            return saliency.score(self.dense[name], self.statistics.moments[self.sites[name]])
+        except PermpruneError as error:
+            raise PermpruneError(f"{name}: {error}") from error
+
+    def _refresh(self, names: dict[str, Layer] | dict[str, None]) -> None:
+        for name in names:
+            if name in self.updated:
+                self.layers[name].weight.copy_(self.updated[name])
+            else:
+                torch.mul(self.weights[name], self.masks[name], out=self.layers[name].weight)
+
+
+def _output_energy(weight: Tensor, moments: Tensor) -> float:
+    """Mean squared norm of the outputs of a (rows, channels) weight on inputs with these second moments."""
+    return float(((weight.float() @ moments) * weight).sum())
