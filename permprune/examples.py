@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.system.digests import digest_of
+
+IGNORED = -100
+"""The label of positions that have none."""
 
 SORTED = 50
 """Batches whose examples are sorted by length together."""
@@ -33,11 +37,38 @@ class Examples:
         self._tensors = dict(tensors)
 
     @classmethod
-    def of(cls, data: Examples | Mapping[str, Tensor] | Tensor) -> Examples:
-        """Named tensors, or token ids (count, length), as examples."""
+    def of(cls, data: ExampleData, most: int | None = None) -> Examples:
+        """Named tensors, token ids (count, length), or batches of named tensors, as examples.
+
+        Batches are what an iterable such as a `DataLoader` gives; no more of them are read than hold `most` examples.
+        Texts of other lengths are padded at the end, if the batches have an "attention_mask". Raises `PermpruneError`
+        for batches that are not named tensors, and for those that do not go together.
+        """
         if isinstance(data, Examples):
             return data
-        return cls({"input_ids": data} if isinstance(data, Tensor) else data)
+        if isinstance(data, Tensor):
+            return cls({"input_ids": data})
+        return cls(data) if isinstance(data, Mapping) else cls._join(data, most)
+
+    @classmethod
+    def _join(cls, batches: Iterable[Mapping[str, Tensor]], most: int | None) -> Examples:
+        found: list[Mapping[str, Tensor]] = []
+        count = 0
+        for batch in batches:
+            if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
+                raise PermpruneError(
+                    f"a batch of the calibration is {type(batch).__name__}: give dicts of tensors by the names of the "
+                    "model's arguments"
+                )
+            found.append({name: tensor.cpu() for name, tensor in batch.items()})
+            count += len(cls(batch))
+            if most is not None and count >= most:
+                break
+        if not found:
+            raise PermpruneError("the calibration has no batches: give an iterable that can be read again")
+        if any(batch.keys() != found[0].keys() for batch in found):
+            raise PermpruneError("batches of the calibration have tensors of other names: give the same in each")
+        return cls({name: _joined([batch[name] for batch in found], found[0], name) for name in found[0]})[:most]
 
     @overload
     def __getitem__(self, at: str) -> Tensor: ...
@@ -101,6 +132,19 @@ class Examples:
         return next(iter(self._tensors.values())).device
 
 
+def _joined(tensors: list[Tensor], names: Container[str], name: str) -> Tensor:
+    """Tensors (count, ...) one after the other, texts padded to one length."""
+    shapes = {tensor.shape[1:] for tensor in tensors}
+    if len(shapes) == 1:
+        return torch.cat(tensors)
+    if "attention_mask" not in names or {len(shape) for shape in shapes} != {1}:
+        raise PermpruneError(
+            f"batches of the calibration have {name} of other shapes: pad them to one, or give an attention_mask"
+        )
+    length, filler = max(shape[0] for shape in shapes), IGNORED if name == "labels" else 0
+    return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=filler) for tensor in tensors])
+
+
 def batches(examples: Examples, batch: int) -> list[Examples]:
     """All examples in batches: texts by length, without needless padding; others as they come."""
     if examples.get("attention_mask") is None:
@@ -123,8 +167,7 @@ def by_length(examples: Examples, batch: int, generator: torch.Generator | None 
     return [found[at] for at in torch.randperm(len(found), generator=generator).tolist()]
 
 
-IGNORED = -100
-"""The label of positions that have none."""
-
+ExampleData = Examples | Mapping[str, Tensor] | Tensor | Iterable[Mapping[str, Tensor]]
+"""What `Examples.of` takes."""
 
 Part = Literal["calibration", "evaluation"]

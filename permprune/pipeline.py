@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import reprlib
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +24,8 @@ from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_all
 from permprune.coupling.space import Coupling
-from permprune.errors import PermpruneError
-from permprune.examples import Examples
+from permprune.evaluation.result import gap_closed
+from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
 from permprune.models.forward import frozen, short_inputs
 from permprune.models.generation import lacks_text, transcribed
@@ -36,10 +35,11 @@ from permprune.models.processors import Processor
 from permprune.pattern import MIXED
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
-from permprune.plan import Plan, calibration_examples, plan_run
+from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.allocation import mix
 from permprune.pruning.folder import write_pruned
-from permprune.pruning.network import LayerMeasure, PrunedNetwork
+from permprune.pruning.masked import LayerMeasure
+from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places
@@ -123,8 +123,8 @@ class Pruned:
 def prepare(
     model: PreTrainedModel,
     processor: Processor | None,
-    config: PruneConfig,
-    examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
+    config: Settings,
+    examples: ExampleData | None = None,
     partial: Path | None = None,
 ) -> Prepared:
     """Discover the couplings, calibrate, and show the network its masks in natural order.
@@ -138,7 +138,7 @@ def prepare(
     if examples is None:
         shown = calibration_examples(model, processor, config)
     else:
-        shown = Examples.of(examples)
+        shown = Examples.of(examples, calibration_count(model, config))
         config = replace(config, calibration=f"{len(shown)} examples given in Python")
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     if lacks_text(model, shown):
@@ -213,10 +213,9 @@ def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) 
 def prune(
     model: PreTrainedModel,
     processor: Processor | None = None,
-    config: PruneConfig | None = None,
-    *,
-    examples: Examples | Mapping[str, Tensor] | Tensor | None = None,
-    **changes: Any,
+    permute: str | Permuter = "newton",
+    examples: ExampleData | None = None,
+    **config: Any,
 ) -> Pruned:
     """Permute and prune a model in place.
 

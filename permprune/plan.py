@@ -112,11 +112,16 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
         return observe(model, example, [layer.name for layer in layers])
 
 
+def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
+    """How many examples `samples` windows stand for."""
+    return config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
+
+
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:
     """Of the calibration data as many examples as are worth `samples` windows, or as there are."""
     if processor is None:
         raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
-    count = config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
+    count = calibration_count(model, config)
     shared, source = config.shared, config.calibration
     return load_examples(source, model, processor, "calibration", count, config.length, config.seed, shared)
 

@@ -17,7 +17,7 @@ from permprune.checkpoints.record import read_record
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold
-from permprune.coupling.verify import verify
+from permprune.coupling.verify import verify_space
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import gap_closed
@@ -361,7 +361,7 @@ def test_dense_folding_of_the_real_model_changes_nothing(
         30,
     ]
     for space in [space for space in spaces if ".7." in space.name or space.name.endswith("residual")]:
-        assert verify(model, space, {"input_ids": ids}) < 1e-4
+        assert verify_space(model, space, {"input_ids": ids}) < 1e-4
     before, generator = last_outputs(model, {"input_ids": ids}), torch.Generator().manual_seed(0)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for space in spaces:

@@ -30,7 +30,7 @@ def inspect(
 
     from permprune.checkpoints.io import read_model
     from permprune.coupling.discovery import discover
-    from permprune.coupling.verify import verify as prove
+    from permprune.coupling.verify import verify_space
     from permprune.models.dummy_inputs import example_inputs, read_example
 
     network, processor, _ = read_model(model, trust_remote_code=trust_remote_code)
@@ -41,7 +41,7 @@ def inspect(
     for space in discover(network, batch).spaces:
         name = space.name if each else re.sub(r"\d+", "*", space.name)
         kind = (name, str(space.size), _freedom(space), str(len(space.members)), str(len(space.readers)))
-        worst = prove(network, space, batch) if verify and space.freedom != "frozen" else 0.0
+        worst = verify_space(network, space, batch) if verify and space.freedom != "frozen" else 0.0
         kinds.setdefault(kind, []).append(worst)
     table = Table(title=f"channel spaces of {model}")
     for title in ("space", "size", "freedom", "members", "readers", "count"):

@@ -16,18 +16,18 @@ from permprune.coupling.walk import (
     Walk,
     arguments,
     broadcast,
+    coupling_rule,
     fresh,
     listed,
     lookups,
     moved_dims,
     place,
     replace,
-    rule,
     shape_of,
 )
 
 
-@rule("pointwise", "where", "__and__", "__or__", "__xor__", "copy_", "fill", "fill_", "zero_")
+@coupling_rule("pointwise", "where", "__and__", "__or__", "__xor__", "copy_", "fill", "fill_", "zero_")
 def _pointwise(walk: Walk, node: Node) -> Any:
     if not isinstance(node.meta.get("val"), Tensor):
         return NotImplemented
@@ -35,7 +35,7 @@ def _pointwise(walk: Walk, node: Node) -> Any:
     return broadcast(inputs, len(shape_of(node)), f"indices regrouped by {place(node)}")
 
 
-@rule("linear")
+@coupling_rule("linear")
 def _linear(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     source, weight, bias = walk.label(bound["input"]), walk.label(bound["weight"]), walk.label(bound["bias"])
@@ -51,13 +51,13 @@ def _linear(walk: Walk, node: Node) -> Any:
     return (*source[:-1], weight[0])
 
 
-@rule("matmul", "mm", "bmm")
+@coupling_rule("matmul", "mm", "bmm")
 def _matmul(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     return _multiply(walk, node, bound["self"], bound["mat2" if "mat2" in bound else "other"])
 
 
-@rule("addmm", "baddbmm")
+@coupling_rule("addmm", "baddbmm")
 def _addmm(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     first, second = ("mat1", "mat2") if "mat1" in bound else ("batch1", "batch2")
@@ -65,7 +65,7 @@ def _addmm(walk: Walk, node: Node) -> Any:
     return broadcast([result, walk.label(bound["self"])], len(result), f"indices regrouped by {place(node)}")
 
 
-@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+@coupling_rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def _grouped(walk: Walk, node: Node) -> Any:
     """Rows in runs, one for each matrix of `weight` (groups, k, n): row i looks up the matrix of its run."""
     source, weight, ends, *rest = node.args
@@ -84,7 +84,7 @@ def _grouped(walk: Walk, node: Node) -> Any:
     return (a[0], b[2])
 
 
-@rule("scaled_dot_product_attention")
+@coupling_rule("scaled_dot_product_attention")
 def _attention(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     query, key, value = (walk.label(bound[name]) or () for name in ("query", "key", "value"))
@@ -113,7 +113,7 @@ def _attention(walk: Walk, node: Node) -> Any:
     return (*batch, query[-2], value[-1])
 
 
-@rule("embedding")
+@coupling_rule("embedding")
 def _embedding(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     weight, indices = walk.label(bound["weight"]) or (), walk.label(bound["indices"]) or ()
@@ -122,7 +122,7 @@ def _embedding(walk: Walk, node: Node) -> Any:
     return (*indices, weight[1])
 
 
-@rule("conv1d", "conv2d", "conv3d", "convolution")
+@coupling_rule("conv1d", "conv2d", "conv3d", "convolution")
 def _convolution(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     source, weight, bias = walk.label(bound["input"]) or (), walk.label(bound["weight"]) or (), bound["bias"]
@@ -154,7 +154,7 @@ def _in_group(channels: Axis | None, group: Axis | None, reason: str) -> Axis | 
     return halves[1]
 
 
-@rule("_weight_norm")
+@coupling_rule("_weight_norm")
 def _weight_norm(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, scale = walk.label(bound["v"]) or (), walk.label(bound["g"])
@@ -164,7 +164,7 @@ def _weight_norm(walk: Walk, node: Node) -> Any:
     return broadcast([label, scale], len(label), f"indices regrouped by {place(node)}")
 
 
-@rule("layer_norm", "rms_norm")
+@coupling_rule("layer_norm", "rms_norm")
 def _norm(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["input"]) or ()
@@ -174,7 +174,7 @@ def _norm(walk: Walk, node: Node) -> Any:
     return broadcast([label, *affine], len(label), f"indices regrouped by {place(node)}")
 
 
-@rule("group_norm")
+@coupling_rule("group_norm")
 def _group_norm(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, reason = walk.label(bound["input"]) or (), f"indices regrouped by {place(node)}"
@@ -186,7 +186,7 @@ def _group_norm(walk: Walk, node: Node) -> Any:
     return label
 
 
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
+@coupling_rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax")
 def _softmax(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"])
@@ -194,7 +194,7 @@ def _softmax(walk: Walk, node: Node) -> Any:
     return label
 
 
-@rule(
+@coupling_rule(
     "sum",
     "mean",
     "amax",
@@ -217,7 +217,7 @@ def _reduce(walk: Walk, node: Node) -> Any:
     return tuple(None if dim in dims else axis for dim, axis in enumerate(label))
 
 
-@rule("max", "min")
+@coupling_rule("max", "min")
 def _extreme(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     if "dim" not in bound:
@@ -231,7 +231,7 @@ def _extreme(walk: Walk, node: Node) -> Any:
     return [kept, kept]
 
 
-@rule(
+@coupling_rule(
     "full",
     "full_like",
     "zeros",
@@ -250,7 +250,7 @@ def _uniform(walk: Walk, node: Node) -> Any:
     return fresh(shape_of(node))  # the same value everywhere, so no order to keep
 
 
-@rule("arange", "linspace", "eye")
+@coupling_rule("arange", "linspace", "eye")
 def _sequence(walk: Walk, node: Node) -> Any:
     return fresh(shape_of(node), f"constant made by {place(node)}")
 

@@ -17,6 +17,7 @@ from permprune.coupling.walk import (
     Walk,
     arguments,
     broadcast,
+    coupling_rule,
     fresh,
     join,
     listed,
@@ -25,14 +26,13 @@ from permprune.coupling.walk import (
     op_name,
     place,
     replace,
-    rule,
     segments,
     shape_of,
     shapes_of,
 )
 
 
-@rule(*IDENTITIES)
+@coupling_rule(*IDENTITIES)
 def _identity(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     if source in walk.origins:
@@ -40,7 +40,7 @@ def _identity(walk: Walk, node: Node) -> Any:
     return walk.label(source)
 
 
-@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
+@coupling_rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
 def _view(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     label, shape = walk.label(source) or (), shape_of(node)
@@ -57,7 +57,7 @@ def _view(walk: Walk, node: Node) -> Any:
     return result
 
 
-@rule("transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze")
+@coupling_rule("transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "adjoint", "mT", "unsqueeze", "squeeze")
 def _move(walk: Walk, node: Node) -> Any:
     source: Any = node.args[0]
     label, order = walk.label(source) or (), moved_dims(node) or []
@@ -66,7 +66,7 @@ def _move(walk: Walk, node: Node) -> Any:
     return tuple(None if dim is None else label[dim] for dim in order)
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@coupling_rule("expand", "expand_as", "broadcast_to")
 def _expand(walk: Walk, node: Node) -> Any:
     # Along an expanded dimension all values are equal, so its new axis may move freely.
     label, shape = walk.label(node.args[0]) or (), shape_of(node)
@@ -74,7 +74,7 @@ def _expand(walk: Walk, node: Node) -> Any:
     return tuple(old or new for old, new in zip(padded, fresh(shape), strict=True))
 
 
-@rule("repeat")
+@coupling_rule("repeat")
 def _repeat(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
@@ -84,7 +84,7 @@ def _repeat(walk: Walk, node: Node) -> Any:
     return tuple(_replicas(old, times, False) for old, times in zip(padded, bound["repeats"], strict=True))
 
 
-@rule("repeat_interleave")
+@coupling_rule("repeat_interleave")
 def _repeat_interleave(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, times, dim = walk.label(bound.get("self")), bound.get("repeats"), bound.get("dim")
@@ -93,7 +93,7 @@ def _repeat_interleave(walk: Walk, node: Node) -> Any:
     return replace(label, dim, _replicas(label[dim], times, True))
 
 
-@rule("slice")
+@coupling_rule("slice")
 def _slice(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
@@ -108,7 +108,7 @@ def _slice(walk: Walk, node: Node) -> Any:
     return replace(label, dim, _piece(label[dim], start, stop - start, size, node))
 
 
-@rule("narrow")
+@coupling_rule("narrow")
 def _narrow(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     if not isinstance(bound["start"], int):
@@ -118,7 +118,7 @@ def _narrow(walk: Walk, node: Node) -> Any:
     return replace(label, dim, _piece(label[dim], bound["start"] % size, bound["length"], size, node))
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split")
+@coupling_rule("split", "split_with_sizes", "chunk", "tensor_split")
 def _split(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, dim = walk.label(bound["self"]) or (), bound["dim"]
@@ -129,7 +129,7 @@ def _split(walk: Walk, node: Node) -> Any:
     return [replace(label, dim, _solid(piece)) for piece in pieces]
 
 
-@rule("glu")
+@coupling_rule("glu")
 def _glu(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, dim = walk.label(bound["self"]) or (), bound["dim"]
@@ -139,7 +139,7 @@ def _glu(walk: Walk, node: Node) -> Any:
     return replace(label, dim, _solid(first))
 
 
-@rule("select", "unbind")
+@coupling_rule("select", "unbind")
 def _select(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
@@ -153,7 +153,7 @@ def _select(walk: Walk, node: Node) -> Any:
     return rest
 
 
-@rule("cat", "concat", "concatenate")
+@coupling_rule("cat", "concat", "concatenate")
 def _cat(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     shape = shape_of(node)
@@ -167,7 +167,7 @@ def _cat(walk: Walk, node: Node) -> Any:
     return replace(rest, dim, joined)
 
 
-@rule("stack")
+@coupling_rule("stack")
 def _stack(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     shape, reason = shape_of(node), f"stacked by {place(node)}"
@@ -176,7 +176,7 @@ def _stack(walk: Walk, node: Node) -> Any:
     return (*rest[:dim], fresh(shape[dim : dim + 1], reason)[0], *rest[dim:])
 
 
-@rule(
+@coupling_rule(
     "cumsum",
     "cumprod",
     "logcumsumexp",
@@ -204,7 +204,7 @@ def _ordered(walk: Walk, node: Node) -> Any:
     return _reorder(label, listed(dims, len(label)), shape_of(node), reason)
 
 
-@rule(
+@coupling_rule(
     "adaptive_avg_pool1d",
     "adaptive_avg_pool2d",
     "avg_pool1d",
@@ -222,7 +222,7 @@ def _pool(walk: Walk, node: Node) -> Any:
     )
 
 
-@rule("masked_scatter")
+@coupling_rule("masked_scatter")
 def _masked_scatter(walk: Walk, node: Node) -> Any:
     """Whole rows are replaced, in order, where the mask is the same all along the last dimension."""
     bound = arguments(node)
@@ -242,7 +242,7 @@ def _masked_scatter(walk: Walk, node: Node) -> Any:
     return label
 
 
-@rule("gather")
+@coupling_rule("gather")
 def _gather(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, index = walk.label(bound["self"]) or (), walk.label(bound["index"]) or ()
@@ -255,7 +255,7 @@ def _gather(walk: Walk, node: Node) -> Any:
     return index
 
 
-@rule("tril", "triu")
+@coupling_rule("tril", "triu")
 def _triangle(walk: Walk, node: Node) -> Any:
     label = walk.label(node.args[0]) or ()
     for axis in label[-2:]:
@@ -263,7 +263,7 @@ def _triangle(walk: Walk, node: Node) -> Any:
     return label
 
 
-@rule("pad", "constant_pad_nd")
+@coupling_rule("pad", "constant_pad_nd")
 def _pad(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
@@ -271,7 +271,7 @@ def _pad(walk: Walk, node: Node) -> Any:
     return _reorder(label, padded, shape_of(node), f"padded by {place(node)}")
 
 
-@rule("index")
+@coupling_rule("index")
 def _index(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, reason = walk.label(bound["self"]) or (), f"indexed by {place(node)}"

@@ -13,7 +13,7 @@ from permprune.errors import PermpruneError
 from permprune.models.forward import forward_arguments, inference, main_outputs
 
 
-def verify(
+def verify_space(
     model: nn.Module,
     space: ChannelSpace,
     example: Mapping[str, Tensor],

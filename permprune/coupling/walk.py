@@ -40,7 +40,7 @@ _MOVES = frozenset(
 _WITHOUT_VALUE = re.compile(r"_assert_\w+|sym_\w+|_check\w*")
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def coupling_rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for the ops of these names (see `op_name`)."""
 
     def register(function: Rule) -> Rule:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from permprune.coupling.discovery import discover
 from permprune.coupling.space import Coupling
-from permprune.coupling.verify import verify
+from permprune.coupling.verify import verify_space
 from permprune.errors import PermpruneError
 
 from .coupling_models import FAMILIES, llama, mixtral, randomised, tokens
@@ -34,7 +34,7 @@ def check(model: nn.Module, example: dict[str, Tensor]) -> dict:
     coupling = discover(model, example)
     for space in coupling.spaces:
         if space.freedom != "frozen":
-            verify(model, space, example, 1e-10)
+            verify_space(model, space, example, 1e-10)
     return spaces_of(coupling)
 
 
@@ -348,7 +348,7 @@ def test_experts_multiplied_in_groups_have_their_own_orders():
     space = spaces["model.layers.1.mlp.experts.down_proj.input"]
     assert (space.size, space.blocks) == (48, 3)
     for one in spaces.values():
-        verify(model, one, tokens())
+        verify_space(model, one, tokens())
 
 
 def test_experts_have_their_own_orders():

@@ -12,7 +12,7 @@ import torch
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold, fold_all, inverse
 from permprune.coupling.space import ChannelSpace
-from permprune.coupling.verify import verify
+from permprune.coupling.verify import verify_space
 from permprune.errors import PermpruneError
 
 from .coupling_models import FAMILIES, REFUSED, randomised
@@ -95,7 +95,7 @@ def test_every_space_keeps_the_outputs_and_the_weights_come_back(found):
     family, model, coupling = found
     before = copy.deepcopy(model.state_dict())
     for space in movable(coupling):
-        verify(model, space, family.example(), family.tolerance)
+        verify_space(model, space, family.example(), family.tolerance)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

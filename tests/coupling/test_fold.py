@@ -13,7 +13,7 @@ from torch import nn
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold, fold_all, fold_parameter, inverse
 from permprune.coupling.space import ChannelSpace, Member
-from permprune.coupling.verify import verify
+from permprune.coupling.verify import verify_space
 from permprune.errors import PermpruneError
 
 from .coupling_models import llama, randomised, tokens
@@ -115,7 +115,7 @@ def test_verify_catches_a_wrong_space_and_puts_the_weights_back():
     name = "model.layers.0.self_attn.q_proj.weight"
     wrong = space_of(positions, members=(Member(name, (0,), positions, "writes"),))
     with pytest.raises(PermpruneError, match="discovered wrongly"):
-        verify(model, wrong, tokens())
+        verify_space(model, wrong, tokens())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -126,7 +126,7 @@ def test_tied_weights_move_once_in_any_dtype(dtype):
     (residual,) = [space for space in coupling.spaces if space.name.endswith("residual")]
     old = model.model.embed_tokens.weight.detach().clone()
     table = torch.randperm(24, generator=torch.Generator().manual_seed(3))
-    verify(model, residual, tokens())
+    verify_space(model, residual, tokens())
     fold_all(model, {residual.name: table}, coupling)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model.lm_head.weight, old[:, table])
