@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from permprune.config import PruneConfig
     from permprune.coupling.discovery import discover
     from permprune.coupling.fold import fold, fold_all
+    from permprune.coupling.verify import verify_space
+    from permprune.coupling.walk import Walk, coupling_rule
     from permprune.errors import PermpruneError
     from permprune.evaluation.dispatch import evaluate_model
     from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
@@ -33,9 +35,10 @@ if TYPE_CHECKING:
     from permprune.jobs.sweep import sweep
     from permprune.jobs.trials import Evaluation
     from permprune.jobs.verify import verify_folder
+    from permprune.losses.loss import Loss
     from permprune.losses.objective import Objective
     from permprune.pattern import Pattern
-    from permprune.permuters.base import LocalPermuter, Permuter, Run, Solution
+    from permprune.permuters.base import LocalPermuter, Permuter, Round, Run, Solution
     from permprune.permuters.identity import Identity, Random
     from permprune.permuters.learned import Learned
     from permprune.permuters.newton import Newton
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from permprune.permuters.ria import RIAPermuter
     from permprune.pipeline import Pruned, prune
     from permprune.pruning.folder import save
+    from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Problem
     from permprune.saliency.base import Saliency
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from permprune.saliency.obs import OBS
     from permprune.saliency.ria import RIA
     from permprune.saliency.wanda import Wanda
+    from permprune.system.progress import disable_progress_bars, enable_progress_bars
     from permprune.updates.base import LayerUpdate, Update
     from permprune.updates.sparsegpt import SparseGPT
 
@@ -63,7 +68,9 @@ __all__ = [
     "LayerUpdate",
     "Learned",
     "LocalPermuter",
+    "Loss",
     "Magnitude",
+    "MaskedLayers",
     "Newton",
     "Objective",
     "Pattern",
@@ -77,15 +84,20 @@ __all__ = [
     "Random",
     "Reconstruction",
     "Result",
+    "Round",
     "Run",
     "Saliency",
     "Solution",
     "SparseGPT",
     "TaskList",
     "Update",
+    "Walk",
     "Wanda",
     "compare",
+    "coupling_rule",
+    "disable_progress_bars",
     "discover",
+    "enable_progress_bars",
     "evaluate",
     "evaluate_model",
     "evaluate_tasks",
@@ -105,14 +117,19 @@ __all__ = [
     "unpack",
     "unpack_folder",
     "verify_folder",
+    "verify_space",
 ]
 
 _MODULES = {
     "load": "checkpoints.io",
     "read_model": "checkpoints.io",
+    "PruneConfig": "config",
     "discover": "coupling.discovery",
     "fold": "coupling.fold",
     "fold_all": "coupling.fold",
+    "verify_space": "coupling.verify",
+    "Walk": "coupling.walk",
+    "coupling_rule": "coupling.walk",
     "PermpruneError": "errors",
     "evaluate_model": "evaluation.dispatch",
     "TaskList": "evaluation.lm_tasks",
@@ -133,10 +150,12 @@ _MODULES = {
     "sweep": "jobs.sweep",
     "Evaluation": "jobs.trials",
     "verify_folder": "jobs.verify",
+    "Loss": "losses.loss",
     "Objective": "losses.objective",
     "Pattern": "pattern",
     "LocalPermuter": "permuters.base",
     "Permuter": "permuters.base",
+    "Round": "permuters.base",
     "Run": "permuters.base",
     "Solution": "permuters.base",
     "Identity": "permuters.identity",
@@ -148,6 +167,7 @@ _MODULES = {
     "Pruned": "pipeline",
     "prune": "pipeline",
     "save": "pruning.folder",
+    "MaskedLayers": "pruning.masked",
     "PrunedNetwork": "pruning.network",
     "Problem": "pruning.problem",
     "Saliency": "saliency.base",
@@ -155,7 +175,8 @@ _MODULES = {
     "OBS": "saliency.obs",
     "RIA": "saliency.ria",
     "Wanda": "saliency.wanda",
-    "PruneConfig": "config",
+    "disable_progress_bars": "system.progress",
+    "enable_progress_bars": "system.progress",
     "LayerUpdate": "updates.base",
     "Update": "updates.base",
     "SparseGPT": "updates.sparsegpt",

@@ -92,7 +92,7 @@ class Number:
 
 
 def described(value: object) -> str:
-    """How a record names an option that is an object or a function, the same in every run."""
+    """An object or a function as a person reads it, the same in every run: without the address of a function."""
     name = getattr(value, "__qualname__", None)
     return repr(value) if name is None else f"{getattr(value, '__module__', '')}.{name}"
 

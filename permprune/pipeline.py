@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import reprlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_all
 from permprune.coupling.space import Coupling
-from permprune.evaluation.result import gap_closed
+from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
 from permprune.models.forward import frozen, short_inputs
@@ -33,7 +34,7 @@ from permprune.models.layers import dense_weights
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
-from permprune.permuters.base import Solution
+from permprune.permuters.base import Callback, Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.allocation import mix
@@ -123,7 +124,7 @@ class Pruned:
 def prepare(
     model: PreTrainedModel,
     processor: Processor | None,
-    config: Settings,
+    config: PruneConfig,
     examples: ExampleData | None = None,
     partial: Path | None = None,
 ) -> Prepared:
@@ -213,17 +214,20 @@ def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) 
 def prune(
     model: PreTrainedModel,
     processor: Processor | None = None,
-    permute: str | Permuter = "newton",
+    config: PruneConfig | None = None,
+    *,
     examples: ExampleData | None = None,
-    **config: Any,
+    callbacks: Sequence[Callback] = (),
+    **changes: Any,
 ) -> Pruned:
     """Permute and prune a model in place.
 
     `changes` are fields of `PruneConfig`, as `pattern="2:4", permute=Newton(rounds=6)`: those of `config` that are to
     be other, or of the default one. `processor` is the tokenizer, or what makes inputs of images or sound. `examples`
-    are what to calibrate on in place of the config's data: `Examples`, a dict of tensors, or token ids
-    (count, length). In gather mode the index selections are attached to the returned model, after those that it may
-    have already. Raises `PermpruneError`, for a field that does not exist as well.
+    are what to calibrate on in place of the config's data: `Examples`, a dict of tensors, token ids (count, length), or
+    an iterable of dicts such as a `DataLoader`, of which no more is read than `samples` windows. `callbacks` are told
+    of every round of an iterative search (see `Round`). In gather mode the index selections are attached to the
+    returned model, after those that it may have already. Raises `PermpruneError`, for a field that does not exist too.
     """
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):
@@ -234,7 +238,8 @@ def prune(
     prepared.dense.warn()
     update_weights(prepared)
     natural = prepared.network.measures()
-    solution = permuter(prepared.config.permute).solve(prepared.network, prepared.run)
+    run = replace(prepared.run, callbacks=tuple(callbacks))
+    solution = permuter(prepared.config.permute).solve(prepared.network, run)
     update_weights(prepared)
     return finish(prepared, solution, natural)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from permprune.errors import PermpruneError
-from permprune.options import nearest, numbers_of
+from permprune.options import described, nearest, numbers_of
 
 T = TypeVar("T")
 
@@ -66,14 +66,12 @@ def _changes(method: Any) -> Iterator[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """A value as a person reads it: without the addresses that `repr` gives of functions."""
+    """A value in the language of names, or as a person reads it."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if dataclasses.is_dataclass(value) and isinstance(getattr(value, "name", None), str):
         return describe(value)
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    return repr(value)
+    return described(value)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

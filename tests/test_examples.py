@@ -1,5 +1,8 @@
 """Named tensors of one first dimension."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -67,3 +70,40 @@ def test_batches_of_one_length_lose_their_padding() -> None:
     assert mixed[0].tolist() != by_length(examples, 3, torch.Generator().manual_seed(5))[0].tolist()
     positions = Examples({**examples, "labels": mask})
     assert positions.trimmed() is positions
+
+
+def texts(*lengths: int) -> dict[str, torch.Tensor]:
+    """A batch of texts of 1 + number, padded to the longest."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = mask * torch.arange(1, 1 + len(lengths))[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+def test_batches_of_any_length_are_joined_and_padded() -> None:
+    examples = Examples.of(iter([texts(3, 2), texts(5)]))
+    assert examples["input_ids"].tolist() == [[1, 1, 1, 0, 0], [2, 2, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert examples["attention_mask"].sum(1).tolist() == [3, 2, 5]
+    assert examples["labels"].tolist()[1] == [2, 2, -100, -100, -100]
+
+
+def test_no_more_batches_are_read_than_are_needed() -> None:
+    def endless() -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            yield {"pixel_values": torch.zeros(4, 3, 2, 2)}
+
+    assert len(Examples.of(endless(), most=10)) == 10
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "has no batches"),
+        ([(torch.zeros(2, 3),)], "a batch of the calibration is tuple: give dicts of tensors"),
+        ([{"input_ids": [1, 2]}], "give dicts of tensors"),
+        ([texts(2), {"input_ids": torch.ones(1, 2)}], "tensors of other names"),
+        ([{"input_ids": torch.ones(1, 2)}, {"input_ids": torch.ones(1, 3)}], "pad them to one, or give an attention"),
+    ],
+)
+def test_batches_that_do_not_go_together_are_refused(batches: list[Any], message: str) -> None:
+    with pytest.raises(PermpruneError, match=message):
+        Examples.of(batches)

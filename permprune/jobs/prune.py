@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.jobs.trials import Evaluation, Meter
+from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
 from permprune.pipeline import Pruned, finish, prepare, update_weights
 from permprune.plan import Plan, calibration_examples, plan_run
@@ -37,19 +38,22 @@ def prune_to_folder(
     evaluation: Evaluation,
     *,
     resume: bool = False,
+    callbacks: Sequence[Callback] = (),
     announce: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to `out`.
 
     While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
-    With `resume` a search goes on from its last state. `announce` is given the record before anything is written to
-    `out`. Returns the record. Raises `PermpruneError`.
+    With `resume` a search goes on from its last state. `callbacks` are as those of `prune`. `announce` is given the
+    record before anything is written to `out`. Returns the record. Raises `PermpruneError`.
     """
     with WorkFolder(out).held("prune", resume) as work:
         reset_peak_memory()
         started = time.monotonic()
-        prune_model = _prune_streamed if exceeds_memory(name, config) else _prune_held
-        done = prune_model(name, config, evaluation, work)
+        if exceeds_memory(name, config):
+            done = _prune_streamed(name, config, evaluation, work)  # by a method that has no rounds to tell of
+        else:
+            done = _prune_held(name, config, evaluation, work, callbacks)
         measured = done.measured
         record = dataclasses.replace(
             done.pruned.record(),
@@ -73,7 +77,9 @@ class _Done:
     write: Callable[[Path], None]
 
 
-def _prune_held(name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder) -> _Done:
+def _prune_held(
+    name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder, callbacks: Sequence[Callback]
+) -> _Done:
     """Prune a model that is held in memory."""
     method = permuter(config.permute)
     model, processor, stored = read_model(name, trust_remote_code=config.trust_remote_code)
@@ -87,7 +93,8 @@ def _prune_held(name: str, config: PruneConfig, evaluation: Evaluation, work: Wo
     overlap = _said_overlap(prepared, measure.examples)
     update_weights(prepared)
     natural, none = prepared.network.measures(), measure()
-    solution = method.solve(prepared.network, prepared.run)
+    run = dataclasses.replace(prepared.run, callbacks=tuple(callbacks))
+    solution = method.solve(prepared.network, run)
     searched = time.monotonic()
     update_weights(prepared)
     seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}

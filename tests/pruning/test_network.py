@@ -172,3 +172,26 @@ def test_weights_shown_stay_until_orders_are_set(prepared: Prepared) -> None:
     assert torch.equal(network.layers[name].weight, weight)
     network.set_orders(network.current())
     assert torch.equal(network.layers[name].weight, network.dense[name] * network.masks[name])
+
+
+def test_examples_move_to_the_device_a_batch_at_a_time(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    to = Examples.to
+
+    def count(self: Examples, device: torch.device) -> Examples:
+        moved.append(len(self))
+        return to(self, device)
+
+    monkeypatch.setattr(Examples, "to", count)
+    config = PruneConfig(precision="fp32", measured=4, held_out=3, batch=2)
+    prepared = prepare(tiny_llama, None, config, WINDOWS)
+    assert max(moved) <= 2 and sum(moved) == 1 + len(
+        prepared.measured
+    )  # one to ask what the model returns, and the statistics
+    moved.clear()
+    every = Objective(1.0, 1.0, 1.0, 1.0)
+    prepared.network.gradients(prepared.run.train, every)
+    prepared.network.loss(prepared.run.held_out, every)
+    assert max(moved) <= 2

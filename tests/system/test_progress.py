@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from permprune.system import progress
-from permprune.system.progress import track
+from permprune.system.progress import bar, disable_progress_bars, enable_progress_bars, track
 
 
 @pytest.fixture
@@ -43,3 +43,17 @@ def test_nothing_on_stdout_or_in_a_log_file(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.strip() == ""
+
+
+def test_bars_can_be_turned_off(terminal):
+    disable_progress_bars()
+    try:
+        assert list(track(range(2), "silent")) == [0, 1]
+        with bar("silent", 3) as advance:
+            advance(1, "silent still")
+    finally:
+        enable_progress_bars()
+    assert "silent" not in terminal.getvalue()
+    with bar("searching", 3, completed=1) as advance:
+        advance(2, "searching: loss 1.5")
+    assert "searching: loss 1.5" in terminal.getvalue() and "2/3" in terminal.getvalue()
