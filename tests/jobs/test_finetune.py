@@ -106,7 +106,7 @@ def objectives(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
     found, fit = [], Trainer.fit
 
     def spy(trainer: Trainer, examples: Examples) -> list[Epoch]:
-        found.append(trainer.objective)
+        found.append(trainer.loss)
         return fit(trainer, examples)
 
     monkeypatch.setattr(Trainer, "fit", spy)
