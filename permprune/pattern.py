@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Int, Num, UInt8
 from torch import Tensor
 
 from permprune.errors import PermpruneError
@@ -60,7 +61,7 @@ class Pattern:
                 f"choose a pattern whose M divides {width}, or leave that layer out"
             )
 
-    def mask(self, score: Tensor) -> Tensor:
+    def mask(self, score: Num[Tensor, "*rows width"]) -> Bool[Tensor, "*rows width"]:
         """Keep the n largest scores of every m consecutive ones.
 
         `score` is (..., width) with m dividing width; returns a bool tensor of the same shape. Ties are broken
@@ -72,7 +73,9 @@ class Pattern:
             raise PermpruneError("a score is NaN: check the weights and the calibration data for NaN or overflow")
         return self.mask_groups(score.unflatten(-1, (-1, self.m)), -1).flatten(-2)
 
-    def mask_in_order(self, score: Tensor, order: Tensor) -> Tensor:
+    def mask_in_order(
+        self, score: Num[Tensor, "rows width"], order: Int[Tensor, " width"]
+    ) -> Bool[Tensor, "rows width"]:
         """The mask that is left when the columns stand in `order`, int64 (width,), put back: `score` is (rows, width).
 
         Returns bool (rows, width) in the order of `score`. Raises `PermpruneError` as `mask` does.
@@ -81,17 +84,17 @@ class Pattern:
         found[:, order] = self.mask(score[:, order])
         return found
 
-    def mask_groups(self, score: Tensor, dim: int) -> Tensor:
+    def mask_groups(self, score: Num[Tensor, "*shape"], dim: int) -> Bool[Tensor, "*shape"]:
         """The same as `mask`, unchecked, for scores whose dimension `dim` runs over the m members of each group."""
         return ranks(score, dim) < self.n
 
-    def holds(self, weight: Tensor) -> bool:
+    def holds(self, weight: Num[Tensor, "*rows width"]) -> bool:
         """Whether every group of m consecutive weights of (..., width) has at most n non-zeros."""
         self.require_divisible(weight.shape[-1], "a weight matrix")
         return bool((weight.unflatten(-1, (-1, self.m)).ne(0).sum(-1) <= self.n).all())
 
 
-def tightest(weight: Tensor) -> Pattern | None:
+def tightest(weight: Num[Tensor, "*rows width"]) -> Pattern | None:
     """The pattern, of all with M up to `WIDEST`, that leaves the fewest weights and that (..., width) holds.
 
     Of several that leave equally many it is the one with the smallest M; None where none holds, or all weights are 0.
@@ -104,7 +107,7 @@ def tightest(weight: Tensor) -> Pattern | None:
     return min(held, key=lambda pattern: (pattern.density, pattern.m), default=None)
 
 
-def ranks(score: Tensor, dim: int) -> Tensor:
+def ranks(score: Num[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"] | UInt8[Tensor, "*shape"]:
     """How many scores along `dim` come before each: those larger, and the equal ones at earlier places.
 
     Returns integers of the shape of `score`, of a type that may be as small as uint8.

@@ -30,7 +30,11 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from permprune.zoo.models import resolve_model
+from .shapes import check_shapes
+
+check_shapes()  # before the package's other modules import the functions
+
+from permprune.zoo.models import resolve_model  # noqa: E402
 
 settings.register_profile("untimed", deadline=None)  # on a loaded machine an example may take as long as it likes
 settings.load_profile("untimed")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from permprune.models.layers import Layer
@@ -49,7 +50,11 @@ def output_fisher(
             handle.remove()
 
 
-def row_fisher(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+def row_fisher(
+    inputs: Float[Tensor, "examples *positions channels"],
+    gradient: Float[Tensor, "examples *positions rows"],
+    mask: Bool[Tensor, "examples *positions"] | None = None,
+) -> Float[Tensor, " rows"]:
     """The Fisher information of each row of a weight over the mean square of its inputs, summed over examples, (rows,).
 
     `inputs` (examples, ..., channels) are what a layer read, `gradient` (examples, ..., rows) is that of the loss by
@@ -65,7 +70,11 @@ def row_fisher(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> 
         return (_gradient_norms(x, g) / squares[:, None]).sum(0)
 
 
-def row_covariance(inputs: Tensor, gradient: Tensor, mask: Tensor | None = None) -> Tensor:
+def row_covariance(
+    inputs: Float[Tensor, "examples *positions channels"],
+    gradient: Float[Tensor, "examples *positions rows"],
+    mask: Bool[Tensor, "examples *positions"] | None = None,
+) -> Float[Tensor, "rows rows"]:
     """That of each pair of rows, (rows, rows): `row_fisher` is its diagonal.
 
     An example adds G G^T / mean |x|^2. With few classes every example pushes the rows in about the same direction:

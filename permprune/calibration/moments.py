@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
@@ -19,12 +20,12 @@ ATTEMPTS = 4
 """Dampings tried, each ten times the one before."""
 
 
-def root_mean_square(moments: Tensor) -> Tensor:
+def root_mean_square(moments: Float[Tensor, "channels channels"]) -> Float[Tensor, " channels"]:
     """Of each input channel over the tokens, (channels,), for H (channels, channels)."""
     return moments.diagonal().clamp_min(0).sqrt()
 
 
-def inverse_factor(moments: Tensor, damping: float) -> Tensor:
+def inverse_factor(moments: Float[Tensor, "channels channels"], damping: float) -> Float[Tensor, "channels channels"]:
     """The upper triangular U with U^T U = (H + damping * mean diagonal * I)^-1, for H fp32 (channels, channels).
 
     Its diagonal squared is [(H_F)^-1]_jj, F being the channels from j on; its columns' squared norms are [H^-1]_jj.
@@ -97,7 +98,7 @@ class InputMoments:
         return moments
 
 
-def inner_product(x: Tensor) -> Tensor:
+def inner_product(x: Float[Tensor, "*positions channels"]) -> Float[Tensor, "channels channels"]:
     """X^T X of activations (..., channels), fp32 (channels, channels) whatever their type."""
     rows = x.detach().flatten(0, -2).float()
     with torch.autocast(x.device.type, enabled=False):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from permprune.errors import PermpruneError
 
 
-def assign(cost: Tensor) -> Tensor:
+def assign(cost: Float[Tensor, "*problems n n"]) -> Int[Tensor, "*problems n"]:
     """The permutation of least total cost, exact (Crouse 2016, a shortest augmenting path method).
 
     `cost` is (..., n, n), each leading index a problem of its own. Returns int64 (..., n) on the device of
@@ -23,7 +24,7 @@ def assign(cost: Tensor) -> Tensor:
     return torch.stack(solved).view(cost.shape[:-1]).to(cost.device)
 
 
-def cycles(permutation: Tensor) -> Tensor:
+def cycles(permutation: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """For each element of a permutation (n,) the smallest element of its cycle, int64 (n,)."""
     step = permutation.tolist()
     label = [-1] * len(step)

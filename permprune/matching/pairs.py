@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from permprune.matching.assignment import require_costs
 
 
-def pair_up(cost: Tensor) -> Tensor:
+def pair_up(cost: Float[Tensor, "n n"]) -> Int[Tensor, "pairs 2"]:
     """Disjoint pairs, each of two that are the cheapest for each other among those not yet in a pair.
 
     `cost` is a symmetric (n, n), whose diagonal is not read. Returns int64 (n // 2, 2), the smaller index first, on the

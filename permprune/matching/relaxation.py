@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from permprune.errors import PermpruneError
@@ -13,7 +14,7 @@ from permprune.matching.assignment import assign
 from permprune.matching.sinkhorn import sinkhorn
 
 
-def gumbel_noise(shape: Sequence[int], scale: float, generator: torch.Generator) -> Tensor:
+def gumbel_noise(shape: Sequence[int], scale: float, generator: torch.Generator) -> Float[Tensor, "..."]:
     """`scale` times standard Gumbel noise, fp32 of that shape on the generator's device.
 
     Added to the costs before a relaxation it is the exploration of the Gumbel-Sinkhorn network (Mena et al.
@@ -25,7 +26,9 @@ def gumbel_noise(shape: Sequence[int], scale: float, generator: torch.Generator)
     return exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_().mul_(-scale)
 
 
-def straight_through(cost: Tensor, epsilon: float, iterations: int = 50) -> Tensor:
+def straight_through(
+    cost: Float[Tensor, "*problems n n"], epsilon: float, iterations: int = 50
+) -> Float[Tensor, "*problems n n"]:
     """The permutation matrix nearest to the plan of `sinkhorn`, (..., n, n), with the gradient of the plan.
 
     Forward it is exactly a permutation, the assignment that keeps most of the plan's mass; backward it is the

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.matching.assignment import require_costs
 
 
-def sinkhorn(cost: Tensor, epsilon: float, iterations: int = 50) -> Tensor:
+def sinkhorn(
+    cost: Float[Tensor, "*problems n n"], epsilon: float, iterations: int = 50
+) -> Float[Tensor, "*problems n n"]:
     """Minimise <C, P> + epsilon * sum P (log P - 1) over the doubly stochastic P.
 
     The minimiser is P = exp((f_i + g_j - C_ij) / epsilon); f and g are fitted in turn to the row and column

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from permprune.options import require_fields
@@ -21,7 +22,9 @@ class Saliency(ABC):
         require_fields(self)
 
     @abstractmethod
-    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
+    def score(
+        self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
+    ) -> Float[Tensor, "rows channels"]:
         """Score each weight.
 
         `weight` is (rows, channels) = (outputs, inputs); `moments` are the second moments of the inputs over the

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from permprune.saliency.base import Saliency
@@ -16,5 +17,7 @@ class Magnitude(Saliency):
 
     name: ClassVar[str] = "magnitude"
 
-    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
+    def score(
+        self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
+    ) -> Float[Tensor, "rows channels"]:
         return weight.float().abs()

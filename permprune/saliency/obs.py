@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from permprune.calibration.moments import inverse_factor
@@ -25,6 +26,8 @@ class OBS(Saliency):
     name: ClassVar[str] = "obs"
     damping: NonNegative = 0.01
 
-    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
+    def score(
+        self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
+    ) -> Float[Tensor, "rows channels"]:
         deviation: Tensor = torch.linalg.vector_norm(inverse_factor(moments, self.damping), dim=0)
         return weight.float().abs() * (moments.diagonal() > 0) / deviation

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from permprune.calibration.moments import root_mean_square
@@ -22,7 +23,9 @@ class RIA(Saliency):
     name: ClassVar[str] = "ria"
     power: NonNegative = 0.5
 
-    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
+    def score(
+        self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
+    ) -> Float[Tensor, "rows channels"]:
         size = weight.float().abs()
         tiny = 1e-12  # a row or column of zeros scores zero instead of NaN
         relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from permprune.calibration.moments import root_mean_square
@@ -17,5 +18,7 @@ class Wanda(Saliency):
 
     name: ClassVar[str] = "wanda"
 
-    def score(self, weight: Tensor, moments: Tensor) -> Tensor:
+    def score(
+        self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
+    ) -> Float[Tensor, "rows channels"]:
         return weight.float().abs() * root_mean_square(moments)

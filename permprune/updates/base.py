@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from permprune.calibration.moments import InputMoments
@@ -50,8 +51,13 @@ class LayerUpdate(Update):
 
     @abstractmethod
     def apply(
-        self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern, mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        weight: Float[Tensor, "rows channels"],
+        moments: Float[Tensor, "channels channels"],
+        order: Int[Tensor, " channels"],
+        pattern: Pattern,
+        mask: Bool[Tensor, "rows channels"] | None = None,
+    ) -> Float[Tensor, "rows channels"]:
         """Prune one layer and update the weights that stay.
 
         `weight` is fp32 (rows, channels); `moments` are the second moments H of its inputs, fp32 (channels, channels).

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from permprune.calibration.moments import inverse_factor
@@ -30,8 +31,13 @@ class SparseGPT(LayerUpdate):
     block: Count = 128
 
     def apply(
-        self, weight: Tensor, moments: Tensor, order: Tensor, pattern: Pattern, mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        weight: Float[Tensor, "rows channels"],
+        moments: Float[Tensor, "channels channels"],
+        order: Int[Tensor, " channels"],
+        pattern: Pattern,
+        mask: Bool[Tensor, "rows channels"] | None = None,
+    ) -> Float[Tensor, "rows channels"]:
         pattern.require_divisible(weight.shape[1], "a weight matrix")
         order = order.to(weight.device)
         factor = inverse_factor(moments[order][:, order], self.damping)
