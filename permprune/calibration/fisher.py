@@ -53,7 +53,7 @@ def output_fisher(
 def row_fisher(
     inputs: Float[Tensor, "examples *positions channels"],
     gradient: Float[Tensor, "examples *positions rows"],
-    mask: Bool[Tensor, "examples *positions"] | None = None,
+    mask: Bool[Tensor, " examples *positions"] | None = None,
 ) -> Float[Tensor, " rows"]:
     """The Fisher information of each row of a weight over the mean square of its inputs, summed over examples, (rows,).
 
@@ -73,7 +73,7 @@ def row_fisher(
 def row_covariance(
     inputs: Float[Tensor, "examples *positions channels"],
     gradient: Float[Tensor, "examples *positions rows"],
-    mask: Bool[Tensor, "examples *positions"] | None = None,
+    mask: Bool[Tensor, " examples *positions"] | None = None,
 ) -> Float[Tensor, "rows rows"]:
     """That of each pair of rows, (rows, rows): `row_fisher` is its diagonal.
 
