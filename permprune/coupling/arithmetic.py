@@ -1,7 +1,7 @@
-"""Rules for arithmetic: elementwise ops, contractions, norms, reductions and constants.
+"""Coupling rules for arithmetic: elementwise ops, contractions, norms, reductions and constants.
 
-They leave order free: elementwise ops unify axes, and a contraction or a symmetric reduction does not depend
-on the order of the axis it sums over.
+Most of these ops commute with a permutation of channels: elementwise ops unify the axes of their operands, and the
+result of a contraction or a symmetric reduction does not depend on the order of the axis it sums over.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def _addmm(walk: Walk, node: Node) -> Any:
 
 @coupling_rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def _grouped(walk: Walk, node: Node) -> Any:
-    """Rows in runs, one for each matrix of `weight` (groups, k, n): row i looks up the matrix of its run."""
+    """Grouped matrix product of `source` (rows, k) and `weight` (groups, k, n) with result (rows, n).
+
+    Each group of consecutive rows, which ends at an entry of `ends`, is multiplied by one matrix of `weight`.
+    """
     source, weight, ends, *rest = node.args
     a, b = walk.label(source), walk.label(weight)
     if a is None or b is None or len(a) != 2 or len(b) != 3 or rest or node.kwargs:
@@ -142,7 +145,11 @@ def _convolution(walk: Walk, node: Node) -> Any:
 
 
 def _in_group(channels: Axis | None, group: Axis | None, reason: str) -> Axis | None:
-    """Split channels into groups; the axis that runs within each group, None where it is of size 1."""
+    """Split a channel axis into groups and return the axis within a group (None if its size is 1).
+
+    `group` is the axis over groups. If the channel axis cannot be split, both are frozen and a new frozen axis is
+    returned.
+    """
     if channels is None or group is None:
         return channels
     halves = (channels, None) if channels.size == group.size else factor(channels, group.size, reason)
@@ -247,7 +254,7 @@ def _extreme(walk: Walk, node: Node) -> Any:
     "scalar_tensor",
 )
 def _uniform(walk: Walk, node: Node) -> Any:
-    return fresh(shape_of(node))  # the same value everywhere, so no order to keep
+    return fresh(shape_of(node))  # all elements are equal, so they may be permuted freely
 
 
 @coupling_rule("arange", "linspace", "eye")
@@ -266,13 +273,13 @@ def _multiply(walk: Walk, node: Node, first: Node, second: Node) -> Any:
     walk.record(b, without=[-2])
     walk.read(second, -2, first, node)
     walk.write(second, -1)
-    if b[-1] is None and (column := _column(second)):  # a matrix times vectors: the weight comes first
+    if b[-1] is None and (column := _column(second)):  # matrix-vector product: the weight is the first operand
         walk.read(first, -1, column, node)
         walk.write(first, -2)
     return (*batch, a[-2], b[-1])
 
 
 def _column(node: Node) -> Node | None:
-    """The tensor that a node makes a column of, along a new last dimension."""
+    """The tensor to which `node` adds a last dimension of size 1; None if it does anything else."""
     last = moved_dims(node)
     return cast(Node, node.args[0]) if last and last[-1] is None and last[:-1] == list(range(len(last) - 1)) else None

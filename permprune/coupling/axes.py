@@ -1,13 +1,17 @@
-"""Axes: the identities that indices carry through a network.
+"""Axes: symbolic identities of tensor dimensions, tracked through a network.
 
-Every tensor dimension is labelled with an `Axis`. Two dimensions share an axis when index i of one must stay
-index i of the other, whatever order the channels are in. An axis is an *atom*; or an ordered *product* of
-axes, row-major, as a view of 576 channels into 9 heads of 64 makes it; or an ordered *concatenation* of axes,
-as a slice makes it. Axes are nodes of a union-find forest, and an atom may be given a structure at any time,
-so what is found late in the graph holds for every tensor and parameter before it.
+Every tensor dimension is labelled with an `Axis`. Two dimensions share an axis if they have to be permuted together:
+index i of one always corresponds to index i of the other. An axis is one of
 
-A *frozen* axis must keep its order. Freezing is always safe; it is what happens wherever two structures
-cannot be brought together.
+* an *atom*, which has no structure;
+* a row-major *product* of axes, e.g. 576 channels viewed as 9 heads of 64;
+* a *concatenation* of axes, e.g. the pieces that a slice cuts a dimension into.
+
+Axes are nodes of a union-find forest. An atom can be replaced by a product or a concatenation at any time, so structure
+found late in the graph also applies to the tensors and parameters labelled before.
+
+A *frozen* axis must not be permuted. Freezing is always safe, and it is the fallback wherever two structures cannot be
+reconciled.
 """
 
 from __future__ import annotations
@@ -19,12 +23,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Label = tuple["Axis | None", ...]
-"""The axes of a tensor, one a dimension; None for a dimension of size 1, which has no order to keep."""
+"""The axes of a tensor, one per dimension; None for a dimension of size 1, for which there is nothing to permute."""
 
 
 @dataclass(frozen=True)
 class Lookup:
-    """Row i of a tensor belongs to index `key[i]` of `axis`, as where each token looks up the weights of its expert."""
+    """Row i of a tensor was looked up at index `key[i]` of `axis`, e.g. the weights of the expert of token i."""
 
     axis: Axis
     key: object
@@ -32,10 +36,13 @@ class Lookup:
 
 @dataclass(eq=False, slots=True)
 class Axis:
-    """A node of the forest. Read all but `size` of roots (`find`) only."""
+    """A node of the union-find forest.
+
+    `size` is valid for every node; the other attributes are valid only for the root, which `find` returns.
+    """
 
     size: int
-    reason: str = ""  # why it is frozen; empty while it may move
+    reason: str = ""  # why the axis is frozen; empty if it is not
     lookups: tuple[Lookup, ...] = ()
     kind: Literal["atom", "product", "concat"] = "atom"
     parts: list[Axis] = field(default_factory=list)
@@ -43,7 +50,7 @@ class Axis:
 
 
 def find(axis: Axis) -> Axis:
-    """The representative of the class, with path compression."""
+    """The root of an axis's union-find tree, with path compression."""
     root = axis
     while root.parent is not None:
         root = root.parent
@@ -53,7 +60,7 @@ def find(axis: Axis) -> Axis:
 
 
 def freeze(axis: Axis | None, reason: str) -> None:
-    """Forbid every permutation of the axis and of its parts. The first reason given is the one kept."""
+    """Forbid permutations of the axis and of all its parts. An atom that is already frozen keeps its reason."""
     if axis is None:
         return
     root = find(axis)
@@ -69,13 +76,12 @@ def product(parts: Iterable[Axis]) -> Axis:
 
 
 def concat(parts: Iterable[Axis]) -> Axis:
-    """The axes one after another."""
+    """The concatenation of axes."""
     return _compose("concat", list(parts))
 
 
 def unify(first: Axis | None, second: Axis | None, reason: str) -> None:
-    """State that two axes index the same thing. `reason` is given to what freezes if their structures do not
-    fit."""
+    """Merge two axes that have to be permuted together; if their structures do not fit, freeze both for `reason`."""
     if first is None or second is None:
         return
     a, b = find(first), find(second)
@@ -102,9 +108,9 @@ def unify(first: Axis | None, second: Axis | None, reason: str) -> None:
 
 
 def align(left: Sequence[Axis], right: Sequence[Axis], reason: str) -> bool:
-    """State that two products index the same thing, splitting factors where needed (a view does this).
+    """Unify two row-major products of axes, splitting factors where needed, as the input and output of a view.
 
-    What cannot be split to fit is frozen, and False is returned.
+    Returns False, and freezes the axes not yet unified, if a factor cannot be split to fit.
     """
     a_side, b_side = list(left), list(right)
     while a_side and b_side:
@@ -128,8 +134,7 @@ def align(left: Sequence[Axis], right: Sequence[Axis], reason: str) -> bool:
 
 
 def factor(axis: Axis, outer: int, reason: str) -> tuple[Axis, Axis] | None:
-    """Split an axis into a product of an axis of size `outer` and the rest; None where its structure forbids
-    it."""
+    """Split an axis into a product (axis of size `outer`, rest); None if its structure does not allow it."""
     root = find(axis)
     if outer < 1 or root.size % outer:
         return None
@@ -158,7 +163,10 @@ def factor(axis: Axis, outer: int, reason: str) -> tuple[Axis, Axis] | None:
 
 
 def cut(axis: Axis, points: Sequence[int]) -> list[Axis] | None:
-    """Split an axis into a concatenation at the given inner points; None where its structure forbids it."""
+    """Split an axis into a concatenation at the given positions, in ascending order and without 0 and the size.
+
+    Returns None if the structure of the axis does not allow it.
+    """
     root = find(axis)
     if not points:
         return [root]
@@ -182,7 +190,7 @@ def cut(axis: Axis, points: Sequence[int]) -> list[Axis] | None:
 
 @dataclass(frozen=True)
 class Loop:
-    """One index of a nested loop over a dimension: `axis` (a root) runs in steps of `stride`."""
+    """One level of a nested loop over a dimension: the indices of `axis` (a root) are `stride` elements apart."""
 
     axis: Axis
     stride: int
@@ -190,7 +198,10 @@ class Loop:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """Where an atom occurs along a dimension: at offset + stride * index + the sum of its siblings' loops."""
+    """The positions of an atom in a dimension.
+
+    Index i of the atom is at offset + stride * i + the offsets of the `siblings`: the loops over the other factors.
+    """
 
     atom: Axis
     stride: int
@@ -199,7 +210,7 @@ class Occurrence:
 
 
 def occurrences(axis: Axis, stride: int = 1, offset: int = 0, around: tuple[Loop, ...] = ()) -> Iterator[Occurrence]:
-    """Every place where an atom occurs in the structure of an axis."""
+    """Yield every occurrence of an atom in the structure of an axis."""
     root = find(axis)
     if root.kind == "atom":
         yield Occurrence(root, stride, offset, around)
@@ -220,7 +231,7 @@ def occurrences(axis: Axis, stride: int = 1, offset: int = 0, around: tuple[Loop
 
 
 def loops(axis: Axis, stride: int = 1) -> tuple[Loop, ...]:
-    """The factors of an axis as nested loops; a concatenation inside it is one loop over its whole length."""
+    """The factors of an axis as nested loops, outermost first; a concatenation counts as one loop over its length."""
     root = find(axis)
     if root.kind != "product":
         return (Loop(root, stride),)

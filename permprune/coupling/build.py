@@ -1,4 +1,4 @@
-"""From a labelled graph to channel spaces: one for each atom that some parameter runs along."""
+"""Build the channel spaces from a labelled graph: one for each atom along a linear's input dimension."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from permprune.coupling.walk import Walk
 
 @dataclass(frozen=True)
 class _Spot:
-    """An atom's occurrence in one dimension of a tensor."""
+    """An occurrence of an atom in dimension `dim` of a tensor."""
 
     dim: int
     occurrence: Occurrence
 
 
 def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[ChannelSpace, ...]:
-    """Every space that some linear reads, in the order of reading; within one reader, from the inside out.
+    """Build a space for every atom that the input dimension of some linear contains.
 
-    `readers` maps (weight, input dimension) to the name of the site it reads.
+    Spaces are sorted by the first linear that reads them; spaces in the same input dimension are sorted by stride, so
+    the channels of a head come before the heads. `readers` maps (weight, input dimension) to the name of the `Site`
+    that the linear reads.
     """
     spots = _parameter_spots(walk)
     blocks = _block_axes(walk, spots)
@@ -62,10 +64,10 @@ def _spots(label: Label) -> Iterable[_Spot]:
 
 
 def _block_axes(walk: Walk, atoms: Iterable[Axis]) -> dict[Axis, list[Axis]]:
-    """For each atom, the axes whose every index may have its own permutation of the atom.
+    """For each atom, the axes along which the atom may be permuted independently at every index.
 
-    An axis tells blocks apart when wherever the atom occurs, in parameters and in activations, it occurs too,
-    so that no op ever mixes or compares two of its indices.
+    An axis qualifies if it accompanies every occurrence of the atom in parameters and activations: then no op combines
+    elements of the atom from two different indices of that axis.
     """
     wanted = set(atoms)
     common: dict[Axis, dict[Axis, None]] = {}
@@ -88,10 +90,9 @@ def _signature(label: Label) -> tuple[int, ...]:
 
 
 def _companions(label: Label, spot: _Spot) -> dict[Axis, None]:
-    """The atoms that run beside an occurrence: its factors in the same dimension, else those of other
-    dimensions.
+    """The atoms that accompany an occurrence: the other factors of its dimension, and the factors of other dimensions.
 
-    One that occurs twice is ambiguous and left out.
+    An atom found twice is ambiguous and is left out.
     """
     same = [loop.axis for loop in spot.occurrence.siblings]
     others = [
@@ -126,7 +127,9 @@ def _members(
     blocks: Sequence[Axis],
     readers: Mapping[tuple[str, int], str],
 ) -> list[Member]:
-    """The members of one dimension of a parameter: one, with all copies, unless the copies overlap."""
+    """The members for one dimension of a parameter: a single one that holds all copies, or one per copy if they overlap
+    or involve different dimensions.
+    """
     parameter, _ = key
     role: Role = "reads" if key in readers else "writes" if key in walk.writes else "scales"
     site = readers.get(key)
@@ -139,7 +142,7 @@ def _members(
 
 
 def _positions(label: Label, spot: _Spot, blocks: Sequence[Axis]) -> tuple[tuple[int, ...], Tensor]:
-    """(dims, positions) of one occurrence; positions is (blocks, copies, size)."""
+    """`Member.dims` and `Member.positions`, (blocks, copies, size), of one occurrence."""
     beside = {loop.axis for loop in spot.occurrence.siblings}
     elsewhere = [
         dim
@@ -169,7 +172,7 @@ def _positions(label: Label, spot: _Spot, blocks: Sequence[Axis]) -> tuple[tuple
 
 
 def _run(nested: Iterable[Loop]) -> Tensor:
-    """Every offset that nested loops reach, the last loop fastest."""
+    """The offsets that nested loops visit, in order; the last loop is the innermost."""
     offsets = torch.zeros(1, dtype=torch.int64)
     for loop in nested:
         steps = torch.arange(loop.axis.size, dtype=torch.int64) * loop.stride
@@ -178,8 +181,11 @@ def _run(nested: Iterable[Loop]) -> Tensor:
 
 
 def _name(places: Sequence[tuple[str, _Spot]], blocks: int, readers: Mapping[tuple[str, int], str]) -> str:
-    """<reader>.input for channels, residual for those read at several sites, heads for whole groups of
-    them."""
+    """The name of a space, prefixed with the common prefix of the modules that read it.
+
+    "input" for channels read at one site, "residual" for channels read at several sites, and "heads" or
+    "heads_in_group" for groups of channels (stride > 1), without and with several blocks.
+    """
     reading = [(parameter, spot) for parameter, spot in places if (parameter, spot.dim) in readers]
     owners = [owner(parameter) for parameter, _ in reading]
     prefix = common_prefix(owners)

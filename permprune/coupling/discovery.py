@@ -1,4 +1,4 @@
-"""From a model and an example batch to its channel spaces and sites."""
+"""Discover the channel spaces and sites of a model from an example batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from permprune.system.out_of_memory import memory_reported
 
 @memory_reported()
 def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:
-    """The channel spaces and sites of a model.
+    """Trace a model and return its channel spaces and sites.
 
-    `example` is a small batch: the keyword arguments of the model's forward. Only what runs on it is seen, so
-    it should hold every kind of input that the model will be given. Raises `Untraceable`, a `PermpruneError`, when the
-    model cannot be traced.
+    `example` is a small batch, passed to the model's forward as keyword arguments. Only the code that runs on this
+    batch is analyzed, so it should contain every kind of input that the model will receive. Raises `Untraceable`, a
+    `PermpruneError`, if `torch.export` cannot trace the model.
     """
     walk, graph = trace(model, example)
     sites, readers = find_sites(model, walk, graph)

@@ -1,5 +1,4 @@
-"""Folding: writing a space's permutation into the parameters, so that the network computes what it did
-before."""
+"""Folding: apply a permutation of a channel space to the parameters without changing the network's outputs."""
 
 from __future__ import annotations
 
@@ -17,9 +16,9 @@ from permprune.errors import PermpruneError
 def fold(model: nn.Module, space: ChannelSpace, table: Tensor) -> None:
     """Permute every member of a space in place: new[positions[b, c, i]] = old[positions[b, c, table[b, i]]].
 
-    `table` is (blocks, size), integer, each row a permutation; a vector will do where there is one block.
-    Raises `PermpruneError` for a frozen space, for a table that is no permutation and for a member that does
-    not fit the model, before anything is changed.
+    `table` is an integer tensor (blocks, size) whose rows are permutations; for a space with one block, (size,) is
+    accepted too. Raises `PermpruneError`, before any parameter is changed, if the space is frozen, the table is not a
+    permutation, or a member does not fit the model.
     """
     table = check_table(space, table)
     for member in space.members:
@@ -29,10 +28,12 @@ def fold(model: nn.Module, space: ChannelSpace, table: Tensor) -> None:
 
 
 def fold_all(model: nn.Module, tables: Mapping[str, Tensor], coupling: Coupling) -> None:
-    """Fold several spaces, in the order of `coupling.spaces`; every table is checked first.
+    """Fold several spaces, in the order of `coupling.spaces`. `tables` maps names of spaces to permutations.
 
-    The order counts where one space's channels lie in another's blocks: a table's block b is the one that
-    stands b-th when the space's turn comes. Channels come before the heads that hold them.
+    The order matters if one space permutes the blocks of another, as with heads and the channels within them: row b of
+    a table applies to the block that is at position b when its space is folded. Channels are folded before the heads
+    that contain them. All tables are checked before any parameter is changed; raises `PermpruneError` for an unknown
+    space or an invalid table.
     """
     spaces = {space.name: space for space in coupling.spaces}
     for name, table in tables.items():
@@ -46,7 +47,7 @@ def fold_all(model: nn.Module, tables: Mapping[str, Tensor], coupling: Coupling)
 
 @torch.no_grad()
 def fold_parameter(name: str, parameter: Tensor, tables: Mapping[str, Tensor], coupling: Coupling) -> None:
-    """Do to one parameter, in place, what `fold_all` does to all of them; `name` is its name in the coupling."""
+    """Permute one parameter in place as `fold_all` would. `name` is its `Member.parameter` name in the coupling."""
     for space in coupling.spaces:
         if space.name in tables:
             table = check_table(space, tables[space.name])
@@ -56,7 +57,7 @@ def fold_parameter(name: str, parameter: Tensor, tables: Mapping[str, Tensor], c
 
 
 def inverse(table: Tensor) -> Tensor:
-    """The table that undoes a table, block by block: (blocks, size)."""
+    """The inverse permutation of each block: (blocks, size)."""
     return table.argsort(dim=-1)
 
 

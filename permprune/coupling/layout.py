@@ -1,5 +1,4 @@
-"""Rules for ops that move, split and join dimensions without arithmetic, and for those to which order
-matters."""
+"""Coupling rules for ops that move, split or join dimensions, and for ops whose result depends on the index order."""
 
 from __future__ import annotations
 
@@ -68,7 +67,7 @@ def _move(walk: Walk, node: Node) -> Any:
 
 @coupling_rule("expand", "expand_as", "broadcast_to")
 def _expand(walk: Walk, node: Node) -> Any:
-    # Along an expanded dimension all values are equal, so its new axis may move freely.
+    # All values along an expanded dimension are equal, so its new axis may be permuted freely.
     label, shape = walk.label(node.args[0]) or (), shape_of(node)
     padded = (None,) * (len(shape) - len(label)) + label
     return tuple(old or new for old, new in zip(padded, fresh(shape), strict=True))
@@ -216,7 +215,7 @@ def _ordered(walk: Walk, node: Node) -> Any:
     "upsample_bicubic2d",
 )
 def _pool(walk: Walk, node: Node) -> Any:
-    count = int(op_name(node)[-2])  # of the dimensions pooled, the last ones
+    count = int(op_name(node)[-2])  # the last `count` dimensions are pooled: 2 for avg_pool2d
     return _reorder(
         walk.label(node.args[0]) or (), list(range(-count, 0)), shape_of(node), f"order matters to {place(node)}"
     )
@@ -224,7 +223,7 @@ def _pool(walk: Walk, node: Node) -> Any:
 
 @coupling_rule("masked_scatter")
 def _masked_scatter(walk: Walk, node: Node) -> Any:
-    """Whole rows are replaced, in order, where the mask is the same all along the last dimension."""
+    """Supported if the mask is constant along the last dimension, so that whole rows are replaced, in order."""
     bound = arguments(node)
     label, source = walk.label(bound["self"]) or (), walk.label(bound["source"]) or ()
     mask = bound["mask"]
@@ -293,7 +292,7 @@ def _index(walk: Walk, node: Node) -> Any:
 
 
 def _look_up(walk: Walk, node: Node, dim: int, rows: Axis | None) -> None:
-    """Note that indices of the dimension were looked up, one for each of the `rows`."""
+    """Record that the op looked up one index of dimension `dim` for each of the `rows` of its result."""
     bound = arguments(node)
     label = walk.label(bound["self"]) or ()
     if rows:
@@ -322,7 +321,10 @@ def _piece(axis: Axis | None, start: int, length: int, size: int, node: Node) ->
 
 
 def _every(axis: Axis | None, start: int, stop: int, step: int, reason: str) -> Axis | None:
-    """The axis of every step-th index, where the axis is made of runs of `step` that each give one."""
+    """The axis of the slice start:stop:step, if it takes one index from each group of `step` consecutive indices.
+
+    Returns None otherwise, and if the axis cannot be split into such groups.
+    """
     if axis is None or axis.size % step or start >= step or stop != axis.size or axis.size == step:
         return None
     halves = factor(axis, axis.size // step, reason)
@@ -337,7 +339,10 @@ def _solid(axis: Axis | None) -> Axis | None:
 
 
 def _reorder(label: Label, dims: list[int], shape: Any, reason: str) -> Label:
-    """Freeze some dimensions of a label and give the result new ones there."""
+    """The label of the result of an op that depends on the order of `dims`.
+
+    Freezes the axes of `dims` and replaces them by new, frozen axes; they are dropped if the op removes dimensions.
+    """
     chosen = {dim % len(label) for dim in dims}
     for dim in chosen:
         freeze(label[dim], reason)

@@ -1,4 +1,4 @@
-"""Sites without a graph: watching which tensors the linears read while a model runs."""
+"""Find the sites of a model without tracing it, by recording which tensors its linears read in a forward pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from permprune.models.forward import forward_arguments, inference
 
 
 def observe(model: nn.Module, example: Mapping[str, Tensor], linears: Sequence[str]) -> Coupling:
-    """The sites of a model that cannot be traced; it has no spaces, so that every order takes a gather.
+    """Find the sites of a model that cannot be traced, by running it on an example batch.
 
-    `linears` names the modules to watch, `example` holds the keyword arguments of the model's forward. Linears that
-    read the very same tensor share a site. Raises `PermpruneError` when the model does not run.
+    `linears` are the names of the modules to observe; `example` is passed to the model's forward as keyword arguments.
+    Linears that read the same tensor object share a site. The result has no spaces, so every permutation needs a
+    gather at run time. Raises `PermpruneError` if the forward pass fails.
     """
-    read: list[tuple[str, Tensor]] = []  # the tensors are held, so that none is taken for another
+    read: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that no id() is reused
 
     def note(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
         read.append((name, args[0]))
@@ -41,7 +42,7 @@ def observe(model: nn.Module, example: Mapping[str, Tensor], linears: Sequence[s
 
 
 def _sites(read: Sequence[tuple[str, Tensor]]) -> list[Site]:
-    """One site for the linears that are joined by tensors they read, in the order of reading."""
+    """Group linears that read a common tensor, directly or through other linears, into one site each, in call order."""
     groups: list[dict[str, Tensor]] = []
     readers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in read:

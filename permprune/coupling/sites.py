@@ -1,4 +1,4 @@
-"""Sites: which linears read the same tensor, and where a gather could reorder it for them alone."""
+"""Sites: which linears read the same tensor, and where a gather can reorder it without affecting other users."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unsqueeze", "
 
 @dataclass
 class _Group:
-    """Tensors that share a reader, so that one order serves all of them."""
+    """Tensors that are read by the same weights, so that they have to share one permutation."""
 
     sources: list[Node] = field(default_factory=list)
     readings: set[tuple[Node, Node]] = field(default_factory=set)  # (tensor, linear)
@@ -25,7 +25,7 @@ class _Group:
 
 
 def find_sites(model: nn.Module, walk: Walk, graph: Graph) -> tuple[tuple[Site, ...], dict[tuple[str, int], str]]:
-    """The sites in graph order, and the name of the site that each (weight, input dimension) reads."""
+    """The sites in graph order, and a mapping from (weight, input dimension) to the name of the site it reads."""
     groups = _groups(walk)
     order = {node: position for position, node in enumerate(graph.nodes)}
     groups.sort(key=lambda group: min(order[node] for node in group.sources))
@@ -45,7 +45,7 @@ def find_sites(model: nn.Module, walk: Walk, graph: Graph) -> tuple[tuple[Site, 
 
 
 class UniqueNames:
-    """Hands out names; one asked for again gets a number."""
+    """Makes names unique: `take` appends a number to a name that is already taken."""
 
     def __init__(self) -> None:
         self._taken: dict[str, int] = {}
@@ -56,12 +56,12 @@ class UniqueNames:
 
 
 def owner(parameter: str) -> str:
-    """The module of a weight; a parameter of another name stands for itself."""
+    """The name of the module that owns a weight; a parameter that is not named `weight` is returned unchanged."""
     return parameter.removesuffix(".weight")
 
 
 def common_prefix(names: Iterable[str]) -> str:
-    """The longest dotted prefix that the names share."""
+    """The longest common prefix of dotted names, in whole components."""
     steps = zip(*(name.split(".") for name in names), strict=False)
     return ".".join(here[0] for here in itertools.takewhile(lambda step: len(set(step)) == 1, steps))
 
@@ -71,7 +71,7 @@ def dotted(prefix: str, name: str) -> str:
 
 
 def _groups(walk: Walk) -> list[_Group]:
-    """Group the tensors that linears read: those read by the same weight belong together."""
+    """Group the tensors that linears read: tensors read by the same weight are in the same group."""
     group_of: dict[Node, _Group] = {}
     for weight, readings in walk.reads.items():
         group = _Group()
@@ -92,14 +92,14 @@ def _groups(walk: Walk) -> list[_Group]:
 
 
 def _source(tensor: Node) -> Node:
-    """The tensor behind ops that leave the last dimension alone."""
+    """Follow a tensor back through ops that do not change its last dimension."""
     while _passes(tensor):
         tensor = tensor.args[0]  # type: ignore[assignment]
     return tensor
 
 
 def _passes(node: Node) -> bool:
-    """Whether a node is its first argument, in the order of the last dimension."""
+    """Whether a node only passes on its first argument, with the last dimension unchanged."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], Node):
         return False
     name = op_name(node)
@@ -110,7 +110,7 @@ def _passes(node: Node) -> bool:
 
 
 def _uses(node: Node) -> Iterator[tuple[Node, Node]]:
-    """(used node, user) for every use of a tensor and of what merely passes it on."""
+    """Yield (used node, user) for every use of a tensor, looking through nodes that only pass it on."""
     for user in node.users:
         if _passes(user):
             yield from _uses(user)
@@ -119,7 +119,7 @@ def _uses(node: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def _module_exits(graph: Graph) -> dict[str, set[Node]]:
-    """For each module, the tensors it made that are used outside it."""
+    """For each module, the tensors computed inside it that are used outside it."""
     exits: dict[str, set[Node]] = {}
     for node in graph.nodes:
         if node.op == "call_function" and not _passes(node):
@@ -135,8 +135,7 @@ def _inside(node: Node, path: str) -> bool:
 
 
 def _gather_module(model: nn.Module, group: _Group, exits: dict[str, set[Node]]) -> str:
-    """The leaf module whose output the group's linears read, all of it and nobody else; empty if there is
-    none."""
+    """The leaf module whose only output is the group's tensor, if only the group's linears use it; else empty."""
     path = module_path(group.sources[0])
     if not path or group.sources[0].op != "call_function":
         return ""

@@ -1,4 +1,4 @@
-"""What coupling finds: spaces of channels that move together, and the tensors that linears read."""
+"""Results of coupling: channel spaces (channels permuted together) and sites (tensors that linears read)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Role = Literal["reads", "writes", "scales"]
 
 @dataclass(frozen=True)
 class Member:
-    """One parameter that runs along a space.
+    """A parameter that has to be permuted with a space.
 
-    `parameter` is its name in `named_parameters()` (the first one where weights are tied). `dims` are the
-    dimensions that run along the space, in rising order; more than one where another dimension tells the
-    blocks apart (experts). `positions` is int64 (blocks, copies, size): where index i of block b lives, for
-    each copy, in the row-major flattening of `dims`. `role` is "reads" for the input dimension of a linear,
-    "writes" for the output dimension of a linear, convolution or embedding, "scales" for all else. `site`
-    names the `Site` whose tensor a reader reads.
+    `parameter` is its name in `named_parameters()` (for tied weights, the first name). `dims` are the dimensions that
+    hold the space's channels, in ascending order; more than one if another dimension distinguishes the blocks, as with
+    experts. `positions` is int64 (blocks, copies, size): for each copy, the position of channel i of block b in the
+    row-major flattening of `dims`. `role` is "reads" for the input dimension of a linear, "writes" for the output
+    dimension of a linear, convolution or embedding, and "scales" for anything else, such as a bias or a norm. `site`
+    is the name of the `Site` that a "reads" member reads; None for the other roles.
     """
 
     parameter: str
@@ -31,11 +31,12 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelSpace:
-    """Channels that must be permuted together in every member, or the network's outputs change.
+    """Channels that have to be permuted together in all members to keep the network's outputs unchanged.
 
-    `size` channels in each of `blocks` blocks; each block has its own permutation. A permutation of a space
-    is an int64 table (blocks, size): the new position i of block b holds the old channel `table[b, i]`. A
-    "frozen" space cannot move, for the `reason` given.
+    A space has `blocks` blocks of `size` channels, and each block has its own permutation. A permutation of a space is
+    an int64 table (blocks, size): position i of block b receives the old channel `table[b, i]`. `freedom` is "free" for
+    a space of one block, "blocks" for one of several, and "frozen" for one that must not be permuted; `reason` then
+    says why.
     """
 
     name: str
@@ -52,11 +53,11 @@ class ChannelSpace:
 
 @dataclass(frozen=True)
 class Site:
-    """One activation tensor that one or more linears read along its last dimension, `size` wide.
+    """An activation tensor that one or more linears read; its last dimension is `size` wide.
 
-    `readers` are the weights that read it. `gather` says where an `index_select` can reorder it for all of
-    them and nobody else: ("output", module) at the output of that module; ("input",) at the input of each
-    reading module.
+    `readers` are the names of the linears' weights. `gather` says where an `index_select` can reorder the tensor for
+    these linears without affecting other users: ("output", module) at the output of that module; ("input",) at the
+    input of each reading module.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Coupling:
-    """All spaces and sites of a model, in the order in which the model first reads them."""
+    """All spaces and sites of a model, in the order in which its forward pass first reads them."""
 
     spaces: tuple[ChannelSpace, ...]
     sites: tuple[Site, ...]

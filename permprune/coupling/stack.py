@@ -1,7 +1,8 @@
-"""Views that stack several tensors in one, as fused query, key and value projections do.
+"""Views that expose several tensors stored in one, such as fused query, key and value projections.
 
-Where a view splits a dimension and every user of the result takes pieces along one of the new dimensions, the pieces
-are tensors in their own right. Labelled apart they stay apart: the channels of a value need not follow the query's.
+If a view splits a dimension and every user of the result takes pieces along one of the new dimensions, each piece is
+labelled as a separate tensor. Their axes then stay independent: the channels of the values, for example, do not have
+to be permuted with those of the queries.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ _TAKERS = frozenset({"unbind", "select", "slice", "split", "split_with_sizes", "
 
 @dataclass(frozen=True)
 class Stack(Composite):
-    """Labels of the consecutive pieces of a tensor along `dim`; piece i spans bounds[i] to bounds[i + 1] there."""
+    """Labels of consecutive pieces of a tensor along `dim`; piece i is the range bounds[i] to bounds[i + 1]."""
 
     dim: int
     bounds: tuple[int, ...]
     labels: tuple[Label, ...]
 
     def step(self, walk: Walk, node: Node) -> Any:
-        """The label of a node that moves the dimensions of this stack, or takes pieces of it."""
+        """The label of a node that moves the dimensions of this stack or takes pieces of it."""
         if (order := moved_dims(node)) is not None:
             labels = tuple(tuple(None if dim is None else label[dim] for dim in order) for label in self.labels)
             return replace(self, dim=order.index(self.dim), labels=labels)
@@ -59,7 +60,7 @@ class Stack(Composite):
 
 
 def stacked(walk: Walk, node: Node, label: Label) -> Stack | None:
-    """The stack that a view of a tensor with this label makes; None where it makes none."""
+    """The `Stack` that a view of a tensor with this label creates; None if the view is not a stack."""
     shape = shape_of(node)
     for source, (first, last) in _splits(shape_of(node.args[0]), shape):
         axis = label[source]
@@ -79,8 +80,10 @@ def stacked(walk: Walk, node: Node, label: Label) -> Stack | None:
 
 
 def _split(axis: Axis, shape: Sequence[int], dim: int, points: Sequence[int], reason: str) -> list[Label] | None:
-    """Labels of this shape for the pieces of an axis that lie between points of dimension `dim`; None if it cannot be
-    split so."""
+    """View an axis as `shape` and cut it along dimension `dim` at `points`; the label of each piece.
+
+    Returns None if the structure of the axis does not allow it.
+    """
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
     halves = factor(axis, outer, reason) if outer > 1 else (Axis(1), axis)
     if halves is None:
@@ -101,7 +104,7 @@ def _match(source: Sequence[Axis | None], target: Label, reason: str) -> None:
 
 
 def _splits(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[int, tuple[int, int]]]:
-    """(dimension, range of new dimensions) for each dimension that a view splits and leaves where it stood."""
+    """Yield (old dimension, (first, last)) for each dimension that a view splits into the new dimensions first:last."""
     for source, size in enumerate(before):
         head, tail = math.prod(before[:source]), math.prod(before[source + 1 :])
         for first in range(len(after)):
@@ -117,7 +120,7 @@ def _splits(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[int, 
 
 
 def _taken(walk: Walk, node: Node, dim: int) -> list[tuple[int, int]] | None:
-    """The pieces taken along a dimension, if all that is done with the tensor is to take such pieces."""
+    """The (start, stop) of all pieces taken along a dimension; None if the tensor is used in any other way."""
     pieces: set[tuple[int, int]] = set()
     for user in node.users:
         if user.op != "call_function":
@@ -137,7 +140,7 @@ def _taken(walk: Walk, node: Node, dim: int) -> list[tuple[int, int]] | None:
 
 
 def _pieces(walk: Walk, node: Node, dim: int) -> list[tuple[int, int]] | None:
-    """(start, stop) of every piece that a node takes of its first argument along `dim`; None if it does else."""
+    """The (start, stop) of the pieces that a node takes of its first argument along `dim`; None for any other op."""
     name, shape = op_name(node), shape_of(node.args[0])
     bound = arguments(node) if name in _TAKERS else {}
     if name == "index":
@@ -159,7 +162,7 @@ def _pieces(walk: Walk, node: Node, dim: int) -> list[tuple[int, int]] | None:
 
 
 def _run(walk: Walk, indices: Sequence[Node | None], dim: int, size: int) -> list[tuple[int, int]] | None:
-    """The piece that constant indices take, if they are a run of neighbours along that dimension alone."""
+    """The piece that indexing takes, if the indices are constant, consecutive and only along `dim`; else None."""
     if [place for place, index in enumerate(indices) if index is not None] != [dim]:
         return None
     source: Any = indices[dim]

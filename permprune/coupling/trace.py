@@ -1,4 +1,4 @@
-"""From a model to a labelled graph: `torch.export`, then the walk."""
+"""Trace a model with `torch.export` and label the graph's tensors with axes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from permprune.models.layers import canonical_names
 
 
 class Untraceable(PermpruneError):
-    """`torch.export` failed; `what` says how and where."""
+    """Raised if `torch.export` fails; `what` describes the error and its location."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -37,7 +37,7 @@ class Untraceable(PermpruneError):
 def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]:
     """Export the model on an example batch (keyword arguments of its forward) and label its graph.
 
-    The model is traced in evaluation mode and without a key/value cache. Raises `Untraceable` where export fails.
+    The model is traced in evaluation mode without a key/value cache. Raises `Untraceable` if the export fails.
     """
     program = _export(model, example)
     walk = Walk()
@@ -63,7 +63,7 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
 
 
 def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
-    with inference(model), contextlib.redirect_stderr(io.StringIO()):  # where a failed export prints its whole graph
+    with inference(model), contextlib.redirect_stderr(io.StringIO()):  # a failed export prints the whole graph there
         try:
             return torch.export.export(model, (), forward_arguments(model, example), strict=False)
         except PermpruneError:
@@ -76,7 +76,7 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
 
 
 def _live(graph: Graph) -> set[Node]:
-    """The calls whose result is used, or that write into a tensor."""
+    """The calls that contribute to the outputs or that write into a tensor."""
     live: set[Node] = set()
     for node in reversed(graph.nodes):
         used = any(user.op == "output" or user in live for user in node.users)

@@ -1,4 +1,4 @@
-"""The proof that a space is one: the model says the same after a random permutation of it."""
+"""Check a channel space numerically: a random permutation must leave the model's outputs unchanged."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ def verify_space(
     tolerance: float = 1e-4,
     seed: int = 0,
 ) -> float:
-    """Fold a random table, compare the outputs on the example batch, and fold back (the parameters are as
-    before).
+    """Fold a random permutation, compare the outputs on the example batch, and fold the inverse to restore the model.
 
-    Returns the largest absolute difference. Raises `PermpruneError` when it exceeds `tolerance` times the
-    largest output (in absolute value), for outputs computed in the model's own precision; for half precision
-    the bound is never below 8 machine epsilons, since sums in another order round differently. A frozen space
-    is refused.
+    Returns the largest absolute difference over all outputs, computed in the model's own precision. Raises
+    `PermpruneError` if the difference exceeds max(`tolerance`, 8 * machine epsilon) times the largest absolute output
+    (a changed order of summation changes the rounding, which matters in half precision), or if the space is frozen.
+    Outputs that are not floating point must be equal.
     """
     table = _random_table(space, seed)
     before = _outputs(model, example)
@@ -49,7 +48,7 @@ def verify_space(
 
 
 def _random_table(space: ChannelSpace, seed: int) -> Tensor:
-    """A random permutation for each block, none of them the identity (which would prove nothing)."""
+    """A random permutation for each block, never the identity, which would verify nothing."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
     identity = (table == torch.arange(space.size)).all(dim=1, keepdim=True)
@@ -63,7 +62,10 @@ def _outputs(model: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def _difference(old: Tensor, new: Tensor) -> tuple[float, float]:
-    """(largest absolute difference, largest absolute finite output); infinite where only one is finite."""
+    """The largest absolute difference and the largest absolute output, both over finite outputs.
+
+    The difference is infinite if the two tensors are not finite at the same positions.
+    """
     if old.numel() == 0:
         return 0.0, 0.0
     finite = torch.isfinite(old)

@@ -1,9 +1,9 @@
-"""The walk over a traced graph: labels every tensor's dimensions with axes, one op rule at a time.
+"""Walk over a traced graph and label the dimensions of every tensor with axes, with one rule per op.
 
-A rule is a function of the walk and a node that unifies, splits or freezes the axes of the node's inputs and
-returns the label of its output (or the list of labels, for an op with several outputs; or NotImplemented for
-what it does not cover). An op without a rule freezes every axis it touches: what is unknown stays where it
-is. A new family of models needs new rules and nothing else.
+A rule is a function of the walk and a node. It unifies, splits or freezes the axes of the node's inputs and returns
+the label of the output: a list of labels for an op with several outputs, or NotImplemented for a case that the rule
+does not cover. An op without a rule, or not covered by its rule, freezes all axes of its inputs, which is always safe.
+Supporting a new family of models takes new rules and nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RULES: dict[str, Rule] = {}
 IDENTITIES = frozenset(
     {"alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to", "type_as", "_to_copy"}
 )
-"""Ops that return their first argument, index by index."""
+"""Ops whose result has the shape and, up to dtype and dropout, the values of their first argument."""
 
 _MOVES = frozenset(
     {
@@ -41,7 +41,7 @@ _WITHOUT_VALUE = re.compile(r"_assert_\w+|sym_\w+|_check\w*")
 
 
 def coupling_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for the ops of these names (see `op_name`)."""
+    """Decorator that registers a rule for the ops with these names (see `op_name`)."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
@@ -52,9 +52,10 @@ def coupling_rule(*names: str) -> Callable[[Rule], Rule]:
 
 @dataclass(frozen=True)
 class Origin:
-    """A tensor that is a parameter, perhaps transposed: the parameter's dimension behind each of its own.
+    """The parameter that a tensor is a view of, possibly transposed or indexed.
 
-    None stands for one that the parameter has not got, as where rows of it are looked up.
+    `dims[d]` is the dimension of the parameter that dimension d of the tensor comes from; None if there is none, as for
+    rows that were looked up.
     """
 
     parameter: str
@@ -62,7 +63,7 @@ class Origin:
 
 
 class Composite(ABC):
-    """What stands in the place of a label where the tensor needs several."""
+    """Takes the place of a label for a tensor that needs several labels."""
 
     labels: tuple[Label, ...]
 
@@ -73,12 +74,13 @@ class Composite(ABC):
 
 @dataclass
 class Walk:
-    """What is known of the graph so far.
+    """The state of the walk: everything known about the graph so far.
 
-    `labels` holds each node's label; `constants` the values of those that are constant; `parameters` each parameter's
-    label; `records` every label seen, and also those of the partial results inside an op (a contraction mixes values
-    across the contracted axis, so what is left has not got it); `reads` the activation node that each linear's input
-    dimension contracts with; `writes` the output dimensions of linears and embeddings.
+    `labels` maps nodes to labels, `constants` maps constant nodes to their values, and `parameters` maps parameter
+    names to labels. `origins` maps the nodes that are views of a parameter to their `Origin`. `records` lists every
+    label seen, including those of partial results inside an op (a contraction sums over the contracted axis, so its
+    partial result lacks it). `reads` maps (weight, input dimension) of each linear to its (activation, linear) nodes,
+    and `writes` holds the (weight, output dimension) of linears, convolutions and embeddings.
     """
 
     labels: dict[Node, Any] = field(default_factory=dict)
@@ -103,7 +105,7 @@ class Walk:
         else:
             label = known(self, node) if known else NotImplemented
         self.keep(node, self.give_up(node) if label is NotImplemented else label)
-        for source in node.all_input_nodes:  # once more: the op may have shown that other rows are looked up
+        for source in node.all_input_nodes:  # record again: the op may have added lookups to the inputs' axes
             for one in labels_in(self.labels.get(source)):
                 if any(axis and find(axis).lookups for axis in one):
                     self.record(one)
@@ -114,15 +116,14 @@ class Walk:
             self.record(one)
 
     def record(self, label: Label | None, without: Sequence[int] = ()) -> None:
-        """Note that a tensor with this label, less the dimensions `without`, takes part in the
-        computation."""
+        """Record that a tensor with this label, minus the dimensions `without`, occurs in the computation."""
         if label:
             dropped = {dim % len(label) for dim in without}
             kept = tuple(axis for dim, axis in enumerate(label) if dim not in dropped)
             self.records.append(kept + looked_up(kept))
 
     def give_up(self, node: Node) -> Any:
-        """Freeze everything an op without a rule touches; its outputs get new, frozen axes."""
+        """Label an op without a rule: freeze all axes of its inputs and return new, frozen axes for its outputs."""
         reason = f"no rule for {place(node)}"
         for source in node.all_input_nodes:
             for one in labels_in(self.labels.get(source)):
@@ -136,38 +137,38 @@ class Walk:
         return None
 
     def label(self, value: Any) -> Label | None:
-        """The label of an op's argument; None when it is no tensor."""
+        """The label of an op's argument; None if it is not a single tensor."""
         found = self.labels.get(value) if isinstance(value, Node) else None
         return found if isinstance(found, tuple) else None
 
     def read(self, weight: Any, dim: int, source: Node, reader: Node) -> None:
-        """Note that `reader` contracts dimension `dim` of a weight with the last dimension of `source`."""
+        """Record that `reader` contracts dimension `dim` of a weight with the last dimension of `source`."""
         if (place := self._behind(weight, dim)) is not None:
             self.reads.setdefault(place, []).append((source, reader))
 
     def write(self, weight: Any, dim: int) -> None:
-        """Note that dimension `dim` of a weight runs along its output."""
+        """Record that dimension `dim` of a weight is its output dimension."""
         if (place := self._behind(weight, dim)) is not None:
             self.writes.add(place)
 
     def _behind(self, weight: Any, dim: int) -> tuple[str, int] | None:
-        """The parameter and its dimension behind a dimension of a weight."""
+        """The parameter, and its dimension, that dimension `dim` of a weight node comes from; None if there is none."""
         origin = self.origins.get(weight) if isinstance(weight, Node) else None
         behind = origin.dims[dim] if origin else None
         return None if origin is None or behind is None else (origin.parameter, behind)
 
 
 def labels_in(label: Any) -> Sequence[Label]:
-    """The labels of the tensors of a node: one, several where an op has several outputs, or none."""
+    """The labels of a node as a sequence: none, one, or several for an op with several outputs."""
     if isinstance(label, Composite):
         return label.labels
     return [one for one in (label if isinstance(label, list) else [label]) if one]
 
 
 def looked_up(label: Label) -> Label:
-    """The axes whose indices the rows of a tensor were looked up by, which run beside it all the same.
+    """The axes that the rows of a tensor were looked up from (see `Lookup`).
 
-    One that was looked up by several keys is left out.
+    They accompany the tensor although none of its dimensions has them. An axis looked up by several keys is left out.
     """
     keys: dict[Axis, set[int]] = {}
     for axis in label:
@@ -177,22 +178,22 @@ def looked_up(label: Label) -> Label:
 
 
 def fresh(shape: Sequence[int], reason: str = "") -> Label:
-    """New axes for a tensor of this shape, frozen when a reason is given."""
+    """New axes for a tensor of this shape, frozen if a reason is given."""
     return tuple(None if size == 1 else Axis(size, reason) for size in map(_static, shape))
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """The traced shape of a node, numbers standing for data-dependent sizes."""
+    """The traced shape of a node; data-dependent sizes are replaced by numbers (see `_static`)."""
     return tuple(_static(size) for size in node.meta["val"].shape)
 
 
 def shapes_of(node: Node) -> list[tuple[int, ...]]:
-    """The traced shapes of the outputs of a node that has several."""
+    """The traced shapes of the outputs of a node with several outputs."""
     return [tuple(_static(size) for size in value.shape) for value in node.meta["val"]]
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an ATen op by the names in its schema, defaults filled in."""
+    """The arguments of an ATen op by their names in its schema, including defaults."""
     target: Any = node.target
     bound: dict[str, Any] = {}
     for position, argument in enumerate(target._schema.arguments):
@@ -204,7 +205,7 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def op_name(node: Node) -> str:
-    """The name of an ATen op without overload, as in linear; pointwise for whatever PyTorch tags as such."""
+    """The name of an ATen op without its overload, e.g. "linear"; "pointwise" for every op that PyTorch tags so."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return str(getattr(target, "__name__", target))
@@ -214,13 +215,13 @@ def op_name(node: Node) -> str:
 
 
 def writes(node: Node) -> bool:
-    """Whether a node is an op that writes into a tensor."""
+    """Whether a node is an op that writes into one of its arguments, such as an in-place op."""
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
 
 
 def lookups(axis: Axis | None, key: Node) -> tuple[Lookup, ...]:
-    """What is known of rows that were looked up along an axis by a key: nothing if the key is ever overwritten."""
+    """The `Lookup` of rows looked up along an axis by a key; empty if the key is overwritten anywhere in the graph."""
     source = key
     while _is_view(source):
         source = source.all_input_nodes[0]
@@ -238,8 +239,10 @@ def _is_view(node: Node) -> bool:
 
 
 def moved_dims(node: Node) -> list[int | None] | None:
-    """Which dimension of its first argument each dimension of a node is (None: a new one), where it does no more than
-    move dimensions; None for every other op."""
+    """For an op that only moves dimensions: the dimension of its first argument that each output dimension comes from.
+
+    The entry of a new dimension is None. Returns None for every other op.
+    """
     name = op_name(node)
     if name not in _MOVES and name not in IDENTITIES:
         return None
@@ -273,7 +276,7 @@ def module_path(node: Node) -> str:
 
 
 def place(node: Node) -> str:
-    """The op and where it stands in the model, as in: cumsum in model.layers.0.mlp (modeling_x.py:12)."""
+    """The op and its location for messages, e.g. "cumsum in model.layers.0.mlp (modeling_x.py:12)"."""
     target: Any = node.target
     name = target._schema.name.removeprefix("aten::") if isinstance(target, torch._ops.OpOverload) else node.name
     frames = re.findall(r'File "(.+?)", line (\d+)', node.meta.get("stack_trace") or "")
@@ -283,8 +286,7 @@ def place(node: Node) -> str:
 
 
 def segments(axis: Axis | None, sizes: Sequence[int], reason: str) -> list[Axis | None]:
-    """Cut an axis into consecutive pieces; where its structure forbids that, freeze it and return new frozen
-    axes."""
+    """Cut an axis into consecutive pieces; if its structure does not allow it, freeze it and return new frozen axes."""
     points, position = [], 0
     kept = [size for size in sizes if size]
     for size in kept[:-1]:
@@ -299,23 +301,23 @@ def segments(axis: Axis | None, sizes: Sequence[int], reason: str) -> list[Axis 
 
 
 def replace(label: Label, dim: int, axis: Axis | None) -> Label:
-    """The label with another axis at `dim`."""
+    """The label with the axis at `dim` replaced."""
     dim %= len(label)
     return (*label[:dim], axis, *label[dim + 1 :])
 
 
 def listed(dims: int | Sequence[int] | None, rank: int) -> list[int]:
-    """An op's `dim` argument as a list of non-negative dimensions; empty when it is not given."""
+    """An op's `dim` argument as a list of non-negative dimensions; empty if it is None."""
     return [dim % rank for dim in ([] if dims is None else [dims] if isinstance(dims, int) else dims)]
 
 
 def join(axes: Sequence[Axis | None]) -> Axis:
-    """The concatenation of axes, where None stands for a single index."""
+    """The concatenation of axes, where None stands for an axis of size 1."""
     return concat([Axis(1) if axis is None else axis for axis in axes])
 
 
 def broadcast(labels: Sequence[Label | None], rank: int, reason: str) -> Label:
-    """Unify labels aligned at their last dimensions, as elementwise ops do; the label of the result."""
+    """Unify labels under broadcasting (aligned at their last dimensions) and return the label of the result."""
     result: list[Axis | None] = [None] * rank
     for label in labels:
         for back in range(1, len(label or ()) + 1):
@@ -328,8 +330,11 @@ def broadcast(labels: Sequence[Label | None], rank: int, reason: str) -> Label:
 
 
 def _static(size: Any) -> int:
-    """A size as a number. What is known at run time alone gets one of its own, with many divisors, so that sizes made
-    of it by products and quotients are told apart and fit."""
+    """A size as an int.
+
+    Each data-dependent size (a symbol) is replaced by a distinct number with many divisors, so that sizes derived from
+    it by products and quotients stay integers and distinct.
+    """
     if isinstance(size, int):
         return size
     expression = size.node.expr
