@@ -1,1 +1,1 @@
-"""Models in memory: their layers, what they read, and how they run."""
+"""Models in memory: their layers, their inputs, and running them."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks that keep only their inputs and run again in the backward pass."""
+"""Activation checkpointing: blocks store only their inputs and are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ _again = ContextVar("again", default=False)
 
 @contextmanager
 def recomputed(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """Each repeated block that runs inside runs again in the backward pass.
+    """Context manager that applies activation checkpointing to the model's repeated blocks.
 
-    Of its activations only its inputs are kept meanwhile: slower, less memory, the same gradients. Hooks of a block
-    itself fire once, those of the modules in it once more when it runs again, which `recomputing` tells them. Unless
-    `active` nothing changes.
+    Between the forward and the backward pass, a block keeps only its inputs, and the backward pass runs it again. This
+    saves memory, costs time, and leaves the gradients unchanged. Hooks on a block itself fire once; hooks on modules
+    inside it fire again during the recomputation, which they can detect with `recomputing`. Does nothing if `active` is
+    False.
     """
     own = {block: vars(block).get("forward") for block in blocks(model)} if active else {}
     for block in own:
@@ -37,12 +38,12 @@ def recomputed(model: nn.Module, active: bool = True) -> Iterator[None]:
 
 
 def recomputing() -> bool:
-    """Whether the block under way runs again, on activations that its first run has shown."""
+    """Whether the current forward pass of a block is a recomputation, so its activations have been seen before."""
     return _again.get()
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a block's first run and around the second."""
+    """The contexts for a block's first forward pass and for its recomputation (`context_fn` of `checkpoint`)."""
     return nullcontext(), _second_run()
 
 

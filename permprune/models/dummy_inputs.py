@@ -1,4 +1,4 @@
-"""A small example batch to trace a model on: made up from what its forward takes and its config says, or read."""
+"""Small example batches for tracing: random inputs derived from a model's signature and config, or read from a file."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ from permprune.models.signature import argument_names, find_config, nested_confi
 from permprune.system.device import compute_device
 
 BATCH, LENGTH = 2, 11
-"""Sequences of an example batch, and tokens in each. A prime is seldom another dimension of the model as well."""
+"""Sequences in an example batch, and tokens per sequence: a prime, which is unlikely to be another size as well."""
 
 SECOND = 16_000
-"""Samples of sound, where the config does not say how many make a frame."""
+"""Audio samples per example if the config does not define the frame size: one second at 16 kHz."""
 
 FRAMES = 64
-"""Frames of sound, where any number will do."""
+"""Audio frames per example for models that accept any number of frames."""
 
 
 def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str, Tensor]:
-    """Random keyword arguments of the model's forward, always the same, in its type and on its device.
+    """Random keyword arguments for the model's forward, with a fixed seed, in the model's dtype and on its device.
 
-    Text is `input_ids` (2, 11), and `decoder_input_ids` likewise for the decoder of two sides; images `pixel_values`
-    (2, channels, height, width), with the frames before the channels if there are several; sound `input_features`
-    (2, bands, frames), or frames first where the model has them so, or `input_values` (2, samples). A model of several
-    modalities is given each that its config describes, and its text a placeholder for every feature of an image;
-    without weights to count those by, it is given text alone. Where the config has no size of images, `processor` gives
-    it. Raises `PermpruneError` for an argument that is needed and cannot be made up.
+    * Text: `input_ids` (2, 11), and `decoder_input_ids` (2, 11) for an encoder-decoder model.
+    * Images: `pixel_values` (2, channels, height, width), or (2, frames, channels, height, width) for video.
+    * Audio: `input_features` (2, bands, frames) or (2, frames, bands), or `input_values` (2, samples).
+
+    A multimodal model receives every modality that its config describes, and its text contains one placeholder token
+    per image feature; if its weights are on the meta device, the features cannot be counted and it receives text only.
+    If the config has no image size, it is taken from `processor`. Raises `PermpruneError` if a required argument cannot
+    be derived from the config.
     """
     maker = _Maker(model.config, processor)
     parameters = inspect.signature(model.forward).parameters
@@ -61,10 +63,11 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
 
 
 def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    """The example batch in a file: named tensors, in the model's type if they are real numbers, on its device.
+    """Read an example batch from a .safetensors or .npz file.
 
-    Raises `PermpruneError` when it is neither .safetensors nor .npz, cannot be read, holds none, or names an argument
-    that the model's forward does not take.
+    The file holds tensors named after arguments of the model's forward. They are moved to the model's device, and
+    floating-point ones are cast to its dtype. Raises `PermpruneError` if the file has another suffix, cannot be read,
+    is empty, or contains a name that the model's forward does not accept.
     """
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": load_file, ".npz": _read_npz}
     if path.suffix not in readers:
@@ -82,9 +85,9 @@ def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 class _Maker:
-    """Makes arguments by name from a config; None where it does not say enough.
+    """Creates arguments of a model's forward by name, from its config.
 
-    Labels and optional masks have no part in the tracing.
+    `make` returns None if the config lacks the necessary fields. Labels and optional masks are not needed for tracing.
     """
 
     def __init__(self, config: PreTrainedConfig, processor: object) -> None:
@@ -102,7 +105,10 @@ class _Maker:
         return self.known[name]()
 
     def _ids(self, config: PreTrainedConfig) -> Tensor | None:
-        """Words and an end: other tokens with a meaning of their own, as padding and placeholders, need more."""
+        """Random ordinary tokens, ending with the end-of-sequence token.
+
+        Other special tokens, such as padding and image placeholders, are avoided because they need further inputs.
+        """
         vocabulary = getattr(config, "vocab_size", None)
         if vocabulary is None:
             return None
@@ -137,7 +143,7 @@ class _Maker:
 
     def _features(self) -> Tensor | None:
         if owner := find_config(self.config, "num_mel_bins", "max_source_positions"):
-            return self._noise(owner.num_mel_bins, 2 * owner.max_source_positions)  # the first convolution's stride
+            return self._noise(owner.num_mel_bins, 2 * owner.max_source_positions)  # 2: stride of the convolutions
         for bands in ("input_feat_per_channel", "feature_projection_input_dim", "num_mel_bins"):
             if owner := find_config(self.config, bands):
                 return self._noise(FRAMES, getattr(owner, bands))
@@ -158,7 +164,7 @@ class _Maker:
 
 
 def _processed_size(processor: object) -> tuple[int, int] | None:
-    """Height and width of the images that a processor makes."""
+    """Height and width of the images that a processor produces; None if it does not define them."""
     processor = getattr(processor, "image_processor", processor)
     for name in ("crop_size", "size"):
         size = dict(getattr(processor, name, None) or {})
@@ -170,7 +176,7 @@ def _processed_size(processor: object) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def _with_placeholders(model: PreTrainedModel, example: dict[str, Tensor], token: int) -> Tensor:
-    """The text after as many placeholders as an image has features: int64 (2, features + 11)."""
+    """The example's text preceded by one placeholder token per image feature: int64 (2, features + 11)."""
     features = model.get_image_features(pixel_values=example["pixel_values"]).pooler_output  # type: ignore[operator]
     ids = example["input_ids"]
     return torch.cat([ids.new_full((BATCH, len(features[0])), token), ids], dim=1)

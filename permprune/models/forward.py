@@ -1,4 +1,4 @@
-"""Running a model: its arguments, its outputs, and what it can do."""
+"""Running a model: the arguments of its forward, its outputs, and its type (decoder, generative)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from permprune.models.padding import Padding
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside, and dropout is off; both are as before afterwards."""
+    """Context manager: no parameter requires gradients and the model is in evaluation mode; restored on exit."""
     wanted = [p for p in model.parameters() if p.requires_grad]
     training = model.training
     model.requires_grad_(False).eval()
@@ -36,7 +36,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients and no key/value cache inside the block; everything as before after it."""
+    """Context manager: evaluation mode, no gradients and no key/value cache; restored on exit."""
     training = [module for module in model.modules() if module.training]
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
@@ -54,7 +54,10 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 
 def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The keyword arguments for a forward pass on the example, without a key/value cache."""
+    """The keyword arguments for a forward pass on an example batch, with the key/value cache disabled.
+
+    Raises `PermpruneError` if the batch is empty.
+    """
     if not example:
         raise PermpruneError("the example batch is empty: give the tensors that the model's forward takes, by name")
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
@@ -62,9 +65,9 @@ def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[s
 
 
 def main_outputs(output: Any) -> list[Any]:
-    """What must stay as it is: the logits where the output has them, else every tensor in it.
+    """The outputs that a permutation must not change: the logits if there are any, else every tensor of the output.
 
-    The outputs of a model's parts that it hands on among its own are not what it was asked for.
+    Nested `ModelOutput`s, the outputs of a model's submodels, are left out.
     """
     if getattr(output, "logits", None) is not None:
         output = output.logits
@@ -74,7 +77,7 @@ def main_outputs(output: Any) -> list[Any]:
 
 
 def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
-    """Two examples as arguments of the model's forward, of windows of text the first few tokens; no attention masks."""
+    """The model's arguments for two examples, without attention masks; text is cut to its first 16 tokens."""
     inputs = model_inputs(model, examples[torch.arange(2) % len(examples)])
     if inputs.keys() == {"input_ids"}:
         return {"input_ids": inputs["input_ids"][:, :16]}
@@ -82,12 +85,12 @@ def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor
 
 
 def run_model(model: nn.Module, batch: Examples) -> Any:
-    """The model's output for a batch. Raises `PermpruneError` where a decoder has nothing to read."""
+    """The model's output for a batch. Raises `PermpruneError` if the batch has no input for the model's decoder."""
     return model(**forward_arguments(model, model_inputs(model, batch, _decoder_labels(model, batch))))
 
 
 def padding_of(model: nn.Module, batch: Examples) -> Padding:
-    """Which positions are padding when the model runs on a batch, those of a decoder included."""
+    """The padded positions of a batch, in the encoder's and the decoder's sequence."""
     decoder, labels = batch.get("decoder_attention_mask"), _decoder_labels(model, batch)
     if decoder is None and labels is not None:
         decoder = labels != IGNORED
@@ -95,9 +98,10 @@ def padding_of(model: nn.Module, batch: Examples) -> Padding:
 
 
 def _decoder_labels(model: nn.Module, batch: Examples) -> Tensor | None:
-    """The labels (batch, length) that a decoder reads as its text; None for other models.
+    """The labels (batch, length) from which the decoder's input is made; None if there are none or no decoder.
 
-    They are one column longer than the batch's where those have the shape of the encoder's mask (see `Padding`).
+    If the batch's labels have the shape of the encoder's attention mask, one ignored column is appended, so that the
+    two sequences can be told apart by shape (see `Padding`).
     """
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if labels is None or labels.dim() != 2 or not decodes(model) or "decoder_attention_mask" in batch:
@@ -106,9 +110,11 @@ def _decoder_labels(model: nn.Module, batch: Examples) -> Tensor | None:
 
 
 def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """The arguments of the model's forward: all but the labels, which a decoder reads as its text, shifted by one.
+    """The arguments of the model's forward: the batch without its labels.
 
-    `labels` are those of the batch unless given. Raises `PermpruneError` where a decoder has nothing to read.
+    For an encoder-decoder model, the labels (batch, length), shifted right by one, become `decoder_input_ids` unless
+    the batch has them; `labels` overrides the batch's labels. Raises `PermpruneError` if the batch has no input for the
+    decoder.
     """
     inputs = {name: batch[name] for name in batch if name != "labels"}
     if decodes(model) and "decoder_input_ids" not in inputs:
@@ -124,10 +130,10 @@ def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None
 
 
 def decodes(model: nn.Module) -> bool:
-    """Whether the model has an encoder, and a decoder that reads other text."""
+    """Whether the model is an encoder-decoder model."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def writes(model: nn.Module) -> bool:
-    """Whether the model predicts each next token of what it reads."""
+    """Whether the model is a decoder-only language model, which predicts the next token of its input."""
     return bool(getattr(model, "can_generate", bool)()) and not decodes(model)

@@ -1,4 +1,4 @@
-"""Text for a decoder to read where the examples have none: what the dense model itself writes."""
+"""Decoder inputs for examples that have no text: the text that the dense model generates for them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from permprune.system.device import compute_device
 from permprune.system.progress import track
 
 LENGTH = 64
-"""Tokens that are written at most."""
+"""Maximum number of generated tokens."""
 
 PROMPT = 4
-"""Places that the tokens with which a decoder starts may take up."""
+"""Positions reserved for the tokens with which a decoder starts."""
 
 
 def lacks_text(model: PreTrainedModel, examples: Examples) -> bool:
-    """Whether the model has a decoder that writes, and the examples nothing for it to read."""
+    """Whether the model is a generative encoder-decoder model and the examples have no input for its decoder."""
     return decodes(model) and model.can_generate() and not {"labels", "decoder_input_ids"} & set(examples)
 
 
 @torch.no_grad()
 def transcribed(model: PreTrainedModel, examples: Examples, batch: int) -> Examples:
-    """The examples with what the model writes of them, greedily, as "decoder_input_ids" (count, length).
+    """Add the text that the model generates (greedy search) for each example as its decoder input.
 
-    "decoder_attention_mask" is 0 behind the end of a text. The same for any number of processes.
+    Returns the examples with "decoder_input_ids" (count, length) and "decoder_attention_mask", which is 0 after the end
+    of a text. The model runs on `batch` examples at a time. The work is shared between the processes; the result does
+    not depend on their number.
     """
     device = compute_device(model)
     found: dict[str, Tensor] = {}
@@ -50,9 +52,10 @@ def transcribed(model: PreTrainedModel, examples: Examples, batch: int) -> Examp
 
 
 def generate(model: Any, batch: Examples, length: int) -> Tensor:
-    """What a model with a decoder writes of a batch, greedily: at most `length` tokens, or as many as it has room for.
+    """Generate text for a batch with an encoder-decoder model and greedy search.
 
-    Token ids (batch, length), int64, padded.
+    At most `length` tokens are generated, fewer if the decoder has fewer positions. Returns padded token ids, int64
+    (batch, length).
     """
     room = getattr(model.config, "max_target_positions", length + PROMPT) - PROMPT
     inputs = {name: batch[name] for name in batch if name != "labels" and not name.startswith("decoder_")}

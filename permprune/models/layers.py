@@ -1,4 +1,4 @@
-"""The weights that are pruned, every linear inside the repeated blocks of a model, and those that stay dense there."""
+"""The layers to prune (the linears inside a model's repeated blocks) and the weights that stay dense there."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ from permprune.pattern import Pattern
 from permprune.system.progress import log
 
 SHOWN = 5
-"""Names of dense weights in a warning, at most."""
+"""Maximum number of names of dense weights in a warning."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear map y = x W^T. `name` is its module's, `parameter` that of its weight in `named_parameters()`."""
+    """A linear layer y = x W^T.
+
+    `name` is the name of its module and `parameter` the name of its weight, as in `named_parameters()`. `transposed` is
+    True if the module stores the weight as (inputs, outputs), as `Conv1D` does.
+    """
 
     name: str
     module: nn.Module
@@ -35,13 +39,17 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The live weight as (rows, channels) = (outputs, inputs): a view where it is stored transposed."""
+        """The weight as (rows, channels) = (outputs, inputs); it shares memory with the parameter."""
         stored: Tensor = self.module.weight.data  # type: ignore[union-attr,assignment]
         return stored.T if self.transposed else stored
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: the elements of the outermost module lists that hold a linear in each, in order."""
+    """The model's repeated blocks, in order.
+
+    These are the elements of the outermost `ModuleList`s and `Sequential`s that have at least two elements, each of
+    which contains a linear.
+    """
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
@@ -56,12 +64,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = ()) -> list[Layer]:
-    """Every linear inside the repeated blocks, less those whose name matches a glob of `exclude`.
+    """Every linear inside the repeated blocks, except those whose name matches a glob of `exclude`.
 
-    Embeddings, the output head and task heads stand outside the blocks and stay dense, as in the literature
-    (SparseGPT, Wanda). Raises `PermpruneError` when a glob matches none of them, when nothing is left, when M does not
-    divide a width, or when a weight holds NaN or infinity (`require_finite`; weights on the meta device are not there
-    to look at) or is packed (`require_changeable`).
+    Embeddings, the output head and task heads are outside the blocks and stay dense, as in the literature (SparseGPT,
+    Wanda). Raises `PermpruneError` if a glob matches no layer, if no layer is left, if M does not divide a layer's
+    input width, if a weight contains NaN or infinity (not checked on the meta device), or if the weights are packed or
+    quantized.
     """
     require_changeable(model)
     layers = block_linears(model)
@@ -88,17 +96,17 @@ def block_linears(model: nn.Module) -> list[Layer]:
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """Weights inside the repeated blocks that nobody chose to leave dense.
+    """Weights inside the repeated blocks that stay dense although the user did not exclude them.
 
-    `share` is theirs of all weights inside the blocks; `layers` are the parameters' names, those that differ in numbers
-    alone once, with *.
+    `share` is their fraction of all weights inside the blocks. `layers` are the names of the parameters; names that
+    differ only in numbers are merged into one, with * for the number.
     """
 
     share: Share
     layers: list[str]
 
     def __str__(self) -> str:
-        """A sentence that names them; empty if there are none."""
+        """A message that names the weights; empty if there are none."""
         if not self.layers:
             return ""
         more = f" and {len(self.layers) - SHOWN} more" if len(self.layers) > SHOWN else ""
@@ -106,16 +114,16 @@ class DenseWeights:
         return f"{100 * self.share:.3g} % of the weights inside the blocks stay dense: {shown}"
 
     def warn(self) -> None:
-        """Log a warning that names them, if there are any."""
+        """Log a warning that names the weights, if there are any."""
         if self.layers:
             log.warning("%s", self)
 
 
 def dense_weights(model: nn.Module, pruned: Iterable[str], exclude: Iterable[str] = ()) -> DenseWeights:
-    """What stays dense inside the repeated blocks beside the layers `pruned`, given by name.
+    """Find the weights inside the repeated blocks that are neither in the layers named `pruned` nor excluded.
 
-    Such are fused experts (3-D weights), their routers, kernels of convolutions: every parameter that has two
-    dimensions or more and is no bias and no embedding. Layers that match a glob of `exclude` are dense by choice.
+    Considered are all parameters with at least two dimensions except biases and embeddings: for example fused experts
+    (3-D weights), their routers, and kernels of convolutions. Layers that match a glob of `exclude` are left out.
     """
     inside, pruned, exclude = _modules_inside(model), set(pruned), tuple(exclude)
     total, dense = 0, {}
@@ -138,7 +146,7 @@ def _modules_inside(model: nn.Module) -> set[int]:
 
 
 def _less_excluded(layers: list[Layer], exclude: Iterable[str]) -> list[Layer]:
-    """The layers whose name matches none of the globs; each glob must match one."""
+    """The layers whose name matches none of the globs. Raises `PermpruneError` if a glob matches no layer."""
     excluded: set[str] = set()
     for glob in exclude:
         matched = {layer.name for layer in layers if fnmatch(layer.name, glob)}
@@ -149,7 +157,7 @@ def _less_excluded(layers: list[Layer], exclude: Iterable[str]) -> list[Layer]:
 
 
 def require_changeable(model: nn.Module) -> None:
-    """Raise `PermpruneError` for a model whose weights are packed or quantized, so that nothing can change them."""
+    """Raise `PermpruneError` if the model's weights are packed or quantized, and so cannot be changed."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise PermpruneError(
             "the weights are packed or quantized: unpack them first (permprune unpack), or give the original model"
@@ -157,7 +165,7 @@ def require_changeable(model: nn.Module) -> None:
 
 
 def require_finite(layer: Layer) -> None:
-    """Raise `PermpruneError` when the layer's weight holds NaN or infinity."""
+    """Raise `PermpruneError` if the layer's weight contains NaN or infinity."""
     if not torch.isfinite(layer.weight).all():
         raise PermpruneError(f"{layer.name} holds NaN or infinite weights: repair the checkpoint before pruning")
 
@@ -167,7 +175,7 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
-    """Every name of every parameter -> the first name of the same tensor (tied weights share one)."""
+    """Map every name of every parameter to the first name of the same tensor (tied weights have several names)."""
     first: dict[Any, str] = {}
     return {
         name: first.setdefault(_identity(parameter), name)

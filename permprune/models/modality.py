@@ -1,4 +1,4 @@
-"""What a model reads: text, sentences, images or speech."""
+"""The kind of input that a model takes: text, labelled sentences, images or speech."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Kind = Literal["text", "sentences", "images", "speech"]
 
 
 EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "images": 8, "speech": 1}
-"""Examples that are asked for in place of one window of text: a window has many answers, a sentence or an image one."""
+"""Examples that replace one window of text: a window gives many predictions, a sentence or an image only one."""
 
 BATCH_MULTIPLIER: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
-"""Examples that pass through a model in place of one window of text."""
+"""Number of examples in a batch for each window of text that the batch size counts."""
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
-    """What a model reads: windows of text, sentences with a label each, images, or speech."""
+    """The kind of input that a model takes: windows of text, sentences with one label each, images, or speech."""
     if model.main_input_name == "pixel_values":
         return "images"
     if model.main_input_name in ("input_features", "input_values"):

@@ -1,4 +1,4 @@
-"""Which positions of a batch are padding."""
+"""The padded positions of a batch."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ from torch import Tensor
 class Padding:
     """The padding of one batch.
 
-    `masks` are bool (batch, length), True where a position is real, one for each sequence that a model reads: that of a
-    decoder beside that of its encoder. Their shapes differ, so that a tensor's own shape tells which sequence it runs
-    along. Without masks nothing is padding.
+    `masks` are bool tensors (batch, length), False at padding: one per sequence that the model reads, e.g. one for the
+    encoder and one for the decoder. Their shapes differ, so the shape of an activation tells to which sequence it
+    belongs. Without masks, nothing is padding.
     """
 
     masks: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, *masks: Tensor | None) -> Padding:
-        """The padding for masks of any type that are 0 at padding; None stands for no mask."""
+        """Create the padding from masks of any dtype that are 0 at padding; None entries are ignored."""
         return cls(tuple(mask.bool() for mask in masks if mask is not None))
 
     def mask_of(self, x: Tensor) -> Tensor | None:
-        """Where activations x, (batch, length, channels) or (batch * length, channels), are real; None: everywhere."""
+        """The mask that belongs to activations x, (batch, length, channels) or (batch * length, channels).
+
+        It has the shape of x without the channels and is False at padding. None if x has no padding.
+        """
         for mask in self.masks:
             if x.shape[:-1] in (mask.shape, (mask.numel(),)):
                 return mask.reshape(x.shape[:-1])
         return None
 
     def real(self, x: Tensor) -> Tensor:
-        """The activations that are not padding, (positions, channels); x itself where all are real."""
+        """The activations that are not padding, (positions, channels); x itself if it has no padding."""
         mask = self.mask_of(x)
         return x if mask is None else x[mask]

@@ -1,4 +1,4 @@
-"""What turns text, images and sound into a model's inputs, as it lies beside the weights."""
+"""Processors (tokenizers, image processors, feature extractors), loaded from the folder of a model's weights."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OTHER_FILES = ("*processor_config.json",)
 
 
 def read_processor(source: str | Path, trust_remote_code: bool = False) -> Processor | None:
-    """The tokenizer, image processor or feature extractor of a folder or hub id, or the processor that joins them.
+    """Load the processor of a folder or hub id: a tokenizer, image processor, feature extractor, or a combined one.
 
-    None for a folder that has none of their files: Transformers would make up an empty tokenizer. Code that comes with
-    one is run only with `trust_remote_code`. Raises what Transformers raises when there is one that does not load, or
-    that takes no text.
+    Returns None for a folder without processor files, for which Transformers would create an empty tokenizer. Custom
+    code of a processor runs only with `trust_remote_code`. If a processor does not load, or its tokenizer fails on a
+    simple text, the error from Transformers is raised.
     """
     folder = Path(source)
     kinds: list[Any] = [AutoProcessor, AutoTokenizer, AutoImageProcessor, AutoFeatureExtractor]
@@ -41,7 +41,7 @@ def read_processor(source: str | Path, trust_remote_code: bool = False) -> Proce
         try:
             processor: Processor = kind.from_pretrained(source, trust_remote_code=trust_remote_code)
             _try_text(processor)
-        except Exception as error:  # a wrong kind raises whatever its reader meets first
+        except Exception as error:  # a class that does not fit the files can raise any type of error
             failures.append(error)
         else:
             return processor
@@ -51,14 +51,14 @@ def read_processor(source: str | Path, trust_remote_code: bool = False) -> Proce
 
 
 def _try_text(processor: Processor) -> None:
-    """Let a tokenizer read a letter: some damage to its files shows only then."""
+    """Tokenize one letter, because some damage to a tokenizer's files only causes an error in use."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if isinstance(tokenizer, PreTrainedTokenizerBase):
         tokenizer("a")
 
 
 def tokenizer_of(processor: Processor | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that a processor is or has. Raises `PermpruneError` where there is none."""
+    """The tokenizer of a processor, or the processor itself if it is one. Raises `PermpruneError` if there is none."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise PermpruneError("text needs a tokenizer, and the model has none: save one into its folder")
@@ -66,7 +66,10 @@ def tokenizer_of(processor: Processor | None) -> PreTrainedTokenizerBase:
 
 
 def image_processor_of(processor: Processor | None) -> BaseImageProcessor:
-    """The image processor that a processor is or has. Raises `PermpruneError` where there is none."""
+    """The image processor of a processor, or the processor itself if it is one.
+
+    Raises `PermpruneError` if there is none.
+    """
     found = getattr(processor, "image_processor", processor)
     if not isinstance(found, BaseImageProcessor):
         raise PermpruneError("images need an image processor, and the model has none: save one into its folder")
@@ -74,7 +77,10 @@ def image_processor_of(processor: Processor | None) -> BaseImageProcessor:
 
 
 def feature_extractor_of(processor: Processor | None) -> FeatureExtractionMixin:
-    """The feature extractor that a processor is or has. Raises `PermpruneError` where there is none."""
+    """The feature extractor of a processor, or the processor itself if it is one.
+
+    Raises `PermpruneError` if there is none.
+    """
     found = getattr(processor, "feature_extractor", processor)
     if not isinstance(found, FeatureExtractionMixin):
         raise PermpruneError("sound needs a feature extractor, and the model has none: save one into its folder")

@@ -1,4 +1,4 @@
-"""What a model's forward takes, and what its config says."""
+"""The arguments of a model's forward, and values in its (nested) config."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def argument_names(model: PreTrainedModel) -> list[str]:
-    """What the model's forward takes by name."""
+    """The names of the keyword arguments of the model's forward."""
     kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
     return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
 
 
 def find_config(config: PreTrainedConfig, *fields: str) -> Any:
-    """The outermost of a config and those nested in it in which all these fields have a value, or None."""
+    """The outermost config, among a config and those nested in it, in which no field is None; None if there is none."""
     having = (one for one in nested_configs(config) if all(getattr(one, field, None) is not None for field in fields))
     return next(having, None)
 
 
 def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """A config and those inside it, level by level."""
+    """Yield a config and all configs nested in it, breadth first."""
     level = [config]
     while level:
         yield from level
