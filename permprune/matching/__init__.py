@@ -1,5 +1,5 @@
-"""Matching: from a matrix of costs to a permutation, soft by Sinkhorn or exact by assignment.
+"""Matching: from a cost matrix to a permutation, either relaxed (Sinkhorn) or exact (assignment).
 
-Everywhere here `cost[i, j]` is the cost of matching row i (a channel) with column j (a position), and leading
+In all functions `cost[i, j]` is the cost of matching row i (a channel) with column j (a position), and leading
 dimensions are independent problems.
 """

@@ -11,12 +11,12 @@ from permprune.errors import PermpruneError
 
 
 def assign(cost: Float[Tensor, "*problems n n"]) -> Int[Tensor, "*problems n"]:
-    """The permutation of least total cost, exact (Crouse 2016, a shortest augmenting path method).
+    """Return the permutation with the smallest total cost, exactly (Crouse 2016, shortest augmenting paths).
 
-    `cost` is (..., n, n), each leading index a problem of its own. Returns int64 (..., n) on the device of
+    `cost` is (..., n, n); each leading index is an independent problem. Returns int64 (..., n) on the device of
     `cost`: p[i] is the column matched with row i, so that p minimises sum_i cost[i, p[i]]; `p.argsort(-1)` is
-    its inverse, the row at each column. Raises `PermpruneError` when the matrices are not square or a cost is
-    not finite.
+    its inverse, the row at each column. Raises `PermpruneError` if the matrices are not square or a cost is not
+    finite.
     """
     require_costs(cost)
     problems = cost.detach().flatten(0, -3) if cost.dim() > 2 else cost.detach()[None]
@@ -25,7 +25,7 @@ def assign(cost: Float[Tensor, "*problems n n"]) -> Int[Tensor, "*problems n"]:
 
 
 def cycles(permutation: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """For each element of a permutation (n,) the smallest element of its cycle, int64 (n,)."""
+    """Label each element of a permutation (n,) with the smallest element of its cycle; returns int64 (n,)."""
     step = permutation.tolist()
     label = [-1] * len(step)
     for start in range(len(step)):

@@ -1,4 +1,4 @@
-"""Matching the members of one set with each other."""
+"""Matching the members of one set in pairs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from permprune.matching.assignment import require_costs
 
 
 def pair_up(cost: Float[Tensor, "n n"]) -> Int[Tensor, "pairs 2"]:
-    """Disjoint pairs, each of two that are the cheapest for each other among those not yet in a pair.
+    """Divide n members greedily into disjoint pairs.
 
-    `cost` is a symmetric (n, n), whose diagonal is not read. Returns int64 (n // 2, 2), the smaller index first, on the
-    device of `cost`: what taking the cheapest pair that is left, over and over, comes to where no costs are equal.
-    Raises `PermpruneError` when the matrix is not square or a cost is not finite.
+    Each step forms all pairs of members that are each other's cheapest partner among those still unpaired. If no two
+    costs are equal, the result is the same as that of repeatedly taking the cheapest remaining pair.
+
+    `cost` is a symmetric (n, n); its diagonal is ignored. Returns int64 (n // 2, 2) on the device of `cost`, with the
+    smaller index of each pair first. Raises `PermpruneError` if the matrix is not square or a cost is not finite.
     """
     require_costs(cost)
     left, found = torch.arange(len(cost), device=cost.device), []
@@ -23,7 +25,7 @@ def pair_up(cost: Float[Tensor, "n n"]) -> Int[Tensor, "pairs 2"]:
         best = open_costs.argmin(1)
         here = torch.arange(len(left), device=cost.device)
         first = ((best[best] == here) & (here < best)).nonzero().flatten()
-        if not len(first):  # a ring of equal costs
+        if not len(first):  # a cycle of equal costs
             first = open_costs.amin(1).argmin()[None]
         pairs = torch.stack([first, best[first]], 1)
         found.append(left[pairs].sort(1).values)

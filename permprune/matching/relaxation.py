@@ -1,4 +1,4 @@
-"""From costs to a permutation matrix that a forward pass can use and a backward pass can learn through."""
+"""Differentiable permutation matrices: Gumbel noise on costs, and the straight-through estimator."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from permprune.matching.sinkhorn import sinkhorn
 
 
 def gumbel_noise(shape: Sequence[int], scale: float, generator: torch.Generator) -> Float[Tensor, "..."]:
-    """`scale` times standard Gumbel noise, fp32 of that shape on the generator's device.
+    """Draw standard Gumbel noise and multiply it by `scale`; returns fp32 of `shape` on the generator's device.
 
-    Added to the costs before a relaxation it is the exploration of the Gumbel-Sinkhorn network (Mena et al.
-    2018, arXiv 1802.08665). Raises `PermpruneError` for a negative scale.
+    Added to the costs before the relaxation, the noise explores other permutations, as in the Gumbel-Sinkhorn
+    network (Mena et al. 2018, arXiv 1802.08665). Raises `PermpruneError` unless `scale` is finite and at least 0.
     """
     if not 0 <= scale < math.inf:
         raise PermpruneError(f"the scale of the Gumbel noise is {scale}: give a number from 0 up")
@@ -29,10 +29,10 @@ def gumbel_noise(shape: Sequence[int], scale: float, generator: torch.Generator)
 def straight_through(
     cost: Float[Tensor, "*problems n n"], epsilon: float, iterations: int = 50
 ) -> Float[Tensor, "*problems n n"]:
-    """The permutation matrix nearest to the plan of `sinkhorn`, (..., n, n), with the gradient of the plan.
+    """Return the permutation matrix closest to the plan of `sinkhorn`, (..., n, n), with the gradient of the plan.
 
-    Forward it is exactly a permutation, the assignment that keeps most of the plan's mass; backward it is the
-    plan (PermLLM, Zou et al. 2025).
+    The forward value is exactly a permutation matrix: the assignment that keeps most of the plan's mass. The
+    gradient is that of the plan (straight-through estimator, as in PermLLM, Zou et al. 2025).
     """
     soft = sinkhorn(cost, epsilon, iterations)
     hard = torch.zeros_like(soft).scatter_(-1, assign(-soft)[..., None], 1.0)

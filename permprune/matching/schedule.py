@@ -1,4 +1,4 @@
-"""How the entropy weight epsilon of the Sinkhorn matching falls while a cost matrix is learned."""
+"""Schedules for epsilon, the entropy weight of the Sinkhorn matching, during the training of a cost matrix."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from permprune.errors import PermpruneError
 
 
 class Epsilon(Protocol):
-    """Epsilon, in the unit of the costs, at a point of the training."""
+    """A function from training progress to epsilon, in the unit of the costs."""
 
     def __call__(self, progress: float) -> float:
-        """Epsilon at `progress`, the share of the steps done. Raises `PermpruneError` outside [0, 1]."""
+        """Return epsilon at `progress`, the fraction of steps done. Raises `PermpruneError` outside [0, 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class Geometric:
-    """From `start` to `end` by one factor at every step. Raises `PermpruneError` unless start >= end > 0."""
+    """Falls from `start` to `end` by a constant factor per step. Raises `PermpruneError` unless start >= end > 0."""
 
     start: float
     end: float
@@ -34,7 +34,7 @@ class Geometric:
 
 @dataclass(frozen=True)
 class Cosine:
-    """From `start` to `end` along half a cosine. Raises `PermpruneError` unless start >= end > 0."""
+    """Falls from `start` to `end` along half a cosine. Raises `PermpruneError` unless start >= end > 0."""
 
     start: float
     end: float

@@ -1,4 +1,4 @@
-"""Entropic matching: the doubly stochastic matrix of least cost, by Sinkhorn iterations in the log domain."""
+"""Entropy-regularised matching: a doubly stochastic matrix of low cost, by Sinkhorn iterations in the log domain."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def sinkhorn(
 ) -> Float[Tensor, "*problems n n"]:
     """Minimise <C, P> + epsilon * sum P (log P - 1) over the doubly stochastic P.
 
-    The minimiser is P = exp((f_i + g_j - C_ij) / epsilon); f and g are fitted in turn to the row and column
-    sums (Li et al. 2026, arXiv 2601.22980; Mena et al. 2018, arXiv 1802.08665). P approaches a permutation as
-    epsilon goes to 0.
+    The minimiser is P_ij = exp((f_i + g_j - C_ij) / epsilon); f and g are updated alternately so that rows and
+    columns sum to 1 (Li et al. 2026, arXiv 2601.22980; Mena et al. 2018, arXiv 1802.08665). P approaches a
+    permutation matrix as epsilon goes to 0.
 
-    `cost` is (..., n, n), each leading index a separate problem; types narrower than fp32 are computed in
-    fp32. Returns P (..., n, n) after `iterations` iterations: its columns sum to 1, its rows approach that. Autograd
-    goes through the iterations. Raises `PermpruneError` when the matrices are not square, a cost is not finite, or an
-    argument is out of range.
+    `cost` is (..., n, n); each leading index is an independent problem; types narrower than fp32 are computed in
+    fp32. Returns P (..., n, n) after `iterations` iterations: its columns sum to 1, and its row sums approach 1.
+    Gradients flow through the iterations. Raises `PermpruneError` if the matrices are not square, a cost is not
+    finite, or an argument is out of range.
     """
     require_costs(cost)
     if not 0 < epsilon < math.inf:

@@ -1,1 +1,1 @@
-"""Saliency: how much each weight matters, one file a metric."""
+"""Saliency metrics, which score the importance of each weight; one file per metric."""

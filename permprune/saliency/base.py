@@ -29,5 +29,5 @@ class Saliency(ABC):
 
         `weight` is (rows, channels) = (outputs, inputs); `moments` are the second moments of the inputs over the
         calibration tokens, H = X^T X / tokens, fp32 (channels, channels). Returns non-negative scores, fp32
-        (rows, channels). Raises `PermpruneError` where H cannot be used.
+        (rows, channels). Raises `PermpruneError` if H cannot be used.
         """

@@ -1,4 +1,4 @@
-"""Magnitude."""
+"""The magnitude saliency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OBS: Optimal Brain Surgeon."""
+"""The OBS saliency: Optimal Brain Surgeon."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from permprune.saliency.base import Saliency
 class OBS(Saliency):
     """|w| / sqrt([(H + damping * mean diagonal * I)^-1]_jj), the score of SparseGPT (Frantar & Alistarh 2023).
 
-    Its square is the output error that remains when a weight is removed and all others of its row are updated to
-    compensate (arXiv 2301.00774, section 3). SparseGPT itself uses H of the channels not yet processed, fewer at each
-    step; here it is H of all channels. A channel that is always zero has score zero.
+    The squared score is the output error that remains after a weight is removed and the others of its row are updated
+    to compensate (arXiv 2301.00774, section 3). SparseGPT uses the H of the channels that are not yet processed, which
+    become fewer at each step; this metric uses the H of all channels. `damping` is the share of the mean diagonal that
+    is added to the diagonal of H. The weights of a channel that is always zero score 0.
     """
 
     name: ClassVar[str] = "obs"

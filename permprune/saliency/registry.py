@@ -1,4 +1,4 @@
-"""Saliencies by name."""
+"""Registry of saliency metrics by name."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ SALIENCIES: dict[str, type[Saliency]] = {metric.name: metric for metric in (Magn
 
 
 def saliency(given: str | Saliency) -> Saliency:
-    """The saliency of that name, such as "wanda" or "ria:power=1", or the object itself (`method_of`)."""
+    """Return the saliency of a name such as "wanda" or "ria:power=1"; an object is returned as it is (`method_of`)."""
     return method_of(given, Saliency, SALIENCIES)  # type: ignore[type-abstract]

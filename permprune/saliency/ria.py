@@ -1,4 +1,4 @@
-"""RIA: relative importance and activations."""
+"""The RIA saliency: relative importance and activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from permprune.saliency.base import Saliency
 class RIA(Saliency):
     """(|w| / column sum + |w| / row sum) * ||x_j||^power (Zhang et al. 2024, "Plug-and-Play", section 3.1).
 
-    `power` reduces the influence of the activations; the paper uses 0.5.
+    A `power` below 1 reduces the influence of the activations; the paper uses 0.5.
     """
 
     name: ClassVar[str] = "ria"

@@ -1,4 +1,4 @@
-"""Wanda."""
+"""The Wanda saliency."""
 
 from __future__ import annotations
 
