@@ -1,1 +1,1 @@
-"""What flows into each layer, and how much the loss feels its outputs."""
+"""Calibration statistics: second moments of layer inputs and Fisher information of layer outputs."""

@@ -1,4 +1,4 @@
-"""The Fisher information of layer outputs, added up during backward passes."""
+"""Fisher information of layer outputs, accumulated during backward passes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from permprune.models.layers import Layer
 from permprune.models.padding import Padding
 
 BLOCK = 2**24
-"""Elements of weight gradients that are formed at a time."""
+"""Maximum number of elements of per-example weight gradients that are computed at a time."""
 
 
 @contextmanager
 def output_fisher(
     layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool, padding: Padding
 ) -> Iterator[None]:
-    """Add the rows' Fisher information of every backward pass inside to `fisher[layer]` (rows,).
+    """Add the Fisher information of the layers' rows to `fisher`, by layer, in every backward pass inside the context.
 
-    `padding` is that of the batches inside, and does not count. With `one_label_per_example` it is `row_fisher`, or
-    `row_covariance` where `fisher[layer]` is (rows, rows); otherwise the squared output gradients.
+    With `one_label_per_example` and inputs of several positions this is `row_fisher` if `fisher[layer]` is (rows,), and
+    `row_covariance` if it is (rows, rows). Otherwise it is the squared output gradients, summed over positions.
+    `padding` describes the batches that run inside the context; padded positions are left out.
     """
 
     def add(name: str, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
@@ -55,15 +56,18 @@ def row_fisher(
     gradient: Float[Tensor, "examples *positions rows"],
     mask: Bool[Tensor, " examples *positions"] | None = None,
 ) -> Float[Tensor, " rows"]:
-    """The Fisher information of each row of a weight over the mean square of its inputs, summed over examples, (rows,).
+    """Return the Fisher information of each row of a weight, over the mean square of its inputs: (rows,).
 
-    `inputs` (examples, ..., channels) are what a layer read, `gradient` (examples, ..., rows) is that of the loss by
-    what it said. With G the gradient of an example's loss by the weight, the example adds |G_r|^2 / mean |x|^2: in the
-    model F_r = fisher_r * H a row's information has the trace of the true one. Squared output gradients, summed over
-    positions, say the same of positions that push apart. Those of an image all feel its one answer and push together,
-    by which that sum is up to as many times too small as there are positions (Eschenhagen et al. 2023, arXiv
-    2311.00636, call the two "reduce" and "expand"). Where each position has an answer of its own, |G_r|^2 counts the
-    mean gradient as often as there are answers, which is no part of the information: there the sum is nearer.
+    `inputs` (examples, ..., channels) are a layer's inputs, `gradient` (examples, ..., rows) is the gradient of the
+    loss with respect to its outputs, and `mask` (examples, ...) is False at padding. Let G be the gradient of one
+    example's loss with respect to the weight. The result is the sum of |G_r|^2 / mean |x|^2 over examples, so that in
+    the approximation F_r = fisher_r * H each row's information has the correct trace.
+
+    The squared output gradients, summed over positions, estimate the same quantity if the gradients of different
+    positions are uncorrelated. The positions of an image share one label, so their gradients are aligned, and that sum
+    is too small by a factor of up to the number of positions (Eschenhagen et al. 2023, arXiv 2311.00636, call the two
+    estimates "reduce" and "expand"). If each position has its own label, |G_r|^2 overcounts the squared mean gradient
+    by a factor of the number of labels, and the sum is the better estimate.
     """
     x, g, squares = _examples(inputs, gradient, mask)
     with torch.autocast(x.device.type, enabled=False):
@@ -75,20 +79,24 @@ def row_covariance(
     gradient: Float[Tensor, "examples *positions rows"],
     mask: Bool[Tensor, " examples *positions"] | None = None,
 ) -> Float[Tensor, "rows rows"]:
-    """That of each pair of rows, (rows, rows): `row_fisher` is its diagonal.
+    """Return the Fisher information of each pair of rows, (rows, rows); its diagonal is `row_fisher`.
 
-    An example adds G G^T / mean |x|^2. With few classes every example pushes the rows in about the same direction:
-    rows that all follow the gradient meet a curvature up to as many times that of the diagonal as there are rows.
+    The result is the sum of G G^T / mean |x|^2 over examples. With few classes the gradients of all examples are nearly
+    parallel. If all rows change along the gradient together, the curvature is then up to `rows` times that of the
+    diagonal alone.
     """
     x, g, squares = _examples(inputs, gradient, mask)
     with torch.autocast(x.device.type, enabled=False):
-        wide = x.float()  # gradients of keys add up to 0, so that what the inputs have in common must cancel
+        wide = x.float()  # the gradients of attention keys sum to 0, so the inputs' common part has to cancel
         pushed = (wide @ wide.mT @ g.float()) / squares[:, None, None]
         return (g.flatten(0, 1).T @ pushed.flatten(0, 1).to(g.dtype)).float()
 
 
 def _examples(inputs: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs and gradients, (examples, positions, ...), those of padding 0, and the examples' mean |x|^2."""
+    """Flatten inputs and gradients to (examples, positions, ...), with gradients of 0 at padding.
+
+    Returns them and the mean |x|^2 of each example, (examples,).
+    """
     dtype = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
     x, g = (part.flatten(1, -2).to(dtype) for part in (inputs, gradient))
     shown = torch.ones(x.shape[:2], device=x.device) if mask is None else mask.flatten(1)
@@ -97,10 +105,10 @@ def _examples(inputs: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def _gradient_norms(x: Tensor, g: Tensor) -> Tensor:
-    """|G_r|^2 of each example and row, fp32 (examples, rows), of G = g^T x for an example.
+    """Return |G_r|^2 of each example and row, fp32 (examples, rows), where G = g^T x for each example.
 
-    `x` is (examples, positions, channels), `g` (examples, positions, rows). With few positions it is the quadratic form
-    g_r^T (x x^T) g_r, else the sum of the squares of G, which is formed for some examples at a time.
+    `x` is (examples, positions, channels), `g` is (examples, positions, rows). With few positions the result is
+    computed as the quadratic form g_r^T (x x^T) g_r, otherwise from G itself, for a few examples at a time.
     """
     (_, positions, channels), rows = x.shape, g.shape[-1]
     if 2 * positions * (channels + rows) < channels * rows:
@@ -112,13 +120,16 @@ def _gradient_norms(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _keep(tensor: Tensor) -> Callable[[], Tensor]:
-    """Keep a tensor as the graph keeps activations: a block that runs again (`recomputed`) does not hold it."""
+    """Save a tensor as autograd saves activations, and return a function that returns it.
+
+    Under activation checkpointing (`recomputed`) the tensor is not held in memory until its block is recomputed.
+    """
     node = _Kept.apply(torch.zeros((), requires_grad=True), tensor).grad_fn
     return lambda: node.saved_tensors[0]  # type: ignore[no-any-return]
 
 
 class _Kept(torch.autograd.Function):
-    """A node that saves a tensor; nothing flows back through it."""
+    """An autograd node that saves a tensor; no gradient flows through it."""
 
     @staticmethod
     def forward(ctx: Any, scalar: Tensor, tensor: Tensor) -> Tensor:

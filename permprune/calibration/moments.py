@@ -17,21 +17,22 @@ from permprune.models.padding import Padding
 from permprune.system import distributed
 
 ATTEMPTS = 4
-"""Dampings tried, each ten times the one before."""
+"""Number of damping values that are tried, each ten times the previous one."""
 
 
 def root_mean_square(moments: Float[Tensor, "channels channels"]) -> Float[Tensor, " channels"]:
-    """Of each input channel over the tokens, (channels,), for H (channels, channels)."""
+    """Return the root mean square of each input channel over the tokens, (channels,), given H (channels, channels)."""
     return moments.diagonal().clamp_min(0).sqrt()
 
 
 def inverse_factor(moments: Float[Tensor, "channels channels"], damping: float) -> Float[Tensor, "channels channels"]:
-    """The upper triangular U with U^T U = (H + damping * mean diagonal * I)^-1, for H fp32 (channels, channels).
+    """Return the upper triangular U with U^T U = (H + damping * mean diagonal * I)^-1.
 
-    Its diagonal squared is [(H_F)^-1]_jj, F being the channels from j on; its columns' squared norms are [H^-1]_jj.
-    Where H with so little damping has no Cholesky factor more is added; `PermpruneError` where that does not help.
+    `moments` is H, fp32 (channels, channels), and so is U. With the damped H, U_jj^2 = [(H_F)^-1]_jj, where F are the
+    channels from j on, and the squared norm of column j is [H^-1]_jj. If the damped H has no Cholesky factor, the
+    damping is multiplied by 10, up to `ATTEMPTS` - 1 times; raises `PermpruneError` if that does not help.
     """
-    # Read from the last channel to the first, a Cholesky factor of H is an upper one, whose inverse is U.
+    # With rows and columns in reverse, the lower Cholesky factor of H becomes an upper one, whose inverse is U.
     mean = float(moments.diagonal().mean()) or 1.0
     for attempt in range(ATTEMPTS):
         damped = moments.flip(0, 1)
@@ -49,10 +50,11 @@ def inverse_factor(moments: Float[Tensor, "channels channels"], damping: float) 
 
 
 class InputMoments:
-    """Accumulates the second moments of layers' inputs.
+    """Accumulates the second moments of layer inputs.
 
-    `readers` names one layer for each site. Each call's product is formed in fp32, whatever the type of the
-    activations, and added in fp64: rounded to bf16 H has negative eigenvalues, which a search would find.
+    `readers` maps each site, the name of a tensor that layers read, to one of the layers that read it. Products are
+    computed in fp32, whatever the type of the activations, and accumulated in fp64: in bf16, rounding would give H
+    negative eigenvalues, which a search would exploit.
     """
 
     def __init__(self, readers: dict[str, Layer]) -> None:
@@ -65,7 +67,7 @@ class InputMoments:
 
     @contextmanager
     def observe(self, padding: Padding) -> Iterator[None]:
-        """Add what the layers read inside, without the padding; blocks that run again in a backward pass count once."""
+        """Add the layers' inputs inside the context, without padding; recomputed blocks are counted once."""
 
         def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if recomputing():
@@ -82,9 +84,9 @@ class InputMoments:
                 handle.remove()
 
     def result(self) -> dict[str, Tensor]:
-        """By site, H = X^T X / tokens, fp32 (channels, channels), over all ranks; the sums are used up.
+        """Return H = X^T X / tokens over all ranks, by site, fp32 (channels, channels).
 
-        Raises `PermpruneError` when a product overflowed.
+        The sums are freed, so this can be called only once. Raises `PermpruneError` if activations overflowed.
         """
         distributed.add_(list(self.sums.values()))
         counts = distributed.total(*self.counts.values())
@@ -99,7 +101,7 @@ class InputMoments:
 
 
 def inner_product(x: Float[Tensor, "*positions channels"]) -> Float[Tensor, "channels channels"]:
-    """X^T X of activations (..., channels), fp32 (channels, channels) whatever their type."""
+    """Return X^T X of activations (..., channels) of any type, computed in fp32: (channels, channels)."""
     rows = x.detach().flatten(0, -2).float()
     with torch.autocast(x.device.type, enabled=False):
         return rows.T @ rows

@@ -1,4 +1,4 @@
-"""What flows into each layer, and which of its outputs the loss feels: one pass over the calibration examples."""
+"""Calibration: second moments of layer inputs and Fisher information of layer outputs, from one pass over examples."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ from permprune.system.progress import log, track
 class Statistics:
     """Calibration statistics.
 
-    `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), of the tensor X (tokens, channels) read there, a
-    token being any position, such as a patch of an image; `fisher[layer]` is the mean over the `terms` of the loss of
-    the squared gradient of their sum by each output, fp32 (rows,). With `one_label_per_example` the gradients of an
-    example's positions are summed before they are squared (`row_fisher`). Padding counts in neither.
+    `moments[site]` is H = X^T X / tokens, fp32 (channels, channels), where X (tokens, channels) is the tensor that
+    layers read at the site; a token is any position, such as an image patch. `fisher[layer]`, fp32 (rows,), is the
+    squared gradient of the summed loss with respect to each output, summed over positions and divided by `terms`, the
+    number of terms of the loss. With `one_label_per_example` the gradients of an example's positions are summed before
+    they are squared (`row_fisher`). Padding is left out of both.
     """
 
     moments: dict[str, Tensor]
@@ -51,14 +52,14 @@ def calibrate(
     recompute: bool = False,
     seed: int = 0,
 ) -> Statistics:
-    """Stream `examples` through the model, forward and backward.
+    """Run `examples` through the model, forward and backward, and collect the statistics of its layers.
 
-    `sites` names, for each layer, the tensor it reads; layers with one site share one H. Activations have type
-    `dtype`. `batch` examples at a time are moved to the model's device; `recompute` runs each block again in the
-    backward pass (`recomputed`): both leave the result as it is and bound the memory of the activations. `memory`
-    bounds the bytes of the accumulators: sites that do not fit wait for a further pass. `seed` decides on what is drawn
-    at random where there are no labels (`Predictions.fisher_loss`), the same for any number of processes. Raises
-    `PermpruneError` when a loss or a statistic is not finite.
+    `sites` maps each layer to the name of the tensor it reads; layers that read the same tensor share one H.
+    Activations have type `dtype`. `batch` examples at a time are moved to the model's device, and `recompute` turns on
+    activation checkpointing (`recomputed`); both bound the memory of activations and do not change the result. `memory`
+    is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. `seed`
+    is that of the labels that are drawn at random if there are none (`Predictions.fisher_loss`); they are the same for
+    any number of processes. Raises `PermpruneError` if a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
     first, *further = _split(readers, memory)
@@ -86,7 +87,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Pass:
-    """One way through the batches of this rank, each with its number."""
+    """A pass over the batches of this rank; `parts` are (number among the batches of all ranks, batch)."""
 
     model: nn.Module
     task: Task
@@ -96,13 +97,13 @@ class _Pass:
 
     @torch.no_grad()
     def terms(self, examples: Examples) -> int:
-        """How many terms the loss of some examples has."""
+        """Return the number of terms of the loss on some examples."""
         with frozen(self.model):
             return self._outputs(examples.to(compute_device(self.model))).terms
 
     @torch.no_grad()
     def forward(self, readers: dict[str, Layer]) -> dict[str, Tensor]:
-        """The second moments of what the readers read, by site."""
+        """Return the second moments of the readers' inputs, by site."""
         inputs = InputMoments(readers)
         for _, part in self._batches():
             with inputs.observe(padding_of(self.model, part)):
@@ -112,7 +113,7 @@ class _Pass:
     def differentiated(
         self, readers: dict[str, Layer], layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool
     ) -> tuple[dict[str, Tensor], float]:
-        """As `forward`, with a backward pass that adds to `fisher` of the layers; also the number of terms."""
+        """Like `forward`, with a backward pass that accumulates `fisher`. Returns (moments, number of terms)."""
         inputs, terms = InputMoments(readers), 0.0
         for number, part in self._batches():
             padding = padding_of(self.model, part)
@@ -146,7 +147,7 @@ class _Pass:
 
 @contextmanager
 def _graph_from(layers: list[Layer]) -> Iterator[None]:
-    """Start the graph at the first of the layers that runs."""
+    """Start the autograd graph at the first of the layers that runs, as no parameter requires a gradient."""
 
     def start(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         x = args[0]
@@ -161,7 +162,7 @@ def _graph_from(layers: list[Layer]) -> Iterator[None]:
 
 
 def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Layer]]:
-    """The sites in as few passes as the fp64 accumulators fit into `memory` bytes; at least one site a pass."""
+    """Split the sites into passes whose fp64 accumulators fit into `memory` bytes; each pass has at least one site."""
     passes: list[dict[str, Layer]] = [{}]
     used = 0
     for site, layer in readers.items():

@@ -1,1 +1,1 @@
-"""What a model is trained and searched on: targets, and the losses made of them."""
+"""Losses that searches and training minimise, and the tasks that give them predictions and targets."""

@@ -1,4 +1,4 @@
-"""Cross-entropy over many classes, a few terms at a time: for large vocabularies its copies take gigabytes."""
+"""Cross-entropy in chunks of terms: with a large vocabulary, fp32 copies of all logits would take gigabytes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AT_ONCE = 2**20
-"""Logits that are held in fp32 at a time."""
+"""Number of logits that are held in fp32 at a time."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label], in fp32, summed over the terms.
+    """Return -log softmax(logits)[label], computed in fp32 and summed over the terms.
 
-    `logits` (terms, classes) of any floating type, `labels` int64 (terms,). Nothing of the size of the logits is kept
-    for the backward pass but they themselves.
+    `logits` is (terms, classes) of any floating type, `labels` is int64 (terms,). For the backward pass only the logits
+    and labels are saved, and no other tensor of their size.
     """
     total: Tensor = _CrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
     return total
@@ -42,6 +42,6 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _parts(logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits and labels of a few terms after the other."""
+    """Split logits and labels into chunks of at most `AT_ONCE` logits, or of one term."""
     count = max(1, AT_ONCE // logits.shape[1])
     return zip(logits.split(count), labels.split(count), strict=True)

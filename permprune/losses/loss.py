@@ -1,4 +1,4 @@
-"""What a search minimises: the interface of losses, and functions as losses."""
+"""The interface of the losses that searches and training minimise, and an adapter for plain functions."""
 
 from __future__ import annotations
 
@@ -19,50 +19,57 @@ LossFunction = Callable[[nn.Module, Examples], Tensor]
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """The dense model's outputs for a batch, on the CPU: what is kept of them (see `Task`), and the blocks' outputs."""
+    """The dense model's outputs for one batch, on the CPU, as far as a loss needs them.
+
+    `predictions` is what `kept` of the task's predictions returns, or None; `block_outputs` are the outputs of the
+    repeated blocks, without padding.
+    """
 
     predictions: Tensor | None
     block_outputs: list[Tensor]
 
 
 class Loss(ABC):
-    """The loss of a batch, a sum over terms: tokens of text, or whole examples."""
+    """The loss of a batch, summed over its terms; a term is a token of text or a whole example."""
 
     @abstractmethod
     def __call__(
         self, model: nn.Module, batch: Examples, task: Task, teacher_outputs: TeacherOutputs | None
     ) -> tuple[Tensor, int]:
-        """(the sum with its graph, the number of terms); `teacher_outputs` are those of this batch, if needed."""
+        """Return (summed loss with its autograd graph, number of terms).
+
+        `teacher_outputs` are the dense model's outputs for this batch, or None if the loss does not need them.
+        """
 
     @property
     def curvature(self) -> float:
-        """The curvature of the loss, divided by the sum of its terms' squared gradients."""
+        """The curvature of the loss, divided by the sum of the squared gradients of its terms."""
         return 1.0
 
     def suited(self, task: Task, one_label_per_example: bool) -> Loss:
-        """This loss, with what it leaves open chosen for the data."""
+        """Return this loss with the weights that were left open set to suit the task; by default unchanged."""
         return self
 
     def with_divergence(self) -> Loss:
-        """The loss by which weights are trained between the rounds of a search."""
+        """Return the loss for training weights between the rounds of a search; by default this loss."""
         return self
 
     def needs_teacher(self, task: Task) -> bool:
-        """Whether the dense model's outputs are needed."""
+        """Whether the loss needs the dense model's outputs."""
         return False
 
     def compute_teacher_outputs(self, model: nn.Module, batch: Examples, task: Task) -> TeacherOutputs:
-        """The dense model's outputs for a batch; `model` must show the dense weights."""
+        """Return the dense model's outputs for a batch; `model` must hold the dense weights."""
         return TeacherOutputs(None, [])
 
 
 @dataclass(frozen=True, repr=False)
 class FunctionLoss(Loss):
-    """A function of model and batch as a loss.
+    """Wraps a function of model and batch as a loss.
 
-    The search takes its curvature from the gradients of single terms, so that a function which returns the loss of each
-    term (`reduction="none"`) is searched better than one which returns their mean. Calling raises `PermpruneError`
-    where the function does not return a tensor.
+    Searches estimate curvature from the gradients of single terms. A function that returns the loss of each term
+    (`reduction="none"`) is therefore optimised better than one that returns their mean. Calling the loss raises
+    `PermpruneError` if the function does not return a non-empty tensor.
     """
 
     function: LossFunction
@@ -80,7 +87,7 @@ class FunctionLoss(Loss):
 
 
 def as_loss(loss: Loss | LossFunction) -> Loss:
-    """A loss as it is, and a function as a loss. Raises `PermpruneError` for anything else."""
+    """Return a `Loss` as it is, and wrap a function in a `FunctionLoss`. Raises `PermpruneError` for anything else."""
     if isinstance(loss, Loss):
         return loss
     if not callable(loss):

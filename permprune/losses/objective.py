@@ -1,4 +1,4 @@
-"""The loss of a batch: the task's own loss, and distances to the dense model."""
+"""The default loss: a weighted sum of the task's own loss and of distances to the dense model."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ class Objective(Loss):
     Raises `PermpruneError` for a negative weight, and where all of them are 0.
 
     Attributes:
-        task: Weight of the cross-entropy with the labels; for an `Imitation`, of the distance to the dense model.
+        task: Weight of the task's loss: the cross-entropy with the labels, or the distance to the dense model's outputs
+            for an `Imitation`.
         divergence: Weight of the KL divergence from the dense model's predictions. Its gradient has the same mean as
-            that of the labels, without the noise of single labels. None lets `suited` choose; until then it is 0.
+            that of the cross-entropy, without the noise of individual labels. None lets `suited` choose the weight, and
+            counts as 0 until then.
         distillation: Weight of the Smooth-L1 distance of every block's output to the dense model's, summed over
             positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss").
         cosine: Weight of 1 - the cosine similarity of the last block's output and the dense model's (PermLLM, Zou et
@@ -50,10 +52,10 @@ class Objective(Loss):
             raise PermpruneError("all losses weigh 0: give task, divergence, distillation or cosine a weight above 0")
 
     def suited(self, task: Task, one_label_per_example: bool) -> Objective:
-        """This objective, with a `divergence` chosen for the data if it is None.
+        """Return this objective with `divergence` chosen for the data if it is None.
 
-        With `one_label_per_example` labels are few, and a search can bring their loss below the dense model's without
-        better predictions. The divergence prevents this.
+        With `one_label_per_example` there are few labels, and a search can lower their loss below the dense model's
+        without predicting better. The divergence prevents this.
         """
         if self.divergence is not None:
             return self
@@ -65,10 +67,10 @@ class Objective(Loss):
 
     @property
     def curvature(self) -> float:
-        """The curvature of cross-entropy and divergence together, divided by the squared gradient of their sum.
+        """The curvature of cross-entropy plus divergence, divided by the squared gradient of their sum.
 
-        The Fisher information is the curvature of both, but near the dense model only the squared gradients of the
-        labels' loss add up to it.
+        The Fisher information is the curvature of both. Near the dense model, however, the gradient of the divergence
+        vanishes, and only the squared gradients of the cross-entropy estimate that information.
         """
         return (self.task + self.divergence) / self.task**2 if self.task and self.divergence else 1.0
 
@@ -99,7 +101,7 @@ class Objective(Loss):
     def _distances(
         self, distance: Callable[[Tensor | None], Tensor], outputs: list[Tensor], dense: TeacherOutputs
     ) -> list[Tensor]:
-        """The weighted distances to the dense model; `distance` is that of the predictions."""
+        """Return the weighted distances to the dense model; `distance` computes that of the predictions."""
         losses = []
         if self.divergence:
             losses.append(self.divergence * distance(dense.predictions))
@@ -113,7 +115,7 @@ class Objective(Loss):
 
 @contextmanager
 def block_outputs(model: nn.Module, padding: Padding) -> Iterator[list[Tensor]]:
-    """Collect the output of every repeated block of the model, without padding, in the order in which they run."""
+    """Collect the outputs of the model's repeated blocks inside the context, without padding, in execution order."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -128,7 +130,7 @@ def block_outputs(model: nn.Module, padding: Padding) -> Iterator[list[Tensor]]:
 
 
 def _smooth_l1(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
-    """The Smooth-L1 distance of tensors of any shapes, summed over all of their elements."""
+    """The Smooth-L1 distance between pairs of tensors of any shape, summed over all elements."""
     pairs = zip(outputs, dense, strict=True)
     losses = [F.smooth_l1_loss(own.float(), target.to(own.device).float(), reduction="sum") for own, target in pairs]
     return torch.stack(losses).sum()

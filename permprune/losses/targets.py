@@ -1,4 +1,7 @@
-"""What a model is asked about a batch, chosen by the names of the examples and by what the model returns."""
+"""Tasks: what a model predicts for a batch, and the targets of its predictions.
+
+The task is chosen by the names of the examples' tensors and by what the model returns (`choose_task`).
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from permprune.system import distributed
 from permprune.system.device import compute_device
 
 FEATURES = ("image_embeds", "text_embeds", "pooler_output", "last_hidden_state")
-"""What a model without a head is known by, of whatever it returns."""
+"""Outputs that serve as the features of a model without a head, as far as it returns them."""
 
 SCORES = "logits"
-"""What a model of scores returns, one for each example."""
+"""The output of a regression model: one score for each example."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of a batch: `logits` (terms, classes) with their graph, and the right `labels` (terms,).
+    """Class predictions for a batch: `logits` (terms, classes) with their graph, and the target `labels` (terms,).
 
-    Without labels the dense model's predictions are right.
+    Without labels the dense model's predictions are the targets.
     """
 
     logits: Tensor
@@ -39,25 +42,28 @@ class Predictions:
         return len(self.logits)
 
     def loss(self, dense: Tensor | None = None) -> Tensor:
-        """Cross-entropy, or without labels the distance to what `kept` gave of the dense model; summed over terms."""
+        """Cross-entropy with the labels, or without labels the distance to `dense`; summed over the terms.
+
+        `dense` is what `kept` returned for the dense model's predictions.
+        """
         if self.labels is not None:
             return cross_entropy(self.logits, self.labels)
         return self.distance(dense)
 
     def kept(self) -> Tensor:
-        """What `distance` needs of the dense model: log-probabilities (terms, classes), fp16 on the CPU."""
+        """The target for `distance`, from the dense model: log-probabilities (terms, classes), fp16 on the CPU."""
         return self.logits.float().log_softmax(-1).half().cpu()
 
     def distance(self, dense: Tensor | None) -> Tensor:
-        """KL divergence from the dense model's predictions, summed over the terms."""
+        """KL divergence from the dense model's predictions (see `kept`), summed over the terms."""
         assert dense is not None
-        target = dense.to(self.logits.device).float().log_softmax(-1)  # mends the rounding
+        target = dense.to(self.logits.device).float().log_softmax(-1)  # normalises again after rounding to fp16
         return F.kl_div(self.logits.float().log_softmax(-1), target, reduction="sum", log_target=True)
 
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
-        """A loss whose squared gradients are in the mean the diagonal of the Fisher information, summed over terms.
+        """A loss, summed over the terms, whose expected squared gradient is the diagonal of the Fisher information.
 
-        That is the cross-entropy of the labels, or without them of labels drawn from the predictions themselves.
+        This is the cross-entropy with the labels, or without labels with labels drawn from the predicted distribution.
         """
         if self.labels is not None:
             return self.loss()
@@ -69,10 +75,11 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Features:
-    """What a model without a head, or one of scores, says of a batch: `values` (terms, numbers) with their graph.
+    """The features of a model without a head, or the scores of a regression model, for a batch.
 
-    A term is an example. Features are scaled so that the squares of an example's numbers add up to about 1 for each
-    kind of feature. Scores have the right ones as `labels` (terms, 1); without labels the dense model is right.
+    `values` is (terms, numbers) with their graph; a term is an example. Features are scaled so that the squares of an
+    example's numbers sum to about 1 for each kind of feature. `labels`, (terms, 1), are the target scores; without
+    labels the dense model's values are the targets.
     """
 
     values: Tensor
@@ -83,11 +90,11 @@ class Features:
         return len(self.values)
 
     def loss(self, dense: Tensor | None = None) -> Tensor:
-        """The squared distance to the labels, or without them to what `kept` gave of the dense model."""
+        """Squared distance to the labels, or without labels to `dense`, what `kept` returned for the dense model."""
         return self.distance(dense if self.labels is None else self.labels)
 
     def kept(self) -> Tensor:
-        """What `distance` needs of the dense model: the values (terms, numbers), fp32 on the CPU."""
+        """The target for `distance`, from the dense model: the values (terms, numbers), fp32 on the CPU."""
         return self.values.float().cpu()
 
     def distance(self, dense: Tensor | None) -> Tensor:
@@ -96,17 +103,20 @@ class Features:
         return (self.values - dense.to(self.values)).square().sum()
 
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
-        """A random projection whose squared gradients are in the mean the Gauss-Newton diagonal of the distance."""
+        """A random projection whose expected squared gradient is the Gauss-Newton diagonal of the distance."""
         signs = torch.randint(2, self.values.shape, generator=generator).to(self.values) * 2 - 1
         return 2**0.5 * (signs * self.values).sum()
 
 
 Task = Callable[[nn.Module, Examples], Predictions | Features]
-"""(model, batch) -> what it says of it."""
+"""(model, batch) -> the model's predictions or features for the batch."""
 
 
 def next_token(model: nn.Module, batch: Examples) -> Predictions:
-    """Each next token of "input_ids" (batch, length), or of "labels" where only some count; padding does not."""
+    """Predict each next token of "input_ids" (batch, length), or of "labels" if there are any.
+
+    Padding and labels of `IGNORED` are left out.
+    """
     labels = next_labels(batch)
     logits = run_model(model, batch).logits[:, :-1]
     if batch.keys() == ["input_ids"]:
@@ -116,16 +126,17 @@ def next_token(model: nn.Module, batch: Examples) -> Predictions:
 
 
 def next_labels(batch: Examples) -> Tensor:
-    """The tokens that follow each but the last, (batch, length - 1); `IGNORED` where one does not count."""
+    """Return the next token of every position but the last, (batch, length - 1); `IGNORED` if it is left out."""
     labels = (batch["labels"] if "labels" in batch else batch["input_ids"])[:, 1:]
     mask = batch.get("attention_mask")
     return labels if mask is None else labels.masked_fill(~(mask[:, 1:].bool() & mask[:, :-1].bool()), IGNORED)
 
 
 def labelled(model: nn.Module, batch: Examples) -> Predictions:
-    """The class of each example, "labels" (batch,), or of each position, (batch, length), such as a decoder's tokens.
+    """Predict the class of each example, "labels" (batch,), or of each position, (batch, length).
 
-    Raises `PermpruneError` where the logits are of another shape, or of fewer classes.
+    The positions are, for instance, a decoder's tokens. Raises `PermpruneError` if the logits have another shape than
+    the labels, or fewer classes.
     """
     labels = batch["labels"]
     logits = run_model(model, batch).logits
@@ -141,9 +152,9 @@ def labelled(model: nn.Module, batch: Examples) -> Predictions:
 
 
 def scored(model: nn.Module, batch: Examples) -> Features:
-    """The score of each example, whose right ones are "labels" (batch,), real numbers.
+    """Predict the score of each example; the target scores are "labels" (batch,), of a floating type.
 
-    Raises `PermpruneError` where the model gives classes.
+    Raises `PermpruneError` unless the model returns one number for each example.
     """
     labels = batch["labels"]
     logits = run_model(model, batch).logits
@@ -156,16 +167,17 @@ def scored(model: nn.Module, batch: Examples) -> Features:
 
 @dataclass(frozen=True)
 class Imitation:
-    """What the dense model says is right: its logits, or, of a model without a head or of scores, its features.
+    """The task of reproducing the dense model's outputs, for examples without labels.
 
-    `variances`, of such a model, are those of the features that are imitated, by name, each summed over the
-    channels: how far apart the dense model's features of the calibration examples are.
+    For a model of classes these are its logits, and `variances` is None. Otherwise they are the features of a model
+    without a head, or the scores of a regression model. `variances` then maps the name of each output to its variance
+    over the calibration examples in the dense model, summed over the channels, by which squared distances are divided.
     """
 
     variances: Mapping[str, float] | None = None
 
     def __call__(self, model: nn.Module, batch: Examples) -> Predictions | Features:
-        """Logits of every example or position that is no padding; or features of every example."""
+        """Return the logits of every example or position that is not padding, or the features of every example."""
         output, padding = run_model(model, batch), padding_of(model, batch)
         if self.variances is None:
             return Predictions(padding.real(output.logits).flatten(0, -2))
@@ -174,9 +186,9 @@ class Imitation:
     @classmethod
     @torch.no_grad()
     def of(cls, model: nn.Module, examples: Examples, batch: int) -> Imitation:
-        """The imitation that suits what a dense model returns for these examples, `batch` at a time.
+        """Return the imitation for the outputs of a dense model, which runs on `batch` of the examples at a time.
 
-        Raises `PermpruneError` where it returns neither logits nor features.
+        Raises `PermpruneError` if it returns neither logits of classes nor features.
         """
         device = compute_device(model)
         first = run_model(model, examples[:1].to(device))
@@ -197,7 +209,7 @@ class Imitation:
 
 
 class _Sums:
-    """Sums over the positions of features, from which their variance comes."""
+    """Accumulates the variance of features over positions."""
 
     def __init__(self, channels: int) -> None:
         self.count, self.square, self.total = 0.0, 0.0, torch.zeros(channels, dtype=torch.float64)
@@ -209,7 +221,10 @@ class _Sums:
         self.total += rows.sum(0).cpu()
 
     def variance(self) -> float:
-        """Summed over the channels; the mean square where the features are all alike, as those of one example are."""
+        """The variance over all positions and ranks, summed over the channels.
+
+        If the features are all equal, as those of a single example can be, this is their mean square.
+        """
         distributed.add_([self.total])
         count, square = distributed.total(self.count, self.square)
         energy = square / count
@@ -218,9 +233,9 @@ class _Sums:
 
 
 def _scaled(x: Tensor, variance: float, padding: Padding) -> Tensor:
-    """Features (batch, channels) or (batch, positions, channels), an example a row, by variance and positions.
+    """Flatten features (batch, channels) or (batch, positions, channels) to (batch, numbers), and scale them.
 
-    Padding is 0.
+    Values are divided by the square roots of the variance and of the example's number of positions. Padding becomes 0.
     """
     mask = padding.mask_of(x)
     values = x.float().flatten(1, -2) if x.dim() > 2 else x.float()[:, None]
@@ -230,11 +245,11 @@ def _scaled(x: Tensor, variance: float, padding: Padding) -> Tensor:
 
 
 def choose_task(model: nn.Module, examples: Examples, batch: int) -> Task:
-    """What a dense model is to be asked about such examples, `batch` at a time.
+    """Choose the task for examples; the dense model may run on `batch` of them at a time.
 
-    Labels are right where there are any, classes or scores; the next token in a text for a model that writes text; and
-    otherwise what the dense model says itself. Raises `PermpruneError` for examples that the model cannot be asked
-    about.
+    If there are labels, classes or scores, they are the targets. Otherwise a causal language model predicts the next
+    token of text, and any other model reproduces the dense model's outputs (`Imitation`). Raises `PermpruneError` if
+    the model and the examples do not fit any task.
     """
     labels = examples.get("labels")
     if labels is None:
