@@ -1,4 +1,4 @@
-"""Which file of a checkpoint cannot be read, and why."""
+"""Find the damaged file of a checkpoint after loading it has failed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PICKLES = "pytorch_model*.bin"
 
 
 def damage(source: str | Path, weights: bool = False) -> str | None:
-    """The first file of a checkpoint's folder that is damaged, in a clause; None where each can be read.
+    """Describe the first damaged file in a checkpoint's folder, as a clause for an error message; None if all are fine.
 
-    Looked for after loading failed, where what Transformers raised may not name the file. With `weights` it were those
-    that did not load: if they are pickled, that is why. Nothing is unpickled.
+    Called after loading has failed, because the error from Transformers may not name the file. With `weights`, the
+    weights failed to load, and pickled weights are reported as the cause. Nothing is unpickled here.
     """
     folder = Path(source)
     for path in sorted(folder.glob("*.json")):
@@ -45,7 +45,7 @@ def damage(source: str | Path, weights: bool = False) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing, or a key alone."""
+    """The message of an error in one line; the name of its type if it has no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if isinstance(error, KeyError):
         return f"unknown key {lines[0]}"

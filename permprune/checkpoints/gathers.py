@@ -1,4 +1,4 @@
-"""Gathers: orders in which a model reads channels at run time, because they cannot be folded into its weights."""
+"""Gathers: permutations of channels applied at run time because they cannot be folded into the weights."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from permprune.system.device import compute_device
 
 Side = Literal["output", "input"]
 Place = tuple[Side, str]
-"""Which side of which module, by name, has its channels reordered."""
+"""The side ("output" or "input") and the name of a module whose channels are reordered."""
 
 BUFFERS: dict[Side, str] = {"output": "permprune_output_order", "input": "permprune_input_order"}
-"""Names of the buffers that hold the orders, beside the module's weights: they move with the model."""
+"""Names of the module buffers that hold the permutations; as buffers, they move between devices with the model."""
 
 
 class Permutation:
-    """The lists that hold 0 to n - 1 once each, n being at least 1."""
+    """The set of permutations: non-empty lists of length n that contain each of 0 to n - 1 once."""
 
     def __contains__(self, order: list[int]) -> bool:
         return bool(order) and sorted(order) == list(range(len(order)))
@@ -38,10 +38,11 @@ Order = Annotated[list[int], Permutation()]
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """An order for the output of one module, or for the inputs of several.
+    """A permutation of the channels of one module's output, or of the inputs of several modules.
 
-    Channel i of the reordered tensor is channel `order[i]` of the original one. `site` names the tensor. One of
-    `output` and `inputs` is empty.
+    Channel i of the reordered tensor is channel `order[i]` of the original one. `site` is the name of the tensor's
+    `Site`. Either `output` names a module or `inputs` names one or more; the other is empty. Raises `Malformed`
+    otherwise.
     """
 
     site: str
@@ -59,7 +60,7 @@ class Gather:
 
 
 def compose(first: Iterable[Gather], then: Iterable[Gather]) -> list[Gather]:
-    """The gathers that do what `first` and `then` do one after the other, with one order for each place."""
+    """Combine two lists of gathers, applied one after the other, into one with a single permutation per place."""
     orders: dict[Place, tuple[str, tuple[int, ...]]] = {}
     for gather in (*first, *then):
         for place in gather.places:
@@ -76,11 +77,11 @@ def compose(first: Iterable[Gather], then: Iterable[Gather]) -> list[Gather]:
 
 
 def attach_gathers(model: nn.Module, gathers: Sequence[Gather]) -> None:
-    """Let the model reorder channels as it runs, after any reordering that it does already at the same places.
+    """Register hooks that reorder channels at run time, after any gathers already attached at the same places.
 
-    The weights are as they are: they must be those that go with these orders. A plain `save_pretrained` of the model
-    raises `PermpruneError` from now on, since the weights alone would compute something else; copies and pickles of the
-    model keep gathers and refusal. Raises `Malformed` for places that the model does not have, or of another size.
+    The weights are not changed and must already match the permutations. From now on, `save_pretrained` of the model
+    raises `PermpruneError`, because the saved weights would be wrong without the gathers; copies and pickles of the
+    model keep the gathers and raise too. Raises `Malformed` if the model has no such place, or one of another size.
     """
     device = compute_device(model)
     for gather in gathers:
@@ -92,12 +93,12 @@ def attach_gathers(model: nn.Module, gathers: Sequence[Gather]) -> None:
 
 
 def has_gathers(model: nn.Module) -> bool:
-    """Whether the model reorders channels as it runs."""
+    """Whether the model has gathers attached."""
     return any(name in module._buffers for module in model.modules() for name in BUFFERS.values())
 
 
 def detach_gathers(model: nn.Module) -> dict[Place, Tensor]:
-    """Undo `attach_gathers`: the weights alone compute something else. Returns the orders by their places."""
+    """Remove the gathers, without which the weights compute other outputs, and return their permutations by place."""
     found: dict[Place, Tensor] = {}
     for name, module in model.named_modules():
         for side, buffer in BUFFERS.items():
@@ -140,7 +141,7 @@ def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
 
 
 def _module(model: nn.Module, side: Side, name: str) -> nn.Module:
-    """The module of that name: for its input a linear layer, for its output one without parts."""
+    """The module of that name. Raises `Malformed` unless it is a linear layer ("input") or a leaf module ("output")."""
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -152,11 +153,11 @@ def _module(model: nn.Module, side: Side, name: str) -> nn.Module:
 
 
 def _width(module: nn.Module, side: Side) -> int | None:
-    """The number of channels on a side of a linear layer, an embedding or a norm; None for other modules."""
+    """The number of input or output channels of a linear layer, an embedding or a norm; None for other modules."""
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
     weight = getattr(module, "weight", None)
-    elsewhere = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)  # channels are not their last dimension
+    elsewhere = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)  # their channels are not the last dimension
     if not isinstance(weight, Tensor) or isinstance(module, elsewhere):
         return None
     if isinstance(module, (nn.Linear, Conv1D)):

@@ -1,4 +1,4 @@
-"""Reading models, and writing pruned ones so that they load again."""
+"""Read models, and write pruned models so that they can be loaded again."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ from permprune.zoo.cache import cache_root
 from permprune.zoo.models import resolve_model
 
 GATHERED = "gathered.safetensors"
-"""Weights of a gathered model: under a name of their own, since without the gathers they would compute nonsense."""
+"""File of a gathered model's weights, not named as Transformers expects: without the gathers the weights are wrong."""
 
 CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "its weights: "
-"""Parts of a model that are loaded one after the other, as errors begin with them."""
+"""Prefixes of error messages, for the part of a model that does not load."""
 
 
 @memory_reported()
 def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Processor | None, torch.dtype]:
-    """A model in fp32 (on the GPU if there is one), its processor, and the type it is stored in.
+    """Load a model in fp32 (on the GPU if there is one), its processor, and the dtype of the stored weights.
 
-    `name` is a zoo name, a folder (one that permprune wrote included) or a hub id. The processor is a tokenizer, an
-    image processor, a feature extractor or what joins them; None for a folder without. Code that comes with a
-    checkpoint is run only with `trust_remote_code`. Raises `PermpruneError` when something does not load, or when the
-    checkpoint and its config.json do not have the same weights.
+    `name` is a zoo name, a folder (dense or written by permprune) or a hub id. The processor is a tokenizer, an image
+    processor, a feature extractor or a combination; None if the folder has none. Custom code of a checkpoint runs only
+    with `trust_remote_code`. Raises `PermpruneError` if a part does not load, or if the checkpoint's weights do not
+    match its config.json.
     """
     source = resolve_model(name)
-    read_config(name, source, trust_remote_code)  # asks the hub once whether there is such a model, a processor often
+    read_config(name, source, trust_remote_code)  # first: if the hub has no such model, this fails after one request
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
     if any((Path(source) / file).exists() for file in (RECORD, GATHERED)):
@@ -54,7 +54,7 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
         model = _load_plain(name, source, trust_remote_code)
         set_origin(model, Origin(name, model.dtype))
     stored = model.dtype
-    nn.Module.float(model)  # Transformers' own refuses packed models, which bear it
+    nn.Module.float(model)  # PreTrainedModel.float raises for packed models, though they can be converted
     nn.Module.to(model, best_device())
     return model.eval(), processor, stored
 
@@ -62,11 +62,11 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
 def read_config(
     name: str, source: str | Path, trust_remote_code: bool = False
 ) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The class of the model of that name, which is read from `source`, a folder or hub id, and its config.
+    """The model class and the config of the checkpoint at `source`, a folder or hub id.
 
-    The class is the one that the checkpoint names, or, where it names none, the one without a head. With
-    `trust_remote_code` that is the checkpoint's own if it comes with code. Raises `PermpruneError` when there is no
-    such class, or no config that a checkpoint can have.
+    The class is the one named in the config's `architectures`, or the one without a head if none is named. With
+    `trust_remote_code`, the checkpoint's own class is used if it comes with code. `name` is the model's name in error
+    messages. Raises `PermpruneError` if Transformers has no such class, or the config is invalid.
     """
     with loading(name, source, CONFIG):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -75,13 +75,13 @@ def read_config(
             return own, config
         found = _named_class(name, config)
         kind = found.config_class
-        if kind is not None and not isinstance(config, kind):  # the config of a whole of which the model is a part
+        if kind is not None and not isinstance(config, kind):  # config of a composite model that contains this one
             config = kind.from_pretrained(source)
         return found, config
 
 
 def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of Transformers that a config names. Raises `PermpruneError` when there is none."""
+    """The Transformers class that a config names. Raises `PermpruneError` if there is no such class."""
     match config.architectures:
         case [str(named), *_]:
             found = getattr(transformers, named, None)
@@ -100,9 +100,10 @@ def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 @contextmanager
 def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
-    """Turn what loading a part of a model raises into a `PermpruneError` that says which file is at fault.
+    """Context manager that converts any error from loading a part of a model into a `PermpruneError` naming the file.
 
-    `source` is where the model of that name is read from; where it is the cache, the error says how to clear that.
+    `name` is the model's name in the message and `source` the folder or hub id it is loaded from. If `source` is in the
+    cache, the message says how to clear it. `part` is one of `CONFIG`, `PROCESSOR` and `WEIGHTS`.
     """
     cure = ""
     if Path(source).is_relative_to(cache_root()):
@@ -111,7 +112,7 @@ def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
         yield
     except PermpruneError as error:
         raise PermpruneError(f"{error}{cure}") from error
-    except Exception as error:  # Transformers, tokenizers and safetensors raise whatever a damaged file leads them to
+    except Exception as error:  # on a damaged file, Transformers, tokenizers and safetensors can raise any type
         if "trust_remote_code" in str(error):
             raise PermpruneError(f"{name} does not load: {UNTRUSTED}") from error
         fault = damage(source, weights=part == WEIGHTS) or f"{part}{first_line(error)}"
@@ -120,11 +121,11 @@ def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
 
 @memory_reported()
 def load(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The pruned model in a folder that permprune wrote, with its gathers in place if it has any.
+    """Load a pruned model from a folder that permprune wrote, and attach its gathers if it has any.
 
-    A folded model is a plain checkpoint, which `from_pretrained` loads as well. `save` writes the model again.
-    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` when the folder holds no such model, or a
-    damaged one.
+    A model without gathers is an ordinary checkpoint, which `from_pretrained` loads as well. `save` writes the model
+    again. Custom code of a checkpoint runs only with `trust_remote_code`. Raises `PermpruneError` if the folder does
+    not contain a model written by permprune, or if the model is damaged.
     """
     return _load_pruned(str(folder), Path(folder), trust_remote_code)
 
@@ -158,7 +159,7 @@ def _load_plain(name: str, source: str | Path, trust_remote_code: bool) -> PreTr
 
 
 def _is_gathered(folder: Path, record: Record) -> bool:
-    """Whether the weights of a folder go with gathers. Raises `PermpruneError` when only one of the two is there."""
+    """Whether the weights in a folder need gathers. Raises `PermpruneError` if the weights and the record disagree."""
     if (folder / GATHERED).exists() == bool(record.gathers):
         return bool(record.gathers)
     lacking, other = (GATHERED, RECORD) if record.gathers else ("gathers in its " + RECORD, GATHERED)
@@ -166,9 +167,9 @@ def _is_gathered(folder: Path, record: Record) -> bool:
 
 
 def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: torch.dtype, folder: Path) -> None:
-    """Config, weights in type `dtype` and processor.
+    """Write a model's config, its weights converted to `dtype`, and its processor to `folder`.
 
-    Weights that need gathers go under a name that plain loading does not find.
+    Weights that need gathers are written under a file name that `from_pretrained` does not find.
     """
     with stored_as(model, dtype):
         if has_gathers(model):
@@ -182,7 +183,7 @@ def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: to
 
 @contextmanager
 def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block the model's floating-point tensors are rounded to a type; after it they are as before."""
+    """Context manager: the model's floating-point parameters and buffers are cast to `dtype`; restored on exit."""
     parameters = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
     buffers = [
         (module._buffers, name, buffer)
@@ -204,7 +205,7 @@ def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def write_configs(model: PreTrainedModel, folder: Path) -> None:
-    """The configs that `save_pretrained` writes."""
+    """Write the config files that `save_pretrained` writes, without the weights."""
     model.config.architectures = [type(model).__name__]
     model.config.dtype = model.dtype
     write_code(model, folder)

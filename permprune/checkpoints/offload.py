@@ -1,4 +1,4 @@
-"""Models whose weights stay on disk: each module's are read when it runs, and let go after it."""
+"""Models whose weights stay on disk: the weights of each module are read when it runs and freed afterwards."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from permprune.system.device import best_device
 from permprune.zoo.models import resolve_model
 
 Edit = Callable[[str, Tensor], Tensor]
-"""(name, tensor) -> what the model is given in its place; the tensor is its own to change."""
+"""Function (name, tensor) -> tensor that the model gets instead; it may modify the given tensor in place."""
 
 SHARD = 5 * 10**9
-"""Bytes of weights in one file of a checkpoint, at most."""
+"""Maximum number of bytes of weights in one file of a checkpoint."""
 
 TYPES = {
     torch.float64: "F64",
@@ -37,13 +37,14 @@ TYPES = {
     torch.int32: "I32",
     torch.bool: "BOOL",
 }
-"""Names of types in safetensors files."""
+"""Names of dtypes in the header of a safetensors file."""
 
 
 class StoredWeights(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, fp32, read from disk when asked for and as `edit` makes them.
+    """Mapping from names to the tensors of a checkpoint in fp32, each read from disk when it is accessed.
 
-    Tied weights go by any of their names; `edit` is given the first of them.
+    `edit`, if set, is applied to every tensor read. Tied weights can be accessed by any of their names; `edit` receives
+    the first of them.
     """
 
     def __init__(self, stored: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
@@ -63,10 +64,10 @@ class StoredWeights(Mapping[str, Tensor]):
 
 
 def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of that name without weights, on the meta device.
+    """Load a model without its weights, on the meta device.
 
-    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`, and where the weights are not those of the
-    model.
+    `name` and `trust_remote_code` are those of `read_model`. Raises `PermpruneError` if the model does not load, or if
+    the checkpoint's weights do not match its config.json.
     """
     source = resolve_model(name)
     architecture, config = read_config(name, source, trust_remote_code)
@@ -75,18 +76,18 @@ def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedMo
             return whole_skeleton(name, architecture, config, source, trust_remote_code=trust_remote_code)[0]
         with torch.device("meta"):
             model: PreTrainedModel = architecture._from_config(config)
-    model.to("meta")  # type: ignore[arg-type]  # some parameters are made where no default device is heeded
+    model.to("meta")  # type: ignore[arg-type]  # some parameters are created on the CPU whatever the default device
     return model
 
 
 def read_offloaded(
     name: str, folder: Path, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Processor | None, torch.dtype, StoredWeights]:
-    """What `read_model` gives, with the parameters on the meta device, and the weights beside it.
+    """Like `read_model`, but the model's parameters are on the meta device, and its weights are returned separately.
 
-    The model runs once `attach` has given it weights. Where Transformers stores weights otherwise than it computes with
-    them (fused experts), they are written anew to `folder`. `trust_remote_code` is as that of `read_model`. Raises
-    `PermpruneError`, and when there are no safetensors.
+    The model can run after `attach(model, weights)`. Weights that Transformers converts when loading, such as fused
+    experts, are written to `folder` in the converted form. `name` and `trust_remote_code` are those of `read_model`.
+    Raises `PermpruneError` if the model does not load or has no safetensors files.
     """
     source = resolve_model(name)
     architecture, config = read_config(name, source, trust_remote_code)
@@ -107,7 +108,7 @@ def read_offloaded(
 
 
 def attach(model: PreTrainedModel, weights: StoredWeights) -> None:
-    """From now on every module of the model reads its own parameters from `weights` whenever it runs."""
+    """Register hooks on the model's modules so that each loads its parameters from `weights` whenever it runs."""
     attach_align_device_hook(model, execution_device=best_device(), offload=True, weights_map=weights)
 
 
@@ -120,7 +121,11 @@ def write_offloaded(
     folder: Path,
     memory: int,
 ) -> None:
-    """What `write_weights` writes, in type `dtype`, holding at most half of `memory` bytes, or else one tensor."""
+    """Like `write_weights`, for a model whose weights are on disk.
+
+    `gathered` tells whether the weights need gathers. At most half of `memory` bytes of weights are held in memory at a
+    time, or a single tensor if it is larger.
+    """
     _convert(model, dtype)
     if gathered:
         write_configs(model, folder)
@@ -136,13 +141,13 @@ def write_offloaded(
 
 
 def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters another type and tie those that belong together, which converting or running took apart."""
+    """Convert the parameters to a dtype and tie weights again, which conversion or offloading may have untied."""
     model.to(dtype)  # type: ignore[arg-type]
     model.tie_weights()
 
 
 def _save_in_turn(model: PreTrainedModel, weights: StoredWeights, path: Path) -> None:
-    """One safetensors file with all of the model's tensors, in the model's types, of which one at a time is held."""
+    """Write all tensors of the model, in the model's dtypes, to one safetensors file, holding one of them at a time."""
     tensors = {name: t for name, t in model.state_dict().items() if weights.canonical.get(name, name) == name}
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -1,4 +1,4 @@
-"""What permprune knows of a model that it has read or pruned, kept on the model itself."""
+"""Metadata about a model that permprune has loaded or pruned, stored as an attribute of the model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ATTRIBUTE = "_permprune_origin"
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model comes from: its name, the type that its weights are stored in, and how it was pruned.
+    """Where a model comes from: its name, the dtype of its stored weights, and how it was pruned.
 
-    `record` is None unless permprune pruned the model; `probe` is then what a folder of it is checked by, empty where
-    the folder lacks it.
+    `record` is None unless permprune pruned the model. `probe` holds the tensors by which a saved copy of a pruned
+    model is checked (see `make_probe`); empty if there are none.
     """
 
     name: str
@@ -34,18 +34,21 @@ class Origin:
 
 
 def origin_of(model: PreTrainedModel) -> Origin:
-    """What is known of a model. One that permprune has not met is stored as it is."""
+    """The `Origin` of a model; for a model that permprune has not loaded, one made from its config and its dtype."""
     known: Origin | None = vars(model).get(ATTRIBUTE)
     return known or Origin(model.config.name_or_path or type(model).__name__, model.dtype)
 
 
 def set_origin(model: PreTrainedModel, origin: Origin) -> None:
-    """Keep on the model what is known of it; copies and pickles of the model keep it too."""
+    """Attach an `Origin` to a model; copies and pickles of the model keep it."""
     vars(model)[ATTRIBUTE] = origin
 
 
 def carry_over(model: PreTrainedModel, whole: PreTrainedModel, rename: Callable[[str], str]) -> None:
-    """Give `whole`, which shares a model's weights under other names, its gathers, and what is known of it."""
+    """Transfer the gathers and the `Origin` of `model` to `whole`, which shares its weights under other names.
+
+    `rename` maps a module name of `model` to the name of that module in `whole`.
+    """
     origin = origin_of(model)
     if record := origin.record:
         origin = dataclasses.replace(origin, record=_renamed(record, rename))
@@ -54,7 +57,7 @@ def carry_over(model: PreTrainedModel, whole: PreTrainedModel, rename: Callable[
 
 
 def _renamed(record: Record, rename: Callable[[str], str]) -> Record:
-    """The record with other names of modules, and of the spaces and sites that are named after modules."""
+    """The record with `rename` applied to the names of modules, and of spaces and sites, which begin with one."""
     sample, dense = record.sample, record.dense
     return dataclasses.replace(
         record,

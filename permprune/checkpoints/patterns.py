@@ -1,4 +1,4 @@
-"""Which layers of a model hold an N:M pattern, by its record and by the weights themselves."""
+"""The N:M patterns of a model's layers, according to its record or detected from its weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from permprune.models.layers import Layer
 from permprune.pattern import Pattern, tightest
 
 Patterns = dict[str, Pattern]
-"""By the names of layers."""
+"""Patterns by the name of the layer."""
 
 
 def recorded_patterns(model: nn.Module, layers: Iterable[PrunedLayer]) -> Patterns:
-    """The pattern of each layer in a record. Raises `Malformed` unless the model has these layers."""
+    """The pattern of each layer in a record. Raises `Malformed` if the model has no such layer or M does not fit it."""
     linears = linear_layers(model)
     for row in layers:
         if row.name not in linears or linears[row.name].transposed != row.transposed:
@@ -30,13 +30,13 @@ def recorded_patterns(model: nn.Module, layers: Iterable[PrunedLayer]) -> Patter
 
 
 def held_patterns(model: nn.Module) -> Patterns:
-    """The tightest pattern of each linear layer whose weights hold one (`tightest`)."""
+    """The sparsest pattern (see `tightest`) that each linear layer's weights satisfy; dense layers are left out."""
     found = {name: tightest(layer.weight) for name, layer in linear_layers(model).items()}
     return {name: pattern for name, pattern in found.items() if pattern}
 
 
 def require_patterns(model: nn.Module, patterns: Patterns) -> None:
-    """Raise `PermpruneError` unless every layer holds its pattern in stored order."""
+    """Raise `PermpruneError` unless the weights of every layer, as stored, satisfy its pattern."""
     linears = linear_layers(model)
     for name, pattern in patterns.items():
         if not pattern.holds(linears[name].weight):
@@ -44,7 +44,7 @@ def require_patterns(model: nn.Module, patterns: Patterns) -> None:
 
 
 def linear_layers(model: nn.Module) -> dict[str, Layer]:
-    """Every linear layer of a model by name, pruned or not."""
+    """All linear layers of a model by name, whether pruned, packed or dense."""
     return {
         name: Layer(name, module, isinstance(module, Conv1D) or getattr(module, "transposed", False) is True)
         for name, module in model.named_modules()

@@ -1,4 +1,7 @@
-"""The probe of a folder: two examples and the masked model's outputs for them, before its orders were folded."""
+"""The probe of a pruned model's folder: two examples and the masked model's outputs for them, to check the folder by.
+
+The outputs are computed before the permutations are folded into the weights.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from permprune.system.device import compute_device
 PROBE = "probe.safetensors"
 
 ANSWER = "answer"
-"""The name of the outputs among the tensors of the probe; the others are arguments of the model's forward."""
+"""Name of the outputs in a probe; the other tensors are arguments of the model's forward."""
 
 ADVICE = "copy it again, or prune the model again"
 
@@ -27,9 +30,9 @@ Probe = Mapping[str, Tensor]
 
 
 def make_probe(model: PreTrainedModel, inputs: Probe) -> dict[str, Tensor]:
-    """The inputs, by the names of the arguments of the model's forward, and the model's outputs; on the CPU.
+    """Create a probe: `inputs`, keyword arguments of the model's forward, and the model's outputs for them, on the CPU.
 
-    `inputs` may be a probe, whose outputs are then made anew.
+    `inputs` may be a probe, whose outputs are then replaced.
     """
     own = {name: tensor.cpu().contiguous() for name, tensor in inputs.items() if name != ANSWER}
     return {**own, ANSWER: last_outputs(model, own)}
@@ -37,7 +40,7 @@ def make_probe(model: PreTrainedModel, inputs: Probe) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def last_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The first of a model's main outputs at the last position, fp32 (batch, classes or channels)."""
+    """The model's first main output (see `main_outputs`) at the last position: fp32 (batch, classes or channels)."""
     device = compute_device(model)
     arguments = forward_arguments(model, {name: tensor.to(device) for name, tensor in inputs.items()})
     output: Tensor = main_outputs(model(**arguments))[0]
@@ -45,7 +48,7 @@ def last_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor
 
 
 def read_probe(folder: Path) -> dict[str, Tensor]:
-    """The probe of a folder. Raises `PermpruneError` if it is missing or damaged."""
+    """Read the probe of a folder. Raises `PermpruneError` if it is missing or damaged."""
     path = folder / PROBE
     try:
         probe = load_file(path)
@@ -63,10 +66,10 @@ def read_probe(folder: Path) -> dict[str, Tensor]:
 def check_outputs(
     model: PreTrainedModel, probe: Probe, what: str, *, stored: torch.dtype, advice: str = ADVICE
 ) -> float:
-    """The largest difference between the model's outputs and those of the probe.
+    """The largest absolute difference between the model's outputs and those of the probe.
 
-    Raises `PermpruneError` if it is more than rounding the weights to type `stored` explains, or if the model does not
-    run on the probe; the message says that `what` computes other outputs, and then what to do about it.
+    Raises `PermpruneError` if the difference is larger than rounding the weights to dtype `stored` can explain, or if
+    the model does not run on the probe. In the message, `what` names the model and `advice` says what to do.
     """
     expected = probe[ANSWER]
     found = _outputs_on(model, probe)
@@ -82,7 +85,7 @@ def check_outputs(
 
 
 def _outputs_on(model: PreTrainedModel, probe: Probe) -> Tensor:
-    """The model's outputs for a probe that comes from a file."""
+    """The model's outputs for a probe. Raises `PermpruneError` if the model does not run on it."""
     known = argument_names(model)
     inputs = {name: tensor for name, tensor in probe.items() if name != ANSWER}
     try:

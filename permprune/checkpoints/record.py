@@ -1,4 +1,4 @@
-"""The record of a pruned model, `permprune.json`: one schema for all that read or write it."""
+"""The record of a pruned model, the file `permprune.json`: the schema, and reading it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from permprune.pattern import Pattern
 RECORD = "permprune.json"
 
 FORMAT = 1
-"""The format that is written, and the newest that is read. New keys with defaults are no new format."""
+"""The format version that is written, and the newest that can be read. Adding a key with a default keeps it."""
 
 ADVICE = "copy it again, or prune the model again"
 
@@ -31,16 +31,18 @@ Percentage = Annotated[int, Range(0, 100)]
 Count = Annotated[int, Range(0, 10**15)]
 Seconds = Annotated[float, Range(0, 1e12)]
 Value = Annotated[float, Range(-1e300, 1e300)]
-"""A measured value, in a range that pictures can show."""
+"""A measured value; the range is what charts can display."""
 
 Plain = str | int | float | bool | None
 
 
 @dataclasses.dataclass(frozen=True)
 class PrunedLayer:
-    """A pruned layer: its pattern, and what the mask keeps of the squared saliency and does to the output.
+    """A pruned layer: its pattern and the effect of pruning.
 
-    "_none" is natural order. `transposed` tells whether the weight is stored as (inputs, outputs).
+    `kept` is the fraction of the squared saliency that belongs to nonzero weights, and `error` the relative squared
+    error of the layer's output on the dense model's inputs. `kept_none` and `error_none` are the same for pruning
+    without a permutation. `transposed` tells whether the weight is stored as (inputs, outputs).
     """
 
     name: str
@@ -60,7 +62,7 @@ class PrunedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """A round of the search (`CurvePoint`)."""
+    """One round of the search (see `CurvePoint`)."""
 
     round: Count
     loss: Value
@@ -70,9 +72,10 @@ class Round:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The value of a metric of the dense model, of the model pruned in natural order, and as it is.
+    """The value of a metric for the dense model, the model pruned without a permutation, and the pruned model.
 
-    `overlap` is the share of the data that was calibrated on as well (`permprune.data.overlap`); None if unknown.
+    `count` is the number of predictions and `unit` what they are. `overlap` is the fraction of the evaluation data that
+    also occurs in the calibration data (see `permprune.data.overlap`); None if unknown.
     """
 
     data: str
@@ -90,7 +93,7 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True)
 class Cells:
-    """Rows of weights: their scores in percent, and 1 where they are kept (`sample`)."""
+    """Scores in percent of a matrix of weights, and 1 for kept and 0 for pruned weights (see `preview.sample`)."""
 
     score: list[list[Percentage]]
     kept: list[list[Flag]]
@@ -103,7 +106,7 @@ class Cells:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A few weights of a layer in natural order and as permuted."""
+    """A few weights of a layer, in natural and in permuted order; `kept` and `kept_none` are the layer's."""
 
     layer: str
     m: GroupSize
@@ -115,7 +118,11 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """An epoch of training after pruning, with what was measured after it."""
+    """One epoch of training after pruning.
+
+    `loss` is the mean training loss (None before the first epoch), `value` the metric after the epoch, `held_out` the
+    loss on the held-out examples (None if not measured), and `seconds` the time since training began.
+    """
 
     epoch: Count
     loss: Value | None
@@ -126,7 +133,11 @@ class Epoch:
 
 @dataclasses.dataclass(frozen=True)
 class Optimised:
-    """What training after pruning did: a metric before and after; its options are among the extra keys."""
+    """The result of training after pruning: a metric before and after it.
+
+    `train` selects the trained weights, `examples` is the number of training examples, `dense` the metric of the
+    teacher (None without one), and `count` and `unit` are those of `Measured`. The training options are in `extra`.
+    """
 
     train: str
     examples: Count
@@ -147,12 +158,12 @@ class Optimised:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """How a model was pruned, and what came of it.
+    """How a model was pruned, and the results.
 
-    `model` is the name of the dense one, `settings` the fields of `PruneConfig` and the permuter's name as "permute".
-    `permutations` are the tables folded into the weights, by space, `gathers` those that a loader puts back. `dense` is
-    what stayed dense inside the blocks, None where it was not recorded. What was not measured is None. Keys that this
-    version does not know are kept in `extra`.
+    `model` is the name of the dense model. `settings` are the fields of `PruneConfig`, with the permuter as "permute".
+    `permutations` are the tables folded into the weights, by space, and `gathers` the permutations that have to be
+    applied at run time. `dense` lists the weights inside the blocks that stayed dense; None if it was not recorded.
+    Values that were not measured are None. Keys unknown to this version are kept in `extra`.
     """
 
     format: Format
@@ -186,18 +197,18 @@ class Record:
 
     @classmethod
     def of(cls, values: object) -> Record:
-        """The record that parsed JSON holds. Raises `Malformed`."""
+        """Create a record from parsed JSON. Raises `Malformed` if it does not follow the schema."""
         record: Record = decode(cls, values)
         return record
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of the file, but for infinities and NaN, which are written as null."""
+        """The contents of the file as dicts and lists; infinities and NaN, written as null, are still numbers here."""
         values: dict[str, Any] = encode(self)
         return values
 
 
 def read_record(folder: str | Path) -> Record:
-    """The record in a folder, checked. Raises `PermpruneError` when there is none, or it is damaged or too new."""
+    """Read and check the record in a folder. Raises `PermpruneError` if it is missing, damaged or of a newer format."""
     path = Path(folder) / RECORD
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -213,7 +224,7 @@ def read_record(folder: str | Path) -> Record:
 
 
 def _require_format(path: Path, values: object) -> None:
-    """Refuse a record of a later format, of which nothing else is known."""
+    """Raise `PermpruneError` for a record of a newer format."""
     if isinstance(values, dict) and isinstance(number := values.get("format"), int) and number > FORMAT:
         number, version = map(reprlib.repr, (number, values.get("version")))
         raise PermpruneError(f"{path} is of format {number}, written by permprune {version}: upgrade permprune")

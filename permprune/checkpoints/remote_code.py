@@ -1,4 +1,4 @@
-"""Classes of models that come as Python code beside the weights, which is run only for who trusts it."""
+"""Model classes defined by custom code in the checkpoint, which runs only if the user trusts it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers.dynamic_module_utils import custom_object_save, get_class_from
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 UNTRUSTED = "it comes with code of its own, which loading it would run: read that, and give --trust-remote-code"
-"""Why a checkpoint with code does not load by default."""
+"""The reason given in the error if a checkpoint with custom code is loaded without `trust_remote_code`."""
 
 
 def code_class(config: PreTrainedConfig, source: str | Path) -> type[PreTrainedModel] | None:
-    """The class that a checkpoint's own code defines for the model of this config; None where that has none.
+    """The model class that a checkpoint's custom code defines for this config; None if there is no such code.
 
-    Runs the code. Saving such a model writes the code beside the weights.
+    Runs the code. Saving a model of this class writes the code next to the weights.
     """
     for kind, reference in _classes(config).items():
         found: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(source))
@@ -26,14 +26,14 @@ def code_class(config: PreTrainedConfig, source: str | Path) -> type[PreTrainedM
 
 
 def has_code_class(config: PreTrainedConfig) -> bool:
-    """Whether `code_class` would find one, without running anything."""
+    """Whether `code_class` would return a class; does not run the code."""
     return bool(_classes(config))
 
 
 def _classes(config: PreTrainedConfig) -> dict[str, str]:
-    """Of the `auto_map` of a config those that are the architecture it names, or models without a head if it does not.
+    """The entries of a config's `auto_map` for its architecture, or for "AutoModel" if it names no architecture.
 
-    By the kind of model, as "AutoModelForCausalLM", references as "modeling_name.NameForCausalLM".
+    Keys are auto classes, e.g. "AutoModelForCausalLM"; values are references, e.g. "modeling_name.NameForCausalLM".
     """
     references = getattr(config, "auto_map", None)
     if not isinstance(references, dict):
@@ -45,7 +45,7 @@ def _classes(config: PreTrainedConfig) -> dict[str, str]:
 
 
 def write_code(model: PreTrainedModel, folder: Path) -> None:
-    """Write the code of a model's class, where it came with some, to `folder`; its config then refers to it."""
+    """Write a model's custom code, if it has any, to `folder`, and refer to it in the model's config."""
     if model._auto_class is not None:
         config: Any = model.config
         custom_object_save(model, str(folder), config=config)

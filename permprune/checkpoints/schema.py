@@ -1,4 +1,4 @@
-"""Parsed JSON as typed dataclasses: every value is checked where it is read."""
+"""Convert parsed JSON to typed dataclasses, checking every value, and back."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 EXTRA = "extra"
-"""The field of a dataclass that keeps the keys which no other field has, so that rewriting a file loses none."""
+"""Name of the dataclass field that collects unknown keys, so that they survive reading and rewriting a file."""
 
 
 class Malformed(ValueError):
-    """A value is not what its type asks for; the message says where it stands and what is wrong."""
+    """Raised for a value that does not fit its declared type; the message gives its path and what is wrong."""
 
 
 def decode(kind: Any, value: object, where: str = "") -> Any:
-    """The value as a `kind`; `where` is its place, as in "layers[3].kept".
+    """Convert a parsed JSON value to type `kind`; `where` is its path for error messages, e.g. "layers[3].kept".
 
-    `kind` is bool, int, float, str, list[T], dict[str, T], a dataclass, a union of these, `Any`, or Annotated[T, range]
-    where `found in range` tells whether a value is allowed and `str(range)` which are. A float may be null: that is how
-    numbers that are not finite are written, which no range excludes. Raises `Malformed`.
+    `kind` is bool, int, float, str, list[T], dict[str, T], a dataclass, a union of these, `Any`, or
+    Annotated[T, range], where a value v is allowed if `v in range`, and `str(range)` describes the allowed values. A
+    float may be null, which stands for a non-finite number and becomes NaN; ranges do not apply to it. Raises
+    `Malformed` if the value does not fit.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -40,7 +41,7 @@ def decode(kind: Any, value: object, where: str = "") -> Any:
         return _decode_union(arguments, value, where)
     if origin is list:
         items = _expect((list, tuple), "a list", value, where)
-        if arguments[0] is int and all(type(item) is int for item in items):  # orders: the long ones
+        if arguments[0] is int and all(type(item) is int for item in items):  # fast path for long permutations
             return list(items)
         return [decode(arguments[0], item, f"{where}[{place}]") for place, item in enumerate(items)]
     if origin is dict:
@@ -53,7 +54,7 @@ def decode(kind: Any, value: object, where: str = "") -> Any:
 
 
 def encode(value: object) -> Any:
-    """The value as JSON takes it: dataclasses as dicts, their extra keys among the others."""
+    """Convert a value for `json.dumps`: dataclasses become dicts, and the keys in `extra` are merged into them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.name != EXTRA]
         return {**{name: encode(getattr(value, name)) for name in names}, **getattr(value, EXTRA, {})}
@@ -70,7 +71,7 @@ def dotted(where: str, name: str) -> str:
 
 
 def _decode_union(kinds: tuple[Any, ...], value: object, where: str) -> Any:
-    """The value as the first kind that takes it; null as None if that is among them."""
+    """Convert to the first type of a union that accepts the value; null becomes None if the union contains it."""
     if value is None and NoneType in kinds:
         return None
     others = [kind for kind in kinds if kind is not NoneType]
@@ -94,7 +95,7 @@ def _decode_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
             raise Malformed(f"{where or 'it'} lacks {field.name}")
     try:
         return kind(**found)
-    except Malformed as error:  # of a check of the whole
+    except Malformed as error:  # raised by the dataclass's own checks, which do not know the path
         raise Malformed(f"{where}: {error}" if where else str(error)) from None
 
 
@@ -133,4 +134,4 @@ _SCALARS: dict[Any, Callable[[Any, str], Any]] = {
     float: _number,
     str: _text,
 }
-"""By kind, what checks a value at a place and gives it back."""
+"""By type, a function (value, path) that checks a value and returns it."""

@@ -1,4 +1,4 @@
-"""Loading a checkpoint only if it holds every weight of its model, in the right shape."""
+"""Load a checkpoint, and raise an error unless it has every weight of the model in the right shape."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from permprune.errors import PermpruneError
 from permprune.system.progress import log
 
 TRAINING_ONLY = re.compile(r"(^|\.)masked_spec_embed$")
-"""Names of weights that a checkpoint may lack: inference does not read them (SpecAugment's vector of wav2vec 2.0)."""
+"""Weights that a checkpoint may lack because inference does not use them (the SpecAugment vector of wav2vec 2.0)."""
 
 OBSOLETE = re.compile(r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.(inv_freq|cos_cached|sin_cached))$")
-"""Names of tensors that a checkpoint may have besides: constants that older releases of Transformers stored."""
+"""Tensors that a checkpoint may have in addition: constants that older releases of Transformers stored."""
 
 POOLER = re.compile(r"(^|\.)pooler\.")
 
 MANY_LAYERS = 1000
-"""Layers that a model without weights has within seconds."""
+"""Number of layers that can be built without weights within seconds."""
 
 SHOWN = 3
-"""Names in an error, at most."""
+"""Maximum number of names in an error message."""
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Differences:
-    """What a checkpoint and its model do not have in common.
+    """Differences between the weights of a checkpoint and those of its model.
 
-    `missing` are names of weights that only the model has, `unexpected` those that only the checkpoint has, `shapes`
-    the shapes (in the checkpoint, in the model) where they differ.
+    `missing` are the names of weights that only the model has, `unexpected` those that only the checkpoint has, and
+    `shapes` maps names to (shape in the checkpoint, shape in the model) where the two differ.
     """
 
     missing: Sequence[str]
@@ -54,17 +54,18 @@ class Differences:
     def of(
         cls, missing: Iterable[str], unexpected: Iterable[str], shapes: Mapping[str, tuple[Shape, Shape]]
     ) -> Differences:
-        """The same in the order of the numbers in the names."""
+        """Create it with the names in natural order (layers.2 before layers.10)."""
         keys = sorted(shapes, key=_numbered)
         return cls(
             sorted(missing, key=_numbered), sorted(unexpected, key=_numbered), {key: shapes[key] for key in keys}
         )
 
     def require_none(self, name: str, model: nn.Module) -> list[str]:
-        """Raise a `PermpruneError` about the checkpoint `name` that counts them and names the first.
+        """Raise `PermpruneError` if there are differences; the message counts them and names the first few.
 
-        A checkpoint may have whole parts that the model does not have, such as a head or another tower, but not within
-        the repeated blocks: the names of their tensors are returned. Tensors that inference does not read do not count.
+        Allowed are tensors that inference does not use, and whole modules that only the checkpoint has, such as a head
+        or another tower, if they are not within the repeated blocks; the names of their tensors are returned. `name` is
+        the checkpoint's name in the message.
         """
         missing = [key for key in self.missing if not TRAINING_ONLY.search(key)]
         unexpected = [key for key in self.unexpected if not OBSOLETE.search(key)]
@@ -86,11 +87,11 @@ class Differences:
 def load_whole(
     name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, source: str | Path, **options: Any
 ) -> PreTrainedModel:
-    """`architecture.from_pretrained`, where the checkpoint has every weight of the model in its shape.
+    """Load a model with `architecture.from_pretrained` after checking that the checkpoint has all of its weights.
 
-    `name` is what errors call the checkpoint, `options` are those of `from_pretrained`. Logs a warning of parts of the
-    checkpoint that the model does not have. Raises `PermpruneError` (see `Differences.require_none`), and what
-    Transformers raises.
+    `name` is the checkpoint's name in messages; `options` are passed to `from_pretrained`. Logs a warning if modules of
+    the checkpoint are left out because the model does not have them. Raises `PermpruneError` if the weights do not
+    match (see `Differences.require_none`); errors from Transformers are not caught.
     """
     skeleton, options, parts = whole_skeleton(name, architecture, config, source, **options)
     if parts:
@@ -102,11 +103,11 @@ def load_whole(
 def whole_skeleton(
     name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, source: str | Path, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any], list[str]]:
-    """The model on the meta device, as `load_whole` would load it, which reads names and shapes of weights alone.
+    """Load a model on the meta device, reading only the names and shapes of its weights.
 
-    Besides it gives the options to load it with, and the names of what is left out. A pooler (of BERT, ViT and others)
-    that the checkpoint does not have is left out of the model, since its weights would be random. Raises as
-    `load_whole` does.
+    Returns the model, the options with which `load_whole` loads it, and the names of the tensors that are left out. If
+    the checkpoint lacks the model's pooler (in BERT, ViT and others), the model is built without it, since its weights
+    would be random. Raises the same errors as `load_whole`.
     """
     model, found = _dry_run(name, architecture, config, source, options)
     if any(map(POOLER.search, found.missing)) and (pooler := without_pooler(architecture)):
@@ -118,9 +119,9 @@ def whole_skeleton(
 def load_whole_file(
     name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, path: Path
 ) -> PreTrainedModel:
-    """A model from one safetensors file that holds its weights under the model's own names; otherwise as `load_whole`.
+    """Like `load_whole`, from a single safetensors file with the weights under the names of the model's state dict.
 
-    Raises `PermpruneError`, and what safetensors raises.
+    Raises `PermpruneError` if the weights do not match; errors from safetensors are not caught.
     """
     with safe_open(path, "pt") as file:
         stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -134,9 +135,9 @@ def load_whole_file(
 
 
 def require_fewer_layers(config: PreTrainedConfig, source: str | Path) -> None:
-    """Raise `ValueError` when a config asks for many layers, and more than the safetensors in a folder hold tensors.
+    """Raise `ValueError` if a config has more than `MANY_LAYERS` layers, and more than the checkpoint has tensors.
 
-    Such a model would take hours to build before anything could be found to be missing.
+    Such a config is damaged, and building its model to find the missing weights would take hours.
     """
     stored = 0
     for path in Path(source).glob("*.safetensors"):
@@ -148,7 +149,7 @@ def require_fewer_layers(config: PreTrainedConfig, source: str | Path) -> None:
 
 
 def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """The integers among values and the values within them, by name."""
+    """Yield (name, value) for every integer in a nested mapping."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _integers(value)
@@ -157,7 +158,7 @@ def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def without_pooler(architecture: type[nn.Module]) -> dict[str, bool]:
-    """The argument for `architecture` that leaves out its pooler; none where it takes no such argument."""
+    """The keyword argument that builds `architecture` without its pooler; empty if it has no such argument."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(architecture).parameters else {}
 
 
@@ -168,7 +169,7 @@ def _dry_run(
     source: str | Path,
     options: Mapping[str, Any],
 ) -> tuple[PreTrainedModel, Differences]:
-    """The model on the meta device, and how its checkpoint differs."""
+    """Load the model on the meta device; returns it and the differences from its checkpoint."""
     reader: Any = architecture
     dry = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _report() as lines:
@@ -188,7 +189,7 @@ def _dry_run(
 
 @contextmanager
 def _report() -> Iterator[list[str]]:
-    """The lines of the report that Transformers logs of a checkpoint, in place of showing it."""
+    """Context manager that captures the lines of Transformers' loading report instead of showing them."""
     lines: list[str] = []
     logger = logging.getLogger("transformers.modeling_utils")
 
@@ -200,7 +201,7 @@ def _report() -> Iterator[list[str]]:
     logger.setLevel(logging.INFO)
     logger.addFilter(keep)
     try:
-        with warnings.catch_warnings(action="ignore"):  # that loading in earnest repeats
+        with warnings.catch_warnings(action="ignore"):  # the actual loading repeats them
             yield lines
     finally:
         logger.removeFilter(keep)
@@ -208,7 +209,7 @@ def _report() -> Iterator[list[str]]:
 
 
 def _named(names: Sequence[str]) -> str:
-    """ "a", or "5 weights (a, b, c and 2 more)"."""
+    """Format names for a message: "a", or "5 weights (a, b, c and 2 more)"."""
     if len(names) == 1:
         return names[0]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -216,17 +217,20 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _numbered(name: str) -> list[str | int]:
-    """A key that sorts names by their numbers: layers.2 before layers.10."""
+    """Sort key for natural order: layers.2 before layers.10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _pattern(name: str) -> str:
-    """ "layers.0.mlp" as "layers.*.mlp"."""
+    """Replace numbers in a dotted name: "layers.0.mlp" becomes "layers.*.mlp"."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _is_apart(key: str, modules: Container[str]) -> bool:
-    """Whether a tensor belongs to a part that no module is of, by their patterns, and to none of numbered blocks."""
+    """Whether a tensor belongs to a module that the model does not have, outside its numbered blocks.
+
+    `modules` are the names of the model's modules as made by `_pattern`.
+    """
     path = _pattern(key).split(".")[:-1]
     above = [".".join(path[:end]) for end in range(1, len(path) + 1)]
     return not any(part in modules and (part is above[-1] or part.endswith("*")) for part in above)
