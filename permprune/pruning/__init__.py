@@ -1,1 +1,1 @@
-"""The pruned network: problems, masks, patterns of layers, and the folder that is written."""
+"""The pruned network: problems, masks, the pattern of each layer, and the folder that is written."""

@@ -1,4 +1,4 @@
-"""Which pattern each layer gets in a mix: more weights where the loss feels the layer's error most."""
+"""Mixed patterns: an N:M pattern for each layer, denser for layers whose errors raise the loss more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from permprune.pruning.problem import Problem
 from permprune.saliency.base import Saliency
 
 CHOICES = (Pattern(1, 4), Pattern(2, 4), Pattern(3, 4))
-"""Patterns of a mix, the sparsest first: groups of one size, so that the orders to search are those of 2:4."""
+"""The patterns of a mix, sparsest first. All have groups of 4, so that the orders to search are the same as for 2:4."""
 
 
 @torch.no_grad()
@@ -29,15 +29,15 @@ def mix(
     statistics: Statistics,
     saliency: Saliency,
 ) -> dict[str, Pattern]:
-    """A pattern for each layer, by name: the mix of least error that keeps no more weights than `TOTAL`.
+    """Choose a pattern for each layer, by name: the mix of least error that keeps no more weights than `TOTAL`.
 
-    The error of a layer is that of its output in natural order, weighted by how much the loss feels each row: tr(F E H
-    E^T), E being the weights that the pattern prunes, H the second moments of the input and F the diagonal of the
-    output's Fisher information, twice the layer's share of the loss in a second-order model of it (that of Optimal
-    Brain Surgeon, Hassibi and Stork 1993, with independent layers). Layers that share an order get one pattern, so
-    that in fold mode all readers of the residual stream do. Choosing one pattern for each group under a budget of
-    weights is a multiple-choice knapsack problem, which is solved exactly. Raises `PermpruneError` where it has no
-    solution.
+    The error of a layer is its output error in natural order, with each row weighted by the sensitivity of the loss:
+    tr(F E H E^T), where E are the weights that the pattern prunes, H the second moments of the input and F the diagonal
+    of the output's Fisher information. It is twice the layer's contribution in a second-order model of the loss (that
+    of Optimal Brain Surgeon, Hassibi and Stork 1993, with independent layers). `sites` maps each layer to the name of
+    the tensor that it reads. Layers that share an order get the same pattern; in fold mode these are, among others, all
+    layers that read the residual stream. Choosing a pattern for each group of layers under a budget of weights is a
+    multiple-choice knapsack problem, which is solved exactly. Raises `PermpruneError` if it has no solution.
     """
     errors = {layer.name: _errors(layer, sites[layer.name], statistics, saliency) for layer in layers}
     sizes = {layer.name: layer.weight.numel() for layer in layers}
@@ -50,7 +50,7 @@ def mix(
 
 
 def tied(names: list[str], problems: Iterable[Problem]) -> list[list[str]]:
-    """The layers in groups: those that share an order with one another, directly or through others, and the rest."""
+    """Group the layers that share an order, directly or through other layers; each remaining layer is its own group."""
     group_of = {name: [name] for name in names}
     for problem in problems:
         groups = {id(group): group for part in problem.parts for group in [group_of[part.layer]]}
@@ -60,7 +60,7 @@ def tied(names: list[str], problems: Iterable[Problem]) -> list[list[str]]:
 
 
 def _errors(layer: Layer, site: str, statistics: Statistics, saliency: Saliency) -> list[float]:
-    """The error that each of `CHOICES` leaves in a layer."""
+    """Return the error that each of `CHOICES` causes in a layer."""
     weight, moments, fisher = layer.weight, statistics.moments[site], statistics.fisher[layer.name]
     score = saliency.score(weight, moments)
 
@@ -72,7 +72,10 @@ def _errors(layer: Layer, site: str, statistics: Statistics, saliency: Saliency)
 
 
 def _least(errors: np.ndarray, sizes: np.ndarray) -> list[int]:
-    """The choice of each group with the least sum of `errors` (groups, choices); `sizes` (groups,) are in weights."""
+    """Return the choice of each group that minimises the sum of `errors` (groups, choices) within the budget.
+
+    `sizes` (groups,) are numbers of weights.
+    """
     unit = gcd(*sizes.tolist())
     kept = np.outer(sizes // unit, [pattern.n for pattern in CHOICES])
     scaled = errors * (1e6 / max(errors.sum(), 1e-300))  # the solver's absolute tolerance is 1e-6

@@ -1,4 +1,4 @@
-"""Folders of pruned models: weights, processor, record, probe and report, written in one way by all that write them."""
+"""Writing the folder of a pruned model: weights, processor, record, probe and report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from permprune.system.files import atomic_folder, write_json
 
 
 def save(model: PreTrainedModel, folder: str | Path, processor: Processor | None = None) -> None:
-    """Write a model that permprune has pruned or loaded, in either mode, so that `load` and `verify_folder` take it.
+    """Save a model that permprune pruned or loaded, in either mode, for `load` and `verify_folder`.
 
-    The weights may have been trained since, if every pruned layer still holds its pattern: the outputs that the folder
-    is verified by are the model's own of now. `folder` must not exist yet; it appears when all is there. Raises
-    `PermpruneError` for a model that permprune did not prune, or a layer that lost its pattern.
+    The weights may have been trained since then, if every pruned layer still holds its pattern; the outputs that are
+    stored for verification are those of the current weights. `folder` must not exist; it is created atomically. Raises
+    `PermpruneError` for a model that permprune did not prune or that was packed, and if a layer no longer holds its
+    pattern.
     """
     record = origin_of(model).record
     if record is None:
@@ -40,10 +41,10 @@ def save(model: PreTrainedModel, folder: str | Path, processor: Processor | None
 
 
 def write_model(model: PreTrainedModel, processor: Processor | None, folder: Path, **changes: Any) -> None:
-    """Fill a folder with a model in the type that its weights are stored in; all that belongs to it if it is pruned.
+    """Write a model to a folder, in the type in which its checkpoint stores weights.
 
-    `changes` are those of the record's fields; a model that permprune did not prune has no record. Raises
-    `PermpruneError` when a pruned layer does not hold its pattern.
+    A model that permprune pruned is written with its record, probe and report; `changes` replace fields of the record.
+    Raises `PermpruneError` if a pruned layer does not hold its pattern.
     """
     origin = origin_of(model)
     weights = partial(write_weights, model, processor, origin.dtype)
@@ -56,7 +57,7 @@ def write_model(model: PreTrainedModel, processor: Processor | None, folder: Pat
 
 
 def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object], folder: Path) -> None:
-    """Fill a folder with a pruned model, whose weights and processor `weights` writes."""
+    """Write a pruned model to a folder; `weights(folder)` writes its weights and processor."""
     weights(folder)
     save_file(dict(probe), folder / PROBE)
     values = record.to_json()
@@ -65,7 +66,7 @@ def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object]
 
 
 def require_probe(origin: Origin) -> Probe:
-    """The probe of a pruned model. Raises `PermpruneError` where its folder lacks it."""
+    """Return the probe of a pruned model. Raises `PermpruneError` if its folder does not have one."""
     if not origin.probe:
         raise PermpruneError(f"{origin.name} lacks {PROBE}: copy the whole folder, or prune the model again")
     return origin.probe

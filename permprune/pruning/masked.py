@@ -24,11 +24,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerMeasure:
-    """What its present weights cost a pruned layer.
+    """How close a pruned layer with its current weights is to the dense one.
 
-    `kept` is the share of the squared scores that belongs to weights that are not zero; `error` the relative output
-    error on the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff. `transposed` tells whether the
-    weight is stored as (inputs, outputs).
+    `kept` is the share of the squared scores that belongs to non-zero weights; `error` is the relative output error on
+    the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff. `transposed` is whether the weight is stored
+    as (inputs, outputs).
     """
 
     name: str
@@ -41,13 +41,14 @@ class LayerMeasure:
 class MaskedLayers:
     """Layers that hold weight * mask, in the model's own channel order.
 
-    The masks are those of each layer's pattern with its columns in the chosen orders. The layers themselves stay in
-    their own order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with them.
-    Other weights can be shown instead until orders are next set (`show`).
+    The masks follow each layer's pattern with its columns in the chosen orders. The layers themselves stay in their own
+    order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with them. `show`
+    replaces the masked weights by others until orders or weights are next set.
 
-    `dense` are the original weights by layer, `scores` their saliency, both (rows, channels). `weights` are what the
-    masks act on: the dense weights, unless they are trained (`set_weights`); the scores stay those of the dense ones.
-    `sites` names the tensor that each layer reads. Raises `PermpruneError` for a layer that cannot be scored.
+    `dense` are the original weights by layer and `scores` their saliency, both (rows, channels). `weights` are the
+    weights that are masked: the dense ones, unless others are set (`set_weights`); the scores remain those of the dense
+    weights. `sites` maps each layer to the name of the tensor that it reads. Raises `PermpruneError` for a layer that
+    cannot be scored.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class MaskedLayers:
         self._refresh(self.layers)
 
     def pattern_of(self, problem: Problem) -> Pattern:
-        """The pattern of the layers that follow a problem's order, one for all of them."""
+        """The pattern of the layers that follow a problem's order; it is the same for all of them."""
         return self.patterns[problem.parts[0].layer]
 
     def identity(self) -> Orders:
@@ -79,16 +80,17 @@ class MaskedLayers:
         return {problem.name: problem.identity() for problem in self.problems}
 
     def current(self) -> Orders:
-        """The orders the network shows."""
+        """The current order of every problem."""
         return self.identity() | self.orders
 
     def each_problem(
         self, solve: Callable[[int, Problem], T], label: str | None, numbers: Sequence[int] | None = None
     ) -> dict[str, T]:
-        """`solve(number, problem)` for every problem, by name; a progress bar shows `label` unless it is None.
+        """Call `solve(number, problem)` for every problem and return the results by name.
 
-        Problems are distributed to ranks and threads by size, so that they finish together; `solve` must not change
-        the network. Without `numbers` the problems are numbered by their position.
+        The problems are distributed over ranks and threads, the largest first, to balance the load; every rank gets all
+        results. `solve` must not change the network. `numbers` are by default the positions of the problems. A progress
+        bar shows `label` unless it is None.
         """
 
         def weights(numbered: tuple[int, Problem]) -> int:
@@ -102,9 +104,9 @@ class MaskedLayers:
         return distributed.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
 
     def stored_columns(self) -> dict[str, Tensor]:
-        """The columns of each layer in the order in which they will be stored, int64 (channels,).
+        """Return each layer's columns in the order in which they will be stored, int64 (channels,).
 
-        The order is that of the present orders: groups of m neighbours follow the layer's pattern, and columns that no
+        This is given by the current orders: groups of m neighbours follow the layer's pattern, and columns that no
         problem moves keep their positions.
         """
         stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
@@ -115,7 +117,7 @@ class MaskedLayers:
         return stored
 
     def set_orders(self, orders: Orders) -> None:
-        """Use the masks of these orders; problems that are left out keep theirs."""
+        """Apply the masks of these orders; problems that are not in `orders` keep their current order."""
         touched = dict.fromkeys(self.updated)
         self.updated.clear()
         for problem in self.problems:
@@ -135,10 +137,11 @@ class MaskedLayers:
         self._refresh(self.layers)
 
     def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
-        """The directional derivative of the loss along the step from one order of a problem to another.
+        """Return the directional derivative of the loss along the step from one order of a problem to another.
 
-        `gradient[layer]` is dLoss/dW_eff (rows, channels). Taken where the step begins, it predicts the change of the
-        loss to first order; taken where it ends, it says whether a longer step would gain more.
+        `gradient[layer]` is dLoss/dW_eff (rows, channels). With the gradient at the start of the step, the result is
+        the first-order prediction of the change of the loss. With the gradient at its end, a negative result means that
+        a longer step would lower the loss further, a positive one that the step was too long.
         """
         total = 0.0
         for part in problem.parts:
@@ -148,13 +151,16 @@ class MaskedLayers:
         return total
 
     def show(self, weights: dict[str, Tensor]) -> None:
-        """Use these weights (rows, channels), by layer and in the network's own order, until orders are next set."""
+        """Use these weights as they are until orders or weights are next set.
+
+        They are (rows, channels) in the network's own order, by layer; other layers keep their current weights.
+        """
         self.updated |= weights
         self._refresh(dict.fromkeys(weights))
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
-        """Use the dense weights inside the block."""
+        """Use the dense weights inside the context."""
         for name, layer in self.layers.items():
             layer.weight.copy_(self.dense[name])
         try:
@@ -163,7 +169,7 @@ class MaskedLayers:
             self._refresh(self.layers)
 
     def measures(self) -> list[LayerMeasure]:
-        """What the present weights cost each layer."""
+        """Compare each layer with its current weights to the dense layer."""
         found = []
         for name, layer in self.layers.items():
             dense, shown, energy = self.dense[name], layer.weight, self.scores[name].square()
@@ -174,7 +180,7 @@ class MaskedLayers:
         return found
 
     def _mask(self, part: Part, order: Tensor) -> Tensor:
-        """The mask of a part's columns when they stand in `order`."""
+        """The mask of a part's columns in `order`, bool (rows, size), returned in the columns' own order."""
         return self.patterns[part.layer].mask_in_order(self.scores[part.layer][:, part.columns], order)
 
     def _score(self, name: str, saliency: Saliency) -> Tensor:

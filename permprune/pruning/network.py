@@ -1,4 +1,4 @@
-"""The pruned network: masked layers within their model, with the losses and gradients of the whole."""
+"""The pruned network: masked layers inside their model, with the loss and the gradients of the whole model."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from permprune.system import distributed
 from permprune.system.device import autocast, compute_device
 
 COUPLED = 4096
-"""Rows of a layer up to which their covariance is kept: 64 MiB."""
+"""The largest number of rows of a layer for which the covariance of rows is computed: 64 MiB in fp32."""
 
 SMALL = 1e-6
-"""The least Fisher information of a coupled row, as a share of the mean: less is rounding."""
+"""Lower bound for the Fisher information of rows with a covariance, as a share of the mean: less is rounding error."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of the mean loss of one batch of examples at the present masks, by layer.
+    """Gradients of the mean loss over some examples at the current masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels), W_eff the masked weight; `fisher[layer]` (rows,) that of
-    `Statistics`, as the mean over the `count` terms of this loss and times its `curvature`; `loss` the mean loss. Where
-    each example has one answer, `covariance[layer]` (rows, rows) is that of the rows (`row_covariance`), whose diagonal
-    is `fisher`, of layers of up to `COUPLED` rows.
+    `weight[layer]` is dLoss/dW_eff (rows, channels), where W_eff is the masked weight. `fisher[layer]` (rows,) is the
+    Fisher information as in `Statistics`, averaged over the `count` terms of this loss and multiplied by the loss's
+    `curvature`. `loss` is the mean loss. If each example has one label, `covariance[layer]` (rows, rows) is the
+    `row_covariance` of layers of at most `COUPLED` rows; its diagonal is `fisher`.
     """
 
     weight: dict[str, Tensor]
@@ -49,7 +49,7 @@ class Gradients:
     covariance: dict[str, Tensor] = field(default_factory=dict)
 
     def averaged(self, mean: Gradients | None) -> Gradients:
-        """The mean of these and of others, taken at the same masks: `mean` of `mean.count` terms, or none."""
+        """Average with other gradients at the same masks, weighted by the numbers of terms; `loss` is not averaged."""
         if mean is None:
             return self
         total = mean.count + self.count
@@ -62,10 +62,11 @@ class Gradients:
 
 
 class PrunedNetwork(MaskedLayers):
-    """A model with masked layers, of which losses and their gradients can be taken.
+    """A model with masked layers, with methods for its loss and gradients.
 
-    `task` is what the model is asked about a batch. Examples pass in batches of `batch`, moved to the model's device,
-    with activations of type `dtype`; with `recompute` gradients take less memory and more time (`recomputed`).
+    `task` computes the model's predictions for a batch, together with their targets. Examples run in batches of `batch`
+    on the model's device, with activations of type `dtype`. `recompute` turns on activation checkpointing, which saves
+    memory and takes more time (`recomputed`).
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class PrunedNetwork(MaskedLayers):
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """The device on which the model runs."""
         return compute_device(self.model)
 
     def autocast(self) -> torch.autocast:
@@ -97,7 +98,11 @@ class PrunedNetwork(MaskedLayers):
 
     @torch.inference_mode()
     def loss(self, examples: Examples, loss: Loss, teacher_outputs: Sequence[TeacherOutputs] | None = None) -> float:
-        """The mean loss over `examples` with the present masks, given the teacher outputs if they are needed."""
+        """Return the mean loss over `examples` with the current weights, over all ranks.
+
+        `teacher_outputs` are those of `compute_teacher_outputs` for the same examples and loss; if they are needed and
+        not given, they are computed.
+        """
         total, count = 0.0, 0.0
         with frozen(self.model):
             for part, dense in self._parts(examples, loss, teacher_outputs):
@@ -108,7 +113,10 @@ class PrunedNetwork(MaskedLayers):
         return total / count
 
     def gradients(self, examples: Examples, loss: Loss) -> Gradients:
-        """Gradients of the mean loss over `examples` with respect to the present weights."""
+        """Return the gradients of the mean loss over `examples` with respect to the current weights, over all ranks.
+
+        Raises `PermpruneError` if the loss has no gradient, or if a layer takes no part in it.
+        """
         weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         total, count = 0.0, 0.0
@@ -134,17 +142,20 @@ class PrunedNetwork(MaskedLayers):
         return Gradients(mean, fisher, total / count, int(count), covariance)
 
     def _output_fisher(self, fisher: dict[str, Tensor], part: Examples) -> AbstractContextManager[None]:
-        """Add the Fisher information of the rows, as a batch's backward pass finds it."""
+        """A context in which the backward pass of a batch adds the rows' Fisher information to `fisher`."""
         alike, layers = self.statistics.one_label_per_example, list(self.layers.values())
         return output_fisher(layers, fisher, one_label_per_example=alike, padding=padding_of(self.model, part))
 
     def _no_fisher(self, weight: Tensor) -> Tensor:
-        """Zeros for the Fisher information of a weight's rows, (rows,), or for their covariance, (rows, rows)."""
+        """Zeros for the Fisher information of a weight's rows, (rows,), or for the covariance of rows, (rows, rows)."""
         rows = len(weight)
         return weight.new_zeros((rows, rows) if self.statistics.one_label_per_example and rows <= COUPLED else rows)
 
     def _collect(self, weights: dict[str, nn.Parameter], asked: bool) -> dict[str, Tensor]:
-        """The gradients left in `weights`, (rows, channels), summed over the ranks; those not `asked` have none."""
+        """Take the gradients from `weights`, as (rows, channels), and sum them over the ranks.
+
+        `asked` is whether this rank ran any examples; if so, raises `PermpruneError` for a weight without a gradient.
+        """
         found = {}
         for name, weight in weights.items():
             weight.requires_grad_(False)
@@ -160,7 +171,7 @@ class PrunedNetwork(MaskedLayers):
 
     @torch.no_grad()
     def compute_teacher_outputs(self, examples: Examples, loss: Loss) -> list[TeacherOutputs] | None:
-        """The dense model's outputs for this rank's batches of `examples`; None if the loss does not need them."""
+        """Return the dense model's outputs for this rank's batches of `examples`; None if the loss needs none."""
         if not loss.needs_teacher(self.task):
             return None
         found = []
@@ -173,7 +184,7 @@ class PrunedNetwork(MaskedLayers):
     def _parts(
         self, examples: Examples, loss: Loss, teacher_outputs: Sequence[TeacherOutputs] | None = None
     ) -> Iterator[tuple[Examples, TeacherOutputs | None]]:
-        """The batches of this rank on the model's device, with their teacher outputs."""
+        """Iterate over this rank's batches, on the model's device, with their teacher outputs or None."""
         parts = self._share(examples)
         known: Sequence[TeacherOutputs | None] = (
             teacher_outputs or self.compute_teacher_outputs(examples, loss) or [None] * len(parts)

@@ -1,4 +1,4 @@
-"""A few weights before and after their reordering, for the eye."""
+"""A sample of weights before and after reordering, for the report."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from permprune.checkpoints.record import PrunedLayer
 from permprune.pruning.masked import MaskedLayers
 
 ROWS, CHANNELS = 12, 32
-"""At most so many are shown."""
+"""The largest numbers of rows and channels of a sample."""
 
 
 def sample(network: MaskedLayers, measures: Sequence[PrunedLayer]) -> dict[str, Any]:
-    """A few weights of the layer in which the order raises the kept saliency most.
+    """Return a few weights of the layer whose kept saliency the order raises most.
 
-    `measures` are the network's, beside those in natural order. "natural" and "permuted" hold the scores as whole
-    percents of a high one ("score") and which the saliency's mask keeps ("kept", 0 or 1), rows of channels in natural
-    and in stored order; an update of the weights, which may choose other masks, is not seen.
+    `measures` are the measures of the network's layers, with the current orders and in natural order. "natural" and
+    "permuted" are tables of (rows, channels) in natural and in stored order: "score" is the squared score in whole
+    percents of a high one, and "kept" is 1 if the saliency's mask keeps the weight, else 0. The masks of a weight
+    update, which may differ, are not shown.
     """
     layer = max(measures, key=lambda layer: layer.kept - layer.kept_none)
     name = layer.name

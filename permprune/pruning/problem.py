@@ -1,4 +1,4 @@
-"""The problems of a search: for each set of channels that may be reordered, the weight columns that move with them."""
+"""The problems of a search: sets of channels that can be reordered, with the weight columns that follow each order."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from permprune.pattern import Pattern
 from permprune.system.progress import log
 
 Orders = dict[str, Tensor]
-"""For each problem, by name, its order: int64 (size,); position i holds channel order[i]."""
+"""The order of each problem, by name: int64 (size,); position i holds channel order[i]."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The columns of one layer's weight that run along a problem's channels.
+    """The columns of one layer's weight that follow a problem's order.
 
-    Channel c of the problem is column `columns[c]` of the layer; `columns` is int64 (size,), whole aligned groups.
+    Channel c of the problem is column `columns[c]` of the layer. `columns` is int64 (size,) and consists of whole,
+    aligned groups of the pattern. `site` is the name of the tensor that the layer reads.
     """
 
     layer: str
@@ -32,10 +33,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Problem:
-    """One order to find: that of `size` channels, which the input channels of the `parts` follow.
+    """One order to find: an order of `size` channels, which the input channels of the `parts` follow.
 
-    `space` and `block` name the block of the `ChannelSpace` that the order folds into; if `space` is empty, the order
-    needs a gather at `site`.
+    `space` and `block` identify the block of a `ChannelSpace` into which the order is folded. If `space` is empty, the
+    order needs a gather at `site`.
     """
 
     name: str
@@ -50,11 +51,11 @@ class Problem:
 
 
 def build_problems(coupling: Coupling, layers: list[Layer], pattern: Pattern, mode: str) -> list[Problem]:
-    """The orders a mode may choose.
+    """Return the problems of a mode, that is, the orders that a search may choose.
 
-    `fold`: every space that is free, whole or block by block, the residual stream included.
-    `gather`: the spaces whose channels are read at one place fold all the same; every other place where pruned
-    layers read gets an order of its own. Raises `PermpruneError` for an unknown mode.
+    `fold`: an order for every space that is free, or for each of its blocks; the residual stream is one of them.
+    `gather`: spaces whose channels are read at only one site are folded as well; every other site that pruned layers
+    read gets an order of its own. Raises `PermpruneError` for an unknown mode.
     """
     if mode not in MODES:
         raise PermpruneError(f'unknown mode "{mode}": choose fold or gather')
@@ -101,7 +102,7 @@ def _site_problem(site: Site, pruned: dict[str, Layer], covered: set[str], patte
 
 
 def _whole_groups(columns: Tensor, pattern: Pattern) -> bool:
-    """Whether the columns are runs of m neighbours that are groups of the pattern; else their order changes nothing."""
+    """Whether the columns are two or more whole, aligned groups of the pattern; otherwise no order is searched."""
     if len(columns) % pattern.m or len(columns) == pattern.m:
         return False
     groups = columns.view(-1, pattern.m)

@@ -10,7 +10,7 @@ from permprune.pruning.problem import Orders, Problem
 
 
 def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
-    """The permutations to fold, by space: int64 (blocks, size); blocks without a problem keep their order."""
+    """Return the permutations to fold, by space: int64 (blocks, size); blocks without a problem keep their order."""
     tables: dict[str, Tensor] = {}
     sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
     for problem in problems:
@@ -22,9 +22,10 @@ def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
 
 
 def gather_places(site: Site, readers: list[str]) -> tuple[str, list[str]]:
-    """The output and the inputs of a `Gather` at a site: (a module, []) or ("", modules).
+    """Return the modules at which the `Gather` of a site reorders channels: (a module, []) or ("", modules).
 
-    `readers` are the modules that are to read the new order; if others read the site too, it must stay as it is.
+    In the first case the output of a module is reordered, in the second the inputs of modules. `readers` are the
+    modules that read the new order; if other modules read the site as well, its tensor must stay in the old order.
     """
     alone = len(readers) == len(site.readers)
     return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", readers)
