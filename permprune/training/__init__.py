@@ -1,1 +1,1 @@
-"""Training weights: whole models, heads, or the weights that pruning kept."""
+"""Training of whole models, of heads, or of the weights that pruning kept."""

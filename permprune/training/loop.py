@@ -1,4 +1,4 @@
-"""The loop: epochs over examples, measured after each, of which the best one counts."""
+"""The training loop: epochs over examples, with an evaluation after each; the best epoch is kept."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ from permprune.system.progress import log, track
 from permprune.system.search_state import Checkpoint
 
 STATE = "training"
-"""The name of the state that is kept."""
+"""The name of the saved state."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How to train: AdamW, its rate rising linearly over the share `warmup` of the steps, and then falling to 0.
+    """Hyperparameters of training with AdamW.
 
-    `batch` examples make a step. `decay` is that of weights of two dimensions or more, `clip` the largest norm of a
-    step's gradient. The same `seed` gives the same weights. Raises `PermpruneError` for numbers out of range.
+    The learning rate rises linearly to `rate` over the share `warmup` of the steps, and then falls linearly to 0. A
+    step takes `batch` examples. `decay` is the weight decay of parameters of two or more dimensions, `clip` the largest
+    norm of a step's gradient. The same `seed` gives the same weights. Raises `PermpruneError` for numbers out of range.
     """
 
     epochs: Count = 3
@@ -45,16 +46,17 @@ class Training:
         require_fields(self)
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The rate of a step, the first being 0, of so many."""
+        """Return the learning rate of step number `step`, counted from 0, of `steps` steps."""
         rising = max(1, round(self.warmup * steps))
         return self.rate * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """After so many epochs: the mean loss of the last (None before the first), what was measured, seconds in all.
+    """The results after `epoch` epochs; epoch 0 is the model before training.
 
-    `held_out` is the mean loss on held-out examples, where there are some.
+    `loss` is the mean training loss of the last epoch (None for epoch 0), `value` the measured metric, `seconds` the
+    total time of training so far, and `held_out` the mean loss on held-out examples, if there are any.
     """
 
     epoch: int
@@ -66,12 +68,12 @@ class Epoch:
 
 @dataclass
 class Trainer:
-    """Trains `weights` of a model on the `loss` of `task`, and leaves it at its best epoch.
+    """Trains `weights` of a model on the `loss` of `task`, and leaves the model at its best epoch.
 
-    `teacher` is the dense model that the loss may need; dropout is off then, since what it says is without noise.
-    `measure` says how good the model is, before and after each epoch. The best epoch is that of the best measure, or
-    with `held_out` examples that of the least loss on them; of equal ones the later. `checkpoint` keeps the state after
-    each epoch, from which an interrupted run goes on.
+    `teacher` is the dense model, if the loss needs its outputs; dropout is then off, as the teacher's outputs are
+    computed without it. `measure` evaluates the model before training and after each epoch. The best epoch is the one
+    with the best measured value or, with `held_out` examples, with the lowest loss on them; of equal ones, the last.
+    `checkpoint` saves the state after each epoch, so that an interrupted run can be resumed.
     """
 
     model: nn.Module
@@ -86,7 +88,7 @@ class Trainer:
     curve: list[Epoch] = field(default_factory=list)
 
     def fit(self, examples: Examples) -> list[Epoch]:
-        """Train on all epochs that are left. Raises `PermpruneError` when a loss is not finite."""
+        """Train for the remaining epochs and return the curve. Raises `PermpruneError` if a loss is not finite."""
         self.optimizer = self._optimizer()
         self.best: dict[str, Tensor] = {}
         self.best_value = 0.0
@@ -103,7 +105,7 @@ class Trainer:
         return self.curve
 
     def _epoch(self, examples: Examples, number: int) -> float:
-        """One pass over the examples; returns the mean loss."""
+        """Train for one pass over the examples; returns the mean loss."""
         seed = (self.training.seed * 2**20 + number) % 2**63
         torch.manual_seed(seed)
         runs = by_length(examples, self.training.batch, torch.Generator().manual_seed(seed))
@@ -123,7 +125,7 @@ class Trainer:
         return total / count
 
     def _loss(self, part: Examples) -> tuple[Tensor, int]:
-        """(loss with its graph, number of terms) of a batch."""
+        """Return (summed loss with its graph, number of terms) of a batch."""
         device = next(iter(self.weights.values())).device
         part, dtype = part.to(device), fast_dtype(device)
         with autocast(device, dtype):
@@ -143,7 +145,10 @@ class Trainer:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Inside the weights alone ask for gradients; dropout is on without a teacher, randomness the epoch's own."""
+        """A context for training: only the trained weights require gradients, and dropout is on without a teacher.
+
+        Random states are restored afterwards.
+        """
         wanted = [p for p in self.model.parameters() if p.requires_grad]
         self.model.requires_grad_(False).train(self.teacher is None)
         for weight in self.weights.values():
@@ -163,7 +168,7 @@ class Trainer:
         return torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
 
     def _add(self, number: int, loss: float | None, seconds: float) -> None:
-        """Measure the model, and keep where it is."""
+        """Evaluate the model, keep its weights if they are the best so far, and save the state."""
         result, held_out = self.measure(), self._held_out_loss()
         sign = 1 if higher_is_better(result.metric) else -1
         value = sign * result.value if held_out is None else -held_out
@@ -179,7 +184,7 @@ class Trainer:
         self.checkpoint.save(STATE, state, {"curve": [asdict(epoch) for epoch in self.curve], "best": self.best_value})
 
     def _resume(self) -> bool:
-        """Go on from the state on disk; whether there is one."""
+        """Restore the state of an interrupted run from disk; returns whether there is one."""
         if (found := self.checkpoint.load(STATE)) is None:
             return False
         tensors, values = found

@@ -1,4 +1,4 @@
-"""Which weights train, and how those that were pruned stay zero."""
+"""The choice of the weights to train, and keeping pruned weights at zero."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from permprune.errors import PermpruneError
 from permprune.models.layers import blocks
 
 TRAINED = ("all", "norms", "head")
-"""All weights; norms, biases and the head; or the head alone."""
+"""What can be trained: all weights; norms, biases and the head; or only the head."""
 
 
 def trained_weights(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter]:
-    """The parameters of a kind, one of `TRAINED`, by name.
+    """Return the parameters of a kind, one of `TRAINED`, by name.
 
-    The head are linears outside the repeated blocks, but not those that give the logits of tokens; norms and biases are
-    all parameters of one dimension. Raises `PermpruneError` for another kind, or where nothing is of it.
+    The head consists of the linear layers outside the repeated blocks, except for the token embeddings and the layer
+    that returns token logits; norms and biases are all parameters of one dimension. Raises `PermpruneError` for an
+    unknown kind, and if the model has no such parameters.
     """
     if kind not in TRAINED:
         raise PermpruneError(f'"{kind}" is nothing to train: choose {", ".join(TRAINED)}')
@@ -45,9 +46,9 @@ def trained_weights(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter
 
 @contextmanager
 def masked(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
-    """Inside, what is zero in the weights of these layers has no gradient.
+    """A context in which the weights of these layers that are zero on entry get no gradient.
 
-    An optimiser that starts there leaves it zero.
+    An optimiser that is created inside keeps them at zero.
     """
 
     def keep(mask: Tensor) -> Callable[[Tensor], Tensor]:

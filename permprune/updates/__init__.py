@@ -1,1 +1,1 @@
-"""Updates: how the weights that stay make up for those pruned, one file a method."""
+"""Updates of the remaining weights, which compensate for the pruned ones; one file per method."""

@@ -1,4 +1,4 @@
-"""The interface of weight updates, and the walk through the blocks that layer-wise updates share."""
+"""The interface of weight updates, and the block-by-block pass that layer-wise updates share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from permprune.system.progress import track
 
 @dataclass(frozen=True)
 class Update(ABC):
-    """Changes the weights that stay, at the channel orders that a network shows, to compensate for the pruned ones."""
+    """Changes the remaining weights, given a network's channel orders, to compensate for the pruned ones."""
 
     name: ClassVar[str]
 
@@ -34,10 +34,10 @@ class Update(ABC):
 
     @abstractmethod
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
-        """Make the network show updated weights, N:M in stored order, until orders are next set.
+        """Make the network use updated weights (`show`), which follow N:M in stored order.
 
-        `examples` are those of the calibration. `masks` say which weights to keep: bool (rows, channels) by layer, in
-        the network's own order; without them the update chooses. Raises `PermpruneError` where no update exists.
+        `examples` are calibration examples. `masks` are the weights to keep, bool (rows, channels) by layer, in the
+        network's own order; if they are None, the update chooses. Raises `PermpruneError` if no update can be computed.
         """
 
 
@@ -46,7 +46,7 @@ class LayerUpdate(Update):
     """An update of one layer at a time, given the second moments of its inputs.
 
     Blocks are updated one after the other, as in SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774): the inputs of
-    a block come through the updated blocks before it and its own dense weights.
+    a block's layers are computed with updated weights in the blocks before it and unmasked weights in the block itself.
     """
 
     @abstractmethod
@@ -58,17 +58,17 @@ class LayerUpdate(Update):
         pattern: Pattern,
         mask: Bool[Tensor, "rows channels"] | None = None,
     ) -> Float[Tensor, "rows channels"]:
-        """Prune one layer and update the weights that stay.
+        """Prune one layer and update the remaining weights.
 
         `weight` is fp32 (rows, channels); `moments` are the second moments H of its inputs, fp32 (channels, channels).
-        `order`, int64 (channels,), are the columns in stored order, in which groups of m neighbours follow the pattern.
-        `mask`, if given, is bool (rows, channels): the weights to keep. Returns fp32 (rows, channels) in the order of
-        `weight`, which is not changed. Raises `PermpruneError` where H cannot be used.
+        `order`, int64 (channels,), lists the columns in stored order, in which groups of m neighbours follow the
+        pattern. `mask`, if given, is bool (rows, channels): the weights to keep. Returns fp32 (rows, channels) in the
+        order of `weight`, which is not changed. Raises `PermpruneError` if H cannot be used.
         """
 
     @torch.no_grad()
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
-        """One forward pass over all examples in one batch, which stops ahead of each block until that is updated."""
+        """Run one forward pass over all examples in one batch, and update each block just before it runs."""
         waiting = _layers_by_block(network)
         columns, shown = network.stored_columns(), examples.to(network.device)
         padding = padding_of(network.model, shown)
@@ -81,7 +81,7 @@ class LayerUpdate(Update):
             network.show({layer.name: network.weights[layer.name] for layer in layers})
             inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})
             with inputs.observe(padding):
-                block.forward(*args, **kwargs)  # not a call, which would come back here
+                block.forward(*args, **kwargs)  # calling `block` would run this hook again
             moments = inputs.result()
             with torch.autocast(network.device.type, enabled=False):
                 updated = {}
@@ -112,11 +112,11 @@ class LayerUpdate(Update):
 
 
 class _AllUpdated(Exception):
-    """Ends a forward pass of which nothing more is needed."""
+    """Ends the forward pass after the last block was updated."""
 
 
 def _layers_by_block(network: PrunedNetwork) -> dict[nn.Module, list[Layer]]:
-    """The pruned layers of each repeated block; those of a module that blocks share go with the first."""
+    """Return the pruned layers of each repeated block; the layers of a module shared by blocks belong to the first."""
     block_of = {module: block for block in reversed(blocks(network.model)) for module in block.modules()}
     found: dict[nn.Module, list[Layer]] = {}
     for layer in network.layers.values():

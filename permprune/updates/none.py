@@ -15,7 +15,7 @@ from permprune.updates.base import Update
 
 @dataclass(frozen=True)
 class NoUpdate(Update):
-    """Masks alone: every weight that stays keeps its value."""
+    """Apply the masks only: every remaining weight keeps its value."""
 
     name: ClassVar[str] = "none"
 

@@ -1,4 +1,4 @@
-"""Weight updates by name."""
+"""Registry of weight updates by name."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ UPDATES: dict[str, type[Update]] = {method.name: method for method in (NoUpdate,
 
 
 def update(given: str | Update) -> Update:
-    """The update of that name, such as "sparsegpt:damping=0.1", or the object itself (`method_of`)."""
+    """Return the update of a name such as "sparsegpt:damping=0.1"; an object is returned as it is (`method_of`)."""
     return method_of(given, Update, UPDATES)  # type: ignore[type-abstract]

@@ -1,4 +1,4 @@
-"""How much of an update is taken: as much as helps the network, on examples that it does not know."""
+"""How much of a weight update is applied: the share with the lowest loss on held-out examples."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from permprune.updates.base import Update
 from permprune.updates.none import NoUpdate
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-"""Shares of an update of the network's own masks that are tried."""
+"""The shares that are tried of an update that keeps the network's masks."""
 
 
 def update_network(update: Update, network: PrunedNetwork, examples: Examples, held_out: Examples) -> None:
-    """Make the network show the update whose loss on the `held_out` examples is the least, until orders are next set.
+    """Update the network's weights, as far as this lowers the loss on the `held_out` examples.
 
-    The loss is that of the searches: beside labels of which each example has one, the divergence counts as well.
+    The loss is that of the searches; if each example has one label, it includes the divergence.
 
-    Updates make up for a layer's own error, and masks that were searched end to end rely on what other layers do: all
-    of the update may cost them more than it brings. So there is a choice of masks alone, of the update with the masks
-    it chooses, and of shares of the way from the network's masked weights to their update. Raises `PermpruneError`
-    where there is no update.
+    An update reduces each layer's own output error. Masks that were searched end to end, however, rely on the errors of
+    other layers, so that a full update can raise the loss. The candidates are therefore the masks alone, the update
+    with masks that it chooses itself, and several shares of the way from the masked weights to an update that keeps the
+    masks. The network then uses the best candidate (`MaskedLayers.show`). Raises `PermpruneError` if no update can be
+    computed.
     """
     if isinstance(update, NoUpdate):
         return
@@ -45,7 +46,7 @@ def update_network(update: Update, network: PrunedNetwork, examples: Examples, h
 
 @torch.no_grad()
 def _choices(update: Update, network: PrunedNetwork, examples: Examples) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(what it is, weights by layer)."""
+    """Yield the candidates: (label, weights by layer)."""
     masked = {name: (weight * network.masks[name]).float() for name, weight in network.weights.items()}
     yield "masks alone", masked
     update.run(network, examples)

@@ -1,4 +1,4 @@
-"""SparseGPT."""
+"""The SparseGPT update."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from permprune.updates.base import LayerUpdate
 class SparseGPT(LayerUpdate):
     """Optimal Brain Surgeon, column by column (Frantar & Alistarh 2023, arXiv 2301.00774, section 3).
 
-    The columns are processed in stored order. In each group the weights of a row with the largest
-    w^2 / [(H_F)^-1]_jj are kept, F being the columns from j on; a given mask decides instead. The columns not yet
-    processed are updated to compensate for the error of each pruned weight. `damping` is added to the diagonal of H, in
-    units of its mean. `block` columns (rounded down to whole groups) are finished before the columns after them are
-    updated. A channel that is always zero is pruned before any other.
+    The columns are processed in stored order. In each group of a row the weights with the largest w^2 / [(H_F)^-1]_jj
+    are kept, where F are the columns from j on, unless a mask is given. The columns that are not yet processed are
+    updated to compensate for the error of each pruned weight. `damping` is added to the diagonal of H, in units of its
+    mean. `block` columns (rounded down to whole groups) are processed before the columns after them are updated. A
+    channel that is always zero is pruned before any other.
     """
 
     name: ClassVar[str] = "sparsegpt"
@@ -41,8 +41,8 @@ class SparseGPT(LayerUpdate):
         pattern.require_divisible(weight.shape[1], "a weight matrix")
         order = order.to(weight.device)
         factor = inverse_factor(moments[order][:, order], self.damping)
-        factor.diagonal().masked_fill_(moments.diagonal()[order] == 0, torch.inf)  # nothing is lost there
-        columns = weight.T[order].contiguous()  # a row of memory for each column
+        factor.diagonal().masked_fill_(moments.diagonal()[order] == 0, torch.inf)  # pruning these costs nothing
+        columns = weight.T[order].contiguous()  # each column is contiguous in memory
         keep = None if mask is None else mask.T[order]
         width = max(1, self.block // pattern.m) * pattern.m
         for start in range(0, len(columns), width):
@@ -56,7 +56,10 @@ class SparseGPT(LayerUpdate):
 
 
 def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern, mask: Tensor | None) -> Tensor:
-    """Prune (k, rows) columns in place, group by group; returns what each owes to those behind it, (k, rows)."""
+    """Prune (k, rows) columns in place, group by group.
+
+    Returns the errors of the columns, (k, rows), for which the columns after them have to compensate.
+    """
     errors = torch.zeros_like(columns)
     scale = factor.diagonal()[:, None]
     for start in range(0, len(columns), pattern.m):
