@@ -1,1 +1,1 @@
-"""Models and text from the package registry, for machines without a model hub."""
+"""Models, text and images from packages of the Python registry, for machines without access to a model hub."""

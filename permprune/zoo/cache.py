@@ -1,4 +1,4 @@
-"""The folder on this machine that keeps what was fetched and converted once."""
+"""The local cache of downloaded and converted models and data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from permprune.errors import PermpruneError
 
 
 def cache_root() -> Path:
-    """`$PERMPRUNE_CACHE` where it is set, else the platform's cache folder for this user."""
+    """The cache folder: `$PERMPRUNE_CACHE` if it is set, else the platform's user cache folder."""
     return Path(os.environ.get("PERMPRUNE_CACHE") or platformdirs.user_cache_dir("permprune"))
 
 
 def cached(entry: str, build: Callable[[Path], None]) -> Path:
-    """The folder `entry` of the cache; on first use `build(folder)` fills it.
+    """Return the folder `entry` of the cache; on first use, it is created by `build(folder)`.
 
-    The folder is built under another name beside its place and moved there in one step, so that it is whole
-    or absent. Of several processes that build at once the first to finish wins, and all of them get its
-    folder. Raises `PermpruneError` when the cache cannot be written.
+    The folder is built under a temporary name and renamed when it is complete, so it is never partially filled. If
+    several processes build it at once, the first to finish provides the folder for all of them. Raises `PermpruneError`
+    if the cache cannot be written.
     """
     target = cache_root() / entry
     if target.is_dir():
@@ -47,7 +47,7 @@ def cached(entry: str, build: Callable[[Path], None]) -> Path:
 
 
 def damaged(entry: str, what: object) -> PermpruneError:
-    """The error for an entry that is in the cache, but not as it was built."""
+    """Create the error for a cache entry that exists but is damaged; `what` is the cause."""
     return PermpruneError(f"the cache is damaged ({what}): remove {cache_root() / entry}, and it is fetched again")
 
 

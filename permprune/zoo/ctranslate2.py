@@ -1,4 +1,4 @@
-"""Whisper (Radford et al. 2023) in CTranslate2's file format."""
+"""Convert Whisper (Radford et al. 2023) from CTranslate2's file format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
-"""Types of variables by the number that stands for them in the file."""
+"""dtypes of variables; the index is the number of the dtype in the file."""
 
 MODULES: dict[str, tuple[str, ...]] = {
     "conv1": ("conv1",),
@@ -44,15 +44,15 @@ MODULES: dict[str, tuple[str, ...]] = {
     "ffn/linear_0": ("fc1",),
     "ffn/linear_1": ("fc2",),
 }
-"""What CTranslate2 calls a module, and the modules of Transformers whose outputs it joins in this order."""
+"""CTranslate2's name of a module, and the Transformers modules whose outputs it concatenates, in this order."""
 
 PARAMETERS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias", "encodings": "weight"}
 
 
 def convert_whisper(files: Sequence[Path], folder: Path) -> None:
-    """Write an English-only Whisper to `folder`, in fp32, with its processor and what `generate` has to know.
+    """Write an English-only Whisper model to `folder` in fp32, with its processor and generation config.
 
-    `files` are model.bin, config.json and tokenizer.json.
+    `files` are the paths of model.bin, config.json and tokenizer.json, in this order.
     """
     binary, settings, vocabulary = files
     variables = read_variables(binary)
@@ -84,12 +84,13 @@ def convert_whisper(files: Sequence[Path], folder: Path) -> None:
 
 
 def read_variables(file: Path) -> dict[str, NDArray[Any]]:
-    """The variables of a model.bin by name.
+    """Read the variables of a model.bin file by name.
 
-    The file holds, all little-endian: the format's version, uint32; the model's kind, a string; its revision and the
-    number of variables, uint32; and for each variable its name, a string, the number of its dimensions, uint8, each of
-    them, uint32, the number of its type, uint8, its length in bytes, uint32, and its values. A string is its length
-    with the zero at its end, uint16, and its bytes. Aliases follow, which are left out.
+    All numbers in the file are little-endian. The header is the format version (uint32), the model type (string), the
+    model revision (uint32) and the number of variables (uint32). For each variable follow its name (string), the number
+    of dimensions (uint8), the size of each dimension (uint32), the number of its dtype (uint8), its length in bytes
+    (uint32) and its values. A string is its length including the terminating zero (uint16), then its bytes. The aliases
+    at the end of the file are ignored.
     """
     with file.open("rb") as stream:
         _read(stream, "I")
@@ -119,7 +120,7 @@ def _layers(variables: dict[str, NDArray[Any]], stack: str) -> int:
 
 
 def _weights(variables: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
-    """The parameters in fp32 under the names that Transformers gives them, without the variables that are settings."""
+    """The parameters in fp32 under their names in Transformers; variables that hold settings are left out."""
     weights = {}
     for name, array in variables.items():
         found = re.fullmatch(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)", name)
@@ -131,7 +132,7 @@ def _weights(variables: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
         for target, part in zip(targets, np.split(array, len(targets)), strict=True):
             weights[f"{parent}{target}.{PARAMETERS[parameter]}"] = torch.from_numpy(part.astype(np.float32))
     weights["proj_out.weight"] = weights["model.decoder.embed_tokens.weight"]
-    return {name: weight for name, weight in weights.items() if not name.endswith("k_proj.bias")}  # which is zero
+    return {name: weight for name, weight in weights.items() if not name.endswith("k_proj.bias")}  # it is zero
 
 
 def _tokenizer(vocabulary: Path) -> WhisperTokenizer:
@@ -142,7 +143,7 @@ def _tokenizer(vocabulary: Path) -> WhisperTokenizer:
 
 
 def _generation(settings: dict[str, Any], tokens: dict[str, int], length: int) -> GenerationConfig:
-    """How `generate` transcribes: without time stamps, and without the tokens that the package's settings rule out."""
+    """The generation config: no time stamps, and the tokens that the package's settings suppress are suppressed."""
     return GenerationConfig(
         **_special_tokens(tokens),
         max_length=length,

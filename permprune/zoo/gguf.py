@@ -1,4 +1,4 @@
-"""Language models in GGUF files, which Transformers reads itself."""
+"""Convert language models from GGUF files, which Transformers can read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def convert(files: Sequence[Path], folder: Path) -> None:
-    """Write the model of one GGUF file, given in one part or several, to `folder` in fp32 with its tokenizer.
+    """Write the model in a GGUF file to `folder` in fp32, with its tokenizer.
 
-    The parts are joined beside the first, which must lie in a folder of its own.
+    `files` are the consecutive parts of one GGUF file, one or several. They are joined in the folder of the first part,
+    which must contain no other model.
     """
     whole = files[0].with_name("model.gguf")
     files[0].rename(whole)
@@ -25,7 +26,7 @@ def convert(files: Sequence[Path], folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(whole.parent, **place)
     loaded = AutoModelForCausalLM.from_pretrained(whole.parent, dtype=torch.float32, **place)
     config = loaded.config
-    del config.quantization_config  # the weights are plain fp32 now; with it save_pretrained refuses
+    del config.quantization_config  # the weights are plain fp32 now, and save_pretrained fails with it
     model = type(loaded)(config)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)

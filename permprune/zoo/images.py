@@ -1,4 +1,4 @@
-"""The test images of CIFAR-10, in three parts that share no image."""
+"""The test images of CIFAR-10, split into three disjoint parts."""
 
 from __future__ import annotations
 
@@ -31,30 +31,33 @@ BIGBENCH = Package(
     license="Apache-2.0",
     source=True,
 )
-"""BIG-bench (Srivastava et al. 2022), which holds the 10,000 test images of CIFAR-10 (Krizhevsky 2009).
+"""BIG-bench (Srivastava et al. 2022), which contains the 10,000 test images of CIFAR-10 (Krizhevsky 2009).
 
-The package is licensed under Apache-2.0; CIFAR-10 states no licence. The images are fetched, never redistributed.
+The package is licensed under Apache-2.0; CIFAR-10 states no license. The images are downloaded, never redistributed.
 """
 
 ENTRY = "images/cifar10-1"
-"""Where the cache has the images."""
+"""Name of the cache entry with the images."""
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 SHARES: dict[ImagePart, int] = {"probe": 4, "calibration": 2, "evaluation": 4}
-"""Tenths of the images: to train a probe on, to calibrate with, and to measure on."""
+"""Tenths of the images in each part: for training a linear probe, for calibration, and for evaluation."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """`pixels` are uint8 (images, 32, 32, 3), red, green and blue; `labels` are int64 (images,), of `CLASSES`."""
+    """Images: `pixels` are uint8 RGB (images, 32, 32, 3); `labels` are int64 (images,), indices into `CLASSES`."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
 
 def load_images(part: ImagePart) -> Images:
-    """One part of the images, mixed, always in the same order; fetched on first use. Raises `PermpruneError`."""
+    """Load one part of the images, in a fixed shuffled order; downloaded on first use.
+
+    Raises `PermpruneError` if the download fails, or if the cache is damaged or cannot be written.
+    """
     folder = cached(ENTRY, _build)
     try:
         with (folder / f"{part}.npz").open("rb") as stored, np.load(stored) as file:
@@ -64,7 +67,7 @@ def load_images(part: ImagePart) -> Images:
 
 
 def split(images: Images) -> dict[ImagePart, Images]:
-    """Give each image to a part by the digest of its pixels, so that equal ones go together, in the digests' order."""
+    """Split images by the digest of their pixels, so that equal images are in the same part; sorted by digest."""
     digests = [hashlib.sha256(pixels.tobytes()).digest() for pixels in images.pixels]
     tenths = np.array([int.from_bytes(digest) % sum(SHARES.values()) for digest in digests])
     order = np.array(sorted(range(len(digests)), key=digests.__getitem__))
@@ -78,7 +81,7 @@ def split(images: Images) -> dict[ImagePart, Images]:
 
 
 def read_task(file: Path) -> Images:
-    """The images of a BIG-bench task whose inputs are PNG files in base64."""
+    """Read the images of a BIG-bench task file whose inputs are base64-encoded PNG files."""
     examples: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["examples"]
     pixels = [np.asarray(Image.open(io.BytesIO(base64.b64decode(example["input"])))) for example in examples]
     labels = [[example["target_scores"][name] for name in CLASSES].index(1) for example in examples]

