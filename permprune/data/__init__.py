@@ -1,1 +1,1 @@
-"""Data as a model's inputs: text in windows, and text, images and speech with what a model should say of them."""
+"""Datasets as model inputs: windows of text, and labelled texts, images and speech."""

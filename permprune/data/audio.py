@@ -1,4 +1,4 @@
-"""Speech, and its transcripts."""
+"""Speech with transcripts."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ SUFFIXES = (".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text")
 Samples = np.ndarray[Any, np.dtype[np.float32]]
 Sound = tuple[Samples, int]
-"""Samples (count,) of one channel, and how many make a second."""
+"""Mono samples (count,) and the sampling rate in Hz."""
 
 IGNORED = -100
-"""The label of what is not to be said, as Transformers counts it."""
+"""The label of positions that the loss ignores, as in Transformers."""
 
 
 def load_speech(
@@ -52,15 +52,21 @@ def load_speech(
     seed: int = 0,
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """Up to `count` utterances as the model's processor makes them, drawn at random.
+    """Load up to `count` randomly chosen utterances, preprocessed by the model's processor.
 
-    `input_features` (count, bands, frames) or `input_values` (count, samples), with `attention_mask` where the
-    processor gives one; and, where the model takes them, the tokens of the transcripts: `labels` int64 (count, tokens),
-    padded with -100. Utterances longer than the model hears are left out with a warning.
+    Returns `input_features` (count, bands, frames) or `input_values` (count, samples), and `attention_mask` if the
+    processor produces one. If the model takes labels, also the tokens of the transcripts: `labels` int64
+    (count, tokens), padded with -100. Utterances longer than the model's maximum are left out with a warning.
 
-    `source` is a folder of sound with NAME.trans.txt files as in LibriSpeech, or with metadata.csv, transcripts.csv,
-    .tsv or .jsonl, which lists files and texts; such a table itself; or a `datasets` name as in `load_documents`. With
-    `shared`, the other part comes from the same source, of which each gets half. Raises `PermpruneError`.
+    `source` is one of
+
+    * a folder of audio files with LibriSpeech's *.trans.txt files, or with a table that lists files and texts, named
+      metadata or transcripts with suffix .csv, .tsv or .jsonl;
+    * such a table;
+    * a `datasets` name as in `load_documents`.
+
+    With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half.
+    Raises `PermpruneError` if the source cannot be read, a transcript is missing, or all utterances are too long.
     """
     maker: Any = feature_extractor_of(processor)
     taken = argument_names(model)
@@ -93,7 +99,7 @@ def load_speech(
 
 
 def _labels(items: list[Item], processor: Processor | None, config: Any) -> Tensor:
-    """Tokens of the transcripts, without the one that the model puts in front itself."""
+    """The tokens of the transcripts, padded, without the decoder start token, which the model prepends itself."""
     tokenizer = tokenizer_of(processor)
     for item in items:
         if not isinstance(item.label, str) or not item.label.strip():
@@ -144,11 +150,11 @@ def _decode(file: Path | BytesIO, name: str) -> Sound:
 
 
 def _resampled(sound: Sound, wanted: int) -> Samples:
-    """The samples of a sound at another rate."""
+    """The samples of a sound, resampled to `wanted` Hz."""
     samples, rate = sound
     if rate == wanted:
         return samples
-    from scipy.signal import resample_poly  # the start of programs without sound does not wait for it
+    from scipy.signal import resample_poly  # imported here because it is slow to import
 
     common = gcd(rate, wanted)
     resampled: Samples = resample_poly(samples, wanted // common, rate // common).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Tasks that language models are compared on, read from a local folder into the rows that lm-eval's own tasks have."""
+"""Benchmark tasks for language models, read from a local folder into rows with the columns of lm-eval's own tasks."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ _OPEN = re.compile(r"(.*[.!?][\"')]? )(.+)")
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a task in a folder, "{}" where a part is named; `part` is the one to evaluate on.
+    """The files of a task and how to read them.
 
-    `read` takes the files to records, and `row` a record to what the task's prompt needs of it.
+    `files` are paths within the data folder, with "{}" for the name of the part; `part` is the part to evaluate on.
+    `read` converts the files to records, and `row` converts a record to the columns that the task's prompt needs.
     """
 
     files: tuple[str, ...]
@@ -40,7 +41,7 @@ class Source:
     row: Callable[[Any], Row]
 
     def rows(self, folder: Path, part: str) -> list[Row]:
-        """Raises `PermpruneError` naming the file that is missing, or does not hold what it should."""
+        """Read the rows of a part. Raises `PermpruneError` if a file is missing or has an unexpected format."""
         paths = [folder / file.format(part) for file in self.files]
         for path in paths:
             if not path.is_file():
@@ -59,9 +60,10 @@ class Source:
 
 
 def splits(name: str, data: str, few_shot: int = 0, **_: Any) -> dict[str, Dataset]:
-    """The "evaluation" rows of a task in the folder `data`, and its "training" rows if prompts show some.
+    """Load the "evaluation" rows of a task from the folder `data`, and its "training" rows if `few_shot` is not 0.
 
-    lm-eval calls this for the tasks in permprune/evaluation/local_tasks, with its metadata. Raises `PermpruneError`.
+    lm-eval calls this for the tasks in permprune/evaluation/local_tasks, with the task's metadata as arguments. Raises
+    `PermpruneError` if a file is missing or does not have the expected format.
     """
     from datasets import Dataset
 
@@ -74,9 +76,10 @@ def splits(name: str, data: str, few_shot: int = 0, **_: Any) -> dict[str, Datas
 
 
 def wikitext2(folder: Path | None) -> str:
-    """The test part of WikiText-2, its lines joined by blank lines as GPTQ, SparseGPT and Wanda read it.
+    """The test part of WikiText-2 as one text, its lines joined by blank lines as in GPTQ, SparseGPT and Wanda.
 
-    It comes from the raw file in a folder, or without one from the hub. Raises `PermpruneError`.
+    It is read from the raw file in `folder`, or from the hub if `folder` is None. Raises `PermpruneError` if it cannot
+    be read.
     """
     if folder is None:
         return load_documents(WIKITEXT_ID, "evaluation")[0]
@@ -104,7 +107,7 @@ def _read_beside(path: Path, labels: Path) -> list[tuple[Row, str]]:
 
 
 def _arc(record: Row) -> Row:
-    """A question out of the instruction that it was wrapped in (LLM-Adapters, Hu et al. 2023)."""
+    """Extract the question and the choices from an instruction of LLM-Adapters (Hu et al. 2023)."""
     found = _ARC.fullmatch(record["instruction"])
     if found is None:
         raise ValueError("no question with answers in the instruction")
@@ -116,10 +119,10 @@ def _arc(record: Row) -> Row:
 
 
 def _hellaswag(record: list[str]) -> Row:
-    """Six lines as llama.cpp reads them: a context, the number of the right ending, four endings.
+    """Convert six lines in llama.cpp's format: a context, the index of the correct ending, and four endings.
 
-    lm-eval capitalises a sentence that the context leaves open, here the words after the last full stop; the contexts
-    that end in one come from WikiHow, and leave nothing open.
+    As lm-eval does, the beginning of an incomplete last sentence of the context, the words after the last full stop, is
+    capitalized. Contexts that end in a full stop come from WikiHow and have no incomplete sentence.
     """
     context, right, *endings = record
     if len(endings) != 4:
@@ -163,4 +166,4 @@ SOURCES = {
     "cb": Source(("superglue/CB/{}.jsonl",), "val", read_table, _cb),
     "wic": Source(("superglue/WiC/{}.jsonl",), "val", read_table, _wic),
 }
-"""Tasks by the names that lm-eval has for them."""
+"""The tasks by their names in lm-eval."""

@@ -1,4 +1,4 @@
-"""Images, and the classes they are of."""
+"""Images with class labels."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from permprune.models.signature import argument_names, find_config
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 IMAGE_COLUMNS = ("image", "img")
 MODES = {1: "L", 4: "RGBA"}
-"""Modes of images by channels; RGB for others."""
+"""PIL image modes by number of channels; RGB for other numbers."""
 
 
 def load_images(
@@ -47,12 +47,21 @@ def load_images(
     seed: int = 0,
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """Up to `count` images as the model's processor makes them, drawn at random: `pixel_values` (count, channels,
-    height, width) and, where the model takes them and the source has any, `labels` (count,).
+    """Load up to `count` randomly chosen images, preprocessed by the model's processor.
 
-    `source` is a folder, whose sub-folders are the classes, or in which labels.csv, metadata.csv, .tsv or .jsonl lists
-    files and labels; such a table itself; or a `datasets` name as in `load_documents`. With `shared`, the other part
-    comes from the same source, of which each gets half. Raises `PermpruneError`.
+    Returns `pixel_values` (count, channels, height, width) and, if the model takes labels and the source has them,
+    `labels` (count,).
+
+    `source` is one of
+
+    * a folder whose sub-folders are the classes, or with a table that lists files and labels, named labels or metadata
+      with suffix .csv, .tsv or .jsonl;
+    * such a table;
+    * a `datasets` name as in `load_documents`.
+
+    With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half.
+    Raises `PermpruneError` if the source cannot be read, a label is unknown to the model, or the preprocessed images
+    differ in size.
     """
     maker = image_processor_of(processor)
     taken = argument_names(model)

@@ -1,4 +1,4 @@
-"""Texts, or pairs of them, and the classes they are of."""
+"""Texts or pairs of texts, with class labels or scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from permprune.models.processors import Processor, tokenizer_of
 from permprune.models.signature import argument_names
 
 MAX_ROWS = 1_000_000
-"""How much of a hub data set is read."""
+"""Maximum number of rows read from a hub data set."""
 
 TEXTS = (
     ("word", "sentence1", "sentence2"),
@@ -36,24 +36,26 @@ TEXTS = (
     ("content",),
     ("review",),
 )
-"""Columns of the texts that go together, of which a table's first match counts.
+"""Names of text columns; the first entry whose columns a table all has is used.
 
-Of three the first is a word that the other two have in common, as in WiC; it is put before each: "word: sentence".
+In an entry of three, the first column is a word that occurs in both sentences (WiC); each text is "word: sentence".
 """
 
 COLA = ("source", "label", "mark", "sentence")
 STS = ("genre", "filename", "year", "index", "score", "sentence1", "sentence2")
-"""Columns of tables that do not name them."""
+"""Columns of the CoLA and STS-B files, which have no header."""
 
 WORD_IN_TEXT = re.compile(r"Word: (?P<word>.+?)\. Sentence 1: (?P<sentence1>.+?) Sentence 2: (?P<sentence2>.+)", re.S)
-"""WiC's columns, written as one text."""
+"""A row of WiC written as one text."""
 
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """The rows of a table: their texts, or pairs of them, a list for each column; and what they are labelled.
+    """The texts and labels of a table.
 
-    `names` are those of the classes by number, where a hub data set has them; `labels` is empty where there are none.
+    `texts` holds one list per text column, with one text per row. `labels` holds one label per row; empty if the labels
+    were not read. `names` are the names of the classes by number, if the data set defines them. `source` names the
+    table in error messages.
     """
 
     source: str
@@ -65,9 +67,10 @@ class LabelledTexts:
         return len(self.texts[0])
 
     def classes(self) -> list[str] | None:
-        """The names of the classes: those of the data set, or else every label, sorted; None if they are scores.
+        """The names of the classes: those of the data set, or else all distinct labels, sorted; None for scores.
 
-        Labels are scores if all are numbers and not all whole. Raises `PermpruneError` for fewer than 2 classes.
+        Labels are scores if all are numbers and some are not integers. Raises `PermpruneError` for fewer than 2
+        classes.
         """
         labels = {str(label) for label in self.labels}
         numbers = {label: number for label in labels if (number := _number(label)) is not None}
@@ -80,9 +83,10 @@ class LabelledTexts:
 
 
 def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) -> LabelledTexts:
-    """Read a .tsv, .csv or .jsonl file with columns of texts and labels, as those of GLUE, or a `datasets` name.
+    """Read texts and labels from a .tsv, .csv or .jsonl file (e.g. of GLUE) or a `datasets` name.
 
-    The labels are left out unless `labelled`. Raises `PermpruneError`.
+    The labels are read only if `labelled` is True. Raises `PermpruneError` if the source cannot be read or lacks the
+    columns.
     """
     path = locate(source, "labelled text")
     rows, names = (_from_file(path), {}) if path and path.is_file() else _from_dataset(str(source), part)
@@ -108,14 +112,16 @@ def load_labelled_text(
     seed: int = 0,
     shared: bool = False,
 ) -> dict[str, Tensor]:
-    """Up to `count` texts or pairs of texts as the model's tokenizer makes them, drawn at random.
+    """Load up to `count` randomly chosen texts or pairs of texts, tokenized.
 
-    `input_ids`, `attention_mask` and what else the model takes, int64 (count, tokens), cut to `length` tokens and
-    padded to the longest; and, where the model takes them, `labels` (count,): int64, or fp32 if they are scores.
+    Returns `input_ids`, `attention_mask` and other outputs of the tokenizer that the model takes, int64
+    (count, tokens), truncated to `length` tokens and padded to the longest. If the model takes labels, also `labels`
+    (count,): int64 for classes, fp32 for scores.
 
-    `source` is a .tsv, .csv or .jsonl file with columns of texts and labels, as those of GLUE, or a `datasets` name or
-    folder as in `load_documents`. With `shared`, the other part comes from the same source, of which each gets half;
-    the same texts are never in both. Raises `PermpruneError`.
+    `source` is a .tsv, .csv or .jsonl file with columns of texts and labels (e.g. of GLUE), or a `datasets` name or
+    folder as in `load_documents`. With `shared`, the calibration and the evaluation part come from the same source, and
+    each gets a disjoint half; equal texts are in the same half. Raises `PermpruneError` if the source cannot be read, a
+    label is unknown to the model, or the tokenizer has no padding token.
     """
     tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token_id is None:
@@ -170,7 +176,7 @@ def _number(text: str) -> float | None:
 
 
 def _from_dataset(source: str, part: Part) -> tuple[list[dict[str, Any]], Mapping[str, list[str] | None]]:
-    """Rows, and the names of the classes by column."""
+    """The rows of a data set, and the names of the classes by column."""
     with dataset(source, part) as rows:
         features = getattr(rows, "features", None) or {}
         held = list(islice(rows, MAX_ROWS))

@@ -1,4 +1,4 @@
-"""Labels as the model counts them."""
+"""Conversion of a data set's labels to the model's class numbers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ SHOWN = 5
 
 
 class Labels:
-    """The classes of a model, by its config's names or numbers; scores where it has a single output."""
+    """Converts labels to the class numbers of a model's config (`id2label`), or to scores if it has one output."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.names: dict[int, str] = {int(number): str(name) for number, name in (config.id2label or {}).items()}
         self.numbers = {name.casefold(): number for number, name in self.names.items()}
 
     def read(self, label: Any, place: str) -> float:
-        """The number of a class, or a score. Raises `PermpruneError` where the model knows no such label."""
+        """Convert a label, the name or number of a class, to the class number; for a model with one output, to a score.
+
+        Names are compared without regard to case. `place` names the example in error messages. Raises `PermpruneError`
+        if the label is missing or unknown to the model.
+        """
         text = "" if label is None else str(label).strip()
         if not text or (text == "-1" and len(self.names) > 1):
             raise PermpruneError(f"{place} has no label: give labelled data, as NAME@validation for a data set's split")
@@ -36,12 +40,15 @@ class Labels:
         return number
 
     def tensor(self, labels: Sequence[Any], places: Sequence[str]) -> Tensor:
-        """The labels of examples: int64 (count,), or fp32 if they are scores."""
+        """Convert the labels of examples with `read`: int64 (count,), or fp32 (count,) for scores."""
         dtype = torch.float32 if len(self.names) == 1 else torch.int64
         return torch.tensor([self.read(*pair) for pair in zip(labels, places, strict=True)], dtype=dtype)
 
     def named(self, label: Any, names: Sequence[str]) -> Any:
-        """A data set's class number as its name, where the model knows all of these names: numbers may differ."""
+        """Convert a data set's class number to the class name, if the model has all of the data set's class `names`.
+
+        The data set and the model may number the same classes differently. Otherwise returns `label` unchanged.
+        """
         known = all(name.casefold() in self.numbers for name in names)
         return names[label] if known and isinstance(label, int) and 0 <= label < len(names) else label
 

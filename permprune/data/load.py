@@ -1,4 +1,4 @@
-"""Examples of whatever a model reads, from one call."""
+"""Load examples of the kind that a model takes: text, labelled texts, images or speech."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from permprune.models.signature import argument_names
 from permprune.zoo import images as zoo
 
 CIFAR = "cifar10"
-"""The name of the images that the zoo has, the default ones."""
+"""The name of the zoo's images, the default for image models."""
 
 
 def load_examples(
@@ -33,13 +33,15 @@ def load_examples(
     seed: int | None = None,
     shared: bool = False,
 ) -> Examples:
-    """Up to `count` examples as the model's processor makes them, with labels where source and model have such.
+    """Load up to `count` examples as inputs of the model, with labels if both the source and the model have them.
 
-    `source` is what `load_documents`, `load_labelled_text`, `load_images` or `load_speech` takes, by `kind_of` the
-    model; "cifar10" are the zoo's images. None is the default text, or for a model of images the zoo's. Text is cut to
-    windows of `length` tokens. Windows and the zoo's images are the first, or with a `seed` drawn at random. With
-    `shared` the other part comes from the same source. The zoo's images have a part of their own to fit probes on,
-    which elsewhere is the calibration part. Raises `PermpruneError`.
+    `source` is a source of `load_documents`, `load_labelled_text`, `load_images` or `load_speech`, depending on
+    `kind_of(model)`; None is the default text, or for an image model the zoo's images, which are also named "cifar10".
+    Text is cut into windows of `length` tokens. Windows and the zoo's images are the first ones, or chosen at random if
+    a `seed` is given; other examples are always chosen at random. With `shared`, the calibration and the evaluation
+    part come from the same source. `part` "probe" is a separate part of the zoo's images for training linear probes;
+    for other sources it is the calibration part. Raises `PermpruneError` if the source cannot be read or does not fit
+    the model.
     """
     kind = kind_of(model)
     if kind == "images" and source in (None, CIFAR):
@@ -59,10 +61,10 @@ def load_examples(
 
 
 def _known(model: PreTrainedModel, texts: Examples) -> Examples:
-    """The same texts. Raises `PermpruneError` when one has a token that the model has no embedding for."""
+    """Return the texts unchanged. Raises `PermpruneError` if a token is outside the model's embedding."""
     try:
         known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    except NotImplementedError:  # a class that does not say where they are
+    except NotImplementedError:  # raised by model classes that do not define their input embeddings
         return texts
     largest = int(texts["input_ids"].max())
     if known is not None and largest >= known:
@@ -79,7 +81,10 @@ def _use(part: Part) -> str:
 def _zoo_images(
     model: PreTrainedModel, processor: Processor | None, part: zoo.ImagePart, count: int, seed: int | None
 ) -> Examples:
-    """Images of a part, drawn with a `seed` and without one the first; labels for a model of as many classes."""
+    """Images of a part of the zoo's images: the first ones, or chosen at random if a `seed` is given.
+
+    Labels are included if the model takes labels and has as many classes as the images.
+    """
     maker = image_processor_of(processor)
     held = zoo.load_images(part)
     chosen = torch.arange(len(held.labels))

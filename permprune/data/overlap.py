@@ -1,4 +1,4 @@
-"""How much of what a model is measured on stands in its calibration as well."""
+"""Overlap between the evaluation data and the calibration data."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from permprune.examples import Examples
 from permprune.system.progress import log
 
 SPAN = 32
-"""Tokens in a row that two texts hardly share unless one of them holds a part of the other."""
+"""Length in tokens of a run that two texts are unlikely to share by chance."""
 
 QUOTED = 0.01
-"""The share of an evaluation up to which an overlap is not spoken of: texts quote each other."""
+"""Fraction of the evaluation data up to which an overlap causes no warning, because texts quote each other."""
 
 
 def overlap(calibration: Sequence[Examples], evaluation: Examples) -> float:
-    """The share of an evaluation that the calibration, given in parts, holds as well: from 0 to 1.
+    """The fraction, from 0 to 1, of the evaluation data that also occurs in the calibration data.
 
-    Of windows of text it is the share of tokens that lie in a run of `SPAN` tokens which occurs in a window of the
-    calibration, however either text was cut; shorter windows are looked for whole. Of images, speech and sentences it
-    is the share of examples whose inputs, labels and padding apart, are those of an example of the calibration.
+    For windows of text, this is the fraction of tokens in a run of `SPAN` tokens that occurs in a calibration window at
+    any offset; windows shorter than `SPAN` are compared as a whole. For images, speech and sentences, it is the
+    fraction of examples whose inputs, without labels and padding, are equal to those of a calibration example.
+    `calibration` is a list of sets of examples.
     """
     names = sorted(set(evaluation).intersection(*calibration) - {"labels", "token_type_ids"})
     inputs = [name for name in names if not name.startswith("decoder_") and not name.endswith("mask")]
@@ -36,13 +37,13 @@ def overlap(calibration: Sequence[Examples], evaluation: Examples) -> float:
 
 
 def warn_of_overlap(share: float) -> None:
-    """Log a warning where so large a share of an evaluation was calibrated on that the figures say little."""
+    """Log a warning if the overlap is larger than `QUOTED`, so that the evaluation may be misleading."""
     if share > QUOTED:
         log.warning("%.0f %% of the evaluation is in the calibration: give another text or other files", 100 * share)
 
 
 def _covered(calibration: list[Tensor], windows: Tensor) -> float:
-    """The share of the tokens of windows (count, length) that lie in a run which the calibration's windows have."""
+    """The fraction of the tokens of windows (count, length) in a run that occurs in the calibration windows."""
     span = min(SPAN, *(part.shape[1] for part in (*calibration, windows)))
     weights = torch.randint(-(2**63), 2**63 - 1, (span,), generator=torch.Generator().manual_seed(0))
     known = torch.cat([_run_hashes(part, weights).flatten() for part in calibration]).unique()
@@ -54,7 +55,10 @@ def _covered(calibration: list[Tensor], windows: Tensor) -> float:
 
 
 def _run_hashes(windows: Tensor, weights: Tensor) -> Tensor:
-    """A hash of every run of tokens in windows int64 (count, length), modulo 2^64: (count, length - span + 1)."""
+    """A 64-bit hash of every run of tokens in windows, int64 (count, length): int64 (count, length - span + 1).
+
+    `weights` are the coefficients of the hash, int64 (span,).
+    """
     runs = windows.shape[1] - len(weights) + 1
     total = torch.zeros(len(windows), runs, dtype=torch.int64)
     for place, weight in enumerate(weights):
@@ -63,7 +67,7 @@ def _run_hashes(windows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _digests(examples: Examples, names: Sequence[str]) -> list[bytes]:
-    """A digest of each example's tensors of these names, without the positions that are padding."""
+    """A digest of the tensors `names` of each example, without padding."""
     mask = examples.get("attention_mask")
     found = []
     for at in range(len(examples)):
@@ -72,7 +76,7 @@ def _digests(examples: Examples, names: Sequence[str]) -> list[bytes]:
             tensor = examples[name][at].cpu()
             if mask is not None and mask.shape == examples[name].shape[:2]:
                 tensor = tensor[mask[at].cpu().bool()]
-            elif tensor.dim() == 1 and tensor.is_floating_point():  # a wave, padded with zeros
+            elif tensor.dim() == 1 and tensor.is_floating_point():  # a waveform, padded with zeros
                 tensor = tensor[: len(tensor) - int(tensor.flip(0).eq(0).long().cumprod(0).sum())]
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         found.append(digest.digest())

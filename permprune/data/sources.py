@@ -1,4 +1,4 @@
-"""Where examples come from, be it a table, a folder or a hub data set, and which of them a part is given."""
+"""Sources of examples (tables, folders and hub data sets), and the choice of examples for each part."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from permprune.errors import PermpruneError
 from permprune.examples import Part
 
 BUFFER = 1000
-"""Rows of a streamed data set that are held to be mixed, at least."""
+"""Minimum size, in rows, of the buffer for shuffling a streamed data set."""
 
 ROW = "__row__"
-"""A column for the names of a data set's rows."""
+"""A temporary column for the names of a data set's rows."""
 
 TABLES = (".csv", ".tsv", ".jsonl")
 LISTS = ("labels", "metadata", "transcripts")
-"""Tables, by suffix and by name, that lie beside images or sound and say what is in them."""
+"""Suffixes and names of the tables that list image or audio files and their labels."""
 
 FILE_COLUMNS = ("file_name", "file", "filename", "path", "image", "audio")
 LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "class", "is_duplicate", "fine_label")
@@ -38,7 +38,7 @@ _PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|raw|to
 
 @dataclass(frozen=True)
 class Item:
-    """An example: its name in error messages, how to read it, and what the source says of it, if anything."""
+    """An example: its name in error messages, a function that reads it, and its label in the source, if any."""
 
     name: str
     read: Callable[[], Any]
@@ -46,7 +46,10 @@ class Item:
 
 
 def locate(source: str | Path, what: str) -> Path | None:
-    """The file or folder that a source is; None for the id of a data set. Raises `PermpruneError` for neither."""
+    """The path of a source that is a file or folder; None for the name of a hub data set.
+
+    `what` names the expected content in error messages. Raises `PermpruneError` for a path that does not exist.
+    """
     path = Path(source)
     if path.exists():
         return path
@@ -60,7 +63,7 @@ def looks_like_path(source: str) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, character for character. Raises `PermpruneError` when it cannot be read."""
+    """Read a UTF-8 file without translating line breaks. Raises `PermpruneError` if it cannot be read or decoded."""
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -70,9 +73,11 @@ def read_text(path: Path) -> str:
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a .jsonl, .csv or .tsv file, whose first row names the columns unless they are given.
+    """Read the rows of a .jsonl, .csv or .tsv file.
 
-    Quotes mean nothing in a .tsv, as in the GLUE files. Raises `PermpruneError` when it is no such table, or empty.
+    The first row of a .csv or .tsv file is the header unless `columns` are given. Quotes have no special meaning in a
+    .tsv file, as in those of GLUE. Raises `PermpruneError` if the file has another suffix, cannot be parsed or is
+    empty.
     """
     text = read_text(path).removeprefix("\ufeff")
     if path.suffix == ".jsonl":
@@ -97,14 +102,14 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
 
 
 def parse_json(text: str, place: str) -> Any:
-    """The value of a JSON text, whose strings hold whole characters.
+    """Parse a JSON text; `place` names its location at the beginning of error messages.
 
-    Raises `PermpruneError` that begins with `place` for text that is no JSON, is nested deeper than Python can follow,
-    or holds half of a surrogate pair ("\\ud83d"), which tokenizers refuse.
+    Raises `PermpruneError` if the text is invalid, exceeds Python's recursion limit, or contains a lone surrogate
+    ("\\ud83d"), which tokenizers do not accept.
     """
     try:
         value = json.loads(text)
-        if "\\ud" in text.lower():  # the escape of half a pair
+        if "\\ud" in text.lower():  # escape sequence of a surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise PermpruneError(f"{place}: half of a surrogate pair is no character: remove it") from error
@@ -116,7 +121,7 @@ def parse_json(text: str, place: str) -> Any:
 
 
 def find_column(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
-    """The first of these columns that a row has. Raises `PermpruneError` where there is none."""
+    """The first of the columns `names` that a row has. Raises `PermpruneError` if it has none of them."""
     found = next((name for name in names if name in row), None)
     if found is None:
         held = ", ".join(str(name) for name in row)
@@ -125,7 +130,7 @@ def find_column(row: Mapping[str, Any], names: Sequence[str], place: str) -> str
 
 
 def list_files(folder: Path, suffixes: Iterable[str], what: str) -> list[Path]:
-    """All files of these kinds in a folder and those inside it, sorted. Raises `PermpruneError` for none."""
+    """All files with these suffixes in a folder and its sub-folders, sorted. Raises `PermpruneError` if none exist."""
     kinds = set(suffixes)
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
     if not found:
@@ -134,16 +139,17 @@ def list_files(folder: Path, suffixes: Iterable[str], what: str) -> list[Path]:
 
 
 def find_list(path: Path) -> Path | None:
-    """The table that lists the files of a folder, or is given in its place; None where there is none."""
+    """The table in a folder that lists its files, or `path` itself if it is a file; None if there is no such table."""
     if path.is_file():
         return path
     return next((file for name in LISTS for kind in TABLES if (file := path / f"{name}{kind}").is_file()), None)
 
 
 def listed_items(table: Path, labels: Sequence[str], read: Callable[[Path], Any]) -> list[Item]:
-    """What a table lists: a file in each row, beside the table or below it, and in a column of `labels` what it is.
+    """The examples that a table lists, one per row.
 
-    Raises `PermpruneError` when a file is missing.
+    A row contains the path of a file, relative to the table's folder, in one of `FILE_COLUMNS`, and the label in one of
+    the columns `labels`. `read` loads a file. Raises `PermpruneError` if a column or a file is missing.
     """
     rows = read_table(table)
     column, label = find_column(rows[0], FILE_COLUMNS, str(table)), find_column(rows[0], labels, str(table))
@@ -157,10 +163,10 @@ def listed_items(table: Path, labels: Sequence[str], read: Callable[[Path], Any]
 
 
 def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -> list[int]:
-    """Up to `count` examples of a part in random order, as positions in `keys`, which names them.
+    """Choose up to `count` examples of a part at random, and return their indices into `keys`, the examples' names.
 
-    If both parts share the source, each has the half of it that the digests of the names give it, whatever the seed
-    and the count. Raises `PermpruneError` when none is left or wanted.
+    If both parts share the source, each gets a disjoint half of it, determined by the digests of the names and so
+    independent of `seed` and `count`. Raises `PermpruneError` if no example is available or `count` is less than 1.
     """
     own = [at for at, key in enumerate(keys) if not shared or _half(key) == part]
     if not own or count < 1:
@@ -170,14 +176,14 @@ def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -
 
 
 def pick_items(items: Sequence[Item], path: Path, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
-    """As `pick`, of the items of a folder or table, whose names are those within the folder, wherever it lies."""
+    """Like `pick`, for the files of the folder or table `path`; their names are relative to the folder."""
     folder = path if path.is_dir() else path.parent
     keys = [Path(item.name).relative_to(folder).as_posix() for item in items]
     return [items[at] for at in pick(keys, part, count, seed, shared)]
 
 
 def pick_rows(rows: Any, part: Part, count: int, seed: int, shared: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Up to `count` rows of a streamed data set, mixed over a buffer, and their names; otherwise as `pick`."""
+    """Like `pick`, for a streamed data set, which is shuffled within a buffer; returns (name, row) pairs."""
     rows = rows.map(lambda _, at: {ROW: f"row {at}"}, with_indices=True)
     if shared:
         rows = rows.filter(lambda row: _half(row[ROW]) == part)
@@ -189,7 +195,10 @@ def pick_rows(rows: Any, part: Part, count: int, seed: int, shared: bool) -> lis
 
 
 def stored_file(cell: Any, place: str) -> io.BytesIO:
-    """The file in a cell of a data set, wherever it lies. Raises `PermpruneError` when it holds none."""
+    """Open the image or audio file in a cell of a data set, stored in the cell or at a path or URL.
+
+    Raises `PermpruneError` if the cell contains no file.
+    """
     if isinstance(cell, dict) and cell.get("bytes"):
         return io.BytesIO(cell["bytes"])
     if isinstance(cell, dict) and cell.get("path"):
@@ -199,22 +208,26 @@ def stored_file(cell: Any, place: str) -> io.BytesIO:
 
 
 def parse_name(source: str, part: Part) -> tuple[str, str | None, str]:
-    """Name, configuration and split of "name:config@split"; the default split is "train" or "test"."""
+    """Split "name:config@split" into name, configuration and split.
+
+    The configuration is None if it is not given. The default split is "train" for calibration and "test" for
+    evaluation.
+    """
     name, _, split = source.partition("@")
     name, _, config = name.partition(":")
     return name, config or None, split or ("train" if part == "calibration" else "test")
 
 
 def shares_rows(source: str, shared: bool) -> bool:
-    """Whether the parts of a data set share its rows: not by default, since they are then two splits of it."""
+    """Whether both parts come from the same rows of a data set: only if it names a split; by default, splits differ."""
     return shared and "@" in source
 
 
 @contextmanager
 def dataset(source: str, part: Part) -> Iterator[Any]:
-    """The split of a data set that a source names, to be streamed inside the block; images and sound stay files.
+    """Context manager that streams the split of a hub data set; images and audio are not decoded.
 
-    Raises `PermpruneError` for whatever datasets raises there.
+    Errors from the datasets library inside the block are raised as `PermpruneError`.
     """
     import datasets
 
@@ -227,7 +240,7 @@ def dataset(source: str, part: Part) -> Iterator[Any]:
         yield rows
     except PermpruneError:
         raise
-    except Exception as error:  # datasets raises whatever its readers, fsspec and the network raise
+    except Exception as error:  # datasets passes on errors of any type from its readers, fsspec and the network
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(
             f'"{name}" is no file here, and its split "{split}" does not load as a data set: {reason}'

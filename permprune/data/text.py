@@ -1,4 +1,4 @@
-"""Text as batches of tokens: where it comes from, and how it is cut into windows."""
+"""Load text and cut it into windows of tokens."""
 
 from __future__ import annotations
 
@@ -20,23 +20,26 @@ if TYPE_CHECKING:
 
 
 MAX_CHARACTERS = 50_000_000
-"""How much of a hub data set is read."""
+"""Maximum number of characters read from a hub data set."""
 
 POOL = 4
-"""With a seed, windows are drawn from this many times as many."""
+"""With a seed, windows are chosen at random from `POOL` times as many."""
 
 _MARGIN = 64
 
 
 def load_documents(source: str | Path | None, part: Part) -> list[str]:
-    """The documents of a text.
+    """Load the documents of a text. `source` is one of
 
-    `source` is None for the default text's `part`; a .jsonl file, one document in the "text" of each line;
-    any other file, which is one document, character for character; or a `datasets` name: "name",
-    "name:config", "name@split", "name:config@split", field "text", split "train" for calibration and "test"
-    for evaluation unless given. Of a data set the first `MAX_CHARACTERS` are streamed; where some of its rows
-    are empty, the rows are the lines of one document and are joined by blank lines (WikiText as GPTQ,
-    SparseGPT and Wanda read it). Raises `PermpruneError` when the text cannot be read, or is empty.
+    * None: the given `part` of the default text;
+    * a .jsonl file: one document per line, in the field "text";
+    * any other file: a single document;
+    * a `datasets` name, "name", "name:config", "name@split" or "name:config@split", or the folder of a data set: the
+      field "text" of each row. The default split is "train" for calibration and "test" for evaluation.
+
+    Of a data set, the first `MAX_CHARACTERS` characters are streamed. If some rows are empty, the rows are lines of one
+    document and are joined by blank lines (as WikiText in GPTQ, SparseGPT and Wanda). Raises `PermpruneError` if the
+    text cannot be read or is empty.
     """
     path = text_file(part) if source is None else Path(source)
     name, _, _ = parse_name(str(source), part)
@@ -60,14 +63,16 @@ def tokenize(
     seed: int | None = None,
     fewer: bool = False,
 ) -> Tensor:
-    """`count` windows of `length` tokens that do not overlap, int64 (count, length).
+    """Tokenize documents and cut them into `count` non-overlapping windows of `length` tokens: int64 (count, length).
 
-    Documents follow each other with the tokenizer's end-of-sequence token between them (nothing where it has
-    none). Where the tokenizer begins every text with a token, that is the first of every window: some models are lost
-    without it. No other special tokens are added. Without a seed these are the first windows of the text, and no
-    more of it is read than they need. With a seed the documents are taken in random order until there are
-    `POOL` times as many windows, or the text ends, and `count` distinct ones of those are drawn. A text with too
-    few tokens gives what it has if `fewer` will do. Raises `PermpruneError` otherwise, and when it has no window.
+    Documents are concatenated, with the tokenizer's end-of-sequence token (if it has one) between them. If the
+    tokenizer puts a beginning-of-sequence token before every text, every window begins with it, because some models
+    fail without it. No other special tokens are added.
+
+    Without a seed, the first windows of the text are returned, and only as much text as they need is tokenized. With a
+    seed, documents are taken in random order until there are `POOL` * `count` windows or the text ends, and `count` of
+    these windows are chosen at random. If the text has too few tokens, fewer windows are returned if `fewer` is True;
+    otherwise, or if the text is shorter than one window, `PermpruneError` is raised.
     """
     if length < 2 or count < 1:
         raise PermpruneError(f"{count} windows of {length} tokens are no text: ask for at least 1 window of 2 tokens")
@@ -89,7 +94,7 @@ def tokenize(
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer puts it before every text."""
+    """The beginning-of-sequence token if the tokenizer puts it before every text, else an empty list."""
     first = tokenizer("")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
@@ -102,9 +107,9 @@ def _stream(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, wanted
 
 
 def _encode(document: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> list[int]:
-    """All tokens of the document, or at least the first `wanted`, from no more of it than they need.
+    """All tokens of a document, or its first `wanted` tokens, tokenizing only as much of the document as necessary.
 
-    The last tokens before a cut may differ from those of the whole document, so a margin of them is dropped.
+    The last tokens before a cut may differ from those of the whole document, so a margin of tokens is discarded.
     """
     characters = 8 * (wanted + _MARGIN)
     while True:
