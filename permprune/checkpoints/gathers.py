@@ -56,6 +56,7 @@ class Gather:
 
     @property
     def places(self) -> list[Place]:
+        """The places at which the permutation is applied."""
         return [("output", self.output)] if self.output else [("input", name) for name in self.inputs]
 
 

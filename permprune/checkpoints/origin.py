@@ -30,6 +30,7 @@ class Origin:
 
     @property
     def gathers(self) -> list[Gather]:
+        """The gathers in the record; empty if there is no record."""
         return self.record.gathers if self.record else []
 
 

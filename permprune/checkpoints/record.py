@@ -19,7 +19,7 @@ from permprune.pattern import Pattern
 RECORD = "permprune.json"
 
 FORMAT = 1
-"""The format version that is written, and the newest that can be read. Adding a key with a default keeps it."""
+"""The format version that is written, and the newest that can be read. New keys with defaults do not change it."""
 
 ADVICE = "copy it again, or prune the model again"
 

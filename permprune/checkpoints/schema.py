@@ -66,6 +66,7 @@ def encode(value: object) -> Any:
 
 
 def dotted(where: str, name: str) -> str:
+    """The path of the key `name` in the object at `where`; long or unprintable names are abbreviated."""
     name = name if name.isprintable() and len(name) < 100 else reprlib.repr(name)
     return f"{where}.{name}" if where else name
 

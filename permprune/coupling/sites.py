@@ -51,6 +51,7 @@ class UniqueNames:
         self._taken: dict[str, int] = {}
 
     def take(self, name: str) -> str:
+        """Return `name`, with a number appended if it is taken, and mark it as taken."""
         count = self._taken[name] = self._taken.get(name, 0) + 1
         return name if count == 1 else self.take(f"{name}.{count}")
 
@@ -67,6 +68,7 @@ def common_prefix(names: Iterable[str]) -> str:
 
 
 def dotted(prefix: str, name: str) -> str:
+    """Join a prefix, which may be empty, and a name with a dot."""
     return f"{prefix}.{name}" if prefix else name
 
 

@@ -48,6 +48,7 @@ class ChannelSpace:
 
     @property
     def readers(self) -> tuple[Member, ...]:
+        """The members whose role is "reads"."""
         return tuple(member for member in self.members if member.role == "reads")
 
 

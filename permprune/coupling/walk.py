@@ -25,6 +25,7 @@ from permprune.coupling.axes import Axis, Label, Lookup, concat, cut, find, free
 Rule = Callable[["Walk", Node], Any]
 
 RULES: dict[str, Rule] = {}
+"""The rules by the name of the op (see `op_name`)."""
 
 IDENTITIES = frozenset(
     {"alias", "clone", "contiguous", "detach", "dropout", "lift_fresh_copy", "to", "type_as", "_to_copy"}
@@ -111,6 +112,7 @@ class Walk:
                     self.record(one)
 
     def keep(self, node: Node, label: Any) -> None:
+        """Store and record the label of a node."""
         self.labels[node] = label
         for one in labels_in(label):
             self.record(one)

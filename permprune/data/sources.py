@@ -59,6 +59,7 @@ def locate(source: str | Path, what: str) -> Path | None:
 
 
 def looks_like_path(source: str) -> bool:
+    """Whether a source is written like a path, by its slashes or its suffix, and not like the name of a data set."""
     return _PATH_LIKE.fullmatch(source) is not None
 
 

@@ -29,7 +29,9 @@ _MARGIN = 64
 
 
 def load_documents(source: str | Path | None, part: Part) -> list[str]:
-    """Load the documents of a text. `source` is one of
+    """Load the documents of a text.
+
+    `source` is one of
 
     * None: the given `part` of the default text;
     * a .jsonl file: one document per line, in the field "text";

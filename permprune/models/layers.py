@@ -35,6 +35,7 @@ class Layer:
 
     @property
     def parameter(self) -> str:
+        """The name of the weight in `named_parameters()`."""
         return f"{self.name}.weight"
 
     @property

@@ -14,7 +14,7 @@ def convert(files: Sequence[Path], folder: Path) -> None:
     """Write the model in a GGUF file to `folder` in fp32, with its tokenizer.
 
     `files` are the consecutive parts of one GGUF file, one or several. They are joined in the folder of the first part,
-    which must contain no other model.
+    which must contain nothing else.
     """
     whole = files[0].with_name("model.gguf")
     files[0].rename(whole)
