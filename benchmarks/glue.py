@@ -151,7 +151,7 @@ def model_folder(options: argparse.Namespace, name: str, seed: int, method: str)
         length=LENGTH,
         seed=seed,
     )
-    prune_to_folder(dense, out, config, Evaluation(str(files.dev), 1, LENGTH))
+    prune_to_folder(dense, out, config, evaluation=Evaluation(str(files.dev), 1, LENGTH))
     return out
 
 

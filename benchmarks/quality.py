@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from permprune import PruneConfig, read_model
-from permprune.evaluation.result import gap_closed
+from permprune.evaluation.result import gap_closed, metric_named
 from permprune.jobs.trials import Evaluation, Meter
 from permprune.permuters.registry import permuter
 from permprune.pipeline import prepare, update_weights
@@ -112,7 +112,7 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
     def score() -> tuple[dict[str, float], str]:
         with torch.autocast(compute_device(model).type, torch.bfloat16, enabled=options.bf16):
             results = {name: meter() for name, meter in meters.items()}
-        return {name: result.value for name, result in results.items()}, next(iter(results.values())).metric
+        return {name: result.value for name, result in results.items()}, next(iter(results.values())).metric.name
 
     with prepared.network.dense_weights():
         meters = {name: Meter(model, processor, evaluation) for name, (_, evaluation) in runs.items()}
@@ -130,7 +130,9 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
             update_weights(prepared)
             found, _ = score()
             none = none or found
-            gap = {name: gap_closed(found[name], dense[name], none[name], metric) for name in found}
+            gap = {
+                name: gap_closed(found[name], dense[name], none[name], metric=metric_named(metric)) for name in found
+            }
             if method in wanted:
                 yield row | {"method": method, "value": found, "gap": gap, **cost, "peak": round(peak_memory_mb() or 0)}
 

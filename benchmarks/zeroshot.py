@@ -18,6 +18,7 @@ from quality import data_name
 
 from permprune import PruneConfig, Result, TaskList, read_model
 from permprune.evaluation.lm_tasks import average
+from permprune.evaluation.result import TASK_ACCURACY, metric_named
 from permprune.permuters.registry import permuter
 from permprune.pipeline import prepare, update_weights
 from permprune.system.progress import log
@@ -67,14 +68,15 @@ def rows_of(options: argparse.Namespace, known: list[Row]) -> list[Row]:
 def measure(options: argparse.Namespace, missing: list[tuple[str, str]]) -> Iterator[Row]:
     """Yield the rows of the methods and tasks that are missing, method by method."""
     names = list(dict.fromkeys(task for _, task in missing))
-    tasks = {name: TaskList((name,), options.data, options.limit, options.few_shot).load() for name in names}
+    asked = {"data": options.data, "limit": options.limit, "few_shot": options.few_shot}
+    tasks = {name: TaskList((name,), **asked).load() for name in names}
     model, tokenizer, _ = read_model(options.model)
     shared = ("pattern", "saliency", "update", "mode", "seed", "calibration")
     prepared = prepare(model, tokenizer, PruneConfig(**{name: getattr(options, name) for name in shared}))
 
     def scores(method: str, seconds: float) -> Iterator[Row]:
         for name in (task for own, task in missing if own == method):
-            results = [dataclasses.asdict(result) for result in tasks[name](model, tokenizer)]
+            results = [row_of(result) for result in tasks[name](model, tokenizer)]
             yield {"method": method, "task": name, "results": results, "seconds": round(seconds)}
 
     with prepared.network.dense_weights():
@@ -85,15 +87,25 @@ def measure(options: argparse.Namespace, missing: list[tuple[str, str]]) -> Iter
         yield from scores(method, solution.seconds)
 
 
+def row_of(result: Result) -> Row:
+    return {**dataclasses.asdict(result), "metric": result.metric.name}
+
+
+def result_of(row: Row) -> Result:
+    return Result(**{**row, "metric": metric_named(row["metric"])})
+
+
 def markdown(rows: list[Row], tasks: list[str]) -> str:
     """A line for each method: "acc" in percent, or the first metric of a task that has none, and the mean of "acc"."""
     heads = ["method", *tasks, "mean acc"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
         found = [
-            (row["task"], [Result(**result) for result in row["results"]]) for row in rows if row["method"] == method
+            (row["task"], [result_of(result) for result in row["results"]]) for row in rows if row["method"] == method
         ]
-        cells = {task: next((own for own in results if own.metric == "acc"), results[0]) for task, results in found}
+        cells = {
+            task: next((own for own in results if own.metric == TASK_ACCURACY), results[0]) for task, results in found
+        }
         mean = average(list(cells.values()))
         shown = [*(cells[task] for task in tasks), *([mean] if mean else [])]
         lines.append("| " + " | ".join([method, *map(figure, shown)]) + " |")
@@ -101,7 +113,7 @@ def markdown(rows: list[Row], tasks: list[str]) -> str:
 
 
 def figure(result: Result) -> str:
-    scale, digits = (100, 1) if result.metric == "acc" else (1, 2)
+    scale, digits = (100, 1) if result.metric == TASK_ACCURACY else (1, 2)
     error = "" if result.stderr is None else f" ± {scale * result.stderr:.{digits}f}"
     return f"{scale * result.value:.{digits}f}{error}"
 

@@ -24,17 +24,19 @@ if TYPE_CHECKING:
     from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
     from permprune.evaluation.perplexity import perplexity
     from permprune.evaluation.probe import fit_probe
-    from permprune.evaluation.result import Result
+    from permprune.evaluation.result import Metric, Result
     from permprune.examples import Examples
     from permprune.inference.pack import pack, unpack
-    from permprune.jobs.compare import compare
+    from permprune.jobs.compare import Comparison, compare
     from permprune.jobs.evaluate import evaluate
-    from permprune.jobs.finetune import FineTuning, finetune
-    from permprune.jobs.packing import pack_folder, unpack_folder
+    from permprune.jobs.finetune import FineTuned, FineTuning, finetune
+    from permprune.jobs.inspect import InspectedSpace, inspect
+    from permprune.jobs.packing import Packed, pack_folder, unpack_folder
     from permprune.jobs.prune import prune_to_folder
     from permprune.jobs.sweep import sweep
+    from permprune.jobs.swept import Sweep
     from permprune.jobs.trials import Evaluation
-    from permprune.jobs.verify import verify_folder
+    from permprune.jobs.verify import Verified, verify
     from permprune.losses.loss import Loss
     from permprune.losses.objective import Objective
     from permprune.pattern import Pattern
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     from permprune.permuters.ria import RIAPermuter
     from permprune.pipeline import Pruned, prune
     from permprune.pruning.folder import save
-    from permprune.pruning.masked import MaskedLayers
+    from permprune.pruning.masked import LayerMeasure, MaskedLayers
     from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Problem
     from permprune.saliency.base import Saliency
@@ -61,18 +63,24 @@ if TYPE_CHECKING:
 __all__ = [
     "OBS",
     "RIA",
+    "Comparison",
     "Evaluation",
     "Examples",
+    "FineTuned",
     "FineTuning",
     "Identity",
+    "InspectedSpace",
+    "LayerMeasure",
     "LayerUpdate",
     "Learned",
     "LocalPermuter",
     "Loss",
     "Magnitude",
     "MaskedLayers",
+    "Metric",
     "Newton",
     "Objective",
+    "Packed",
     "Pattern",
     "PermpruneError",
     "Permuter",
@@ -89,8 +97,10 @@ __all__ = [
     "Saliency",
     "Solution",
     "SparseGPT",
+    "Sweep",
     "TaskList",
     "Update",
+    "Verified",
     "Walk",
     "Wanda",
     "compare",
@@ -105,6 +115,7 @@ __all__ = [
     "fit_probe",
     "fold",
     "fold_all",
+    "inspect",
     "load",
     "pack",
     "pack_folder",
@@ -116,7 +127,7 @@ __all__ = [
     "sweep",
     "unpack",
     "unpack_folder",
-    "verify_folder",
+    "verify",
     "verify_space",
 ]
 
@@ -136,20 +147,28 @@ _MODULES = {
     "evaluate_tasks": "evaluation.lm_tasks",
     "perplexity": "evaluation.perplexity",
     "fit_probe": "evaluation.probe",
+    "Metric": "evaluation.result",
     "Result": "evaluation.result",
     "Examples": "examples",
     "pack": "inference.pack",
     "unpack": "inference.pack",
+    "Comparison": "jobs.compare",
     "compare": "jobs.compare",
     "evaluate": "jobs.evaluate",
+    "FineTuned": "jobs.finetune",
     "FineTuning": "jobs.finetune",
     "finetune": "jobs.finetune",
+    "InspectedSpace": "jobs.inspect",
+    "inspect": "jobs.inspect",
+    "Packed": "jobs.packing",
     "pack_folder": "jobs.packing",
     "unpack_folder": "jobs.packing",
     "prune_to_folder": "jobs.prune",
     "sweep": "jobs.sweep",
+    "Sweep": "jobs.swept",
     "Evaluation": "jobs.trials",
-    "verify_folder": "jobs.verify",
+    "Verified": "jobs.verify",
+    "verify": "jobs.verify",
     "Loss": "losses.loss",
     "Objective": "losses.objective",
     "Pattern": "pattern",
@@ -167,6 +186,7 @@ _MODULES = {
     "Pruned": "pipeline",
     "prune": "pipeline",
     "save": "pruning.folder",
+    "LayerMeasure": "pruning.masked",
     "MaskedLayers": "pruning.masked",
     "PrunedNetwork": "pruning.network",
     "Problem": "pruning.problem",

@@ -115,10 +115,9 @@ class PruneConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The fields for a record: names as they were given, objects described in the language of names."""
-        from permprune.registry import describe
+        from permprune.registry import label_of
 
-        methods = {name: getattr(self, name) for name in ("permute", "saliency", "update")}
-        described = {name: given if isinstance(given, str) else describe(given) for name, given in methods.items()}
+        described = {name: label_of(getattr(self, name)) for name in ("permute", "saliency", "update")}
         return {"permute": described["permute"], **vars(self), **described}
 
     def identity(self) -> dict[str, Any]:

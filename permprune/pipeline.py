@@ -105,7 +105,7 @@ class Pruned:
         return Record.of(values)
 
     def save_pretrained(self, folder: str | Path, processor: Processor | None = None) -> None:
-        """Write the whole folder, as `prune_to_folder` does: in either mode `load` and `verify_folder` take it.
+        """Write the whole folder, as `prune_to_folder` does: in either mode `load` and `verify` take it.
 
         That is the config, the weights in the type that they were read in, the processor, the record, the probe and a
         report. `folder` must not exist yet; it appears when all is there. Raises `PermpruneError` if the weights are no
@@ -125,6 +125,7 @@ def prepare(
     model: PreTrainedModel,
     processor: Processor | None,
     config: PruneConfig,
+    *,
     examples: ExampleData | None = None,
     partial: Path | None = None,
 ) -> Prepared:
@@ -144,7 +145,7 @@ def prepare(
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     if lacks_text(model, shown):
         shown = transcribed(model, shown, batch)
-    plan = plan_run(model, config, shown, model.state_dict(), partial)
+    plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
@@ -234,7 +235,7 @@ def prune(
         raise PermpruneError(f"the config is {reprlib.repr(config)}: give a PruneConfig, or its fields as keywords")
     config = config.replace(**changes)
     set_origin(model, origin_of(model))
-    prepared = prepare(model, processor, config, examples)
+    prepared = prepare(model, processor, config, examples=examples)
     prepared.dense.warn()
     update_weights(prepared)
     natural = prepared.network.measures()

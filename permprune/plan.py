@@ -67,6 +67,7 @@ class Plan:
 def plan_run(
     model: PreTrainedModel,
     config: PruneConfig,
+    *,
     examples: Examples,
     weights: Mapping[str, Tensor],
     partial: Path | None = None,

@@ -51,6 +51,11 @@ def describe(method: Any) -> str:
     return ":".join([method.name, *(f"{name}={text}" for name, text in _changes(method))])
 
 
+def label_of(given: Any) -> str:
+    """A method as it was named, or its description: what tables and records call it."""
+    return given if isinstance(given, str) else describe(given)
+
+
 def _changes(method: Any) -> Iterator[tuple[str, str]]:
     """The options that are not at their defaults."""
     for field in dataclasses.fields(method):

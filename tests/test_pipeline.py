@@ -26,7 +26,7 @@ from permprune.jobs.compare import compare
 from permprune.jobs.evaluate import evaluate
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.trials import Evaluation
-from permprune.jobs.verify import verify_folder
+from permprune.jobs.verify import verify
 from permprune.losses.objective import Objective
 from permprune.models.activation_checkpointing import recomputing
 from permprune.models.layers import prunable_layers
@@ -46,7 +46,7 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:4", "8:16"])
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCausalLM, mode: str, pattern: str) -> None:
-    prepared = prepare(tiny_llama, None, PruneConfig(pattern=pattern, mode=mode, precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(pattern=pattern, mode=mode, precision="fp32"), examples=WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
@@ -96,7 +96,7 @@ def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForC
 
 @pytest.mark.usefixtures("whole_update")
 def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, PruneConfig(update="sparsegpt", precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(update="sparsegpt", precision="fp32"), examples=WINDOWS)
     network, method = prepared.network, Newton(rounds=2, examples=2)
     alone = method.search(network, prepared.run)
     update_weights(prepared)
@@ -114,7 +114,7 @@ def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausa
     runs: list[bool] = []
     tiny_llama.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: runs.append(recomputing()))
     for recompute in (False, True):
-        prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32", recompute=recompute), WINDOWS)
+        prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32", recompute=recompute), examples=WINDOWS)
         assert any(runs) is recompute
         runs.clear()
         prepared.network.gradients(Examples.of(WINDOWS[:2]), Objective())
@@ -125,7 +125,8 @@ def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausa
 def test_examples_pass_in_batches(tiny_llama: LlamaForCausalLM) -> None:
     sizes: list[int] = []
     tiny_llama.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
-    prepare(tiny_llama, None, PruneConfig(precision="fp32", samples=12, measured=5, held_out=1, batch=3), WINDOWS)
+    config = PruneConfig(precision="fp32", samples=12, measured=5, held_out=1, batch=3)
+    prepare(tiny_llama, None, config, examples=WINDOWS)
     assert sizes[-2:] == [3, 2]
 
 
@@ -137,7 +138,7 @@ def test_excluded_layers_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
 
 def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCausalLM) -> None:
     settings = PruneConfig(mode="gather", precision="fp32", exclude=("*.k_proj",))  # k reads what q and v read
-    prepared = prepare(tiny_llama, None, settings, WINDOWS)
+    prepared = prepare(tiny_llama, None, settings, examples=WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
@@ -162,8 +163,8 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
     tiny_llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(PermpruneError, match=r"test_pipeline\.py:\d+\).*--mode gather"):
-        prepare(tiny_llama, None, PruneConfig(precision="fp32"), WINDOWS)
-    prepared = prepare(tiny_llama, None, PruneConfig(mode="gather", precision="fp32"), WINDOWS)
+        prepare(tiny_llama, None, PruneConfig(precision="fp32"), examples=WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(mode="gather", precision="fp32"), examples=WINDOWS)
     assert "cannot trace" in caplog.text
     assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
     natural = prepared.network.measures()
@@ -179,10 +180,10 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
 def test_a_folder_of_a_model_that_cannot_be_traced_proves_itself(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    settings = PruneConfig(mode="gather", calibration=str(tiny_text), length=16, samples=24)
+    settings = PruneConfig(permute="random", mode="gather", calibration=str(tiny_text), length=16, samples=24)
     out = tmp_path / "out"
-    prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), Evaluation(str(tiny_text), 4, 16))
-    assert verify_folder(out)["layers"] == 14
+    prune_to_folder(str(tiny_checkpoint), out, settings, evaluation=Evaluation(str(tiny_text), 4, 16))
+    assert verify(out).layers == 14
 
 
 def test_a_layer_that_takes_no_part_stays_dense(tiny_llama: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
@@ -198,7 +199,7 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
 ) -> None:
     activation = tiny_llama.model.layers[0].mlp.act_fn
     monkeypatch.setattr(activation, "forward", lambda x: x.cummax(-1).values)
-    prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32"), examples=WINDOWS)
     assert "model.layers.0.mlp.down_proj.input keeps its order: no rule for cummax" in caplog.text
     names = {problem.name for problem in prepared.problems}
     assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
@@ -277,8 +278,8 @@ def test_a_written_folder_loads_and_proves_itself(
     tiny_llama.to(dtype).save_pretrained(source)
     tiny_tokenizer.save_pretrained(source)
     settings = PruneConfig(mode=mode, calibration=str(tiny_text), length=16, samples=24)
-    prune_to_folder(str(source), out, settings.replace(permute="random"), Evaluation(str(tiny_text), 4, 16))
-    assert verify_folder(out)["layers"] == 14
+    prune_to_folder(str(source), out, settings.replace(permute="random"), evaluation=Evaluation(str(tiny_text), 4, 16))
+    assert verify(out).layers == 14
     model = load(out)
     assert model.dtype == dtype
     plain = out / "model.safetensors"
@@ -300,14 +301,15 @@ def test_a_folder_of_updated_weights_proves_itself(
 ) -> None:
     settings = PruneConfig(mode=mode, update="sparsegpt", calibration=str(tiny_text), length=16, samples=24)
     out, evaluation = tmp_path / "out", Evaluation(str(tiny_text), 4, 16)
-    record = prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), evaluation)
-    assert verify_folder(out)["layers"] == 14
-    assert record["settings"]["update"] == "sparsegpt" and "update" in record["seconds"]
-    assert evaluate(str(out), evaluation).value == pytest.approx(record["measured"]["pruned"], rel=1e-5)
-    natural = compare(str(tiny_checkpoint), ["random"], settings, evaluation)["rows"]
-    measured = record["measured"]
-    assert [row["perplexity"] for row in natural] == [
-        pytest.approx(measured[key], rel=1e-5) for key in ("dense", "none", "pruned")
+    record = prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), evaluation=evaluation)
+    measured = record.measured
+    assert measured
+    assert verify(out).layers == 14
+    assert record.settings["update"] == "sparsegpt" and "update" in record.seconds
+    assert evaluate(str(out), evaluation).value == pytest.approx(measured.pruned, rel=1e-5)
+    natural = compare(str(tiny_checkpoint), ["random"], settings, evaluation=evaluation).rows
+    assert [row.result.value for row in natural] == [
+        pytest.approx(value, rel=1e-5) for value in (measured.dense, measured.none, measured.pruned)
     ]
     dense = tiny_llama.model.layers[0].mlp.down_proj.weight
     kept = load(out).model.layers[0].mlp.down_proj.weight
@@ -317,9 +319,9 @@ def test_a_folder_of_updated_weights_proves_itself(
 def test_a_folder_whose_weights_were_touched_fails_verification(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    settings = PruneConfig(calibration=str(tiny_text), length=16, samples=24)
+    settings = PruneConfig(permute="random", calibration=str(tiny_text), length=16, samples=24)
     out = tmp_path / "out"
-    prune_to_folder(str(tiny_checkpoint), out, settings.replace(permute="random"), Evaluation(str(tiny_text), 4, 16))
+    prune_to_folder(str(tiny_checkpoint), out, settings, evaluation=Evaluation(str(tiny_text), 4, 16))
     model = load(out)
     coupling = discover(model, {"input_ids": WINDOWS[:2]})
     moved = next(space for space in coupling.spaces if "down_proj" in space.name)
@@ -327,7 +329,7 @@ def test_a_folder_whose_weights_were_touched_fails_verification(
     weight.data[:, [0, 5]] = weight.data[:, [5, 0]]
     model.save_pretrained(out)
     with pytest.raises(PermpruneError, match=r"prune the model again|other outputs than"):
-        verify_folder(out)
+        verify(out)
     assert moved.size == 64
 
 
@@ -336,11 +338,11 @@ def test_the_real_model_folds_loads_and_verifies(
 ) -> None:
     """SmolLM2-135M, a random order in every space: plain loading gives the masked model's logits, exactly 2:4."""
     out = tmp_path / "out"
-    settings = PruneConfig(samples=6, length=64, measured=3, held_out=1)
-    record = prune_to_folder("smollm2-135m", out, settings.replace(permute="random"), Evaluation(None, 2, 64))
-    found = verify_folder(out)
-    assert found["layers"] == 210 and found["difference"] < 1e-4
-    assert record["measured"]["none"] > record["measured"]["dense"]
+    settings = PruneConfig(permute="random", samples=6, length=64, measured=3, held_out=1)
+    record = prune_to_folder("smollm2-135m", out, settings, evaluation=Evaluation(None, 2, 64))
+    found = verify(out)
+    assert found.layers == 210 and found.difference < 1e-4
+    assert record.measured and record.measured.none > record.measured.dense
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     _, tokenizer = smollm
     ids = tokenize(load_documents(None, "evaluation"), tokenizer, 32, 2)

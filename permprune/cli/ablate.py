@@ -32,6 +32,7 @@ def ablate(
     from permprune.report.tables import comparison_table
 
     methods = variants(study, preset, max(0, config.shares(config.samples)[-1]), epochs)
-    result = compare(model, methods, *Evaluation.beside(config, data, windows, metric))
+    config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
+    result = compare(model, methods, config, evaluation=evaluation).to_json()
     cli.show(comparison_table(result))
     cli.write_figures(json, {"study": study, "preset": preset, **result})

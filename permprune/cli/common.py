@@ -252,7 +252,9 @@ def task_list(
     """The tasks that a person names; None for none."""
     from permprune.evaluation.lm_tasks import TaskList
 
-    return TaskList(tuple(parts(names)), data, limit, few_shot, tuple(files or ())) if names or files else None
+    if not names and not files:
+        return None
+    return TaskList(tuple(parts(names)), data=data, limit=limit, few_shot=few_shot, files=tuple(files or ()))
 
 
 def show(table: Table) -> None:

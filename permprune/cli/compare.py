@@ -37,7 +37,8 @@ def compare(
 
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_file, task_data, limit)
-    result = run(model, names, *Evaluation.beside(config, data, windows, metric, chosen))
+    config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
+    result = run(model, names, config, evaluation=evaluation).to_json()
     cli.show(comparison_table(result))
     cli.write_figures(json, result)
     if picture is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from permprune.cli import common as cli
+
+if TYPE_CHECKING:
+    from permprune.jobs.finetune import FineTuned
 
 
 @cli.command
@@ -47,18 +50,30 @@ def finetune(
     from permprune.jobs.finetune import finetune as run
 
     options = FineTuning(
-        data, dev, train, teacher, hidden, metric, epochs, lr, batch, length, rows, seed, trust_remote_code
+        data,
+        dev=dev,
+        train=train,
+        teacher=teacher,
+        hidden=hidden,
+        metric=metric,
+        epochs=epochs,
+        lr=lr,
+        batch=batch,
+        length=length,
+        rows=rows,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
     )
-    found = run(model, out, options, resume, announce)
+    found = run(model, out, options, resume=resume, announce=announce)
     print(f"written to {out}")
-    cli.write_figures(json, found)
+    cli.write_figures(json, found.to_json())
 
 
-def announce(found: dict[str, Any]) -> None:
+def announce(found: FineTuned) -> None:
     """Print what training came to."""
     from permprune.report.words import number, with_error
 
-    after = with_error(found["after"], found["stderr"])
-    beside = "" if found["dense"] is None else f", {number(found['dense'])} of the teacher"
-    on = f"{found['count']} {found['unit']}"
-    print(f"{found['metric']} {after} on {on}, {number(found['before'])} before training{beside}")
+    result = found.result
+    beside = "" if found.dense is None else f", {number(found.dense)} of the teacher"
+    value = f"{result.metric} {with_error(result.value, result.stderr)} on {result.count} {result.unit}"
+    print(f"{value}, {number(found.before)} before training{beside}")

@@ -12,7 +12,7 @@ from rich.table import Table
 from permprune.cli import common as cli
 
 if TYPE_CHECKING:
-    from permprune.coupling.space import ChannelSpace
+    from permprune.jobs.inspect import InspectedSpace
 
 
 @cli.command
@@ -28,21 +28,13 @@ def inspect(
 ) -> None:
     """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
 
-    from permprune.checkpoints.io import read_model
-    from permprune.coupling.discovery import discover
-    from permprune.coupling.verify import verify_space
-    from permprune.models.dummy_inputs import example_inputs, read_example
+    from permprune.jobs.inspect import inspect as run
 
-    network, processor, _ = read_model(model, trust_remote_code=trust_remote_code)
-    if verify:
-        network.double()
-    batch = read_example(example, network) if example else example_inputs(network, processor)
     kinds: dict[tuple[str, ...], list[float]] = {}
-    for space in discover(network, batch).spaces:
+    for space in run(model, example=example, verify=verify, trust_remote_code=trust_remote_code):
         name = space.name if each else re.sub(r"\d+", "*", space.name)
-        kind = (name, str(space.size), _freedom(space), str(len(space.members)), str(len(space.readers)))
-        worst = verify_space(network, space, batch) if verify and space.freedom != "frozen" else 0.0
-        kinds.setdefault(kind, []).append(worst)
+        kind = (name, str(space.size), _freedom(space), str(space.members), str(space.readers))
+        kinds.setdefault(kind, []).append(space.difference or 0.0)
     table = Table(title=f"channel spaces of {model}")
     for title in ("space", "size", "freedom", "members", "readers", "count"):
         table.add_column(title, justify="left" if title in ("space", "freedom") else "right", overflow="fold")
@@ -53,7 +45,7 @@ def inspect(
     cli.show(table)
 
 
-def _freedom(space: ChannelSpace) -> str:
+def _freedom(space: InspectedSpace) -> str:
     if space.freedom == "frozen":
         return f"frozen: {space.reason}"
     return space.freedom if space.blocks == 1 else f"in each of {space.blocks} blocks"

@@ -22,13 +22,12 @@ def pack(
 
     from permprune.jobs.packing import pack_folder
 
-    found = pack_folder(folder, out, dtype, block, trust_remote_code=trust_remote_code)
-    megabytes = {
-        key: f"{found[key]['packed'] / 1e6:.1f} MB, dense {found[key]['dense'] / 1e6:.1f} MB"
-        for key in ("layers", "bytes")
-    }
-    print(f"pruned layers: {megabytes['layers']}; all weights: {megabytes['bytes']}")
-    if found["dense"]:
-        print(f"left dense, of a type that may compute otherwise: {', '.join(found['dense'])}")
-    print(f"outputs on the probe differ by at most {found['difference']:.2g} (the largest is {found['largest']:.2g})")
+    found = pack_folder(folder, out, dtype=dtype, block=block, trust_remote_code=trust_remote_code)
+    layers, weights = (
+        f"{sizes.packed / 1e6:.1f} MB, dense {sizes.dense / 1e6:.1f} MB" for sizes in (found.layers, found.weights)
+    )
+    print(f"pruned layers: {layers}; all weights: {weights}")
+    if found.left_dense:
+        print(f"left dense, of a type that may compute otherwise: {', '.join(found.left_dense)}")
+    print(f"outputs on the probe differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
     print(f"written to {out}")

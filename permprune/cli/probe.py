@@ -34,5 +34,5 @@ def probe(
     names = list(CLASSES) if classes is None else cli.parts(classes)
     if len(names) < 2:
         raise PermpruneError(f"{len(names)} classes: name two or more, separated by commas")
-    result = run(model, out, names, data, windows, trust_remote_code=trust_remote_code)
+    result = run(model, out, names, source=data, windows=windows, trust_remote_code=trust_remote_code)
     print(f"{result.metric} {number(result.value)} on {result.count} examples held out; written to {out}")

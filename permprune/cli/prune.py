@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
+
+if TYPE_CHECKING:
+    from permprune.checkpoints.record import Record
 
 
 @cli.command
@@ -32,15 +35,15 @@ def prune(
 
     name, *options = permute.split(":")
     method = ":".join([name if preset is None else f"{name}-{preset}", *options])
-    config, evaluation = Evaluation.beside(config.replace(permute=method), data, windows, metric)
-    prune_to_folder(model, out, config, evaluation, resume=resume, announce=_announce)
+    config, evaluation = Evaluation.beside(config.replace(permute=method), data, windows, metric=metric)
+    prune_to_folder(model, out, config, evaluation=evaluation, resume=resume, announce=_announce)
     print(f"written to {out} (report.html, permprune.json)")
 
 
-def _announce(record: dict[str, Any]) -> None:
+def _announce(record: Record) -> None:
     from permprune.report.run import decision
     from permprune.report.words import overlap_note
 
-    print(decision(record))
-    if note := overlap_note(record["measured"]["overlap"]):
+    print(decision(record.to_json()))
+    if record.measured and (note := overlap_note(record.measured.overlap)):
         print(note)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+
+if TYPE_CHECKING:
+    from permprune.jobs.swept import Sweep
 
 
 @partial(cli.command, without=("pattern", "minutes"))
@@ -41,19 +44,30 @@ def sweep(
     from permprune.jobs.trials import Evaluation
 
     chosen = cli.task_list(tasks, task_file, task_data, limit)
-    config, evaluation = Evaluation.beside(config, data, windows, metric, chosen)
-    names = cli.parts(methods)
-    run(model, out, cli.parts(patterns), names, _minutes(budgets), config, evaluation, jobs, resume, announce)
+    config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
+    run(
+        model,
+        out,
+        config,
+        patterns=cli.parts(patterns),
+        methods=cli.parts(methods),
+        budgets=_minutes(budgets),
+        evaluation=evaluation,
+        jobs=jobs,
+        resume=resume,
+        announce=announce,
+    )
     print(f"written to {out} (report.html, figures.json, pareto.png)")
 
 
-def announce(result: dict[str, Any]) -> None:
+def announce(result: Sweep) -> None:
     """Print what a sweep came to."""
     from permprune.report.sweep import sweep_decision
     from permprune.report.tables import sweep_table
 
-    cli.show(sweep_table(result))
-    print(sweep_decision(result))
+    figures = result.to_json()
+    cli.show(sweep_table(figures))
+    print(sweep_decision(figures))
 
 
 def _minutes(budgets: str) -> list[float]:

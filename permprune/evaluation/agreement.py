@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.evaluation.classification import share
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import FEATURE_ERROR, KL_DIVERGENCE, TOP_1_AGREEMENT, Result
 from permprune.examples import Examples
 from permprune.losses.targets import Predictions, Task, choose_task
 from permprune.models.forward import frozen
@@ -37,7 +37,7 @@ def ask(model: nn.Module, examples: Examples, batch: int = 8) -> Answers:
 
 
 @torch.inference_mode()
-def agreement(model: nn.Module, examples: Examples, dense: nn.Module | Answers, batch: int = 8) -> list[Result]:
+def agreement(model: nn.Module, examples: Examples, dense: nn.Module | Answers, *, batch: int = 8) -> list[Result]:
     """The share of predictions that are the dense model's, and the mean KL divergence from it, in nats.
 
     Predictions are those of every example, or of every token that counts. Of a model without a head it is the mean
@@ -58,8 +58,8 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | Answers, 
         kinds = len(variances)
     same_total, distance, total = distributed.total(same, distance, count)
     if kinds:
-        return [Result("imitation", "feature error", distance / total / kinds, int(total))]
+        return [Result("imitation", FEATURE_ERROR, distance / total / kinds, count=int(total))]
     return [
-        share("imitation", "top-1 agreement", same_total, total),
-        Result("imitation", "KL divergence", distance / total, int(total)),
+        share("imitation", TOP_1_AGREEMENT, right=same_total, count=total),
+        Result("imitation", KL_DIVERGENCE, distance / total, count=int(total)),
     ]

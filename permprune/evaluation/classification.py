@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import TOP_1_ACCURACY, TOP_5_ACCURACY, Metric, Result
 from permprune.examples import Examples, batches
 from permprune.losses.targets import labelled
 from permprune.models.forward import frozen
@@ -32,13 +32,15 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
             right = said.logits.topk(min(5, classes)).indices == said.labels[:, None]
             first, five, count = first + int(right[:, 0].sum()), five + int(right.sum()), count + said.terms
     sums = distributed.total(first, five, count)
-    results = [share("classification", "top-1 accuracy", sums[0], sums[2])]
-    return [*results, share("classification", "top-5 accuracy", sums[1], sums[2])] if classes > 5 else results
+    results = [share("classification", TOP_1_ACCURACY, right=sums[0], count=sums[2])]
+    if classes > 5:
+        results.append(share("classification", TOP_5_ACCURACY, right=sums[1], count=sums[2]))
+    return results
 
 
-def share(task: str, metric: str, right: float, count: float) -> Result:
+def share(task: str, metric: Metric, *, right: float, count: float) -> Result:
     """The share that is right, of `count` predictions. Raises `PermpruneError` where there are none."""
     if not count:
         raise PermpruneError("there is nothing to count: give examples with labels")
     value = right / count
-    return Result(task, metric, value, int(count), (value * (1 - value) / count) ** 0.5)
+    return Result(task, metric, value, count=int(count), stderr=(value * (1 - value) / count) ** 0.5)

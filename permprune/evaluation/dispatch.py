@@ -25,6 +25,7 @@ def evaluate_model(
     model: nn.Module,
     examples: Examples,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
     dense: nn.Module | Answers | None = None,
     batch: int = 4,
     metric: str | None = None,
@@ -41,12 +42,12 @@ def evaluate_model(
     if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):
         if labels is None:
             raise PermpruneError(f'the metric "{metric}" needs labels: give examples that have them')
-        return measure_labels(model, examples, metric, batch)
+        return measure_labels(model, examples, metric, batch=batch)
     if dense is not None:
-        return agreement(model, examples, dense, batch)
+        return agreement(model, examples, dense, batch=batch)
     if labels is not None and labels.dim() == 2 and decodes(model):
         if "input_features" in examples and tokenizer is not None:
-            return [word_error_rate(model, examples, tokenizer, batch)]
+            return [word_error_rate(model, examples, tokenizer, batch=batch)]
         return [perplexity(model, examples, batch)]
     if writes(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
         return [perplexity(model, examples, batch)]

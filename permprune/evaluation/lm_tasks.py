@@ -16,12 +16,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.checkpoints.io import read_model
+from permprune.checkpoints.source import ModelSource, open_model
 from permprune.data.benchmarks import SOURCES, wikitext2
 from permprune.data.sources import read_text
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
 from permprune.models.forward import writes
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, Natural, require_fields
@@ -56,6 +56,7 @@ class TaskList:
     """
 
     names: tuple[str, ...]
+    _: dataclasses.KW_ONLY
     data: str | None = None
     limit: Count | None = None
     few_shot: Natural | None = None
@@ -149,35 +150,34 @@ class LoadedTasks:
             reader = _reader(model, tokenizer)
             found: Any = evaluate(reader, {"tasks": tasks, "groups": {}}, limit=self.chosen.limit, log_samples=False)
         model.train(training)
-        return [
-            result
-            for name in found["n-samples"]
-            for result in _results(name, found["results"][name], found["n-samples"][name]["effective"])
-        ]
+        return [result for name in found["n-samples"] for result in _results(name, found)]
 
 
 @memory_reported()
-def evaluate_tasks(name: str, tasks: TaskList, *, trust_remote_code: bool = False) -> list[Result]:
-    """What a model, by name or folder, scores on tasks, by each metric; at last the average if there are several.
+def evaluate_tasks(
+    model: ModelSource, tasks: TaskList, processor: Processor | None = None, *, trust_remote_code: bool = False
+) -> list[Result]:
+    """What a model scores on tasks, by each metric; at last the average if there are several.
 
-    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`; `trust_remote_code` is as that of
+    `read_model`. Raises `PermpruneError`.
     """
     measure = tasks.load()
-    model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
-    results = measure(model, processor)
+    opened = open_model(model, processor, trust_remote_code=trust_remote_code)
+    results = measure(opened.model, opened.processor)
     mean = average(results)
     return results if mean is None or mean.count == 1 else [*results, mean]
 
 
 def average(results: Sequence[Result]) -> Result | None:
     """The mean accuracy ("acc") of tasks, which all weigh the same, and its standard error; None where none has one."""
-    own = [result for result in results if result.metric == "acc"]
+    own = [result for result in results if result.metric == TASK_ACCURACY]
     if not own:
         return None
     errors = [result.stderr for result in own if result.stderr is not None]
     error = math.hypot(*errors) / len(own) if len(errors) == len(own) else None
     mean = math.fsum(result.value for result in own) / len(own)
-    return Result("average", "acc", mean, len(own), error, "tasks")
+    return Result("average", TASK_ACCURACY, mean, count=len(own), stderr=error, unit="tasks")
 
 
 def task_figures(results: Sequence[Result]) -> dict[str, Any]:
@@ -210,14 +210,21 @@ def _reach(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
 
 
-def _results(task: str, figures: Mapping[str, Any], count: int) -> Iterator[Result]:
-    """The metrics among lm-eval's figures of a task, whose keys are "metric,filter" and "metric_stderr,filter"."""
+def _results(task: str, found: Mapping[str, Any]) -> Iterator[Result]:
+    """The metrics of a task among what lm-eval returns.
+
+    The keys of its figures are "metric,filter" and "metric_stderr,filter".
+    """
+    figures, directions = found["results"][task], found["higher_is_better"].get(task, {})
+    count = found["n-samples"][task]["effective"]
     for key, value in figures.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
             error = figures.get(f"{metric}_stderr,{kind}")
             name = metric if kind == "none" else f"{metric} ({kind})"
-            yield Result(task, name, float(value), count, error if isinstance(error, float) else None)
+            named = Metric(name, higher_is_better=directions.get(metric) is not False)
+            stderr = error if isinstance(error, float) else None
+            yield Result(task, named, float(value), count=count, stderr=stderr)
 
 
 def _with_shots(task: Any, few_shot: int | None) -> Any:

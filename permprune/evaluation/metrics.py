@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import F1, MATTHEWS, PEARSON, SPEARMAN, Metric, Result
 from permprune.examples import IGNORED, Examples, by_length
 from permprune.losses.targets import Predictions, labelled, scored
 from permprune.models.forward import frozen
@@ -25,10 +25,10 @@ RESAMPLES = 500
 
 
 @dataclass(frozen=True)
-class Metric:
-    """What `measure(right, said)` makes of numpy arrays (count,): classes, or `scores`."""
+class LabelMetric:
+    """A metric of numpy arrays (count,), as `measure(right, said)`: of classes, or of `scores`."""
 
-    title: str
+    metric: Metric
     measure: Callable[[Any, Any], float]
     scores: bool = False
 
@@ -60,11 +60,11 @@ def _vary(*arrays: Any) -> bool:
     return all(np.ptp(array) > 0 for array in arrays)
 
 
-METRICS: Mapping[str, Metric] = {
-    "matthews": Metric("Matthews correlation", _matthews),
-    "f1": Metric("F1", _f1),
-    "pearson": Metric("Pearson correlation", _pearson, scores=True),
-    "spearman": Metric("Spearman correlation", _spearman, scores=True),
+METRICS: Mapping[str, LabelMetric] = {
+    "matthews": LabelMetric(MATTHEWS, _matthews),
+    "f1": LabelMetric(F1, _f1),
+    "pearson": LabelMetric(PEARSON, _pearson, scores=True),
+    "spearman": LabelMetric(SPEARMAN, _spearman, scores=True),
 }
 """Of classes, beside the accuracy, and of scores; by the names that `--metric` takes.
 
@@ -73,7 +73,7 @@ varies counts as 0.
 """
 
 
-def measure_labels(model: nn.Module, examples: Examples, metric: str | None = None, batch: int = 32) -> list[Result]:
+def measure_labels(model: nn.Module, examples: Examples, metric: str | None = None, *, batch: int = 32) -> list[Result]:
     """What a model that gives one class or score an example scores by `metric`; of scores by the others as well.
 
     Scores have the Pearson correlation by default. The standard errors are those of a bootstrap of the examples, always
@@ -109,10 +109,11 @@ def _said(model: nn.Module, examples: Examples, scores: bool, batch: int) -> tup
     return right, said
 
 
-def _result(task: str, metric: Metric, right: Any, said: Any) -> Result:
-    if len(right) < 2:  # nothing to resample
-        return Result(task, metric.title, metric.measure(right, said), len(right), None)
-    draws = stats.bootstrap(
-        (right, said), metric.measure, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
-    )
-    return Result(task, metric.title, metric.measure(right, said), len(right), float(draws.standard_error))
+def _result(task: str, own: LabelMetric, right: Any, said: Any) -> Result:
+    error = None
+    if len(right) > 1:  # something to resample
+        draws = stats.bootstrap(
+            (right, said), own.measure, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
+        )
+        error = float(draws.standard_error)
+    return Result(task, own.metric, own.measure(right, said), count=len(right), stderr=error)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import PERPLEXITY, Result
 from permprune.examples import IGNORED, Examples
 from permprune.losses.targets import next_labels
 from permprune.models.forward import decodes, frozen, run_model
@@ -53,7 +53,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
         )
     spread = (nll - mean * counts).std() / counts.mean() if len(examples) > 1 else None
     stderr = None if spread is None else value * float(spread) / len(examples) ** 0.5
-    return Result("language modelling", "perplexity", value, int(counts.sum()), stderr, "tokens")
+    return Result("language modelling", PERPLEXITY, value, count=int(counts.sum()), stderr=stderr, unit="tokens")
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:

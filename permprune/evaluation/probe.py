@@ -18,7 +18,7 @@ from transformers import (
 from permprune.checkpoints.origin import carry_over
 from permprune.errors import PermpruneError
 from permprune.evaluation.classification import share
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import TOP_1_ACCURACY, Result
 from permprune.examples import Examples
 from permprune.models.forward import frozen, run_model
 from permprune.models.signature import argument_names
@@ -45,7 +45,7 @@ class Probe:
     penalty: float
 
 
-def fit_probe(model: PreTrainedModel, examples: Examples, batch: int = 32, seed: int = 0) -> Probe:
+def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, seed: int = 0) -> Probe:
     """Fit the linear layer that gives a model's logits, by multinomial logistic regression with an L2 penalty.
 
     `examples` have "labels" (count,), classes from 0 on. A model that has such a layer keeps its other weights and is
@@ -76,7 +76,7 @@ def fit_probe(model: PreTrainedModel, examples: Examples, batch: int = 32, seed:
         head.weight.copy_(weight)
         head.bias.copy_(bias)
     log.info("probe: %d of %d held out are right with penalty %g", right[best], len(held_out), best)
-    return Probe(model, share("linear probe", "top-1 accuracy", right[best], len(held_out)), best)
+    return Probe(model, share("linear probe", TOP_1_ACCURACY, right=right[best], count=len(held_out)), best)
 
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,63 @@
-"""What every evaluation answers."""
+"""What every evaluation gives: values of metrics."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 
 
-def higher_is_better(metric: str) -> bool:
-    return metric.endswith(("accuracy", "agreement", "correlation", "F1", "score"))
+@dataclass(frozen=True)
+class Metric:
+    """What is measured, by the name that tables and files call it, and which way is better."""
+
+    name: str
+    higher_is_better: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PERPLEXITY = Metric("perplexity", higher_is_better=False)
+TOP_1_ACCURACY = Metric("top-1 accuracy", higher_is_better=True)
+TOP_5_ACCURACY = Metric("top-5 accuracy", higher_is_better=True)
+TOP_1_AGREEMENT = Metric("top-1 agreement", higher_is_better=True)
+KL_DIVERGENCE = Metric("KL divergence", higher_is_better=False)
+FEATURE_ERROR = Metric("feature error", higher_is_better=False)
+WORD_ERROR_RATE = Metric("word error rate", higher_is_better=False)
+MATTHEWS = Metric("Matthews correlation", higher_is_better=True)
+F1 = Metric("F1", higher_is_better=True)
+PEARSON = Metric("Pearson correlation", higher_is_better=True)
+SPEARMAN = Metric("Spearman correlation", higher_is_better=True)
+TASK_ACCURACY = Metric("acc", higher_is_better=True)
+TASK_SCORE = Metric("score", higher_is_better=True)
+"""The mean of the tasks' accuracies."""
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        PERPLEXITY,
+        TOP_1_ACCURACY,
+        TOP_5_ACCURACY,
+        TOP_1_AGREEMENT,
+        KL_DIVERGENCE,
+        FEATURE_ERROR,
+        WORD_ERROR_RATE,
+        MATTHEWS,
+        F1,
+        PEARSON,
+        SPEARMAN,
+        TASK_ACCURACY,
+        TASK_SCORE,
+    )
+}
+
+
+def metric_named(name: str) -> Metric:
+    """The metric that a file calls so.
+
+    A name that no release of permprune has written counts as that of an error: lower is better.
+    """
+    return METRICS.get(name) or Metric(name, higher_is_better=False)
 
 
 @dataclass(frozen=True)
@@ -15,24 +65,25 @@ class Result:
     """One measured `value` of `metric` on `task`, over `count` predictions of `unit`; `stderr` its standard error."""
 
     task: str
-    metric: str
+    metric: Metric
     value: float
+    _: KW_ONLY
     count: int
     stderr: float | None = None
     unit: str = "examples"
 
     def to_json(self) -> dict[str, str | float | int | None]:
-        """The fields, ready for `json.dumps`; the count goes by its unit."""
+        """The fields, ready for `json.dumps`; the metric goes by its name, the count by its unit."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("count", "unit")}
-        return {**fields, self.unit: self.count}
+        return {**fields, "metric": self.metric.name, self.unit: self.count}
 
 
-def gap_closed(value: float, dense: float, none: float, metric: str = "perplexity") -> float | None:
+def gap_closed(value: float, dense: float, none: float, *, metric: Metric = PERPLEXITY) -> float | None:
     """Share of the gap between the dense and the plainly pruned model, of perplexities in their logarithm.
 
     None where there is no gap.
     """
-    if metric == "perplexity":
+    if metric == PERPLEXITY:
         value, dense, none = math.log(value), math.log(dense), math.log(none)
         return (none - value) / (none - dense) if none > dense else None
     return (value - none) / (dense - none) if dense != none else None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import WORD_ERROR_RATE, Result
 from permprune.examples import IGNORED, Examples
 from permprune.models.forward import frozen
 from permprune.models.generation import generate
@@ -21,7 +21,9 @@ from permprune.system.progress import track
 
 
 @torch.inference_mode()
-def word_error_rate(model: nn.Module, examples: Examples, tokenizer: PreTrainedTokenizerBase, batch: int = 8) -> Result:
+def word_error_rate(
+    model: nn.Module, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, batch: int = 8
+) -> Result:
     """Words that are wrong, missing or too many, per word of the transcripts, which are the examples' "labels".
 
     The model decodes greedily, at most twice as many tokens as the longest transcript has. Both texts pass through
@@ -43,7 +45,9 @@ def word_error_rate(model: nn.Module, examples: Examples, tokenizer: PreTrainedT
         raise PermpruneError("the transcripts have no words: give labels that the tokenizer can read")
     value = wrong.sum() / words.sum()
     spread = float((wrong - value * words).std() / words.mean()) / len(examples) ** 0.5 if len(examples) > 1 else None
-    return Result("speech recognition", "word error rate", float(value), int(words.sum()), spread, "words")
+    return Result(
+        "speech recognition", WORD_ERROR_RATE, float(value), count=int(words.sum()), stderr=spread, unit="words"
+    )
 
 
 def _errors(right: str, own: str) -> tuple[int, int]:

@@ -22,6 +22,7 @@ NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "
 def pack(
     model: PreTrainedModel,
     patterns: Mapping[str, Pattern | str],
+    *,
     dtype: str = "bf16",
     block: int = 64,
 ) -> list[str]:

@@ -1,23 +1,32 @@
-"""Evaluate a model by name or folder."""
+"""Evaluate a model on data."""
 
 from __future__ import annotations
 
-from permprune.checkpoints.io import read_model
+from permprune.checkpoints.source import ModelSource, open_model
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.result import Result
 from permprune.jobs.trials import BATCH, Evaluation, transcriber
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
+from permprune.models.processors import Processor
 from permprune.system.out_of_memory import memory_reported
 
 
 @memory_reported()
-def evaluate(name: str, evaluation: Evaluation, *, trust_remote_code: bool = False) -> Result:
-    """What a model, by name or folder, scores: perplexity, accuracy or word error rate.
+def evaluate(
+    model: ModelSource,
+    evaluation: Evaluation | None = None,
+    processor: Processor | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Result:
+    """What a model scores on data: perplexity, accuracy or word error rate.
 
-    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` for examples that do not say what is right.
+    `model` is a name, a folder, or a model in memory with its `processor`; for examples in memory there is
+    `evaluate_model`. `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`, for data that do not say
+    what is right among others.
     """
-    model, processor, _ = read_model(name, trust_remote_code=trust_remote_code)
-    examples, tokenizer = evaluation.examples(model, processor), transcriber(model, processor)
-    return evaluate_model(
-        model, examples, tokenizer, None, BATCH * BATCH_MULTIPLIER[kind_of(model)], evaluation.metric
-    )[0]
+    evaluation = evaluation or Evaluation()
+    opened = open_model(model, processor, trust_remote_code=trust_remote_code)
+    examples = evaluation.examples(opened.model, opened.processor)
+    tokenizer, batch = transcriber(opened.model, opened.processor), BATCH * BATCH_MULTIPLIER[kind_of(opened.model)]
+    return evaluate_model(opened.model, examples, tokenizer, batch=batch, metric=evaluation.metric)[0]

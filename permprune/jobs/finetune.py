@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.io import read_model
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import Patterns, held_patterns, recorded_patterns, require_patterns
 from permprune.checkpoints.probe import check_outputs
 from permprune.checkpoints.record import Optimised
 from permprune.checkpoints.schema import decode
+from permprune.checkpoints.source import ModelSource, OpenModel, name_of, open_model
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold_all
 from permprune.data.labelled import read_labelled_text
@@ -40,7 +41,7 @@ from permprune.system.digests import WEIGHTS, model_digests, versions
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.search_state import Checkpoint
-from permprune.training.loop import Trainer, Training
+from permprune.training.loop import Epoch, Trainer, Training
 from permprune.training.weights import masked, trained_weights
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
@@ -59,39 +60,60 @@ SMALL, SMALL_RATE = 50_000_000, 1e-4
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
-    """What to train on, and how.
-
-    `data` is a source as those of `load_examples`, of which `rows` examples are drawn, or all; of a text windows, by
-    default 256. `dev` is the source to measure each epoch on; None holds out a tenth of the data, at most 1000
-    examples. `length` in tokens: of windows 512 by default, and at most that of other texts, 128. `train` is one of
-    `TRAINED`. With `teacher`, the name of the dense model, the loss is the KL divergence from what it says, of scores
-    the squared distance, in place of the labels, which it mostly knows by heart, but beside the tokens of a text; and
-    `hidden` times the distance of the blocks' outputs (`Objective`). Dropout is off then, and the best epoch that of
-    the least loss on `dev`, otherwise that of the best metric. `metric` as that of `Evaluation`. `lr` is by default
-    that of `RATES`, or `SMALL_RATE`; `batch` examples make a step, by default 32, of windows of text 4; there are 3
-    epochs by default, and more of small data. `trust_remote_code` is as that of `read_model`, of the teacher too.
-    Raises `PermpruneError` for numbers out of range.
-    """
+    """What to train on, and how. Raises `PermpruneError` for numbers out of range."""
 
     data: str | None
+    """The source to train on, as those of `PruneConfig.calibration`; None for the default data of the model's kind."""
+
+    _: dataclasses.KW_ONLY
+
     dev: str | None = None
+    """The source to measure each epoch on; None holds out a tenth of the data, at most 1000 examples."""
+
     train: str = "all"
-    teacher: str | None = None
+    """What is trained: "all", "norms" (norms, biases and the head) or "head"."""
+
+    teacher: str | PreTrainedModel | None = None
+    """The dense model, by name or in memory. The loss is then the KL divergence from its outputs (of scores the squared
+    distance) in place of the labels', of text beside that of the tokens; dropout is off, and the best epoch is the one
+    of the least loss on `dev`, not of the best metric."""
+
     hidden: NonNegative = 0.0
+    """The weight of the distance of the blocks' outputs to the teacher's (`Objective.distillation`)."""
+
     metric: str | None = None
+    """As that of `Evaluation`."""
+
     epochs: Count | None = None
+    """Passes over the data: by default 3, and more of small data."""
+
     lr: Positive | None = None
+    """The largest learning rate: by default 5e-5 of all weights (1e-4 of fewer than 50 million), else 1e-3."""
+
     batch: Count | None = None
+    """Examples in a step: by default 32, of windows of text 4."""
+
     length: Count | None = None
+    """Tokens: of windows of text, by default 512; at most so many of other texts, by default 128."""
+
     rows: Count | None = None
+    """Examples to draw: by default all, of windows of text 256."""
+
     seed: Seed = Training.seed
+    """The same seed gives the same weights."""
+
     trust_remote_code: bool = False
+    """As that of `read_model`, for the teacher too."""
 
     def __post_init__(self) -> None:
         require_fields(self)
 
+    def to_json(self) -> dict[str, Any]:
+        """The fields for a file, the teacher by its name."""
+        return {**vars(self), "teacher": None if self.teacher is None else name_of(self.teacher)}
+
     def training(self, model: PreTrainedModel, count: int) -> Training:
-        """That of a model on so many examples."""
+        """How a model is trained on so many examples."""
         batch = self.batch or BATCH * BATCH_MULTIPLIER[kind_of(model)]
         epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
         small = self.train == "all" and model.num_parameters() < SMALL
@@ -112,69 +134,105 @@ class FineTuning:
         return rest, dev
 
 
+@dataclasses.dataclass(frozen=True)
+class FineTuned:
+    """What training came to.
+
+    `result` is that of the trained `model` on the held-out examples, `before` its value before training, `dense` the
+    teacher's (None without one); `curve` are the epochs, the first being before training. `examples` were trained on.
+    """
+
+    model: PreTrainedModel = dataclasses.field(repr=False)
+    options: FineTuning
+    training: Training
+    examples: int
+    result: Result
+    before: float
+    dense: float | None
+    curve: list[Epoch]
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of a file of figures, and of a record's "optimised"."""
+        return {
+            **self.options.to_json(),
+            **dataclasses.asdict(self.training),
+            "examples": self.examples,
+            "metric": self.result.metric.name,
+            "dense": self.dense,
+            "before": self.before,
+            "after": self.result.value,
+            "stderr": self.result.stderr,
+            "count": self.result.count,
+            "unit": self.result.unit,
+            "seconds": self.curve[-1].seconds,
+            "curve": [dataclasses.asdict(epoch) for epoch in self.curve],
+        }
+
+
 @memory_reported()
 def finetune(
-    name: str,
-    out: Path,
+    model: ModelSource,
+    out: str | Path,
     options: FineTuning,
+    *,
+    processor: Processor | None = None,
     resume: bool = False,
-    announce: Callable[[dict[str, Any]], None] = lambda found: None,
-) -> dict[str, Any]:
-    """Train a model, by name or folder, and write it to `out` as it was found: with its record if it was pruned.
+    announce: Callable[[FineTuned], None] = lambda found: None,
+) -> FineTuned:
+    """Train a model and write it to the folder `out` as it was found: with its record if it was pruned.
 
-    A model without a head is given one for the labels of the data. A layer whose weights hold an N:M pattern keeps its
-    zeros, whether a record names it or not. While it runs the state lies in `out`.partial; with `resume` the training
-    goes on from there. Returns what was measured: "metric", "before" and "after", its standard error "stderr", over
-    "count" of "unit", that of the teacher ("dense", None without one), and the "curve" of the epochs. `announce` is
-    given that before the folder is written. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`, which is trained in place. A model without a
+    head is given one for the labels of the data. A layer whose weights hold an N:M pattern keeps its zeros, whether a
+    record names it or not. While it runs the state lies in `out`.partial; with `resume` the training goes on from
+    there, given the same model. `announce` is given the result before the folder is written. Raises `PermpruneError`.
     """
     if distributed.world() > 1:
         raise PermpruneError("finetune runs as one process: start it without torchrun")
-    with WorkFolder(out).held("finetune", resume) as work:
-        return _finetune(name, options, work, announce)
+    if options.teacher is not None and options.teacher is model:
+        raise PermpruneError("the teacher is the model that is to be trained: give a copy of the dense one")
+    with WorkFolder(Path(out)).held("finetune", resume) as work:
+        opened = open_model(model, processor, trust_remote_code=options.trust_remote_code)
+        require_changeable(opened.model)
+        if opened.model is not model and (origin := origin_of(opened.model)).record:  # read, and as it was written
+            check_outputs(opened.model, require_probe(origin), opened.name, stored=opened.stored)
+        return _finetune(opened, options, work, announce)
 
 
 def _finetune(
-    name: str, options: FineTuning, work: WorkFolder, announce: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
-    model, processor, stored = read_model(name, trust_remote_code=options.trust_remote_code)
-    require_changeable(model)
-    origin = origin_of(model)
-    if origin.record is None:
+    opened: OpenModel, options: FineTuning, work: WorkFolder, announce: Callable[[FineTuned], None]
+) -> FineTuned:
+    model, processor = opened.model, opened.processor
+    if origin_of(model).record is None:
         model = _with_head(model, options)
-    else:
-        check_outputs(model, require_probe(origin), name, stored=stored)
     patterns = _patterns(model)
     examples, held_out = options.examples(model, processor)
     batch = BATCH * BATCH_MULTIPLIER[kind_of(model)]
     if not knows_right(model, examples):
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)
-    teacher = None
-    if options.teacher is not None:
-        teacher = _teacher(options.teacher, model, examples, task, options.trust_remote_code)
+    teacher = _teacher(options, model, examples, task)
     objective = Objective()
     if teacher is not None:  # it knows its labels by heart, but no text
         objective = Objective(float(kind_of(model) == "text"), divergence=1.0, distillation=options.hidden)
 
     def measure(shown: PreTrainedModel = model) -> Result:
-        return evaluate_model(shown, held_out, None, None, batch, options.metric)[0]
+        return evaluate_model(shown, held_out, batch=batch, metric=options.metric)[0]
 
+    weights = trained_weights(model, options.train)
+    state_bytes = 32 * sum(weight.numel() for weight in weights.values())  # now, best and two moments, twice
+    require_space(work.out, weight_bytes(model, opened.stored) + state_bytes)
     identity = {
-        "model": name,
-        **dataclasses.asdict(options),
+        "model": opened.name,
+        **options.to_json(),
         **model_digests(model, model.state_dict().items()),
         "training examples": examples.digest,
         "held-out examples": held_out.digest,
         "teacher weights": None if teacher is None else model_digests(teacher, teacher.state_dict().items())[WEIGHTS],
         **versions(),
     }
-    weights = trained_weights(model, options.train)
-    state_bytes = 32 * sum(weight.numel() for weight in weights.values())  # now, best and two moments, twice
-    require_space(work.out, weight_bytes(model, stored) + state_bytes)
     trainer = Trainer(
-        model,
-        weights,
+        model=model,
+        weights=weights,
         task=task,
         loss=objective,
         measure=measure,
@@ -186,24 +244,19 @@ def _finetune(
     with masked(model, patterns):
         curve = trainer.fit(examples)
     require_patterns(model, patterns)
-    result = measure()
-    found = {
-        **dataclasses.asdict(options),
-        **dataclasses.asdict(trainer.training),
-        "examples": len(examples),
-        "metric": result.metric,
-        "dense": None if teacher is None else measure(teacher).value,
-        "before": curve[0].value,
-        "after": result.value,
-        "stderr": result.stderr,
-        "count": result.count,
-        "unit": result.unit,
-        "seconds": curve[-1].seconds,
-        "curve": [dataclasses.asdict(epoch) for epoch in curve],
-    }
+    found = FineTuned(
+        model=model,
+        options=options,
+        training=trainer.training,
+        examples=len(examples),
+        result=measure(),
+        before=curve[0].value,
+        dense=None if teacher is None else measure(teacher).value,
+        curve=curve,
+    )
     announce(found)
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
-        write_model(model, processor, folder, optimised=decode(Optimised, found))
+        write_model(model, processor, folder, optimised=decode(Optimised, found.to_json()))
     return found
 
 
@@ -229,19 +282,24 @@ def _patterns(model: PreTrainedModel) -> Patterns:
 
 
 @torch.no_grad()
-def _teacher(
-    name: str, model: PreTrainedModel, examples: Examples, task: Task, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The dense model, its channels in the order in which those of the pruned one are stored.
+def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, task: Task) -> PreTrainedModel | None:
+    """The dense model, its channels in the order in which those of the pruned one are stored; None without one.
 
-    Raises `PermpruneError` where its outputs are of another kind than the model's.
+    One that was given in memory stays as it is. Raises `PermpruneError` where its outputs are of another kind than the
+    model's.
     """
-    teacher, _, _ = read_model(name, trust_remote_code=trust_remote_code)
+    if options.teacher is None:
+        return None
+    opened = open_model(options.teacher, trust_remote_code=options.trust_remote_code)
+    teacher = opened.model
     part = examples[:1].trimmed()
     own, dense = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
     if own != dense:
-        raise PermpruneError(f"{name} gives {dense[-1]} numbers where the model gives {own[-1]}: give its dense model")
+        raise PermpruneError(
+            f"{opened.name} gives {dense[-1]} numbers where the model gives {own[-1]}: give its dense model"
+        )
     record = origin_of(model).record
     if tables := {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}:
+        teacher = copy.deepcopy(teacher) if teacher is options.teacher else teacher
         fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))
     return teacher

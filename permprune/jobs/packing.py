@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,17 +27,39 @@ PACKED = "packed"
 """The key of a record under which a packed folder keeps what `unpack_folder` needs."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Bytes before and after packing."""
+
+    dense: int
+    packed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """What packing a folder came to.
+
+    `weights` are the sizes of all weights, `layers` those of the pruned layers; `left_dense` names layers that were not
+    packed. `difference` is the largest one of the outputs on the folder's probe, `largest` the largest output.
+    """
+
+    weights: Sizes
+    layers: Sizes
+    left_dense: list[str]
+    difference: float
+    largest: float
+
+
 @memory_reported()
 def pack_folder(
-    folder: Path, out: Path, dtype: str = "bf16", block: int = 64, *, trust_remote_code: bool = False
-) -> dict[str, Any]:
+    folder: str | Path, out: str | Path, *, dtype: str = "bf16", block: int = 64, trust_remote_code: bool = False
+) -> Packed:
     """Write the pruned checkpoint in `folder` with packed weights to `out`, which Transformers loads.
 
     `dtype` and `block` are as those of `permprune.pack`, `trust_remote_code` is as that of `read_model`. What the
-    folder's gathers reorder is reordered by the packed layers themselves. Returns "bytes" of all weights before and
-    after ("dense", "packed"), the same of the pruned "layers", the layers left "dense", and the largest "difference" of
-    the outputs on the folder's probe, beside the "largest" output. Raises `PermpruneError`.
+    folder's gathers reorder is reordered by the packed layers themselves. Raises `PermpruneError`.
     """
+    folder, out = Path(folder), Path(out)
     require_absent(out)
     require_writable(out)
     record = read_record(folder)
@@ -49,7 +70,7 @@ def pack_folder(
     require_space(out, weight_bytes(model))
     patterns = {row.name: row.pattern for row in record.layers}
     before = _sizes(model, set(patterns))
-    dense = pack(model, patterns, dtype, block)
+    dense = pack(model, patterns, dtype=dtype, block=block)
     after = _sizes(model, set(patterns))
     kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "block": block}
     record = dataclasses.replace(record, gathers=[], extra={**record.extra, PACKED: kept})
@@ -62,21 +83,22 @@ def pack_folder(
     with atomic_folder(out) as written:
         write_pruned(record, probe, weights, written)
         said = _renew_probe(written, probe, trust_remote_code)
-    return {
-        "bytes": {"dense": before[0], "packed": after[0]},
-        "layers": {"dense": before[1], "packed": after[1]},
-        "dense": dense,
-        "difference": float((said[ANSWER] - probe[ANSWER]).abs().max()),
-        "largest": float(probe[ANSWER].abs().max()),
-    }
+    return Packed(
+        weights=Sizes(before[0], after[0]),
+        layers=Sizes(before[1], after[1]),
+        left_dense=dense,
+        difference=float((said[ANSWER] - probe[ANSWER]).abs().max()),
+        largest=float(probe[ANSWER].abs().max()),
+    )
 
 
 @memory_reported()
-def unpack_folder(folder: Path, out: Path, *, trust_remote_code: bool = False) -> None:
+def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> None:
     """Write the packed checkpoint in `folder` as an ordinary pruned one, zeros and gathers included, to `out`.
 
     `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`.
     """
+    folder, out = Path(folder), Path(out)
     require_absent(out)
     require_writable(out)
     values = read_record(folder).to_json()

@@ -6,19 +6,24 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from permprune.checkpoints.io import read_model, write_weights
+from transformers import PreTrainedModel
+
+from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.offload import read_offloaded, write_offloaded
+from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.record import Measured, Record
+from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
 from permprune.evaluation.perplexity import perplexity
-from permprune.evaluation.result import Result, gap_closed
+from permprune.evaluation.result import Result, gap_closed, metric_named
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.jobs.trials import Evaluation, Meter
+from permprune.models.processors import Processor
 from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
 from permprune.pipeline import Pruned, finish, prepare, update_weights
@@ -32,39 +37,45 @@ from permprune.system.out_of_memory import memory_reported
 
 @memory_reported()
 def prune_to_folder(
-    name: str,
-    out: Path,
-    config: PruneConfig,
-    evaluation: Evaluation,
+    model: ModelSource,
+    out: str | Path,
+    config: PruneConfig | None = None,
     *,
+    evaluation: Evaluation | None = None,
+    processor: Processor | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
-    announce: Callable[[dict[str, Any]], None] = lambda record: None,
-) -> dict[str, Any]:
-    """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to `out`.
+    announce: Callable[[Record], None] = lambda record: None,
+) -> Record:
+    """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to the folder `out`.
 
-    While it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there.
-    With `resume` a search goes on from its last state. `callbacks` are as those of `prune`. `announce` is given the
-    record before anything is written to `out`. Returns the record. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`, which is pruned in place; `config.memory`
+    then bounds the statistics alone. While it runs everything lies in `out`.partial, the searches' states included;
+    `out` appears when all is there. With `resume` a search goes on from its last state. `callbacks` are as those of
+    `prune`. `announce` is given the record before anything is written to `out`. Returns the record. Raises
+    `PermpruneError`.
     """
-    with WorkFolder(out).held("prune", resume) as work:
+    config, evaluation = config or PruneConfig(), evaluation or Evaluation()
+    with WorkFolder(Path(out)).held("prune", resume) as work:
         reset_peak_memory()
         started = time.monotonic()
-        if exceeds_memory(name, config):
-            done = _prune_streamed(name, config, evaluation, work)  # by a method that has no rounds to tell of
+        if not isinstance(model, PreTrainedModel) and exceeds_memory(str(model), config):
+            done = _prune_streamed(str(model), config, evaluation, work)  # by a method that has no rounds to tell of
         else:
-            done = _prune_held(name, config, evaluation, work, callbacks)
+            opened = open_model(model, processor, trust_remote_code=config.trust_remote_code)
+            done = _prune_held(opened, config, evaluation, work, callbacks)
         measured = done.measured
+        metric = metric_named(measured.metric)
         record = dataclasses.replace(
             done.pruned.record(),
             measured=measured,
-            gap_closed=gap_closed(measured.pruned, measured.dense, measured.none, measured.metric),
+            gap_closed=gap_closed(measured.pruned, measured.dense, measured.none, metric=metric),
             seconds={**done.seconds, "total": time.monotonic() - started},
             peak_memory_mb=peak_memory_mb(),
         )
-        announce(record.to_json())
+        announce(record)
         distributed.on_first(lambda: _write(done, record, work))
-    return record.to_json()
+    return record
 
 
 @dataclasses.dataclass
@@ -78,11 +89,12 @@ class _Done:
 
 
 def _prune_held(
-    name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder, callbacks: Sequence[Callback]
+    opened: OpenModel, config: PruneConfig, evaluation: Evaluation, work: WorkFolder, callbacks: Sequence[Callback]
 ) -> _Done:
     """Prune a model that is held in memory."""
     method = permuter(config.permute)
-    model, processor, stored = read_model(name, trust_remote_code=config.trust_remote_code)
+    model, processor, stored = opened.model, opened.processor, opened.stored
+    set_origin(model, origin_of(model))
     require_space(work.out, weight_bytes(model, stored))
     prepared = prepare(model, processor, config, partial=work.path)
     prepared.dense.warn()
@@ -110,7 +122,8 @@ def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work
     model, processor, stored, weights = read_offloaded(name, work.scratch / rank, trust_remote_code=trust)
     require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
-    plan = plan_run(model, config, calibration_examples(model, processor, config), weights.stored)
+    shown = calibration_examples(model, processor, config)
+    plan = plan_run(model, config, examples=shown, weights=weights.stored)
     plan.dense.warn()
     overlap = _said_overlap(plan, examples)
     stream = Stream(model, weights, plan, work.path / rank)
@@ -138,9 +151,16 @@ def _said_overlap(plan: Plan, examples: Examples) -> float:
 
 
 def _measured(evaluation: Evaluation, overlap: float, dense: Result, none: Result, pruned: Result) -> Measured:
-    values = {"dense": dense.value, "none": none.value, "pruned": pruned.value}
-    source = evaluation.source or "default data"
-    return Measured(data=source, metric=dense.metric, **values, count=dense.count, unit=dense.unit, overlap=overlap)
+    return Measured(
+        data=evaluation.source or "default data",
+        metric=dense.metric.name,
+        dense=dense.value,
+        none=none.value,
+        pruned=pruned.value,
+        count=dense.count,
+        unit=dense.unit,
+        overlap=overlap,
+    )
 
 
 def _write(done: _Done, record: Record, work: WorkFolder) -> None:

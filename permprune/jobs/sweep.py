@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -19,21 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from permprune.checkpoints.offload import read_skeleton
+from permprune.checkpoints.schema import decode, encode
+from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import gap_closed, higher_is_better
+from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
+from permprune.jobs.swept import OWN, DenseRow, Sweep, SweepRow, pareto
 from permprune.jobs.trials import Evaluation, Trials
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
+from permprune.models.processors import Processor
 from permprune.options import Count, Positive, require
 from permprune.pattern import parse_pattern
-from permprune.permuters.base import LocalPermuter
+from permprune.permuters.base import LocalPermuter, Run
 from permprune.permuters.registry import permuter
 from permprune.report.sweep import write_sweep
-from permprune.report.tradeoff import SCORE
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
 from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
@@ -42,8 +47,6 @@ from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console, log, track
 from permprune.system.search_state import Checkpoint, require_same
 from permprune.zoo.models import note
-
-Row = dict[str, Any]
 
 IDENTITY = "sweep.json"
 """What the cells in a work folder were asked for, and digests of the model and the data that they were measured on."""
@@ -56,7 +59,7 @@ CELLS = "cells"
 
 AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start anew"
 
-FREE = ("pattern", "permute", "minutes", "batch", "recompute")
+FREE = (*OWN, "batch", "recompute")
 """Fields of the config that cells have of their own, or that may change before an interrupted sweep goes on."""
 
 
@@ -82,7 +85,8 @@ class Job:
     `asked` is what the whole sweep depends on.
     """
 
-    model: str
+    model: ModelSource
+    processor: Processor | None
     config: PruneConfig
     evaluation: Evaluation
     cells: tuple[Cell, ...]
@@ -92,39 +96,45 @@ class Job:
 
 @memory_reported()
 def sweep(
-    name: str,
-    out: Path,
+    model: ModelSource,
+    out: str | Path,
+    config: PruneConfig | None = None,
+    *,
     patterns: Sequence[str],
     methods: Sequence[str],
-    budgets: Sequence[float],
-    config: PruneConfig,
-    evaluation: Evaluation,
+    budgets: Sequence[float] = (),
+    evaluation: Evaluation | None = None,
+    processor: Processor | None = None,
     jobs: int = 1,
     resume: bool = False,
-    announce: Callable[[dict[str, Any]], None] = lambda result: None,
-) -> dict[str, Any]:
+    announce: Callable[[Sweep], None] = lambda result: None,
+) -> Sweep:
     """Fill every cell, and write figures.json, report.html and pareto.png to the folder `out`.
 
-    A cell is measured as `compare` does; no permutation is always among the methods. `budgets` are minutes, none to let
-    searches end by themselves; methods that work layer by layer have no use for them, and a search goes on from where
-    a smaller budget left it. While it runs, `out`.partial keeps the row of every finished cell and the states of the
-    searches, from which `resume` goes on; more patterns, methods and budgets may be asked for then. `jobs` processes
-    take a pattern each at a time; under `torchrun` all processes share each cell's work instead. `announce` is
-    given the figures before they are written. Returns them. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`, which has its dense weights again at the
+    end. A cell is measured as `compare` does; no permutation is always among the methods, which are names. `patterns`,
+    `methods` and `budgets` take the place of the config's own. `budgets` are minutes, none to let searches end by
+    themselves; methods that work layer by layer have no use for them, and a search goes on from where a smaller budget
+    left it. While it runs, `out`.partial keeps the row of every finished cell and the states of the searches, from
+    which `resume` goes on; more patterns, methods and budgets may be asked for then. `jobs` processes take a pattern
+    each at a time, and read the model themselves: it has to be given by name; under `torchrun` all processes share each
+    cell's work instead. `announce` is given the result before it is written. Raises `PermpruneError`.
     """
+    config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     cells = plan_cells(patterns, methods, budgets)
-    asked = _asked(name, config, evaluation)
-    with WorkFolder(out).held("sweep", resume) as work:
-        _check(name, cells, config, jobs)
+    asked = _asked(name_of(model), config, evaluation)
+    with WorkFolder(Path(out)).held("sweep", resume) as work:
+        _check(model, cells, config, jobs)
         distributed.on_first(lambda: _require_sound(work.path, cells, asked))
         missing = [cell for cell in cells if not _path(work.path, cell).exists()]
         distributed.wait()  # until all have looked
         groups = _by_pattern(missing) or [cells[:1]]  # one at least, which compares the data with that of the cells
-        own = dataclasses.replace(config, minutes=None)
-        _fill([Job(name, own, evaluation, tuple(group), work.path, asked) for group in groups], jobs)
-        result = _figures(name, config, evaluation, cells, work.path)
+        own = config.replace(minutes=None)
+        _fill([Job(model, processor, own, evaluation, tuple(group), work.path, asked) for group in groups], jobs)
+        dense, rows = _rows(cells, work.path)
+        result = Sweep(name_of(model), note(name_of(model)), config, evaluation, dense, rows)
         announce(result)
-        distributed.on_first(lambda: _write(result, work))
+        distributed.on_first(lambda: _write(result.to_json(), work))
     return result
 
 
@@ -150,12 +160,18 @@ def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequenc
     return cells
 
 
-def _check(name: str, cells: list[Cell], config: PruneConfig, jobs: int) -> None:
+def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int) -> None:
     """Refuse at once what would fail after hours."""
     require("jobs", jobs, Count)
     if jobs > 1 and distributed.world() > 1:
         raise PermpruneError(f"{jobs} jobs in {distributed.world()} processes: give --jobs without torchrun")
-    skeleton = read_skeleton(name, trust_remote_code=config.trust_remote_code)
+    if isinstance(model, PreTrainedModel) and jobs > 1:
+        raise PermpruneError(f"{jobs} jobs read the model each for itself: give it by name, or one job")
+    skeleton = (
+        model
+        if isinstance(model, PreTrainedModel)
+        else read_skeleton(str(model), trust_remote_code=config.trust_remote_code)
+    )
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
         prunable_layers(skeleton, parse_pattern(pattern), config.exclude)
     dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # not of those left out by choice
@@ -202,6 +218,7 @@ def _fill(work: list[Job], jobs: int) -> None:
         for job in work:
             fill(job)
         return
+    _require_importable(work, jobs)
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads, log.level))
@@ -218,6 +235,16 @@ def _fill(work: list[Job], jobs: int) -> None:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _require_importable(work: list[Job], jobs: int) -> None:
+    """Refuse methods that other processes cannot be handed."""
+    try:
+        pickle.dumps(work)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        raise PermpruneError(
+            f"{jobs} jobs need methods that can be imported ({error}): define them in a module, or give one job"
+        ) from error
 
 
 def _begin_worker(threads: int, level: int) -> None:
@@ -240,33 +267,37 @@ def _begin_worker(threads: int, level: int) -> None:
 
 def fill(job: Job) -> None:
     """Measure the cells of a job in turn; each row is written as soon as it is there."""
-    trials = Trials(job.model, dataclasses.replace(job.config, pattern=job.cells[0].pattern), job.evaluation)
-    prepared = trials.prepared
-    sizes = Counter(map(str, prepared.network.patterns.values()))
-    states = [permuter(cell.method).state_bytes(prepared.network) for cell in job.cells]
-    require_space(job.folder, sum(states))
-    distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(trials)))
-    _measure_dense(trials, job.folder / DENSE)
-    for cell in job.cells:
-        if _path(job.folder, cell).exists():
-            continue
-        method = permuter(cell.method)
-        checkpoint = Checkpoint(_states(job, cell), prepared.run.checkpoint.settings)
-        trial = trials.run(method, dataclasses.replace(prepared.run, minutes=cell.minutes, checkpoint=checkpoint))
-        layers = prepared.network.measures()
-        row = {
-            "pattern": cell.pattern,
-            **trial.row(cell.method),
-            "minutes": cell.minutes,
-            "stderr": trial.result.stderr,
-            "bytes": model_bytes(prepared.model, prepared.layers, prepared.network.patterns),
-            "layers": dict(sorted(sizes.items())),
-            "kept": math.fsum(layer.kept for layer in layers) / len(layers),
-            "error": math.fsum(layer.error for layer in layers) / len(layers),
-            "curve": [dataclasses.asdict(point) for point in trial.solution.curve],
-        }
-        if not distributed.rank():
-            write_sealed(_path(job.folder, cell), row)
+    config = job.config.replace(pattern=job.cells[0].pattern)
+    with Trials(job.model, config, evaluation=job.evaluation, processor=job.processor) as trials:
+        network, run = trials.prepared.network, trials.prepared.run
+        require_space(job.folder, sum(permuter(cell.method).state_bytes(network) for cell in job.cells))
+        distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(trials)))
+        _measure_dense(trials, job.folder / DENSE)
+        for cell in job.cells:
+            if _path(job.folder, cell).exists():
+                continue
+            checkpoint = Checkpoint(_states(job, cell), run.checkpoint.settings)
+            own = dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint)
+            row = _measured(trials, cell, own)
+            if not distributed.rank():
+                write_sealed(_path(job.folder, cell), encode(row))
+
+
+def _measured(trials: Trials, cell: Cell, run: Run) -> SweepRow:
+    """Fill a cell."""
+    trial = trials.run(permuter(cell.method), cell.method, run)
+    prepared, layers = trials.prepared, trials.prepared.network.measures()
+    patterns = prepared.network.patterns
+    return SweepRow(
+        **vars(trial.measurement),
+        pattern=cell.pattern,
+        minutes=cell.minutes,
+        bytes=model_bytes(prepared.model, prepared.layers, patterns),
+        layers=dict(sorted(Counter(map(str, patterns.values())).items())),
+        kept=math.fsum(layer.kept for layer in layers) / len(layers),
+        error=math.fsum(layer.error for layer in layers) / len(layers),
+        curve=list(trial.solution.curve),
+    )
 
 
 def _data(trials: Trials) -> dict[str, Any]:
@@ -284,13 +315,10 @@ def _measure_dense(trials: Trials, path: Path) -> None:
     if known:
         return
     warn_of_overlap(trials.overlap)
-    dense = trials.dense
     size = model_bytes(trials.prepared.model, [], {})
-    row = {**dense.row("dense"), "stderr": dense.result.stderr, "bytes": size}
-    result = dense.result
-    measured = {"metric": result.metric, "count": result.count, "unit": result.unit, "overlap": trials.overlap}
+    row = DenseRow(**vars(trials.dense), bytes=size, overlap=trials.overlap)
     if not distributed.rank():
-        write_sealed(path, {"row": row, "measured": measured})
+        write_sealed(path, encode(row))
 
 
 def _states(job: Job, cell: Cell) -> Path:
@@ -312,45 +340,29 @@ def _minutes(states: Path) -> float:
     return float(states.name.rpartition(" ")[2])
 
 
-def _figures(
-    name: str, config: PruneConfig, evaluation: Evaluation, cells: list[Cell], partial: Path
-) -> dict[str, Any]:
-    """What every cell gave, beside the dense model, in the order of the cells."""
-    dense = read_sealed(partial / DENSE, AGAIN)
-    measured = dense["measured"]
-    metric = measured["metric"]
-    rows = [read_sealed(_path(partial, cell), AGAIN) for cell in cells]
-    for row in rows:
-        row[metric] = math.inf if row[metric] is None else row[metric]
-    none = {row["pattern"]: row[metric] for row in rows if row["method"] == "none"}
-    for row in rows:
-        row["gap_closed"] = gap_closed(row[metric], dense["row"][metric], none[row["pattern"]], metric)
-        row["size"] = row["bytes"] / dense["row"]["bytes"]
-    _mark_front(rows, metric, "front")
-    if SCORE in dense["row"]:
-        _mark_front(rows, SCORE, "score_front")
-    fixed = {key: value for key, value in config.to_json().items() if key not in ("pattern", "permute", "minutes")}
-    return {
-        "model": name,
-        "note": note(name),
-        "settings": fixed,
-        "measured": {"data": evaluation.source or "default data", **measured},
-        "metric": metric,
-        "dense": {**dense["row"], "size": 1.0},
-        "rows": rows,
-    }
-
-
-def _mark_front(rows: list[Row], value: str, mark: str) -> None:
-    for row, best in zip(rows, pareto([(row["bytes"], row[value]) for row in rows], value), strict=True):
-        row[mark] = best
-
-
-def pareto(points: Sequence[tuple[float, float]], metric: str) -> list[bool]:
-    """Of (bytes, value of the metric): whether no other point is as small and better, or smaller and as good."""
-    sign = -1 if higher_is_better(metric) else 1
-    costs = [(size, sign * value) for size, value in points]
-    return [
-        math.isfinite(own[1]) and not any(other[0] <= own[0] and other[1] <= own[1] and other != own for other in costs)
-        for own in costs
+def _rows(cells: list[Cell], partial: Path) -> tuple[DenseRow, list[SweepRow]]:
+    """What the dense model gave and what every cell did, in the order of the cells, and which no other beats."""
+    dense: DenseRow = decode(DenseRow, read_sealed(partial / DENSE, AGAIN))
+    rows: list[SweepRow] = [_read(_path(partial, cell)) for cell in cells]
+    metric, none = dense.result.metric, {row.pattern: row.result.value for row in rows if row.method == "none"}
+    front = pareto([(row.bytes, row.result.value) for row in rows], metric)
+    scores = [(row.bytes, row.score.value) for row in rows if row.score]
+    score_front: Sequence[bool | None] = pareto(scores, TASK_SCORE) if scores else [None] * len(rows)
+    found = [
+        dataclasses.replace(
+            row,
+            gap_closed=gap_closed(row.result.value, dense.result.value, none[row.pattern], metric=metric),
+            size=row.bytes / dense.bytes,
+            front=best,
+            score_front=scored,
+        )
+        for row, best, scored in zip(rows, front, score_front, strict=True)
     ]
+    return dense, found
+
+
+def _read(path: Path) -> SweepRow:
+    """A row; what is not finite was written as null."""
+    row: SweepRow = decode(SweepRow, read_sealed(path, AGAIN))
+    value = math.inf if math.isnan(row.result.value) else row.result.value
+    return dataclasses.replace(row, result=dataclasses.replace(row.result, value=value))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.checkpoints.io import read_model
+from permprune.checkpoints.source import ModelSource, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
 from permprune.evaluation.agreement import ask
 from permprune.evaluation.dispatch import evaluate_model, knows_right
-from permprune.evaluation.lm_tasks import TaskList, task_figures
+from permprune.evaluation.lm_tasks import TaskList, average, task_figures
 from permprune.evaluation.result import Result
 from permprune.examples import Examples
 from permprune.models.forward import decodes
@@ -36,19 +35,27 @@ BATCH = 4
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Data to measure on: a source (None: the default data of the model's kind), and how much of it.
-
-    `windows` are those of text, of `length` tokens; of images and sentences 32 examples stand for each. With `shared`
-    it is the calibration's source as well. `metric` is one of `METRICS`, or accuracy; None: the one that suits. `tasks`
-    are measured besides, where methods are compared. Raises `PermpruneError` for numbers out of range.
-    """
+    """Data to measure on. Raises `PermpruneError` for numbers out of range."""
 
     source: str | None = None
+    """A file, a folder or a data set id; None for the default data of the model's kind."""
+
     windows: Count = 24
+    """Windows of text; of images and sentences 32 examples count as one."""
+
     length: Count = 512
+    """Tokens in a window."""
+
+    _: dataclasses.KW_ONLY
+
     shared: bool = False
+    """Whether the source is that of the calibration as well: each then gets half of its images, speech or sentences."""
+
     metric: str | None = None
+    """Of labels: accuracy, matthews, f1, pearson or spearman; None for the one that suits them."""
+
     tasks: TaskList | None = None
+    """Tasks to measure besides, where methods are compared."""
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -59,15 +66,17 @@ class Evaluation:
         config: PruneConfig,
         source: str | None,
         windows: int,
+        *,
         metric: str | None = None,
         tasks: TaskList | None = None,
     ) -> tuple[PruneConfig, Evaluation]:
         """The config and the evaluation of a run, which share a source if they name the same one."""
         shared = source is not None and source == config.calibration
-        evaluation = cls(source, windows, config.length, shared, metric, tasks)
-        return dataclasses.replace(config, shared=shared), evaluation
+        evaluation = cls(source, windows, config.length, shared=shared, metric=metric, tasks=tasks)
+        return config.replace(shared=shared), evaluation
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
+        """Those to measure a model on. Raises `PermpruneError` where they cannot be read."""
         count = self.windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
         return load_examples(self.source, model, processor, "evaluation", count, self.length, None, self.shared)
 
@@ -75,7 +84,7 @@ class Evaluation:
 class Meter:
     """Measures a model on examples, by the metric that suits both; made while the model shows its dense weights.
 
-    Where nobody knows what is right, the dense model is asked.
+    Where the examples do not say what is right, the dense model's outputs do.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
@@ -85,37 +94,75 @@ class Meter:
         self.batch, self.metric = BATCH * BATCH_MULTIPLIER[kind_of(model)], evaluation.metric
 
     def __call__(self) -> Result:
-        return evaluate_model(self.model, self.examples, self.tokenizer, self.answers, self.batch, self.metric)[0]
+        dense, batch, metric = self.answers, self.batch, self.metric
+        return evaluate_model(self.model, self.examples, self.tokenizer, dense=dense, batch=batch, metric=metric)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What the model scores with a method ("dense" for none), and what the method cost.
+
+    `seconds` are those of the search, its start included; `peak_memory_mb` is in MiB that of the process meanwhile,
+    None where the system does not say. `tasks` are the scores on tasks, if any were asked for.
+    """
+
+    method: str
+    result: Result
+    seconds: float
+    peak_memory_mb: float | None
+    tasks: list[Result] = dataclasses.field(default_factory=list)
+
+    @property
+    def score(self) -> Result | None:
+        """The mean accuracy on tasks; None where none was asked for."""
+        return average(self.tasks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of a file: the value goes by the metric's name."""
+        cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+        return {"method": self.method, self.result.metric.name: self.result.value, **cost, **task_figures(self.tasks)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What a method found, what the model scores with it, and the peak memory of the process meanwhile.
-
-    `peak_memory_mb` is in MiB, None where the system does not say; `tasks` are its scores on tasks, if any were
-    asked for.
-    """
+    """What a method found, and what was measured of it."""
 
     solution: Solution
-    result: Result
-    peak_memory_mb: float | None
-    tasks: Sequence[Result] = ()
-
-    def row(self, label: str) -> dict[str, Any]:
-        cost = {"seconds": self.solution.seconds, "peak_memory_mb": self.peak_memory_mb}
-        return {"method": label, self.result.metric: self.result.value, **cost, **task_figures(self.tasks)}
+    measurement: Measurement
 
 
 class Trials:
-    """One model, read and calibrated, on which one method is tried after the other; `dense` is what it was before."""
+    """One model, calibrated, on which one method is tried after the other; `dense` is what it was before.
 
-    def __init__(self, name: str, config: PruneConfig, evaluation: Evaluation, partial: Path | None = None) -> None:
+    A context manager: at the end a model in memory has its dense weights again.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        config: PruneConfig,
+        *,
+        evaluation: Evaluation,
+        processor: Processor | None = None,
+        partial: Path | None = None,
+    ) -> None:
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
-        model, self.processor, _ = read_model(name, trust_remote_code=config.trust_remote_code)
-        self.prepared = prepare(model, self.processor, config, partial=partial)
-        with self.prepared.network.dense_weights():
-            self.measure = Meter(model, self.processor, evaluation)
+        opened = open_model(source, processor, trust_remote_code=config.trust_remote_code)
+        self.name, self.processor = opened.name, opened.processor
+        self.prepared = prepare(opened.model, opened.processor, config, partial=partial)
+        try:
+            with self.prepared.network.dense_weights():
+                self.measure = Meter(opened.model, opened.processor, evaluation)
+        except BaseException:
+            self.prepared.network.restore()
+            raise
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.prepared.network.restore()
 
     @cached_property
     def overlap(self) -> float:
@@ -123,24 +170,25 @@ class Trials:
         return self.prepared.overlap(self.measure.examples)
 
     @cached_property
-    def dense(self) -> Trial:
+    def dense(self) -> Measurement:
         with self.prepared.network.dense_weights():
-            return self._trial(Solution({}, 0.0))
+            return self._measurement("dense", 0.0)
 
-    def run(self, method: Permuter, run: Run | None = None) -> Trial:
+    def run(self, method: Permuter, label: str, run: Run | None = None) -> Trial:
         """Try a method, with the budget, seed and data of `run` if given."""
         reset_peak_memory()
         solution = method.solve(self.prepared.network, run or self.prepared.run)
         update_weights(self.prepared)
-        trial = self._trial(solution)
-        metric, value = trial.result.metric, trial.result.value
-        log.info("%s: %s %.4g after %.0f s", method.name, metric, value, solution.seconds)
-        return trial
+        found = self._measurement(label, solution.seconds)
+        result = found.result
+        log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
+        return Trial(solution, found)
 
-    def _trial(self, solution: Solution) -> Trial:
+    def _measurement(self, label: str, seconds: float) -> Measurement:
         """Measure the weights that the model shows."""
         result, peak = self.measure(), peak_memory_mb()
-        return Trial(solution, result, peak, self.tasks(self.prepared.model, self.processor) if self.tasks else ())
+        tasks = self.tasks(self.prepared.model, self.processor) if self.tasks else []
+        return Measurement(method=label, result=result, seconds=seconds, peak_memory_mb=peak, tasks=tasks)
 
 
 def transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:

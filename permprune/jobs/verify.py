@@ -1,9 +1,9 @@
-"""Prove a folder that permprune wrote."""
+"""Prove a pruned model."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -12,30 +12,41 @@ from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
 from permprune.checkpoints.probe import check_outputs
 from permprune.checkpoints.record import Record
+from permprune.errors import PermpruneError
 from permprune.models.layers import DenseWeights, dense_weights
 from permprune.pruning.folder import require_probe
 from permprune.system.out_of_memory import memory_reported
 
 
-@memory_reported()
-def verify_folder(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Prove a folder that permprune wrote: N:M in stored order, it reloads, and it says what the masked model said.
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What `verify` found: how many `layers` hold their pattern in stored order, and what stays `dense` in the blocks.
 
-    Returns "layers", how many were checked, "difference", the largest of the outputs, and "dense", what stays dense
-    inside the blocks (`DenseWeights`). `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` naming
-    the first thing that does not hold.
+    `difference` is the largest one between the model's outputs and those of the masked model in its own channel order.
     """
-    model = load(folder, trust_remote_code=trust_remote_code)
-    origin = origin_of(model)
-    assert origin.record is not None
-    patterns = recorded_patterns(model, origin.record.layers)
-    require_patterns(model, patterns)
-    difference = check_outputs(model, require_probe(origin), str(folder), stored=origin.dtype)
-    return {
-        "layers": len(patterns),
-        "difference": difference,
-        "dense": origin.record.dense or _dense(model, origin.record),
-    }
+
+    layers: int
+    difference: float
+    dense: DenseWeights
+
+
+@memory_reported()
+def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Verified:
+    """Prove a pruned model: every layer is N:M in stored order, and the outputs are those of the masked model.
+
+    `model` is a folder that permprune wrote, which has to load besides, or a model in memory that `prune` or `load`
+    gave. `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` that names the first thing which does
+    not hold.
+    """
+    shown = model if isinstance(model, PreTrainedModel) else load(model, trust_remote_code=trust_remote_code)
+    origin = origin_of(shown)
+    if origin.record is None:
+        raise PermpruneError("permprune did not prune this model: give one that prune or load gave, or a folder")
+    patterns = recorded_patterns(shown, origin.record.layers)
+    require_patterns(shown, patterns)
+    what = "this model" if shown is model else str(model)
+    difference = check_outputs(shown, require_probe(origin), what, stored=origin.dtype)
+    return Verified(len(patterns), difference, origin.record.dense or _dense(shown, origin.record))
 
 
 def _dense(model: PreTrainedModel, record: Record) -> DenseWeights:

@@ -61,7 +61,7 @@ def tokenizer_of(processor: Processor | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a processor, or the processor itself if it is one. Raises `PermpruneError` if there is none."""
     tokenizer = getattr(processor, "tokenizer", processor)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise PermpruneError("text needs a tokenizer, and the model has none: save one into its folder")
+        raise PermpruneError("text needs a tokenizer, and the model has none: save one into its folder, or give one")
     return tokenizer
 
 
@@ -72,7 +72,7 @@ def image_processor_of(processor: Processor | None) -> BaseImageProcessor:
     """
     found = getattr(processor, "image_processor", processor)
     if not isinstance(found, BaseImageProcessor):
-        raise PermpruneError("images need an image processor, and the model has none: save one into its folder")
+        raise PermpruneError("images need an image processor, and the model has none: save or give one")
     return found
 
 
@@ -83,5 +83,5 @@ def feature_extractor_of(processor: Processor | None) -> FeatureExtractionMixin:
     """
     found = getattr(processor, "feature_extractor", processor)
     if not isinstance(found, FeatureExtractionMixin):
-        raise PermpruneError("sound needs a feature extractor, and the model has none: save one into its folder")
+        raise PermpruneError("sound needs a feature extractor, and the model has none: save or give one")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from permprune.permuters.base import Permuter
 from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity, Random
@@ -11,7 +13,7 @@ from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.permllm import PermLLM
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
-from permprune.registry import method_of
+from permprune.registry import label_of, method_of
 
 PERMUTERS: dict[str, type[Permuter]] = {
     method.name: method
@@ -22,3 +24,11 @@ PERMUTERS: dict[str, type[Permuter]] = {
 def permuter(given: str | Permuter) -> Permuter:
     """The permuter of that name, such as "newton" or "newton:rounds=6", or the object itself (`method_of`)."""
     return method_of(given, Permuter, PERMUTERS)  # type: ignore[type-abstract]
+
+
+def permuters(methods: Sequence[str | Permuter] | Mapping[str, str | Permuter]) -> dict[str, Permuter]:
+    """Permuters by the labels that tables give them: those of a mapping, or what they are called."""
+    if isinstance(methods, Mapping):
+        return {label: permuter(method) for label, method in methods.items()}
+    found = [(permuter(method), method) for method in methods]
+    return {label_of(method): made for made, method in found}

@@ -24,7 +24,7 @@ from permprune.system.files import atomic_folder, write_json
 
 
 def save(model: PreTrainedModel, folder: str | Path, processor: Processor | None = None) -> None:
-    """Save a model that permprune pruned or loaded, in either mode, for `load` and `verify_folder`.
+    """Save a model that permprune pruned or loaded, in either mode, for `load` and `verify`.
 
     The weights may have been trained since then, if every pruned layer still holds its pattern; the outputs that are
     stored for verification are those of the current weights. `folder` must not exist; it is created atomically. Raises

@@ -168,6 +168,11 @@ class MaskedLayers:
         finally:
             self._refresh(self.layers)
 
+    def restore(self) -> None:
+        """Show the dense weights, for good: the network is used up."""
+        for name, layer in self.layers.items():
+            layer.weight.copy_(self.dense[name])
+
     def measures(self) -> list[LayerMeasure]:
         """Compare each layer with its current weights to the dense layer."""
         found = []

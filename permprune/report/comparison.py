@@ -12,7 +12,7 @@ from permprune.system.files import write_whole
 
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a comparison as PNG; `result` is what `permprune.compare` returns.
+    """Write the picture of a comparison as PNG; `result` is as `Comparison.to_json`.
 
     Raises `PermpruneError`.
     """

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from permprune.evaluation.result import higher_is_better
+from permprune.evaluation.result import metric_named
 from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, figure, quiet, save
 from permprune.report.words import better, duration, number, percent
 
@@ -102,7 +102,7 @@ def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Forma
 
     Perplexities are on a log scale.
     """
-    sign = -1 if higher_is_better(metric) else 1
+    sign = -1 if metric_named(metric).higher_is_better else 1
     ordered = sorted(rows, key=lambda row: sign * row[metric] if math.isfinite(row[metric]) else math.inf)
     picture = figure(7.4, 1.3 + 0.34 * len(ordered))
     axes, margin = picture.subplots(1, 2, sharey=True, width_ratios=(3, 1.35))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from permprune.evaluation.result import higher_is_better
+from permprune.evaluation.result import metric_named
 from permprune.report.page import Shown, fill, shown
 from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import (
@@ -33,7 +33,7 @@ SIZE = (
 
 
 def render_sweep(result: Result) -> str:
-    """The page for what `permprune.sweep` returns. Everything in it is escaped."""
+    """The page for the contents of a sweep's figures.json. Everything in it is escaped."""
     metric, dense = result["metric"], result["dense"]
     return fill(
         "sweep.html",
@@ -66,7 +66,7 @@ def sweep_decision(result: Result) -> str:
     metric, rows = result["metric"], result["rows"]
     if not (front := _front(result)):
         return f"None of {count(len(rows), 'cell')} has a finite {metric}."
-    best = (max if higher_is_better(metric) else min)(front, key=lambda row: float(row[metric]))
+    best = (max if metric_named(metric).higher_is_better else min)(front, key=lambda row: float(row[metric]))
     none = next(row for row in rows if row["pattern"] == best["pattern"] and row["method"] == NONE)
     run = way(best["pattern"], best["method"], result["settings"]["update"])
     beside = None if best["method"] == NONE else none[metric]

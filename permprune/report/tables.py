@@ -13,7 +13,7 @@ from permprune.report.words import duration, fine_percent, number, overlap_note,
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
-    """What `permprune.compare` returns, for the terminal."""
+    """The contents of a comparison's file (`Comparison.to_json`), for the terminal."""
     table = Table(title=comparison_title(result), caption=overlap_note(result["overlap"]), caption_justify="left")
     table.add_column("method")
     scored = "score" in result["rows"][0]
@@ -38,12 +38,12 @@ def tasks_table(model: str, results: Sequence[Result]) -> Table:
         if result.task == "average":
             table.add_section()
         figure = with_error(result.value, result.stderr)
-        table.add_row(result.task, result.metric, figure, f"{result.count:,} {result.unit}")
+        table.add_row(result.task, result.metric.name, figure, f"{result.count:,} {result.unit}")
     return table
 
 
 def sweep_table(result: dict[str, Any]) -> Table:
-    """What `permprune.sweep` returns, for the terminal; cells that no other beats are bold."""
+    """The contents of a sweep's figures.json, for the terminal; cells that no other beats are bold."""
     metric = result["metric"]
     title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
     table = Table(title=title, caption=overlap_note(result["measured"]["overlap"]), caption_justify="left")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from permprune.evaluation.result import higher_is_better
+from permprune.evaluation.result import metric_named
 from permprune.report.pictures import dense_line, metric_axis
 from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, Format, figure, quiet, save
 
@@ -66,7 +66,7 @@ def minutes(result: Result, kind: Format = "svg") -> bytes:
     """The best value of the metric that a search of so long finds, by pattern."""
     metric = result["metric"]
     rows = _finite(result, metric)
-    sign = -1 if higher_is_better(metric) else 1
+    sign = -1 if metric_named(metric).higher_is_better else 1
     colors, markers = _keys(result)
     picture = figure(WIDTH, 3.6)
     axes = picture.subplots()

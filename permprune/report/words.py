@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from permprune.data.overlap import QUOTED
-from permprune.evaluation.result import higher_is_better
+from permprune.evaluation.result import metric_named
 from permprune.pattern import MIXED
 
 DASH = "\N{EN DASH}"
@@ -95,7 +95,7 @@ def outcome(metric: str, pruned: float, dense: float, none: float | None) -> str
 
     Where more is better: " keeps 97 % of the dense top-1 accuracy (...)", else ": perplexity 63.4 against ...".
     """
-    if higher_is_better(metric) and math.isfinite(pruned) and dense > 0:
+    if metric_named(metric).higher_is_better and math.isfinite(pruned) and dense > 0:
         beside = "" if none is None else f"; {number(none)} without permutation"
         return f" keeps {percent(pruned / dense)} of the dense {metric} ({number(pruned)} of {number(dense)}{beside})"
     beside = "" if none is None else f" and {number(none)} without permutation"
@@ -107,11 +107,11 @@ def trained(metric: str, before: float, after: float, error: float | None, dense
     value = with_error(after, error)
     if dense is None:
         return f"Trained after that: {metric} {value} against {number(before)} before."
-    if higher_is_better(metric) and dense > 0:
+    if metric_named(metric).higher_is_better and dense > 0:
         share = f"it keeps {percent(after / dense)} of the dense {metric}"
         return f"Trained after that {share} ({value} of {number(dense)}; {number(before)} before)."
     return f"Trained after that: {metric} {value} against {number(dense)} dense and {number(before)} before."
 
 
 def better(metric: str) -> str:
-    return f"{'higher' if higher_is_better(metric) else 'lower'} is better"
+    return f"{'higher' if metric_named(metric).higher_is_better else 'lower'} is better"

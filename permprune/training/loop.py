@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import Result, higher_is_better
+from permprune.evaluation.result import Result
 from permprune.examples import Examples, batches, by_length
 from permprune.losses.loss import Loss
 from permprune.losses.targets import Task
@@ -66,7 +66,7 @@ class Epoch:
     held_out: float | None = None
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
     """Trains `weights` of a model on the `loss` of `task`, and leaves the model at its best epoch.
 
@@ -170,7 +170,7 @@ class Trainer:
     def _add(self, number: int, loss: float | None, seconds: float) -> None:
         """Evaluate the model, keep its weights if they are the best so far, and save the state."""
         result, held_out = self.measure(), self._held_out_loss()
-        sign = 1 if higher_is_better(result.metric) else -1
+        sign = 1 if result.metric.higher_is_better else -1
         value = sign * result.value if held_out is None else -held_out
         if not self.best or value >= self.best_value:
             self.best_value = value

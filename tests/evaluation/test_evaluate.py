@@ -28,7 +28,7 @@ def test_accuracy_is_the_share_of_right_labels(batch: int) -> None:
     said = model(pixel_values=examples["pixel_values"]).logits.argmax(1)
     labels = torch.where(torch.arange(12) < 9, said, (said + 1) % 5)
     (result,) = accuracy(model, Examples({**examples, "labels": labels}), batch)
-    assert (result.metric, result.value, result.count) == ("top-1 accuracy", 0.75, 12)
+    assert (result.metric.name, result.value, result.count) == ("top-1 accuracy", 0.75, 12)
     assert result.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 12))
     assert json.loads(json.dumps(result.to_json()))["value"] == 0.75
 
@@ -53,17 +53,17 @@ def test_a_model_agrees_with_itself_and_less_when_pruned(data: str) -> None:
     pruned = prune(make(data), permute="ria", examples=examples, precision="fp32", measured=4, held_out=2).model
     same, changed = agreement(make(data), examples, make(data)), agreement(pruned, examples, make(data))
     if data == "headless":
-        assert same[0].metric == "feature error" and same[0].value == 0
+        assert same[0].metric.name == "feature error" and same[0].value == 0
         assert 0.1 < changed[0].value < 3
     else:
-        assert [result.metric for result in same] == ["top-1 agreement", "KL divergence"]
+        assert [result.metric.name for result in same] == ["top-1 agreement", "KL divergence"]
         assert same[0].value == 1 and same[1].value < 1e-3
         assert changed[0].value < 1 and changed[1].value > 0.01
 
 
 def test_agreement_measures_a_network_that_shows_other_weights() -> None:
     examples = sentences(labels=False)
-    prepared = prepare(make("bert"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples)
+    prepared = prepare(make("bert"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=examples)
     with prepared.network.dense_weights():
         answers = ask(prepared.model, examples)
     shown = agreement(prepared.model, examples, answers)
@@ -90,7 +90,7 @@ def test_words_are_counted_as_a_model_says_them(tiny_tokenizer: PreTrainedTokeni
     right = Examples({**inputs, "labels": said[:, -12:]})
     texts = tiny_tokenizer.batch_decode(said, skip_special_tokens=True)
     (result,) = evaluate_model(model, right, tiny_tokenizer)
-    assert (result.metric, result.value, result.stderr) == ("word error rate", 0, 0)
+    assert (result.metric.name, result.value, result.stderr) == ("word error rate", 0, 0)
     assert result.count >= len([text for text in texts if text.strip()])
     wrong = evaluate_model(model, Examples({**inputs, "labels": said[:, -12:].roll(1, 0)}), tiny_tokenizer)[0]
     assert wrong.value > 0 and wrong.stderr is not None and wrong.count == result.count
@@ -117,6 +117,6 @@ def test_perplexity_of_a_decoder_and_of_padded_text(tiny_llama: LlamaForCausalLM
 def test_the_metric_follows_from_the_examples(tiny_llama: LlamaForCausalLM) -> None:
     ids = Examples.of(draw(128, 3, 8))
     assert evaluate_model(tiny_llama, ids) == [perplexity(tiny_llama, ids)]
-    assert evaluate_model(make("bert"), sentences())[0].metric == "top-1 accuracy"
+    assert evaluate_model(make("bert"), sentences())[0].metric.name == "top-1 accuracy"
     with pytest.raises(PermpruneError, match="give examples with labels, or a dense model"):
         evaluate_model(make("headless"), EXAMPLES["headless"]())

@@ -20,6 +20,7 @@ from permprune import PermpruneError, Result, TaskList, evaluate_tasks
 from permprune.config import PruneConfig
 from permprune.data.benchmarks import SOURCES
 from permprune.evaluation.lm_tasks import LOCAL, average, cut
+from permprune.evaluation.result import TASK_ACCURACY
 
 from ..task_files import ROWS, WIKITEXT, write_task_files
 
@@ -41,9 +42,9 @@ def pruned(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Callable[[
     """Prunes the tiny LLaMA in a mode and gives the folder."""
 
     def prune(mode: str) -> Path:
-        settings = PruneConfig(mode=mode, calibration=str(tiny_text), samples=24, length=16)
+        settings = PruneConfig(permute="ria", mode=mode, calibration=str(tiny_text), samples=24, length=16)
         evaluation = permprune.Evaluation(str(tiny_text), 4, 16)
-        permprune.prune_to_folder(str(tiny_checkpoint), tmp_path / mode, settings.replace(permute="ria"), evaluation)
+        permprune.prune_to_folder(str(tiny_checkpoint), tmp_path / mode, settings, evaluation=evaluation)
         return tmp_path / mode
 
     return prune
@@ -83,10 +84,10 @@ def test_hellaswag_rows_are_those_that_lm_eval_makes() -> None:
 
 def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], Path], files: Path) -> None:
     folder = pruned("fold")
-    found = evaluate_tasks(str(folder), TaskList(tuple(SOURCES), str(files)))
+    found = evaluate_tasks(str(folder), TaskList(tuple(SOURCES), data=str(files)))
     by_hand = _by_hand(folder, list(SOURCES), {"data": str(files)})
     own = [result for result in found if result.task != "average"]
-    assert {(result.task, result.metric) for result in own} == {
+    assert {(result.task, result.metric.name) for result in own} == {
         (task, metric)
         for task in SOURCES
         for metric in (
@@ -94,10 +95,11 @@ def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], P
             *(["f1"] if task == "cb" else ["acc_norm"] if task not in ("boolq", "rte", "wic") else []),
         )
     }
+    assert all(result.metric.higher_is_better for result in own)
     for result in own:
         figures = by_hand["results"][result.task]
-        assert result.value == pytest.approx(figures[f"{result.metric},none"], abs=1e-12)
-        stderr = figures[f"{result.metric}_stderr,none"]
+        assert result.value == pytest.approx(figures[f"{result.metric.name},none"], abs=1e-12)
+        stderr = figures[f"{result.metric.name}_stderr,none"]
         assert result.stderr == (None if stderr == "N/A" else pytest.approx(stderr, abs=1e-12))
         assert result.count == len(ROWS[result.task])
     assert len({result.value for result in own}) > 2
@@ -115,7 +117,7 @@ def _by_hand(folder: Path, tasks: list[str], metadata: dict[str, Any], **options
 
 def test_a_gathered_folder_scores_by_its_own_likelihoods(pruned: Callable[[str], Path], files: Path) -> None:
     folder = pruned("gather")
-    tasks = TaskList(("piqa",), str(files)).load()
+    tasks = TaskList(("piqa",), data=str(files)).load()
     acc, acc_norm = tasks(*permprune.read_model(str(folder))[:2])
     model, tokenizer = permprune.load(folder), AutoTokenizer.from_pretrained(folder)
     scores = torch.tensor(
@@ -128,8 +130,11 @@ def test_a_gathered_folder_scores_by_its_own_likelihoods(pruned: Callable[[str],
     right = torch.tensor([row["label"] for row in ROWS["piqa"]])
     said = torch.tensor([instance.resps[0][0] for instance in tasks.tasks[0].instances]).view_as(scores)
     torch.testing.assert_close(said, scores)
-    assert (acc.metric, acc.value) == ("acc", (scores.argmax(1) == right).double().mean())
-    assert (acc_norm.metric, acc_norm.value) == ("acc_norm", ((scores / lengths).argmax(1) == right).double().mean())
+    assert (acc.metric.name, acc.value) == ("acc", (scores.argmax(1) == right).double().mean())
+    assert (acc_norm.metric.name, acc_norm.value) == (
+        "acc_norm",
+        ((scores / lengths).argmax(1) == right).double().mean(),
+    )
 
 
 @torch.inference_mode()
@@ -145,7 +150,7 @@ def test_wikitext2_is_what_the_recipe_of_wanda_gives(begins: bool, tiny_checkpoi
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     if begins:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    (result,) = TaskList(("wikitext2",), str(files)).load()(model, tokenizer)
+    (result,) = TaskList(("wikitext2",), data=str(files)).load()(model, tokenizer)
     rows = [f"{line}\n" if line.strip() else "" for line in WIKITEXT.split("\n")[:-1]]
     ids = tokenizer("\n\n".join(rows), return_tensors="pt").input_ids
     assert ids.eq(1).sum() == begins
@@ -159,17 +164,17 @@ def test_wikitext2_is_what_the_recipe_of_wanda_gives(begins: bool, tiny_checkpoi
         losses.append(loss * length)
     expected = torch.exp(torch.stack(losses).sum() / (count * length)).item()
     assert count > 3
-    assert (result.task, result.metric, result.unit) == ("wikitext2", "perplexity", "tokens")
+    assert (result.task, result.metric.name, result.unit) == ("wikitext2", "perplexity", "tokens")
     assert result.count == count * (length - 1)
     assert result.value == pytest.approx(expected, rel=1e-5)
 
 
 def test_limit_and_few_shot(tiny_checkpoint: Path, files: Path) -> None:
-    found = evaluate_tasks(str(tiny_checkpoint), TaskList(("boolq", "rte", "wikitext2"), str(files), limit=1))
+    found = evaluate_tasks(str(tiny_checkpoint), TaskList(("boolq", "rte", "wikitext2"), data=str(files), limit=1))
     counts = {result.task: result.count for result in found}
     assert counts == {"boolq": 1, "rte": 1, "wikitext2": 127, "average": 2}
     assert all(result.stderr is None for result in found)
-    loaded = TaskList(("rte",), str(files), few_shot=1).load()
+    loaded = TaskList(("rte",), data=str(files), few_shot=1).load()
     loaded(*permprune.read_model(str(tiny_checkpoint))[:2])
     prompts = [instance.args[0] for instance in loaded.tasks[0].instances]
     assert all(prompt.count("True or False?") == 2 for prompt in prompts)
@@ -180,44 +185,49 @@ def test_limit_and_few_shot(tiny_checkpoint: Path, files: Path) -> None:
 def test_the_model_and_its_tokenizer_are_left_alone(tiny_llama: Any, tiny_tokenizer: Any, files: Path) -> None:
     tiny_llama.train()
     before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
-    TaskList(("cb", "wikitext2"), str(files)).load()(tiny_llama, tiny_tokenizer)
+    TaskList(("cb", "wikitext2"), data=str(files)).load()(tiny_llama, tiny_tokenizer)
     assert tiny_llama.training
     assert tiny_tokenizer.pad_token is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_llama.state_dict().items())
 
 
 def test_average_weighs_tasks_alike() -> None:
-    own = [Result("a", "acc", 0.5, 10, 0.3), Result("a", "acc_norm", 0.9, 10, 0.1), Result("b", "acc", 0.75, 99, 0.4)]
-    assert average(own) == Result("average", "acc", 0.625, 2, 0.25, "tasks")
+    own = [
+        Result("a", TASK_ACCURACY, 0.5, count=10, stderr=0.3),
+        Result("a", permprune.Metric("acc_norm", higher_is_better=True), 0.9, count=10, stderr=0.1),
+        Result("b", TASK_ACCURACY, 0.75, count=99, stderr=0.4),
+    ]
+    assert average(own) == Result("average", TASK_ACCURACY, 0.625, count=2, stderr=0.25, unit="tasks")
     assert average(own[1:2]) is None
-    assert average([*own, Result("c", "acc", 1.0, 1)]) == Result("average", "acc", 0.75, 3, None, "tasks")
+    more = [*own, Result("c", TASK_ACCURACY, 1.0, count=1)]
+    assert average(more) == Result("average", TASK_ACCURACY, 0.75, count=3, unit="tasks")
 
 
 def test_what_cannot_be_measured(
     tiny_bert: Path, files: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
 ) -> None:
     with pytest.raises(PermpruneError, match="writes no text"):
-        evaluate_tasks(str(tiny_bert), TaskList(("cb",), str(files)))
+        evaluate_tasks(str(tiny_bert), TaskList(("cb",), data=str(files)))
     manager = functools.partial(TaskManager, include_defaults=False)
     monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **options: manager(include_path=options["include_path"]))
     with pytest.raises(PermpruneError, match=r"nosuch: lm-eval has no such task; `lm_eval ls tasks`"):
-        TaskList(("nosuch", "cb"), str(files)).load()
+        TaskList(("nosuch", "cb"), data=str(files)).load()
     with pytest.raises(PermpruneError, match=r"cannot read .*wiki\.test\.raw: No such file"):
-        TaskList(("wikitext2",), str(files / "glue")).load()
+        TaskList(("wikitext2",), data=str(files / "glue")).load()
     with pytest.raises(PermpruneError, match="there is no folder"):
-        TaskList(("cb",), str(files / "none")).load()
+        TaskList(("cb",), data=str(files / "none")).load()
     with pytest.raises(PermpruneError, match="one name at least"):
-        TaskList((), str(files)).load()
+        TaskList((), data=str(files)).load()
     with pytest.raises(PermpruneError, match="a window 64"):
         cut("the text", tiny_tokenizer, 64)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(PermpruneError, match=r"pip install 'permprune\[tasks\]'"):
-        TaskList(("cb",), str(files)).load()
+        TaskList(("cb",), data=str(files)).load()
 
 
 def test_a_perplexity_alone_needs_no_lm_eval(
     tiny_llama: Any, tiny_tokenizer: Any, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    (result,) = TaskList(("wikitext2",), str(files)).load()(tiny_llama, tiny_tokenizer)
+    (result,) = TaskList(("wikitext2",), data=str(files)).load()(tiny_llama, tiny_tokenizer)
     assert math.isfinite(result.value)

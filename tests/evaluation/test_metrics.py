@@ -27,7 +27,7 @@ def test_matthews_and_f1_of_two_classes() -> None:
     fp, fn = (int(((said == k) & (right != k)).sum()) for k in (1, 0))
     below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     (matthews,) = evaluate_model(model, data, metric="matthews")
-    assert matthews.metric == "Matthews correlation"
+    assert matthews.metric.name == "Matthews correlation"
     assert matthews.value == pytest.approx((tp * tn - fp * fn) / below)
     (f1,) = evaluate_model(model, data, metric="f1")
     assert f1.value == pytest.approx(2 * tp / (2 * tp + fp + fn))
@@ -52,7 +52,7 @@ def test_correlations_of_scores_and_their_errors() -> None:
     right = said + said.std() * torch.randn(12, generator=torch.Generator().manual_seed(0))
     data = Examples({**data, "labels": right.float()})
     pearson, spearman = evaluate_model(model, data)
-    assert (pearson.metric, spearman.metric) == ("Pearson correlation", "Spearman correlation")
+    assert (pearson.metric.name, spearman.metric.name) == ("Pearson correlation", "Spearman correlation")
     assert pearson.value == pytest.approx(stats.pearsonr(said, right).statistic, abs=1e-5)
     assert spearman.value == pytest.approx(stats.spearmanr(said, right).statistic, abs=1e-5)
     assert pearson.stderr == pytest.approx((1 - pearson.value**2) / math.sqrt(10), rel=0.8)  # of normal variables

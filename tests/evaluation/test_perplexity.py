@@ -34,7 +34,7 @@ def test_is_exp_of_the_mean_loss(tiny_llama, windows, batch, chunk, monkeypatch)
     assert result.value == pytest.approx(nll.mean().exp().item(), rel=1e-5)
     assert result.count == 5 * 23
     assert result.stderr == pytest.approx(result.value * nll.std().item() / math.sqrt(5), rel=1e-3)
-    assert result.metric == "perplexity"
+    assert result.metric.name == "perplexity"
 
 
 def test_uniform_model_has_the_vocabulary_as_perplexity(tiny_llama, windows):

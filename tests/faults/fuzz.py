@@ -321,7 +321,7 @@ def make_subjects(folder: Path) -> dict[str, Path]:
         calibration = str(folder / "one.txt")
         config = permprune.PruneConfig(permute="random", mode=mode, calibration=calibration, samples=24, length=16)
         evaluation = permprune.Evaluation(str(folder / "two.txt"), 4, 16)
-        permprune.prune_to_folder(str(subjects["checkpoint"]), subjects[mode], config, evaluation)
+        permprune.prune_to_folder(str(subjects["checkpoint"]), subjects[mode], config, evaluation=evaluation)
     return subjects
 
 

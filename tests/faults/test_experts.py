@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
-from permprune import prune, verify_folder
+from permprune import prune, verify
 from permprune.models.layers import block_linears, dense_weights
 
 from ..cli.running import run
@@ -105,7 +105,7 @@ def test_layers_that_a_person_left_out_are_not_counted_among_them(
         out = tmp_path / f"{folder.name}-pruned"
         run("prune", folder, "--out", out, "--permute", "ria", *arguments(tiny_text, *exclude))
         assert not any("self_attn" in line for line in said(caplog))
-        assert verify_folder(out)["dense"].layers == (MIXTRAL if folder == experts else [])
+        assert verify(out).dense.layers == (MIXTRAL if folder == experts else [])
     assert len(said(caplog)) == 1
 
 

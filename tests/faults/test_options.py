@@ -169,7 +169,7 @@ def test_names_hold_no_nul() -> None:
     """No shell can pass one on; Python can."""
     assert "NUL" in fails("evaluate", "a\0b")
     with pytest.raises(PermpruneError, match="NUL"):
-        prune_to_folder("./no-model", Path("a\0b"), PruneConfig(), Evaluation())
+        prune_to_folder("./no-model", Path("a\0b"), PruneConfig(), evaluation=Evaluation())
 
 
 def test_the_objects_refuse_what_the_command_line_refuses() -> None:

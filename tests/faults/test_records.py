@@ -279,7 +279,7 @@ def test_a_probe_that_does_not_fit_is_refused_by_those_who_need_it(folder: Path,
 def reads(folder: Path) -> bool:
     """Whether a folder loads, verifies and has a report; else that it is refused in one line."""
     try:
-        permprune.verify_folder(folder)
+        permprune.verify(folder)
     except permprune.PermpruneError as error:
         assert str(error) and len(str(error).splitlines()) == 1 and str(error).isprintable(), str(error)
         return False

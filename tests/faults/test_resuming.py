@@ -271,7 +271,7 @@ def test_a_second_run_on_one_out_is_refused_at_once(source: list[str], tmp_path:
 @pytest.fixture
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     tokens = torch.randint(0, 128, (30, 8), generator=torch.Generator().manual_seed(0))
-    return prepare(tiny_llama, None, PruneConfig(length=8), tokens)
+    return prepare(tiny_llama, None, PruneConfig(length=8), examples=tokens)
 
 
 @pytest.mark.parametrize("method", [Random(), Newton(rounds=1, examples=2)], ids=["random", "newton"])

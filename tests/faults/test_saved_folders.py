@@ -107,7 +107,7 @@ def test_python_and_the_command_line_write_the_same_model(source: Path, tmp_path
 def test_a_model_pruned_in_half_precision_is_stored_so(tmp_path: Path, tiny_llama: torch.nn.Module) -> None:
     done = permprune.prune(tiny_llama.to(torch.bfloat16), examples=WINDOWS, mode="gather", **SETTINGS)
     done.save_pretrained(tmp_path / "out")
-    assert permprune.verify_folder(tmp_path / "out")["layers"] == 14
+    assert permprune.verify(tmp_path / "out").layers == 14
     assert permprune.load(tmp_path / "out").dtype == torch.bfloat16
 
 

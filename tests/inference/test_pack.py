@@ -61,7 +61,7 @@ TOKENS = torch.arange(20).view(2, 10)
 def test_a_packed_model_says_what_the_pruned_one_says(tiny_llama: LlamaForCausalLM, dtype: str, tmp_path: Path) -> None:
     patterns = prune_to(tiny_llama)
     expected = say(tiny_llama, input_ids=TOKENS)
-    assert pack(tiny_llama, patterns, dtype) == []
+    assert pack(tiny_llama, patterns, dtype=dtype) == []
     found = say(tiny_llama, input_ids=TOKENS)
     assert_close(found, expected, dtype)
     tiny_llama.save_pretrained(tmp_path / "packed")
@@ -84,7 +84,7 @@ def test_a_packed_model_says_what_the_pruned_one_says(tiny_llama: LlamaForCausal
 def test_greedy_continuations_and_pipelines(tiny_llama: LlamaForCausalLM, tiny_tokenizer: Any, tmp_path: Path) -> None:
     patterns = prune_to(tiny_llama)
     expected = tiny_llama.generate(TOKENS, max_new_tokens=20, do_sample=False)
-    pack(tiny_llama, patterns, "fp32")
+    pack(tiny_llama, patterns, dtype="fp32")
     tiny_llama.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_conv1d_of_gpt2(tmp_path: Path) -> None:
     nn.init.normal_(model.transformer.h[0].mlp.c_fc.bias)
     expected = say(model, input_ids=TOKENS)
     weight = model.transformer.h[0].mlp.c_fc.weight.clone()
-    pack(model, patterns, "fp32")
+    pack(model, patterns, dtype="fp32")
     assert torch.equal(model.transformer.h[0].mlp.c_fc.weight, weight)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -110,7 +110,7 @@ def test_conv1d_of_gpt2(tmp_path: Path) -> None:
 
 def test_encoders(tiny_bert: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()
-    pack(model, prune_to(model), "bf16")
+    pack(model, prune_to(model), dtype="bf16")
     expected = say(model, input_ids=TOKENS)
     model.save_pretrained(tmp_path / "packed")
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
@@ -131,7 +131,7 @@ def test_vision_and_speech(tiny_vit: Path, tiny_whisper: Path, tmp_path: Path) -
     ]
     for _, folder, inputs in cases:
         model, _, _ = permprune.read_model(str(folder))
-        pack(model, prune_to(model), "fp32")
+        pack(model, prune_to(model), dtype="fp32")
         expected = say(model, **inputs)
         out = tmp_path / f"{folder.name}-packed"
         model.save_pretrained(out)
@@ -149,7 +149,7 @@ def test_orders_go_into_the_kernels(tiny_llama: LlamaForCausalLM, tmp_path: Path
     order = torch.arange(64).view(-1, 4).flip(0).flatten()
     layer.weight.data = layer.weight.data[:, order]
     attach_gathers(tiny_llama, [Gather("site", "", [name], order.tolist())])
-    pack(tiny_llama, patterns, "fp32")
+    pack(tiny_llama, patterns, dtype="fp32")
     assert_close(say(tiny_llama, input_ids=TOKENS), expected, "fp32")
     tiny_llama.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -159,7 +159,7 @@ def test_orders_go_into_the_kernels(tiny_llama: LlamaForCausalLM, tmp_path: Path
 
 
 def test_a_layer_follows_its_tensors(tiny_llama: LlamaForCausalLM) -> None:
-    pack(tiny_llama, prune_to(tiny_llama), "fp32")
+    pack(tiny_llama, prune_to(tiny_llama), dtype="fp32")
     layer = tiny_llama.model.layers[0].mlp.up_proj
     x = torch.randn(3, 32)
     first = layer(x)
@@ -175,7 +175,7 @@ def test_a_layer_follows_its_tensors(tiny_llama: LlamaForCausalLM) -> None:
 
 
 def test_inputs_that_ask_for_gradients_do_not_lose_them_in_silence(tiny_llama: LlamaForCausalLM) -> None:
-    pack(tiny_llama, prune_to(tiny_llama), "fp32")
+    pack(tiny_llama, prune_to(tiny_llama), dtype="fp32")
     y = tiny_llama.model.layers[0].mlp.up_proj(torch.randn(1, 32, requires_grad=True))
     with pytest.raises(RuntimeError):
         y.sum().backward()
@@ -186,7 +186,7 @@ def test_what_cannot_be_packed(tiny_llama: LlamaForCausalLM) -> None:
     with pytest.raises(PermpruneError, match=r"layers.0.mlp.up_proj: a weight to pack does not hold 2:4"):
         pack(tiny_llama, patterns)
     with pytest.raises(PermpruneError, match='as "fp8": choose fp32, bf16'):
-        pack(tiny_llama, patterns, "fp8")
+        pack(tiny_llama, patterns, dtype="fp8")
     with pytest.raises(PermpruneError, match="no layer to pack"):
         pack(tiny_llama, {})
     with pytest.raises(PermpruneError, match="is not packed"):
@@ -197,7 +197,7 @@ def test_what_cannot_be_packed(tiny_llama: LlamaForCausalLM) -> None:
 
     odd = Odd(32, 64, bias=False)
     tiny_llama.model.layers[0].mlp.up_proj = odd
-    assert pack(tiny_llama, prune_to(tiny_llama), "fp32") == ["model.layers.0.mlp.up_proj"]
+    assert pack(tiny_llama, prune_to(tiny_llama), dtype="fp32") == ["model.layers.0.mlp.up_proj"]
     assert tiny_llama.model.layers[0].mlp.up_proj is odd
 
 
@@ -246,7 +246,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_folders_are_refused_in_one_line(name: str, tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    pack(tiny_llama, prune_to(tiny_llama), "int8")
+    pack(tiny_llama, prune_to(tiny_llama), dtype="int8")
     tiny_llama.save_pretrained(tmp_path)
     damage, words = DAMAGES[name]
     damage(tmp_path)

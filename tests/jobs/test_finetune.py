@@ -1,6 +1,7 @@
 """Fine-tuning to a folder: heads for the labels there are, zeros that stay, and the record."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from permprune.jobs.evaluate import evaluate
 from permprune.jobs.finetune import FineTuning, _teacher, finetune
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.trials import Evaluation
-from permprune.jobs.verify import verify_folder
+from permprune.jobs.verify import verify
 from permprune.losses.objective import Objective, block_outputs
 from permprune.losses.targets import labelled
 from permprune.models.forward import padding_of
@@ -53,8 +54,8 @@ def test_an_encoder_is_given_a_head_for_the_classes(encoder: str, tmp_path: Path
     data = table(tmp_path / "classes.tsv")
     options = FineTuning(str(data), epochs=6, lr=3e-3, batch=8)
     found = finetune(encoder, tmp_path / "tuned", options)
-    assert found["metric"] == "top-1 accuracy" and found["after"] > 0.8 and found["count"] == 9
-    assert found["examples"] == 81 and len(found["curve"]) == 7
+    assert found.result.metric.name == "top-1 accuracy" and found.result.value > 0.8 and found.result.count == 9
+    assert found.examples == 81 and len(found.curve) == 7
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "tuned")
     assert model.config.id2label == {0: "entailment", 1: "not_entailment"}
     assert not list(tmp_path.glob("tuned.*"))
@@ -80,7 +81,7 @@ def test_an_interrupted_run_goes_on(encoder: str, tmp_path: Path, monkeypatch: p
         finetune(encoder, tmp_path / "out", FineTuning(options.data, epochs=3, lr=3e-3, batch=8), resume=True)
     monkeypatch.setattr("permprune.training.loop.Trainer._epoch", full)  # nothing is trained again
     found = finetune(encoder, tmp_path / "out", options, resume=True)
-    assert [point["value"] for point in found["curve"]] == [point["value"] for point in whole["curve"]]
+    assert [point.value for point in found.curve] == [point.value for point in whole.curve]
     for one, other in zip(load_plain(tmp_path / "whole"), load_plain(tmp_path / "out"), strict=True):
         assert torch.equal(one, other)
 
@@ -93,11 +94,11 @@ def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
     data = str(table(tmp_path / "scores.tsv", scores=True))
     dense = tmp_path / "dense"
     found = finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8, metric="spearman"))
-    assert found["metric"] == "Spearman correlation" and found["after"] > 0.5 and found["dense"] is None
+    assert found.result.metric.name == "Spearman correlation" and found.result.value > 0.5 and found.dense is None
     settings, evaluation = Evaluation.beside(PruneConfig(calibration=data, samples=8, length=16), data, 1)
-    record = prune_to_folder(str(dense), tmp_path / "pruned", settings.replace(permute="newton"), evaluation)
-    assert record["measured"]["metric"] == "Pearson correlation"
-    assert verify_folder(tmp_path / "pruned")["layers"] == 12
+    record = prune_to_folder(str(dense), tmp_path / "pruned", settings.replace(permute="newton"), evaluation=evaluation)
+    assert record.measured and record.measured.metric == "Pearson correlation"
+    assert verify(tmp_path / "pruned").layers == 12
 
 
 @pytest.fixture
@@ -119,16 +120,18 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, obj
     dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
     finetune(encoder, dense, FineTuning(data, epochs=6, lr=5e-4, batch=8))
     settings, evaluation = Evaluation.beside(PruneConfig(calibration=data, samples=8, length=16, mode=mode), data, 1)
-    prune_to_folder(str(dense), pruned, settings.replace(permute="ria"), evaluation)
+    prune_to_folder(str(dense), pruned, settings.replace(permute="ria"), evaluation=evaluation)
     options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
     found = finetune(str(pruned), tuned, options)
     assert objectives == [Objective(), Objective(task=0.0, divergence=1.0)]  # the labels are the dense model's
-    losses = [epoch["held_out"] for epoch in found["curve"]]
+    losses = [epoch.held_out or math.inf for epoch in found.curve]
     assert min(losses) < 0.9 * losses[0]
-    assert found["dense"] == evaluate(str(dense), Evaluation(data, 1, 128)).value
-    assert verify_folder(tuned)["layers"] == 12
+    assert found.dense == evaluate(str(dense), Evaluation(data, 1, 128)).value
+    assert verify(tuned).layers == 12
     record = json.loads((tuned / "permprune.json").read_text())
-    assert record["optimised"]["curve"] == found["curve"] and record["gathers"] == load_record(pruned)["gathers"]
+    assert (
+        record["optimised"]["curve"] == found.to_json()["curve"] and record["gathers"] == load_record(pruned)["gathers"]
+    )
     before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))
     for layer in record["layers"]:
         name = f"{layer['name']}.weight"
@@ -144,12 +147,13 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
         str(dense),
         pruned,
         PruneConfig(permute="random", calibration=data, samples=8, length=16),
-        Evaluation(data, 1, 16),
+        evaluation=Evaluation(data, 1, 16),
     )
     options = FineTuning(data, teacher=str(dense), hidden=1e-3, train="norms", epochs=1)
     student, processor, _ = read_model(str(pruned))
     examples, _ = options.examples(student, processor)
-    teacher = _teacher(str(dense), student, examples, labelled)
+    teacher = _teacher(options, student, examples, labelled)
+    assert teacher
     plain, _, _ = read_model(str(dense))
     with torch.no_grad():
         assert torch.allclose(labelled(teacher, examples).logits, labelled(plain, examples).logits, atol=1e-4)
@@ -160,8 +164,8 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
             shown.append(torch.cat([output.flatten() for output in outputs]))
     near, far = ((shown[0] - other).square().mean() for other in shown[1:])
     assert near < 0.5 * far
-    assert finetune(str(pruned), tmp_path / "tuned", options)["hidden"] == 1e-3
-    verify_folder(tmp_path / "tuned")
+    assert finetune(str(pruned), tmp_path / "tuned", options).to_json()["hidden"] == 1e-3
+    verify(tmp_path / "tuned")
 
 
 def load_record(folder: Path) -> dict[str, Any]:
@@ -174,13 +178,13 @@ def test_text_is_learned_through_norms_alone(
 ) -> None:
     text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
     settings = PruneConfig(calibration=text, samples=24, length=16)
-    prune_to_folder(str(tiny_checkpoint), pruned, settings.replace(permute="ria"), Evaluation(text, 4, 16))
+    prune_to_folder(str(tiny_checkpoint), pruned, settings.replace(permute="ria"), evaluation=Evaluation(text, 4, 16))
     options = FineTuning(text, train="norms", teacher=str(tiny_checkpoint), epochs=2, rows=40, length=16)
     found = finetune(str(pruned), tuned, options)
-    assert found["metric"] == "perplexity" and found["after"] < found["before"]
-    assert found["dense"] > 1 and "dense and" in Path(tuned, "report.html").read_text(encoding="utf-8")
+    assert found.result.metric.name == "perplexity" and found.result.value < found.before
+    assert found.dense and found.dense > 1 and "dense and" in Path(tuned, "report.html").read_text(encoding="utf-8")
     assert objectives == [Objective(task=1.0, divergence=1.0)]
-    verify_folder(tuned)
+    verify(tuned)
     before, after = (dict(load(folder).named_parameters()) for folder in (pruned, tuned))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("norm" in name for name in changed)

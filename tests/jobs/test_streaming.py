@@ -24,7 +24,7 @@ from permprune.errors import PermpruneError
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.streaming import exceeds_memory
 from permprune.jobs.trials import Evaluation
-from permprune.jobs.verify import verify_folder
+from permprune.jobs.verify import verify
 from permprune.permuters.registry import PERMUTERS
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "num_attention_heads": 4}
@@ -79,7 +79,7 @@ def run(source: Path, out: Path, method: str, text: Path, **settings: Any) -> di
         precision="fp32",
         **settings,
     )
-    return prune_to_folder(str(source), out, chosen, Evaluation(str(text), 4, 16))
+    return prune_to_folder(str(source), out, chosen, evaluation=Evaluation(str(text), 4, 16)).to_json()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_gathered_model_is_the_same_held_or_streamed(
         assert streamed[key] == held[key]
     for key in ("dense", "none", "pruned"):
         assert streamed["measured"][key] == pytest.approx(held["measured"][key], rel=1e-5)
-    assert verify_folder(tmp_path / "streamed")["layers"] == 49
+    assert verify(tmp_path / "streamed").layers == 49
     assert (tmp_path / "streamed" / GATHERED).exists() == (method != "none")
     one, other = (load(tmp_path / name) for name in ("held", "streamed"))
     assert one.dtype == other.dtype == torch.bfloat16
@@ -112,7 +112,7 @@ def test_a_folded_model_has_the_orders_of_a_held_one_but_for_the_residual(
     assert "model.residual keeps its natural order" in caplog.text
     assert streamed["permutations"].keys() == held["permutations"].keys() - {"model.residual"}
     assert all(held["permutations"][space] == table for space, table in streamed["permutations"].items())
-    assert verify_folder(tmp_path / "streamed")["layers"] == 49
+    assert verify(tmp_path / "streamed").layers == 49
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed", dtype="auto")
     dense = AutoModelForCausalLM.from_pretrained(deep, dtype="auto")
     assert torch.equal(plain.model.embed_tokens.weight, dense.model.embed_tokens.weight)
@@ -145,7 +145,7 @@ def test_layers_stored_transposed_and_left_out_stream_too(
         )
         assert {row["name"] for row in streamed["layers"]} == {row["name"] for row in held["layers"]}
         assert len(streamed["layers"]) == 11 and streamed["gathers"] == held["gathers"]
-        assert verify_folder(tmp_path / f"{mode}-600000")["layers"] == 11
+        assert verify(tmp_path / f"{mode}-600000").layers == 11
 
 
 @pytest.mark.parametrize("mode", ["fold", "gather"])
@@ -189,7 +189,7 @@ def test_a_model_that_fits_is_held(tiny_checkpoint: Path, tiny_text: Path, tmp_p
 
 def test_reconstruction_streams_with_rows_that_weigh_alike(deep: Path, tiny_text: Path, tmp_path: Path) -> None:
     record = run(deep, tmp_path / "out", "reconstruction", tiny_text, mode="gather", memory=2 * LIMIT)
-    assert verify_folder(tmp_path / "out")["layers"] == 49
+    assert verify(tmp_path / "out").layers == 49
     assert sum(row["error"] for row in record["layers"]) < 0.95 * sum(row["error_none"] for row in record["layers"])
 
 

@@ -3,34 +3,39 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from permprune import Evaluation, Result, TaskList, compare
-from permprune.config import PruneConfig
-from permprune.errors import PermpruneError
-from permprune.jobs.sweep import Cell, pareto, plan_cells
-from permprune.jobs.sweep import sweep as run_sweep
+from permprune import Evaluation, PermpruneError, PruneConfig, Result, Sweep, TaskList, Wanda, compare, sweep
+from permprune.evaluation.result import PERPLEXITY, TASK_ACCURACY, TOP_1_ACCURACY
+from permprune.jobs.sweep import Cell, plan_cells
+from permprune.jobs.swept import pareto
 from permprune.jobs.trials import Trials
 from permprune.permuters.registry import PERMUTERS
 
-Figures = dict[str, Any]
+Setting = tuple[str, PruneConfig, Evaluation]
+Key = tuple[str, str, float | None]
 
 
 @pytest.fixture
-def setting(tiny_checkpoint: Path, tiny_text: Path) -> tuple[str, PruneConfig, Evaluation]:
+def setting(tiny_checkpoint: Path, tiny_text: Path) -> Setting:
     settings = PruneConfig(calibration=str(tiny_text), samples=24, length=16, shared=True)
     return str(tiny_checkpoint), settings, Evaluation(str(tiny_text), 4, 16, shared=True)
 
 
-def key(row: Figures) -> tuple[str, str, float | None]:
-    return row["pattern"], row["method"], row["minutes"]
+def results(found: Sweep) -> dict[Key, tuple[float, float | None, float]]:
+    return {(row.pattern, row.method, row.minutes): (row.result.value, row.gap_closed, row.bytes) for row in found.rows}
 
 
-def results(figures: Figures) -> dict[tuple[str, str, float | None], tuple[float, float, float]]:
-    return {key(row): (row["perplexity"], row["gap_closed"], row["bytes"]) for row in figures["rows"]}
+def run_sweep(setting: Setting, out: Path, patterns: list[str], methods: Sequence[str] = (), **options: Any) -> Sweep:
+    model, config, evaluation = setting
+    return sweep(model, out, config, patterns=patterns, methods=methods, **{"evaluation": evaluation, **options})
 
 
 def test_cells_are_every_combination_that_differs() -> None:
@@ -58,54 +63,67 @@ def test_bad_cells_are_refused(patterns: list[str], methods: list[str], budgets:
         plan_cells(patterns, methods, budgets)
 
 
-def test_what_would_fail_later_fails_at_once(setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path) -> None:
-    name, settings, evaluation = setting
+def test_what_would_fail_later_fails_at_once(
+    setting: Setting, tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
     with pytest.raises(PermpruneError, match="which 5 does not divide"):
-        run_sweep(name, tmp_path / "out", ["2:4", "1:5"], [], [], settings, evaluation)
+        run_sweep(setting, tmp_path / "out", ["2:4", "1:5"])
     with pytest.raises(PermpruneError, match="jobs is 0: give a whole number from 1"):
-        run_sweep(name, tmp_path / "out", ["2:4"], [], [], settings, evaluation, jobs=0)
+        run_sweep(setting, tmp_path / "out", ["2:4"], jobs=0)
+    with pytest.raises(PermpruneError, match="2 jobs read the model each for itself: give it by name, or one job"):
+        sweep(tiny_llama, tmp_path / "out", patterns=["2:4"], methods=[], processor=tiny_tokenizer, jobs=2)
+
+    @dataclass(frozen=True)
+    class Local(Wanda):
+        """A saliency that no other process can import."""
+
+    own = (setting[0], setting[1].replace(saliency=Local()), setting[2])
+    with pytest.raises(PermpruneError, match="2 jobs need methods that can be imported"):
+        run_sweep(own, tmp_path / "out", ["2:4", "4:8"], jobs=2)
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_the_rows_are_those_of_compare(setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path) -> None:
-    name, settings, evaluation = setting
-    figures = run_sweep(name, tmp_path / "out", ["2:4", "4:8"], ["ria", "newton:rounds=5"], [], settings, evaluation)
-    assert figures["metric"] == "perplexity" and len(figures["rows"]) == 6
-    compared = compare(name, ["ria", "newton:rounds=5"], settings, evaluation)
-    expected = {row["method"]: row for row in compared["rows"]}
-    assert figures["dense"]["perplexity"] == expected["dense"]["perplexity"]
-    for row in figures["rows"][:3]:
-        assert row["perplexity"] == expected[row["method"]]["perplexity"]
-        assert row["gap_closed"] == expected[row["method"]]["gap_closed"]
-        assert row["layers"] == {"2:4": 14} and row["size"] < 1
-    assert figures["rows"][5]["curve"] and not figures["rows"][4]["curve"]
+def test_the_rows_are_those_of_compare(setting: Setting, tmp_path: Path) -> None:
+    found = run_sweep(setting, tmp_path / "out", ["2:4", "4:8"], ["ria", "newton:rounds=5"])
+    assert found.metric == PERPLEXITY and len(found.rows) == 6
+    name, config, evaluation = setting
+    compared = compare(name, ["ria", "newton:rounds=5"], config, evaluation=evaluation)
+    expected = {row.method: row for row in compared.rows}
+    assert found.dense.result == expected["dense"].result
+    for row in found.rows[:3]:
+        assert row.result == expected[row.method].result
+        assert row.gap_closed == expected[row.method].gap_closed
+        assert row.layers == {"2:4": 14} and row.size < 1
+    assert found.rows[5].curve and not found.rows[4].curve
     written = json.loads((tmp_path / "out" / "figures.json").read_text())
-    assert written == json.loads(json.dumps(figures))
+    assert written == json.loads(json.dumps(found.to_json()))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figures.json", "pareto.png", "report.html"]
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_mix_has_the_size_of_its_pattern(setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path) -> None:
-    figures = run_sweep(
-        setting[0],
-        tmp_path / "out",
-        ["mixed", "2:4"],
-        [],
-        [],
-        PruneConfig(**{**vars(setting[1]), "mode": "gather"}),
-        setting[2],
-    )
-    mixed, plain = figures["rows"]
-    assert len(mixed["layers"]) > 1 and sum(mixed["layers"].values()) == 14
-    assert mixed["size"] == pytest.approx(plain["size"], rel=0.05)  # index bits differ
+def test_a_model_in_memory_is_swept_and_is_dense_again(
+    setting: Setting, tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    named = run_sweep(setting, tmp_path / "named", ["2:4", "1:4"], ["ria"])
+    held = (tiny_llama, *setting[1:])
+    found = run_sweep(held, tmp_path / "held", ["2:4", "1:4"], ["ria"], processor=tiny_tokenizer)  # type: ignore[arg-type]
+    assert results(found) == results(named)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_llama.state_dict().items())
+
+
+def test_a_mix_has_the_size_of_its_pattern(setting: Setting, tmp_path: Path) -> None:
+    gathered = (setting[0], setting[1].replace(mode="gather"), setting[2])
+    mixed, plain = run_sweep(gathered, tmp_path / "out", ["mixed", "2:4"]).rows
+    assert len(mixed.layers) > 1 and sum(mixed.layers.values()) == 14
+    assert mixed.size == pytest.approx(plain.size, rel=0.05)  # index bits differ
 
 
 def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
-    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, settings, evaluation = setting
-    asked = (["2:4", "1:4"], ["random", "newton:rounds=5"], [])
-    whole = run_sweep(name, tmp_path / "whole", *asked, settings, evaluation)
+    asked = (["2:4", "1:4"], ["random", "newton:rounds=5"])
+    whole = run_sweep(setting, tmp_path / "whole", *asked)
     done: list[str] = []
     original = Trials.run
 
@@ -119,63 +137,64 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
     monkeypatch.setattr(Trials, "run", counted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(name, out, *asked, settings, evaluation)
+        run_sweep(setting, out, *asked)
     assert not out.exists() and len(list((tmp_path / "out.partial" / "cells").iterdir())) == 4
     with pytest.raises(PermpruneError, match="--resume"):
-        run_sweep(name, out, *asked, settings, evaluation)
+        run_sweep(setting, out, *asked)
     with pytest.raises(PermpruneError, match="another seed"):
-        run_sweep(name, out, *asked, PruneConfig(**{**vars(settings), "seed": 1}), evaluation, resume=True)
+        run_sweep((setting[0], setting[1].replace(seed=1), setting[2]), out, *asked, resume=True)
     assert done == ["none", "random", "newton", "none"]
     monkeypatch.setattr(Trials, "run", lambda self, *args: done.append(args[0].name) or original(self, *args))  # type: ignore[func-returns-value]
-    assert results(run_sweep(name, out, *asked, settings, evaluation, resume=True)) == results(whole)
+    assert results(run_sweep(setting, out, *asked, resume=True)) == results(whole)
     assert done[4:] == ["random", "newton"] and not (tmp_path / "out.partial").exists()
 
 
-def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(
-    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path
-) -> None:
-    name, settings, evaluation = setting
-    figures = run_sweep(name, tmp_path / "out", ["2:4"], ["newton:rounds=5"], [1e-6, 60], settings, evaluation)
-    alone = run_sweep(name, tmp_path / "alone", ["2:4"], ["newton:rounds=5"], [], settings, evaluation)
-    short, long = figures["rows"][1:]
-    assert len(short["curve"]) == 1 and long["curve"][0] == short["curve"][0], "one search, not two"
-    assert long["perplexity"] == alone["rows"][1]["perplexity"]
-    losses = [[point["loss"] for point in row["curve"]] for row in (long, alone["rows"][1])]
+def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(setting: Setting, tmp_path: Path) -> None:
+    method = ["newton:rounds=5"]
+    short, long = run_sweep(setting, tmp_path / "out", ["2:4"], method, budgets=[1e-6, 60]).rows[1:]
+    alone = run_sweep(setting, tmp_path / "alone", ["2:4"], method).rows[1]
+    assert len(short.curve) == 1 and long.curve[0] == short.curve[0], "one search, not two"
+    assert long.result == alone.result
+    losses = [[point.loss for point in row.curve] for row in (long, alone)]
     assert losses[0] == losses[1]
 
 
 def test_a_cell_that_is_not_finite_is_a_row_like_others(
-    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = iter([10.0, math.inf, 12.0])
     monkeypatch.setattr(
         "permprune.jobs.trials.Meter.__call__",
-        lambda self: Result("t", "perplexity", next(measured), 60, unit="tokens"),
+        lambda self: Result("t", PERPLEXITY, next(measured), count=60, unit="tokens"),
     )
-    name, settings, evaluation = setting
-    figures = run_sweep(name, tmp_path / "out", ["2:4"], ["ria"], [], settings, evaluation)
-    assert [row["perplexity"] for row in figures["rows"]] == [math.inf, 12.0]
-    assert [row["front"] for row in figures["rows"]] == [False, True]
+    rows = run_sweep(setting, tmp_path / "out", ["2:4"], ["ria"]).rows
+    assert [row.result.value for row in rows] == [math.inf, 12.0]
+    assert [row.front for row in rows] == [False, True]
     assert json.loads((tmp_path / "out" / "figures.json").read_text())["rows"][0]["perplexity"] is None
 
 
 def test_tasks_are_asked_of_the_dense_model_once_and_have_a_front_of_their_own(
-    setting: tuple[str, PruneConfig, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([0.9, 0.5, 0.6, 0.7, 0.4])
-    monkeypatch.setattr(TaskList, "load", lambda self: lambda *asked: [Result("piqa", "acc", next(scores), 100, 0.05)])
-    name, settings, evaluation = setting
-    asked = dataclasses.replace(evaluation, tasks=TaskList(("piqa",)))
-    figures = run_sweep(name, tmp_path / "out", ["2:4", "1:4"], ["random"], [], settings, asked)
-    assert figures["dense"]["score"] == 0.9 and next(scores, None) is None
-    assert [row["score"] for row in figures["rows"]] == [0.5, 0.6, 0.7, 0.4]
-    assert [row["score_front"] for row in figures["rows"]] == [False, False, True, False]
+
+    def load(tasks: TaskList) -> Any:
+        return lambda *asked: [Result("piqa", TASK_ACCURACY, next(scores), count=100, stderr=0.05)]
+
+    monkeypatch.setattr(TaskList, "load", load)
+    asked = dataclasses.replace(setting[2], tasks=TaskList(("piqa",)))
+    found = run_sweep(setting, tmp_path / "out", ["2:4", "1:4"], ["random"], evaluation=asked)
+    assert found.dense.score and found.dense.score.value == 0.9 and next(scores, None) is None
+    assert [row.score and row.score.value for row in found.rows] == [0.5, 0.6, 0.7, 0.4]
+    assert [row.score_front for row in found.rows] == [False, False, True, False]
+    figures = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert figures["dense"]["score"] == 0.9 and [row["score"] for row in figures["rows"]] == [0.5, 0.6, 0.7, 0.4]
 
 
 def test_the_front_is_what_nothing_beats() -> None:
     points = [(4, 10.0), (4, 9.0), (5, 9.0), (6, 8.0), (7, 8.5), (6, math.inf)]
-    assert pareto(points, "perplexity") == [False, True, False, True, False, False]
-    assert pareto([(4, 0.5), (5, 0.4), (6, 0.9)], "top-1 accuracy") == [True, False, True]
+    assert pareto(points, PERPLEXITY) == [False, True, False, True, False, False]
+    assert pareto([(4, 0.5), (5, 0.4), (6, 0.9)], TOP_1_ACCURACY) == [True, False, True]
 
 
 def test_file_names_of_all_methods_differ() -> None:

@@ -149,7 +149,7 @@ def test_padding_counts_in_no_objective() -> None:
         examples = sentences()
         ids = examples["input_ids"].masked_fill(examples["attention_mask"] == 0, filler)
         examples = Examples({**examples, "input_ids": ids})
-        prepared = prepare(make("bert"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples)
+        prepared = prepare(make("bert"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=examples)
         losses.append(prepared.network.loss(prepared.run.train, every))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

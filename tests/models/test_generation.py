@@ -40,7 +40,7 @@ def test_a_speech_model_is_calibrated_without_labels() -> None:
     found = transcribed(model, silent(), 4)
     said = choose_task(model, found, 4)(model, found)
     assert said.terms == int(found["decoder_attention_mask"].sum())
-    prepared = prepare(make("whisper"), None, PruneConfig(precision="fp32", measured=4, held_out=2), silent())
+    prepared = prepare(make("whisper"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=silent())
     assert prepared.network.task == Imitation()
     assert torch.equal(prepared.measured["decoder_input_ids"], found["decoder_input_ids"][:4])
     assert all(fisher.any() for fisher in prepared.network.statistics.fisher.values())

@@ -21,7 +21,7 @@ WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1
 @pytest.fixture
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     settings = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4)
-    return prepare(tiny_llama, None, settings, WINDOWS)
+    return prepare(tiny_llama, None, settings, examples=WINDOWS)
 
 
 def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:

@@ -30,7 +30,7 @@ METHODS = [
 @pytest.fixture
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     config = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4)
-    return prepare(tiny_llama, None, config, WINDOWS)
+    return prepare(tiny_llama, None, config, examples=WINDOWS)
 
 
 def token_losses(model: nn.Module, batch: Examples) -> Tensor:

@@ -26,7 +26,8 @@ METHODS = [name for name in PERMUTERS if name not in ("none", "random", "cp")]
 @pytest.mark.parametrize("data", EXAMPLES)
 def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) -> None:
     model, examples = make(data), EXAMPLES[data]()
-    prepared, again = (prepare(m, None, PruneConfig(mode=mode, **SETTINGS), examples) for m in (model, make(data)))
+    config = PruneConfig(mode=mode, **SETTINGS)
+    prepared, again = (prepare(m, None, config, examples=examples) for m in (model, make(data)))
     network, run = prepared.network, prepared.run
     for name in METHODS:
         method = brief(name)
@@ -52,7 +53,7 @@ def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) 
 
 @pytest.mark.parametrize("data", EXAMPLES)
 def test_the_dense_model_is_asked_beside_labels_of_which_each_example_has_one(data: str) -> None:
-    prepared = prepare(make(data), None, PruneConfig(**SETTINGS), EXAMPLES[data]())
+    prepared = prepare(make(data), None, PruneConfig(**SETTINGS), examples=EXAMPLES[data]())
     network, run = prepared.network, prepared.run
     start, weight = PERMUTERS["none"](), 3.0 if data in ("vit", "bert") else 0.0
     for left_open in (Newton.objective, Learned.objective):
@@ -67,7 +68,7 @@ def test_the_dense_model_is_asked_beside_labels_of_which_each_example_has_one(da
 
 @pytest.mark.parametrize("data", EXAMPLES)
 def test_rows_are_coupled_where_each_example_has_one_answer(data: str) -> None:
-    prepared = prepare(make(data), None, PruneConfig(**SETTINGS), EXAMPLES[data]())
+    prepared = prepare(make(data), None, PruneConfig(**SETTINGS), examples=EXAMPLES[data]())
     network, examples = prepared.network, EXAMPLES[data]()
     found = network.gradients(examples, Objective())
     assert bool(found.covariance) == (data != "whisper")
@@ -82,7 +83,7 @@ def test_rows_are_coupled_where_each_example_has_one_answer(data: str) -> None:
 
 def test_rows_of_wide_layers_are_left_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.pruning.network.COUPLED", 32)  # of 48 rows are the layers into the MLP
-    prepared = prepare(make("bert"), None, PruneConfig(mode="gather", **SETTINGS), EXAMPLES["bert"]())
+    prepared = prepare(make("bert"), None, PruneConfig(mode="gather", **SETTINGS), examples=EXAMPLES["bert"]())
     network, run = prepared.network, prepared.run
     found = network.gradients(EXAMPLES["bert"](), Objective())
     assert {len(rows) for rows in found.covariance.values()} == {32}
@@ -104,7 +105,7 @@ def test_divergence_curves_as_the_squares_of_labels_say() -> None:
 
 @pytest.mark.parametrize("data", EXAMPLES)
 def test_sparsegpt_lowers_the_output_errors(data: str) -> None:
-    prepared = prepare(make(data), None, PruneConfig(update="sparsegpt", **SETTINGS), dict(**EXAMPLES[data]()))
+    prepared = prepare(make(data), None, PruneConfig(update="sparsegpt", **SETTINGS), examples=dict(**EXAMPLES[data]()))
     before = prepared.network.measures()
     update_weights(prepared)
     assert sum(row.error for row in prepared.network.measures()) < sum(row.error for row in before)
@@ -112,6 +113,6 @@ def test_sparsegpt_lowers_the_output_errors(data: str) -> None:
 
 @pytest.mark.parametrize("method", [Newton(rounds=6, examples=4), Learned(rounds=6, examples=4)])
 def test_a_model_without_a_head_is_searched_for_what_it_says_itself(method: TrustRegion) -> None:
-    prepared = prepare(make("headless"), None, PruneConfig(mode="gather", **SETTINGS), EXAMPLES["headless"]())
+    prepared = prepare(make("headless"), None, PruneConfig(mode="gather", **SETTINGS), examples=EXAMPLES["headless"]())
     losses = [point.loss for point in method.solve(prepared.network, prepared.run).curve if point.kept]
     assert losses[-1] < 0.99 * losses[0]

@@ -30,7 +30,7 @@ WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1
 
 
 def ready(model: LlamaForCausalLM, mode: str = "gather") -> Prepared:
-    return prepare(model, None, PruneConfig(mode=mode, precision="fp32", measured=6, held_out=4), WINDOWS)
+    return prepare(model, None, PruneConfig(mode=mode, precision="fp32", measured=6, held_out=4), examples=WINDOWS)
 
 
 def brief(name: str) -> Permuter:

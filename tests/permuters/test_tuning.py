@@ -12,7 +12,8 @@ WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1
 
 
 def test_every_step_takes_the_gradient_where_the_last_one_ended(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4), WINDOWS)
+    config = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4)
+    prepared = prepare(tiny_llama, None, config, examples=WINDOWS)
     network, run, rate = prepared.network, prepared.run, 1e-2
     expected = {name: weight.clone() for name, weight in network.dense.items()}
     first = {name: torch.zeros_like(weight) for name, weight in expected.items()}

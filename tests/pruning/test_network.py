@@ -23,7 +23,7 @@ WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().m
 
 @pytest.fixture
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
-    return prepare(tiny_llama, None, PruneConfig(precision="fp32", measured=4, held_out=2), WINDOWS)
+    return prepare(tiny_llama, None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=WINDOWS)
 
 
 def test_weights_are_dense_times_mask_and_the_dense_ones_come_back(prepared: Prepared) -> None:
@@ -84,7 +84,7 @@ def test_gradients_do_not_depend_on_the_batch(tiny_llama: LlamaForCausalLM, prep
     expected = prepared.network.gradients(WINDOWS[:6], every)
     with prepared.network.dense_weights():
         dense = copy.deepcopy(tiny_llama)
-    network = prepare(dense, None, dataclasses.replace(prepared.config, batch=batch), WINDOWS).network
+    network = prepare(dense, None, dataclasses.replace(prepared.config, batch=batch), examples=WINDOWS).network
     sizes: list[int] = []
     dense.get_input_embeddings().register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     found = network.gradients(WINDOWS[:6], every)
@@ -141,7 +141,7 @@ def test_measures_are_those_of_the_weights_shown(prepared: Prepared) -> None:
 
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_stored_columns_are_the_order_in_which_the_pattern_holds(tiny_llama: LlamaForCausalLM, mode: str) -> None:
-    network = prepare(tiny_llama, None, PruneConfig(mode=mode, precision="fp32"), WINDOWS).network
+    network = prepare(tiny_llama, None, PruneConfig(mode=mode, precision="fp32"), examples=WINDOWS).network
     natural = network.stored_columns()
     assert all(torch.equal(columns, torch.arange(len(columns))) for columns in natural.values())
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +155,7 @@ def test_stored_columns_are_the_order_in_which_the_pattern_holds(tiny_llama: Lla
 
 
 def test_columns_that_no_problem_moves_keep_their_places(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, PruneConfig(pattern="4:8", precision="fp32"), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(pattern="4:8", precision="fp32"), examples=WINDOWS)
     Random().solve(prepared.network, prepared.run)
     for name, columns in prepared.network.stored_columns().items():  # heads are as wide as a group
         assert torch.equal(columns, torch.arange(len(columns))) == name.endswith("o_proj")
@@ -186,7 +186,7 @@ def test_examples_move_to_the_device_a_batch_at_a_time(
 
     monkeypatch.setattr(Examples, "to", count)
     config = PruneConfig(precision="fp32", measured=4, held_out=3, batch=2)
-    prepared = prepare(tiny_llama, None, config, WINDOWS)
+    prepared = prepare(tiny_llama, None, config, examples=WINDOWS)
     assert max(moved) <= 2 and sum(moved) == 1 + len(
         prepared.measured
     )  # one to ask what the model returns, and the statistics

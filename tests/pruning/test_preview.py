@@ -12,7 +12,8 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 
 
 def test_the_layer_that_gains_most_is_shown_in_both_orders(tiny_llama: LlamaForCausalLM) -> None:
-    prepared = prepare(tiny_llama, None, PruneConfig(pattern="2:4", precision="fp32", measured=4, held_out=2), WINDOWS)
+    config = PruneConfig(pattern="2:4", precision="fp32", measured=4, held_out=2)
+    prepared = prepare(tiny_llama, None, config, examples=WINDOWS)
     network = prepared.network
     natural = network.measures()
     solution = permuter("ria").solve(network, prepared.run)

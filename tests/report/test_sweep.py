@@ -109,15 +109,15 @@ def test_the_file_of_the_picture_has_a_panel_for_each_value(tmp_path: Path) -> N
         (changed(rows=[row("2:4", "none", math.inf, 0.65)]), "None of 1 cell has a finite perplexity."),
         (
             changed(
-                metric="accuracy",
-                dense={"accuracy": 0.8},
+                metric="top-1 accuracy",
+                dense={"top-1 accuracy": 0.8},
                 rows=[
-                    row("2:4", "none", 0, 0.65, accuracy=0.6),
-                    row("2:4", "ria", 0, 0.65, True, accuracy=0.72),
-                    row("1:4", "none", 0, 0.4, True, accuracy=0.3),
+                    row("2:4", "none", 0, 0.65, **{"top-1 accuracy": 0.6}),
+                    row("2:4", "ria", 0, 0.65, True, **{"top-1 accuracy": 0.72}),
+                    row("1:4", "none", 0, 0.4, True, **{"top-1 accuracy": 0.3}),
                 ],
             ),
-            "2:4 with ria keeps 90 % of the dense accuracy (0.7200 of 0.8000; 0.6000 without permutation), "
+            "2:4 with ria keeps 90 % of the dense top-1 accuracy (0.7200 of 0.8000; 0.6000 without permutation), "
             "the least loss of 3 cells, at 65 % of the dense size.",
         ),
     ],

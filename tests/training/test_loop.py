@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.dispatch import evaluate_model
-from permprune.evaluation.result import Result
+from permprune.evaluation.result import TOP_1_ACCURACY, Result
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
 from permprune.losses.targets import labelled, scored
@@ -38,7 +38,7 @@ def trainer(model: PreTrainedModel, training: Training, folder: Path | None = No
         "measure": lambda: evaluate_model(model, data)[0],
         "checkpoint": Checkpoint(folder, {}),
     }
-    return Trainer(model, trained_weights(model, "all"), training=training, **{**settings, **changes})
+    return Trainer(model=model, weights=trained_weights(model, "all"), training=training, **{**settings, **changes})
 
 
 def test_classes_are_learned_the_same_twice() -> None:
@@ -91,7 +91,7 @@ def test_the_best_epoch_is_left() -> None:
 
     def measure() -> Result:
         seen.append(model.classifier.weight.detach().clone())
-        return Result("classification", "top-1 accuracy", next(values), 1)
+        return Result("classification", TOP_1_ACCURACY, next(values), count=1)
 
     trainer(model, Training(epochs=3, rate=1e-2), measure=measure).fit(numbered())
     assert torch.equal(model.classifier.weight, seen[1]) and not torch.equal(seen[1], seen[3])
@@ -127,7 +127,7 @@ def test_held_out_examples_say_which_epoch_is_the_best_whatever_is_measured() ->
     own = {
         "loss": Objective(task=0.0, divergence=1.0),
         "teacher": teacher,
-        "measure": lambda: Result("classification", "top-1 accuracy", next(values), 1),
+        "measure": lambda: Result("classification", TOP_1_ACCURACY, next(values), count=1),
         "held_out": numbered()[40:],
     }
     curve = trainer(student, Training(epochs=3, rate=1e-3), **own).fit(numbered()[:40])

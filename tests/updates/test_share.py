@@ -37,7 +37,7 @@ class Towards(Update):
 
 
 def ready(model: LlamaForCausalLM) -> Prepared:
-    prepared = prepare(model, None, PruneConfig(precision="fp32"), WINDOWS)
+    prepared = prepare(model, None, PruneConfig(precision="fp32"), examples=WINDOWS)
     Random().solve(prepared.network, prepared.run)
     return prepared
 
@@ -61,7 +61,7 @@ def test_the_choice_with_the_least_held_out_loss_is_taken(tiny_llama: LlamaForCa
 
 
 def test_beside_labels_that_stand_alone_the_divergence_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = prepare(make("bert"), None, PruneConfig(precision="fp32"), sentences())
+    prepared = prepare(make("bert"), None, PruneConfig(precision="fp32"), examples=sentences())
     asked, loss = [], PrunedNetwork.loss
 
     def spy(
@@ -90,7 +90,7 @@ def test_an_update_that_only_harms_is_left(tiny_llama: LlamaForCausalLM, target:
 def test_what_is_taken_holds_the_pattern_and_lasts_until_orders_are_set(
     tiny_llama: LlamaForCausalLM, mode: str
 ) -> None:
-    prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32", mode=mode), WINDOWS)
+    prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32", mode=mode), examples=WINDOWS)
     network = prepared.network
     Random().solve(network, prepared.run)
     before = network.loss(prepared.run.held_out, Objective())

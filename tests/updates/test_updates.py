@@ -23,7 +23,7 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 
 
 def ready(model: LlamaForCausalLM | GPT2LMHeadModel, **settings: str) -> Prepared:
-    prepared = prepare(model, None, PruneConfig(**{"precision": "fp32", **settings}), WINDOWS)
+    prepared = prepare(model, None, PruneConfig(**{"precision": "fp32", **settings}), examples=WINDOWS)
     Random().solve(prepared.network, prepared.run)
     return prepared
 
@@ -118,7 +118,7 @@ def test_weights_stored_transposed_are_updated_too() -> None:
 def test_excluded_layers_and_blocks_stay_dense(tiny_llama: LlamaForCausalLM) -> None:
     dense = {name: parameter.clone() for name, parameter in tiny_llama.named_parameters()}
     settings = PruneConfig(precision="fp32", exclude=("*.0.*", "*.1.mlp.down_proj"))
-    prepared = prepare(tiny_llama, None, settings, WINDOWS)
+    prepared = prepare(tiny_llama, None, settings, examples=WINDOWS)
     SparseGPT().run(prepared.network, prepared.measured)
     changed = {name for name, parameter in tiny_llama.named_parameters() if not torch.equal(parameter, dense[name])}
     assert changed == {layer.parameter for layer in prepared.layers} and len(changed) == 6

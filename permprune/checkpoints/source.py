@@ -1,0 +1,49 @@
+"""Models by name, and models in memory: what the jobs are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from permprune.checkpoints.io import read_model
+from permprune.checkpoints.origin import origin_of
+from permprune.errors import PermpruneError
+from permprune.models.processors import Processor
+
+ModelSource = str | Path | PreTrainedModel
+"""A zoo name, a folder, a hub id, or a model in memory."""
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in memory, its processor, the type that its weights are stored in, and the name that files call it by."""
+
+    model: PreTrainedModel
+    processor: Processor | None
+    stored: torch.dtype
+    name: str
+
+
+def open_model(
+    source: ModelSource, processor: Processor | None = None, *, trust_remote_code: bool = False
+) -> OpenModel:
+    """The model that a source stands for: read (`read_model`), or as it is.
+
+    `processor` is that of a model in memory; of a model that is read it takes the place of its own. Raises
+    `PermpruneError`.
+    """
+    if isinstance(source, PreTrainedModel):
+        origin = origin_of(source)
+        return OpenModel(source, processor, origin.dtype, origin.name)
+    if not isinstance(source, str | Path):
+        raise PermpruneError(f"a {type(source).__name__} is no model: give a name, a folder or a PreTrainedModel")
+    model, own, stored = read_model(str(source), trust_remote_code=trust_remote_code)
+    return OpenModel(model, own if processor is None else processor, stored, str(source))
+
+
+def name_of(source: ModelSource) -> str:
+    """What files call the model by."""
+    return origin_of(source).name if isinstance(source, PreTrainedModel) else str(source)
