@@ -14,6 +14,7 @@ from permprune.system.imports import after_import
 
 if TYPE_CHECKING:
     from permprune.checkpoints.io import load, read_model
+    from permprune.checkpoints.record import PrunedLayer, Record
     from permprune.config import PruneConfig
     from permprune.coupling.discovery import discover
     from permprune.coupling.fold import fold, fold_all
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     from permprune.evaluation.result import Metric, Result
     from permprune.examples import Examples
     from permprune.inference.pack import pack, unpack
-    from permprune.jobs.compare import Comparison, compare
+    from permprune.jobs.compare import Comparison, ComparisonRow, compare
     from permprune.jobs.evaluate import evaluate
     from permprune.jobs.finetune import FineTuned, FineTuning, finetune
     from permprune.jobs.inspect import InspectedSpace, inspect
     from permprune.jobs.packing import Packed, pack_folder, unpack_folder
     from permprune.jobs.prune import prune_to_folder
     from permprune.jobs.sweep import sweep
-    from permprune.jobs.swept import Sweep
+    from permprune.jobs.swept import Sweep, SweepRow
     from permprune.jobs.trials import Evaluation
     from permprune.jobs.verify import Verified, verify
     from permprune.losses.loss import Loss
@@ -64,6 +65,7 @@ __all__ = [
     "OBS",
     "RIA",
     "Comparison",
+    "ComparisonRow",
     "Evaluation",
     "Examples",
     "FineTuned",
@@ -87,10 +89,12 @@ __all__ = [
     "Problem",
     "PruneConfig",
     "Pruned",
+    "PrunedLayer",
     "PrunedNetwork",
     "RIAPermuter",
     "Random",
     "Reconstruction",
+    "Record",
     "Result",
     "Round",
     "Run",
@@ -98,6 +102,7 @@ __all__ = [
     "Solution",
     "SparseGPT",
     "Sweep",
+    "SweepRow",
     "TaskList",
     "Update",
     "Verified",
@@ -134,6 +139,8 @@ __all__ = [
 _MODULES = {
     "load": "checkpoints.io",
     "read_model": "checkpoints.io",
+    "PrunedLayer": "checkpoints.record",
+    "Record": "checkpoints.record",
     "PruneConfig": "config",
     "discover": "coupling.discovery",
     "fold": "coupling.fold",
@@ -153,6 +160,7 @@ _MODULES = {
     "pack": "inference.pack",
     "unpack": "inference.pack",
     "Comparison": "jobs.compare",
+    "ComparisonRow": "jobs.compare",
     "compare": "jobs.compare",
     "evaluate": "jobs.evaluate",
     "FineTuned": "jobs.finetune",
@@ -166,6 +174,7 @@ _MODULES = {
     "prune_to_folder": "jobs.prune",
     "sweep": "jobs.sweep",
     "Sweep": "jobs.swept",
+    "SweepRow": "jobs.swept",
     "Evaluation": "jobs.trials",
     "Verified": "jobs.verify",
     "verify": "jobs.verify",

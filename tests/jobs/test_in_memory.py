@@ -86,7 +86,7 @@ def test_evaluate_and_inspect(
     assert all((space.difference is None) == (space.freedom == "frozen") for space in spaces)
     assert max(space.difference or 0.0 for space in spaces) < 1e-6
     residual = next(space for space in spaces if space.name == "model.residual")
-    assert (residual.size, residual.blocks, residual.freedom, residual.readers) == (32, 1, "free", 10)
+    assert (residual.size, residual.blocks, residual.freedom, residual.readers) == (32, 1, "free", 11)
     example = {"input_ids": WINDOWS[:2]}
     assert permprune.inspect(tiny_llama, example=example) == permprune.inspect(tiny_llama)
 
