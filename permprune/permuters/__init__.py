@@ -1,1 +1,1 @@
-"""Permuters: the searches for an order of channels, one file a method."""
+"""Permuters: searches for an order of channels; one file per method."""

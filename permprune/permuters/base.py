@@ -1,4 +1,4 @@
-"""What every permuter answers, and what it is given."""
+"""The interface of permuters, with the input and the result of a search."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint, Journal
 
 ORDER, WEIGHT = "order/", "weight/"
-"""Prefixes of orders and of trained weights among the tensors of a kept solution."""
+"""Prefixes of orders and of trained weights among the tensors of a saved solution."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,11 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Solution:
-    """What a search found, the seconds it took (those of its start included) and the rounds it made.
+    """The result of a search.
 
-    `weights` are those that the masks act on, by layer, if the search trained them. `stopped` tells whether a callback
-    ended the search.
+    `seconds` is the duration of the search, including that of the permuter it starts from; `curve` has one point for
+    each round. `weights` are the weights to be masked, by layer, if the search trained them. `stopped` is whether a
+    callback ended the search.
     """
 
     orders: Orders
@@ -52,18 +53,18 @@ class Solution:
 
 @dataclass(frozen=True)
 class Round:
-    """What callbacks are told after each round of a search, and before the first.
+    """The progress of a search, which callbacks receive after each round and before the first.
 
     Attributes:
         method: Name of the permuter.
         number: Rounds (or steps) made so far; 0 before the first.
-        total: Rounds (or steps) that the search makes at most.
+        total: Largest number of rounds (or steps) of the search.
         loss: Held-out loss of the round's orders, in nats per term.
-        best: The least held-out loss so far.
+        best: The lowest held-out loss so far.
         kept: Whether the round's orders were kept.
-        moved: How many orders the round changed.
-        problems: How many orders there are.
-        seconds: Seconds since the search began, those of interrupted runs included.
+        moved: Number of orders that the round changed.
+        problems: Number of all orders.
+        seconds: Seconds of the search so far, including those of interrupted runs.
     """
 
     method: str
@@ -78,7 +79,7 @@ class Round:
 
 
 Callback = Callable[[Round], bool | None]
-"""Told of every round of a search; returning True stops the search, which keeps its best orders."""
+"""Called after every round of a search; returning True stops the search, which keeps its best orders."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,16 @@ class Run:
     """The budget and the data of a search.
 
     Attributes:
-        train: Calibration examples from which gradients come.
-        held_out: Calibration examples on which rounds are accepted, none of which is in `train`.
-        seed: Seed of all that is drawn at random.
-        minutes: If given, ends a search after the round under way; its result then depends on the machine's speed.
-        callbacks: Called in turn after each round of an iterative search.
-        checkpoint: Where searches keep their states.
-        examples_per_window: Examples that count as one: an image has one label, a window of text hundreds.
-        solved: What was found, so that a search that starts from another's orders does not repeat it; runs that differ
-            may share it, since a solution is kept under all that it depends on.
+        train: Calibration examples on which gradients are computed.
+        held_out: Calibration examples for the accept test of each round; none of them is in `train`.
+        seed: Seed of all random numbers.
+        minutes: If given, a search ends with the round in which it exceeds this time. Its result then depends on the
+            speed of the machine.
+        callbacks: Called in this order after each round of an iterative search.
+        checkpoint: Where searches save their states.
+        examples_per_window: Number of examples that count as one: an image has one label, a window of text hundreds.
+        solved: Cache of solutions, so that a search that starts from another permuter's orders does not repeat that
+            one. Different runs may share it, because a solution's key contains everything that it depends on.
     """
 
     train: Examples
@@ -107,22 +109,22 @@ class Run:
     solved: dict[tuple[object, ...], Solution] = field(default_factory=dict, compare=False)
 
     def decides(self) -> tuple[object, ...]:
-        """All of a run that the result of a search depends on."""
+        """The fields of the run that the result of a search depends on."""
         return tuple(getattr(self, own.name) for own in fields(self) if own.compare)
 
     def notify(self, round: Round) -> bool:
-        """Call the callbacks, on the first rank; whether one of them returned True."""
+        """Call the callbacks, on the first rank only; returns whether one of them returned True."""
         if not self.callbacks:
             return False
         return distributed.on_first(lambda: any([callback(round) is True for callback in self.callbacks]))
 
     def batch(self, number: int, count: int) -> Examples:
-        """The `number`-th `count` of the training examples, over and over."""
+        """Return batch `number` of `count` training examples (times `examples_per_window`), in a cycle over all."""
         count *= self.examples_per_window
         return self.train[torch.arange(number * count, (number + 1) * count) % len(self.train)]
 
     def generator(self, *stream: int) -> torch.Generator:
-        """A generator that depends on the seed and on the numbers of `stream` alone."""
+        """Return a generator whose state depends only on the seed and on the numbers in `stream`."""
         mixed = self.seed
         for number in stream:
             mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
@@ -131,7 +133,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Permuter(ABC):
-    """Finds an order for each problem of a pruned network; the same network, run and seed give the same orders.
+    """Finds an order for each problem of a pruned network; the same network and run give the same orders.
 
     Raises `PermpruneError` for options out of range (see `permprune.options`).
     """
@@ -139,13 +141,16 @@ class Permuter(ABC):
     name: ClassVar[str]
 
     free: ClassVar[tuple[str, ...]] = ()
-    """Options that may change before an interrupted search goes on, such as for how long it does."""
+    """Options that may change when an interrupted search is resumed, such as the number of rounds."""
 
     def __post_init__(self) -> None:
         require_fields(self)
 
     def solve(self, network: PrunedNetwork, run: Run) -> Solution:
-        """Search, or recall what this run or an interrupted one already found, and make the network show it."""
+        """Return the solution and apply it to the network; search only if it was not found before.
+
+        It is looked up in `run.solved`, and then among the solutions that an interrupted run saved.
+        """
         key = self.key(network, run)
         if key not in run.solved:
             network.set_weights({})
@@ -157,14 +162,14 @@ class Permuter(ABC):
 
     @abstractmethod
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        """Find orders, whichever the network shows at first; its weights are the dense ones."""
+        """Find orders. The network may have any orders at first, and has the dense weights."""
 
     def key(self, network: PrunedNetwork, run: Run) -> tuple[object, ...]:
-        """All that the solution depends on; networks and examples go by their identity."""
+        """Everything that the solution depends on; networks and examples are compared by identity."""
         return (self, network, *run.decides())
 
     def checkpoint(self, run: Run) -> Checkpoint:
-        """Where the states of this search are kept, under all that they depend on."""
+        """The checkpoint for the states of this search; its settings are everything that the states depend on."""
         if run.checkpoint.folder is None:
             return run.checkpoint
         options = {name: value for name, value in self.options().items() if name not in self.free}
@@ -173,21 +178,21 @@ class Permuter(ABC):
         return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **own})
 
     def options(self) -> dict[str, Any]:
-        """Its options as JSON can hold them."""
+        """The permuter's options, as values that JSON can hold."""
         found = {own.name: getattr(self, own.name) for own in fields(self)}
         plain = (bool, int, float, str, type(None))
         return {name: value if isinstance(value, plain) else described(value) for name, value in found.items()}
 
     def limits(self, run: Run) -> dict[str, Any]:
-        """What ends the search: a solution found under others is not this one, but its state may be gone on from."""
+        """What ends the search. A solution found under other limits is not reused, but its state can be resumed."""
         return {"minutes": run.minutes, **{name: self.options()[name] for name in self.free}}
 
     def state_bytes(self, network: PrunedNetwork) -> int:
-        """About what the states of this search take on disk, while one is written beside the last."""
+        """Estimate of the bytes on disk for this search's states; a new state is written beside the previous one."""
         return 2**20 + 64 * sum(problem.size for problem in network.problems)
 
     def _search(self, network: PrunedNetwork, run: Run) -> Solution:
-        release_freed_memory()  # calibration's, or that of the search before
+        release_freed_memory()  # of the calibration or of the previous search
         solution = self.search(network, run)
         tensors = {ORDER + name: order for name, order in solution.orders.items()}
         tensors |= {WEIGHT + name: weight for name, weight in solution.weights.items()}
@@ -198,7 +203,7 @@ class Permuter(ABC):
         return solution
 
     def _recall(self, network: PrunedNetwork, run: Run) -> Solution | None:
-        """What an interrupted run found, if it ended by the same limits."""
+        """Return the solution that an interrupted run saved, if it was found under the same limits."""
         saved = self.checkpoint(run).load(f"{self.name}.found")
         if saved is None or saved[1]["limits"] != self.limits(run):
             return None
@@ -214,11 +219,11 @@ class Permuter(ABC):
 
 @dataclass(frozen=True)
 class LocalPermuter(Permuter):
-    """A permuter that can solve each problem by itself."""
+    """A permuter that solves each problem independently of the others."""
 
     @abstractmethod
     def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
-        """The order of one problem, int64 (size,)."""
+        """Return the order of one problem, int64 (size,)."""
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         network.set_orders(network.identity())
@@ -228,7 +233,7 @@ class LocalPermuter(Permuter):
     def each(
         self, network: MaskedLayers, journal: Journal, solve: Callable[[int, Problem], Tensor]
     ) -> dict[str, Tensor]:
-        """What `solve` finds for every problem, given its number; what the journal knows is not sought again."""
+        """Return `solve(number, problem)` of every problem, by name; results in the journal are not computed again."""
 
         def find(number: int, problem: Problem) -> Tensor:
             if problem.name not in journal.tensors:
@@ -238,7 +243,7 @@ class LocalPermuter(Permuter):
         return network.each_problem(find, self.name)
 
     def solver(self, network: MaskedLayers, run: Run) -> Callable[[int, Problem], Tensor]:
-        """`order`, given the number that seeds a problem and the problem."""
+        """Return a function of (number, problem) that calls `order` with a generator seeded by the number."""
         return lambda number, problem: self.order(network, problem, run.generator(number))
 
     def key(self, network: PrunedNetwork, run: Run) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Cost matrices trained by gradient descent through the Sinkhorn matching and the pruned network."""
+"""Cost matrices that are trained by gradient descent through the Sinkhorn matching and the pruned network."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from permprune.pruning.problem import Part, Problem
 from permprune.system.progress import log
 
 COST, FIRST, SECOND = "cost/", "first/", "second/"
-"""Prefixes of costs and AdamW's moments among the tensors of a checkpoint."""
+"""Prefixes of costs and of AdamW's moments among the tensors of a state."""
 
 
 @dataclass(frozen=True)
 class CostMatrixLearner(Iterative):
-    """Train C, the cost of every channel at every position, by AdamW; the weights of the network stay frozen.
+    """Train C, the cost of each channel at each position, with AdamW; the weights of the network stay frozen.
 
-    Channels are split in parts of equal size, in the order that `start` finds, with a cost matrix each; C begins at 0
-    there and at `margin` elsewhere. Each of `steps` steps relaxes the matching of C plus Gumbel noise (`relax`), shows
-    the network permuted, pruned and permuted back, takes the gradient of `objective` on `examples` calibration examples
-    and sends it through mask and matching to C. The learning rate falls to zero along half a cosine. Every `check`
-    steps the exact assignment of C is tried on the held-out examples, and the best is kept.
+    The channels are split into parts of equal size, in the order that `start` finds, with one cost matrix for each
+    part. C is initialised to 0 for the positions in that order and to `margin` elsewhere. Each of `steps` steps relaxes
+    the matching of C plus Gumbel noise (`relax`), runs the network with weights that were permuted, pruned and permuted
+    back, computes the gradient of `objective` on `examples` calibration examples, and backpropagates it through mask
+    and matching to C. The learning rate falls to 0 along half a cosine. Every `check` steps the exact assignment of C
+    is evaluated on the held-out examples, and the best one is kept.
     """
 
     start: Permuter = Identity()
@@ -51,21 +52,21 @@ class CostMatrixLearner(Iterative):
 
     @abstractmethod
     def part_size(self, size: int, pattern: Pattern) -> int:
-        """Channels of each part, for a problem of `size` channels."""
+        """Return the number of channels in each part of a problem of `size` channels."""
 
     @abstractmethod
     def relax(self, cost: Tensor, epsilon: float) -> Tensor:
-        """A doubly stochastic (parts, channels, positions) for such costs, with its graph."""
+        """Return doubly stochastic matrices (parts, channels, positions) for costs of that shape, differentiably."""
 
     def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
-        """The mask of scores (..., width), in stored order."""
+        """Return the mask of scores (..., width), which are in stored order."""
         return pattern.mask(score.detach())
 
     def state_bytes(self, network: PrunedNetwork) -> int:
         parts = [
             (problem.size, self.part_size(problem.size, network.pattern_of(problem))) for problem in network.problems
         ]
-        return super().state_bytes(network) + sum(24 * size * part for size, part in parts)  # C and two moments, twice
+        return super().state_bytes(network) + sum(24 * size * part for size, part in parts)  # C, two moments; twice
 
     @property
     def total(self) -> int:
@@ -76,10 +77,10 @@ class CostMatrixLearner(Iterative):
 
 
 class CostMatrixSearch(Search):
-    """The training of the costs: a round is as many steps as `check` says, and a try of the assignment.
+    """The training of the costs; a round is `check` steps, followed by an evaluation of the exact assignment.
 
-    `costs` are C by problem, (parts, channels, positions); `starts` the orders in which the channels were split,
-    `orders` the best ones so far.
+    `costs` are C by problem, (parts, channels, positions); `starts` are the orders in which the channels were split,
+    and `orders` the best orders so far.
     """
 
     unit: ClassVar[str] = "step"
@@ -137,7 +138,7 @@ class CostMatrixSearch(Search):
             }
 
     def _descend(self) -> None:
-        """One step of AdamW; leaves the network as it was."""
+        """Make one step of AdamW; the network's orders and weights are restored."""
         batch = self.run.batch(self.done, self.method.examples)
         with torch.no_grad():
             self.network.show(self._shown())
@@ -153,7 +154,7 @@ class CostMatrixSearch(Search):
         self.done += 1
 
     def _shown(self) -> dict[str, Tensor]:
-        """The weights of the relaxed network, by layer, in the network's own order."""
+        """Return the weights of the relaxed network, by layer, in the network's own order."""
         found: dict[str, Tensor] = {}
         for _, _, shown in self._prune():
             for part, columns, weight in shown:
@@ -161,7 +162,7 @@ class CostMatrixSearch(Search):
         return found
 
     def _prune(self) -> Iterator[tuple[Problem, Tensor, list[tuple[Part, Tensor, Tensor]]]]:
-        """(problem, cost, [(part, its columns, their weights permuted, pruned and permuted back)])."""
+        """Yield (problem, cost, [(part, its columns, their weights permuted, pruned and permuted back)])."""
         method, network = self.method, self.network
         epsilon = method.epsilon(self._progress())
         for index, problem in enumerate(network.problems):
@@ -180,7 +181,7 @@ class CostMatrixSearch(Search):
             yield problem, cost, shown
 
     def _try(self) -> int:
-        """Keep the exact assignment of the costs if its held-out loss is the least; how many orders it changes."""
+        """Keep the exact assignment of the costs if its held-out loss is the lowest; returns how many orders change."""
         orders = {}
         for name, cost in self.costs.items():
             channels = self.starts[name].view(len(cost), -1)

@@ -1,4 +1,4 @@
-"""CP: regroup the channels of a few groups at a time where that keeps more score."""
+"""CP: a search that regroups the channels of a few groups at a time to keep more score."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 WIDE = 2048
-"""Channels above which single swaps are tried at random."""
+"""Number of channels above which only random swaps of single channels are tried."""
 
 ROUNDS = 200
-"""Rounds of such swaps, one in every pair of a random pairing of the groups."""
+"""Number of rounds of random swaps; a round tries one swap in each pair of a random pairing of the groups."""
 
 NARROW = 64
-"""Channels up to which sets of three groups can be regrouped: what any 4 of them keep is tabulated, 635,376 sums."""
+"""Largest number of channels for regrouping sets of three groups, which tabulates the score of any 4: 635,376 sums."""
 
 SHUFFLED = 4
-"""Groups whose channels an escape shuffles."""
+"""Number of groups whose channels an escape shuffles."""
 
 GAIN = 1e-6
-"""Share of their score by which groups must gain; above the rounding of single precision."""
+"""Share of their score by which groups must gain; it is above the rounding error of single precision."""
 
 CHUNK = 32
-"""Groups whose gains with all others are computed at a time."""
+"""Number of groups whose gains with all others are computed at a time."""
 
 
 @dataclass(frozen=True)
 class CP(LocalPermuter):
-    """Keep the most score, rows weighing equally, by `search` from the natural order (Pool and Yu 2021).
+    """Keep the most score, with equally weighted rows, by `search` from the natural order (Pool and Yu 2021).
 
-    `escapes` and `triples` are those of `search`; with `triples` every problem must be narrow. The paper escapes 100
-    times; on the wide layers of a model the default of 10 takes a tenth of the time.
+    `escapes` and `triples` are those of `search`; `triples` needs patterns with M = 4 and problems of at most 64
+    channels. The paper makes 100 escapes; on the wide layers of a model the default of 10 takes a tenth of the time.
     """
 
     name: ClassVar[str] = "cp"
@@ -63,15 +63,17 @@ def search(
     escapes: int = 100,
     triples: bool = False,
 ) -> Tensor:
-    """Groups that keep at least as much of the score as those given (Pool and Yu 2021, "Channel Permutations for N:M
-    Sparsity", the search over pairs of stripes with bounded regressions).
+    """Return groups of channels that keep at least as much score as `groups`.
 
-    `score` is (channels, rows), `groups` int64 (count, m), and so is the result. Disjoint pairs of groups are
-    regrouped, the largest gains first, until no pair gains: over all partitions of their channels for m up to 4, over
-    all exchanges of one channel for one above. Then, `escapes` times, the channels of a few random groups are shuffled
-    (the descent would undo the paper's single swap) and the search descends again, which stays if it keeps more.
-    `triples` ends with a descent over sets of three groups. Above 2048 channels random swaps are taken where they
-    gain. Raises `PermpruneError` for `triples` unless m is 4 and the channels are at most 64.
+    This is the search over pairs of stripes with bounded regressions of Pool and Yu 2021, "Channel Permutations for N:M
+    Sparsity". `score` is (channels, rows), `groups` is int64 (count, m), and so is the result.
+
+    Disjoint pairs of groups are regrouped, the largest gains first, until no pair gains. For m up to 4 all partitions
+    of a pair's channels are considered, for larger m all exchanges of one channel for another. Then, `escapes` times,
+    the channels of a few random groups are shuffled (the descent would undo the paper's single swap), and the search
+    descends again; the result is kept if it keeps more score. `triples` adds a final descent over sets of three groups.
+    Above 2048 channels only random swaps are tried. Raises `PermpruneError` for `triples` unless m is 4 and there are
+    at most 64 channels.
     """
     if triples and (pattern.m != 4 or len(score) > NARROW):
         raise PermpruneError(
@@ -91,11 +93,12 @@ def search(
 
 
 class _Sets(ABC):
-    """All sets of a few groups, and for each the most it gains if its channels are grouped anew.
+    """All sets of a few groups, with the largest gain in kept score from regrouping the channels of each set.
 
-    `sets` is int64 (count, k). A row of `partitions`, (partitions, k * m), says where among a set's channels those of
-    its first group come from, those of the second, and so on. `gain` is fp64 (count,), `choice` int64 (count,) the
-    partition that gains so much. `kept` is the score that each group keeps, fp64.
+    `sets` is int64 (count, k), the groups of each set. A row of `partitions`, (partitions, k * m), lists the positions
+    among a set's channels that form the new first group, then those of the second, and so on. `gain` is fp64 (count,);
+    `choice`, int64 (count,), is the partition with that gain. `kept`, fp64 (groups,), is the score that each group
+    keeps.
     """
 
     def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern, sets: Tensor, partitions: Tensor) -> None:
@@ -108,25 +111,25 @@ class _Sets(ABC):
 
     @abstractmethod
     def refresh(self, changed: Tensor) -> None:
-        """Bring gain and choice up to date for all sets with one of the changed groups, int64 (k,)."""
+        """Update gain and choice of all sets that contain one of the `changed` groups, int64 (k,)."""
 
     def channels(self, sets: Tensor) -> Tensor:
         """The channels of the sets, (count, k * m), in the order that `partitions` refers to."""
         return self.groups[sets].flatten(1)
 
     def descend(self) -> None:
-        """Regroup disjoint sets, the largest gains first, until none gains."""
+        """Regroup disjoint sets, those with the largest gains first, until no set gains."""
         while len(picked := self._disjoint()):
             sets = self.sets[picked]
             groups = self.channels(sets).gather(1, self.partitions[self.choice[picked]]).view(*sets.shape, -1)
             kept = kept_score(self.score, groups.flatten(0, 1), self.pattern).view_as(sets)
-            better = kept.sum(1) > self.kept[sets].sum(1)  # exactly: `gain` may be rounded
+            better = kept.sum(1) > self.kept[sets].sum(1)  # checked exactly, as `gain` may be rounded
             self.gain[picked] = 0.0
             self.groups[sets[better]], self.kept[sets[better]] = groups[better], kept[better]
             self.refresh(sets[better].flatten())
 
     def escape(self, generator: torch.Generator) -> None:
-        """Shuffle the channels of a few groups and descend; all is as before unless that keeps more."""
+        """Shuffle the channels of a few groups and descend; if this does not keep more score, restore everything."""
         before = self.groups, self.kept, self.gain, self.choice
         self.groups, self.kept, self.gain, self.choice = (x.clone() for x in before)
         at = torch.randperm(len(self.groups), generator=generator)[:SHUFFLED]
@@ -139,7 +142,7 @@ class _Sets(ABC):
             self.groups, self.kept, self.gain, self.choice = before
 
     def _disjoint(self) -> Tensor:
-        """Sets that gain and share no group, the largest gains first."""
+        """Choose sets that gain and have no group in common, those with the largest gains first."""
         gaining = (self.gain > GAIN * self.kept[self.sets].sum(1)).nonzero().flatten()
         ranked = gaining[self.gain[gaining].argsort(descending=True, stable=True)]
         used: set[int] = set()
@@ -152,9 +155,10 @@ class _Sets(ABC):
 
 
 class _Pairs(_Sets):
-    """Sets of two groups, which exchange one channel for one, or two for two as well if m is 4.
+    """Sets of two groups, which exchange one channel each, or, if m is 4, one or two channels each.
 
-    `given` and `rest` list, for each number of channels given away, the subsets of places given and those that stay.
+    `given` and `rest` list, for each number of exchanged channels, the subsets of positions that are given away and the
+    positions that stay.
     """
 
     def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern) -> None:
@@ -176,7 +180,7 @@ class _Pairs(_Sets):
         gain, choice = self.gain.view(count, count), self.choice.view(count, count)
         gain[changed] = 0.0
         gain[:, changed] = 0.0
-        left = torch.ones(count, dtype=torch.bool)  # a pair is computed once, and stands at [a, b] or [b, a] only
+        left = torch.ones(count, dtype=torch.bool)  # a pair is computed once, and stored at [a, b] or [b, a] only
         for chunk in changed.sort().values.split(CHUNK):
             among = left.nonzero().flatten()
             at = torch.searchsorted(among, chunk)
@@ -187,7 +191,7 @@ class _Pairs(_Sets):
             left[chunk] = False
 
     def _gains(self, among: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """The most that each group among[at] (row) gains with each of `among` (column), and by which partition."""
+        """Return the largest gain of each group among[at] (row) with each of `among` (column), and its partition."""
         shapes = [(len(at), len(given), len(among), len(given)) for given in self.given]
         after = [torch.zeros(shape, dtype=torch.float64, device=self.score.device) for shape in shapes]
         for block in self.score.split(ROWS, 1):
@@ -196,19 +200,19 @@ class _Pairs(_Sets):
                 gave, stay = (descending(members[:, some].unbind(2), self.pattern.n) for some in (given, rest))
                 mine = self._join(stay, at, gave).view_as(total)
                 total += mine
-                # where half is given away, what stays is what another exchange gives: the table holds both groups
+                # if half is given away, what stays is what another exchange gives away: the table has both groups
                 halved = 2 * given.shape[1] == self.pattern.m
                 total += mine.flip(1, 3) if halved else self._join(gave, at, stay).view_as(total)
         best, which = torch.cat([total.transpose(1, 2).flatten(2) for total in after], 2).max(2)
         return best.cpu() - self.kept[among[at], None] - self.kept[among], which.cpu()
 
     def _join(self, x: list[Tensor], at: Tensor, y: list[Tensor]) -> Tensor:
-        """What lists of x, only those of the groups `at`, keep with lists of y; all (groups, subsets, rows)."""
+        """The score that lists of x of the groups `at` keep with lists of y; all are (groups, subsets, rows)."""
         return union_kept([t[at].flatten(0, 1) for t in x], [t.flatten(0, 1) for t in y], self.pattern.n)
 
 
 class _Triples(_Sets):
-    """Sets of three groups of 4, over all 5775 partitions of their channels."""
+    """Sets of three groups of 4, with all 5775 partitions of their channels."""
 
     def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern) -> None:
         self.table, self.pair = _tabulate(score, pattern)
@@ -230,7 +234,7 @@ class _Triples(_Sets):
 
 @cache
 def _thirds() -> tuple[Tensor, Tensor]:
-    """The 495 sets of 4 of 12 places, (495, 4), and which three of them make each partition, (5775, 3)."""
+    """Return the 495 sets of 4 of 12 positions, (495, 4), and the three sets of each partition, (5775, 3)."""
     fours = list(combinations(range(12), 4))
     number: dict[tuple[int, ...], int] = {four: i for i, four in enumerate(fours)}
     thirds = []
@@ -243,7 +247,11 @@ def _thirds() -> tuple[Tensor, Tensor]:
 
 
 def _tabulate(score: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """What channels a < b < c < d keep as a group, at [pair[a, b], pair[c, d]] of an fp64 (pairs, pairs) table."""
+    """Tabulate the score that any four channels keep as a group.
+
+    Returns a table, fp64 (pairs, pairs), and `pair`, int64 (channels, channels). The score of a < b < c < d is at
+    [pair[a, b], pair[c, d]] of the table.
+    """
     channels = len(score)
     first, second = torch.triu_indices(channels, channels, 1)
     pair = torch.zeros(channels, channels, dtype=torch.int64)
@@ -258,7 +266,7 @@ def _tabulate(score: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
 
 
 def _swap_at_random(score: Tensor, groups: Tensor, pattern: Pattern, generator: torch.Generator) -> Tensor:
-    """Random swaps of two channels between the groups of random disjoint pairs, taken where they gain."""
+    """Try random swaps of two channels between the groups of random disjoint pairs, and keep those that gain."""
     groups, kept = groups.clone(), kept_score(score, groups, pattern)
     count, m = groups.shape
     for _ in range(ROUNDS):

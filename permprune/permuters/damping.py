@@ -1,4 +1,4 @@
-"""How far a step of a trust-region search goes: one damping for each problem, which follows what steps brought."""
+"""The step length of a trust-region search: a damping for each problem, adapted to the outcome of its steps."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from statistics import median
 
 LEAST_SLOPE = 1e-5
-"""Nats of foretold change below which a problem's slopes are noise."""
+"""A problem's slopes are treated as noise if the predicted change of the loss is smaller than this, in nats."""
 
 STILL = 1e-3
-"""A problem whose foretold change is below this share of the mean one proposes nothing."""
+"""A problem counts as unmoved if its predicted change of the loss is below this share of the mean."""
 
 
 class Damping:
-    """The factor on the curvature of each problem's quadratic model; a large one makes steps short.
+    """A factor on the curvature of each problem's quadratic model; a larger factor makes shorter steps.
 
-    Slopes, `before` and `after`, are dLoss along a problem's step, where it begins and where it ends.
+    In the methods, `before` and `after` are the directional derivatives of the loss along each problem's step, at its
+    start and at its end.
     """
 
     def __init__(self, of: Mapping[str, float]) -> None:
@@ -33,25 +34,26 @@ class Damping:
     def follow_slopes(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         """Adapt to the slopes at both ends of a step that was kept.
 
-        A positive slope at the end means that the step was too long, a negative one that it was too short. Along a
-        parabola that falls with slope s and ends with slope r * s the step was 1 / (1 - r) times too short; the damping
-        takes half of that, in logarithm, since the slope is noisy.
+        A positive slope at the end means that the step was too long, a negative one that it was too short. If the slope
+        is s at the start and r * s at the end, the minimum of the parabola is at 1 / (1 - r) of the step. The damping
+        is multiplied by only the square root of 1 - r, between 0.5 and 2, because the slopes are noisy.
         """
         for name, start in before.items():
             if start < -LEAST_SLOPE:
                 self.of[name] *= min(2.0, max(0.5, max(0.0, 1 - after[name] / start) ** 0.5))
 
     def shorten(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        """Raise the damping to what the slopes at both ends of a step say that went much too far."""
+        """Raise the damping after a step that was much too long, by the factor that its slopes suggest."""
         for name, start in before.items():
             if start < -LEAST_SLOPE:
                 self.of[name] *= max(1.0, 1 - after[name] / start)
 
     def follow_loss(self, foretold: Mapping[str, float], moved: list[str], kept: bool, change: float) -> None:
-        """Raise the damping where a part of the step had to be left out, lower it where the model foretold well.
+        """Raise the damping if all or part of the step was rejected, and lower it if the model predicted well.
 
-        `foretold` are the changes of the loss that the models of all problems foretell, `change` what the step of the
-        problems `moved` brought. It falls as well for each problem that proposed nothing.
+        `foretold` are the changes of the loss that the models of all problems predict. `change` is the measured change
+        for the problems in `moved`, and `kept` is whether they keep their new orders. For a problem that proposed next
+        to nothing the damping is lowered in any case.
         """
         ratio = change / min(-1e-12, sum(foretold[name] for name in moved))
         if not kept:
@@ -66,5 +68,8 @@ class Damping:
 
 
 def turning_point(slope: float, change: float) -> float:
-    """Where along a step, of length 1, the parabola has its least that begins with a slope and ends with a change."""
+    """Return the position, along a step of length 1, of the minimum of a parabola.
+
+    The parabola starts at 0 with slope `slope` and has the value `change` at the end of the step.
+    """
     return slope / (2 * min(slope - change, -1e-9))

@@ -1,4 +1,4 @@
-"""No permutation, and a random one: the two baselines of every table."""
+"""The baselines: no permutation, and a random one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from permprune.pruning.problem import Problem
 
 @dataclass(frozen=True)
 class Identity(LocalPermuter):
-    """Leave the channels where they stand."""
+    """Keep the natural order."""
 
     name: ClassVar[str] = "none"
 
@@ -25,7 +25,7 @@ class Identity(LocalPermuter):
 
 @dataclass(frozen=True)
 class Random(LocalPermuter):
-    """A uniformly random order."""
+    """Take a uniformly random order."""
 
     name: ClassVar[str] = "random"
 

@@ -1,4 +1,4 @@
-"""The loop that iterative searches share: start or resume, one round after the other, end."""
+"""The loop that iterative searches share: start or resume, make rounds, end."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from permprune.system.search_state import State
 
 
 class Search(ABC):
-    """A search under way on a network, which shows the present orders.
+    """The state of an iterative search on a network, which has the current orders.
 
-    `done` counts rounds (or steps, where a round is several), `best` is the held-out loss of the best orders so far,
-    `seconds` those of all rounds and of the start, of interrupted runs too. `loss` is suited to the data.
+    `done` counts rounds (or steps, if a round has several), `best` is the held-out loss of the best orders so far, and
+    `seconds` is the time of the start and of all rounds, including those of interrupted runs. `loss` is the objective,
+    adapted to the data (`Loss.suited`).
     """
 
     unit: ClassVar[str] = "round"
@@ -37,30 +38,30 @@ class Search(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Begin at the first orders, with `best` their held-out loss."""
+        """Set the first orders, set `best` to their held-out loss, and record it."""
 
     @abstractmethod
     def step(self) -> int:
-        """Make one round, which raises `done`; returns how many orders it changed."""
+        """Make one round, increase `done`, and record the loss; returns the number of orders that changed."""
 
     @abstractmethod
     def end(self) -> Solution:
-        """What was found."""
+        """Return the result."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors from which an interrupted search goes on."""
+        """Return the tensors of the state from which an interrupted search is resumed."""
 
     @abstractmethod
     def values(self) -> dict[str, Any]:
-        """The numbers from which it goes on, as JSON can hold them, besides those that every search has."""
+        """Return the other values of the state, as JSON can hold them, except for those that every search has."""
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Go back to where `tensors` and `values` were taken."""
+        """Restore a state that `tensors` and `values` returned."""
 
     def held_out_loss(self) -> float:
-        """The loss on the held-out examples with what the network shows."""
+        """Return the loss of the network, as it is, on the held-out examples."""
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
 
     def record(self, loss: float, kept: bool) -> None:
@@ -70,7 +71,7 @@ class Search(ABC):
 
 @dataclass(frozen=True)
 class Iterative(Permuter):
-    """A permuter that searches in rounds and keeps its state after each.
+    """A permuter that searches in rounds and saves its state after each.
 
     `objective` is the loss to minimise: an `Objective`, or a function of the model and a batch (`LossFunction`).
     """
@@ -84,11 +85,11 @@ class Iterative(Permuter):
     @property
     @abstractmethod
     def total(self) -> int:
-        """What `Search.done` counts up to."""
+        """The value of `Search.done` at which the search ends."""
 
     @abstractmethod
     def begin(self, network: PrunedNetwork, run: Run) -> Search:
-        """A search on this network."""
+        """Create a search on this network."""
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         search = self.begin(network, run)
@@ -107,7 +108,7 @@ class Iterative(Permuter):
         return replace(search.end(), stopped=stopped)
 
     def _resume(self, search: Search) -> bool:
-        """Go on from the state of an interrupted run, or start; whether there was one."""
+        """Resume from the state of an interrupted run, or start; returns whether there was a state."""
         saved: State | None = self.checkpoint(search.run).load(self.name)
         if saved is None:
             search.start()
@@ -120,7 +121,7 @@ class Iterative(Permuter):
         return True
 
     def _notify(self, search: Search, moved: int) -> bool:
-        """Tell the callbacks of a round; whether one of them wants the search to stop."""
+        """Call the callbacks for the last round; returns whether one of them wants the search to stop."""
         last, problems = search.curve[-1], len(search.network.problems)
         told = Round(
             method=self.name,

@@ -1,8 +1,8 @@
-"""The score that groups keep: its sum, what they would keep with other members, and RIA's search for the most.
+"""The score that groups of channels keep, now and with other members, and RIA's search for the order that keeps most.
 
-Matrices are channels first, (channels, rows). For two descending lists x and y the n largest of their union sum to
-sum_i max(x_i, y_(n+1-i)), and max(x, y) = (x + y + |x - y|) / 2: so a table of what many lists keep with many others
-takes a few matrices of L1 distances.
+Matrices are channels first, (channels, rows). For two descending lists x and y, the sum of the n largest members of
+their union is sum_i max(x_i, y_(n+1-i)), and max(x, y) = (x + y + |x - y|) / 2. The score that each of many lists keeps
+with each of many others is therefore computed from a few matrices of L1 distances.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 ROWS = 64
-"""Rows that are worked on at a time, so that they stay in the processor's cache."""
+"""Number of rows that are processed at a time, so that they fit into the processor's cache."""
 
 PASSES = 2
-"""Times that each slot is assigned anew: the second still gains, what more would gain is not worth the time."""
+"""Number of times that each slot is reassigned: a second pass still gains, further ones are not worth their time."""
 
 
 def stacked_scores(network: MaskedLayers, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
-    """The scores of all weights along a problem's channels, (channels, rows); rows times sqrt(fisher) if given."""
+    """Return the scores of all weights of a problem, (channels, rows); rows are multiplied by sqrt(fisher) if given."""
     rows = [network.scores[part.layer][:, part.columns] for part in problem.parts]
     if fisher is not None:
         rows = [row * fisher[part.layer].sqrt()[:, None] for row, part in zip(rows, problem.parts, strict=True)]
@@ -33,7 +33,7 @@ def stacked_scores(network: MaskedLayers, problem: Problem, fisher: dict[str, Te
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
-    """Sum over rows of the n largest scores in each group; `groups` is int64 (count, m), the result fp64 (count,)."""
+    """Sum the n largest scores of each group over rows; `groups` is int64 (count, m), the result is fp64 (count,)."""
     total = torch.zeros(len(groups), dtype=torch.float64, device=score.device)
     for block in score.split(ROWS, 1):
         for largest in descending(block[groups.T], pattern.n):
@@ -42,7 +42,7 @@ def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
 
 
 def descending(members: Iterable[Tensor], count: int) -> list[Tensor]:
-    """The `count` largest at each position of equally shaped tensors, the largest first; all if there are fewer."""
+    """Return the `count` elementwise largest of equally shaped tensors, the largest first; all if there are fewer."""
     left, largest = list(members), []
     for _ in range(min(count, len(left))):
         for j in range(1, len(left)):
@@ -52,10 +52,10 @@ def descending(members: Iterable[Tensor], count: int) -> list[Tensor]:
 
 
 def union_kept(x: list[Tensor], y: list[Tensor], n: int) -> Tensor:
-    """Sum over rows of the n largest of every list of `x` joined with every list of `y`.
+    """Sum the n largest members of every list of `x` joined with every list of `y`, over rows.
 
-    Element i of `x`, (p, rows), holds the i-th largest member of p lists; that of `y`, (q, rows), likewise. Returns
-    (p, q) of their type. At most n elements of each are read; x and y together must have n.
+    Element i of `x`, (p, rows), holds the i-th largest members of p lists; `y`, with elements (q, rows), likewise.
+    Returns (p, q) of their type. At most n elements of each are read; together they must have at least n.
     """
     total = x[0].new_zeros(len(x[0]), len(y[0]))
     for i, j in zip(range(n), reversed(range(n)), strict=True):
@@ -69,12 +69,13 @@ def union_kept(x: list[Tensor], y: list[Tensor], n: int) -> Tensor:
 
 
 def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
-    """The order that keeps the most score: channels dealt to groups, then one assignment for each slot.
+    """Search the order that keeps the most score: deal the channels to groups, then reassign them slot by slot.
 
-    Channels sorted by their total go to the groups snake-wise; then, slot by slot, the channels there are put back
-    where they keep the most (Zhang et al. 2024, "Plug-and-Play", section 3.2), `PASSES` times over. A channel c that
-    joins a group whose n-th largest other member is t adds max(c - t, 0): their distances |c - t| decide which
-    assignment is best. `score` is (channels, rows); returns int64 (channels,).
+    Channels sorted by total score are dealt to the groups, in alternating direction. Then, for one slot after the
+    other, the channels in that slot are assigned to the groups so that they keep the most score (Zhang et al. 2024,
+    "Plug-and-Play", section 3.2); this is done `PASSES` times. A channel with score c in a row, joining a group whose
+    n-th largest other score is t, adds max(c - t, 0) = (c - t + |c - t|) / 2, in which only |c - t| depends on the
+    assignment. `score` is (channels, rows); returns int64 (channels,).
     """
     hands = score.sum(1).argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
     hands[1::2] = hands[1::2].flip(1)
@@ -85,7 +86,7 @@ def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
         distance = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=score.device)
         for block in score.split(ROWS, 1):
             limit = descending(block[others], pattern.n)[-1]
-            # above the highest limit a channel adds to all distances alike: clipped, large ones cost no digits
+            # scores above the highest limit add the same to all distances: clipped, so that they cost no precision
             distance += torch.cdist(block[free].minimum(limit.amax(0)), limit, p=1)
         groups[assign(-distance).cpu(), slot] = free
     return groups.flatten()

@@ -1,4 +1,4 @@
-"""Learned: a permutation cost matrix, trained through the Sinkhorn matching."""
+"""Learned: a cost matrix of permutations that is trained through the Sinkhorn matching."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from permprune.pruning.network import PrunedNetwork
 
 @dataclass(frozen=True)
 class Learned(TrustRegion):
-    """Learn the cost C of every channel at every position (Li et al. 2026), in the loss's own unit.
+    """Learn the cost C of each channel at each position (Li et al. 2026), in units of the loss.
 
-    The channels are split in `groups` equal parts with a permutation each. A round makes `steps` passes over the parts;
-    a pass frees one slot of every group, where dLoss/dP has a closed form that sees displaced rivals
-    (`placement_cost`), and trains C there. In the natural metric of an entropic plan that gradient is the step itself
-    (mirror descent), so C <- decay * C + dLoss/dP keeps its scale. The plan P is the Sinkhorn matching of C plus Gumbel
-    noise, with epsilon annealed over the round's passes (in units of the mean absolute cost), and the network, which
-    always shows a hard permutation, moves by the exact assignment of P as far as the quadratic model agrees.
+    The channels are split into `groups` equal parts, each with its own permutation. A round makes `steps` passes over
+    the parts. A pass frees one slot of every group and trains C for these slots, where dLoss/dP has a closed form that
+    accounts for the weights that a channel displaces (`placement_cost`). In the natural metric of an entropic plan that
+    gradient is the step itself (mirror descent), so that C <- decay * C + dLoss/dP keeps its scale. The plan P is the
+    Sinkhorn matching of C plus Gumbel noise; epsilon is annealed over the round's passes, in units of the mean absolute
+    cost. The network always has a hard permutation: channels move by the exact assignment of P, as far as the quadratic
+    model predicts a lower loss.
     """
 
     name: ClassVar[str] = "learned"
@@ -62,11 +63,11 @@ class Learned(TrustRegion):
         return super().state_bytes(network) + sum(8 * size * size // self._parts_of(count) for size, count in sizes)
 
     def _parts_of(self, count: int) -> int:
-        """Parts that so many groups are split in."""
+        """Return the number of parts into which `count` groups are split."""
         return self.groups if count % self.groups == 0 and count > self.groups else 1
 
     def _match(self, cost: Tensor, progress: float, generator: torch.Generator) -> Tensor:
-        """The column of each row in the permutation nearest the noisy Sinkhorn plan."""
+        """Return the column of each row in the permutation closest to the noisy Sinkhorn plan."""
         epsilon = self.epsilon(progress) * max(float(cost.abs().mean()), 1e-30)
         noise = gumbel_noise(cost.shape, self.noise * epsilon, generator)
         return assign(-sinkhorn(cost + noise, epsilon, self.iterations))

@@ -17,7 +17,7 @@ from permprune.permuters.trust_region import TrustRegion
 class Newton(TrustRegion):
     """End-to-end search by swaps: in each round every group of channels makes up to `swaps` swaps.
 
-    Swaps are chosen by the damped quadratic model of the loss, the ones that lower it the most first.
+    Swaps are chosen with the damped quadratic model of the loss; those that lower it most come first.
     """
 
     name: ClassVar[str] = "newton"

@@ -1,4 +1,4 @@
-"""Learned, with the paper's own parameters."""
+"""LearnedPaper: the learned permutation with the paper's parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from permprune.permuters.cost_matrix import CostMatrixLearner
 class LearnedPaper(CostMatrixLearner):
     """The learned permutation of Li et al. 2026 (arXiv 2601.22980), "set-up".
 
-    Channels in `groups` equal parts; the soft plan itself permutes the weights while epsilon falls from 1; 5 Sinkhorn
-    iterations; AdamW with weight decay 0.01 and a cosine schedule; cross-entropy + 1e-5 * Smooth-L1 distillation.
-    The paper trains for 20 epochs of its data; here `steps` says for how long. Where it starts is not published: a
-    margin of 1 can be crossed in so few steps, one of 3 was not.
+    The channels are split into `groups` equal parts, and the soft plan itself permutes the weights while epsilon falls
+    from 1. As in the paper there are 5 Sinkhorn iterations, AdamW has weight decay 0.01 and a cosine schedule, and the
+    loss is cross-entropy + 1e-5 * Smooth-L1 distillation. The paper trains for 20 epochs of its data; here `steps` is
+    the number of steps. The initial costs are not published: with a `margin` of 1 channels can change places in so few
+    steps, with 3 they did not.
     """
 
     name: ClassVar[str] = "learned-paper"

@@ -1,4 +1,4 @@
-"""PermLLM: block-wise learned permutations, hard in the forward pass."""
+"""PermLLM: learned permutations of blocks of channels, hard in the forward pass."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from permprune.permuters.ria import RIAPermuter
 class PermLLM(CostMatrixLearner):
     """PermLLM (Zou et al. 2025): a cost matrix for each block of 64 channels.
 
-    Permutation and mask are hard forward, the plan and a softmax over each group backward; the temperature falls from
-    1 to 0.1; 5 Sinkhorn iterations; AdamW at 1e-3; the loss is 1 - cosine on the last block's output. The blocks lie in
-    RIA's order, as in the paper's better runs. The paper makes 50 epochs of 8 batches; here `steps` says for how long,
-    with a learning rate that can cross the margin in so few.
+    Permutation and mask are hard in the forward pass; the backward pass uses the Sinkhorn plan and a softmax over each
+    group. The temperature falls from 1 to 0.1, there are 5 Sinkhorn iterations, and the loss is 1 - the cosine
+    similarity of the last block's output and the dense model's. The blocks divide the channels in RIA's order, as in
+    the paper's better runs. The paper trains for 50 epochs of 8 batches with AdamW at a learning rate of 1e-3; here
+    `steps` is the number of steps, and the learning rate is high enough for channels to change places in so few.
     """
 
     name: ClassVar[str] = "permllm"

@@ -1,14 +1,14 @@
-"""A quadratic model of the loss in the masks of one problem, and the moves of channels that lower it.
+"""A quadratic model of the loss as a function of one problem's masks, and moves of channels that lower it.
 
-The model, around the present masks, for a change dE of the pruned part E = W - W_eff of the problem's weights:
+Around the current masks, for a change dE of the pruned part E = W - W_eff of the problem's weights, the model is
 
     dLoss = <slope, dE> + damping / 2 * sum_r fisher_r dE_r H dE_r^T
 
-where a covariance of the rows, whose diagonal is fisher, may stand for it: sum_rs covariance_rs dE_r H dE_s^T.
+If the covariance of the rows is known, whose diagonal is fisher, the sum is sum_rs covariance_rs dE_r H dE_s^T.
 
-With slope = fisher * (E H) and damping 1 it is the layer's own output error, rows weighted by how much the loss feels
-them; with slope = -dLoss/dW_eff it is the end-to-end model of the "newton" and "learned" searches, where a damping
-above 1 stands for the curvature between layers that move together.
+With slope = fisher * (E H) and damping 1 the model is the layer's own output error, with rows weighted by the
+sensitivity of the loss. With slope = -dLoss/dW_eff it is the end-to-end model of the "newton" and "learned" searches,
+in which a damping above 1 accounts for the curvature between layers that move together.
 
 Matrices here are channels first, (channels, rows), so that a group's weights are contiguous.
 """
@@ -27,15 +27,17 @@ from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 BLOCK = 2**18
-"""Elements of a matrix that are worked on at a time."""
+"""Number of elements of a matrix that are processed at a time."""
 
 
 @dataclass
 class Bundle:
-    """Rows that share one input. `weight`, `score`, `slope` and `error` are (channels, rows), `moments` is H.
+    """The weight rows of a problem that read the same input channels.
 
-    Rows are scaled so that fisher is 1 in the model: weight and error times sqrt(fisher), slope over sqrt(fisher).
-    `coupling` are what is left of the covariances, by layer, correlations (rows, rows); none where rows are apart.
+    `weight`, `score`, `slope` and `error` are (channels, rows); `moments` is H, (channels, channels). Rows are scaled
+    so that fisher is 1 in the model: weight and error are multiplied by sqrt(fisher), slope is divided by it.
+    `coupling` are the covariances after this scaling, that is, the correlations (rows, rows) of each layer's rows; it
+    is empty if rows are treated as independent.
     """
 
     weight: Tensor
@@ -46,7 +48,7 @@ class Bundle:
     coupling: tuple[Tensor, ...] = ()
 
     def coupled(self, x: Tensor) -> Tensor:
-        """`x` (..., rows) times the correlations of the rows."""
+        """Multiply `x` (..., rows) by the correlations of the rows."""
         if not self.coupling:
             return x
         parts = x.split([len(block) for block in self.coupling], -1)
@@ -54,9 +56,9 @@ class Bundle:
 
 
 class QuadraticModel:
-    """The model of one problem at its present groups; moves of channels keep slope and error up to date.
+    """The model of one problem at its current groups of channels; each move updates slope and error.
 
-    `change` adds up the modelled changes of all moves made.
+    `change` is the sum of the predicted changes of the loss of all moves made.
     """
 
     def __init__(self, bundles: list[Bundle], order: Tensor, pattern: Pattern, damping: float) -> None:
@@ -75,10 +77,11 @@ class QuadraticModel:
         order: Tensor | None = None,
         covariance: dict[str, Tensor] | None = None,
     ) -> QuadraticModel:
-        """The model at the masks of `order`, or of the order that the network shows.
+        """Build the model at the masks of `order`, by default the network's current order.
 
-        Without `gradient` it is the local one, whose slope is fisher * (E H). `covariance` is that of the rows of
-        layers; rows are apart in a bundle with a layer that has none.
+        `fisher`, `gradient` and `covariance` are by layer, as in `Gradients`. Without `gradient` it is the local model,
+        whose slope is fisher * (E H). If any layer of a bundle has no `covariance`, the bundle's rows are treated as
+        independent.
         """
         if order is None:
             order = network.orders.get(problem.name, problem.identity())
@@ -109,11 +112,11 @@ class QuadraticModel:
         return self.groups.flatten()
 
     def swap(self, generator: torch.Generator) -> None:
-        """One swap for every group: each frees a random slot, and the pairs that gain most by `placement_cost` form.
+        """Make at most one swap for each group: each frees a random slot, and groups are paired by `placement_cost`.
 
-        A pair may swap if the model says, exactly, that it gains by itself. Those that may swap together if the model
-        says, exactly, that at least half of their gains add up; otherwise the better half of them, and so on: channels
-        that carry much the same overshoot where all of them move.
+        A pair is a candidate if its swap by itself lowers the model, which is computed exactly. All candidates swap
+        together if that lowers the model by at least half the sum of their single gains, again computed exactly;
+        otherwise the better half of them is tried, and so on. Correlated channels overshoot if all of them move.
         """
         count, m = self.groups.shape
         slots = torch.randint(m, (count,), generator=generator)
@@ -137,21 +140,22 @@ class QuadraticModel:
             ranked = ranked[: len(ranked) // 2]
 
     def placement_cost(self, at: Tensor, slots: Tensor) -> Tensor:
-        """What it costs to move the channel in slot slots[i] of group at[i] (row) to that slot of each group (column).
+        """Return the cost of moving the channel in the free slot of each group (row) to that of each group (column).
 
-        `at` and `slots` are int64 (k,), one free slot a group; returns (k, k), zero on the diagonal: the model's
-        change with the other members at rest, cross terms between moving channels left out. As only one slot of a
-        group is free, the threshold that a newcomer must pass and the rival it displaces are known exactly for every
-        row: the counterfactual gradient of a permutation matrix.
+        `at` and `slots` are int64 (k,): slot slots[i] of group at[i] is free. Returns (k, k) with zeros on the
+        diagonal: the change of the model if the other members stay, without the cross terms between moving channels. As
+        only one slot of a group is free, the score that a new member must exceed and the weight that it displaces are
+        known exactly for every row; this is the counterfactual gradient with respect to a permutation matrix.
         """
         cost = torch.stack([self._bundle_cost(bundle, at, slots) for bundle in self.bundles]).sum(0)
         return (cost - cost.diagonal()[:, None]).cpu()
 
     def move(self, at: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
-        """Send the free channel of each group at[i] to group at[target[i]], as far as the model falls.
+        """Move the free channel of each group at[i] to group at[target[i]], as far as this lowers the model.
 
-        The cycles of `target` are moves that can be made apart: those that `cost` says gain are judged together,
-        exactly; if the model does not fall, the better half of them, then a quarter, and so on.
+        The cycles of `target` can be moved independently of each other. Those whose total `cost` is negative are tried
+        together, with the exact change of the model; if it does not fall, the better half of them is tried, then the
+        better quarter, and so on.
         """
         gain = cost[torch.arange(len(at)), target]
         cycle = cycles(target)
@@ -165,7 +169,7 @@ class QuadraticModel:
             ranked = ranked[: len(ranked) // 2]
 
     def _try(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> bool:
-        """Move channels from their (group, slot) to another if the whole move lowers the model."""
+        """Move channels from their (group, slot) to another if this lowers the model; returns whether it did."""
         groups = self.groups.clone()
         groups[target] = self.groups[source]
         to = target[0]
@@ -177,44 +181,44 @@ class QuadraticModel:
         return True
 
     def _bundle_cost(self, bundle: Bundle, at: Tensor, slots: Tensor) -> Tensor:
-        """The bundle's share of `placement_cost`, up to a constant for each row."""
+        """Return the bundle's contribution to `placement_cost`, up to a constant for each row."""
         free = self.groups[at, slots]
         rest = self.groups[at][self.groups[at].ne(free[:, None])].view(len(at), -1)
         score = bundle.score[rest]
-        last = ranks(score, 1) == self.pattern.n - 1  # of those kept were the free slot empty
+        last = ranks(score, 1) == self.pattern.n - 1  # the lowest score kept if the free slot were empty
         threshold, rival = (
             (values * last).sum(1) for values in (score, self._prune_cost(bundle, rest.flatten()).view_as(score))
         )
         return _place(bundle.score[free], self._prune_cost(bundle, free), threshold, rival)
 
     def _prune_cost(self, bundle: Bundle, channels: Tensor) -> Tensor:
-        """The modelled loss of each weight pruned less that of the same weight kept, (k, rows)."""
+        """Return the predicted loss with each weight pruned, minus that with the weight kept: (k, rows)."""
         weight = bundle.weight[channels]
         curvature = self.damping / 2 * bundle.moments.diagonal()[channels, None]
-        signed = weight - 2 * bundle.error[channels]  # an error is the weight or 0
+        signed = weight - 2 * bundle.error[channels]  # the error is the weight or 0
         return signed.mul_(curvature).add_(bundle.slope[channels]).mul_(weight)
 
     def _move(self, bundle: Bundle, channels: Tensor) -> Tensor:
-        """dE (sets, k, rows) if the channels (sets, k) stood in groups of m in the given order."""
+        """Return dE (sets, k, rows) of placing the channels (sets, k) in groups of m in the given order."""
         flat = channels.flatten()
         keep = self.pattern.mask_groups(bundle.score[flat].view(-1, self.pattern.m, bundle.score.shape[1]), dim=1)
         after = bundle.weight[flat].mul_(keep.logical_not_().flatten(0, 1))
         return after.sub_(bundle.error[flat]).view(*channels.shape, -1)
 
     def _gain(self, channels: Tensor, moves: list[Tensor]) -> Tensor:
-        """The modelled change of the loss of each set over all bundles, (sets,)."""
+        """Return the predicted change of the loss by each set's move, over all bundles: (sets,)."""
         parts = [self._predict(bundle, channels, move) for bundle, move in zip(self.bundles, moves, strict=True)]
         return torch.stack(parts).sum(0)
 
     def _predict(self, bundle: Bundle, channels: Tensor, move: Tensor) -> Tensor:
-        """The modelled change of the loss of each set, (sets,)."""
+        """Return the predicted change of the loss by each set's move, in one bundle: (sets,)."""
         block = bundle.moments[channels[:, :, None], channels[:, None, :]]
         field = bundle.coupled(torch.bmm(block, move)).mul_(self.damping / 2)
         field += bundle.slope[channels.flatten()].view_as(move)
         return field.mul_(move).sum((1, 2))
 
     def _commit(self, channels: Tensor, moves: list[Tensor], enough: float) -> bool:
-        """Make these moves if together they change the model by `enough` or less; says whether."""
+        """Make these moves if together they change the model by at most `enough`; returns whether they were made."""
         fields = [
             self.damping * bundle.coupled(bundle.moments[:, channels] @ move)
             for bundle, move in zip(self.bundles, moves, strict=True)
@@ -232,10 +236,10 @@ class QuadraticModel:
 
 
 def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
-    """Sum over rows r of rival[g, r] where score[c, r] > threshold[g, r] and own[c, r] elsewhere: (c, g).
+    """Sum, over rows r, rival[g, r] where score[c, r] > threshold[g, r], and own[c, r] elsewhere; returns (c, g).
 
-    All four are (k, rows). Rows go in blocks that stay in the processor's cache, and what is chosen goes through the
-    kernel of ReLU's gradient, several times faster than a mask of booleans.
+    All four arguments are (k, rows). Rows are processed in blocks that fit into the processor's cache. The selection
+    uses the kernel of ReLU's gradient, which is several times faster than boolean masks.
     """
     cost = own.sum(1, keepdim=True).repeat(1, len(threshold))
     rows = max(1, BLOCK // len(threshold))

@@ -20,21 +20,22 @@ from permprune.system.progress import log, track
 from permprune.system.search_state import Journal
 
 JITTER = 0.01
-"""Relative noise on the scores from which another candidate starts."""
+"""Relative noise on the scores from which further candidates start."""
 
 
 @dataclass(frozen=True)
 class Reconstruction(LocalPermuter):
-    """Minimise tr(F E H E^T) of every layer: its output error on the calibration tokens, exact in the masks.
+    """Minimise tr(F E H E^T) of every layer: its output error on the calibration tokens, exact for any masks.
 
-    E is the pruned part of the weight, H the input second moments, F the diagonal of the output's Fisher information,
-    which tells rows the loss feels from rows it does not. It starts from the order that keeps the most score under the
-    same row weights; then every group makes up to `swaps` swaps, each with the group where the error falls most.
+    E is the pruned part of the weight, H the second moments of the inputs, and F the diagonal of the output's Fisher
+    information, which weights rows by the sensitivity of the loss. The search starts from the order that keeps the most
+    score with the same row weights; then every group makes up to `swaps` swaps, each with the group that lowers the
+    error most.
 
-    What a layer loses by itself says little about the network: orders of nearly the same error can be far apart in
-    perplexity. So each problem is searched `candidates` times, from scores that differ by a hundredth, and the
-    problems, in `shares` runs of neighbours, take the order with which the held-out loss is least. Where the network is
-    read layer by layer there is no such loss, and the first candidate stays.
+    The errors of single layers predict the network's loss poorly: orders with nearly the same error can differ much in
+    perplexity. Each problem is therefore solved `candidates` times, from scores with 1 % of noise. The problems are
+    divided into `shares` runs of neighbours, and each run takes the candidate with the lowest held-out loss. If the
+    model is read layer by layer, this loss cannot be computed, and the first candidate is used.
     """
 
     name: ClassVar[str] = "reconstruction"
@@ -44,7 +45,7 @@ class Reconstruction(LocalPermuter):
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         def solve(number: int, problem: Problem) -> Tensor:
-            """The orders of all candidates, int64 (candidates, size)."""
+            """Return the orders of all candidates, int64 (candidates, size)."""
             generators = [run.generator(number, candidate) for candidate in range(self.candidates)]
             return torch.stack(
                 [
@@ -55,7 +56,7 @@ class Reconstruction(LocalPermuter):
 
         with Journal(self.checkpoint(run), self.name) as journal:
             found = self.each(network, journal, solve)
-            names = [problem.name for problem in network.problems]  # in one order for any number of processes
+            names = [problem.name for problem in network.problems]  # the same order for any number of processes
             candidates = [{name: found[name][i] for name in names} for i in range(self.candidates)]
             return Solution(self._choose(network, run, candidates), journal.seconds)
 
@@ -71,7 +72,7 @@ class Reconstruction(LocalPermuter):
         return model.order
 
     def _choose(self, network: PrunedNetwork, run: Run, candidates: list[Orders]) -> Orders:
-        """The first candidate, but for the shares in which another has less held-out loss."""
+        """Return the first candidate, except for the runs of problems in which another lowers the held-out loss."""
         best = candidates[0]
         network.set_orders(best)
         teacher_outputs = network.compute_teacher_outputs(run.held_out, Objective())

@@ -1,4 +1,4 @@
-"""Permuters by name."""
+"""Registry of permuters by name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PERMUTERS: dict[str, type[Permuter]] = {
 
 
 def permuter(given: str | Permuter) -> Permuter:
-    """The permuter of that name, such as "newton" or "newton:rounds=6", or the object itself (`method_of`)."""
+    """Return the permuter of a name such as "newton:rounds=6"; an object is returned as it is (`method_of`)."""
     return method_of(given, Permuter, PERMUTERS)  # type: ignore[type-abstract]
 
 

@@ -1,4 +1,4 @@
-"""RIA's channel permutation: deal, then linear assignments slot by slot."""
+"""RIA's channel permutation: channels are dealt to groups, then reassigned slot by slot."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from permprune.pruning.problem import Problem
 
 @dataclass(frozen=True)
 class RIAPermuter(LocalPermuter):
-    """Keep the most score, rows weighing equally (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
+    """Keep the most score, with equally weighted rows (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
 
     name: ClassVar[str] = "ria"
 

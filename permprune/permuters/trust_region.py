@@ -1,4 +1,4 @@
-"""Rounds of end-to-end search: gradient, proposal, accept test."""
+"""End-to-end search in a trust region; each round computes a gradient, proposes orders, and tests them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from permprune.pruning.problem import Orders, Problem
 from permprune.system.progress import log
 
 TOLERANCE = 1e-4
-"""Nats by which the held-out loss must fall for a round to count."""
+"""The held-out loss must fall by more than this, in nats, for a round to be kept."""
 
 ATTEMPTS = 4
-"""How often a step is corrected, and how many parts of it are tried before a round is refused."""
+"""Largest number of corrections of a step, and of parts of it that are tried before a round is refused."""
 
 FAR = 0.1
-"""The least share of a step, and of the problems, that is tried."""
+"""A step is much too long if the loss turns before this share of it; also the least share of problems to try first."""
 
 MEMORY, PREVIOUS = "memory/", "previous/"
-"""Prefixes, among the tensors of a state, of the proposals' memory and of the orders before the last step."""
+"""Prefixes, among the tensors of a state, of the memory of proposals and of the orders before the last step."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """New order of a problem, the change of the loss that its model foretells, and what it carries on if kept."""
+    """A new order of a problem, the change of the loss that its model predicts, and the memory to store if kept."""
 
     order: Tensor
     change: float
@@ -47,22 +47,23 @@ class Proposal:
 class TrustRegion(Iterative):
     """Minimise the loss of the pruned network itself, over all orders at once.
 
-    A round takes the gradient of the loss in every mask on `examples` fresh examples, asks `propose` for new orders
-    under the quadratic model (see `quadratic`), and keeps them if the loss on held-out examples falls. If it does not,
-    the same is tried with a random part of the problems, at first as large as the parabola through the slope and the
-    loss of the whole step advises. Gradients taken at one point are averaged.
+    A round computes the gradient of the loss with respect to the masked weights on the next `examples` examples, calls
+    `propose` for new orders that lower the quadratic model (see `quadratic`), and keeps them if the loss on held-out
+    examples falls. If it does not fall, the new orders of a random part of the problems are tried. The size of the part
+    is first given by the parabola through the slope and the loss of the whole step, and then halved each time.
+    Gradients at the same orders are averaged over rounds.
 
-    All problems move together, which the block-diagonal model cannot see, so its curvature is multiplied by a damping,
-    one for each problem. It begins at `damping` and follows what steps brought (see `Damping`). A step that went much
-    too far is corrected at once, and taken again.
+    All problems move together, which the block-diagonal model does not account for. Its curvature is therefore
+    multiplied by a damping for each problem, which starts at `damping` and is adapted to the outcome of the steps (see
+    `Damping`). A step that was much too long is corrected at once and repeated.
 
-    `objective` is the loss, suited to the data if it is an `Objective`, or a function of model and batch; `start` finds
-    the orders of the first round, which are used if they are better than the natural ones.
+    `objective` is the loss: an `Objective`, which is adapted to the data, or a function of model and batch. `start`
+    finds the orders for the first round, which are used if they are better than the natural ones.
 
-    With `tune` order and weights are optimised jointly: after each round but the first `wait` the weights that stay are
-    trained for so many steps (see `tuned`) of half as many examples, on the objective and the KL divergence from the
-    dense model, at `rate`, which is halved when the held-out loss does not fall. Pruned weights keep their values
-    meanwhile, for an order that takes them back.
+    With `tune` orders and weights are optimised jointly. After each round but the first `wait`, the remaining weights
+    are trained for `tune` steps (see `tuned`) of half as many examples, on the objective and the KL divergence from the
+    dense model, at the learning rate `rate`, which is halved whenever the held-out loss does not fall. Pruned weights
+    keep their values, so that a later order can restore them.
     """
 
     free: ClassVar[tuple[str, ...]] = ("rounds",)
@@ -76,9 +77,10 @@ class TrustRegion(Iterative):
 
     @abstractmethod
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
-        """Lower the model by moving channels.
+        """Move channels so that the model falls.
 
-        `memory` is what the problem's last kept proposal returned here; the return value takes its place.
+        `memory` is what this method returned for the problem's last proposal that was kept; the return value replaces
+        it if this proposal is kept.
         """
 
     @property
@@ -90,15 +92,15 @@ class TrustRegion(Iterative):
 
     def state_bytes(self, network: PrunedNetwork) -> int:
         weights = sum(weight.numel() for weight in network.dense.values()) if self.tune else 0
-        return super().state_bytes(network) + 12 * weights  # twice the state, and the solution
+        return super().state_bytes(network) + 12 * weights  # the state twice, and the solution
 
 
 class TrustRegionSearch(Search):
-    """A search of `TrustRegion`.
+    """The state of a `TrustRegion` search.
 
-    `previous` are the orders before the last step, if it was kept, and `slopes` the slopes of the loss along it at its
-    beginning, by problem; `pending` the rounds whose gradients are averaged at the present orders, if it was not.
-    `memory` is what the proposals of each problem carry from round to round, `rate` that of training.
+    If the last step was kept, `previous` are the orders before it, and `slopes` the slopes of the loss along it at its
+    start, by problem. Otherwise `pending` are the rounds whose gradients are averaged at the current orders. `memory`
+    is what the proposals of each problem pass from round to round, and `rate` is the learning rate of `tune`.
     """
 
     def __init__(self, method: TrustRegion, network: PrunedNetwork, run: Run) -> None:
@@ -113,7 +115,7 @@ class TrustRegionSearch(Search):
         self.mean: Gradients | None = None  # at the present orders
 
     def start(self) -> None:
-        """Start from the orders of `start`, or from the natural ones where those have the lower held-out loss."""
+        """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""
         name, network = self.method.name, self.network
         found = self.method.start.solve(network, self.run)
         loss = self.held_out_loss()
@@ -163,9 +165,9 @@ class TrustRegionSearch(Search):
         self.pending, self.slopes = values["pending"], values["slopes"]
 
     def _gradients(self) -> Gradients:
-        """The mean gradient over this round's examples and those of the rounds refused at the same orders."""
+        """Average the gradient over this round's examples and those of the rounds refused at the same orders."""
         mean = self.mean
-        for number in self.pending if mean is None else []:  # resumed: take them again
+        for number in self.pending if mean is None else []:  # after a resume they are computed again
             mean = self._gradients_of(number).averaged(mean)
         return self._gradients_of(self.done).averaged(mean)
 
@@ -173,7 +175,7 @@ class TrustRegionSearch(Search):
         return self.network.gradients(self.run.batch(number, self.method.examples), self.loss)
 
     def _move(self, gradients: Gradients) -> int:
-        """Propose new orders and keep those that lower the held-out loss; how many."""
+        """Propose new orders and keep those that lower the held-out loss; returns how many were kept."""
         before = self.network.current()
         if self.previous:
             self.damping.follow_slopes(self.slopes, self._slopes(self.previous, before, gradients))
@@ -200,7 +202,7 @@ class TrustRegionSearch(Search):
         return len(moved) if kept else 0
 
     def _tune(self) -> bool:
-        """Train the weights that stay, and keep them if the held-out loss falls; says whether."""
+        """Train the remaining weights, and keep them if the held-out loss falls; returns whether they were kept."""
         method, network = self.method, self.network
         before, first = network.weights, (self.done - 1) * method.tune
         trained = tuned(
@@ -226,7 +228,10 @@ class TrustRegionSearch(Search):
         return kept
 
     def _proposals(self, gradients: Gradients) -> dict[str, Proposal]:
-        """A proposal for each problem. All are damped more where together they foretell to gain more than there is."""
+        """Return a proposal for each problem.
+
+        If together they predict that the loss falls by more than the loss itself, they are repeated with more damping.
+        """
 
         def propose() -> dict[str, Proposal]:
             return self.network.each_problem(
@@ -257,10 +262,10 @@ class TrustRegionSearch(Search):
         return Proposal(model.order, model.change, memory)
 
     def _step(self, gradients: Gradients) -> tuple[dict[str, Proposal], dict[str, float], float]:
-        """Show proposals for all problems; returns them, their slopes by problem, and the held-out loss.
+        """Apply proposals for all problems; returns them, their slopes by problem, and the held-out loss.
 
-        Where the loss turns before a tenth of the way, and the slope at the end says so too, the models are far off.
-        Then that slope says by how much each problem is to be damped more, and new proposals are shown.
+        If the loss turns before a tenth of the step, and the slope at the end is positive too, the models are far off.
+        Then the damping of each problem is raised according to that slope, and new proposals are made and applied.
         """
         before = self.network.current()
         for attempt in range(ATTEMPTS):
@@ -282,10 +287,10 @@ class TrustRegionSearch(Search):
     def _parts(
         self, before: Orders, proposals: dict[str, Proposal], *, slope: float, loss: float
     ) -> tuple[float, list[str]]:
-        """Leave a part of the proposals shown that lowers the held-out loss; returns the loss and the part.
+        """Search a part of the proposals that lowers the held-out loss; returns the loss and the names of the problems.
 
-        `slope` is that of the loss along the step of all of them, `loss` that at its end. The network shows the last
-        part tried.
+        `slope` is the slope of the loss along the step of all proposals, and `loss` the held-out loss at its end.
+        Afterwards the network has the orders of the last part that was tried.
         """
         problems = self.network.problems
         shuffled = torch.randperm(len(problems), generator=self.run.generator(self.done, 1))
@@ -302,7 +307,10 @@ class TrustRegionSearch(Search):
         return loss, moved
 
     def _slopes(self, before: Orders, after: Orders, gradients: Gradients) -> dict[str, float]:
-        """dLoss along the step between two choices of orders, by problem (see `MaskedLayers.slope`)."""
+        """Return the slope of the loss along the step from one set of orders to another, by problem.
+
+        See `MaskedLayers.slope`.
+        """
         return self.network.each_problem(
             lambda _, problem: self.network.slope(problem, before[problem.name], after[problem.name], gradients.weight),
             None,

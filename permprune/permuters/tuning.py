@@ -1,4 +1,4 @@
-"""Training of the weights that stay, in between the rounds of a search."""
+"""Training of the remaining weights between the rounds of a search."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from permprune.permuters.base import Run
 from permprune.pruning.network import PrunedNetwork
 
 BETAS = (0.9, 0.95)
-"""Of Adam; the second as in language models, short enough for a few steps."""
+"""Adam's betas; the second is that of language models, which suits a small number of steps."""
 
 RISING = 0.25
-"""The share of the steps in which the rate rises from 0."""
+"""The share of the steps in which the learning rate rises from 0."""
 
 
 def tuned(
     network: PrunedNetwork, run: Run, loss: Loss, *, first: int, steps: int, examples: int, rate: float
 ) -> dict[str, Tensor]:
-    """The network's weights after so many steps of Adam at the masks it shows, by layer; the network keeps its own.
+    """Train the network's weights for `steps` steps of Adam at its current masks; returns them by layer.
 
-    Step i is taken on the batch `first` + i of `examples` training examples, at a rate that rises to `rate` and falls
-    to 0. Weights that the masks prune stay as they are. Moments begin anew, so that nothing but the weights has to be
-    kept between calls.
+    The network itself keeps its weights. Step i uses batch `first` + i of `examples` training examples, at a learning
+    rate that rises to `rate` and falls to 0. Pruned weights do not change. Adam's moments start from 0 in each call, so
+    that only the weights have to be saved between calls.
     """
     own = network.weights
     weights = {name: weight.clone() for name, weight in own.items()}
