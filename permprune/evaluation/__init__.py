@@ -1,1 +1,1 @@
-"""How good a model is: perplexity, accuracy, word error rate, tasks, size."""
+"""Evaluation of models: perplexity, accuracy, word error rate, tasks, and size."""

@@ -1,4 +1,4 @@
-"""How far a model says what the dense one says, where nobody knows what is right."""
+"""Agreement of a model's outputs with the dense model's, for examples without labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from permprune.system.progress import track
 
 @dataclass(frozen=True)
 class Answers:
-    """What a dense model said of this process's batches of examples, on the CPU, and how it was asked."""
+    """A dense model's outputs for this process's batches of examples, on the CPU, with their task and batch size."""
 
     task: Task
     said: list[Tensor]
@@ -28,7 +28,7 @@ class Answers:
 
 @torch.inference_mode()
 def ask(model: nn.Module, examples: Examples, batch: int = 8) -> Answers:
-    """Ask a dense model, for `agreement`; its log-probabilities are kept in fp16."""
+    """Compute a dense model's outputs for `agreement`; log-probabilities are stored in fp16."""
     examples = examples.to(compute_device(model))
     with frozen(model):
         task = choose_task(model, examples, batch)
@@ -38,11 +38,12 @@ def ask(model: nn.Module, examples: Examples, batch: int = 8) -> Answers:
 
 @torch.inference_mode()
 def agreement(model: nn.Module, examples: Examples, dense: nn.Module | Answers, *, batch: int = 8) -> list[Result]:
-    """The share of predictions that are the dense model's, and the mean KL divergence from it, in nats.
+    """Measure the share of predictions that equal the dense model's, and the mean KL divergence from it, in nats.
 
-    Predictions are those of every example, or of every token that counts. Of a model without a head it is the mean
-    squared distance of the features, as a share of their variance. `dense` is the dense model, or what `ask` gave of
-    it, where both are one model with other weights. Raises `PermpruneError` for examples that it cannot be asked about.
+    Predictions are those of every example, or of every token that is not padding. For a model without a head, the
+    result is the mean squared distance of the features, relative to their variance. `dense` is the dense model, or what
+    `ask` returned for it, if both are the same module with other weights. Raises `PermpruneError` if no task fits the
+    examples.
     """
     answers = dense if isinstance(dense, Answers) else ask(dense, examples, batch)
     device = compute_device(model)

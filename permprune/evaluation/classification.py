@@ -17,10 +17,10 @@ from permprune.system.progress import track
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Result]:
-    """The share of labels that have the largest logit, and, of more than 5 classes, that are among the largest 5.
+    """Measure the top-1 accuracy, and, with more than 5 classes, the top-5 accuracy.
 
-    The labels are classes of the examples, or of their positions, which are then what is counted. Standard errors are
-    those of a share of so many. Raises `PermpruneError` for labels that the model does not know.
+    The labels are classes of the examples or of their positions, each of which then counts as a prediction. Standard
+    errors are those of a binomial proportion. Raises `PermpruneError` for labels that the model has no logits for.
     """
     device = compute_device(model)
     first, five, count, classes = 0, 0, 0, 0
@@ -39,7 +39,7 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
 
 
 def share(task: str, metric: Metric, *, right: float, count: float) -> Result:
-    """The share that is right, of `count` predictions. Raises `PermpruneError` where there are none."""
+    """Return the share of `right` among `count` predictions. Raises `PermpruneError` if `count` is 0."""
     if not count:
         raise PermpruneError("there is nothing to count: give examples with labels")
     value = right / count

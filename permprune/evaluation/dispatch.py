@@ -1,4 +1,4 @@
-"""The metric that suits a model and its examples."""
+"""The choice of the metric for a model and its examples."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def evaluate_model(
 ) -> list[Result]:
     """Measure a model on examples; the most important result comes first.
 
-    With `dense`, the agreement with that model. Otherwise the metric follows from the model and the labels: word error
-    rate for speech, whose labels the `tokenizer` decodes; perplexity for language models; accuracy for classes;
-    correlation for scores; or the `metric` that is asked for (one of `METRICS`). `batch` examples pass through the
-    model at a time. Raises `PermpruneError` where nothing can be measured.
+    With `dense`, the agreement with that model is measured. Otherwise the metric depends on the model and the labels:
+    word error rate for speech, whose labels the `tokenizer` decodes; perplexity for language models; accuracy for
+    classes; correlation for scores; or `metric`, if it is given (one of `METRICS`). The model runs on `batch` examples
+    at a time. Raises `PermpruneError` if nothing can be measured.
     """
     require("batch", batch, Count)
     labels = examples.get("labels")
@@ -57,5 +57,5 @@ def evaluate_model(
 
 
 def knows_right(model: nn.Module, examples: Examples) -> bool:
-    """Whether the examples themselves say what is right: by labels, or by the tokens that follow."""
+    """Whether the examples have targets: labels, or the next tokens of text for a causal language model."""
     return "labels" in examples or (writes(model) and "input_ids" in examples)

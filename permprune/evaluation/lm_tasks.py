@@ -1,4 +1,4 @@
-"""Tasks that models which write text are compared on, through lm-eval, and WikiText-2 as pruning papers measure it."""
+"""Tasks for causal language models, through lm-eval, and WikiText-2 perplexity as pruning papers measure it."""
 
 from __future__ import annotations
 
@@ -30,29 +30,30 @@ from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console
 
 WIKITEXT = "wikitext2"
-"""The task that is permprune's own."""
+"""The task that permprune implements itself."""
 
 WINDOW = 2048
-"""Tokens in a window of WikiText-2, or as many as the model can read."""
+"""Number of tokens in a window of WikiText-2, or fewer if the model can read fewer."""
 
 LOCAL = Path(__file__).parent / "local_tasks"
-"""lm-eval's own tasks for local files; lm-eval by hand takes the folder as --include_path."""
+"""lm-eval's tasks, reading local files; the folder can also be given to lm-eval itself as --include_path."""
 
 BATCH = 4
-"""Prompts at a time."""
+"""Number of prompts that run at a time."""
 
 _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
-"""What a file's name has and a task's has not."""
+"""Matches file names; the names of tasks have no path separator and do not end in .yaml."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskList:
-    """Tasks by name: "wikitext2", and whatever lm-eval knows; and tasks or groups of `files`.
+    """Tasks by name, which are "wikitext2" and all tasks of lm-eval, and tasks or groups that `files` define.
 
-    Files are lm-eval's YAML; the code that they name by `!function` or `class` is run. With a folder `data`, laid out
-    as docs/tasks.md says, the tasks of `permprune.data.benchmarks` and "wikitext2" come from there. `limit` bounds the
-    examples of each task (of "wikitext2" the windows); `few_shot` examples stand in each prompt, None for as many as
-    the task says, which mostly is none. Raises `PermpruneError` for numbers out of range.
+    `files` are in lm-eval's YAML; the code that they refer to by `!function` or `class` is run. With a folder `data`,
+    laid out as docs/tasks.md describes, the tasks of `permprune.data.benchmarks` and "wikitext2" are read from there.
+    `limit` bounds the number of examples of each task (of windows for "wikitext2"). `few_shot` is the number of solved
+    examples in each prompt; None takes the number that each task defines, usually 0. Raises `PermpruneError` for
+    numbers out of range.
     """
 
     names: tuple[str, ...]
@@ -66,7 +67,7 @@ class TaskList:
         require_fields(self)
 
     def load(self) -> LoadedTasks:
-        """The tasks with their data. Raises `PermpruneError` where lm-eval, a task or its data is missing."""
+        """Load the tasks with their data. Raises `PermpruneError` if lm-eval, a task or its data is missing."""
         self._check_names()
         if self.data is not None and not Path(self.data).is_dir():
             raise PermpruneError(f"there is no folder {self.data}: tasks take a folder laid out as docs/tasks.md says")
@@ -87,7 +88,7 @@ class TaskList:
             raise PermpruneError(f"there is no task file {missing}: give lm-eval's YAML of a task or a group")
 
     def _load(self, names: list[str]) -> list[Any]:
-        """lm-eval's tasks of these names and of the files."""
+        """Load lm-eval's tasks of these names and of the files."""
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -95,7 +96,7 @@ class TaskList:
         local = self.data is not None
         own = (
             set(names) <= SOURCES.keys() if local else not names
-        )  # lm-eval takes half a minute to list all that it has
+        )  # without `own` lm-eval lists all its tasks, which takes half a minute
         try:
             with _quiet():
                 manager = TaskManager(
@@ -103,7 +104,7 @@ class TaskList:
                     include_defaults=not own or any(map(_is_group, self.files)),
                     metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
                 )
-                if unknown := [name for name in names if name not in manager.all_tasks]:  # it would try them as paths
+                if unknown := [name for name in names if name not in manager.all_tasks]:  # else taken as paths
                     raise PermpruneError(
                         f"{', '.join(unknown)}: lm-eval has no such task; `lm_eval ls tasks` lists them"
                     )
@@ -120,17 +121,17 @@ class TaskList:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedTasks:
-    """What `TaskList.load` gives: the text of WikiText-2 if it is among them, and lm-eval's tasks."""
+    """The result of `TaskList.load`: lm-eval's tasks, and the text of WikiText-2 if it is one of the tasks."""
 
     chosen: TaskList
     text: str | None
     tasks: list[Any]
 
     def __call__(self, model: PreTrainedModel, processor: Processor | None) -> list[Result]:
-        """What the model scores on each task by each of its metrics.
+        """Evaluate the model on each task; returns a result for each of its metrics.
 
-        The model's mode and weights are as before afterwards. Raises `PermpruneError` for a model that does not write
-        text.
+        The model's weights and its training mode are left as they were. Raises `PermpruneError` unless it is a causal
+        language model.
         """
         if not writes(model):
             raise PermpruneError(f"a {type(model).__name__} writes no text, which tasks need: give sentences as --data")
@@ -157,10 +158,11 @@ class LoadedTasks:
 def evaluate_tasks(
     model: ModelSource, tasks: TaskList, processor: Processor | None = None, *, trust_remote_code: bool = False
 ) -> list[Result]:
-    """What a model scores on tasks, by each metric; at last the average if there are several.
+    """Evaluate a model on tasks; returns a result for each task and metric.
 
-    `model` is a name, a folder, or a model in memory with its `processor`; `trust_remote_code` is as that of
-    `read_model`. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`; `trust_remote_code` is that of `read_model`.
+    With several tasks, the last result is their mean accuracy. Raises `PermpruneError` if the model or a task cannot be
+    loaded or run.
     """
     measure = tasks.load()
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
@@ -170,7 +172,7 @@ def evaluate_tasks(
 
 
 def average(results: Sequence[Result]) -> Result | None:
-    """The mean accuracy ("acc") of tasks, which all weigh the same, and its standard error; None where none has one."""
+    """Return the unweighted mean accuracy ("acc") of tasks and its standard error; None if no task has an accuracy."""
     own = [result for result in results if result.metric == TASK_ACCURACY]
     if not own:
         return None
@@ -181,17 +183,20 @@ def average(results: Sequence[Result]) -> Result | None:
 
 
 def task_figures(results: Sequence[Result]) -> dict[str, Any]:
-    """For a row of figures: the "tasks", and their mean accuracy as "score" and "score_stderr"; {} for no results."""
+    """Return entries for a row of figures: "tasks", and their mean accuracy as "score" and "score_stderr".
+
+    Without results this is {}.
+    """
     mean = average(results)
     score = {} if mean is None else {"score": mean.value, "score_stderr": mean.stderr}
     return {**score, "tasks": [result.to_json() for result in results]} if results else {}
 
 
 def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    """A text in windows that do not overlap, int64 (count, length), as GPTQ, SparseGPT and Wanda cut it.
+    """Split a text into windows that do not overlap, int64 (count, length), as GPTQ, SparseGPT and Wanda do.
 
-    The tokenizer is given the whole of it as it is, so that its special tokens, if it adds any, stand once at the
-    beginning; what the last window leaves over is not used. Raises `PermpruneError` for a text that fills no window.
+    The text is tokenised as a whole, so that special tokens, if the tokenizer adds any, occur only once, at the
+    beginning. Tokens after the last full window are dropped. Raises `PermpruneError` for a text shorter than a window.
     """
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     count = len(ids) // length
@@ -201,17 +206,17 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
 
 
 def _is_group(file: str) -> bool:
-    """Whether a task file groups other tasks, which it may name."""
+    """Whether a task file defines a group, which may contain other tasks by name."""
     return re.search(r"^group\s*:", read_text(Path(file)), re.MULTILINE) is not None
 
 
 def _reach(model: PreTrainedModel) -> int:
-    """Tokens that a model can read at once."""
+    """Return the largest number of tokens that a model can read at once."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
 
 
 def _results(task: str, found: Mapping[str, Any]) -> Iterator[Result]:
-    """The metrics of a task among what lm-eval returns.
+    """Yield the metrics of a task in what lm-eval returns.
 
     The keys of its figures are "metric,filter" and "metric_stderr,filter".
     """
@@ -228,9 +233,10 @@ def _results(task: str, found: Mapping[str, Any]) -> Iterator[Result]:
 
 
 def _with_shots(task: Any, few_shot: int | None) -> Any:
-    """An lm-eval task with so many solved examples in each prompt, and its own seed; as its command line decides.
+    """Set the number of solved examples in each prompt of an lm-eval task, and their seed; returns the task.
 
-    A task that is defined with none keeps none; by default there are as many as the task is defined with.
+    As on lm-eval's command line, a task that is defined with 0 examples keeps 0, and None stands for the number that
+    the task is defined with.
     """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
@@ -242,7 +248,7 @@ def _with_shots(task: Any, few_shot: int | None) -> Any:
 
 
 def _reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The model as lm-eval asks it, `BATCH` prompts at a time, without progress bars."""
+    """Wrap the model for lm-eval, with `BATCH` prompts at a time and without progress bars."""
     from lm_eval.models.huggingface import HFLM
 
     class Reader(HFLM):  # type: ignore[misc]
@@ -266,7 +272,10 @@ def _reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, lm-eval logs errors alone, and a status line stands for its progress bars, which know no terminal."""
+    """A context in which lm-eval logs only errors, and a status line replaces its progress bars.
+
+    lm-eval would draw them even if stderr is not a terminal.
+    """
     log = logging.getLogger("lm_eval")
     before = log.level
     log.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The metrics of classes and scores, from what a model says of single examples."""
+"""Metrics of classification and regression, from a model's predictions for single examples."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from permprune.system.device import compute_device
 from permprune.system.progress import track
 
 RESAMPLES = 500
-"""Draws of the bootstrap."""
+"""Number of resamples of the bootstrap."""
 
 
 @dataclass(frozen=True)
 class LabelMetric:
-    """A metric of numpy arrays (count,), as `measure(right, said)`: of classes, or of `scores`."""
+    """A metric, `measure(targets, predictions)`, of numpy arrays (count,): of classes, or of numbers if `scores`."""
 
     metric: Metric
     measure: Callable[[Any, Any], float]
@@ -66,18 +66,18 @@ METRICS: Mapping[str, LabelMetric] = {
     "pearson": LabelMetric(PEARSON, _pearson, scores=True),
     "spearman": LabelMetric(SPEARMAN, _spearman, scores=True),
 }
-"""Of classes, beside the accuracy, and of scores; by the names that `--metric` takes.
+"""The metrics of classes, besides accuracy, and of scores, by the names that `--metric` takes.
 
-F1 is that of class 1 where there are two classes, and else the mean over the classes. A correlation with what never
-varies counts as 0.
+F1 is that of class 1 if there are two classes, and otherwise the mean over the classes. A correlation with a constant
+counts as 0.
 """
 
 
 def measure_labels(model: nn.Module, examples: Examples, metric: str | None = None, *, batch: int = 32) -> list[Result]:
-    """What a model that gives one class or score an example scores by `metric`; of scores by the others as well.
+    """Measure a model that predicts one class or one score for each example by `metric`, one of `METRICS`.
 
-    Scores have the Pearson correlation by default. The standard errors are those of a bootstrap of the examples, always
-    the same. Raises `PermpruneError` for a metric of another kind than the labels.
+    For scores the default is the Pearson correlation, and the other metrics of scores follow. The standard errors come
+    from a bootstrap over the examples with a fixed seed. Raises `PermpruneError` if the metric does not fit the labels.
     """
     labels = examples["labels"]
     scores = labels.is_floating_point()
@@ -96,7 +96,7 @@ def measure_labels(model: nn.Module, examples: Examples, metric: str | None = No
 
 @torch.inference_mode()
 def _said(model: nn.Module, examples: Examples, scores: bool, batch: int) -> tuple[Tensor, Tensor]:
-    """The right classes or scores, and those the model gives: fp64 (count,)."""
+    """Return the target classes or scores, and the predicted ones: both fp64 (count,)."""
     device = compute_device(model)
     right, said = examples["labels"].cpu().double(), torch.zeros(len(examples), dtype=torch.float64)
     with frozen(model):

@@ -17,17 +17,18 @@ from permprune.system.device import compute_device
 from permprune.system.progress import track
 
 CHUNK = 256
-"""Tokens whose logits are held in fp32 at a time."""
+"""Number of tokens whose logits are held in fp32 at a time."""
 
 
 @torch.inference_mode()
 def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> Result:
-    """exp of the mean negative log-likelihood of each window's tokens after the first, or of the labels of a decoder.
+    """Measure the perplexity: exp of the mean negative log-likelihood of tokens.
 
-    `windows` are token ids, int64 (count, length), length >= 2, or `Examples`; each is predicted apart from the
-    others, and all tokens weigh the same, but padding nothing. The loss is taken in fp32. The standard error is the
-    windows' by the delta method, ppl * std(window NLL) / sqrt(count), absent for one window. The model's mode is as
-    before afterwards. Raises `PermpruneError` when a loss is not finite, or no token counts.
+    `windows` are token ids, int64 (count, length) with length >= 2, or `Examples`. Each window is predicted
+    independently of the others, from its second token on; of a model with a decoder the labels are predicted. All
+    tokens have the same weight, and padding is left out. The loss is computed in fp32. The standard error is that over
+    windows by the delta method, ppl * std(window NLL) / sqrt(count), and None for a single window. The model's training
+    mode is left as it was. Raises `PermpruneError` if a loss is not finite, or if there is no token to predict.
     """
     require("batch", batch, Count)
     examples = Examples.of(windows)
@@ -57,7 +58,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:
-    """Cross-entropy of (tokens, vocabulary) logits, summed in fp64 over chunks."""
+    """Cross-entropy of (tokens, vocabulary) logits, in fp32 within chunks and summed in fp64."""
     chunks = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
     return sum(
         F.cross_entropy(own.float(), tokens, reduction="sum", ignore_index=IGNORED).item() for own, tokens in chunks

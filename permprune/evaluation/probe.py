@@ -1,4 +1,4 @@
-"""A linear probe: a classifier on frozen features, which shows what they tell."""
+"""A linear probe: a classifier on frozen features, which measures the information they contain."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from permprune.system.device import compute_device
 from permprune.system.progress import log, track
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Weights of the squared norm beside the mean cross-entropy, for standardised features."""
+"""Weights of the L2 penalty that are tried; the mean cross-entropy has weight 1, and features are standardised."""
 
 NEVER = -1e4
-"""The logit of a class that no example has; finite, so that the checkpoint is, and within fp16."""
+"""The logit of a class without examples; finite, so that the checkpoint has no infinities, and in the range of fp16."""
 
 HELD_OUT = 0.2
-"""The share of the examples on which the penalty is chosen."""
+"""The share of the examples that is held out to choose the penalty."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A model with a fitted classifier, its accuracy on the held-out part before the last fit, and the penalty."""
+    """A model with a fitted classifier, and the penalty; `result` is the held-out accuracy before the final fit."""
 
     model: PreTrainedModel
     result: Result
@@ -46,12 +46,12 @@ class Probe:
 
 
 def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, seed: int = 0) -> Probe:
-    """Fit the linear layer that gives a model's logits, by multinomial logistic regression with an L2 penalty.
+    """Fit the linear layer that computes a model's logits, by multinomial logistic regression with an L2 penalty.
 
-    `examples` have "labels" (count,), classes from 0 on. A model that has such a layer keeps its other weights and is
-    changed in place; one without a head is given that of its kind for images or sentences, and shares its weights with
-    the model returned. Which examples are held out depends on `seed`. Raises `PermpruneError` where there is no such
-    head, or where the labels are no classes of single examples.
+    `examples` have "labels" (count,), classes from 0 on. If the model has such a layer, that layer is changed in place.
+    A model without a head gets the head of Transformers for images or sentences, and shares its weights with the model
+    that is returned. `seed` determines which examples are held out to choose the penalty; the final fit uses all
+    examples. Raises `PermpruneError` if there is no such head, or if the labels are not classes of single examples.
     """
     require("batch", batch, Count)
     require("seed", seed, Seed)
@@ -80,10 +80,10 @@ def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, se
 
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight (classes, features) and bias (classes,) that minimise mean cross-entropy + penalty / 2 * |weight|^2.
+    """Return the weight (classes, features) and bias (classes,) of least mean cross-entropy + penalty / 2 * |weight|^2.
 
-    `x` is fp64 (count, features), `y` int64 (count,). The penalty is on the weight for features that are standardised.
-    A class that has no example is never predicted.
+    `x` is fp64 (count, features), `y` is int64 (count,). The penalty applies to the weight for standardised features;
+    the returned weight is for `x` itself. A class without examples is never predicted.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -94,7 +94,7 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> t
     bias = torch.full((classes,), NEVER, dtype=x.dtype)
     present = y.unique()
     if len(present) > 1:
-        two = len(present) == 2  # scikit-learn fits their difference alone, which has twice the squared norm of both
+        two = len(present) == 2  # scikit-learn fits the rows' difference, whose squared norm is twice that of both
         solver = LogisticRegression(C=(1 + two) / (penalty * len(y)), tol=1e-8, max_iter=10_000)
         solver.fit(standard, y.numpy())
         rows, offsets = torch.from_numpy(solver.coef_), torch.from_numpy(solver.intercept_)
@@ -108,12 +108,11 @@ def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> t
 
 
 def with_head(model: PreTrainedModel, classes: Sequence[str]) -> PreTrainedModel:
-    """A classifier of these classes around a model without a head, whose weights it shares; another model as it is.
+    """Return a classifier of these classes with the weights of a model without a head; a model with a head as it is.
 
-    It reorders channels at run time as the model does.
-
-    Either way the configuration names the classes. The head is that of Transformers for images or sentences. Raises
-    `PermpruneError` where it has none for such a model.
+    The classifier shares the model's weights, and its gathers in gather mode; its head is that of Transformers for
+    images or sentences. In both cases the configuration gets the names of the classes. Raises `PermpruneError` if
+    Transformers has no head for such a model.
     """
     names = dict(enumerate(classes))
     if "labels" not in argument_names(model):
@@ -141,7 +140,7 @@ def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
 
 
 def _mapped(config: PreTrainedConfig, kind: Any) -> PreTrainedConfig:
-    """A copy of the config that this kind of model takes: itself, or of the model that such a one is a part of."""
+    """Return a config that models of this kind accept: a copy of `config`, or one of a model with it as a part."""
     known = kind._model_mapping.keys()
     if type(config) in known:
         return type(config).from_dict(config.to_dict())
@@ -157,7 +156,7 @@ def _mapped(config: PreTrainedConfig, kind: Any) -> PreTrainedConfig:
 
 @torch.no_grad()
 def _head_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> tuple[str, Tensor]:
-    """The name of the linear layer that gives the logits, and what it reads, fp32 (count, features) on the CPU."""
+    """Return the name of the linear layer that computes the logits, and its inputs, fp32 (count, features) on CPU."""
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles = [
         module.register_forward_hook(lambda _, args, output, name=name: calls.append((name, args[0], output)))
@@ -183,12 +182,12 @@ def _head_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> tupl
 
 
 def _resized(model: PreTrainedModel, name: str, classes: int) -> nn.Linear:
-    """The layer of that name with so many rows; the model's configuration goes along."""
+    """Replace the layer `name` by one with `classes` rows, update the model's configuration, and return the layer."""
     old = model.get_submodule(name)
     assert isinstance(old, nn.Linear)
     place = {"device": old.weight.device, "dtype": old.weight.dtype}
     head: nn.Linear = nn.utils.skip_init(nn.Linear, old.in_features, classes, **place)
     model.set_submodule(name, head)
     model.config.num_labels = classes
-    vars(model)["num_labels"] = classes  # what a head's own loss goes by
+    vars(model)["num_labels"] = classes  # read by the loss of Transformers' heads
     return head

@@ -1,4 +1,4 @@
-"""What every evaluation gives: values of metrics."""
+"""The results of evaluations: values of metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured, by the name that tables and files call it, and which way is better."""
+    """A metric: its name in tables and files, and whether higher values are better."""
 
     name: str
     higher_is_better: bool
@@ -53,9 +53,9 @@ METRICS = {
 
 
 def metric_named(name: str) -> Metric:
-    """The metric that a file calls so.
+    """Return the metric of a name that was read from a file.
 
-    A name that no release of permprune has written counts as that of an error: lower is better.
+    An unknown name, which no release of permprune has written, is treated as an error measure: lower is better.
     """
     return METRICS.get(name) or Metric(name, higher_is_better=False)
 
@@ -73,15 +73,15 @@ class Result:
     unit: str = "examples"
 
     def to_json(self) -> dict[str, str | float | int | None]:
-        """The fields, ready for `json.dumps`; the metric goes by its name, the count by its unit."""
+        """Return the fields, ready for `json.dumps`: the metric by its name, the count under the name of its unit."""
         fields = {name: value for name, value in asdict(self).items() if name not in ("count", "unit")}
         return {**fields, "metric": self.metric.name, self.unit: self.count}
 
 
 def gap_closed(value: float, dense: float, none: float, *, metric: Metric = PERPLEXITY) -> float | None:
-    """Share of the gap between the dense and the plainly pruned model, of perplexities in their logarithm.
+    """Return the share of the gap between the model pruned in natural order (`none`) and the dense one that is closed.
 
-    None where there is no gap.
+    The gap between perplexities is that of their logarithms. Returns None if there is no gap.
     """
     if metric == PERPLEXITY:
         value, dense, none = math.log(value), math.log(dense), math.log(none)

@@ -1,4 +1,4 @@
-"""What a pruned model takes in memory, in theory."""
+"""The theoretical size of a pruned model in memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from permprune.models.layers import Layer
 from permprune.pattern import Pattern
 
 VALUE_BITS = 16
-"""Bits of a weight, pruned or not, as models are served."""
+"""Bits of each stored weight, as in models that are served."""
 
 
 def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Bytes of a checkpoint with the model's parameters in `dtype`, by default each in its own."""
+    """Return the bytes of a checkpoint with the model's parameters in `dtype`, by default each in its own type."""
     return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in model.parameters())
 
 
 def index_bits(pattern: Pattern) -> int:
-    """Bits that say which n of a group's m weights are kept: ceil(log2 binom(m, n)).
+    """Return the bits that encode which n of a group's m weights are kept: ceil(log2 binom(m, n)).
 
-    Of 2:4 four, not three: hardware stores 2 bits for each kept weight (Mishra et al. 2021, arXiv 2104.08378).
+    For 2:4 this is 4, not 3: hardware stores 2 bits for each kept weight (Mishra et al. 2021, arXiv 2104.08378).
     """
     if pattern == Pattern(2, 4):
         return 4
@@ -31,9 +31,10 @@ def index_bits(pattern: Pattern) -> int:
 
 
 def model_bytes(model: nn.Module, layers: Iterable[Layer], patterns: Mapping[str, Pattern]) -> float:
-    """Bytes of a model with `VALUE_BITS` a weight, whose `layers` hold the kept weights of their patterns and an index.
+    """Return the bytes of a model whose `layers` store only the kept weights of their patterns and an index.
 
-    A group of m weights takes n * 16 + `index_bits` bits. Layers without a pattern are dense.
+    Each stored weight takes `VALUE_BITS` bits, and a group of m weights n * `VALUE_BITS` + `index_bits` bits. Layers
+    without a pattern are dense.
     """
     bits = float(VALUE_BITS * sum(parameter.numel() for parameter in model.parameters()))
     for layer in layers:

@@ -1,4 +1,4 @@
-"""Word error rate of a model that writes down speech."""
+"""Word error rate of a speech recognition model."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from permprune.system.progress import track
 def word_error_rate(
     model: nn.Module, examples: Examples, tokenizer: PreTrainedTokenizerBase, *, batch: int = 8
 ) -> Result:
-    """Words that are wrong, missing or too many, per word of the transcripts, which are the examples' "labels".
+    """Measure the wrong, missing and extra words per word of the transcripts, which are the examples' "labels".
 
-    The model decodes greedily, at most twice as many tokens as the longest transcript has. Both texts pass through
-    the tokenizer's own normaliser, or else lose case and punctuation. The standard error is the utterances' by the
-    delta method, absent for one. Raises `PermpruneError` where the transcripts have no words.
+    The model decodes greedily, at most twice as many tokens as the longest transcript has. Both texts are normalised by
+    the tokenizer's own normaliser, or else lose case and punctuation. The standard error is that over utterances by the
+    delta method, and None for a single one. Raises `PermpruneError` if the transcripts have no words.
     """
     device = compute_device(model)
     wrong, words = torch.zeros(2, len(examples), dtype=torch.float64)
@@ -51,7 +51,7 @@ def word_error_rate(
 
 
 def _errors(right: str, own: str) -> tuple[int, int]:
-    """(words of `own` that are wrong, missing or too many, words of `right`)."""
+    """Return (wrong, missing and extra words of `own`, all words of `right`)."""
     if not right:
         return len(own.split()), 0
     found = jiwer.process_words(right, own)
@@ -59,7 +59,7 @@ def _errors(right: str, own: str) -> tuple[int, int]:
 
 
 def _texts(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Token ids (batch, length) as normalised text."""
+    """Decode token ids (batch, length) to normalised text."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts = tokenizer.batch_decode(ids.masked_fill(ids == IGNORED, pad or 0), skip_special_tokens=True)
     return [_normalise(text, tokenizer) for text in texts]
@@ -75,6 +75,6 @@ def _normalise(text: str, tokenizer: Any) -> str:
 
 @cache
 def _plain() -> jiwer.Compose:
-    """Removes case and punctuation; listing all punctuation takes a while, so not until it is asked for."""
+    """A transform that removes case and punctuation; built on first use, as listing all punctuation takes a while."""
     steps = [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
     return jiwer.Compose(steps)
