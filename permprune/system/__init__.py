@@ -1,1 +1,1 @@
-"""Files, devices, memory, processes and progress: what is not about models."""
+"""Files, devices, memory, processes and progress: everything that is not specific to pruning."""

@@ -1,4 +1,4 @@
-"""Where models run, and the activation type that runs fastest there."""
+"""The device on which models run, and the activation type that is fastest on it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from torch import nn
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """The activation type in which this device multiplies fastest without loss scaling: bf16 or fp32."""
+    """Return the activation type with the fastest products on this device that needs no loss scaling: bf16 or fp32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    probe = getattr(torch.cpu, "get_capabilities", dict)  # newer releases of torch
+    probe = getattr(torch.cpu, "get_capabilities", dict)  # only in newer releases of torch
     capabilities: dict[str, object] = probe() if device.type == "cpu" else {}
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """A context in which activations on this device have this type."""
+    """Return a context in which activations on this device have this type."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Where a model runs: where its weights lie, or the best device where they are read layer by layer."""
+    """Return the device on which a model runs: that of its weights, or the best one if they are read layer by layer."""
     device = next(model.parameters()).device
     return best_device() if device.type == "meta" else device

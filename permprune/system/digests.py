@@ -1,4 +1,4 @@
-"""Digests of what a search depends on: a state is gone on from only where they are the same."""
+"""Digests of what a search depends on; a saved state is resumed only if they are the same."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 BLOCKS, BLOCK = 64, 1024
-"""Of a tensor with more elements than their product so many blocks of so many neighbours are read, evenly spaced."""
+"""Of a tensor with more elements than their product, `BLOCKS` evenly spaced runs of `BLOCK` elements are read."""
 
 CONFIG, WEIGHTS, CALIBRATION = "model config", "model weights", "calibration examples"
 """Names of digests among the settings that a state depends on."""
 
 MOVING = ("_name_or_path", "transformers_version")
-"""Entries of a config that say where it comes from."""
+"""Entries of a config that describe its origin, not the model."""
 
 
 def versions() -> dict[str, str]:
-    """Those of the packages on which the numbers depend."""
+    """Return the versions of the packages that results depend on."""
     return {f"{name} version": importlib.metadata.version(name) for name in ("permprune", "torch", "transformers")}
 
 
 def model_digests(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """Of a model: its class and config, and its named weights, of which large ones are sampled (`BLOCKS`)."""
+    """Return digests of a model's class and config, and of its named weights; large weights are sampled (`BLOCKS`)."""
     config = {"class": type(model).__name__, **model.config.to_dict()}
     text = json.dumps(_still(config), sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -36,7 +36,7 @@ def model_digests(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]])
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Of the names, types, shapes and values of tensors, on whichever device they are."""
+    """Return a digest of the names, types, shapes and values of tensors, on any device."""
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -45,7 +45,7 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """All elements of a small tensor, and blocks of a large one; the shape, which counts as well, comes first."""
+    """Return all elements of a small tensor, or blocks of a large one, flattened."""
     flat = tensor.detach().flatten()
     if len(flat) > BLOCKS * BLOCK:
         starts = [(len(flat) - BLOCK) * i // (BLOCKS - 1) for i in range(BLOCKS)]
@@ -54,7 +54,7 @@ def _sampled(tensor: Tensor) -> Tensor:
 
 
 def _still(value: Any) -> Any:
-    """A config without the entries that change when a checkpoint is moved."""
+    """Return a config without the entries that change when a checkpoint is moved."""
     if isinstance(value, dict):
         return {str(key): _still(item) for key, item in value.items() if key not in MOVING}
     return [_still(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,10 +1,10 @@
-"""Work shared among the processes that `torchrun` starts, and among the threads of each.
+"""Distribution of work over the processes that `torchrun` starts, and over the threads of each process.
 
-Alone, all but `each` does nothing.
+In a single process everything except `each` is a no-op.
 
-Calibration batches and problems are dealt to the ranks in turn and the results are brought together, so that every
-rank holds the same orders. Sums over batches are those of one process to the last bit where their order does not
-matter, as for the two batches of a round on two ranks.
+Calibration batches and problems are distributed over the ranks in turn and the results are combined, so that every rank
+has the same orders. Sums over batches equal those of a single process to the last bit if the order of summation does
+not matter, as for the two batches of a round on two ranks.
 """
 
 from __future__ import annotations
@@ -27,16 +27,18 @@ R = TypeVar("R")
 
 
 def rank() -> int:
+    """Return the rank of this process; 0 for a single process."""
     return dist.get_rank() if _running() else 0
 
 
 def world() -> int:
+    """Return the number of processes."""
     return dist.get_world_size() if _running() else 1
 
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the other ranks where `torchrun` started this process: over NCCL where there are GPUs, else gloo."""
+    """A context that joins the other ranks if `torchrun` started this process, with NCCL if there are GPUs, or gloo."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or _running():
         yield
         return
@@ -52,7 +54,7 @@ def processes() -> Iterator[None]:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """The items of this rank: every `world`-th, from its own number on."""
+    """Return the items of this rank: every `world()`-th one, starting with item `rank()`."""
     return items[rank() :: world()]
 
 
@@ -64,7 +66,7 @@ def add_(tensors: Sequence[Tensor]) -> None:
 
 
 def total(*numbers: float) -> tuple[float, ...]:
-    """The sums over the ranks."""
+    """Return the sum of each number over the ranks."""
     if not _running():
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64)
@@ -73,12 +75,12 @@ def total(*numbers: float) -> tuple[float, ...]:
 
 
 def mean(number: float) -> float:
-    """The mean over the ranks, so that all go by one clock."""
+    """Return the mean over the ranks, for instance of times, so that all ranks use the same one."""
     return total(number)[0] / world()
 
 
 def merge(found: dict[str, T]) -> dict[str, T]:
-    """The union of the ranks' dicts, which hold objects that pickle, tensors on the CPU among them."""
+    """Return the union of the ranks' dicts; their values must be picklable, and tensors on the CPU."""
     if not _running():
         return found
     parts: list[Any] = [None] * world()
@@ -87,16 +89,16 @@ def merge(found: dict[str, T]) -> dict[str, T]:
 
 
 def common(items: Iterable[str]) -> set[str]:
-    """The items that every rank has."""
+    """Return the items that every rank has."""
     return set.intersection(*merge({str(rank()): set(items)}).values())
 
 
 def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -> Iterator[R]:
-    """The function of each item, in order.
+    """Yield the function's result for each item, in order.
 
-    On a CPU as many are worked on at a time as torch has threads, with one thread for each: small operations go faster
-    side by side than one after another on all threads. The function must not change what the others read. Threads do
-    not reuse what others have freed: it is released before they begin and when they have ended.
+    On a CPU as many items are processed at a time as torch has threads, each by one thread: small operations are faster
+    side by side than one after another on all threads. Calls must not change what other calls read. Threads do not
+    reuse memory that other threads have freed, so freed memory is released before they start and after they end.
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     if threads == 1:
@@ -114,7 +116,7 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -
 
 
 def on_first(function: Callable[[], R]) -> R:
-    """What the function returns on the first rank, or the `PermpruneError` that it raises there, on every rank."""
+    """Call the function on the first rank only, and return its result, or raise its `PermpruneError`, on every rank."""
     if not _running():
         return function()
     answer: list[Any] = [None, None]
@@ -131,7 +133,7 @@ def on_first(function: Callable[[], R]) -> R:
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Wait until every rank has made this call."""
     if _running():
         dist.barrier()
 

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writing of files and folders, and the work folders of runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from permprune.errors import PermpruneError
 from permprune.system import distributed
 
 MARKER, LOCK, SCRATCH = ".permprune", ".lock", "scratch"
-"""Names in a work folder: the file that says it is ours, the lock, and the subfolder that no run needs from another."""
+"""Names in a work folder: the file that marks it as permprune's, the lock, and the subfolder of temporary files."""
 
 PREFIX = ".permprune-"
-"""What the names of temporary folders begin with."""
+"""The prefix of the names of temporary folders."""
 
 ADVICE = "free space, or choose another place"
 
 
 class WriteError(PermpruneError):
-    """What the system refused to write, and its `reason`."""
+    """Raised if a path cannot be written; `reason` is that of the operating system."""
 
     def __init__(self, path: Path, reason: str, advice: str) -> None:
         super().__init__(f"cannot write {path}: {reason}; {advice}")
@@ -37,10 +37,10 @@ class WriteError(PermpruneError):
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file and rename it to `path`: readers see all of it or nothing.
+    """Call `write` with a temporary path, and rename the result to `path`, so that readers see all of it or nothing.
 
-    A symbolic link at `path` is replaced, not followed. Raises `PermpruneError` when it cannot be written (a full disk,
-    a missing permission, something there that is no file).
+    A symbolic link at `path` is replaced, not followed. Raises `PermpruneError` if it cannot be written (a full disk, a
+    missing permission, a folder or device at `path`).
     """
     with _reported(path):
         _require_file(path)
@@ -52,21 +52,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, infinities and NaN as null. Raises `PermpruneError`."""
+    """Write a value as JSON, infinities and NaN as null. Raises `PermpruneError` if it cannot be written."""
     text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_sealed(path: Path, value: object) -> None:
-    """Write a value as JSON with a digest of it. Raises `PermpruneError`."""
+    """Write a value as JSON together with its digest. Raises `PermpruneError` if it cannot be written."""
     plain = json.loads(json.dumps(_finite(value)))
     write_json(path, {"digest": _seal(plain), "value": plain})
 
 
 def read_sealed(path: Path, advice: str) -> Any:
-    """What `write_sealed` wrote, infinities and NaN as None.
+    """Read what `write_sealed` wrote; infinities and NaN are None.
 
-    Raises `PermpruneError` if it is not that any more, ending in `advice`.
+    Raises `PermpruneError`, with a message that ends in `advice`, if the file is missing or damaged.
     """
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
@@ -79,10 +79,10 @@ def read_sealed(path: Path, advice: str) -> Any:
 
 @contextmanager
 def atomic_folder(out: Path, within: Path | None = None, advice: str = ADVICE) -> Iterator[Path]:
-    """A new folder to fill: it becomes `out` at the end of the block, and is removed if the block raises.
+    """A context that yields a new folder to fill; it is renamed to `out` at the end, or removed if the context raises.
 
-    Until then it lies in `within`, which must be on the same disk; beside `out` by default. Raises `PermpruneError` if
-    `out` exists or cannot be written, ending in `advice`.
+    Until then the folder is in `within`, which must be on the same disk, or by default beside `out`. Raises
+    `PermpruneError` if `out` exists, or, with a message that ends in `advice`, if it cannot be written.
     """
     require_absent(out)
     with _reported(out, advice), tempfile.TemporaryDirectory(prefix=PREFIX, dir=within or out.parent) as private:
@@ -93,9 +93,9 @@ def atomic_folder(out: Path, within: Path | None = None, advice: str = ADVICE) -
 
 
 class WorkFolder:
-    """The folder `OUT.partial`, in which a run that writes `out` keeps what it should not have to find twice.
+    """The folder `OUT.partial`, in which a run that writes `out` saves its state, so that it can be resumed.
 
-    `scratch` is a subfolder for files that are of no use to a later run.
+    `scratch` is a subfolder for temporary files, which a later run does not use.
     """
 
     def __init__(self, out: Path) -> None:
@@ -104,17 +104,18 @@ class WorkFolder:
         self.scratch = self.path / SCRATCH
 
     def holds_state(self) -> bool:
-        """Whether a run left anything here that `--resume` can go on from."""
+        """Whether the folder has a state from which `--resume` can continue."""
         return self.path.is_dir() and bool(self._entries() - {MARKER, LOCK, SCRATCH})
 
     @contextmanager
     def held(self, job: str, resume: bool) -> Iterator[WorkFolder]:
-        """Make the folder, or take up one of an interrupted `job` ("prune"), and keep other runs out of it.
+        """A context that creates the folder, or takes over that of an interrupted run, and locks it.
 
-        At the end of the block the folder is removed; if the block raises it stays, unless it holds no state. Under
-        `torchrun` the first rank does all this for the others. Raises `PermpruneError` if another run holds the folder,
-        if it holds files of somebody else or of another job, or the state of an interrupted run without `resume`; and
-        as `require_absent` and `require_writable` do.
+        `job` is the name of the command, such as "prune". At the end the folder is removed; if the context raises, a
+        folder with a state is kept. Under `torchrun` the first rank does all this for the others. Raises
+        `PermpruneError` if another run has locked the folder; if it contains files that permprune did not write or the
+        state of another job; if it contains the state of an interrupted run and `resume` is False; and in the cases of
+        `require_absent` and `require_writable`.
         """
         lock = FileLock(self.path / LOCK, timeout=0)
         distributed.on_first(lambda: self._open(lock, job, resume))
@@ -153,7 +154,7 @@ class WorkFolder:
                 raise
 
     def _require_ours(self) -> None:
-        """Refuse to touch what is no folder of ours."""
+        """Raise `PermpruneError` if the path exists and is not a work folder of permprune."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             raise PermpruneError(f"{self.path} is no folder of permprune's: move it, or choose another --out")
         entries = self._entries() if self.path.exists() else set()
@@ -172,7 +173,7 @@ class WorkFolder:
             )
 
     def _close(self, lock: FileLock, keep: bool) -> None:
-        """Let other runs in, and remove the folder unless it is to be kept: the marker and the lock last."""
+        """Release the lock, and remove the folder unless it is to be kept; marker and lock are removed last."""
         with _reported(self.path):
             _remove(self.scratch)
             if not keep:
@@ -181,7 +182,7 @@ class WorkFolder:
                 _remove(self.path / MARKER)
             lock.release()
             if not keep:
-                with suppress(OSError):  # another run may take the lock just now: it will find that `out` exists
+                with suppress(OSError):  # another run may take the lock now; it will see that `out` exists
                     _remove(self.path / LOCK)
                     self.path.rmdir()
 
@@ -190,7 +191,7 @@ class WorkFolder:
 
 
 def require_absent(out: Path) -> None:
-    """Raise `PermpruneError` if there is anything at `out`, no folder to make it in, or no such name possible."""
+    """Raise `PermpruneError` if `out` exists, if its parent folder does not, or if the name is not possible."""
     if "\0" in str(out):
         raise PermpruneError("--out holds a NUL character: choose another name")
     if os.path.lexists(out):
@@ -200,7 +201,7 @@ def require_absent(out: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise `PermpruneError` unless a file or folder can be written at `path`: tries one of its name beside it."""
+    """Raise `PermpruneError` unless `path` can be written; tests it with a temporary file of that name beside it."""
     with _reported(path, "choose another place"):
         _require_file(path)
         existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
@@ -209,7 +210,7 @@ def require_writable(path: Path) -> None:
 
 
 def require_space(path: Path, needed: float) -> None:
-    """Raise `PermpruneError` unless the disk on which `path` is to be written has so many bytes left."""
+    """Raise `PermpruneError` unless the disk of `path` has `needed` bytes free."""
     existing = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -220,14 +221,14 @@ def require_space(path: Path, needed: float) -> None:
 
 
 def _require_file(path: Path) -> None:
-    """Refuse to replace a folder or a device."""
+    """Raise `PermpruneError` if there is something other than a file at `path`."""
     if path.exists() and not path.is_file():
         raise PermpruneError(f"{path} is no file: choose another place")
 
 
 @contextmanager
 def _reported(path: Path, advice: str = ADVICE) -> Iterator[None]:
-    """Turn what the system refuses inside the block into a `WriteError` of `path`."""
+    """A context that turns errors of the operating system into a `WriteError` of `path`."""
     try:
         yield
     except WriteError as error:
@@ -237,7 +238,7 @@ def _reported(path: Path, advice: str = ADVICE) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, a link or a folder, if there is one; what links point to stays."""
+    """Remove a file, a link or a folder, if it exists; links are not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -249,7 +250,7 @@ def _seal(value: object) -> str:
 
 
 def _finite(value: object) -> object:
-    """The same with infinities and NaN as None: JSON has no such numbers."""
+    """Replace infinities and NaN, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

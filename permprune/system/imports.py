@@ -1,4 +1,4 @@
-"""Importing one module as soon as another has been imported."""
+"""Importing a module as soon as another one has been imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 def after_import(awaited: str, wanted: str) -> None:
-    """Import `wanted` now if `awaited` has been imported, else right after it will have been."""
+    """Import `wanted` now if `awaited` has been imported, otherwise right after it is imported."""
     module = sys.modules.get(awaited)
     if module is not None and not getattr(module.__spec__, "_initializing", False):
         importlib.import_module(wanted)
@@ -21,7 +21,7 @@ def after_import(awaited: str, wanted: str) -> None:
 
 
 class _Watch(MetaPathFinder):
-    """Finds the awaited module as others would, and has the wanted one imported once it has run."""
+    """A finder that imports the wanted module right after the awaited one was executed."""
 
     def __init__(self, awaited: str, wanted: str) -> None:
         self.awaited, self.wanted = awaited, wanted
@@ -39,6 +39,8 @@ class _Watch(MetaPathFinder):
 
 
 class _Then(Loader):
+    """Loads a module with its own loader, and then imports another module."""
+
     def __init__(self, loader: Loader, wanted: str) -> None:
         self.loader, self.wanted = loader, wanted
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while the program is not yet there."""
+"""Handling of Ctrl-C while the program is still starting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C raises `KeyboardInterrupt` again, where `leaving_on_interrupt` had it end the program."""
+    """A context, for use inside `leaving_on_interrupt`, in which Ctrl-C raises `KeyboardInterrupt` again."""
     if signal.getsignal(signal.SIGINT) is not _leave:
         yield
         return
@@ -23,13 +23,13 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def leaving_on_interrupt() -> Iterator[None]:
-    """Inside, Ctrl-C ends the program at once, with one line and status 130.
+    """A context in which Ctrl-C ends the program at once, with one line and status 130.
 
-    Importing what a command needs takes seconds, in which an exception could rise anywhere in other packages: some
-    catch it.
+    Importing what a command needs takes seconds, during which `KeyboardInterrupt` could be raised anywhere in other
+    packages, and some of them catch it.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler:  # ignored, as behind nohup
+    if handler is not signal.default_int_handler:  # for instance ignored, under nohup
         yield
         return
     signal.signal(signal.SIGINT, _leave)

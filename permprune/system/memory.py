@@ -1,4 +1,4 @@
-"""Where models run, and the peak memory of this process."""
+"""The peak memory of this process, and the memory that it has freed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak, where the system can (Linux)."""
+    """Reset the peak memory, if the system supports it (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # elsewhere peaks are those since the process began
+        return  # on other systems the peak is that since the start of the process
 
 
 def peak_memory_mb() -> float | None:
-    """The largest resident memory since the last reset, in MiB; None where the system does not say."""
+    """Return the largest resident memory since the last reset, in MiB; None if the system does not report it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
@@ -29,24 +29,24 @@ def peak_memory_mb() -> float | None:
         pass  # not Linux
     try:
         import resource
-    except ImportError:  # Windows, whose own count psutil reads
+    except ImportError:  # Windows, where psutil reads the peak
         peak: int | None = getattr(psutil.Process().memory_info(), "peak_wset", None)
         return None if peak is None else peak / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse memory it has freed instead of giving it back, where the C library is GNU's.
+    """Let this process keep and reuse memory that it has freed, if the C library is glibc.
 
-    By default every large tensor is mapped anew, and the system clears its pages each time it is written to; without
-    that a gradient takes a third less time on a CPU. `mallopt`'s M_MMAP_MAX and M_TRIM_THRESHOLD: see its manual page.
+    By default every large tensor is mapped anew, and the system has to clear its pages; without this a gradient takes a
+    third less time on a CPU. For M_MMAP_MAX and M_TRIM_THRESHOLD see the manual page of `mallopt`.
     """
     for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1)):
         _call_libc("mallopt", option, value)
 
 
 def release_freed_memory() -> None:
-    """Give back now what `keep_freed_memory` has kept: what the next work needs may have other sizes, or threads."""
+    """Return to the system what `keep_freed_memory` kept: the next work may need other sizes, or other threads."""
     _call_libc("malloc_trim", 0)
 
 

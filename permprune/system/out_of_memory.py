@@ -1,4 +1,4 @@
-"""Running out of memory, as an error that says what to do."""
+"""Errors for running out of memory, with advice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNS = (
     "bad_alloc",
     "can't start new thread",
 )
-"""What torch, CUDA, C++ and the system say, in lower case."""
+"""Messages of torch, CUDA, C++ and the system, in lower case."""
 
 ADVICE: Mapping[str, str] = {
     "batch": "fewer examples at a time (--batch 1)",
@@ -26,11 +26,11 @@ ADVICE: Mapping[str, str] = {
     "length": "shorter windows (--length)",
     "windows": "fewer windows (--windows)",
 }
-"""The options that make a command need less, and how to give them; other commands need a larger machine."""
+"""Advice by option that reduces the memory of a command; for commands without one the advice is a larger machine."""
 
 
 class OutOfMemory(PermpruneError):
-    """Memory ran out; `peak` is the largest resident memory until then, in MiB, None where it is unknown."""
+    """Raised if memory runs out; `peak` is the largest resident memory so far, in MiB, or None if it is unknown."""
 
     def __init__(self, peak: float | None, options: Collection[str] | None = None) -> None:
         self.peak = peak
@@ -42,7 +42,7 @@ class OutOfMemory(PermpruneError):
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it was raised from, says that memory ran out."""
+    """Whether an error, or one that it was raised from, means that memory ran out."""
     while error is not None:
         if isinstance(error, (MemoryError, OutOfMemory)) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
@@ -54,7 +54,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def memory_reported() -> Iterator[None]:
-    """Raise `OutOfMemory` for whatever says inside that memory ran out; also a decorator."""
+    """A context or decorator that raises `OutOfMemory` in place of any error which means that memory ran out."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""How long work shows where it is: one rich bar on stderr, one logger."""
+"""Progress bars on stderr, and the logger of the package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 log = logging.getLogger("permprune")
-log.addHandler(logging.NullHandler())  # what is not asked for is not printed
+log.addHandler(logging.NullHandler())  # silent unless the application configures logging
 console = Console(stderr=True)
 T = TypeVar("T")
 
@@ -20,26 +20,26 @@ _shown = True
 
 
 def enable_progress_bars() -> None:
-    """Show progress bars on stderr where it is a terminal, as is the default."""
+    """Show progress bars on stderr if it is a terminal; this is the default."""
     global _shown
     _shown = True
 
 
 def disable_progress_bars() -> None:
-    """Show no progress bars; the logger "permprune" goes on telling what was decided."""
+    """Show no progress bars; the logger "permprune" is not affected."""
     global _shown
     _shown = False
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]:
-    """Yield `items` while a bar named `label` runs; on a stream that is no terminal only the log speaks."""
+    """Yield `items` and show a progress bar with `label`, if stderr is a terminal."""
     with _progress() as progress:
         yield from progress.track(items, description=label, total=total)
 
 
 @contextmanager
 def bar(label: str, total: int, completed: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar for work of `total` steps, some of them completed; the function yielded takes (completed, label)."""
+    """A context with a progress bar for `total` steps; yields a function of (completed, label) that updates it."""
     with _progress() as progress:
         task = progress.add_task(label, total=total, completed=completed)
         yield lambda done, text: progress.update(task, completed=done, description=text)

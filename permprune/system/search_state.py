@@ -1,4 +1,4 @@
-"""The state from which an interrupted search goes on."""
+"""Saved states, from which interrupted searches are resumed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class Checkpoint:
-    """The states of searches, one file each in `folder`; None as folder keeps nothing.
+    """Saves the states of searches in `folder`, one file each; if it is None, nothing is saved.
 
-    `settings` are what the searches depend on: a state saved under others is refused, since going on from it would give
-    neither run's result.
+    `settings` are what the searches depend on. A state with other settings is refused, because resuming from it would
+    give the result of neither run.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -40,9 +40,9 @@ class Checkpoint:
     def save(
         self, name: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any], every_rank: bool = False
     ) -> None:
-        """Keep a state in place of the last one; of several ranks the first does, or `every_rank`.
+        """Save a state in place of the previous one of that name, on the first rank or on `every_rank`.
 
-        Raises `PermpruneError` when it cannot be written.
+        Raises `PermpruneError` if it cannot be written.
         """
         if self.folder is None or (distributed.rank() and not every_rank):
             return
@@ -55,9 +55,9 @@ class Checkpoint:
         write_whole(self.folder / f"{name}.safetensors", lambda temporary: save_file(copies, temporary, metadata))
 
     def load(self, name: str) -> State | None:
-        """The tensors and values saved last, or None.
+        """Return the tensors and values that were saved last, or None.
 
-        Raises `PermpruneError` for a state of other settings, naming those that differ, and for a damaged file.
+        Raises `PermpruneError` for a state with other settings, naming those that differ, and for a damaged file.
         """
         if self.folder is None or not (path := self.folder / f"{name}.safetensors").exists():
             return None
@@ -75,15 +75,15 @@ class Checkpoint:
         return tensors, found
 
     def names(self, prefix: str) -> list[str]:
-        """Those of the saved states that begin so."""
+        """Return the names of the saved states that start with `prefix`."""
         return [] if self.folder is None else sorted(path.stem for path in self.folder.glob(f"{prefix}*.safetensors"))
 
 
 class Journal:
-    """What a search finds piece by piece: saved every `EVERY` seconds and at the end, and known when it goes on.
+    """The partial results of a search: saved every `EVERY` seconds and at the end, and loaded when it is resumed.
 
-    `tensors` and `values` are the pieces by name. Each rank adds to a file of its own and reads those of all. Used as a
-    context manager, around the search; `add` may be called by several threads.
+    `tensors` and `values` are the results by name. Each rank writes its own file and reads the files of all ranks. Used
+    as a context manager around the search; `add` may be called by several threads.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
@@ -103,11 +103,11 @@ class Journal:
 
     @property
     def seconds(self) -> float:
-        """Those that this search took, with those of the interrupted runs before."""
+        """Seconds of this search so far, including those of interrupted runs."""
         return self._before + time.monotonic() - self._started
 
     def add(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
-        """Keep what was found. Raises `PermpruneError` when it cannot be written."""
+        """Add results. Raises `PermpruneError` if they cannot be written."""
         with self._lock:
             for kept_tensors, kept_values in ((self.tensors, self.values), self._own):
                 kept_tensors.update(tensors)
@@ -131,7 +131,7 @@ class Journal:
 
 
 def require_same(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise `PermpruneError` unless what was saved at `path` depends on the same as this run, naming what differs."""
+    """Raise `PermpruneError` if the settings saved at `path` differ from `own`, naming those that do."""
     if other := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
         raise PermpruneError(
             f"{path} was saved with another {', '.join(other)}: repeat that, or remove {path.parent} and start anew"
