@@ -21,6 +21,6 @@ def write_comparison(result: Mapping[str, Any], path: Path) -> None:
 
 
 def comparison_title(result: Mapping[str, Any]) -> str:
-    """What the rows of a comparison have in common."""
+    """Return a title that lists what the rows of a comparison have in common."""
     title = f"{result['model']}, {result['pattern']}, {result['saliency']} masks, {result['mode']} mode"
     return title if result["update"] == NONE else f"{title}, {result['update']} update"

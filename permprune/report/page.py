@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: what those of runs and of sweeps share."""
+"""Self-contained HTML pages: the parts that the pages of runs and of sweeps share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from permprune.report.words import count, fine_percent
 
 Shown = tuple[str, str, str]
-"""A picture on a page: its title, what there is to see, and the SVG as a data URI."""
+"""A picture on a page: its title, its description, and the SVG as a data URI."""
 
 
 def fill(template: str, **values: Any) -> str:
-    """The page that a template makes of these values, all of which are escaped."""
+    """Render a template with these values, all of which are escaped."""
     return _environment().get_template(template).render(values)
 
 
@@ -25,7 +25,7 @@ def shown(title: str, text: str, svg: bytes) -> Shown:
 
 
 def _unbroken(text: str) -> str:
-    """The same with hyphens before digits, as in "top-1", at which no line ends."""
+    """Replace hyphens before digits, as in "top-1", by non-breaking ones."""
     return re.sub(r"-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
 
 
