@@ -59,6 +59,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def stored(self) -> torch.dtype | None:
+        """The type of the stored values; None if torch has no type of this name."""
         return getattr(torch, self.dtype, None)
 
 

@@ -91,6 +91,7 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
+        """The packed weight, which shares the layer's tensors."""
         return PackedWeight(self.pattern, self.values, self.mask, self.scale, self.block)
 
     @property

@@ -38,6 +38,7 @@ class PackedWeight:
 
     @property
     def width(self) -> int:
+        """The number of channels of a row."""
         return self.values.shape[1] // self.pattern.n * self.pattern.m
 
     @property

@@ -12,9 +12,9 @@ from permprune.system.files import write_whole
 
 
 def write_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a comparison as PNG; `result` is as `Comparison.to_json`.
+    """Write the picture of a comparison as PNG; `result` is what `Comparison.to_json` returns.
 
-    Raises `PermpruneError`.
+    Raises `PermpruneError` if it cannot be written.
     """
     picture = pictures.comparison(result["rows"], result["metric"], comparison_title(result), "png")
     write_whole(path, lambda temporary: temporary.write_bytes(picture))

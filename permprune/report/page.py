@@ -21,6 +21,7 @@ def fill(template: str, **values: Any) -> str:
 
 
 def shown(title: str, text: str, svg: bytes) -> Shown:
+    """Return a picture for a page, with the SVG as a data URI."""
     return title, text, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
 
 

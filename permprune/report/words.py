@@ -114,4 +114,5 @@ def trained(metric: str, before: float, after: float, error: float | None, dense
 
 
 def better(metric: str) -> str:
+    """Return "higher is better" or "lower is better"."""
     return f"{'higher' if metric_named(metric).higher_is_better else 'lower'} is better"
