@@ -36,8 +36,8 @@ def render(record: Mapping[str, Any]) -> str:
         decision=_pruned(record),
         trained=_then_trained(record),
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
-        table=_table(record),
-        dense=_dense(record.get("dense")),
+        table=measured_rows(record),
+        dense=dense_sentence(record.get("dense")),
         pictures=_pictures(record),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
         spaces=_spaces(record),
@@ -91,7 +91,7 @@ def _error_clause(record: Mapping[str, Any]) -> str:
     return f"mean output error of a layer {after} against {before} without permutation; "
 
 
-def _table(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def measured_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the rows of the table of results: name; dense; pruned in natural order; pruned as permuted."""
     rows: list[tuple[str, ...]] = []
     if (measured := record["measured"]) is not None:
@@ -148,7 +148,7 @@ def _optimised(optimised: Mapping[str, Any]) -> str:
     )
 
 
-def _dense(weights: Mapping[str, Any] | None) -> str:
+def dense_sentence(weights: Mapping[str, Any] | None) -> str:
     """Describe what stayed dense inside the blocks, as a sentence; "" if nothing did or this was not recorded."""
     text = str(DenseWeights(**weights)) if weights else ""
     return f"{text}." if text else ""
