@@ -66,15 +66,16 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
 
 def _loading(record: Mapping[str, Any], config: Mapping[str, Any], source: str, on_hub: bool) -> tuple[str, str]:
     """Return code that loads the model, and a remark on it."""
+    quoted = json.dumps(source, ensure_ascii=False)
     if record["gathers"]:
-        folder = f"snapshot_download({source!r})" if on_hub else repr(source)
+        folder = f"snapshot_download({quoted})" if on_hub else quoted
         hub = "from huggingface_hub import snapshot_download\n" if on_hub else ""
         code = f"import permprune\n{hub}\nmodel = permprune.load({folder})"
         return code, "It reorders channels at run time (gather mode), which plain Transformers does not do."
     own = [name for name in config.get("auto_map") or () if name.startswith("AutoModel")]
     kind = next(iter([*own, *(config.get("architectures") or ())]), "AutoModel")
     trust = ", trust_remote_code=True" if own else ""
-    code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({source!r}{trust})"
+    code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quoted}{trust})"
     if PACKED in record:
         return f"import permprune  # with it, Transformers loads packed weights\n{code}", ""
     return code, "It is a plain checkpoint: the orders are folded into the weights."

@@ -38,7 +38,7 @@ def test_a_run_writes_a_card(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: 
     assert card.data.license == "mit" and card.data.base_model is None and card.data.library_name == "transformers"
     assert card.data.tags == ["permprune", "pruning", "sparsity", "2:4"]
     record = json.loads((out / "permprune.json").read_text())
-    assert "model = LlamaForCausalLM.from_pretrained('out')" in card.text and "plain checkpoint" in card.text
+    assert 'model = LlamaForCausalLM.from_pretrained("out")' in card.text and "plain checkpoint" in card.text
     for line in ("| mode | `fold` |", "| permute | `ria` |", "| saliency | `wanda` |", "| calibration | `text.txt` |"):
         assert line in card.text
     assert "| perplexity | " in card.text and "of text.txt." in card.text and str(tmp_path) not in card.text
@@ -61,7 +61,7 @@ def test_every_way_to_save_writes_a_card(tiny_llama: LlamaForCausalLM, tmp_path:
         card = card_in(tmp_path / folder)
         assert card.data.base_model == "someone/small-model" and card.data.library_name == "permprune"
         assert card.data.license is None and "license" not in card.content
-        assert f"model = permprune.load('{folder}')" in card.text and "gather mode" in card.text
+        assert f'model = permprune.load("{folder}")' in card.text and "gather mode" in card.text
         assert "the network was not measured" in card.text
     again = permprune.prune(permprune.load(tmp_path / "one"), examples=WINDOWS, **{**SETTINGS, "permute": "none"})
     assert again.record().base_model == "someone/small-model"
@@ -72,7 +72,7 @@ def test_the_code_on_the_card_loads_the_model(tiny_llama: LlamaForCausalLM, tmp_
     permprune.prune(tiny_llama, examples=WINDOWS, mode=mode, **SETTINGS).save_pretrained(tmp_path / mode)
     code = card_in(tmp_path / mode).text.split("```python\n")[1].split("```")[0]
     found: dict[str, Any] = {}
-    exec(code.replace(f"'{mode}'", repr(str(tmp_path / mode))), found)
+    exec(code.replace(f'"{mode}"', repr(str(tmp_path / mode))), found)
     assert isinstance(found["model"], LlamaForCausalLM)
 
 
@@ -81,7 +81,7 @@ def test_what_the_hub_reads_is_what_is_known() -> None:
     assert (card.data.base_model, card.data.license) == ("someone/small-model", "apache-2.0")
     assert "This is `someone/small-model`, pruned to N:M" in card.text
     own = card_of("me/small", True, {"auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}})
-    assert "AutoModelForCausalLM.from_pretrained('me/small', trust_remote_code=True)" in own.text
+    assert 'AutoModelForCausalLM.from_pretrained("me/small", trust_remote_code=True)' in own.text
     strange = card_of(model="/home/me/a|`b`\n# <b>", settings={"pattern": "2:4", "permute": "a|`b", "update": "none"})
     assert strange.text.startswith("\n# a\\|\\`b\\` \\# \\<b\\>, 2:4\n") and "/home" not in strange.text
     assert "This is `a\\| b # <b>`, pruned" in strange.text and "| permute | `a\\| b` |" in strange.text
