@@ -1,6 +1,8 @@
 """Models that many tests share."""
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     ViTConfig,
     ViTForImageClassification,
@@ -34,7 +37,12 @@ from .shapes import check_shapes
 
 check_shapes()  # before the package's other modules import the functions
 
+from permprune.checkpoints.origin import origin_of  # noqa: E402
+from permprune.coupling.discovery import discover  # noqa: E402
+from permprune.coupling.space import Coupling  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402
+
+logging.getLogger("torch.__trace").propagate = True  # else pytest attaches a handler, and torch describes each trace
 
 settings.register_profile("untimed", deadline=None)  # on a loaded machine an example may take as long as it likes
 settings.load_profile("untimed")
@@ -47,10 +55,47 @@ SENTENCES = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need the real model: they are slow, and the first downloads it."""
+    for item in items:
+        if "smollm_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.network)
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every run of a test, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def pictureless() -> Iterator[None]:
+    """Reports without pictures, which take longer to draw than such small models to prune."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permprune.report.run._pictures", lambda _: [])
+        yield
+
+
+TRACED: dict[Any, Coupling] = {}
+"""The couplings of architectures that `lean` tests have pruned, by all that they depend on."""
+
+
+@pytest.fixture(scope="module")
+def lean(pictureless: None) -> Iterator[None]:
+    """Pruning without what takes longest for such small models: pictures, and tracing an architecture a second time."""
+
+    def discover_once(model: PreTrainedModel, example: dict[str, torch.Tensor]) -> Coupling:
+        config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+        shapes = [(name, tensor.shape) for name, tensor in [*model.named_parameters(), *example.items()]]
+        key = (type(model), repr(config), repr(shapes), repr(origin_of(model).gathers))
+        if key not in TRACED:
+            TRACED[key] = discover(model, example)
+        return TRACED[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permprune.plan.discover", discover_once)
+        yield
 
 
 def make_tiny_llama() -> LlamaForCausalLM:

@@ -11,7 +11,7 @@ from types import ModuleType
 import permprune
 
 ROOT = Path(permprune.__file__).parent
-PAGE = ROOT.parent / "docs" / "architecture.md"
+PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 
 def rooms() -> dict[str, int]:

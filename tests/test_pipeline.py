@@ -40,6 +40,8 @@ from permprune.saliency.registry import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.updates.base import Update
 
+pytestmark = pytest.mark.usefixtures("pictureless")
+
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -264,6 +266,7 @@ def test_peak_memory_sees_what_was_allocated() -> None:
         assert peak_memory_mb() > before + 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_written_folder_loads_and_proves_itself(
@@ -294,6 +297,7 @@ def test_a_written_folder_loads_and_proves_itself(
             AutoModelForCausalLM.from_pretrained(out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("whole_update")
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_a_folder_of_updated_weights_proves_itself(

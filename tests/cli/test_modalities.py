@@ -11,6 +11,8 @@ from PIL import Image
 
 from .running import fails, run
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lean")]
+
 SMALL = ["--samples", "6", "--windows", "1"]
 
 

@@ -14,6 +14,8 @@ from permprune.kernels.module import PackedLinear
 
 from .running import fails, run
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lean")]
+
 TOKENS = torch.arange(20).view(2, 10)
 
 

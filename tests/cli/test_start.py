@@ -39,7 +39,8 @@ print(len(names), *(module for module in {HEAVY!r} if module in sys.modules))
     assert int(count) > 10 and not heavy
 
 
-@pytest.mark.parametrize("first", ["permprune", "transformers", "transformers.modeling_utils"])
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["permprune", "transformers.modeling_utils"])
 def test_transformers_knows_packed_checkpoints_whichever_is_imported_first(first: str) -> None:
     code = f"""
 import {first}, permprune

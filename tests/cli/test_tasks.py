@@ -39,6 +39,7 @@ def test_evaluate_tasks(
         assert ("±" in line) is (row["stderr"] is not None)
 
 
+@pytest.mark.slow
 def test_compare_and_sweep_score_each_method(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     files, figures = write_task_files(tmp_path / "files"), tmp_path / "figures.json"
     texts = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]

@@ -451,6 +451,7 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line(capsys):
         discover(Branch(6, 6), {})
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from([*FREEZING.values(), *(entry[0] for entry in HARMLESS.values())]), max_size=4))
 @settings(max_examples=40)
 def test_no_chain_of_ops_yields_a_wrong_space(chain):

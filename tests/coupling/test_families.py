@@ -18,6 +18,8 @@ from permprune.errors import PermpruneError
 from .coupling_models import FAMILIES, REFUSED, randomised
 from .supported import PAGE, census, difference, families, frozen, movable, outputs, random_tables
 
+pytestmark = pytest.mark.slow
+
 SPACES = {
     # d_ff, head channels, heads, residual
     "llama": (2, 2, 4, 1),

@@ -82,6 +82,7 @@ def test_hellaswag_rows_are_those_that_lm_eval_makes() -> None:
         assert (made["query"], made["choices"], made["gold"]) == (row["query"], row["choices"], row["label"])
 
 
+@pytest.mark.slow
 def test_a_saved_folder_scores_as_lm_eval_by_hand_says(pruned: Callable[[str], Path], files: Path) -> None:
     folder = pruned("fold")
     found = evaluate_tasks(str(folder), TaskList(tuple(SOURCES), data=str(files)))

@@ -23,6 +23,8 @@ from ..conftest import BLOCK, SENTENCES, make_tiny_llama
 from ..coupling.coupling_models import FAMILIES, mixtral
 from ..modalities import images, vit_config
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 LAYERWISE = "prune layer by layer"
 COMMANDS = ("prune", LAYERWISE, "sweep", "inspect", "verify", "evaluate")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

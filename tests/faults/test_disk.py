@@ -18,6 +18,8 @@ from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
 

@@ -33,6 +33,8 @@ from permprune.updates.registry import UPDATES
 
 from ..cli.running import fails, run
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 OPTIONS: list[type] = [
     *PERMUTERS.values(), *SALIENCIES.values(), *UPDATES.values(),
     Objective, PruneConfig, Evaluation, TaskList, FineTuning, Training,

@@ -44,6 +44,7 @@ def no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "Path", lambda _: SimpleNamespace(read_text=missing, write_text=missing))
 
 
+@pytest.mark.slow
 def test_it_imports_without_the_modules_of_unix() -> None:
     done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
@@ -60,6 +61,7 @@ def test_peaks_come_from_what_the_system_has(monkeypatch: pytest.MonkeyPatch) ->
     assert peak_memory_mb() == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_proc")
 def test_an_unknown_peak_is_a_dash(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -24,6 +24,8 @@ from permprune.report.run import render
 from ..cli.running import fails, run
 from .pruned import commands, write_pruned, write_source
 
+pytestmark = pytest.mark.slow
+
 MODES = ["fold", "gather"]
 
 fuzzed = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

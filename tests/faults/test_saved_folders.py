@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,7 @@ from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, 
 
 MODES = ["fold", "gather"]
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
-
-@pytest.fixture(scope="module")
-def pictureless() -> Iterator[None]:
-    """Reports without pictures, which take longer to draw than such a small model to prune."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permprune.report.run._pictures", lambda _: [])
-        yield
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lean")]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +69,7 @@ def test_a_folder_written_from_python_is_whole(
     assert code == 0 and "14 layers hold the pattern" in stdout
     assert {path.name for path in out.iterdir()} - {"text.txt"} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "model.safetensors" if mode == "fold" else GATHERED, "probe.safetensors", RECORD, "report.html", "README.md",
+        "model.safetensors" if mode == "fold" else GATHERED, "probe.safetensors", RECORD, "report.html",
     }  # fmt: skip
     weights = load_file(out / (GATHERED if mode == "gather" else "model.safetensors"))
     assert {tensor.dtype for tensor in weights.values()} == {dtype}

@@ -18,6 +18,8 @@ from permprune.pipeline import finish, prepare, update_weights
 from ..modalities import EXAMPLES, make
 from .test_permuters import brief, same
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {"precision": "fp32", "measured": 4, "held_out": 2}
 METHODS = [name for name in PERMUTERS if name not in ("none", "random", "cp")]
 

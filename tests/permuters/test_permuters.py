@@ -118,6 +118,7 @@ def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCau
     assert prepared.network.loss(prepared.run.held_out, method.objective) == pytest.approx(kept[-1], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

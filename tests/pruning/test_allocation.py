@@ -73,6 +73,7 @@ def test_a_mix_keeps_as_much_as_its_pattern_where_the_loss_feels_it(tiny_llama: 
         assert patterns["model.layers.0.self_attn.q_proj"] == patterns["model.layers.1.mlp.up_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PERMUTERS)
 def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str) -> None:
     tiny_llama.model.layers[0].self_attn.o_proj.weight.data *= 50

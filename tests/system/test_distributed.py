@@ -14,8 +14,6 @@ from permprune.system.files import WorkFolder
 
 from ..cli.running import run
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "permprune"]
-
 
 def test_alone_nothing_is_shared() -> None:
     tensor = torch.ones(2)
@@ -41,33 +39,61 @@ def test_threads_answer_in_order_and_give_the_threads_back() -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("method", ["newton:rounds=4", "learned:rounds=4", "reconstruction"])
-def test_two_processes_find_what_one_finds(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, method: str) -> None:
-    options = ["prune", tiny_checkpoint, "--calibration", tiny_text, "--data", tiny_text, "--length", "16"]
-    options += ["--samples", "40", "--windows", "4", "--precision", "fp32", "--permute", method, "--mode", "gather"]
+METHODS = ["newton:rounds=4", "learned:rounds=4", "reconstruction"]
+
+COMMANDS = """
+import json, os, sys
+from pathlib import Path
+
+from permprune.cli import app
+from permprune.system import distributed
+
+folder = Path(sys.argv[1])
+codes = []
+with distributed.processes():
+    for arguments in json.loads((folder / "commands.json").read_text()):
+        try:
+            app(arguments)
+        except SystemExit as ended:
+            codes.append(ended.code)
+(folder / f"codes-{os.environ['RANK']}.json").write_text(json.dumps(codes))
+"""
+"""Runs one command after the other, so that the processes import torch once."""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds_and_say_an_error_once(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    shared = ["prune", str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text)]
+    shared += ["--length", "16", "--samples", "40", "--windows", "4", "--precision", "fp32", "--mode", "gather"]
+    alone, both = ([tmp_path / f"{count} {method}" for method in METHODS] for count in (1, 2))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert run(*options, "--out", tmp_path / "0")[0] == 0
+        for method, out in zip(METHODS, alone, strict=True):
+            assert run(*shared, "--permute", method, "--out", out)[0] == 0
     finally:
         torch.set_num_threads(threads)
-    two_processes = [*TORCHRUN, *map(str, options), "--out", str(tmp_path / "1")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(two_processes, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("written to") == 1
-    records = [json.loads((tmp_path / out / "permprune.json").read_text()) for out in ("0", "1")]
-    one, two = records
-    assert one["permutations"] == two["permutations"] and one["gathers"] == two["gathers"]
-    assert [p["loss"] for p in one["curve"]] == pytest.approx([p["loss"] for p in two["curve"]], abs=1e-6)
-    assert one["measured"]["pruned"] == pytest.approx(two["measured"]["pruned"], rel=1e-6)
-
-
-def test_an_error_of_one_process_is_said_once_and_ends_all(tmp_path: Path) -> None:
-    command = [*TORCHRUN, "prune", "smollm2-135m", "--out", str(tmp_path / "out")]
-    with WorkFolder(tmp_path / "out").held("prune", resume=False):
+    commands = [[*shared, "--permute", method, "--out", str(out)] for method, out in zip(METHODS, both, strict=True)]
+    (tmp_path / "commands.json").write_text(json.dumps([*commands, [*shared, "--out", str(tmp_path / "held")]]))
+    (tmp_path / "commands.py").write_text(COMMANDS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with WorkFolder(tmp_path / "held").held("prune", resume=False):
         ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            [*command, str(tmp_path / "commands.py"), str(tmp_path)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-    assert ended.returncode != 0
+    assert ended.returncode == 0, ended.stderr
+    codes = [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)]
+    assert codes == [[0, 0, 0, 2]] * 2, ended.stderr
+    assert ended.stdout.count("written to") == 3
     assert ended.stderr.count("another run is writing") == 1
+    for folders in zip(alone, both, strict=True):
+        one, two = (json.loads((folder / "permprune.json").read_text()) for folder in folders)
+        assert one["permutations"] == two["permutations"] and one["gathers"] == two["gathers"]
+        assert [p["loss"] for p in one["curve"]] == pytest.approx([p["loss"] for p in two["curve"]], abs=1e-6)
+        assert one["measured"]["pruned"] == pytest.approx(two["measured"]["pruned"], rel=1e-6)
