@@ -1,37 +1,81 @@
 BIN := .venv/bin
-STAMP := .venv/installed
+INSTALLED := .venv/installed
+DEV := .venv/dev-installed
 DOCS := .venv/docs-installed
+OLDEST := build/oldest/installed
+NATIVE := hatch_build.py $(wildcard permprune/kernels/csrc/*)
 
-.PHONY: demo docs test supported clean
+PYTEST := pytest -n auto --dist worksteal
+QUICK := -m "not slow and not network"
+export OMP_NUM_THREADS := 1
 
-demo: $(STAMP)
+.PHONY: demo compare test quick test-oldest docs dist supported clean
+
+MODEL := smollm2-135m
+
+demo: export OMP_NUM_THREADS :=
+demo: $(INSTALLED)
+	rm -rf demo && mkdir demo
+	$(BIN)/permprune --verbose compare $(MODEL) --methods ria,newton:rounds=2 --length 128 \
+		--out demo/pruned --json demo/compare.json --picture demo/compare.png
+	$(BIN)/permprune verify demo/pruned
+	$(BIN)/python examples/generate.py "$$($(BIN)/permprune fetch $(MODEL))" demo/pruned
+
+compare: export OMP_NUM_THREADS :=
+compare: $(INSTALLED)
 	mkdir -p demo
-	$(BIN)/permprune --verbose compare smollm2-135m --minutes 5 --json demo/compare.json --picture demo/compare.png
+	$(BIN)/permprune --verbose compare $(MODEL) --minutes 5 --json demo/long.json --picture demo/long.png
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy permprune
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	$(BIN)/$(PYTEST)
+
+quick: $(DEV)
+	$(BIN)/$(PYTEST) $(QUICK)
+
+test-oldest: $(OLDEST)
+	build/oldest/bin/$(PYTEST) $(QUICK)
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-supported: $(STAMP)
+# The tests run in the unpacked source distribution without its package, so that they import the wheel.
+dist: $(DEV)
+	rm -rf dist build/wheel build/sdist && mkdir -p build/sdist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev]"
+	tar -xz -f dist/*.tar.gz -C build/sdist --strip-components 1 --exclude 'permprune-*/permprune'
+	cd build/sdist && ../wheel/bin/$(PYTEST) $(QUICK)
+
+supported: $(DEV)
 	$(BIN)/python -m tests.coupling.supported
 
 clean:
 	rm -rf permprune/kernels/libpermprune.* .venv demo site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find permprune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml hatch_build.py $(wildcard permprune/kernels/csrc/*)
+$(INSTALLED): pyproject.toml $(NATIVE)
 	@python=$$(command -v python3.11 || command -v python3) \
 		&& "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "permprune needs Python 3.11 or newer: install it, or put it first in PATH" >&2; exit 1; }; \
 	test -x $(BIN)/python || "$$python" -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(DOCS): $(STAMP)
+$(DEV): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet 'permprune[dev]'
+	@touch $@
+
+$(DOCS): $(DEV)
 	$(BIN)/python -m pip install --quiet 'permprune[docs]'
+	@touch $@
+
+$(OLDEST): pyproject.toml $(NATIVE) | $(DEV)
+	rm -rf build/oldest
+	$(BIN)/python -m venv build/oldest
+	$(BIN)/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct --editable '.[dev]'
 	@touch $@

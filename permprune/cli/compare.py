@@ -25,11 +25,15 @@ def compare(
     task_file: cli.TaskFile = None,
     task_data: cli.TaskData = None,
     limit: cli.Limit = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the checkpoint of the best method; must not exist yet")
+    ] = None,
     json: cli.Json = None,
     picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
 ) -> None:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds, memory."""
 
+    from permprune.jobs.compare import Comparison
     from permprune.jobs.compare import compare as run
     from permprune.jobs.trials import Evaluation
     from permprune.report.comparison import write_comparison
@@ -38,8 +42,14 @@ def compare(
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_file, task_data, limit)
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
-    result = run(model, names, config, evaluation=evaluation).to_json()
-    cli.show(comparison_table(result))
-    cli.write_figures(json, result)
-    if picture is not None:
-        write_comparison(result, picture)
+
+    def announce(result: Comparison) -> None:
+        figures = result.to_json()
+        cli.show(comparison_table(figures))
+        cli.write_figures(json, figures)
+        if picture is not None:
+            write_comparison(figures, picture)
+
+    best = run(model, names, config, evaluation=evaluation, out=out, announce=announce).best
+    if out is not None:
+        print(f"{best.method} written to {out} (report.html, permprune.json)")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.source import ModelSource
 from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
 from permprune.evaluation.result import Metric, gap_closed
+from permprune.evaluation.size import weight_bytes
 from permprune.jobs.trials import Evaluation, Measurement, Trials
 from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuters
+from permprune.pruning.folder import write_pruned
+from permprune.system import distributed
+from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.out_of_memory import memory_reported
 
 FIXED = ("pattern", "saliency", "mode", "update", "seed")
@@ -44,6 +52,12 @@ class Comparison:
     calibrate_seconds: float
     rows: list[ComparisonRow]
 
+    @property
+    def best(self) -> ComparisonRow:
+        """The row of the method that measures best, no permutation among them; of equal ones the first."""
+        sign = 1 if self.metric.higher_is_better else -1
+        return max(self.rows[1:], key=lambda row: sign * row.result.value)
+
     def to_json(self) -> dict[str, Any]:
         """The contents of a file of figures."""
         config = self.config.to_json()
@@ -65,25 +79,59 @@ def compare(
     *,
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
+    out: str | Path | None = None,
+    announce: Callable[[Comparison], None] = lambda result: None,
 ) -> Comparison:
     """Try permuters on the same calibration and saliency, one after the other.
 
     `model` is a name, a folder, or a model in memory with its `processor`, which has its dense weights again at the
     end. `methods` are names or objects, or either under labels; they take the place of the config's own. The dense
-    model and no permutation are always among the rows. Raises `PermpruneError`.
+    model and no permutation are always among the rows. With `out` the model is pruned with the method that measures
+    best, and written to that folder as `prune_to_folder` does; a model in memory stays pruned. `announce` is given the
+    result before anything is written. Raises `PermpruneError`.
     """
     chosen = {**permuters(["none"]), **permuters(methods)}
-    config = config or PruneConfig()
-    with Trials(model, config, evaluation=evaluation or Evaluation(), processor=processor) as trials:
+    config, evaluation = config or PruneConfig(), evaluation or Evaluation()
+    with (
+        WorkFolder(Path(out)).held("compare", resume=False) if out else nullcontext() as work,
+        Trials(model, config, evaluation=evaluation, processor=processor) as trials,
+    ):
+        if work:
+            require_space(work.out, weight_bytes(trials.prepared.model, trials.stored))
         warn_of_overlap(trials.overlap)
         trials.prepared.dense.warn()
-        dense = trials.dense
-        measured = [dense, *(trials.run(method, label).measurement for label, method in chosen.items())]
-        metric, none = dense.result.metric, measured[1].result.value
-        rows = [
-            ComparisonRow(
-                **vars(found), gap_closed=gap_closed(found.result.value, dense.result.value, none, metric=metric)
-            )
-            for found in measured
-        ]
-        return Comparison(trials.name, config, metric, trials.overlap, trials.prepared.seconds, rows)
+        measured = [trials.dense, *(trials.run(method, label).measurement for label, method in chosen.items())]
+        metric = trials.dense.result.metric
+        result = Comparison(trials.name, config, metric, trials.overlap, trials.prepared.seconds, _rows(measured))
+        announce(result)
+        if work:
+            _write_best(trials, chosen[result.best.method], result, evaluation, work)
+    return result
+
+
+def _rows(measured: list[Measurement]) -> list[ComparisonRow]:
+    """Measurements, of which the first is the dense model's and the second that of no permutation, with their gaps."""
+    dense, none, metric = measured[0].result.value, measured[1].result.value, measured[0].result.metric
+    return [
+        ComparisonRow(**vars(found), gap_closed=gap_closed(found.result.value, dense, none, metric=metric))
+        for found in measured
+    ]
+
+
+def _write_best(trials: Trials, method: Permuter, result: Comparison, evaluation: Evaluation, work: WorkFolder) -> None:
+    """Prune with the best method, and write the folder."""
+    pruned, (dense, none, *_), best = trials.prune(method), result.rows, result.best
+    record = dataclasses.replace(
+        pruned.record(),
+        measured=evaluation.measured(dense.result, none.result, best.result, overlap=result.overlap),
+        gap_closed=best.gap_closed,
+        seconds={"calibrate": result.calibrate_seconds, "search": best.seconds},
+        peak_memory_mb=best.peak_memory_mb,
+    )
+
+    def write() -> None:
+        with atomic_folder(work.out, work.scratch) as folder:
+            weights = partial(write_weights, pruned.model, trials.processor, trials.stored)
+            write_pruned(record, pruned.probe, weights, folder)
+
+    distributed.on_first(write)

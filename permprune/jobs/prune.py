@@ -18,7 +18,7 @@ from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
 from permprune.evaluation.perplexity import perplexity
-from permprune.evaluation.result import Result, gap_closed, metric_named
+from permprune.evaluation.result import gap_closed, metric_named
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
@@ -111,7 +111,7 @@ def _prune_held(
     update_weights(prepared)
     seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
     pruned = finish(prepared, solution, natural)
-    measured = _measured(evaluation, overlap, dense, none, measure())
+    measured = evaluation.measured(dense, none, measure(), overlap=overlap)
     return _Done(pruned, measured, seconds, lambda folder: write_weights(model, processor, stored, folder))
 
 
@@ -140,7 +140,7 @@ def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work
     def write(folder: Path) -> None:
         write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, config.memory))
 
-    return _Done(pruned, _measured(evaluation, overlap, *results), seconds, write)
+    return _Done(pruned, evaluation.measured(*results, overlap=overlap), seconds, write)
 
 
 def _said_overlap(plan: Plan, examples: Examples) -> float:
@@ -148,19 +148,6 @@ def _said_overlap(plan: Plan, examples: Examples) -> float:
     share = plan.overlap(examples)
     warn_of_overlap(share)
     return share
-
-
-def _measured(evaluation: Evaluation, overlap: float, dense: Result, none: Result, pruned: Result) -> Measured:
-    return Measured(
-        data=evaluation.source or "default data",
-        metric=dense.metric.name,
-        dense=dense.value,
-        none=none.value,
-        pruned=pruned.value,
-        count=dense.count,
-        unit=dense.unit,
-        overlap=overlap,
-    )
 
 
 def _write(done: _Done, record: Record, work: WorkFolder) -> None:

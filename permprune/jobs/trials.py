@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from permprune.checkpoints.record import Measured
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
@@ -22,7 +23,7 @@ from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kin
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, require_fields
 from permprune.permuters.base import Permuter, Run, Solution
-from permprune.pipeline import prepare, update_weights
+from permprune.pipeline import Pruned, finish, prepare, update_weights
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log
 
@@ -80,6 +81,19 @@ class Evaluation:
         count = self.windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
         return load_examples(self.source, model, processor, "evaluation", count, self.length, None, self.shared)
 
+    def measured(self, dense: Result, none: Result, pruned: Result, *, overlap: float) -> Measured:
+        """The entry of a record with three values on these data, of which a share was calibrated on as well."""
+        return Measured(
+            data=self.source or "default data",
+            metric=dense.metric.name,
+            dense=dense.value,
+            none=none.value,
+            pruned=pruned.value,
+            count=dense.count,
+            unit=dense.unit,
+            overlap=overlap,
+        )
+
 
 class Meter:
     """Measures a model on examples, by the metric that suits both; made while the model shows its dense weights.
@@ -134,7 +148,7 @@ class Trial:
 class Trials:
     """One model, calibrated, on which one method is tried after the other; `dense` is what it was before.
 
-    A context manager: at the end a model in memory has its dense weights again.
+    A context manager: at the end a model in memory has its dense weights again, unless it was pruned (`prune`).
     """
 
     def __init__(
@@ -149,7 +163,8 @@ class Trials:
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
         opened = open_model(source, processor, trust_remote_code=config.trust_remote_code)
-        self.name, self.processor = opened.name, opened.processor
+        self.name, self.processor, self.stored = opened.name, opened.processor, opened.stored
+        self.pruned = False
         self.prepared = prepare(opened.model, opened.processor, config, partial=partial)
         try:
             with self.prepared.network.dense_weights():
@@ -162,7 +177,8 @@ class Trials:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.prepared.network.restore()
+        if not self.pruned:
+            self.prepared.network.restore()
 
     @cached_property
     def overlap(self) -> float:
@@ -183,6 +199,17 @@ class Trials:
         result = found.result
         log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
         return Trial(solution, found)
+
+    def prune(self, method: Permuter) -> Pruned:
+        """Prune the model with a method that was tried: its solution is known. No other can be tried after that."""
+        prepared, network = self.prepared, self.prepared.network
+        network.set_orders(network.identity())
+        update_weights(prepared)
+        natural = network.measures()
+        solution = method.solve(network, prepared.run)
+        update_weights(prepared)
+        self.pruned = True
+        return finish(dataclasses.replace(prepared, config=prepared.config.replace(permute=method)), solution, natural)
 
     def _measurement(self, label: str, seconds: float) -> Measurement:
         """Measure the weights that the model shows."""

@@ -169,7 +169,7 @@ class MaskedLayers:
             self._refresh(self.layers)
 
     def restore(self) -> None:
-        """Put the dense weights back into the model; the network must not be used afterwards."""
+        """Show the dense weights, for good: the network is used up."""
         for name, layer in self.layers.items():
             layer.weight.copy_(self.dense[name])
 

@@ -47,7 +47,6 @@ class Problem:
     site: str = ""
 
     def identity(self) -> Tensor:
-        """Return the natural order, int64 (size,)."""
         return torch.arange(self.size)
 
 

@@ -1,1 +1,1 @@
-"""Reports of runs: pictures, tables for the terminal, and self-contained HTML pages."""
+"""What a person reads after a run: pictures and one self-contained page."""

@@ -18,6 +18,7 @@ import torch
 from permprune.cli.common import parse_bytes, prune_config
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.permuters.newton import Newton
 from permprune.saliency.registry import SALIENCIES
 from permprune.system.search_state import Checkpoint
 
@@ -47,6 +48,7 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     assert found["value"] == pytest.approx(record["measured"]["pruned"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_prune_and_verify_a_mix_of_patterns(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--mode", "gather", "--pattern", "mixed")
@@ -63,6 +65,7 @@ def test_prune_and_verify_a_mix_of_patterns(source: list[str], tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> None:
     figures, out = tmp_path / "compare.json", tmp_path / "out"
     code, stdout, _ = run("compare", *source, "--methods", "random", "--update", "sparsegpt", "--json", figures)
@@ -76,6 +79,7 @@ def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> 
     assert record["measured"]["pruned"] == pytest.approx(result["rows"][-1]["perplexity"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     fails("prune", *source, "--out", out, "--memory", "100KB")  # newton
@@ -115,6 +119,37 @@ def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_compare_writes_the_checkpoint_of_the_best_method(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, figures, again = tmp_path / "out", tmp_path / "compare.json", tmp_path / "again"
+    options = ["--update", "sparsegpt", "--mode", "gather", "--json", figures]
+    methods, searches = "random,ria,newton:rounds=1", list[int]()
+    search = Newton.search
+
+    def counted(self: Newton, *arguments: Any) -> Any:
+        searches.append(1)
+        return search(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Newton, "search", counted)
+        code, stdout, stderr = run("compare", *source, "--methods", methods, *options, "--out", out)
+    assert code == 0 and len(searches) == 1, stderr
+    rows = json.loads(figures.read_text())["rows"]
+    best = min(rows[1:], key=lambda row: row["perplexity"])
+    assert stdout.endswith(f"{best['method']} written to {out} (report.html, permprune.json)\n")
+    assert run("verify", out)[0] == 0 and not (tmp_path / "out.partial").exists()
+    code, _, _ = run("prune", *source, "--permute", best["method"], *options[:4], "--out", again)
+    assert code == 0
+    one, other = (json.loads((folder / "permprune.json").read_text()) for folder in (out, again))
+    assert one["measured"] == {**other["measured"], "pruned": pytest.approx(other["measured"]["pruned"], rel=1e-5)}
+    assert one["settings"] == other["settings"] and one["layers"] == other["layers"]
+    assert one["gathers"] == other["gathers"] and one["permutations"] == other["permutations"]
+    assert "exists already" in fails("compare", *source, "--methods", "ria", "--out", out)
+
+
+@pytest.mark.slow
 def test_a_preset_names_the_learned_permuter(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, stdout, _ = run("prune", *source, "--out", out, "--permute", "learned", "--preset", "paper")
@@ -122,6 +157,7 @@ def test_a_preset_names_the_learned_permuter(source: list[str], tmp_path: Path) 
     assert json.loads((out / "permprune.json").read_text())["settings"]["permute"] == "learned-paper"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("study", "labels"), [("loss", ["CE", "KL"]), ("groups", ["1 groups", "4 groups"])])
 @pytest.mark.parametrize("preset", ["ours", "paper"])
 def test_ablate_compares_the_variants(
@@ -142,6 +178,7 @@ def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
     assert "residual" in stdout and "max difference" in stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_vit", "tiny_ctc", "tiny_whisper"])
 def test_inspect_proves_models_of_any_input(fixture: str, request: pytest.FixtureRequest) -> None:
     code, stdout, _ = run("inspect", request.getfixturevalue(fixture), "--verify")
@@ -206,6 +243,7 @@ def test_nan_weights_are_one_line(source: list[str], tiny_llama: torch.nn.Module
     assert "holds NaN" in fails("prune", *source, "--out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -223,6 +261,7 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
     assert used["update"] == "sparsegpt" and used["recompute"] is True
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Checkpoint.save
 
@@ -245,6 +284,7 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
     assert first["permutations"] == second["permutations"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_permutations(source: list[str], tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = [sys.executable, "-m", "permprune", "prune", *source, "--permute", "newton:rounds=5"]

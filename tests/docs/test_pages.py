@@ -1,9 +1,13 @@
 """The documentation: its examples run, its commands exist, and the API pages have every public name."""
 
+import contextlib
 import dataclasses
+import io
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +67,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     transformers.utils.logging.enable_progress_bar()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUN)
 def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = "\n".join(fenced(DOCS / f"{name}.md", "python"))
@@ -78,6 +83,7 @@ def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixt
 TINY = ["tiny-llama", "--calibration", "text.txt", "--data", "text.txt", "--samples", "24", "--length", "16"]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_start_page_run(folder: Path) -> None:
     found = commands(DOCS / "start.md")
     assert [arguments[0] for arguments in found] == ["prune", "verify", "evaluate", "compare"]
@@ -92,6 +98,37 @@ def test_the_commands_of_the_start_page_run(folder: Path) -> None:
         code, _, stderr = run(command, *small[command], *options)
         assert code == 0, stderr
     assert (folder / "pruned" / "report.html").exists() and (folder / "figures.png").exists()
+
+
+def recipe(target: str) -> list[list[str]]:
+    """The commands of a target of the Makefile, without the folder of their programs."""
+    make = ["make", "--dry-run", "--no-print-directory", "--directory", str(ROOT), target, "MODEL=tiny-llama"]
+    text = subprocess.run(make, capture_output=True, text=True, check=True).stdout.replace("\\\n", " ")
+    lines = [
+        shlex.split(line.replace(".venv/bin/", ""))
+        for line in text.splitlines()
+        if "tiny-llama" in line or "demo" in line
+    ]
+    return [words for words in lines if words[0] in ("permprune", "python")]
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_a_tiny_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "demo").mkdir()
+    compare, verify, generate = recipe("demo")
+    options = [option.replace("rounds=2", "rounds=1") for option in compare[compare.index("compare") :]]
+    code, stdout, stderr = run(*options, *TINY[1:])
+    assert code == 0 and "newton" in stdout, stderr
+    assert (folder / "demo" / "compare.json").exists() and (folder / "demo" / "compare.png").exists()
+    assert run(*verify[1:])[0] == 0
+    script, dense, pruned = generate[1:]
+    assert "permprune" not in {*re.findall(r"^(?:from|import) (\w+)", (ROOT / script).read_text(), flags=re.MULTILINE)}
+    assert dense == "$(permprune fetch tiny-llama)"
+    assert run("fetch", "tiny-llama")[1] == "tiny-llama\n"
+    monkeypatch.setattr(sys, "argv", [script, "tiny-llama", pruned])
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        runpy.run_path(str(ROOT / script))
+    assert re.fullmatch(r"tiny-llama:\n  .+\ndemo/pruned:\n  .+\n", said.getvalue())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -145,6 +182,7 @@ def test_the_page_on_permuters_explains_every_option() -> None:
     assert sorted(listed) == sorted(options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["quick-start", "own-permuter"])
 def test_notebooks_run(name: str) -> None:
     notebook = runpy.run_path(str(DOCS / "notebooks" / "run.py"))["run"](DOCS / "notebooks" / f"{name}.ipynb")

@@ -61,6 +61,25 @@ def test_compare(
     assert [row.method for row in labelled.rows] == ["dense", "none", "mine"]
 
 
+@pytest.mark.parametrize("methods", [[], ["ria"]])
+def test_compare_prunes_with_the_best_method(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    config: PruneConfig,
+    evaluation: Evaluation,
+    methods: list[str],
+    tmp_path: Path,
+) -> None:
+    found = permprune.compare(
+        tiny_llama, methods, config, evaluation=evaluation, processor=tiny_tokenizer, out=tmp_path / "out"
+    )
+    assert found.best.result.value == min(row.result.value for row in found.rows[1:])
+    assert permprune.evaluate(tmp_path / "out", evaluation).value == pytest.approx(found.best.result.value, rel=1e-5)
+    permprune.verify(tmp_path / "out")
+    written = permprune.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tiny_llama.state_dict().items())
+
+
 @pytest.mark.usefixtures("unchanged")
 def test_a_comparison_that_fails_leaves_the_dense_weights(
     tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, config: PruneConfig, tmp_path: Path
