@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from permprune.system.imports import after_import
 
 if TYPE_CHECKING:
+    from permprune.checkpoints.hub import push_to_hub
     from permprune.checkpoints.io import load, read_model
     from permprune.checkpoints.record import PrunedLayer, Record
     from permprune.config import PruneConfig
@@ -127,6 +128,7 @@ __all__ = [
     "perplexity",
     "prune",
     "prune_to_folder",
+    "push_to_hub",
     "read_model",
     "save",
     "sweep",
@@ -137,6 +139,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "push_to_hub": "checkpoints.hub",
     "load": "checkpoints.io",
     "read_model": "checkpoints.io",
     "PrunedLayer": "checkpoints.record",

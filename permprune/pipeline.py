@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import reprlib
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import Gather, attach_gathers, compose
+from permprune.checkpoints.hub import MESSAGE, push_to_hub
 from permprune.checkpoints.io import write_weights
+from permprune.checkpoints.licence import base_model_of, licence_of
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
 from permprune.checkpoints.probe import check_outputs, make_probe
@@ -44,6 +47,7 @@ from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places
+from permprune.report.card import write_card
 from permprune.system.device import autocast, compute_device
 from permprune.system.files import atomic_folder
 from permprune.system.out_of_memory import memory_reported
@@ -86,7 +90,8 @@ class Pruned:
 
     def record(self) -> Record:
         """How the model was pruned, as its folder tells it; what `prune` does not measure is None."""
-        name, pruned = origin_of(self.model).name, [layer.name for layer in self.layers]
+        origin, pruned = origin_of(self.model), [layer.name for layer in self.layers]
+        name, before = origin.name, origin.record
         values = {
             "format": FORMAT,
             "version": importlib.metadata.version("permprune"),
@@ -101,15 +106,17 @@ class Pruned:
             "dense": asdict(dense_weights(self.model, pruned, self.config.exclude)),
             "sample": self.sample,
             "seconds": {"search": self.solution.seconds},
+            "base_model": before.base_model if before else base_model_of(self.model, name),
+            "license": (before and before.license) or licence_of(name),
         }
         return Record.of(values)
 
     def save_pretrained(self, folder: str | Path, processor: Processor | None = None) -> None:
         """Write the whole folder, as `prune_to_folder` does: in either mode `load` and `verify` take it.
 
-        That is the config, the weights in the type that they were read in, the processor, the record, the probe and a
-        report. `folder` must not exist yet; it appears when all is there. Raises `PermpruneError` if the weights are no
-        longer those that pruning left: `permprune.save` writes them.
+        That is the config, the weights in the type that they were read in, the processor, the record, the probe, a
+        report and a model card. `folder` must not exist yet; it appears when all is there. Raises `PermpruneError` if
+        the weights are no longer those that pruning left: `permprune.save` writes them.
         """
         record = self.record()
         trained = "if you have trained it since, write it with permprune.save"
@@ -118,6 +125,36 @@ class Pruned:
         weights = partial(write_weights, self.model, processor, origin_of(self.model).dtype)
         with atomic_folder(Path(folder)) as filled:
             write_pruned(record, self.probe, weights, filled)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        processor: Processor | None = None,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+        revision: str | None = None,
+        message: str = MESSAGE,
+    ) -> str:
+        """Write the whole folder as `save_pretrained` does, to a temporary place, and upload it.
+
+        The options are those of `permprune.push_to_hub`; the model card says how to load the model from the hub.
+        Returns the address of the repository. Raises `PermpruneError`.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
+            self.save_pretrained(folder, processor)
+            write_card(self.record().to_json(), folder, hub_id=repo_id)
+            return push_to_hub(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                endpoint=endpoint,
+                revision=revision,
+                message=message,
+            )
 
 
 @memory_reported()

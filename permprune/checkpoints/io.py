@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from permprune.checkpoints.damage import damage, first_line
 from permprune.checkpoints.gathers import attach_gathers, has_gathers
+from permprune.checkpoints.licence import fetch_card
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.patterns import recorded_patterns
 from permprune.checkpoints.probe import PROBE, read_probe
@@ -48,6 +49,8 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
     read_config(name, source, trust_remote_code)  # first: if the hub has no such model, this fails after one request
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
+    if not Path(source).exists():
+        fetch_card(str(source))
     if any((Path(source) / file).exists() for file in (RECORD, GATHERED)):
         model = _load_pruned(name, Path(source), trust_remote_code)
     else:

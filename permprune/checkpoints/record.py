@@ -163,7 +163,8 @@ class Record:
     `model` is the name of the dense model. `settings` are the fields of `PruneConfig`, with the permuter as "permute".
     `permutations` are the tables folded into the weights, by space, and `gathers` the permutations that have to be
     applied at run time. `dense` lists the weights inside the blocks that stayed dense; None if it was not recorded.
-    Values that were not measured are None. Keys unknown to this version are kept in `extra`.
+    `base_model` is its hub id and `license` its licence, as its card or config states it; None if unknown. Values that
+    were not measured are None. Keys unknown to this version are kept in `extra`.
     """
 
     format: Format
@@ -183,6 +184,8 @@ class Record:
     seconds: dict[str, Seconds | None] = dataclasses.field(default_factory=dict)
     peak_memory_mb: Value | None = None
     optimised: Optimised | None = None
+    base_model: str | None = None
+    license: str | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

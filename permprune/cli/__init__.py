@@ -10,6 +10,7 @@ from permprune.cli import (  # noqa: F401 - each registers its command
     pack,
     probe,
     prune,
+    push,
     sweep,
     unpack,
     verify,

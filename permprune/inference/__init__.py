@@ -1,1 +1,1 @@
-"""Running pruned models: packed linear layers, and checkpoints of them that Transformers loads."""
+"""Running pruned models: packed linear layers, and packed checkpoints that Transformers loads."""

@@ -1,4 +1,4 @@
-"""Packing the linears of a model in memory, and unpacking them."""
+"""Packing and unpacking the linear layers of a model in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from permprune.kernels.module import PackedLinear
 from permprune.pattern import Pattern
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-"""What `pack` calls the types of packed values."""
+"""The types of packed values, by their names for `pack`."""
 
 
 def pack(
@@ -26,15 +26,15 @@ def pack(
     dtype: str = "bf16",
     block: int = 64,
 ) -> list[str]:
-    """Replace linears of a pruned model by `PackedLinear`, in place: those that `patterns` names, with their N:M.
+    """Replace linear layers of a pruned model by `PackedLinear`, in place.
 
-    `dtype` is "fp32", "bf16", "fp16" or "int8" (a scale for each `block`, 64 or 128, channels of a row); the rest of
-    the model becomes that too, unless it is int8. What the model reorders at run time (gather mode), the packed layers
-    read in that order. Afterwards `model.save_pretrained` writes a folder that `from_pretrained` loads once permprune
-    is imported.
+    `patterns` maps the names of the layers to their N:M patterns. `dtype` is "fp32", "bf16", "fp16" or "int8" (with a
+    scale for every `block`, 64 or 128, channels of a row); the rest of the model is converted to it too, unless it is
+    int8. The orders of a model in gather mode become part of the packed model. Afterwards `model.save_pretrained`
+    writes a folder that `from_pretrained` loads once permprune is imported.
 
-    Returns the names of layers that were left dense, since they are neither `nn.Linear` nor `Conv1D` but something that
-    may compute otherwise. Raises `PermpruneError` when a weight does not hold its pattern, or does not fit the dtype.
+    Returns the names of layers that stay dense because their class is neither `nn.Linear` nor `Conv1D`; subclasses may
+    compute something else. Raises `PermpruneError` if a weight does not hold its pattern or does not fit the dtype.
     """
     if dtype not in NAMES:
         raise PermpruneError(f'weights cannot be packed as "{dtype}": choose {", ".join(NAMES)}')
@@ -74,7 +74,7 @@ def pack(
 
 
 def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Floating point tensors to `dtype`, as if loaded in it: buffers that no checkpoint holds stay as they are."""
+    """Convert floating-point tensors to `dtype`, except for buffers that are not saved, as loading in `dtype` would."""
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
@@ -84,10 +84,10 @@ def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def unpack(model: PreTrainedModel) -> None:
-    """Replace every `PackedLinear` by the layer that it stands for, with its zeros, in place.
+    """Replace every `PackedLinear` by its dense layer, with zeros for the pruned weights, in place.
 
-    The columns of a weight are put into the order of the channels that it reads. Raises `PermpruneError` for a model
-    that is not packed.
+    The columns of each weight are put into the order of the channels that the layer reads. Raises `PermpruneError` for
+    a model that is not packed.
     """
     if not isinstance(getattr(model, "hf_quantizer", None), PackedQuantizer):
         raise PermpruneError("the model is not packed: give one that pack or from_pretrained made")

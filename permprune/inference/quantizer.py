@@ -1,7 +1,7 @@
-"""Packed checkpoints for Transformers: `quant_method: permprune` in config.json, through its own extension points.
+"""Packed checkpoints for Transformers, through its interface for quantizers: `quant_method: permprune` in config.json.
 
-With permprune imported, `from_pretrained` makes the model without weights, puts `PackedLinear` where the config says,
-and loads the packed tensors as any others; `save_pretrained` writes them again.
+With permprune imported, `from_pretrained` creates the model without weights, replaces the layers that the config lists
+by `PackedLinear`, and loads the packed tensors like any others; `save_pretrained` writes them again.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ METHOD = "permprune"
 VERSION = 1
 
 ORDER = "channel_order"
-"""The buffer of a module whose output is reordered."""
+"""The name of the buffer with the order, in a module whose output is reordered."""
 
 
 @register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Which layers are packed, and how.
+    """The configuration of a packed checkpoint.
 
-    `layers` maps module names to N:M, `dtype` is what their values are stored as and `block` how many channels share a
-    scale of int8. `ordered` names those with a channel order. `reordered` maps modules whose output is reordered, for
-    all that read it, to its width. Raises `PermpruneError` for what no version so far has written.
+    `layers` maps the names of packed modules to N:M patterns; `dtype` is the type of their stored values, and `block`
+    the number of channels that share a scale if it is int8. `ordered` lists the layers with a channel order.
+    `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. Raises
+    `PermpruneError` for a configuration that no version so far has written.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def stored(self) -> torch.dtype | None:
+        """The type of the stored values; None if torch has no type of this name."""
         return getattr(torch, self.dtype, None)
 
 
@@ -89,7 +91,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def adopt(self, model: PreTrainedModel) -> None:
-        """Make a model that holds packed layers one that this quantizer has loaded."""
+        """Mark a model with packed layers as loaded by this quantizer."""
         model.hf_quantizer = self  # type: ignore[assignment]
         model.quantization_method = METHOD  # type: ignore[assignment]
         model.is_quantized = True  # type: ignore[assignment]
@@ -119,7 +121,7 @@ def unpack_layers(model: nn.Module, dtype: torch.dtype, natural: bool = True) ->
 
 
 def reorder_output(module: nn.Module, order: Tensor) -> None:
-    """Let all that read a module's output read channel `order[c]` of it as c; the order is stored with the weights."""
+    """Reorder a module's output: channel c becomes what was channel `order[c]`. The order is saved with the weights."""
     module.register_buffer(ORDER, order)
     module.register_forward_hook(_reorder)
 
@@ -138,7 +140,7 @@ def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:
 
 
 def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:
-    """A module by its name in the checkpoint, which may be that of a model with or without a head."""
+    """Return the name and the module in the model of a name in a checkpoint, saved with or without a head."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, name.removeprefix(prefix), prefix + name):
         try:

@@ -1,1 +1,1 @@
-"""Products with packed N:M weights: native kernels for the processor at hand, and the same in PyTorch."""
+"""Products with packed N:M weights: native CPU kernels, and a reference implementation in PyTorch."""

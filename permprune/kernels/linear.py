@@ -1,10 +1,10 @@
-"""y = x W^T for packed weights, as an operator that `torch.compile` and `torch.export` know.
+"""y = x W^T for packed weights, as an operator that `torch.compile` and `torch.export` support.
 
     y = torch.ops.permprune.packed_linear(x, values, mask, scale, bias, order, n, m, block)
 
-Up to `LARGEST_BATCH` rows of activations are multiplied by the packed weight itself; more are multiplied by BLAS, with
-a few rows of the weight unpacked at a time. Up to that batch, int8 weights multiply activations that are rounded to
-int8, with a scale for every 64 channels of a row; beyond it, the activations as they are.
+Up to `LARGEST_BATCH` rows of activations are multiplied by the packed weight directly. For larger batches the weight is
+unpacked a few rows at a time and multiplied with BLAS. In small batches the activations for int8 weights are rounded to
+int8, with a scale for every 64 channels of a row; in large batches they are not rounded.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
 
 LARGEST_BATCH = 64
-"""Rows of activations up to which the packed weight is read as it is."""
+"""Largest number of rows of activations that are multiplied by the packed weight directly."""
 UNPACKED_ROWS = 256
-"""Rows of the weight that are unpacked at a time for BLAS."""
+"""Number of rows of the weight that are unpacked at a time for BLAS."""
 
 
 @torch.library.custom_op("permprune::packed_linear", mutates_args=())
@@ -35,10 +35,10 @@ def packed_linear(
     m: int,
     block: int,
 ) -> Tensor:
-    """x W^T + bias for activations (..., width), of fp32, bf16 or fp16, and the tensors of a `PackedWeight`.
+    """Return x W^T + bias for activations (..., width), of fp32, bf16 or fp16, and the tensors of a `PackedWeight`.
 
-    `bias` is (rows,); `order`, int64 (width,), tells which channel of x each channel of the weight reads. The result is
-    (..., rows) of the type of x. Raises `PermpruneError` when shapes, types or devices do not fit.
+    `bias` is (rows,); `order`, int64 (width,), is the channel of x that each channel of the weight reads. The result is
+    (..., rows) in the type of x. Raises `PermpruneError` if shapes, types or devices do not match.
     """
     _require_activations(x, values, n, m)
     if native.available() and x.device.type == "cpu":
@@ -68,7 +68,7 @@ def _(
 def multiply_native(
     weights: native.Weights, x: Tensor, dtype: torch.dtype, order: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """`packed_linear` on native kernels, for a weight of `dtype` described with this order and bias."""
+    """`packed_linear` with native kernels; `weights` describes a weight of type `dtype` with this order and bias."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if rows.shape[0] <= LARGEST_BATCH:
         y = native.multiply(weights, rows)
@@ -80,7 +80,10 @@ def multiply_native(
 def _multiply_unpacked(
     weights: native.Weights, x: Tensor, dtype: torch.dtype, order: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """The same for a large batch: BLAS, and the weight unpacked in tiles, to fp32 unless it is stored as x is."""
+    """`packed_linear` for a large batch, with BLAS and a weight that is unpacked in tiles.
+
+    Products are computed in fp32, unless the weight is stored in the type of x.
+    """
     exact = x.dtype if x.dtype == dtype else torch.float32
     channels = (x if order is None else _reorder(x, order)).to(exact)
     y = torch.empty(x.shape[0], weights.rows, dtype=exact)
@@ -95,7 +98,7 @@ def _multiply_unpacked(
 
 
 def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
-    """`packed_linear` in plain PyTorch, on any device: slow, since it unpacks the weight every time."""
+    """`packed_linear` in plain PyTorch, on any device; it is slow, because it unpacks the weight in every call."""
     rows = x.reshape(-1, x.shape[-1]).float()
     if order is not None:
         rows = _reorder(rows, order)
@@ -108,7 +111,10 @@ def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, ord
 
 
 def round_to_int8(x: Tensor) -> Tensor:
-    """fp32 (batch, width) as the kernels of int8 weights see it: 255 steps between the largest of 64 channels."""
+    """Round fp32 (batch, width) as the kernels of int8 weights do.
+
+    Each run of 64 channels is rounded to 255 steps from minus its largest magnitude to its largest magnitude.
+    """
     words = torch.nn.functional.pad(x, (0, -x.shape[1] % native.WORD)).unflatten(1, (-1, native.WORD))
     largest = words.abs().amax(-1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, torch.nan)

@@ -15,15 +15,15 @@ from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
 
 PARTS = ("values", "mask", "scale", "bias", "order")
-"""The tensors of a layer, as the kernels take them."""
+"""The names of a layer's tensors, in the order in which the kernels take them."""
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + bias for a packed weight: in place of an `nn.Linear`, or of a `Conv1D` (`transposed`).
+    """y = x W^T + bias with a packed weight; replaces an `nn.Linear`, or a `Conv1D` (`transposed`).
 
-    The tensors are those of `PackedWeight`, and `order`, int64 (width,), for a weight whose channel c reads channel
-    `order[c]` of x. For inference: no gradient passes. On other devices than the CPU, PyTorch unpacks the weight for
-    each product.
+    The tensors are those of `PackedWeight`. If there is an `order`, int64 (width,), channel c of the weight reads
+    channel `order[c]` of x. The layer is for inference and has no gradients. On devices other than the CPU, PyTorch
+    unpacks the weight for each product.
     """
 
     scale: Tensor | None
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
     def pack(
         cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, block: int = 64, order: Tensor | None = None
     ) -> PackedLinear:
-        """An `nn.Linear` or `Conv1D` with its weight packed. Raises `PermpruneError` as `PackedWeight.pack` does."""
+        """Pack the weight of an `nn.Linear` or `Conv1D`. Raises `PermpruneError` as `PackedWeight.pack` does."""
         transposed = isinstance(layer, Conv1D)
         stored: Tensor = layer.weight.data  # type: ignore[union-attr,assignment]
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
@@ -62,7 +62,10 @@ class PackedLinear(nn.Module):
     def empty(
         cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, block: int = 64, ordered: bool = False
     ) -> PackedLinear:
-        """The shapes and types of `pack` on the meta device, for a checkpoint to fill."""
+        """Create a layer with the shapes and types of `pack` on the meta device, to be filled from a checkpoint.
+
+        `ordered` is whether it has a channel order.
+        """
         transposed = isinstance(layer, Conv1D)
         stored: Tensor = layer.weight  # type: ignore[assignment]
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
@@ -88,19 +91,20 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
+        """The packed weight, which shares the layer's tensors."""
         return PackedWeight(self.pattern, self.values, self.mask, self.scale, self.block)
 
     @property
     def weight(self) -> Tensor:
-        """The weight with its zeros, in stored order, shaped as in the layer that this one replaces; a new tensor."""
+        """The weight with its zeros, in stored order and in the shape of the replaced layer's weight; a new tensor."""
         dtype = self.values.dtype if self.values.is_floating_point() else torch.float32
         unpacked = self.packed.unpack(dtype)
         return unpacked.T if self.transposed else unpacked
 
     def dense(self, dtype: torch.dtype, natural: bool = True) -> nn.Module:
-        """The layer that this one stands for, with its zeros.
+        """Return the dense layer that this one replaces, with its zeros, in type `dtype`.
 
-        The weight's columns are put into the order of the channels of x, or, unless `natural`, left as stored.
+        The weight's columns are in the order of the channels of x, or, unless `natural`, in stored order.
         """
         weight = self.packed.unpack(dtype)
         if natural and self.order is not None:
@@ -117,7 +121,7 @@ class PackedLinear(nn.Module):
         return layer.train(self.training)
 
     def check(self, name: str) -> None:
-        """Raise `PermpruneError` unless the tensors are whole, as `PackedWeight.check` does, and `order` is one."""
+        """Raise `PermpruneError` unless the tensors are valid (`PackedWeight.check`) and `order` is a permutation."""
         self.packed.check(name)
         if self.order is not None and not self.order.is_meta:
             every = torch.arange(self.in_features, device=self.order.device)
@@ -134,7 +138,7 @@ class PackedLinear(nn.Module):
         return multiply_native(self._describe(), x, self.values.dtype, self.order, self.bias)
 
     def _describe(self) -> native.Weights:
-        """What the kernels need to know of the tensors, found again when a tensor was replaced."""
+        """Return the description of the tensors for the kernels; it is cached until a tensor is replaced."""
         buffers = self._buffers
         tensors = [self.bias if part == "bias" else buffers[part] for part in PARTS]
         places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
@@ -144,7 +148,7 @@ class PackedLinear(nn.Module):
         return self._described[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without pointers: a copy has other tensors."""
+        """Return the state without pointers, because a copy has other tensors."""
         return {**self.__dict__, "_described": None}
 
     def extra_repr(self) -> str:

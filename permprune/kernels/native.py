@@ -1,8 +1,8 @@
-"""The native library: where it is, what it can do on this machine, and checked calls of its functions.
+"""The native library: loading it, the kernels that run on this machine, and checked calls of its functions.
 
-The library is plain C behind ctypes, which releases the interpreter's lock while a function runs. Everything that a
-function reads or writes is checked here first (`require_layout`, `describe`, `multiply`); what a mask or an order says
-is checked by the library itself, which reads nothing outside the tensors whatever they hold.
+The library is plain C that is called through ctypes, which releases the GIL while a function runs. The tensors that a
+function reads or writes are checked here first (`require_layout`, `describe`, `multiply`). The contents of masks and
+orders are checked by the library itself, which reads nothing outside the tensors, whatever they contain.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 
 WORD = 64
-"""Channels that a mask is padded to a multiple of."""
+"""The rows of a mask are padded to a multiple of this number of channels."""
 LIBRARY = Path(__file__).with_name("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
 FORCED = "PERMPRUNE_KERNELS"
-"""Environment variable: the kernels to use (`names()`), or "torch" for none of them."""
+"""Environment variable that selects the kernels: one of `names()`, or "torch" for none of them."""
 
 
 GRAIN = 1 << 18
-"""Multiplications or numbers written that are worth waking another thread for."""
+"""Number of multiplications, or of numbers written, for which another thread is used."""
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,12 +44,12 @@ class Weights(ctypes.Structure):
 
 
 def available() -> bool:
-    """Whether native kernels run here; the first time that they do not, a warning says why."""
+    """Whether native kernels run here; the first time that they do not, a warning gives the reason."""
     return _kernels() is not None
 
 
 def names() -> list[str]:
-    """The kernels that run on this processor, best first."""
+    """Return the names of the kernels that run on this processor, the best first."""
     library = _library()
     return [] if library is None else [name for _, name in _running(library)]
 
@@ -103,9 +103,10 @@ def describe(
     m: int,
     block: int,
 ) -> Weights:
-    """The tensors as the library reads them: pointers, valid as long as the tensors stay where they are.
+    """Return the tensors as the library reads them: as pointers, which are valid while the tensors stay in place.
 
-    Raises `PermpruneError` when they do not belong together, and when one is not contiguous or not in main memory.
+    Raises `PermpruneError` if the tensors do not match (`require_layout`), or if one is not contiguous or not on the
+    CPU.
     """
     require_layout(values, mask, scale, bias, order, n=n, m=m, block=block)
     for tensor in (values, mask, scale, bias, order):
@@ -127,9 +128,9 @@ def describe(
 
 
 def describe_dense(values: Tensor, scale: Tensor | None = None, block: int = WORD) -> Weights:
-    """A weight that keeps everything, values (rows, width), for `multiply(..., dense=True)`: to compare with.
+    """Describe a dense weight, values (rows, width), for `multiply(..., dense=True)`, as a baseline in benchmarks.
 
-    Raises `PermpruneError` unless the width is a multiple of 64, and the tensors are contiguous and belong together.
+    Raises `PermpruneError` unless the width is a multiple of 64 and the tensors are contiguous and match.
     """
     rows, width = values.shape
     parts = [values] if scale is None else [values, scale]
@@ -152,9 +153,9 @@ def describe_dense(values: Tensor, scale: Tensor | None = None, block: int = WOR
 
 
 def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: bool = False) -> Tensor:
-    """x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16; the result has its type.
+    """Return x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16, in the type of x: (batch, rows).
 
-    `kernels` are those of `names()`, the best if not given; `dense` is for the weights of `describe_dense`. Raises
+    `kernels` is one of `names()`, by default the best; `dense` is for the weights of `describe_dense`. Raises
     `PermpruneError` for other input.
     """
     library, index = _kernels(kernels) or (None, -1)
@@ -189,7 +190,10 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: boo
 
 
 def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = None) -> None:
-    """Write the weight with its zeros, from row `first` on, to a contiguous (rows, width) of fp32, bf16 or fp16."""
+    """Write rows of the weight with its zeros, from `first` on, to `output`.
+
+    `output` is a contiguous (rows, width) of fp32, bf16 or fp16. Raises `PermpruneError` if it does not fit.
+    """
     library, index = _kernels(kernels) or (None, -1)
     rows, width = output.shape
     fits = output.dtype in FLOATS and output.is_contiguous() and output.device.type == "cpu"
@@ -200,7 +204,7 @@ def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = N
 
 
 def row_off_pattern(mask: Tensor, width: int, n: int, m: int) -> int | None:
-    """The first row of a contiguous mask (rows, 8 ceil(width / 64)) that does not keep n of every m channels."""
+    """Return the first row of a mask (rows, 8 ceil(width / 64)) that does not keep n of every m channels, or None."""
     library, _ = _kernels() or (None, -1)
     if library is None or mask.dtype != torch.uint8 or mask.shape[1] != -(-width // WORD) * 8:
         raise PermpruneError(f"a mask of shape {tuple(mask.shape)} cannot be checked against {width} channels")
@@ -214,7 +218,7 @@ def _threads(work: int) -> int:
 
 @cache
 def _kernels(wanted: str | None = None) -> tuple[ctypes.CDLL, int] | None:
-    """The library and the index of the kernels to use; None for torch alone."""
+    """Return the library and the index of the kernels to use, or None to use only PyTorch."""
     forced = wanted or os.environ.get(FORCED)
     library = None if forced == "torch" else _library()
     if library is None:
@@ -228,7 +232,7 @@ def _kernels(wanted: str | None = None) -> tuple[ctypes.CDLL, int] | None:
 
 
 def _running(library: ctypes.CDLL) -> list[tuple[int, str]]:
-    """Index and name of the kernels that run on this processor, best first."""
+    """Return index and name of the kernels that run on this processor, the best first."""
     found: list[tuple[int, str]] = []
     while (name := library.permprune_kernels(len(found))) is not None:
         found.append((len(found), name.decode()))
@@ -237,7 +241,7 @@ def _running(library: ctypes.CDLL) -> list[tuple[int, str]]:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The library, ready for use; None, with a warning, when it is not there or does not load."""
+    """Load the library; returns None, with a warning, if it is missing or does not load."""
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
@@ -263,10 +267,10 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _parallel_region() -> ctypes.c_void_p | None:
-    """`GOMP_parallel` of the OpenMP runtime that torch runs on, if it is one that has it (libgomp, libomp, libiomp)."""
+    """Return `GOMP_parallel` of the OpenMP runtime that torch uses, or None; libgomp, libomp and libiomp have it."""
     folder = Path(torch.__file__).parent
     files = [path for path in (folder / "lib").glob("lib*omp*") if "omp" in path.name.split(".")[0]]
-    if sys.platform == "linux":  # a package manager's torch has it elsewhere
+    if sys.platform == "linux":  # torch from a package manager has the runtime elsewhere
         maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
         loaded = {Path(line.split(maxsplit=5)[5]) for line in maps if len(line.split(maxsplit=5)) == 6}
         files += sorted(path for path in loaded if path.name.startswith(("libgomp", "libomp", "libiomp")))

@@ -1,4 +1,4 @@
-"""The packed form of an N:M weight: the kept values, and one bit for every channel that says which are kept."""
+"""The packed form of an N:M weight: the kept values, and a mask with one bit for every channel."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from permprune.kernels import native
 from permprune.pattern import Pattern
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-"""What the kept values may be stored as."""
+"""The types in which kept values can be stored."""
 BLOCKS = (64, 128)
-"""How many channels of a row may share a scale of int8."""
+"""The numbers of channels of a row that can share a scale of int8 values."""
 LARGEST_GROUP = 16
 WORD = native.WORD
 
@@ -24,9 +24,9 @@ class PackedWeight:
     """A weight (rows, width) that keeps `pattern.n` of every `pattern.m` consecutive weights of a row.
 
     `values` is (rows, width n / m), the kept weights of each row in channel order: fp32, bf16, fp16 or int8.
-    `mask` is uint8 (rows, 8 ceil(width / 64)): bit c % 8 of byte c // 8 tells whether channel c is kept, and the bits
-    after the width are zero. This costs m / n bits for each kept weight (2:4, 4:8 and 8:16: two), is quick to decode on
-    every processor, and cannot name a channel that does not exist.
+    `mask` is uint8 (rows, 8 ceil(width / 64)): bit c % 8 of byte c // 8 is set if channel c is kept, and the bits after
+    the width are zero. This costs m / n bits for each kept weight (2:4, 4:8 and 8:16: two), is quick to decode on every
+    processor, and cannot refer to a channel that does not exist.
     `scale` is fp32 (rows, ceil(width / block)), for int8 only: a weight is its integer times the scale of its block.
     """
 
@@ -38,6 +38,7 @@ class PackedWeight:
 
     @property
     def width(self) -> int:
+        """The number of channels of a row."""
         return self.values.shape[1] // self.pattern.n * self.pattern.m
 
     @property
@@ -47,10 +48,11 @@ class PackedWeight:
 
     @classmethod
     def pack(cls, weight: Tensor, pattern: Pattern, dtype: torch.dtype | None = None, block: int = 64) -> PackedWeight:
-        """Pack a floating point (rows, width) weight whose groups have at most n non-zeros, as `dtype` or its own.
+        """Pack a floating-point weight (rows, width) whose groups have at most n non-zeros.
 
-        int8 rounds to 255 steps between the largest magnitudes of each block of `block` channels of a row.
-        Raises `PermpruneError` when the weight does not hold the pattern, is not finite, or does not fit the dtype.
+        Values are stored as `dtype`, by default the type of the weight. int8 rounds each block of `block` channels of a
+        row to 255 steps from minus its largest magnitude to its largest magnitude. Raises `PermpruneError` if the
+        weight does not hold the pattern, is not finite, or does not fit the dtype.
         """
         dtype = dtype or weight.dtype
         _require_supported(pattern, dtype, block)
@@ -69,7 +71,7 @@ class PackedWeight:
         return cls(pattern, values, pack_bits(kept), scale, block)
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (rows, width) with its zeros, rounded to `dtype`."""
+        """Return the weight (rows, width) with its zeros, rounded to `dtype`."""
         values = self.values.float()
         weight = torch.zeros(values.shape[0], self.width, device=values.device)
         weight[unpack_bits(self.mask, self.width)] = values.flatten()
@@ -78,9 +80,9 @@ class PackedWeight:
         return weight.to(dtype)
 
     def check(self, name: str = "a packed weight") -> None:
-        """Raise `PermpruneError` unless every number is in place: shapes, types, positions, finite values and scales.
+        """Raise `PermpruneError` unless shapes, types and masks are valid and all values and scales are finite.
 
-        Tensors on the meta device are checked for shapes and types alone.
+        For tensors on the meta device only shapes and types are checked.
         """
         _require_supported(self.pattern, self.values.dtype, self.block)
         native.require_layout(
@@ -96,7 +98,7 @@ class PackedWeight:
             raise PermpruneError(f"{name} does not keep {self.pattern} in row {row}: {DAMAGED}")
 
     def _row_off_pattern(self) -> int | None:
-        """The first row whose mask does not keep n of every m channels, or keeps a channel after the width."""
+        """Return the first row whose mask does not keep n of every m channels or has bits after the width, or None."""
         if native.available() and self.mask.device.type == "cpu":
             return native.row_off_pattern(self.mask, self.width, self.pattern.n, self.pattern.m)
         bits = unpack_bits(self.mask, self.mask.shape[1] * 8)
@@ -109,7 +111,7 @@ DAMAGED = "the file is damaged, pack the model again"
 
 
 def pack_bits(kept: Tensor) -> Tensor:
-    """Bool (rows, width) to the mask of `PackedWeight`, uint8 (rows, 8 ceil(width / 64))."""
+    """Convert bool (rows, width) to the mask of a `PackedWeight`, uint8 (rows, 8 ceil(width / 64))."""
     padded = torch.nn.functional.pad(kept.to(torch.uint8), (0, -kept.shape[1] % WORD)).unflatten(1, (-1, 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=kept.device)
     mask: Tensor = (padded << shifts).sum(-1, dtype=torch.uint8)
@@ -117,14 +119,14 @@ def pack_bits(kept: Tensor) -> Tensor:
 
 
 def unpack_bits(mask: Tensor, width: int) -> Tensor:
-    """The first `width` bits of each row of a mask: bool (rows, width)."""
+    """Return the first `width` bits of each row of a mask: bool (rows, width)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     bits: Tensor = (mask.unsqueeze(-1) >> shifts & 1).bool().flatten(1)
     return bits[:, :width]
 
 
 def _quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Integers from -127 to 127 as fp32 (rows, width), and the scale of each block, (rows, blocks)."""
+    """Return integers from -127 to 127 as fp32 (rows, width), and the scale of each block, (rows, blocks)."""
     blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
     scale = blocks.abs().amax(-1) / 127
     steps = blocks / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)

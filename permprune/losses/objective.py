@@ -27,7 +27,7 @@ ONE_LABEL_DIVERGENCE = 3.0
 class Objective(Loss):
     """A weighted sum of losses, each summed over the terms of a batch.
 
-    Raises `PermpruneError` for a negative weight, and where all of them are 0.
+    Raises `PermpruneError` for a negative weight, and if all weights are 0.
 
     Attributes:
         task: Weight of the task's loss: the cross-entropy with the labels, or the distance to the dense model's outputs

@@ -39,6 +39,7 @@ class Predictions:
 
     @property
     def terms(self) -> int:
+        """The number of terms of the loss."""
         return len(self.logits)
 
     def loss(self, dense: Tensor | None = None) -> Tensor:
@@ -87,6 +88,7 @@ class Features:
 
     @property
     def terms(self) -> int:
+        """The number of terms of the loss, one for each example."""
         return len(self.values)
 
     def loss(self, dense: Tensor | None = None) -> Tensor:

@@ -28,6 +28,7 @@ class Damping:
         return median(self.of.values())
 
     def raise_all(self, factor: float) -> None:
+        """Multiply the damping of every problem by `factor`."""
         for name in self.of:
             self.of[name] *= factor
 

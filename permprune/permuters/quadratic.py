@@ -109,6 +109,7 @@ class QuadraticModel:
 
     @property
     def order(self) -> Tensor:
+        """The current order, int64 (size,)."""
         return self.groups.flatten()
 
     def swap(self, generator: torch.Generator) -> None:

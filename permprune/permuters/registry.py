@@ -27,7 +27,7 @@ def permuter(given: str | Permuter) -> Permuter:
 
 
 def permuters(methods: Sequence[str | Permuter] | Mapping[str, str | Permuter]) -> dict[str, Permuter]:
-    """Permuters by the labels that tables give them: those of a mapping, or what they are called."""
+    """Return permuters by their labels in tables: the keys of a mapping, or the labels of the methods (`label_of`)."""
     if isinstance(methods, Mapping):
         return {label: permuter(method) for label, method in methods.items()}
     found = [(permuter(method), method) for method in methods]

@@ -19,6 +19,7 @@ from permprune.checkpoints.probe import PROBE, Probe, make_probe
 from permprune.checkpoints.record import RECORD, Record
 from permprune.errors import PermpruneError
 from permprune.models.processors import Processor
+from permprune.report.card import write_card
 from permprune.report.run import write_report
 from permprune.system.files import atomic_folder, write_json
 
@@ -63,6 +64,7 @@ def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object]
     values = record.to_json()
     write_json(folder / RECORD, values)
     write_report(values, folder / "report.html")
+    write_card(values, folder)
 
 
 def require_probe(origin: Origin) -> Probe:

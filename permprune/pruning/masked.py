@@ -169,7 +169,7 @@ class MaskedLayers:
             self._refresh(self.layers)
 
     def restore(self) -> None:
-        """Show the dense weights, for good: the network is used up."""
+        """Put the dense weights back into the model; the network must not be used afterwards."""
         for name, layer in self.layers.items():
             layer.weight.copy_(self.dense[name])
 

@@ -47,6 +47,7 @@ class Problem:
     site: str = ""
 
     def identity(self) -> Tensor:
+        """Return the natural order, int64 (size,)."""
         return torch.arange(self.size)
 
 

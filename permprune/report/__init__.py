@@ -1,1 +1,1 @@
-"""What a person reads after a run: pictures and one self-contained page."""
+"""Reports of runs: pictures, tables for the terminal, and self-contained HTML pages."""

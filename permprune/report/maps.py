@@ -1,4 +1,4 @@
-"""Pictures of cells: kept saliency and patterns by layer, and a few weights before and after their reordering."""
+"""Heat maps: kept saliency and patterns by layer, and a few weights before and after reordering."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, bare, figu
 Record = Mapping[str, Any]
 
 NAME = 24
-"""Characters of a row's name that are shown; the beginning is left out."""
+"""Largest number of characters of a row's name; longer names lose their beginning."""
 
 FAINT = 0.06
-"""The opacity of the least value: it shows that there is a cell."""
+"""The opacity of the lowest value, so that its cell is still visible."""
 
 
 def kept_saliency(layers: Sequence[Record], kind: Format = "svg") -> bytes:
-    """Share of the squared saliency that the mask keeps, kinds of linears x layers: natural order above permuted."""
+    """Draw the share of the squared saliency that the mask keeps, in natural order and as permuted.
+
+    Rows are the kinds of linear layers, columns the layers.
+    """
     kinds = layer_kinds(layers, "kept_none", "kept")
     before, after = (_grid(kinds, place) for place in (1, 2))
     values = np.concatenate([before, after])
@@ -48,7 +51,10 @@ def kept_saliency(layers: Sequence[Record], kind: Format = "svg") -> bytes:
 
 
 def patterns(layers: Sequence[Record], kind: Format = "svg") -> bytes:
-    """The pattern of each layer, kinds of linears x layers: the more it keeps, the stronger the colour."""
+    """Draw the pattern of each layer, with a stronger colour for denser patterns.
+
+    Rows are the kinds of linear layers, columns the layers.
+    """
     shares = [{"name": layer["name"], "kept": Pattern.parse(layer["pattern"]).density} for layer in layers]
     kinds = layer_kinds(shares, "kept", "kept")
     picture = figure(WIDTH, 0.9 + 0.19 * len(kinds))
@@ -65,7 +71,7 @@ def patterns(layers: Sequence[Record], kind: Format = "svg") -> bytes:
 
 
 def sample(found: Record, kind: Format = "svg") -> bytes:
-    """A few weights of a layer in natural order and as permuted: kept ones blue, pruned ones orange."""
+    """Draw a few weights of a layer in natural order and as permuted: kept ones blue, pruned ones orange."""
     picture = figure(WIDTH, 3.4)
     panels = picture.subplots(2, 1)
     for axes, key, title in zip(panels, ("natural", "permuted"), ("natural order", "permuted"), strict=True):
@@ -86,7 +92,7 @@ def sample(found: Record, kind: Format = "svg") -> bytes:
 
 
 def _grid(kinds: Mapping[str, Sequence[tuple[int, float, float]]], place: int) -> np.ndarray:
-    """(kinds, layers) of the second or third number of every point; NaN where a layer lacks a kind."""
+    """Return number `place` of every point as an array (kinds, layers); NaN if a layer lacks a kind."""
     width = 1 + max(point[0] for points in kinds.values() for point in points)
     grid = np.full((len(kinds), width), math.nan)
     for row, points in enumerate(kinds.values()):
@@ -96,7 +102,7 @@ def _grid(kinds: Mapping[str, Sequence[tuple[int, float, float]]], place: int) -
 
 
 def _ramp(color: str) -> LinearSegmentedColormap:
-    """From almost nothing to the full colour: the ground shines through, light or dark."""
+    """A colour map from almost transparent to the full colour, for light and dark backgrounds."""
     rgb = to_rgba(color)[:3]
     return LinearSegmentedColormap.from_list("ramp", [(*rgb, FAINT), (*rgb, 1.0)])
 

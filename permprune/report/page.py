@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: what those of runs and of sweeps share."""
+"""Self-contained HTML pages and model cards: the parts that their templates share."""
 
 from __future__ import annotations
 
@@ -7,34 +7,50 @@ import re
 from functools import cache
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from permprune.report.words import count, fine_percent
 
 Shown = tuple[str, str, str]
-"""A picture on a page: its title, what there is to see, and the SVG as a data URI."""
+"""A picture on a page: its title, its description, and the SVG as a data URI."""
 
 
 def fill(template: str, **values: Any) -> str:
-    """The page that a template makes of these values, all of which are escaped."""
+    """Render a template with these values; in HTML all of them are escaped."""
     return _environment().get_template(template).render(values)
 
 
 def shown(title: str, text: str, svg: bytes) -> Shown:
+    """Return a picture for a page, with the SVG as a data URI."""
     return title, text, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
 
 
 def _unbroken(text: str) -> str:
-    """The same with hyphens before digits, as in "top-1", at which no line ends."""
+    """Replace hyphens before digits, as in "top-1", by non-breaking ones."""
     return re.sub(r"-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
+
+
+def _code(text: str) -> str:
+    """The text as inline code of Markdown, also in a table."""
+    return f"`{' '.join(text.replace('`', ' ').split())}`".replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """The text without anything that Markdown or HTML would take for markup, in one line."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
 
 
 @cache
 def _environment() -> Environment:
     loader = PackageLoader("permprune.report", "")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters.update(percent=fine_percent, unbroken=_unbroken)
+    environment.filters.update(percent=fine_percent, unbroken=_unbroken, code=_code, plain=_plain)
     environment.globals.update(count=count)
     return environment

@@ -1,4 +1,4 @@
-"""The pictures of a run and of a comparison, as SVG or PNG bytes that read on a light and on a dark page."""
+"""The pictures of a run and of a comparison, as SVG or PNG bytes that are legible on light and dark pages."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ COLUMNS = 2
 
 
 def output_error(layers: Sequence[Record], kind: Format = "svg") -> bytes:
-    """Squared error of each layer's output relative to the output itself: natural order against permuted."""
+    """Draw the squared error of each layer's output relative to the output, in natural order and as permuted."""
     return _by_kind(layers, "error_none", "error", kind)
 
 
 def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
-    """Held-out loss against seconds; a refused round is a cross, or a triangle at the upper edge if beyond."""
+    """Draw the held-out loss over time; refused rounds are crosses, or triangles at the upper edge if off the scale."""
     kept = [point for point in curve if point["kept"] and math.isfinite(point["loss"])]
     refused = [point for point in curve if not point["kept"]]
     picture = figure(WIDTH, 2.5)
@@ -54,7 +54,7 @@ def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
 
 
 def epochs(curve: Sequence[Record], metric: str, dense: float | None, kind: Format = "svg") -> bytes:
-    """A metric after each epoch of training, the first value being that before it; a line for the dense model's."""
+    """Draw a metric before training and after each epoch, with a line at the dense model's value if that is given."""
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
     values = [point["value"] for point in curve]
@@ -69,7 +69,7 @@ def epochs(curve: Sequence[Record], metric: str, dense: float | None, kind: Form
 
 
 def dense_line(axes: Axes, value: float) -> None:
-    """A line across at the value of the dense model."""
+    """Draw a horizontal line at the value of the dense model."""
     axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
     axes.annotate(
         "dense", (1.0, value), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
@@ -78,7 +78,7 @@ def dense_line(axes: Axes, value: float) -> None:
 
 
 def bars(dense: float, none: float, pruned: float, metric: str, method: str, kind: Format = "svg") -> bytes:
-    """Bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
+    """Draw bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
     labels = ["dense", "pruned,\nnatural order", f"pruned,\n{method}"]
     values = [dense, none, pruned]
     picture = figure(WIDTH, 2.5)
@@ -98,7 +98,7 @@ def bars(dense: float, none: float, pruned: float, metric: str, method: str, kin
 
 
 def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Format = "svg") -> bytes:
-    """A metric by method, best first, with the share of the gap closed and the seconds beside it.
+    """Draw a metric by method, the best first, with columns for the share of the gap closed and the time.
 
     Perplexities are on a log scale.
     """
@@ -126,7 +126,7 @@ def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Forma
 
 
 def metric_axis(axes: Axes, side: Literal["x", "y"], metric: str, values: Sequence[float]) -> None:
-    """The label of an axis that shows a metric's values; perplexities are on a log scale."""
+    """Label an axis that shows a metric's values; perplexities are on a log scale."""
     label, apart = metric, "\n" if side == "y" else " "
     if metric == "perplexity":
         finite = [value for value in values if math.isfinite(value)] or [1.0]
@@ -137,9 +137,10 @@ def metric_axis(axes: Axes, side: Literal["x", "y"], metric: str, values: Sequen
 
 
 def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, Points]:
-    """(layer index, before, after) of every linear by kind: the last part of its name, or as many as tell it apart.
+    """Group the linear layers by kind; returns (layer index, before, after) of each.
 
-    The index is the first number in the name; linears that share kind and index, such as experts, are averaged.
+    The kind is the last part of a layer's name, or as many parts as distinguish it from other kinds. The index is the
+    first number in the name. Linear layers with the same kind and index, such as experts, are averaged.
     """
     found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for layer in layers:
@@ -156,7 +157,7 @@ def _mean(index: int, pairs: list[tuple[float, float]]) -> tuple[int, float, flo
 
 
 def _short_names(paths: list[str]) -> dict[str, str]:
-    """The shortest ending of each dotted path that no other path ends in."""
+    """Return the shortest ending of each dotted path that no other path ends in."""
     names = {}
     for path in paths:
         parts = path.split(".")
@@ -169,7 +170,7 @@ def _short_names(paths: list[str]) -> dict[str, str]:
 
 
 def _by_kind(layers: Sequence[Record], before: str, after: str, kind: Format) -> bytes:
-    """One small panel for each kind of linear; the scale is shared, so the panels can be compared."""
+    """Draw a small panel for each kind of linear layer; all panels have the same scale."""
     kinds = layer_kinds(layers, before, after)
     rows = math.ceil(len(kinds) / COLUMNS)
     picture = figure(WIDTH, 0.75 + 1.15 * rows)
@@ -204,14 +205,14 @@ def _by_kind_labels(picture: Figure) -> None:
 
 
 def _cells(axes: Axes, height: float, cells: list[str]) -> None:
-    """Three right-aligned cells at a height in data units."""
+    """Write three right-aligned cells at a height in data units."""
     for place, cell in zip((0.3, 0.7, 1.0), cells, strict=True):
         transform = axes.get_yaxis_transform()
         axes.text(place, height, cell, transform=transform, ha="right", va="center", color=GRAY, fontsize=9)
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 times the powers of ten, or a few even ones when the range is too short for them."""
+    """Set ticks at 1, 2 and 5 times the powers of ten, or evenly spaced ones if the range is too short for these."""
     low, high = axis.get_view_interval()
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]

@@ -1,4 +1,4 @@
-"""The page of a run: the decision first, then pictures, then settings."""
+"""The HTML page of a run: the result in a sentence, then pictures, then settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from permprune.system.files import write_whole
 
 
 def render(record: Mapping[str, Any]) -> str:
-    """The page for the contents of a permprune.json. Everything from the record is escaped."""
+    """Render the page for the contents of a permprune.json. Everything from the record is escaped."""
     return fill(
         "run.html",
         record=record,
@@ -36,8 +36,8 @@ def render(record: Mapping[str, Any]) -> str:
         decision=_pruned(record),
         trained=_then_trained(record),
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
-        table=_table(record),
-        dense=_dense(record.get("dense")),
+        table=measured_rows(record),
+        dense=dense_sentence(record.get("dense")),
         pictures=_pictures(record),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
         spaces=_spaces(record),
@@ -45,13 +45,13 @@ def render(record: Mapping[str, Any]) -> str:
 
 
 def write_report(record: Mapping[str, Any], path: Path) -> None:
-    """Write the page of `record`; readers of `path` see all of it or nothing. Raises `PermpruneError`."""
+    """Write the page of `record` atomically. Raises `PermpruneError` if it cannot be written."""
     page = render(record)
     write_whole(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
 def decision(record: Mapping[str, Any]) -> str:
-    """What the run came to, in one sentence, or in two where training followed."""
+    """Summarise the result of a run in one sentence, or in two if training followed."""
     return " ".join(filter(None, (_pruned(record), _then_trained(record))))
 
 
@@ -68,7 +68,7 @@ def _pruned(record: Mapping[str, Any]) -> str:
 
 
 def _then_trained(record: Mapping[str, Any]) -> str:
-    """What training after pruning brought, as a sentence of its own; "" where there was none."""
+    """Summarise training after pruning in one sentence; "" if there was none."""
     if (optimised := record.get("optimised")) is None:
         return ""
     metric, before, after, error = (optimised[key] for key in ("metric", "before", "after", "stderr"))
@@ -91,8 +91,8 @@ def _error_clause(record: Mapping[str, Any]) -> str:
     return f"mean output error of a layer {after} against {before} without permutation; "
 
 
-def _table(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of what was measured: its name; dense; pruned in natural order; pruned as permuted."""
+def measured_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the rows of the table of results: name; dense; pruned in natural order; pruned as permuted."""
     rows: list[tuple[str, ...]] = []
     if (measured := record["measured"]) is not None:
         rows.append((measured["metric"], *(number(measured[key]) for key in ("dense", "none", "pruned"))))
@@ -139,7 +139,7 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
 
 
 def _optimised(optimised: Mapping[str, Any]) -> str:
-    """What training after pruning brought."""
+    """Describe the training after pruning."""
     what = {"all": "the weights that are left", "norms": "norms, biases and the head", "head": "the head"}
     return (
         f"Training {what[optimised['train']]} on {count(optimised['examples'], 'example')} after pruning, measured on "
@@ -148,14 +148,14 @@ def _optimised(optimised: Mapping[str, Any]) -> str:
     )
 
 
-def _dense(weights: Mapping[str, Any] | None) -> str:
-    """What stayed dense inside the blocks, as a sentence; empty if nothing did, or if that was not recorded."""
+def dense_sentence(weights: Mapping[str, Any] | None) -> str:
+    """Describe what stayed dense inside the blocks, as a sentence; "" if nothing did or this was not recorded."""
     text = str(DenseWeights(**weights)) if weights else ""
     return f"{text}." if text else ""
 
 
 def _spaces(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of what was permuted: its name; how it is stored; its blocks; channels of a block; share that moved."""
+    """Return the rows of the table of permutations: name; storage; blocks; channels of a block; share that moved."""
     orders = [(name, "folded", table) for name, table in record["permutations"].items()]
     orders += [(gather["site"], "gather", [gather["order"]]) for gather in record["gathers"]]
     return [(name, how, f"{len(table):,}", f"{len(table[0]):,}", percent(_moved(table))) for name, how, table in orders]

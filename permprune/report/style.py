@@ -1,6 +1,6 @@
-"""How every picture looks: gray axes on a transparent ground, and colours that colour-blind readers can tell apart.
+"""The style of all pictures: gray axes on a transparent background, and colours that are safe for the colour-blind.
 
-The colours are of Okabe & Ito's set, lightened or darkened until each stands out on white as well as on near-black.
+The colours are those of Okabe & Ito, lightened or darkened until each stands out on white as well as on near-black.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ BLUE = "#2b87c8"
 ORANGE = "#d9700f"
 
 PALETTE = (ORANGE, BLUE, "#16966f", "#b5649a", "#9a7b0a", "#7d6fd0", "#c0504d", "#4f9aa8", GRAY)
-"""Colours of methods, in their order: that of no permutation first."""
+"""Colours of methods, in the order of the methods; no permutation is the first."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-"""Shapes of patterns, in their order."""
+"""Markers of patterns, in the order of the patterns."""
 
 WIDTH = 4.4
-"""Inches: lettering stays legible when the page shrinks a picture to the width of a phone."""
+"""Width of a picture in inches: its text stays legible when a page shrinks it to the width of a phone."""
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of that many inches, drawn without any global state."""
+    """Return an empty figure of this size in inches, which uses no global state of matplotlib."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def quiet(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
-    """Gray axes without a box, and a faint grid along one direction."""
+    """Make axes gray and remove their box, and draw a faint grid."""
     axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(GRAY)
@@ -47,14 +47,14 @@ def quiet(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
 
 
 def bare(axes: Axes) -> None:
-    """No box, no ticks, no ground."""
+    """Remove the box, the ticks and the background of axes."""
     axes.patch.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
 
 
 def save(picture: Figure, kind: Format) -> bytes:
-    """The file's bytes; the same picture gives the same bytes."""
+    """Return the bytes of the file; the same picture always gives the same bytes."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     with matplotlib.rc_context({"svg.hashsalt": "permprune", "svg.fonttype": "path"}):

@@ -1,4 +1,7 @@
-"""The page of a sweep: the decision first, then the trade-off in pictures, then every cell."""
+"""The HTML page of a sweep: the result in a sentence, then pictures of the trade-off, then a table of all cells.
+
+A cell is the result of one combination of pattern, method and time budget.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ SIZE = (
 
 
 def render_sweep(result: Result) -> str:
-    """The page for the contents of a sweep's figures.json. Everything in it is escaped."""
+    """Render the page for the contents of a sweep's figures.json. Everything in it is escaped."""
     metric, dense = result["metric"], result["dense"]
     return fill(
         "sweep.html",
@@ -55,14 +58,14 @@ def render_sweep(result: Result) -> str:
 
 
 def write_sweep(result: Result, folder: Path) -> None:
-    """Write report.html and pareto.png to a folder. Raises `PermpruneError`."""
+    """Write report.html and pareto.png to a folder. Raises `PermpruneError` if they cannot be written."""
     page, picture = render_sweep(result), pareto(result, _values(result), "png")
     write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
     write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
 
 
 def sweep_decision(result: Result) -> str:
-    """What the sweep came to, in one sentence: the cell that loses least, and how small it is."""
+    """Summarise the result of a sweep in one sentence: the cell with the best metric, and its size."""
     metric, rows = result["metric"], result["rows"]
     if not (front := _front(result)):
         return f"None of {count(len(rows), 'cell')} has a finite {metric}."
@@ -78,7 +81,7 @@ def sweep_decision(result: Result) -> str:
 
 
 def _values(result: Result) -> list[str]:
-    """What is drawn against size."""
+    """The values that are drawn against size."""
     return [result["metric"], *([SCORE] if SCORE in result["dense"] else [])]
 
 
@@ -97,7 +100,7 @@ def _data(result: Result) -> str:
 
 
 def _tasks(result: Result) -> str:
-    """The tasks of which the score is the mean, how much of each was asked, and the standard error of that."""
+    """Describe the score: its tasks with their numbers of examples, and the standard error for the dense model."""
     dense = result["dense"]
     scored = [task for task in dense["tasks"] if task["metric"] == "acc"]
     names = ", ".join(f"{task['task']} ({task['examples']:,})" for task in scored)
@@ -109,7 +112,7 @@ def _front(result: Result) -> list[Mapping[str, Any]]:
 
 
 def _cells(row: Mapping[str, Any], result: Result) -> dict[str, str]:
-    """A row as text."""
+    """Format the entries of a row."""
     budget = "" if row["minutes"] is None else f", {row['minutes']:g}\N{NO-BREAK SPACE}min"
     return {
         "pattern": row["pattern"],
@@ -124,12 +127,15 @@ def _cells(row: Mapping[str, Any], result: Result) -> dict[str, str]:
 
 
 def _score(row: Mapping[str, Any]) -> str:
-    """The mean score on tasks; "" if none were asked for."""
+    """Format the mean score on tasks; "" if none were measured."""
     return with_error(row["score"], row["score_stderr"]) if "score" in row else ""
 
 
 def _groups(result: Result) -> list[tuple[str, list[dict[str, str]]]]:
-    """The rows of each pattern under a heading: its name, its size, and of a mix how many layers have which."""
+    """Group the rows by pattern, as (heading, formatted rows).
+
+    The heading is the pattern's name and size, and for a mix the number of layers with each pattern.
+    """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault(row["pattern"], []).append(row)

@@ -13,7 +13,7 @@ from permprune.report.words import duration, fine_percent, number, overlap_note,
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
-    """The contents of a comparison's file (`Comparison.to_json`), for the terminal."""
+    """Return a table of a comparison's contents, as of `Comparison.to_json`."""
     table = Table(title=comparison_title(result), caption=overlap_note(result["overlap"]), caption_justify="left")
     table.add_column("method")
     scored = "score" in result["rows"][0]
@@ -28,7 +28,7 @@ def comparison_table(result: dict[str, Any]) -> Table:
 
 
 def tasks_table(model: str, results: Sequence[Result]) -> Table:
-    """What `permprune.evaluate_tasks` returns, for the terminal."""
+    """Return a table of the results of `permprune.evaluate_tasks`."""
     table = Table(title=model)
     for title in ("task", "metric"):
         table.add_column(title)
@@ -43,7 +43,7 @@ def tasks_table(model: str, results: Sequence[Result]) -> Table:
 
 
 def sweep_table(result: dict[str, Any]) -> Table:
-    """The contents of a sweep's figures.json, for the terminal; cells that no other beats are bold."""
+    """Return a table of the contents of a sweep's figures.json; rows on the Pareto front are bold."""
     metric = result["metric"]
     title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
     table = Table(title=title, caption=overlap_note(result["measured"]["overlap"]), caption_justify="left")

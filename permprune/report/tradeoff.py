@@ -1,4 +1,4 @@
-"""The pictures of a sweep: what a size costs, and what the time of a search buys."""
+"""The pictures of a sweep: the metric against model size, and against the time of the search."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, Format, figure
 Result = Mapping[str, Any]
 
 TICKS = {1: "1 s", 10: "10 s", 60: "1 min", 300: "5 min", 1200: "20 min", 3600: "1 h", 14400: "4 h", 57600: "16 h"}
-"""Seconds that the axis of time names."""
+"""Ticks of the time axis: seconds and their labels."""
 
 SCORE = "score"
-"""The mean score on tasks, in a row that has one."""
+"""The key of the mean score on tasks, in rows that have one."""
 
 SCORE_NAME = "mean task score"
 
 COLUMNS = 4
-"""Of a legend."""
+"""Number of columns of a legend."""
 
 
 def pareto(result: Result, values: Sequence[str], kind: Format = "svg") -> bytes:
-    """Some `values` of every cell, the metric or `SCORE`, against its size, side by side."""
+    """Draw `values`, the metric and `SCORE`, of every cell against its size, each in a panel of its own."""
     colors, markers = _keys(result)
     picture = figure(WIDTH * len(values), 3.6)
     for axes, value in zip(picture.subplots(1, len(values), squeeze=False).flat, values, strict=True):
@@ -40,7 +40,7 @@ def pareto(result: Result, values: Sequence[str], kind: Format = "svg") -> bytes
 
 
 def _against_size(axes: Axes, result: Result, value: str) -> None:
-    """A value of every cell against its size; a line joins those that no other beats."""
+    """Draw a value of every cell against its size; a line joins the cells on the Pareto front."""
     rows, best = _finite(result, value), "score_front" if value == SCORE else "front"
     colors, markers = _keys(result)
     front = sorted((row["size"], row[value]) for row in rows if row[best])
@@ -63,7 +63,7 @@ def _against_size(axes: Axes, result: Result, value: str) -> None:
 
 
 def minutes(result: Result, kind: Format = "svg") -> bytes:
-    """The best value of the metric that a search of so long finds, by pattern."""
+    """Draw the metric of every cell against the time of its search, with a line at the best so far for each pattern."""
     metric = result["metric"]
     rows = _finite(result, metric)
     sign = -1 if metric_named(metric).higher_is_better else 1
@@ -94,7 +94,7 @@ def _finite(result: Result, value: str) -> list[Mapping[str, Any]]:
 
 
 def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
-    """A colour for each method and a marker for each pattern, in the order of the rows."""
+    """Return a colour for each method and a marker for each pattern, in the order of the rows."""
     methods = dict.fromkeys(row["method"] for row in result["rows"])
     shapes = dict.fromkeys(row["pattern"] for row in result["rows"])
     colors = {method: PALETTE[place % len(PALETTE)] for place, method in enumerate(methods)}
@@ -102,7 +102,7 @@ def _keys(result: Result) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _dense(axes: Axes, result: Result, value: str) -> None:
-    """The value of the dense model as a line across, and the axis of the value."""
+    """Draw a horizontal line at the dense model's value, and label the axis of the value."""
     dense = result["dense"][value]
     dense_line(axes, dense)
     values = [dense, *(row[value] for row in _finite(result, value))]
@@ -110,7 +110,7 @@ def _dense(axes: Axes, result: Result, value: str) -> None:
 
 
 def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, str]) -> None:
-    """Methods by colour, patterns by shape, in rows of their own."""
+    """Draw a legend of methods by colour and of patterns by marker, in separate rows."""
     lines = [Line2D([], [], color=color, linewidth=4, label=name) for name, color in colors.items()]
     shapes = [Line2D([], [], color=GRAY, marker=shape, linestyle="", label=name) for name, shape in markers.items()]
     rows = [
@@ -133,5 +133,5 @@ def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, st
 
 
 def _blank() -> Line2D:
-    """A place of the legend that is left empty."""
+    """An empty entry of the legend."""
     return Line2D([], [], linestyle="", label=" ")

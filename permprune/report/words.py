@@ -1,4 +1,4 @@
-"""Numbers and outcomes as a person reads them."""
+"""Numbers and results as text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NONE = "none"
 
 
 def number(value: float | None) -> str:
-    """Three or four significant digits: 30.09, 175.7, 12,400; a dash for None."""
+    """Format a number with three or four significant digits: 30.09, 175.7, 12,400; a dash for None."""
     if value is None:
         return DASH
     if not math.isfinite(value):
@@ -28,12 +28,12 @@ def number(value: float | None) -> str:
 
 
 def whole(value: float | None) -> str:
-    """A number without decimals; a dash for None."""
+    """Format a number without decimals; a dash for None."""
     return DASH if value is None else f"{value:.0f}"
 
 
 def with_error(value: float, error: float | None) -> str:
-    """A value and its standard error, of which two digits count: 44.77 ± 0.90, 0.677 ± 0.024."""
+    """Format a value and its standard error to two digits of the error: 44.77 ± 0.90, 0.677 ± 0.024."""
     text = number(value)
     if error is None or not (math.isfinite(value) and math.isfinite(error)):
         return text
@@ -46,7 +46,7 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share of 1 in whole percent; a dash for None."""
+    """Format a share of 1 in whole percent; a dash for None."""
     if share is None or not math.isfinite(share):
         return DASH
     whole = round(100 * share)
@@ -54,24 +54,24 @@ def percent(share: float | None) -> str:
 
 
 def fine_percent(share: float) -> str:
-    """A share of 1 in percent with a decimal or two, for differences that whole percents would hide."""
+    """Format a share of 1 in percent with one or two decimals, for small differences."""
     return f"{100 * share:.2f} %" if share < 0.1 else f"{100 * share:.1f} %"
 
 
 def count(number: int, thing: str) -> str:
-    """ "1 layer", "2 layers"."""
+    """Format a number with its noun: "1 layer", "2 layers"."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def overlap_note(share: float | None) -> str:
-    """What a reader must know of an evaluation of which such a share was calibrated on; "" where it is hardly any."""
+    """Return a warning that a share of the evaluation data was used for calibration; "" if the share is negligible."""
     if share is None or share <= QUOTED:
         return ""
     return f"{percent(share)} of the evaluation is in the calibration as well: on other data pruned models do worse."
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds up to two minutes, then minutes, then hours; a dash for None."""
+    """Format a duration: in seconds up to two minutes, then in minutes, then in hours; a dash for None."""
     if seconds is None:
         return DASH
     if seconds < 10:
@@ -84,16 +84,16 @@ def duration(seconds: float | None) -> str:
 
 
 def way(pattern: str, method: str, update: str) -> str:
-    """How a model was pruned, to begin a sentence with: "2:4 with newton, then sparsegpt"."""
+    """Describe how a model was pruned, as the start of a sentence: "2:4 with newton, then sparsegpt"."""
     words = "A mix of patterns" if pattern == MIXED else pattern
     words += " in natural order" if method == NONE else f" with {method}"
     return words if update == NONE else f"{words}, then {update}"
 
 
 def outcome(metric: str, pruned: float, dense: float, none: float | None) -> str:
-    """What pruning left of a metric, as the end of a sentence; `none` is its value in natural order, where told apart.
+    """Describe a metric after pruning, as the end of a sentence; `none` is its value in natural order, if it differs.
 
-    Where more is better: " keeps 97 % of the dense top-1 accuracy (...)", else ": perplexity 63.4 against ...".
+    If higher is better: " keeps 97 % of the dense top-1 accuracy (...)", otherwise ": perplexity 63.4 against ...".
     """
     if metric_named(metric).higher_is_better and math.isfinite(pruned) and dense > 0:
         beside = "" if none is None else f"; {number(none)} without permutation"
@@ -103,7 +103,7 @@ def outcome(metric: str, pruned: float, dense: float, none: float | None) -> str
 
 
 def trained(metric: str, before: float, after: float, error: float | None, dense: float | None) -> str:
-    """What training after pruning made of a metric, as a sentence; `dense` is that of the teacher, if there was one."""
+    """Describe a metric after training that followed pruning, as a sentence; `dense` is the teacher's value, if any."""
     value = with_error(after, error)
     if dense is None:
         return f"Trained after that: {metric} {value} against {number(before)} before."
@@ -114,4 +114,5 @@ def trained(metric: str, before: float, after: float, error: float | None, dense
 
 
 def better(metric: str) -> str:
+    """Return "higher is better" or "lower is better"."""
     return f"{'higher' if metric_named(metric).higher_is_better else 'lower'} is better"

@@ -41,7 +41,7 @@ MEMORY = 12 * 2**30
 RECYCLED = 40
 """Cases after which a process is replaced."""
 
-IRRELEVANT = {"generation_config.json", "probe.safetensors", "report.html"}
+IRRELEVANT = {"README.md", "generation_config.json", "probe.safetensors", "report.html"}
 """Files that the weights and what is measured of them do not depend on."""
 
 

@@ -69,7 +69,7 @@ def test_a_folder_written_from_python_is_whole(
     assert code == 0 and "14 layers hold the pattern" in stdout
     assert {path.name for path in out.iterdir()} - {"text.txt"} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "model.safetensors" if mode == "fold" else GATHERED, "probe.safetensors", RECORD, "report.html",
+        "model.safetensors" if mode == "fold" else GATHERED, "probe.safetensors", RECORD, "report.html", "README.md",
     }  # fmt: skip
     weights = load_file(out / (GATHERED if mode == "gather" else "model.safetensors"))
     assert {tensor.dtype for tensor in weights.values()} == {dtype}

@@ -7,7 +7,7 @@
 
 BEGIN_TARGET("avx2,fma,f16c,popcnt")
 
-/* The lanes put where `bits` has ones. */
+/* Moves successive lanes to the positions of the ones in `bits`, with zeros between. */
 static ALWAYS_INLINE __m256 expand(__m256 kept, uint64_t bits)
 {
     __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)expand_bytes[bits & 255]));

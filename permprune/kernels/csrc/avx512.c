@@ -13,7 +13,7 @@ static ALWAYS_INLINE __m512 widen_bf16(__m256i v)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 
-/* Where the ones of 32 bits stand. */
+/* The positions of the ones in 32 bits. */
 static ALWAYS_INLINE __m512i indices(uint64_t bits)
 {
     const __m256i bytes = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,

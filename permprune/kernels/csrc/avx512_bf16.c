@@ -6,7 +6,7 @@
 
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx512bf16,avx2,fma,bmi,bmi2,popcnt")
 
-/* Where the ones of 64 bits stand, if they are 32. */
+/* The positions of the ones in 64 bits, of which 32 are set. */
 static ALWAYS_INLINE __m512i indices(uint64_t bits)
 {
     static const uint8_t counting[64] __attribute__((aligned(64))) = {

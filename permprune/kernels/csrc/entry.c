@@ -1,4 +1,4 @@
-/* What Python calls: the kernels that run here, a product, a check of a mask, and the unpacked weight. */
+/* The functions for Python: the names of the kernels, products, checks of masks, and unpacking. */
 #include "packed.h"
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -17,7 +17,7 @@ static const struct kernels *const all_kernels[] = {
 };
 enum { KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
-/* ---- threads: those of the OpenMP runtime that torch has loaded, which a second pool would only fight for cores ---- */
+/* ---- threads: those of the OpenMP runtime that torch has loaded; a second pool would compete for the cores ---- */
 
 typedef void parallel_region(void (*body)(void *), void *data, unsigned threads, unsigned flags);
 
@@ -41,7 +41,7 @@ static void take_pieces(void *data)
     }
 }
 
-/* Pieces are whole tiles, so that which rows share a tile does not depend on the threads: the same bits for any count. */
+/* Pieces are whole tiles, so that the rows of a tile, and with them the result, do not depend on the threads. */
 static void deal_rows(const struct job *job, rows_kernel *kernel, int64_t count, int32_t threads)
 {
     if (threads <= 1 || !parallel) {
@@ -71,7 +71,7 @@ static ALWAYS_INLINE void read_row(const struct weights *weights, const void *x,
 
 static void read_floats(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
 {
-    switch (number) { /* a loop for each */
+    switch (number) { /* a separate loop for each type */
     case F32: read_row(weights, x, row, F32, to); break;
     case BF16: read_row(weights, x, row, BF16, to); break;
     default: read_row(weights, x, row, F16, to);
@@ -89,7 +89,7 @@ static void read_pairs(const struct weights *weights, const uint16_t *x, int64_t
     memset(to + weights->width, 0, (size_t)(weights->words * WORD - weights->width) * sizeof *to);
 }
 
-/* A word to integers in -127 to 127; a word with NaN or infinity has the scale NaN. Returns the scale. */
+/* Rounds a word to integers from -127 to 127 and returns its scale, which is NaN for a word with NaN or infinity. */
 static float quantize_word(const float *from, int8_t *to, int32_t *shift)
 {
     uint32_t largest = 0;
@@ -110,7 +110,7 @@ static float quantize_word(const float *from, int8_t *to, int32_t *shift)
     return finite ? limit / 127.0f : from_bits(0x7fc00000);
 }
 
-/* Row `row` of activations of `number`, as `staged` holds them. `line` has room for a row of floats. */
+/* Writes row `row` of the activations, of type `number`, to `staged`. `line` has room for a row of floats. */
 static void stage_row(const struct weights *weights, const void *x, int64_t row, int32_t number, int pairs,
                       const struct staged *staged, void *line)
 {
@@ -149,7 +149,7 @@ static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number,
 
 /* ---- entries ---- */
 
-/* The name of the kernels `index`, best first; "" when they do not run here, NULL after the last. */
+/* The name of kernels number `index`, the best first; "" if they do not run here, NULL after the last. */
 EXPORT const char *permprune_kernels(int32_t index)
 {
     if (index < 0 || index >= KERNELS)
@@ -157,7 +157,7 @@ EXPORT const char *permprune_kernels(int32_t index)
     return all_kernels[index]->runs_here() ? all_kernels[index]->name : "";
 }
 
-/* output (batch, rows) = activations (batch, width) x weight^T + bias, both side by side in memory. With `dense`, the
+/* output (batch, rows) = activations (batch, width) x weight^T + bias, both contiguous in memory. With `dense`, the
  * values are all weights, and the width is a multiple of WORD. Returns a `status`. */
 EXPORT int32_t permprune_multiply(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
                                   void *output, int32_t index, int32_t threads, int32_t dense)
@@ -183,13 +183,13 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     return DONE;
 }
 
-/* The first row whose mask does not hold exactly n of every m channels, or has ones after the width; -1 if none. */
+/* The first row whose mask does not keep exactly n of every m channels, or has ones after the width; -1 if none. */
 EXPORT int64_t permprune_check(const uint8_t *mask, int64_t rows, int64_t width, int32_t n, int32_t m)
 {
     const int64_t words = (width + WORD - 1) / WORD;
     for (int64_t row = 0; row < rows; row++, mask += words * 8) {
         uint32_t bad = 0;
-        uint64_t waiting = 0; /* channels read but not counted, `count` of them */
+        uint64_t waiting = 0; /* the mask of `count` channels that are read but not yet counted */
         int count = 0;
         int64_t counted = 0;
         for (int64_t byte = 0; byte < words * 8; byte++) {

@@ -1,4 +1,4 @@
-/* For each byte of a mask, which kept value goes to each of its 8 channels; 128 and more: none. */
+/* For each byte of a mask, the index of the kept value of each of its 8 channels; 128 or more means none. */
 #ifndef PERMPRUNE_EXPAND_TABLE_H
 #define PERMPRUNE_EXPAND_TABLE_H
 

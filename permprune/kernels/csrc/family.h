@@ -1,16 +1,16 @@
-/* The kernels of one pair of numbers: `product_KIND` and, where vectors can be stored as floats, `unpack_KIND` for packed
- * weights, and `dense_KIND` for benchmarks.
+/* The kernels for one pair of number types: `product_KIND` and, if vectors can be stored as floats, `unpack_KIND` for
+ * packed weights, and `dense_KIND` for benchmarks.
  *
- * Expects KIND; WEIGHT and STAGED, the numbers of weight and activations in memory; LANES; the types VECTOR and SUM;
+ * Expects KIND; WEIGHT and STAGED, the types of weight and activations in memory; LANES; the types VECTOR and SUM;
  * LOAD(const STAGED *), a VECTOR; KEPT(const WEIGHT *), the next LANES values, a VECTOR; EXPAND(const WEIGHT *, uint64_t
  * bits), the next values put where `bits` has ones and zeros between, which may read LANES values; ZERO(),
  * FMA(SUM, VECTOR, VECTOR) and TOTAL(SUM); and STORE(float *, VECTOR), where the vectors are floats.
  *
- * Where activations can be picked by an index, also the type INDEX; INDICES(uint64_t bits), where the ones stand among
+ * If activations can be picked by an index, also the type INDEX; INDICES(uint64_t bits), the positions of the ones in
  * 2 LANES channels; and PICK(VECTOR, INDEX, VECTOR). Then weights that keep half of each word are multiplied that way.
  */
 #define MASK_WORD mask_word
-#define AHEAD (WORD / 2) /* values to fetch early, of those that a word keeps in the usual patterns */
+#define AHEAD (WORD / 2) /* values to prefetch: as many as a word keeps in 2:4 */
 #define WEIGHTS EXPAND
 #define NAME PASTE(expand_, KIND)
 #include "product.h"

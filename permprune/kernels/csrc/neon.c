@@ -4,7 +4,7 @@
 #include "packed.h"
 #include <arm_neon.h>
 
-/* For four bits of a mask, which byte of the kept values goes to each byte of four channels; 255: none. */
+/* For four bits of a mask, the index of the byte of the kept values for each byte of four channels; 255 means none. */
 static uint8_t expand_lanes[16][16];
 
 __attribute__((constructor)) static void fill_expand_lanes(void)

@@ -1,9 +1,9 @@
-/* Packed N:M weights, and the job of multiplying activations by them: what every kernel shares.
+/* Packed N:M weights, and products with activations: the definitions that all kernels share.
  *
- * A weight of `rows` x `width` keeps n of every m consecutive weights of a row. `values` holds the kept ones of each row
- * side by side, in channel order. `mask` has a bit for every weight, kept or not: bit c % 8 of byte c / 8 of a row is
- * channel c, and a row is padded with zeros to whole words of 64 channels. Nothing else says where a value belongs, so
- * no mask can name a channel outside the row; a kernel never reads past `values`, whatever the mask holds.
+ * A weight of `rows` x `width` keeps n of every m consecutive weights of a row. `values` holds the kept weights of each
+ * row contiguously, in channel order. `mask` has a bit for every weight, kept or not: bit c % 8 of byte c / 8 of a row
+ * is channel c, and a row is padded with zeros to whole words of 64 channels. Positions are stored nowhere else, so no
+ * mask can refer to a channel outside the row; a kernel never reads past `values`, whatever the mask holds.
  */
 #ifndef PERMPRUNE_PACKED_H
 #define PERMPRUNE_PACKED_H
@@ -33,11 +33,11 @@ enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at on
 
 enum number { F32, BF16, F16, I8, NUMBERS };
 
-/* The same members, in the same order, as `_Weights` in native.py. */
+/* The same members, in the same order, as `Weights` in native.py. */
 struct weights {
     const void *values;
     const uint8_t *mask;
-    const float *scale;   /* I8: (rows, blocks), what one step of the integers is worth in a block of a row */
+    const float *scale;   /* I8: (rows, blocks), the value of one integer step in a block of a row */
     const void *bias;     /* (rows,) or NULL */
     const int64_t *order; /* (width,) or NULL: channel c of the weight reads channel order[c] of the activations */
     int64_t rows, width;
@@ -49,11 +49,11 @@ struct weights {
 };
 
 /* Activations as the kernels read them: groups of TILE_BATCH rows (the last may be smaller), and in a group, for each
- * word, the channels of one row after the other's, with zeros where the width ends inside the word. */
+ * word, the channels of each row in turn, with zeros after the width. */
 struct staged {
     void *values;
-    float *scale;   /* I8: for each group, word and row, what one step of the integers is worth */
-    int32_t *shift; /* I8: beside it, -128 times the sum of the integers: see product_i8.h */
+    float *scale;   /* I8: for each group, word and row, the value of one integer step */
+    int32_t *shift; /* I8: likewise, -128 times the sum of the integers: see family_i8.h */
     int64_t batch;
 };
 
@@ -66,9 +66,9 @@ struct job {
 
 typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
 
-/* What one instruction set offers, by what the weight holds: `products`; `dense`, the same with a weight that keeps
+/* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for a weight that keeps
  * everything, for benchmarks; and `unpack`, which writes the weight with its zeros, (rows, width). `pairs`
- * multiplies bf16 by bf16 where there is such an instruction, else it is NULL. */
+ * multiplies bf16 by bf16 if there is such an instruction, else it is NULL. */
 struct kernels {
     const char *name;
     int (*runs_here)(void);
@@ -163,7 +163,7 @@ static ALWAYS_INLINE void write_line(const struct job *job, int64_t row, int64_t
 {
     const int64_t left = job->weights->width - channel, to = row * job->weights->width + channel;
     const int count = left < WORD ? (int)left : WORD;
-    switch (job->output_number) { /* a loop for each */
+    switch (job->output_number) { /* a separate loop for each type */
     case F32: memcpy((float *)job->output + to, line, (size_t)count * sizeof *line); break;
     case BF16:
         for (int c = 0; c < count; c++)
@@ -178,8 +178,8 @@ static ALWAYS_INLINE void write_line(const struct job *job, int64_t row, int64_t
 /* The first `channels` channels of a word. */
 static ALWAYS_INLINE uint64_t before(uint64_t bits, int channels) { return bits & ((1ull << channels) - 1); }
 
-/* Where the values of a word can be read as if WORD of them followed: at `from`, or in `room`, where the array ends
- * before that. `size` is the bytes of one value. */
+/* An address from which WORD values can be read: `from`, or, if the array ends before that, a padded copy in `room`.
+ * `size` is the bytes of one value. */
 static ALWAYS_INLINE const void *readable(const void *from, const void *end, void *room, size_t size)
 {
     ptrdiff_t left = (const char *)end - (const char *)from;
@@ -191,8 +191,8 @@ static ALWAYS_INLINE const void *readable(const void *from, const void *end, voi
     return room;
 }
 
-/* Deal the rows to tiles of TILE_ROWS, the rest one by one, and the activations to groups of TILE_BATCH, a tile's size
- * known where it is compiled. */
+/* Divides the rows into tiles of TILE_ROWS, and the rest one by one, and the activations into groups of TILE_BATCH. The
+ * size of each tile is a compile-time constant. */
 #define DEAL_TILES(NAME, TILE) DEAL_TILES_(NAME, TILE)
 #define DEAL_TILES_(NAME, TILE)                                                                                        \
     static ALWAYS_INLINE void NAME##_group(const struct job *job, int64_t row, int64_t group, const int height)        \

@@ -3,7 +3,7 @@
 
 typedef float vector __attribute__((vector_size(16)));
 
-/* The values put where the four bits have ones. */
+/* Moves successive values to the positions of the ones in four bits, with zeros between. */
 static ALWAYS_INLINE vector expand(vector kept, uint64_t bits)
 {
     const float values[5] = {kept[0], kept[1], kept[2], kept[3], 0};

@@ -1,8 +1,8 @@
-/* y = x W^T in floating point: one way of reading the weight. family.h includes it for each.
+/* y = x W^T in floating point, with one way of reading the weight; family.h includes this file for each way.
  *
- * Expanding the weight (the values put where the mask has ones, zeros between) works for any pattern and width. Where
- * half of every word is kept, PICKING goes another way, which needs half the multiplications: it picks the activations
- * of the kept channels. With DENSE, every weight is kept and no mask is read.
+ * Expanding the weight (values moved to the ones of the mask, with zeros between) works for any pattern and width. If
+ * half of every word is kept, PICKING needs only half the multiplications: it picks the activations of the kept
+ * channels. For `dense_KIND` (family.h) every weight is kept, and no mask is read.
  */
 #define TILE PASTE(NAME, _tile)
 
@@ -12,7 +12,7 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group
     const struct weights *weights = job->weights;
     const WEIGHT *end = (const WEIGHT *)weights->values + weights->rows * weights->kept;
     const STAGED *x = (const STAGED *)job->staged->values + group * TILE_BATCH * weights->words * WORD;
-    const int chains = height == 1 ? CHAINS : 1; /* sums that do not wait for each other */
+    const int chains = height == 1 ? CHAINS : 1; /* independent sums, to hide the latency of additions */
     const WEIGHT *values[TILE_ROWS], *from[TILE_ROWS];
     const uint8_t *mask[TILE_ROWS];
     uint64_t bits[TILE_ROWS];

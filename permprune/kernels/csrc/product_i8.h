@@ -1,5 +1,5 @@
-/* y = x W^T in integers, with a scale for each block of a row and for each word of the activations: family_i8.h
- * includes it for each way of reading the weight. Sums of integers are exact, so that every processor finds the same. */
+/* y = x W^T in integers, with a scale for each block of a row and for each word of the activations. family_i8.h
+ * includes it for each way of reading the weight. Sums of integers are exact, so that all processors get the same. */
 #define TILE PASTE(NAME, _tile)
 
 static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group, const int height, const int batch)

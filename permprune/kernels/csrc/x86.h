@@ -1,5 +1,5 @@
-/* What an x86-64 processor and its operating system can do, asked of the processor itself: the compilers' own
- * `__builtin_cpu_supports` needs a runtime library that not every compiler links. */
+/* The features of an x86-64 processor and its operating system, from cpuid: the compilers' `__builtin_cpu_supports`
+ * needs a runtime library that not every compiler links. */
 #ifndef PERMPRUNE_X86_H
 #define PERMPRUNE_X86_H
 

@@ -1,0 +1,60 @@
+"""Send written folders to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi, errors
+
+from permprune.checkpoints.record import read_record
+from permprune.errors import PermpruneError
+
+MESSAGE = "Upload a model pruned by permprune"
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    endpoint: str | None = None,
+    revision: str | None = None,
+    message: str = MESSAGE,
+) -> str:
+    """Upload a folder that permprune wrote, the whole of it, as one commit; return the address of the repository.
+
+    The repository is created if it does not exist: `private` or public, or by the organisation's default if None.
+    `token` and `endpoint` are those that huggingface_hub is set up with if None (`hf auth login`, `HF_TOKEN`,
+    `HF_ENDPOINT`). `revision` is a branch that exists, main by default; `message` is that of the commit. Raises
+    `PermpruneError` if the folder is none of permprune's, or if the hub cannot be reached or refuses.
+    """
+    folder = Path(folder)
+    read_record(folder)
+    api = HfApi(endpoint=endpoint, token=token)
+    with _reported(repo_id):
+        repo = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message=message)
+    return str(repo)
+
+
+@contextmanager
+def _reported(repo_id: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line."""
+    try:
+        yield
+    except (errors.LocalTokenNotFoundError, errors.OfflineModeIsEnabled, errors.HFValidationError) as error:
+        raise PermpruneError(f"cannot upload to {repo_id}: {_line(error)}") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = "log in with `hf auth login`, or give a token that may write there" if status in (401, 403) else ""
+        said = error.server_message or _line(error)
+        raise PermpruneError(f"the hub refuses {repo_id} ({status}): {said}{advice and f'; {advice}'}") from error
+    except errors.HTTPError as error:  # type: ignore[attr-defined] # of httpx, in whichever release the hub's client has
+        raise PermpruneError(f"cannot reach the hub for {repo_id}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,92 @@
+"""The model card of a folder: README.md, with the metadata that the hub reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from permprune.report.page import fill
+from permprune.report.run import decision, dense_sentence, measured_rows
+from permprune.report.words import overlap_note
+from permprune.system.files import write_whole
+
+CARD = "README.md"
+
+PACKED = "packed"
+"""The key of the record of a folder with packed weights."""
+
+FACTS = ("pattern", "mode", "permute", "saliency", "update", "calibration", "samples", "length", "seed")
+"""Settings on the card; those that an older record lacks are left out."""
+
+
+def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: str, *, on_hub: bool = False) -> str:
+    """Return the card for the contents of a permprune.json and a config.json; `source` is the folder or the hub id.
+
+    Licence and base model are named where the record has them. Values of the record are escaped.
+    """
+    settings, measured = record["settings"], record["measured"]
+    loading, remark = _loading(record, config, source, on_hub)
+    on = f"Measured on {measured['count']:,} {measured['unit']} of {_name(measured['data'])}." if measured else ""
+    body = fill(
+        "card.md",
+        record=record,
+        title=f"{_name(record['model'])}, {settings['pattern']}",
+        base=record.get("base_model") or _name(record["model"]),
+        decision=decision(record),
+        overlap=overlap_note((measured or {}).get("overlap")),
+        loading=loading,
+        remark=remark,
+        facts=list(_facts(settings)),
+        dense=dense_sentence(record.get("dense")),
+        table=measured_rows(record),
+        measured=on,
+    )
+    return f"---\n{_metadata(record).to_yaml()}\n---\n\n{body}"
+
+
+def write_card(record: Mapping[str, Any], folder: Path, *, hub_id: str | None = None) -> None:
+    """Write the card of a folder that has its config.json; loading code names the folder, or the `hub_id`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    card = render_card(record, config, hub_id or folder.name, on_hub=hub_id is not None)
+    write_whole(folder / CARD, lambda temporary: temporary.write_text(card, encoding="utf-8"))
+
+
+def _metadata(record: Mapping[str, Any]) -> ModelCardData:
+    return ModelCardData(
+        base_model=record.get("base_model"),
+        license=record.get("license"),
+        library_name="permprune" if record["gathers"] else "transformers",
+        tags=["permprune", "pruning", "sparsity", record["settings"]["pattern"]],
+    )
+
+
+def _loading(record: Mapping[str, Any], config: Mapping[str, Any], source: str, on_hub: bool) -> tuple[str, str]:
+    """Return code that loads the model, and a remark on it."""
+    quoted = json.dumps(source, ensure_ascii=False)
+    if record["gathers"]:
+        folder = f"snapshot_download({quoted})" if on_hub else quoted
+        hub = "from huggingface_hub import snapshot_download\n" if on_hub else ""
+        code = f"import permprune\n{hub}\nmodel = permprune.load({folder})"
+        return code, "It reorders channels at run time (gather mode), which plain Transformers does not do."
+    own = [name for name in config.get("auto_map") or () if name.startswith("AutoModel")]
+    kind = next(iter([*own, *(config.get("architectures") or ())]), "AutoModel")
+    trust = ", trust_remote_code=True" if own else ""
+    code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quoted}{trust})"
+    if PACKED in record:
+        return f"import permprune  # with it, Transformers loads packed weights\n{code}", ""
+    return code, "It is a plain checkpoint: the orders are folded into the weights."
+
+
+def _facts(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in FACTS:
+        if settings.get(name) is not None:
+            yield name, _name(settings[name]) if name == "calibration" else str(settings[name])
+
+
+def _name(path: str) -> str:
+    """The last part of a path, which tells nothing of the machine that it was on; a hub id as it is."""
+    return path if path.count("/") < 2 and not path.startswith((".", "/", "~")) else PurePath(path).name

@@ -1,0 +1,69 @@
+"""Folders are uploaded whole, to a stub of the hub."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+from huggingface_hub import ModelCard
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+import permprune
+from permprune import PermpruneError
+
+from ..cli.running import fails, run
+from ..faults.pruned import SETTINGS, WINDOWS
+from .hub_stub import TOKEN, Hub, served
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with served() as stub:
+        yield stub
+
+
+@pytest.fixture
+def pruned(tiny_llama: LlamaForCausalLM) -> permprune.Pruned:
+    return permprune.prune(tiny_llama, examples=WINDOWS, mode="gather", **SETTINGS)
+
+
+def test_a_pruned_model_is_pushed_whole(
+    pruned: permprune.Pruned, tiny_tokenizer: PreTrainedTokenizerFast, hub: Hub, tmp_path: Path
+) -> None:
+    options = {"token": TOKEN, "endpoint": hub.endpoint}
+    address = pruned.push_to_hub("someone/tiny-2-4", tiny_tokenizer, private=True, **options)
+    assert address == f"{hub.endpoint}/someone/tiny-2-4" and hub.created == {"someone/tiny-2-4": True}
+    pruned.save_pretrained(tmp_path / "tiny-2-4", tiny_tokenizer)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "tiny-2-4").iterdir()}
+    assert hub.files.keys() == written.keys() and len(hub.commits) == 1
+    assert {name for name in written if written[name] != hub.files[name]} <= {"README.md", "report.html"}
+    card = ModelCard(hub.files["README.md"].decode())
+    assert 'permprune.load(snapshot_download("someone/tiny-2-4"))' in card.text
+
+
+def test_a_written_folder_is_pushed_as_it_is(pruned: permprune.Pruned, hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    pruned.save_pretrained(folder)
+    (folder / "README.md").write_text("My own words.", encoding="utf-8")
+    permprune.push_to_hub(folder, "someone/tiny", token=TOKEN, endpoint=hub.endpoint, message="By hand")
+    assert hub.files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert hub.created == {"someone/tiny": False} and hub.commits == ["By hand"]
+
+
+def test_what_cannot_be_uploaded_is_one_line(
+    pruned: permprune.Pruned, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    pruned.save_pretrained(folder)
+    with pytest.raises(PermpruneError, match=r"the hub refuses a/b \(401\): Invalid credentials.*hf auth login"):
+        permprune.push_to_hub(folder, "a/b", token="hf_wrong", endpoint=hub.endpoint)
+    with pytest.raises(PermpruneError, match=r"cannot upload to a/b/c: .*a/b/c"):
+        permprune.push_to_hub(folder, "a/b/c", token=TOKEN, endpoint=hub.endpoint)
+    with pytest.raises(PermpruneError, match="cannot reach the hub for a/b: "):
+        permprune.push_to_hub(folder, "a/b", token=TOKEN, endpoint="http://127.0.0.1:9")
+    assert "holds no permprune.json" in fails("push", tmp_path, "a/b")
+    assert not hub.files
+    monkeypatch.setattr("permprune.checkpoints.hub.push_to_hub", lambda *args, **options: f"{args[1]} {options}")
+    code, stdout, _ = run("push", folder, "a/b", "--private")
+    assert code == 0 and stdout == "uploaded to a/b {'private': True, 'revision': None}\n"
