@@ -68,7 +68,7 @@ class Prepared(Plan):
     seconds: float
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Pruned:
     """A pruned model in stored order, and what was decided on the way.
 

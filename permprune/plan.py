@@ -124,7 +124,16 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, co
         raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
     count = calibration_count(model, config)
     shared, source = config.shared, config.calibration
-    return load_examples(source, model, processor, "calibration", count, config.length, config.seed, shared)
+    return load_examples(
+        source,
+        model,
+        processor,
+        part="calibration",
+        count=count,
+        length=config.length,
+        seed=config.seed,
+        shared=shared,
+    )
 
 
 def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -> list[Examples]:

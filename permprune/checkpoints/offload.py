@@ -116,6 +116,7 @@ def write_offloaded(
     model: PreTrainedModel,
     processor: Processor | None,
     weights: StoredWeights,
+    *,
     dtype: torch.dtype,
     gathered: bool,
     folder: Path,

@@ -31,7 +31,7 @@ def ablate(
     from permprune.jobs.trials import Evaluation
     from permprune.report.tables import comparison_table
 
-    methods = variants(study, preset, max(0, config.shares(config.samples)[-1]), epochs)
+    methods = variants(study, preset, max(0, config.shares(config.samples)[-1]), epochs=epochs)
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
     result = compare(model, methods, config, evaluation=evaluation).to_json()
     cli.show(comparison_table(result))

@@ -27,6 +27,7 @@ def load_examples(
     source: str | None,
     model: PreTrainedModel,
     processor: Processor | None,
+    *,
     part: Part | Literal["probe"],
     count: int,
     length: int = 512,

@@ -26,7 +26,7 @@ EPOCHS = (0.0, 0.25, 0.5, 1.0, 2.0)
 STUDIES = ("loss", "groups", "epochs")
 
 
-def variants(study: str, preset: str, examples: int, epochs: float | None = None) -> dict[str, Permuter]:
+def variants(study: str, preset: str, examples: int, *, epochs: float | None = None) -> dict[str, Permuter]:
     """The permuters to compare in a study, by label (Li et al. 2026, arXiv 2601.22980, "ablations").
 
     An epoch is one pass over the `examples` of the calibration that gradients are taken on; `epochs`, if given, is how

@@ -38,7 +38,7 @@ class ComparisonRow(Measurement):
         return {**super().to_json(), "gap_closed": self.gap_closed}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What `compare` measured, by `metric`: a row for the dense model, for no permutation, and for each method.
 
@@ -102,7 +102,14 @@ def compare(
         trials.prepared.dense.warn()
         measured = [trials.dense, *(trials.run(method, label).measurement for label, method in chosen.items())]
         metric = trials.dense.result.metric
-        result = Comparison(trials.name, config, metric, trials.overlap, trials.prepared.seconds, _rows(measured))
+        result = Comparison(
+            model=trials.name,
+            config=config,
+            metric=metric,
+            overlap=trials.overlap,
+            calibrate_seconds=trials.prepared.seconds,
+            rows=_rows(measured),
+        )
         announce(result)
         if work:
             _write_best(trials, chosen[result.best.method], result, evaluation, work)

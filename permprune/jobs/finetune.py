@@ -124,9 +124,12 @@ class FineTuning:
         text = kind_of(model) == "text"
         length = self.length or (512 if text else 128)
         rows = self.rows or (256 if text else EVERYTHING)
-        shown = load_examples(self.data, model, processor, "calibration", rows, length, self.seed)
+        shown = load_examples(
+            self.data, model, processor, part="calibration", count=rows, length=length, seed=self.seed
+        )
         if self.dev is not None:
-            return shown, load_examples(self.dev, model, processor, "evaluation", EVERYTHING, length, 0)
+            dev = load_examples(self.dev, model, processor, part="evaluation", count=EVERYTHING, length=length, seed=0)
+            return shown, dev
         held_out = min(max(1, round(HELD_OUT * len(shown))), MOST_HELD_OUT)
         if len(shown) <= held_out:
             raise PermpruneError(f"{len(shown)} example to train on: give more data")
@@ -134,7 +137,7 @@ class FineTuning:
         return rest, dev
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuned:
     """What training came to.
 

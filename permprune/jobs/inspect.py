@@ -19,7 +19,7 @@ from permprune.models.processors import Processor
 from permprune.system.out_of_memory import memory_reported
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectedSpace:
     """A channel space: `size` channels in each of `blocks` blocks, which `members` parameters run along.
 

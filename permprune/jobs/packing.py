@@ -35,7 +35,7 @@ class Sizes:
     packed: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
     """What packing a folder came to.
 

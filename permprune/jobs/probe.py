@@ -47,7 +47,8 @@ def probe(
     headed = with_head(opened.model, classes)
     if (origin := origin_of(headed)).record:
         require_probe(origin)
-    fitted = fit_probe(headed, load_examples(source, headed, opened.processor, "probe", windows * ANSWERED_ONCE))
+    count = windows * ANSWERED_ONCE
+    fitted = fit_probe(headed, load_examples(source, headed, opened.processor, part="probe", count=count))
     unmeasured = {"measured": None, "gap_closed": None, "optimised": None}  # that was with another head
     with atomic_folder(out) as folder:
         write_model(fitted.model, opened.processor, folder, **unmeasured)

@@ -138,7 +138,15 @@ def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work
     weights.edit = stream.stored(pruned)
 
     def write(folder: Path) -> None:
-        write_offloaded(model, processor, weights, stored, bool(pruned.gathers), folder, cast(int, config.memory))
+        write_offloaded(
+            model,
+            processor,
+            weights,
+            dtype=stored,
+            gathered=bool(pruned.gathers),
+            folder=folder,
+            memory=cast(int, config.memory),
+        )
 
     return _Done(pruned, evaluation.measured(*results, overlap=overlap), seconds, write)
 

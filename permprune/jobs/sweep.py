@@ -132,7 +132,8 @@ def sweep(
         own = config.replace(minutes=None)
         _fill([Job(model, processor, own, evaluation, tuple(group), work.path, asked) for group in groups], jobs)
         dense, rows = _rows(cells, work.path)
-        result = Sweep(name_of(model), note(name_of(model)), config, evaluation, dense, rows)
+        name = name_of(model)
+        result = Sweep(model=name, note=note(name), config=config, evaluation=evaluation, dense=dense, rows=rows)
         announce(result)
         distributed.on_first(lambda: _write(result.to_json(), work))
     return result

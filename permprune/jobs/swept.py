@@ -67,7 +67,7 @@ class DenseRow(Measurement):
         return {**super().to_json(), "stderr": self.result.stderr, "bytes": self.bytes, "size": 1.0}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
     """What `sweep` measured, by `metric`: the `dense` model, and a row for each cell. `note` is the zoo model's."""
 

@@ -79,7 +79,9 @@ class Evaluation:
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
         """Those to measure a model on. Raises `PermpruneError` where they cannot be read."""
         count = self.windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
-        return load_examples(self.source, model, processor, "evaluation", count, self.length, None, self.shared)
+        return load_examples(
+            self.source, model, processor, part="evaluation", count=count, length=self.length, shared=self.shared
+        )
 
     def measured(self, dense: Result, none: Result, pruned: Result, *, overlap: float) -> Measured:
         """The entry of a record with three values on these data, of which a share was calibrated on as well."""

@@ -86,7 +86,7 @@ def test_weights_on_disk_are_those_of_the_same_model(folder: Path, tmp_path: Pat
     assert torch.equal(logits(offloaded), logits(model))
     out = tmp_path / "out"
     out.mkdir()
-    write_offloaded(offloaded, same, weights, dtype, False, out, memory=2**30)
+    write_offloaded(offloaded, same, weights, dtype=dtype, gathered=False, folder=out, memory=2**30)
     assert torch.equal(logits(read_model(str(out))[0]), logits(model))
 
 

@@ -57,7 +57,7 @@ def test_what_is_written_is_what_was_read_as_edited(
     last_outputs(model, {"input_ids": IDS})  # takes tied weights apart
     weights.edit = lambda name, tensor: -tensor if name.endswith("up_proj.weight") else tensor
     out.mkdir()
-    write_offloaded(model, tokenizer, weights, stored, gathered, out, memory=40_000)
+    write_offloaded(model, tokenizer, weights, dtype=stored, gathered=gathered, folder=out, memory=40_000)
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 1 or (gathered and files == [out / GATHERED])
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}

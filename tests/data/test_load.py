@@ -23,7 +23,7 @@ def drawn(folder: Path, count: int, seed: int | None) -> tuple[list[int], list[i
     """The numbers and labels of the zoo's images that a classifier of ten classes is given."""
     model, processor, _ = read_model(str(folder))
     model.config.num_labels = 10
-    found = load_examples(None, model, processor, "calibration", count, seed=seed)
+    found = load_examples(None, model, processor, part="calibration", count=count, seed=seed)
     levels = (found["pixel_values"].mean(dim=(1, 2, 3)) + 1) * 127.5
     return (levels / 10).round().int().tolist(), found["labels"].tolist()
 
