@@ -212,6 +212,20 @@ def row_off_pattern(mask: Tensor, width: int, n: int, m: int) -> int | None:
     return None if row < 0 else row
 
 
+def search(name: str, job: ctypes.Structure, work: int) -> int:
+    """Run a kernel of the search, "mask", "keep" or "place", on a checked job of so many elements; returns a status.
+
+    Raises `PermpruneError` where native kernels are not available.
+    """
+    library, index = _kernels() or (None, -1)
+    if library is None:
+        raise PermpruneError("native kernels are not available here")
+    function = getattr(library, f"permprune_{name}")
+    threads = () if name == "place" else (_threads(work),)
+    status: int = function(ctypes.byref(job), index, *threads)
+    return status
+
+
 def _threads(work: int) -> int:
     return min(torch.get_num_threads(), 1 + work // GRAIN)
 
@@ -260,6 +274,9 @@ def _library() -> ctypes.CDLL | None:
     library.permprune_unpack.restype = ctypes.c_int32
     library.permprune_check.argtypes = [pointer, count, count, number, number]
     library.permprune_check.restype = ctypes.c_int64
+    for name, threads in (("mask", 1), ("keep", 1), ("place", 0)):
+        function = getattr(library, f"permprune_{name}")
+        function.argtypes, function.restype = [pointer, number, *[number] * threads], ctypes.c_int32
     library.permprune_use_threads_of.argtypes = [pointer]
     library.permprune_use_threads_of.restype = None
     library.permprune_use_threads_of(_parallel_region())

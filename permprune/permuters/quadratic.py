@@ -20,14 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from permprune.kernels.search import add_placement_cost
 from permprune.matching.assignment import cycles
 from permprune.matching.pairs import pair_up
-from permprune.pattern import Pattern, ranks
+from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
-
-BLOCK = 2**18
-"""Number of elements of a matrix that are processed at a time."""
 
 
 @dataclass
@@ -83,14 +81,16 @@ class QuadraticModel:
         whose slope is fisher * (E H). If any layer of a bundle has no `covariance`, the bundle's rows are treated as
         independent.
         """
-        if order is None:
-            order = network.orders.get(problem.name, problem.identity())
         pieces: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
         coupling: dict[tuple[str, int], list[Tensor]] = {}
         for part in problem.parts:
             root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
             weight, score = (x[part.layer][:, part.columns] for x in (network.weights, network.scores))
-            error = weight * ~network.pattern_of(problem).mask_in_order(score, order) * root
+            if order is None:
+                kept = network.masks[part.layer][:, part.columns]
+            else:
+                kept = network.pattern_of(problem).mask_in_order(score, order)
+            error = weight * ~kept * root
             slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
             place = (part.site, int(part.columns[0]))
             pieces.setdefault(place, []).append((weight * root, score, slope, error))
@@ -105,7 +105,8 @@ class QuadraticModel:
             blocks = tuple(coupling.get((site, first), ()))
             whole = sum(map(len, blocks)) == weight.shape[1]
             bundles.append(Bundle(weight, score, moments, slope, error, blocks if whole else ()))
-        return cls(bundles, order, network.pattern_of(problem), damping)
+        shown = network.orders.get(problem.name, problem.identity()) if order is None else order
+        return cls(bundles, shown, network.pattern_of(problem), damping)
 
     @property
     def order(self) -> Tensor:
@@ -148,8 +149,20 @@ class QuadraticModel:
         only one slot of a group is free, the score that a new member must exceed and the weight that it displaces are
         known exactly for every row; this is the counterfactual gradient with respect to a permutation matrix.
         """
-        cost = torch.stack([self._bundle_cost(bundle, at, slots) for bundle in self.bundles]).sum(0)
-        return (cost - cost.diagonal()[:, None]).cpu()
+        cost = torch.zeros(len(at), len(at), dtype=torch.float64)
+        for bundle in self.bundles:
+            add_placement_cost(
+                cost,
+                bundle.score,
+                bundle.weight,
+                bundle.slope,
+                bundle.error,
+                curvature=self.damping / 2 * bundle.moments.diagonal(),
+                groups=self.groups[at],
+                slots=slots,
+                pattern=self.pattern,
+            )
+        return (cost - cost.diagonal()[:, None]).float()
 
     def move(self, at: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
         """Move the free channel of each group at[i] to group at[target[i]], as far as this lowers the model.
@@ -180,24 +193,6 @@ class QuadraticModel:
             return False
         self.groups = groups
         return True
-
-    def _bundle_cost(self, bundle: Bundle, at: Tensor, slots: Tensor) -> Tensor:
-        """Return the bundle's contribution to `placement_cost`, up to a constant for each row."""
-        free = self.groups[at, slots]
-        rest = self.groups[at][self.groups[at].ne(free[:, None])].view(len(at), -1)
-        score = bundle.score[rest]
-        last = ranks(score, 1) == self.pattern.n - 1  # the lowest score kept if the free slot were empty
-        threshold, rival = (
-            (values * last).sum(1) for values in (score, self._prune_cost(bundle, rest.flatten()).view_as(score))
-        )
-        return _place(bundle.score[free], self._prune_cost(bundle, free), threshold, rival)
-
-    def _prune_cost(self, bundle: Bundle, channels: Tensor) -> Tensor:
-        """Return the predicted loss with each weight pruned, minus that with the weight kept: (k, rows)."""
-        weight = bundle.weight[channels]
-        curvature = self.damping / 2 * bundle.moments.diagonal()[channels, None]
-        signed = weight - 2 * bundle.error[channels]  # the error is the weight or 0
-        return signed.mul_(curvature).add_(bundle.slope[channels]).mul_(weight)
 
     def _move(self, bundle: Bundle, channels: Tensor) -> Tensor:
         """Return dE (sets, k, rows) of placing the channels (sets, k) in groups of m in the given order."""
@@ -234,22 +229,3 @@ class QuadraticModel:
             bundle.error[channels] += move
             bundle.slope += field
         return True
-
-
-def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
-    """Sum, over rows r, rival[g, r] where score[c, r] > threshold[g, r], and own[c, r] elsewhere; returns (c, g).
-
-    All four arguments are (k, rows). Rows are processed in blocks that fit into the processor's cache. The selection
-    uses the kernel of ReLU's gradient, which is several times faster than boolean masks.
-    """
-    cost = own.sum(1, keepdim=True).repeat(1, len(threshold))
-    rows = max(1, BLOCK // len(threshold))
-    for block in zip(*(x.split(rows, 1) for x in (score, own, threshold, rival)), strict=True):
-        scores, owns, limits, rivals = (x.contiguous() for x in block)
-        above, difference = torch.empty_like(limits), torch.empty_like(rivals)
-        for c in range(len(cost)):
-            torch.sub(scores[c], limits, out=above)
-            torch.sub(rivals, owns[c], out=difference)
-            torch.ops.aten.threshold_backward.grad_input(difference, above, 0, grad_input=difference)
-            cost[c] += difference.sum(1)
-    return cost

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
+from permprune.kernels.search import kept_sum, write_mask
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern
-from permprune.pruning.problem import Orders, Part, Problem
+from permprune.pruning.problem import Orders, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed
 from permprune.system.progress import track
@@ -126,7 +127,8 @@ class MaskedLayers:
                 continue
             self.orders[problem.name] = order.clone()
             for part in problem.parts:
-                self.masks[part.layer][:, part.columns] = self._mask(part, order)
+                columns, pattern = part.columns[order], self.patterns[part.layer]
+                write_mask(self.masks[part.layer], self.scores[part.layer], columns, pattern)
                 touched[part.layer] = None
         self._refresh(touched)
 
@@ -145,9 +147,12 @@ class MaskedLayers:
         """
         total = 0.0
         for part in problem.parts:
-            step = self._mask(part, after).float() - self._mask(part, before).float()
-            weight, own = (x[part.layer][:, part.columns] for x in (self.weights, gradient))
-            total += float((step * weight * own).sum())
+            score, weight, own = (x[part.layer] for x in (self.scores, self.weights, gradient))
+            ends = [
+                kept_sum(score, weight, own, part.columns[order], self.patterns[part.layer])
+                for order in (before, after)
+            ]
+            total += ends[1] - ends[0]
         return total
 
     def show(self, weights: dict[str, Tensor]) -> None:
@@ -183,10 +188,6 @@ class MaskedLayers:
             error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
             found.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
         return found
-
-    def _mask(self, part: Part, order: Tensor) -> Tensor:
-        """The mask of a part's columns in `order`, bool (rows, size), returned in the columns' own order."""
-        return self.patterns[part.layer].mask_in_order(self.scores[part.layer][:, part.columns], order)
 
     def _score(self, name: str, saliency: Saliency) -> Tensor:
         try:

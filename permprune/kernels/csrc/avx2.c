@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include "expand_table.h"
 #include "packed.h"
+#include "search.h"
 #include "x86.h"
 #include <immintrin.h>
 
@@ -96,5 +97,5 @@ static ALWAYS_INLINE __m256i dot_i8(word_i8 w, word_i8 x)
 
 END_TARGET
 
-const struct kernels avx2_kernels = {.name = "avx2", .runs_here = has_avx2, ALL_KERNELS};
+const struct kernels avx2_kernels = {.name = "avx2", .search = &avx2_search, .runs_here = has_avx2, ALL_KERNELS};
 #endif

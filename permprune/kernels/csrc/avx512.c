@@ -1,6 +1,7 @@
 /* AVX-512 as Ice Lake and Zen 4 have it: VBMI2 to expand and compress lanes of 8 and 16 bits, and VNNI. */
 #if defined(__x86_64__)
 #include "packed.h"
+#include "search.h"
 #include "x86.h"
 #include <immintrin.h>
 
@@ -66,6 +67,7 @@ END_TARGET
 
 const struct kernels avx512_kernels = {
     .name = "avx512",
+    .search = &avx512_search,
     .runs_here = has_avx512,
     ALL_KERNELS,
     .pairs_run_here = avx512_pairs_run_here,

@@ -1,5 +1,7 @@
-/* The functions for Python: the names of the kernels, products, checks of masks, and unpacking. */
+/* The functions for Python: the names of the kernels, products, checks of masks, unpacking, and the inner loops of the
+ * search. */
 #include "packed.h"
+#include "search.h"
 #include <stdatomic.h>
 #include <stdlib.h>
 
@@ -23,34 +25,48 @@ typedef void parallel_region(void (*body)(void *), void *data, unsigned threads,
 
 static parallel_region *parallel;
 
-struct rows {
-    const struct job *job;
-    rows_kernel *kernel;
+typedef void piece_kernel(const void *job, int64_t first, int64_t last);
+
+struct pieces {
+    const void *job;
+    piece_kernel *kernel;
     int64_t last, piece;
     _Atomic int64_t next;
 };
 
 static void take_pieces(void *data)
 {
-    struct rows *rows = data;
+    struct pieces *pieces = data;
     for (;;) {
-        int64_t first = atomic_fetch_add(&rows->next, rows->piece);
-        if (first >= rows->last)
+        int64_t first = atomic_fetch_add(&pieces->next, pieces->piece);
+        if (first >= pieces->last)
             return;
-        rows->kernel(rows->job, first, first + rows->piece < rows->last ? first + rows->piece : rows->last);
+        int64_t stop = first + pieces->piece;
+        pieces->kernel(pieces->job, first, stop < pieces->last ? stop : pieces->last);
     }
 }
 
 /* Pieces are whole tiles, so that the rows of a tile, and with them the result, do not depend on the threads. */
-static void deal_rows(const struct job *job, rows_kernel *kernel, int64_t count, int32_t threads)
+static void deal_rows(const void *job, piece_kernel *kernel, int64_t count, int32_t threads)
 {
     if (threads <= 1 || !parallel) {
         kernel(job, 0, count);
         return;
     }
     int64_t piece = count / (threads * 4) / TILE_ROWS * TILE_ROWS;
-    struct rows rows = {job, kernel, count, piece < TILE_ROWS ? TILE_ROWS : piece, 0};
-    parallel(take_pieces, &rows, (unsigned)threads, 0);
+    struct pieces pieces = {job, kernel, count, piece < TILE_ROWS ? TILE_ROWS : piece, 0};
+    parallel(take_pieces, &pieces, (unsigned)threads, 0);
+}
+
+struct product {
+    const struct job *job;
+    rows_kernel *kernel;
+};
+
+static void multiply_piece(const void *product, int64_t first, int64_t last)
+{
+    const struct product *own = product;
+    own->kernel(own->job, first, last);
 }
 
 EXPORT void permprune_use_threads_of(void *gomp_parallel) { parallel = (parallel_region *)gomp_parallel; }
@@ -178,7 +194,8 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     for (int64_t row = 0; row < batch; row++)
         stage_row(weights, activations, row, number, pairs, &staged, memory);
     struct job job = {weights, &staged, output, number};
-    deal_rows(&job, choose_kernel(kernels, weights->number, pairs, dense), weights->rows, threads);
+    struct product product = {&job, choose_kernel(kernels, weights->number, pairs, dense)};
+    deal_rows(&product, multiply_piece, weights->rows, threads);
     free(memory);
     return DONE;
 }
@@ -222,6 +239,58 @@ EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, in
     if (some.scale)
         some.scale += first * ((weights->words + weights->block - 1) / weights->block);
     struct job job = {&some, NULL, output, number};
-    deal_rows(&job, all_kernels[index]->unpack[some.number], some.rows, threads);
+    struct product product = {&job, all_kernels[index]->unpack[some.number]};
+    deal_rows(&product, multiply_piece, some.rows, threads);
     return DONE;
+}
+
+/* ---- the search ---- */
+
+static int places_are_bad(const int64_t *places, int64_t count, int64_t limit)
+{
+    uint64_t bad = 0;
+    for (int64_t i = 0; i < count; i++)
+        bad |= (uint64_t)places[i] >= (uint64_t)limit;
+    return bad != 0;
+}
+
+static int masking_is_bad(const struct masking *masking)
+{
+    const int m = masking->m;
+    return m < 1 || m > LARGEST_M || masking->size % m || places_are_bad(masking->places, masking->size, masking->width);
+}
+
+/* Write the mask of some columns in their order. Returns a `status`. */
+EXPORT int32_t permprune_mask(const struct masking *masking, int32_t index, int32_t threads)
+{
+    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+        return NO_KERNEL;
+    if (masking_is_bad(masking))
+        return BAD_ORDER;
+    deal_rows(masking, all_kernels[index]->search->mask, masking->rows, threads);
+    return DONE;
+}
+
+/* Add up, by row, the kept weights times their gradients. Returns a `status`. */
+EXPORT int32_t permprune_keep(const struct keeping *keeping, int32_t index, int32_t threads)
+{
+    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+        return NO_KERNEL;
+    if (masking_is_bad(&keeping->masking))
+        return BAD_ORDER;
+    deal_rows(keeping, all_kernels[index]->search->keep, keeping->masking.rows, threads);
+    return DONE;
+}
+
+/* Add to `cost` what it costs to move the free channel of each group to each group. Returns a `status`. */
+EXPORT int32_t permprune_place(const struct placement *placement, int32_t index)
+{
+    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+        return NO_KERNEL;
+    const int64_t count = placement->count, m = placement->m;
+    if (m < 2 || m > LARGEST_M || placement->n < 1 || placement->n >= m ||
+        places_are_bad(placement->slots, count, m) ||
+        places_are_bad(placement->groups, count * m, placement->channels))
+        return BAD_ORDER;
+    return all_kernels[index]->search->place(placement) ? DONE : NO_MEMORY;
 }

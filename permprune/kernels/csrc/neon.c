@@ -2,6 +2,7 @@
 #if defined(__aarch64__)
 #include "expand_table.h"
 #include "packed.h"
+#include "search.h"
 #include <arm_neon.h>
 
 /* For four bits of a mask, the index of the byte of the kept values for each byte of four channels; 255 means none. */
@@ -90,5 +91,5 @@ static ALWAYS_INLINE int32x4_t dot_i8(word_i8 w, word_i8 x)
 
 static int runs_here(void) { return 1; }
 
-const struct kernels neon_kernels = {.name = "neon", .runs_here = runs_here, ALL_KERNELS};
+const struct kernels neon_kernels = {.name = "neon", .search = &portable_search, .runs_here = runs_here, ALL_KERNELS};
 #endif

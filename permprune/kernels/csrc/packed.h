@@ -69,8 +69,11 @@ typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
 /* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for a weight that keeps
  * everything, for benchmarks; and `unpack`, which writes the weight with its zeros, (rows, width). `pairs`
  * multiplies bf16 by bf16 if there is such an instruction, else it is NULL. */
+struct search_kernels; /* search.h */
+
 struct kernels {
     const char *name;
+    const struct search_kernels *search;
     int (*runs_here)(void);
     rows_kernel *products[NUMBERS];
     rows_kernel *dense[NUMBERS];

@@ -1,5 +1,6 @@
 /* Plain C with vectors of four floats, for every processor. */
 #include "packed.h"
+#include "search.h"
 
 typedef float vector __attribute__((vector_size(16)));
 
@@ -103,4 +104,4 @@ static ALWAYS_INLINE int32_t dot_i8(const word_i8 *w, const word_i8 *x)
 
 static int runs_here(void) { return 1; }
 
-const struct kernels portable_kernels = {.name = "portable", .runs_here = runs_here, ALL_KERNELS};
+const struct kernels portable_kernels = {.name = "portable", .search = &portable_search, .runs_here = runs_here, ALL_KERNELS};

@@ -1,0 +1,56 @@
+/* The inner loops of the search for orders. search_kernels.h has them for each instruction set, on vectors of SIDE
+ * numbers everywhere, so that every processor finds the same bits. */
+#ifndef PERMPRUNE_SEARCH_H
+#define PERMPRUNE_SEARCH_H
+
+#include "packed.h"
+
+enum { SIDE = 16 };      /* groups, or rows, that are worked on side by side */
+enum { LARGEST_M = 64 }; /* the largest M whose members are compared with each other */
+
+typedef float scores __attribute__((vector_size(SIDE * sizeof(float))));
+typedef int32_t counts __attribute__((vector_size(SIDE * sizeof(int32_t))));
+
+/* Scores (rows, width) of which `size` columns stand in an order: position i holds column places[i], and every m
+ * consecutive positions are a group of which n stay. Strides are in numbers. The same members, in the same order, as
+ * `Masking` in search.py. */
+struct masking {
+    const float *score;
+    const int64_t *places;
+    uint8_t *mask; /* 1 where a weight stays, at the columns of `places`; the others are not touched */
+    int64_t rows, width, size;
+    int64_t row_stride, column_stride; /* of the scores */
+    int64_t mask_row_stride, mask_column_stride;
+    int32_t n, m;
+};
+
+/* What the kept weights of a masking add up to, times their gradients. The same members, in the same order, as `Keeping`
+ * in search.py. */
+struct keeping {
+    struct masking masking;
+    const float *weight, *gradient; /* (rows, width) */
+    int64_t weight_row_stride, weight_column_stride, gradient_row_stride, gradient_column_stride;
+    double *sums; /* (rows,) */
+};
+
+/* What moving channels between groups costs the model of permprune/permuters/quadratic.py, for channels of which each
+ * has `rows` numbers side by side. The same members, in the same order, as `Placement` in search.py. */
+struct placement {
+    const float *score, *weight, *slope, *error; /* (channels, rows) */
+    const float *curvature;                      /* (channels,), damping / 2 * H_cc */
+    const int64_t *groups;                       /* (count, m), the channel in each slot of a group */
+    const int64_t *slots;                        /* (count,), the slot of each group that is free */
+    double *cost;                                /* (count, count), zeros at first */
+    int64_t channels, rows, count;
+    int32_t n, m;
+};
+
+struct search_kernels {
+    void (*mask)(const void *masking, int64_t first, int64_t last); /* of these rows */
+    void (*keep)(const void *keeping, int64_t first, int64_t last);
+    int (*place)(const struct placement *placement);                /* 0 when there is no memory */
+};
+
+extern const struct search_kernels avx512_search, avx2_search, portable_search;
+
+#endif

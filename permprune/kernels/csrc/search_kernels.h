@@ -1,0 +1,208 @@
+/* `NAME_search`: the kernels of search.h. Expects NAME, inside BEGIN_TARGET and END_TARGET. */
+
+static ALWAYS_INLINE scores load_side(const float *from)
+{
+    scores found;
+    memcpy(&found, from, sizeof found);
+    return found;
+}
+
+/* How many members of each group come before each: those of a larger score, and of equal ones the earlier. */
+static ALWAYS_INLINE void rank_members(const int m, const scores *member, counts *rank)
+{
+    for (int i = 0; i < m; i++)
+        rank[i] = (counts){0};
+    for (int j = 1; j < m; j++)
+        for (int i = 0; i < j; i++) {
+            counts later_is_larger = member[j] > member[i]; /* -1 where it is */
+            rank[i] -= later_is_larger;
+            rank[j] += 1 + later_is_larger;
+        }
+}
+
+/* The scores of SIDE groups from `first` on, and the ranks of their members; fewer groups than SIDE are the first again. */
+static ALWAYS_INLINE int rank_groups(const struct masking *job, const float *score, int64_t first, const int m,
+                                     scores *member, counts *rank)
+{
+    const int64_t left = job->size / m - first, *places = job->places + first * m;
+    const int lanes = left < SIDE ? (int)left : SIDE;
+    for (int i = 0; i < m; i++)
+        for (int l = 0; l < SIDE; l++)
+            member[i][l] = score[places[(l < lanes ? l : 0) * m + i] * job->column_stride];
+    rank_members(m, member, rank);
+    return lanes;
+}
+
+static ALWAYS_INLINE void mask_row(const struct masking *job, int64_t row, const int m)
+{
+    uint8_t *mask = job->mask + row * job->mask_row_stride;
+    scores member[LARGEST_M];
+    counts rank[LARGEST_M];
+    for (int64_t first = 0; first < job->size / m; first += SIDE) {
+        const int lanes = rank_groups(job, job->score + row * job->row_stride, first, m, member, rank);
+        const int64_t *places = job->places + first * m;
+        for (int l = 0; l < lanes; l++)
+            for (int i = 0; i < m; i++)
+                mask[places[l * m + i] * job->mask_column_stride] = rank[i][l] < job->n;
+    }
+}
+
+static void PASTE(NAME, _mask)(const void *masking, int64_t first, int64_t last)
+{
+    const struct masking *job = masking;
+    for (int64_t row = first; row < last; row++)
+        switch (job->m) { /* a loop for each of the usual sizes */
+        case 4: mask_row(job, row, 4); break;
+        case 8: mask_row(job, row, 8); break;
+        default: mask_row(job, row, job->m);
+        }
+}
+
+static ALWAYS_INLINE double keep_row(const struct keeping *job, int64_t row, const int m)
+{
+    const struct masking *masking = &job->masking;
+    const float *weight = job->weight + row * job->weight_row_stride;
+    const float *gradient = job->gradient + row * job->gradient_row_stride;
+    scores member[LARGEST_M];
+    counts rank[LARGEST_M];
+    double sums[SIDE] = {0}, total = 0;
+    for (int64_t first = 0; first < masking->size / m; first += SIDE) {
+        const int lanes = rank_groups(masking, masking->score + row * masking->row_stride, first, m, member, rank);
+        const int64_t *places = masking->places + first * m;
+        for (int i = 0; i < m; i++)
+            for (int l = 0; l < SIDE; l++) {
+                int64_t place = places[(l < lanes ? l : 0) * m + i];
+                float product = weight[place * job->weight_column_stride] * gradient[place * job->gradient_column_stride];
+                sums[l] += l < lanes && rank[i][l] < masking->n ? (double)product : 0.0;
+            }
+    }
+    for (int l = 0; l < SIDE; l++)
+        total += sums[l];
+    return total;
+}
+
+static void PASTE(NAME, _keep)(const void *keeping, int64_t first, int64_t last)
+{
+    const struct keeping *job = keeping;
+    for (int64_t row = first; row < last; row++)
+        switch (job->masking.m) {
+        case 4: job->sums[row] = keep_row(job, row, 4); break;
+        case 8: job->sums[row] = keep_row(job, row, 8); break;
+        default: job->sums[row] = keep_row(job, row, job->masking.m);
+        }
+}
+
+/* SIDE numbers of a row, zeros behind the first `lanes`. */
+static ALWAYS_INLINE scores load_some(const float *from, int lanes)
+{
+    if (__builtin_expect(lanes == SIDE, 1))
+        return load_side(from);
+    scores found = {0};
+    memcpy(&found, from, (size_t)lanes * sizeof *from);
+    return found;
+}
+
+/* The model's loss where a weight is pruned less that where it is kept, for SIDE rows of a channel. */
+static ALWAYS_INLINE scores prune_cost(const struct placement *job, int64_t channel, int64_t row, int lanes)
+{
+    const int64_t at = channel * job->rows + row;
+    scores weight = load_some(job->weight + at, lanes), error = load_some(job->error + at, lanes);
+    return ((weight - error - error) * job->curvature[channel] + load_some(job->slope + at, lanes)) * weight;
+}
+
+/* Of each group, for SIDE rows: score and cost of the free channel, and of the member that a newcomer would displace. */
+static ALWAYS_INLINE void read_group(const struct placement *job, int64_t group, int64_t row, int lanes, const int m,
+                                     scores *of)
+{
+    const int64_t *members = job->groups + group * m, free = members[job->slots[group]];
+    scores member[LARGEST_M];
+    counts rank[LARGEST_M], threshold = {0}, rival = {0};
+    int64_t rest[LARGEST_M];
+    for (int i = 0, k = 0; i < m; i++)
+        if (i != job->slots[group])
+            rest[k++] = members[i];
+    for (int k = 0; k < m - 1; k++)
+        member[k] = load_some(job->score + rest[k] * job->rows + row, lanes);
+    rank_members(m - 1, member, rank);
+    for (int k = 0; k < m - 1; k++) {
+        counts last = rank[k] == job->n - 1;
+        threshold |= last & (counts)member[k];
+        rival |= last & (counts)prune_cost(job, rest[k], row, lanes);
+    }
+    of[0] = load_some(job->score + free * job->rows + row, lanes);
+    of[1] = prune_cost(job, free, row, lanes);
+    of[2] = (scores)threshold;
+    of[3] = (scores)rival;
+}
+
+/* Adds, for some rows, rival[g] - own[c] wherever score[c] > threshold[g]: cost (count, count). */
+static ALWAYS_INLINE void place_tile(const float *score, const float *own, const float *threshold, const float *rival,
+                                     int64_t rows, const int height, double *cost)
+{
+    scores sums[4];
+    for (int c = 0; c < height; c++)
+        sums[c] = (scores){0};
+    for (int64_t row = 0; row < rows; row += SIDE) {
+        scores limit = load_side(threshold + row), pruned = load_side(rival + row);
+        for (int c = 0; c < height; c++) {
+            counts gain = (counts)(pruned - load_side(own + c * rows + row));
+            sums[c] += (scores)(gain & (load_side(score + c * rows + row) > limit));
+        }
+    }
+    for (int c = 0; c < height; c++) {
+        double total = 0;
+        for (int l = 0; l < SIDE; l++)
+            total += (double)sums[c][l];
+        cost[c] += total;
+    }
+}
+
+static int PASTE(NAME, _place)(const struct placement *job)
+{
+    enum { CACHE = 1 << 16 }; /* numbers of the four matrices that stay in a core's cache */
+    const int64_t count = job->count, fit = CACHE / (4 * count) / SIDE * SIDE, block = fit < SIDE ? SIDE : fit;
+    double *found = malloc((size_t)(count * count) * sizeof *found); /* (group, channel), a tile's costs side by side */
+    float *memory = aligned_alloc(64, (size_t)(4 * count * block) * sizeof *memory);
+    if (!memory || !found) {
+        free(memory);
+        free(found);
+        return 0;
+    }
+    memset(found, 0, (size_t)(count * count) * sizeof *found);
+    float *score = memory, *own = score + count * block, *threshold = own + count * block,
+          *rival = threshold + count * block;
+    for (int64_t first = 0; first < job->rows; first += block) {
+        const int64_t left = job->rows - first, rows = left < block ? (left + SIDE - 1) / SIDE * SIDE : block;
+        for (int64_t group = 0; group < count; group++)
+            for (int64_t row = 0; row < rows; row += SIDE) {
+                const int lanes = left - row < SIDE ? (int)(left - row) : SIDE;
+                scores of[4];
+                if (job->m == 4)
+                    read_group(job, group, first + row, lanes, 4, of);
+                else
+                    read_group(job, group, first + row, lanes, job->m, of);
+                for (int part = 0; part < 4; part++)
+                    memcpy(memory + part * count * block + group * rows + row, of + part, sizeof *of);
+            }
+        for (int64_t channel = 0; channel < count; channel += 4)
+            for (int64_t group = 0; group < count; group++) {
+                const float *limits = threshold + group * rows, *rivals = rival + group * rows;
+                const float *scores = score + channel * rows, *owns = own + channel * rows;
+                double *to = found + group * count + channel;
+                switch (count - channel) {
+                case 1: place_tile(scores, owns, limits, rivals, rows, 1, to); break;
+                case 2: place_tile(scores, owns, limits, rivals, rows, 2, to); break;
+                case 3: place_tile(scores, owns, limits, rivals, rows, 3, to); break;
+                default: place_tile(scores, owns, limits, rivals, rows, 4, to);
+                }
+            }
+    }
+    for (int64_t group = 0; group < count; group++)
+        for (int64_t channel = 0; channel < count; channel++)
+            job->cost[channel * count + group] += found[group * count + channel];
+    free(memory);
+    free(found);
+    return 1;
+}
+
+const struct search_kernels PASTE(NAME, _search) = {PASTE(NAME, _mask), PASTE(NAME, _keep), PASTE(NAME, _place)};

@@ -1,0 +1,6 @@
+/* The search kernels, for every processor: its compiler knows NEON where there is no other. */
+#include "search.h"
+#include <stdlib.h>
+
+#define NAME portable
+#include "search_kernels.h"

@@ -1,0 +1,173 @@
+"""The inner loops of the search for orders: masks of columns in an order, slopes, and what moving channels costs.
+
+Each function runs in native code if the tensors are fp32 and in main memory, and in PyTorch otherwise, with the same
+results up to the rounding of sums. Results do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+from permprune.kernels import native
+from permprune.pattern import Pattern, ranks
+
+LARGEST_M = 64
+"""The largest M for which there are native kernels."""
+
+BLOCK = 2**18
+"""Elements of a matrix that PyTorch works on at a time."""
+
+
+class Masking(ctypes.Structure):
+    """`struct masking` of search.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("score", "places", "mask")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "size", "row_stride", "column_stride")),
+        *((name, ctypes.c_int64) for name in ("mask_row_stride", "mask_column_stride")),
+        *((name, ctypes.c_int32) for name in ("n", "m")),
+    )
+
+
+class Keeping(ctypes.Structure):
+    """`struct keeping` of search.h."""
+
+    _fields_ = (
+        ("masking", Masking),
+        *((name, ctypes.c_void_p) for name in ("weight", "gradient")),
+        *((name, ctypes.c_int64) for name in ("weight_row_stride", "weight_column_stride")),
+        *((name, ctypes.c_int64) for name in ("gradient_row_stride", "gradient_column_stride")),
+        ("sums", ctypes.c_void_p),
+    )
+
+
+class Placement(ctypes.Structure):
+    """`struct placement` of search.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("score", "weight", "slope", "error", "curvature")),
+        *((name, ctypes.c_void_p) for name in ("groups", "slots", "cost")),
+        *((name, ctypes.c_int64) for name in ("channels", "rows", "count")),
+        *((name, ctypes.c_int32) for name in ("n", "m")),
+    )
+
+
+def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -> None:
+    """Mask some columns of a weight, in place: of every m that follow each other in `columns`, n are kept.
+
+    `mask` is bool and `score` floating point, both (rows, width) and free of NaN; `columns` is int64 (size,), a set of
+    columns in the order in which they form groups. Ties go to the earlier column of a group.
+    """
+    if not _runs_native(pattern.m, score) or mask.device.type != "cpu":
+        chosen = columns.to(score.device)
+        mask[:, chosen] = pattern.mask(score[:, chosen])
+        return
+    places = columns.contiguous()
+    masking = _masking(score, places, pattern)
+    masking.mask = mask.data_ptr()
+    masking.mask_row_stride, masking.mask_column_stride = mask.stride()
+    _require_done(native.search("mask", masking, len(score) * len(places)))
+
+
+def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, pattern: Pattern) -> float:
+    """The sum of weight * gradient over the weights that `write_mask` keeps; all three are (rows, width)."""
+    if not _runs_native(pattern.m, score, weight, gradient):
+        chosen = columns.to(score.device)
+        product = weight[:, chosen].float() * gradient[:, chosen]
+        return float((product * pattern.mask(score[:, chosen])).sum(dtype=torch.float64))
+    places, sums = columns.contiguous(), torch.empty(len(score), dtype=torch.float64)
+    keeping = Keeping(_masking(score, places, pattern), weight.data_ptr(), gradient.data_ptr())
+    keeping.weight_row_stride, keeping.weight_column_stride = weight.stride()
+    keeping.gradient_row_stride, keeping.gradient_column_stride = gradient.stride()
+    keeping.sums = sums.data_ptr()
+    _require_done(native.search("keep", keeping, len(score) * len(places)))
+    return float(sums.sum())
+
+
+def add_placement_cost(
+    cost: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    slope: Tensor,
+    error: Tensor,
+    *,
+    curvature: Tensor,
+    groups: Tensor,
+    slots: Tensor,
+    pattern: Pattern,
+) -> None:
+    """Add what it costs to move the free channel of each group to the free slot of each other group.
+
+    `score`, `weight`, `slope` and `error` are (channels, rows), `curvature` (channels,): pruning a weight w of channel
+    c rather than keeping it costs ((w - 2 error) * curvature[c] + slope) * w. `groups`, int64 (count, m), are the
+    channels in the slots of each group, `slots`, int64 (count,), the free slot of each. In every row the newcomer is
+    pruned unless its score exceeds the n-th largest of the other members, which is pruned in its stead. `cost`, fp64
+    (count, count) on the CPU, gets a row for each channel and a column for each group, up to a constant in each row.
+    """
+    parts = [part.contiguous() for part in (score, weight, slope, error)]
+    if not _runs_native(pattern.m, *parts):
+        cost += _placement_cost(parts, curvature, groups, slots, pattern).double().cpu()
+        return
+    groups, slots, curvature = groups.contiguous(), slots.contiguous(), curvature.float().contiguous()
+    pointers = [part.data_ptr() for part in (*parts, curvature, groups, slots, cost)]
+    placement = Placement(*pointers, *score.shape, len(groups), pattern.n, pattern.m)
+    _require_done(native.search("place", placement, 0))
+
+
+def _placement_cost(parts: list[Tensor], curvature: Tensor, groups: Tensor, slots: Tensor, pattern: Pattern) -> Tensor:
+    """What `add_placement_cost` adds, in PyTorch: (count, count)."""
+    score, weight, slope, error = parts
+
+    def prune_cost(channels: Tensor) -> Tensor:
+        own = weight[channels]
+        return ((own - 2 * error[channels]) * curvature[channels, None] + slope[channels]) * own
+
+    free = groups[torch.arange(len(groups)), slots]
+    rest = groups[groups.ne(free[:, None])].view(len(groups), -1)
+    scores = score[rest]
+    last = ranks(scores, 1) == pattern.n - 1  # of those kept were the free slot empty
+    threshold, rival = ((values * last).sum(1) for values in (scores, prune_cost(rest.flatten()).view_as(scores)))
+    return _place(score[free], prune_cost(free), threshold, rival)
+
+
+def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
+    """Sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r]: (c, g).
+
+    All four are (k, rows). Rows go in blocks that stay in the processor's cache, and what is chosen goes through the
+    kernel of ReLU's gradient, several times faster than a mask of booleans.
+    """
+    cost = own.new_zeros(len(threshold), len(threshold))
+    rows = max(1, BLOCK // len(threshold))
+    for block in zip(*(x.split(rows, 1) for x in (score, own, threshold, rival)), strict=True):
+        scores, owns, limits, rivals = (x.contiguous() for x in block)
+        above, difference = torch.empty_like(limits), torch.empty_like(rivals)
+        for c in range(len(cost)):
+            torch.sub(scores[c], limits, out=above)
+            torch.sub(rivals, owns[c], out=difference)
+            torch.ops.aten.threshold_backward.grad_input(difference, above, 0, grad_input=difference)
+            cost[c] += difference.sum(1)
+    return cost
+
+
+def _masking(score: Tensor, places: Tensor, pattern: Pattern) -> Masking:
+    """The columns of a score matrix to mask, with no mask yet."""
+    pattern.require_divisible(len(places), "a set of columns")
+    rows, width = score.shape
+    masking = Masking(score.data_ptr(), places.data_ptr(), None, rows, width, len(places), *score.stride())
+    masking.n, masking.m = pattern.n, pattern.m
+    return masking
+
+
+def _runs_native(m: int, *tensors: Tensor) -> bool:
+    fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+    return fits and m <= LARGEST_M and native.available()
+
+
+def _require_done(status: int) -> None:
+    if status:
+        reason = "there is no memory for it" if status == 1 else "an order names columns that do not exist"
+        raise PermpruneError(f"a step of the search failed: {reason}")
