@@ -131,10 +131,17 @@ def _placement_cost(parts: list[Tensor], curvature: Tensor, groups: Tensor, slot
     scores = score[rest]
     last = ranks(scores, 1) == pattern.n - 1  # of those kept were the free slot empty
     threshold, rival = ((values * last).sum(1) for values in (scores, prune_cost(rest.flatten()).view_as(scores)))
-    return _place(score[free], prune_cost(free), threshold, rival)
+    place = _gpu_place if score.device.type == "cuda" else place_reference
+    return place(score[free], prune_cost(free), threshold, rival)
 
 
-def _place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
+def _gpu_place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
+    from permprune.kernels import gpu  # needs Triton, which comes with PyTorch's builds for GPUs
+
+    return gpu.place(score, own, threshold, rival)
+
+
+def place_reference(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
     """Sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r]: (c, g).
 
     All four are (k, rows). Rows go in blocks that stay in the processor's cache, and what is chosen goes through the

@@ -1,0 +1,55 @@
+"""The Triton kernels in Triton's interpreter, against PyTorch; on a GPU itself where there is one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from permprune.kernels import gpu, search
+from permprune.kernels.linear import multiply_reference, round_to_int8
+from permprune.kernels.packed import PackedWeight
+from permprune.pattern import Pattern
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(3, 5)]
+
+
+def packed(pattern: Pattern, dtype: torch.dtype, rows: int, width: int, block: int = 64) -> PackedWeight:
+    weight = torch.randn(rows, width, device=DEVICE)
+    return PackedWeight.pack(weight * pattern.mask(weight.abs()), pattern, dtype, block)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_products_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype, batch: int) -> None:
+    rows, width = 37, 30 * pattern.m
+    weight = packed(pattern, dtype, rows, width, 128)
+    bias = torch.randn(rows, device=DEVICE)
+    x = torch.randn(batch, width, device=DEVICE).to(torch.float32 if dtype == torch.int8 else dtype)
+    seen = round_to_int8(x) if dtype == torch.int8 else x
+    found = gpu.multiply(seen, weight.values, weight.mask, weight.scale, bias, width=width, block=weight.block)
+    assert found.dtype == x.dtype
+    expected = multiply_reference(weight, x, bias, None)
+    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-3 * width**0.5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_unpacked_weights_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype) -> None:
+    weight = packed(pattern, dtype, 35, 20 * pattern.m)
+    target = torch.float32 if dtype == torch.int8 else dtype
+    found = gpu.unpack(weight.values, weight.mask, weight.scale, target, width=weight.width, block=weight.block)
+    assert torch.equal(found, weight.unpack(target))
+
+
+def test_a_mask_that_keeps_too_much_reads_nothing_outside() -> None:
+    weight = packed(Pattern(2, 4), torch.float32, 4, 128)
+    weight.mask.fill_(255)
+    found = gpu.multiply(torch.ones(1, 128, device=DEVICE), weight.values, weight.mask, None, None, width=128, block=64)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (7, 40), (19, 100)])
+def test_placement_costs_are_those_of_pytorch(count: int, rows: int) -> None:
+    parts: list[Tensor] = [torch.randint(4, (count, rows), device=DEVICE).float() for _ in range(4)]
+    torch.testing.assert_close(gpu.place(*parts), search.place_reference(*parts))
