@@ -25,7 +25,7 @@ CHANNELS, GROUPS, LINES = 16, 16, 32
 
 
 @triton.jit
-def _word(values, mask, start, row, inside, word, words, end):  # type: ignore[no-untyped-def]
+def _word(values, mask, start, row, inside, word, words, end):
     """64 channels of some rows with their zeros, and where the values of the next word start.
 
     No value is read outside the `end` of the tensor, whatever the mask holds.
@@ -43,7 +43,7 @@ def _multiply(
     x, values, mask, scale, bias, y, batch, rows, width, kept, words, blocks,
     BLOCK: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, NARROW: tl.constexpr, BATCH: tl.constexpr,
     ROWS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
     channel, sample = tl.arange(0, 64), tl.arange(0, BATCH)
@@ -71,7 +71,7 @@ def _multiply(
 def _unpack(
     values, mask, scale, weight, rows, width, kept, words, blocks,
     BLOCK: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
     start, end = row * kept, rows * kept
@@ -88,7 +88,7 @@ def _unpack(
 def _place(
     score, own, threshold, rival, cost, count, rows,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, LINES: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     total = tl.zeros((CHANNELS, GROUPS), tl.float32)

@@ -9,6 +9,10 @@ int8, with a scale for every 64 channels of a row; in large batches they are not
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -45,7 +49,9 @@ def packed_linear(
         weights = native.describe(values, mask, scale, bias, order, n=n, m=m, block=block)
         return multiply_native(weights, x, values.dtype, order, bias)
     native.require_layout(values, mask, scale, bias, order, n=n, m=m, block=block)
-    return multiply_reference(PackedWeight(Pattern(n, m), values, mask, scale, block), x, bias, order)
+    weight = PackedWeight(Pattern(n, m), values, mask, scale, block)
+    multiply = multiply_gpu if x.is_cuda and has_triton() else multiply_reference
+    return multiply(weight, x, bias, order)
 
 
 @packed_linear.register_fake
@@ -95,6 +101,39 @@ def _multiply_unpacked(
     if bias is not None:
         y += bias
     return y.to(x.dtype)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; if not, a warning the first time."""
+    if find_spec("triton"):
+        return True
+    warnings.warn("Triton is not installed: packed weights are multiplied by PyTorch, slowly", stacklevel=4)
+    return False
+
+
+def multiply_gpu(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
+    """`packed_linear` with Triton kernels.
+
+    Small batches read the packed weight; larger ones unpack it and multiply with BLAS, in fp32 only if the weight is
+    stored in fp32.
+    """
+    from permprune.kernels import gpu  # needs Triton
+
+    rows = x.reshape(-1, x.shape[-1])
+    if order is not None:
+        rows = rows.index_select(1, order)
+    if weight.scale is not None and len(rows) <= LARGEST_BATCH:
+        rows = round_to_int8(rows.float())
+    parts = (weight.values, weight.mask, weight.scale)
+    if len(rows) <= gpu.LARGEST_BATCH:
+        y = gpu.multiply(rows.contiguous(), *parts, bias, width=weight.width, block=weight.block)
+    else:
+        exact = torch.float32 if weight.values.dtype == torch.float32 else rows.dtype
+        dense = gpu.unpack(*parts, exact, width=weight.width, block=weight.block)
+        y = rows.to(exact) @ dense.T
+        y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
 
 def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
+from permprune.kernels.linear import has_triton
 from permprune.pattern import Pattern, ranks
 
 LARGEST_M = 64
@@ -131,7 +132,7 @@ def _placement_cost(parts: list[Tensor], curvature: Tensor, groups: Tensor, slot
     scores = score[rest]
     last = ranks(scores, 1) == pattern.n - 1  # of those kept were the free slot empty
     threshold, rival = ((values * last).sum(1) for values in (scores, prune_cost(rest.flatten()).view_as(scores)))
-    place = _gpu_place if score.device.type == "cuda" else place_reference
+    place = _gpu_place if score.is_cuda and has_triton() else place_reference
     return place(score[free], prune_cost(free), threshold, rival)
 
 
