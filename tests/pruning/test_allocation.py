@@ -20,7 +20,10 @@ WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0
 
 def ready(model: LlamaForCausalLM, **settings: object) -> Prepared:
     return prepare(
-        model, None, PruneConfig(pattern="mixed", precision="fp32", measured=4, held_out=2, **settings), WINDOWS
+        model,
+        None,
+        PruneConfig(pattern="mixed", precision="fp32", measured=4, held_out=2, **settings),
+        examples=WINDOWS,
     )  # type: ignore[arg-type]
 
 
