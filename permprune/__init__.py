@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from permprune.system.imports import after_import
 
 if TYPE_CHECKING:
+    from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
     from permprune.checkpoints.hub import push_to_hub
     from permprune.checkpoints.io import load, read_model
     from permprune.checkpoints.record import PrunedLayer, Record
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     from permprune.evaluation.perplexity import perplexity
     from permprune.evaluation.probe import fit_probe
     from permprune.evaluation.result import Metric, Result
+    from permprune.evaluation.speed import measure_speed
     from permprune.examples import Examples
     from permprune.inference.pack import pack, unpack
+    from permprune.jobs.bench import bench
     from permprune.jobs.compare import Comparison, ComparisonRow, compare
     from permprune.jobs.evaluate import evaluate
     from permprune.jobs.finetune import FineTuned, FineTuning, finetune
@@ -65,6 +68,8 @@ if TYPE_CHECKING:
 __all__ = [
     "OBS",
     "RIA",
+    "BenchedModel",
+    "Benchmark",
     "Comparison",
     "ComparisonRow",
     "Evaluation",
@@ -102,6 +107,7 @@ __all__ = [
     "Saliency",
     "Solution",
     "SparseGPT",
+    "Speed",
     "Sweep",
     "SweepRow",
     "TaskList",
@@ -109,6 +115,7 @@ __all__ = [
     "Verified",
     "Walk",
     "Wanda",
+    "bench",
     "compare",
     "coupling_rule",
     "disable_progress_bars",
@@ -123,6 +130,7 @@ __all__ = [
     "fold_all",
     "inspect",
     "load",
+    "measure_speed",
     "pack",
     "pack_folder",
     "perplexity",
@@ -139,6 +147,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "BenchedModel": "checkpoints.benchmark",
+    "Benchmark": "checkpoints.benchmark",
+    "Speed": "checkpoints.benchmark",
     "push_to_hub": "checkpoints.hub",
     "load": "checkpoints.io",
     "read_model": "checkpoints.io",
@@ -159,9 +170,11 @@ _MODULES = {
     "fit_probe": "evaluation.probe",
     "Metric": "evaluation.result",
     "Result": "evaluation.result",
+    "measure_speed": "evaluation.speed",
     "Examples": "examples",
     "pack": "inference.pack",
     "unpack": "inference.pack",
+    "bench": "jobs.bench",
     "Comparison": "jobs.compare",
     "ComparisonRow": "jobs.compare",
     "compare": "jobs.compare",

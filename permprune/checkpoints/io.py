@@ -40,6 +40,8 @@ CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "it
 def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Processor | None, torch.dtype]:
     """Load a model in fp32 (on the GPU if there is one), its processor, and the dtype of the stored weights.
 
+    Packed models keep the types in which they are stored.
+
     `name` is a zoo name, a folder (dense or written by permprune) or a hub id. The processor is a tokenizer, an image
     processor, a feature extractor or a combination; None if the folder has none. Custom code of a checkpoint runs only
     with `trust_remote_code`. Raises `PermpruneError` if a part does not load, or if the checkpoint's weights do not
@@ -57,8 +59,9 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
         model = _load_plain(name, source, trust_remote_code)
         set_origin(model, Origin(name, model.dtype))
     stored = model.dtype
-    nn.Module.float(model)  # PreTrainedModel.float raises for packed models, though they can be converted
-    nn.Module.to(model, best_device())
+    if getattr(model, "hf_quantizer", None) is None:
+        model.float()
+    nn.Module.to(model, best_device())  # PreTrainedModel.to raises for packed models, though they can be moved
     return model.eval(), processor, stored
 
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
+from permprune.checkpoints.benchmark import Benchmark
 from permprune.checkpoints.gathers import Gather, Order
 from permprune.checkpoints.schema import Malformed, decode, encode
 from permprune.errors import PermpruneError
@@ -163,8 +164,9 @@ class Record:
     `model` is the name of the dense model. `settings` are the fields of `PruneConfig`, with the permuter as "permute".
     `permutations` are the tables folded into the weights, by space, and `gathers` the permutations that have to be
     applied at run time. `dense` lists the weights inside the blocks that stayed dense; None if it was not recorded.
-    `base_model` is its hub id and `license` its licence, as its card or config states it; None if unknown. Values that
-    were not measured are None. Keys unknown to this version are kept in `extra`.
+    `bench` is the result of `permprune bench`. `base_model` is the dense model's hub id and `license` its licence, as
+    its card or config states it; None if unknown. Values that were not measured are None. Keys unknown to this version
+    are kept in `extra`.
     """
 
     format: Format
@@ -184,6 +186,7 @@ class Record:
     seconds: dict[str, Seconds | None] = dataclasses.field(default_factory=dict)
     peak_memory_mb: Value | None = None
     optimised: Optimised | None = None
+    bench: Benchmark | None = None
     base_model: str | None = None
     license: str | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)

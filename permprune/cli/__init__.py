@@ -2,6 +2,7 @@
 
 from permprune.cli import (  # noqa: F401 - each registers its command
     ablate,
+    bench,
     compare,
     evaluate,
     fetch,

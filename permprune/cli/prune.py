@@ -26,6 +26,10 @@ def prune(
     data: cli.Data = None,
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
+    pack: Annotated[
+        str | None,
+        typer.Option(help="pack the weights: fp32, bf16, fp16 or int8 (see permprune pack); zeros if absent"),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last state")] = False,
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
@@ -36,7 +40,7 @@ def prune(
     name, *options = permute.split(":")
     method = ":".join([name if preset is None else f"{name}-{preset}", *options])
     config, evaluation = Evaluation.beside(config.replace(permute=method), data, windows, metric=metric)
-    prune_to_folder(model, out, config, evaluation=evaluation, resume=resume, announce=_announce)
+    prune_to_folder(model, out, config, evaluation=evaluation, pack=pack, resume=resume, announce=_announce)
     print(f"written to {out} (report.html, permprune.json)")
 
 

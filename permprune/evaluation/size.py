@@ -20,6 +20,12 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in model.parameters())
 
 
+def stored_bytes(model: nn.Module) -> int:
+    """Return the bytes of all tensors of a model, tied ones counted once."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(tensors.values())
+
+
 def index_bits(pattern: Pattern) -> int:
     """Return the bits that encode which n of a group's m weights are kept: ceil(log2 binom(m, n)).
 

@@ -19,6 +19,13 @@ NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "
 """The types of packed values, by their names for `pack`."""
 
 
+def packed_type(name: str) -> torch.dtype:
+    """Return the type of packed values with this name. Raises `PermpruneError` if there is none."""
+    if name not in NAMES:
+        raise PermpruneError(f'weights cannot be packed as "{name}": choose {", ".join(NAMES)}')
+    return NAMES[name]
+
+
 def pack(
     model: PreTrainedModel,
     patterns: Mapping[str, Pattern | str],
@@ -36,9 +43,7 @@ def pack(
     Returns the names of layers that stay dense because their class is neither `nn.Linear` nor `Conv1D`; subclasses may
     compute something else. Raises `PermpruneError` if a weight does not hold its pattern or does not fit the dtype.
     """
-    if dtype not in NAMES:
-        raise PermpruneError(f'weights cannot be packed as "{dtype}": choose {", ".join(NAMES)}')
-    stored, dense, gathers = NAMES[dtype], [], detach_gathers(model)
+    stored, dense, gathers = packed_type(dtype), [], detach_gathers(model)
     orders = {name: order for (side, name), order in gathers.items() if side == "input"}
     layers: dict[str, str] = {}
     for name, text in patterns.items():

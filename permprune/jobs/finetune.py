@@ -259,7 +259,7 @@ def _finetune(
     )
     announce(found)
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
-        write_model(model, processor, folder, optimised=decode(Optimised, found.to_json()))
+        write_model(model, processor, folder, optimised=decode(Optimised, found.to_json()), bench=None)
     return found
 
 

@@ -15,7 +15,7 @@ from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.probe import ANSWER, PROBE, Probe, make_probe
 from permprune.checkpoints.record import Record, read_record
 from permprune.errors import PermpruneError
-from permprune.evaluation.size import weight_bytes
+from permprune.evaluation.size import stored_bytes, weight_bytes
 from permprune.inference.pack import pack
 from permprune.inference.quantizer import restore_outputs, unpack_layers
 from permprune.models.processors import Processor, read_processor
@@ -73,7 +73,7 @@ def pack_folder(
     dense = pack(model, patterns, dtype=dtype, block=block)
     after = _sizes(model, set(patterns))
     kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "block": block}
-    record = dataclasses.replace(record, gathers=[], extra={**record.extra, PACKED: kept})
+    record = dataclasses.replace(record, gathers=[], bench=None, extra={**record.extra, PACKED: kept})
 
     def weights(written: Path) -> None:
         model.save_pretrained(written)
@@ -103,6 +103,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     require_writable(out)
     values = read_record(folder).to_json()
     kept = values.pop(PACKED, None)
+    values.pop("bench", None)
     if kept is None:
         raise PermpruneError(f"{folder} is not packed: give a folder that permprune pack wrote")
     record = Record.of({**values, "gathers": kept["gathers"]})
@@ -134,7 +135,6 @@ def _renew_probe(folder: Path, probe: Probe, trust_remote_code: bool) -> dict[st
 
 def _sizes(model: PreTrainedModel, names: set[str]) -> tuple[int, int]:
     """Bytes of all tensors of a model, tied ones once, and of those of some layers."""
-    every: dict[int, Tensor] = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     layers = [model.get_submodule(name) for name in names]
     own = [tensor for layer in layers for tensor in layer.state_dict().values()]
-    return sum(tensor.nbytes for tensor in every.values()), sum(tensor.nbytes for tensor in own)
+    return stored_bytes(model), sum(tensor.nbytes for tensor in own)

@@ -49,7 +49,7 @@ def probe(
         require_probe(origin)
     count = windows * ANSWERED_ONCE
     fitted = fit_probe(headed, load_examples(source, headed, opened.processor, part="probe", count=count))
-    unmeasured = {"measured": None, "gap_closed": None, "optimised": None}  # that was with another head
+    unmeasured = {"measured": None, "gap_closed": None, "optimised": None, "bench": None}  # that was with another head
     with atomic_folder(out) as folder:
         write_model(fitted.model, opened.processor, folder, **unmeasured)
     return fitted.result

@@ -21,9 +21,13 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import gap_closed, metric_named
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
+from permprune.inference.pack import packed_type
+from permprune.jobs.packing import pack_folder
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.jobs.trials import Evaluation, Meter
+from permprune.kernels.packed import BLOCKS, require_supported
 from permprune.models.processors import Processor
+from permprune.pattern import parse_pattern
 from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
 from permprune.pipeline import Pruned, finish, prepare, update_weights
@@ -43,6 +47,7 @@ def prune_to_folder(
     *,
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
+    pack: str | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     announce: Callable[[Record], None] = lambda record: None,
@@ -50,15 +55,17 @@ def prune_to_folder(
     """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to the folder `out`.
 
     `model` is a name, a folder, or a model in memory with its `processor`, which is pruned in place; `config.memory`
-    then bounds the statistics alone. While it runs everything lies in `out`.partial, the searches' states included;
-    `out` appears when all is there. With `resume` a search goes on from its last state. `callbacks` are as those of
-    `prune`. `announce` is given the record before anything is written to `out`. Returns the record. Raises
-    `PermpruneError`.
+    then bounds the statistics alone. With `pack`, a `dtype` of `permprune.pack`, the folder has packed weights. While
+    it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there. With
+    `resume` a search goes on from its last state. `callbacks` are as those of `prune`. `announce` is given the record
+    before anything is written to `out`. Returns the record. Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     with WorkFolder(Path(out)).held("prune", resume) as work:
         reset_peak_memory()
         started = time.monotonic()
+        if pack is not None:
+            require_supported(parse_pattern(config.pattern), packed_type(pack), BLOCKS[0])
         if not isinstance(model, PreTrainedModel) and exceeds_memory(str(model), config):
             done = _prune_streamed(str(model), config, evaluation, work)  # by a method that has no rounds to tell of
         else:
@@ -74,7 +81,7 @@ def prune_to_folder(
             peak_memory_mb=peak_memory_mb(),
         )
         announce(record)
-        distributed.on_first(lambda: _write(done, record, work))
+        distributed.on_first(lambda: _write(done, record, work, pack))
     return record
 
 
@@ -158,6 +165,10 @@ def _said_overlap(plan: Plan, examples: Examples) -> float:
     return share
 
 
-def _write(done: _Done, record: Record, work: WorkFolder) -> None:
-    with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
+def _write(done: _Done, record: Record, work: WorkFolder, pack: str | None) -> None:
+    """Write the folder, or one beside it from which the packed folder is made."""
+    out = work.out if pack is None else work.scratch / "pruned"
+    with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_pruned(record, done.pruned.probe, done.write, folder)
+    if pack is not None:
+        pack_folder(out, work.out, dtype=pack)

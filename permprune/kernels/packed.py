@@ -55,7 +55,7 @@ class PackedWeight:
         weight does not hold the pattern, is not finite, or does not fit the dtype.
         """
         dtype = dtype or weight.dtype
-        _require_supported(pattern, dtype, block)
+        require_supported(pattern, dtype, block)
         pattern.require_divisible(weight.shape[1], "a weight matrix")
         if not torch.isfinite(weight).all():
             raise PermpruneError("a weight to pack is NaN or infinite: repair the checkpoint first")
@@ -84,7 +84,7 @@ class PackedWeight:
 
         For tensors on the meta device only shapes and types are checked.
         """
-        _require_supported(self.pattern, self.values.dtype, self.block)
+        require_supported(self.pattern, self.values.dtype, self.block)
         native.require_layout(
             self.values, self.mask, self.scale, n=self.pattern.n, m=self.pattern.m, block=self.block, name=name
         )
@@ -133,7 +133,8 @@ def _quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-127, 127).flatten(1)[:, : weight.shape[1]], scale
 
 
-def _require_supported(pattern: Pattern, dtype: torch.dtype, block: int) -> None:
+def require_supported(pattern: Pattern, dtype: torch.dtype, block: int) -> None:
+    """Raise `PermpruneError` for a pattern, a type or a block of scales for which there is no packed form."""
     if pattern.m > LARGEST_GROUP:
         raise PermpruneError(f"{pattern} cannot be packed: M is at most {LARGEST_GROUP}")
     if dtype not in DTYPES:

@@ -10,6 +10,7 @@ from typing import Any
 from permprune.models.layers import DenseWeights
 from permprune.report import maps, pictures
 from permprune.report.page import Shown, fill, shown
+from permprune.report.speed import decode_bars, summary
 from permprune.report.words import (
     NONE,
     count,
@@ -120,6 +121,8 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
     if optimised := record.get("optimised"):
         picture = pictures.epochs(optimised["curve"], optimised["metric"], optimised.get("dense"))
         found.append(shown("Optimised", _optimised(optimised), picture))
+    if figures := record.get("bench"):
+        found.append(shown("Speed", _speed(figures), decode_bars(figures)))
     if layers := record["layers"]:
         text = "Share of the squared saliency that the mask keeps, layer by layer. Higher is better."
         found.append(shown("Kept saliency", text, maps.kept_saliency(layers)))
@@ -136,6 +139,13 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
         )
         found.append(shown("What the order changes", text, maps.sample(sample)))
     return found
+
+
+def _speed(figures: Mapping[str, Any]) -> str:
+    """Describe a benchmark: every checkpoint of its run beside the dense model."""
+    rows = [row for row in figures["rows"] if not row["dense"]]
+    sentences = [f"{Path(row['name']).name}: {summary(figures, row)}." for row in rows]
+    return f"On {figures['threads']} threads of the {figures['device']}. {' '.join(sentences)}"
 
 
 def _optimised(optimised: Mapping[str, Any]) -> str:

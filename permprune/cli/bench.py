@@ -1,0 +1,64 @@
+"""`permprune bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from permprune.cli import common as cli
+from permprune.errors import PermpruneError
+
+
+@cli.command
+def bench(
+    folders: Annotated[list[Path], typer.Argument(help="checkpoints, pruned or packed")],
+    dense: Annotated[
+        str | None, typer.Option(help="the dense model; that of the first folder's record if absent")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="sequences side by side, separated by commas")] = "1,8,32",
+    context: Annotated[str, typer.Option(help="tokens of a prompt, separated by commas")] = "128,2048",
+    steps: Annotated[int, typer.Option(help="tokens to generate in each measurement")] = 16,
+    turns: Annotated[int, typer.Option(help="how often each is measured; the shortest time counts")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(help="threads of each model; as many as PyTorch takes if absent")
+    ] = None,
+    trust_remote_code: cli.TrustRemoteCode = False,
+    json: cli.Json = None,
+    picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
+) -> None:
+    """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their reports."""
+
+    from permprune.jobs.bench import bench as run
+    from permprune.jobs.bench import report
+    from permprune.report.speed import bench_table, summary, write_bench
+
+    found = run(
+        folders,
+        dense=dense,
+        batches=_numbers("batch", batch),
+        contexts=_numbers("context", context),
+        steps=steps,
+        turns=turns,
+        threads=threads,
+        trust_remote_code=trust_remote_code,
+    )
+    figures = found.to_json()
+    cli.show(bench_table(figures))
+    for row in figures["rows"]:
+        if not row["dense"]:
+            print(f"{row['name']}: {summary(figures, row)}")
+    cli.write_figures(json, figures)
+    if picture is not None:
+        write_bench(figures, picture)
+    for folder in folders:
+        report(found, folder)
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    """Whole numbers separated by commas. Raises `PermpruneError` for anything else."""
+    try:
+        return [int(part) for part in cli.parts(text)]
+    except ValueError:
+        raise PermpruneError(f'--{name} is "{text}": give whole numbers, separated by commas') from None

@@ -1,0 +1,56 @@
+"""How fast a causal language model reads a prompt and generates tokens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from permprune.checkpoints.benchmark import Speed
+from permprune.errors import PermpruneError
+from permprune.models.forward import writes
+from permprune.models.signature import argument_names
+from permprune.system.device import compute_device
+
+STEPS = 16
+"""Tokens that are generated to measure the time of one."""
+
+
+@torch.inference_mode()
+def measure_speed(model: PreTrainedModel, *, batch: int, context: int, steps: int = STEPS, seed: int = 0) -> Speed:
+    """Read a random prompt of `context` tokens and generate `steps` tokens greedily after it, once.
+
+    Raises `PermpruneError` for a model that does not generate text.
+    """
+    if not writes(model):
+        raise PermpruneError("speed is measured of causal language models: give one")
+    generator, device = torch.Generator().manual_seed(seed), compute_device(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
+    runner: Any = model.eval()
+    cache = DynamicCache(config=model.config)
+    began = _now(device)
+    token = _next_token(runner, prompt, cache)
+    read = _now(device)
+    for _ in range(steps):
+        token = _next_token(runner, token, cache)
+    return Speed(batch, context, read - began, (_now(device) - read) / steps)
+
+
+def _next_token(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """The most likely token after each of the sequences, (batch, 1)."""
+    names = argument_names(model)
+    kept = {"cache" if "cache" in names else "past_key_values": cache}  # the argument's name in older releases
+    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+    logits: Tensor = model(ids, use_cache=True, **kept, **last).logits
+    return logits[:, -1:].argmax(-1)
+
+
+def _now(device: torch.device) -> float:
+    """The time when all work on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

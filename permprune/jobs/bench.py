@@ -1,0 +1,178 @@
+"""The speed, the size and the memory of checkpoints, beside the dense model in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
+from permprune.checkpoints.io import load, read_model
+from permprune.checkpoints.record import RECORD, read_record
+from permprune.errors import PermpruneError
+from permprune.evaluation.size import stored_bytes
+from permprune.evaluation.speed import STEPS, measure_speed
+from permprune.options import Count, require
+from permprune.report.run import write_report
+from permprune.system.device import best_device
+from permprune.system.files import write_json
+from permprune.system.progress import console, track
+
+DENSE = ("fp32", "bf16")
+"""Types in which the dense model is measured."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A model to measure: its name, and for a dense one the type to convert it to."""
+
+    source: str
+    dtype: str | None
+    threads: int
+    trust_remote_code: bool
+
+    @property
+    def name(self) -> str:
+        return self.source if self.dtype is None else f"{self.source} ({self.dtype})"
+
+
+def bench(
+    folders: Sequence[str | Path],
+    *,
+    dense: str | None = None,
+    batches: Sequence[int] = (1, 8, 32),
+    contexts: Sequence[int] = (128, 2048),
+    steps: int = STEPS,
+    turns: int = 3,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Benchmark:
+    """Measure checkpoints of causal language models beside the dense model in fp32 and bf16.
+
+    `dense` is the name of the dense model; by default it is that in the record of the first folder. Each model is held
+    by a process of its own. They take turns, `turns` times over, while the others wait, and of each time the shortest
+    counts. `threads` is the number of threads of each, by default PyTorch's own. Raises `PermpruneError`.
+    """
+    _require_numbers(batches=batches, contexts=contexts, steps=[steps], turns=[turns])
+    threads = threads or torch.get_num_threads()
+    require("threads", threads, Count)
+    entries = [_Entry(dense or _dense_of(folders), dtype, threads, trust_remote_code) for dtype in DENSE]
+    entries += [_Entry(str(folder), None, threads, trust_remote_code) for folder in folders]
+    cells = [(batch, context) for context in contexts for batch in batches]
+    speeds: dict[tuple[int, int, int], Speed] = {}
+    with _served(entries) as servers:
+        order = [(cell, at) for cell in cells for _ in range(turns) for at in range(len(servers))]
+        for cell, at in track(order, "measuring", len(order)):
+            speed: Speed = _ask(servers[at], (*cell, steps))
+            speeds[*cell, at] = speed.fastest(speeds.get((*cell, at)))
+        rows = []
+        for at, (entry, server) in enumerate(zip(entries, servers, strict=True)):
+            size, resident = _ask(server, None)
+            own = [speeds[*cell, at] for cell in cells]
+            rows.append(BenchedModel(entry.name, entry.dtype is not None, size, resident, own))
+    return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
+
+
+def report(found: Benchmark, folder: str | Path) -> None:
+    """Add the figures to the record and the page of a folder that permprune wrote; others are left as they are."""
+    folder = Path(folder)
+    if not (folder / RECORD).exists():
+        return
+    values = dataclasses.replace(read_record(folder), bench=found).to_json()
+    write_json(folder / RECORD, values)
+    write_report(values, folder / "report.html")
+
+
+def _require_numbers(**numbers: Sequence[int]) -> None:
+    for name, values in numbers.items():
+        if not values:
+            raise PermpruneError(f"{name} is empty: give a number at least")
+        for value in values:
+            require(name, value, Count)
+
+
+def _dense_of(folders: Sequence[str | Path]) -> str:
+    if not folders:
+        raise PermpruneError("there is nothing to measure: give a folder at least")
+    if not (Path(folders[0]) / RECORD).exists():
+        raise PermpruneError(f"{folders[0]} has no {RECORD}, which names the dense model: give it with --dense")
+    return read_record(Path(folders[0])).model
+
+
+@contextmanager
+def _served(entries: Sequence[_Entry]) -> Iterator[list[Connection]]:
+    """A process for each model, loaded one after the other, and the ends of their pipes."""
+    context = multiprocessing.get_context("spawn")
+    servers: list[Connection] = []
+    processes = []
+    try:
+        for entry in track(entries, "loading", len(entries)):
+            own, other = context.Pipe()
+            process = context.Process(target=_serve, args=(other, entry), daemon=True)
+            process.start()
+            other.close()
+            processes.append(process)
+            servers.append(own)
+            _receive(own)
+        yield servers
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+
+
+def _ask(server: Connection, question: tuple[int, int, int] | None) -> Any:
+    server.send(question)
+    return _receive(server)
+
+
+def _receive(server: Connection) -> Any:
+    try:
+        answer = server.recv()
+    except EOFError:
+        raise PermpruneError(
+            "a process of the benchmark died, perhaps for want of memory: measure fewer models, or smaller batches"
+        ) from None
+    if isinstance(answer, PermpruneError):
+        raise answer
+    return answer
+
+
+def _load(entry: _Entry) -> PreTrainedModel:
+    """A checkpoint in the types that it is stored in, or the dense model in the type of its entry."""
+    if entry.dtype is None and (Path(entry.source) / RECORD).exists():
+        model = load(entry.source, trust_remote_code=entry.trust_remote_code)
+        nn.Module.to(model, best_device())
+        return model
+    model, _, stored = read_model(entry.source, trust_remote_code=entry.trust_remote_code)
+    nn.Module.to(model, stored if entry.dtype is None else DTYPES[entry.dtype])
+    return model
+
+
+def _serve(pipe: Connection, entry: _Entry) -> None:
+    """Load a model, and answer with its speed at a (batch, context, steps), or with its bytes and memory."""
+    console.quiet = True
+    torch.set_num_threads(entry.threads)
+    try:
+        model = _load(entry)
+        pipe.send(None)
+        while True:
+            question = pipe.recv()
+            if question is None:
+                pipe.send((stored_bytes(model), psutil.Process().memory_info().rss))
+            else:
+                batch, context, steps = question
+                pipe.send(measure_speed(model, batch=batch, context=context, steps=steps))
+    except PermpruneError as error:
+        pipe.send(error)

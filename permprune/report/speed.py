@@ -1,0 +1,91 @@
+"""Speed, size and memory: as a table for the terminal, as a picture, and for the page of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from permprune.report.style import BLUE, GRAY, WIDTH, Format, figure, quiet, save
+from permprune.report.words import number
+from permprune.system.files import write_whole
+
+Figures = Mapping[str, Any]
+"""A benchmark as JSON holds it (`Benchmark`)."""
+
+TITLES = ("batch", "context", "prefill", "first token", "decode")
+
+
+def bench_table(figures: Figures) -> Table:
+    """The figures for the terminal: speeds in tokens per second, the first token in milliseconds."""
+    table = Table(title=f"{figures['threads']} threads of the {figures['device']}; prefill and decode in tokens/s")
+    table.add_column("model", overflow="fold")
+    for title in ("MB", "resident MB", *TITLES):
+        table.add_column(title, justify="right")
+    for row in figures["rows"]:
+        table.add_section()
+        sizes = [f"{row['bytes'] / 1e6:,.0f}", f"{row['resident'] / 1e6:,.0f}"]
+        for place, cells in enumerate(speed_cells(row["speeds"])):
+            table.add_row(*([row["name"], *sizes] if not place else [""] * 3), *cells)
+    return table
+
+
+def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The cells below `TITLES`, a row for each batch size and context length."""
+    return [
+        (
+            str(own["batch"]),
+            str(own["context"]),
+            number(own["batch"] * own["context"] / own["first_token"]),
+            f"{1000 * own['first_token']:,.0f} ms",
+            number(decoding(own)),
+        )
+        for own in speeds
+    ]
+
+
+def decoding(speed: Mapping[str, Any]) -> float:
+    """Tokens that are generated in a second, over all sequences."""
+    return float(speed["batch"] / speed["next_token"])
+
+
+def summary(figures: Figures, row: Mapping[str, Any]) -> str:
+    """Size and decoding speed of a checkpoint, beside the smallest and the fastest dense model of the same run."""
+    dense = [other for other in figures["rows"] if other["dense"]]
+    smallest = min(other["bytes"] for other in dense)
+    speeds = []
+    for place, own in enumerate(row["speeds"]):
+        fastest = max(decoding(other["speeds"][place]) for other in dense)
+        speeds.append(f"{decoding(own) / fastest:.2f} at batch {own['batch']}, context {own['context']}")
+    return (
+        f"{row['bytes'] / smallest:.2f} of the size of the smallest dense model; times the decoding speed of the "
+        f"fastest: {'; '.join(speeds)}"
+    )
+
+
+def decode_bars(figures: Figures, kind: Format = "svg") -> bytes:
+    """Draw tokens per second in decoding, a bar for each model, at the first batch size and context length."""
+    rows = figures["rows"]
+    values = [decoding(row["speeds"][0]) for row in rows]
+    picture = figure(WIDTH, 1.0 + 0.4 * len(rows))
+    axes = picture.subplots()
+    drawn = axes.barh(range(len(rows)), values, color=[GRAY if row["dense"] else BLUE for row in rows], height=0.62)
+    axes.bar_label(drawn, [number(value) for value in values], padding=4, color=GRAY, fontsize=9)
+    axes.set_yticks(range(len(rows)), [Path(row["name"]).name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.15 * max(values))
+    first = rows[0]["speeds"][0]
+    axes.set_xlabel(f"tokens per second, batch {first['batch']}, context {first['context']} (higher is better)")
+    quiet(axes, "x")
+    axes.tick_params(axis="y", length=0)
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)
+    return save(picture, kind)
+
+
+def write_bench(figures: Figures, path: Path) -> None:
+    """Write the picture of a benchmark as PNG. Raises `PermpruneError` if it cannot be written."""
+    picture = decode_bars(figures, "png")
+    write_whole(path, lambda temporary: temporary.write_bytes(picture))

@@ -1,0 +1,49 @@
+"""`permprune bench`, and `permprune prune --pack`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from permprune.checkpoints.record import read_record
+
+from .running import fails, run
+
+SMALL = ("--samples", "8", "--length", "16", "--windows", "2", "--permute", "none")
+
+
+@pytest.mark.slow
+def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    packed, figures, picture = tmp_path / "packed", tmp_path / "bench.json", tmp_path / "bench.png"
+    data = ("--calibration", tiny_text, "--data", tiny_text)
+    run("prune", tiny_checkpoint, "--out", packed, "--pack", "bf16", *SMALL, *data)
+    assert read_record(packed).extra["packed"]["dtype"] == "bf16"
+    run("verify", packed)
+    sizes = ("--batch", "1,2", "--context", "8", "--steps", "2", "--turns", "1", "--threads", "1")
+    _, said, _ = run("bench", packed, *sizes, "--json", figures, "--picture", picture)
+    assert "of the size of the smallest dense model" in said and "batch 2, context 8" in said
+    found = json.loads(figures.read_text())
+    names = [row["name"] for row in found["rows"]]
+    assert names == [f"{tiny_checkpoint} (fp32)", f"{tiny_checkpoint} (bf16)", str(packed)]
+    assert found["rows"][2]["bytes"] < found["rows"][1]["bytes"] < found["rows"][0]["bytes"]
+    assert all(len(row["speeds"]) == 2 and row["resident"] > 10**7 for row in found["rows"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    bench = read_record(packed).bench
+    assert bench is not None and [row.name for row in bench.rows] == names
+    assert "Speed" in (packed / "report.html").read_text()
+    run("unpack", packed, "--out", tmp_path / "zeros")
+    assert read_record(tmp_path / "zeros").bench is None
+
+
+def test_numbers_and_folders_that_are_none_are_refused(tiny_checkpoint: Path) -> None:
+    assert "give whole numbers, separated by commas" in fails("bench", tiny_checkpoint, "--batch", "1,x")
+    assert "batches is 0" in fails("bench", tiny_checkpoint, "--batch", "0")
+    assert "names the dense model: give it with --dense" in fails("bench", tiny_checkpoint)
+
+
+def test_what_cannot_be_packed_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert 'cannot be packed as "int4"' in fails("prune", tiny_checkpoint, "--out", out, "--pack", "int4")
+    wide = fails("prune", tiny_checkpoint, "--out", out, "--pack", "bf16", "--pattern", "16:32")
+    assert "M is at most 16" in wide
+    assert not out.exists()

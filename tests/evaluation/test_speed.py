@@ -1,0 +1,79 @@
+"""Speeds: what is run for them, and what follows from the times."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
+
+from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
+from permprune.checkpoints.schema import Malformed, decode
+from permprune.errors import PermpruneError
+from permprune.evaluation.speed import measure_speed
+from permprune.report.speed import bench_table, decode_bars, summary
+
+
+def test_a_prompt_is_read_once_and_tokens_follow_one_by_one(tiny_llama: LlamaForCausalLM) -> None:
+    shapes: list[tuple[int, ...]] = []
+    tiny_llama.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    speed = measure_speed(tiny_llama, batch=3, context=20, steps=4)
+    assert shapes == [(3, 20)] + [(3, 1)] * 4
+    assert (speed.batch, speed.context) == (3, 20) and speed.first_token > 0 and speed.next_token > 0
+
+
+def test_tokens_are_those_of_greedy_generation(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    argmax = torch.Tensor.argmax
+
+    def keep(self: torch.Tensor, *args: int) -> torch.Tensor:
+        token = argmax(self, *args)
+        found.append(int(token))
+        return token
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "argmax", keep)
+        measure_speed(tiny_llama, batch=1, context=9, steps=5, seed=3)
+    prompt = torch.randint(128, (1, 9), generator=torch.Generator().manual_seed(3))
+    expected = tiny_llama.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert found == expected[0, 9:].tolist()
+
+
+def test_models_that_write_nothing_are_refused() -> None:
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(PermpruneError, match="causal language models"):
+        measure_speed(model, batch=1, context=4)
+
+
+def benchmark() -> Benchmark:
+    dense = [
+        BenchedModel("llama (fp32)", True, 400, 9, [Speed(1, 128, 0.5, 0.1), Speed(8, 128, 4.0, 0.2)]),
+        BenchedModel("llama (bf16)", True, 200, 9, [Speed(1, 128, 0.4, 0.08), Speed(8, 128, 4.0, 0.4)]),
+    ]
+    packed = BenchedModel("out/packed", False, 120, 9, [Speed(1, 128, 0.5, 0.05), Speed(8, 128, 4.0, 0.1)])
+    return Benchmark(2, "CPU", [*dense, packed])
+
+
+def test_a_summary_is_beside_the_best_dense_model_of_each_figure() -> None:
+    figures = benchmark().to_json()
+    text = summary(figures, figures["rows"][2])
+    assert text.startswith("0.60 of the size of the smallest dense model")
+    assert "1.60 at batch 1, context 128; 2.00 at batch 8, context 128" in text
+    assert figures["rows"][2]["speeds"][1]["decode"] == 80 and figures["rows"][0]["speeds"][0]["prefill"] == 256
+
+
+def test_the_table_and_the_picture_have_every_model() -> None:
+    figures = benchmark().to_json()
+    assert bench_table(figures).row_count == 6
+    picture = decode_bars(figures).decode()
+    assert all(name in picture for name in ("llama (fp32)", "llama (bf16)", "packed"))
+
+
+def test_figures_survive_json_and_broken_ones_are_malformed() -> None:
+    figures = benchmark().to_json()
+    assert decode(Benchmark, figures) == benchmark()
+    for change in ({"rows": figures["rows"][2:]}, {"rows": []}, {"threads": 0}, {"device": 3}):
+        with pytest.raises(Malformed):
+            decode(Benchmark, {**figures, **change})
+    figures["rows"][0]["speeds"][0]["next_token"] = 0.0
+    with pytest.raises(Malformed, match="next_token"):
+        decode(Benchmark, figures)
