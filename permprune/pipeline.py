@@ -32,7 +32,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
 from permprune.models.forward import frozen, short_inputs
-from permprune.models.generation import lacks_text, transcribed
+from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.layers import dense_weights
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
@@ -180,8 +180,8 @@ def prepare(
         shown = Examples.of(examples, calibration_count(model, config))
         config = replace(config, calibration=f"{len(shown)} examples given in Python")
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
-    if lacks_text(model, shown):
-        shown = transcribed(model, shown, batch)
+    if needs_decoder_inputs(model, shown):
+        shown = with_decoder_inputs(model, shown, batch)
     plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):

@@ -41,7 +41,7 @@ def verify_space(
         if not difference <= bound:
             raise PermpruneError(
                 f"permuting {space.name} changes the model's output by {difference:.3g} (of {scale:.3g}): "
-                "this space was discovered wrongly, leave it out and report the model"
+                "this is a bug in the coupling analysis: exclude the space, and report the model"
             )
         worst = max(worst, difference)
     return worst

@@ -18,43 +18,43 @@ from permprune.system.progress import track
 
 
 @dataclass(frozen=True)
-class Answers:
+class DenseOutputs:
     """A dense model's outputs for this process's batches of examples, on the CPU, with their task and batch size."""
 
     task: Task
-    said: list[Tensor]
+    predictions: list[Tensor]
     batch: int
 
 
 @torch.inference_mode()
-def ask(model: nn.Module, examples: Examples, batch: int = 8) -> Answers:
+def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> DenseOutputs:
     """Compute a dense model's outputs for `agreement`; log-probabilities are stored in fp16."""
     examples = examples.to(compute_device(model))
     with frozen(model):
         task = choose_task(model, examples, batch)
-        parts = track(distributed.share(examples.split(batch)), "asking the dense model")
-        return Answers(task, [task(model, part).kept() for part in parts], batch)
+        parts = track(distributed.share(examples.split(batch)), "running the dense model")
+        return DenseOutputs(task, [task(model, part).kept() for part in parts], batch)
 
 
 @torch.inference_mode()
-def agreement(model: nn.Module, examples: Examples, dense: nn.Module | Answers, *, batch: int = 8) -> list[Result]:
+def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutputs, *, batch: int = 8) -> list[Result]:
     """Measure the share of predictions that equal the dense model's, and the mean KL divergence from it, in nats.
 
     Predictions are those of every example, or of every token that is not padding. For a model without a head, the
-    result is the mean squared distance of the features, relative to their variance. `dense` is the dense model, or what
-    `ask` returned for it, if both are the same module with other weights. Raises `PermpruneError` if no task fits the
+    result is the mean squared distance of the features, relative to their variance. `dense` is the dense model, or its
+    `dense_outputs` if both are the same module with other weights. Raises `PermpruneError` if no task fits the
     examples.
     """
-    answers = dense if isinstance(dense, Answers) else ask(dense, examples, batch)
+    answers = dense if isinstance(dense, DenseOutputs) else dense_outputs(dense, examples, batch)
     device = compute_device(model)
     same, distance, count, kinds = 0, 0.0, 0, 0
     with frozen(model):
         parts = distributed.share(examples.split(answers.batch))
-        for part, expected in zip(track(parts, "agreement"), answers.said, strict=True):
-            said = answers.task(model, part.to(device))
-            distance, count = distance + float(said.distance(expected)), count + said.terms
-            if isinstance(said, Predictions):
-                same += int((said.logits.argmax(-1).cpu() == expected.argmax(-1)).sum())
+        for part, expected in zip(track(parts, "agreement"), answers.predictions, strict=True):
+            predictions = answers.task(model, part.to(device))
+            distance, count = distance + float(predictions.distance(expected)), count + predictions.terms
+            if isinstance(predictions, Predictions):
+                same += int((predictions.logits.argmax(-1).cpu() == expected.argmax(-1)).sum())
     if variances := getattr(answers.task, "variances", None):
         kinds = len(variances)
     same_total, distance, total = distributed.total(same, distance, count)

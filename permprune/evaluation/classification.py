@@ -26,11 +26,11 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
     first, five, count, classes = 0, 0, 0, 0
     with frozen(model):
         for part in track(distributed.share(batches(examples, batch)), "accuracy"):
-            said = labelled(model, part.to(device))
-            assert said.labels is not None
-            classes = said.logits.shape[-1]
-            right = said.logits.topk(min(5, classes)).indices == said.labels[:, None]
-            first, five, count = first + int(right[:, 0].sum()), five + int(right.sum()), count + said.terms
+            predictions = labelled(model, part.to(device))
+            assert predictions.labels is not None
+            classes = predictions.logits.shape[-1]
+            right = predictions.logits.topk(min(5, classes)).indices == predictions.labels[:, None]
+            first, five, count = first + int(right[:, 0].sum()), five + int(right.sum()), count + predictions.terms
     sums = distributed.total(first, five, count)
     results = [share("classification", TOP_1_ACCURACY, right=sums[0], count=sums[2])]
     if classes > 5:

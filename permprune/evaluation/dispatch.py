@@ -6,14 +6,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.agreement import Answers, agreement
+from permprune.evaluation.agreement import DenseOutputs, agreement
 from permprune.evaluation.classification import accuracy
 from permprune.evaluation.metrics import measure_labels
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
-from permprune.models.forward import decodes, writes
+from permprune.models.forward import is_causal_lm, is_encoder_decoder
 from permprune.options import Count, require
 from permprune.system.out_of_memory import memory_reported
 
@@ -26,7 +26,7 @@ def evaluate_model(
     examples: Examples,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    dense: nn.Module | Answers | None = None,
+    dense: nn.Module | DenseOutputs | None = None,
     batch: int = 4,
     metric: str | None = None,
 ) -> list[Result]:
@@ -45,17 +45,17 @@ def evaluate_model(
         return measure_labels(model, examples, metric, batch=batch)
     if dense is not None:
         return agreement(model, examples, dense, batch=batch)
-    if labels is not None and labels.dim() == 2 and decodes(model):
+    if labels is not None and labels.dim() == 2 and is_encoder_decoder(model):
         if "input_features" in examples and tokenizer is not None:
             return [word_error_rate(model, examples, tokenizer, batch=batch)]
         return [perplexity(model, examples, batch)]
-    if writes(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
+    if is_causal_lm(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
         return [perplexity(model, examples, batch)]
     if labels is None:
         raise PermpruneError("nothing says what is right: give examples with labels, or a dense model to compare with")
     return accuracy(model, examples, batch)
 
 
-def knows_right(model: nn.Module, examples: Examples) -> bool:
+def has_targets(model: nn.Module, examples: Examples) -> bool:
     """Whether the examples have targets: labels, or the next tokens of text for a causal language model."""
-    return "labels" in examples or (writes(model) and "input_ids" in examples)
+    return "labels" in examples or (is_causal_lm(model) and "input_ids" in examples)

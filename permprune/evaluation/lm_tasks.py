@@ -22,7 +22,7 @@ from permprune.data.sources import read_text
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
-from permprune.models.forward import writes
+from permprune.models.forward import is_causal_lm
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, Natural, require_fields
 from permprune.system import distributed
@@ -133,7 +133,7 @@ class LoadedTasks:
         The model's weights and its training mode are left as they were. Raises `PermpruneError` unless it is a causal
         language model.
         """
-        if not writes(model):
+        if not is_causal_lm(model):
             raise PermpruneError(f"a {type(model).__name__} writes no text, which tasks need: give sentences as --data")
         tokenizer = tokenizer_of(processor)
         results = self._harness(model, tokenizer) if self.tasks else []

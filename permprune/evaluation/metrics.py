@@ -33,27 +33,27 @@ class LabelMetric:
     scores: bool = False
 
 
-def _matthews(right: Any, said: Any) -> float:
+def _matthews(right: Any, predictions: Any) -> float:
     from sklearn.metrics import matthews_corrcoef
 
-    return float(matthews_corrcoef(right, said))
+    return float(matthews_corrcoef(right, predictions))
 
 
-def _f1(right: Any, said: Any) -> float:
+def _f1(right: Any, predictions: Any) -> float:
     from sklearn.metrics import f1_score
 
-    classes = np.union1d(right, said)
+    classes = np.union1d(right, predictions)
     if classes.max() < 2:
-        return float(f1_score(right, said, zero_division=0.0))
-    return float(f1_score(right, said, labels=classes, average="macro", zero_division=0.0))
+        return float(f1_score(right, predictions, zero_division=0.0))
+    return float(f1_score(right, predictions, labels=classes, average="macro", zero_division=0.0))
 
 
-def _pearson(right: Any, said: Any) -> float:
-    return float(stats.pearsonr(right, said).statistic) if _vary(right, said) else 0.0
+def _pearson(right: Any, predictions: Any) -> float:
+    return float(stats.pearsonr(right, predictions).statistic) if _vary(right, predictions) else 0.0
 
 
-def _spearman(right: Any, said: Any) -> float:
-    return float(stats.spearmanr(right, said).statistic) if _vary(right, said) else 0.0
+def _spearman(right: Any, predictions: Any) -> float:
+    return float(stats.spearmanr(right, predictions).statistic) if _vary(right, predictions) else 0.0
 
 
 def _vary(*arrays: Any) -> bool:
@@ -88,32 +88,39 @@ def measure_labels(model: nn.Module, examples: Examples, metric: str | None = No
         kind = "one score for each example" if scores else "classes"
         offered = ", ".join(fitting if scores else ["accuracy", *fitting])
         raise PermpruneError(f'the metric "{metric}" does not go with {kind}: choose one of {offered}')
-    right, said = (x.numpy() for x in _said(model, examples[labels.ne(IGNORED).nonzero()[:, 0]], scores, batch))
+    counted = examples[labels.ne(IGNORED).nonzero()[:, 0]]
+    right, predictions = (x.numpy() for x in _predict(model, counted, scores, batch))
     names = sorted(fitting, key=lambda name: name != metric) if scores else [metric]
     task = "regression" if scores else "classification"
-    return [_result(task, fitting[name], right, said) for name in names]
+    return [_result(task, fitting[name], right, predictions) for name in names]
 
 
 @torch.inference_mode()
-def _said(model: nn.Module, examples: Examples, scores: bool, batch: int) -> tuple[Tensor, Tensor]:
+def _predict(model: nn.Module, examples: Examples, scores: bool, batch: int) -> tuple[Tensor, Tensor]:
     """Return the target classes or scores, and the predicted ones: both fp64 (count,)."""
     device = compute_device(model)
-    right, said = examples["labels"].cpu().double(), torch.zeros(len(examples), dtype=torch.float64)
+    right, predictions = examples["labels"].cpu().double(), torch.zeros(len(examples), dtype=torch.float64)
     with frozen(model):
         for at in track(distributed.share(by_length(examples, batch)), "evaluating"):
             part = examples[at].trimmed().to(device)
             found: Any = (scored if scores else labelled)(model, part)
             answer = found.logits.argmax(-1) if isinstance(found, Predictions) else found.values[:, 0]
-            said[at] = answer.double().cpu()
-    distributed.add_([said])
-    return right, said
+            predictions[at] = answer.double().cpu()
+    distributed.add_([predictions])
+    return right, predictions
 
 
-def _result(task: str, own: LabelMetric, right: Any, said: Any) -> Result:
+def _result(task: str, own: LabelMetric, right: Any, predictions: Any) -> Result:
     error = None
     if len(right) > 1:  # something to resample
         draws = stats.bootstrap(
-            (right, said), own.measure, paired=True, vectorized=False, n_resamples=RESAMPLES, method="percentile", rng=0
+            (right, predictions),
+            own.measure,
+            paired=True,
+            vectorized=False,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=0,
         )
         error = float(draws.standard_error)
-    return Result(task, own.metric, own.measure(right, said), count=len(right), stderr=error)
+    return Result(task, own.metric, own.measure(right, predictions), count=len(right), stderr=error)

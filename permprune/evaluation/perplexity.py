@@ -10,7 +10,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.result import PERPLEXITY, Result
 from permprune.examples import IGNORED, Examples
 from permprune.losses.targets import next_labels
-from permprune.models.forward import decodes, frozen, run_model
+from permprune.models.forward import frozen, is_encoder_decoder, run_model
 from permprune.options import Count, require
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -37,7 +37,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
     with frozen(model):
         for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "perplexity"):
             part = examples[at].to(device)
-            labels = part["labels"] if decodes(model) else next_labels(part)
+            labels = part["labels"] if is_encoder_decoder(model) else next_labels(part)
             logits = run_model(model, part).logits[:, : labels.shape[1]]
             losses = [_loss(own, tokens) for own, tokens in zip(logits, labels, strict=True)]
             nll[at] = torch.tensor(losses, dtype=torch.float64)

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from permprune.checkpoints.benchmark import Speed
 from permprune.errors import PermpruneError
-from permprune.models.forward import writes
+from permprune.models.forward import is_causal_lm
 from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
@@ -25,7 +25,7 @@ def measure_speed(model: PreTrainedModel, *, batch: int, context: int, steps: in
 
     Raises `PermpruneError` for a model that does not generate text.
     """
-    if not writes(model):
+    if not is_causal_lm(model):
         raise PermpruneError("speed is measured of causal language models: give one")
     generator, device = torch.Generator().manual_seed(seed), compute_device(model)
     vocabulary = model.config.get_text_config().vocab_size

@@ -22,7 +22,7 @@ from permprune.coupling.fold import fold_all
 from permprune.data.labelled import read_labelled_text
 from permprune.data.load import load_examples
 from permprune.errors import PermpruneError
-from permprune.evaluation.dispatch import evaluate_model, knows_right
+from permprune.evaluation.dispatch import evaluate_model, has_targets
 from permprune.evaluation.probe import with_head
 from permprune.evaluation.result import Result
 from permprune.evaluation.size import weight_bytes
@@ -30,7 +30,7 @@ from permprune.examples import Examples
 from permprune.jobs.trials import BATCH
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Task, choose_task
-from permprune.models.forward import decodes, short_inputs, writes
+from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
 from permprune.models.layers import require_changeable
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
@@ -210,7 +210,7 @@ def _finetune(
     patterns = _patterns(model)
     examples, held_out = options.examples(model, processor)
     batch = BATCH * BATCH_MULTIPLIER[kind_of(model)]
-    if not knows_right(model, examples):
+    if not has_targets(model, examples):
         raise PermpruneError("nothing says what is right: give data with labels")
     task = choose_task(model, examples, batch)
     teacher = _teacher(options, model, examples, task)
@@ -265,7 +265,7 @@ def _finetune(
 
 def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
     """An encoder with a new head for the labels of the data; any other model as it is."""
-    if kind_of(model) != "text" or writes(model) or decodes(model) or options.data is None:
+    if kind_of(model) != "text" or is_causal_lm(model) or is_encoder_decoder(model) or options.data is None:
         return model
     classes = read_labelled_text(options.data, "calibration").classes()
     with torch.random.fork_rng():

@@ -13,12 +13,12 @@ from permprune.checkpoints.record import Measured
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
-from permprune.evaluation.agreement import ask
-from permprune.evaluation.dispatch import evaluate_model, knows_right
+from permprune.evaluation.agreement import dense_outputs
+from permprune.evaluation.dispatch import evaluate_model, has_targets
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
 from permprune.evaluation.result import Result
 from permprune.examples import Examples
-from permprune.models.forward import decodes
+from permprune.models.forward import is_encoder_decoder
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, require_fields
@@ -106,7 +106,7 @@ class Meter:
     def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
         self.model, self.examples = model, evaluation.examples(model, processor)
         self.tokenizer = transcriber(model, processor)
-        self.answers = None if knows_right(model, self.examples) else ask(model, self.examples)
+        self.answers = None if has_targets(model, self.examples) else dense_outputs(model, self.examples)
         self.batch, self.metric = BATCH * BATCH_MULTIPLIER[kind_of(model)], evaluation.metric
 
     def __call__(self) -> Result:
@@ -222,4 +222,4 @@ class Trials:
 
 def transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer that reads what a model writes of speech; None for other models."""
-    return tokenizer_of(processor) if kind_of(model) == "speech" and decodes(model) else None
+    return tokenizer_of(processor) if kind_of(model) == "speech" and is_encoder_decoder(model) else None

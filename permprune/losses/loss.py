@@ -91,5 +91,5 @@ def as_loss(loss: Loss | LossFunction) -> Loss:
     if isinstance(loss, Loss):
         return loss
     if not callable(loss):
-        raise PermpruneError(f"{loss!r:.80} is no loss: give an Objective, or a function of model and batch")
+        raise PermpruneError(f"{loss!r:.80} is not a loss: give an Objective, or a function of model and batch")
     return FunctionLoss(loss)

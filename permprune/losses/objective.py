@@ -49,7 +49,7 @@ class Objective(Loss):
     def __post_init__(self) -> None:
         require_fields(self)
         if not (self.task or self.divergence or self.distillation or self.cosine):
-            raise PermpruneError("all losses weigh 0: give task, divergence, distillation or cosine a weight above 0")
+            raise PermpruneError("all loss weights are 0: give task, divergence, distillation or cosine one above 0")
 
     def suited(self, task: Task, one_label_per_example: bool) -> Objective:
         """Return this objective with `divergence` chosen for the data if it is None.

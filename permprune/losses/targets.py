@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.cross_entropy import cross_entropy
-from permprune.models.forward import decodes, padding_of, run_model, writes
+from permprune.models.forward import is_causal_lm, is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -142,7 +142,7 @@ def labelled(model: nn.Module, batch: Examples) -> Predictions:
     """
     labels = batch["labels"]
     logits = run_model(model, batch).logits
-    if decodes(model) and labels.dim() == 2:
+    if is_encoder_decoder(model) and labels.dim() == 2:
         logits = logits[:, : labels.shape[1]]
     if logits.shape[:-1] != labels.shape or int(labels.max()) >= logits.shape[-1]:
         raise PermpruneError(
@@ -255,10 +255,10 @@ def choose_task(model: nn.Module, examples: Examples, batch: int) -> Task:
     """
     labels = examples.get("labels")
     if labels is None:
-        return next_token if writes(model) and "input_ids" in examples else Imitation.of(model, examples, batch)
+        return next_token if is_causal_lm(model) and "input_ids" in examples else Imitation.of(model, examples, batch)
     if labels.is_floating_point():
         scored(model, examples[:1].to(compute_device(model)))
         return scored
     if not labels.ne(IGNORED).any():
         raise PermpruneError(f"all labels of the measured examples are {IGNORED}: give some that count, or none")
-    return next_token if writes(model) and labels.dim() == 2 else labelled
+    return next_token if is_causal_lm(model) and labels.dim() == 2 else labelled

@@ -104,7 +104,7 @@ def _decoder_labels(model: nn.Module, batch: Examples) -> Tensor | None:
     two sequences can be told apart by shape (see `Padding`).
     """
     labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if labels is None or labels.dim() != 2 or not decodes(model) or "decoder_attention_mask" in batch:
+    if labels is None or labels.dim() != 2 or not is_encoder_decoder(model) or "decoder_attention_mask" in batch:
         return None
     return F.pad(labels, (0, 1), value=IGNORED) if mask is not None and mask.shape == labels.shape else labels
 
@@ -117,7 +117,7 @@ def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None
     decoder.
     """
     inputs = {name: batch[name] for name in batch if name != "labels"}
-    if decodes(model) and "decoder_input_ids" not in inputs:
+    if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
         labels = batch.get("labels") if labels is None else labels
         if labels is None and "input_ids" not in batch:
             raise PermpruneError("this model has a decoder, which needs text to read: give the examples labels")
@@ -129,11 +129,11 @@ def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None
     return inputs
 
 
-def decodes(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model is an encoder-decoder model."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def writes(model: nn.Module) -> bool:
+def is_causal_lm(model: nn.Module) -> bool:
     """Whether the model is a decoder-only language model, which predicts the next token of its input."""
-    return bool(getattr(model, "can_generate", bool)()) and not decodes(model)
+    return bool(getattr(model, "can_generate", bool)()) and not is_encoder_decoder(model)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.examples import Examples
-from permprune.models.forward import decodes, frozen
+from permprune.models.forward import frozen, is_encoder_decoder
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
@@ -21,13 +21,13 @@ PROMPT = 4
 """Positions reserved for the tokens with which a decoder starts."""
 
 
-def lacks_text(model: PreTrainedModel, examples: Examples) -> bool:
+def needs_decoder_inputs(model: PreTrainedModel, examples: Examples) -> bool:
     """Whether the model is a generative encoder-decoder model and the examples have no input for its decoder."""
-    return decodes(model) and model.can_generate() and not {"labels", "decoder_input_ids"} & set(examples)
+    return is_encoder_decoder(model) and model.can_generate() and not {"labels", "decoder_input_ids"} & set(examples)
 
 
 @torch.no_grad()
-def transcribed(model: PreTrainedModel, examples: Examples, batch: int) -> Examples:
+def with_decoder_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> Examples:
     """Add the text that the model generates (greedy search) for each example as its decoder input.
 
     Returns the examples with "decoder_input_ids" (count, length) and "decoder_attention_mask", which is 0 after the end

@@ -6,7 +6,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
-from permprune.models.forward import writes
+from permprune.models.forward import is_causal_lm
 from permprune.models.signature import argument_names
 
 Kind = Literal["text", "sentences", "images", "speech"]
@@ -26,4 +26,4 @@ def kind_of(model: PreTrainedModel) -> Kind:
     if model.main_input_name in ("input_features", "input_values"):
         return "speech"
     classifies = "labels" in argument_names(model) and model.get_output_embeddings() is None
-    return "sentences" if classifies and not writes(model) else "text"
+    return "sentences" if classifies and not is_causal_lm(model) else "text"

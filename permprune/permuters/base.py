@@ -208,7 +208,7 @@ class Permuter(ABC):
         if saved is None or saved[1]["limits"] != self.limits(run):
             return None
         tensors, values = saved
-        log.info("%s was found by the interrupted run", self.name)
+        log.info("%s: solution loaded from the interrupted run", self.name)
         orders, weights = (
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in (ORDER, WEIGHT)

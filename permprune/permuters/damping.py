@@ -49,22 +49,22 @@ class Damping:
             if start < -LEAST_SLOPE:
                 self.of[name] *= max(1.0, 1 - after[name] / start)
 
-    def follow_loss(self, foretold: Mapping[str, float], moved: list[str], kept: bool, change: float) -> None:
+    def follow_loss(self, predicted: Mapping[str, float], moved: list[str], kept: bool, change: float) -> None:
         """Raise the damping if all or part of the step was rejected, and lower it if the model predicted well.
 
-        `foretold` are the changes of the loss that the models of all problems predict. `change` is the measured change
+        `predicted` are the changes of the loss that the models of all problems predict. `change` is the measured change
         for the problems in `moved`, and `kept` is whether they keep their new orders. For a problem that proposed next
         to nothing the damping is lowered in any case.
         """
-        ratio = change / min(-1e-12, sum(foretold[name] for name in moved))
+        ratio = change / min(-1e-12, sum(predicted[name] for name in moved))
         if not kept:
             factor = 1.6
-        elif len(moved) < len(foretold):
+        elif len(moved) < len(predicted):
             factor = 1.3
         else:
             factor = 0.8 if ratio > 0.5 else 1.0 if ratio > 0.2 else 1.2
-        mean = sum(foretold.values()) / len(foretold)
-        for name, own in foretold.items():
+        mean = sum(predicted.values()) / len(predicted)
+        for name, own in predicted.items():
             self.of[name] *= 0.7 if own >= STILL * mean else factor
 
 

@@ -117,7 +117,7 @@ class Iterative(Permuter):
         search.done, search.best, search.seconds = values["done"], values["best"], values["seconds"]
         search.curve = [CurvePoint(*point) for point in values["curve"]]
         search.restore(tensors, values["own"])
-        log.info("%s goes on after %s %d", self.name, search.unit, search.done)
+        log.info("%s resumes after %s %d", self.name, search.unit, search.done)
         return True
 
     def _notify(self, search: Search, moved: int) -> bool:

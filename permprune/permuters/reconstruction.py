@@ -78,7 +78,7 @@ class Reconstruction(LocalPermuter):
         teacher_outputs = network.compute_teacher_outputs(run.held_out, Objective())
         least = network.loss(run.held_out, Objective(), teacher_outputs)
         problems = list(best)
-        for share in track(torch.arange(len(problems)).chunk(self.shares), "choosing"):
+        for share in track(torch.arange(len(problems)).chunk(self.shares), "choosing candidates"):
             for other in candidates[1:]:
                 tried = best | {problems[i]: other[problems[i]] for i in share.tolist()}
                 network.set_orders(tried)

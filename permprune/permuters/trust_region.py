@@ -16,7 +16,7 @@ from permprune.permuters.damping import Damping, turning_point
 from permprune.permuters.iterate import Iterative, Search
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.permuters.tuning import tuned
+from permprune.permuters.tuning import train_weights
 from permprune.pruning.network import Gradients, PrunedNetwork
 from permprune.pruning.problem import Orders, Problem
 from permprune.system.progress import log
@@ -61,9 +61,9 @@ class TrustRegion(Iterative):
     finds the orders for the first round, which are used if they are better than the natural ones.
 
     With `tune` orders and weights are optimised jointly. After each round but the first `wait`, the remaining weights
-    are trained for `tune` steps (see `tuned`) of half as many examples, on the objective and the KL divergence from the
-    dense model, at the learning rate `rate`, which is halved whenever the held-out loss does not fall. Pruned weights
-    keep their values, so that a later order can restore them.
+    are trained for `tune` steps (see `train_weights`) of half as many examples, on the objective and the KL divergence
+    from the dense model, at the learning rate `rate`, which is halved whenever the held-out loss does not fall. Pruned
+    weights keep their values, so that a later order can restore them.
     """
 
     free: ClassVar[tuple[str, ...]] = ("rounds",)
@@ -123,7 +123,11 @@ class TrustRegionSearch(Search):
         natural = self.held_out_loss()
         if natural < loss:
             log.info(
-                "%s begins in natural order: loss %.4f, %.4f after %s", name, natural, loss, self.method.start.name
+                "%s starts in natural order: loss %.4f, %.4f after %s",
+                name,
+                natural,
+                loss,
+                self.method.start.name,
             )
         else:
             network.set_orders(found.orders)
@@ -182,8 +186,8 @@ class TrustRegionSearch(Search):
         proposals, slopes, loss = self._step(gradients)
         loss, moved = self._parts(before, proposals, slope=sum(slopes.values()), loss=loss)
         kept = loss < self.best - TOLERANCE
-        foretold = {name: proposal.change for name, proposal in proposals.items()}
-        self.damping.follow_loss(foretold, moved, kept, loss - self.best)
+        predicted = {name: proposal.change for name, proposal in proposals.items()}
+        self.damping.follow_loss(predicted, moved, kept, loss - self.best)
         self.pending = [] if kept else [*self.pending, self.done]
         self.previous = before if kept else {}
         self.slopes = {name: slopes[name] for name in moved} if kept else {}
@@ -205,7 +209,7 @@ class TrustRegionSearch(Search):
         """Train the remaining weights, and keep them if the held-out loss falls; returns whether they were kept."""
         method, network = self.method, self.network
         before, first = network.weights, (self.done - 1) * method.tune
-        trained = tuned(
+        trained = train_weights(
             network,
             self.run,
             self.loss.with_divergence(),
@@ -243,7 +247,7 @@ class TrustRegionSearch(Search):
             excess = -sum(proposal.change for proposal in proposals.values()) / max(self.best, TOLERANCE)
             if excess <= 1:
                 break
-            log.info("%s foretells to gain %.1f times the loss: damped more", self.method.name, excess)
+            log.info("%s predicts a gain of %.1f times the loss: raising the damping", self.method.name, excess)
             self.damping.raise_all(max(2.0, excess))
             proposals = propose()
         return proposals
@@ -280,7 +284,7 @@ class TrustRegionSearch(Search):
             if sum(ends.values()) <= 0:
                 break
             self.damping.shorten(slopes, ends)
-            log.info("%s: held-out loss %.4f after a step much too far: damped more", self.method.name, loss)
+            log.info("%s: held-out loss %.4f, the step was too long: raising the damping", self.method.name, loss)
             self.network.set_orders(before)
         return proposals, slopes, loss
 

@@ -16,7 +16,7 @@ RISING = 0.25
 """The share of the steps in which the learning rate rises from 0."""
 
 
-def tuned(
+def train_weights(
     network: PrunedNetwork, run: Run, loss: Loss, *, first: int, steps: int, examples: int, rate: float
 ) -> dict[str, Tensor]:
     """Train the network's weights for `steps` steps of Adam at its current masks; returns them by layer.

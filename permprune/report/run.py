@@ -129,7 +129,7 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
         text = "Squared error of each layer's output, relative to the output. Lower is better."
         found.append(shown("Output error", text, pictures.output_error(layers)))
         if len({layer["pattern"] for layer in layers}) > 1:
-            text = "Layers that the loss feels more keep more of their weights; those of one order share a pattern."
+            text = "Layers that affect the loss more keep more weights; layers that share an order share a pattern."
             found.append(shown("Pattern of each layer", text, maps.patterns(layers)))
     if sample := record["sample"]:
         text = (
@@ -153,8 +153,8 @@ def _optimised(optimised: Mapping[str, Any]) -> str:
     what = {"all": "the weights that are left", "norms": "norms, biases and the head", "head": "the head"}
     return (
         f"Training {what[optimised['train']]} on {count(optimised['examples'], 'example')} after pruning, measured on "
-        f"{optimised['count']:,} {optimised['unit']} held out. The best epoch was kept; all else here was measured "
-        "before."
+        f"{optimised['count']:,} {optimised['unit']} held out. The best epoch was kept; all other figures on this "
+        "page were measured before training."
     )
 
 

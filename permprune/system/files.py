@@ -156,7 +156,7 @@ class WorkFolder:
     def _require_ours(self) -> None:
         """Raise `PermpruneError` if the path exists and is not a work folder of permprune."""
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise PermpruneError(f"{self.path} is no folder of permprune's: move it, or choose another --out")
+            raise PermpruneError(f"{self.path} is not a work folder of permprune: move it, or choose another --out")
         entries = self._entries() if self.path.exists() else set()
         if entries - {MARKER, LOCK} and not (self.path / MARKER).exists():  # marked before anything else is written
             raise PermpruneError(

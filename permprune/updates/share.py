@@ -40,7 +40,7 @@ def update_network(update: Update, network: PrunedNetwork, examples: Examples, h
         log.info("%s, %s: held-out loss %.4f", update.name, name, loss)
         if loss < least:
             least, label, best = loss, name, weights
-    log.info("%s: took %s", update.name, label)
+    log.info("%s: selected %s", update.name, label)
     network.show(best)
 
 
@@ -50,9 +50,9 @@ def _choices(update: Update, network: PrunedNetwork, examples: Examples) -> Iter
     masked = {name: (weight * network.masks[name]).float() for name, weight in network.weights.items()}
     yield "masks alone", masked
     update.run(network, examples)
-    yield "all of it", dict(network.updated)
+    yield "full update", dict(network.updated)
     update.run(network, examples, network.masks)
     whole = dict(network.updated)
     for share in SHARES:
         weights = {name: masked[name].lerp(weight, share) for name, weight in whole.items()}
-        yield f"{share:.0%} of it with the masks as they were", weights
+        yield f"{share:.0%} of the update with fixed masks", weights

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
-from permprune.evaluation.agreement import agreement, ask
+from permprune.evaluation.agreement import agreement, dense_outputs
 from permprune.evaluation.classification import accuracy
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.perplexity import perplexity
@@ -65,7 +65,7 @@ def test_agreement_measures_a_network_that_shows_other_weights() -> None:
     examples = sentences(labels=False)
     prepared = prepare(make("bert"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=examples)
     with prepared.network.dense_weights():
-        answers = ask(prepared.model, examples)
+        answers = dense_outputs(prepared.model, examples)
     shown = agreement(prepared.model, examples, answers)
     assert shown == agreement(prepared.model, examples, make("bert"))
     assert shown == evaluate_model(prepared.model, examples, dense=answers)

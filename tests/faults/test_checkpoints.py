@@ -184,7 +184,7 @@ def test_of_a_damaged_cache_each_command_says_how_to_clear_it(
     for command in ("prune", "sweep", "inspect", "evaluate"):
         line = fails(*arguments(command, Path("smollm2-135m"), tiny_text))
         assert line.startswith("permprune: smollm2-135m does not load: ") and clause in line
-        assert line.endswith(f"the cached copy is at fault: remove {cached}, and it is made anew")
+        assert line.endswith(f"the cached copy is damaged: delete {cached}, and it is made anew")
     shutil.rmtree(cached)
     shutil.copytree(whole, cached)
     assert run("evaluate", "smollm2-135m", "--data", tiny_text, "--windows", "1", "--length", "16")[0] == 0

@@ -5,7 +5,7 @@ import torch
 from permprune.config import PruneConfig
 from permprune.examples import Examples
 from permprune.losses.targets import Imitation, choose_task
-from permprune.models.generation import lacks_text, transcribed
+from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.pipeline import prepare
 
 from ..modalities import images, make, speech
@@ -16,19 +16,19 @@ def silent() -> Examples:
 
 
 def test_only_speech_without_text_lacks_it() -> None:
-    assert lacks_text(make("whisper"), silent())
-    assert not lacks_text(make("whisper"), speech())
-    assert not lacks_text(make("vit"), images(labels=False))
+    assert needs_decoder_inputs(make("whisper"), silent())
+    assert not needs_decoder_inputs(make("whisper"), speech())
+    assert not needs_decoder_inputs(make("vit"), images(labels=False))
 
 
 def test_texts_start_as_the_decoder_does_and_end_where_it_ends() -> None:
     model = make("whisper")
-    free = transcribed(model, silent(), 5)["decoder_input_ids"]
+    free = with_decoder_inputs(model, silent(), 5)["decoder_input_ids"]
     assert (free[:, 0] == 1).all() and free.shape[1] <= 16
     model.config.eos_token_id = model.generation_config.eos_token_id = int(free[0, 4])
-    found = transcribed(model, silent(), 5)
+    found = with_decoder_inputs(model, silent(), 5)
     ids, mask = found["decoder_input_ids"], found["decoder_attention_mask"]
-    assert torch.equal(transcribed(model, silent(), 12)["decoder_input_ids"], ids)
+    assert torch.equal(with_decoder_inputs(model, silent(), 12)["decoder_input_ids"], ids)
     for own, real in zip(ids[:, 1:].tolist(), mask[:, 1:].tolist(), strict=True):
         end = own.index(model.config.eos_token_id) if model.config.eos_token_id in own else len(own)
         assert real == [1] * end + [0] * (len(own) - end)
@@ -37,7 +37,7 @@ def test_texts_start_as_the_decoder_does_and_end_where_it_ends() -> None:
 
 def test_a_speech_model_is_calibrated_without_labels() -> None:
     model = make("whisper")
-    found = transcribed(model, silent(), 4)
+    found = with_decoder_inputs(model, silent(), 4)
     said = choose_task(model, found, 4)(model, found)
     assert said.terms == int(found["decoder_attention_mask"].sum())
     prepared = prepare(make("whisper"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=silent())

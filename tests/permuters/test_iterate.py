@@ -116,5 +116,5 @@ def test_functions_that_are_no_losses_are_refused(prepared: Prepared, objective:
 
 
 def test_what_is_neither_a_loss_nor_a_function_is_refused_at_once() -> None:
-    with pytest.raises(PermpruneError, match="'kl' is no loss: give an Objective, or a function of model and batch"):
+    with pytest.raises(PermpruneError, match="'kl' is not a loss: give an Objective, or a function of model and batch"):
         Newton(objective="kl")  # type: ignore[arg-type]

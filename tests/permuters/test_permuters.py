@@ -241,14 +241,14 @@ def begun(prepared: Prepared, name: str, damping: float) -> tuple[TrustRegionSea
 def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCausalLM, name: str) -> None:
     search, gradients = begun(ready(tiny_llama), name, damping=15.0)
 
-    def foretold() -> float:
+    def predicted() -> float:
         return sum(proposal.change for proposal in search._proposals(gradients).values())
 
     search.best = 1e9
-    first = foretold()
+    first = predicted()
     assert set(search.damping.of.values()) == {15.0} and first < 0
     search.best = -first / 3
-    assert first / 3 <= foretold() < 0
+    assert first / 3 <= predicted() < 0
     (damping,) = set(search.damping.of.values())
     assert damping > 15.0
 

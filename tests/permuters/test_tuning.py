@@ -5,7 +5,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
 from permprune.losses.objective import Objective
-from permprune.permuters.tuning import BETAS, tuned
+from permprune.permuters.tuning import BETAS, train_weights
 from permprune.pipeline import prepare
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
@@ -28,7 +28,7 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(tiny_llama: Llam
             expected[name] -= height * mean / (square.sqrt() + 1e-8)
     network.set_weights({})
     shown = {name: layer.weight.clone() for name, layer in network.layers.items()}
-    found = tuned(network, run, Objective(), first=5, steps=3, examples=4, rate=rate)
+    found = train_weights(network, run, Objective(), first=5, steps=3, examples=4, rate=rate)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
         assert torch.equal(network.layers[name].weight, shown[name])
