@@ -16,13 +16,16 @@ def pack(
     out: Annotated[Path, typer.Option(help="folder for the packed checkpoint; must not exist yet")],
     dtype: Annotated[str, typer.Option(help="of the kept weights: fp32, bf16, fp16 or int8")] = "bf16",
     block: Annotated[int, typer.Option(help="channels that share a scale of int8: 64 or 128")] = 64,
+    head: Annotated[
+        str | None, typer.Option(help="int8: the embedding and the head too; as dtype says if absent")
+    ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
     """Write a pruned FOLDER with packed weights: about half the size, and Transformers loads it."""
 
     from permprune.jobs.packing import pack_folder
 
-    found = pack_folder(folder, out, dtype=dtype, block=block, trust_remote_code=trust_remote_code)
+    found = pack_folder(folder, out, dtype=dtype, block=block, head=head, trust_remote_code=trust_remote_code)
     layers, weights = (
         f"{sizes.packed / 1e6:.1f} MB, dense {sizes.dense / 1e6:.1f} MB" for sizes in (found.layers, found.weights)
     )

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from permprune.checkpoints.gathers import detach_gathers
 from permprune.errors import PermpruneError
-from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output
+from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head
 from permprune.kernels.module import PackedLinear
 from permprune.pattern import Pattern
 
@@ -32,13 +32,15 @@ def pack(
     *,
     dtype: str = "bf16",
     block: int = 64,
+    head: str | None = None,
 ) -> list[str]:
     """Replace linear layers of a pruned model by `PackedLinear`, in place.
 
     `patterns` maps the names of the layers to their N:M patterns. `dtype` is "fp32", "bf16", "fp16" or "int8" (with a
     scale for every `block`, 64 or 128, channels of a row); the rest of the model is converted to it too, unless it is
-    int8. The orders of a model in gather mode become part of the packed model. Afterwards `model.save_pretrained`
-    writes a folder that `from_pretrained` loads once permprune is imported.
+    int8. With `head="int8"` the embedding and the head become int8 as well, whatever the `dtype`. The orders of a model
+    in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
+    `from_pretrained` loads once permprune is imported.
 
     Returns the names of layers that stay dense because their class is neither `nn.Linear` nor `Conv1D`; subclasses may
     compute something else. Raises `PermpruneError` if a weight does not hold its pattern or does not fit the dtype.
@@ -73,9 +75,27 @@ def pack(
         block=block,
         ordered=[name for name in layers if name in orders],
         reordered={name: len(order) for name, order in reordered.items()},
+        head=_head_names(model, head),
     )
+    replace_head(model, config.head, model.dtype)
+    if "tied" in config.head:
+        model.config.tie_word_embeddings = False  # the head has no weight that Transformers could tie
     PackedQuantizer(config).adopt(model)
     return dense
+
+
+def _head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:
+    """The names of the embedding and the head, as `PackedConfig` has them; none unless they are to be int8."""
+    if head is None:
+        return {}
+    if head != "int8":
+        raise PermpruneError(f'the head cannot be "{head}": give int8, or leave it as it is')
+    names = {module: name for name, module in model.named_modules()}
+    embedding, linear = model.get_input_embeddings(), model.get_output_embeddings()
+    found = {"embedding": names[embedding]}
+    if linear is not None:
+        found["tied" if linear.weight is embedding.weight else "linear"] = names[linear]
+    return found
 
 
 def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:

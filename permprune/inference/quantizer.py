@@ -18,6 +18,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permprune.errors import PermpruneError
+from permprune.kernels import native
+from permprune.kernels.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
 from permprune.kernels.module import PackedLinear
 from permprune.kernels.packed import BLOCKS, DTYPES
 from permprune.pattern import Pattern
@@ -35,8 +37,9 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     `layers` maps the names of packed modules to N:M patterns; `dtype` is the type of their stored values, and `block`
     the number of channels that share a scale if it is int8. `ordered` lists the layers with a channel order.
-    `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. Raises
-    `PermpruneError` for a configuration that no version so far has written.
+    `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. `head`
+    names the embedding and the head that are int8, as "embedding" and "linear"; a "tied" head is the embedding's table.
+    Raises `PermpruneError` for a configuration that no version so far has written.
     """
 
     def __init__(
@@ -46,15 +49,17 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         block: int = 64,
         ordered: Sequence[str] = (),
         reordered: Mapping[str, int] | None = None,
+        head: Mapping[str, str] | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version, self.layers, self.dtype, self.block = version, dict(layers), dtype, block
-        self.ordered, self.reordered = list(ordered), dict(reordered or {})
+        self.ordered, self.reordered, self.head = list(ordered), dict(reordered or {}), dict(head or {})
         if version != VERSION:
             raise PermpruneError(f"the packed checkpoint has format {version}: install a permprune that reads it")
-        if self.stored not in DTYPES or block not in BLOCKS or not set(self.ordered) <= set(self.layers):
+        known = set(self.ordered) <= set(self.layers) and set(self.head) <= {"embedding", "linear", "tied"}
+        if self.stored not in DTYPES or block not in BLOCKS or not known:
             raise PermpruneError("the packed checkpoint's quantization_config is damaged: pack the model again")
 
     @property
@@ -82,11 +87,13 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, width in config.reordered.items():
             _, module = _find(model, name)
             reorder_output(module, torch.empty(width, dtype=torch.int64, device="meta"))
+        replace_head(model, config.head, model.dtype)
+        _keep_scales(model)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear | Int8Table):
                 module.check(name)
         return model
 
@@ -113,11 +120,46 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-def unpack_layers(model: nn.Module, dtype: torch.dtype, natural: bool = True) -> None:
-    """Replace every `PackedLinear` by its `dense` layer, in place."""
+def unpack_layers(model: PreTrainedModel, dtype: torch.dtype, natural: bool = True) -> None:
+    """Replace every `PackedLinear`, and an int8 embedding and head, by their `dense` layers, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.dense(dtype, natural))
+        elif isinstance(module, Int8Embedding | Int8Linear):
+            model.set_submodule(name, module.dense(dtype))
+        elif isinstance(module, TiedHead):
+            table = module.embedding
+            with torch.device("meta"):
+                tied = nn.Linear(table.embedding_dim, table.num_embeddings, bias=False)
+            model.set_submodule(name, tied)
+            tied.weight = model.get_input_embeddings().weight  # type: ignore[assignment]
+            model.config.tie_word_embeddings = True
+
+
+def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Replace the embedding and the head that a `PackedConfig` names by int8 ones, to be filled if on the meta device.
+
+    The embedding's vectors have type `dtype`. Raises `PermpruneError` for layers of other classes than `nn.Embedding`
+    and `nn.Linear`.
+    """
+    kinds: dict[str, tuple[type[nn.Module], type[Int8Table]]] = {
+        "embedding": (nn.Embedding, Int8Embedding),
+        "linear": (nn.Linear, Int8Linear),
+    }
+    for part, (dense, int8) in kinds.items():
+        if part not in head:
+            continue
+        own, layer = _find(model, head[part])
+        if type(layer) is not dense:
+            raise PermpruneError(
+                f"{head[part]} is a {type(layer).__name__}, which cannot be int8: leave the head as it is"
+            )
+        options = {"dtype": dtype} if part == "embedding" else {"bias": layer.bias}
+        build = int8.empty if layer.weight.is_meta else int8.pack
+        model.set_submodule(own, build(layer.weight.data, native.WORD, **options))  # type: ignore[arg-type]
+    if "tied" in head:
+        _, table = _find(model, head["embedding"])
+        model.set_submodule(_find(model, head["tied"])[0], TiedHead(table))  # type: ignore[arg-type]
 
 
 def reorder_output(module: nn.Module, order: Tensor) -> None:
@@ -137,6 +179,16 @@ def restore_outputs(model: nn.Module) -> None:
 def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:
     order: Tensor = module._buffers[ORDER]  # type: ignore[assignment]
     return result.index_select(-1, order)
+
+
+def _keep_scales(model: PreTrainedModel) -> None:
+    """Load the scales of int8 values in fp32, whatever the type of the model."""
+    scaled = {
+        f"{name}.scale"
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear | Int8Table) and module.scale is not None
+    }
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *scaled}
 
 
 def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module]:

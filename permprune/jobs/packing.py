@@ -52,12 +52,18 @@ class Packed:
 
 @memory_reported()
 def pack_folder(
-    folder: str | Path, out: str | Path, *, dtype: str = "bf16", block: int = 64, trust_remote_code: bool = False
+    folder: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "bf16",
+    block: int = 64,
+    head: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Packed:
     """Write the pruned checkpoint in `folder` with packed weights to `out`, which Transformers loads.
 
-    `dtype` and `block` are as those of `permprune.pack`, `trust_remote_code` is as that of `read_model`. What the
-    folder's gathers reorder is reordered by the packed layers themselves. Raises `PermpruneError`.
+    `dtype`, `block` and `head` are as in `permprune.pack`, `trust_remote_code` is as in `read_model`. What the folder's
+    gathers reorder is reordered by the packed layers themselves. Raises `PermpruneError`.
     """
     folder, out = Path(folder), Path(out)
     require_absent(out)
@@ -70,9 +76,9 @@ def pack_folder(
     require_space(out, weight_bytes(model))
     patterns = {row.name: row.pattern for row in record.layers}
     before = _sizes(model, set(patterns))
-    dense = pack(model, patterns, dtype=dtype, block=block)
+    dense = pack(model, patterns, dtype=dtype, block=block, head=head)
     after = _sizes(model, set(patterns))
-    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "block": block}
+    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "block": block, "head": head}
     record = dataclasses.replace(record, gathers=[], bench=None, extra={**record.extra, PACKED: kept})
 
     def weights(written: Path) -> None:

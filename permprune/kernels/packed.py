@@ -64,7 +64,7 @@ class PackedWeight:
         kept = pattern.mask(weight.abs())
         scale = None
         if dtype == torch.int8:
-            weight, scale = _quantize(weight.float(), block)
+            weight, scale = quantize(weight.float(), block)
         values = weight[kept].view(weight.shape[0], -1).to(dtype)
         if not torch.isfinite(values).all():
             raise PermpruneError(f"a weight to pack is too large for {_name(dtype)}: pack as bf16 or fp32")
@@ -125,7 +125,7 @@ def unpack_bits(mask: Tensor, width: int) -> Tensor:
     return bits[:, :width]
 
 
-def _quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Return integers from -127 to 127 as fp32 (rows, width), and the scale of each block, (rows, blocks)."""
     blocks = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
     scale = blocks.abs().amax(-1) / 127

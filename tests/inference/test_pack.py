@@ -26,6 +26,7 @@ import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack, unpack
+from permprune.kernels.int8 import Int8Linear
 from permprune.kernels.module import PackedLinear
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
@@ -255,3 +256,58 @@ def test_damaged_folders_are_refused_in_one_line(name: str, tiny_llama: LlamaFor
     with pytest.raises(PermpruneError, match=words) as caught:
         permprune.read_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_embedding_and_head_in_int8(tiny_llama: LlamaForCausalLM, tmp_path: Path, dtype: str, tied: bool) -> None:
+    config = copy.deepcopy(tiny_llama.config)
+    config.hidden_size, config.tie_word_embeddings = 64, tied
+    model = LlamaForCausalLM(config).eval()
+    patterns = prune_to(model)
+    expected, whole = say(model, input_ids=TOKENS), model.get_input_embeddings().weight.detach().clone()
+    pack(model, patterns, dtype=dtype, head="int8")
+    found = say(model, input_ids=TOKENS)
+    assert_close(found, expected, "int8")
+    assert model.get_input_embeddings().values.dtype == torch.int8
+    model.save_pretrained(tmp_path / "packed")
+    names = set(load_file(tmp_path / "packed" / "model.safetensors"))
+    assert {"model.embed_tokens.values", "model.embed_tokens.scale"} <= names
+    assert ("lm_head.values" in names) == (not tied) and not any(name.endswith("embed_tokens.weight") for name in names)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(say(loaded, input_ids=TOKENS), found)
+    many = torch.arange(80).view(1, 80)  # more rows than the kernels take
+    assert torch.isfinite(say(loaded, input_ids=many)).all()
+    assert len(loaded.generate(TOKENS[:1], max_new_tokens=3, do_sample=False)[0]) == TOKENS.shape[1] + 3
+    unpack(loaded)
+    weight = loaded.get_input_embeddings().weight.detach()
+    assert (loaded.get_output_embeddings().weight.data_ptr() == weight.data_ptr()) == tied
+    assert float((weight.float() - whole).abs().max()) <= float(whole.abs().max()) / 127
+    assert_close(say(loaded, input_ids=TOKENS), found, "int8")
+
+
+def test_heads_that_cannot_be_int8_are_refused(tiny_llama: LlamaForCausalLM) -> None:
+    patterns = prune_to(tiny_llama)
+    with pytest.raises(PermpruneError, match='the head cannot be "int4"'):
+        pack(copy.deepcopy(tiny_llama), patterns, head="int4")
+    with pytest.raises(PermpruneError, match="rows of 32 channels cannot be int8: 64 does not divide them"):
+        pack(tiny_llama, patterns, head="int8")
+
+
+def test_the_head_is_the_operator_that_torch_knows() -> None:
+    table = Int8Linear.pack(torch.randn(10, 64), 64)
+    torch.library.opcheck(torch.ops.permprune.int8_linear, (torch.randn(3, 64), table.values, table.scale, None, 64))
+    for batch in (1, 64, 65):
+        x = torch.randn(batch, 64)
+        torch.testing.assert_close(table(x), x @ table.weight.T, rtol=0.05, atol=0.3)
+
+
+def test_scales_stay_fp32_beside_bf16(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    patterns = prune_to(tiny_llama)
+    pack(tiny_llama.to(torch.bfloat16), patterns, dtype="int8")
+    found = say(tiny_llama, input_ids=TOKENS)
+    tiny_llama.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    scales = [module.scale for module in loaded.modules() if isinstance(module, PackedLinear)]
+    assert loaded.dtype == torch.bfloat16 and {scale.dtype for scale in scales} == {torch.float32}
+    assert_close(say(loaded, input_ids=TOKENS), found, "bf16")

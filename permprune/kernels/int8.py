@@ -1,0 +1,159 @@
+"""Embeddings and heads in int8: tables (rows, width) with a scale for each run of channels of a row.
+
+In small models the table of the vocabulary is a third of all bytes, and a head reads all of it for every token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from permprune.errors import PermpruneError
+from permprune.kernels import native
+from permprune.kernels.linear import LARGEST_BATCH, round_to_int8
+from permprune.kernels.packed import quantize
+
+ROWS = 4096
+"""Rows of a table that are converted at a time for large batches."""
+
+
+@torch.library.custom_op("permprune::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, block: int) -> Tensor:
+    """Return x W^T + bias for activations (..., width), fp32, bf16 or fp16, and an int8 table.
+
+    Up to 64 rows of activations are rounded to int8 as for packed weights. Raises `PermpruneError` if shapes or types
+    do not match.
+    """
+    _require_fit(x, values, scale, block)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) <= LARGEST_BATCH and native.available() and x.device.type == "cpu":
+        y = native.multiply(native.describe_dense(values, scale, block), rows.contiguous(), dense=True)
+    else:
+        rounded = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows.float()
+        parts = zip(values.split(ROWS), scale.split(ROWS), strict=True)
+        y = torch.cat([rounded @ dequantize(own, factor, block).T for own, factor in parts], -1).to(x.dtype)
+    if bias is not None:
+        y = (y + bias).to(x.dtype)
+    return y.view(*x.shape[:-1], len(values))
+
+
+@int8_linear.register_fake
+def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, block: int) -> Tensor:
+    _require_fit(x, values, scale, block)
+    return x.new_empty(*x.shape[:-1], len(values))
+
+
+def dequantize(values: Tensor, scale: Tensor, block: int) -> Tensor:
+    """Return the numbers of int8 values (..., width) with scales (..., width / block), in fp32."""
+    numbers: Tensor = (values.unflatten(-1, (-1, block)).float() * scale[..., None]).flatten(-2)
+    return numbers
+
+
+class Int8Table(nn.Module):
+    """The tensors of a table: `values`, int8 (rows, width), and `scale`, fp32 (rows, width / block)."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, values: Tensor, scale: Tensor, block: int) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def pack(cls, weight: Tensor, block: int, **options: Any) -> Int8Table:
+        """Round a weight (rows, width) to int8. Raises `PermpruneError` if `block` does not divide the width."""
+        if weight.shape[1] % block:
+            raise PermpruneError(f"rows of {weight.shape[1]} channels cannot be int8: {block} does not divide them")
+        values, scale = quantize(weight.float(), block)
+        return cls(values.to(torch.int8), scale, block, **options)
+
+    @classmethod
+    def empty(cls, weight: Tensor, block: int, **options: Any) -> Int8Table:
+        """A table for a weight of this shape, on the meta device, to load its tensors into."""
+        rows, width = weight.shape
+        values = torch.empty(rows, width, dtype=torch.int8, device="meta")
+        return cls(values, torch.empty(rows, width // block, device="meta"), block, **options)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table in fp32; a new tensor."""
+        return dequantize(self.values, self.scale, self.block)
+
+    def check(self, name: str) -> None:
+        """Raise `PermpruneError` unless the tensors belong together and are finite."""
+        rows, width = self.values.shape
+        fits = self.values.dtype == torch.int8 and self.scale.shape == (rows, width // self.block)
+        if not fits or (not self.scale.is_meta and not torch.isfinite(self.scale).all()):
+            raise PermpruneError(f"{name} is damaged: pack the model again")
+
+
+class Int8Embedding(Int8Table):
+    """An `nn.Embedding` in int8, whose vectors have type `dtype`."""
+
+    def __init__(self, values: Tensor, scale: Tensor, block: int, *, dtype: torch.dtype) -> None:
+        super().__init__(values, scale, block)
+        self.num_embeddings, self.embedding_dim = values.shape
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return dequantize(F.embedding(ids, self.values), F.embedding(ids, self.scale), self.block).to(self.dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The layer that this one stands for."""
+        with torch.device("meta"):
+            layer = nn.Embedding(self.num_embeddings, self.embedding_dim)
+        layer.weight = nn.Parameter(self.weight.to(dtype))
+        return layer
+
+
+class Int8Linear(Int8Table):
+    """An `nn.Linear` in int8, such as a head."""
+
+    def __init__(self, values: Tensor, scale: Tensor, block: int, *, bias: Tensor | None = None) -> None:
+        super().__init__(values, scale, block)
+        self.out_features, self.in_features = values.shape
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = int8_linear(x, self.values, self.scale, self.bias, self.block)
+        return product
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The layer that this one stands for."""
+        with torch.device("meta"):
+            layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        layer.weight = nn.Parameter(self.weight.to(dtype))
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.data.to(dtype))
+        return layer
+
+
+class TiedHead(nn.Module):
+    """A head that multiplies with the table of an embedding, and has no tensors of its own."""
+
+    def __init__(self, embedding: Int8Embedding) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list, so that it is no submodule
+
+    @property
+    def embedding(self) -> Int8Embedding:
+        return self._embedding[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.embedding
+        product: Tensor = int8_linear(x, table.values, table.scale, None, table.block)
+        return product
+
+
+def _require_fit(x: Tensor, values: Tensor, scale: Tensor, block: int) -> None:
+    rows, width = values.shape
+    if x.dtype not in native.FLOATS or x.dim() == 0 or x.shape[-1] != width or scale.shape != (rows, width // block):
+        raise PermpruneError(
+            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit an int8 table of {width} channels: "
+            f"give (..., {width}) of fp32, bf16 or fp16"
+        )
