@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import jiwer
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -28,8 +28,13 @@ def word_error_rate(
 
     The model decodes greedily, at most twice as many tokens as the longest transcript has. Both texts are normalised by
     the tokenizer's own normaliser, or else lose case and punctuation. The standard error is that over utterances by the
-    delta method, and None for a single one. Raises `PermpruneError` if the transcripts have no words.
+    delta method, and None for a single one. Raises `PermpruneError` if the transcripts have no words, and
+    if jiwer is not installed.
     """
+    try:
+        import jiwer
+    except ImportError as error:
+        raise PermpruneError("the word error rate needs jiwer: pip install 'permprune[audio]'") from error
     device = compute_device(model)
     wrong, words = torch.zeros(2, len(examples), dtype=torch.float64)
     longest = 2 * examples["labels"].shape[1]
@@ -39,7 +44,7 @@ def word_error_rate(
             spoken = generate(model, part, longest)
             texts = zip(_texts(part["labels"], tokenizer), _texts(spoken, tokenizer), strict=True)
             for place, (right, own) in zip(at.tolist(), texts, strict=True):
-                wrong[place], words[place] = _errors(right, own)
+                wrong[place], words[place] = _errors(right, own, jiwer.process_words)
     distributed.add_([wrong, words])
     if not words.any():
         raise PermpruneError("the transcripts have no words: give labels that the tokenizer can read")
@@ -50,11 +55,11 @@ def word_error_rate(
     )
 
 
-def _errors(right: str, own: str) -> tuple[int, int]:
-    """Return (wrong, missing and extra words of `own`, all words of `right`)."""
+def _errors(right: str, own: str, process_words: Callable[[str, str], Any]) -> tuple[int, int]:
+    """Return (wrong, missing and extra words of `own`, all words of `right`) by jiwer's `process_words`."""
     if not right:
         return len(own.split()), 0
-    found = jiwer.process_words(right, own)
+    found = process_words(right, own)
     return found.substitutions + found.deletions + found.insertions, len(right.split())
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -120,3 +121,9 @@ def test_the_metric_follows_from_the_examples(tiny_llama: LlamaForCausalLM) -> N
     assert evaluate_model(make("bert"), sentences())[0].metric.name == "top-1 accuracy"
     with pytest.raises(PermpruneError, match="give examples with labels, or a dense model"):
         evaluate_model(make("headless"), EXAMPLES["headless"]())
+
+
+def test_without_jiwer_it_is_asked_for(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    with pytest.raises(PermpruneError, match=r"pip install 'permprune\[audio\]'"):
+        word_error_rate(make("whisper"), speech(), tiny_tokenizer)
