@@ -31,10 +31,7 @@ def word_error_rate(
     delta method, and None for a single one. Raises `PermpruneError` if the transcripts have no words, and
     if jiwer is not installed.
     """
-    try:
-        import jiwer
-    except ImportError as error:
-        raise PermpruneError("the word error rate needs jiwer: pip install 'permprune[audio]'") from error
+    jiwer = _jiwer()
     device = compute_device(model)
     wrong, words = torch.zeros(2, len(examples), dtype=torch.float64)
     longest = 2 * examples["labels"].shape[1]
@@ -78,8 +75,19 @@ def _normalise(text: str, tokenizer: Any) -> str:
     return str(_plain()(text))
 
 
+def _jiwer() -> Any:
+    """The package jiwer. Raises `PermpruneError` if it is not installed."""
+    try:
+        import jiwer
+    except ImportError as error:
+        raise PermpruneError("the word error rate needs jiwer: pip install 'permprune[audio]'") from error
+    return jiwer
+
+
 @cache
-def _plain() -> jiwer.Compose:
+def _plain() -> Callable[[str], str]:
     """A transform that removes case and punctuation; built on first use, as listing all punctuation takes a while."""
+    jiwer = _jiwer()
     steps = [jiwer.ToLowerCase(), jiwer.RemovePunctuation(), jiwer.RemoveMultipleSpaces(), jiwer.Strip()]
-    return jiwer.Compose(steps)
+    compose: Callable[[str], str] = jiwer.Compose(steps)
+    return compose

@@ -123,7 +123,9 @@ def test_the_metric_follows_from_the_examples(tiny_llama: LlamaForCausalLM) -> N
         evaluate_model(make("headless"), EXAMPLES["headless"]())
 
 
-def test_without_jiwer_it_is_asked_for(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_jiwer_it_is_asked_for(
+    tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "jiwer", None)
     with pytest.raises(PermpruneError, match=r"pip install 'permprune\[audio\]'"):
         word_error_rate(make("whisper"), speech(), tiny_tokenizer)
