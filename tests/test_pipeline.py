@@ -81,6 +81,7 @@ def whole_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.pipeline.update_network", take)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("whole_update")
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_sparsegpt_lowers_the_output_errors_of_masks_alone(tiny_llama: LlamaForCausalLM, mode: str) -> None:

@@ -13,6 +13,8 @@ from permprune.models.layers import block_linears, dense_weights
 from ..cli.running import run
 from ..coupling.coupling_models import gpt_oss, mixtral, qwen3_moe
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--samples", "6", "--length", "16", "--windows", "1")
 MIXTRAL = [
     "model.layers.*.mlp.gate.weight",

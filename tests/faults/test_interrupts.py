@@ -9,6 +9,8 @@ import pytest
 
 from permprune.system.interrupts import leaving_on_interrupt
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "import sys\nfrom permprune.__main__ import main\nsys.exit(main())\n"
 """What pip writes for the program."""
 

@@ -19,7 +19,7 @@ from permprune.system.out_of_memory import OutOfMemory
 
 from ..cli.running import fails, run
 
-pytestmark = pytest.mark.usefixtures("pictureless")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
@@ -50,7 +50,6 @@ def the_system_has_none(*_: object, **__: object) -> None:
 ENDS = [python_has_none, torch_has_none, the_gpu_has_none, the_system_has_none]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 @pytest.mark.parametrize("end", ENDS)
 def test_tracing_says_so(
@@ -61,7 +60,6 @@ def test_tracing_says_so(
         permprune.prune(tiny_llama, permute="none", examples=WINDOWS, mode=mode)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("end", ENDS)
 def test_calibration_says_so(
     tiny_llama: LlamaForCausalLM, end: Callable[..., None], monkeypatch: pytest.MonkeyPatch
@@ -134,7 +132,6 @@ for megabytes in (30, 150):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited and read as Linux does it")
 def test_a_process_that_gets_no_more_memory_says_so(
     tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path

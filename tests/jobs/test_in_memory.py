@@ -14,6 +14,8 @@ from permprune import Evaluation, FineTuning, Identity, Newton, PermpruneError, 
 
 from ..faults.pruned import SETTINGS, WINDOWS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tiny_text: Path) -> PruneConfig:

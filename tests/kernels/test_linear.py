@@ -259,6 +259,7 @@ def test_the_operator_passes_opcheck(dtype: torch.dtype) -> None:
         torch.library.opcheck(packed_linear, arguments)
 
 
+@pytest.mark.slow
 def test_the_operator_exports_and_compiles() -> None:
     weight = packed(8, 64)
 

@@ -67,6 +67,7 @@ def test_examples_that_cannot_be_asked_about_are_refused(data: str, labels: torc
         choose_task(make(data), examples, 4)
 
 
+@pytest.mark.slow
 def test_scores_cost_their_squared_error_and_have_a_gaussian_fisher_information() -> None:
     model, labels = scorer(), torch.rand(12, generator=torch.Generator().manual_seed(0))
     data = Examples({**sentences(labels=False), "labels": labels})
@@ -177,6 +178,7 @@ def test_masks_are_told_by_their_shapes() -> None:
     assert padding.mask_of(torch.randn(3, 2, 4)) is None
 
 
+@pytest.mark.slow
 def test_labels_drawn_from_the_predictions_give_their_fisher_information() -> None:
     logits = torch.tensor([[0.0, 1.0, -2.0, 0.5]], requires_grad=True)
     squares, draws = torch.zeros(4), 4000

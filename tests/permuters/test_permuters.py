@@ -57,6 +57,7 @@ def test_orders_are_permutations_and_repeat(tiny_llama: LlamaForCausalLM, name: 
     assert same(first.orders, again.orders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in PERMUTERS if name not in ("none", "ria", "reconstruction", "permllm")]
 )
@@ -90,6 +91,7 @@ def test_cp_keeps_more_score_than_ria(tiny_llama: LlamaForCausalLM) -> None:
     assert kept["none"] < kept["ria"] < kept["cp"]
 
 
+@pytest.mark.slow
 def test_reconstruction_takes_the_candidates_that_held_out_text_prefers(tiny_llama: LlamaForCausalLM) -> None:
     prepared = ready(tiny_llama)
     losses = []
@@ -102,6 +104,7 @@ def test_reconstruction_takes_the_candidates_that_held_out_text_prefers(tiny_lla
 JOINT = {"tune": 3, "rate": 3e-3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [Newton(rounds=4, examples=4), Learned(rounds=4, examples=4), Newton(rounds=3, examples=4, **JOINT)],
@@ -158,6 +161,7 @@ def test_a_killed_search_resumes_to_the_same_orders(
     assert [(p.round, p.loss, p.kept) for p in resumed.curve] == [(p.round, p.loss, p.kept) for p in whole.curve]
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_for_more_rounds_but_not_with_other_options(
     tiny_llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
@@ -170,6 +174,7 @@ def test_a_search_goes_on_for_more_rounds_but_not_with_other_options(
         Newton(rounds=3, examples=4, swaps=2).search(prepared.network, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["newton", "learned"])
 def test_joint_training_lowers_the_loss_at_masks_of_the_pattern(tiny_llama: LlamaForCausalLM, name: str) -> None:
     prepared = ready(tiny_llama)
@@ -191,6 +196,7 @@ def test_joint_training_lowers_the_loss_at_masks_of_the_pattern(tiny_llama: Llam
     assert all(torch.equal(network.layers[layer].weight, weight) for layer, weight in shown.items())
 
 
+@pytest.mark.slow
 def test_training_waits_for_the_order(tiny_llama: LlamaForCausalLM) -> None:
     prepared = ready(tiny_llama)
     alone = Newton(rounds=3, examples=4).search(prepared.network, prepared.run)
@@ -201,6 +207,7 @@ def test_training_waits_for_the_order(tiny_llama: LlamaForCausalLM) -> None:
     assert joint.curve[-1].kept and joint.curve[-1].loss < alone.curve[-1].loss
 
 
+@pytest.mark.slow
 def test_a_rate_that_raises_the_loss_is_refused_and_halved(tiny_llama: LlamaForCausalLM) -> None:
     prepared = ready(tiny_llama)
     method = Newton(rounds=2, examples=4, objective=Objective(0.0, divergence=1.0))
@@ -211,12 +218,14 @@ def test_a_rate_that_raises_the_loss_is_refused_and_halved(tiny_llama: LlamaForC
     assert [point.kept for point in joint.curve[2::2]] == [False, False]
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_the_search_after_the_round_under_way(tiny_llama: LlamaForCausalLM) -> None:
     prepared = ready(tiny_llama)
     run = dataclasses.replace(prepared.run, minutes=1e-9)
     assert len(Newton(rounds=50, examples=2).search(prepared.network, run).curve) <= 2
 
 
+@pytest.mark.slow
 def test_a_search_that_starts_from_another_does_not_repeat_it(
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +246,7 @@ def begun(prepared: Prepared, name: str, damping: float) -> tuple[TrustRegionSea
     return search, search._gradients()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["newton", "learned"])
 def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCausalLM, name: str) -> None:
     search, gradients = begun(ready(tiny_llama), name, damping=15.0)
@@ -253,6 +263,7 @@ def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCaus
     assert damping > 15.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["newton", "learned"])
 def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again(
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, name: str

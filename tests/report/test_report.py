@@ -109,6 +109,7 @@ def test_the_page_states_the_decision_and_shows_five_pictures() -> None:
     assert "script" not in page.tags
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_training_after_pruning_brought() -> None:
     curve = [{"epoch": n, "loss": None, "value": value, "seconds": 9.0} for n, value in enumerate([0.8, 0.85, 0.84])]
     optimised = {
@@ -218,6 +219,7 @@ def test_everything_in_a_record_is_escaped() -> None:
     assert page.text.count(evil) >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_every_picture_is_a_whole_file(kind: pictures.Format) -> None:
     drawn = [

@@ -41,6 +41,7 @@ def trainer(model: PreTrainedModel, training: Training, folder: Path | None = No
     return Trainer(model=model, weights=trained_weights(model, "all"), training=training, **{**settings, **changes})
 
 
+@pytest.mark.slow
 def test_classes_are_learned_the_same_twice() -> None:
     training = Training(epochs=6, rate=3e-3, batch=8)
     models = [make("bert") for _ in range(2)]
@@ -53,11 +54,13 @@ def test_classes_are_learned_the_same_twice() -> None:
         assert torch.equal(one, other) and one.requires_grad
 
 
+@pytest.mark.slow
 def test_scores_are_learned() -> None:
     curve = trainer(scorer(), Training(epochs=8, rate=3e-3, batch=8), task=scored).fit(numbered(scores=True))
     assert curve[-1].value > 0.8 > curve[0].value
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     class Stopped(Exception):
         pass

@@ -51,6 +51,7 @@ def test_no_update_leaves_masks_alone(tiny_llama: LlamaForCausalLM) -> None:
         assert torch.equal(weight, prepared.network.dense[name] * prepared.network.masks[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_each_block_is_updated_for_the_inputs_that_the_updated_blocks_before_it_give(
     tiny_llama: LlamaForCausalLM, mode: str
