@@ -124,8 +124,8 @@ def _keep(tensor: Tensor) -> Callable[[], Tensor]:
 
     Under activation checkpointing (`recomputed`) the tensor is not held in memory until its block is recomputed.
     """
-    node = _Kept.apply(torch.zeros((), requires_grad=True), tensor).grad_fn
-    return lambda: node.saved_tensors[0]  # type: ignore[no-any-return]
+    output = _Kept.apply(torch.zeros((), requires_grad=True), tensor)  # without it torch may free what its node saved
+    return lambda: output.grad_fn.saved_tensors[0]  # type: ignore[no-any-return]
 
 
 class _Kept(torch.autograd.Function):
