@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Transformers imports Triton: its own functions are interpreted, too
@@ -80,6 +81,15 @@ def pictureless() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.report.run._pictures", lambda _: [])
         yield
+
+
+@pytest.fixture(autouse=True)
+def verbosity() -> Iterator[None]:
+    """The application silences Transformers; other tests listen to it."""
+    before = transformers.utils.logging.get_verbosity()
+    yield
+    transformers.utils.logging.set_verbosity(before)
+    transformers.utils.logging.enable_progress_bar()
 
 
 TRACED: dict[Any, Coupling] = {}

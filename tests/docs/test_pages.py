@@ -9,12 +9,10 @@ import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 import typer
 import yaml
 
@@ -52,7 +50,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Path:
     """The working folder of an example: tiny models, texts and tables."""
     for name in ("tiny_checkpoint", "tiny_bert", "tiny_text"):
         request.getfixturevalue(name)
@@ -63,8 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     for name in ("train.tsv", "dev.tsv"):
         (tmp_path / name).write_text("\n".join(["sentence\tlabel", *rows]), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    transformers.utils.logging.enable_progress_bar()
+    return tmp_path
 
 
 @pytest.mark.slow

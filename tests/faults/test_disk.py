@@ -167,7 +167,8 @@ def test_a_file_in_the_way_of_a_report_is_said_before_the_work(tmp_path: Path) -
     """The folder for an interrupted run has a name that something else may have."""
     (tmp_path / "out.partial").write_text("mine")
     for command in ("prune", "sweep", "finetune"):
-        assert "out.partial is not a work folder of permprune" in fails(command, "./no-model", "--out", tmp_path / "out")
+        said = fails(command, "./no-model", "--out", tmp_path / "out")
+        assert "out.partial is not a work folder of permprune" in said
     assert (tmp_path / "out.partial").read_text() == "mine"
 
 

@@ -235,7 +235,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "a mask of ones": (_damage_tensors("mask", torch.ones_like), "down_proj does not keep 2:4 in row 0"),
     "a mask left out": (_damage_tensors("mask", lambda mask: None), "lacks model.layers.1.mlp.down_proj.mask"),
     "a scale that is NaN": (_damage_tensors("scale", _with_nan), "scale that is NaN"),
-    "values too few": (_damage_tensors("values", lambda values: values[:, 1:].contiguous()), "does not load|do not fit"),
+    "values too few": (_damage_tensors("values", lambda values: values[:, 1:].clone()), "does not load|do not fit"),
     "another pattern": (_damage_config(layers={"model.layers.1.mlp.down_proj": "1:4"}), "does not load|do not fit"),
     "a pattern that is none": (_damage_config(layers={"model.layers.1.mlp.down_proj": "x"}), "is no N:M pattern"),
     "a layer that is not there": (_damage_config(layers={"model.layers.7.mlp.down_proj": "2:4"}), "does not have"),

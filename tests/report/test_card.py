@@ -30,6 +30,7 @@ def card_in(folder: Path) -> ModelCard:
     return ModelCard.load(folder / "README.md")
 
 
+@pytest.mark.slow
 def test_a_run_writes_a_card(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     source, out = write_source(tmp_path / "source", tiny_tokenizer), tmp_path / "out"
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Small\n", encoding="utf-8")
