@@ -6,14 +6,13 @@ OLDEST := build/oldest/installed
 NATIVE := hatch_build.py $(wildcard permprune/kernels/csrc/*)
 
 PYTEST := pytest -n auto --dist worksteal
+ONE_THREAD := OMP_NUM_THREADS=1
 QUICK := -m "not slow and not network"
-export OMP_NUM_THREADS := 1
 
 .PHONY: demo compare test quick test-oldest docs dist supported clean
 
 MODEL := smollm2-135m
 
-demo: export OMP_NUM_THREADS :=
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
 	$(BIN)/permprune --verbose compare $(MODEL) --methods ria,newton:rounds=2 --length 128 \
@@ -21,7 +20,6 @@ demo: $(INSTALLED)
 	$(BIN)/permprune verify demo/pruned
 	$(BIN)/python examples/generate.py "$$($(BIN)/permprune fetch $(MODEL))" demo/pruned
 
-compare: export OMP_NUM_THREADS :=
 compare: $(INSTALLED)
 	mkdir -p demo
 	$(BIN)/permprune --verbose compare $(MODEL) --minutes 5 --json demo/long.json --picture demo/long.png
@@ -30,14 +28,14 @@ test: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy permprune
-	$(BIN)/$(PYTEST)
+	$(ONE_THREAD) $(BIN)/$(PYTEST)
 
 quick: $(DEV)
-	$(BIN)/$(PYTEST) $(QUICK)
+	$(ONE_THREAD) $(BIN)/$(PYTEST) $(QUICK)
 
 # What the oldest direct dependencies and the newest indirect ones warn each other of is no error here.
 test-oldest: $(OLDEST)
-	build/oldest/bin/$(PYTEST) $(QUICK) -W default --disable-warnings
+	$(ONE_THREAD) build/oldest/bin/$(PYTEST) $(QUICK) -W default --disable-warnings
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -50,7 +48,7 @@ dist: $(DEV)
 	$(BIN)/python -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev]"
 	tar -xz -f dist/*.tar.gz -C build/sdist --strip-components 1 --exclude 'permprune-*/permprune'
-	cd build/sdist && ../wheel/bin/$(PYTEST) $(QUICK)
+	cd build/sdist && $(ONE_THREAD) ../wheel/bin/$(PYTEST) $(QUICK)
 
 supported: $(DEV)
 	$(BIN)/python -m tests.coupling.supported
