@@ -260,12 +260,12 @@ def prune(
 ) -> Pruned:
     """Permute and prune a model in place.
 
-    `changes` are fields of `PruneConfig`, as `pattern="2:4", permute=Newton(rounds=6)`: those of `config` that are to
-    be other, or of the default one. `processor` is the tokenizer, or what makes inputs of images or sound. `examples`
-    are what to calibrate on in place of the config's data: `Examples`, a dict of tensors, token ids (count, length), or
-    an iterable of dicts such as a `DataLoader`, of which no more is read than `samples` windows. `callbacks` are told
-    of every round of an iterative search (see `Round`). In gather mode the index selections are attached to the
-    returned model, after those that it may have already. Raises `PermpruneError`, for a field that does not exist too.
+    `processor` is the tokenizer of a language model, or the processor of images or audio. `config` holds the settings;
+    `changes` replace fields of it, for example `pattern="2:4", permute=Newton(rounds=6)`. `examples` replace the
+    config's calibration data: `Examples`, a dict of tensors, token ids (count, length), or an iterable of dicts such as
+    a `DataLoader`, of which at most `samples` windows are read. `callbacks` are called after every round of an
+    iterative search (see `Round`). In gather mode the index selections are attached to the model, after any that it
+    already has. Raises `PermpruneError`, also for an unknown field.
     """
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):
