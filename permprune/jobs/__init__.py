@@ -1,1 +1,1 @@
-"""What a command does, from names to files."""
+"""The implementation of each command, from its arguments to the files that it writes."""

@@ -1,4 +1,4 @@
-"""The paper's ablations, at any scale: which loss, how many groups, how long."""
+"""The paper's ablation studies: the loss, the number of groups, and the length of the search."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ STUDIES = ("loss", "groups", "epochs")
 
 
 def variants(study: str, preset: str, examples: int, *, epochs: float | None = None) -> dict[str, Permuter]:
-    """The permuters to compare in a study, by label (Li et al. 2026, arXiv 2601.22980, "ablations").
+    """Return the permuters to compare in a study, by label (Li et al. 2026, arXiv 2601.22980, "ablations").
 
-    An epoch is one pass over the `examples` of the calibration that gradients are taken on; `epochs`, if given, is how
-    long every variant learns (the study of epochs has its own). Raises `PermpruneError` for unknown names
-    and for `epochs` out of range.
+    An epoch is one pass over the calibration examples that gradients are computed on, of which there are `examples`.
+    `epochs`, if given, is the length of the search of every variant; the study "epochs" ignores it. Raises
+    `PermpruneError` for an unknown study or preset and for `epochs` out of range.
     """
     if preset not in PRESETS or study not in STUDIES:
         raise PermpruneError(
@@ -50,7 +50,7 @@ def variants(study: str, preset: str, examples: int, *, epochs: float | None = N
 
 
 def lasting(learner: Learned | LearnedPaper, epochs: float, examples: int) -> Learned | LearnedPaper:
-    """The same learner for so many passes over the examples."""
+    """Return a copy of the learner that makes `epochs` passes over `examples` examples."""
     count = math.ceil(epochs * examples / learner.examples)
     if isinstance(learner, Learned):
         return dataclasses.replace(learner, rounds=count)

@@ -1,4 +1,4 @@
-"""The speed, the size and the memory of checkpoints, beside the dense model in the same run."""
+"""Benchmark checkpoints against the dense model: speed, size and memory, measured in one run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from permprune.system.files import write_json
 from permprune.system.progress import console, track
 
 DENSE = ("fp32", "bf16")
-"""Types in which the dense model is measured."""
+"""The data types in which the dense model is measured."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A model to measure: its name, and for a dense one the type to convert it to."""
+    """A model to measure: its name or folder, and for the dense model the data type to convert it to."""
 
     source: str
     dtype: str | None
@@ -58,11 +58,13 @@ def bench(
     threads: int | None = None,
     trust_remote_code: bool = False,
 ) -> Benchmark:
-    """Measure checkpoints of causal language models beside the dense model in fp32 and bf16.
+    """Benchmark checkpoints of causal language models against the dense model in fp32 and bf16.
 
-    `dense` is the name of the dense model; by default it is that in the record of the first folder. Each model is held
-    by a process of its own. They take turns, `turns` times over, while the others wait, and of each time the shortest
-    counts. `threads` is the number of threads of each, by default PyTorch's own. Raises `PermpruneError`.
+    `dense` is the name of the dense model, by default the one in the record of the first folder. Every combination of
+    `batches` (sequences) and `contexts` (tokens of the prompt) is measured, with `steps` generated tokens. Each model
+    is loaded in its own process. The processes are measured one at a time, in `turns` rounds, and the shortest time of
+    the rounds is reported. `threads` is the number of threads of each process, by default PyTorch's. Raises
+    `PermpruneError`.
     """
     _require_numbers(batches=batches, contexts=contexts, steps=[steps], turns=[turns])
     threads = threads or torch.get_num_threads()
@@ -85,7 +87,7 @@ def bench(
 
 
 def report(found: Benchmark, folder: str | Path) -> None:
-    """Add the figures to the record and the page of a folder that permprune wrote; others are left as they are."""
+    """Add the benchmark to the record and the report of a folder; a folder without a record is left unchanged."""
     folder = Path(folder)
     if not (folder / RECORD).exists():
         return
@@ -112,7 +114,7 @@ def _dense_of(folders: Sequence[str | Path]) -> str:
 
 @contextmanager
 def _served(entries: Sequence[_Entry]) -> Iterator[list[Connection]]:
-    """A process for each model, loaded one after the other, and the ends of their pipes."""
+    """Start one process per model, which load their models one after the other; yields a connection to each."""
     context = multiprocessing.get_context("spawn")
     servers: list[Connection] = []
     processes = []
@@ -150,7 +152,7 @@ def _receive(server: Connection) -> Any:
 
 
 def _load(entry: _Entry) -> PreTrainedModel:
-    """A checkpoint in the types that it is stored in, or the dense model in the type of its entry."""
+    """Load a checkpoint in the data types that it is stored in, or the dense model in the data type of its entry."""
     if entry.dtype is None and (Path(entry.source) / RECORD).exists():
         model = load(entry.source, trust_remote_code=entry.trust_remote_code)
         nn.Module.to(model, best_device())
@@ -161,7 +163,12 @@ def _load(entry: _Entry) -> PreTrainedModel:
 
 
 def _serve(pipe: Connection, entry: _Entry) -> None:
-    """Load a model, and answer with its speed at a (batch, context, steps), or with its bytes and memory."""
+    """Load a model and answer the requests that arrive through the pipe.
+
+    The answer to (batch, context, steps) is the model's `Speed`; the answer to None is a pair of the bytes of its
+    tensors and the resident memory of the process in bytes. A `PermpruneError` is sent as the answer and ends the
+    process.
+    """
     console.quiet = True
     torch.set_num_threads(entry.threads)
     try:

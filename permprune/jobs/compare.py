@@ -1,4 +1,4 @@
-"""Compare permuters on one model."""
+"""The job of `permprune compare`: compare permuters on one model."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.out_of_memory import memory_reported
 
 FIXED = ("pattern", "saliency", "mode", "update", "seed")
-"""Fields of the config that a comparison's file names."""
+"""Fields of the config that the JSON file of a comparison contains."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonRow(Measurement):
-    """A method of a comparison. `gap_closed` is its share of the gap between the dense model and no permutation."""
+    """The measurement of one method.
+
+    `gap_closed` is the share that the method closes of the gap between no permutation and the dense model.
+    """
 
     gap_closed: float | None
 
@@ -40,9 +43,9 @@ class ComparisonRow(Measurement):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare` measured, by `metric`: a row for the dense model, for no permutation, and for each method.
+    """The result of `compare`: a row for the dense model, one for no permutation, and one for each method.
 
-    `overlap` is the share of the evaluation that is in the calibration as well.
+    All rows are measured by `metric`. `overlap` is the share of the evaluation data that the calibration data contain.
     """
 
     model: str
@@ -54,12 +57,12 @@ class Comparison:
 
     @property
     def best(self) -> ComparisonRow:
-        """The row of the method that measures best, no permutation among them; of equal ones the first."""
+        """The row of the best method, which may be no permutation; the first row if several are equally good."""
         sign = 1 if self.metric.higher_is_better else -1
         return max(self.rows[1:], key=lambda row: sign * row.result.value)
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of a file of figures."""
+        """Return the comparison as JSON values."""
         config = self.config.to_json()
         return {
             "model": self.model,
@@ -82,13 +85,13 @@ def compare(
     out: str | Path | None = None,
     announce: Callable[[Comparison], None] = lambda result: None,
 ) -> Comparison:
-    """Try permuters on the same calibration and saliency, one after the other.
+    """Compare permuters on one model, with the same calibration data and saliency.
 
-    `model` is a name, a folder, or a model in memory with its `processor`, which has its dense weights again at the
-    end. `methods` are names or objects, or either under labels; they take the place of the config's own. The dense
-    model and no permutation are always among the rows. With `out` the model is pruned with the method that measures
-    best, and written to that folder as `prune_to_folder` does; a model in memory stays pruned. `announce` is given the
-    result before anything is written. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`. The dense weights of a model in memory are
+    restored at the end. `methods` are names or objects, or a mapping of labels to these; they replace the config's
+    `permute`. The dense model and no permutation are always measured as well. With `out`, the model is pruned with the
+    best method and written to that folder as by `prune_to_folder`; a model in memory then stays pruned. `announce` is
+    called with the result before anything is written. Raises `PermpruneError`.
     """
     chosen = {**permuters(["none"]), **permuters(methods)}
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
@@ -117,7 +120,7 @@ def compare(
 
 
 def _rows(measured: list[Measurement]) -> list[ComparisonRow]:
-    """Measurements, of which the first is the dense model's and the second that of no permutation, with their gaps."""
+    """Add `gap_closed` to the measurements; the first is that of the dense model, the second of no permutation."""
     dense, none, metric = measured[0].result.value, measured[1].result.value, measured[0].result.metric
     return [
         ComparisonRow(**vars(found), gap_closed=gap_closed(found.result.value, dense, none, metric=metric))
@@ -126,7 +129,7 @@ def _rows(measured: list[Measurement]) -> list[ComparisonRow]:
 
 
 def _write_best(trials: Trials, method: Permuter, result: Comparison, evaluation: Evaluation, work: WorkFolder) -> None:
-    """Prune with the best method, and write the folder."""
+    """Prune the model with the best method and write it to the output folder."""
     pruned, (dense, none, *_), best = trials.prune(method), result.rows, result.best
     record = dataclasses.replace(
         pruned.record(),

@@ -1,4 +1,4 @@
-"""Evaluate a model on data."""
+"""The job of `permprune evaluate`: evaluate a model on data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ def evaluate(
     *,
     trust_remote_code: bool = False,
 ) -> Result:
-    """What a model scores on data: perplexity, accuracy or word error rate.
+    """Evaluate a model on data and return the metric: for example perplexity, accuracy or word error rate.
 
-    `model` is a name, a folder, or a model in memory with its `processor`; for examples in memory there is
-    `evaluate_model`. `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`, for data that do not say
-    what is right among others.
+    `model` is a name, a folder, or a model in memory with its `processor`. `trust_remote_code` is as in `read_model`.
+    Raises `PermpruneError`, for example if the data have no labels. Use `evaluate_model` for examples in memory.
     """
     evaluation = evaluation or Evaluation()
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)

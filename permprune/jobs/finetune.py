@@ -1,4 +1,4 @@
-"""The job of `permprune finetune`: train a model on a task, or what pruning left of one, and write it to a folder."""
+"""The job of `permprune finetune`: fine-tune a dense or pruned model on a task and write it to a folder."""
 
 from __future__ import annotations
 
@@ -45,82 +45,85 @@ from permprune.training.loop import Epoch, Trainer, Training
 from permprune.training.weights import masked, trained_weights
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
-"""The share of the data on which epochs are measured where there is no data apart for it, and the most examples."""
+"""The share of the data that is held out to measure each epoch if `dev` is None, and the maximum number of examples."""
 
 EVERYTHING = 1_000_000
-"""Examples to ask for where all are wanted."""
+"""The number of examples to request in order to get all."""
 
 STEPS, MOST_EPOCHS = 300, 20
-"""Small data is passed over more often, until there are so many steps, or epochs."""
+"""By default, small data are trained on for more epochs: until there are `STEPS` steps, but at most `MOST_EPOCHS`."""
 
 RATES = {"all": 5e-5, "norms": 1e-3, "head": 1e-3}
 SMALL, SMALL_RATE = 50_000_000, 1e-4
-"""Learning rates by what is trained, and that of all weights of a model with fewer than so many."""
+"""Default learning rates by `FineTuning.train`; `SMALL_RATE` is that of "all" for fewer than `SMALL` parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FineTuning:
-    """What to train on, and how. Raises `PermpruneError` for numbers out of range."""
+    """The options of fine-tuning. Raises `PermpruneError` for numbers out of range."""
 
     data: str | None
-    """The source to train on, as those of `PruneConfig.calibration`; None for the default data of the model's kind."""
+    """The training data, as in `PruneConfig.calibration`; None for the default data of the model's kind."""
 
     _: dataclasses.KW_ONLY
 
     dev: str | None = None
-    """The source to measure each epoch on; None holds out a tenth of the data, at most 1000 examples."""
+    """The data to measure each epoch on; None holds out a tenth of the training data, at most 1000 examples."""
 
     train: str = "all"
-    """What is trained: "all", "norms" (norms, biases and the head) or "head"."""
+    """The parameters to train: "all", "norms" (norms, biases and the head) or "head"."""
 
     teacher: str | PreTrainedModel | None = None
-    """The dense model, by name or in memory. The loss is then the KL divergence from its outputs (of scores the squared
-    distance) in place of the labels', of text beside that of the tokens; dropout is off, and the best epoch is the one
-    of the least loss on `dev`, not of the best metric."""
+    """The dense model, by name or in memory. The loss is then the KL divergence from its outputs (for regression, the
+    squared distance) instead of the loss of the labels; for language models it is added to the loss of the tokens.
+    Dropout is off, and the best epoch is the one with the smallest loss on `dev` instead of the best metric."""
 
     hidden: NonNegative = 0.0
-    """The weight of the distance of the blocks' outputs to the teacher's (`Objective.distillation`)."""
+    """The weight of the distance between the outputs of the blocks and the teacher's (`Objective.distillation`)."""
 
     metric: str | None = None
-    """As that of `Evaluation`."""
+    """The metric for labels, as in `Evaluation`."""
 
     epochs: Count | None = None
-    """Passes over the data: by default 3, and more of small data."""
+    """Passes over the data: by default 3, or more if the data are small."""
 
     lr: Positive | None = None
-    """The largest learning rate: by default 5e-5 of all weights (1e-4 of fewer than 50 million), else 1e-3."""
+    """The peak learning rate: by default 5e-5 for all weights (1e-4 for fewer than 50 million), otherwise 1e-3."""
 
     batch: Count | None = None
-    """Examples in a step: by default 32, of windows of text 4."""
+    """Examples per step: by default 4 windows of text, or 32 examples of any other kind."""
 
     length: Count | None = None
-    """Tokens: of windows of text, by default 512; at most so many of other texts, by default 128."""
+    """Tokens in a window of text, by default 512; for other texts the maximum number of tokens, by default 128."""
 
     rows: Count | None = None
-    """Examples to draw: by default all, of windows of text 256."""
+    """Examples to draw: by default 256 windows of text, or all examples of any other kind."""
 
     seed: Seed = Training.seed
-    """The same seed gives the same weights."""
+    """Seed of all random numbers; the same seed gives the same weights."""
 
     trust_remote_code: bool = False
-    """As that of `read_model`, for the teacher too."""
+    """As in `read_model`; also applies to the teacher."""
 
     def __post_init__(self) -> None:
         require_fields(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields for a file, the teacher by its name."""
+        """Return the fields as JSON values, with the name of the teacher in place of the model."""
         return {**vars(self), "teacher": None if self.teacher is None else name_of(self.teacher)}
 
     def training(self, model: PreTrainedModel, count: int) -> Training:
-        """How a model is trained on so many examples."""
+        """Return the settings of the training loop for a model and `count` training examples."""
         batch = self.batch or BATCH * BATCH_MULTIPLIER[kind_of(model)]
         epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
         small = self.train == "all" and model.num_parameters() < SMALL
         return Training(epochs, self.lr or (SMALL_RATE if small else RATES[self.train]), batch, seed=self.seed)
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> tuple[Examples, Examples]:
-        """Those to train on and those to measure on."""
+        """Load the data; returns the training examples and the held-out ones.
+
+        Raises `PermpruneError` if the data cannot be read or are too few to hold out a part.
+        """
         text = kind_of(model) == "text"
         length = self.length or (512 if text else 128)
         rows = self.rows or (256 if text else EVERYTHING)
@@ -139,10 +142,11 @@ class FineTuning:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FineTuned:
-    """What training came to.
+    """The result of fine-tuning.
 
-    `result` is that of the trained `model` on the held-out examples, `before` its value before training, `dense` the
-    teacher's (None without one); `curve` are the epochs, the first being before training. `examples` were trained on.
+    `result` is the metric of the fine-tuned `model` on the held-out examples, `before` its value before training, and
+    `dense` the teacher's value (None without a teacher). `curve` has one entry per epoch, after one for the model
+    before training. `examples` is the number of training examples.
     """
 
     model: PreTrainedModel = dataclasses.field(repr=False)
@@ -155,7 +159,7 @@ class FineTuned:
     curve: list[Epoch]
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of a file of figures, and of a record's "optimised"."""
+        """Return the result as JSON values, as in the entry "optimised" of a record."""
         return {
             **self.options.to_json(),
             **dataclasses.asdict(self.training),
@@ -182,12 +186,13 @@ def finetune(
     resume: bool = False,
     announce: Callable[[FineTuned], None] = lambda found: None,
 ) -> FineTuned:
-    """Train a model and write it to the folder `out` as it was found: with its record if it was pruned.
+    """Fine-tune a model and write it to the folder `out`; a pruned model keeps its record.
 
-    `model` is a name, a folder, or a model in memory with its `processor`, which is trained in place. A model without a
-    head is given one for the labels of the data. A layer whose weights hold an N:M pattern keeps its zeros, whether a
-    record names it or not. While it runs the state lies in `out`.partial; with `resume` the training goes on from
-    there, given the same model. `announce` is given the result before the folder is written. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`, which is trained in place. A text encoder
+    that was not pruned gets a new head for the labels of the data. A layer whose weights satisfy an N:M pattern keeps
+    its zeros, whether or not it is in a record. The state of an unfinished run is kept in `out`.partial; with `resume`
+    training continues from it, given the same model. `announce` is called with the result before the folder is
+    written. Raises `PermpruneError`.
     """
     if distributed.world() > 1:
         raise PermpruneError("finetune runs as one process: start it without torchrun")
@@ -196,7 +201,7 @@ def finetune(
     with WorkFolder(Path(out)).held("finetune", resume) as work:
         opened = open_model(model, processor, trust_remote_code=options.trust_remote_code)
         require_changeable(opened.model)
-        if opened.model is not model and (origin := origin_of(opened.model)).record:  # read, and as it was written
+        if opened.model is not model and (origin := origin_of(opened.model)).record:  # it was read from a folder
             check_outputs(opened.model, require_probe(origin), opened.name, stored=opened.stored)
         return _finetune(opened, options, work, announce)
 
@@ -215,14 +220,15 @@ def _finetune(
     task = choose_task(model, examples, batch)
     teacher = _teacher(options, model, examples, task)
     objective = Objective()
-    if teacher is not None:  # it knows its labels by heart, but no text
+    if teacher is not None:  # the teacher's outputs replace labels, not the tokens of text
         objective = Objective(float(kind_of(model) == "text"), divergence=1.0, distillation=options.hidden)
 
     def measure(shown: PreTrainedModel = model) -> Result:
         return evaluate_model(shown, held_out, batch=batch, metric=options.metric)[0]
 
     weights = trained_weights(model, options.train)
-    state_bytes = 32 * sum(weight.numel() for weight in weights.values())  # now, best and two moments, twice
+    # Weights, best weights and two moments in fp32; the old state is kept until the new one is written.
+    state_bytes = 32 * sum(weight.numel() for weight in weights.values())
     require_space(work.out, weight_bytes(model, opened.stored) + state_bytes)
     identity = {
         "model": opened.name,
@@ -264,7 +270,7 @@ def _finetune(
 
 
 def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
-    """An encoder with a new head for the labels of the data; any other model as it is."""
+    """Return a text encoder with a new head for the labels of the data; any other model is returned unchanged."""
     if kind_of(model) != "text" or is_causal_lm(model) or is_encoder_decoder(model) or options.data is None:
         return model
     classes = read_labelled_text(options.data, "calibration").classes()
@@ -274,9 +280,9 @@ def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
 
 
 def _patterns(model: PreTrainedModel) -> Patterns:
-    """The patterns that the model's layers hold and are to keep: by their weights, whatever a record may say.
+    """Return the N:M patterns that the layers have to keep: those in the record and those that the weights satisfy.
 
-    Raises `PermpruneError` when a layer does not hold the pattern in its record.
+    Raises `PermpruneError` if the weights of a layer do not satisfy the pattern in the record.
     """
     record, held = origin_of(model).record, held_patterns(model)
     recorded = recorded_patterns(model, record.layers) if record else {}
@@ -286,10 +292,10 @@ def _patterns(model: PreTrainedModel) -> Patterns:
 
 @torch.no_grad()
 def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, task: Task) -> PreTrainedModel | None:
-    """The dense model, its channels in the order in which those of the pruned one are stored; None without one.
+    """Return the teacher with its channels in the stored order of the pruned model; None if there is no teacher.
 
-    One that was given in memory stays as it is. Raises `PermpruneError` where its outputs are of another kind than the
-    model's.
+    A teacher in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs differs from
+    that of the model's.
     """
     if options.teacher is None:
         return None

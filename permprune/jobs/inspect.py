@@ -1,4 +1,4 @@
-"""List the channel spaces of a model."""
+"""The job of `permprune inspect`: list the channel spaces of a model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from permprune.system.out_of_memory import memory_reported
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectedSpace:
-    """A channel space: `size` channels in each of `blocks` blocks, which `members` parameters run along.
+    """A channel space: channels that have to be permuted together.
 
-    `readers` of these are the inputs of linears. A "frozen" space cannot move, for the `reason` given. `difference` is
-    the largest one of the outputs after a random permutation of the space; None where none was tried.
+    The space has `size` channels in each of `blocks` blocks. `members` is the number of parameters that have the space
+    as a dimension, and `readers` the number of those for which it is the input dimension of a linear layer. A "frozen"
+    space cannot be permuted, for the given `reason`. `difference` is the largest absolute difference of the model's
+    outputs after a random permutation of the space; None if none was tried.
     """
 
     name: str
@@ -46,12 +48,12 @@ def inspect(
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> list[InspectedSpace]:
-    """Which channels of a model may be reordered, and how much must move with them.
+    """Return the channel spaces of a model: which channels can be permuted, and which parameters they share.
 
-    `model` is a name, a folder, or a model in memory, which stays as it is. It is traced on `example`, its inputs by
-    name or a .safetensors or .npz file of them; made up if absent, with the `processor`'s size of images where the
-    config has none. With `verify` each space that can move is proved on a random order, in float64.
-    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory, which is not changed. It is traced on `example`: its inputs by
+    name, or a .safetensors or .npz file of them. By default inputs are generated; the size of images is that of the
+    config or else of the `processor`. With `verify`, each space that can be permuted is tested with a random
+    permutation in float64. `trust_remote_code` is as in `read_model`. Raises `PermpruneError`.
     """
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     network = opened.model
