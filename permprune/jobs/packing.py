@@ -1,4 +1,4 @@
-"""`pack` and `unpack`: checkpoints with zeros to packed ones, and back."""
+"""The jobs of `permprune pack` and `permprune unpack`: convert a pruned checkpoint to packed weights, and back."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from permprune.system.files import atomic_folder, require_absent, require_space,
 from permprune.system.out_of_memory import memory_reported
 
 PACKED = "packed"
-"""The key of a record under which a packed folder keeps what `unpack_folder` needs."""
+"""The key in a packed folder's record of the values that `unpack_folder` needs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes before and after packing."""
+    """Size in bytes before (`dense`) and after (`packed`) packing."""
 
     dense: int
     packed: int
@@ -37,10 +37,11 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Packed:
-    """What packing a folder came to.
+    """The result of packing a folder.
 
-    `weights` are the sizes of all weights, `layers` those of the pruned layers; `left_dense` names layers that were not
-    packed. `difference` is the largest one of the outputs on the folder's probe, `largest` the largest output.
+    `weights` are the sizes of all weights, `layers` those of the pruned layers, and `left_dense` the names of the
+    layers that were not packed. `difference` is the largest absolute difference between the outputs of the packed and
+    the unpacked model on the folder's probe, and `largest` the largest absolute output.
     """
 
     weights: Sizes
@@ -60,10 +61,10 @@ def pack_folder(
     head: str | None = None,
     trust_remote_code: bool = False,
 ) -> Packed:
-    """Write the pruned checkpoint in `folder` with packed weights to `out`, which Transformers loads.
+    """Write the pruned checkpoint in `folder` with packed weights to the folder `out`, which Transformers can load.
 
-    `dtype`, `block` and `head` are as in `permprune.pack`, `trust_remote_code` is as in `read_model`. What the folder's
-    gathers reorder is reordered by the packed layers themselves. Raises `PermpruneError`.
+    `dtype`, `block` and `head` are as in `permprune.pack`, and `trust_remote_code` is as in `read_model`. The gathers
+    of the checkpoint become part of the packed layers. Raises `PermpruneError`.
     """
     folder, out = Path(folder), Path(out)
     require_absent(out)
@@ -100,9 +101,9 @@ def pack_folder(
 
 @memory_reported()
 def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> None:
-    """Write the packed checkpoint in `folder` as an ordinary pruned one, zeros and gathers included, to `out`.
+    """Write the packed checkpoint in `folder` to the folder `out` as an unpacked one, with its zeros and gathers.
 
-    `trust_remote_code` is as that of `read_model`. Raises `PermpruneError`.
+    `trust_remote_code` is as in `read_model`. Raises `PermpruneError`, for example if `folder` is not packed.
     """
     folder, out = Path(folder), Path(out)
     require_absent(out)
@@ -126,21 +127,21 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
 
 
 def _read(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Processor | None]:
-    """The model in the type that it is stored in, and its processor."""
+    """Load the model in the data type that it is stored in, and its processor (None if the folder has none)."""
     with loading(str(folder), folder, PROCESSOR):
         processor = read_processor(folder, trust_remote_code)
     return load(folder, trust_remote_code=trust_remote_code), processor
 
 
 def _renew_probe(folder: Path, probe: Probe, trust_remote_code: bool) -> dict[str, Tensor]:
-    """The probe with the outputs of the model in the folder, which it takes the place of there."""
+    """Replace the outputs in the folder's probe by those of the model in the folder; returns the new probe."""
     renewed = make_probe(load(folder, trust_remote_code=trust_remote_code), probe)
     save_file(renewed, folder / PROBE)
     return renewed
 
 
 def _sizes(model: PreTrainedModel, names: set[str]) -> tuple[int, int]:
-    """Bytes of all tensors of a model, tied ones once, and of those of some layers."""
+    """Return the bytes of all tensors of a model, tied ones counted once, and the bytes of the named layers."""
     layers = [model.get_submodule(name) for name in names]
     own = [tensor for layer in layers for tensor in layer.state_dict().values()]
     return stored_bytes(model), sum(tensor.nbytes for tensor in own)

@@ -1,4 +1,4 @@
-"""Fit a linear classifier to a model, and write both."""
+"""The job of `permprune probe`: fit a linear classifier to the features of a model and write both to a folder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ def probe(
     processor: Processor | None = None,
     trust_remote_code: bool = False,
 ) -> Result:
-    """Fit a linear classifier of these classes to what a model computes of images or sentences; write both to `out`.
+    """Fit a linear classifier to a model's features of images or sentences, and write the model with it to `out`.
 
-    `model` is a name, a folder, or a model in memory with its `processor`. A pruned model keeps its record and its
-    gathers. `source` and `windows` are as those of `Evaluation`, of the part to train on; `trust_remote_code` as that
-    of `read_model`. Returns the accuracy on a held-out part of it. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`. `classes` are the names of the classes. A
+    pruned model keeps its record and its gathers. `source` and `windows` select the training data as in `Evaluation`;
+    `trust_remote_code` is as in `read_model`. Returns the accuracy on a held-out part of the training data. Raises
+    `PermpruneError`.
     """
     out = Path(out)
     require("windows", windows, Count)
@@ -49,7 +50,8 @@ def probe(
         require_probe(origin)
     count = windows * ANSWERED_ONCE
     fitted = fit_probe(headed, load_examples(source, headed, opened.processor, part="probe", count=count))
-    unmeasured = {"measured": None, "gap_closed": None, "optimised": None, "bench": None}  # that was with another head
+    # The record's measurements are those of the model with another head.
+    unmeasured = {"measured": None, "gap_closed": None, "optimised": None, "bench": None}
     with atomic_folder(out) as folder:
         write_model(fitted.model, opened.processor, folder, **unmeasured)
     return fitted.result

@@ -1,4 +1,4 @@
-"""Prune a model by name, and write the checkpoint, its record and its report."""
+"""The job of `permprune prune`: prune a model and write the checkpoint, its record and its report."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def prune_to_folder(
     """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to the folder `out`.
 
     `model` is a name, a folder, or a model in memory with its `processor`, which is pruned in place; `config.memory`
-    then bounds the statistics alone. With `pack`, a `dtype` of `permprune.pack`, the folder has packed weights. While
-    it runs everything lies in `out`.partial, the searches' states included; `out` appears when all is there. With
-    `resume` a search goes on from its last state. `callbacks` are as those of `prune`. `announce` is given the record
-    before anything is written to `out`. Returns the record. Raises `PermpruneError`.
+    then limits only the statistics. With `pack`, a `dtype` of `permprune.pack`, the weights are written packed. Until
+    the run is complete, all files including the state of the search are in `out`.partial. With `resume` the search
+    continues from its last state. `callbacks` are as in `prune`. `announce` is called with the record before anything
+    is written to `out`. Returns the record. Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     with WorkFolder(Path(out)).held("prune", resume) as work:
@@ -67,7 +67,7 @@ def prune_to_folder(
         if pack is not None:
             require_supported(parse_pattern(config.pattern), packed_type(pack), BLOCKS[0])
         if not isinstance(model, PreTrainedModel) and exceeds_memory(str(model), config):
-            done = _prune_streamed(str(model), config, evaluation, work)  # by a method that has no rounds to tell of
+            done = _prune_streamed(str(model), config, evaluation, work)  # no callbacks: the method has no rounds
         else:
             opened = open_model(model, processor, trust_remote_code=config.trust_remote_code)
             done = _prune_held(opened, config, evaluation, work, callbacks)
@@ -87,7 +87,7 @@ def prune_to_folder(
 
 @dataclasses.dataclass
 class _Done:
-    """A pruned model, what was measured of it, and how to write its weights and processor to a folder."""
+    """A pruned model, its measurements, and the function that writes its weights and processor to a folder."""
 
     pruned: Pruned
     measured: Measured
@@ -98,7 +98,7 @@ class _Done:
 def _prune_held(
     opened: OpenModel, config: PruneConfig, evaluation: Evaluation, work: WorkFolder, callbacks: Sequence[Callback]
 ) -> _Done:
-    """Prune a model that is held in memory."""
+    """Prune a model in memory."""
     method = permuter(config.permute)
     model, processor, stored = opened.model, opened.processor, opened.stored
     set_origin(model, origin_of(model))
@@ -123,7 +123,7 @@ def _prune_held(
 
 
 def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder) -> _Done:
-    """Prune a model that is read layer by layer, by a config that `exceeds_memory` let pass."""
+    """Prune a model that is read layer by layer, with a config for which `exceeds_memory` returned True."""
     started = time.monotonic()
     rank, trust = f"rank-{distributed.rank()}", config.trust_remote_code
     model, processor, stored, weights = read_offloaded(name, work.scratch / rank, trust_remote_code=trust)
@@ -159,14 +159,14 @@ def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work
 
 
 def _said_overlap(plan: Plan, examples: Examples) -> float:
-    """The share of an evaluation that is in the calibration as well, with a warning where it is large."""
+    """Return the share of the evaluation data that the calibration data contain; logs a warning if it is large."""
     share = plan.overlap(examples)
     warn_of_overlap(share)
     return share
 
 
 def _write(done: _Done, record: Record, work: WorkFolder, pack: str | None) -> None:
-    """Write the folder, or one beside it from which the packed folder is made."""
+    """Write the output folder; with `pack`, write the unpacked checkpoint to the work folder first and pack that."""
     out = work.out if pack is None else work.scratch / "pruned"
     with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_pruned(record, done.pruned.probe, done.write, folder)

@@ -1,4 +1,4 @@
-"""Pruning a model that memory does not hold, layer by layer along one forward pass."""
+"""Prune a model that does not fit in memory, layer by layer during one forward pass."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ from permprune.updates.registry import update
 from permprune.zoo.models import resolve_model
 
 BATCH = 4
-"""Windows that pass through a model at a time when it is evaluated."""
+"""Windows of text per forward pass in the evaluation."""
 
 NATURAL, DECIDED = "natural", "decided"
-"""Orders in which a layer's mask is kept."""
+"""The orders for which the masks are stored: the natural order and the one that was found."""
 
 
 def exceeds_memory(name: str, config: PruneConfig) -> bool:
-    """Whether a run that holds the whole model of that name takes more than `config.memory`.
+    """Return whether a run that holds the whole model of that name needs more than `config.memory` bytes.
 
-    Raises `PermpruneError` where it does, if the run cannot do without.
+    Raises `PermpruneError` if it does and this model or config cannot be pruned layer by layer.
     """
     if config.memory is None:
         return False
@@ -93,10 +93,10 @@ def exceeds_memory(name: str, config: PruneConfig) -> bool:
 
 
 def held_bytes(model: nn.Module, layers: list[Layer], tokens: int, gradients: bool) -> int:
-    """About what a run takes that holds the whole model and keeps the activations of so many tokens at a time.
+    """Estimate the bytes of memory of a run that holds the whole model and the activations of `tokens` tokens.
 
-    That is the fp32 weights; of each pruned layer a dense copy, scores and a mask, where asked for a gradient, and the
-    second moments of its input with their fp64 sums; and what goes into and comes out of each layer.
+    The estimate counts the fp32 weights; for each pruned layer a dense copy, the scores, the mask, with `gradients` a
+    gradient, and the second moments of its input with their fp64 sums; and the inputs and outputs of each layer.
     """
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     for layer in layers:
@@ -106,12 +106,12 @@ def held_bytes(model: nn.Module, layers: list[Layer], tokens: int, gradients: bo
 
 
 def streamed_bytes(model: nn.Module, plan: Plan) -> int:
-    """About what a run takes at most that reads the model layer by layer.
+    """Estimate the peak bytes of memory of a run that reads the model layer by layer.
 
-    Either the search on the layers that read one tensor: up to 56 bytes a weight, the second moments and what is made
-    of them (OBS inverts them), and the tensor itself; or their forward pass; or that of a part of the model that
-    is not pruned, such as the head, and its outputs. What `cp` tabulates for up to 2048 channels, some 20 MB, is not
-    counted.
+    The estimate is the largest of three: the search on the layers that read one tensor, which needs up to 56 bytes per
+    weight, the second moments and what is computed from them (OBS inverts them), and the tensor itself; the forward
+    pass of these layers; and the forward pass of a part of the model that is not pruned, such as the head, with its
+    outputs. The tables of `cp`, about 20 MB for up to 2048 channels, are not counted.
     """
     tokens, needed, square = plan.measured["input_ids"].numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
     for site in dict.fromkeys(plan.sites.values()):
@@ -130,11 +130,11 @@ def _gib(size: int) -> str:
 
 
 class Stream:
-    """A model whose weights stay on disk, its plan, and what has been decided about its layers.
+    """The search for orders on a model whose weights stay on disk.
 
-    The masks of decided layers lie in `folder`, a bit a weight, and beside them what an interrupted run goes on from.
-    `seconds` are those that this process spent on deciding. Raises `PermpruneError` when even a layer at a time takes
-    more memory than the config allows.
+    The masks of finished layers are stored in `folder`, one bit per weight, together with the state from which an
+    interrupted run is resumed. `seconds` is the time that this process spent on searching. Raises `PermpruneError` if
+    pruning layer by layer also needs more memory than the config allows.
     """
 
     def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
@@ -149,16 +149,16 @@ class Stream:
 
     @property
     def state_bytes(self) -> int:
-        """What the masks in both orders take on disk."""
+        """The bytes on disk of the masks in both orders."""
         return sum(layer.weight.numel() for layer in self.plan.layers) // 4
 
     @torch.no_grad()
     def solve(self) -> Pruned:
-        """Find the orders, each where one tensor is read; those that span more of the network stay natural.
+        """Find the orders of the problems whose layers all read the same tensor; all others keep the natural order.
 
-        Calibration is one forward pass of the dense model over all measured examples in one batch, which stops ahead of
-        each tensor's readers until they are decided. The loss has no say: `reconstruction` has uniform row weights in
-        place of its Fisher information, and one candidate. Raises `PermpruneError`.
+        Calibration is one forward pass of the dense model over all measured examples in one batch. Before the layers
+        that read a tensor run, their problems are solved on that tensor. The loss is not used: `reconstruction` has
+        uniform row weights instead of its Fisher information, and one candidate. Raises `PermpruneError`.
         """
         method = permuter(self.plan.config.permute)
         assert isinstance(method, LocalPermuter)
@@ -170,9 +170,9 @@ class Stream:
         return self._pruned(found, journal)
 
     def _walk(self, method: LocalPermuter, problems: dict[str, dict[int, Problem]], journal: Journal) -> None:
-        """Decide at every tensor that layers read, on the way through the model, unless the journal knows."""
+        """Run the model once and solve the problems at each tensor that layers read, except those in the journal."""
         plan = self.plan
-        known = distributed.common(journal.values)  # what one rank decides all take part in
+        known = distributed.common(journal.values)  # all ranks take part in solving each problem
         waiting = {
             site: [layer for layer in plan.layers if plan.sites[layer.name] == site]
             for site in problems
@@ -183,7 +183,7 @@ class Stream:
 
         def reach(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
             layers = waiting.pop(site, None)
-            if layers is None:  # another reader of the tensor, or a module that runs again
+            if layers is None:  # already solved: another reader of the tensor, or a module that runs again
                 return
             next(bar)
             with torch.autocast(device.type, enabled=False):
@@ -215,9 +215,10 @@ class Stream:
     def _decide(
         self, method: LocalPermuter, site: str, layers: list[Layer], problems: dict[int, Problem], x: Tensor
     ) -> tuple[Orders, dict[str, Any]]:
-        """Solve the numbered problems of the layers that read `x`, (..., channels).
+        """Solve the problems (by number) of the layers that read `x`, (..., channels), and store the masks.
 
-        Returns the orders, and by the site the measures of its layers and the seconds it took.
+        Returns the orders by problem, and a dict that maps the site to the measures of its layers and the seconds of
+        the search.
         """
         network = self._network(site, layers, list(problems.values()), x)
         self._keep_masks(network, NATURAL)
@@ -255,7 +256,7 @@ class Stream:
         )
 
     def masked(self, order: str) -> Edit:
-        """The edit that prunes the layers with the masks of the `NATURAL` orders or the `DECIDED` ones."""
+        """Return the edit that applies the masks of the `NATURAL` or the `DECIDED` orders to the weights, in place."""
         layers = {layer.parameter: layer for layer in self.plan.layers}
 
         def edit(name: str, tensor: Tensor) -> Tensor:
@@ -268,7 +269,7 @@ class Stream:
         return edit
 
     def stored(self, pruned: Pruned) -> Edit:
-        """The edit that makes the weights as they are to be written: pruned, folded, and in the order of gathers."""
+        """Return the edit that makes the weights to be written: masked, folded, and with gathered columns reordered."""
         masked, layers = self.masked(DECIDED), {layer.name: layer for layer in self.plan.layers}
         gathered = {
             layers[part.layer].parameter: (int(not layers[part.layer].transposed), pruned.solution.orders[problem.name])
@@ -288,7 +289,10 @@ class Stream:
         return edit
 
     def _local(self) -> dict[str, dict[int, Problem]]:
-        """By site, in the order of reading, the numbered problems whose channels are read there alone."""
+        """Return the problems (by number) whose layers all read the same tensor, by site in the order of execution.
+
+        Logs a warning for every other problem.
+        """
         found: dict[str, dict[int, Problem]] = {site: {} for site in dict.fromkeys(self.plan.sites.values())}
         for number, problem in enumerate(self.plan.problems):
             site, *others = {part.site for part in problem.parts}
@@ -299,7 +303,11 @@ class Stream:
         return found
 
     def _network(self, site: str, layers: list[Layer], problems: list[Problem], x: Tensor) -> MaskedLayers:
-        """These layers alone, masked, on copies of their weights; `x` is what they read."""
+        """Return a masked network of these layers only, with copies of their weights.
+
+        `x`, (..., channels), is the tensor that they read. Raises `PermpruneError` if its second moments or a weight
+        are not finite.
+        """
         moments = inner_product(x).div_(x.shape[:-1].numel())
         if not torch.isfinite(moments.diagonal()).all():
             raise PermpruneError(
@@ -323,4 +331,4 @@ class Stream:
 
 
 class _AllDecided(Exception):
-    """Ends a forward pass of which nothing more is needed."""
+    """Ends the forward pass when all problems are solved."""

@@ -1,4 +1,4 @@
-"""Patterns x methods x budgets on one model: what each cell costs and what it is worth."""
+"""The job of `permprune sweep`: measure every combination of pattern, method and time budget on one model."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ from permprune.system.search_state import Checkpoint, require_same
 from permprune.zoo.models import note
 
 IDENTITY = "sweep.json"
-"""What the cells in a work folder were asked for, and digests of the model and the data that they were measured on."""
+"""The file in the work folder with the settings of the sweep and digests of its model and data."""
 
 DENSE = "dense.json"
-"""What the dense model scores."""
+"""The file in the work folder with the measurement of the dense model."""
 
 CELLS = "cells"
-"""The subfolder of their rows."""
+"""The subfolder of the work folder with one file for the row of each finished cell."""
 
 AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start anew"
 
 FREE = (*OWN, "batch", "recompute")
-"""Fields of the config that cells have of their own, or that may change before an interrupted sweep goes on."""
+"""Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One pattern with one method; `minutes` bounds its search, which else ends by itself."""
+    """One combination of a pattern, a method and a time limit of the search in `minutes` (None for no limit)."""
 
     pattern: str
     method: str
@@ -73,16 +73,16 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The name of the cell's files, without an extension."""
         budget = "" if self.minutes is None else f" {self.minutes:g}"
         return f"{self.pattern} {self.method}{budget}".replace(":", "-")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The cells of one pattern that are to be filled, on one calibrated model, and the folder for what they give.
+    """The cells of one pattern that have to be measured, with the arguments that this needs.
 
-    `asked` is what the whole sweep depends on.
+    The cells share one calibrated model. Their rows are written to `folder`. `asked` are the settings of the sweep.
     """
 
     model: ModelSource
@@ -109,16 +109,19 @@ def sweep(
     resume: bool = False,
     announce: Callable[[Sweep], None] = lambda result: None,
 ) -> Sweep:
-    """Fill every cell, and write figures.json, report.html and pareto.png to the folder `out`.
+    """Measure every combination of pattern, method and budget; write figures.json, report.html and pareto.png to `out`.
 
-    `model` is a name, a folder, or a model in memory with its `processor`, which has its dense weights again at the
-    end. A cell is measured as `compare` does; no permutation is always among the methods, which are names. `patterns`,
-    `methods` and `budgets` take the place of the config's own. `budgets` are minutes, none to let searches end by
-    themselves; methods that work layer by layer have no use for them, and a search goes on from where a smaller budget
-    left it. While it runs, `out`.partial keeps the row of every finished cell and the states of the searches, from
-    which `resume` goes on; more patterns, methods and budgets may be asked for then. `jobs` processes take a pattern
-    each at a time, and read the model themselves: it has to be given by name; under `torchrun` all processes share each
-    cell's work instead. `announce` is given the result before it is written. Raises `PermpruneError`.
+    `model` is a name, a folder, or a model in memory with its `processor`. The dense weights of a model in memory are
+    restored at the end. Each cell is measured as by `compare`. `patterns`, `methods` (names) and `budgets` replace the
+    config's `pattern`, `permute` and `minutes`; no permutation is always measured as well. `budgets` are minutes;
+    without them searches have no time limit. Methods that work layer by layer ignore them. A search continues from the
+    end of the search with the next smaller budget.
+
+    Until the sweep is complete, `out`.partial contains the row of every finished cell and the states of the searches.
+    With `resume` the sweep continues from there, also with more patterns, methods and budgets. `jobs` processes work on
+    one pattern each at a time and read the model themselves, so it has to be given by name; under `torchrun` all
+    processes share the work of each cell instead. `announce` is called with the result before it is written. Raises
+    `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     cells = plan_cells(patterns, methods, budgets)
@@ -127,8 +130,8 @@ def sweep(
         _check(model, cells, config, jobs)
         distributed.on_first(lambda: _require_sound(work.path, cells, asked))
         missing = [cell for cell in cells if not _path(work.path, cell).exists()]
-        distributed.wait()  # until all have looked
-        groups = _by_pattern(missing) or [cells[:1]]  # one at least, which compares the data with that of the cells
+        distributed.wait()  # until all processes have checked
+        groups = _by_pattern(missing) or [cells[:1]]  # at least one cell, to check that the data are the same
         own = config.replace(minutes=None)
         _fill([Job(model, processor, own, evaluation, tuple(group), work.path, asked) for group in groups], jobs)
         dense, rows = _rows(cells, work.path)
@@ -146,7 +149,10 @@ def _write(result: dict[str, Any], work: WorkFolder) -> None:
 
 
 def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
-    """The cells by pattern, method and rising budget. Raises `PermpruneError` for names and budgets that are none."""
+    """Return the cells, ordered by pattern, method and increasing budget.
+
+    Raises `PermpruneError` for an unknown pattern or method and for a budget that is not positive.
+    """
     if not patterns:
         raise PermpruneError("a sweep takes one pattern at least")
     for budget in budgets:
@@ -162,7 +168,7 @@ def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequenc
 
 
 def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int) -> None:
-    """Refuse at once what would fail after hours."""
+    """Raise `PermpruneError` before the sweep starts for arguments that would make it fail later."""
     require("jobs", jobs, Count)
     if jobs > 1 and distributed.world() > 1:
         raise PermpruneError(f"{jobs} jobs in {distributed.world()} processes: give --jobs without torchrun")
@@ -175,7 +181,7 @@ def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int
     )
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
         prunable_layers(skeleton, parse_pattern(pattern), config.exclude)
-    dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # not of those left out by choice
+    dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # does not list excluded layers
 
 
 def _asked(name: str, config: PruneConfig, evaluation: Evaluation) -> dict[str, Any]:
@@ -185,7 +191,7 @@ def _asked(name: str, config: PruneConfig, evaluation: Evaluation) -> dict[str, 
 
 
 def _require_sound(partial: Path, cells: list[Cell], asked: dict[str, Any]) -> None:
-    """Raise `PermpruneError` for the work folder of another sweep, and for files in it that have been damaged."""
+    """Raise `PermpruneError` if the work folder belongs to another sweep or a file in it is damaged."""
     if (path := partial / IDENTITY).exists():
         require_same(path, read_sealed(path, ANEW)["asked"], asked)
     elif (partial / CELLS).exists():
@@ -196,7 +202,10 @@ def _require_sound(partial: Path, cells: list[Cell], asked: dict[str, Any]) -> N
 
 
 def _agree(path: Path, asked: dict[str, Any], data: dict[str, Any]) -> None:
-    """Write what the cells beside `path` depend on, or raise `PermpruneError` if they were measured on other data."""
+    """Write the settings and the digests of the data to `path`.
+
+    If the file exists, raise `PermpruneError` unless its cells were measured on the same data.
+    """
     if path.exists():
         require_same(path, read_sealed(path, ANEW)["data"], data)
     else:
@@ -239,7 +248,7 @@ def _fill(work: list[Job], jobs: int) -> None:
 
 
 def _require_importable(work: list[Job], jobs: int) -> None:
-    """Refuse methods that other processes cannot be handed."""
+    """Raise `PermpruneError` if the jobs cannot be pickled, as for a method that is not defined in a module."""
     try:
         pickle.dumps(work)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
@@ -249,7 +258,7 @@ def _require_importable(work: list[Job], jobs: int) -> None:
 
 
 def _begin_worker(threads: int, level: int) -> None:
-    """Work in silence, and end when the parent does, even where it was killed."""
+    """Initialise a worker process: no progress bars, and exit when the parent ends, even if the parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -267,7 +276,7 @@ def _begin_worker(threads: int, level: int) -> None:
 
 
 def fill(job: Job) -> None:
-    """Measure the cells of a job in turn; each row is written as soon as it is there."""
+    """Measure the cells of a job one after the other and write each row as soon as it is measured."""
     config = job.config.replace(pattern=job.cells[0].pattern)
     with Trials(job.model, config, evaluation=job.evaluation, processor=job.processor) as trials:
         network, run = trials.prepared.network, trials.prepared.run
@@ -285,7 +294,7 @@ def fill(job: Job) -> None:
 
 
 def _measured(trials: Trials, cell: Cell, run: Run) -> SweepRow:
-    """Fill a cell."""
+    """Measure one cell."""
     trial = trials.run(permuter(cell.method), cell.method, run)
     prepared, layers = trials.prepared, trials.prepared.network.measures()
     patterns = prepared.network.patterns
@@ -310,9 +319,9 @@ def _data(trials: Trials) -> dict[str, Any]:
 
 
 def _measure_dense(trials: Trials, path: Path) -> None:
-    """Write what the dense model scores, unless another job did."""
+    """Measure the dense model and write its row to `path`, unless the file exists."""
     known = path.exists()
-    distributed.wait()  # until all have looked
+    distributed.wait()  # until all processes have checked
     if known:
         return
     warn_of_overlap(trials.overlap)
@@ -323,7 +332,7 @@ def _measure_dense(trials: Trials, path: Path) -> None:
 
 
 def _states(job: Job, cell: Cell) -> Path:
-    """The folder of a cell's states, which begins where the search of the next smaller budget ended."""
+    """Return the folder of the states of a cell's search; a new one starts as a copy of the next smaller budget's."""
     own = job.folder / "states" / cell.name
     smaller = [
         other
@@ -342,7 +351,10 @@ def _minutes(states: Path) -> float:
 
 
 def _rows(cells: list[Cell], partial: Path) -> tuple[DenseRow, list[SweepRow]]:
-    """What the dense model gave and what every cell did, in the order of the cells, and which no other beats."""
+    """Read the row of the dense model and those of the cells, in the order of `cells`.
+
+    Sets the fields of the rows that depend on other rows: `gap_closed`, `size`, `front` and `score_front`.
+    """
     dense: DenseRow = decode(DenseRow, read_sealed(partial / DENSE, AGAIN))
     rows: list[SweepRow] = [_read(_path(partial, cell)) for cell in cells]
     metric, none = dense.result.metric, {row.pattern: row.result.value for row in rows if row.method == "none"}
@@ -363,7 +375,7 @@ def _rows(cells: list[Cell], partial: Path) -> tuple[DenseRow, list[SweepRow]]:
 
 
 def _read(path: Path) -> SweepRow:
-    """A row; what is not finite was written as null."""
+    """Read a row; a value that is not finite is stored as null and becomes infinity."""
     row: SweepRow = decode(SweepRow, read_sealed(path, AGAIN))
     value = math.inf if math.isnan(row.result.value) else row.result.value
     return dataclasses.replace(row, result=dataclasses.replace(row.result, value=value))

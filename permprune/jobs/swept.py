@@ -1,4 +1,4 @@
-"""What a sweep measured, as data."""
+"""The results of a sweep, as data."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from permprune.jobs.trials import Evaluation, Measurement
 from permprune.permuters.base import CurvePoint
 
 OWN = ("pattern", "permute", "minutes")
-"""Fields of the config that cells have of their own."""
+"""Fields of the config that differ between cells."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepRow(Measurement):
-    """A filled cell.
+    """The measurement of one cell.
 
-    `bytes` are those of the pruned model in theory, `size` their share of the dense one's, `layers` counts the layers
-    of each pattern. `kept` and `error` are means over the layers (`LayerMeasure`), `curve` are the rounds of the
-    search. `front` tells whether no other cell is as small and better, `score_front` the same of the tasks' score.
+    `bytes` is the theoretical size of the pruned model and `size` its ratio to the dense model's. `layers` is the
+    number of layers by pattern. `kept` and `error` are means over the layers (`LayerMeasure`), and `curve` has the
+    rounds of the search. `front` is whether the cell is on the Pareto front of size and metric (see `pareto`), and
+    `score_front` the same for the score on tasks (None without tasks).
     """
 
     pattern: str
@@ -58,7 +59,10 @@ class SweepRow(Measurement):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseRow(Measurement):
-    """The dense model, its `bytes` in theory, and the share of the evaluation that is in the calibration as well."""
+    """The measurement of the dense model.
+
+    `bytes` is its theoretical size; `overlap` is the share of the evaluation data that the calibration data contain.
+    """
 
     bytes: float
     overlap: float
@@ -69,7 +73,10 @@ class DenseRow(Measurement):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What `sweep` measured, by `metric`: the `dense` model, and a row for each cell. `note` is the zoo model's."""
+    """The result of `sweep`: the measurement of the `dense` model and a row for each cell, all by `metric`.
+
+    `note` is the note of a model from the zoo, None for other models.
+    """
 
     model: str
     note: str | None
@@ -83,7 +90,7 @@ class Sweep:
         return self.dense.result.metric
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of figures.json."""
+        """Return the contents of figures.json."""
         result, given = self.dense.result, self.config.to_json()
         return {
             "model": self.model,
@@ -103,7 +110,10 @@ class Sweep:
 
 
 def pareto(points: Sequence[tuple[float, float]], metric: Metric) -> list[bool]:
-    """Of (bytes, value of the metric): whether no other point is as small and better, or smaller and as good."""
+    """Return, for each point (bytes, value of the metric), whether it is on the Pareto front.
+
+    A point is on the front if its value is finite and no other point is at least as small and at least as good.
+    """
     sign = -1 if metric.higher_is_better else 1
     costs = [(size, sign * value) for size, value in points]
     return [

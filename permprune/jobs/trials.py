@@ -1,4 +1,4 @@
-"""What is measured of a model, and the trial of one method after the other on it."""
+"""Evaluation data and measurements, and trials of several methods on one calibrated model."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log
 
 ANSWERED_ONCE = 32
-"""Images or sentences to evaluate on for each window of text: they have one answer each, which says little."""
+"""Images or sentences per window of text in the evaluation: many, because each has only one label."""
 
 BATCH = 4
-"""Windows of text to evaluate at a time, or as many examples as are asked for in their place."""
+"""Windows of text per forward pass in the evaluation; `BATCH_MULTIPLIER` examples of another kind count as one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Data to measure on. Raises `PermpruneError` for numbers out of range."""
+    """The data and the metric of an evaluation. Raises `PermpruneError` for numbers out of range."""
 
     source: str | None = None
     """A file, a folder or a data set id; None for the default data of the model's kind."""
 
     windows: Count = 24
-    """Windows of text; of images and sentences 32 examples count as one."""
+    """Windows of text; 32 images or sentences count as one window."""
 
     length: Count = 512
     """Tokens in a window."""
@@ -50,13 +50,13 @@ class Evaluation:
     _: dataclasses.KW_ONLY
 
     shared: bool = False
-    """Whether the source is that of the calibration as well: each then gets half of its images, speech or sentences."""
+    """Whether calibration uses the same source: each then gets half of its images, speech or sentences."""
 
     metric: str | None = None
-    """Of labels: accuracy, matthews, f1, pearson or spearman; None for the one that suits them."""
+    """The metric for labels: accuracy, matthews, f1, pearson or spearman; None for the one that fits the labels."""
 
     tasks: TaskList | None = None
-    """Tasks to measure besides, where methods are compared."""
+    """Tasks to measure as well in `compare` and `sweep`."""
 
     def __post_init__(self) -> None:
         require_fields(self)
@@ -71,20 +71,23 @@ class Evaluation:
         metric: str | None = None,
         tasks: TaskList | None = None,
     ) -> tuple[PruneConfig, Evaluation]:
-        """The config and the evaluation of a run, which share a source if they name the same one."""
+        """Return the config and the evaluation of a run; `shared` is set in both if they name the same source."""
         shared = source is not None and source == config.calibration
         evaluation = cls(source, windows, config.length, shared=shared, metric=metric, tasks=tasks)
         return config.replace(shared=shared), evaluation
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
-        """Those to measure a model on. Raises `PermpruneError` where they cannot be read."""
+        """Load the examples to measure a model on. Raises `PermpruneError` if they cannot be read."""
         count = self.windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
         return load_examples(
             self.source, model, processor, part="evaluation", count=count, length=self.length, shared=self.shared
         )
 
     def measured(self, dense: Result, none: Result, pruned: Result, *, overlap: float) -> Measured:
-        """The entry of a record with three values on these data, of which a share was calibrated on as well."""
+        """Return the record's entry for the results of the dense model, no permutation and the pruned model.
+
+        `overlap` is the share of the evaluation data that the calibration data contain.
+        """
         return Measured(
             data=self.source or "default data",
             metric=dense.metric.name,
@@ -98,9 +101,10 @@ class Evaluation:
 
 
 class Meter:
-    """Measures a model on examples, by the metric that suits both; made while the model shows its dense weights.
+    """Measures a model on the examples of an evaluation, by the metric that fits both.
 
-    Where the examples do not say what is right, the dense model's outputs do.
+    It has to be created while the model has its dense weights: without labels, the metric is the agreement with the
+    dense model's outputs.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
@@ -116,10 +120,10 @@ class Meter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What the model scores with a method ("dense" for none), and what the method cost.
+    """The result of the model with a method, or without pruning ("dense"), and the cost of the method.
 
-    `seconds` are those of the search, its start included; `peak_memory_mb` is in MiB that of the process meanwhile,
-    None where the system does not say. `tasks` are the scores on tasks, if any were asked for.
+    `seconds` is the time of the search including its start. `peak_memory_mb` is the peak memory of the process in MiB,
+    None if the system does not report it. `tasks` are the scores on the requested tasks.
     """
 
     method: str
@@ -130,27 +134,28 @@ class Measurement:
 
     @property
     def score(self) -> Result | None:
-        """The mean accuracy on tasks; None where none was asked for."""
+        """The mean accuracy on the tasks; None without tasks."""
         return average(self.tasks)
 
     def to_json(self) -> dict[str, Any]:
-        """The row of a file: the value goes by the metric's name."""
+        """Return the measurement as JSON values; the key of the value is the name of the metric."""
         cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
         return {"method": self.method, self.result.metric.name: self.result.value, **cost, **task_figures(self.tasks)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """What a method found, and what was measured of it."""
+    """The solution of a method and its measurement."""
 
     solution: Solution
     measurement: Measurement
 
 
 class Trials:
-    """One model, calibrated, on which one method is tried after the other; `dense` is what it was before.
+    """Trials of several methods, one after the other, on one calibrated model.
 
-    A context manager: at the end a model in memory has its dense weights again, unless it was pruned (`prune`).
+    `dense` is the measurement of the model before pruning. As a context manager it restores the dense weights of the
+    model at the end, unless the model was pruned (`prune`).
     """
 
     def __init__(
@@ -184,7 +189,7 @@ class Trials:
 
     @cached_property
     def overlap(self) -> float:
-        """The share of the evaluation that is in the calibration as well."""
+        """The share of the evaluation data that the calibration data contain."""
         return self.prepared.overlap(self.measure.examples)
 
     @cached_property
@@ -193,7 +198,7 @@ class Trials:
             return self._measurement("dense", 0.0)
 
     def run(self, method: Permuter, label: str, run: Run | None = None) -> Trial:
-        """Try a method, with the budget, seed and data of `run` if given."""
+        """Search with a method and measure the pruned model; `run` replaces the time limit, seed and data."""
         reset_peak_memory()
         solution = method.solve(self.prepared.network, run or self.prepared.run)
         update_weights(self.prepared)
@@ -203,7 +208,10 @@ class Trials:
         return Trial(solution, found)
 
     def prune(self, method: Permuter) -> Pruned:
-        """Prune the model with a method that was tried: its solution is known. No other can be tried after that."""
+        """Prune the model with a method that was tried, whose solution is reused, and fold its orders into the weights.
+
+        No method can be tried after that.
+        """
         prepared, network = self.prepared, self.prepared.network
         network.set_orders(network.identity())
         update_weights(prepared)
@@ -214,12 +222,12 @@ class Trials:
         return finish(dataclasses.replace(prepared, config=prepared.config.replace(permute=method)), solution, natural)
 
     def _measurement(self, label: str, seconds: float) -> Measurement:
-        """Measure the weights that the model shows."""
+        """Measure the model with its current weights."""
         result, peak = self.measure(), peak_memory_mb()
         tasks = self.tasks(self.prepared.model, self.processor) if self.tasks else []
         return Measurement(method=label, result=result, seconds=seconds, peak_memory_mb=peak, tasks=tasks)
 
 
 def transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that reads what a model writes of speech; None for other models."""
+    """Return the tokenizer that decodes the transcripts of a speech-to-text model; None for other models."""
     return tokenizer_of(processor) if kind_of(model) == "speech" and is_encoder_decoder(model) else None

@@ -1,4 +1,4 @@
-"""Prove a pruned model."""
+"""The job of `permprune verify`: check the sparsity pattern and the outputs of a pruned model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from permprune.system.out_of_memory import memory_reported
 
 @dataclasses.dataclass(frozen=True)
 class Verified:
-    """What `verify` found: how many `layers` hold their pattern in stored order, and what stays `dense` in the blocks.
+    """The result of `verify`.
 
-    `difference` is the largest one between the model's outputs and those of the masked model in its own channel order.
+    `layers` is the number of layers whose stored weights satisfy their pattern, and `dense` describes the weights of
+    the blocks that are not pruned. `difference` is the largest absolute difference between the model's outputs and
+    those of the masked model before its channels were reordered.
     """
 
     layers: int
@@ -32,11 +34,10 @@ class Verified:
 
 @memory_reported()
 def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Verified:
-    """Prove a pruned model: every layer is N:M in stored order, and the outputs are those of the masked model.
+    """Check that the stored weights of every layer are N:M sparse and that the outputs are those of the masked model.
 
-    `model` is a folder that permprune wrote, which has to load besides, or a model in memory that `prune` or `load`
-    gave. `trust_remote_code` is as that of `read_model`. Raises `PermpruneError` that names the first thing which does
-    not hold.
+    `model` is a folder that permprune wrote, which is loaded, or a model in memory from `prune` or `load`.
+    `trust_remote_code` is as in `read_model`. Raises `PermpruneError` for the first check that fails.
     """
     shown = model if isinstance(model, PreTrainedModel) else load(model, trust_remote_code=trust_remote_code)
     origin = origin_of(shown)
@@ -50,7 +51,7 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
 
 
 def _dense(model: PreTrainedModel, record: Record) -> DenseWeights:
-    """What an older release did not record."""
+    """Compute the description of the dense weights, which older releases did not record."""
     excluded = record.settings.get("exclude")
     globs = map(str, excluded) if isinstance(excluded, list) else ()
     return dense_weights(model, [layer.name for layer in record.layers], globs)
