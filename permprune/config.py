@@ -1,4 +1,4 @@
-"""What a run depends on, as data."""
+"""The settings of a run, as data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from permprune.permuters.base import Permuter
     from permprune.saliency.base import Saliency
     from permprune.updates.base import Update
-else:  # their modules import torch, which the command line's help does without
+else:  # their modules import torch, which would slow down the command line's help
     Permuter = Saliency = Update = object
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -20,14 +20,14 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneConfig:
-    """What a run depends on: the same model, data and config give the same permutations.
+    """The settings of a run: the same model, data and config give the same permutations.
 
-    Methods are named ("newton", "newton:rounds=6") or given as objects (`Newton(rounds=6)`). Raises `PermpruneError`
-    for numbers out of range and unknown names.
+    Methods are names ("newton", "newton:rounds=6") or objects (`Newton(rounds=6)`). Raises `PermpruneError` for numbers
+    out of range and unknown names.
     """
 
     pattern: str = "2:4"
-    """N:M, as in "2:4": N of every M consecutive weights stay; or "mixed": each layer has a pattern of its own."""
+    """N:M, such as "2:4": N of every M consecutive weights are kept; or "mixed": the pattern differs between layers."""
 
     saliency: str | Saliency = "wanda"
     """The score of each weight: magnitude, wanda, ria or obs."""
@@ -38,58 +38,58 @@ class PruneConfig:
 
     mode: str = "fold"
     """How orders are stored: "fold" writes them into the weights, which costs nothing at run time; with "gather" every
-    layer that reads the residual stream has an order of its own, for one `index_select` each."""
+    layer that reads the residual stream has its own order, at the cost of one `index_select` each."""
 
     update: str | Update = "none"
-    """What is done to the weights that stay: "none", or "sparsegpt", which updates them at the orders found, as far as
-    that lowers the loss on the held-out examples."""
+    """The update of the weights that are kept: "none", or "sparsegpt", which is applied with the orders found, as far
+    as it lowers the loss on the held-out examples."""
 
     calibration: str | None = None
     """The calibration data: a file, a folder or a data set id; None for the default data of the model's kind."""
 
     samples: Count = 192
-    """Windows of text to draw from the calibration data; of images and sentences more examples count as one window."""
+    """Windows of text to draw from the calibration data; several images or sentences count as one window."""
 
     length: Count = 512
     """Tokens in a window."""
 
     measured: Count = 24
-    """Windows that give the statistics (the first of those drawn)."""
+    """Windows for the statistics (the first of those drawn)."""
 
     held_out: Count = 8
-    """Windows on which searches accept or refuse a step (the next ones); the rest is for gradients."""
+    """Windows on which searches accept or reject a step (the next ones); the rest is for gradients."""
 
     batch: Count = 4
-    """Windows that pass through the model at a time."""
+    """Windows per forward pass."""
 
     recompute: bool = False
-    """Run each block again in the backward pass instead of keeping its activations: slower, and takes less memory."""
+    """Recompute the activations of each block in the backward pass instead of storing them: slower, but less memory."""
 
     precision: str = "auto"
-    """The type of activations: "fp32", "bf16", or "auto" for the faster of the two."""
+    """The data type of activations: "fp32", "bf16", or "auto" for the faster of the two."""
 
     memory: Bytes | None = None
-    """A bound in bytes on the statistics of one calibration pass; `prune_to_folder` reads a model that needs more in
-    all from disk, layer by layer."""
+    """The maximum number of bytes for the statistics of one calibration pass. `prune_to_folder` reads a model layer by
+    layer from disk if the whole run would need more than this."""
 
     minutes: Positive | None = None
-    """End the search after so long. The result then depends on the machine's speed."""
+    """The time limit of the search, in minutes. The result then depends on the speed of the machine."""
 
     seed: Seed = 0
-    """Of all random numbers."""
+    """Seed of all random numbers."""
 
     exclude: tuple[str, ...] = ()
-    """Globs of layers that stay dense, such as "*.layers.0.*"."""
+    """Globs of the names of layers that are not pruned, such as "*.layers.0.*"."""
 
     shared: bool = False
-    """Whether the evaluation draws from the same images, speech or sentences, of which each then gets half
+    """Whether the evaluation uses the same source: each then gets half of its images, speech or sentences
     (`Evaluation.beside` sets it)."""
 
     trust_remote_code: bool = False
-    """Run the Python code that comes with a checkpoint, where the model is read by name (`read_model`)."""
+    """Run the Python code of a checkpoint when the model is read by name (`read_model`)."""
 
     def __post_init__(self) -> None:
-        from permprune.pattern import parse_pattern  # these import torch, which the command line's help does without
+        from permprune.pattern import parse_pattern  # slow: these import torch
         from permprune.permuters.registry import permuter
         from permprune.saliency.registry import saliency
         from permprune.updates.registry import update
@@ -106,7 +106,7 @@ class PruneConfig:
             )
 
     def replace(self, **changes: Any) -> PruneConfig:
-        """A copy with other values. Raises `PermpruneError` for an unknown field, naming the nearest that exists."""
+        """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one."""
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
@@ -114,14 +114,17 @@ class PruneConfig:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields for a record: names as they were given, objects described in the language of names."""
+        """Return the fields as JSON values: names as given, objects as the names that describe them (`label_of`)."""
         from permprune.registry import label_of
 
         described = {name: label_of(getattr(self, name)) for name in ("permute", "saliency", "update")}
         return {"permute": described["permute"], **vars(self), **described}
 
     def identity(self) -> dict[str, Any]:
-        """The fields for a state that a run goes on from: two names of one method are the same."""
+        """Return the fields that are compared before a run is resumed.
+
+        They are those of `to_json`, but names of the saliency and the update that mean the same are equal.
+        """
         from permprune.registry import describe
         from permprune.saliency.registry import saliency
         from permprune.updates.registry import update
@@ -133,10 +136,10 @@ class PruneConfig:
         }
 
     def shares(self, count: int, examples_per_window: int = 1) -> list[int]:
-        """How many of `count` examples are for the statistics, the held-out loss and the gradients.
+        """Return how many of `count` examples are for the statistics, the held-out loss and the gradients.
 
-        `examples_per_window` of them count as one window. If there are too few, the proportions stay; the last share
-        may be 0 or less where there are fewer than 3.
+        `examples_per_window` examples count as one window. If there are too few, the first two shares are reduced in
+        proportion so that about half remains for gradients. The last share may be 0 or less for fewer than 3 examples.
         """
         wanted = examples_per_window * (self.measured + self.held_out)
         share = min(1.0, count / (2 * wanted))

@@ -1,4 +1,4 @@
-"""What a model is shown: named tensors, one example a row."""
+"""Examples: the inputs of a model, and labels, as named tensors with one row per example."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from permprune.errors import PermpruneError
 from permprune.system.digests import digest_of
 
 IGNORED = -100
-"""The label of positions that have none."""
+"""The label of positions without a label, which losses ignore."""
 
 SORTED = 50
-"""Batches whose examples are sorted by length together."""
+"""Number of batches whose examples are sorted by length together."""
 
 
 class Examples:
-    """Tensors by the names of the model's arguments, all of one first dimension; immutable.
+    """Tensors by the names of the model's arguments, all with the same first dimension; immutable.
 
-    Text has "input_ids" (count, length), int64, and "attention_mask" of that shape where some of it is padding (0);
-    images "pixel_values" (count, channels, height, width); speech "input_features" (count, bins, frames). What is right
-    goes by "labels": a class for each example, int64 (count,), or for each position, (count, length), -100 where there
-    is none; without labels the name is absent. `len` counts examples; slices and index tensors select them.
+    Text has "input_ids", int64 (count, length), and if it is padded "attention_mask" of the same shape, which is 0 for
+    padding. Images have "pixel_values" (count, channels, height, width), and speech has "input_features" (count, bins,
+    frames). "labels", if present, are one class per example, int64 (count,), or one per position, int64
+    (count, length), with -100 for positions without a label. `len` returns the number of examples; slices and index
+    tensors select examples. Raises `PermpruneError` if there are no tensors or their first dimensions differ.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -38,11 +39,11 @@ class Examples:
 
     @classmethod
     def of(cls, data: ExampleData, most: int | None = None) -> Examples:
-        """Named tensors, token ids (count, length), or batches of named tensors, as examples.
+        """Create examples from named tensors, token ids (count, length), or an iterable of batches of named tensors.
 
-        Batches are what an iterable such as a `DataLoader` gives; no more of them are read than hold `most` examples.
-        Texts of other lengths are padded at the end, if the batches have an "attention_mask". Raises `PermpruneError`
-        for batches that are not named tensors, and for those that do not go together.
+        Batches are read, for example from a `DataLoader`, until there are `most` examples. Texts of different lengths
+        are padded at the end if the batches have an "attention_mask". Raises `PermpruneError` if a batch is not a dict
+        of tensors, or if the names or shapes of the batches differ.
         """
         if isinstance(data, Examples):
             return data
@@ -75,7 +76,7 @@ class Examples:
     @overload
     def __getitem__(self, at: slice | Tensor) -> Examples: ...
     def __getitem__(self, at: str | slice | Tensor) -> Tensor | Examples:
-        """The tensor of that name, or the examples at those places (a slice, or int64 indices)."""
+        """Return the tensor of that name, or the examples at these positions (a slice, or int64 indices)."""
         if isinstance(at, str):
             return self._tensors[at]
         return Examples({name: tensor[at] for name, tensor in self._tensors.items()})
@@ -94,23 +95,26 @@ class Examples:
         return f"Examples({shapes})"
 
     def keys(self) -> list[str]:
-        """The names; `**examples` are the tensors as keyword arguments."""
+        """Return the names of the tensors; with this method, `**examples` passes the tensors as keyword arguments."""
         return list(self._tensors)
 
     def get(self, name: str) -> Tensor | None:
-        """The tensor of that name; None if there is none."""
+        """Return the tensor of that name; None if there is none."""
         return self._tensors.get(name)
 
     def split(self, sizes: int | list[int]) -> list[Examples]:
-        """Runs of so many examples, the last one perhaps shorter; or runs of the sizes listed, which add up to all."""
+        """Split the examples, in order, into parts of `sizes` examples each, of which the last may be smaller.
+
+        If `sizes` is a list, its entries are the sizes of the parts and add up to the number of examples.
+        """
         names = self._tensors.keys()
         parts = zip(*(tensor.split(sizes) for tensor in self._tensors.values()), strict=True)
         return [Examples(dict(zip(names, part, strict=True))) for part in parts]
 
     def trimmed(self) -> Examples:
-        """Texts with one label each or none, without the columns at the end that are padding in all of them.
+        """Remove the columns at the end that are padding in all texts.
 
-        Other examples as they are.
+        Images, speech, texts without an "attention_mask" and texts with a label per position are returned unchanged.
         """
         mask, labels = self.get("attention_mask"), self.get("labels")
         if mask is None or "input_ids" not in self or (labels is not None and labels.dim() > 1):
@@ -124,7 +128,7 @@ class Examples:
 
     @cached_property
     def digest(self) -> str:
-        """Of all their values, wherever they lie."""
+        """A digest of the names and values of all tensors; it does not depend on their device."""
         return digest_of(sorted(self._tensors.items()))
 
     @property
@@ -133,7 +137,10 @@ class Examples:
 
 
 def _joined(tensors: list[Tensor], names: Container[str], name: str) -> Tensor:
-    """Tensors (count, ...) one after the other, texts padded to one length."""
+    """Concatenate tensors (count, ...), padding texts to the same length.
+
+    Raises `PermpruneError` if the shapes differ and the tensors cannot be padded.
+    """
     shapes = {tensor.shape[1:] for tensor in tensors}
     if len(shapes) == 1:
         return torch.cat(tensors)
@@ -146,17 +153,17 @@ def _joined(tensors: list[Tensor], names: Container[str], name: str) -> Tensor:
 
 
 def batches(examples: Examples, batch: int) -> list[Examples]:
-    """All examples in batches: texts by length, without needless padding; others as they come."""
+    """Split the examples into batches of `batch`; padded texts are sorted by length and trimmed in each batch."""
     if examples.get("attention_mask") is None:
         return examples.split(batch)
     return [examples[at].trimmed() for at in by_length(examples, batch)]
 
 
 def by_length(examples: Examples, batch: int, generator: torch.Generator | None = None) -> list[Tensor]:
-    """Batches of examples of about one length, as indices int64 (batch,); the last may be smaller.
+    """Return batches of examples of similar length, as int64 indices (batch,); the last batch may be smaller.
 
-    Given a generator, the examples are mixed before runs of `SORTED` batches are sorted by length, and the batches
-    after it.
+    With a generator, the examples are shuffled, groups of `SORTED` batches are sorted by length, and the batches are
+    shuffled.
     """
     mask = examples.get("attention_mask")
     lengths = torch.zeros(len(examples)) if mask is None else mask.flatten(1).sum(1).cpu()
@@ -168,6 +175,6 @@ def by_length(examples: Examples, batch: int, generator: torch.Generator | None 
 
 
 ExampleData = Examples | Mapping[str, Tensor] | Tensor | Iterable[Mapping[str, Tensor]]
-"""What `Examples.of` takes."""
+"""The data that `Examples.of` accepts."""
 
 Part = Literal["calibration", "evaluation"]

@@ -1,7 +1,7 @@
-"""Options that are numbers: which values each may take, declared once as the type of a dataclass field.
+"""Numeric options: the valid range of each is declared once, as the type of a dataclass field.
 
-A field `rounds: Natural = 16` takes whole numbers from 0. `require_fields` checks all fields of a dataclass when one is
-made, in Python and on the command line alike; `from_text` reads a value from a permuter's name.
+A field `rounds: Natural = 16` accepts integers from 0. `require_fields` checks all fields of a dataclass when an object
+is created, in Python as on the command line; `from_text` parses a value in the name of a method.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from permprune.errors import PermpruneError
 
 MODES = ("fold", "gather")
-"""Orders written into the weights, or looked up when the model runs."""
+"""How orders are stored: folded into the weights, or applied with an `index_select` when the model runs."""
 
 MOST = 10**9
-"""The largest count: far more than is ever useful, and small enough for the products of two counts."""
+"""The largest count: more than is ever useful, but the product of two counts fits in 64 bits."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
@@ -29,7 +29,7 @@ _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 
 @dataclass(frozen=True)
 class Range:
-    """The values of an option: finite numbers from `low` to `high`, without `low` itself if it is `open`."""
+    """The valid values of an option: finite numbers from `low` (excluded if `open`) to `high` (included)."""
 
     low: float
     high: float = sys.float_info.max
@@ -54,7 +54,10 @@ Share = Annotated[float, Range(0, 1)]
 
 @dataclass(frozen=True)
 class Number:
-    """What a field annotated with one of the types above takes. bool fields have no `range`."""
+    """The values that a field accepts: numbers of type `kind` in `range`, and None if it is `optional`.
+
+    The `range` of bool fields is None.
+    """
 
     kind: type
     range: Range | None
@@ -62,7 +65,7 @@ class Number:
 
     @classmethod
     def of(cls, hint: Any) -> Number | None:
-        """The number that an annotation stands for; None where it is no number."""
+        """Return the `Number` for an annotation; None if it is neither bool nor one of the types above."""
         optional = type(None) in get_args(hint)
         if optional:
             hint = next(part for part in get_args(hint) if part is not type(None))
@@ -84,7 +87,7 @@ class Number:
         return f"a {'whole ' if self.kind is int else ''}number {self.range}"
 
     def from_text(self, text: str) -> object:
-        """The value that a text writes, in range or not; the text itself where it writes none of this kind."""
+        """Parse a value, which may be out of range; returns the text itself if it cannot be parsed."""
         if self.kind is bool:
             return {"true": True, "false": False}.get(text, text)
         form = _INTEGER if self.kind is int else _NUMBER
@@ -92,33 +95,33 @@ class Number:
 
 
 def described(value: object) -> str:
-    """An object or a function as a person reads it, the same in every run: without the address of a function."""
+    """Return a readable description that is the same in every run: the qualified name of a function, or the repr."""
     name = getattr(value, "__qualname__", None)
     return repr(value) if name is None else f"{getattr(value, '__module__', '')}.{name}"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error about a name that is none of these: the one that was probably meant, or all of them."""
+    """Return the advice for an error message about an unknown name: the closest of `names`, or a list of all."""
     known = list(names)
     close = difflib.get_close_matches(name, known, 1)
     return f'did you mean "{close[0]}"?' if close else f"choose one of {', '.join(known)}"
 
 
 def numbers_of(options: type) -> dict[str, Number]:
-    """The fields of a dataclass that are numbers, by name."""
+    """Return the numeric fields of a dataclass, by name."""
     hints = get_type_hints(options, include_extras=True)
     found = {field.name: Number.of(hints[field.name]) for field in fields(options)}
     return {name: number for name, number in found.items() if number is not None}
 
 
 def require_fields(options: Any) -> None:
-    """Raise `PermpruneError` that names the first field of a dataclass which is out of its range."""
+    """Raise `PermpruneError` for the first field of a dataclass object that is out of range."""
     for name, number in numbers_of(type(options)).items():
         _require(name, getattr(options, name), number)
 
 
 def require(name: str, value: object, hint: Any) -> None:
-    """Raise `PermpruneError` unless `value` is one that an annotation such as `Count` stands for."""
+    """Raise `PermpruneError` unless `value` is valid for the annotation `hint`, such as `Count`."""
     number = Number.of(hint)
     assert number is not None, f"{hint} is no number"
     _require(name, value, number)

@@ -1,4 +1,4 @@
-"""The N:M pattern: which weights of a row survive, given a score for each."""
+"""N:M sparsity patterns: which weights of a row are kept, given a score for each."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 
 WIDEST = 16
-"""The largest M of the patterns that are looked for in weights."""
+"""The largest M of the patterns that `tightest` considers."""
 
 COUNTED = 8
-"""Members of a group up to which counting who comes before whom is faster than sorting."""
+"""The largest M for which ranks are computed by pairwise comparison, which is then faster than sorting."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Keep `n` of every `m` consecutive weights of a row (of the input dimension).
+    """The pattern that keeps `n` of every `m` consecutive weights along the input dimension.
 
     Raises `PermpruneError` unless 1 <= n < m.
     """
@@ -37,7 +37,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Read "N:M". Raises `PermpruneError` for anything else."""
+        """Parse "N:M"; a `Pattern` is returned unchanged. Raises `PermpruneError` for anything else."""
         if isinstance(text, Pattern):
             return text
         match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text)
@@ -47,14 +47,14 @@ class Pattern:
 
     @property
     def density(self) -> float:
-        """Share of weights kept."""
+        """The share of the weights that is kept, N / M."""
         return self.n / self.m
 
     def divides(self, width: int) -> bool:
         return width % self.m == 0
 
     def require_divisible(self, width: int, name: str) -> None:
-        """Raise `PermpruneError` when rows of `width` weights do not split into groups of m."""
+        """Raise `PermpruneError` if m does not divide `width`; `name` is what has rows of `width` weights."""
         if not self.divides(width):
             raise PermpruneError(
                 f"{name} has rows of {width} weights, which {self.m} does not divide: "
@@ -76,28 +76,36 @@ class Pattern:
     def mask_in_order(
         self, score: Num[Tensor, "rows width"], order: Int[Tensor, " width"]
     ) -> Bool[Tensor, "rows width"]:
-        """The mask that is left when the columns stand in `order`, int64 (width,), put back: `score` is (rows, width).
+        """Return the mask for columns that are grouped in the given order.
 
-        Returns bool (rows, width) in the order of `score`. Raises `PermpruneError` as `mask` does.
+        `score` is (rows, width) and `order`, a permutation of the columns, int64 (width,). Returns a bool tensor (rows,
+        width) with the columns in the original order of `score`. Raises `PermpruneError` as `mask` does.
         """
         found = torch.empty_like(score, dtype=torch.bool)
         found[:, order] = self.mask(score[:, order])
         return found
 
     def mask_groups(self, score: Num[Tensor, "*shape"], dim: int) -> Bool[Tensor, "*shape"]:
-        """The same as `mask`, unchecked, for scores whose dimension `dim` runs over the m members of each group."""
+        """Return the mask of scores that are already grouped: dimension `dim` has the m members of each group.
+
+        Returns a bool tensor of the shape of `score`. Ties are broken as by `mask`; scores are not checked for NaN.
+        """
         return ranks(score, dim) < self.n
 
     def holds(self, weight: Num[Tensor, "*rows width"]) -> bool:
-        """Whether every group of m consecutive weights of (..., width) has at most n non-zeros."""
+        """Return whether every group of m consecutive weights of `weight`, (..., width), has at most n non-zeros.
+
+        Raises `PermpruneError` if m does not divide the width.
+        """
         self.require_divisible(weight.shape[-1], "a weight matrix")
         return bool((weight.unflatten(-1, (-1, self.m)).ne(0).sum(-1) <= self.n).all())
 
 
 def tightest(weight: Num[Tensor, "*rows width"]) -> Pattern | None:
-    """The pattern, of all with M up to `WIDEST`, that leaves the fewest weights and that (..., width) holds.
+    """Return the pattern of the lowest density, with M up to `WIDEST`, that `weight`, (..., width), satisfies.
 
-    Of several that leave equally many it is the one with the smallest M; None where none holds, or all weights are 0.
+    Of several patterns with the same density, the one with the smallest M is returned. Returns None if the weight
+    satisfies no pattern or is all zeros.
     """
     width, held = weight.shape[-1], []
     for m in range(2, WIDEST + 1):
@@ -108,9 +116,9 @@ def tightest(weight: Num[Tensor, "*rows width"]) -> Pattern | None:
 
 
 def ranks(score: Num[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"] | UInt8[Tensor, "*shape"]:
-    """How many scores along `dim` come before each: those larger, and the equal ones at earlier places.
+    """Return the rank of each score along `dim`: 0 for the largest; of equal scores the earlier one ranks first.
 
-    Returns integers of the shape of `score`, of a type that may be as small as uint8.
+    Returns a tensor of the shape of `score`, of type uint8 if `dim` has at most `COUNTED` entries, else int64.
     """
     members = score.unbind(dim)
     if len(members) > COUNTED:
@@ -129,15 +137,15 @@ def ranks(score: Num[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"] | UIn
 
 
 MIXED = "mixed"
-"""What stands for a pattern where each layer gets one of `CHOICES`."""
+"""The value of the option `pattern` with which each layer gets its own pattern (`permprune.pruning.allocation`)."""
 
 
 TOTAL = Pattern(2, 4)
-"""The pattern whose number of weights a mix keeps."""
+"""The pattern that keeps the same number of weights as a mix."""
 
 
 def parse_pattern(text: str) -> Pattern:
-    """The pattern that "N:M" names, of "mixed" the one that keeps as many weights.
+    """Parse "N:M"; for "mixed", return the pattern that keeps the same number of weights (`TOTAL`).
 
     Raises `PermpruneError` for anything else.
     """

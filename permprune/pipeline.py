@@ -1,4 +1,4 @@
-"""The stages, walked once: couple, calibrate, score, permute, prune, update, fold."""
+"""The stages of pruning: discover couplings, calibrate, score, permute, prune, update, fold."""
 
 from __future__ import annotations
 
@@ -56,12 +56,15 @@ from permprune.updates.share import update_network
 from permprune.zoo.models import note
 
 VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
-"""Packages whose versions are recorded."""
+"""Packages whose versions the record contains."""
 
 
 @dataclass
 class Prepared(Plan):
-    """A model, coupled and calibrated: all that does not depend on the permuter."""
+    """A plan and its calibrated model: everything that does not depend on the permuter.
+
+    `network` is the masked model and `seconds` the time that the preparation took.
+    """
 
     model: PreTrainedModel
     network: PrunedNetwork
@@ -70,13 +73,14 @@ class Prepared(Plan):
 
 @dataclass(kw_only=True)
 class Pruned:
-    """A pruned model in stored order, and what was decided on the way.
+    """A pruned model whose channels are in stored order, and how it was pruned.
 
-    `config` is the run's. `tables` are the folded permutations by space, `gathers` all reorderings that the model does
-    at run time. `layers` has, for each pruned layer, the share of squared saliency kept and the relative output error,
-    in natural order (`kept_none`, `error_none`) and as pruned (`kept`, `error`). `probe` are two examples with the
-    model's outputs before the orders were folded (`make_probe`). `sample` shows a few weights before and after (see
-    `sample`); None where the model was not held.
+    `solution` is the result of the search and `config` the config of the run. `tables` are the folded permutations by
+    space, int64 (channels,), and `gathers` all reorderings that the model performs at run time. `layers` has, for each
+    pruned layer, the share of squared saliency kept and the relative output error, in natural order (`kept_none`,
+    `error_none`) and as pruned (`kept`, `error`). `probe` contains two examples and the model's outputs for them before
+    the orders were folded (`make_probe`). `sample` contains a few weights before and after pruning (see `sample`); it
+    is None if the model was read layer by layer.
     """
 
     model: PreTrainedModel
@@ -89,7 +93,7 @@ class Pruned:
     sample: dict[str, Any] | None = None
 
     def record(self) -> Record:
-        """How the model was pruned, as its folder tells it; what `prune` does not measure is None."""
+        """Return the record of how the model was pruned; fields that `prune` does not measure are None."""
         origin, pruned = origin_of(self.model), [layer.name for layer in self.layers]
         name, before = origin.name, origin.record
         values = {
@@ -112,11 +116,11 @@ class Pruned:
         return Record.of(values)
 
     def save_pretrained(self, folder: str | Path, processor: Processor | None = None) -> None:
-        """Write the whole folder, as `prune_to_folder` does: in either mode `load` and `verify` take it.
+        """Write the model to a folder that `load` and `verify` accept, as `prune_to_folder` does.
 
-        That is the config, the weights in the type that they were read in, the processor, the record, the probe, a
-        report and a model card. `folder` must not exist yet; it appears when all is there. Raises `PermpruneError` if
-        the weights are no longer those that pruning left: `permprune.save` writes them.
+        The folder contains the config, the weights in the data type in which they were read, the processor, the record,
+        the probe, a report and a model card. `folder` must not exist; it is created when all files are complete. Raises
+        `PermpruneError` if the weights were changed after pruning; use `permprune.save` to write such a model.
         """
         record = self.record()
         trained = "if you have trained it since, write it with permprune.save"
@@ -137,10 +141,10 @@ class Pruned:
         revision: str | None = None,
         message: str = MESSAGE,
     ) -> str:
-        """Write the whole folder as `save_pretrained` does, to a temporary place, and upload it.
+        """Write the model to a temporary folder as `save_pretrained` does, and upload it to the Hugging Face Hub.
 
-        The options are those of `permprune.push_to_hub`; the model card says how to load the model from the hub.
-        Returns the address of the repository. Raises `PermpruneError`.
+        The options are as in `permprune.push_to_hub`. The model card shows how to load the model from the Hub. Returns
+        the URL of the repository. Raises `PermpruneError`.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
@@ -166,12 +170,12 @@ def prepare(
     examples: ExampleData | None = None,
     partial: Path | None = None,
 ) -> Prepared:
-    """Discover the couplings, calibrate, and show the network its masks in natural order.
+    """Discover the couplings, calibrate the model, and mask its weights in natural order.
 
-    `processor` is the tokenizer, or what makes inputs of images or sound. `examples` are what to calibrate on in place
-    of the config's data, token ids (count, length) among them; a decoder that is given no text reads what the dense
-    model writes. `partial` is a folder in which the searches keep their state. Raises `PermpruneError` for
-    a config, data or a model that cannot be used.
+    `processor` is the tokenizer of a language model, or the processor of images or audio. `examples` replace the
+    config's calibration data, as in `prune`. If they lack text for a decoder, the decoder reads the text that the dense
+    model generates. `partial` is a folder in which the searches save their state. Raises `PermpruneError` for a config,
+    data or a model that cannot be used.
     """
     started = time.monotonic()
     if examples is None:
@@ -218,14 +222,14 @@ def prepare(
 
 
 def update_weights(prepared: Prepared) -> None:
-    """Update the weights at the orders the network shows, as the config says. Raises `PermpruneError`."""
+    """Apply the config's weight update with the current orders of the network. Raises `PermpruneError`."""
     update_network(update(prepared.config.update), prepared.network, prepared.measured, prepared.run.held_out)
 
 
 def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
-    """Fold the orders into the weights that the network shows for this solution. The prepared network is used up.
+    """Fold the orders of a solution into the current weights of the network, which has to have this solution.
 
-    `natural` are the network's measures in natural order.
+    `natural` are the network's measures in natural order. `prepared` must not be used afterwards.
     """
     model, network = prepared.model, prepared.network
     probe = make_probe(model, short_inputs(model, prepared.run.held_out))
@@ -283,7 +287,7 @@ def prune(
 
 
 def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) -> list[PrunedLayer]:
-    """A network's measures, each layer's with those in natural order."""
+    """Combine the measures of each layer as pruned with those in natural order."""
     return [
         PrunedLayer(**asdict(own), kept_none=before.kept, error_none=before.error)
         for own, before in zip(measures, natural, strict=True)
@@ -291,7 +295,7 @@ def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) ->
 
 
 def new_gathers(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Gather]:
-    """The gathers that a loader must put back, by problem; those of orders that move nothing are left out."""
+    """Return the gathers that a pruned model needs, by problem; natural orders need none."""
     sites = {site.name: site for site in coupling.sites}
     found = {}
     for problem in problems:
@@ -305,7 +309,7 @@ def new_gathers(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
 
 @torch.no_grad()
 def _gather(prepared: Prepared, orders: Orders) -> list[Gather]:
-    """Reorder the columns of every gathered layer and attach the gathers; returns all that the model has then."""
+    """Reorder the columns of every gathered layer and attach the gathers; returns all gathers of the model."""
     found = new_gathers(prepared.coupling, prepared.problems, orders)
     for problem in prepared.problems:
         if problem.name in found:

@@ -1,4 +1,4 @@
-"""What will be searched in a model, decided before anything is measured."""
+"""The plan of a run: the layers to prune, the orders to choose, and the examples to use."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ from permprune.system.search_state import Checkpoint
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 FREE = ("permute", "minutes", "update", "batch", "recompute")
-"""Fields of the config that may change before an interrupted search goes on."""
+"""Fields of the config that may change before an interrupted search is resumed."""
 
 
 @dataclass
 class Plan:
-    """What will be searched in a model, before anything is measured.
+    """The plan of a run, which is made before calibration.
 
-    `sites` names the tensor that each layer reads, `dense` what stays dense inside the blocks; `measured` are the
-    examples for the statistics, through which activations have type `dtype`.
+    `layers` are the layers to prune and `problems` the orders to choose. `sites` maps each layer to the name of the
+    tensor that it reads. `dense` describes the weights inside the blocks that are not pruned. `measured` are the
+    examples for the statistics, and `dtype` is the data type of activations.
     """
 
     config: PruneConfig
@@ -60,7 +61,7 @@ class Plan:
     run: Run
 
     def overlap(self, evaluation: Examples) -> float:
-        """The share of an evaluation that is in the calibration as well (`permprune.data.overlap`)."""
+        """Return the share of the evaluation data that the calibration data contain (`permprune.data.overlap`)."""
         return overlap([self.measured, self.run.held_out, self.run.train], evaluation)
 
 
@@ -72,10 +73,10 @@ def plan_run(
     weights: Mapping[str, Tensor],
     partial: Path | None = None,
 ) -> Plan:
-    """Discover the couplings and share out the examples; `partial` is as that of `prepare`.
+    """Discover the couplings of a model and divide the examples between statistics, held-out loss and gradients.
 
-    The model may be on the meta device, with its weights on disk: `weights` are the model's, by name, for a digest.
-    Raises `PermpruneError`.
+    The model may be on the meta device, with its weights on disk; `weights` are the model's weights by name, from which
+    a digest is computed. `partial` is as in `prepare`. Raises `PermpruneError`.
     """
     pattern, metric = parse_pattern(config.pattern), saliency(config.saliency)
     layers = prunable_layers(model, pattern, config.exclude)
@@ -103,7 +104,11 @@ def plan_run(
 
 
 def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:
-    """The couplings of a model; in gather mode the sites alone will do, where it cannot be traced."""
+    """Discover the couplings of a model.
+
+    In gather mode, a model that cannot be traced gets only sites, which are found by a forward pass. Raises
+    `Untraceable` in fold mode.
+    """
     try:
         return discover(model, example)
     except Untraceable as error:
@@ -114,12 +119,12 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
 
 
 def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
-    """How many examples `samples` windows stand for."""
+    """Return the number of examples that correspond to `config.samples` windows."""
     return config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
 
 
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:
-    """Of the calibration data as many examples as are worth `samples` windows, or as there are."""
+    """Load the calibration examples: `calibration_count`, or all if there are fewer. Raises `PermpruneError`."""
     if processor is None:
         raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
     count = calibration_count(model, config)
@@ -137,7 +142,10 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, co
 
 
 def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -> list[Examples]:
-    """Examples for statistics, held-out loss and gradients (see `PruneConfig.shares`)."""
+    """Divide the examples between statistics, held-out loss and gradients (see `PruneConfig.shares`).
+
+    Raises `PermpruneError` if there are fewer than 3.
+    """
     shares = config.shares(len(examples), examples_per_window)
     if shares[-1] < 1:
         raise PermpruneError(
@@ -147,7 +155,10 @@ def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -
 
 
 def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
-    """The tensor each layer reads; those that read none are left out, and stay dense."""
+    """Return the name of the tensor that each layer reads; layers that take no part in the forward pass are left out.
+
+    Logs a warning for these. Raises `PermpruneError` if no layer is left.
+    """
     names = {reader: site.name for site in coupling.sites for reader in site.readers}
     sites = {layer.name: names[layer.parameter] for layer in layers if layer.parameter in names}
     if idle := [layer.name for layer in layers if layer.name not in sites]:

@@ -1,7 +1,7 @@
-"""Methods by name: the language in which permuters, saliencies and updates are named, with their options.
+"""The syntax of method names: permuters, saliencies and updates are given by name, with their options.
 
-A name alone ("newton") is the method with its defaults; options follow it, each after a colon: "newton:rounds=6". An
-object may stand wherever a name may, and is described in the same language.
+A name alone ("newton") is the method with its defaults. Options follow it, each after a colon: "newton:rounds=6". An
+object can be given instead of a name, and its description has the same syntax.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ T = TypeVar("T")
 
 
 def method_of(given: str | T, kind: type[T], known: Mapping[str, type[T]]) -> T:
-    """The method that a name stands for, such as "newton" or "newton:rounds=6"; an object of this `kind` as it is.
+    """Return the method for a name such as "newton:rounds=6"; an object of type `kind` is returned unchanged.
 
-    More options follow as the first does, "newton:rounds=6:distillation=1e-5"; each is a number, of the method or of
-    its objective. Raises `PermpruneError` that lists the names, or the method's options, where there is none such, and
-    for a value that the option does not take (see `permprune.options`).
+    `known` are the methods by name. Options are separated by colons, as in "newton:rounds=6:distillation=1e-5"; each is
+    a numeric field of the method or of its objective. Raises `PermpruneError` for an unknown name, an unknown option,
+    and a value that is invalid for the option (see `permprune.options`).
     """
     word = kind.__name__.lower()
     if isinstance(given, kind):
         return _named(given)
     if not isinstance(given, str):
-        forgotten = isinstance(given, type) and issubclass(given, kind)  # its parentheses
+        forgotten = isinstance(given, type) and issubclass(given, kind)  # the class, without parentheses
         made = f"{given.__name__}()" if forgotten else f"{kind.__name__} object"  # type: ignore[attr-defined]
         raise PermpruneError(f"the {word} is {reprlib.repr(given)}: give its name, or the {made}")
     name, *changes = given.split(":")
@@ -43,21 +43,21 @@ def method_of(given: str | T, kind: type[T], known: Mapping[str, type[T]]) -> T:
 
 
 def describe(method: Any) -> str:
-    """A method in the language of names: "newton:rounds=6", the options at their defaults left out.
+    """Return the name of a method with the options that differ from their defaults, such as "newton:rounds=6".
 
-    Options that are no numbers, which the language has no words for, are described as well as may be: an own permuter
-    that begins with another's orders is "mine:start=ria".
+    Options that are not numbers are described too, although `method_of` cannot parse them: a custom permuter that
+    starts with the orders of another one is "mine:start=ria".
     """
     return ":".join([method.name, *(f"{name}={text}" for name, text in _changes(method))])
 
 
 def label_of(given: Any) -> str:
-    """A method as it was named, or its description: what tables and records call it."""
+    """Return the label of a method in tables and records: the given name, or the description of an object."""
     return given if isinstance(given, str) else describe(given)
 
 
 def _changes(method: Any) -> Iterator[tuple[str, str]]:
-    """The options that are not at their defaults."""
+    """Yield the options of a method that differ from their defaults, as pairs of name and text."""
     for field in dataclasses.fields(method):
         value, default = getattr(method, field.name), _default(field)
         if value == default:
@@ -71,7 +71,7 @@ def _changes(method: Any) -> Iterator[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
-    """A value in the language of names, or as a person reads it."""
+    """Return the text of a value in a method's description."""
     if value is None or isinstance(value, bool | int | float):
         return json.dumps(value)
     if dataclasses.is_dataclass(value) and isinstance(getattr(value, "name", None), str):
@@ -86,13 +86,16 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _objective(method: Any) -> Any:
-    """What a method that has one minimises, whose weights are options of the method's name."""
+    """Return the objective of a method, whose weights are options in the method's name; None if it has none."""
     objective = getattr(method, "objective", None)
     return objective if dataclasses.is_dataclass(objective) else None
 
 
 def _read_options(name: str, changes: list[str], method: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The values that "option=value" give, by option: those of the method, and those of its objective."""
+    """Parse "option=value" texts; returns the values by option, first the method's and then its objective's.
+
+    Raises `PermpruneError` for an unknown or repeated option.
+    """
     objective, chosen = _objective(method), {}
     holders = {option: held for held in (method, objective) if held for option in numbers_of(type(held))}
     for change in changes:
@@ -109,7 +112,7 @@ def _read_options(name: str, changes: list[str], method: Any) -> tuple[dict[str,
 
 
 def _named(method: T) -> T:
-    """The method, if its class has a name, by which tables, records and states call it."""
+    """Return the method; raises `PermpruneError` if it has no `name`, which tables, records and states need."""
     if not isinstance(getattr(method, "name", None), str):
         raise PermpruneError(f'{type(method).__name__} has no name: give its class one, as name = "mine"')
     return method
