@@ -1,4 +1,4 @@
-"""What a benchmark measured: speed, size and memory of checkpoints, as records and files of figures keep them."""
+"""The results of a benchmark: speed, size and memory of checkpoints, as stored in records and JSON files."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Speed:
     """The speed of a model at one batch size and context length.
 
     Attributes:
-        batch: Sequences that are generated side by side.
-        context: Tokens of the prompt of each.
-        first_token: Seconds from the prompt to the first token.
-        next_token: Seconds from one token to the next, in the mean over the tokens after the first.
+        batch: Number of sequences that are generated in parallel.
+        context: Number of tokens in the prompt of each sequence.
+        first_token: Seconds from the prompt to the first generated token.
+        next_token: Mean number of seconds per generated token after the first.
     """
 
     batch: Count
@@ -30,16 +30,16 @@ class Speed:
 
     @property
     def prefill(self) -> float:
-        """Tokens of the prompts that are read in a second."""
+        """Prompt tokens per second, over all sequences."""
         return self.batch * self.context / self.first_token
 
     @property
     def decode(self) -> float:
-        """Tokens that are generated in a second, over all sequences."""
+        """Generated tokens per second, over all sequences."""
         return self.batch / self.next_token
 
     def fastest(self, other: Speed | None) -> Speed:
-        """The shorter times of two measurements of the same."""
+        """Return the minimum of both times over this measurement and `other`; this one if `other` is None."""
         if other is None:
             return self
         first, following = min(self.first_token, other.first_token), min(self.next_token, other.next_token)
@@ -48,14 +48,14 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class BenchedModel:
-    """One model as it ran.
+    """The measurements of one model.
 
     Attributes:
-        name: The folder or the name, for a dense model with its type.
+        name: The folder or the name of the model; for the dense model followed by its data type.
         dense: Whether it is the dense model.
-        bytes: Bytes of all of its tensors, tied ones counted once.
-        resident: Bytes of main memory that its process takes up after the measurements, PyTorch's own included.
-        speeds: Its speed at each batch size and context length.
+        bytes: Bytes of all tensors of the model, tied ones counted once.
+        resident: Resident memory of the model's process after the measurements in bytes, including PyTorch itself.
+        speeds: The speed at each batch size and context length.
     """
 
     name: str
@@ -67,7 +67,11 @@ class BenchedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What `bench` measured, the dense model first, on `threads` threads of `device`."""
+    """The result of `bench`: one row per model, the dense model first.
+
+    `threads` is the number of threads of each process and `device` is "CPU" or "GPU". Raises `Malformed` if no row is
+    that of a dense model, or if the rows differ in batch sizes and context lengths or have none.
+    """
 
     threads: Count
     device: str
@@ -79,7 +83,7 @@ class Benchmark:
             raise Malformed("rows must have a dense model, and speeds of the same batches and contexts")
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of a file of figures, tokens per second among them."""
+        """Return the benchmark as JSON values, including tokens per second."""
         rows = [
             {
                 **dataclasses.asdict(row),

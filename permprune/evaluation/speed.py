@@ -1,4 +1,4 @@
-"""How fast a causal language model reads a prompt and generates tokens."""
+"""Measure how fast a causal language model reads a prompt and generates tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
 STEPS = 16
-"""Tokens that are generated to measure the time of one."""
+"""Default number of tokens that are generated to measure the time per token."""
 
 
 @torch.inference_mode()
 def measure_speed(model: PreTrainedModel, *, batch: int, context: int, steps: int = STEPS, seed: int = 0) -> Speed:
-    """Read a random prompt of `context` tokens and generate `steps` tokens greedily after it, once.
+    """Measure the time to read a random prompt of `context` tokens and then to generate `steps` tokens greedily.
 
-    Raises `PermpruneError` for a model that does not generate text.
+    `batch` sequences are processed in parallel, once. `seed` is the seed of the prompt. Raises `PermpruneError` if the
+    model is not a causal language model.
     """
     if not is_causal_lm(model):
         raise PermpruneError("speed is measured of causal language models: give one")
@@ -41,16 +42,19 @@ def measure_speed(model: PreTrainedModel, *, batch: int, context: int, steps: in
 
 
 def _next_token(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-    """The most likely token after each of the sequences, (batch, 1)."""
+    """Return the most likely next token of each sequence, int64 (batch, 1), for `ids` (batch, length).
+
+    `cache` contains the keys and values of the tokens before `ids`; those of `ids` are added.
+    """
     names = argument_names(model)
-    kept = {"cache" if "cache" in names else "past_key_values": cache}  # the argument's name in older releases
+    kept = {"cache" if "cache" in names else "past_key_values": cache}  # the name depends on the release
     last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
     logits: Tensor = model(ids, use_cache=True, **kept, **last).logits
     return logits[:, -1:].argmax(-1)
 
 
 def _now(device: torch.device) -> float:
-    """The time when all work on the device is done."""
+    """Wait for all work on the device and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,7 +1,7 @@
-"""Triton kernels for GPUs: products of packed weights at small batch, unpacking, and placement costs of the search.
+"""Triton kernels: matrix products with packed weights for small batches, unpacking, and placement costs of the search.
 
-Triton comes with PyTorch's builds for GPUs. On the CPU the kernels run in Triton's interpreter (`TRITON_INTERPRET=1`),
-for tests.
+Triton is part of PyTorch's builds for GPUs. On the CPU, tests run the kernels in Triton's interpreter
+(`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 WORD = 64
-"""Channels of a word of a mask."""
+"""Number of channels in one word of a mask."""
 
 LARGEST_BATCH = 16
-"""Rows of activations that one product takes: the smallest tile of a GPU's matrix units."""
+"""The maximum rows of activations in one product, which is the smallest tile of a GPU's matrix units."""
 
 ROWS = 32
-"""Rows of a weight that a program multiplies."""
+"""Rows of a weight that one Triton program multiplies or unpacks."""
 
 CHANNELS, GROUPS, LINES = 16, 16, 32
-"""Channels, groups and rows that a program of `place` compares at a time."""
+"""Channels and groups per Triton program of `place`, and rows that it processes at a time."""
 
 
 @triton.jit
 def _word(values, mask, start, row, inside, word, words, end):
-    """64 channels of some rows with their zeros, and where the values of the next word start.
+    """Return 64 channels of some rows, including zeros, and the positions at which the values of the next word start.
 
-    No value is read outside the `end` of the tensor, whatever the mask holds.
+    No value at or after the `end` of the tensor is read, even if the mask is damaged.
     """
     channel = tl.arange(0, 64)
     byte = tl.load(mask + row[:, None] * (words * 8) + word * 8 + channel[None, :] // 8, mask=inside[:, None], other=0)
@@ -54,7 +54,7 @@ def _multiply(
         at = word * 64 + channel
         shown = (at[:, None] < width) & (sample[None, :] < batch)
         read = tl.load(x + sample[None, :] * width + at[:, None], mask=shown, other=0)
-        if NARROW:  # both are bf16 or fp16, for which there are matrix units
+        if NARROW:  # both are bf16 or fp16, which matrix units support
             part = tl.dot(weight, read)
         else:
             part = tl.dot(weight.to(tl.float32), read.to(tl.float32), input_precision="ieee")
@@ -110,7 +110,10 @@ def _place(
 def multiply(
     x: Tensor, values: Tensor, mask: Tensor, scale: Tensor | None, bias: Tensor | None, *, width: int, block: int
 ) -> Tensor:
-    """x W^T + bias for contiguous x (batch, width), batch <= `LARGEST_BATCH`, and the tensors of a `PackedWeight`."""
+    """Return x W^T + bias, (batch, rows), for contiguous x (batch, width) and the tensors of a `PackedWeight`.
+
+    batch is at most `LARGEST_BATCH`; `block` is the number of channels per scale. The result has the data type of x.
+    """
     rows, kept = values.shape
     y = x.new_empty(len(x), rows)
     narrow = x.is_cuda and x.dtype == values.dtype != torch.float32  # the interpreter multiplies bf16 as integers
@@ -123,7 +126,7 @@ def multiply(
 
 
 def unpack(values: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype, *, width: int, block: int) -> Tensor:
-    """The weight (rows, width) with its zeros, of this type."""
+    """Return the dense weight (rows, width) of type `dtype` for the tensors of a `PackedWeight`."""
     rows, kept = values.shape
     weight = torch.empty(rows, width, dtype=dtype, device=values.device)
     _unpack[(triton.cdiv(rows, ROWS),)](
@@ -134,9 +137,9 @@ def unpack(values: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtyp
 
 
 def place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
-    """Sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r]: fp32 (c, g).
+    """Return the sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r], as a matrix (c, g).
 
-    All four are fp32 (k, rows).
+    All four arguments are fp32 (k, rows), and the result is fp32 (k, k).
     """
     count, rows = score.shape
     cost = score.new_empty(count, count)
@@ -147,10 +150,10 @@ def place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tenso
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A tensor, or another to point at where there is none and nothing is read."""
+    """Return the tensor, or if it is None `other` as a valid pointer, which the kernel does not read."""
     return other if tensor is None else tensor
 
 
 def _words(mask: Tensor, scale: Tensor | None) -> tuple[int, int]:
-    """The words of a row of the mask, and the blocks of a row that have a scale."""
+    """Return the number of words in a row of the mask, and the number of scales per row (0 without scales)."""
     return mask.shape[1] // 8, 0 if scale is None else scale.shape[1]

@@ -1,6 +1,6 @@
-"""Embeddings and heads in int8: tables (rows, width) with a scale for each run of channels of a row.
+"""Embeddings and heads in int8: tables (rows, width) with a scale for each block of channels in a row.
 
-In small models the table of the vocabulary is a third of all bytes, and a head reads all of it for every token.
+In small models the embedding table is about a third of all bytes, and the head reads all of it for every token.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from permprune.kernels.linear import LARGEST_BATCH, round_to_int8
 from permprune.kernels.packed import quantize
 
 ROWS = 4096
-"""Rows of a table that are converted at a time for large batches."""
+"""Number of rows of a table that are converted to fp32 at a time."""
 
 
 @torch.library.custom_op("permprune::int8_linear", mutates_args=())
 def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, block: int) -> Tensor:
-    """Return x W^T + bias for activations (..., width), fp32, bf16 or fp16, and an int8 table.
+    """Return x W^T + bias, (..., rows), for activations x (..., width) in fp32, bf16 or fp16 and an int8 table.
 
-    Up to 64 rows of activations are rounded to int8 as for packed weights. Raises `PermpruneError` if shapes or types
-    do not match.
+    `values` is int8 (rows, width) and `scale` fp32 (rows, width / block). If there are at most `LARGEST_BATCH` rows of
+    activations, they are rounded to int8 as for packed weights. Raises `PermpruneError` if shapes or types do not
+    match.
     """
     _require_fit(x, values, scale, block)
     rows = x.reshape(-1, x.shape[-1])
@@ -47,13 +48,13 @@ def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, block: int)
 
 
 def dequantize(values: Tensor, scale: Tensor, block: int) -> Tensor:
-    """Return the numbers of int8 values (..., width) with scales (..., width / block), in fp32."""
+    """Return the fp32 numbers (..., width) for int8 values (..., width) and scales (..., width / block)."""
     numbers: Tensor = (values.unflatten(-1, (-1, block)).float() * scale[..., None]).flatten(-2)
     return numbers
 
 
 class Int8Table(nn.Module):
-    """The tensors of a table: `values`, int8 (rows, width), and `scale`, fp32 (rows, width / block)."""
+    """The tensors of an int8 table: `values`, int8 (rows, width), and `scale`, fp32 (rows, width / block)."""
 
     values: Tensor
     scale: Tensor
@@ -66,7 +67,10 @@ class Int8Table(nn.Module):
 
     @classmethod
     def pack(cls, weight: Tensor, block: int, **options: Any) -> Int8Table:
-        """Round a weight (rows, width) to int8. Raises `PermpruneError` if `block` does not divide the width."""
+        """Create a table by rounding a weight (rows, width) to int8.
+
+        `options` are passed to the constructor. Raises `PermpruneError` if `block` does not divide the width.
+        """
         if weight.shape[1] % block:
             raise PermpruneError(f"rows of {weight.shape[1]} channels cannot be int8: {block} does not divide them")
         values, scale = quantize(weight.float(), block)
@@ -74,7 +78,7 @@ class Int8Table(nn.Module):
 
     @classmethod
     def empty(cls, weight: Tensor, block: int, **options: Any) -> Int8Table:
-        """A table for a weight of this shape, on the meta device, to load its tensors into."""
+        """Create a table on the meta device for a weight of this shape (rows, width); its tensors are loaded later."""
         rows, width = weight.shape
         values = torch.empty(rows, width, dtype=torch.int8, device="meta")
         return cls(values, torch.empty(rows, width // block, device="meta"), block, **options)
@@ -85,7 +89,7 @@ class Int8Table(nn.Module):
         return dequantize(self.values, self.scale, self.block)
 
     def check(self, name: str) -> None:
-        """Raise `PermpruneError` unless the tensors belong together and are finite."""
+        """Raise `PermpruneError` if the types or shapes of the tensors are wrong or a scale is not finite."""
         rows, width = self.values.shape
         fits = self.values.dtype == torch.int8 and self.scale.shape == (rows, width // self.block)
         if not fits or (not self.scale.is_meta and not torch.isfinite(self.scale).all()):
@@ -93,7 +97,7 @@ class Int8Table(nn.Module):
 
 
 class Int8Embedding(Int8Table):
-    """An `nn.Embedding` in int8, whose vectors have type `dtype`."""
+    """An `nn.Embedding` in int8, whose outputs have data type `dtype`."""
 
     def __init__(self, values: Tensor, scale: Tensor, block: int, *, dtype: torch.dtype) -> None:
         super().__init__(values, scale, block)
@@ -112,7 +116,7 @@ class Int8Embedding(Int8Table):
 
 
 class Int8Linear(Int8Table):
-    """An `nn.Linear` in int8, such as a head."""
+    """An `nn.Linear` with an int8 weight, such as a head."""
 
     def __init__(self, values: Tensor, scale: Tensor, block: int, *, bias: Tensor | None = None) -> None:
         super().__init__(values, scale, block)
@@ -134,11 +138,11 @@ class Int8Linear(Int8Table):
 
 
 class TiedHead(nn.Module):
-    """A head that multiplies with the table of an embedding, and has no tensors of its own."""
+    """A head that shares the table of an embedding and has no tensors of its own."""
 
     def __init__(self, embedding: Int8Embedding) -> None:
         super().__init__()
-        self._embedding = [embedding]  # in a list, so that it is no submodule
+        self._embedding = [embedding]  # in a list, so that it is not registered as a submodule
 
     @property
     def embedding(self) -> Int8Embedding:

@@ -1,6 +1,6 @@
-"""The inner loops of the search for orders: masks of columns in an order, slopes, and what moving channels costs.
+"""The inner loops of the search for orders: masks of reordered columns, slopes, and the costs of moving channels.
 
-Each function runs in native code if the tensors are fp32 and in main memory, and in PyTorch otherwise, with the same
+Each function runs in native code if the tensors are fp32 and on the CPU, and in PyTorch otherwise, with the same
 results up to the rounding of sums. Results do not depend on the number of threads.
 """
 
@@ -20,7 +20,7 @@ LARGEST_M = 64
 """The largest M for which there are native kernels."""
 
 BLOCK = 2**18
-"""Elements of a matrix that PyTorch works on at a time."""
+"""Number of elements of a matrix that `place_reference` processes at a time."""
 
 
 class Masking(ctypes.Structure):
@@ -58,10 +58,11 @@ class Placement(ctypes.Structure):
 
 
 def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -> None:
-    """Mask some columns of a weight, in place: of every m that follow each other in `columns`, n are kept.
+    """Compute the mask of some columns of a weight, in place: of every m consecutive entries of `columns`, n are kept.
 
-    `mask` is bool and `score` floating point, both (rows, width) and free of NaN; `columns` is int64 (size,), a set of
-    columns in the order in which they form groups. Ties go to the earlier column of a group.
+    `mask` is a bool and `score` a floating-point tensor without NaN, both (rows, width). `columns`, int64 (size,),
+    lists the columns in the order in which they form groups. Ties are broken in favour of the earlier column of a
+    group. Raises `PermpruneError` if m does not divide the size.
     """
     if not _runs_native(pattern.m, score) or mask.device.type != "cpu":
         chosen = columns.to(score.device)
@@ -75,7 +76,10 @@ def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -
 
 
 def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, pattern: Pattern) -> float:
-    """The sum of weight * gradient over the weights that `write_mask` keeps; all three are (rows, width)."""
+    """Return the sum of weight * gradient over the weights that `write_mask` keeps.
+
+    `score`, `weight` and `gradient` are (rows, width); `columns` is as in `write_mask`.
+    """
     if not _runs_native(pattern.m, score, weight, gradient):
         chosen = columns.to(score.device)
         product = weight[:, chosen].float() * gradient[:, chosen]
@@ -101,13 +105,14 @@ def add_placement_cost(
     slots: Tensor,
     pattern: Pattern,
 ) -> None:
-    """Add what it costs to move the free channel of each group to the free slot of each other group.
+    """Add the cost of moving the free channel of each group to the free slot of every group to `cost`, in place.
 
-    `score`, `weight`, `slope` and `error` are (channels, rows), `curvature` (channels,): pruning a weight w of channel
-    c rather than keeping it costs ((w - 2 error) * curvature[c] + slope) * w. `groups`, int64 (count, m), are the
-    channels in the slots of each group, `slots`, int64 (count,), the free slot of each. In every row the newcomer is
-    pruned unless its score exceeds the n-th largest of the other members, which is pruned in its stead. `cost`, fp64
-    (count, count) on the CPU, gets a row for each channel and a column for each group, up to a constant in each row.
+    `score`, `weight`, `slope` and `error` are (channels, rows), and `curvature` is (channels,). The cost of pruning a
+    weight w of channel c instead of keeping it is ((w - 2 error) * curvature[c] + slope) * w. `groups`, int64
+    (count, m), lists the channels in the slots of each group, and `slots`, int64 (count,), the free slot of each group.
+    In every row the moved weight is pruned unless its score exceeds the n-th largest score of the other members of the
+    group; then the member with that score is pruned instead. `cost` is fp64 (count, count) on the CPU, with a row for
+    each free channel and a column for each group. The result is exact up to a constant in each row.
     """
     parts = [part.contiguous() for part in (score, weight, slope, error)]
     if not _runs_native(pattern.m, *parts):
@@ -120,7 +125,7 @@ def add_placement_cost(
 
 
 def _placement_cost(parts: list[Tensor], curvature: Tensor, groups: Tensor, slots: Tensor, pattern: Pattern) -> Tensor:
-    """What `add_placement_cost` adds, in PyTorch: (count, count)."""
+    """Compute the costs that `add_placement_cost` adds, (count, count), in PyTorch or Triton."""
     score, weight, slope, error = parts
 
     def prune_cost(channels: Tensor) -> Tensor:
@@ -130,7 +135,7 @@ def _placement_cost(parts: list[Tensor], curvature: Tensor, groups: Tensor, slot
     free = groups[torch.arange(len(groups)), slots]
     rest = groups[groups.ne(free[:, None])].view(len(groups), -1)
     scores = score[rest]
-    last = ranks(scores, 1) == pattern.n - 1  # of those kept were the free slot empty
+    last = ranks(scores, 1) == pattern.n - 1  # the last member to be kept if the free slot were empty
     threshold, rival = ((values * last).sum(1) for values in (scores, prune_cost(rest.flatten()).view_as(scores)))
     place = _gpu_place if score.is_cuda and has_triton() else place_reference
     return place(score[free], prune_cost(free), threshold, rival)
@@ -143,10 +148,10 @@ def _gpu_place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> 
 
 
 def place_reference(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
-    """Sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r]: (c, g).
+    """Return the sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r], as a matrix (c, g).
 
-    All four are (k, rows). Rows go in blocks that stay in the processor's cache, and what is chosen goes through the
-    kernel of ReLU's gradient, several times faster than a mask of booleans.
+    All four arguments are (k, rows), and the result is (k, k). Rows are processed in blocks that fit in the processor's
+    cache. The selection uses the kernel of ReLU's gradient, which is several times faster than a boolean mask.
     """
     cost = own.new_zeros(len(threshold), len(threshold))
     rows = max(1, BLOCK // len(threshold))
@@ -162,7 +167,10 @@ def place_reference(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor
 
 
 def _masking(score: Tensor, places: Tensor, pattern: Pattern) -> Masking:
-    """The columns of a score matrix to mask, with no mask yet."""
+    """Return the native structure for the columns of a score matrix; the pointer to the mask is not set.
+
+    Raises `PermpruneError` if m does not divide the number of columns.
+    """
     pattern.require_divisible(len(places), "a set of columns")
     rows, width = score.shape
     masking = Masking(score.data_ptr(), places.data_ptr(), None, rows, width, len(places), *score.stride())

@@ -53,8 +53,8 @@ class Damping:
         """Raise the damping if all or part of the step was rejected, and lower it if the model predicted well.
 
         `predicted` are the changes of the loss that the models of all problems predict. `change` is the measured change
-        for the problems in `moved`, and `kept` is whether they keep their new orders. For a problem that proposed next
-        to nothing the damping is lowered in any case.
+        for the problems in `moved`, and `kept` is whether they keep their new orders. The damping of a problem whose
+        predicted change is negligible (see `STILL`) is always lowered.
         """
         ratio = change / min(-1e-12, sum(predicted[name] for name in moved))
         if not kept:

@@ -1,4 +1,4 @@
-"""The loop that iterative searches share: start or resume, make rounds, end."""
+"""The loop that all iterative searches share: start or resume, run the rounds, and return the result."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from permprune.system.search_state import State
 
 
 class Search(ABC):
-    """The state of an iterative search on a network, which has the current orders.
+    """The state of an iterative search on a network, whose masks follow the current orders.
 
-    `done` counts rounds (or steps, if a round has several), `best` is the held-out loss of the best orders so far, and
-    `seconds` is the time of the start and of all rounds, including those of interrupted runs. `loss` is the objective,
-    adapted to the data (`Loss.suited`).
+    `done` is the number of rounds (or steps, if a round has several) so far, and `best` the held-out loss of the best
+    orders so far. `seconds` is the time of the start and of all rounds, including those of interrupted runs. `loss` is
+    the objective, adapted to the data (`Loss.suited`). `curve` contains the recorded losses.
     """
 
     unit: ClassVar[str] = "round"
@@ -38,11 +38,11 @@ class Search(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Set the first orders, set `best` to their held-out loss, and record it."""
+        """Set the initial orders, set `best` to their held-out loss, and record it."""
 
     @abstractmethod
     def step(self) -> int:
-        """Make one round, increase `done`, and record the loss; returns the number of orders that changed."""
+        """Run one round, increase `done`, and record the loss; returns the number of orders that changed."""
 
     @abstractmethod
     def end(self) -> Solution:
@@ -54,14 +54,14 @@ class Search(ABC):
 
     @abstractmethod
     def values(self) -> dict[str, Any]:
-        """Return the other values of the state, as JSON can hold them, except for those that every search has."""
+        """Return the other values of the state as JSON values, without those that every search has."""
 
     @abstractmethod
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Restore a state that `tensors` and `values` returned."""
+        """Restore a state from the results of `tensors` and `values`."""
 
     def held_out_loss(self) -> float:
-        """Return the loss of the network, as it is, on the held-out examples."""
+        """Return the loss of the network with its current weights on the held-out examples."""
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
 
     def record(self, loss: float, kept: bool) -> None:
@@ -108,7 +108,7 @@ class Iterative(Permuter):
         return replace(search.end(), stopped=stopped)
 
     def _resume(self, search: Search) -> bool:
-        """Resume from the state of an interrupted run, or start; returns whether there was a state."""
+        """Resume from the state of an interrupted run if there is one, else start; returns whether it resumed."""
         saved: State | None = self.checkpoint(search.run).load(self.name)
         if saved is None:
             search.start()
@@ -121,7 +121,7 @@ class Iterative(Permuter):
         return True
 
     def _notify(self, search: Search, moved: int) -> bool:
-        """Call the callbacks for the last round; returns whether one of them wants the search to stop."""
+        """Call the callbacks with the last round; returns whether one of them requests to stop the search."""
         last, problems = search.curve[-1], len(search.network.problems)
         told = Round(
             method=self.name,

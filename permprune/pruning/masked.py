@@ -44,7 +44,7 @@ class MaskedLayers:
 
     The masks follow each layer's pattern with its columns in the chosen orders. The layers themselves stay in their own
     order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with them. `show`
-    replaces the masked weights by others until orders or weights are next set.
+    replaces the masked weights until orders or weights are set again.
 
     `dense` are the original weights by layer and `scores` their saliency, both (rows, channels). `weights` are the
     weights that are masked: the dense ones, unless others are set (`set_weights`); the scores remain those of the dense
@@ -156,7 +156,7 @@ class MaskedLayers:
         return total
 
     def show(self, weights: dict[str, Tensor]) -> None:
-        """Use these weights as they are until orders or weights are next set.
+        """Use these weights without masking them, until orders or weights are set again.
 
         They are (rows, channels) in the network's own order, by layer; other layers keep their current weights.
         """
@@ -165,7 +165,7 @@ class MaskedLayers:
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
-        """Use the dense weights inside the context."""
+        """Return a context manager inside which the layers have their dense weights."""
         for name, layer in self.layers.items():
             layer.weight.copy_(self.dense[name])
         try:
@@ -204,5 +204,8 @@ class MaskedLayers:
 
 
 def _output_energy(weight: Tensor, moments: Tensor) -> float:
-    """Mean squared norm of the outputs of a (rows, channels) weight on inputs with these second moments."""
+    """Return the mean squared norm of a layer's outputs, tr(W H W^T).
+
+    `weight` is (rows, channels), and `moments` are the second moments of its inputs, (channels, channels).
+    """
     return float(((weight.float() @ moments) * weight).sum())

@@ -1,4 +1,4 @@
-"""Speed, size and memory: as a table for the terminal, as a picture, and for the page of a run."""
+"""Benchmarks as a table for the terminal, as a chart, and as text for the report."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from permprune.report.words import number
 from permprune.system.files import write_whole
 
 Figures = Mapping[str, Any]
-"""A benchmark as JSON holds it (`Benchmark`)."""
+"""A benchmark as JSON values (`Benchmark.to_json`)."""
 
 TITLES = ("batch", "context", "prefill", "first token", "decode")
 
 
 def bench_table(figures: Figures) -> Table:
-    """The figures for the terminal: speeds in tokens per second, the first token in milliseconds."""
+    """Return a table for the terminal: speeds in tokens per second, the time to the first token in milliseconds."""
     table = Table(title=f"{figures['threads']} threads of the {figures['device']}; prefill and decode in tokens/s")
     table.add_column("model", overflow="fold")
     for title in ("MB", "resident MB", *TITLES):
@@ -33,7 +33,7 @@ def bench_table(figures: Figures) -> Table:
 
 
 def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The cells below `TITLES`, a row for each batch size and context length."""
+    """Return the cells of the columns `TITLES`, with one row for each batch size and context length."""
     return [
         (
             str(own["batch"]),
@@ -47,12 +47,15 @@ def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def decoding(speed: Mapping[str, Any]) -> float:
-    """Tokens that are generated in a second, over all sequences."""
+    """Return the generated tokens per second, over all sequences."""
     return float(speed["batch"] / speed["next_token"])
 
 
 def summary(figures: Figures, row: Mapping[str, Any]) -> str:
-    """Size and decoding speed of a checkpoint, beside the smallest and the fastest dense model of the same run."""
+    """Compare the size and decoding speed of a checkpoint to the smallest and the fastest dense model, as text.
+
+    `row` is the checkpoint's row of `figures`.
+    """
     dense = [other for other in figures["rows"] if other["dense"]]
     smallest = min(other["bytes"] for other in dense)
     speeds = []
@@ -66,7 +69,10 @@ def summary(figures: Figures, row: Mapping[str, Any]) -> str:
 
 
 def decode_bars(figures: Figures, kind: Format = "svg") -> bytes:
-    """Draw tokens per second in decoding, a bar for each model, at the first batch size and context length."""
+    """Draw a bar chart of the generated tokens per second of each model, at the first batch size and context length.
+
+    Returns the contents of an image file of type `kind`.
+    """
     rows = figures["rows"]
     values = [decoding(row["speeds"][0]) for row in rows]
     picture = figure(WIDTH, 1.0 + 0.4 * len(rows))
@@ -86,6 +92,6 @@ def decode_bars(figures: Figures, kind: Format = "svg") -> bytes:
 
 
 def write_bench(figures: Figures, path: Path) -> None:
-    """Write the picture of a benchmark as PNG. Raises `PermpruneError` if it cannot be written."""
+    """Write the chart of a benchmark to `path` as PNG. Raises `PermpruneError` if it cannot be written."""
     picture = decode_bars(figures, "png")
     write_whole(path, lambda temporary: temporary.write_bytes(picture))
