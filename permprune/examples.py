@@ -124,6 +124,7 @@ class Examples:
         return Examples({**self._tensors, **cut})
 
     def to(self, device: torch.device) -> Examples:
+        """Return the examples on a device."""
         return Examples({name: tensor.to(device) for name, tensor in self._tensors.items()})
 
     @cached_property
@@ -133,6 +134,7 @@ class Examples:
 
     @property
     def device(self) -> torch.device:
+        """The device of the first tensor."""
         return next(iter(self._tensors.values())).device
 
 

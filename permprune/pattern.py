@@ -51,6 +51,7 @@ class Pattern:
         return self.n / self.m
 
     def divides(self, width: int) -> bool:
+        """Return whether rows of `width` weights can be split into groups of m."""
         return width % self.m == 0
 
     def require_divisible(self, width: int, name: str) -> None:

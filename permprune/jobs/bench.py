@@ -44,6 +44,7 @@ class _Entry:
 
     @property
     def name(self) -> str:
+        """The name of the row in the results."""
         return self.source if self.dtype is None else f"{self.source} ({self.dtype})"
 
 

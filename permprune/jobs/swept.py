@@ -39,6 +39,7 @@ class SweepRow(Measurement):
     score_front: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
         score_front = {} if self.score_front is None else {"score_front": self.score_front}
         return {
             "pattern": self.pattern,
@@ -68,6 +69,7 @@ class DenseRow(Measurement):
     overlap: float
 
     def to_json(self) -> dict[str, Any]:
+        """Return the row as JSON values."""
         return {**super().to_json(), "stderr": self.result.stderr, "bytes": self.bytes, "size": 1.0}
 
 
@@ -87,6 +89,7 @@ class Sweep:
 
     @property
     def metric(self) -> Metric:
+        """The metric of all rows."""
         return self.dense.result.metric
 
     def to_json(self) -> dict[str, Any]:

@@ -194,6 +194,7 @@ class Trials:
 
     @cached_property
     def dense(self) -> Measurement:
+        """The measurement of the dense model."""
         with self.prepared.network.dense_weights():
             return self._measurement("dense", 0.0)
 

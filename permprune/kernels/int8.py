@@ -105,10 +105,11 @@ class Int8Embedding(Int8Table):
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the vectors (..., width) of the token ids (...)."""
         return dequantize(F.embedding(ids, self.values), F.embedding(ids, self.scale), self.block).to(self.dtype)
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The layer that this one stands for."""
+        """Return an `nn.Embedding` with the numbers of the table in type `dtype`."""
         with torch.device("meta"):
             layer = nn.Embedding(self.num_embeddings, self.embedding_dim)
         layer.weight = nn.Parameter(self.weight.to(dtype))
@@ -124,11 +125,12 @@ class Int8Linear(Int8Table):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (..., rows) for activations x (..., width)."""
         product: Tensor = int8_linear(x, self.values, self.scale, self.bias, self.block)
         return product
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The layer that this one stands for."""
+        """Return an `nn.Linear` with the numbers of the table, and the bias, in type `dtype`."""
         with torch.device("meta"):
             layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
         layer.weight = nn.Parameter(self.weight.to(dtype))
@@ -146,9 +148,11 @@ class TiedHead(nn.Module):
 
     @property
     def embedding(self) -> Int8Embedding:
+        """The embedding whose table the head shares."""
         return self._embedding[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs (..., rows) for activations x (..., width)."""
         table = self.embedding
         product: Tensor = int8_linear(x, table.values, table.scale, None, table.block)
         return product
