@@ -189,10 +189,10 @@ def finetune(
     """Fine-tune a model and write it to the folder `out`; a pruned model keeps its record.
 
     `model` is a name, a folder, or a model in memory with its `processor`, which is trained in place. A text encoder
-    that was not pruned gets a new head for the labels of the data. A layer whose weights satisfy an N:M pattern keeps
-    its zeros, whether or not it is in a record. The state of an unfinished run is kept in `out`.partial; with `resume`
-    training continues from it, given the same model. `announce` is called with the result before the folder is
-    written. Raises `PermpruneError`.
+    without a head and without a record gets a new head for the labels of the data. A layer whose weights satisfy an N:M
+    pattern keeps its zeros, whether or not it is in a record. The state of an unfinished run is kept in `out`.partial;
+    with `resume` training continues from it, given the same model. `announce` is called with the result before the
+    folder is written. Raises `PermpruneError`.
     """
     if distributed.world() > 1:
         raise PermpruneError("finetune runs as one process: start it without torchrun")
@@ -270,7 +270,10 @@ def _finetune(
 
 
 def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
-    """Return a text encoder with a new head for the labels of the data; any other model is returned unchanged."""
+    """Return a text encoder with a head for the labels of the data, which is new if the model has none.
+
+    Any other model is returned unchanged, as is every model if `options.data` is None.
+    """
     if kind_of(model) != "text" or is_causal_lm(model) or is_encoder_decoder(model) or options.data is None:
         return model
     classes = read_labelled_text(options.data, "calibration").classes()
