@@ -1,5 +1,6 @@
 """Models that many tests share."""
 
+import gc
 import json
 import logging
 import os
@@ -61,6 +62,16 @@ SENTENCES = [
 ]
 
 
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what the imports have made: it would look through all of it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # extension modules count at exit what was not freed
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that need the real model: they are slow, and the first downloads it."""
     for item in items:
@@ -92,25 +103,32 @@ def verbosity() -> Iterator[None]:
     transformers.utils.logging.enable_progress_bar()
 
 
-TRACED: dict[Any, Coupling] = {}
-"""The couplings of architectures that `lean` tests have pruned, by all that they depend on."""
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Pruning traces an architecture once a session: hundreds of tests prune the same few.
 
-
-@pytest.fixture(scope="module")
-def lean(pictureless: None) -> Iterator[None]:
-    """Pruning without what takes longest for such small models: pictures, and tracing an architecture a second time."""
+    The tests of coupling trace by themselves; those that change what a model computes use `retraced`.
+    """
+    traced: dict[tuple[Any, ...], Coupling] = {}
 
     def discover_once(model: PreTrainedModel, example: dict[str, torch.Tensor]) -> Coupling:
         config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-        shapes = [(name, tensor.shape) for name, tensor in [*model.named_parameters(), *example.items()]]
-        key = (type(model), repr(config), repr(shapes), repr(origin_of(model).gathers))
-        if key not in TRACED:
-            TRACED[key] = discover(model, example)
-        return TRACED[key]
+        tensors = [(name, t.shape, t.dtype) for name, t in [*model.named_parameters(), *example.items()]]
+        attention, gathers = model.config._attn_implementation, origin_of(model).gathers
+        key = (type(model), attention, *map(repr, (config, tensors, gathers)))
+        if key not in traced:
+            traced[key] = discover(model, example)
+        return traced[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.plan.discover", discover_once)
         yield
+
+
+@pytest.fixture
+def retraced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruning traces every model anew."""
+    monkeypatch.setattr("permprune.plan.discover", discover)
 
 
 def make_tiny_llama() -> LlamaForCausalLM:

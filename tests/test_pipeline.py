@@ -17,6 +17,7 @@ from permprune.checkpoints.record import read_record
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold
+from permprune.coupling.space import Coupling
 from permprune.coupling.verify import verify_space
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
@@ -40,7 +41,7 @@ from permprune.saliency.registry import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.updates.base import Update
 
-pytestmark = pytest.mark.usefixtures("pictureless")
+pytestmark = pytest.mark.usefixtures("pictureless", "retraced")
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -338,10 +339,21 @@ def test_a_folder_whose_weights_were_touched_fails_verification(
     assert moved.size == 64
 
 
+@pytest.fixture(scope="module")
+def smollm_coupling(smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> Coupling:
+    """What is coupled in the real model, which takes seconds to trace."""
+    model, tokenizer = smollm
+    return discover(model, {"input_ids": tokenize(load_documents(None, "evaluation"), tokenizer, 16, 2)})
+
+
 def test_the_real_model_folds_loads_and_verifies(
-    smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], smollm_folder: Path, tmp_path: Path
+    smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
+    smollm_coupling: Coupling,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SmolLM2-135M, a random order in every space: plain loading gives the masked model's logits, exactly 2:4."""
+    monkeypatch.setattr("permprune.plan.discover", lambda *_: smollm_coupling)
     out = tmp_path / "out"
     settings = PruneConfig(permute="random", samples=6, length=64, measured=3, held_out=1)
     record = prune_to_folder("smollm2-135m", out, settings, evaluation=Evaluation(None, 2, 64))
@@ -357,12 +369,12 @@ def test_the_real_model_folds_loads_and_verifies(
 
 
 def test_dense_folding_of_the_real_model_changes_nothing(
-    smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
+    smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], smollm_coupling: Coupling
 ) -> None:
     """A few spaces alone, then every discovered space of the real model at once: logits within 1e-4."""
     model, tokenizer = smollm
     ids = tokenize(load_documents(None, "evaluation"), tokenizer, 16, 2)
-    spaces = discover(model, {"input_ids": ids}).spaces
+    spaces = smollm_coupling.spaces
     assert [sum(space.name.endswith(end) for space in spaces) for end in (".down_proj.input", ".o_proj.input")] == [
         30,
         30,

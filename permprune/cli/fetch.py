@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from permprune.cli import common as cli
 
 
 @cli.command
-def fetch(model: cli.Model) -> None:
-    """Download a MODEL of the zoo where the cache lacks it, and print the folder of its ordinary checkpoint."""
+def fetch(name: Annotated[str, typer.Argument(help="a model of the zoo (smollm2-135m)")]) -> None:
+    """Download a model of the zoo, unless the cache holds it, and print the folder of its ordinary checkpoint."""
 
-    from permprune.zoo.models import resolve_model
+    from permprune.errors import PermpruneError
+    from permprune.options import nearest
+    from permprune.zoo.models import MODELS, resolve_model
 
-    print(resolve_model(model))
+    if name not in MODELS:
+        raise PermpruneError(f'the zoo has no model "{name}": {nearest(name, [*MODELS])}')
+    print(resolve_model(name))

@@ -24,6 +24,8 @@ from permprune.system.search_state import Checkpoint
 
 from .running import fails, run
 
+pytestmark = pytest.mark.usefixtures("pictureless")
+
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
 
@@ -224,6 +226,13 @@ def test_an_empty_calibration_text_is_one_line(source: list[str], tmp_path: Path
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert "holds no text" in fails("prune", *source, "--out", tmp_path / "out", "--calibration", empty)
+
+
+def test_fetch_prints_the_folder_of_a_model_of_the_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("permprune.zoo.models.cached", lambda entry, fill: tmp_path / entry)
+    code, stdout, _ = run("fetch", "smollm2-135m")
+    assert (code, Path(stdout.strip()).parent) == (0, tmp_path / "models")
+    assert 'the zoo has no model "smollm"' in fails("fetch", "smollm")
 
 
 def test_a_missing_model_or_folder_is_one_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from .running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lean")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
 SMALL = ["--samples", "6", "--windows", "1"]
 

@@ -121,7 +121,6 @@ def test_the_demo_runs_on_a_tiny_model(folder: Path, monkeypatch: pytest.MonkeyP
     script, dense, pruned = generate[1:]
     assert "permprune" not in {*re.findall(r"^(?:from|import) (\w+)", (ROOT / script).read_text(), flags=re.MULTILINE)}
     assert dense == "$(permprune fetch tiny-llama)"
-    assert run("fetch", "tiny-llama")[1] == "tiny-llama\n"
     monkeypatch.setattr(sys, "argv", [script, "tiny-llama", pruned])
     with contextlib.redirect_stdout(io.StringIO()) as said:
         runpy.run_path(str(ROOT / script))

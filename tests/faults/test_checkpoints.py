@@ -23,7 +23,7 @@ from ..conftest import BLOCK, SENTENCES, make_tiny_llama
 from ..coupling.coupling_models import FAMILIES, mixtral
 from ..modalities import images, vit_config
 
-pytestmark = pytest.mark.usefixtures("lean")
+pytestmark = pytest.mark.usefixtures("pictureless")
 
 LAYERWISE = "prune layer by layer"
 COMMANDS = ("prune", LAYERWISE, "sweep", "inspect", "verify", "evaluate")

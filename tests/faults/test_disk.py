@@ -18,7 +18,7 @@ from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lean")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 

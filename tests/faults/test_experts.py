@@ -13,7 +13,7 @@ from permprune.models.layers import block_linears, dense_weights
 from ..cli.running import run
 from ..coupling.coupling_models import gpt_oss, mixtral, qwen3_moe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
 SMALL = ("--samples", "6", "--length", "16", "--windows", "1")
 MIXTRAL = [

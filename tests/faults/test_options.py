@@ -33,7 +33,7 @@ from permprune.updates.registry import UPDATES
 
 from ..cli.running import fails, run
 
-pytestmark = pytest.mark.usefixtures("lean")
+pytestmark = pytest.mark.usefixtures("pictureless")
 
 OPTIONS: list[type] = [
     *PERMUTERS.values(), *SALIENCIES.values(), *UPDATES.values(),

@@ -17,7 +17,7 @@ from permprune.report.words import overlap_note
 from ..cli.running import run
 from ..conftest import SENTENCES
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lean")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
 WORDS = [word for sentence in SENTENCES for word in sentence.split()]
 

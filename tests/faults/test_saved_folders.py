@@ -22,7 +22,7 @@ from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, 
 
 MODES = ["fold", "gather"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("lean")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
 
 @pytest.fixture(scope="module")
