@@ -57,6 +57,8 @@ def _command(name: str, command: Any) -> list[str]:
 def _default(option: Any) -> str:
     if option.required:
         return "required"
+    if isinstance(option.show_default, str):
+        return option.show_default
     absent = (
         isinstance(option.default, bool) or not isinstance(option.default, (int, float, str)) or option.default == ""
     )

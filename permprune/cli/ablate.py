@@ -15,16 +15,20 @@ def ablate(
     model: cli.Model,
     config: PruneConfig,
     study: Annotated[str, typer.Option(help="what to vary: loss, groups or epochs")] = "loss",
-    preset: Annotated[str, typer.Option(help="the learner: ours, or paper")] = "ours",
+    preset: Annotated[str, typer.Option(help="base parameters: ours, or paper for the published ones")] = "ours",
     epochs: Annotated[
-        float | None, typer.Option(help="passes over the calibration text of each variant; the learner's own if absent")
+        float | None,
+        typer.Option(
+            help="passes of each variant over the calibration data; the study epochs has its own",
+            show_default="the length of the preset",
+        ),
     ] = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
     json: cli.Json = None,
 ) -> None:
-    """Vary one thing about the learned permutation of MODEL: its loss, its groups, or how long it learns."""
+    """Repeat an ablation of the learned permuter on MODEL: vary its loss, its groups or its number of epochs."""
 
     from permprune.jobs.ablate import variants
     from permprune.jobs.compare import compare

@@ -13,20 +13,20 @@ from permprune.errors import PermpruneError
 
 @cli.command
 def bench(
-    folders: Annotated[list[Path], typer.Argument(help="checkpoints, pruned or packed")],
+    folders: Annotated[list[Path], typer.Argument(help="folders of pruned or packed checkpoints")],
     dense: Annotated[
-        str | None, typer.Option(help="the dense model; that of the first folder's record if absent")
+        str | None, typer.Option(help="the dense model", show_default="the one in the first folder's record")
     ] = None,
-    batch: Annotated[str, typer.Option(help="sequences side by side, separated by commas")] = "1,8,32",
-    context: Annotated[str, typer.Option(help="tokens of a prompt, separated by commas")] = "128,2048",
+    batch: Annotated[str, typer.Option(help="batch sizes in sequences, separated by commas")] = "1,8,32",
+    context: Annotated[str, typer.Option(help="prompt lengths in tokens, separated by commas")] = "128,2048",
     steps: Annotated[int, typer.Option(help="tokens to generate in each measurement")] = 16,
-    turns: Annotated[int, typer.Option(help="how often each is measured; the shortest time counts")] = 3,
+    turns: Annotated[int, typer.Option(help="times to repeat each measurement; the shortest time counts")] = 3,
     threads: Annotated[
-        int | None, typer.Option(help="threads of each model; as many as PyTorch takes if absent")
+        int | None, typer.Option(help="CPU threads of each model", show_default="as many as PyTorch uses")
     ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
-    picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
+    picture: cli.Picture = None,
 ) -> None:
     """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their reports."""
 
@@ -57,7 +57,7 @@ def bench(
 
 
 def _numbers(name: str, text: str) -> list[int]:
-    """Whole numbers separated by commas. Raises `PermpruneError` for anything else."""
+    """Parse whole numbers separated by commas. Raises `PermpruneError` for anything else."""
     try:
         return [int(part) for part in cli.parts(text)]
     except ValueError:

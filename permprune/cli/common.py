@@ -1,7 +1,7 @@
-"""The application, its options that several commands share, and how errors reach a person.
+"""The application, the options that several commands share, and the reporting of errors.
 
-Only what the options need is imported at the top of these modules, and what a command does inside its function: help
-takes no torch and no transformers, which are seconds to import.
+The modules of this package import at the top only what their options need, and everything else inside the functions of
+the commands: help does not import torch or transformers, which takes seconds.
 """
 
 from __future__ import annotations
@@ -37,35 +37,48 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Model = Annotated[str, typer.Argument(help="a zoo name (smollm2-135m), a folder, or a hub id")]
+Model = Annotated[str, typer.Argument(help="a zoo name such as smollm2-135m, a folder, or a hub id")]
+Folder = Annotated[Path, typer.Argument(help="a folder that permprune wrote")]
 Data = Annotated[
     str | None,
-    typer.Option(help="text (file, .jsonl), images, speech or sentences to evaluate on, or a data set id"),
+    typer.Option(
+        help="data to evaluate on: text, sentences, images or speech in a file or folder, or a data set id",
+        show_default="the default data",
+    ),
 ]
-Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; an image counts 1/32")]
-Length = Annotated[int, typer.Option(help="tokens in a window")]
+Windows = Annotated[int, typer.Option(help="windows of text to evaluate on; 32 sentences or images count as one")]
+Length = Annotated[int, typer.Option(help="tokens per window of text")]
 Metric = Annotated[
     str | None,
-    typer.Option(help="of labels: accuracy, matthews, f1, pearson, spearman; accuracy of classes, else pearson"),
+    typer.Option(
+        help="metric for labels: accuracy, matthews, f1, pearson or spearman",
+        show_default="accuracy for classes, pearson for scores",
+    ),
 ]
-Tasks = Annotated[str, typer.Option(help="tasks of lm-eval, and wikitext2, separated by commas (docs/tasks.md)")]
+Tasks = Annotated[
+    str, typer.Option(help="tasks of lm-eval, or wikitext2, separated by commas (docs/tasks.md)", show_default="none")
+]
 TaskFile = Annotated[
     list[str] | None,
-    typer.Option(help="lm-eval's YAML of a task or group; runs the code that it names; may be repeated"),
+    typer.Option(help="YAML file of an lm-eval task or group; runs the code that it names; may be repeated"),
 ]
-TaskData = Annotated[str | None, typer.Option(help="folder with files of the tasks; the hub if absent")]
-Limit = Annotated[int | None, typer.Option(help="examples of each task; all if absent")]
+TaskData = Annotated[
+    str | None, typer.Option(help="folder with local files of the tasks (docs/tasks.md)", show_default="the hub")
+]
+Limit = Annotated[int | None, typer.Option(help="examples per task", show_default="all")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="run Python code that comes with the model, where it needs that")
+    bool, typer.Option("--trust-remote-code", help="run the Python code that comes with the model, if it needs any")
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="write the figures to this file")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the results to this JSON file")]
+Picture = Annotated[Path | None, typer.Option(help="draw the results in this PNG file")]
 
 WRITTEN = ("json", "picture")
 """Parameters that name files to write."""
 
 METHODS = (
-    "one of none, random, ria, cp, permllm, reconstruction, learned-paper, learned, newton, with options after it, as "
-    "newton:rounds=6"
+    "none, random, ria, cp, permllm, reconstruction, learned-paper, learned or newton, with options after the name, "
+    "such as newton:rounds=6"
 )
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -79,9 +92,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each decision")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each step of the search")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version, and end")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
@@ -92,43 +105,58 @@ def main(
 def prune_config(
     pattern: Annotated[
         str,
-        typer.Option(help="N of every M consecutive weights survive; mixed: a pattern for each layer", metavar="N:M"),
+        typer.Option(help="N:M keeps N of every M consecutive weights; mixed: a pattern for each layer", metavar="N:M"),
     ] = PruneConfig.pattern,
-    saliency: Annotated[str, typer.Option(help="one of magnitude, wanda, ria, obs")] = "wanda",
+    saliency: Annotated[str, typer.Option(help="score of the weights: magnitude, wanda, ria or obs")] = "wanda",
     mode: Annotated[
-        str, typer.Option(help="fold: no run-time cost; gather: one index_select at each norm, loses less")
+        str,
+        typer.Option(
+            help="fold: orders are written into the weights, at no cost at run time; "
+            "gather: one index_select at each norm, loses less quality"
+        ),
     ] = PruneConfig.mode,
     update: Annotated[
         str,
-        typer.Option(
-            help="none: masks alone; sparsegpt: its own masks, and the weights that stay make up for the others"
-        ),
+        typer.Option(help="update of the weights that are kept: none, or sparsegpt, which compensates for the others"),
     ] = "none",
     calibration: Annotated[
         str | None,
-        typer.Option(help="text (file, .jsonl), images, speech, sentences, or a data set id; the default if absent"),
+        typer.Option(
+            help="data to calibrate on: text, sentences, images or speech in a file or folder, or a data set id",
+            show_default="the default data",
+        ),
     ] = PruneConfig.calibration,
     samples: Annotated[
-        int, typer.Option(help="windows of calibration text; an image counts 1/8")
+        int, typer.Option(help="windows of text to calibrate on; 32 sentences or 8 images count as one")
     ] = PruneConfig.samples,
     length: Length = PruneConfig.length,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same permutations")] = PruneConfig.seed,
+    seed: Annotated[int, typer.Option(help="random seed: the same one gives the same permutations")] = PruneConfig.seed,
     precision: Annotated[
-        str, typer.Option(help="of activations in the search: auto, fp32 or bf16")
+        str, typer.Option(help="data type of activations in the search: auto, fp32 or bf16")
     ] = PruneConfig.precision,
     memory: Annotated[
-        str | None, typer.Option(help="bound on tensors, as 8GiB: prune reads a model that needs more layer by layer")
+        str | None,
+        typer.Option(
+            help="memory limit for tensors, such as 8GiB: prune reads a model that needs more layer by layer",
+            show_default="no limit",
+        ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(help="calibration examples at a time: fewer need less memory")
+        int, typer.Option(help="calibration windows per forward pass; fewer need less memory")
     ] = PruneConfig.batch,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, less memory")
+        bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, but less memory")
     ] = PruneConfig.recompute,
     minutes: Annotated[
-        float | None, typer.Option(help="end the search after so long (the result then varies)")
+        float | None,
+        typer.Option(
+            help="time limit of the search in minutes (the result then depends on the machine)",
+            show_default="no limit",
+        ),
     ] = PruneConfig.minutes,
-    exclude: Annotated[list[str] | None, typer.Option(help="glob of layers that stay dense; may be repeated")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="glob of names of layers that stay dense; may be repeated")
+    ] = None,
     trust_remote_code: TrustRemoteCode = PruneConfig.trust_remote_code,
 ) -> PruneConfig:
     """The options of every command that prunes."""
@@ -152,9 +180,9 @@ def prune_config(
 
 
 def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callable[..., Any]:
-    """Register a command; errors for people become one line on stderr and exit status 2, Ctrl-C status 130.
+    """Register a command; `PermpruneError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
 
-    A parameter annotated `PruneConfig` stands for the options of `prune_config`, less those `without`.
+    A parameter annotated `PruneConfig` stands for the options of `prune_config`, except for those in `without`.
     """
     own = inspect.signature(function, eval_str=True).parameters
     every = inspect.signature(prune_config, eval_str=True).parameters
@@ -187,7 +215,7 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
                 raise typer.Exit(2) from None
             except KeyboardInterrupt:
                 kept = "resume" in options and WorkFolder(options["out"]).holds_state()
-                hint = "; the same command with --resume goes on from what was found" if kept else ""
+                hint = "; repeat the command with --resume to continue" if kept else ""
                 print(f"permprune: interrupted{hint}", file=sys.stderr)
                 raise typer.Exit(130) from None
 
@@ -199,7 +227,7 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
 
 
 def _quiet_libraries() -> None:
-    """Leave it to permprune to report what a person must know."""
+    """Turn off the logs and progress bars of other libraries."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -208,17 +236,17 @@ def _quiet_libraries() -> None:
 
 
 def _require_text(options: Mapping[str, Any]) -> None:
-    """Raise `PermpruneError` for options that files cannot be named by or written with."""
+    """Raise `PermpruneError` for options with characters that neither names nor contents of files can have."""
     for name, given in options.items():
         for value in given if isinstance(given, list) else [given]:
             text = str(value)
             if "\0" in text or text != text.encode(errors="ignore").decode():
-                raise PermpruneError(f"{name} holds a NUL character, or bytes that are not UTF-8: give text without")
+                raise PermpruneError(f"{name} contains a NUL character or bytes that are not UTF-8: remove them")
 
 
 @contextmanager
 def _speaking(speaks: bool) -> Iterator[None]:
-    """Of several processes one speaks; the others run the same command in silence."""
+    """Suppress all output unless `speaks`: of several processes only one writes to the terminal."""
     if speaks:
         yield
         return
@@ -228,7 +256,7 @@ def _speaking(speaks: bool) -> Iterator[None]:
 
 
 def parse_bytes(text: str | None) -> int | None:
-    """ "8GiB" in bytes. Raises `PermpruneError` for what is no finite amount above 0."""
+    """Parse an amount of memory such as "8GiB"; returns bytes. Raises `PermpruneError` unless it is positive."""
     if text is None:
         return None
     number = text.rstrip("BGIKMbgikm")
@@ -237,19 +265,19 @@ def parse_bytes(text: str | None) -> int | None:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
-        raise PermpruneError(f'"{text}" is no amount of memory: give one above 0 as 8GiB or 500MB')
+        raise PermpruneError(f'"{text}" is not an amount of memory: give one above 0, such as 8GiB or 500MB')
     return size
 
 
 def parts(text: str) -> list[str]:
-    """ "a, b" in its parts."""
+    """Split a list such as "a, b" at its commas; empty parts are left out."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def task_list(
     names: str, files: list[str] | None, data: str | None, limit: int | None, few_shot: int | None = None
 ) -> TaskList | None:
-    """The tasks that a person names; None for none."""
+    """Return the tasks that the options name; None if they name none."""
     from permprune.evaluation.lm_tasks import TaskList
 
     if not names and not files:
@@ -258,11 +286,12 @@ def task_list(
 
 
 def show(table: Table) -> None:
-    """Print a table, as wide as it needs where the output is no terminal."""
+    """Print a table, as wide as it needs if the output is not a terminal."""
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def write_figures(path: Path | None, figures: object) -> None:
+    """Write results to a JSON file, if a path is given."""
     from permprune.system.files import write_json
 
     if path is not None:

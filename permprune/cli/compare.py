@@ -15,7 +15,7 @@ from permprune.config import PruneConfig
 def compare(
     model: cli.Model,
     config: PruneConfig,
-    methods: Annotated[str, typer.Option(help=f"permuters, separated by commas: {cli.METHODS}")] = (
+    methods: Annotated[str, typer.Option(help=f"searches, separated by commas: {cli.METHODS}")] = (
         "none,ria,reconstruction,newton,learned"
     ),
     data: cli.Data = None,
@@ -29,9 +29,9 @@ def compare(
         Path | None, typer.Option(help="folder for the checkpoint of the best method; must not exist yet")
     ] = None,
     json: cli.Json = None,
-    picture: Annotated[Path | None, typer.Option(help="write a picture (.png) of the table")] = None,
+    picture: cli.Picture = None,
 ) -> None:
-    """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds, memory."""
+    """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds and peak memory."""
 
     from permprune.jobs.compare import Comparison
     from permprune.jobs.compare import compare as run

@@ -20,13 +20,15 @@ def evaluate(
     tasks: cli.Tasks = "",
     task_file: cli.TaskFile = None,
     limit: cli.Limit = None,
-    few_shot: Annotated[int | None, typer.Option(help="solved examples in each prompt of the tasks")] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(help="solved examples in each prompt of the tasks", show_default="each task's own")
+    ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> None:
-    """Perplexity, accuracy or word error rate of MODEL, which may be a folder that permprune wrote, or task scores.
+    """Measure perplexity, accuracy or word error rate of MODEL, dense or pruned, or with --tasks its scores on tasks.
 
-    With --tasks, --data is a folder with their files.
+    With --tasks, --data is a folder with local files of the tasks.
     """
 
     from permprune.evaluation.lm_tasks import evaluate_tasks

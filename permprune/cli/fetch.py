@@ -10,8 +10,8 @@ from permprune.cli import common as cli
 
 
 @cli.command
-def fetch(name: Annotated[str, typer.Argument(help="a model of the zoo (smollm2-135m)")]) -> None:
-    """Download a model of the zoo, unless the cache holds it, and print the folder of its ordinary checkpoint."""
+def fetch(name: Annotated[str, typer.Argument(help="a zoo name such as smollm2-135m")]) -> None:
+    """Download a model of the zoo, unless it is in the cache, and print the folder of its Transformers checkpoint."""
 
     from permprune.errors import PermpruneError
     from permprune.options import nearest

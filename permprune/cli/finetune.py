@@ -18,33 +18,58 @@ def finetune(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the trained model; must not exist yet")],
     data: Annotated[
-        str | None, typer.Option(help="labelled sentences, text or images to train on, or a data set id")
+        str | None,
+        typer.Option(
+            help="data to train on: labelled sentences or images, or text, in a file or folder, or a data set id",
+            show_default="the default data",
+        ),
     ] = None,
-    dev: Annotated[str | None, typer.Option(help="data to measure epochs on; a tenth of --data if absent")] = None,
-    train: Annotated[str, typer.Option(help="all, norms or head; norms: also biases and the head")] = "all",
+    dev: Annotated[
+        str | None, typer.Option(help="data to measure each epoch on", show_default="a tenth of --data")
+    ] = None,
+    train: Annotated[
+        str, typer.Option(help="weights to train: all, norms (with biases and the head), or head")
+    ] = "all",
     teacher: Annotated[
-        str | None, typer.Option(help="the dense model: what it says counts in place of labels, and beside a text")
+        str | None,
+        typer.Option(
+            help="dense model whose outputs replace the labels; a language model learns from its text as well",
+            show_default="none",
+        ),
     ] = None,
     hidden: Annotated[
         float,
-        typer.Option(help="weight of the distance of the blocks' outputs to the teacher's: of text 1e-5, else 1e-3"),
+        typer.Option(
+            help="weight of the distance between the blocks' outputs and the teacher's, such as 1e-5 for text and "
+            "1e-3 for other data"
+        ),
     ] = 0.0,
     metric: cli.Metric = None,
     epochs: Annotated[
-        int | None, typer.Option(help="passes over the data, of which the best counts; 3, of small data up to 20")
+        int | None,
+        typer.Option(help="passes over the data; the best epoch is kept", show_default="3, up to 20 for small data"),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="largest learning rate; 5e-5, of small models 1e-4, and 1e-3 for norms or head")
+        float | None,
+        typer.Option(
+            help="peak learning rate", show_default="5e-5, 1e-4 below 50 million parameters, 1e-3 for norms and head"
+        ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="examples in a step; 32, of windows of text 4")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens in an example; 128, of windows of text 512")] = None,
-    rows: Annotated[int | None, typer.Option(help="examples to draw; all, of windows of text 256")] = None,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same weights")] = 0,
+    batch: Annotated[
+        int | None, typer.Option(help="examples per step", show_default="32, or 4 windows of text")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="tokens per example", show_default="128, or 512 for windows of text")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="examples to draw from --data", show_default="all, or 256 windows of text")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="random seed: the same one gives the same weights")] = 0,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last epoch")] = False,
+    resume: cli.Resume = False,
 ) -> None:
-    """Train MODEL on labelled data or text; of a pruned folder only what is left, its zeros stay."""
+    """Train MODEL on labelled data or text. In a pruned MODEL, pruned weights stay zero."""
 
     from permprune.jobs.finetune import FineTuning
     from permprune.jobs.finetune import finetune as run
@@ -70,7 +95,7 @@ def finetune(
 
 
 def announce(found: FineTuned) -> None:
-    """Print what training came to."""
+    """Print the result of training."""
     from permprune.report.words import number, with_error
 
     result = found.result

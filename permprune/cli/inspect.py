@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 @cli.command
 def inspect(
     model: cli.Model,
-    verify: Annotated[bool, typer.Option("--verify", help="prove each space on a random order, in float64")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="test each space with a random permutation, in float64")
+    ] = False,
     example: Annotated[
         Path | None,
-        typer.Option(help=".safetensors or .npz of the model's inputs by name, to trace it on; made up if absent"),
+        typer.Option(
+            help="file of the model's inputs by name (.safetensors or .npz), to trace it on",
+            show_default="generated inputs",
+        ),
     ] = None,
-    each: Annotated[bool, typer.Option("--each", help="a row for every space, not for every kind")] = False,
+    each: Annotated[bool, typer.Option("--each", help="print a row for every space, not for every kind")] = False,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
-    """List the channel spaces of MODEL: which channels may be reordered, and what must move with them."""
+    """List the channel spaces of MODEL: which channels can be reordered, and how many parameters move with them."""
 
     from permprune.jobs.inspect import inspect as run
 

@@ -12,16 +12,17 @@ from permprune.cli import common as cli
 
 @cli.command
 def pack(
-    folder: Annotated[Path, typer.Argument(help="a folder that permprune wrote")],
+    folder: cli.Folder,
     out: Annotated[Path, typer.Option(help="folder for the packed checkpoint; must not exist yet")],
-    dtype: Annotated[str, typer.Option(help="of the kept weights: fp32, bf16, fp16 or int8")] = "bf16",
-    block: Annotated[int, typer.Option(help="channels that share a scale of int8: 64 or 128")] = 64,
+    dtype: Annotated[str, typer.Option(help="data type of the kept weights: fp32, bf16, fp16 or int8")] = "bf16",
+    block: Annotated[int, typer.Option(help="channels that share a scale in int8: 64 or 128")] = 64,
     head: Annotated[
-        str | None, typer.Option(help="int8: the embedding and the head too; as dtype says if absent")
+        str | None,
+        typer.Option(help="int8 stores the embedding and the head as int8 too", show_default="a floating-point type"),
     ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
-    """Write a pruned FOLDER with packed weights: about half the size, and Transformers loads it."""
+    """Write a pruned FOLDER with packed weights: about half the size. Transformers loads it with permprune imported."""
 
     from permprune.jobs.packing import pack_folder
 
@@ -31,6 +32,6 @@ def pack(
     )
     print(f"pruned layers: {layers}; all weights: {weights}")
     if found.left_dense:
-        print(f"left dense, of a type that may compute otherwise: {', '.join(found.left_dense)}")
-    print(f"outputs on the probe differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
+        print(f"left dense, since they are neither nn.Linear nor Conv1D: {', '.join(found.left_dense)}")
+    print(f"outputs on two examples differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
     print(f"written to {out}")

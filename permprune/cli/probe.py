@@ -16,16 +16,23 @@ def probe(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the classifier; must not exist yet")],
     data: Annotated[
-        str | None, typer.Option(help="images, or a table of sentences, with labels; CIFAR-10 if absent")
+        str | None,
+        typer.Option(
+            help="data to fit the classifier to: labelled images or sentences in a file or folder, or a data set id",
+            show_default="CIFAR-10",
+        ),
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="the classes by number, separated by commas; those of CIFAR-10 if absent"),
+        typer.Option(
+            help="names of the classes in the order of their numbers, separated by commas",
+            show_default="those of CIFAR-10",
+        ),
     ] = None,
-    windows: Annotated[int, typer.Option(help="how much of it, 32 examples each")] = 128,
+    windows: Annotated[int, typer.Option(help="windows of data to use, of 32 examples each")] = 128,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
-    """Make a classifier of MODEL: a linear layer on what it makes of images or sentences, all else as it is."""
+    """Fit a linear classifier on what MODEL computes of images or sentences; its other weights do not change."""
 
     from permprune.jobs.probe import probe as run
     from permprune.report.words import number
@@ -33,6 +40,6 @@ def probe(
 
     names = list(CLASSES) if classes is None else cli.parts(classes)
     if len(names) < 2:
-        raise PermpruneError(f"{len(names)} classes: name two or more, separated by commas")
+        raise PermpruneError(f"--classes has {len(names)} of them: give two or more, separated by commas")
     result = run(model, out, names, source=data, windows=windows, trust_remote_code=trust_remote_code)
     print(f"{result.metric} {number(result.value)} on {result.count} examples held out; written to {out}")

@@ -19,18 +19,22 @@ def prune(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     config: PruneConfig,
-    permute: Annotated[str, typer.Option(help=cli.METHODS)] = "newton",
+    permute: Annotated[str, typer.Option(help=f"search for the channel order: {cli.METHODS}")] = "newton",
     preset: Annotated[
-        str | None, typer.Option(help="of the learned permuter: paper, for the published parameters")
+        str | None,
+        typer.Option(help="paper: the published parameters of the learned permuter", show_default="permprune's own"),
     ] = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
     pack: Annotated[
         str | None,
-        typer.Option(help="pack the weights: fp32, bf16, fp16 or int8 (see permprune pack); zeros if absent"),
+        typer.Option(
+            help="write packed weights as fp32, bf16, fp16 or int8 (see permprune pack)",
+            show_default="not packed, with zeros",
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from an interrupted run's last state")] = False,
+    resume: cli.Resume = False,
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,12 +11,12 @@ from permprune.cli import common as cli
 
 @cli.command
 def push(
-    folder: Annotated[Path, typer.Argument(help="a folder that permprune wrote")],
-    repo: Annotated[str, typer.Argument(help="the repository on the hub: NAMESPACE/NAME")],
-    private: Annotated[bool, typer.Option("--private", help="a new repository is private")] = False,
-    revision: Annotated[str | None, typer.Option(help="a branch that exists; main if absent")] = None,
+    folder: cli.Folder,
+    repo: Annotated[str, typer.Argument(help="repository on the hub, as NAMESPACE/NAME")],
+    private: Annotated[bool, typer.Option("--private", help="make the repository private if it is new")] = False,
+    revision: Annotated[str | None, typer.Option(help="existing branch to upload to", show_default="main")] = None,
 ) -> None:
-    """Upload a pruned FOLDER, the whole of it, to the Hugging Face hub (log in with `hf auth login`)."""
+    """Upload all files of a pruned FOLDER to the Hugging Face hub (log in with `hf auth login` first)."""
 
     from permprune.checkpoints.hub import push_to_hub
 

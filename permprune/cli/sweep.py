@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 @partial(cli.command, without=("pattern", "minutes"))
 def sweep(
     model: cli.Model,
-    out: Annotated[Path, typer.Option(help="folder for figures, report and picture; must not exist yet")],
+    out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],
     config: PruneConfig,
     patterns: Annotated[
         str, typer.Option(help="N:M patterns, separated by commas; mixed: a pattern for each layer")
     ] = "1:4,2:4,4:8,2:8,8:16,mixed",
-    methods: Annotated[str, typer.Option(help=f"permuters, separated by commas: {cli.METHODS}")] = "none,ria,newton",
+    methods: Annotated[str, typer.Option(help=f"searches, separated by commas: {cli.METHODS}")] = "none,ria,newton",
     budgets: Annotated[
-        str, typer.Option(help="minutes that a search may take, separated by commas; as long as it likes if absent")
+        str,
+        typer.Option(help="time limits of a search in minutes, separated by commas", show_default="no limit"),
     ] = "",
     data: cli.Data = None,
     windows: cli.Windows = 24,
@@ -35,10 +36,10 @@ def sweep(
     task_file: cli.TaskFile = None,
     task_data: cli.TaskData = None,
     limit: cli.Limit = None,
-    jobs: Annotated[int, typer.Option(help="processes that take a pattern each at a time")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an interrupted sweep")] = False,
+    jobs: Annotated[int, typer.Option(help="patterns to work on at the same time, each in its own process")] = 1,
+    resume: cli.Resume = False,
 ) -> None:
-    """Patterns x methods x budgets on MODEL: what each size costs, as a table, a page and a picture."""
+    """Measure patterns x methods x budgets on MODEL: quality against size, as a table, a page and a picture."""
 
     from permprune.jobs.sweep import sweep as run
     from permprune.jobs.trials import Evaluation
@@ -61,7 +62,7 @@ def sweep(
 
 
 def announce(result: Sweep) -> None:
-    """Print what a sweep came to."""
+    """Print the table and the summary of a sweep."""
     from permprune.report.sweep import sweep_decision
     from permprune.report.tables import sweep_table
 
@@ -74,4 +75,4 @@ def _minutes(budgets: str) -> list[float]:
     try:
         return [float(budget) for budget in cli.parts(budgets)]
     except ValueError:
-        raise PermpruneError(f'"{budgets}" is no list of minutes: give it as 5,20') from None
+        raise PermpruneError(f'--budgets is "{budgets}": give minutes separated by commas, such as 5,20') from None

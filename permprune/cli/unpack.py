@@ -12,11 +12,11 @@ from permprune.cli import common as cli
 
 @cli.command
 def unpack(
-    folder: Annotated[Path, typer.Argument(help="a folder that permprune pack wrote")],
+    folder: Annotated[Path, typer.Argument(help="a folder with packed weights")],
     out: Annotated[Path, typer.Option(help="folder for the checkpoint with zeros; must not exist yet")],
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
-    """Write a packed FOLDER as an ordinary pruned checkpoint, zeros included."""
+    """Write a packed FOLDER as an ordinary checkpoint, with zeros for the pruned weights."""
 
     from permprune.jobs.packing import unpack_folder
 

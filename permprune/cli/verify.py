@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from permprune.cli import common as cli
 
 
 @cli.command
 def verify(
-    folder: Annotated[Path, typer.Argument(help="a folder that permprune wrote")],
+    folder: cli.Folder,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> None:
-    """Prove a pruned FOLDER: N:M in stored order, it reloads, and its outputs are the masked model's."""
+    """Check a pruned FOLDER: it is N:M in stored order, it loads, and its outputs are those of the masked model."""
 
     from permprune.jobs.verify import verify as run
 
@@ -23,4 +18,4 @@ def verify(
     print(f"{found.layers} layers hold the pattern in stored order")
     if dense := str(found.dense):
         print(dense)
-    print(f"reloaded; logits differ by at most {found.difference:.1e} from the masked model in its own order")
+    print(f"the checkpoint loads; its outputs differ by at most {found.difference:.1e} from those of the masked model")

@@ -210,7 +210,7 @@ def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
         (["--mode", "luck"], 'mode "luck"'),
         (["--precision", "int8"], 'precision "int8"'),
         (["--batch", "0"], "batch is 0: give a whole number from 1"),
-        (["--memory", "much"], "no amount of memory"),
+        (["--memory", "much"], "is not an amount of memory"),
         (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
         (["--data", "missing/text.txt"], "no text file missing/text.txt"),
         (["--exclude", "*"], "no linear layer to prune"),

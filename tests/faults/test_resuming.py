@@ -188,7 +188,7 @@ def test_what_works_problem_by_problem_goes_on_after_the_last_one(
     half = len(whole) // 2
     with interrupted(method, "order", half, monkeypatch):
         code, _, stderr = run(*command, "--out", tmp_path / "out")
-    assert code == 130 and "the same command with --resume goes on from what was found" in stderr
+    assert code == 130 and "; repeat the command with --resume to continue" in stderr
     with counted(method, "order", monkeypatch) as rest:
         assert run(*command, "--out", tmp_path / "out", "--resume")[0] == 0
     assert len(rest) < len(whole) - half + 3  # of one problem the candidates, of one tensor the problems
