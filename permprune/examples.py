@@ -34,7 +34,7 @@ class Examples:
         counts = {name: len(tensor) for name, tensor in tensors.items()}
         if not counts or len(set(counts.values())) > 1:
             given = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no tensors"
-            raise PermpruneError(f"examples with {given}: give tensors of one first dimension, by name")
+            raise PermpruneError(f"examples with {given}: give named tensors with the same first dimension")
         self._tensors = dict(tensors)
 
     @classmethod
@@ -58,7 +58,7 @@ class Examples:
         for batch in batches:
             if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
                 raise PermpruneError(
-                    f"a batch of the calibration is {type(batch).__name__}: give dicts of tensors by the names of the "
+                    f"a calibration batch is {type(batch).__name__}: give dicts of tensors by the names of the "
                     "model's arguments"
                 )
             found.append({name: tensor.cpu() for name, tensor in batch.items()})
@@ -68,7 +68,7 @@ class Examples:
         if not found:
             raise PermpruneError("the calibration has no batches: give an iterable that can be read again")
         if any(batch.keys() != found[0].keys() for batch in found):
-            raise PermpruneError("batches of the calibration have tensors of other names: give the same in each")
+            raise PermpruneError("the calibration batches have different tensors: give the same names in each")
         return cls({name: _joined([batch[name] for batch in found], found[0], name) for name in found[0]})[:most]
 
     @overload
@@ -148,7 +148,7 @@ def _joined(tensors: list[Tensor], names: Container[str], name: str) -> Tensor:
         return torch.cat(tensors)
     if "attention_mask" not in names or {len(shape) for shape in shapes} != {1}:
         raise PermpruneError(
-            f"batches of the calibration have {name} of other shapes: pad them to one, or give an attention_mask"
+            f"the calibration batches have {name} of different shapes: pad them to one, or give an attention_mask"
         )
     length, filler = max(shape[0] for shape in shapes), IGNORED if name == "labels" else 0
     return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=filler) for tensor in tensors])

@@ -123,7 +123,7 @@ def require_fields(options: Any) -> None:
 def require(name: str, value: object, hint: Any) -> None:
     """Raise `PermpruneError` unless `value` is valid for the annotation `hint`, such as `Count`."""
     number = Number.of(hint)
-    assert number is not None, f"{hint} is no number"
+    assert number is not None, f"{hint} is not a number"
     _require(name, value, number)
 
 

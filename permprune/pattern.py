@@ -42,7 +42,7 @@ class Pattern:
             return text
         match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text)
         if not match:
-            raise PermpruneError(f'"{text}" is no N:M pattern: give two whole numbers, as "2:4"')
+            raise PermpruneError(f'"{text}" is not an N:M pattern: give two whole numbers, as "2:4"')
         return cls(int(match[1]), int(match[2]))
 
     @property

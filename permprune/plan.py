@@ -114,7 +114,7 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
     except Untraceable as error:
         if mode != "gather":
             raise
-        log.warning("%s: every order takes a gather of its own", error.what)
+        log.warning("%s: every order needs its own gather", error.what)
         return observe(model, example, [layer.name for layer in layers])
 
 
@@ -149,7 +149,8 @@ def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -
     shares = config.shares(len(examples), examples_per_window)
     if shares[-1] < 1:
         raise PermpruneError(
-            f"the calibration has {len(examples)} examples, 3 are the least: give more, or of a text a smaller --length"
+            f"the calibration has {len(examples)} examples, but needs at least 3: "
+            "give more data, or for text a smaller --length"
         )
     return examples.split(shares)
 
@@ -162,7 +163,7 @@ def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
     names = {reader: site.name for site in coupling.sites for reader in site.readers}
     sites = {layer.name: names[layer.parameter] for layer in layers if layer.parameter in names}
     if idle := [layer.name for layer in layers if layer.name not in sites]:
-        log.warning("no part in the forward pass, so these stay dense: %s", ", ".join(idle))
+        log.warning("not used in the forward pass, so these stay dense: %s", ", ".join(idle))
     if not sites:
         raise PermpruneError("no layer that the pattern fits takes part in the forward pass: there is nothing to prune")
     return sites

@@ -105,7 +105,7 @@ def _read_options(name: str, changes: list[str], method: Any) -> tuple[dict[str,
         if not equals or option not in holders:
             known = ", ".join(f"{key}={json.dumps(getattr(holder, key))}" for key, holder in holders.items())
             advice = f"give numbers for {known}" if known else "it has none"
-            raise PermpruneError(f'"{change}" is no option of {name}: {advice}')
+            raise PermpruneError(f'"{change}" is not an option of {name}: {advice}')
         chosen[option] = numbers_of(type(holders[option]))[option].from_text(text)
     own = {option: value for option, value in chosen.items() if holders[option] is method}
     return own, {option: value for option, value in chosen.items() if option not in own}

@@ -55,7 +55,7 @@ def test_a_mapping_that_changes_later_is_no_matter() -> None:
 
 @pytest.mark.parametrize("tensors", [{}, {"pixel_values": torch.zeros(2, 3), "labels": torch.zeros(3)}])
 def test_tensors_of_other_lengths_are_refused(tensors: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(PermpruneError, match="give tensors of one first dimension"):
+    with pytest.raises(PermpruneError, match="give named tensors with the same first dimension"):
         Examples(tensors)
 
 
@@ -98,9 +98,9 @@ def test_no_more_batches_are_read_than_are_needed() -> None:
     ("batches", "message"),
     [
         ([], "has no batches"),
-        ([(torch.zeros(2, 3),)], "a batch of the calibration is tuple: give dicts of tensors"),
+        ([(torch.zeros(2, 3),)], "a calibration batch is tuple: give dicts of tensors"),
         ([{"input_ids": [1, 2]}], "give dicts of tensors"),
-        ([texts(2), {"input_ids": torch.ones(1, 2)}], "tensors of other names"),
+        ([texts(2), {"input_ids": torch.ones(1, 2)}], "different tensors"),
         ([{"input_ids": torch.ones(1, 2)}, {"input_ids": torch.ones(1, 3)}], "pad them to one, or give an attention"),
     ],
 )

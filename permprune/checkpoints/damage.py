@@ -24,9 +24,9 @@ def damage(source: str | Path, weights: bool = False) -> str | None:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            return f"{path.name} is no valid JSON ({first_line(error)})"
+            return f"{path.name} is not valid JSON ({first_line(error)})"
         if path.name.endswith("config.json") and not isinstance(content, dict):
-            return f"{path.name} is no JSON object"
+            return f"{path.name} is not a JSON object"
         if path.name == INDEX and (fault := _index_damage(content, folder)):
             return fault
     for path in sorted(folder.glob("*.safetensors")):
@@ -38,8 +38,8 @@ def damage(source: str | Path, weights: bool = False) -> str | None:
     pickles = [] if any(folder.glob("model*.safetensors")) else sorted(folder.glob(PICKLES))
     if weights and pickles:
         return (
-            f"{pickles[0].name} holds pickled weights, which can run code, so that only plain tensors are read, and "
-            "those whole: convert it to safetensors"
+            f"{pickles[0].name} contains pickled weights, which can run code, so only plain, intact tensors are read: "
+            "convert it to safetensors"
         )
     return None
 

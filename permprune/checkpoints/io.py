@@ -96,7 +96,7 @@ def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
             found = transformers.MODEL_MAPPING.get(type(config), None)
             found = found[0] if isinstance(found, tuple) else found
         case other:
-            raise PermpruneError(f"{name} does not load: architectures in its config is {other!r}, no list of names")
+            raise PermpruneError(f"{name} does not load: architectures in its config is {other!r}, not a list of names")
     if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
         return found
     if has_code_class(config):

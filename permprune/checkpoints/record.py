@@ -58,7 +58,7 @@ class PrunedLayer:
         try:
             Pattern.parse(self.pattern)
         except PermpruneError:
-            raise Malformed(f"pattern is {reprlib.repr(self.pattern)}, which is no N:M pattern") from None
+            raise Malformed(f"pattern is {reprlib.repr(self.pattern)}, which is not an N:M pattern") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _require_format(path: Path, values: object) -> None:
     """Raise `PermpruneError` for a record of a newer format."""
     if isinstance(values, dict) and isinstance(number := values.get("format"), int) and number > FORMAT:
         number, version = map(reprlib.repr, (number, values.get("version")))
-        raise PermpruneError(f"{path} is of format {number}, written by permprune {version}: upgrade permprune")
+        raise PermpruneError(f"{path} is of format {number}, from permprune {version}: upgrade permprune")
 
 
 def _check_metric(metric: str, values: list[float]) -> None:

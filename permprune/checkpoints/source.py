@@ -39,7 +39,7 @@ def open_model(
         origin = origin_of(source)
         return OpenModel(source, processor, origin.dtype, origin.name)
     if not isinstance(source, str | Path):
-        raise PermpruneError(f"a {type(source).__name__} is no model: give a name, a folder or a PreTrainedModel")
+        raise PermpruneError(f"a {type(source).__name__} is not a model: give a name, a folder or a PreTrainedModel")
     model, own, stored = read_model(str(source), trust_remote_code=trust_remote_code)
     return OpenModel(model, own if processor is None else processor, stored, str(source))
 

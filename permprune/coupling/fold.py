@@ -77,7 +77,7 @@ def check_table(space: ChannelSpace, table: Tensor) -> Tensor:
         )
     if not torch.equal(table.sort(dim=1).values, torch.arange(space.size).expand_as(table)):
         raise PermpruneError(
-            f"the table of {space.name} is no permutation: each row must hold 0..{space.size - 1} once"
+            f"the table of {space.name} is not a permutation: each row must hold 0..{space.size - 1} once"
         )
     return table
 

@@ -80,11 +80,13 @@ def load_speech(
     heard = [at for at, wave in enumerate(waves) if longest is None or len(wave) <= longest]
     if len(heard) < len(items):
         log.warning(
-            "%d of %d utterances are longer than the model hears: left out", len(items) - len(heard), len(items)
+            "%d of %d utterances are longer than the model can process and are left out",
+            len(items) - len(heard),
+            len(items),
         )
     if not heard:
         raise PermpruneError(
-            f"the model hears {longest / maker.sampling_rate:g} s, and all of {source} is longer: cut it"
+            f"all utterances in {source} exceed the model's {longest / maker.sampling_rate:g} s: cut them"
         )
     made = maker(
         [waves[at] for at in heard],
@@ -103,7 +105,7 @@ def _labels(items: list[Item], processor: Processor | None, config: Any) -> Tens
     tokenizer = tokenizer_of(processor)
     for item in items:
         if not isinstance(item.label, str) or not item.label.strip():
-            raise PermpruneError(f"{item.name} has no transcript: add it, or take the file out")
+            raise PermpruneError(f"{item.name} has no transcript: add one, or remove the file")
     rows = [torch.tensor(tokenizer(item.label)["input_ids"]) for item in items]
     start = getattr(config, "decoder_start_token_id", None)
     rows = [row[int(len(row) > 0 and row[0].item() == start) :] for row in rows]
@@ -122,7 +124,9 @@ def _from_files(path: Path) -> list[Item]:
     for file in list_files(path, SUFFIXES, "sound"):
         items.append(Item(str(file), bind(_decode, file, str(file)), transcripts.pop(file.with_suffix(""), None)))
     if transcripts:
-        raise PermpruneError(f"{next(iter(transcripts))} has a transcript and no sound: give whole folders")
+        raise PermpruneError(
+            f"{next(iter(transcripts))} has a transcript but no sound file: add the file, or remove the transcript"
+        )
     return items
 
 

@@ -45,17 +45,17 @@ class Source:
         paths = [folder / file.format(part) for file in self.files]
         for path in paths:
             if not path.is_file():
-                raise PermpruneError(f"there is no {path}: lay the files of --data out as docs/tasks.md says")
+                raise PermpruneError(f"there is no {path}: arrange the files of --data as docs/tasks.md says")
         rows = []
         for number, record in enumerate(self.read(*paths), start=1):
             try:
                 rows.append(self.row(record))
             except (AttributeError, LookupError, TypeError, ValueError) as error:
                 raise PermpruneError(
-                    f"{paths[0]}, record {number} is not as docs/tasks.md says: {type(error).__name__} {error}"
+                    f"{paths[0]}, record {number} is not in the format of docs/tasks.md: {type(error).__name__} {error}"
                 ) from error
         if not rows:
-            raise PermpruneError(f"{paths[0]} holds no records")
+            raise PermpruneError(f"{paths[0]} is empty: see docs/tasks.md")
         return rows
 
 
@@ -90,7 +90,7 @@ def wikitext2(folder: Path | None) -> str:
 def _read_json(path: Path) -> list[Any]:
     records = parse_json(read_text(path), str(path))
     if not isinstance(records, list):
-        raise PermpruneError(f"{path}: no JSON list")
+        raise PermpruneError(f"{path} is not a JSON list: see docs/tasks.md")
     return records
 
 
@@ -102,7 +102,9 @@ def _read_sixes(path: Path) -> list[list[str]]:
 def _read_beside(path: Path, labels: Path) -> list[tuple[Row, str]]:
     rows, right = read_table(path), read_text(labels).split()
     if len(rows) != len(right):
-        raise PermpruneError(f"{path} has {len(rows)} records and {labels} {len(right)} labels: they must be as many")
+        raise PermpruneError(
+            f"{path} has {len(rows)} records and {labels} {len(right)} labels: give a label for each record"
+        )
     return list(zip(rows, right, strict=True))
 
 

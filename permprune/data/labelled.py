@@ -181,5 +181,5 @@ def _from_dataset(source: str, part: Part) -> tuple[list[dict[str, Any]], Mappin
         features = getattr(rows, "features", None) or {}
         held = list(islice(rows, MAX_ROWS))
     if not held:
-        raise PermpruneError(f"{source} holds no rows: give another split of it")
+        raise PermpruneError(f"{source} has no rows: give another split of it")
     return held, {key: getattr(kind, "names", None) for key, kind in features.items()}

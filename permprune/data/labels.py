@@ -29,7 +29,9 @@ class Labels:
         """
         text = "" if label is None else str(label).strip()
         if not text or (text == "-1" and len(self.names) > 1):
-            raise PermpruneError(f"{place} has no label: give labelled data, as NAME@validation for a data set's split")
+            raise PermpruneError(
+                f"{place} has no label: give labelled data, such as NAME@validation for a split of a data set"
+            )
         number: float | None = self.numbers.get(text.casefold())
         if number is None:
             number = self._number({"true": "1", "false": "0"}.get(text.casefold(), text))

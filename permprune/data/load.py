@@ -52,7 +52,7 @@ def load_examples(
         documents = load_documents(source, part)
         return _known(model, Examples.of(tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True)))
     if source is None:
-        raise PermpruneError(f"there are no {kind} to {_use(part)} by default: name a file, a folder or a data set")
+        raise PermpruneError(f"there is no default data of {kind} to {_use(part)}: name a file, a folder or a data set")
     seed = seed or 0
     if kind == "images":
         return Examples(load_images(source, model, processor, part, count, seed, shared))
@@ -70,7 +70,7 @@ def _known(model: PreTrainedModel, texts: Examples) -> Examples:
     largest = int(texts["input_ids"].max())
     if known is not None and largest >= known:
         raise PermpruneError(
-            f"the tokenizer gives token {largest}, and the model knows {known} tokens: take both from one checkpoint"
+            f"the tokenizer gives token {largest}, but the model has {known} tokens: take both from one checkpoint"
         )
     return texts
 

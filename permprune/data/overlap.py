@@ -39,7 +39,7 @@ def overlap(calibration: Sequence[Examples], evaluation: Examples) -> float:
 def warn_of_overlap(share: float) -> None:
     """Log a warning if the overlap is larger than `QUOTED`, so that the evaluation may be misleading."""
     if share > QUOTED:
-        log.warning("%.0f %% of the evaluation is in the calibration: give another text or other files", 100 * share)
+        log.warning("%.0f %% of the evaluation data are also in the calibration data: use other data", 100 * share)
 
 
 def _covered(calibration: list[Tensor], windows: Tensor) -> float:

@@ -96,9 +96,9 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
         except csv.Error as error:
             raise PermpruneError(f"{path}, line {reader.line_num}: {error}") from error
     else:
-        raise PermpruneError(f"{path} is no table: give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file")
+        raise PermpruneError(f"{path} is not a table: give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file")
     if not rows:
-        raise PermpruneError(f"{path} holds no rows")
+        raise PermpruneError(f"{path} has no rows: give a table that has some")
     return rows
 
 
@@ -113,11 +113,11 @@ def parse_json(text: str, place: str) -> Any:
         if "\\ud" in text.lower():  # escape sequence of a surrogate
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise PermpruneError(f"{place}: half of a surrogate pair is no character: remove it") from error
+        raise PermpruneError(f"{place}: half of a surrogate pair is not a character: remove it") from error
     except RecursionError as error:
         raise PermpruneError(f"{place}: JSON nested too deep: flatten it") from error
     except ValueError as error:
-        raise PermpruneError(f"{place}: no JSON ({getattr(error, 'msg', error)})") from error
+        raise PermpruneError(f"{place}: not JSON ({getattr(error, 'msg', error)})") from error
     return value
 
 
@@ -171,7 +171,9 @@ def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -
     """
     own = [at for at, key in enumerate(keys) if not shared or _half(key) == part]
     if not own or count < 1:
-        raise PermpruneError(f"{count} of {len(own)} examples for {part}: ask for 1 or more, and give more data")
+        raise PermpruneError(
+            f"{count} examples for {part}, of {len(own)} that there are: ask for at least 1, and give more data"
+        )
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))
     return [own[at] for at in order[:count].tolist()]
 
@@ -244,7 +246,7 @@ def dataset(source: str, part: Part) -> Iterator[Any]:
     except Exception as error:  # datasets passes on errors of any type from its readers, fsspec and the network
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(
-            f'"{name}" is no file here, and its split "{split}" does not load as a data set: {reason}'
+            f'"{name}" is not a file here, and its split "{split}" does not load as a data set: {reason}'
         ) from error
 
 
@@ -255,5 +257,5 @@ def _half(key: str) -> Part:
 def _json_object(line: str, place: str) -> dict[str, Any]:
     row = parse_json(line, place)
     if not isinstance(row, dict):
-        raise PermpruneError(f"{place}: no JSON object")
+        raise PermpruneError(f"{place}: not a JSON object")
     return row

@@ -77,7 +77,7 @@ def tokenize(
     otherwise, or if the text is shorter than one window, `PermpruneError` is raised.
     """
     if length < 2 or count < 1:
-        raise PermpruneError(f"{count} windows of {length} tokens are no text: ask for at least 1 window of 2 tokens")
+        raise PermpruneError(f"{count} windows of {length} tokens are too few: ask for at least 1 window of 2 tokens")
     generator = torch.Generator().manual_seed(seed or 0)
     order = range(len(documents)) if seed is None else torch.randperm(len(documents), generator=generator).tolist()
     start = _start(tokenizer)
@@ -130,7 +130,7 @@ def _read_lines(path: Path) -> list[str]:
             continue
         row = parse_json(line, f"{path}, line {number}")
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise PermpruneError(f'{path}, line {number}: no JSON object with a "text" string')
+            raise PermpruneError(f'{path}, line {number}: not a JSON object with a "text" string')
         documents.append(row["text"])
     return documents
 

@@ -41,6 +41,6 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
 def share(task: str, metric: Metric, *, right: float, count: float) -> Result:
     """Return the share of `right` among `count` predictions. Raises `PermpruneError` if `count` is 0."""
     if not count:
-        raise PermpruneError("there is nothing to count: give examples with labels")
+        raise PermpruneError("no example has a label: give examples with labels")
     value = right / count
     return Result(task, metric, value, count=int(count), stderr=(value * (1 - value) / count) ** 0.5)

@@ -52,7 +52,7 @@ def evaluate_model(
     if is_causal_lm(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
         return [perplexity(model, examples, batch)]
     if labels is None:
-        raise PermpruneError("nothing says what is right: give examples with labels, or a dense model to compare with")
+        raise PermpruneError("there are no labels: give examples with labels, or a dense model to compare with")
     return accuracy(model, examples, batch)
 
 

@@ -70,7 +70,9 @@ class TaskList:
         """Load the tasks with their data. Raises `PermpruneError` if lm-eval, a task or its data is missing."""
         self._check_names()
         if self.data is not None and not Path(self.data).is_dir():
-            raise PermpruneError(f"there is no folder {self.data}: tasks take a folder laid out as docs/tasks.md says")
+            raise PermpruneError(
+                f"there is no folder {self.data}: give one with the files that docs/tasks.md describes"
+            )
         if distributed.world() > 1:
             raise PermpruneError("tasks are measured by one process: evaluate without torchrun")
         text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
@@ -79,7 +81,7 @@ class TaskList:
 
     def _check_names(self) -> None:
         if not self.names and not self.files:
-            raise PermpruneError("--tasks takes one name at least")
+            raise PermpruneError("--tasks names no task: give at least one")
         if file := next(filter(_FILE.search, self.names), None):
             raise PermpruneError(
                 f"--tasks takes names, and {file} is a file: give --task-file {file}, which runs the code that it names"
@@ -134,7 +136,9 @@ class LoadedTasks:
         language model.
         """
         if not is_causal_lm(model):
-            raise PermpruneError(f"a {type(model).__name__} writes no text, which tasks need: give sentences as --data")
+            raise PermpruneError(
+                f"a {type(model).__name__} is not a language model, which tasks need: use --data without --tasks"
+            )
         tokenizer = tokenizer_of(processor)
         results = self._harness(model, tokenizer) if self.tasks else []
         if self.text is not None:
@@ -201,7 +205,7 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     ids: Tensor = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     count = len(ids) // length
     if not count:
-        raise PermpruneError(f"the text has {len(ids)} tokens, and a window {length}: give more text")
+        raise PermpruneError(f"the text has {len(ids)} tokens, but a window needs {length}: give more text")
     return ids[: count * length].view(count, length)
 
 

@@ -44,7 +44,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
             counts[at] = labels.ne(IGNORED).sum(1).double().cpu()
     distributed.add_([nll, counts])
     if not counts.any():
-        raise PermpruneError("the text has no tokens to predict: give longer windows, or labels that count")
+        raise PermpruneError("the text has no tokens to predict: give longer windows, or labels that are not masked")
     mean = nll.sum() / counts.sum()
     value = float(mean.exp())
     if not torch.isfinite(torch.tensor(value)):

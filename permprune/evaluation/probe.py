@@ -57,7 +57,7 @@ def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, se
     require("seed", seed, Seed)
     labels = examples.get("labels")
     if labels is None or labels.dim() != 1 or labels.is_floating_point() or int(labels.min()) < 0:
-        raise PermpruneError("a probe is fitted to classes from 0 on, one for each example: give such labels")
+        raise PermpruneError("a probe needs one class number, 0 or higher, for each example: give such labels")
     classes = int(labels.max()) + 1
     if "labels" not in argument_names(model):
         model = with_head(model, [str(number) for number in range(classes)])
@@ -131,7 +131,9 @@ def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
     shared = {key: own[name] for key in headed.state_dict() if (name := key.removeprefix(prefix)) in own}
     missing = {key.partition(".")[0] for key in headed.state_dict().keys() - shared.keys()}
     if len(missing) != 1:
-        raise PermpruneError(f"a {type(headed).__name__} has {len(missing)} parts more: give a model with a head")
+        raise PermpruneError(
+            f"a {type(headed).__name__} has {len(missing)} parts that the model does not have: give a model with a head"
+        )
     headed.load_state_dict(shared, strict=False, assign=True)
     headed.to(compute_device(model)).eval()  # type: ignore[arg-type]
     within = any(name.startswith(prefix) for name, _ in headed.named_modules())

@@ -27,7 +27,7 @@ def measure_speed(model: PreTrainedModel, *, batch: int, context: int, steps: in
     model is not a causal language model.
     """
     if not is_causal_lm(model):
-        raise PermpruneError("speed is measured of causal language models: give one")
+        raise PermpruneError("speed is only measured for causal language models: give one")
     generator, device = torch.Generator().manual_seed(seed), compute_device(model)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (batch, context), generator=generator).to(device)

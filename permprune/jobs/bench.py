@@ -100,14 +100,14 @@ def report(found: Benchmark, folder: str | Path) -> None:
 def _require_numbers(**numbers: Sequence[int]) -> None:
     for name, values in numbers.items():
         if not values:
-            raise PermpruneError(f"{name} is empty: give a number at least")
+            raise PermpruneError(f"{name} is empty: give at least one number")
         for value in values:
             require(name, value, Count)
 
 
 def _dense_of(folders: Sequence[str | Path]) -> str:
     if not folders:
-        raise PermpruneError("there is nothing to measure: give a folder at least")
+        raise PermpruneError("there is nothing to measure: give at least one folder")
     if not (Path(folders[0]) / RECORD).exists():
         raise PermpruneError(f"{folders[0]} has no {RECORD}, which names the dense model: give it with --dense")
     return read_record(Path(folders[0])).model
@@ -145,7 +145,7 @@ def _receive(server: Connection) -> Any:
         answer = server.recv()
     except EOFError:
         raise PermpruneError(
-            "a process of the benchmark died, perhaps for want of memory: measure fewer models, or smaller batches"
+            "a process of the benchmark died, perhaps because memory ran out: measure fewer models, or smaller batches"
         ) from None
     if isinstance(answer, PermpruneError):
         raise answer

@@ -197,7 +197,7 @@ def finetune(
     if distributed.world() > 1:
         raise PermpruneError("finetune runs as one process: start it without torchrun")
     if options.teacher is not None and options.teacher is model:
-        raise PermpruneError("the teacher is the model that is to be trained: give a copy of the dense one")
+        raise PermpruneError("the teacher is the model to be trained: give a copy of the dense model")
     with WorkFolder(Path(out)).held("finetune", resume) as work:
         opened = open_model(model, processor, trust_remote_code=options.trust_remote_code)
         require_changeable(opened.model)
@@ -216,7 +216,7 @@ def _finetune(
     examples, held_out = options.examples(model, processor)
     batch = BATCH * BATCH_MULTIPLIER[kind_of(model)]
     if not has_targets(model, examples):
-        raise PermpruneError("nothing says what is right: give data with labels")
+        raise PermpruneError("the data have no labels: give data with labels")
     task = choose_task(model, examples, batch)
     teacher = _teacher(options, model, examples, task)
     objective = Objective()
@@ -308,7 +308,7 @@ def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, ta
     own, dense = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
     if own != dense:
         raise PermpruneError(
-            f"{opened.name} gives {dense[-1]} numbers where the model gives {own[-1]}: give its dense model"
+            f"{opened.name} has {dense[-1]} outputs but the model {own[-1]}: give the dense model as teacher"
         )
     record = origin_of(model).record
     if tables := {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}:

@@ -69,26 +69,27 @@ def exceeds_memory(name: str, config: PruneConfig) -> bool:
         return False
     if kind_of(model) != "text":
         raise PermpruneError(
-            f"models of {kind_of(model)} are pruned in memory only, which takes {_gib(needed)}: raise --memory to that"
+            f"models of {kind_of(model)} can only be pruned in memory, which takes {_gib(needed)}: "
+            "raise --memory to that"
         )
     if (Path(resolve_model(name)) / GATHERED).exists():
         raise PermpruneError(
-            f"a model that reorders channels at run time is pruned in memory only, which takes {_gib(needed)}: "
+            f"a model that reorders channels at run time can only be pruned in memory, which takes {_gib(needed)}: "
             "raise --memory to that"
         )
     if config.pattern == MIXED:
         raise PermpruneError(
-            f"a mix of patterns weighs all layers against each other, which takes {_gib(needed)}: "
+            f"a mix of patterns needs all layers in memory, which takes {_gib(needed)}: "
             "raise --memory to that, or take one pattern"
         )
     if not local or not isinstance(change, NoUpdate):
         able = ", ".join(name for name, other in PERMUTERS.items() if issubclass(other, LocalPermuter))
         what = f"update {change.name}" if local else f"permuter {method.name}"
         raise PermpruneError(
-            f"{what} has to hold the whole network, which takes {_gib(needed)}: raise --memory to that, "
+            f"{what} needs the whole network in memory, which takes {_gib(needed)}: raise --memory to that, "
             f"or take a permuter that works layer by layer ({able}) and no update"
         )
-    log.warning("holding the whole model takes %s: it is read layer by layer, and its loss has no say", _gib(needed))
+    log.warning("the whole model would take %s: it is pruned layer by layer, without the network's loss", _gib(needed))
     return True
 
 
@@ -297,7 +298,9 @@ class Stream:
         for number, problem in enumerate(self.plan.problems):
             site, *others = {part.site for part in problem.parts}
             if others:
-                log.warning("%s keeps its natural order: layers that are not held together read it", problem.name)
+                log.warning(
+                    "%s keeps its natural order: it is read by layers that are not in memory together", problem.name
+                )
             else:
                 found[site][number] = problem
         return found

@@ -154,7 +154,7 @@ def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequenc
     Raises `PermpruneError` for an unknown pattern or method and for a budget that is not positive.
     """
     if not patterns:
-        raise PermpruneError("a sweep takes one pattern at least")
+        raise PermpruneError("a sweep needs at least one pattern")
     for budget in budgets:
         require("budgets", budget, Positive)
     cells = []
@@ -171,9 +171,9 @@ def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int
     """Raise `PermpruneError` before the sweep starts for arguments that would make it fail later."""
     require("jobs", jobs, Count)
     if jobs > 1 and distributed.world() > 1:
-        raise PermpruneError(f"{jobs} jobs in {distributed.world()} processes: give --jobs without torchrun")
+        raise PermpruneError(f"{jobs} jobs in {distributed.world()} processes: use --jobs without torchrun")
     if isinstance(model, PreTrainedModel) and jobs > 1:
-        raise PermpruneError(f"{jobs} jobs read the model each for itself: give it by name, or one job")
+        raise PermpruneError(f"{jobs} jobs each read the model: give it by name, or use one job")
     skeleton = (
         model
         if isinstance(model, PreTrainedModel)
@@ -240,7 +240,7 @@ def _fill(work: list[Job], jobs: int) -> None:
             child.terminate()
         if isinstance(error, BrokenProcessPool):
             raise PermpruneError(
-                "a process of the sweep died, perhaps for want of memory: go on with --resume and fewer --jobs"
+                "a process of the sweep died, perhaps because memory ran out: continue with --resume and fewer --jobs"
             ) from error
         raise
     finally:
@@ -253,7 +253,7 @@ def _require_importable(work: list[Job], jobs: int) -> None:
         pickle.dumps(work)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise PermpruneError(
-            f"{jobs} jobs need methods that can be imported ({error}): define them in a module, or give one job"
+            f"{jobs} jobs need methods that can be imported ({error}): define them in a module, or use one job"
         ) from error
 
 

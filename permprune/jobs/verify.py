@@ -42,7 +42,7 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
     shown = model if isinstance(model, PreTrainedModel) else load(model, trust_remote_code=trust_remote_code)
     origin = origin_of(shown)
     if origin.record is None:
-        raise PermpruneError("permprune did not prune this model: give one that prune or load gave, or a folder")
+        raise PermpruneError("permprune did not prune this model: give one returned by prune or load, or a folder")
     patterns = recorded_patterns(shown, origin.record.layers)
     require_patterns(shown, patterns)
     what = "this model" if shown is model else str(model)

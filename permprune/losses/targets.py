@@ -146,7 +146,7 @@ def labelled(model: nn.Module, batch: Examples) -> Predictions:
         logits = logits[:, : labels.shape[1]]
     if logits.shape[:-1] != labels.shape or int(labels.max()) >= logits.shape[-1]:
         raise PermpruneError(
-            f"labels up to {int(labels.max())} of shape {tuple(labels.shape)} do not go with logits of shape "
+            f"labels up to {int(labels.max())} of shape {tuple(labels.shape)} do not fit logits of shape "
             f"{tuple(logits.shape)}: give labels that the model knows, or none"
         )
     counted = labels != IGNORED
@@ -162,7 +162,7 @@ def scored(model: nn.Module, batch: Examples) -> Features:
     logits = run_model(model, batch).logits
     if logits.shape != (len(labels), 1):
         raise PermpruneError(
-            f"labels that are no classes, and logits of shape {tuple(logits.shape)}: give class numbers, or no labels"
+            f"labels that are not classes, but logits of shape {tuple(logits.shape)}: give class numbers, or no labels"
         )
     return Features(logits.float(), labels[:, None].to(logits))
 

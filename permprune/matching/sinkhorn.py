@@ -30,7 +30,7 @@ def sinkhorn(
     if not 0 < epsilon < math.inf:
         raise PermpruneError(f"epsilon is {epsilon}: give a positive number")
     if iterations < 1:
-        raise PermpruneError(f"{iterations} Sinkhorn iterations match nothing: give at least 1")
+        raise PermpruneError(f"{iterations} Sinkhorn iterations are too few: give at least 1")
     kernel = cost.to(torch.promote_types(cost.dtype, torch.float32)) / -epsilon
     f, g = torch.zeros_like(kernel[..., 0]), torch.zeros_like(kernel[..., 0])  # potentials, in units of epsilon
     for _ in range(iterations):

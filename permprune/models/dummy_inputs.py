@@ -50,8 +50,8 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
         del made["input_values"]
     if missing := sorted(needed - made.keys()):
         raise PermpruneError(
-            f"{type(model).__name__} takes {missing[0]}, which cannot be made up from its config: "
-            "try an example batch of your own with permprune inspect --example FILE (.safetensors or .npz)"
+            f"{type(model).__name__} takes {missing[0]}, which cannot be generated from its config: "
+            "give an example batch with permprune inspect --example FILE (.safetensors or .npz)"
         )
     example = _as_the_model(made, model)
     if {"input_ids", "pixel_values"} <= example.keys() and (owner := find_config(model.config, "image_token_id")):
@@ -71,7 +71,7 @@ def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     """
     readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": load_file, ".npz": _read_npz}
     if path.suffix not in readers:
-        raise PermpruneError(f"{path} is no example batch: give a .safetensors or .npz file of named tensors")
+        raise PermpruneError(f"{path} is not an example batch: give a .safetensors or .npz file of named tensors")
     try:
         tensors = readers[path.suffix](path)
     except (OSError, SafetensorError, ValueError, TypeError, zipfile.BadZipFile) as error:
@@ -80,7 +80,7 @@ def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
     if unknown := sorted(tensors.keys() - set(taken)):
         raise PermpruneError(f"{path} holds {unknown[0]}, which the model does not take: it takes {', '.join(taken)}")
     if not tensors:
-        raise PermpruneError(f"{path} holds no tensor: the model takes {', '.join(taken)}")
+        raise PermpruneError(f"{path} contains no tensors: the model takes {', '.join(taken)}")
     return _as_the_model(tensors, model)
 
 

@@ -120,7 +120,7 @@ def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None
     if is_encoder_decoder(model) and "decoder_input_ids" not in inputs:
         labels = batch.get("labels") if labels is None else labels
         if labels is None and "input_ids" not in batch:
-            raise PermpruneError("this model has a decoder, which needs text to read: give the examples labels")
+            raise PermpruneError("the decoder of this model needs text: give the examples labels")
         if labels is not None and labels.dim() == 2:
             config: Any = model.config
             ids = labels.masked_fill(labels == IGNORED, config.pad_token_id or 0).roll(1, 1)

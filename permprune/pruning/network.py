@@ -161,7 +161,7 @@ class PrunedNetwork(MaskedLayers):
             weight.requires_grad_(False)
             if weight.grad is None and asked:
                 raise PermpruneError(
-                    f"{name} takes no part in the loss: exclude it, or calibrate with inputs that reach it"
+                    f"{name} has no effect on the loss: exclude it, or calibrate with inputs that use it"
                 )
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
             weight.grad = None

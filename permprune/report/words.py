@@ -67,7 +67,8 @@ def overlap_note(share: float | None) -> str:
     """Return a warning that a share of the evaluation data was used for calibration; "" if the share is negligible."""
     if share is None or share <= QUOTED:
         return ""
-    return f"{percent(share)} of the evaluation is in the calibration as well: on other data pruned models do worse."
+    note = "of the evaluation data are also in the calibration data: pruned models do worse on other data."
+    return f"{percent(share)} {note}"
 
 
 def duration(seconds: float | None) -> str:

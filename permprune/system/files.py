@@ -145,7 +145,7 @@ class WorkFolder:
                 self._mark(job)
                 if self.holds_state() and not resume:
                     raise PermpruneError(
-                        f"{self.path} holds the state of an interrupted run: go on with --resume, or remove it"
+                        f"{self.path} holds the state of an interrupted run: continue with --resume, or remove it"
                     )
                 _remove(self.scratch)
                 self.scratch.mkdir()
@@ -169,7 +169,7 @@ class WorkFolder:
             write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         elif (found := path.read_text(encoding="utf-8", errors="replace")) != text:
             raise PermpruneError(
-                f"{self.path} is of an interrupted {found.strip()}: finish or remove that, or choose another --out"
+                f"{self.path} belongs to an interrupted {found.strip()}: finish or remove that, or choose another --out"
             )
 
     def _close(self, lock: FileLock, keep: bool) -> None:
@@ -223,7 +223,7 @@ def require_space(path: Path, needed: float) -> None:
 def _require_file(path: Path) -> None:
     """Raise `PermpruneError` if there is something other than a file at `path`."""
     if path.exists() and not path.is_file():
-        raise PermpruneError(f"{path} is no file: choose another place")
+        raise PermpruneError(f"{path} is not a file: choose another path")
 
 
 @contextmanager

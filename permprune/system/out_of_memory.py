@@ -35,9 +35,9 @@ class OutOfMemory(PermpruneError):
     def __init__(self, peak: float | None, options: Collection[str] | None = None) -> None:
         self.peak = peak
         wanted = [advice for option, advice in ADVICE.items() if options is None or option in options]
-        reached = "" if peak is None else f" (the peak so far: {peak:,.0f} MiB)"
+        reached = "" if peak is None else f" (peak so far: {peak:,.0f} MiB)"
         super().__init__(
-            f"out of memory{reached}: " + (f"give {', '.join(wanted)}" if wanted else "this takes a larger machine")
+            f"out of memory{reached}: " + (f"give {', '.join(wanted)}" if wanted else "use a machine with more memory")
         )
 
 

@@ -70,7 +70,7 @@ class Checkpoint:
             if digest != digest_of(sorted(tensors.items())):
                 raise ValueError("the digest is another")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise PermpruneError(f"{path} is damaged: remove it, and --resume finds it again") from error
+            raise PermpruneError(f"{path} is damaged: remove it, and --resume computes it again") from error
         require_same(path, settings, self.settings)
         return tensors, found
 
@@ -134,5 +134,5 @@ def require_same(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -
     """Raise `PermpruneError` if the settings saved at `path` differ from `own`, naming those that do."""
     if other := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
         raise PermpruneError(
-            f"{path} was saved with another {', '.join(other)}: repeat that, or remove {path.parent} and start anew"
+            f"{path} was saved with another {', '.join(other)}: use the same, or remove {path.parent} and start again"
         )

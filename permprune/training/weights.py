@@ -23,7 +23,7 @@ def trained_weights(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter
     unknown kind, and if the model has no such parameters.
     """
     if kind not in TRAINED:
-        raise PermpruneError(f'"{kind}" is nothing to train: choose {", ".join(TRAINED)}')
+        raise PermpruneError(f'"{kind}" cannot be trained: choose {", ".join(TRAINED)}')
     inside = {id(p) for block in blocks(model) for p in block.parameters()}
     tokens = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
               for p in end.parameters()}  # fmt: skip

@@ -48,7 +48,9 @@ def cached(entry: str, build: Callable[[Path], None]) -> Path:
 
 def damaged(entry: str, what: object) -> PermpruneError:
     """Create the error for a cache entry that exists but is damaged; `what` is the cause."""
-    return PermpruneError(f"the cache is damaged ({what}): remove {cache_root() / entry}, and it is fetched again")
+    return PermpruneError(
+        f"the cache is damaged ({what}): remove {cache_root() / entry}, and it will be downloaded again"
+    )
 
 
 def _move(folder: Path, target: Path) -> None:

@@ -128,7 +128,9 @@ def _write(kind: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[
     model, found = loaded
     wrong = found["missing_keys"] | found["unexpected_keys"]
     if wrong:
-        raise PermpruneError(f"this release of transformers has other weights ({min(wrong)}): install another release")
+        raise PermpruneError(
+            f"this release of transformers has different weights ({min(wrong)}): install another release"
+        )
     model.save_pretrained(folder)
 
 

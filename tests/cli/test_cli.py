@@ -200,7 +200,7 @@ def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--pattern", "24"], '"24" is no N:M pattern'),
+        (["--pattern", "24"], '"24" is not an N:M pattern'),
         (["--pattern", "4:4"], "keeps no or all weights"),
         (["--pattern", "2:5"], "which 5 does not divide"),
         (["--preset", "luck"], 'unknown permuter "newton-luck"'),
@@ -214,7 +214,7 @@ def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
         (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
         (["--data", "missing/text.txt"], "no text file missing/text.txt"),
         (["--exclude", "*"], "no linear layer to prune"),
-        (["--length", "1"], "no text"),
+        (["--length", "1"], "too few"),
     ],
 )
 def test_bad_input_is_one_line(source: list[str], tmp_path: Path, change: list[str], message: str) -> None:

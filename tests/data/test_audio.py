@@ -127,9 +127,9 @@ def test_what_is_too_long_is_left_out(
     with caplog.at_level(logging.WARNING, "permprune"):
         found = load_speech(folder, *whisper, "evaluation", 9)
     assert spoken(found, whisper[1]) == ["HAD COME UP"]
-    assert "2 of 3 utterances are longer than the model hears" in caplog.text
+    assert "2 of 3 utterances are longer than the model can process" in caplog.text
     tone(folder / "1" / "2" / "1-2-0002.flac", 1.01)
-    with pytest.raises(PermpruneError, match=r"the model hears 1 s, and all of .*speech is longer"):
+    with pytest.raises(PermpruneError, match=r"all utterances in .*speech exceed the model's 1 s"):
         load_speech(folder, *whisper, "evaluation", 9)
 
 
@@ -167,7 +167,7 @@ def test_bad_sources_are_one_line(ctc: tuple[PreTrainedModel, Any], folder: Path
     with pytest.raises(PermpruneError, match=r"cannot read the sound .*1-2-0000\.flac"):
         load_speech(folder, model, processor, "evaluation", 9)
     (chapter / "1-2-0000.flac").unlink()
-    with pytest.raises(PermpruneError, match="1-2-0000 has a transcript and no sound"):
+    with pytest.raises(PermpruneError, match="1-2-0000 has a transcript but no sound file"):
         load_speech(folder, model, processor, "evaluation", 9)
 
 

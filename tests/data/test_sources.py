@@ -45,9 +45,9 @@ def test_a_draw_depends_on_the_seed_alone() -> None:
 
 
 def test_nothing_to_draw_is_refused() -> None:
-    with pytest.raises(PermpruneError, match="0 of 1 examples for calibration"):
+    with pytest.raises(PermpruneError, match="0 examples for calibration, of 1 that"):
         pick(["a"], "calibration", 0, 0, shared=False)
-    with pytest.raises(PermpruneError, match="of 0 examples"):
+    with pytest.raises(PermpruneError, match="of 0 that there are"):
         pick([], "calibration", 3, 0, shared=False)
 
 
@@ -114,13 +114,13 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path, name: str, text: str)
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "", "holds no rows"),
-        ("a.tsv", "text\tlabel\n", "holds no rows"),
-        ("a.jsonl", "\n", "holds no rows"),
-        ("a.jsonl", '{"text": 1}\n[1]\n', "line 2: no JSON object"),
-        ("a.jsonl", "{", r"line 1: no JSON \(Expecting property name"),
+        ("a.csv", "", "has no rows"),
+        ("a.tsv", "text\tlabel\n", "has no rows"),
+        ("a.jsonl", "\n", "has no rows"),
+        ("a.jsonl", '{"text": 1}\n[1]\n', "line 2: not a JSON object"),
+        ("a.jsonl", "{", r"line 1: not JSON \(Expecting property name"),
         ("a.csv", "text\n" + "x" * 200_000, r"a\.csv, line 1: field larger"),
-        ("a.xml", "<a/>", r"no table: give a \.csv, \.tsv or \.jsonl file"),
+        ("a.xml", "<a/>", r"not a table: give a \.csv, \.tsv or \.jsonl file"),
     ],
 )
 def test_a_bad_table_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -75,7 +75,7 @@ def test_agreement_measures_a_network_that_shows_other_weights() -> None:
 
 def test_nothing_to_count_is_refused(tiny_llama: LlamaForCausalLM) -> None:
     nothing = torch.full((12,), -100)
-    with pytest.raises(PermpruneError, match="nothing to count"):
+    with pytest.raises(PermpruneError, match="no example has a label"):
         accuracy(make("vit"), Examples({**images(), "labels": nothing}))
     ids = draw(64, 3, 8)
     with pytest.raises(PermpruneError, match="no tokens to predict"):

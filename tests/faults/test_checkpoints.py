@@ -75,7 +75,7 @@ def fails_at_last(*arguments: str | Path) -> str:
     """The last line of a command that fails after a warning that it reads the model layer by layer."""
     code, _, stderr = run(*arguments)
     *warning, line = stderr.splitlines()
-    assert code == 2 and (not warning or "it is read layer by layer" in " ".join(" ".join(warning).split())), stderr
+    assert code == 2 and (not warning or "it is pruned layer by layer" in " ".join(" ".join(warning).split())), stderr
     return line
 
 
@@ -119,29 +119,29 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
     "weights empty": (lambda f: cut(f / WEIGHTS, 0), "model.safetensors is damaged ("),
     "weights garbled": (lambda f: (f / WEIGHTS).write_bytes(b"\xff" * 999), "model.safetensors is damaged ("),
     "weights absent": (lambda f: (f / WEIGHTS).unlink(), "no file named model.safetensors"),
-    "config garbled": (lambda f: (f / CONFIG).write_text("{"), "config.json is no valid JSON ("),
-    "config empty": (lambda f: (f / CONFIG).write_text(""), "config.json is no valid JSON ("),
-    "config of bytes": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "config.json is no valid JSON ("),
-    "config a list": (lambda f: (f / CONFIG).write_text("[]"), "config.json is no JSON object"),
-    "config nested": (lambda f: (f / CONFIG).write_text("[" * 10**5), "config.json is no valid JSON ("),
+    "config garbled": (lambda f: (f / CONFIG).write_text("{"), "config.json is not valid JSON ("),
+    "config empty": (lambda f: (f / CONFIG).write_text(""), "config.json is not valid JSON ("),
+    "config of bytes": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "config.json is not valid JSON ("),
+    "config a list": (lambda f: (f / CONFIG).write_text("[]"), "config.json is not a JSON object"),
+    "config nested": (lambda f: (f / CONFIG).write_text("[" * 10**5), "config.json is not valid JSON ("),
     "config of words": (lambda f: change_config(f, num_hidden_layers="two"), "num_hidden_layers"),
     "config of zeros": (lambda f: change_config(f, num_attention_heads=0), "does not load: "),
     "config of a class that is no model": (lambda f: change_config(f, architectures=["LlamaConfig"]), "LlamaConfig"),
-    "config of a number for a class": (lambda f: change_config(f, architectures=[5]), "in its config is [5], no list"),
-    "config of a word for classes": (lambda f: change_config(f, architectures="Llama"), "in its config is 'Llama', no"),
+    "config of a number for a class": (lambda f: change_config(f, architectures=[5]), "config is [5], not a list"),
+    "config of a word for classes": (lambda f: change_config(f, architectures="Llama"), "is 'Llama', not a list"),
     "config of 100,000 layers": (lambda f: change_config(f, num_hidden_layers=10**5), "num_hidden_layers is 100000, "),
     "config of an unknown rope": (lambda f: change_config(f, rope_parameters={"rope_type": "b"}), "unknown key 'b'"),
     "config of a type of numbers": (lambda f: change_config(f, dtype="float33"), "does not load: "),
-    "index garbled": (lambda f: index(f, "{"), f"{INDEX} is no valid JSON ("),
+    "index garbled": (lambda f: index(f, "{"), f"{INDEX} is not valid JSON ("),
     "index a list": (lambda f: index(f, "[]"), f"{INDEX} names no files"),
     "index of absent files": (lambda f: index(f, '{"weight_map": {"a": "b.safetensors"}}'), "b.safetensors, which"),
-    "tokenizer garbled": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is no valid JSON ("),
+    "tokenizer garbled": (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json is not valid JSON ("),
     "tokenizer of words": (lambda f: change_config(f, TOKENIZER, model_max_length="x"), "its tokenizer or processor: "),
     "tokenizer of nothing": (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer or processor: "),
-    "pickle of code": (lambda f: pickle(f, {"a": Malicious(f / "trace")}), "pytorch_model.bin holds pickled weights"),
-    "pickle of a list": (lambda f: pickle(f, [1]), "pytorch_model.bin holds pickled weights"),
-    "pickle of other making": (lambda f: (pickle(f, {}), (f / BIN).write_bytes(PICKLE)), "holds pickled weights"),
-    "pickle empty": (lambda f: (pickle(f, {}), cut(f / BIN, 0)), "holds pickled weights"),
+    "pickle of code": (lambda f: pickle(f, {"a": Malicious(f / "trace")}), "contains pickled weights"),
+    "pickle of a list": (lambda f: pickle(f, [1]), "contains pickled weights"),
+    "pickle of other making": (lambda f: (pickle(f, {}), (f / BIN).write_bytes(PICKLE)), "contains pickled weights"),
+    "pickle empty": (lambda f: (pickle(f, {}), cut(f / BIN, 0)), "contains pickled weights"),
     "a weight too few": (lambda f: change_weights(f, lambda w: w.pop(UP)), f"lacks {UP}"),
     "a layer too few": (lambda f: change_config(f, num_hidden_layers=3), "lacks 9 weights (model.layers.2.input"),
     "a layer too many": (lambda f: change_config(f, num_hidden_layers=1), "no place for 9 weights (model.layers.1.inp"),
@@ -277,7 +277,7 @@ def test_pickled_weights_are_read_as_tensors_alone(tiny_checkpoint: Path, tiny_t
     pickle(tiny_checkpoint, make_tiny_llama().state_dict())
     assert run(*arguments("evaluate", tiny_checkpoint, tiny_text)) == expected
     line = fails_at_last(*arguments(LAYERWISE, tiny_checkpoint, tiny_text))
-    assert "pytorch_model.bin holds pickled weights" in line and line.endswith("convert it to safetensors")
+    assert "pytorch_model.bin contains pickled weights" in line and line.endswith("convert it to safetensors")
 
 
 @pytest.mark.parametrize("kind", ["tiny_checkpoint", "tiny_bert"])
@@ -294,7 +294,7 @@ def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
         data.write_text("text\tlabel\n" + "the order of the channels\tyes\nanother text\tno\n" * 9)
     for command in ("prune", "sweep", "evaluate"):
         line = fails(*arguments(command, folder, data))
-        assert "the tokenizer gives token 128, and the model knows 128 tokens" in line
+        assert "the tokenizer gives token 128, but the model has 128 tokens" in line
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
 
 

@@ -18,8 +18,8 @@ GOOD = '{"text": "the order of the channels", "label": "yes"}\n'
 LINES = {
     "JSON nested too deep": '{"text": "a", "more": ' + DEEP + "}",
     "half of a surrogate pair": r'{"text": "half a \ud83d pair", "label": "no"}',
-    "no JSON": '{"text": "the order',
-    "no JSON object": '["text"]',
+    "not JSON": '{"text": "the order',
+    "not a JSON object": '["text"]',
 }
 
 
@@ -75,7 +75,7 @@ def test_a_text_that_the_cache_has_lost(command: str, cache: Path, tiny_checkpoi
     """It is not looked for on a hub under the name "None"."""
     out = ["--out", tmp_path / "out"] if command == "prune" else []
     line = fails(command, tiny_checkpoint, *out)
-    assert "jsonl is missing" in line and f"remove {cache / texts.ENTRY}, and it is fetched again" in line
+    assert "jsonl is missing" in line and f"remove {cache / texts.ENTRY}, and it will be downloaded again" in line
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_text_that_the_cache_has_lost(command: str, cache: Path, tiny_checkpoi
 def test_images_that_the_cache_has_damaged(damage: Callable[[Path], object], cache: Path, tiny_vit: Path) -> None:
     damage(cache / images.ENTRY / "evaluation.npz")
     line = fails("evaluate", tiny_vit)
-    assert "the cache is damaged" in line and f"remove {cache / images.ENTRY}, and it is fetched again" in line
+    assert "the cache is damaged" in line and f"remove {cache / images.ENTRY}, and it will be downloaded again" in line
 
 
 def test_a_cache_that_was_removed_is_built_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     (tmp_path / "folder").mkdir()
     out = ["--out", tmp_path / "out"] if command == "finetune" else []
     line = fails(command, "./no-model", *out, option, tmp_path / path)
-    assert "cannot write" in line or "is no file: choose another place" in line
+    assert "cannot write" in line or "is not a file: choose another path" in line
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
 
 

@@ -91,7 +91,7 @@ def test_a_permuters_name_is_understood_whole() -> None:
     assert permuter("cp:triples=true").triples is True  # type: ignore[attr-defined]
     assert "given rounds twice" in fails("prune", "./no-model", "--out", "out", "--permute", "newton:rounds=1:rounds=2")
     for name in ("newton:", "newton::rounds=1", "newton:rounds", "newton:Rounds=1", "ria:power=1"):
-        assert "is no option of" in fails("compare", "./no-model", "--methods", name)
+        assert "is not an option of" in fails("compare", "./no-model", "--methods", name)
     assert "all loss weights are 0" in fails("compare", "./no-model", "--methods", "newton:task=0")
     assert permuter("newton:task=0:divergence=1").objective.divergence == 1  # type: ignore[attr-defined]
 

@@ -125,8 +125,8 @@ def test_compare_says_so(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_pa
         code, stdout, stderr = run("compare", tiny_checkpoint, *arguments)
         assert code == 0, stderr
         assert json.loads(figures.read_text())["overlap"] == pytest.approx(share, abs=0.1)
-        assert said(stderr).count("% of the evaluation is in the calibration") == int(share)
-        assert said(stdout).count("% of the evaluation is in the calibration") == int(share)
+        assert said(stderr).count("% of the evaluation data are also in the calibration data") == int(share)
+        assert said(stdout).count("% of the evaluation data are also in the calibration data") == int(share)
 
 
 def test_sweep_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_sweep_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp
     assert code == 0, stderr
     assert json.loads((out / "figures.json").read_text())["measured"]["overlap"] == pytest.approx(1.0, abs=0.1)
     for text in (stdout, stderr, (out / "report.html").read_text()):
-        assert said(text).count("% of the evaluation is in the calibration") == 1
+        assert said(text).count("% of the evaluation data are also in the calibration data") == 1
 
 
 LAYERWISE = ["--length", "16", "--samples", "24", "--windows", "20", "--memory", "300KB"]
@@ -153,7 +153,7 @@ def test_prune_says_so(
     found = json.loads((out / "permprune.json").read_text())["measured"]["overlap"]
     assert found == pytest.approx(1 - other, abs=0.8 if options else 0.1)  # few windows are drawn from the text
     for text in (stdout, stderr, (out / "report.html").read_text()):
-        assert said(text).count("% of the evaluation is in the calibration") == 1 - other
+        assert said(text).count("% of the evaluation data are also in the calibration data") == 1 - other
 
 
 def test_images_that_are_in_both(tiny_vit: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_record_that_is_missing_or_a_folder_is_refused(gathered: Path) -> None
 def test_a_later_format_says_what_wrote_it(folder: Path) -> None:
     record = json.loads((folder / RECORD).read_text())
     (folder / RECORD).write_text(json.dumps({"format": FORMAT + 1, "version": "9.9", "layers": record["layers"]}))
-    refused(folder, f"{RECORD} is of format {FORMAT + 1}, written by permprune '9.9': upgrade permprune")
+    refused(folder, f"{RECORD} is of format {FORMAT + 1}, from permprune '9.9': upgrade permprune")
 
 
 def test_keys_that_are_unknown_are_kept(folder: Path) -> None:

@@ -123,10 +123,10 @@ def test_the_state_of_another_search_is_refused(
     for what in ("model weights", "model config", "calibration examples"):
         with changed(what, Path(source[0])):
             code, _, stderr = run(*command, "--resume")
-        assert code == 2 and f"was saved with another {what}: repeat that, or remove" in stderr.splitlines()[-1]
+        assert code == 2 and f"was saved with another {what}: use the same, or remove" in stderr.splitlines()[-1]
     monkeypatch.setattr("permprune.plan.versions", lambda: {"torch version": "1.0", "permprune version": "0"})
     assert "another permprune version, torch version, transformers version" in run(*command, "--resume")[2]
-    assert "go on with --resume, or remove it" in fails(*command)
+    assert "continue with --resume, or remove it" in fails(*command)
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["part", "all"])
@@ -140,7 +140,7 @@ def test_the_cells_of_another_sweep_are_refused(
     with counted(Trials, "run", monkeypatch) as runs:
         for what in CHANGES:
             with changed(what, Path(source[0])):
-                assert f"was saved with another {what}: repeat that, or remove" in fails(*command, "--resume")
+                assert f"was saved with another {what}: use the same, or remove" in fails(*command, "--resume")
     assert not runs
     assert run(*command, "--resume")[0] == 0
 
@@ -254,7 +254,7 @@ def test_the_state_of_another_training_is_refused(
         ("teacher weights", "model weights", teacher),
     ):
         with changed(change, Path(folder)):
-            assert f"was saved with another {what}: repeat that, or remove" in fails(*command, "--resume")
+            assert f"was saved with another {what}: use the same, or remove" in fails(*command, "--resume")
     assert run(*command, "--resume")[0] == 0
 
 

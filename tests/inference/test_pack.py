@@ -237,7 +237,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "a scale that is NaN": (_damage_tensors("scale", _with_nan), "scale that is NaN"),
     "values too few": (_damage_tensors("values", lambda values: values[:, 1:].clone()), "does not load|do not fit"),
     "another pattern": (_damage_config(layers={"model.layers.1.mlp.down_proj": "1:4"}), "does not load|do not fit"),
-    "a pattern that is none": (_damage_config(layers={"model.layers.1.mlp.down_proj": "x"}), "is no N:M pattern"),
+    "a pattern that is none": (_damage_config(layers={"model.layers.1.mlp.down_proj": "x"}), "is not an N:M pattern"),
     "a layer that is not there": (_damage_config(layers={"model.layers.7.mlp.down_proj": "2:4"}), "does not have"),
     "an embedding": (_damage_config(layers={"model.embed_tokens": "2:4"}), "but a Embedding in the model"),
     "another dtype": (_damage_config(dtype="load"), "quantization_config is damaged"),

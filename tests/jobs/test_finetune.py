@@ -202,7 +202,7 @@ def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_pa
     data = str(table(tmp_path / "classes.tsv"))
     with pytest.raises(PermpruneError, match='has the label "not_entailment", which the model does not know'):
         finetune(str(tiny_bert), tmp_path / "out", FineTuning(data))
-    with pytest.raises(PermpruneError, match="gives 3 numbers where the model gives 2"):
+    with pytest.raises(PermpruneError, match="has 3 outputs but the model 2"):
         finetune(encoder, tmp_path / "out", FineTuning(data, teacher=str(tiny_bert)))
     with pytest.raises(PermpruneError, match="choose all, norms, head"):
         finetune(encoder, tmp_path / "out", FineTuning(data, train="some"))

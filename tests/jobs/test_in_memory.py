@@ -113,7 +113,7 @@ def test_evaluate_and_inspect(
 
 
 def test_verify(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    with pytest.raises(PermpruneError, match="permprune did not prune this model: give one that prune or load gave"):
+    with pytest.raises(PermpruneError, match="permprune did not prune this model: give one returned by prune or load"):
         permprune.verify(tiny_llama)
     pruned = permprune.prune(tiny_llama, examples=WINDOWS, **SETTINGS)
     pruned.save_pretrained(tmp_path / "out")
@@ -147,10 +147,10 @@ def test_prune_and_finetune(
     again = permprune.load(tmp_path / "tuned").state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in tiny_llama.state_dict().items())
     assert permprune.verify(tmp_path / "tuned").layers == 14
-    with pytest.raises(PermpruneError, match="the teacher is the model that is to be trained"):
+    with pytest.raises(PermpruneError, match="the teacher is the model to be trained"):
         permprune.finetune(dense, tmp_path / "other", options, processor=tiny_tokenizer)
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(PermpruneError, match="a Linear is no model: give a name, a folder or a PreTrainedModel"):
+    with pytest.raises(PermpruneError, match="a Linear is not a model: give a name, a folder or a PreTrainedModel"):
         permprune.evaluate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]

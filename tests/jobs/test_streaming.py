@@ -175,7 +175,7 @@ def test_methods_that_need_the_whole_network_are_refused(tiny_checkpoint: Path, 
 def test_an_update_is_refused_and_a_limit_below_one_layer(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(PermpruneError, match="update sparsegpt has to hold the whole network"):
+    with pytest.raises(PermpruneError, match="update sparsegpt needs the whole network in memory"):
         run(tiny_checkpoint, tmp_path / "out", "ria", tiny_text, memory=2**10, update="sparsegpt")
     with pytest.raises(PermpruneError, match="even layer by layer this model takes about"):
         run(tiny_checkpoint, tmp_path / "out", "ria", tiny_text, memory=2**10)

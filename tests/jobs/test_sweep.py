@@ -54,10 +54,10 @@ def test_cells_are_every_combination_that_differs() -> None:
 @pytest.mark.parametrize(
     ("patterns", "methods", "budgets", "message"),
     [
-        (["24"], [], [], "no N:M pattern"),
+        (["24"], [], [], "not an N:M pattern"),
         (["2:4"], ["luck"], [], "unknown permuter"),
         (["2:4"], [], [0.0], "budgets is 0.0"),
-        ([], [], [], "one pattern at least"),
+        ([], [], [], "at least one pattern"),
     ],
 )
 def test_bad_cells_are_refused(patterns: list[str], methods: list[str], budgets: list[float], message: str) -> None:
@@ -72,7 +72,7 @@ def test_what_would_fail_later_fails_at_once(
         run_sweep(setting, tmp_path / "out", ["2:4", "1:5"])
     with pytest.raises(PermpruneError, match="jobs is 0: give a whole number from 1"):
         run_sweep(setting, tmp_path / "out", ["2:4"], jobs=0)
-    with pytest.raises(PermpruneError, match="2 jobs read the model each for itself: give it by name, or one job"):
+    with pytest.raises(PermpruneError, match="2 jobs each read the model: give it by name, or use one job"):
         sweep(tiny_llama, tmp_path / "out", patterns=["2:4"], methods=[], processor=tiny_tokenizer, jobs=2)
 
     @dataclass(frozen=True)

@@ -54,9 +54,9 @@ def test_text_without_labels_is_for_models_that_write_it(tiny_llama: LlamaForCau
 @pytest.mark.parametrize(
     ("data", "labels", "message"),
     [
-        ("vit", torch.zeros(12), "no classes"),
+        ("vit", torch.zeros(12), "not classes"),
         ("vit", torch.full((12,), -100), "all labels"),
-        ("whisper", None, "needs text to read"),
+        ("whisper", None, "needs text: give the examples labels"),
     ],
 )
 def test_examples_that_cannot_be_asked_about_are_refused(data: str, labels: torch.Tensor | None, message: str) -> None:
@@ -85,7 +85,7 @@ def test_scores_cost_their_squared_error_and_have_a_gaussian_fisher_information(
 
 @pytest.mark.parametrize("labels", [torch.full((12,), 5), torch.zeros(12, 4, dtype=torch.long)])
 def test_labels_of_another_shape_or_beyond_the_classes_are_refused(labels: torch.Tensor) -> None:
-    with pytest.raises(PermpruneError, match="do not go with logits"):
+    with pytest.raises(PermpruneError, match="do not fit logits"):
         labelled(make("vit"), Examples({"pixel_values": images()["pixel_values"], "labels": labels}))
 
 

@@ -193,7 +193,7 @@ def test_what_cannot_be_made_up_is_named() -> None:
         def forward(self, pixel_values: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
             return pixel_values * depth
 
-    with pytest.raises(PermpruneError, match="Odd takes depth, which cannot be made up"):
+    with pytest.raises(PermpruneError, match="Odd takes depth, which cannot be generated"):
         example_inputs(Odd(tf.ViTConfig(**IMAGE)))
 
 
@@ -211,7 +211,7 @@ def test_an_example_is_read(tiny_llama: tf.LlamaForCausalLM, tmp_path: Path) -> 
     ("name", "arrays", "message"),
     [
         ("a.npz", {"pixels": np.ones(2)}, "holds pixels, which the model does not take: it takes input_ids, att"),
-        ("a.npz", {}, "holds no tensor"),
+        ("a.npz", {}, "contains no tensors"),
         ("a.npz", {"input_ids": np.array(["text"])}, "cannot read the tensors in .*a.npz"),
         ("a.npz", None, "cannot read the tensors in .*a.npz"),
         ("a.safetensors", None, "cannot read the tensors in .*a.safetensors"),

@@ -316,5 +316,5 @@ def test_options_follow_a_permuters_name() -> None:
 
 @pytest.mark.parametrize("name", ["newton:round=6", "newton:rounds", "newton:", "newton:objective=1"])
 def test_an_unknown_option_lists_those_of_the_method(name: str) -> None:
-    with pytest.raises(PermpruneError, match=r"is no option of newton: give numbers for rounds=16, .*swaps=4"):
+    with pytest.raises(PermpruneError, match=r"is not an option of newton: give numbers for rounds=16, .*swaps=4"):
         permuter(name)

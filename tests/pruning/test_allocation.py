@@ -35,7 +35,7 @@ def density(prepared: Prepared) -> float:
 
 def test_a_mix_is_named_like_a_pattern() -> None:
     assert parse_pattern("mixed") == TOTAL and parse_pattern("4:8") == Pattern(4, 8)
-    with pytest.raises(PermpruneError, match="no N:M pattern"):
+    with pytest.raises(PermpruneError, match="not an N:M pattern"):
         parse_pattern("mixture")
 
 

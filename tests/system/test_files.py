@@ -44,7 +44,7 @@ def test_a_link_is_replaced_and_what_is_no_file_is_refused(tmp_path: Path) -> No
     write_json(link, 1)
     assert victim.read_text() == "mine" and not link.is_symlink()
     for path in (tmp_path, Path(os.devnull)):
-        with pytest.raises(PermpruneError, match="is no file"):
+        with pytest.raises(PermpruneError, match="is not a file"):
             write_json(path, 1)
     assert Path(os.devnull).is_char_device()
 
@@ -83,9 +83,12 @@ def test_a_work_folder_stays_with_its_state_and_goes_when_the_work_is_done(tmp_p
         (work.path / "state").touch()
         raise ZeroDivisionError
     assert work.holds_state() and not work.scratch.exists()
-    with pytest.raises(PermpruneError, match="go on with --resume, or remove it"), work.held("prune", resume=False):
+    with pytest.raises(PermpruneError, match="continue with --resume, or remove it"), work.held("prune", resume=False):
         pass
-    with pytest.raises(PermpruneError, match="is of an interrupted permprune prune"), work.held("sweep", resume=True):
+    with (
+        pytest.raises(PermpruneError, match="belongs to an interrupted permprune prune"),
+        work.held("sweep", resume=True),
+    ):
         pass
     with work.held("prune", resume=True):
         assert (work.path / "state").exists() and names(work.scratch) == []
