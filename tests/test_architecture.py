@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, and which names may stand where."""
+"""The layers of the package: which parts may import which, and where public names are exported."""
 
 import ast
 import importlib
@@ -14,38 +14,38 @@ ROOT = Path(permprune.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 
-def rooms() -> dict[str, int]:
-    """Each room and the level at which docs/architecture.md lists it, the lowest level last."""
+def levels() -> dict[str, int]:
+    """Each sub-package or module, and the level at which docs/architecture.md lists it, the lowest level last."""
     listed = re.search(r"## Who may import what.*?```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert listed
     lines = [line.partition("(")[0] for line in listed[1].splitlines()]
-    return {room.strip(): level for level, line in enumerate(lines) for room in line.split(",")}
+    return {part.strip(): level for level, line in enumerate(lines) for part in line.split(",")}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """The rooms that a module imports from."""
+    """The sub-packages and modules of permprune that a module imports from."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "permprune":
             module = node.module.split(".")
             yield from [module[1]] if len(module) > 1 else [alias.name for alias in node.names]
 
 
-def test_a_room_imports_only_from_rooms_below_it() -> None:
-    level = rooms()
+def test_a_part_imports_only_from_parts_below_it() -> None:
+    level = levels()
     upwards = []
     for path in ROOT.rglob("*.py"):
-        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if room in ("__init__", "__main__"):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part in ("__init__", "__main__"):
             continue
-        for other in {*imports(path)} - {room}:
-            if level[room] >= level[other] and (room, other) != ("report", "evaluation"):
+        for other in {*imports(path)} - {part}:
+            if level[part] >= level[other] and (part, other) != ("report", "evaluation"):
                 upwards.append(f"{path.relative_to(ROOT)} imports from {other}")
     assert not upwards
 
 
-def test_every_room_is_on_the_page_and_exists() -> None:
+def test_every_part_is_on_the_page_and_exists() -> None:
     found = {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert found - {"__init__", "__main__", "__pycache__", "py.typed"} == rooms().keys()
+    assert found - {"__init__", "__main__", "__pycache__", "py.typed"} == levels().keys()
 
 
 def test_public_names_are_exported_by_the_package_alone() -> None:
