@@ -30,12 +30,17 @@ if TYPE_CHECKING:
     from permprune.evaluation.result import Metric, Result
     from permprune.evaluation.speed import measure_speed
     from permprune.examples import Examples
+    from permprune.inference.kv.cache import PrunedCache
+    from permprune.inference.kv.config import KVConfig
+    from permprune.inference.kv.evaluation import CachedPerplexity
+    from permprune.inference.kv.files import KVRecord
     from permprune.inference.pack import pack, unpack
     from permprune.jobs.bench import bench
     from permprune.jobs.compare import Comparison, ComparisonRow, compare
     from permprune.jobs.evaluate import evaluate
     from permprune.jobs.finetune import FineTuned, FineTuning, finetune
     from permprune.jobs.inspect import InspectedSpace, inspect
+    from permprune.jobs.kv import calibrate_kv, evaluate_kv
     from permprune.jobs.packing import Packed, pack_folder, unpack_folder
     from permprune.jobs.prune import prune_to_folder
     from permprune.jobs.sweep import sweep
@@ -45,7 +50,7 @@ if TYPE_CHECKING:
     from permprune.losses.loss import Loss
     from permprune.losses.objective import Objective
     from permprune.pattern import Pattern
-    from permprune.permuters.base import LocalPermuter, Permuter, Round, Run, Solution
+    from permprune.permuters.base import LocalPermuter, Permuter, Round, Run, ScorePermuter, Solution
     from permprune.permuters.identity import Identity, Random
     from permprune.permuters.learned import Learned
     from permprune.permuters.newton import Newton
@@ -70,6 +75,7 @@ __all__ = [
     "RIA",
     "BenchedModel",
     "Benchmark",
+    "CachedPerplexity",
     "Comparison",
     "ComparisonRow",
     "Evaluation",
@@ -78,6 +84,8 @@ __all__ = [
     "FineTuning",
     "Identity",
     "InspectedSpace",
+    "KVConfig",
+    "KVRecord",
     "LayerMeasure",
     "LayerUpdate",
     "Learned",
@@ -95,6 +103,7 @@ __all__ = [
     "Problem",
     "PruneConfig",
     "Pruned",
+    "PrunedCache",
     "PrunedLayer",
     "PrunedNetwork",
     "RIAPermuter",
@@ -105,6 +114,7 @@ __all__ = [
     "Round",
     "Run",
     "Saliency",
+    "ScorePermuter",
     "Solution",
     "SparseGPT",
     "Speed",
@@ -116,12 +126,14 @@ __all__ = [
     "Walk",
     "Wanda",
     "bench",
+    "calibrate_kv",
     "compare",
     "coupling_rule",
     "disable_progress_bars",
     "discover",
     "enable_progress_bars",
     "evaluate",
+    "evaluate_kv",
     "evaluate_model",
     "evaluate_tasks",
     "finetune",
@@ -172,6 +184,10 @@ _MODULES = {
     "Result": "evaluation.result",
     "measure_speed": "evaluation.speed",
     "Examples": "examples",
+    "PrunedCache": "inference.kv.cache",
+    "KVConfig": "inference.kv.config",
+    "CachedPerplexity": "inference.kv.evaluation",
+    "KVRecord": "inference.kv.files",
     "pack": "inference.pack",
     "unpack": "inference.pack",
     "bench": "jobs.bench",
@@ -184,6 +200,8 @@ _MODULES = {
     "finetune": "jobs.finetune",
     "InspectedSpace": "jobs.inspect",
     "inspect": "jobs.inspect",
+    "calibrate_kv": "jobs.kv",
+    "evaluate_kv": "jobs.kv",
     "Packed": "jobs.packing",
     "pack_folder": "jobs.packing",
     "unpack_folder": "jobs.packing",
@@ -201,6 +219,7 @@ _MODULES = {
     "Permuter": "permuters.base",
     "Round": "permuters.base",
     "Run": "permuters.base",
+    "ScorePermuter": "permuters.base",
     "Solution": "permuters.base",
     "Identity": "permuters.identity",
     "Random": "permuters.identity",

@@ -8,6 +8,7 @@ from permprune.cli import (  # noqa: F401 - each registers its command
     fetch,
     finetune,
     inspect,
+    kv,
     pack,
     probe,
     prune,

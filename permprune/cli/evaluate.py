@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from permprune.cli import common as cli
+from permprune.errors import PermpruneError
+
+if TYPE_CHECKING:
+    from permprune.evaluation.result import Result
 
 
 @cli.command
@@ -20,6 +25,9 @@ def evaluate(
     tasks: cli.Tasks = "",
     task_file: cli.TaskFile = None,
     limit: cli.Limit = None,
+    kv: Annotated[
+        Path | None, typer.Option(help="folder that permprune kv wrote: perplexity with that pruned cache")
+    ] = None,
     few_shot: Annotated[
         int | None, typer.Option(help="solved examples in each prompt of the tasks", show_default="each task's own")
     ] = None,
@@ -33,17 +41,31 @@ def evaluate(
 
     from permprune.evaluation.lm_tasks import evaluate_tasks
     from permprune.jobs.evaluate import evaluate as run
+    from permprune.jobs.kv import evaluate_kv
     from permprune.jobs.trials import Evaluation
     from permprune.report.tables import tasks_table
-    from permprune.report.words import number
 
+    if kv is not None and (tasks or task_file or metric):
+        raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --task-file and --metric")
     if chosen := cli.task_list(tasks, task_file, data, limit, few_shot):
         results = evaluate_tasks(model, chosen, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
         cli.show(tasks_table(model, results))
         cli.write_figures(json, figures)
         return
+    if kv is not None:
+        found = evaluate_kv(model, kv, Evaluation(data, windows, length), trust_remote_code=trust_remote_code)
+        print(f"{_said(found.result)}; cache {found.nbytes / 1e6:.1f} MB, dense {found.dense_nbytes / 1e6:.1f} MB")
+        sizes = {"cache_bytes": found.nbytes, "dense_cache_bytes": found.dense_nbytes}
+        cli.write_figures(json, {**found.result.to_json(), **sizes})
+        return
     result = run(model, Evaluation(data, windows, length, metric=metric), trust_remote_code=trust_remote_code)
-    error = "" if result.stderr is None else f" ± {number(result.stderr)}"
-    print(f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}")
+    print(_said(result))
     cli.write_figures(json, result.to_json())
+
+
+def _said(result: Result) -> str:
+    from permprune.report.words import number
+
+    error = "" if result.stderr is None else f" ± {number(result.stderr)}"
+    return f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,19 +18,26 @@ from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
 
+LogitsOf = Callable[[nn.Module, Examples], Tensor]
+"""A function that computes a model's logits of a batch."""
+
 CHUNK = 256
 """Number of tokens whose logits are held in fp32 at a time."""
 
 
 @torch.inference_mode()
-def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> Result:
+def perplexity(
+    model: nn.Module, windows: Examples | Tensor, batch: int = 4, logits_of: LogitsOf | None = None
+) -> Result:
     """Measure the perplexity: exp of the mean negative log-likelihood of tokens.
 
     `windows` are token ids, int64 (count, length) with length >= 2, or `Examples`. Each window is predicted
     independently of the others, from its second token on; of a model with a decoder the labels are predicted. All
     tokens have the same weight, and padding is left out. The loss is computed in fp32. The standard error is that over
     windows by the delta method, ppl * std(window NLL) / sqrt(count), and None for a single window. The model's training
-    mode is left as it was. Raises `PermpruneError` if a loss is not finite, or if there is no token to predict.
+    mode is left as it was. `logits_of(model, batch)` returns the logits, (batch, length, vocabulary); by default they
+    come from one forward pass without a cache. Raises `PermpruneError` if a loss is not finite, or if there is no token
+    to predict.
     """
     require("batch", batch, Count)
     examples = Examples.of(windows)
@@ -38,7 +47,7 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
         for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "perplexity"):
             part = examples[at].to(device)
             labels = part["labels"] if is_encoder_decoder(model) else next_labels(part)
-            logits = run_model(model, part).logits[:, : labels.shape[1]]
+            logits = (logits_of or _one_pass)(model, part)[:, : labels.shape[1]]
             losses = [_loss(own, tokens) for own, tokens in zip(logits, labels, strict=True)]
             nll[at] = torch.tensor(losses, dtype=torch.float64)
             counts[at] = labels.ne(IGNORED).sum(1).double().cpu()
@@ -55,6 +64,11 @@ def perplexity(model: nn.Module, windows: Examples | Tensor, batch: int = 4) -> 
     spread = (nll - mean * counts).std() / counts.mean() if len(examples) > 1 else None
     stderr = None if spread is None else value * float(spread) / len(examples) ** 0.5
     return Result("language modelling", PERPLEXITY, value, count=int(counts.sum()), stderr=stderr, unit="tokens")
+
+
+def _one_pass(model: nn.Module, batch: Examples) -> Tensor:
+    logits: Tensor = run_model(model, batch).logits
+    return logits
 
 
 def _loss(logits: Tensor, targets: Tensor) -> float:

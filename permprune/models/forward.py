@@ -64,6 +64,12 @@ def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[s
     return {**example, **({"use_cache": False} if takes_cache else {})}
 
 
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """The keyword argument that gives a cache to a model's forward or `generate`; older releases have another name."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: cache, "use_cache": True}
+
+
 def main_outputs(output: Any) -> list[Any]:
     """The outputs that a permutation must not change: the logits if there are any, else every tensor of the output.
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from permprune.examples import Examples
 from permprune.options import described, require_fields
+from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.problem import Orders, Problem
@@ -217,6 +218,19 @@ class Permuter(ABC):
         return Solution(orders, values["seconds"], tuple(CurvePoint(*point) for point in values["curve"]), weights)
 
 
+class Scores(Protocol):
+    """The scores that a problem's order is to keep; those of masked layers, or of anything else with channels.
+
+    `scores` are (rows, channels), by the names in the problem's parts.
+    """
+
+    @property
+    def scores(self) -> Mapping[str, Tensor]: ...
+
+    def pattern_of(self, problem: Problem) -> Pattern:
+        """The pattern along the channels of a problem."""
+
+
 @dataclass(frozen=True)
 class LocalPermuter(Permuter):
     """A permuter that solves each problem independently of the others."""
@@ -251,3 +265,12 @@ class LocalPermuter(Permuter):
 
     def limits(self, run: Run) -> dict[str, Any]:
         return super().limits(replace(run, minutes=None))
+
+
+@dataclass(frozen=True)
+class ScorePermuter(LocalPermuter):
+    """A permuter that needs only scores: it orders the channels of a key/value cache as well as those of weights."""
+
+    @abstractmethod
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
+        """Return the order of one problem, int64 (size,)."""

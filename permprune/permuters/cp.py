@@ -14,9 +14,8 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.options import Natural
 from permprune.pattern import Pattern
-from permprune.permuters.base import LocalPermuter
+from permprune.permuters.base import ScorePermuter, Scores
 from permprune.permuters.kept import ROWS, descending, kept_score, stacked_scores, union_kept
-from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 WIDE = 2048
@@ -39,7 +38,7 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class CP(LocalPermuter):
+class CP(ScorePermuter):
     """Keep the most score, with equally weighted rows, by `search` from the natural order (Pool and Yu 2021).
 
     `escapes` and `triples` are those of `search`; `triples` needs patterns with M = 4 and problems of at most 64
@@ -50,7 +49,7 @@ class CP(LocalPermuter):
     escapes: Natural = 10
     triples: bool = False
 
-    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         score, groups = stacked_scores(network, problem), problem.identity().view(-1, network.pattern_of(problem).m)
         return search(score, groups, network.pattern_of(problem), generator, self.escapes, self.triples).flatten()
 

@@ -8,26 +8,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.permuters.base import LocalPermuter
-from permprune.pruning.masked import MaskedLayers
+from permprune.permuters.base import ScorePermuter, Scores
 from permprune.pruning.problem import Problem
 
 
 @dataclass(frozen=True)
-class Identity(LocalPermuter):
+class Identity(ScorePermuter):
     """Keep the natural order."""
 
     name: ClassVar[str] = "none"
 
-    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return problem.identity()
 
 
 @dataclass(frozen=True)
-class Random(LocalPermuter):
+class Random(ScorePermuter):
     """Take a uniformly random order."""
 
     name: ClassVar[str] = "random"
 
-    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return torch.randperm(problem.size, generator=generator)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from permprune.matching.assignment import assign
 from permprune.pattern import Pattern
-from permprune.pruning.masked import MaskedLayers
+from permprune.permuters.base import Scores
 from permprune.pruning.problem import Problem
 
 ROWS = 64
@@ -24,7 +24,7 @@ PASSES = 2
 """Number of times that each slot is reassigned: a second pass still gains, further ones are not worth their time."""
 
 
-def stacked_scores(network: MaskedLayers, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
+def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
     """Return the scores of all weights of a problem, (channels, rows); rows are multiplied by sqrt(fisher) if given."""
     rows = [network.scores[part.layer][:, part.columns] for part in problem.parts]
     if fisher is not None:

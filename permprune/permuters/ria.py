@@ -8,17 +8,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from permprune.permuters.base import LocalPermuter
+from permprune.permuters.base import ScorePermuter, Scores
 from permprune.permuters.kept import deal_and_assign, stacked_scores
-from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
 
 
 @dataclass(frozen=True)
-class RIAPermuter(LocalPermuter):
+class RIAPermuter(ScorePermuter):
     """Keep the most score, with equally weighted rows (Zhang et al. 2024, "Plug-and-Play", section 3.2)."""
 
     name: ClassVar[str] = "ria"
 
-    def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
+    def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return deal_and_assign(stacked_scores(network, problem), network.pattern_of(problem))

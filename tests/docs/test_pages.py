@@ -25,7 +25,16 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 
-RUN = ["index", "start", "how-to/evaluate", "how-to/extend", "how-to/gpu", "how-to/large-models", "how-to/train"]
+RUN = [
+    "index",
+    "start",
+    "how-to/evaluate",
+    "how-to/extend",
+    "how-to/gpu",
+    "how-to/kv-cache",
+    "how-to/large-models",
+    "how-to/train",
+]
 """Pages whose Python examples run, one after the other, in a folder with the files that they name."""
 
 SMALLER = {"smollm2-135m": "tiny-llama", "minilm-l6": "tiny-bert", '"newton"': '"newton:rounds=1"'}

@@ -1,0 +1,79 @@
+"""`permprune kv`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from permprune.cli import common as cli
+from permprune.config import PruneConfig
+
+
+@cli.command
+def kv(
+    model: cli.Model,
+    out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],
+    pattern: Annotated[
+        str, typer.Option(help="N of every M channels of a head are kept, in keys and values", metavar="N:M")
+    ] = "2:4",
+    keys: Annotated[
+        str | None,
+        typer.Option(help="the pattern of the keys, or dense", metavar="N:M", show_default="that of --pattern"),
+    ] = None,
+    values: Annotated[
+        str | None,
+        typer.Option(help="the pattern of the values, or dense", metavar="N:M", show_default="that of --pattern"),
+    ] = None,
+    recovery: Annotated[str, typer.Option(help="what stands for pruned channels: zeros, or sign")] = "sign",
+    dtype: Annotated[
+        str, typer.Option(help="of kept values: fp32, bf16, fp16, int8, or auto: that of the model")
+    ] = "auto",
+    window: Annotated[int, typer.Option(help="newest tokens, which stay whole")] = 32,
+    sinks: Annotated[int, typer.Option(help="first tokens, which stay whole")] = 4,
+    permute: Annotated[
+        str, typer.Option(help="one of none, random, ria, cp, with options after it, as cp:escapes=50")
+    ] = "ria",
+    calibration: Annotated[
+        str | None, typer.Option(help="text (file, .jsonl) or a data set id; the default text if absent")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="windows of calibration text")] = 16,
+    data: cli.Data = None,
+    windows: cli.Windows = 24,
+    length: cli.Length = PruneConfig.length,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same orders")] = PruneConfig.seed,
+    trust_remote_code: cli.TrustRemoteCode = False,
+    json: cli.Json = None,
+) -> None:
+    """Find the channel orders of a pruned key/value cache for MODEL, and measure it."""
+
+    from permprune.checkpoints.schema import encode
+    from permprune.inference.kv.config import KVConfig
+    from permprune.jobs.kv import calibrate_kv
+    from permprune.jobs.trials import Evaluation
+    from permprune.report.words import number
+
+    config = KVConfig(keys or pattern, values or pattern, recovery=recovery, dtype=dtype, window=window, sinks=sinks)
+    record = calibrate_kv(
+        model,
+        out,
+        config,
+        permute=permute,
+        calibration=calibration,
+        samples=samples,
+        length=length,
+        seed=seed,
+        evaluation=Evaluation(data, windows, length),
+        trust_remote_code=trust_remote_code,
+    )
+    for side, kept in record.kept.items():
+        print(f"{side}: {kept.found:.1%} of the score kept, {kept.natural:.1%} in the model's order")
+    measured = record.measured
+    assert measured is not None
+    print(
+        f"perplexity {number(measured.pruned)}, with a dense cache {number(measured.dense)}; "
+        f"cache {measured.pruned_bytes / 1e6:.1f} MB, dense {measured.dense_bytes / 1e6:.1f} MB"
+    )
+    print(f"written to {out}")
+    cli.write_figures(json, encode(record))

@@ -1,0 +1,251 @@
+"""Attention on states that a cache layer holds in a form of its own, block by block with an online softmax.
+
+`ATTENTION` is the name of an attention implementation of Transformers. With ordinary tensors it computes what "sdpa"
+does, and soft-capped scores and learned sinks too. A cache layer that returns `States` from `update` computes the
+attention itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from permprune.errors import PermpruneError
+
+ATTENTION = "permprune"
+
+QUERIES = 512
+"""Number of queries of a head whose scores are computed at a time."""
+
+SCORES, STATES = 2**22, 2**20
+"""Limits of the numbers of scores, and of elements of unpacked states, that are held at a time."""
+
+LEAST_BLOCK = 64
+"""The least number of tokens of a block."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """The arguments of an attention function.
+
+    `query` is (batch, heads, queries, width). `mask` is bool, True where a query reads a token, or floating, to be
+    added to the scores: (batch, heads or 1, queries, tokens). `bias`, added to the scores, has that shape too. Scores
+    are soft-capped to -`softcap` .. `softcap`. `sinks`, (heads,), are the scores of tokens without values. Without a
+    mask and with `causal`, a query reads the tokens up to its own.
+    """
+
+    query: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    causal: bool = True
+    dropout: float = 0.0
+
+    def rows(self, start: int, stop: int) -> Call:
+        """Return the call for queries `start` to `stop`."""
+        mask, bias = (None if t is None else t[:, :, start:stop] for t in (self.mask, self.bias))
+        return dataclasses.replace(self, query=self.query[:, :, start:stop], mask=mask, bias=bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Keys and values of the tokens from position `start` on, (batch, key/value heads, tokens, width).
+
+    `visible`, bool (queries, tokens), is which of them each query reads; None for all.
+    """
+
+    start: int
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None = None
+
+
+class Source(ABC):
+    """The tokens that queries attend to, the newest of which are the queries themselves."""
+
+    length: int
+    """Number of tokens."""
+
+    heads: int
+    """Number of key/value heads."""
+
+    @abstractmethod
+    def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
+        """Yield all tokens in segments of at most `size`, for `count` queries at positions from `first` on."""
+
+
+class States(ABC):
+    """What `update` of a cache layer returns in place of the keys and of the values."""
+
+    @abstractmethod
+    def attend(self, call: Call, module: nn.Module) -> Tensor:
+        """Return the output of attention, (batch, queries, heads, width of the values)."""
+
+    @classmethod
+    def __torch_function__(cls, *_: Any, **__: Any) -> NoReturn:
+        raise PermpruneError(
+            "the model reads the cache by itself, not through Transformers' attention interface: "
+            "it cannot run with a pruned cache"
+        )
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | States,
+    value: Tensor | States,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function for Transformers' `AttentionInterface`."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = Call(query, attention_mask, scaling, softcap, position_bias, s_aux, causal, dropout)
+    if isinstance(key, States):
+        return key.attend(call, module), None
+    assert isinstance(key, Tensor) and isinstance(value, Tensor)
+    return attend_plain(call, module, key, value), None
+
+
+def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
+    """Return the attention to keys and values, (batch, key/value heads, tokens, width), in the layout of `States`."""
+    count = call.query.shape[2]
+    if call.softcap is None and call.sinks is None:
+        output: Tensor = sdpa_attention_forward(
+            module,
+            call.query,
+            keys,
+            values,
+            call.mask,
+            dropout=call.dropout,
+            scaling=call.scaling,
+            is_causal=call.causal,
+            position_bias=call.bias,
+        )[0]
+        return output
+    if call.causal and call.mask is None and count > 1:  # a static cache may hold memory for later tokens
+        keys, values = keys[:, :, :count], values[:, :, :count]
+    return attend(call, _Plain(keys, values)).transpose(1, 2).contiguous()
+
+
+def attend(call: Call, source: Source) -> Tensor:
+    """Return the attention of queries to a source, (batch, heads, queries, width of the values).
+
+    Only a block of unpacked states and of scores is held at a time (Milakov and Gimelshein 2018, arXiv 1805.02867). The
+    softmax is in fp32. A query that may read no token gets zeros. Raises `PermpruneError` if there is dropout.
+    """
+    if call.dropout:
+        raise PermpruneError("a pruned cache, soft-capped scores and sinks go without dropout: call model.eval()")
+    count = call.query.shape[2]
+    starts = range(0, count, QUERIES)
+    blocks = [_attend_block(call.rows(i, i + QUERIES), source, source.length - count + i) for i in starts]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+def _attend_block(call: Call, source: Source, first: int) -> Tensor:
+    """Return `attend` for queries at positions from `first` on."""
+    batch, heads, count, width = call.query.shape
+    query = call.query.reshape(batch, source.heads, -1, width)
+    softmax = _OnlineSoftmax(call.sinks, batch, source.heads, count)
+    block = min(SCORES // (batch * heads * count), STATES // (batch * source.heads * width))
+    for segment in source.segments(first, count, max(block, LEAST_BLOCK)):
+        scores = (query @ segment.keys.transpose(-1, -2)).float().mul_(call.scaling)
+        scores = scores.view(batch, source.heads, -1, count, scores.shape[-1])
+        softmax.add(_masked(scores, call, segment, first), segment.values)
+    return softmax.result().to(call.query.dtype).view(batch, heads, count, -1)
+
+
+def _masked(scores: Tensor, call: Call, segment: Segment, first: int) -> Tensor:
+    """Cap scores, (batch, key/value heads, group, queries, tokens), and add biases and masks."""
+    if call.softcap is not None:
+        scores = (scores / call.softcap).tanh_().mul_(call.softcap)
+    stop = segment.start + scores.shape[-1]
+    for added in (call.bias, call.mask):
+        if added is None:
+            continue
+        part = added[..., segment.start : stop].unsqueeze(1)
+        if part.shape[2] > 1:  # a mask for each head
+            part = part.view(len(part), *scores.shape[1:3], *part.shape[3:])
+        scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+    visible = segment.visible
+    if call.mask is None and call.causal and stop > first + 1:
+        queries = torch.arange(first, first + scores.shape[3], device=scores.device)
+        past = torch.arange(segment.start, stop, device=scores.device) <= queries[:, None]
+        visible = past if visible is None else visible & past
+    return scores if visible is None else scores.masked_fill(~visible, -torch.inf)
+
+
+class _OnlineSoftmax:
+    """Sums of values weighted by softmax of the scores, which come in blocks of tokens.
+
+    `sinks`, (heads,), are scores without values.
+    """
+
+    def __init__(self, sinks: Tensor | None, batch: int, heads: int, count: int) -> None:
+        self.shape, self.sinks = (batch, heads, -1, count, 1), sinks
+        self.largest: Tensor | None = None
+
+    def add(self, scores: Tensor, values: Tensor) -> None:
+        """Add a block: scores fp32 (batch, heads, group, queries, tokens), values (batch, heads, tokens, width)."""
+        largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        if self.largest is None:
+            start = torch.full_like(largest, torch.finfo(torch.float32).min)
+            if self.sinks is not None:
+                start = self.sinks.float().view(1, self.shape[1], -1, 1, 1).expand_as(largest)
+            self.largest, self.total = start, torch.full_like(largest, float(self.sinks is not None))
+            self.sum = torch.zeros(*scores.shape[:-1], values.shape[-1], device=scores.device)
+        largest = torch.maximum(self.largest, largest)
+        shares, kept = (scores - largest).exp_(), (self.largest - largest).exp()
+        self.total = self.total * kept + shares.sum(-1, keepdim=True)
+        weighted = shares.flatten(2, 3).to(values.dtype) @ values
+        self.sum = self.sum * kept + weighted.view_as(self.sum)
+        self.largest = largest
+
+    def result(self) -> Tensor:
+        """Return the weighted sums, fp32 (batch, heads, group, queries, width)."""
+        return self.sum / self.total.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class _Plain(Source):
+    """Keys and values as tensors."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values, self.length, self.heads = keys, values, keys.shape[2], keys.shape[1]
+
+    def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
+        for start in range(0, self.length, size):
+            stop = start + size
+            yield Segment(start, self.keys[:, :, start:stop], self.values[:, :, start:stop])
+
+
+def use_attention(model: PreTrainedModel) -> None:
+    """Make a model compute attention through `attention`. Raises `PermpruneError` if it cannot."""
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(ATTENTION)
+    if config._attn_implementation != ATTENTION:
+        raise PermpruneError(
+            f"{type(model).__name__} does not use Transformers' attention interface: it cannot run with a pruned cache"
+        )
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,145 @@
+"""The folder that `permprune kv` writes: the channels of a pruned cache, and a record of how they were found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import reprlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from permprune.checkpoints.schema import Malformed, decode, encode
+from permprune.errors import PermpruneError
+from permprune.inference.kv.config import KVConfig
+from permprune.inference.kv.packing import Channels
+from permprune.options import Range
+from permprune.system.files import write_json, write_whole
+
+RECORD, TENSORS = "kv.json", "kv.safetensors"
+"""Names of the files: the record, and the tensors "layers.{number}.{keys or values}.{order, weight or level}"."""
+
+FORMAT = 1
+"""The version of the format that is written, and the newest that can be read."""
+
+AGAIN = "make the cache again with permprune kv"
+
+SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")
+"""Entries of a model's config that tell whether a cache is for that model."""
+
+LayerChannels = dict[int, tuple[Channels, Channels]]
+"""The channels of keys and values, by the number of the layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """The share of the calibration's score that is kept, in the model's order of channels and in the one found."""
+
+    natural: float
+    found: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Perplexity with the dense and with the pruned cache, over `count` tokens, and the bytes of both caches.
+
+    Older tokens were packed in every call (`PrunedCache.exact_window`). The bytes are those of one window.
+    """
+
+    data: str
+    length: int
+    count: int
+    dense: float
+    pruned: float
+    dense_bytes: int
+    pruned_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class KVRecord:
+    """The record of a pruned cache.
+
+    `shape` has entries of the model's config (`SHAPE`). `calibration` describes the data and `kept` the share of the
+    score that keys and values keep.
+    """
+
+    format: Annotated[int, Range(FORMAT, FORMAT)]
+    permprune: str
+    model: str
+    shape: dict[str, int | None]
+    config: KVConfig
+    permute: str
+    calibration: dict[str, str | int | None]
+    kept: dict[str, Kept]
+    seconds: float
+    measured: Measurement | None = None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def shape_of(model: PreTrainedModel) -> dict[str, int | None]:
+    """Return the entries of a model's config that a cache depends on; None for those that it lacks."""
+    config = model.config.get_text_config(decoder=True)
+    values = {name: getattr(config, name, None) for name in SHAPE}
+    return {name: value if isinstance(value, int) else None for name, value in values.items()}
+
+
+def write_cache(folder: Path, channels: LayerChannels, record: KVRecord) -> None:
+    """Write the files into an existing folder. Raises `PermpruneError` if they cannot be written."""
+    tensors = {
+        f"layers.{number}.{side}.{name}": tensor.to(torch.int32) if name == "order" else tensor
+        for number, pair in channels.items()
+        for side, own in zip(("keys", "values"), pair, strict=True)
+        for name, tensor in vars(own).items()
+    }
+    write_whole(folder / TENSORS, lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path))
+    write_json(folder / RECORD, encode(record))
+
+
+def read_record(folder: Path) -> KVRecord:
+    """Read the record. Raises `PermpruneError` if there is none or it is damaged."""
+    path = folder / RECORD
+    try:
+        record: KVRecord = decode(KVRecord, json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise PermpruneError(f"{folder} holds no {RECORD}: give a folder that permprune kv wrote") from None
+    except (Malformed, PermpruneError, RecursionError, ValueError) as error:
+        raise PermpruneError(f"{path} is damaged ({error}): {AGAIN}") from error
+    return record
+
+
+def read_channels(folder: Path) -> LayerChannels:
+    """Read the channels. Raises `PermpruneError` if they are missing or damaged, or an order is no permutation."""
+    path = folder / TENSORS
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise PermpruneError(f"{path} does not load: {AGAIN}") from error
+    numbers = sorted(
+        {int(name.split(".")[1]) for name in tensors if name.startswith("layers.") and name.split(".")[1].isdigit()}
+    )
+    return {i: (_side(path, tensors, f"layers.{i}.keys"), _side(path, tensors, f"layers.{i}.values")) for i in numbers}
+
+
+def require_model(folder: Path, record: KVRecord, model: PreTrainedModel) -> None:
+    """Raise `PermpruneError` if the cache was made for a model of another shape."""
+    for name, value in shape_of(model).items():
+        if record.shape.get(name) != value:
+            raise PermpruneError(
+                f"{folder} is for a model with {name} {record.shape.get(name)}, and this one has {value}: "
+                "make a cache for it with permprune kv"
+            )
+
+
+def _side(path: Path, tensors: dict[str, Tensor], name: str) -> Channels:
+    parts = [tensors.get(f"{name}.{part}") for part in ("order", "weight", "level")]
+    order, weight, level = parts
+    if order is None or weight is None or level is None or order.dim() != 2 or order.is_floating_point():
+        raise PermpruneError(f"{path} lacks tensors of {reprlib.repr(name)}: {AGAIN}")
+    channels = Channels(order.long(), weight, level)
+    channels.check(f"{path}: {name}")
+    return channels

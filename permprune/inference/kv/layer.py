@@ -1,0 +1,215 @@
+"""The layer of a pruned cache: packed past tokens, and whole ones at both ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from permprune.errors import PermpruneError
+from permprune.inference.kv.attention import Call, Segment, Source, States, attend, attend_plain
+from permprune.inference.kv.config import DTYPES, KVConfig, pattern_named
+from permprune.inference.kv.packing import Channels, Layout, require_pattern
+from permprune.inference.kv.tokens import PackedTokens
+
+STEP = 8
+"""Number of tokens that are packed at a time when they leave the window."""
+
+
+class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one attention layer, of which all but the first and the newest tokens are packed.
+
+    `keys` and `values`, (batch, heads, tokens, width) in the stored order of their channels, are the whole tokens: the
+    first `sinks`, then those after the packed ones. A query that comes when there are `count` tokens reads
+    `packed_count(count)` of them packed.
+
+    By default, tokens that come in one call read each other whole. With `exact_window` a query reads the same tokens
+    packed in whatever calls the tokens come, as if one by one.
+    """
+
+    is_croppable = True
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(
+        self,
+        config: KVConfig,
+        key_channels: Channels | None = None,
+        value_channels: Channels | None = None,
+        exact_window: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config, self.exact_window = config, exact_window
+        self.channels = key_channels, value_channels
+        self.packed: tuple[PackedTokens, PackedTokens] | None = None
+
+    def packed_count(self, count: int) -> int:
+        """Return how many of `count` tokens are packed: in steps of 8, so that at least `window` are whole."""
+        return max(0, count - self.config.sinks - self.config.window) // STEP * STEP
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for states of this type and shape. Raises `PermpruneError` if the channels have another shape."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        packed = []
+        for name, states, given in zip(("keys", "values"), (key_states, value_states), self.channels, strict=True):
+            shape = states.shape[1], states.shape[3]
+            channels = Channels.natural(*shape) if given is None else given
+            if channels.shape != shape:
+                raise PermpruneError(
+                    f"the cache is for {name} of {channels.shape[0]} heads of {channels.shape[1]} channels, and the "
+                    f"model has {shape[0]} of {shape[1]}: make one for this model with permprune kv"
+                )
+            pattern = pattern_named(getattr(self.config, name))
+            require_pattern(pattern, shape[1])
+            stored = DTYPES[self.config.dtype] or states.dtype
+            layout = Layout(pattern, stored, self.config.recovery == "sign")
+            packed.append(PackedTokens(channels.to(self.device), layout))
+        self.packed = packed[0], packed[1]
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *args: object, **options: object
+    ) -> tuple[States, States]:
+        """Add the states of new tokens, (batch, heads, tokens, width); returns what their queries attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.packed is not None
+        past, new = self.get_seq_length(), (key_states, value_states)
+        arranged = [packed.channels.arrange(states) for packed, states in zip(self.packed, new, strict=True)]
+        whole = [torch.cat(pair, 2) for pair in zip((self.keys, self.values), arranged, strict=True)]
+        before, sinks = self.packed[0].length, self.config.sinks
+        leaving = max(0, self.packed_count(past + key_states.shape[2]) - before)
+        self.keys, self.values = whole
+        if leaving:
+            for packed, states in zip(self.packed, whole, strict=True):
+                packed.append(states[:, :, sinks : sinks + leaving])
+            self.keys, self.values = (torch.cat((s[:, :, :sinks], s[:, :, sinks + leaving :]), 2) for s in whole)
+        view = _View(self, whole, before, new if not past and not self.exact_window else None)
+        return view, view
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens."""
+        if self.packed is None:
+            return 0
+        return int(self.keys.shape[2]) + self.packed[0].length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of tokens after `query_length` more, and the position of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the number of tokens is not limited."""
+        return -1
+
+    def reset(self) -> None:
+        """Remove all tokens."""
+        self.keys = self.values = self.packed = None  # type: ignore[assignment]
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens.
+
+        If fewer than `window` whole tokens remain, those before them stay packed. Raises `ValueError` for a positive
+        number, as the layers of Transformers do.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}")
+        if tokens_to_remove == 0 or self.packed is None:
+            return
+        left = max(0, self.get_seq_length() + tokens_to_remove)
+        sinks = min(left, self.config.sinks)
+        packed = min(left - sinks, self.packed[0].length)
+        for own in self.packed:
+            own.truncate(packed)
+        self.keys, self.values = (states[:, :, : left - packed].clone() for states in (self.keys, self.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows of the batch, as beam search does."""
+        self._change_batch(lambda part: part.index_select(0, beam_idx.to(part.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        self._change_batch(lambda part: part.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows of the batch."""
+        self._change_batch(lambda part: part[indices.to(part.device)])
+
+    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.packed is not None:
+            self.keys, self.values = change(self.keys), change(self.values)
+            for packed in self.packed:
+                packed.change_batch(change)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same tokens as they come from the model."""
+        if self.packed is None:
+            return 0
+        whole = (self.keys, self.values)
+        return self.get_seq_length() * sum(s.element_size() * s.shape[0] * s.shape[1] * s.shape[3] for s in whole)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors that hold states of tokens."""
+        if self.packed is not None:
+            yield from (self.keys, self.values)
+            for packed in self.packed:
+                yield from packed.parts.values()
+
+
+class _View(Source, States):
+    """What the queries of one `update` attend to.
+
+    `whole` are the keys and values that were whole before tokens were packed in this call: sinks, then those from
+    position `sinks` + `before`. `plain` are the new keys and values in the model's order, if there are no others.
+    """
+
+    def __init__(
+        self, layer: PrunedLayer, whole: list[Tensor], before: int, plain: tuple[Tensor, Tensor] | None
+    ) -> None:
+        assert layer.packed is not None
+        self.layer, self.packed, self.whole, self.before, self.plain = layer, layer.packed, whole, before, plain
+        self.heads, self.length = whole[0].shape[1], whole[0].shape[2] + before
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the keys."""
+        batch, heads, _, width = self.whole[0].shape
+        return torch.Size((batch, heads, self.length, width))
+
+    def attend(self, call: Call, module: nn.Module) -> Tensor:
+        if self.plain is not None:
+            return attend_plain(call, module, *self.plain)
+        batch, heads, count, width = call.query.shape
+        keys, values = (packed.channels for packed in self.packed)
+        query = keys.arrange(call.query.reshape(batch, self.heads, -1, width)).view_as(call.query)
+        output = attend(dataclasses.replace(call, query=query), self)
+        output = values.restore(output.reshape(batch, self.heads, -1, output.shape[-1]))
+        return output.view(batch, heads, count, -1).transpose(1, 2).contiguous()
+
+    def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
+        (keys, values), sinks = self.whole, self.layer.config.sinks
+        reads = [self._reads_packed(position) for position in range(first, first + count)]
+        least, most = reads[0], reads[-1]
+        limits = torch.tensor(reads, device=keys.device)[:, None]
+        if sinks:
+            yield Segment(0, keys[:, :, :sinks], values[:, :, :sinks])
+        for start in range(0, most, size):
+            stop = min(start + size, most)
+            own = [packed.read(start, stop, keys.dtype) for packed in self.packed]
+            visible = torch.arange(start, stop, device=keys.device) < limits if stop > least else None
+            yield Segment(sinks + start, own[0], own[1], visible)
+        for start in range(least, self.length - sinks, size):
+            at, stop = sinks + start - self.before, min(start + size, self.length - sinks)
+            own = [states[:, :, at : at + stop - start] for states in self.whole]
+            visible = torch.arange(start, stop, device=keys.device) >= limits if start < most else None
+            yield Segment(sinks + start, own[0], own[1], visible)
+
+    def _reads_packed(self, position: int) -> int:
+        """Return how many packed tokens a query reads."""
+        return max(self.before, self.layer.packed_count(position)) if self.layer.exact_window else self.before

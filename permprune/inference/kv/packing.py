@@ -1,0 +1,181 @@
+"""Key or value states of tokens in packed form: which channels are kept, their values, and what is left of the others.
+
+The layout is made for kernels that walk over the tokens of one head. All tensors are (batch, heads, tokens, ...) and
+contiguous: the tokens of a head follow each other, and each is a row of bytes. For a head of `width` channels with
+pattern N:M, the row of a token has these parts, channels in stored order (`Channels.order`):
+
+* `values`, (width N / M): the kept values, in channel order; fp32, bf16, fp16 or int8;
+* `mask`, uint8 (ceil(width / 8)): bit c % 8 of byte c // 8 is set if channel c is kept, as in the packed weights
+  (`permprune.kernels.packed`); each group of M bits has N set;
+* `signs`, uint8 (ceil(width (M - N) / (8 M))), with recovery only: bit i is set if the i-th channel that is not kept is
+  negative; scattering these bits to the zeros of the mask (`pdep`) aligns them with the channels;
+* `amplitude`, (1), with recovery only: a pruned channel c is read as its sign times `amplitude` times
+  `Channels.level[c]`; of the type of the values, or for int8 values uint8 in steps of half the scale;
+* `scale`, bf16 (1), for int8 only: a kept value is its integer times the scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+from permprune.kernels.packed import pack_bits, unpack_bits
+from permprune.pattern import Pattern
+
+Parts = dict[str, Tensor]
+"""The parts of packed states by name, each (batch, heads, tokens, ...)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The channels of the key heads, or of the value heads, of a layer.
+
+    `order` is int64 (heads, width): stored channel i of a head is the model's channel `order[i]`. `weight`, fp32
+    (heads, width), is the importance of each stored channel: the N channels of a group with the largest
+    weight * |state| are kept. `level`, fp32 (heads, width), is the magnitude of each stored channel, relative to the
+    others, where it is pruned.
+    """
+
+    order: Tensor
+    weight: Tensor
+    level: Tensor
+
+    @classmethod
+    def natural(cls, heads: int, width: int) -> Channels:
+        """Return channels in the model's order, all of the same importance and magnitude."""
+        ones = torch.ones(heads, width)
+        return cls(torch.arange(width).repeat(heads, 1), ones, ones)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of heads and of channels of a head."""
+        heads, width = self.order.shape
+        return heads, width
+
+    def check(self, name: str) -> None:
+        """Raise `PermpruneError`, naming the tensors' `name`, unless orders are permutations and the rest positive."""
+        identity = torch.arange(self.order.shape[-1]).expand(self.order.shape)
+        if not torch.equal(self.order.sort(-1).values, identity):
+            raise PermpruneError(f"{name} has an order that is no permutation: make the cache again with permprune kv")
+        for numbers in (self.weight, self.level):
+            if numbers.shape != self.order.shape or not (numbers.isfinite() & (numbers > 0)).all():
+                raise PermpruneError(
+                    f"{name} has weights or levels that are no positive numbers: make the cache again with permprune kv"
+                )
+
+    def to(self, device: torch.device) -> Channels:
+        """Return the channels on a device."""
+        return Channels(self.order.to(device), self.weight.to(device), self.level.to(device))
+
+    def arrange(self, states: Tensor) -> Tensor:
+        """Put states, (batch, heads, tokens, width), into the stored order."""
+        return states.gather(-1, self.order[:, None].expand_as(states))
+
+    def restore(self, states: Tensor) -> Tensor:
+        """Put states in the stored order, (batch, heads, tokens, width), into the model's order."""
+        return states.gather(-1, self.order.argsort(-1)[:, None].expand_as(states))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The packed form of states: the pattern, None if all channels are kept; the type of values; `signs` or zeros."""
+
+    pattern: Pattern | None
+    dtype: torch.dtype
+    signs: bool
+
+
+def require_pattern(pattern: Pattern | None, width: int) -> None:
+    """Raise `PermpruneError` unless heads of `width` channels consist of whole groups of the pattern."""
+    if pattern is not None and not pattern.divides(width):
+        raise PermpruneError(
+            f"{pattern} does not divide the {width} channels of a head: choose an M that divides {width}"
+        )
+
+
+def encode(states: Tensor, channels: Channels, layout: Layout) -> Parts:
+    """Pack states in the stored order, floating (batch, heads, tokens, width)."""
+    states = states.float()
+    if layout.pattern is None:
+        return _stored(states, layout.dtype)
+    kept = kept_channels(states, channels, layout.pattern)
+    parts = _stored(_select(states, kept), layout.dtype)
+    parts["mask"] = _pack_bits(kept)
+    if layout.signs:
+        parts["signs"] = _pack_bits(_select(states, ~kept) < 0)
+        size = amplitude(states, kept, channels)
+        if "scale" in parts:
+            steps = 2 * size / parts["scale"].float().clamp_min(TINY)
+            parts["amplitude"] = steps.round().clamp(0, 255).to(torch.uint8)
+        else:
+            parts["amplitude"] = size.to(layout.dtype)
+    return parts
+
+
+def decode(parts: Parts, channels: Channels, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Unpack states, with pruned channels zero or recovered: `dtype` (batch, heads, tokens, width) in stored order."""
+    values, scale = parts["values"], parts.get("scale")
+    if scale is not None:
+        values = values * scale.float()
+    if layout.pattern is None:
+        return values.to(dtype)
+    kept = _unpack_bits(parts["mask"], channels.shape[1])
+    states = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
+    if layout.signs:
+        size = parts["amplitude"].float()
+        if scale is not None:
+            size = size * scale.float() / 2
+        signs = _unpack_bits(parts["signs"], kept.shape[-1] - values.shape[-1])
+        recovered = torch.zeros(kept.shape, device=kept.device).masked_scatter_(~kept, 1.0 - 2.0 * signs)
+        states += (recovered * size * channels.level[:, None]).to(dtype)
+    return states
+
+
+def kept_channels(states: Tensor, channels: Channels, pattern: Pattern) -> Tensor:
+    """Return which channels of states in the stored order are kept: bool (batch, heads, tokens, width)."""
+    score = (states.float().abs() * channels.weight[:, None]).nan_to_num(nan=torch.inf)  # NaN is kept, for all to see
+    kept: Tensor = pattern.mask_groups(score.unflatten(-1, (-1, pattern.m)), -1).flatten(-2)
+    return kept
+
+
+def amplitude(states: Tensor, kept: Tensor, channels: Channels) -> Tensor:
+    """Return the amplitude a of each token and head with the least error of its pruned channels.
+
+    The error is sum_c weight[c]^2 (|state[c]| - a level[c])^2 over the channels that are not `kept`. Returns fp32
+    (batch, heads, tokens, 1).
+    """
+    squared = (channels.weight.square() * channels.level)[:, None]
+    pruned = (~kept).float()
+    products = (states.abs() * squared * pruned).sum(-1, keepdim=True)
+    return products / (squared * channels.level[:, None] * pruned).sum(-1, keepdim=True)
+
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def _stored(values: Tensor, dtype: torch.dtype) -> Parts:
+    """Return values as `dtype`, with a scale for each token and head if that is int8."""
+    if dtype != torch.int8:
+        return {"values": values.to(dtype)}
+    scale = (values.abs().amax(-1, keepdim=True) / 127).bfloat16()
+    steps = (values / scale.float().clamp_min(TINY)).round().clamp(-127, 127)
+    return {"values": steps.to(torch.int8), "scale": scale}
+
+
+def _select(states: Tensor, chosen: Tensor) -> Tensor:
+    """Return the chosen channels, as many for each token, (batch, heads, tokens, count)."""
+    return states[chosen].view(*states.shape[:-1], -1)
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    width = bits.shape[-1]
+    packed: Tensor = pack_bits(bits.flatten(0, -2))[:, : -(-width // 8)].unflatten(0, bits.shape[:-1])
+    return packed
+
+
+def _unpack_bits(packed: Tensor, width: int) -> Tensor:
+    bits: Tensor = unpack_bits(packed.flatten(0, -2), width).unflatten(0, packed.shape[:-1])
+    return bits

@@ -1,0 +1,195 @@
+"""The job of `permprune kv`: find the channel orders of a pruned cache, measure it and write it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from permprune.checkpoints.source import ModelSource, OpenModel, open_model
+from permprune.config import PruneConfig
+from permprune.data.load import load_examples
+from permprune.errors import PermpruneError
+from permprune.evaluation.perplexity import perplexity
+from permprune.inference.kv.cache import PrunedCache, attention_layers
+from permprune.inference.kv.calibration import ObservedLayer, fit_channels, observe_states
+from permprune.inference.kv.config import KVConfig, pattern_named
+from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity, require_positions
+from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, write_cache
+from permprune.inference.kv.packing import require_pattern
+from permprune.jobs.trials import BATCH, Evaluation
+from permprune.models.processors import Processor
+from permprune.options import Count, Seed, require
+from permprune.pattern import Pattern
+from permprune.permuters.base import ScorePermuter
+from permprune.permuters.registry import PERMUTERS, permuter
+from permprune.pruning.problem import Part, Problem
+from permprune.system.files import atomic_folder, require_absent, require_writable
+from permprune.system.out_of_memory import memory_reported
+from permprune.system.progress import track
+
+SIDES = ("keys", "values")
+
+
+@memory_reported()
+def calibrate_kv(
+    model: ModelSource,
+    out: str | Path,
+    config: KVConfig | None = None,
+    *,
+    permute: str | ScorePermuter = "ria",
+    calibration: str | None = None,
+    samples: int = 16,
+    length: int = PruneConfig.length,
+    seed: int = PruneConfig.seed,
+    evaluation: Evaluation | None = None,
+    processor: Processor | None = None,
+    trust_remote_code: bool = False,
+) -> KVRecord:
+    """Find the channels of a pruned key/value cache, measure its perplexity, and write both to the folder `out`.
+
+    `model` is a name, a folder, or a model in memory with its `processor`. One forward pass over `samples` windows of
+    `length` tokens of the `calibration` text shows queries, keys and values. `permute` orders the channels of each
+    head so that the N:M groups keep the most of the squared keys, weighted by the mean squared queries, and of the
+    squared values. The perplexity is that of text as `evaluation` says. Returns the record. Raises `PermpruneError`,
+    for example if a pattern does not divide the channels of a head.
+    """
+    config, evaluation, out = config or KVConfig(), evaluation or Evaluation(), Path(out)
+    for name, number, hint in (("samples", samples, Count), ("length", length, Count), ("seed", seed, Seed)):
+        require(name, number, hint)
+    method = _score_permuter(permute)
+    require_absent(out)
+    require_writable(out)
+    opened = open_model(model, processor, trust_remote_code=trust_remote_code)
+    attention_layers(opened.model)
+    require_positions(opened.model, length)
+    source: dict[str, str | int | None] = {"data": calibration, "samples": samples, "length": length, "seed": seed}
+    examples = load_examples(
+        calibration, opened.model, opened.processor, part="calibration", count=samples, length=length, seed=seed
+    )
+    started = time.monotonic()
+    observed = observe_states(opened.model, examples, skipped=config.sinks, batch=BATCH)
+    channels, kept = find_channels(observed, config, method, seed)
+    seconds = time.monotonic() - started
+    record = KVRecord(
+        format=1,
+        permprune=importlib.metadata.version("permprune"),
+        model=opened.name,
+        shape=shape_of(opened.model),
+        config=config,
+        permute=method.name,
+        calibration=source,
+        kept=kept,
+        seconds=seconds,
+        measured=_measure(opened, config, channels, evaluation),
+    )
+    with atomic_folder(out) as folder:
+        write_cache(folder, channels, record)
+    return record
+
+
+def find_channels(
+    observed: Mapping[int, ObservedLayer], config: KVConfig, method: ScorePermuter, seed: int = 0
+) -> tuple[LayerChannels, dict[str, Kept]]:
+    """Return the channels of all layers, and the share of the score that is kept, by "keys" and "values".
+
+    `observed` are the states of each layer (`observe_states`).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shares: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+    found: LayerChannels = {}
+    for number in track(sorted(observed), "ordering channels"):
+        layer, own = observed[number], []
+        for side, states in zip(SIDES, layer.states(), strict=True):
+            pattern = pattern_named(getattr(config, side))
+            weight = layer.query_weights() if side == "keys" else torch.ones(states.shape[0], states.shape[2])
+            score = (states * weight[:, None]).square()
+            natural = torch.arange(states.shape[2]).repeat(len(states), 1)
+            order = natural
+            if pattern is not None:
+                require_pattern(pattern, states.shape[2])
+                order = torch.stack([_order(head, pattern, method, generator) for head in score])
+                shares[side].append(torch.stack([_kept(score, o, pattern) for o in (natural, order)]))
+            own.append(fit_channels(states, weight, order, pattern))
+        found[number] = own[0], own[1]
+    kept = {side: Kept(*torch.stack(pairs).mean(0).tolist()) for side, pairs in shares.items() if pairs}
+    return found, kept
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeadScores:
+    """The score of a head's channels, (tokens, channels), as permuters read it."""
+
+    scores: Mapping[str, Tensor]
+    pattern: Pattern
+
+    def pattern_of(self, problem: Problem) -> Pattern:
+        return self.pattern
+
+
+def _order(score: Tensor, pattern: Pattern, method: ScorePermuter, generator: torch.Generator) -> Tensor:
+    """Return the order of a head's channels, int64 (width,), for their score, (tokens, width)."""
+    width = score.shape[1]
+    problem = Problem("head", width, (Part("head", "", torch.arange(width)),))
+    return method.order(_HeadScores({"head": score}, pattern), problem, generator)
+
+
+def _kept(score: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
+    """Return the share of the score, (heads, tokens, width), that groups in this order keep, mean over heads."""
+    grouped = score.gather(2, order[:, None].expand_as(score)).unflatten(2, (-1, pattern.m))
+    kept: Tensor = (grouped * pattern.mask_groups(grouped, -1)).flatten(1).sum(1)
+    return (kept / score.flatten(1).sum(1)).mean()
+
+
+def _score_permuter(given: str | ScorePermuter) -> ScorePermuter:
+    method = permuter(given)
+    if not isinstance(method, ScorePermuter):
+        fitting = ", ".join(name for name, kind in PERMUTERS.items() if issubclass(kind, ScorePermuter))
+        raise PermpruneError(f"{method.name} orders the channels of weights, not of a cache: choose one of {fitting}")
+    return method
+
+
+def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evaluation: Evaluation) -> Measurement:
+    """Measure the perplexity with the dense and with the pruned cache."""
+    model, windows = opened.model, evaluation.examples(opened.model, opened.processor)
+    require_positions(model, windows["input_ids"].shape[1])
+    dense = perplexity(model, windows, BATCH)
+    found = cached_perplexity(model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), BATCH)
+    return Measurement(
+        data=evaluation.source or "default data",
+        length=windows["input_ids"].shape[1],
+        count=dense.count,
+        dense=dense.value,
+        pruned=found.result.value,
+        dense_bytes=found.dense_nbytes,
+        pruned_bytes=found.nbytes,
+    )
+
+
+def evaluate_kv(
+    model: ModelSource,
+    folder: str | Path,
+    evaluation: Evaluation | None = None,
+    processor: Processor | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> CachedPerplexity:
+    """Measure the perplexity of a model with the pruned cache in `folder`, and the bytes of the cache.
+
+    All tokens before the window are pruned, also those of a prompt (`PrunedCache.exact_window`). `model`, `evaluation`
+    and `processor` are as in `evaluate`. Raises `PermpruneError`, for example if the cache is for another model.
+    """
+    evaluation = evaluation or Evaluation()
+    opened = open_model(model, processor, trust_remote_code=trust_remote_code)
+    PrunedCache.from_pretrained(folder, opened.model)  # refused before the data are read
+    windows = evaluation.examples(opened.model, opened.processor)
+
+    def cache() -> PrunedCache:
+        return PrunedCache.from_pretrained(folder, opened.model, exact_window=True)
+
+    return cached_perplexity(opened.model, windows, cache, BATCH)

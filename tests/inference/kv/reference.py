@@ -1,0 +1,94 @@
+"""A cache that keeps every token whole and prunes by itself what each query reads, for comparison."""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from permprune.inference.kv.attention import Call, States
+from permprune.inference.kv.config import KVConfig
+from permprune.inference.kv.packing import Channels
+from permprune.pattern import Pattern
+
+
+def random_channels(heads: int, width: int) -> Channels:
+    """Channels in a random order, with random weights and levels."""
+    order = torch.stack([torch.randperm(width) for _ in range(heads)])
+    return Channels(order, torch.rand(heads, width) + 0.1, torch.rand(heads, width) + 0.1)
+
+
+def pruned(states: Tensor, channels: Channels, text: str, recovery: str) -> Tensor:
+    """States, (batch, heads, tokens, width), with what a pruned cache reads of them, in the model's order."""
+    if text == "dense":
+        return states
+    pattern, result = Pattern.parse(text), torch.zeros_like(states)
+    for head, order in enumerate(channels.order):
+        groups = states[:, head][..., order].unflatten(-1, (-1, pattern.m))
+        weight, level = (t[head].view(-1, pattern.m).expand_as(groups) for t in (channels.weight, channels.level))
+        best = (groups.abs() * weight).topk(pattern.n).indices
+        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+        design, target = ((weight * t).masked_fill(kept, 0).flatten(-2) for t in (level, groups.abs()))
+        size = (design * target).sum(-1) / (design * design).sum(-1)
+        recovered = groups.sign() * size[..., None, None] * level if recovery == "sign" else torch.zeros_like(groups)
+        result[:, head][..., order] = torch.where(kept, groups, recovered).flatten(-2)
+    return result
+
+
+def attend(
+    call: Call, keys: Tensor, values: Tensor, small: tuple[Tensor, Tensor], packed: Tensor, start: int
+) -> Tensor:
+    """Attention of queries, of which query i reads the tokens from position `start` on and before packed[i] pruned."""
+    group = call.query.shape[1] // keys.shape[1]
+    position = torch.arange(keys.shape[2])
+    outputs = []
+    for i, query in enumerate(call.query.unbind(2)):
+        prune = ((position >= start) & (position < start + packed[i]))[:, None]
+        own = [torch.where(prune, less, full) for less, full in zip(small, (keys, values), strict=True)]
+        own = [states.repeat_interleave(group, 1) for states in own]
+        scores = torch.einsum("bhd,bhtd->bht", query, own[0]) * call.scaling
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        if call.bias is not None:
+            scores = scores + call.bias[:, :, i]
+        if call.mask is None:
+            scores = scores.masked_fill(position > len(position) - call.query.shape[2] + i, -torch.inf)
+        else:
+            scores = scores.masked_fill(~call.mask[:, :, i], -torch.inf)
+        if call.sinks is not None:
+            scores = torch.cat((scores, call.sinks.view(1, -1, 1).expand(len(scores), -1, 1)), 2)
+        shares = scores.softmax(-1).nan_to_num(0.0)[..., : len(position)]
+        outputs.append(torch.einsum("bht,bhtd->bhd", shares, own[1]))
+    return torch.stack(outputs, 1)
+
+
+class ReferenceLayer(DynamicLayer):
+    """A layer of Transformers, whose queries read what those of a `PrunedLayer` would."""
+
+    def __init__(self, config: KVConfig, channels: tuple[Channels, Channels], exact_window: bool = False) -> None:
+        super().__init__()
+        self.config, self.channels, self.exact_window = config, channels, exact_window
+
+    def count(self, tokens: int) -> int:
+        return max(0, (tokens - self.config.sinks - self.config.window) // 8 * 8)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **options: object
+    ) -> tuple[States, States]:
+        past = self.get_seq_length()
+        keys, values = super().update(key_states, value_states)
+        positions = range(past, past + key_states.shape[2])
+        packed = torch.tensor([self.count(p if self.exact_window else past) for p in positions])
+        view = _View(self, keys, values, packed)
+        return view, view
+
+
+class _View(States):
+    def __init__(self, layer: ReferenceLayer, keys: Tensor, values: Tensor, packed: Tensor) -> None:
+        self.layer, self.keys, self.values, self.packed = layer, keys, values, packed
+
+    def attend(self, call: Call, module: nn.Module) -> Tensor:
+        config, channels = self.layer.config, self.layer.channels
+        small = (
+            pruned(self.keys, channels[0], config.keys, config.recovery),
+            pruned(self.values, channels[1], config.values, config.recovery),
+        )
+        return attend(call, self.keys, self.values, small, self.packed, config.sinks)

@@ -1,0 +1,140 @@
+"""Pruned caches from the calibration to the evaluation, in Python and on the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import permprune
+from permprune.errors import PermpruneError
+from permprune.inference.kv.cache import PrunedCache
+from permprune.inference.kv.calibration import ObservedLayer
+from permprune.inference.kv.config import KVConfig
+from permprune.jobs.kv import calibrate_kv, evaluate_kv, find_channels
+from permprune.jobs.trials import Evaluation
+from permprune.permuters.cp import CP
+from permprune.permuters.identity import Identity
+from permprune.permuters.ria import RIAPermuter
+
+from ..cli.running import fails, run
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Path:
+    """What `permprune kv` wrote for the tiny model."""
+    out = tmp_path / "kv"
+    text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "4", "--windows", "2", "--length", "64")
+    code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, "--window", "8")
+    assert code == 0
+    assert "keys: " in said and "perplexity" in said and f"written to {out}" in said.replace("\n", "")
+    return out
+
+
+def test_a_cache_is_made_measured_and_used(
+    folder: Path, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    record = json.loads((folder / "kv.json").read_text())
+    assert record["shape"]["head_dim"] == 8 and record["config"]["keys"] == "2:4" and record["permute"] == "ria"
+    assert all(record["kept"][side]["found"] >= record["kept"][side]["natural"] for side in ("keys", "values"))
+    measured = record["measured"]
+    assert measured["pruned"] == pytest.approx(measured["dense"], rel=0.1) and measured["count"] == 126
+    figures = tmp_path / "figures.json"
+    options = ("--data", tiny_text, "--windows", "2", "--length", "64", "--json", figures)
+    code, said, _ = run("evaluate", tiny_checkpoint, "--kv", folder, *options)
+    assert code == 0 and "cache " in said
+    found = json.loads(figures.read_text())
+    assert found["value"] == measured["pruned"] and found["cache_bytes"] == measured["pruned_bytes"]
+    model = LlamaForCausalLM.from_pretrained(tiny_checkpoint)
+    cache = permprune.PrunedCache.from_pretrained(folder, model, dtype="int8", window=4)
+    assert cache.config == KVConfig(dtype="int8", window=4)
+    tensors = load_file(folder / "kv.safetensors")
+    own = cache.layers[1].channels[0]
+    assert own is not None and torch.equal(own.order, tensors["layers.1.keys.order"].long())
+
+
+def test_the_evaluation_prunes_the_prompt(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path
+) -> None:
+    evaluation = Evaluation(str(tiny_text), 2, 64)
+    found = {}
+    for keys, values in (("dense", "dense"), ("1:4", "1:4")):
+        out = tmp_path / keys
+        config = KVConfig(keys, values, window=0, sinks=0, recovery="zeros")
+        record = calibrate_kv(
+            tiny_llama, out, config, calibration=str(tiny_text), samples=2, length=32, evaluation=evaluation,
+            processor=tiny_tokenizer,
+        )  # fmt: skip
+        found[keys] = evaluate_kv(tiny_llama, out, evaluation, tiny_tokenizer)
+        assert record.measured is not None and found[keys].result.value == record.measured.pruned
+    assert found["dense"].result.value == pytest.approx(record.measured.dense, rel=1e-5)
+    assert found["1:4"].result.value != pytest.approx(record.measured.dense, rel=1e-5)
+    assert found["1:4"].nbytes < found["dense"].nbytes
+
+
+def test_an_order_that_spreads_large_channels_keeps_more() -> None:
+    layer = ObservedLayer(0, 1)
+    states = torch.randn(1, 2, 200, 16) * torch.tensor([3.0] * 4 + [1.0] * 12)
+    layer.add(torch.rand(1, 4, 200, 16), states, states)
+    kept = {}
+    for method in (Identity(), RIAPermuter(), CP()):
+        channels, shares = find_channels({0: layer}, KVConfig(), method)
+        for own in channels[0]:
+            own.check("kv")
+        kept[method.name] = shares["values"].found
+    assert kept["ria"] > kept["none"] + 0.05 and kept["cp"] > kept["none"] + 0.05
+
+
+def test_damaged_folders_are_refused(folder: Path, tiny_llama: LlamaForCausalLM) -> None:
+    def refused() -> str:
+        with pytest.raises(PermpruneError) as error:
+            PrunedCache.from_pretrained(folder, tiny_llama)
+        return str(error.value)
+
+    tensors, record = load_file(folder / "kv.safetensors"), json.loads((folder / "kv.json").read_text())
+    twice = tensors["layers.0.keys.order"].clone()
+    twice[0, 0] = twice[0, 1]
+    save_file({**tensors, "layers.0.keys.order": twice}, folder / "kv.safetensors")
+    assert "layers.0.keys has an order that is no permutation" in refused()
+    save_file({name: t for name, t in tensors.items() if "1.values" not in name}, folder / "kv.safetensors")
+    assert "lacks tensors of 'layers.1.values'" in refused()
+    save_file({name: t for name, t in tensors.items() if "layers.1" not in name}, folder / "kv.safetensors")
+    assert "for 1 layers" in refused()
+    (folder / "kv.safetensors").write_bytes(b"nothing")
+    assert "does not load" in refused()
+    for change in ({"format": 2}, {"config": {"keys": "4:4"}}, {"shape": 3}):
+        (folder / "kv.json").write_text(json.dumps({**record, **change}))
+        assert "kv.json is damaged" in refused()
+    (folder / "kv.json").unlink()
+    assert "holds no kv.json" in refused()
+
+
+def test_a_cache_for_another_model_is_refused(folder: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    with pytest.raises(PermpruneError, match="is for a model with num_attention_heads 4, and this one has 2"):
+        PrunedCache.from_pretrained(folder, LlamaForCausalLM(config))
+
+
+def test_bad_input_is_one_line(tiny_checkpoint: Path, tiny_text: Path, tiny_bert: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kv"
+    text = ("--out", out, "--calibration", tiny_text, "--data", tiny_text, "--samples", "1", "--windows", "1")
+    assert "3:6 does not divide the 8 channels" in fails(
+        "kv", tiny_checkpoint, *text, "--length", "8", "--pattern", "3:6"
+    )
+    assert "newton orders the channels of weights" in fails("kv", tiny_checkpoint, *text, "--permute", "newton")
+    assert "longer than the model's 128 positions" in fails("kv", tiny_checkpoint, *text, "--length", "200")
+    assert "no decoder-only language model" in fails("kv", tiny_bert, *text)
+    assert "holds no kv.json" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--data", tiny_text)
+    assert "leave out --tasks" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--tasks", "piqa")
+    assert not out.exists()
+
+
+def test_channels_are_written_for_every_head(folder: Path) -> None:
+    tensors = load_file(folder / "kv.safetensors")
+    assert len(tensors) == 2 * 2 * 3
+    assert all(tensor.shape == (2, 8) for tensor in tensors.values())
