@@ -6,7 +6,7 @@ import importlib.metadata
 import reprlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
 from permprune.models.forward import frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
-from permprune.models.layers import dense_weights
+from permprune.models.layers import Layer, dense_weights
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
@@ -46,7 +46,7 @@ from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import fold_tables, gather_places
+from permprune.pruning.stored import fold_tables, gather_places, reorder_columns
 from permprune.report.card import write_card
 from permprune.system.device import autocast, compute_device
 from permprune.system.files import atomic_folder
@@ -294,15 +294,20 @@ def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) ->
     ]
 
 
-def new_gathers(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Gather]:
-    """Return the gathers that a pruned model needs, by problem; natural orders need none."""
+def new_gathers(
+    coupling: Coupling, problems: list[Problem], orders: Orders, layers: Mapping[str, Layer]
+) -> dict[str, Gather]:
+    """Return the gathers that a pruned model needs, by problem; natural orders need none.
+
+    `layers` are the pruned layers by name.
+    """
     sites = {site.name: site for site in coupling.sites}
     found = {}
     for problem in problems:
         order = orders[problem.name]
         if problem.space or torch.equal(order, problem.identity()):
             continue
-        output, inputs = gather_places(sites[problem.site], [part.layer for part in problem.parts])
+        output, inputs = gather_places(sites[problem.site], [layers[part.layer] for part in problem.parts])
         found[problem.name] = Gather(problem.site, output, inputs, order.tolist())
     return found
 
@@ -310,11 +315,11 @@ def new_gathers(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
 @torch.no_grad()
 def _gather(prepared: Prepared, orders: Orders) -> list[Gather]:
     """Reorder the columns of every gathered layer and attach the gathers; returns all gathers of the model."""
-    found = new_gathers(prepared.coupling, prepared.problems, orders)
+    layers = prepared.network.layers
+    found = new_gathers(prepared.coupling, prepared.problems, orders, layers)
     for problem in prepared.problems:
         if problem.name in found:
-            for part in problem.parts:
-                weight = prepared.network.layers[part.layer].weight
-                weight.copy_(weight[:, orders[problem.name]])
+            for layer in {layers[part.layer].parameter: layers[part.layer] for part in problem.parts}.values():
+                layer.stored.copy_(reorder_columns(layer.stored, layer, orders[problem.name]))
     attach_gathers(prepared.model, list(found.values()))
     return compose(origin_of(prepared.model).gathers, found.values())

@@ -43,9 +43,9 @@ FREE = ("permute", "minutes", "update", "batch", "recompute")
 class Plan:
     """The plan of a run, which is made before calibration.
 
-    `layers` are the layers to prune and `problems` the orders to choose. `sites` maps each layer to the name of the
-    tensor that it reads. `dense` describes the weights inside the blocks that are not pruned. `measured` are the
-    examples for the statistics, and `dtype` is the data type of activations.
+    `layers` are the layers to prune and `problems` the orders to choose. `sites` maps each layer to the name of what it
+    reads (see `Layer.input_of`). `dense` describes the weights inside the blocks that are not pruned. `measured` are
+    the examples for the statistics, and `dtype` is the data type of activations.
     """
 
     config: PruneConfig
@@ -115,7 +115,7 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
         if mode != "gather":
             raise
         log.warning("%s: every order needs its own gather", error.what)
-        return observe(model, example, [layer.name for layer in layers])
+        return observe(model, example, layers)
 
 
 def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
@@ -156,12 +156,12 @@ def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -
 
 
 def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:
-    """Return the name of the tensor that each layer reads; layers that take no part in the forward pass are left out.
+    """Return the name of what each layer reads (`Layer.input_of`).
 
-    Logs a warning for these. Raises `PermpruneError` if no layer is left.
+    Layers that take no part in the forward pass are left out, with a warning. Raises `PermpruneError` if none is left.
     """
     names = {reader: site.name for site in coupling.sites for reader in site.readers}
-    sites = {layer.name: names[layer.parameter] for layer in layers if layer.parameter in names}
+    sites = {layer.name: layer.input_of(names[layer.parameter]) for layer in layers if layer.parameter in names}
     if idle := [layer.name for layer in layers if layer.name not in sites]:
         log.warning("not used in the forward pass, so these stay dense: %s", ", ".join(idle))
     if not sites:

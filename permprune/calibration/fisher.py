@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from permprune.models.experts import Routed
+from permprune.models.hooks import hooked
 from permprune.models.layers import Layer
 from permprune.models.padding import Padding
 
@@ -25,30 +27,29 @@ def output_fisher(
     """Add the Fisher information of the layers' rows to `fisher`, by layer, in every backward pass inside the context.
 
     With `one_label_per_example` and inputs of several positions this is `row_fisher` if `fisher[layer]` is (rows,), and
-    `row_covariance` if it is (rows, rows). Otherwise it is the squared output gradients, summed over positions.
-    `padding` describes the batches that run inside the context; padded positions are left out.
+    `row_covariance` if it is (rows, rows). Otherwise, and for layers that read positions without their examples, such
+    as experts, it is the squared output gradients, summed over positions. `padding` describes the batches that run
+    inside the context; padded positions are left out.
     """
 
     def add(name: str, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
+        total = fisher[name]
         if kept is None:
             rows = gradient if mask is None else gradient[mask]
             found = rows.flatten(0, -2).float().square().sum(0)
+            total = total if total.dim() == 1 else total.diagonal()
         else:
-            found = (row_fisher if fisher[name].dim() == 1 else row_covariance)(kept(), gradient, mask)
-        fisher[name] += found.to(fisher[name])
+            found = (row_fisher if total.dim() == 1 else row_covariance)(kept(), gradient, mask)
+        total += found.to(total)
 
-    def forward(name: str, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def forward(layer: Layer, inputs: Tensor, routed: Routed | None, output: Tensor) -> None:
         if output.requires_grad:
             apart = output.dim() < 3 or not one_label_per_example
-            kept = None if apart else _keep(args[0].detach().to(output.dtype))
-            output.register_hook(partial(add, name, padding.mask_of(output), kept))
+            kept = None if apart else _keep(inputs.detach().to(output.dtype))
+            output.register_hook(partial(add, layer.name, padding.mask_of(output, routed), kept))
 
-    handles = [layer.module.register_forward_hook(partial(forward, layer.name)) for layer in layers]
-    try:
+    with hooked(layers, after=forward):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def row_fisher(

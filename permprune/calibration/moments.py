@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,9 +11,16 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.models.activation_checkpointing import recomputing
+from permprune.models.experts import Routed
+from permprune.models.hooks import hooked
 from permprune.models.layers import Layer
 from permprune.models.padding import Padding
 from permprune.system import distributed
+from permprune.system.progress import log
+
+FEWEST = 128
+"""The smallest number of tokens from which the moments of an expert's inputs are taken: the root mean square of a
+normal channel is then known to about 6 %."""
 
 ATTEMPTS = 4
 """Number of damping values that are tried, each ten times the previous one."""
@@ -54,11 +60,14 @@ class InputMoments:
 
     `readers` maps each site, the name of a tensor that layers read, to one of the layers that read it. Products are
     computed in fp32, whatever the type of the activations, and accumulated in fp64: in bf16, rounding would give H
-    negative eigenvalues, which a search would exploit.
+    negative eigenvalues, which a search would exploit. With `whole`, the experts among the readers run on all tokens of
+    their layer and not on those routed to them.
     """
 
-    def __init__(self, readers: dict[str, Layer]) -> None:
-        self.readers = readers
+    def __init__(self, readers: dict[str, Layer], whole: bool = False) -> None:
+        self.readers, self.whole = readers, whole
+        self.sites = {layer.name: site for site, layer in readers.items()}
+        self.experts = {(layer.owner, layer.expert) for layer in readers.values() if layer.expert is not None}
         self.sums = {
             site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64)
             for site, layer in readers.items()
@@ -69,35 +78,49 @@ class InputMoments:
     def observe(self, padding: Padding) -> Iterator[None]:
         """Add the layers' inputs inside the context, without padding; recomputed blocks are counted once."""
 
-        def add(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def add(layer: Layer, inputs: Tensor, routed: Routed | None) -> None:
             if recomputing():
                 return
-            x = padding.real(args[0])
+            x, site = padding.real(inputs, routed), self.sites[layer.name]
             self.sums[site] += inner_product(x).to(self.sums[site])
             self.counts[site] += x.shape[:-1].numel()
 
-        handles = [layer.module.register_forward_pre_hook(partial(add, site)) for site, layer in self.readers.items()]
-        try:
+        def runs_whole(experts: nn.Module, index: int, _tokens: int) -> bool:
+            return self.whole and (experts, index) in self.experts
+
+        with hooked(self.readers.values(), before=add, whole=runs_whole):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def result(self) -> dict[str, Tensor]:
         """Return H = X^T X / tokens over all ranks, by site, fp32 (channels, channels).
 
-        The sums are freed, so this can be called only once. Raises `PermpruneError` if activations overflowed.
+        Left out are the sites of experts that read fewer than `FEWEST` tokens, unless they ran on all. The sums are
+        freed, so this can be called only once. Raises `PermpruneError` if activations overflowed.
         """
         distributed.add_(list(self.sums.values()))
         counts = distributed.total(*self.counts.values())
         moments = {}
-        for site, count in zip(self.readers, counts, strict=True):
-            moments[site] = (self.sums.pop(site) / count).float()
+        for (site, layer), count in zip(self.readers.items(), counts, strict=True):
+            total = self.sums.pop(site)
+            if layer.expert is not None and count < FEWEST and not self.whole:
+                continue
+            moments[site] = (total / count).float()
             if not torch.isfinite(moments[site]).all():
                 raise PermpruneError(
                     f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
                 )
         return moments
+
+
+def warn_of_rare(rare: Collection[object], layers: Iterable[Layer]) -> None:
+    """Log a warning that counts the experts that read too few tokens, if there are any; `layers` has all experts."""
+    if rare:
+        every = {(layer.owner, layer.expert) for layer in layers if layer.expert is not None}
+        log.warning(
+            "%d of %d experts read fewer than %d calibration tokens: their statistics are those of all tokens of their "
+            "layers (more calibration text gives them their own)",
+            *(len(rare), len(every), FEWEST),
+        )
 
 
 def inner_product(x: Float[Tensor, "*positions channels"]) -> Float[Tensor, "channels channels"]:

@@ -10,16 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from permprune.calibration.fisher import output_fisher
-from permprune.calibration.moments import InputMoments
+from permprune.calibration.moments import InputMoments, warn_of_rare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
 from permprune.losses.targets import Features, Predictions, Task
 from permprune.models.activation_checkpointing import recomputed
+from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of
+from permprune.models.hooks import hooked
 from permprune.models.layers import Layer
 from permprune.system import distributed
 from permprune.system.device import autocast, compute_device
 from permprune.system.progress import log, track
+
+UNREAD = 1e-6
+"""The Fisher information of an expert's rows, as a share of the mean, if no token is routed to the expert. It weights
+the rows of the expert alike, and hardly counts beside other layers that follow the same order."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ def calibrate(
 ) -> Statistics:
     """Run `examples` through the model, forward and backward, and collect the statistics of its layers.
 
-    `sites` maps each layer to the name of the tensor it reads; layers that read the same tensor share one H.
+    `sites` maps each layer to the name of the tensor it reads; layers that read the same tensor share one H. Experts
+    read only the tokens routed to them; those that read fewer than `FEWEST` are measured on all tokens of their layer.
     Activations have type `dtype`. `batch` examples at a time are moved to the model's device, and `recompute` turns on
     activation checkpointing (`recomputed`); both bound the memory of activations and do not change the result. `memory`
     is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. `seed`
@@ -74,6 +81,10 @@ def calibrate(
             moments, terms = reading.differentiated(first, layers, sums, one_label_per_example=one_label_per_example)
         for group in further:
             moments |= reading.forward(group)
+        rare = {site: layer for site, layer in readers.items() if site not in moments}
+        warn_of_rare({(layer.owner, layer.expert) for layer in rare.values()}, layers)
+        for group in _split(rare, memory) if rare else []:
+            moments |= reading.forward(group, whole=True)
     distributed.add_(list(sums.values()))
     (terms,) = distributed.total(terms)
     fisher = {name: (total / terms).float() for name, total in sums.items()}
@@ -82,6 +93,10 @@ def calibrate(
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
+    unread = [layer for layer in layers if layer.expert is not None and not fisher[layer.name].any()]
+    mean = sum(float(diagonal.mean()) for diagonal in fisher.values()) / len(fisher)
+    for layer in unread:
+        fisher[layer.name].fill_(UNREAD * mean)
     return Statistics(moments, fisher, int(terms), one_label_per_example)
 
 
@@ -102,9 +117,9 @@ class _Pass:
             return self._outputs(examples.to(compute_device(self.model))).terms
 
     @torch.no_grad()
-    def forward(self, readers: dict[str, Layer]) -> dict[str, Tensor]:
-        """Return the second moments of the readers' inputs, by site."""
-        inputs = InputMoments(readers)
+    def forward(self, readers: dict[str, Layer], whole: bool = False) -> dict[str, Tensor]:
+        """Return the second moments of the readers' inputs, by site; `whole` is that of `InputMoments`."""
+        inputs = InputMoments(readers, whole)
         for _, part in self._batches():
             with inputs.observe(padding_of(self.model, part)):
                 self._outputs(part)
@@ -149,16 +164,11 @@ class _Pass:
 def _graph_from(layers: list[Layer]) -> Iterator[None]:
     """Start the autograd graph at the first of the layers that runs, as no parameter requires a gradient."""
 
-    def start(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        x = args[0]
-        return None if x.requires_grad or not torch.is_grad_enabled() else (x.detach().requires_grad_(), *args[1:])
+    def start(_layer: Layer, x: Tensor, _routed: Routed | None) -> Tensor | None:
+        return None if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
 
-    handles = [layer.module.register_forward_pre_hook(start) for layer in layers]
-    try:
+    with hooked(layers, before=start):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Layer]]:

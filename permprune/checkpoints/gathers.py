@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from permprune.checkpoints.schema import Malformed
 from permprune.errors import PermpruneError
+from permprune.models.experts import is_experts
+from permprune.models.layers import linears_of
 from permprune.system.device import compute_device
 
 Side = Literal["output", "input"]
@@ -142,21 +144,30 @@ def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
 
 
 def _module(model: nn.Module, side: Side, name: str) -> nn.Module:
-    """The module of that name. Raises `Malformed` unless it is a linear layer ("input") or a leaf module ("output")."""
+    """The module of that name.
+
+    Raises `Malformed` unless it is a linear layer or experts ("input"), or a leaf module ("output").
+    """
     try:
         module = model.get_submodule(name)
     except AttributeError:
         raise Malformed(f"the model has no module {name!r}, where a gather should be") from None
-    fits = isinstance(module, (nn.Linear, Conv1D)) if side == "input" else not any(module.children())
+    reads = isinstance(module, (nn.Linear, Conv1D)) or is_experts(module)
+    fits = reads if side == "input" else not any(module.children())
     if not fits:
         raise Malformed(f"a gather cannot be at the {side} of {name}")
     return module
 
 
 def _width(module: nn.Module, side: Side) -> int | None:
-    """The number of input or output channels of a linear layer, an embedding or a norm; None for other modules."""
+    """The number of input or output channels of a linear layer, an embedding or a norm, or of the inputs of experts.
+
+    None for other modules.
+    """
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
+    if is_experts(module):
+        return linears_of("", module)[0].weight.shape[1] if side == "input" else None
     weight = getattr(module, "weight", None)
     elsewhere = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)  # their channels are not the last dimension
     if not isinstance(weight, Tensor) or isinstance(module, elsewhere):

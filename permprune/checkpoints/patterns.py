@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from permprune.checkpoints.record import PrunedLayer
 from permprune.checkpoints.schema import Malformed
 from permprune.errors import PermpruneError
 from permprune.kernels.module import PackedLinear
-from permprune.models.layers import Layer
+from permprune.models.layers import Layer, linears_of
 from permprune.pattern import Pattern, tightest
 
 Patterns = dict[str, Pattern]
@@ -45,8 +44,9 @@ def require_patterns(model: nn.Module, patterns: Patterns) -> None:
 
 def linear_layers(model: nn.Module) -> dict[str, Layer]:
     """All linear layers of a model by name, whether pruned, packed or dense."""
-    return {
-        name: Layer(name, module, isinstance(module, Conv1D) or getattr(module, "transposed", False) is True)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, PackedLinear))
-    }
+    found = {}
+    for name, module in model.named_modules():
+        packed = isinstance(module, PackedLinear)
+        layers = [Layer(name, module, module.transposed)] if packed else linears_of(name, module)
+        found.update({layer.name: layer for layer in layers})
+    return found

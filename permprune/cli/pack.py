@@ -32,6 +32,6 @@ def pack(
     )
     print(f"pruned layers: {layers}; all weights: {weights}")
     if found.left_dense:
-        print(f"left dense, since they are neither nn.Linear nor Conv1D: {', '.join(found.left_dense)}")
+        print(f"left dense, as they have no packed form: {', '.join(found.left_dense)}")
     print(f"outputs on two examples differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
     print(f"written to {out}")

@@ -7,25 +7,28 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from permprune.coupling.sites import UniqueNames, common_prefix, dotted
+from permprune.coupling.sites import UniqueNames, common_prefix, dotted, owner
 from permprune.coupling.space import Coupling, Site
 from permprune.errors import PermpruneError
 from permprune.models.forward import forward_arguments, inference
+from permprune.models.layers import Layer
 
 
-def observe(model: nn.Module, example: Mapping[str, Tensor], linears: Sequence[str]) -> Coupling:
+def observe(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[Layer]) -> Coupling:
     """Find the sites of a model that cannot be traced, by running it on an example batch.
 
-    `linears` are the names of the modules to observe; `example` is passed to the model's forward as keyword arguments.
-    Linears that read the same tensor object share a site. The result has no spaces, so every permutation needs a
-    gather at run time. Raises `PermpruneError` if the forward pass fails.
+    `layers` are the layers to observe; `example` is passed to the model's forward as keyword arguments. Layers that
+    read the same tensor object share a site; all experts of a layer read one. The result has no spaces, so every
+    permutation needs a gather at run time. Raises `PermpruneError` if the forward pass fails.
     """
     read: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that no id() is reused
 
-    def note(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        read.append((name, args[0]))
+    def note(layer: Layer, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inside = args[0].new_empty(0, layer.weight.shape[1])  # what an expert computes is read by nothing else
+        read.append((layer.parameter, args[0] if layer.reads_input else inside))
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in linears]
+    observed = {layer.parameter: layer for layer in layers}.values()
+    hooks = [layer.owner.register_forward_pre_hook(partial(note, layer)) for layer in observed]
     try:
         with inference(model):
             model(**forward_arguments(model, example))
@@ -42,7 +45,7 @@ def observe(model: nn.Module, example: Mapping[str, Tensor], linears: Sequence[s
 
 
 def _sites(read: Sequence[tuple[str, Tensor]]) -> list[Site]:
-    """Group linears that read a common tensor, directly or through other linears, into one site each, in call order."""
+    """Group weights that read a common tensor, directly or through other weights, into one site each, in call order."""
     groups: list[dict[str, Tensor]] = []
     readers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in read:
@@ -53,7 +56,7 @@ def _sites(read: Sequence[tuple[str, Tensor]]) -> list[Site]:
         groups = [group for group in groups if group not in joined] + [merged]
     names, sites = UniqueNames(), []
     for group in groups:
-        weights = tuple(f"{name}.weight" for name in group)
         size = next(iter(group.values())).shape[-1]
-        sites.append(Site(names.take(dotted(common_prefix(group), "input")), weights, size, ("input",)))
+        prefix = common_prefix(map(owner, group))
+        sites.append(Site(names.take(dotted(prefix, "input")), tuple(group), size, ("input",)))
     return sites

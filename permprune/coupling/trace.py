@@ -19,6 +19,7 @@ from permprune.coupling import arithmetic, layout  # noqa: F401 - imported for t
 from permprune.coupling.axes import freeze
 from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
+from permprune.models.experts import BATCHED, implementation
 from permprune.models.forward import forward_arguments, inference, main_outputs
 from permprune.models.layers import canonical_names
 
@@ -37,7 +38,8 @@ class Untraceable(PermpruneError):
 def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]:
     """Export the model on an example batch (keyword arguments of its forward) and label its graph.
 
-    The model is traced in evaluation mode without a key/value cache. Raises `Untraceable` if the export fails.
+    The model is traced in evaluation mode without a key/value cache, and experts in their `BATCHED` implementation.
+    Raises `Untraceable` if the export fails.
     """
     program = _export(model, example)
     walk = Walk()
@@ -63,7 +65,8 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
 
 
 def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
-    with inference(model), contextlib.redirect_stderr(io.StringIO()):  # a failed export prints the whole graph there
+    batched = implementation(BATCHED, model.modules())
+    with inference(model), batched, contextlib.redirect_stderr(io.StringIO()):  # where a failed export prints the graph
         try:
             return torch.export.export(model, (), forward_arguments(model, example), strict=False)
         except PermpruneError:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from permprune.checkpoints.gathers import detach_gathers
+from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head
 from permprune.kernels.module import PackedLinear
@@ -42,17 +43,21 @@ def pack(
     in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
     `from_pretrained` loads once permprune is imported.
 
-    Returns the names of layers that stay dense because their class is neither `nn.Linear` nor `Conv1D`; subclasses may
-    compute something else. Raises `PermpruneError` if a weight does not hold its pattern or does not fit the dtype.
+    Returns the names of layers that stay dense: experts, and layers whose class is neither `nn.Linear` nor `Conv1D`, as
+    subclasses may compute something else. Raises `PermpruneError` if a weight does not hold its pattern or does not fit
+    the dtype.
     """
     stored, dense, gathers = packed_type(dtype), [], detach_gathers(model)
     orders = {name: order for (side, name), order in gathers.items() if side == "input"}
     layers: dict[str, str] = {}
+    linears = linear_layers(model)
     for name, text in patterns.items():
-        layer = model.get_submodule(name)
+        layer = linears[name].owner
         if type(layer) not in (nn.Linear, Conv1D):
-            if name in orders:
-                raise PermpruneError(f"{name} has a channel order, but a {type(layer).__name__} cannot be packed")
+            if linears[name].owner_name in orders:
+                raise PermpruneError(
+                    f"{name} has a channel order, but a {type(layer).__name__} cannot be packed: prune in fold mode"
+                )
             dense.append(name)
             continue
         pattern = Pattern.parse(text)

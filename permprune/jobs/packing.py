@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import PROCESSOR, load, loading, write_weights
 from permprune.checkpoints.origin import origin_of
+from permprune.checkpoints.patterns import linear_layers
 from permprune.checkpoints.probe import ANSWER, PROBE, Probe, make_probe
 from permprune.checkpoints.record import Record, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes, weight_bytes
 from permprune.inference.pack import pack
 from permprune.inference.quantizer import restore_outputs, unpack_layers
+from permprune.models.layers import merged
 from permprune.models.processors import Processor, read_processor
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
@@ -40,8 +42,8 @@ class Packed:
     """The result of packing a folder.
 
     `weights` are the sizes of all weights, `layers` those of the pruned layers, and `left_dense` the names of the
-    layers that were not packed. `difference` is the largest absolute difference between the outputs of the packed and
-    the unpacked model on the folder's probe, and `largest` the largest absolute output.
+    layers that were not packed, as `merged` shows them. `difference` is the largest absolute difference between the
+    outputs of the packed and the unpacked model on the folder's probe, and `largest` the largest absolute output.
     """
 
     weights: Sizes
@@ -93,7 +95,7 @@ def pack_folder(
     return Packed(
         weights=Sizes(before[0], after[0]),
         layers=Sizes(before[1], after[1]),
-        left_dense=dense,
+        left_dense=merged(dense),
         difference=float((said[ANSWER] - probe[ANSWER]).abs().max()),
         largest=float(probe[ANSWER].abs().max()),
     )
@@ -142,6 +144,8 @@ def _renew_probe(folder: Path, probe: Probe, trust_remote_code: bool) -> dict[st
 
 def _sizes(model: PreTrainedModel, names: set[str]) -> tuple[int, int]:
     """Return the bytes of all tensors of a model, tied ones counted once, and the bytes of the named layers."""
-    layers = [model.get_submodule(name) for name in names]
-    own = [tensor for layer in layers for tensor in layer.state_dict().values()]
+    layers = [layer for name, layer in linear_layers(model).items() if name in names]
+    modules = [layer.module.state_dict().values() for layer in layers if layer.expert is None]
+    own = [tensor for tensors in modules for tensor in tensors]
+    own += [layer.weight for layer in layers if layer.expert is not None]
     return stored_bytes(model), sum(tensor.nbytes for tensor in own)

@@ -37,6 +37,7 @@ from permprune.system import distributed
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.out_of_memory import memory_reported
+from permprune.system.progress import log
 
 
 @memory_reported()
@@ -170,5 +171,5 @@ def _write(done: _Done, record: Record, work: WorkFolder, pack: str | None) -> N
     out = work.out if pack is None else work.scratch / "pruned"
     with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_pruned(record, done.pruned.probe, done.write, folder)
-    if pack is not None:
-        pack_folder(out, work.out, dtype=pack)
+    if pack is not None and (dense := pack_folder(out, work.out, dtype=pack).left_dense):
+        log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permprune.calibration.moments import inner_product
+from permprune.calibration.moments import FEWEST, inner_product, warn_of_rare
 from permprune.calibration.statistics import Statistics
 from permprune.checkpoints.io import GATHERED
 from permprune.checkpoints.offload import Edit, StoredWeights, attach, read_skeleton
@@ -24,7 +24,9 @@ from permprune.checkpoints.record import PrunedLayer
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
 from permprune.errors import PermpruneError
+from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
+from permprune.models.hooks import hooked
 from permprune.models.layers import Layer, prunable_layers, require_finite
 from permprune.models.modality import kind_of
 from permprune.pattern import MIXED, parse_pattern
@@ -34,7 +36,7 @@ from permprune.pipeline import Pruned, beside_natural, new_gathers
 from permprune.plan import Plan
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import fold_tables
+from permprune.pruning.stored import fold_tables, reorder_columns
 from permprune.saliency.obs import OBS
 from permprune.system import distributed
 from permprune.system.device import autocast, compute_device
@@ -102,7 +104,8 @@ def held_bytes(model: nn.Module, layers: list[Layer], tokens: int, gradients: bo
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
     for layer in layers:
         rows, channels = layer.weight.shape
-        weights += (13 if gradients else 9) * rows * channels + 12 * channels**2 + 4 * tokens * (rows + channels)
+        read = tokens * layer.share_of_tokens
+        weights += (13 if gradients else 9) * rows * channels + 12 * channels**2 + int(4 * read * (rows + channels))
     return weights
 
 
@@ -112,14 +115,17 @@ def streamed_bytes(model: nn.Module, plan: Plan) -> int:
     The estimate is the largest of three: the search on the layers that read one tensor, which needs up to 56 bytes per
     weight, the second moments and what is computed from them (OBS inverts them), and the tensor itself; the forward
     pass of these layers; and the forward pass of a part of the model that is not pruned, such as the head, with its
-    outputs. The tables of `cp`, about 20 MB for up to 2048 channels, are not counted.
+    outputs. All experts of a layer are read together, and each may run on all tokens. The tables of `cp`, about 20 MB
+    for up to 2048 channels, are not counted.
     """
     tokens, needed, square = plan.measured["input_ids"].numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
     for site in dict.fromkeys(plan.sites.values()):
-        shapes = [layer.weight.shape for layer in plan.layers if plan.sites[layer.name] == site]
-        rows, channels = sum(shape[0] for shape in shapes), shapes[0][1]
+        layers = [layer for layer in plan.layers if plan.sites[layer.name] == site]
+        rows, channels = sum(len(layer.weight) for layer in layers), layers[0].weight.shape[1]
+        experts = {layer.owner for layer in layers if layer.expert is not None}
+        beside = sum(4 * p.numel() + 8 * tokens * p.shape[-1] for owner in experts for p in owner.parameters())
         search = 56 * rows * channels + square * channels**2 + 12 * tokens * channels
-        needed = max(needed, search, 4 * rows * channels + 12 * tokens * (rows + channels))
+        needed = max(needed, beside + search, beside + 4 * rows * channels + 12 * tokens * (rows + channels))
     pruned = {layer.parameter for layer in plan.layers}
     others = [parameter for name, parameter in model.named_parameters() if name not in pruned]
     outputs = BATCH * plan.config.length
@@ -182,34 +188,36 @@ class Stream:
         if not waiting:
             return
 
-        def reach(site: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def reach(layer: Layer, x: Tensor, routed: Routed | None) -> None:
+            site = plan.sites[layer.name]
             layers = waiting.pop(site, None)
             if layers is None:  # already solved: another reader of the tensor, or a module that runs again
                 return
             next(bar)
             with torch.autocast(device.type, enabled=False):
-                journal.add(*self._decide(method, site, layers, problems[site], padding.real(args[0])))
+                journal.add(*self._decide(method, site, layers, problems[site], padding.real(x, routed)))
             if not waiting:
                 raise _AllDecided
 
-        hooks = [
-            layer.module.register_forward_pre_hook(partial(reach, plan.sites[layer.name])) for layer in plan.layers
-        ]
+        def is_rare(experts: nn.Module, index: int, tokens: int) -> bool:
+            if tokens < FEWEST:
+                rare.add((experts, index))
+            return tokens < FEWEST
+
+        rare: set[tuple[nn.Module, int]] = set()
         bar, device = track(waiting.copy(), method.name), compute_device(self.model)
         measured = plan.measured.to(device)
         padding = padding_of(self.model, measured)
         self.weights.edit = None
-        try:
-            with (
-                closing(bar),
-                suppress(_AllDecided),
-                frozen(self.model),
-                autocast(device, plan.dtype),
-            ):
-                run_model(self.model, measured)  # the hooks do the work
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with (
+            closing(bar),
+            suppress(_AllDecided),
+            hooked(plan.layers, before=reach, whole=is_rare),
+            frozen(self.model),
+            autocast(device, plan.dtype),
+        ):
+            run_model(self.model, measured)  # the hooks do the work
+        warn_of_rare(rare, plan.layers)
         if waiting:
             raise PermpruneError(f"no calibration token reaches {next(iter(waiting))}: exclude it, or give more text")
 
@@ -251,19 +259,20 @@ class Stream:
             solution=Solution(orders, math.fsum(site["seconds"] for site in journal.values.values())),
             config=plan.config,
             tables=fold_tables(plan.coupling, problems, orders),
-            gathers=list(new_gathers(plan.coupling, problems, orders).values()),
+            gathers=list(new_gathers(plan.coupling, problems, orders, self._layers).values()),
             layers=[measures[layer.name] for layer in plan.layers],
             probe=make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
         )
 
     def masked(self, order: str) -> Edit:
         """Return the edit that applies the masks of the `NATURAL` or the `DECIDED` orders to the weights, in place."""
-        layers = {layer.parameter: layer for layer in self.plan.layers}
+        layers: dict[str, list[Layer]] = {}
+        for layer in self.plan.layers:
+            layers.setdefault(layer.parameter, []).append(layer)
 
         def edit(name: str, tensor: Tensor) -> Tensor:
-            layer = layers.get(name)
-            if layer is not None:
-                weight = tensor.T if layer.transposed else tensor
+            for layer in layers.get(name, []):
+                weight = layer.part_of(tensor)
                 weight *= self._mask(layer.name, order, weight.shape).to(weight.device)
             return tensor
 
@@ -271,11 +280,11 @@ class Stream:
 
     def stored(self, pruned: Pruned) -> Edit:
         """Return the edit that makes the weights to be written: masked, folded, and with gathered columns reordered."""
-        masked, layers = self.masked(DECIDED), {layer.name: layer for layer in self.plan.layers}
+        masked, layers = self.masked(DECIDED), self._layers
         gathered = {
-            layers[part.layer].parameter: (int(not layers[part.layer].transposed), pruned.solution.orders[problem.name])
+            layers[part.layer].parameter: (layers[part.layer], pruned.solution.orders[problem.name])
             for problem in self.plan.problems
-            if not problem.space
+            if not problem.space and problem.name in pruned.solution.orders
             for part in problem.parts
         }
 
@@ -283,11 +292,15 @@ class Stream:
             tensor = masked(name, tensor)
             fold_parameter(name, tensor, pruned.tables, self.plan.coupling)
             if name in gathered:
-                dim, order = gathered[name]
-                tensor = tensor.index_select(dim, order.to(tensor.device))
+                tensor = reorder_columns(tensor, *gathered[name])
             return tensor
 
         return edit
+
+    @property
+    def _layers(self) -> dict[str, Layer]:
+        """The layers to prune, by name."""
+        return {layer.name: layer for layer in self.plan.layers}
 
     def _local(self) -> dict[str, dict[int, Problem]]:
         """Return the problems (by number) whose layers all read the same tensor, by site in the order of execution.
@@ -319,7 +332,9 @@ class Stream:
         held = []
         for layer in layers:
             module = nn.Module()
-            module.weight = nn.Parameter(self.weights[layer.parameter], requires_grad=False)
+            # experts are in memory while one of them runs, and the forward pass goes on with the dense weights
+            own = self.weights[layer.parameter] if layer.expert is None else layer.stored[layer.expert].clone()
+            module.weight = nn.Parameter(own, requires_grad=False)
             held.append(replace(layer, module=module))
             require_finite(held[-1])
         uniform = {layer.name: layer.weight.new_ones(len(layer.weight)) for layer in held}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
+from permprune.models.experts import WRITES, ExpertMatrix, Experts, is_experts
 from permprune.options import Share
 from permprune.pattern import Pattern
 from permprune.system.progress import log
@@ -23,10 +24,11 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer y = x W^T.
+    """A linear layer y = x W^T: a module, or a matrix of an expert.
 
-    `name` is the name of its module and `parameter` the name of its weight, as in `named_parameters()`. `transposed` is
-    True if the module stores the weight as (inputs, outputs), as `Conv1D` does.
+    `name` is the name of its module; for a matrix of an expert it is that of the experts, the expert's number and the
+    parameter. `module` is called with the layer's inputs: a module of the model, or an `ExpertMatrix`. `transposed` is
+    True if the weight is stored as (inputs, outputs), as by `Conv1D`.
     """
 
     name: str
@@ -34,15 +36,62 @@ class Layer:
     transposed: bool = False
 
     @property
+    def expert(self) -> int | None:
+        """The number of the expert; None if the layer is a module."""
+        return self.module.index if isinstance(self.module, ExpertMatrix) else None
+
+    @property
+    def share_of_tokens(self) -> float:
+        """The mean share of the tokens that the layer reads: 1, or of E experts with k for each token k / E."""
+        return self.module.experts.share if isinstance(self.module, ExpertMatrix) else 1.0
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module of the model that holds the parameter."""
+        return self.module.experts.module if isinstance(self.module, ExpertMatrix) else self.module
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether the layer reads the input of `owner`, and not what another layer of the same experts computes."""
+        return not isinstance(self.module, ExpertMatrix) or self.module.attribute != WRITES
+
+    @property
+    def owner_name(self) -> str:
+        """The name of the module that holds the parameter."""
+        if not isinstance(self.module, ExpertMatrix):
+            return self.name
+        return self.name.removesuffix(f".{self.module.index}.{self.module.attribute}")
+
+    @property
     def parameter(self) -> str:
-        """The name of the weight in `named_parameters()`."""
-        return f"{self.name}.weight"
+        """The name in `named_parameters()` of the parameter that holds the weight; experts share one."""
+        attribute = self.module.attribute if isinstance(self.module, ExpertMatrix) else "weight"
+        return f"{self.owner_name}.{attribute}"
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The parameter that holds the weight."""
+        found = self.module.parameter if isinstance(self.module, ExpertMatrix) else self.module.weight
+        return found  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
         """The weight as (rows, channels) = (outputs, inputs); it shares memory with the parameter."""
-        stored: Tensor = self.module.weight.data  # type: ignore[union-attr,assignment]
-        return stored.T if self.transposed else stored
+        return self.part_of(self.stored.data)
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the parameter that holds the input channels: -1, or -2 if transposed."""
+        return -2 if self.transposed else -1
+
+    def part_of(self, stored: Tensor) -> Tensor:
+        """The layer's part of a tensor of the parameter's shape, as (rows, channels); it shares memory with it."""
+        own = stored if self.expert is None else stored[self.expert]
+        return own.T if self.transposed else own
+
+    def input_of(self, site: str) -> str:
+        """The name of what the layer reads of the tensor `site`: of an expert's matrix, the tokens of that expert."""
+        return site if self.expert is None else f"{site}[{self.expert}]"
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -86,13 +135,21 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
 
 
 def block_linears(model: nn.Module) -> list[Layer]:
-    """Every linear inside the repeated blocks."""
+    """Every linear inside the repeated blocks, and every matrix of an expert there."""
     inside = _modules_inside(model)
     return [
-        Layer(name, module, isinstance(module, Conv1D))
-        for name, module in model.named_modules()
-        if id(module) in inside and isinstance(module, (nn.Linear, Conv1D))
+        layer for name, module in model.named_modules() if id(module) in inside for layer in linears_of(name, module)
     ]
+
+
+def linears_of(name: str, module: nn.Module) -> list[Layer]:
+    """The linear layers that a module of this name holds itself: one, those of experts, or none."""
+    if isinstance(module, (nn.Linear, Conv1D)):
+        return [Layer(name, module, isinstance(module, Conv1D))]
+    if not is_experts(module):
+        return []
+    matrices = [matrix for expert in Experts(module).matrices for matrix in expert]
+    return [Layer(f"{name}.{one.index}.{one.attribute}", one, module.is_transposed) for one in matrices]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -123,22 +180,29 @@ class DenseWeights:
 def dense_weights(model: nn.Module, pruned: Iterable[str], exclude: Iterable[str] = ()) -> DenseWeights:
     """Find the weights inside the repeated blocks that are neither in the layers named `pruned` nor excluded.
 
-    Considered are all parameters with at least two dimensions except biases and embeddings: for example fused experts
-    (3-D weights), their routers, and kernels of convolutions. Layers that match a glob of `exclude` are left out.
+    Considered are all parameters with at least two dimensions except biases and embeddings: for example routers of
+    experts and kernels of convolutions. Layers that match a glob of `exclude` are left out.
     """
     inside, pruned, exclude = _modules_inside(model), set(pruned), tuple(exclude)
     total, dense = 0, {}
     for owner, module in model.named_modules():
         if id(module) not in inside or isinstance(module, nn.Embedding):
             continue
+        layers = linears_of(owner, module)
         for name, parameter in module.named_parameters(owner, recurse=False):
             if parameter.squeeze().dim() < 2 or "bias" in name.rpartition(".")[2]:
                 continue
             total += parameter.numel()
-            if owner not in pruned and not any(fnmatch(owner, glob) for glob in exclude):
-                dense[name] = parameter.numel()
-    names = dict.fromkeys(re.sub(r"(?<=\.)\d+(?![^.])", "*", name) for name in dense)
-    return DenseWeights(sum(dense.values()) / total if total else 0.0, list(names))
+            parts = [layer.name for layer in layers if layer.parameter == name] or [owner]
+            left = [part for part in parts if part not in pruned and not any(fnmatch(part, glob) for glob in exclude)]
+            if left:
+                dense[name] = parameter.numel() * len(left) // len(parts)
+    return DenseWeights(sum(dense.values()) / total if total else 0.0, merged(dense))
+
+
+def merged(names: Iterable[str]) -> list[str]:
+    """The names with those that differ only in numbers merged into one, with * for the number."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?![^.])", "*", name) for name in names))
 
 
 def _modules_inside(model: nn.Module) -> set[int]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from permprune.models.experts import Routed
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -23,17 +25,20 @@ class Padding:
         """Create the padding from masks of any dtype that are 0 at padding; None entries are ignored."""
         return cls(tuple(mask.bool() for mask in masks if mask is not None))
 
-    def mask_of(self, x: Tensor) -> Tensor | None:
+    def mask_of(self, x: Tensor, routed: Routed | None = None) -> Tensor | None:
         """The mask that belongs to activations x, (batch, length, channels) or (batch * length, channels).
 
-        It has the shape of x without the channels and is False at padding. None if x has no padding.
+        It has the shape of x without the channels and is False at padding. None if x has no padding. If x are the
+        inputs or outputs of an expert, (rows, channels), `routed` tells of which tokens.
         """
         for mask in self.masks:
-            if x.shape[:-1] in (mask.shape, (mask.numel(),)):
+            if routed is not None and routed.total == mask.numel():
+                return mask.flatten()[routed.places]
+            if routed is None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
                 return mask.reshape(x.shape[:-1])
         return None
 
-    def real(self, x: Tensor) -> Tensor:
+    def real(self, x: Tensor, routed: Routed | None = None) -> Tensor:
         """The activations that are not padding, (positions, channels); x itself if it has no padding."""
-        mask = self.mask_of(x)
+        mask = self.mask_of(x, routed)
         return x if mask is None else x[mask]

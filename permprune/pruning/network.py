@@ -117,7 +117,7 @@ class PrunedNetwork(MaskedLayers):
 
         Raises `PermpruneError` if the loss has no gradient, or if a layer takes no part in it.
         """
-        weights = {name: self._parameter(layer) for name, layer in self.layers.items()}
+        weights = {layer.parameter: layer.stored for layer in self.layers.values()}
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         total, count = 0.0, 0.0
         parts = self._parts(examples, loss)
@@ -152,22 +152,22 @@ class PrunedNetwork(MaskedLayers):
         return weight.new_zeros((rows, rows) if self.statistics.one_label_per_example and rows <= COUPLED else rows)
 
     def _collect(self, weights: dict[str, nn.Parameter], asked: bool) -> dict[str, Tensor]:
-        """Take the gradients from `weights`, as (rows, channels), and sum them over the ranks.
+        """Take the gradients from the parameters and sum them over the ranks; returns (rows, channels) by layer.
 
         `asked` is whether this rank ran any examples; if so, raises `PermpruneError` for a weight without a gradient.
         """
-        found = {}
+        gradients = {}
         for name, weight in weights.items():
             weight.requires_grad_(False)
             if weight.grad is None and asked:
                 raise PermpruneError(
-                    f"{name} has no effect on the loss: exclude it, or calibrate with inputs that use it"
+                    f"{name.removesuffix('.weight')} has no effect on the loss: "
+                    "exclude it, or calibrate with inputs that use it"
                 )
-            gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            gradients[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
             weight.grad = None
-            distributed.add_([gradient])
-            found[name] = (gradient.T if self.layers[name].transposed else gradient).float()
-        return found
+            distributed.add_([gradients[name]])
+        return {name: layer.part_of(gradients[layer.parameter]).float() for name, layer in self.layers.items()}
 
     @torch.no_grad()
     def compute_teacher_outputs(self, examples: Examples, loss: Loss) -> list[TeacherOutputs] | None:
@@ -194,7 +194,3 @@ class PrunedNetwork(MaskedLayers):
     def _share(self, examples: Examples) -> Sequence[Examples]:
         """The batches of this rank."""
         return distributed.share(batches(examples, self.batch))
-
-    @staticmethod
-    def _parameter(layer: Layer) -> nn.Parameter:
-        return layer.module.weight  # type: ignore[return-value]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from permprune.coupling.space import ChannelSpace, Coupling, Site
+from permprune.coupling.space import ChannelSpace, Coupling, Member, Site
 from permprune.errors import PermpruneError
 from permprune.models.layers import Layer
 from permprune.options import MODES
@@ -23,7 +23,7 @@ class Part:
     """The columns of one layer's weight that follow a problem's order.
 
     Channel c of the problem is column `columns[c]` of the layer. `columns` is int64 (size,) and consists of whole,
-    aligned groups of the pattern. `site` is the name of the tensor that the layer reads.
+    aligned groups of the pattern. `site` is the name of what the layer reads (see `Layer.input_of`).
     """
 
     layer: str
@@ -60,7 +60,9 @@ def build_problems(coupling: Coupling, layers: list[Layer], pattern: Pattern, mo
     """
     if mode not in MODES:
         raise PermpruneError(f'unknown mode "{mode}": choose fold or gather')
-    pruned = {layer.parameter: layer for layer in layers}
+    pruned: dict[str, list[Layer]] = {}
+    for layer in layers:
+        pruned.setdefault(layer.parameter, []).append(layer)
     problems: list[Problem] = []
     covered: set[str] = set()
     for space in coupling.spaces:
@@ -78,14 +80,14 @@ def build_problems(coupling: Coupling, layers: list[Layer], pattern: Pattern, mo
     return problems
 
 
-def _space_problems(space: ChannelSpace, pruned: dict[str, Layer], pattern: Pattern) -> list[Problem]:
+def _space_problems(space: ChannelSpace, pruned: dict[str, list[Layer]], pattern: Pattern) -> list[Problem]:
     problems = []
     for block in range(space.blocks):
         parts = tuple(
-            Part(pruned[reader.parameter].name, reader.site or "", columns)
+            Part(layer.name, layer.input_of(reader.site or ""), columns)
             for reader in space.readers
-            if reader.parameter in pruned
-            for columns in reader.positions[block]
+            for layer in pruned.get(reader.parameter, [])
+            for columns in _columns(reader, block, layer)
             if _whole_groups(columns, pattern)
         )
         if parts:
@@ -94,11 +96,26 @@ def _space_problems(space: ChannelSpace, pruned: dict[str, Layer], pattern: Patt
     return problems
 
 
-def _site_problem(site: Site, pruned: dict[str, Layer], covered: set[str], pattern: Pattern) -> Problem | None:
-    layers = [pruned[p] for p in site.readers if p in pruned and pruned[p].name not in covered]
+def _columns(reader: Member, block: int, layer: Layer) -> list[Tensor]:
+    """Return the columns of a layer at the positions of a block, one tensor for each copy of the block in the layer.
+
+    If the first dimension of experts is among those of the member, each copy is in the matrix of one expert.
+    """
+    copies = list(reader.positions[block])
+    if layer.expert is None or reader.dims[0] != 0:
+        return copies
+    width = layer.weight.shape[1]
+    return [columns % width for columns in copies if bool((columns // width == layer.expert).all())]
+
+
+def _site_problem(site: Site, pruned: dict[str, list[Layer]], covered: set[str], pattern: Pattern) -> Problem | None:
+    found = [layer for parameter in site.readers for layer in pruned.get(parameter, []) if layer.name not in covered]
+    layers = [layer for layer in found if layer.reads_input]
+    if len(layers) < len(found):
+        log.warning("%s keeps its order: no module of the model reads it, so that no gather can reorder it", site.name)
     if not layers or not pattern.divides(site.size) or site.size == pattern.m:
         return None
-    parts = tuple(Part(layer.name, site.name, torch.arange(site.size)) for layer in layers)
+    parts = tuple(Part(layer.name, layer.input_of(site.name), torch.arange(site.size)) for layer in layers)
     return Problem(site.name, site.size, parts, site=site.name)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from permprune.coupling.space import Coupling, Site
+from permprune.models.layers import Layer
 from permprune.pruning.problem import Orders, Problem
 
 
@@ -21,11 +22,18 @@ def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
     return tables
 
 
-def gather_places(site: Site, readers: list[str]) -> tuple[str, list[str]]:
+def gather_places(site: Site, readers: list[Layer]) -> tuple[str, list[str]]:
     """Return the modules at which the `Gather` of a site reorders channels: (a module, []) or ("", modules).
 
     In the first case the output of a module is reordered, in the second the inputs of modules. `readers` are the
-    modules that read the new order; if other modules read the site as well, its tensor must stay in the old order.
+    layers that read the new order; if other modules read the site as well, its tensor must stay in the old order.
     """
-    alone = len(readers) == len(site.readers)
-    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", readers)
+    alone = {layer.parameter for layer in readers} == set(site.readers)
+    modules = list(dict.fromkeys(layer.owner_name for layer in readers))
+    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", modules)
+
+
+@torch.no_grad()
+def reorder_columns(stored: Tensor, layer: Layer, order: Tensor) -> Tensor:
+    """Return a layer's parameter with its columns in a new order: of all experts, as one gather serves them all."""
+    return stored.index_select(layer.channel_dim, order.to(stored.device))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
 from permprune.models.layers import blocks
 
@@ -54,8 +56,11 @@ def masked(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     def keep(mask: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda gradient: gradient.masked_fill(mask, 0.0)
 
-    weights = [model.get_parameter(f"{layer}.weight") for layer in layers]
-    handles = [weight.register_hook(keep(weight.detach() == 0)) for weight in weights]
+    linears, masks = linear_layers(model), dict[str, Tensor]()
+    for layer in map(linears.__getitem__, layers):
+        mask = masks.setdefault(layer.parameter, torch.zeros_like(layer.stored, dtype=torch.bool))
+        layer.part_of(mask).copy_(layer.weight == 0)
+    handles = [model.get_parameter(name).register_hook(keep(mask)) for name, mask in masks.items()]
     try:
         yield
     finally:

@@ -82,7 +82,7 @@ class LayerUpdate(Update):
             inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})
             with inputs.observe(padding):
                 block.forward(*args, **kwargs)  # calling `block` would run this hook again
-            moments = inputs.result()
+            moments = {**network.statistics.moments, **inputs.result()}  # experts that few tokens reach keep the former
             with torch.autocast(network.device.type, enabled=False):
                 updated = {}
                 for layer in layers:
@@ -120,5 +120,5 @@ def _layers_by_block(network: PrunedNetwork) -> dict[nn.Module, list[Layer]]:
     block_of = {module: block for block in reversed(blocks(network.model)) for module in block.modules()}
     found: dict[nn.Module, list[Layer]] = {}
     for layer in network.layers.values():
-        found.setdefault(block_of[layer.module], []).append(layer)
+        found.setdefault(block_of[layer.owner], []).append(layer)
     return found

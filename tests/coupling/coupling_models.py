@@ -110,12 +110,13 @@ def mixtral(**changes: Any) -> nn.Module:
     return tf.MixtralForCausalLM(tf.MixtralConfig(**{**EXPERTS, "num_local_experts": 3, **changes}))
 
 
-def qwen3_moe() -> nn.Module:
-    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**EXPERTS, head_dim=8, moe_intermediate_size=24, num_experts=3))
+def qwen3_moe(**changes: Any) -> nn.Module:
+    settings = {**EXPERTS, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 3}
+    return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**{**settings, **changes}))
 
 
-def gpt_oss() -> nn.Module:
-    return tf.GptOssForCausalLM(tf.GptOssConfig(**EXPERTS, head_dim=8, num_local_experts=3))
+def gpt_oss(**changes: Any) -> nn.Module:
+    return tf.GptOssForCausalLM(tf.GptOssConfig(**{**EXPERTS, "head_dim": 8, "num_local_experts": 3, **changes}))
 
 
 def deepseek_v3() -> nn.Module:

@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from permprune.coupling.discovery import discover
 from permprune.coupling.observe import observe
 from permprune.errors import PermpruneError
+from permprune.models.layers import Layer, block_linears, linears_of
 
-from .coupling_models import llama, tokens
+from .coupling_models import llama, mixtral, tokens
 
 X = {"x": torch.randn(3, 6, generator=torch.Generator().manual_seed(2))}
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    return [layer for name, module in model.named_modules() for layer in linears_of(name, module)]
 
 
 class Branches(nn.Module):
@@ -27,7 +32,8 @@ class Branches(nn.Module):
 
 
 def test_linears_that_read_the_same_tensor_share_a_site() -> None:
-    sites = {site.name: site for site in observe(Branches(), X, ["first", "second", "third", "idle"]).sites}
+    model = Branches()
+    sites = {site.name: site for site in observe(model, X, layers(model)).sites}
     assert {name: site.readers for name, site in sites.items()} == {
         "input": ("first.weight", "second.weight"),
         "third.input": ("third.weight",),
@@ -45,18 +51,27 @@ def test_tensors_read_by_one_linear_are_one_site() -> None:
             y = F.relu(self.twice(x))
             return self.twice(y) + self.once(y)
 
-    (site,) = observe(Twice(), X, ["twice", "once"]).sites
+    model = Twice()
+    (site,) = observe(model, X, layers(model)).sites
     assert site.readers == ("twice.weight", "once.weight")
 
 
 def test_watching_finds_the_groups_that_tracing_finds() -> None:
     model = llama()
     traced = {site.readers for site in discover(model, tokens()).sites if site.readers != ("lm_head.weight",)}
-    linears = [weight.removesuffix(".weight") for readers in traced for weight in readers]
-    assert {site.readers for site in observe(model, tokens(), linears).sites} == traced
+    assert {site.readers for site in observe(model, tokens(), block_linears(model)).sites} == traced
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_model_that_does_not_run_is_refused() -> None:
     with pytest.raises(PermpruneError, match="neither traced nor run"):
-        observe(Branches(), {"x": torch.zeros(3, 5)}, ["first"])
+        observe(model := Branches(), {"x": torch.zeros(3, 5)}, layers(model))
+
+
+def test_all_experts_of_a_layer_read_one_tensor() -> None:
+    model = mixtral()
+    sites = {site.readers: site.size for site in observe(model, tokens(), block_linears(model)).sites}
+    for number in range(2):
+        experts = f"model.layers.{number}.mlp.experts"
+        assert sites[(f"{experts}.gate_up_proj",)] == 32
+        assert sites[(f"{experts}.down_proj",)] == 48

@@ -7,22 +7,36 @@ import pytest
 import torch
 import transformers as tf
 
-from permprune import prune, verify
+from permprune import PermpruneError, prune, verify
 from permprune.models.layers import block_linears, dense_weights
 
 from ..cli.running import run
-from ..coupling.coupling_models import gpt_oss, mixtral, qwen3_moe
+from ..coupling.coupling_models import GROUPED, gpt_oss, mixtral, qwen3_moe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
 SMALL = ("--samples", "6", "--length", "16", "--windows", "1")
-MIXTRAL = [
-    "model.layers.*.mlp.gate.weight",
-    "model.layers.*.mlp.experts.gate_up_proj",
-    "model.layers.*.mlp.experts.down_proj",
-]
-FAMILIES = {"mixtral": mixtral, "qwen3-moe": qwen3_moe, "gpt-oss": gpt_oss}
+LLAMA4 = ["model.layers.*.feed_forward.experts.gate_up_proj", "model.layers.*.feed_forward.experts.down_proj"]
+LINE = f"64 % of the weights inside the blocks stay dense: {', '.join(LLAMA4)}"
+ROUTER = ("*.router",)
+"""The router is a linear layer that returns two tensors."""
+
 TOKENS = torch.randint(3, 60, (8, 16), generator=torch.Generator().manual_seed(0))
+
+
+def llama4(vocabulary: int = 64) -> tf.PreTrainedModel:
+    """Experts that run outside of Transformers' interface for experts."""
+    experts = {"num_local_experts": 3, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1}
+    settings = {**GROUPED, "head_dim": 8, **experts, "vocab_size": vocabulary}
+    return tf.Llama4ForCausalLM(tf.Llama4TextConfig(**settings))
+
+
+FAMILIES = {
+    "mixtral": (mixtral, (), ["model.layers.*.mlp.gate.weight"]),
+    "qwen3-moe": (qwen3_moe, (), ["model.layers.*.mlp.gate.weight"]),
+    "gpt-oss": (gpt_oss, (), ["model.layers.*.mlp.router.weight"]),
+    "llama4": (llama4, ROUTER, LLAMA4),
+}
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -35,30 +49,37 @@ def zeros(weight: torch.Tensor) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["fold", "gather"])
-def test_the_library_says_which_experts_stay_dense(family: str, mode: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = FAMILIES[family]().float()
-    pruned = prune(model, permute="ria", mode=mode, examples=TOKENS)
-    inside = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1 and "bias" not in name]
-    share = 1 - sum(map(zeros, inside)) / sum(p.numel() / 2 for p in inside)  # of the pruned ones half are zeros
+def test_the_library_says_what_stays_dense(family: str, mode: str, caplog: pytest.LogCaptureFixture) -> None:
+    build, exclude, names = FAMILIES[family]
+    model = build().float()
+    pruned = prune(model, permute="ria", mode=mode, examples=TOKENS, exclude=exclude)
+    inside = {name: p for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1}
+    inside = {name: p for name, p in inside.items() if "bias" not in name}
+    total, left = sum(p.numel() for p in inside.values()), exclude and 2 * 3 * 32
+    share = 1 - (2 * sum(map(zeros, inside.values())) + (left or 0)) / total  # of the pruned ones half are zeros
     (line,) = said(caplog)
-    assert line.startswith(f"{100 * share:.3g} % of the weights inside the blocks stay dense: ")
-    for name in ("experts.gate_up_proj", "experts.down_proj"):
-        assert f"model.layers.*.mlp.{name}" in line
+    assert line == f"{100 * share:.3g} % of the weights inside the blocks stay dense: {', '.join(names)}"
     dense = pruned.record().dense
     assert dense is not None and dense.share == pytest.approx(share) and str(dense) == line
 
 
+def test_a_layer_that_returns_more_than_a_tensor_is_refused() -> None:
+    with pytest.raises(PermpruneError, match=r"feed_forward\.router is a Llama4Router, .*: exclude it"):
+        prune(llama4(), permute="ria", examples=TOKENS)
+
+
 @pytest.fixture
 def experts(tmp_path: Path, tiny_tokenizer: tf.PreTrainedTokenizerFast) -> Path:
-    folder = tmp_path / "mixtral"
+    folder = tmp_path / "llama4"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        mixtral(vocab_size=128).save_pretrained(folder)
+        llama4(128).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
 
 
-def arguments(text: Path, *options: str) -> list[str | Path]:
+def arguments(text: Path, *exclude: str) -> list[str | Path]:
+    options = [option for glob in exclude for option in ("--exclude", glob)]
     return ["--calibration", text, "--data", text, *SMALL, *options]
 
 
@@ -66,7 +87,6 @@ def arguments(text: Path, *options: str) -> list[str | Path]:
     "command",
     [
         ["prune", "--out", "out", "--permute", "ria"],
-        ["prune", "--out", "out", "--permute", "ria", "--memory", "430KB"],
         ["compare", "--methods", "none,ria"],
         ["sweep", "--out", "out", "--methods", "none", "--patterns", "2:4,1:4"],
     ],
@@ -79,36 +99,61 @@ def test_each_run_says_it_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(experts.parent)
-    code, _, stderr = run(command[0], experts, *command[1:], *arguments(tiny_text))
+    code, _, stderr = run(command[0], experts, *command[1:], *arguments(tiny_text, *ROUTER))
     assert code == 0, stderr
-    assert ("layer by layer" in " ".join(stderr.split())) == ("--memory" in command)
-    assert said(caplog) == [f"81.9 % of the weights inside the blocks stay dense: {', '.join(MIXTRAL)}"]
-    assert "81.9 % of the weights inside the blocks stay dense" in " ".join(stderr.split())
+    assert said(caplog) == [LINE]
+    assert LINE.partition(":")[0] in " ".join(stderr.split())
+
+
+def test_a_streamed_run_says_it_once(
+    tiny_tokenizer: tf.PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "mixtral"
+    mixtral(vocab_size=128).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    limit = ("--out", tmp_path / "out", "--permute", "ria", "--memory", "600KB")
+    code, _, stderr = run("prune", folder, *limit, *arguments(tiny_text))
+    assert code == 0, stderr
+    assert "layer by layer" in " ".join(stderr.split())
+    assert said(caplog) == ["0.565 % of the weights inside the blocks stay dense: model.layers.*.mlp.gate.weight"]
 
 
 def test_verify_record_and_report_say_it(experts: Path, tiny_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run("prune", experts, "--out", out, "--permute", "ria", *arguments(tiny_text))
+    run("prune", experts, "--out", out, "--permute", "ria", *arguments(tiny_text, *ROUTER))
     record = json.loads((out / "permprune.json").read_text())
-    assert record["dense"] == {"share": pytest.approx(0.819, abs=1e-3), "layers": MIXTRAL}
-    line = f"81.9 % of the weights inside the blocks stay dense: {', '.join(MIXTRAL)}"
-    assert f"{line}." in (out / "report.html").read_text()
-    assert line in run("verify", out)[1].splitlines()
+    assert record["dense"] == {"share": pytest.approx(0.64, abs=1e-3), "layers": LLAMA4}
+    assert f"{LINE}." in (out / "report.html").read_text()
+    assert LINE in run("verify", out)[1].splitlines()
     del record["dense"]  # as older records have it
     (out / "permprune.json").write_text(json.dumps(record))
-    assert line in run("verify", out)[1].splitlines()
+    assert LINE in run("verify", out)[1].splitlines()
 
 
 def test_layers_that_a_person_left_out_are_not_counted_among_them(
     experts: Path, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exclude = ("--exclude", "*.0.*")
     for folder in (tiny_checkpoint, experts):
         out = tmp_path / f"{folder.name}-pruned"
+        exclude = ("*.0.*", *(ROUTER if folder == experts else ()))
         run("prune", folder, "--out", out, "--permute", "ria", *arguments(tiny_text, *exclude))
         assert not any("self_attn" in line for line in said(caplog))
-        assert verify(out).dense.layers == (MIXTRAL if folder == experts else [])
+        assert verify(out).dense.layers == (LLAMA4 if folder == experts else [])
     assert len(said(caplog)) == 1
+
+
+def test_single_experts_are_left_out_and_counted() -> None:
+    model = mixtral()
+    layers = [layer.name for layer in block_linears(model)]
+    without = [name for name in layers if ".experts.1." not in name]
+    router = ["model.layers.*.mlp.gate.weight"]
+    assert dense_weights(model, without, ["*.experts.1.*"]).layers == router
+    left = dense_weights(model, without)
+    names = ["model.layers.*.mlp.experts.gate_up_proj", "model.layers.*.mlp.experts.down_proj"]
+    assert left.layers == [*router, *names]
+    added = left.share - dense_weights(model, layers).share
+    sizes = [p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() > 1]
+    assert added == pytest.approx(2 * 3 * 32 * 48 / sum(sizes))
 
 
 class Block(torch.nn.Module):

@@ -1,0 +1,136 @@
+"""Mixtures of experts in folders: written, read layer by layer, trained and packed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from permprune.checkpoints.io import GATHERED, load, read_model
+from permprune.checkpoints.record import read_record
+from permprune.config import PruneConfig
+from permprune.errors import PermpruneError
+from permprune.jobs.finetune import FineTuning, finetune
+from permprune.jobs.packing import pack_folder, unpack_folder
+from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.trials import Evaluation
+from permprune.jobs.verify import verify
+from permprune.models.layers import block_linears
+from permprune.pattern import Pattern
+from permprune.pruning.folder import save
+
+from ..coupling.coupling_models import gpt_oss, mixtral, qwen3_moe, randomised
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+
+FAMILIES = {"mixtral": mixtral, "qwen3-moe": qwen3_moe, "gpt-oss": gpt_oss}
+LIMIT = 2**20
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def source(family: str, tmp_path: Path, tiny_tokenizer: tf.PreTrainedTokenizerFast) -> Path:
+    """A checkpoint in bf16, as Transformers writes it, of a model that takes more memory than `LIMIT`."""
+    folder = tmp_path / "source"
+    sizes = {"vocab_size": 128, "num_hidden_layers": 7}
+    model: Any = randomised(FAMILIES[family](**sizes))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(source: Path, out: Path, text: Path, **settings: Any) -> dict[str, Any]:
+    """Few enough windows that the statistics come of one batch, held or streamed."""
+    chosen = PruneConfig(
+        calibration=str(text), length=16, samples=40, measured=16, held_out=4, precision="fp32", batch=16, **settings
+    )
+    return prune_to_folder(str(source), out, chosen, evaluation=Evaluation(str(text), 4, 16)).to_json()
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out, tiny_text, permute="random", mode=mode)
+    assert verify(out).layers == 7 * (4 + 6)
+    assert (out / GATHERED).exists() == (mode == "gather")
+    model = load(out)
+    layers = [layer for layer in block_linears(model) if layer.expert is not None]
+    assert len(layers) == 7 * 6 and all(Pattern(2, 4).holds(layer.weight) for layer in layers)
+    if mode == "fold":
+        plain = tf.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+        ids = torch.arange(16)[None]
+        torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits)
+    save(model, tmp_path / "again")
+    assert verify(tmp_path / "again").difference < 0.1
+    with torch.no_grad():
+        layers[5].stored.fill_(1)
+    with pytest.raises(PermpruneError, match=r"experts\.\d\.down_proj is not 2:4 in stored order"):
+        verify(model)
+
+
+@pytest.mark.parametrize(("mode", "method"), [("fold", "ria"), ("gather", "random")])
+def test_orders_of_experts_are_the_same_held_or_streamed(
+    source: Path, mode: str, method: str, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = run(source, tmp_path / "held", tiny_text, permute=method, mode=mode)
+    said = caplog.text.count("experts read fewer than")
+    streamed = run(source, tmp_path / "streamed", tiny_text, permute=method, mode=mode, memory=LIMIT)
+    assert "layer by layer" in caplog.text
+    assert caplog.text.count("experts read fewer than") == 2 * said > 0
+    residual = {name for name in held["permutations"] if name.endswith("residual")}
+    assert streamed["permutations"].keys() == held["permutations"].keys() - residual
+    if method == "ria":
+        experts = [name for name in streamed["permutations"] if "experts" in name]
+        assert len(experts) == 7 and all(
+            held["permutations"][name] == streamed["permutations"][name] for name in experts
+        )
+    else:
+        assert "experts.gate_up_proj.input keeps its natural order" in caplog.text
+    assert [row["kept_none"] for row in streamed["layers"]] == pytest.approx(
+        [row["kept_none"] for row in held["layers"]]
+    )
+    assert streamed["measured"]["none"] == pytest.approx(held["measured"]["none"], rel=1e-3)
+    assert verify(tmp_path / "streamed").layers == 70
+
+
+@pytest.mark.parametrize("family", ["mixtral"], indirect=True)
+def test_training_keeps_the_pattern(source: Path, tiny_text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out, tiny_text, permute="none")
+    options = FineTuning(str(tiny_text), epochs=1, rows=16, length=16, lr=1e-2, teacher=str(source))
+    finetune(str(out), tmp_path / "tuned", options)
+    assert verify(tmp_path / "tuned").layers == 70
+    old, new = (dict(load(folder).named_parameters()) for folder in (out, tmp_path / "tuned"))
+    for name, weight in old.items():
+        if weight.dim() == 3:
+            assert torch.equal(weight == 0, new[name] == 0) and not torch.equal(weight, new[name])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)
+def test_packing_leaves_experts_dense_and_says_so(source: Path, tiny_text: Path, tmp_path: Path) -> None:
+    out, packed = tmp_path / "out", tmp_path / "packed"
+    run(source, out, tiny_text, permute="random")
+    found = pack_folder(out, packed)
+    experts = "model.layers.*.mlp.experts.*"
+    assert found.left_dense == [f"{experts}.gate_up_proj", f"{experts}.down_proj"]
+    assert found.layers.packed < found.layers.dense
+    assert verify(packed).layers == 70
+    unpack_folder(packed, tmp_path / "unpacked")
+    assert verify(tmp_path / "unpacked").layers == 70
+    run(source, tmp_path / "gathered", tiny_text, permute="random", mode="gather")
+    with pytest.raises(PermpruneError, match=r"experts.* has a channel order.*prune in fold mode"):
+        pack_folder(tmp_path / "gathered", tmp_path / "no")
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe"], indirect=True)
+def test_a_pruned_folder_is_pruned_again(source: Path, tiny_text: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "one", tiny_text, permute="random", mode="gather")
+    run(tmp_path / "one", tmp_path / "two", tiny_text, permute="random", mode="gather", pattern="1:4")
+    assert verify(tmp_path / "two").layers == 70
+    assert {row.pattern for row in read_record(tmp_path / "two").layers} == {"1:4"}
+    assert read_model(str(tmp_path / "two"))[2] == torch.bfloat16
