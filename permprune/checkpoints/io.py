@@ -113,7 +113,7 @@ def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
     """
     cure = ""
     if Path(source).is_relative_to(cache_root()):
-        cure = f"; the cached copy is damaged: delete {source}, and it is made anew"
+        cure = f"; the cached copy is damaged: delete {source}, and it will be created again"
     try:
         yield
     except PermpruneError as error:

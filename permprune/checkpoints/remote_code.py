@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
-UNTRUSTED = "it comes with code of its own, which loading it would run: read that, and give --trust-remote-code"
+UNTRUSTED = "it comes with its own Python code, which loading would run: read it, then give --trust-remote-code"
 """The reason given in the error if a checkpoint with custom code is loaded without `trust_remote_code`."""
 
 

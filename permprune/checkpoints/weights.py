@@ -180,8 +180,7 @@ def _dry_run(
                 raise
             fused = [line.split("|")[0].strip() for line in lines if "| CONVERSION" in line]
             raise PermpruneError(
-                f"{name} does not load: in the checkpoint some of what makes up {_named(fused)} is missing, or of "
-                "another shape than the rest"
+                f"{name} does not load: the checkpoint lacks parts of {_named(fused)}, or they differ in shape"
             ) from error
     shapes = {key: (tuple(stored), tuple(own)) for key, stored, own in found["mismatched_keys"]}
     return model, Differences.of(found["missing_keys"], found["unexpected_keys"], shapes)

@@ -88,7 +88,7 @@ def _check_member(model: nn.Module, space: ChannelSpace, member: Member) -> None
     except AttributeError:
         raise PermpruneError(f"the model has no parameter {member.parameter}, a member of {space.name}") from None
     if max(member.dims) >= len(shape):
-        raise PermpruneError(f"{member.parameter} has no dimension {max(member.dims)}, as {space.name} asks")
+        raise PermpruneError(f"{member.parameter} has no dimension {max(member.dims)}, which {space.name} needs")
     width = math.prod(shape[dim] for dim in member.dims)
     positions = member.positions
     fits = positions.shape[::2] == (space.blocks, space.size) and int(positions.min()) >= 0

@@ -117,7 +117,8 @@ def _stack(tensors: list[Tensor], items: list[Item]) -> Tensor:
     for tensor, item in zip(tensors, items, strict=True):
         if tensor.shape != tensors[0].shape:
             raise PermpruneError(
-                f"{item.name} becomes {tuple(tensor.shape[1:])} and {items[0].name} {tuple(tensors[0].shape[1:])}: "
-                "set a size in the model's preprocessor_config.json, or give images of one size"
+                f"preprocessing gives {item.name} the shape {tuple(tensor.shape[1:])}, but {items[0].name} "
+                f"{tuple(tensors[0].shape[1:])}: set a size in the model's preprocessor_config.json, or give images of "
+                "one size"
             )
     return torch.cat(tensors)

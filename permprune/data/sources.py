@@ -172,7 +172,7 @@ def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -
     own = [at for at, key in enumerate(keys) if not shared or _half(key) == part]
     if not own or count < 1:
         raise PermpruneError(
-            f"{count} examples for {part}, of {len(own)} that there are: ask for at least 1, and give more data"
+            f"{count} of {len(own)} available examples for {part}: ask for at least 1, and give more data"
         )
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))
     return [own[at] for at in order[:count].tolist()]

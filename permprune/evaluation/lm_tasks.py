@@ -74,7 +74,7 @@ class TaskList:
                 f"there is no folder {self.data}: give one with the files that docs/tasks.md describes"
             )
         if distributed.world() > 1:
-            raise PermpruneError("tasks are measured by one process: evaluate without torchrun")
+            raise PermpruneError("tasks can only be measured by one process: evaluate without torchrun")
         text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
         known = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
         return LoadedTasks(self, text, self._load(known) if known or self.files else [])

@@ -87,7 +87,7 @@ def measure_labels(model: nn.Module, examples: Examples, metric: str | None = No
     if labels.dim() != 1 or metric not in fitting:
         kind = "one score for each example" if scores else "classes"
         offered = ", ".join(fitting if scores else ["accuracy", *fitting])
-        raise PermpruneError(f'the metric "{metric}" does not go with {kind}: choose one of {offered}')
+        raise PermpruneError(f'the metric "{metric}" does not fit {kind}: choose one of {offered}')
     counted = examples[labels.ne(IGNORED).nonzero()[:, 0]]
     right, predictions = (x.numpy() for x in _predict(model, counted, scores, batch))
     names = sorted(fitting, key=lambda name: name != metric) if scores else [metric]

@@ -75,7 +75,9 @@ def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, se
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
-    log.info("probe: %d of %d held out are right with penalty %g", right[best], len(held_out), best)
+    log.info(
+        "probe: %d of %d held-out examples are classified correctly with penalty %g", right[best], len(held_out), best
+    )
     return Probe(model, share("linear probe", TOP_1_ACCURACY, right=right[best], count=len(held_out)), best)
 
 

@@ -114,7 +114,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     kept = values.pop(PACKED, None)
     values.pop("bench", None)
     if kept is None:
-        raise PermpruneError(f"{folder} is not packed: give a folder that permprune pack wrote")
+        raise PermpruneError(f"{folder} is not packed: give a folder with packed weights")
     record = Record.of({**values, "gathers": kept["gathers"]})
     model, processor = _read(folder, trust_remote_code)
     probe = require_probe(origin_of(model))

@@ -57,7 +57,7 @@ DENSE = "dense.json"
 CELLS = "cells"
 """The subfolder of the work folder with one file for the row of each finished cell."""
 
-AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start anew"
+AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start again"
 
 FREE = (*OWN, "batch", "recompute")
 """Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""

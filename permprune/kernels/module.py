@@ -126,7 +126,7 @@ class PackedLinear(nn.Module):
         if self.order is not None and not self.order.is_meta:
             every = torch.arange(self.in_features, device=self.order.device)
             if self.order.shape != every.shape or not torch.equal(self.order.sort().values, every):
-                raise PermpruneError(f"{name} has an order that is none of its channels: pack the model again")
+                raise PermpruneError(f"{name} has a channel order that is not a permutation: pack the model again")
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or x.requires_grad or x.device.type != "cpu" or not native.available():

@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 """The held-out loss must fall by more than this, in nats, for a round to be kept."""
 
 ATTEMPTS = 4
-"""Largest number of corrections of a step, and of parts of it that are tried before a round is refused."""
+"""Largest number of corrections of a step, and of parts of it that are tried before a round is rejected."""
 
 FAR = 0.1
 """A step is much too long if the loss turns before this share of it; also the least share of problems to try first."""
@@ -169,7 +169,7 @@ class TrustRegionSearch(Search):
         self.pending, self.slopes = values["pending"], values["slopes"]
 
     def _gradients(self) -> Gradients:
-        """Average the gradient over this round's examples and those of the rounds refused at the same orders."""
+        """Average the gradient over this round's examples and those of the rounds rejected at the same orders."""
         mean = self.mean
         for number in self.pending if mean is None else []:  # after a resume they are computed again
             mean = self._gradients_of(number).averaged(mean)
@@ -197,7 +197,7 @@ class TrustRegionSearch(Search):
         else:
             self.network.set_orders(before)
         self.record(loss, kept)
-        result = f"{len(moved)} of {len(proposals)} orders moved" if kept else "refused"
+        result = f"{len(moved)} of {len(proposals)} orders moved" if kept else "rejected"
         log.info(
             "%s round %d: held-out loss %.4f, %s; median damping %.1f",
             *(self.method.name, self.done, loss, result, self.damping.typical),
@@ -227,7 +227,7 @@ class TrustRegionSearch(Search):
             network.set_weights(before)
             self.rate /= 2
         self.record(loss, kept)
-        result = "kept" if kept else "refused"
+        result = "kept" if kept else "rejected"
         log.info("%s: held-out loss %.4f after %d steps of training, %s", method.name, loss, method.tune, result)
         return kept
 

@@ -29,9 +29,9 @@ def output_error(layers: Sequence[Record], kind: Format = "svg") -> bytes:
 
 
 def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
-    """Draw the held-out loss over time; refused rounds are crosses, or triangles at the upper edge if off the scale."""
+    """Draw the held-out loss over time; rejected rounds are crosses, or triangles at the top if off the scale."""
     kept = [point for point in curve if point["kept"] and math.isfinite(point["loss"])]
-    refused = [point for point in curve if not point["kept"]]
+    rejected = [point for point in curve if not point["kept"]]
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
     losses = [point["loss"] for point in kept]
@@ -40,9 +40,9 @@ def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
     bottom, top = low - 0.12 * spread, high + 0.2 * spread
     axes.set_ylim(bottom, top)
     axes.plot([point["seconds"] for point in kept], losses, color=BLUE, marker="o", markersize=4, label="accepted")
-    inside = [point for point in refused if point["loss"] <= top]
-    beyond = [point for point in refused if not point["loss"] <= top]
-    for points, marker, label in ((inside, "x", "refused"), (beyond, "^", "refused, off the scale")):
+    inside = [point for point in rejected if point["loss"] <= top]
+    beyond = [point for point in rejected if not point["loss"] <= top]
+    for points, marker, label in ((inside, "x", "rejected"), (beyond, "^", "rejected, off the scale")):
         if points:
             seconds, heights = [point["seconds"] for point in points], [min(point["loss"], top) for point in points]
             axes.plot(seconds, heights, marker, color=ORANGE, markersize=6, clip_on=False, label=label)

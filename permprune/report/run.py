@@ -133,8 +133,8 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
             found.append(shown("Pattern of each layer", text, maps.patterns(layers)))
     if sample := record["sample"]:
         text = (
-            f"A few weights of {sample['layer']}, in groups of {sample['m']}: the stronger, the more salient. "
-            f"In all it keeps {fine_percent(sample['kept_none'])} of its saliency in natural order, "
+            f"A few weights of {sample['layer']}, in groups of {sample['m']}: stronger colors are more salient. "
+            f"In total it keeps {fine_percent(sample['kept_none'])} of its saliency in natural order, "
             f"{fine_percent(sample['kept'])} as permuted."
         )
         found.append(shown("What the order changes", text, maps.sample(sample)))
@@ -150,7 +150,7 @@ def _speed(figures: Mapping[str, Any]) -> str:
 
 def _optimised(optimised: Mapping[str, Any]) -> str:
     """Describe the training after pruning."""
-    what = {"all": "the weights that are left", "norms": "norms, biases and the head", "head": "the head"}
+    what = {"all": "the weights that are kept", "norms": "norms, biases and the head", "head": "the head"}
     return (
         f"Training {what[optimised['train']]} on {count(optimised['examples'], 'example')} after pruning, measured on "
         f"{optimised['count']:,} {optimised['unit']} held out. The best epoch was kept; all other figures on this "

@@ -86,7 +86,7 @@ def _values(result: Result) -> list[str]:
 
 
 def _pictures(result: Result) -> list[Shown]:
-    line = "A line joins the cells that no other beats."
+    line = "A line joins the cells to which no other is superior in both size and quality."
     found = []
     for value in _values(result):
         name, on = (SCORE_NAME, _tasks(result)) if value == SCORE else (value, _data(result))

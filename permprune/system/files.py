@@ -71,7 +71,7 @@ def read_sealed(path: Path, advice: str) -> Any:
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
         if sealed["digest"] != _seal(sealed["value"]):
-            raise ValueError("the digest is another")
+            raise ValueError("the digest differs")
     except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
         raise PermpruneError(f"{path} is damaged: {advice}") from error
     return sealed["value"]
@@ -169,7 +169,7 @@ class WorkFolder:
             write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
         elif (found := path.read_text(encoding="utf-8", errors="replace")) != text:
             raise PermpruneError(
-                f"{self.path} belongs to an interrupted {found.strip()}: finish or remove that, or choose another --out"
+                f"{self.path} belongs to an interrupted {found.strip()}: finish or remove it, or choose another --out"
             )
 
     def _close(self, lock: FileLock, keep: bool) -> None:

@@ -68,7 +68,7 @@ class Checkpoint:
             saved, values, digest = (metadata[key] for key in ("settings", "values", "digest"))
             settings, found = json.loads(saved), json.loads(values)
             if digest != digest_of(sorted(tensors.items())):
-                raise ValueError("the digest is another")
+                raise ValueError("the digest differs")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise PermpruneError(f"{path} is damaged: remove it, and --resume computes it again") from error
         require_same(path, settings, self.settings)

@@ -65,7 +65,7 @@ def _download(package: Package, folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if "DO NOT MATCH THE HASHES" in run.stderr:
         raise PermpruneError(
-            f"{package} is not the file this permprune was made for, its SHA-256 is not {package.sha256}: "
+            f"{package} is not the expected file, its SHA-256 is not {package.sha256}: "
             "check the package index that pip uses"
         )
     archives = [path for path in folder.iterdir() if path != requirement]

@@ -26,24 +26,25 @@ KINDS = ("d_ff", "head channels", "heads", "residual")
 
 HEAD = """# Supported models
 
-What permprune finds in tiny random models of these families, with transformers {transformers} and torch {torch}. The
-code names no family: others work as well if permprune knows their operators. Written by `make supported`.
+The channel spaces that permprune finds in tiny random models of these families, with transformers {transformers} and
+torch {torch}. The code names no family: others work as well if permprune knows their operators. `make supported` writes
+this page.
 
 - **d_ff**: the inner width of an MLP, or of the experts of a layer, of which each has its own order; or another width
   that is read in one place. Any order.
 - **head channels**: the channels of values within each head, or each key/value head.
 - **heads**: whole heads, groups of them, and heads within a group.
-- **residual**: channels that are read in several places, all in one order. Where a grouped convolution reads them as
-  well, there is one space within its groups and one of whole groups.
+- **residual**: channels that are read in several places, all in one order. If a grouped convolution reads them as well,
+  there is one space within its groups and one of whole groups.
 
 Each number counts spaces. "Difference" is the largest change of an output, relative to the largest output, when each
-space alone and then all spaces together are permuted at random. Models are in float64; where the difference is not near
+space alone and then all spaces together are permuted at random. Models are in float64; if the difference is not near
 1e-16, the model's own code computes norms in float32.
 
 "Pruned" is the share of the weights inside the repeated blocks that lie in pruned layers. The matrices of each expert
 are layers of their own; experts that do not run through Transformers' interface for experts stay dense (Llama 4), and
-so do routers, kernels of convolutions and state matrices. Embeddings, biases and norms do not count. Every run says
-which weights stay dense, and `verify` says it of a folder.
+so do routers, kernels of convolutions and state matrices. Embeddings, biases and norms are not counted. Every run names
+the weights that stay dense, and so does `verify` for a folder.
 
 | family | class | pruned | {kinds} | difference | frozen |
 |---|---|---:|{columns}---:|---|

@@ -45,9 +45,9 @@ def test_a_draw_depends_on_the_seed_alone() -> None:
 
 
 def test_nothing_to_draw_is_refused() -> None:
-    with pytest.raises(PermpruneError, match="0 examples for calibration, of 1 that"):
+    with pytest.raises(PermpruneError, match="0 of 1 available examples for calibration"):
         pick(["a"], "calibration", 0, 0, shared=False)
-    with pytest.raises(PermpruneError, match="of 0 that there are"):
+    with pytest.raises(PermpruneError, match="of 0 available examples"):
         pick([], "calibration", 3, 0, shared=False)
 
 

@@ -184,7 +184,7 @@ def test_of_a_damaged_cache_each_command_says_how_to_clear_it(
     for command in ("prune", "sweep", "inspect", "evaluate"):
         line = fails(*arguments(command, Path("smollm2-135m"), tiny_text))
         assert line.startswith("permprune: smollm2-135m does not load: ") and clause in line
-        assert line.endswith(f"the cached copy is damaged: delete {cached}, and it is made anew")
+        assert line.endswith(f"the cached copy is damaged: delete {cached}, and it will be created again")
     shutil.rmtree(cached)
     shutil.copytree(whole, cached)
     assert run("evaluate", "smollm2-135m", "--data", tiny_text, "--windows", "1", "--length", "16")[0] == 0
@@ -257,7 +257,7 @@ def test_constants_of_older_releases_are_no_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("absent", "clause"),
     [
-        ("experts.1.w1", "some of what makes up model.layers.1.mlp.experts.gate_up_proj is missing"),
+        ("experts.1.w1", "the checkpoint lacks parts of model.layers.1.mlp.experts.gate_up_proj"),
         ("experts.1.", "2 weights (model.layers.1.mlp.experts.down_proj (2, 32, 48) instead of (3, 32, 48), "),
         ("experts.", "lacks 2 weights (model.layers.1.mlp.experts.down_proj, model.layers.1.mlp.experts.gate_up_proj)"),
     ],
