@@ -91,9 +91,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["dense", "none", "ria", "newton", f"newton{FINETUNE}"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--most", type=int, default=10_000, help="training rows of a task")
-    parser.add_argument(
-        "--samples", type=int, help="calibration windows of 32 rows (default: depends on the task)"
-    )
+    parser.add_argument("--samples", type=int, help="calibration windows of 32 rows (default: depends on the task)")
     parser.add_argument("--after", type=int, help="rows to train on after pruning (default: depends on the task)")
     parser.add_argument("--epochs", type=int, help="epochs of the training after pruning (default: that of finetune)")
     options = parser.parse_args()

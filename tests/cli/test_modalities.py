@@ -93,7 +93,7 @@ def test_a_probe_is_a_classifier_that_prunes(tiny_vit: Path, pictures: Path, tmp
 
 
 def test_data_that_has_no_default_is_asked_for(tiny_bert: Path) -> None:
-    assert "no sentences to evaluate on by default" in fails("evaluate", tiny_bert)
+    assert "no default data of sentences to evaluate on" in fails("evaluate", tiny_bert)
 
 
 def test_finetune_says_what_it_brought_and_goes_on(tiny_bert: Path, sentences: Path, tmp_path: Path) -> None:

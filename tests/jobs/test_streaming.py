@@ -168,7 +168,9 @@ def test_methods_that_need_the_whole_network_are_refused(tiny_checkpoint: Path, 
     if method == local:
         assert exceeds_memory(str(tiny_checkpoint), settings.replace(permute=method))
         return
-    with pytest.raises(PermpruneError, match=r"whole network, which takes about .* GiB.*none, random, ria, cp, recons"):
+    with pytest.raises(
+        PermpruneError, match=r"network in memory, which takes about .* GiB.*none, random, ria, cp, recons"
+    ):
         exceeds_memory(str(tiny_checkpoint), settings.replace(permute=method))
 
 

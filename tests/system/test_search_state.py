@@ -20,7 +20,7 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
 
 def test_a_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     Checkpoint(tmp_path, {"seed": 3, "pattern": "2:4"}).save("newton", {}, {})
-    with pytest.raises(PermpruneError, match="another seed: repeat that"):
+    with pytest.raises(PermpruneError, match="another seed: use the same"):
         Checkpoint(tmp_path, {"seed": 4, "pattern": "2:4"}).load("newton")
 
 
