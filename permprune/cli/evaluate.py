@@ -26,7 +26,7 @@ def evaluate(
     task_file: cli.TaskFile = None,
     limit: cli.Limit = None,
     kv: Annotated[
-        Path | None, typer.Option(help="folder that permprune kv wrote: perplexity with that pruned cache")
+        Path | None, typer.Option(help="folder that permprune kv wrote: measures perplexity with that pruned cache")
     ] = None,
     few_shot: Annotated[
         int | None, typer.Option(help="solved examples in each prompt of the tasks", show_default="each task's own")

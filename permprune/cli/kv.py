@@ -16,33 +16,40 @@ def kv(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],
     pattern: Annotated[
-        str, typer.Option(help="N of every M channels of a head are kept, in keys and values", metavar="N:M")
+        str, typer.Option(help="N:M keeps N of every M channels of a head, in keys and values", metavar="N:M")
     ] = "2:4",
     keys: Annotated[
         str | None,
-        typer.Option(help="the pattern of the keys, or dense", metavar="N:M", show_default="that of --pattern"),
+        typer.Option(help="pattern of the keys, or dense", metavar="N:M", show_default="that of --pattern"),
     ] = None,
     values: Annotated[
         str | None,
-        typer.Option(help="the pattern of the values, or dense", metavar="N:M", show_default="that of --pattern"),
+        typer.Option(help="pattern of the values, or dense", metavar="N:M", show_default="that of --pattern"),
     ] = None,
-    recovery: Annotated[str, typer.Option(help="what stands for pruned channels: zeros, or sign")] = "sign",
+    recovery: Annotated[
+        str, typer.Option(help="values of pruned channels: zeros, or sign, which stores their signs")
+    ] = "sign",
     dtype: Annotated[
-        str, typer.Option(help="of kept values: fp32, bf16, fp16, int8, or auto: that of the model")
+        str, typer.Option(help="data type of the kept values: fp32, bf16, fp16, int8, or auto for the model's")
     ] = "auto",
-    window: Annotated[int, typer.Option(help="newest tokens, which stay whole")] = 32,
-    sinks: Annotated[int, typer.Option(help="first tokens, which stay whole")] = 4,
+    window: Annotated[int, typer.Option(help="number of newest tokens that are not pruned")] = 32,
+    sinks: Annotated[int, typer.Option(help="number of first tokens that are not pruned")] = 4,
     permute: Annotated[
-        str, typer.Option(help="one of none, random, ria, cp, with options after it, as cp:escapes=50")
+        str,
+        typer.Option(
+            help="search for the channel orders: none, random, ria or cp, with options after the name, such as "
+            "cp:escapes=50"
+        ),
     ] = "ria",
     calibration: Annotated[
-        str | None, typer.Option(help="text (file, .jsonl) or a data set id; the default text if absent")
+        str | None,
+        typer.Option(help="text to calibrate on: a file, or a data set id", show_default="the default data"),
     ] = None,
-    samples: Annotated[int, typer.Option(help="windows of calibration text")] = 16,
+    samples: Annotated[int, typer.Option(help="windows of text to calibrate on")] = 16,
     data: cli.Data = None,
     windows: cli.Windows = 24,
     length: cli.Length = PruneConfig.length,
-    seed: Annotated[int, typer.Option(help="the same seed gives the same orders")] = PruneConfig.seed,
+    seed: Annotated[int, typer.Option(help="random seed: the same one gives the same orders")] = PruneConfig.seed,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> None:
