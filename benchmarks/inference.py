@@ -1,8 +1,10 @@
 """One linear layer with a packed 2:4 weight, beside the same dense: a Markdown table of milliseconds and ratios.
 
-`packed` is `permprune.kernels`; `dense` the same kernel with a dense weight (same tiles, same threads); `torch` is
-`torch.nn.functional.linear` on a dense weight of the activations' type. They take turns, and the fastest of all turns
-counts. Weights are cycled through so many copies that none is in the processor's cache.
+`packed` is `permprune.kernels`; `dense` the same kernels with a dense weight (same tiles, same threads); both weights
+are in huge pages, as in packed models that permprune loads. `torch` is `torch.nn.functional.linear` on a dense weight
+of the activations' type, in memory as torch allocates it (in huge pages, too, with `THP_MEM_ALLOC_ENABLE=1`). They take
+turns, and the fastest of all turns counts. Weights are cycled through so many copies that none is in the processor's
+cache.
 
 python benchmarks/inference.py --threads 1 2 --batch 1 16
 """
@@ -16,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from permprune.kernels import native
-from permprune.kernels.packed import PackedWeight
+from permprune.kernels.layout import Layout
+from permprune.kernels.packed import PackedWeight, quantize
 from permprune.pattern import Pattern
+from permprune.system.huge_pages import in_huge_pages
 
 Product = Callable[[Tensor], Tensor]
 
@@ -69,14 +73,12 @@ def layers(
 ) -> tuple[list[Product], float]:
     """The weight packed, dense on the same kernels, and in torch; and the dense bytes over the packed ones."""
     packed = PackedWeight.pack(weight, pattern, stored)
-    values = weight.to(stored)
-    if packed.scale is not None:
-        scale = packed.scale.repeat_interleave(packed.block, 1)[:, : weight.shape[1]]
-        values = (weight / scale).round().to(stored)
-    dense_bytes = values.nbytes + (0 if packed.scale is None else packed.scale.nbytes)
+    values, scale = (weight.to(stored), None) if stored != torch.int8 else quantize(weight)
+    values = values.to(stored)
+    dense_bytes = values.nbytes + (0 if scale is None else scale.nbytes)
     return [
-        cycle([_packed(copy(packed), kernels) for _ in range(copies(packed.nbytes))]),
-        cycle([_dense(values.clone(), packed.scale, kernels) for _ in range(copies(dense_bytes))]),
+        cycle([_native(packed.blocks, kernels, packed.layout) for _ in range(copies(packed.nbytes))]),
+        cycle([_native(values, kernels, scale=scale) for _ in range(copies(dense_bytes))]),
         cycle([_torch(weight.to(activations)) for _ in range(copies(weight.to(activations).nbytes))]),
     ], dense_bytes / packed.nbytes
 
@@ -95,20 +97,11 @@ def cycle(products: list[Product]) -> Product:
     return product
 
 
-def copy(weight: PackedWeight) -> PackedWeight:
-    scale = None if weight.scale is None else weight.scale.clone()
-    return PackedWeight(weight.pattern, weight.values.clone(), weight.mask.clone(), scale, weight.block)
-
-
-def _packed(weight: PackedWeight, kernels: str) -> Product:
-    pattern = weight.pattern
-    described = native.describe(weight.values, weight.mask, weight.scale, n=pattern.n, m=pattern.m, block=weight.block)
-    return lambda x, _owner=weight: native.multiply(described, x, kernels)  # type: ignore[misc]
-
-
-def _dense(values: Tensor, scale: Tensor | None, kernels: str) -> Product:
-    described = native.describe_dense(values, scale)
-    return lambda x, _owner=(values, scale): native.multiply(described, x, kernels, dense=True)  # type: ignore[misc]
+def _native(numbers: Tensor, kernels: str, layout: Layout | None = None, scale: Tensor | None = None) -> Product:
+    """The product of a weight of its own copy, which lies where permprune puts weights when it loads a model."""
+    numbers = in_huge_pages(numbers)
+    described = native.describe(layout, numbers) if layout else native.describe_plain(numbers, scale)
+    return lambda x, _owner=(numbers, scale): native.multiply(described, x, kernels)  # type: ignore[misc]
 
 
 def _torch(weight: Tensor) -> Product:

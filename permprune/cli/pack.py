@@ -15,7 +15,6 @@ def pack(
     folder: cli.Folder,
     out: Annotated[Path, typer.Option(help="folder for the packed checkpoint; must not exist yet")],
     dtype: Annotated[str, typer.Option(help="data type of the kept weights: fp32, bf16, fp16 or int8")] = "bf16",
-    block: Annotated[int, typer.Option(help="channels that share a scale in int8: 64 or 128")] = 64,
     head: Annotated[
         str | None,
         typer.Option(help="int8 stores the embedding and the head as int8 too", show_default="a floating-point type"),
@@ -26,7 +25,7 @@ def pack(
 
     from permprune.jobs.packing import pack_folder
 
-    found = pack_folder(folder, out, dtype=dtype, block=block, head=head, trust_remote_code=trust_remote_code)
+    found = pack_folder(folder, out, dtype=dtype, head=head, trust_remote_code=trust_remote_code)
     layers, weights = (
         f"{sizes.packed / 1e6:.1f} MB, dense {sizes.dense / 1e6:.1f} MB" for sizes in (found.layers, found.weights)
     )

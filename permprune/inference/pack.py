@@ -32,13 +32,12 @@ def pack(
     patterns: Mapping[str, Pattern | str],
     *,
     dtype: str = "bf16",
-    block: int = 64,
     head: str | None = None,
 ) -> list[str]:
     """Replace linear layers of a pruned model by `PackedLinear`, in place.
 
     `patterns` maps the names of the layers to their N:M patterns. `dtype` is "fp32", "bf16", "fp16" or "int8" (with a
-    scale for every `block`, 64 or 128, channels of a row); the rest of the model is converted to it too, unless it is
+    scale for every 64 channels of a row); the rest of the model is converted to it too, unless it is
     int8. With `head="int8"` the embedding and the head become int8 as well, whatever the `dtype`. The orders of a model
     in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
     `from_pretrained` loads once permprune is imported.
@@ -62,7 +61,7 @@ def pack(
             continue
         pattern = Pattern.parse(text)
         try:
-            packed = PackedLinear.pack(layer, pattern, stored, block, orders.get(name))
+            packed = PackedLinear.pack(layer, pattern, stored, orders.get(name))
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
         model.set_submodule(name, packed)
@@ -77,7 +76,6 @@ def pack(
     config = PackedConfig(
         layers=layers,
         dtype=str(stored).removeprefix("torch."),
-        block=block,
         ordered=[name for name in layers if name in orders],
         reordered={name: len(order) for name, order in reordered.items()},
         head=_head_names(model, head),

@@ -18,11 +18,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
 from permprune.kernels.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
+from permprune.kernels.layout import DTYPES
 from permprune.kernels.module import PackedLinear
-from permprune.kernels.packed import BLOCKS, DTYPES
 from permprune.pattern import Pattern
+from permprune.system.huge_pages import move_to_huge_pages
 
 METHOD = "permprune"
 VERSION = 1
@@ -35,8 +35,8 @@ ORDER = "channel_order"
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The configuration of a packed checkpoint.
 
-    `layers` maps the names of packed modules to N:M patterns; `dtype` is the type of their stored values, and `block`
-    the number of channels that share a scale if it is int8. `ordered` lists the layers with a channel order.
+    `layers` maps the names of packed modules to N:M patterns, and `dtype` is the type of their stored values. `ordered`
+    lists the layers with a channel order.
     `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. `head`
     names the embedding and the head that are int8, as "embedding" and "linear"; a "tied" head is the embedding's table.
     Raises `PermpruneError` for a configuration that no version so far has written.
@@ -46,7 +46,6 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         layers: Mapping[str, str],
         dtype: str,
-        block: int = 64,
         ordered: Sequence[str] = (),
         reordered: Mapping[str, int] | None = None,
         head: Mapping[str, str] | None = None,
@@ -54,12 +53,12 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.version, self.layers, self.dtype, self.block = version, dict(layers), dtype, block
+        self.version, self.layers, self.dtype = version, dict(layers), dtype
         self.ordered, self.reordered, self.head = list(ordered), dict(reordered or {}), dict(head or {})
         if version != VERSION:
             raise PermpruneError(f"the packed checkpoint has format {version}: install a permprune that reads it")
         known = set(self.ordered) <= set(self.layers) and set(self.head) <= {"embedding", "linear", "tied"}
-        if self.stored not in DTYPES or block not in BLOCKS or not known:
+        if self.stored not in DTYPES or not known:
             raise PermpruneError("the packed checkpoint's quantization_config is damaged: pack the model again")
 
     @property
@@ -82,7 +81,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
             if type(layer) not in (nn.Linear, Conv1D):
                 raise PermpruneError(f"{name} is packed in the checkpoint but a {type(layer).__name__} in the model")
             pattern = Pattern.parse(text)
-            packed = PackedLinear.empty(layer, pattern, config.stored, config.block, name in config.ordered)  # type: ignore[arg-type]
+            packed = PackedLinear.empty(layer, pattern, config.stored, name in config.ordered)  # type: ignore[arg-type]
             model.set_submodule(own, packed)
         for name, width in config.reordered.items():
             _, module = _find(model, name)
@@ -95,6 +94,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear | Int8Table):
                 module.check(name)
+        move_to_huge_pages(model)
         return model
 
     def adopt(self, model: PreTrainedModel) -> None:
@@ -102,7 +102,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         model.hf_quantizer = self  # type: ignore[assignment]
         model.quantization_method = METHOD  # type: ignore[assignment]
         model.is_quantized = True  # type: ignore[assignment]
-        self.postprocess_model(model)
+        self.postprocess_model(model)  # checks the layers and moves the model to huge pages
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -156,7 +156,7 @@ def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.d
             )
         options = {"dtype": dtype} if part == "embedding" else {"bias": layer.bias}
         build = int8.empty if layer.weight.is_meta else int8.pack
-        model.set_submodule(own, build(layer.weight.data, native.WORD, **options))  # type: ignore[arg-type]
+        model.set_submodule(own, build(layer.weight.data, **options))  # type: ignore[arg-type]
     if "tied" in head:
         _, table = _find(model, head["embedding"])
         model.set_submodule(_find(model, head["tied"])[0], TiedHead(table))  # type: ignore[arg-type]
@@ -182,12 +182,8 @@ def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:
 
 
 def _keep_scales(model: PreTrainedModel) -> None:
-    """Load the scales of int8 values in fp32, whatever the type of the model."""
-    scaled = {
-        f"{name}.scale"
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear | Int8Table) and module.scale is not None
-    }
+    """Load the scales of int8 tables in fp32, whatever the type of the model."""
+    scaled = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, Int8Table)}
     model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *scaled}
 
 

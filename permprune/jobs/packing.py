@@ -59,13 +59,12 @@ def pack_folder(
     out: str | Path,
     *,
     dtype: str = "bf16",
-    block: int = 64,
     head: str | None = None,
     trust_remote_code: bool = False,
 ) -> Packed:
     """Write the pruned checkpoint in `folder` with packed weights to the folder `out`, which Transformers can load.
 
-    `dtype`, `block` and `head` are as in `permprune.pack`, and `trust_remote_code` is as in `read_model`. The gathers
+    `dtype` and `head` are as in `permprune.pack`, and `trust_remote_code` is as in `read_model`. The gathers
     of the checkpoint become part of the packed layers. Raises `PermpruneError`.
     """
     folder, out = Path(folder), Path(out)
@@ -79,9 +78,9 @@ def pack_folder(
     require_space(out, weight_bytes(model))
     patterns = {row.name: row.pattern for row in record.layers}
     before = _sizes(model, set(patterns))
-    dense = pack(model, patterns, dtype=dtype, block=block, head=head)
+    dense = pack(model, patterns, dtype=dtype, head=head)
     after = _sizes(model, set(patterns))
-    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "block": block, "head": head}
+    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head}
     record = dataclasses.replace(record, gathers=[], bench=None, extra={**record.extra, PACKED: kept})
 
     def weights(written: Path) -> None:

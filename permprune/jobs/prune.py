@@ -25,7 +25,7 @@ from permprune.inference.pack import packed_type
 from permprune.jobs.packing import pack_folder
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
 from permprune.jobs.trials import Evaluation, Meter
-from permprune.kernels.packed import BLOCKS, require_supported
+from permprune.kernels.layout import require_packable
 from permprune.models.processors import Processor
 from permprune.pattern import parse_pattern
 from permprune.permuters.base import Callback
@@ -66,7 +66,7 @@ def prune_to_folder(
         reset_peak_memory()
         started = time.monotonic()
         if pack is not None:
-            require_supported(parse_pattern(config.pattern), packed_type(pack), BLOCKS[0])
+            require_packable(parse_pattern(config.pattern), packed_type(pack))
         if not isinstance(model, PreTrainedModel) and exceeds_memory(str(model), config):
             done = _prune_streamed(str(model), config, evaluation, work)  # no callbacks: the method has no rounds
         else:

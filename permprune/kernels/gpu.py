@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WORD = 64
-"""Number of channels in one word of a mask."""
+from permprune.kernels.layout import Layout
+from permprune.kernels.packed import PackedWeight
 
 LARGEST_BATCH = 16
 """The maximum rows of activations in one product, which is the smallest tile of a GPU's matrix units."""
@@ -25,42 +25,55 @@ CHANNELS, GROUPS, LINES = 16, 16, 32
 
 
 @triton.jit
-def _word(values, mask, start, row, inside, word, words, end):
-    """Return 64 channels of some rows, including zeros, and the positions at which the values of the next word start.
+def _block(
+    codes, values, scales, row, inside, n, row_bytes, block_bytes, slots,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Return the 64 channels of block `n` of some rows, including zeros, and its scales (1 without).
 
-    No value at or after the `end` of the tensor is read, even if the mask is damaged.
+    No value outside a block is read, even if its code is damaged.
     """
     channel = tl.arange(0, 64)
-    byte = tl.load(mask + row[:, None] * (words * 8) + word * 8 + channel[None, :] // 8, mask=inside[:, None], other=0)
-    bit = (byte.to(tl.int32) >> (channel % 8)[None, :]) & 1
-    place = start[:, None] + tl.cumsum(bit, axis=1) - bit
-    weight = tl.load(values + place, mask=(bit == 1) & (place < end), other=0)
-    return weight, start + tl.sum(bit, axis=1)
+    start = row * row_bytes + n * block_bytes
+    byte = tl.load(codes + start[:, None] + channel[None, :] // 8, mask=inside[:, None], other=0).to(tl.int32)
+    if POSITIONS:
+        pair = byte >> (channel // 4 % 2 * 4)[None, :]
+        place, second = (channel % 4)[None, :], (pair >> 2) & 3
+        bit = ((place == (pair & 3)) | (place == second)).to(tl.int32)
+        rank = (channel // 4 * 2)[None, :] + (place == second).to(tl.int32)
+    else:
+        bit = (byte >> (channel % 8)[None, :]) & 1
+        rank = tl.cumsum(bit, axis=1) - bit
+    at = ((start + HEADER) // SIZE)[:, None] + rank
+    weight = tl.load(values + at, mask=inside[:, None] & (bit == 1) & (rank < slots), other=0)
+    scale = tl.full((1,), 1.0, tl.float32)
+    if SCALED:
+        scale = tl.load(scales + (start + 8) // 4, mask=inside, other=0)
+    return weight, scale
 
 
 @triton.jit
 def _multiply(
-    x, values, mask, scale, bias, y, batch, rows, width, kept, words, blocks,
-    BLOCK: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, NARROW: tl.constexpr, BATCH: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, codes, values, scales, bias, y, batch, rows, width, count, row_bytes, block_bytes, slots,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    NARROW: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
     channel, sample = tl.arange(0, 64), tl.arange(0, BATCH)
-    start, end = row * kept, rows * kept
     total = tl.zeros((ROWS, BATCH), tl.float32)
-    for word in range(words):
-        weight, start = _word(values, mask, start, row, inside, word, words, end)
-        at = word * 64 + channel
+    for n in range(count):
+        weight, scale = _block(
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALED
+        )
+        at = n * 64 + channel
         shown = (at[:, None] < width) & (sample[None, :] < batch)
         read = tl.load(x + sample[None, :] * width + at[:, None], mask=shown, other=0)
         if NARROW:  # both are bf16 or fp16, which matrix units support
             part = tl.dot(weight, read)
         else:
             part = tl.dot(weight.to(tl.float32), read.to(tl.float32), input_precision="ieee")
-        if SCALED:
-            part *= tl.load(scale + row * blocks + word // BLOCK, mask=inside, other=0)[:, None]
-        total += part
+        total += part * scale[:, None]
     if BIASED:
         total += tl.load(bias + row, mask=inside, other=0).to(tl.float32)[:, None]
     to = y + sample[None, :] * rows + row[:, None]
@@ -69,17 +82,18 @@ def _multiply(
 
 @triton.jit
 def _unpack(
-    values, mask, scale, weight, rows, width, kept, words, blocks,
-    BLOCK: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+    codes, values, scales, weight, rows, width, count, row_bytes, block_bytes, slots,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
-    start, end = row * kept, rows * kept
-    for word in range(words):
-        part, start = _word(values, mask, start, row, inside, word, words, end)
+    for n in range(count):
+        part, scale = _block(
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALED
+        )
         if SCALED:
-            part = part.to(tl.float32) * tl.load(scale + row * blocks + word // BLOCK, mask=inside, other=0)[:, None]
-        at = word * 64 + tl.arange(0, 64)
+            part = part.to(tl.float32) * scale[:, None]
+        at = n * 64 + tl.arange(0, 64)
         to = weight + row[:, None] * width + at[None, :]
         tl.store(to, part.to(weight.dtype.element_ty), mask=inside[:, None] & (at[None, :] < width))
 
@@ -107,33 +121,44 @@ def _place(
     tl.store(cost + channel[:, None] * count + group[None, :], total, mask=inside)
 
 
-def multiply(
-    x: Tensor, values: Tensor, mask: Tensor, scale: Tensor | None, bias: Tensor | None, *, width: int, block: int
-) -> Tensor:
-    """Return x W^T + bias, (batch, rows), for contiguous x (batch, width) and the tensors of a `PackedWeight`.
+def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, (batch, rows), for contiguous x (batch, width) and a contiguous packed weight.
 
-    batch is at most `LARGEST_BATCH`; `block` is the number of channels per scale. The result has the data type of x.
+    batch is at most `LARGEST_BATCH`. The result has the data type of x.
     """
-    rows, kept = values.shape
+    layout, rows = weight.layout, len(weight.blocks)
     y = x.new_empty(len(x), rows)
-    narrow = x.is_cuda and x.dtype == values.dtype != torch.float32  # the interpreter multiplies bf16 as integers
+    narrow = x.is_cuda and x.dtype == layout.dtype != torch.float32  # the interpreter multiplies bf16 as integers
+    sizes, kinds = _geometry(layout)
     _multiply[(triton.cdiv(rows, ROWS),)](
-        x, values, mask, _or(scale, values), _or(bias, values), y, len(x), rows, width, kept, *_words(mask, scale),
-        BLOCK=block // WORD, SCALED=scale is not None, BIASED=bias is not None, NARROW=narrow, BATCH=LARGEST_BATCH,
-        ROWS=ROWS,
+        x, *_typed(weight), weight.blocks if bias is None else bias, y, len(x), rows, layout.width, *sizes,
+        **kinds, BIASED=bias is not None, NARROW=narrow, BATCH=LARGEST_BATCH, ROWS=ROWS,
     )  # fmt: skip
     return y
 
 
-def unpack(values: Tensor, mask: Tensor, scale: Tensor | None, dtype: torch.dtype, *, width: int, block: int) -> Tensor:
-    """Return the dense weight (rows, width) of type `dtype` for the tensors of a `PackedWeight`."""
-    rows, kept = values.shape
-    weight = torch.empty(rows, width, dtype=dtype, device=values.device)
-    _unpack[(triton.cdiv(rows, ROWS),)](
-        values, mask, _or(scale, values), weight, rows, width, kept, *_words(mask, scale),
-        BLOCK=block // WORD, SCALED=scale is not None, ROWS=ROWS,
-    )  # fmt: skip
-    return weight
+def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the dense weight (rows, width) of type `dtype` for a contiguous packed weight."""
+    layout, rows = weight.layout, len(weight.blocks)
+    dense = torch.empty(rows, layout.width, dtype=dtype, device=weight.blocks.device)
+    sizes, kinds = _geometry(layout)
+    _unpack[(triton.cdiv(rows, ROWS),)](*_typed(weight), dense, rows, layout.width, *sizes, **kinds, ROWS=ROWS)
+    return dense
+
+
+def _typed(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same bytes as codes, as values, and as scales."""
+    blocks = weight.blocks
+    return blocks, blocks.view(weight.layout.dtype), blocks.view(torch.float32)
+
+
+def _geometry(layout: Layout) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Return the sizes that a kernel reads at run time, and those that it is compiled for."""
+    sizes = (layout.count, layout.row_bytes, layout.row_bytes // layout.count, layout.slots)
+    scaled = layout.dtype == torch.int8
+    return sizes, {
+        "HEADER": layout.header, "SIZE": layout.dtype.itemsize, "POSITIONS": layout.positions, "SCALED": scaled,
+    }  # fmt: skip
 
 
 def place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
@@ -147,13 +172,3 @@ def place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tenso
     grid = (triton.cdiv(count, CHANNELS), triton.cdiv(count, GROUPS))
     _place[grid](*parts, cost, count, rows, CHANNELS=CHANNELS, GROUPS=GROUPS, LINES=LINES)
     return cost
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """Return the tensor, or if it is None `other` as a valid pointer, which the kernel does not read."""
-    return other if tensor is None else tensor
-
-
-def _words(mask: Tensor, scale: Tensor | None) -> tuple[int, int]:
-    """Return the number of words in a row of the mask, and the number of scales per row (0 without scales)."""
-    return mask.shape[1] // 8, 0 if scale is None else scale.shape[1]

@@ -1,4 +1,4 @@
-"""Embeddings and heads in int8: tables (rows, width) with a scale for each block of channels in a row.
+"""Embeddings and heads in int8: tables (rows, width) with a scale for every 64 channels of a row.
 
 In small models the embedding table is about a third of all bytes, and the head reads all of it for every token.
 """
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
+from permprune.kernels.layout import BLOCK, FLOATS
 from permprune.kernels.linear import LARGEST_BATCH, round_to_int8
 from permprune.kernels.packed import quantize
 
@@ -21,77 +22,76 @@ ROWS = 4096
 
 
 @torch.library.custom_op("permprune::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, block: int) -> Tensor:
+def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, (..., rows), for activations x (..., width) in fp32, bf16 or fp16 and an int8 table.
 
-    `values` is int8 (rows, width) and `scale` fp32 (rows, width / block). If there are at most `LARGEST_BATCH` rows of
+    `values` is int8 (rows, width) and `scale` fp32 (rows, width / 64). If there are at most `LARGEST_BATCH` rows of
     activations, they are rounded to int8 as for packed weights. Raises `PermpruneError` if shapes or types do not
     match.
     """
-    _require_fit(x, values, scale, block)
+    _require_fit(x, values, scale)
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) <= LARGEST_BATCH and native.available() and x.device.type == "cpu":
-        y = native.multiply(native.describe_dense(values, scale, block), rows.contiguous(), dense=True)
+        y = native.multiply(native.describe_plain(values, scale), rows.contiguous())
     else:
         rounded = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows.float()
         parts = zip(values.split(ROWS), scale.split(ROWS), strict=True)
-        y = torch.cat([rounded @ dequantize(own, factor, block).T for own, factor in parts], -1).to(x.dtype)
+        y = torch.cat([rounded @ dequantize(own, factor).T for own, factor in parts], -1).to(x.dtype)
     if bias is not None:
         y = (y + bias).to(x.dtype)
     return y.view(*x.shape[:-1], len(values))
 
 
 @int8_linear.register_fake
-def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None, block: int) -> Tensor:
-    _require_fit(x, values, scale, block)
+def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    _require_fit(x, values, scale)
     return x.new_empty(*x.shape[:-1], len(values))
 
 
-def dequantize(values: Tensor, scale: Tensor, block: int) -> Tensor:
-    """Return the fp32 numbers (..., width) for int8 values (..., width) and scales (..., width / block)."""
-    numbers: Tensor = (values.unflatten(-1, (-1, block)).float() * scale[..., None]).flatten(-2)
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    """Return the fp32 numbers (..., width) for int8 values (..., width) and scales (..., width / 64)."""
+    numbers: Tensor = (values.unflatten(-1, (-1, BLOCK)).float() * scale[..., None]).flatten(-2)
     return numbers
 
 
 class Int8Table(nn.Module):
-    """The tensors of an int8 table: `values`, int8 (rows, width), and `scale`, fp32 (rows, width / block)."""
+    """The tensors of an int8 table: `values`, int8 (rows, width), and `scale`, fp32 (rows, width / 64)."""
 
     values: Tensor
     scale: Tensor
 
-    def __init__(self, values: Tensor, scale: Tensor, block: int) -> None:
+    def __init__(self, values: Tensor, scale: Tensor) -> None:
         super().__init__()
-        self.block = block
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
 
     @classmethod
-    def pack(cls, weight: Tensor, block: int, **options: Any) -> Int8Table:
+    def pack(cls, weight: Tensor, **options: Any) -> Int8Table:
         """Create a table by rounding a weight (rows, width) to int8.
 
-        `options` are passed to the constructor. Raises `PermpruneError` if `block` does not divide the width.
+        `options` are passed to the constructor. Raises `PermpruneError` if 64 does not divide the width.
         """
-        if weight.shape[1] % block:
-            raise PermpruneError(f"rows of {weight.shape[1]} channels cannot be int8: {block} does not divide them")
-        values, scale = quantize(weight.float(), block)
-        return cls(values.to(torch.int8), scale, block, **options)
+        if weight.shape[1] % BLOCK:
+            raise PermpruneError(f"rows of {weight.shape[1]} channels cannot be int8: {BLOCK} does not divide them")
+        values, scale = quantize(weight.float())
+        return cls(values.to(torch.int8), scale, **options)
 
     @classmethod
-    def empty(cls, weight: Tensor, block: int, **options: Any) -> Int8Table:
+    def empty(cls, weight: Tensor, **options: Any) -> Int8Table:
         """Create a table on the meta device for a weight of this shape (rows, width); its tensors are loaded later."""
         rows, width = weight.shape
         values = torch.empty(rows, width, dtype=torch.int8, device="meta")
-        return cls(values, torch.empty(rows, width // block, device="meta"), block, **options)
+        return cls(values, torch.empty(rows, width // BLOCK, device="meta"), **options)
 
     @property
     def weight(self) -> Tensor:
         """The table in fp32; a new tensor."""
-        return dequantize(self.values, self.scale, self.block)
+        return dequantize(self.values, self.scale)
 
     def check(self, name: str) -> None:
         """Raise `PermpruneError` if the types or shapes of the tensors are wrong or a scale is not finite."""
         rows, width = self.values.shape
-        fits = self.values.dtype == torch.int8 and self.scale.shape == (rows, width // self.block)
+        fits = self.values.dtype == torch.int8 and self.scale.shape == (rows, width // BLOCK)
         if not fits or (not self.scale.is_meta and not torch.isfinite(self.scale).all()):
             raise PermpruneError(f"{name} is damaged: pack the model again")
 
@@ -99,14 +99,14 @@ class Int8Table(nn.Module):
 class Int8Embedding(Int8Table):
     """An `nn.Embedding` in int8, whose outputs have data type `dtype`."""
 
-    def __init__(self, values: Tensor, scale: Tensor, block: int, *, dtype: torch.dtype) -> None:
-        super().__init__(values, scale, block)
+    def __init__(self, values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> None:
+        super().__init__(values, scale)
         self.num_embeddings, self.embedding_dim = values.shape
         self.dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the vectors (..., width) of the token ids (...)."""
-        return dequantize(F.embedding(ids, self.values), F.embedding(ids, self.scale), self.block).to(self.dtype)
+        return dequantize(F.embedding(ids, self.values), F.embedding(ids, self.scale)).to(self.dtype)
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """Return an `nn.Embedding` with the numbers of the table in type `dtype`."""
@@ -119,14 +119,14 @@ class Int8Embedding(Int8Table):
 class Int8Linear(Int8Table):
     """An `nn.Linear` with an int8 weight, such as a head."""
 
-    def __init__(self, values: Tensor, scale: Tensor, block: int, *, bias: Tensor | None = None) -> None:
-        super().__init__(values, scale, block)
+    def __init__(self, values: Tensor, scale: Tensor, *, bias: Tensor | None = None) -> None:
+        super().__init__(values, scale)
         self.out_features, self.in_features = values.shape
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (..., rows) for activations x (..., width)."""
-        product: Tensor = int8_linear(x, self.values, self.scale, self.bias, self.block)
+        product: Tensor = int8_linear(x, self.values, self.scale, self.bias)
         return product
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
@@ -154,13 +154,13 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (..., rows) for activations x (..., width)."""
         table = self.embedding
-        product: Tensor = int8_linear(x, table.values, table.scale, None, table.block)
+        product: Tensor = int8_linear(x, table.values, table.scale, None)
         return product
 
 
-def _require_fit(x: Tensor, values: Tensor, scale: Tensor, block: int) -> None:
+def _require_fit(x: Tensor, values: Tensor, scale: Tensor) -> None:
     rows, width = values.shape
-    if x.dtype not in native.FLOATS or x.dim() == 0 or x.shape[-1] != width or scale.shape != (rows, width // block):
+    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != width or scale.shape != (rows, width // BLOCK):
         raise PermpruneError(
             f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit an int8 table of {width} channels: "
             f"give (..., {width}) of fp32, bf16 or fp16"

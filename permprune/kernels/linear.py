@@ -1,6 +1,6 @@
 """y = x W^T for packed weights, as an operator that `torch.compile` and `torch.export` support.
 
-    y = torch.ops.permprune.packed_linear(x, values, mask, scale, bias, order, n, m, block)
+    y = torch.ops.permprune.packed_linear(x, blocks, bias, order, width, n, m, dtype)
 
 Up to `LARGEST_BATCH` rows of activations are multiplied by the packed weight directly. For larger batches the weight is
 unpacked a few rows at a time and multiplied with BLAS. In small batches the activations for int8 weights are rounded to
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
+from permprune.kernels.layout import BLOCK, FLOATS, Layout
 from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
 
@@ -30,45 +31,41 @@ UNPACKED_ROWS = 256
 @torch.library.custom_op("permprune::packed_linear", mutates_args=())
 def packed_linear(
     x: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
+    blocks: Tensor,
     bias: Tensor | None,
     order: Tensor | None,
+    width: int,
     n: int,
     m: int,
-    block: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return x W^T + bias for activations (..., width), of fp32, bf16 or fp16, and the tensors of a `PackedWeight`.
+    """Return x W^T + bias for activations (..., width), of fp32, bf16 or fp16, and the blocks of a `PackedWeight`.
 
-    `bias` is (rows,); `order`, int64 (width,), is the channel of x that each channel of the weight reads. The result is
-    (..., rows) in the type of x. Raises `PermpruneError` if shapes, types or devices do not match.
+    The weight is n:m with values stored as `dtype`. `bias` is (rows,); `order`, int64 (width,), is the channel of x
+    that each channel of the weight reads. The result is (..., rows) in the type of x. Raises `PermpruneError` if
+    shapes, types or devices do not match.
     """
-    _require_activations(x, values, n, m)
+    layout = Layout(Pattern(n, m), dtype, width)
+    _require_fit(layout, x, blocks, bias, order)
     if native.available() and x.device.type == "cpu":
-        weights = native.describe(values, mask, scale, bias, order, n=n, m=m, block=block)
-        return multiply_native(weights, x, values.dtype, order, bias)
-    native.require_layout(values, mask, scale, bias, order, n=n, m=m, block=block)
-    weight = PackedWeight(Pattern(n, m), values, mask, scale, block)
+        return multiply_native(native.describe(layout, blocks, bias, order), x, dtype, order, bias)
     multiply = multiply_gpu if x.is_cuda and has_triton() else multiply_reference
-    return multiply(weight, x, bias, order)
+    return multiply(PackedWeight(layout, blocks), x, bias, order)
 
 
 @packed_linear.register_fake
 def _(
     x: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
+    blocks: Tensor,
     bias: Tensor | None,
     order: Tensor | None,
+    width: int,
     n: int,
     m: int,
-    block: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    _require_activations(x, values, n, m)
-    native.require_layout(values, mask, scale, bias, order, n=n, m=m, block=block)
-    return x.new_empty(*x.shape[:-1], values.shape[0])
+    _require_fit(Layout(Pattern(n, m), dtype, width), x, blocks, bias, order)
+    return x.new_empty(*x.shape[:-1], blocks.shape[0])
 
 
 def multiply_native(
@@ -123,15 +120,13 @@ def multiply_gpu(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Te
     rows = x.reshape(-1, x.shape[-1])
     if order is not None:
         rows = rows.index_select(1, order)
-    if weight.scale is not None and len(rows) <= LARGEST_BATCH:
+    if weight.layout.dtype == torch.int8 and len(rows) <= LARGEST_BATCH:
         rows = round_to_int8(rows.float())
-    parts = (weight.values, weight.mask, weight.scale)
     if len(rows) <= gpu.LARGEST_BATCH:
-        y = gpu.multiply(rows.contiguous(), *parts, bias, width=weight.width, block=weight.block)
+        y = gpu.multiply(rows.contiguous(), weight, bias)
     else:
-        exact = torch.float32 if weight.values.dtype == torch.float32 else rows.dtype
-        dense = gpu.unpack(*parts, exact, width=weight.width, block=weight.block)
-        y = rows.to(exact) @ dense.T
+        exact = torch.float32 if weight.layout.dtype == torch.float32 else rows.dtype
+        y = rows.to(exact) @ gpu.unpack(weight, exact).T
         y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
@@ -141,7 +136,7 @@ def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, ord
     rows = x.reshape(-1, x.shape[-1]).float()
     if order is not None:
         rows = _reorder(rows, order)
-    if weight.scale is not None and 0 < rows.shape[0] <= LARGEST_BATCH:
+    if weight.layout.dtype == torch.int8 and 0 < rows.shape[0] <= LARGEST_BATCH:
         rows = round_to_int8(rows)
     y = rows @ weight.unpack().T
     if bias is not None:
@@ -154,11 +149,11 @@ def round_to_int8(x: Tensor) -> Tensor:
 
     Each run of 64 channels is rounded to 255 steps from minus its largest magnitude to its largest magnitude.
     """
-    words = torch.nn.functional.pad(x, (0, -x.shape[1] % native.WORD)).unflatten(1, (-1, native.WORD))
-    largest = words.abs().amax(-1, keepdim=True)
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, torch.nan)
     inverse = torch.full_like(largest, 127) / largest  # "127 / largest" would be 127 times the rounded reciprocal
-    steps = torch.where(largest > 1e-30, words * inverse, words * 0).round()
+    steps = torch.where(largest > 1e-30, blocks * inverse, blocks * 0).round()
     return (steps * (largest / 127)).flatten(1)[:, : x.shape[1]]
 
 
@@ -168,10 +163,10 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
     return x.index_select(1, order)
 
 
-def _require_activations(x: Tensor, values: Tensor, n: int, m: int) -> None:
-    width = values.shape[-1] // n * m
-    if x.dtype not in native.FLOATS or x.dim() == 0 or x.shape[-1] != width:
+def _require_fit(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, order: Tensor | None) -> None:
+    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != layout.width:
         raise PermpruneError(
-            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit a packed weight of {width} channels: "
-            f"give (..., {width}) of fp32, bf16 or fp16"
+            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit a packed weight of {layout.width} "
+            f"channels: give (..., {layout.width}) of fp32, bf16 or fp16"
         )
+    layout.require(blocks, bias, order)

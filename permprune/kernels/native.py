@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
+from permprune.kernels.layout import BLOCK, FLOATS, Layout
+from permprune.pattern import Pattern
 
-WORD = 64
-"""The rows of a mask are padded to a multiple of this number of channels."""
 LIBRARY = Path(__file__).with_name("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
 FORCED = "PERMPRUNE_KERNELS"
 """Environment variable that selects the kernels: one of `names()`, or "torch" for none of them."""
@@ -30,16 +30,16 @@ GRAIN = 1 << 18
 """Number of multiplications, or of numbers written, for which another thread is used."""
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_MASK, _POSITIONS, _PLAIN = range(3)
 
 
 class Weights(ctypes.Structure):
     """`struct weights` of packed.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("values", "mask", "scale", "bias", "order")),
-        *((name, ctypes.c_int64) for name in ("rows", "width", "kept", "words", "block")),
-        *((name, ctypes.c_int32) for name in ("number", "bias_number", "half")),
+        *((name, ctypes.c_void_p) for name in ("blocks", "scale", "bias", "order")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "count", "slots")),
+        *((name, ctypes.c_int32) for name in ("number", "bias_number", "kind", "half")),
     )
 
 
@@ -54,109 +54,62 @@ def names() -> list[str]:
     return [] if library is None else [name for _, name in _running(library)]
 
 
-def require_layout(
-    values: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None = None,
-    order: Tensor | None = None,
-    *,
-    n: int,
-    m: int,
-    block: int,
-    name: str = "a packed weight",
-) -> None:
-    """Raise `PermpruneError` unless the tensors have the shapes and types of one `PackedWeight`, bias and order."""
-    rows, kept = values.shape if values.dim() == 2 else (-1, -1)
-    width = kept // n * m
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
-        ("values", values, (rows, width // m * n), tuple(_NUMBERS)),
-        ("mask", mask, (rows, -(-width // WORD) * 8), (torch.uint8,)),
-        ("scale", scale, (rows, -(-width // block)), (torch.float32,)),
-        ("bias", bias, (rows,), FLOATS),
-        ("order", order, (width,), (torch.int64,)),
-    ]
-    for part, tensor, shape, dtypes in expected:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-            raise PermpruneError(
-                f"{name} has {part} of shape {tuple(tensor.shape)} and type {tensor.dtype}, which do not fit "
-                f"{n}:{m} with values of shape {tuple(values.shape)}: pack the model again"
-            )
-        if tensor.device != values.device:
-            raise PermpruneError(
-                f"{name} has {part} on {tensor.device} and values on {values.device}: move them together"
-            )
-    if (scale is None) == (values.dtype == torch.int8):
-        raise PermpruneError(f"{name} has {'no scale' if scale is None else 'a scale'} but {values.dtype} values")
-
-
-def describe(
-    values: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None = None,
-    order: Tensor | None = None,
-    *,
-    n: int,
-    m: int,
-    block: int,
-) -> Weights:
+def describe(layout: Layout, blocks: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Weights:
     """Return the tensors as the library reads them: as pointers, which are valid while the tensors stay in place.
 
-    Raises `PermpruneError` if the tensors do not match (`require_layout`), or if one is not contiguous or not on the
+    Raises `PermpruneError` if the tensors do not match (`Layout.require`), or if one is not contiguous or not on the
     CPU.
     """
-    require_layout(values, mask, scale, bias, order, n=n, m=m, block=block)
-    for tensor in (values, mask, scale, bias, order):
+    layout.require(blocks, bias, order)
+    for tensor in (blocks, bias, order):
         if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
             raise PermpruneError("a packed weight has to be contiguous and on the CPU for native kernels")
-    rows, kept = values.shape
-    width = kept // n * m
+    n, m = layout.pattern.n, layout.pattern.m
     return Weights(
-        *(None if tensor is None else tensor.data_ptr() for tensor in (values, mask, scale, bias, order)),
-        rows=rows,
-        width=width,
-        kept=kept,
-        words=-(-width // WORD),
-        block=block // WORD,
-        number=_NUMBERS[values.dtype],
+        blocks=blocks.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        order=None if order is None else order.data_ptr(),
+        rows=blocks.shape[0],
+        width=layout.width,
+        count=layout.count,
+        slots=layout.slots,
+        number=_NUMBERS[layout.dtype],
         bias_number=0 if bias is None else _NUMBERS[bias.dtype],
-        half=2 * n == m and WORD // 2 % m == 0,
+        kind=_POSITIONS if layout.positions else _MASK,
+        half=2 * n == m and BLOCK // 2 % m == 0,
     )
 
 
-def describe_dense(values: Tensor, scale: Tensor | None = None, block: int = WORD) -> Weights:
-    """Describe a dense weight, values (rows, width), for `multiply(..., dense=True)`, as a baseline in benchmarks.
+def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
+    """Describe a weight that keeps everything, values (rows, width), for int8 tables and as a baseline in benchmarks.
 
-    Raises `PermpruneError` unless the width is a multiple of 64 and the tensors are contiguous and match.
+    `scale` is fp32 (rows, width / 64), for int8 only. Raises `PermpruneError` unless the width is a multiple of 64 and
+    the tensors are contiguous and match.
     """
     rows, width = values.shape
     parts = [values] if scale is None else [values, scale]
-    if width % WORD or not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
-        raise PermpruneError(f"a dense weight has to be contiguous, on the CPU, and of a width that {WORD} divides")
+    if width % BLOCK or not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
+        raise PermpruneError(f"a plain weight has to be contiguous, on the CPU, and of a width that {BLOCK} divides")
     if (scale is None) == (values.dtype == torch.int8) or values.dtype not in _NUMBERS:
-        raise PermpruneError(f"a dense weight of {values.dtype} needs {'a scale' if scale is None else 'no scale'}")
-    if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows, -(-width // block))):
-        raise PermpruneError(f"a dense weight has a scale of shape {tuple(scale.shape)} and type {scale.dtype}")
+        raise PermpruneError(f"a plain weight of {values.dtype} needs {'a scale' if scale is None else 'no scale'}")
+    if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows, width // BLOCK)):
+        raise PermpruneError(f"a plain weight has a scale of shape {tuple(scale.shape)} and type {scale.dtype}")
     return Weights(
-        values=values.data_ptr(),
+        blocks=values.data_ptr(),
         scale=None if scale is None else scale.data_ptr(),
         rows=rows,
         width=width,
-        kept=width,
-        words=width // WORD,
-        block=block // WORD,
+        count=width // BLOCK,
+        slots=BLOCK,
         number=_NUMBERS[values.dtype],
+        kind=_PLAIN,
     )
 
 
-def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: bool = False) -> Tensor:
+def multiply(weights: Weights, x: Tensor, kernels: str | None = None) -> Tensor:
     """Return x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16, in the type of x: (batch, rows).
 
-    `kernels` is one of `names()`, by default the best; `dense` is for the weights of `describe_dense`. Raises
-    `PermpruneError` for other input.
+    `kernels` is one of `names()`, by default the best. Raises `PermpruneError` for other input.
     """
     library, index = _kernels(kernels) or (None, -1)
     if library is None:
@@ -168,15 +121,13 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, dense: boo
         )
     if not x.is_contiguous() or x.device.type != "cpu":
         raise PermpruneError("activations have to be contiguous and on the CPU for native kernels")
-    if dense != (weights.kept == weights.width):
-        raise PermpruneError("a weight of `describe_dense` is multiplied with dense=True, a packed one without")
     batch = x.shape[0]
     output = torch.empty(batch, weights.rows, dtype=x.dtype)
     if not output.numel():
         return output
-    threads = _threads(batch * weights.rows * weights.kept)
+    threads = _threads(batch * weights.rows * weights.count * weights.slots)
     status = library.permprune_multiply(
-        weights, x.data_ptr(), _NUMBERS[x.dtype], batch, output.data_ptr(), index, threads, dense
+        weights, x.data_ptr(), _NUMBERS[x.dtype], batch, output.data_ptr(), index, threads
     )
     if status:
         raise PermpruneError(
@@ -203,12 +154,12 @@ def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = N
     library.permprune_unpack(weights, first, first + rows, output.data_ptr(), number, index, threads)
 
 
-def row_off_pattern(mask: Tensor, width: int, n: int, m: int) -> int | None:
-    """Return the first row of a mask (rows, 8 ceil(width / 64)) that does not keep n of every m channels, or None."""
+def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
+    """Return the first row of a packed weight whose codes do not keep the pattern, or None."""
     library, _ = _kernels() or (None, -1)
-    if library is None or mask.dtype != torch.uint8 or mask.shape[1] != -(-width // WORD) * 8:
-        raise PermpruneError(f"a mask of shape {tuple(mask.shape)} cannot be checked against {width} channels")
-    row: int = library.permprune_check(mask.contiguous().data_ptr(), mask.shape[0], width, n, m)
+    if library is None or weights.kind == _PLAIN:
+        raise PermpruneError("the codes of this weight cannot be checked by native kernels")
+    row: int = library.permprune_check(weights, pattern.n, pattern.m)
     return None if row < 0 else row
 
 
@@ -268,11 +219,11 @@ def _library() -> ctypes.CDLL | None:
     library.permprune_kernels.restype = ctypes.c_char_p
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     weights = ctypes.POINTER(Weights)
-    library.permprune_multiply.argtypes = [weights, pointer, number, count, pointer, number, number, number]
+    library.permprune_multiply.argtypes = [weights, pointer, number, count, pointer, number, number]
     library.permprune_multiply.restype = ctypes.c_int32
     library.permprune_unpack.argtypes = [weights, count, count, pointer, number, number, number]
     library.permprune_unpack.restype = ctypes.c_int32
-    library.permprune_check.argtypes = [pointer, count, count, number, number]
+    library.permprune_check.argtypes = [weights, number, number]
     library.permprune_check.restype = ctypes.c_int64
     for name, threads in (("mask", 1), ("keep", 1), ("place", 0)):
         function = getattr(library, f"permprune_{name}")

@@ -10,7 +10,6 @@ from permprune.config import PruneConfig
 from permprune.evaluation.dispatch import ACCURACY
 from permprune.evaluation.metrics import METRICS
 from permprune.inference.pack import NAMES
-from permprune.kernels.packed import BLOCKS
 from permprune.permuters.registry import PERMUTERS
 from permprune.saliency.registry import SALIENCIES
 from permprune.training.weights import TRAINED
@@ -59,7 +58,6 @@ print("permprune" in AUTO_QUANTIZER_MAPPING)
         ("prune", [*UPDATES]),
         ("finetune", [*TRAINED]),
         ("pack", [*NAMES]),
-        ("pack", [*map(str, BLOCKS)]),
     ],
 )
 def test_help_names_every_choice(command: str, names: list[str]) -> None:

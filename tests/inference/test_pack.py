@@ -26,7 +26,7 @@ import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack, unpack
-from permprune.kernels.int8 import Int8Linear
+from permprune.kernels.int8 import Int8Linear, Int8Table
 from permprune.kernels.module import PackedLinear
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
@@ -167,12 +167,12 @@ def test_a_layer_follows_its_tensors(tiny_llama: LlamaForCausalLM) -> None:
     x = torch.randn(3, 32)
     first = layer(x)
     other = copy.deepcopy(layer)
-    other.values.mul_(2)
+    other.packed.values.mul_(2)
     assert torch.allclose(other(x), 2 * first, atol=1e-5)
     assert torch.equal(layer(x), first)
-    layer.half()
-    assert layer.values.dtype == torch.float16
-    assert torch.allclose(layer(x), first, atol=1e-2)
+    layer.half()  # converts activations and bias, but not what is stored
+    assert layer(x.half()).dtype == torch.float16
+    assert torch.allclose(layer(x.half()).float(), first, atol=1e-2) and torch.equal(layer(x), first)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
 
@@ -214,10 +214,10 @@ def _damage_config(**changes: Any) -> Any:
     return damage
 
 
-def _damage_tensors(part: str, change: Any) -> Any:
+def _damage_blocks(change: Any) -> Any:
     def damage(folder: Path) -> None:
         tensors = load_file(folder / "model.safetensors")
-        name = f"model.layers.1.mlp.down_proj.{part}"
+        name = "model.layers.1.mlp.down_proj.blocks"
         changed = change(tensors.pop(name))
         if changed is not None:
             tensors[name] = changed
@@ -226,22 +226,21 @@ def _damage_tensors(part: str, change: Any) -> Any:
     return damage
 
 
-def _with_nan(scale: Tensor) -> Tensor:
-    scale[0, 0] = torch.nan
-    return scale
+def _with_nan(blocks: Tensor) -> Tensor:
+    blocks[0, 8:12] = torch.tensor([torch.nan]).view(torch.uint8)
+    return blocks
 
 
 DAMAGES: dict[str, tuple[Any, str]] = {
-    "a mask of ones": (_damage_tensors("mask", torch.ones_like), "down_proj does not keep 2:4 in row 0"),
-    "a mask left out": (_damage_tensors("mask", lambda mask: None), "lacks model.layers.1.mlp.down_proj.mask"),
-    "a scale that is NaN": (_damage_tensors("scale", _with_nan), "scale that is NaN"),
-    "values too few": (_damage_tensors("values", lambda values: values[:, 1:].clone()), "does not load|do not fit"),
+    "codes of ones": (_damage_blocks(torch.ones_like), "down_proj does not keep 2:4 in row 0"),
+    "blocks left out": (_damage_blocks(lambda blocks: None), "lacks model.layers.1.mlp.down_proj.blocks"),
+    "a scale that is NaN": (_damage_blocks(_with_nan), "scale that is NaN"),
+    "rows too short": (_damage_blocks(lambda blocks: blocks[:, 1:].clone()), "does not load|do not fit"),
     "another pattern": (_damage_config(layers={"model.layers.1.mlp.down_proj": "1:4"}), "does not load|do not fit"),
     "a pattern that is none": (_damage_config(layers={"model.layers.1.mlp.down_proj": "x"}), "is not an N:M pattern"),
     "a layer that is not there": (_damage_config(layers={"model.layers.7.mlp.down_proj": "2:4"}), "does not have"),
     "an embedding": (_damage_config(layers={"model.embed_tokens": "2:4"}), "but a Embedding in the model"),
     "another dtype": (_damage_config(dtype="load"), "quantization_config is damaged"),
-    "another block": (_damage_config(block=7), "quantization_config is damaged"),
     "a newer format": (_damage_config(version=2), "install a permprune that reads it"),
     "an unknown key": (_damage_config(color="red"), "color"),
 }
@@ -295,19 +294,21 @@ def test_heads_that_cannot_be_int8_are_refused(tiny_llama: LlamaForCausalLM) -> 
 
 
 def test_the_head_is_the_operator_that_torch_knows() -> None:
-    table = Int8Linear.pack(torch.randn(10, 64), 64)
-    torch.library.opcheck(torch.ops.permprune.int8_linear, (torch.randn(3, 64), table.values, table.scale, None, 64))
+    table = Int8Linear.pack(torch.randn(10, 64))
+    torch.library.opcheck(torch.ops.permprune.int8_linear, (torch.randn(3, 64), table.values, table.scale, None))
     for batch in (1, 64, 65):
         x = torch.randn(batch, 64)
         torch.testing.assert_close(table(x), x @ table.weight.T, rtol=0.05, atol=0.3)
 
 
 def test_scales_stay_fp32_beside_bf16(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
-    patterns = prune_to(tiny_llama)
-    pack(tiny_llama.to(torch.bfloat16), patterns, dtype="int8")
-    found = say(tiny_llama, input_ids=TOKENS)
-    tiny_llama.save_pretrained(tmp_path)
+    config = copy.deepcopy(tiny_llama.config)
+    config.hidden_size = 64
+    model = LlamaForCausalLM(config).eval().to(torch.bfloat16)
+    pack(model, prune_to(model), dtype="int8", head="int8")
+    found = say(model, input_ids=TOKENS)
+    model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    scales = [module.scale for module in loaded.modules() if isinstance(module, PackedLinear)]
+    scales = [module.scale for module in loaded.modules() if isinstance(module, Int8Table)]
     assert loaded.dtype == torch.bfloat16 and {scale.dtype for scale in scales} == {torch.float32}
     assert_close(say(loaded, input_ids=TOKENS), found, "bf16")

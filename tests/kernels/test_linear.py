@@ -22,22 +22,18 @@ PRECISION = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def call(weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Tensor:
     """The operator on a packed weight."""
-    pattern = weight.pattern
-    result: Tensor = packed_linear(
-        x, weight.values, weight.mask, weight.scale, bias, order, pattern.n, pattern.m, weight.block
-    )
+    layout = weight.layout
+    pattern, width = layout.pattern, layout.width
+    result: Tensor = packed_linear(x, weight.blocks, bias, order, width, pattern.n, pattern.m, layout.dtype)
     return result
 
 
 def describe(weight: PackedWeight, bias: Tensor | None = None, order: Tensor | None = None) -> native.Weights:
-    pattern = weight.pattern
-    return native.describe(
-        weight.values, weight.mask, weight.scale, bias, order, n=pattern.n, m=pattern.m, block=weight.block
-    )
+    return native.describe(weight.layout, weight.blocks, bias, order)
 
 
 def unpack(weight: PackedWeight, first: int, last: int, dtype: torch.dtype, kernels: str | None = None) -> Tensor:
-    output = torch.empty(last - first, weight.width, dtype=dtype)
+    output = torch.empty(last - first, weight.layout.width, dtype=dtype)
     native.unpack(describe(weight), first, output, kernels)
     return output
 
@@ -45,7 +41,7 @@ def unpack(weight: PackedWeight, first: int, last: int, dtype: torch.dtype, kern
 def exact(weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Tensor:
     """The product in float64, of activations rounded to int8 where the kernels round them."""
     channels = x.float() if order is None else x.float()[:, order]
-    if weight.scale is not None:
+    if weight.layout.dtype == torch.int8:
         channels = round_to_int8(channels)
     y = channels.double() @ weight.unpack().double().T
     return y if bias is None else y + bias.double()
@@ -69,7 +65,6 @@ def test_this_processor_has_kernels() -> None:
     batch=st.integers(1, 10),
     dtype=st.sampled_from(DTYPES),
     activations=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    block=st.sampled_from([64, 128]),
     extras=st.booleans(),
 )
 def test_products_agree_with_float64(
@@ -80,11 +75,10 @@ def test_products_agree_with_float64(
     batch: int,
     dtype: torch.dtype,
     activations: torch.dtype,
-    block: int,
     extras: bool,
 ) -> None:
     width = groups * Pattern.parse(pattern).m
-    weight = packed(rows, width, pattern, dtype, block)
+    weight = packed(rows, width, pattern, dtype)
     x = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch)).to(activations)
     bias = torch.linspace(-1, 1, rows).to(activations) if extras else None
     order = torch.randperm(width, generator=torch.Generator().manual_seed(width)) if extras else None
@@ -185,10 +179,10 @@ def test_activations_that_are_not_finite_do_not_vanish(kernels: str, dtype: torc
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_masks_that_lie_read_nothing_outside(kernels: str) -> None:
+def test_codes_that_lie_read_nothing_outside(kernels: str) -> None:
     for dtype in DTYPES:
         weight = packed(5, 192, dtype=dtype)
-        weight.mask.fill_(255)
+        weight.blocks.unflatten(1, (weight.layout.count, -1))[..., :8] = 255
         native.multiply(describe(weight), torch.randn(3, 192), kernels)
         native.multiply(describe(weight), torch.randn(1, 192).bfloat16(), kernels)
         unpack(weight, 0, 5, torch.float32, kernels)
@@ -207,7 +201,7 @@ def test_orders_that_lie_are_refused(batch: int) -> None:
 def test_input_that_does_not_fit_is_refused() -> None:
     weight = packed(5, 192)
     with pytest.raises(PermpruneError, match="do not fit a packed weight of 192 channels"):
-        call(weight, torch.randn(1, 191))
+        call(weight, torch.randn(1, 188))
     with pytest.raises(PermpruneError, match="float64"):
         call(weight, torch.randn(1, 192).double())
     with pytest.raises(PermpruneError, match="bias of shape"):
@@ -215,7 +209,7 @@ def test_input_that_does_not_fit_is_refused() -> None:
     with pytest.raises(PermpruneError, match="order of shape"):
         call(weight, torch.randn(1, 192), order=torch.arange(192, dtype=torch.int32))
     with pytest.raises(PermpruneError, match="has to be contiguous"):
-        wide = PackedWeight(weight.pattern, weight.values.T.contiguous().T, weight.mask)
+        wide = PackedWeight(weight.layout, weight.blocks.T.contiguous().T)
         call(wide, torch.randn(1, 192))
     with pytest.raises(PermpruneError, match="activations have to be contiguous"):
         native.multiply(describe(weight), torch.randn(192, 2).T)
@@ -230,7 +224,7 @@ def test_input_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_native_unpacking_agrees(kernels: str, dtype: torch.dtype) -> None:
     for pattern in PATTERNS:
-        weight = packed(6, 50 * Pattern.parse(pattern).m, pattern, dtype, 128)
+        weight = packed(6, 50 * Pattern.parse(pattern).m, pattern, dtype)
         for to in (torch.float32, torch.bfloat16, torch.float16):
             assert torch.equal(unpack(weight, 1, 5, to, kernels), weight.unpack(to)[1:5])
             assert torch.equal(unpack(weight, 0, 6, to, kernels), weight.unpack(to))
@@ -240,13 +234,14 @@ def test_native_unpacking_agrees(kernels: str, dtype: torch.dtype) -> None:
 def test_every_number_of_16_bits_goes_in_and_out(number: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(number)
     finite = every[torch.isfinite(every)].view(1, -1)
-    weight = PackedWeight(Pattern(1, 2), finite, torch.full((1, finite.shape[1] // 4), 0x55, dtype=torch.uint8))
+    padded = torch.stack([finite, torch.zeros_like(finite)], -1).flatten(1)
+    weight = PackedWeight.pack(padded, Pattern(1, 2))
     found = unpack(weight, 0, 1, torch.float32)[:, ::2]
     assert torch.equal(found, finite.float())
     wide = torch.randn(1, finite.shape[1], generator=torch.Generator().manual_seed(0)) * torch.logspace(
         -12, 6, finite.shape[1]
     )
-    weight = PackedWeight(weight.pattern, wide, weight.mask)
+    weight = PackedWeight.pack(torch.stack([wide, torch.zeros_like(wide)], -1).flatten(1), Pattern(1, 2))
     assert torch.equal(unpack(weight, 0, 1, number)[:, ::2], wide.to(number))
 
 
@@ -255,7 +250,7 @@ def test_the_operator_passes_opcheck(dtype: torch.dtype) -> None:
     weight = packed(8, 64, dtype=dtype)
     order = torch.randperm(64)
     for x in (torch.randn(2, 64), torch.randn(2, 3, 64).bfloat16(), torch.randn(0, 64)):
-        arguments = (x, weight.values, weight.mask, weight.scale, torch.zeros(8), order, 2, 4, weight.block)
+        arguments = (x, weight.blocks, torch.zeros(8), order, 64, 2, 4, dtype)
         torch.library.opcheck(packed_linear, arguments)
 
 
@@ -284,18 +279,16 @@ def test_activations_of_zero_or_almost() -> None:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_kernels_of_the_benchmark_agree(kernels: str, dtype: torch.dtype) -> None:
+def test_products_with_plain_weights_agree(kernels: str, dtype: torch.dtype) -> None:
     weight = torch.randn(9, 128)
     scale = torch.full((9, 2), 0.03) if dtype == torch.int8 else None
     values = (weight / 0.03).clamp(-127, 127).round().to(dtype) if dtype == torch.int8 else weight.to(dtype)
-    weights = native.describe_dense(values, scale)
+    weights = native.describe_plain(values, scale)
     for x in (torch.randn(5, 128), torch.randn(1, 128).bfloat16()):
         channels, stored = x.double(), values.double()
         if dtype == torch.int8:
             channels, stored = round_to_int8(x.float()).double(), stored * 0.03
-        assert_near(native.multiply(weights, x, kernels, dense=True), channels @ stored.T)
-    with pytest.raises(PermpruneError, match="multiplied with dense=True"):
-        native.multiply(weights, x, kernels)
+        assert_near(native.multiply(weights, x, kernels), channels @ stored.T)
 
 
 def test_the_weights_of_the_tests_hold_their_pattern() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
-from permprune.kernels.packed import DTYPES, PackedWeight, pack_bits, unpack_bits
+from permprune.kernels.layout import DTYPES
+from permprune.kernels.packed import PackedWeight, pack_bits, unpack_bits
 from permprune.pattern import Pattern
 from tests.kernels.weights import packed, sparse
 
@@ -23,31 +24,30 @@ PATTERNS = ["2:4", "4:8", "8:16", "1:2", "1:4", "3:4", "2:3", "3:5", "2:7", "1:1
     st.integers(1, 5),
     st.integers(1, 40),
     st.sampled_from(DTYPES),
-    st.sampled_from([64, 128]),
 )
-def test_unpacks_to_what_was_packed(pattern: str, rows: int, groups: int, dtype: torch.dtype, block: int) -> None:
+def test_unpacks_to_what_was_packed(pattern: str, rows: int, groups: int, dtype: torch.dtype) -> None:
     found = Pattern.parse(pattern)
     weight = sparse(rows, groups * found.m, found)
-    packed = PackedWeight.pack(weight, found, dtype, block)
+    packed = PackedWeight.pack(weight, found, dtype)
     packed.check()
-    assert packed.width == weight.shape[1]
+    assert packed.layout.width == weight.shape[1]
     unpacked = packed.unpack()
     assert torch.equal(unpacked != 0, packed.unpack(torch.bfloat16) != 0)
     if dtype == torch.int8:
         assert packed.scale is not None
-        steps = packed.scale.repeat_interleave(block, 1)[:, : weight.shape[1]]
+        steps = packed.scale.repeat_interleave(64, 1)[:, : weight.shape[1]]
         assert ((unpacked - weight).abs() <= steps * 0.5001).all()
     else:
         assert torch.equal(unpacked, weight.to(dtype).float())
 
 
-@given(st.integers(1, 5), st.integers(1, 200))
-def test_bits_go_in_and_out(rows: int, width: int) -> None:
-    kept = torch.rand(rows, width) < 0.5
+@given(st.integers(1, 5), st.integers(1, 20))
+def test_bits_go_in_and_out(rows: int, size: int) -> None:
+    kept = torch.rand(rows, 8 * size) < 0.5
     mask = pack_bits(kept)
-    assert mask.shape == (rows, -(-width // 64) * 8)
-    assert torch.equal(unpack_bits(mask, width), kept)
-    assert not unpack_bits(mask, mask.shape[1] * 8)[:, width:].any()
+    assert mask.shape == (rows, size)
+    assert torch.equal(unpack_bits(mask), kept)
+    assert torch.equal(kept[:, 7], mask[:, 0] >= 128)
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,12 @@ def test_bits_go_in_and_out(rows: int, width: int) -> None:
         ("4:8", torch.float16, 9),
         ("8:16", torch.bfloat16, 9),
         ("2:4", torch.int8, 5.5),
+        ("3:5", torch.float32, 32 * 40 / 64 + 1),
         ("1:4", torch.bfloat16, 5),
     ],
 )
 def test_bits_for_each_weight_of_the_dense_matrix(pattern: str, dtype: torch.dtype, bits: float) -> None:
-    assert packed(4, 1024, pattern, dtype).nbytes * 8 == bits * 4 * 1024
+    assert packed(4, 320, pattern, dtype).nbytes * 8 == bits * 4 * 320
 
 
 def test_groups_with_more_zeros_than_the_pattern_asks_for() -> None:
@@ -79,51 +80,58 @@ def test_a_block_of_zeros_in_int8() -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight", "pattern", "dtype", "block", "words"),
+    ("weight", "pattern", "dtype", "words"),
     [
-        (torch.ones(2, 8), "2:4", torch.float32, 64, "does not hold 2:4"),
-        (torch.zeros(2, 6), "2:4", torch.float32, 64, "which 4 does not divide"),
-        (torch.full((2, 8), torch.nan), "2:4", torch.float32, 64, "NaN or infinite"),
-        (torch.tensor([[1e6, 0, 0, 0]]), "2:4", torch.float16, 64, "too large for float16"),
-        (torch.zeros(2, 8), "2:4", torch.float64, 64, "cannot be packed as float64"),
-        (torch.zeros(2, 32), "8:32", torch.float32, 64, "M is at most 16"),
-        (torch.zeros(2, 8), "2:4", torch.int8, 32, "32 channels is not supported"),
+        (torch.ones(2, 8), "2:4", torch.float32, "does not hold 2:4"),
+        (torch.zeros(2, 6), "2:4", torch.float32, "which 4 does not divide"),
+        (torch.full((2, 8), torch.nan), "2:4", torch.float32, "NaN or infinite"),
+        (torch.tensor([[1e6, 0, 0, 0]]), "2:4", torch.float16, "too large for float16"),
+        (torch.zeros(2, 8), "2:4", torch.float64, "cannot be packed as float64"),
+        (torch.zeros(2, 32), "8:32", torch.float32, "M is at most 16"),
     ],
 )
-def test_weights_that_cannot_be_packed(
-    weight: Tensor, pattern: str, dtype: torch.dtype, block: int, words: str
-) -> None:
+def test_weights_that_cannot_be_packed(weight: Tensor, pattern: str, dtype: torch.dtype, words: str) -> None:
     with pytest.raises(PermpruneError, match=words):
-        PackedWeight.pack(weight, Pattern.parse(pattern), dtype, block)
+        PackedWeight.pack(weight, Pattern.parse(pattern), dtype)
 
 
-def _with_bit(mask: Tensor, channel: int, value: int) -> Tensor:
-    mask = mask.clone()
-    mask[1, channel // 8] = mask[1, channel // 8] & ~(1 << channel % 8) | value << channel % 8
-    return mask
+WIDTH = 72
+"""Channels of a row with one full block and one of eight channels."""
 
 
-def _damages() -> dict[str, tuple[dict[str, Any], str]]:
-    good = packed(3, 72, dtype=torch.int8)
-    assert good.scale is not None
-    first = int(unpack_bits(good.mask, 72)[1].int().argmax())
-    nan = good.scale.clone()
-    nan[2, 1] = torch.nan
+def _changed(pattern: str, dtype: torch.dtype, byte: int, value: int | float, row: int = 1) -> PackedWeight:
+    """A good weight with one byte of a row, or the number that begins there, replaced."""
+    good = packed(3, WIDTH, pattern, dtype)
+    if isinstance(value, int):
+        good.blocks[row, byte] = value
+    else:
+        good.blocks[row].view(torch.float32)[byte // 4] = value
+    return good
+
+
+def _replaced(blocks: Tensor | None = None, **layout: Any) -> PackedWeight:
+    good = packed(3, WIDTH, dtype=torch.int8)
+    return PackedWeight(dataclasses.replace(good.layout, **layout), good.blocks if blocks is None else blocks)
+
+
+def _damages() -> dict[str, tuple[PackedWeight, str]]:
+    blocks = packed(3, WIDTH, dtype=torch.int8).blocks
+    second = blocks.shape[1] // 2  # where the second block begins
     return {
-        "a position too few": ({"mask": _with_bit(good.mask, first, 0)}, "does not keep 2:4 in row 1"),
-        "a position after the width": ({"mask": _with_bit(good.mask, 100, 1)}, "does not keep 2:4 in row 1"),
-        "a mask too short": ({"mask": good.mask[:, :8]}, "mask of shape"),
-        "a mask of another type": ({"mask": good.mask.short()}, "mask of shape"),
-        "values too few": ({"values": good.values[:, :-1]}, "values of shape"),
-        "values of rows that are not there": ({"values": good.values[:2]}, "mask of shape"),
-        "values of another type": ({"values": good.values.int()}, "cannot be packed as int32"),
-        "values in a line": ({"values": good.values.flatten()}, "values of shape"),
-        "a scale that is NaN": ({"scale": nan}, "scale that is NaN"),
-        "scales too few": ({"scale": good.scale[:, :1]}, "scale of shape"),
-        "no scale": ({"scale": None}, "no scale"),
-        "a scale too many": ({"values": good.values.float()}, "a scale but"),
-        "an infinite value": ({"values": torch.full((3, 36), torch.inf), "scale": None}, "value that is NaN or inf"),
-        "another pattern": ({"pattern": Pattern(3, 6)}, "does not keep 3:6"),
+        "two equal positions": (_changed("2:4", torch.int8, 3, 0x44 | 5), "does not keep 2:4 in row 1"),
+        "positions that descend": (_changed("2:4", torch.int8, 0, 0x41), "does not keep 2:4 in row 1"),
+        "positions after the width": (_changed("2:4", torch.int8, second + 7, 0xE4), "does not keep 2:4 in row 1"),
+        "a mask that keeps one more": (_changed("4:8", torch.int8, 2, 0x1F), "does not keep 4:8 in row 1"),
+        "a mask that keeps one less": (_changed("4:8", torch.int8, 2, 0x07), "does not keep 4:8 in row 1"),
+        "a mask after the width": (_changed("4:8", torch.int8, second + 1, 1), "does not keep 4:8 in row 1"),
+        "rows too short": (_replaced(blocks[:, :-1]), "blocks of shape"),
+        "blocks of another type": (_replaced(blocks.short()), "blocks of shape"),
+        "blocks in a line": (_replaced(blocks.flatten()), "blocks of shape"),
+        "a scale that is NaN": (_changed("2:4", torch.int8, second + 8, torch.nan), "scale that is NaN"),
+        "an infinite value": (_changed("2:4", torch.float32, 12, torch.inf), "value that is NaN or infinite"),
+        "another width": (_replaced(width=132), "blocks of shape"),
+        "another pattern": (_replaced(pattern=Pattern(4, 8)), "does not keep 4:8"),
+        "another type": (_replaced(dtype=torch.float16), "blocks of shape"),
     }
 
 
@@ -132,6 +140,15 @@ def _damages() -> dict[str, tuple[dict[str, Any], str]]:
 def test_damage_is_found(damage: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if by == "torch":
         monkeypatch.setattr(native, "available", lambda: False)
-    changes, words = _damages()[damage]
+    weight, words = _damages()[damage]
     with pytest.raises(PermpruneError, match=words):
-        dataclasses.replace(packed(3, 72, dtype=torch.int8), **changes).check()
+        weight.check()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("by", ["native", "torch"])
+def test_nothing_is_found_in_a_good_weight(pattern: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if by == "torch":
+        monkeypatch.setattr(native, "available", lambda: False)
+    for groups in (1, 17, 64):
+        packed(4, groups * Pattern.parse(pattern).m, pattern).check()

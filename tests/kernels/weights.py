@@ -14,8 +14,6 @@ def sparse(rows: int, width: int, pattern: Pattern, seed: int = 0) -> Tensor:
     return weight * pattern.mask(torch.rand(rows, width, generator=generator))
 
 
-def packed(
-    rows: int, width: int, pattern: str = "2:4", dtype: torch.dtype = torch.float32, block: int = 64
-) -> PackedWeight:
+def packed(rows: int, width: int, pattern: str = "2:4", dtype: torch.dtype = torch.float32) -> PackedWeight:
     found = Pattern.parse(pattern)
-    return PackedWeight.pack(sparse(rows, width, found), found, dtype, block)
+    return PackedWeight.pack(sparse(rows, width, found), found, dtype)

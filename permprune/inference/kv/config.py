@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.kernels.packed import LARGEST_GROUP
+from permprune.kernels.layout import LARGEST_GROUP
 from permprune.options import Natural, nearest, require_fields
 from permprune.pattern import Pattern
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from permprune.errors import PermpruneError
@@ -171,11 +172,8 @@ def _select(states: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _pack_bits(bits: Tensor) -> Tensor:
-    width = bits.shape[-1]
-    packed: Tensor = pack_bits(bits.flatten(0, -2))[:, : -(-width // 8)].unflatten(0, bits.shape[:-1])
-    return packed
+    return pack_bits(F.pad(bits, (0, -bits.shape[-1] % 8)))
 
 
 def _unpack_bits(packed: Tensor, width: int) -> Tensor:
-    bits: Tensor = unpack_bits(packed.flatten(0, -2), width).unflatten(0, packed.shape[:-1])
-    return bits
+    return unpack_bits(packed)[..., :width]

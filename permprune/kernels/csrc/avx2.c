@@ -59,26 +59,26 @@ static ALWAYS_INLINE float total(__m256 sum)
 
 typedef struct {
     __m256i half[2];
-} word_i8;
+} block_i8;
 
-static ALWAYS_INLINE word_i8 load_i8(const int8_t *p)
+static ALWAYS_INLINE block_i8 load_i8(const int8_t *p)
 {
-    return (word_i8){{_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))}};
+    return (block_i8){{_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))}};
 }
 
-static ALWAYS_INLINE word_i8 expand_i8(const int8_t *p, uint64_t bits)
+static ALWAYS_INLINE block_i8 expand_i8(const int8_t *p, uint64_t bits)
 {
-    int8_t word[WORD] __attribute__((aligned(32)));
-    for (int channel = 0; channel < WORD; channel += 8) {
+    int8_t block[BLOCK] __attribute__((aligned(32)));
+    for (int channel = 0; channel < BLOCK; channel += 8) {
         __m128i kept = _mm_loadl_epi64((const __m128i *)(p + __builtin_popcountll(before(bits, channel))));
         __m128i index = _mm_loadl_epi64((const __m128i *)expand_bytes[bits >> channel & 255]);
-        _mm_storel_epi64((__m128i *)(word + channel), _mm_shuffle_epi8(kept, index));
+        _mm_storel_epi64((__m128i *)(block + channel), _mm_shuffle_epi8(kept, index));
     }
-    return load_i8(word);
+    return load_i8(block);
 }
 
 /* |w| x sign(w): two products of at most 127 x 128 fit into 16 bits. */
-static ALWAYS_INLINE __m256i dot_i8(word_i8 w, word_i8 x)
+static ALWAYS_INLINE __m256i dot_i8(block_i8 w, block_i8 x)
 {
     __m256i sum = _mm256_setzero_si256();
     for (int i = 0; i < 2; i++) {
@@ -88,9 +88,9 @@ static ALWAYS_INLINE __m256i dot_i8(word_i8 w, word_i8 x)
     return sum;
 }
 
-#define VECTOR word_i8
+#define VECTOR block_i8
 #define LOAD(p) load_i8(p)
-#define EXPAND_WORD(p, bits) expand_i8(p, bits)
+#define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
 #define DOT(shift, w, x) dot_i8(w, x)
 #define SCALE(sum, count, scale) _mm256_fmadd_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(scale), sum)
 #include "family_i8.h"

@@ -19,6 +19,27 @@ static const struct kernels *const all_kernels[] = {
 };
 enum { KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
+/* Whether kernels run here. The answer is kept: in a virtual machine each look at the processor's features traps. */
+static int answer(_Atomic signed char *kept, int (*question)(void))
+{
+    signed char found = *kept;
+    if (!found)
+        *kept = found = question() ? 1 : -1;
+    return found > 0;
+}
+
+static int runs(int32_t index)
+{
+    static _Atomic signed char kept[KERNELS];
+    return index >= 0 && index < KERNELS && answer(&kept[index], all_kernels[index]->runs_here);
+}
+
+static int runs_pairs(int32_t index)
+{
+    static _Atomic signed char kept[KERNELS];
+    return all_kernels[index]->pairs && answer(&kept[index], all_kernels[index]->pairs_run_here);
+}
+
 /* ---- threads: those of the OpenMP runtime that torch has loaded; a second pool would compete for the cores ---- */
 
 typedef void parallel_region(void (*body)(void *), void *data, unsigned threads, unsigned flags);
@@ -82,7 +103,7 @@ static ALWAYS_INLINE void read_row(const struct weights *weights, const void *x,
     else
         for (int64_t c = 0; c < weights->width; c++)
             to[c] = read_number(x, first + c, number);
-    memset(to + weights->width, 0, (size_t)(weights->words * WORD - weights->width) * sizeof *to);
+    memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
 }
 
 static void read_floats(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
@@ -102,14 +123,14 @@ static void read_pairs(const struct weights *weights, const uint16_t *x, int64_t
             to[c] = x[weights->order[c]];
     else
         memcpy(to, x, (size_t)weights->width * sizeof *to);
-    memset(to + weights->width, 0, (size_t)(weights->words * WORD - weights->width) * sizeof *to);
+    memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
 }
 
-/* Rounds a word to integers from -127 to 127 and returns its scale, which is NaN for a word with NaN or infinity. */
-static float quantize_word(const float *from, int8_t *to, int32_t *shift)
+/* Rounds a block to integers from -127 to 127 and returns its scale, which is NaN for a block with NaN or infinity. */
+static float quantize_block(const float *from, int8_t *to, int32_t *shift)
 {
     uint32_t largest = 0;
-    for (int c = 0; c < WORD; c++) {
+    for (int c = 0; c < BLOCK; c++) {
         uint32_t magnitude = to_bits(from[c]) & 0x7fffffff;
         largest = magnitude > largest ? magnitude : largest;
     }
@@ -117,7 +138,7 @@ static float quantize_word(const float *from, int8_t *to, int32_t *shift)
     int finite = largest < 0x7f800000;
     float inverse = finite && limit > 1e-30f ? 127.0f / limit : 0.0f;
     int32_t sum = 0;
-    for (int c = 0; c < WORD; c++) { /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
+    for (int c = 0; c < BLOCK; c++) { /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
         float value = finite ? from[c] * inverse : 0.0f;
         to[c] = (int8_t)to_bits(value + 12582912.0f);
         sum += to[c];
@@ -137,13 +158,13 @@ static void stage_row(const struct weights *weights, const void *x, int64_t row,
         read_pairs(weights, x, row, line);
     else
         read_floats(weights, x, row, number, line);
-    for (int64_t word = 0; word < weights->words; word++) {
-        int64_t place = first * weights->words + word * height + (row - first);
-        char *to = (char *)staged->values + (size_t)(place * WORD) * size;
+    for (int64_t n = 0; n < weights->count; n++) {
+        int64_t place = first * weights->count + n * height + (row - first);
+        char *to = (char *)staged->values + (size_t)(place * BLOCK) * size;
         if (size == 1)
-            staged->scale[place] = quantize_word((float *)line + word * WORD, (int8_t *)to, staged->shift + place);
+            staged->scale[place] = quantize_block((float *)line + n * BLOCK, (int8_t *)to, staged->shift + place);
         else
-            memcpy(to, (char *)line + (size_t)(word * WORD) * size, WORD * size);
+            memcpy(to, (char *)line + (size_t)(n * BLOCK) * size, BLOCK * size);
     }
 }
 
@@ -170,22 +191,23 @@ EXPORT const char *permprune_kernels(int32_t index)
 {
     if (index < 0 || index >= KERNELS)
         return NULL;
-    return all_kernels[index]->runs_here() ? all_kernels[index]->name : "";
+    return runs(index) ? all_kernels[index]->name : "";
 }
 
-/* output (batch, rows) = activations (batch, width) x weight^T + bias, both contiguous in memory. With `dense`, the
- * values are all weights, and the width is a multiple of WORD. Returns a `status`. */
+/* output (batch, rows) = activations (batch, width) x weight^T + bias, both contiguous in memory. The width of PLAIN
+ * weights is a multiple of BLOCK. Returns a `status`. */
 EXPORT int32_t permprune_multiply(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
-                                  void *output, int32_t index, int32_t threads, int32_t dense)
+                                  void *output, int32_t index, int32_t threads)
 {
-    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+    if (!runs(index))
         return NO_KERNEL;
     const struct kernels *kernels = all_kernels[index];
-    int pairs = weights->number == BF16 && number == BF16 && kernels->pairs && kernels->pairs_run_here();
+    int dense = weights->kind == PLAIN;
+    int pairs = weights->number == BF16 && number == BF16 && runs_pairs(index);
     if (order_is_bad(weights))
         return BAD_ORDER;
-    size_t channels = (size_t)(weights->words * WORD), places = (size_t)(batch * weights->words);
-    size_t line = channels * sizeof(float), values = places * WORD * sizeof(float);
+    size_t channels = (size_t)(weights->count * BLOCK), places = (size_t)(batch * weights->count);
+    size_t line = channels * sizeof(float), values = places * BLOCK * sizeof(float);
     char *memory = aligned_alloc(64, line + values + (places * 2 * sizeof(float) + 63) / 64 * 64);
     if (!memory)
         return NO_MEMORY;
@@ -200,28 +222,50 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     return DONE;
 }
 
-/* The first row whose mask does not keep exactly n of every m channels, or has ones after the width; -1 if none. */
-EXPORT int64_t permprune_check(const uint8_t *mask, int64_t rows, int64_t width, int32_t n, int32_t m)
+/* Whether the mask of the channels of some blocks keeps exactly n of every m of the first `width`, and no others. */
+static int keeps_pattern(const struct weights *weights, const char *block, int32_t n, int32_t m)
 {
-    const int64_t words = (width + WORD - 1) / WORD;
-    for (int64_t row = 0; row < rows; row++, mask += words * 8) {
-        uint32_t bad = 0;
-        uint64_t waiting = 0; /* the mask of `count` channels that are read but not yet counted */
-        int count = 0;
-        int64_t counted = 0;
-        for (int64_t byte = 0; byte < words * 8; byte++) {
-            waiting |= (uint64_t)mask[byte] << count;
-            for (count += 8; count >= m && counted < width; count -= m, counted += m, waiting >>= m)
-                bad |= __builtin_popcountll(before(waiting, m)) != n;
-            if (counted == width) {
-                bad |= waiting != 0;
-                waiting = 0;
-                count = 0;
-            }
+    const int64_t size = block_bytes(weights);
+    uint32_t bad = 0;
+    uint64_t waiting = 0; /* the mask of `count` channels that are read but not yet counted */
+    int count = 0;
+    int64_t counted = 0;
+    for (int64_t i = 0; i < weights->count * CODE; i++) {
+        int64_t left = weights->width - i / CODE * BLOCK;
+        uint64_t mask = kept_channels(read_code(block + i / CODE * size), weights->kind);
+        if (weights->kind == POSITIONS && left < BLOCK)
+            mask = before(mask, (int)left); /* the groups after the width keep two channels each, of zeros */
+        waiting |= (mask >> i % CODE * 8 & 255) << count;
+        for (count += 8; count >= m && counted < weights->width; count -= m, counted += m, waiting >>= m)
+            bad |= __builtin_popcountll(before(waiting, m)) != n;
+        if (counted == weights->width) {
+            bad |= waiting != 0;
+            waiting = 0;
+            count = 0;
         }
-        if (bad)
-            return row;
     }
+    return !bad;
+}
+
+/* Whether the positions of every group ascend, and are 0 and 1 after the width. */
+static int positions_ascend(const struct weights *weights, const char *block)
+{
+    const int64_t size = block_bytes(weights);
+    int bad = 0;
+    for (int64_t group = 0; group < weights->count * (BLOCK / 4); group++) {
+        int pair = (int)(read_code(block + group / (BLOCK / 4) * size) >> group % (BLOCK / 4) * 4 & 15);
+        bad |= (pair & 3) >= pair >> 2 || (group * 4 >= weights->width && pair != 4);
+    }
+    return !bad;
+}
+
+/* The first row whose codes do not keep exactly n of every m channels; -1 if there is none. */
+EXPORT int64_t permprune_check(const struct weights *weights, int32_t n, int32_t m)
+{
+    const char *block = weights->blocks;
+    for (int64_t row = 0; row < weights->rows; row++, block += weights->count * block_bytes(weights))
+        if (!keeps_pattern(weights, block, n, m) || (weights->kind == POSITIONS && !positions_ascend(weights, block)))
+            return row;
     return -1;
 }
 
@@ -229,15 +273,11 @@ EXPORT int64_t permprune_check(const uint8_t *mask, int64_t rows, int64_t width,
 EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, int64_t last, void *output, int32_t number,
                                 int32_t index, int32_t threads)
 {
-    static const size_t sizes[NUMBERS] = {[F32] = 4, [BF16] = 2, [F16] = 2, [I8] = 1};
-    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+    if (!runs(index))
         return NO_KERNEL;
     struct weights some = *weights;
     some.rows = last - first;
-    some.values = (const char *)weights->values + (size_t)(first * weights->kept) * sizes[weights->number];
-    some.mask += first * weights->words * 8;
-    if (some.scale)
-        some.scale += first * ((weights->words + weights->block - 1) / weights->block);
+    some.blocks += first * weights->count * block_bytes(weights);
     struct job job = {&some, NULL, output, number};
     struct product product = {&job, all_kernels[index]->unpack[some.number]};
     deal_rows(&product, multiply_piece, some.rows, threads);
@@ -263,7 +303,7 @@ static int masking_is_bad(const struct masking *masking)
 /* Write the mask of some columns in their order. Returns a `status`. */
 EXPORT int32_t permprune_mask(const struct masking *masking, int32_t index, int32_t threads)
 {
-    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+    if (!runs(index))
         return NO_KERNEL;
     if (masking_is_bad(masking))
         return BAD_ORDER;
@@ -274,7 +314,7 @@ EXPORT int32_t permprune_mask(const struct masking *masking, int32_t index, int3
 /* Add up, by row, the kept weights times their gradients. Returns a `status`. */
 EXPORT int32_t permprune_keep(const struct keeping *keeping, int32_t index, int32_t threads)
 {
-    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+    if (!runs(index))
         return NO_KERNEL;
     if (masking_is_bad(&keeping->masking))
         return BAD_ORDER;
@@ -285,7 +325,7 @@ EXPORT int32_t permprune_keep(const struct keeping *keeping, int32_t index, int3
 /* Add to `cost` what it costs to move the free channel of each group to each group. Returns a `status`. */
 EXPORT int32_t permprune_place(const struct placement *placement, int32_t index)
 {
-    if (index < 0 || index >= KERNELS || !all_kernels[index]->runs_here())
+    if (!runs(index))
         return NO_KERNEL;
     const int64_t count = placement->count, m = placement->m;
     if (m < 2 || m > LARGEST_M || placement->n < 1 || placement->n >= m ||

@@ -1,50 +1,61 @@
 /* The kernels of int8, `product_i8`, `unpack_i8` and `dense_i8`, and ALL_KERNELS, once family.h has made those of floats.
  *
- * Expects the types VECTOR (WORD int8, and nothing else) and SUM (float lanes); LOAD(const int8_t *), a VECTOR;
- * EXPAND_WORD(const int8_t *, uint64_t bits), the next values put where `bits` has ones and zeros between;
- * DOT(int32_t shift, VECTOR w, VECTOR x), int32 lanes that add up to the product of a word; ZERO(),
+ * Expects the types VECTOR (BLOCK int8, and nothing else) and SUM (float lanes); LOAD(const int8_t *), a VECTOR;
+ * EXPAND_BLOCK(const int8_t *, uint64_t bits), the next values put where `bits` has ones and zeros between;
+ * DOT(int32_t shift, VECTOR w, VECTOR x), int32 lanes that add up to the product of a block; ZERO(),
  * SCALE(SUM, lanes, float) and TOTAL(SUM).
  *
  * Where a processor multiplies unsigned by signed bytes, FACTOR(w) gives DOT w + 128, and DOT makes up for that with
  * `shift`, -128 times the sum of x.
+ *
+ * If HALF_I8 is defined, `half_i8` multiplies weights with POSITIONS.
  */
 #ifndef FACTOR
 #define FACTOR(w) (w)
 #endif
-#define MASK_WORD mask_word
-#define WEIGHTS(p, bits) FACTOR(EXPAND_WORD(p, bits))
-#define NAME product_i8
+#define NAME expand_i8_blocks
+#define HEADER HEADER_I8
+#define SCALE_OF(weights, block, number) read_scale(block)
+#define FACTORS VECTOR
+#define READ(block, kind, end, room)                                                                                   \
+    FACTOR(EXPAND_BLOCK(readable((block) + HEADER_I8, end, room, 1), kept_channels(read_code(block), kind)))
 #include "product_i8.h"
-#undef MASK_WORD
-#undef WEIGHTS
 
-#define MASK_WORD(mask, word) ((void)(mask), ~0ull)
-#define WEIGHTS(p, bits) FACTOR(LOAD(p))
 #define NAME dense_i8
+#define HEADER 0
+#define SCALE_OF(weights, block, number) (weights)->scale[number]
+#define FACTORS VECTOR
+#define READ(block, kind, end, room) ((void)(end), (void)(room), FACTOR(LOAD((const int8_t *)(block))))
 #include "product_i8.h"
-#undef MASK_WORD
-#undef WEIGHTS
+
+static void product_i8(const struct job *job, int64_t first, int64_t last)
+{
+#ifdef HALF_I8
+    if (job->weights->kind == POSITIONS) {
+        half_i8(job, first, last);
+        return;
+    }
+#endif
+    expand_i8_blocks(job, first, last);
+}
 
 static void unpack_i8(const struct job *job, int64_t first, int64_t last)
 {
     const struct weights *weights = job->weights;
-    const int64_t blocks = (weights->words + weights->block - 1) / weights->block;
-    const int8_t *end = (const int8_t *)weights->values + weights->rows * weights->kept;
-    int8_t room[WORD], integers[WORD];
-    float line[WORD];
-    for (int64_t row = first; row < last; row++) {
-        const int8_t *values = (const int8_t *)weights->values + row * weights->kept;
-        for (int64_t word = 0; word < weights->words; word++) {
-            uint64_t bits = mask_word(weights->mask + row * weights->words * 8, word);
-            float scale = weights->scale[row * blocks + word / weights->block];
-            VECTOR expanded = EXPAND_WORD((const int8_t *)readable(values, end, room, 1), bits);
-            memcpy(integers, &expanded, WORD);
-            for (int c = 0; c < WORD; c++)
-                line[c] = integers[c] * scale;
-            values += __builtin_popcountll(bits);
-            write_line(job, row, word * WORD, line);
+    const int64_t size = HEADER_I8 + weights->slots;
+    const char *block = weights->blocks + first * weights->count * size;
+    const char *end = weights->blocks + weights->rows * weights->count * size;
+    int8_t room[BLOCK], integers[BLOCK];
+    float line[BLOCK];
+    for (int64_t row = first; row < last; row++)
+        for (int64_t n = 0; n < weights->count; n++, block += size) {
+            uint64_t bits = kept_channels(read_code(block), weights->kind);
+            VECTOR expanded = EXPAND_BLOCK(readable(block + HEADER_I8, end, room, 1), bits);
+            memcpy(integers, &expanded, BLOCK);
+            for (int c = 0; c < BLOCK; c++)
+                line[c] = (float)integers[c] * read_scale(block);
+            write_line(job, row, n * BLOCK, line);
         }
-    }
 }
 
 #define ALL_KERNELS                                                                                                   \

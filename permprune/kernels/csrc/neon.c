@@ -55,26 +55,26 @@ static ALWAYS_INLINE float32x4_t expand(float32x4_t kept, uint64_t bits)
 
 typedef struct {
     int8x8_t part[8];
-} word_i8;
+} block_i8;
 
-static ALWAYS_INLINE word_i8 load_i8(const int8_t *p)
+static ALWAYS_INLINE block_i8 load_i8(const int8_t *p)
 {
-    word_i8 word;
+    block_i8 block;
     for (int i = 0; i < 8; i++)
-        word.part[i] = vld1_s8(p + 8 * i);
-    return word;
+        block.part[i] = vld1_s8(p + 8 * i);
+    return block;
 }
 
-static ALWAYS_INLINE word_i8 expand_i8(const int8_t *p, uint64_t bits)
+static ALWAYS_INLINE block_i8 expand_i8(const int8_t *p, uint64_t bits)
 {
-    word_i8 word;
+    block_i8 block;
     for (int i = 0; i < 8; i++)
-        word.part[i] = vtbl1_s8(vld1_s8(p + __builtin_popcountll(before(bits, 8 * i))),
+        block.part[i] = vtbl1_s8(vld1_s8(p + __builtin_popcountll(before(bits, 8 * i))),
                                 vreinterpret_s8_u8(vld1_u8(expand_bytes[bits >> 8 * i & 255])));
-    return word;
+    return block;
 }
 
-static ALWAYS_INLINE int32x4_t dot_i8(word_i8 w, word_i8 x)
+static ALWAYS_INLINE int32x4_t dot_i8(block_i8 w, block_i8 x)
 {
     int32x4_t sum = vdupq_n_s32(0);
     for (int i = 0; i < 8; i++)
@@ -82,9 +82,9 @@ static ALWAYS_INLINE int32x4_t dot_i8(word_i8 w, word_i8 x)
     return sum;
 }
 
-#define VECTOR word_i8
+#define VECTOR block_i8
 #define LOAD(p) load_i8(p)
-#define EXPAND_WORD(p, bits) expand_i8(p, bits)
+#define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
 #define DOT(shift, w, x) dot_i8(w, x)
 #define SCALE(sum, count, scale) vfmaq_n_f32(sum, vcvtq_f32_s32(count), scale)
 #include "family_i8.h"

@@ -1,9 +1,18 @@
 /* Packed N:M weights, and products with activations: the definitions that all kernels share.
  *
- * A weight of `rows` x `width` keeps n of every m consecutive weights of a row. `values` holds the kept weights of each
- * row contiguously, in channel order. `mask` has a bit for every weight, kept or not: bit c % 8 of byte c / 8 of a row
- * is channel c, and a row is padded with zeros to whole words of 64 channels. Positions are stored nowhere else, so no
- * mask can refer to a channel outside the row; a kernel never reads past `values`, whatever the mask holds.
+ * A weight of `rows` x `width` keeps n of every m consecutive weights of a row. A row is a sequence of blocks of BLOCK
+ * channels, so that a product reads memory from front to back. A block is
+ *
+ *     code     8 bytes that say which channels are kept
+ *     scale    fp32, of I8 only: the value of one integer step
+ *     values   `slots` numbers: the kept weights in channel order, then zeros
+ *
+ * A code of kind MASK has a bit for every channel; the bits after the width are zero. One of kind POSITIONS, for 2:4, has
+ * four bits for each group of four channels: the position of the first kept channel in bits 0 and 1, that of the second
+ * in bits 2 and 3. After the width the positions are 0 and 1, and the values zeros. No code can refer to a channel
+ * outside its block; a kernel never reads outside the blocks, whatever the codes are.
+ *
+ * PLAIN weights, for tables of int8 and for comparison, have no codes, all values, and their scales elsewhere.
  */
 #ifndef PERMPRUNE_PACKED_H
 #define PERMPRUNE_PACKED_H
@@ -26,33 +35,41 @@
 #endif
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+/* Before a loop with a constant count: sums in an array stay in registers only if the loop is unrolled early. */
+#if defined(__clang__)
+#define UNROLLED PRAGMA(clang loop unroll(full))
+#else
+#define UNROLLED PRAGMA(GCC unroll 16)
+#endif
 
-enum { WORD = 64 };      /* channels of a word of the mask */
+enum { BLOCK = 64 };     /* channels of a block */
+enum { CODE = 8 };       /* bytes of a code */
+enum { HEADER_I8 = 12 }; /* bytes of a code and a scale */
 enum { TILE_ROWS = 4 };  /* rows of the weight that a tile multiplies at once */
 enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at once */
 
 enum number { F32, BF16, F16, I8, NUMBERS };
+enum kind { MASK, POSITIONS, PLAIN };
 
 /* The same members, in the same order, as `Weights` in native.py. */
 struct weights {
-    const void *values;
-    const uint8_t *mask;
-    const float *scale;   /* I8: (rows, blocks), the value of one integer step in a block of a row */
+    const char *blocks;
+    const float *scale;   /* of PLAIN I8: (rows, blocks of a row) */
     const void *bias;     /* (rows,) or NULL */
     const int64_t *order; /* (width,) or NULL: channel c of the weight reads channel order[c] of the activations */
     int64_t rows, width;
-    int64_t kept;  /* values of a row */
-    int64_t words; /* of the mask of a row */
-    int64_t block; /* words of a block that shares a scale */
+    int64_t count; /* blocks of a row */
+    int64_t slots; /* values of a block */
     int32_t number, bias_number;
-    int32_t half; /* whether each 32 channels that start at a multiple of 32 keep exactly 16, the last ones excepted */
+    int32_t kind;
+    int32_t half; /* whether each 32 channels that start at a multiple of 32 keep exactly 16, those after the width excepted */
 };
 
 /* Activations as the kernels read them: groups of TILE_BATCH rows (the last may be smaller), and in a group, for each
- * word, the channels of each row in turn, with zeros after the width. */
+ * block, the channels of each row in turn, with zeros after the width. */
 struct staged {
     void *values;
-    float *scale;   /* I8: for each group, word and row, the value of one integer step */
+    float *scale;   /* I8: for each group, block and row, the value of one integer step */
     int32_t *shift; /* I8: likewise, -128 times the sum of the integers: see family_i8.h */
     int64_t batch;
 };
@@ -68,8 +85,7 @@ typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
 
 struct search_kernels; /* search.h */
 
-/* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for a weight that keeps
- * everything, for benchmarks; and `unpack`, which writes the weight with its zeros, (rows, width). `pairs`
+/* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the weight with its zeros, (rows, width). `pairs`
  * multiplies bf16 by bf16 if there is such an instruction, else it is NULL. */
 struct kernels {
     const char *name;
@@ -154,18 +170,52 @@ static ALWAYS_INLINE void write_output(const struct job *job, int64_t batch, int
     write_number(job->output, batch * weights->rows + row, job->output_number, sum);
 }
 
-static ALWAYS_INLINE uint64_t mask_word(const uint8_t *mask, int64_t word)
+/* The bytes before the values of a block, and those of a whole block. */
+static ALWAYS_INLINE int64_t header_bytes(const struct weights *weights)
 {
-    uint64_t bits;
-    memcpy(&bits, mask + word * 8, sizeof bits);
-    return bits;
+    return weights->kind == PLAIN ? 0 : weights->number == I8 ? HEADER_I8 : CODE;
+}
+
+static ALWAYS_INLINE int64_t block_bytes(const struct weights *weights)
+{
+    static const int64_t size[NUMBERS] = {[F32] = 4, [BF16] = 2, [F16] = 2, [I8] = 1};
+    return header_bytes(weights) + weights->slots * size[weights->number];
+}
+
+static ALWAYS_INLINE uint64_t read_code(const char *block)
+{
+    uint64_t code;
+    memcpy(&code, block, sizeof code);
+    return code;
+}
+
+/* Of a block of I8. */
+static ALWAYS_INLINE float read_scale(const char *block)
+{
+    float scale;
+    memcpy(&scale, block + CODE, sizeof scale);
+    return scale;
+}
+
+/* The mask with a bit for each channel that a code keeps. */
+static ALWAYS_INLINE uint64_t kept_channels(uint64_t code, int32_t kind)
+{
+    if (kind == MASK)
+        return code;
+    const uint64_t ones = 0x1111111111111111;
+    uint64_t mask = 0;
+    UNROLLED for (int i = 0; i < 2; i++, code >>= 2) {
+        uint64_t low = code & ones, high = code >> 1 & ones; /* the bits of a position in each group */
+        mask |= (ones & ~(low | high)) | (low & ~high) << 1 | (high & ~low) << 2 | (low & high) << 3;
+    }
+    return mask;
 }
 
 /* Some floats of a row of the unpacked weight. */
 static ALWAYS_INLINE void write_line(const struct job *job, int64_t row, int64_t channel, const float *line)
 {
     const int64_t left = job->weights->width - channel, to = row * job->weights->width + channel;
-    const int count = left < WORD ? (int)left : WORD;
+    const int count = left < BLOCK ? (int)left : BLOCK;
     switch (job->output_number) { /* a separate loop for each type */
     case F32: memcpy((float *)job->output + to, line, (size_t)count * sizeof *line); break;
     case BF16:
@@ -178,17 +228,17 @@ static ALWAYS_INLINE void write_line(const struct job *job, int64_t row, int64_t
     }
 }
 
-/* The first `channels` channels of a word. */
+/* The first `channels` channels of a block. */
 static ALWAYS_INLINE uint64_t before(uint64_t bits, int channels) { return bits & ((1ull << channels) - 1); }
 
-/* An address from which WORD values can be read: `from`, or, if the array ends before that, a padded copy in `room`.
+/* An address from which BLOCK values can be read: `from`, or, if the array ends before that, a padded copy in `room`.
  * `size` is the bytes of one value. */
 static ALWAYS_INLINE const void *readable(const void *from, const void *end, void *room, size_t size)
 {
     ptrdiff_t left = (const char *)end - (const char *)from;
-    if (__builtin_expect(left >= (ptrdiff_t)(WORD * size), 1))
+    if (__builtin_expect(left >= (ptrdiff_t)(BLOCK * size), 1))
         return from;
-    memset(room, 0, WORD * size);
+    memset(room, 0, BLOCK * size);
     if (left > 0)
         memcpy(room, from, (size_t)left);
     return room;

@@ -2,19 +2,22 @@
 #include "packed.h"
 #include "search.h"
 
+#undef UNROLLED
+#define UNROLLED /* the code would be several times as large */
+
 typedef float vector __attribute__((vector_size(16)));
 
 /* Moves successive values to the positions of the ones in four bits, with zeros between. */
 static ALWAYS_INLINE vector expand(vector kept, uint64_t bits)
 {
     const float values[5] = {kept[0], kept[1], kept[2], kept[3], 0};
-    vector word;
+    vector four;
     for (int channel = 0, value = 0; channel < 4; channel++) {
         int is_kept = bits >> channel & 1;
-        word[channel] = values[is_kept ? value : 4];
+        four[channel] = values[is_kept ? value : 4];
         value += is_kept;
     }
-    return word;
+    return four;
 }
 
 static ALWAYS_INLINE vector load(const float *p) { return (vector){p[0], p[1], p[2], p[3]}; }
@@ -64,38 +67,38 @@ static ALWAYS_INLINE vector load_f16(const uint16_t *p)
 #undef TOTAL
 
 typedef struct {
-    int8_t channel[WORD];
-} word_i8;
+    int8_t channel[BLOCK];
+} block_i8;
 
-static ALWAYS_INLINE word_i8 load_i8(const int8_t *p)
+static ALWAYS_INLINE block_i8 load_i8(const int8_t *p)
 {
-    word_i8 word;
-    memcpy(&word, p, sizeof word);
-    return word;
+    block_i8 block;
+    memcpy(&block, p, sizeof block);
+    return block;
 }
 
-static ALWAYS_INLINE word_i8 expand_i8(const int8_t *p, uint64_t bits)
+static ALWAYS_INLINE block_i8 expand_i8(const int8_t *p, uint64_t bits)
 {
-    word_i8 word;
-    for (int channel = 0; channel < WORD; channel++, bits >>= 1) {
-        word.channel[channel] = (int8_t)(*p & -(int)(bits & 1));
+    block_i8 block;
+    for (int channel = 0; channel < BLOCK; channel++, bits >>= 1) {
+        block.channel[channel] = (int8_t)(*p & -(int)(bits & 1));
         p += bits & 1;
     }
-    return word;
+    return block;
 }
 
-static ALWAYS_INLINE int32_t dot_i8(const word_i8 *w, const word_i8 *x)
+static ALWAYS_INLINE int32_t dot_i8(const block_i8 *w, const block_i8 *x)
 {
     int32_t sum = 0;
-    for (int channel = 0; channel < WORD; channel++)
+    for (int channel = 0; channel < BLOCK; channel++)
         sum += w->channel[channel] * x->channel[channel];
     return sum;
 }
 
-#define VECTOR word_i8
+#define VECTOR block_i8
 #define SUM float
 #define LOAD(p) load_i8(p)
-#define EXPAND_WORD(p, bits) expand_i8(p, bits)
+#define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
 #define DOT(shift, w, x) dot_i8(&(w), &(x))
 #define ZERO() 0
 #define SCALE(sum, count, scale) ((sum) + (float)(count) * (scale))

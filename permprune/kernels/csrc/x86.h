@@ -37,7 +37,7 @@ static inline int has_avx512(void)
 {
     return has_avx2() && system_saves(0xe6) &&
            cpu_has(LEAF_7_EBX, 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && /* F, DQ, BW, VL */
-           cpu_has(LEAF_7_ECX, 1u << 6 | 1u << 11);                          /* VBMI2, VNNI */
+           cpu_has(LEAF_7_ECX, 1u << 1 | 1u << 6 | 1u << 11);                /* VBMI, VBMI2, VNNI */
 }
 
 static inline int has_avx512_bf16(void) { return has_avx512() && cpu_has(LEAF_7_1_EAX, 1u << 5); }

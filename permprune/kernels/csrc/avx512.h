@@ -1,0 +1,18 @@
+/* How AVX-512 reads codes; to be included where the instructions may be used. */
+enum { OR_AND = 0xf8 }; /* of ternarylogic: a | (b & c) */
+
+/* The channels that a mask keeps, in the first 32 bytes. */
+static ALWAYS_INLINE __m512i channels_of(uint64_t mask)
+{
+    static const uint8_t counting[64] __attribute__((aligned(64))) = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+        22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+        44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+    return _mm512_maskz_compress_epi8(mask, _mm512_load_si512(counting));
+}
+
+/* Some positions of two bits, the lowest of each lane of `shifted`, plus the first channel of each lane's group. */
+static ALWAYS_INLINE __m512i add_groups(__m512i shifted, __m512i three, __m512i groups)
+{
+    return _mm512_ternarylogic_epi64(groups, shifted, three, OR_AND);
+}
