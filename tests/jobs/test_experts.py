@@ -1,5 +1,6 @@
 """Mixtures of experts in folders: written, read layer by layer, trained and packed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from permprune.pattern import Pattern
 from permprune.pruning.folder import save
 
 from ..coupling.coupling_models import gpt_oss, mixtral, qwen3_moe, randomised
+from .test_streaming import Held
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 
@@ -96,6 +98,18 @@ def test_orders_of_experts_are_the_same_held_or_streamed(
     )
     assert streamed["measured"]["none"] == pytest.approx(held["measured"]["none"], rel=1e-3)
     assert verify(tmp_path / "streamed").layers == 70
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)
+def test_a_streamed_run_holds_the_least_limit_that_is_accepted(source: Path, tiny_text: Path, tmp_path: Path) -> None:
+    with pytest.raises(PermpruneError, match="even layer by layer") as refused:
+        run(source, tmp_path / "out", tiny_text, permute="ria", memory=1)
+    gibibytes = re.search(r"takes about (\S+) GiB", str(refused.value))
+    assert gibibytes is not None
+    limit = int(1.01 * float(gibibytes[1]) * 2**30)
+    with Held() as held:
+        run(source, tmp_path / "out", tiny_text, permute="ria", memory=limit)
+    assert limit / 2 < held.peak < limit
 
 
 @pytest.mark.parametrize("family", ["mixtral"], indirect=True)
