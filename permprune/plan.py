@@ -60,6 +60,13 @@ class Plan:
     measured: Examples
     run: Run
 
+    def layers_by_input(self) -> dict[str, list[Layer]]:
+        """Return the layers by what they read, in the order of `layers`."""
+        found: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            found.setdefault(self.sites[layer.name], []).append(layer)
+        return found
+
     def overlap(self, evaluation: Examples) -> float:
         """Return the share of the evaluation data that the calibration data contain (`permprune.data.overlap`)."""
         return overlap([self.measured, self.run.held_out, self.run.train], evaluation)

@@ -119,8 +119,7 @@ def streamed_bytes(model: nn.Module, plan: Plan) -> int:
     for up to 2048 channels, are not counted.
     """
     tokens, needed, square = plan.measured["input_ids"].numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
-    for site in dict.fromkeys(plan.sites.values()):
-        layers = [layer for layer in plan.layers if plan.sites[layer.name] == site]
+    for layers in plan.layers_by_input().values():
         rows, channels = sum(len(layer.weight) for layer in layers), layers[0].weight.shape[1]
         experts = {layer.owner for layer in layers if layer.expert is not None}
         beside = sum(4 * p.numel() + 8 * tokens * p.shape[-1] for owner in experts for p in owner.parameters())
@@ -180,11 +179,8 @@ class Stream:
         """Run the model once and solve the problems at each tensor that layers read, except those in the journal."""
         plan = self.plan
         known = distributed.common(journal.values)  # all ranks take part in solving each problem
-        waiting = {
-            site: [layer for layer in plan.layers if plan.sites[layer.name] == site]
-            for site in problems
-            if site not in known
-        }
+        readers = plan.layers_by_input()
+        waiting = {site: readers[site] for site in problems if site not in known}
         if not waiting:
             return
 

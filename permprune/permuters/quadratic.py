@@ -82,6 +82,7 @@ class QuadraticModel:
         independent.
         """
         pieces: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
+        columns: dict[tuple[str, int], Tensor] = {}
         coupling: dict[tuple[str, int], list[Tensor]] = {}
         for part in problem.parts:
             root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
@@ -93,16 +94,17 @@ class QuadraticModel:
             error = weight * ~kept * root
             slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
             place = (part.site, int(part.columns[0]))
+            columns.setdefault(place, part.columns)
             pieces.setdefault(place, []).append((weight * root, score, slope, error))
             if covariance and part.layer in covariance:
                 coupling.setdefault(place, []).append(covariance[part.layer] / root / root.T)
         bundles = []
-        for (site, first), rows in pieces.items():
-            columns = next(p.columns for p in problem.parts if (p.site, int(p.columns[0])) == (site, first))
-            moments = network.statistics.moments[site][columns][:, columns]
+        for place, rows in pieces.items():
+            own = columns[place]
+            moments = network.statistics.moments[place[0]][own][:, own]
             weight, score, slope, error = (torch.cat(x).T.contiguous() for x in zip(*rows, strict=True))
             slope = moments @ slope if gradient is None else slope
-            blocks = tuple(coupling.get((site, first), ()))
+            blocks = tuple(coupling.get(place, ()))
             whole = sum(map(len, blocks)) == weight.shape[1]
             bundles.append(Bundle(weight, score, moments, slope, error, blocks if whole else ()))
         shown = network.orders.get(problem.name, problem.identity()) if order is None else order

@@ -86,8 +86,7 @@ def _space_problems(space: ChannelSpace, pruned: dict[str, list[Layer]], pattern
         parts = tuple(
             Part(layer.name, layer.input_of(reader.site or ""), columns)
             for reader in space.readers
-            for layer in pruned.get(reader.parameter, [])
-            for columns in _columns(reader, block, layer)
+            for layer, columns in _columns(reader, block, pruned.get(reader.parameter, []))
             if _whole_groups(columns, pattern)
         )
         if parts:
@@ -96,16 +95,18 @@ def _space_problems(space: ChannelSpace, pruned: dict[str, list[Layer]], pattern
     return problems
 
 
-def _columns(reader: Member, block: int, layer: Layer) -> list[Tensor]:
-    """Return the columns of a layer at the positions of a block, one tensor for each copy of the block in the layer.
+def _columns(reader: Member, block: int, layers: list[Layer]) -> list[tuple[Layer, Tensor]]:
+    """Return the columns of each of a parameter's layers at the positions of a block, once for each copy of the block.
 
-    If the first dimension of experts is among those of the member, each copy is in the matrix of one expert.
+    Positions that the first dimension of experts is part of are in the matrix of one expert; others are in all.
     """
-    copies = list(reader.positions[block])
-    if layer.expert is None or reader.dims[0] != 0:
-        return copies
-    width = layer.weight.shape[1]
-    return [columns % width for columns in copies if bool((columns // width == layer.expert).all())]
+    copies = reader.positions[block]
+    if not layers or layers[0].expert is None or reader.dims[0] != 0:
+        return [(layer, columns) for layer in layers for columns in copies]
+    width, by_expert = layers[0].weight.shape[1], {layer.expert: layer for layer in layers}
+    experts = [set((columns // width).tolist()) for columns in copies]
+    owners = [by_expert.get(numbers.pop()) if len(numbers) == 1 else None for numbers in experts]
+    return [(layer, columns % width) for layer, columns in zip(owners, copies, strict=True) if layer is not None]
 
 
 def _site_problem(site: Site, pruned: dict[str, list[Layer]], covered: set[str], pattern: Pattern) -> Problem | None:
