@@ -21,6 +21,7 @@ from permprune.errors import PermpruneError
 from permprune.kernels.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
 from permprune.kernels.layout import DTYPES
 from permprune.kernels.module import PackedLinear
+from permprune.kernels.plain import use_kernels, use_pytorch
 from permprune.pattern import Pattern
 from permprune.system.huge_pages import move_to_huge_pages
 
@@ -94,6 +95,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear | Int8Table):
                 module.check(name)
+        use_kernels(model)
         move_to_huge_pages(model)
         return model
 
@@ -102,7 +104,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         model.hf_quantizer = self  # type: ignore[assignment]
         model.quantization_method = METHOD  # type: ignore[assignment]
         model.is_quantized = True  # type: ignore[assignment]
-        self.postprocess_model(model)  # checks the layers and moves the model to huge pages
+        self.postprocess_model(model)  # checks the layers and prepares the model to run
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -122,6 +124,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def unpack_layers(model: PreTrainedModel, dtype: torch.dtype, natural: bool = True) -> None:
     """Replace every `PackedLinear`, and an int8 embedding and head, by their `dense` layers, in place."""
+    use_pytorch(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(name, module.dense(dtype, natural))

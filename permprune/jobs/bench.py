@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,6 +30,9 @@ from permprune.system.progress import console, track
 
 DENSE = ("fp32", "bf16")
 """The data types in which the dense model is measured."""
+
+END = "end"
+"""The request that ends a process."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -129,6 +133,10 @@ def _served(entries: Sequence[_Entry]) -> Iterator[list[Connection]]:
             servers.append(own)
             _receive(own)
         yield servers
+        for own in servers:
+            own.send(END)
+        for process in processes:
+            process.join()
     finally:
         for process in processes:
             process.terminate()
@@ -167,16 +175,19 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
     """Load a model and answer the requests that arrive through the pipe.
 
     The answer to (batch, context, steps) is the model's `Speed`; the answer to None is a pair of the bytes of its
-    tensors and the resident memory of the process in bytes. A `PermpruneError` is sent as the answer and ends the
-    process.
+    tensors and the resident memory of the process in bytes; `END` ends the process. A `PermpruneError` is sent as the
+    answer and ends the process.
     """
     console.quiet = True
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(entry.threads)
     try:
         model = _load(entry)
         pipe.send(None)
         while True:
             question = pipe.recv()
+            if question == END:
+                return
             if question is None:
                 pipe.send((stored_bytes(model), psutil.Process().memory_info().rss))
             else:
