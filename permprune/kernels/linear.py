@@ -24,8 +24,8 @@ from permprune.pattern import Pattern
 
 LARGEST_BATCH = 64
 """Largest number of rows of activations that are multiplied by the packed weight directly."""
-UNPACKED_ROWS = 256
-"""Number of rows of the weight that are unpacked at a time for BLAS."""
+UNPACKED_BYTES = 1 << 24
+"""Bytes of the weight that are unpacked at a time for BLAS: with fewer, BLAS reads the activations too often."""
 
 
 @torch.library.custom_op("permprune::packed_linear", mutates_args=())
@@ -90,11 +90,12 @@ def _multiply_unpacked(
     exact = x.dtype if x.dtype == dtype else torch.float32
     channels = (x if order is None else _reorder(x, order)).to(exact)
     y = torch.empty(x.shape[0], weights.rows, dtype=exact)
-    tile = torch.empty(min(UNPACKED_ROWS, weights.rows), weights.width, dtype=exact)
-    for first in range(0, weights.rows, UNPACKED_ROWS):
+    rows = max(1, UNPACKED_BYTES // (weights.width * exact.itemsize))
+    tile = torch.empty(min(rows, weights.rows), weights.width, dtype=exact)
+    for first in range(0, weights.rows, rows):
         some = tile[: weights.rows - first]
         native.unpack(weights, first, some)
-        y[:, first : first + UNPACKED_ROWS] = channels @ some.T
+        torch.mm(channels, some.T, out=y[:, first : first + rows])
     if bias is not None:
         y += bias
     return y.to(x.dtype)

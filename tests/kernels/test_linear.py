@@ -8,7 +8,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
-from permprune.kernels.linear import LARGEST_BATCH, UNPACKED_ROWS, multiply_reference, packed_linear, round_to_int8
+from permprune.kernels.linear import LARGEST_BATCH, multiply_reference, packed_linear, round_to_int8
 from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
 from tests.kernels.test_packed import PATTERNS
@@ -118,9 +118,10 @@ def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype
 @pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, LARGEST_BATCH, LARGEST_BATCH + 1])
 def test_the_operator_below_and_above_the_largest_batch(
-    dtype: torch.dtype, activations: torch.dtype, batch: int
+    dtype: torch.dtype, activations: torch.dtype, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = UNPACKED_ROWS + 24
+    rows = 300
+    monkeypatch.setattr("permprune.kernels.linear.UNPACKED_BYTES", 128 * 320 * 4)
     weight = packed(rows, 320, dtype=dtype)
     x = torch.randn(batch, 320).to(activations)
     bias, order = torch.randn(rows), torch.randperm(320)
