@@ -22,21 +22,26 @@ ALIGNMENT = 64
 def move_to_huge_pages(model: nn.Module) -> None:
     """Move the parameters and buffers of a model that are on the CPU into huge pages, in place.
 
-    They stay the same objects, and those that share memory still do; tensors of which others are a part are left where
-    they are. Does nothing for models smaller than a huge page, or where the system has none to give.
+    Parameters stay the same objects, and tensors that share memory still do; those of which others are a part are left
+    where they are. Does nothing for models smaller than a huge page, or where the system has none to give.
     """
     found: dict[int, list[Tensor]] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             found.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-    whole = [own for own in found.values() if all(0 < t.nbytes == t.untyped_storage().nbytes() for t in own)]
-    room = _room([own[0].nbytes for own in whole])
+    whole = {at: own for at, own in found.items() if all(0 < t.nbytes == t.untyped_storage().nbytes() for t in own)}
+    room = _room([own[0].nbytes for own in whole.values()])
     if room is None:
         return
     memory, starts = room
-    for own, start in zip(whole, starts, strict=True):
-        for tensor in own:
-            tensor.data = _tensor_at(memory, start, tensor).copy_(tensor.data)
+    places = dict(zip(whole, starts, strict=True))
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if (start := places.get(parameter.untyped_storage().data_ptr())) is not None:
+                parameter.data = _tensor_at(memory, start, parameter).copy_(parameter.data)
+        for name, buffer in module._buffers.items():  # a new tensor: as a view, a buffer would keep its old memory
+            if buffer is not None and (start := places.get(buffer.untyped_storage().data_ptr())) is not None:
+                module._buffers[name] = _tensor_at(memory, start, buffer).copy_(buffer)
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:

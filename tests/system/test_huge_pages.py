@@ -2,6 +2,7 @@
 
 import copy
 import mmap
+import weakref
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,19 @@ def test_a_model_moves_and_stays_what_it_is() -> None:
     assert model.second.weight[0, 0] == 7 and model.part[0] == 7
     assert copy.deepcopy(model).second.weight[0, 0] == 7
     assert all(tensor.data_ptr() % 64 == 0 for name, tensor in after.items() if name in moved)
+
+
+def test_the_old_memory_is_given_back() -> None:
+    old = torch.zeros(HUGE, dtype=torch.uint8)
+    alive = weakref.ref(old)
+    model = nn.Module()
+    model.register_buffer("buffer", old.view(2, -1))
+    model.shared = nn.Module()
+    model.shared.register_buffer("buffer", model.buffer)
+    del old
+    move_to_huge_pages(model)
+    assert model.buffer.data_ptr() == model.shared.buffer.data_ptr()
+    assert alive() is None or not hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def test_small_models_stay_where_they_are() -> None:
