@@ -89,7 +89,7 @@ def attach_gathers(model: nn.Module, gathers: Sequence[Gather]) -> None:
     device = compute_device(model)
     for gather in gathers:
         for side, name in gather.places:
-            _attach(_module(model, side, name), side, name, torch.tensor(gather.order, device=device))
+            _attach(_module(model, side, name), side, name, torch.tensor(gather.order).to(device))
     for module in model.modules() if gathers else ():
         if isinstance(module, PreTrainedModel):
             vars(module)["save_pretrained"] = _refuse_to_save

@@ -99,8 +99,9 @@ def read_offloaded(
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     remove_hook_from_submodules(model)
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(best_device())
+    for module in model.modules():
+        for buffer, tensor in module.named_buffers(recurse=False):
+            setattr(module, buffer, tensor.to(best_device()))
     dtype = model.dtype
     set_origin(model, Origin(name, dtype))
     _convert(model, torch.float32)

@@ -18,6 +18,7 @@ from transformers.utils.generic import ModelOutput
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.models.padding import Padding
+from permprune.system.device import compute_device
 
 
 @contextmanager
@@ -83,8 +84,8 @@ def main_outputs(output: Any) -> list[Any]:
 
 
 def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
-    """The model's arguments for two examples, without attention masks; text is cut to its first 16 tokens."""
-    inputs = model_inputs(model, examples[torch.arange(2) % len(examples)])
+    """The model's arguments for two examples, on its device and without attention masks; text is cut to 16 tokens."""
+    inputs = model_inputs(model, examples[torch.arange(2) % len(examples)].to(compute_device(model)))
     if inputs.keys() == {"input_ids"}:
         return {"input_ids": inputs["input_ids"][:, :16]}
     return {name: tensor for name, tensor in inputs.items() if not name.endswith("attention_mask")}

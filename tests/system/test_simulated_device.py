@@ -1,0 +1,194 @@
+"""Models on a device other than the CPU: everything runs, and gives what it gives on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+
+import permprune
+from permprune import Evaluation, Examples, FineTuning, Identity, Newton, PruneConfig
+from permprune.coupling.space import Coupling
+from permprune.inference.pack import pack
+from permprune.permuters.base import Permuter
+from permprune.permuters.cp import CP
+from permprune.permuters.learned import Learned
+from permprune.permuters.reconstruction import Reconstruction
+from permprune.permuters.registry import PERMUTERS
+from permprune.permuters.trust_region import TrustRegion
+from permprune.pipeline import prepare
+from permprune.saliency.registry import SALIENCIES
+from permprune.updates.registry import UPDATES
+
+from ..conftest import BLOCK, make_tiny_llama
+from ..permuters.test_permuters import WINDOWS, brief
+from ..simulated_device import CPU, SIMULATED, SimulatedTensor, simulated_device
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless", "traced_on_cpu", "torch_only")]
+
+DEVICES = (CPU, SIMULATED)
+
+
+@pytest.fixture
+def traced_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`torch.export` does not know the simulated device: a copy of the model on the CPU is traced."""
+    discover = permprune.plan.discover
+
+    def on_cpu(model: PreTrainedModel, example: dict[str, Tensor]) -> Coupling:
+        tensors = (*model.parameters(), *model.buffers(), *example.values())
+        assert len({tensor.device for tensor in tensors if not tensor.is_meta}) == 1
+        return discover(type(model)(model.config), {name: tensor.cpu() for name, tensor in example.items()})
+
+    monkeypatch.setattr("permprune.plan.discover", on_cpu)
+    with simulated_device():
+        yield
+
+
+@pytest.fixture
+def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both devices run the same operators: native code, which runs on the CPU alone, rounds sums in another way."""
+    monkeypatch.setattr("permprune.kernels.native.available", lambda: False)
+
+
+@pytest.fixture
+def simulated_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are read onto the simulated device."""
+    for module in ("system.device", "checkpoints.io", "checkpoints.offload"):
+        monkeypatch.setattr(f"permprune.{module}.best_device", lambda: SIMULATED)
+
+
+def short(name: str) -> Permuter:
+    """A method with as few steps as run all of its code."""
+    method = brief(name)
+    if isinstance(method, CP):
+        return dataclasses.replace(method, escapes=1)
+    if isinstance(method, Reconstruction):
+        return dataclasses.replace(method, swaps=2, candidates=2)
+    if isinstance(method, TrustRegion):
+        method = dataclasses.replace(method, start=Identity(), rounds=2)
+    return dataclasses.replace(method, steps=2) if isinstance(method, Learned) else method
+
+
+def test_what_cuda_refuses_is_refused() -> None:
+    x, y = torch.ones(3, device=SIMULATED), torch.ones(3)
+    assert isinstance(x, SimulatedTensor) and x.device == SIMULATED
+    for attempt in (
+        lambda: x + y,
+        lambda: y[x > 0],
+        lambda: x.index_put_((torch.tensor([0]),), y[:1]),
+        lambda: torch.mul(x, x, out=y),
+        lambda: torch.cat([x, y]),
+        lambda: torch.rand(3, device=SIMULATED, generator=torch.Generator()),
+        lambda: x.exponential_(generator=torch.Generator()),
+    ):
+        with pytest.raises(RuntimeError, match="simulated:0"):
+            attempt()
+    with pytest.raises(RuntimeError):
+        x.numpy()
+    x[torch.tensor([0, 2])] *= torch.tensor(2.0)
+    assert (x.cpu() + y).tolist() == [3, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize("name", PERMUTERS)
+def test_orders(name: str, mode: str) -> None:
+    config = PruneConfig(mode=mode, precision="fp32", measured=6, held_out=4)
+    found = []
+    for device in DEVICES:
+        prepared = prepare(make_tiny_llama().to(device), None, config, examples=WINDOWS)
+        found.append(short(name).solve(prepared.network, prepared.run).orders)
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(order, found[1][problem]) for problem, order in found[0].items())
+
+
+def pruned_on(device: torch.device, model: PreTrainedModel, examples: Any, **settings: Any) -> dict[str, Tensor]:
+    """Prune the model on a device; returns its weights, on the CPU."""
+    pruned = permprune.prune(model.to(device), examples=examples, precision="fp32", **settings)
+    weights = pruned.model.state_dict()
+    assert all(weight.device == device for weight in weights.values())
+    return {name: weight.cpu() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("saliency", "update"),
+    [*itertools.product(SALIENCIES, ["none"]), *itertools.product(["wanda"], UPDATES.keys() - {"none"})],
+)
+def test_weights(saliency: str, update: str) -> None:
+    settings = {"permute": "ria", "saliency": saliency, "update": update}
+    one, other = (pruned_on(device, make_tiny_llama(), WINDOWS, **settings) for device in DEVICES)
+    assert one.keys() == other.keys()
+    torch.testing.assert_close(list(other.values()), list(one.values()))
+
+
+def test_orders_and_weights_together() -> None:
+    method = Newton(start=Identity(), rounds=1, tune=2, examples=4)
+    one, other = (pruned_on(device, make_tiny_llama(), WINDOWS, permute=method) for device in DEVICES)
+    torch.testing.assert_close(list(other.values()), list(one.values()))
+
+
+def test_labels_and_padding() -> None:
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(**BLOCK, vocab_size=128, num_labels=3))
+    mask = torch.ones_like(WINDOWS)
+    mask[:, 10:] = 0
+    examples = Examples({"input_ids": WINDOWS, "attention_mask": mask, "labels": torch.arange(24) % 3})
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = []
+    for device in DEVICES:
+        model.to(device).load_state_dict(state)
+        found.append(pruned_on(device, model, examples, permute=Newton(start=Identity(), rounds=1, examples=4)))
+    torch.testing.assert_close(list(found[1].values()), list(found[0].values()))
+
+
+@pytest.mark.parametrize("memory", [None, 4 * 10**5])
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_folders(
+    mode: str, memory: int | None, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, request: Any
+) -> None:
+    config = PruneConfig(
+        permute="ria",
+        calibration=str(tiny_text),
+        length=16,
+        samples=24,
+        precision="fp32",
+        mode=mode,
+        memory=memory,
+    )
+    evaluation = Evaluation(str(tiny_text), 4, 16)
+    options = FineTuning(
+        str(tiny_text), train="norms", epochs=1, rows=16, length=16, teacher=str(tiny_checkpoint), hidden=1e-5
+    )
+    found = []
+    for device in DEVICES:
+        if device == SIMULATED:
+            request.getfixturevalue("simulated_best")
+        folder, tuned = tmp_path / device.type, tmp_path / f"tuned-{device.type}"
+        record = permprune.prune_to_folder(str(tiny_checkpoint), folder, config, evaluation=evaluation)
+        assert ("model.residual" in record.permutations) == (mode == "fold" and memory is None)
+        assert permprune.verify(folder).layers == 14
+        measured = permprune.evaluate(folder, evaluation).value
+        trained = permprune.finetune(str(folder), tuned, options).result.value
+        found.append((record.permutations, record.gathers, measured, trained))
+    assert permprune.read_model(str(folder))[0].device == SIMULATED
+    assert found[1][:2] == found[0][:2]
+    assert found[1][2:] == pytest.approx(found[0][2:], rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 1e-5)])
+def test_packed_models(dtype: str, error: float) -> None:
+    found = []
+    for device in DEVICES:
+        pruned = permprune.prune(
+            make_tiny_llama().to(device), examples=WINDOWS, precision="fp32", permute="ria", mode="gather"
+        )
+        pack(pruned.model, {layer.name: layer.pattern for layer in pruned.layers}, dtype=dtype)
+        with torch.no_grad():
+            found.append(pruned.model(WINDOWS[:2].to(device), use_cache=False).logits.cpu())
+    assert float((found[1] - found[0]).abs().max()) <= error * float(found[0].abs().max())
