@@ -4,11 +4,17 @@ Every token is pruned but those of the window and the sinks, in prompts too. "fa
 with a dense cache. The bytes are those of the storages of a cache that holds one window of states in bf16, divided by
 those of a dense bf16 cache. Orders are found on the calibration text.
 
+`--table orders` compares keys and values, orders and recoveries; `rivals` other choices of channels at equal bytes, by
+their descriptions: ThinK (arXiv 2407.21018), which keeps the same channels of all tokens and so needs no mask; Mustafar
+(2505.22913), which keeps the largest channels of each token; SparK (2508.15212), which weights them by the queries and
+recovers the others from their signs.
+
 python benchmarks/kv_cache.py --data wiki.test.raw --calibration wiki.valid.raw --windows 4 --length 1024
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -17,20 +23,33 @@ from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
 from permprune.evaluation.perplexity import perplexity
 from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.calibration import observe_states
+from permprune.inference.kv.calibration import ObservedLayer, observe_states
 from permprune.inference.kv.config import KVConfig
 from permprune.inference.kv.evaluation import cached_perplexity
 from permprune.inference.kv.files import LayerChannels
 from permprune.inference.kv.layer import PrunedLayer
+from permprune.inference.kv.packing import Channels
 from permprune.jobs.kv import find_channels
-from permprune.permuters.base import ScorePermuter
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
+
+Observed = Mapping[int, ObservedLayer]
+
+
+@dataclass
+class Row:
+    """A row of the table: a method, its settings and channels, and the bits that it would not store, a channel."""
+
+    method: str
+    config: KVConfig
+    channels: LayerChannels
+    spared: float = 0.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--table", choices=TABLES, default="orders")
     parser.add_argument("--data", help="text to evaluate on; the default text if absent")
     parser.add_argument("--calibration", help="text to find the orders on; the default text if absent")
     parser.add_argument("--samples", type=int, default=16, help="windows of calibration text, 512 tokens each")
@@ -49,43 +68,85 @@ def main() -> None:
     observed = observe_states(model, shown, skipped=options.sinks)
     dense = perplexity(model, windows, 1).value
     print(f"{options.model}, {len(windows)} windows of {options.length} tokens, dense perplexity {dense:.2f}\n")
-    print("| keys | values | order | recovery | stored | factor | bytes |\n|---|---|---|---|---|---|---|", flush=True)
-    for config, method in caches(options.window, options.sinks):
-        channels, _ = find_channels(observed, config, method)
-        found = cached_perplexity(model, windows, maker(model, config, channels), 1)
-        order = "natural" if isinstance(method, Identity) else method.name
+    print("| method | keys | values | recovery | stored | factor | bytes |\n|---|---|---|---|---|---|---|", flush=True)
+    for row in TABLES[options.table](observed, KVConfig(dtype="bf16", window=options.window, sinks=options.sinks)):
+        config = row.config
+        found = cached_perplexity(model, windows, maker(model, row), 1)
         print(
-            f"| {config.keys} | {config.values} | {order} | {config.recovery} | {config.dtype} | "
-            f"{found.result.value / dense:.4f} | {share_of_bytes(model, config, channels, options.length):.4f} |",
+            f"| {row.method} | {config.keys} | {config.values} | {config.recovery} | {config.dtype} | "
+            f"{found.result.value / dense:.4f} | {share_of_bytes(model, row, options.length):.4f} |",
             flush=True,
         )
 
 
-def caches(window: int, sinks: int) -> Iterator[tuple[KVConfig, ScorePermuter]]:
-    """The settings that are compared, each with the order of its channels."""
-    common = {"window": window, "sinks": sinks}
+def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
+    """Keys, values and both, in the model's order and in that of `ria`, without and with signs; and int8."""
+    methods = {"natural order": Identity(), "ria": RIAPermuter()}
     for keys, values in (("2:4", "dense"), ("dense", "2:4"), ("2:4", "2:4")):
-        for method in (Identity(), RIAPermuter()):
+        for name, method in methods.items():
             for recovery in ("zeros", "sign"):
-                yield KVConfig(keys, values, recovery=recovery, dtype="bf16", **common), method
-    yield KVConfig("1:4", "dense", dtype="bf16", **common), RIAPermuter()
-    yield KVConfig("dense", "dense", dtype="int8", **common), Identity()
-    yield KVConfig("2:4", "2:4", dtype="int8", **common), RIAPermuter()
+                own = config.replace(keys=keys, values=values, recovery=recovery)
+                yield Row(name, own, find_channels(observed, own, method)[0])
+    for changes in ({"keys": "1:4", "values": "dense"}, {"keys": "dense", "values": "dense", "dtype": "int8"}):
+        own = config.replace(**changes)
+        yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
+    own = config.replace(dtype="int8")
+    yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
 
 
-def maker(model: PreTrainedModel, config: KVConfig, channels: LayerChannels) -> Callable[[], PrunedCache]:
-    return lambda: PrunedCache(model, config, channels, exact_window=True)
+def rivals(observed: Observed, config: KVConfig) -> Iterator[Row]:
+    """Other choices of channels, of keys and values, whose bytes are about those of 2:4 with signs."""
+    width = next(iter(observed.values())).keys[0].shape[-1]
+    half, more, most = (f"{round(share * width)}:{width}" for share in (1 / 2, 0.547, 0.594))
+    zeros = config.replace(keys=most, values=most, recovery="zeros")
+    yield Row("ThinK", zeros, {i: static(layer, zeros) for i, layer in observed.items()}, spared=1.0)
+    natural = find_channels(observed, config, Identity())[0]
+    plain = {
+        i: (Channels.natural(*keys.shape), Channels.natural(*values.shape)) for i, (keys, values) in natural.items()
+    }
+    yield Row("Mustafar", config.replace(keys=more, values=more, recovery="zeros"), plain)
+    inverse = {i: (inversed(keys), inversed(values)) for i, (keys, values) in natural.items()}
+    yield Row("SparK", config.replace(keys=half, values=half), inverse)
+    for pattern in ("2:4", "4:8", half):
+        own = config.replace(keys=pattern, values=pattern)
+        yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
 
 
-def share_of_bytes(model: PreTrainedModel, config: KVConfig, channels: LayerChannels, tokens: int) -> float:
+def static(layer: ObservedLayer, config: KVConfig) -> tuple[Channels, Channels]:
+    """Channels of which the same are kept for all tokens: those with the most mean squared state, times the query's."""
+    found = []
+    for states, pattern in zip(layer.states(), (config.keys, config.values), strict=True):
+        score = states.square().mean(1)
+        if not found:
+            score *= layer.query_weights().square()
+        kept = score.argsort(1, descending=True).argsort(1) < int(pattern.partition(":")[0])
+        natural = Channels.natural(*score.shape)
+        found.append(Channels(natural.order, torch.where(kept, 1e15, 1.0), natural.level))
+    return found[0], found[1]
+
+
+def inversed(channels: Channels) -> Channels:
+    """Channels whose pruned states are recovered with the same weighted magnitude."""
+    return Channels(channels.order, channels.weight, 1 / channels.weight)
+
+
+TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {"orders": orders, "rivals": rivals}
+
+
+def maker(model: PreTrainedModel, row: Row) -> Callable[[], PrunedCache]:
+    return lambda: PrunedCache(model, row.config, row.channels, exact_window=True)
+
+
+def share_of_bytes(model: PreTrainedModel, row: Row, tokens: int) -> float:
     """The bytes of a cache that was given the states of a prompt in bf16, divided by those of a dense cache."""
-    cache = PrunedCache(model, config, channels)
-    for number, (keys, values) in channels.items():
+    cache, spared = PrunedCache(model, row.config, row.channels), 0.0
+    for number, (keys, values) in row.channels.items():
         layer = cache.layers[number]
         assert isinstance(layer, PrunedLayer)
-        states = [torch.randn(1, own.shape[0], tokens, own.shape[1]).bfloat16() for own in (keys, values)]
+        states = [torch.randn(1, *own.shape, tokens).transpose(2, 3).bfloat16() for own in (keys, values)]
         layer.update(*states)
-    return cache.nbytes / cache.dense_nbytes
+        spared += row.spared / 8 * sum(own.order.numel() for own in (keys, values)) * layer.packed_count(tokens)
+    return (cache.nbytes - spared) / cache.dense_nbytes
 
 
 if __name__ == "__main__":

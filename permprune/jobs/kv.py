@@ -135,6 +135,8 @@ class _HeadScores:
 def _order(score: Tensor, pattern: Pattern, method: ScorePermuter, generator: torch.Generator) -> Tensor:
     """Return the order of a head's channels, int64 (width,), for their score, (tokens, width)."""
     width = score.shape[1]
+    if width == pattern.m:  # a single group: all orders keep the same
+        return torch.arange(width)
     problem = Problem("head", width, (Part("head", "", torch.arange(width)),))
     return method.order(_HeadScores({"head": score}, pattern), problem, generator)
 

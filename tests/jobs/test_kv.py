@@ -78,12 +78,13 @@ def test_an_order_that_spreads_large_channels_keeps_more() -> None:
     layer = ObservedLayer(0, 1)
     states = torch.randn(1, 2, 200, 16) * torch.tensor([3.0] * 4 + [1.0] * 12)
     layer.add(torch.rand(1, 4, 200, 16), states, states)
-    kept = {}
+    kept = {"one group": find_channels({0: layer}, KVConfig("8:16", "8:16"), RIAPermuter())[1]["values"].found}
     for method in (Identity(), RIAPermuter(), CP()):
         channels, shares = find_channels({0: layer}, KVConfig(), method)
         for own in channels[0]:
             own.check("kv")
         kept[method.name] = shares["values"].found
+    assert kept["one group"] > max(kept["ria"], kept["cp"])
     assert kept["ria"] > kept["none"] + 0.05 and kept["cp"] > kept["none"] + 0.05
 
 

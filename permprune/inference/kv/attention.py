@@ -29,6 +29,9 @@ QUERIES = 512
 SCORES, STATES = 2**22, 2**20
 """Limits of the numbers of scores, and of elements of unpacked states, that are held at a time."""
 
+SAME = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest differences of a model's outputs, beside the largest output, that rounding explains, by its type."""
+
 LEAST_BLOCK = 64
 """The least number of tokens of a block."""
 
@@ -244,6 +247,23 @@ def use_attention(model: PreTrainedModel) -> None:
     if config._attn_implementation != ATTENTION:
         raise PermpruneError(
             f"{type(model).__name__} does not use Transformers' attention interface: it cannot run with a pruned cache"
+        )
+
+
+def verify_attention(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Make a model use `attention` and check on a few tokens, (batch, length), that this does not change its outputs.
+
+    Attention can do more than Transformers' interface tells. Raises `PermpruneError` if it does, or in the cases of
+    `use_attention`; the model then computes attention as before.
+    """
+    before = model.config.get_text_config(decoder=True)._attn_implementation
+    expected = model(input_ids=tokens).logits.float()
+    use_attention(model)
+    difference = (model(input_ids=tokens).logits.float() - expected).abs().max()
+    if not difference <= SAME[model.dtype] * expected.abs().max():
+        model.set_attn_implementation(before)
+        raise PermpruneError(
+            f"{type(model).__name__} computes attention in a way of its own: it cannot run with a pruned cache"
         )
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from permprune.examples import Examples
-from permprune.inference.kv.attention import Call, States, attend_plain, use_attention
+from permprune.inference.kv.attention import Call, States, attend_plain, verify_attention
 from permprune.inference.kv.cache import attention_layers
 from permprune.inference.kv.packing import Channels, amplitude, kept_channels
 from permprune.models.forward import cache_argument, frozen, model_inputs
@@ -21,6 +21,9 @@ from permprune.system.progress import track
 
 TOKENS = 2048
 """Number of tokens of which the keys and values are held."""
+
+VERIFIED = 64
+"""Number of tokens on which the model is compared with itself under permprune's attention."""
 
 ROUNDS = 4
 """Number of times that levels and amplitudes are fitted to each other."""
@@ -65,15 +68,15 @@ def observe_states(
     """Run a model on examples and return what its layers with full attention read, by number.
 
     Of each example the first `skipped` tokens, which stay whole, are not held. Raises `PermpruneError` for a model that
-    cannot have a pruned cache.
+    cannot have a pruned cache (`verify_attention`).
     """
     layers, full = attention_layers(model)
-    use_attention(model)
     count, length = examples["input_ids"].shape
     stride = max(1, math.ceil(count * length / TOKENS))
     observed = {i: ObservedLayer(skipped, stride) for i in full}
     device = compute_device(model)
     with frozen(model):
+        verify_attention(model, examples["input_ids"][:1, :VERIFIED].to(device))
         for part in track(examples.split(batch), "observing keys and values"):
             cache = Cache(layers=[_Layer(observed[i]) if i in observed else layers[i] for i in range(len(layers))])
             model(**model_inputs(model, part.to(device)), **cache_argument(model, cache))

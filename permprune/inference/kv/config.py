@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.kernels.layout import LARGEST_GROUP
 from permprune.options import Natural, nearest, require_fields
 from permprune.pattern import Pattern
 
@@ -35,7 +34,7 @@ class KVConfig:
     """
 
     keys: str = "2:4"
-    """The N:M pattern of the keys along the channels of a head, or "dense"."""
+    """The N:M pattern of the keys along the channels of a head, or "dense"; M may be all of the channels."""
 
     values: str = "2:4"
     """The N:M pattern of the values, or "dense"."""
@@ -58,8 +57,7 @@ class KVConfig:
     def __post_init__(self) -> None:
         require_fields(self)
         for text in (self.keys, self.values):
-            if (pattern := pattern_named(text)) and pattern.m > LARGEST_GROUP:
-                raise PermpruneError(f"{pattern} is no pattern for a cache: M is at most {LARGEST_GROUP}")
+            pattern_named(text)
         if self.recovery not in RECOVERIES:
             raise PermpruneError(f'unknown recovery "{self.recovery}": choose {" or ".join(RECOVERIES)}')
         if self.dtype not in DTYPES:

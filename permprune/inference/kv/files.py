@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import reprlib
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,9 @@ AGAIN = "make the cache again with permprune kv"
 
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")
 """Entries of a model's config that tell whether a cache is for that model."""
+
+LAYER = re.compile(r"layers\.([0-9]{1,6})\.")
+"""The beginning of a tensor's name."""
 
 LayerChannels = dict[int, tuple[Channels, Channels]]
 """The channels of keys and values, by the number of the layer."""
@@ -91,12 +95,12 @@ def shape_of(model: PreTrainedModel) -> dict[str, int | None]:
 def write_cache(folder: Path, channels: LayerChannels, record: KVRecord) -> None:
     """Write the files into an existing folder. Raises `PermpruneError` if they cannot be written."""
     tensors = {
-        f"layers.{number}.{side}.{name}": tensor.to(torch.int32) if name == "order" else tensor
+        f"layers.{number}.{side}.{name}": tensor.contiguous()
         for number, pair in channels.items()
         for side, own in zip(("keys", "values"), pair, strict=True)
-        for name, tensor in vars(own).items()
+        for name, tensor in (("order", own.order.to(torch.int32)), ("weight", own.weight), ("level", own.level))
     }
-    write_whole(folder / TENSORS, lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path))
+    write_whole(folder / TENSORS, lambda path: save_file(tensors, path))
     write_json(folder / RECORD, encode(record))
 
 
@@ -119,9 +123,7 @@ def read_channels(folder: Path) -> LayerChannels:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise PermpruneError(f"{path} does not load: {AGAIN}") from error
-    numbers = sorted(
-        {int(name.split(".")[1]) for name in tensors if name.startswith("layers.") and name.split(".")[1].isdigit()}
-    )
+    numbers = sorted({int(match[1]) for name in tensors if (match := LAYER.match(name))})
     return {i: (_side(path, tensors, f"layers.{i}.keys"), _side(path, tensors, f"layers.{i}.values")) for i in numbers}
 
 

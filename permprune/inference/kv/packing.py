@@ -17,6 +17,7 @@ pattern N:M, the row of a token has these parts, channels in stored order (`Chan
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +63,8 @@ class Channels:
         if not torch.equal(self.order.sort(-1).values, identity):
             raise PermpruneError(f"{name} has an order that is no permutation: make the cache again with permprune kv")
         for numbers in (self.weight, self.level):
-            if numbers.shape != self.order.shape or not (numbers.isfinite() & (numbers > 0)).all():
+            valid = numbers.is_floating_point() and numbers.shape == self.order.shape
+            if not valid or not (numbers.isfinite() & (numbers > 0)).all():
                 raise PermpruneError(
                     f"{name} has weights or levels that are no positive numbers: make the cache again with permprune kv"
                 )
@@ -77,7 +79,11 @@ class Channels:
 
     def restore(self, states: Tensor) -> Tensor:
         """Put states in the stored order, (batch, heads, tokens, width), into the model's order."""
-        return states.gather(-1, self.order.argsort(-1)[:, None].expand_as(states))
+        return states.gather(-1, self._inverse[:, None].expand_as(states))
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        return self.order.argsort(-1)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ BLOCK = 512
 
 GROWTH = 64
 """Number of tokens for which memory is allocated when a few tokens are added and there is none left."""
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """A context in which new tensors can be written to later, in inference mode or not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class PackedTokens:
@@ -30,7 +38,7 @@ class PackedTokens:
     def append(self, states: Tensor) -> None:
         """Pack states, (batch, heads, tokens, width), and add them at the end."""
         left = states.shape[2]
-        for block in states.split(BLOCK, 2):
+        for block in states.detach().split(BLOCK, 2):
             self._write(encode(block, self.channels, self.layout), left)
             left -= block.shape[2]
 
@@ -45,7 +53,8 @@ class PackedTokens:
 
     def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every part by `change(part)`, which selects or repeats rows of the batch."""
-        self.parts = {name: change(part) for name, part in self.parts.items()}
+        with _ordinary_tensors():
+            self.parts = {name: change(part) for name, part in self.parts.items()}
 
     def _write(self, parts: Parts, coming: int) -> None:
         """Write parts behind the used tokens, with memory for all `coming` tokens; no more than that for the first."""
@@ -59,7 +68,8 @@ class PackedTokens:
     def _grow(self, like: Parts, capacity: int) -> None:
         """Allocate memory for `capacity` tokens and move the used ones there, one part after the other."""
         for name, part in like.items():
-            grown = part.new_empty(*part.shape[:2], capacity, *part.shape[3:])
+            with _ordinary_tensors():
+                grown = torch.empty(*part.shape[:2], capacity, *part.shape[3:], dtype=part.dtype, device=part.device)
             if self.length:
                 grown[:, :, : self.length] = self.parts[name][:, :, : self.length]
             self.parts[name] = grown

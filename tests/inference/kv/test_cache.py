@@ -188,7 +188,6 @@ def test_other_models_are_refused(tiny_llama: LlamaForCausalLM, channels: LayerC
     [
         ({"keys": "4:4"}, "keeps no or all weights"),
         ({"values": "half"}, "is not an N:M pattern"),
-        ({"keys": "8:32"}, "M is at most 16"),
         ({"recovery": "wish"}, 'unknown recovery "wish"'),
         ({"dtype": "int4"}, 'a cache cannot store "int4"'),
         ({"window": -1}, "window is -1"),

@@ -1,9 +1,16 @@
 """What a cache is calibrated on."""
 
+from typing import Any
+
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.inference.kv.calibration import fit_channels, observe_states
 from permprune.inference.kv.packing import Channels, Layout, decode, encode
@@ -47,3 +54,18 @@ def test_levels_lower_the_error_of_recovery() -> None:
     fitted.check("kv")
     assert torch.equal(fitted.order, order) and torch.equal(fitted.weight, weight.gather(1, order))
     assert error(fitted) < 0.95 * error(Channels(order, fitted.weight, 1 / fitted.weight))
+
+
+def test_a_model_with_attention_of_its_own_is_refused(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def doubled(*args: Any, **options: Any) -> Any:
+        output, weights = sdpa_attention_forward(*args, **options)
+        return 2 * output, weights
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "doubled", doubled)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "doubled", sdpa_mask)
+    tiny_llama.set_attn_implementation("doubled")
+    with pytest.raises(PermpruneError, match="LlamaForCausalLM computes attention in a way of its own"):
+        observe_states(tiny_llama, Examples.of(TOKENS))
+    assert tiny_llama.config._attn_implementation == "doubled"

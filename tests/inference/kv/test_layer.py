@@ -42,7 +42,7 @@ def causal_mask(padding: Tensor, past: int, new: int) -> Tensor:
 
 configs = st.builds(
     KVConfig,
-    st.sampled_from(["2:4", "1:4", "3:4", "1:2", "4:8", "dense"]),
+    st.sampled_from(["2:4", "1:4", "3:4", "1:2", "4:8", "5:8", "dense"]),
     st.sampled_from(["2:4", "1:4", "1:2", "dense"]),
     recovery=st.sampled_from(["zeros", "sign"]),
     window=st.integers(0, 20),
@@ -207,3 +207,22 @@ def test_a_model_that_reads_the_cache_by_itself_is_told_so() -> None:
     keys, _ = PrunedLayer(KVConfig()).update(*random_states(1, 2, 1, 3, (16, 16))[1:])
     with pytest.raises(PermpruneError, match="attention interface"):
         torch.matmul(torch.rand(3, 3), keys)  # type: ignore[arg-type]
+
+
+def test_tokens_may_come_in_inference_mode_and_after_it() -> None:
+    layer = PrunedLayer(KVConfig(window=8))
+    states = random_states(2, 2, 1, 30, (16, 16))
+    with torch.inference_mode():
+        call(layer, states, None)
+        layer.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        for _ in range(9):
+            call(layer, [t[:, :, :1] for t in states], None)
+    assert layer.packed is not None and layer.packed[0].length == 24
+
+
+def test_packed_tokens_hold_no_graph() -> None:
+    layer = PrunedLayer(KVConfig(window=8))
+    call(layer, [t.requires_grad_() for t in random_states(2, 2, 1, 30, (16, 16))], None)
+    assert layer.packed is not None and layer.packed[0].length == 16
+    assert not any(part.requires_grad for packed in layer.packed for part in packed.parts.values())
