@@ -48,7 +48,7 @@ dist: $(DEV)
 	$(BIN)/python -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet "$$(echo dist/*.whl)[dev]"
 	tar -xz -f dist/*.tar.gz -C build/sdist --strip-components 1 --exclude 'permprune-*/permprune'
-	cd build/sdist && $(ONE_THREAD) ../wheel/bin/$(PYTEST) $(QUICK)
+	cd build/sdist && PYTHONPATH=. $(ONE_THREAD) ../wheel/bin/$(PYTEST) $(QUICK)
 
 supported: $(DEV)
 	$(BIN)/python -m tests.coupling.supported
