@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from permprune.errors import PermpruneError
-from permprune.options import MODES, Bytes, Count, Positive, Seed, nearest, require_fields
+from permprune.options import MODES, Bytes, Count, Positive, Seed, replace_fields, require_fields
 
 if TYPE_CHECKING:
     from permprune.permuters.base import Permuter
@@ -107,11 +107,7 @@ class PruneConfig:
 
     def replace(self, **changes: Any) -> PruneConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one."""
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in changes:
-            if name not in known:
-                raise PermpruneError(f'there is no setting "{name}": {nearest(name, known)}')
-        return dataclasses.replace(self, **changes)
+        return replace_fields(self, changes, "there is no setting")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values: names as given, objects as the names that describe them (`label_of`)."""

@@ -10,12 +10,17 @@ import difflib
 import re
 import reprlib
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from permprune.errors import PermpruneError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 MODES = ("fold", "gather")
 """How orders are stored: folded into the weights, or applied with an `index_select` when the model runs."""
@@ -112,6 +117,18 @@ def numbers_of(options: type) -> dict[str, Number]:
     hints = get_type_hints(options, include_extras=True)
     found = {field.name: Number.of(hints[field.name]) for field in fields(options)}
     return {name: number for name, number in found.items() if number is not None}
+
+
+def replace_fields(options: T, changes: Mapping[str, Any], unknown: str) -> T:
+    """Return a copy of a dataclass object with other values.
+
+    Raises `PermpruneError`, which begins with `unknown` and names the closest field, for a name that is none.
+    """
+    known = [field.name for field in fields(options)]
+    for name in changes:
+        if name not in known:
+            raise PermpruneError(f'{unknown} "{name}": {nearest(name, known)}')
+    return replace(options, **changes)
 
 
 def require_fields(options: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.options import Natural, nearest, require_fields
+from permprune.options import Natural, replace_fields, require_fields
 from permprune.pattern import Pattern
 
 DENSE = "dense"
@@ -65,11 +65,7 @@ class KVConfig:
 
     def replace(self, **changes: Any) -> KVConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field."""
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in changes:
-            if name not in known:
-                raise PermpruneError(f'a cache has no setting "{name}": {nearest(name, known)}')
-        return dataclasses.replace(self, **changes)
+        return replace_fields(self, changes, "a cache has no setting")
 
 
 def pattern_named(text: str) -> Pattern | None:
