@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .conftest import SENTENCES
+from .fixtures import SENTENCES
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "arc_easy": [

@@ -306,7 +306,7 @@ def make_subjects(folder: Path) -> dict[str, Path]:
 
     import permprune
 
-    from ..conftest import SENTENCES, make_tiny_llama, make_tiny_tokenizer
+    from ..fixtures import SENTENCES, make_tiny_llama, make_tiny_tokenizer
 
     folder.mkdir(parents=True)
     for name in ("one", "two"):

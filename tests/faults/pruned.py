@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 import permprune
 
-from ..conftest import SENTENCES, make_tiny_llama
+from ..fixtures import SENTENCES, make_tiny_llama
 
 SETTINGS: dict[str, Any] = {"permute": "random", "precision": "fp32"}
 SMALL = ["--windows", "4", "--length", "16"]

@@ -19,8 +19,8 @@ from permprune.checkpoints.offload import read_offloaded
 from permprune.zoo.models import MODELS
 
 from ..cli.running import fails, run
-from ..conftest import BLOCK, SENTENCES, make_tiny_llama
 from ..coupling.coupling_models import FAMILIES, mixtral
+from ..fixtures import BLOCK, SENTENCES, make_tiny_llama
 from ..modalities import images, vit_config
 
 pytestmark = pytest.mark.usefixtures("pictureless")

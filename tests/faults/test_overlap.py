@@ -15,7 +15,7 @@ from permprune.data.overlap import overlap, warn_of_overlap
 from permprune.report.words import overlap_note
 
 from ..cli.running import run
-from ..conftest import SENTENCES
+from ..fixtures import SENTENCES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
 

@@ -19,7 +19,7 @@ from permprune.checkpoints.remote_code import UNTRUSTED
 from permprune.cli import app
 
 from ..cli.running import fails, run
-from ..conftest import make_tiny_llama
+from ..fixtures import make_tiny_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless", "retraced")]
 

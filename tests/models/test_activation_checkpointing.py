@@ -17,7 +17,7 @@ from permprune.pattern import Pattern
 from permprune.pruning.network import Gradients, PrunedNetwork
 from permprune.saliency.wanda import Wanda
 
-from ..conftest import make_tiny_llama
+from ..fixtures import make_tiny_llama
 
 WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))
 

@@ -27,7 +27,7 @@ from permprune.pipeline import prepare
 from permprune.saliency.registry import SALIENCIES
 from permprune.updates.registry import UPDATES
 
-from ..conftest import BLOCK, make_tiny_llama
+from ..fixtures import BLOCK, make_tiny_llama
 from ..permuters.test_permuters import WINDOWS, brief
 from ..simulated_device import CPU, SIMULATED, SimulatedTensor, simulated_device
 
