@@ -41,7 +41,7 @@ from permprune.saliency.registry import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.updates.base import Update
 
-pytestmark = pytest.mark.usefixtures("pictureless", "retraced")
+pytestmark = pytest.mark.usefixtures("pictureless")
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -152,7 +152,7 @@ def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCau
 
 
 @pytest.fixture
-def untraceable(monkeypatch: pytest.MonkeyPatch) -> None:
+def untraceable(retraced: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every LLaMA look at the values that pass through it."""
     plain = LlamaMLP.forward
 
@@ -198,6 +198,7 @@ def test_a_layer_that_takes_no_part_stays_dense(tiny_llama: LlamaForCausalLM, ca
     assert torch.equal(pruned.model.model.layers[0].spare.weight, before) and len(pruned.layers) == 14
 
 
+@pytest.mark.usefixtures("retraced")
 def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -46,8 +46,14 @@ def same(a: Orders, b: Orders) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+SLOW = ("learned", "permllm")
+"""Methods that share the code of their search with a faster one, newton or learned-paper."""
+
+
 @pytest.mark.parametrize("mode", ["fold", "gather"])
-@pytest.mark.parametrize("name", PERMUTERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in PERMUTERS]
+)
 def test_orders_are_permutations_and_repeat(tiny_llama: LlamaForCausalLM, name: str, mode: str) -> None:
     prepared = ready(tiny_llama, mode)
     first = brief(name).solve(prepared.network, prepared.run)
@@ -131,9 +137,8 @@ def test_end_to_end_searches_never_end_above_their_start(tiny_llama: LlamaForCau
         LearnedPaper(steps=5, examples=2, check=1, learning_rate=1.0),
     ],
 )
-@pytest.mark.parametrize("stop", [1, 3])
 def test_a_killed_search_resumes_to_the_same_orders(
-    tiny_llama: LlamaForCausalLM, tmp_path: Path, method: Permuter, stop: int, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, method: Permuter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = ready(tiny_llama)
     whole = method.search(prepared.network, prepared.run)
@@ -142,23 +147,27 @@ def test_a_killed_search_resumes_to_the_same_orders(
         pass
 
     save = Checkpoint.save
-    saved = []
+    for stop in (1, 3):
+        saved: list[str] = []
 
-    def save_then_die(self: Checkpoint, name: str, *args: Any, **options: Any) -> None:
-        save(self, name, *args, **options)
-        saved.append(name)
-        if saved.count(method.name) == stop:
-            raise Killed
+        def save_then_die(
+            self: Checkpoint, name: str, *args: Any, saved: list[str] = saved, stop: int = stop, **options: Any
+        ) -> None:
+            save(self, name, *args, **options)
+            saved.append(name)
+            if saved.count(method.name) == stop:
+                raise Killed
 
-    run = dataclasses.replace(prepared.run, checkpoint=Checkpoint(tmp_path, {"seed": 0}), solved={})
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoint, "save", save_then_die)
-        with pytest.raises(Killed):
-            method.search(prepared.network, run)
-    prepared.network.set_orders(prepared.network.identity())
-    resumed: Solution = method.search(prepared.network, dataclasses.replace(run, solved={}))
-    assert same(whole.orders, resumed.orders) and same(whole.weights, resumed.weights)
-    assert [(p.round, p.loss, p.kept) for p in resumed.curve] == [(p.round, p.loss, p.kept) for p in whole.curve]
+        checkpoint = Checkpoint(tmp_path / str(stop), {"seed": 0})
+        run = dataclasses.replace(prepared.run, checkpoint=checkpoint, solved={})
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "save", save_then_die)
+            with pytest.raises(Killed):
+                method.search(prepared.network, run)
+        prepared.network.set_orders(prepared.network.identity())
+        resumed: Solution = method.search(prepared.network, dataclasses.replace(run, solved={}))
+        assert same(whole.orders, resumed.orders) and same(whole.weights, resumed.weights)
+        assert [(p.round, p.loss, p.kept) for p in resumed.curve] == [(p.round, p.loss, p.kept) for p in whole.curve]
 
 
 @pytest.mark.slow

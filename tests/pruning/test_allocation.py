@@ -10,10 +10,12 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.pattern import TOTAL, Pattern, parse_pattern
-from permprune.permuters.registry import PERMUTERS, permuter
+from permprune.permuters.registry import PERMUTERS
 from permprune.pipeline import Prepared, finish, prepare
 from permprune.pruning.allocation import CHOICES, _least, tied
 from permprune.pruning.problem import Part, Problem
+
+from ..permuters.test_permuters import brief
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
@@ -83,7 +85,7 @@ def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str
     prepared = ready(tiny_llama, mode="gather")
     network, patterns = prepared.network, prepared.network.patterns
     natural = network.measures()
-    pruned = finish(prepared, permuter(method).solve(network, prepared.run), natural)
+    pruned = finish(prepared, brief(method).solve(network, prepared.run), natural)
     assert [Pattern.parse(row.pattern) for row in pruned.layers] == list(patterns.values())
     for name, layer in network.layers.items():
         assert patterns[name].holds(layer.weight)

@@ -76,6 +76,9 @@ RECORD: dict[str, Any] = {
         "permuted": {"score": [[100, 1, 60, 1, 2, 3, 90, 0]], "kept": [[1, 0, 1, 0, 0, 1, 1, 0]]},
     },
 }
+BARE: dict[str, Any] = {
+    "measured": None, "gap_closed": None, "layers": [], "curve": [], "permutations": {}, "gathers": [], "sample": None,
+}  # fmt: skip
 COMPARED = {
     "model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "update": "none",
     "metric": "perplexity",
@@ -95,8 +98,14 @@ def permuted_by(method: str, **fields: Any) -> dict[str, Any]:
     return changed(settings={**RECORD["settings"], "permute": method}, **fields)
 
 
-def test_the_page_states_the_decision_and_shows_five_pictures() -> None:
-    page = Page(render(RECORD))
+@pytest.fixture(scope="module")
+def rendered() -> str:
+    """The page of `RECORD`, whose pictures take half a second to draw."""
+    return render(RECORD)
+
+
+def test_the_page_states_the_decision_and_shows_five_pictures(rendered: str) -> None:
+    page = Page(rendered)
     assert (
         "2:4 with newton: perplexity 63.40 against 30.10 dense and 175.7 without permutation: 58 % of the gap closed."
         in page.text
@@ -127,8 +136,8 @@ def test_the_page_shows_what_training_after_pruning_brought() -> None:
         assert_svg(picture)
 
 
-def test_the_page_lists_settings_versions_times_and_orders() -> None:
-    text = Page(render(RECORD)).text
+def test_the_page_lists_settings_versions_times_and_orders(rendered: str) -> None:
+    text = Page(rendered).text
     for part in ("wanda", "2.13.0", "2.0 h", "8 min", "model.layers.0.mlp.down_proj.input", "model.norm.output"):
         assert part in text
     assert "1 channel space folded into the weights, 1 order kept as an index at run time." in text
@@ -141,10 +150,9 @@ def test_a_mix_shows_the_pattern_of_each_layer() -> None:
     assert page.text.count("3:4") == 1 and "A mix of patterns with newton: perplexity" in page.text
 
 
-def test_the_page_follows_the_reader_s_light_and_width() -> None:
-    page = render(RECORD)
-    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
-    for picture in Page(page).images:
+def test_the_page_follows_the_reader_s_light_and_width(rendered: str) -> None:
+    assert "prefers-color-scheme: dark" in rendered and 'name="viewport"' in rendered
+    for picture in Page(rendered).images:
         root = ElementTree.fromstring(picture)
         width, height = (float(size) for size in root.attrib["viewBox"].split()[2:])
         whole = f"M 0 {height:g} L {width:g} {height:g}"
@@ -159,8 +167,7 @@ def test_a_record_without_perplexities_says_so() -> None:
 
 
 def test_a_bare_record_still_gives_a_page() -> None:
-    bare = changed(measured=None, gap_closed=None, layers=[], curve=[], permutations={}, gathers=[], sample=None)
-    page = Page(render(bare))
+    page = Page(render(changed(**BARE)))
     assert page.images == []
     assert "2:4 with newton: the network was not measured." in page.text
     assert "every channel stands where it stood" in page.text
@@ -203,7 +210,8 @@ def test_the_decision_fits_the_outcome(record: dict[str, Any], sentence: str) ->
 
 
 def test_the_note_is_printed() -> None:
-    assert "No network: a small text was used." in Page(render(changed(note="No network: a small text was used."))).text
+    note = "No network: a small text was used."
+    assert note in Page(render(changed(**BARE, note=note))).text
 
 
 def test_everything_in_a_record_is_escaped() -> None:
@@ -240,8 +248,8 @@ def test_every_picture_is_a_whole_file(kind: pictures.Format) -> None:
     assert len(set(drawn)) == len(drawn)
 
 
-def test_the_same_record_gives_the_same_page() -> None:
-    assert render(RECORD) == render(copy.deepcopy(RECORD))
+def test_the_same_record_gives_the_same_page(rendered: str) -> None:
+    assert render(copy.deepcopy(RECORD)) == rendered
 
 
 def test_kinds_are_told_apart_and_experts_averaged() -> None:
@@ -261,10 +269,10 @@ def test_no_two_kinds_share_a_label(paths: set[tuple[str, ...]]) -> None:
     assert len(pictures.layer_kinds(layers, "a", "b")) == len(paths)
 
 
-def test_files_are_written_whole(tmp_path: Path) -> None:
+def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:
     write_report(RECORD, tmp_path / "report.html")
     write_comparison({**COMPARED, "rows": ROWS}, tmp_path / "compare.png")
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(RECORD)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == rendered
     assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.png", "report.html"]
 

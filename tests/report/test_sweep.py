@@ -43,8 +43,14 @@ def changed(**fields: Any) -> dict[str, Any]:
     return {**copy.deepcopy(RESULT), **fields}
 
 
-def test_the_page_states_the_decision_and_every_cell() -> None:
-    page = Page(render_sweep(RESULT))
+@pytest.fixture(scope="module")
+def rendered() -> str:
+    """The page of `RESULT`."""
+    return render_sweep(RESULT)
+
+
+def test_the_page_states_the_decision_and_every_cell(rendered: str) -> None:
+    page = Page(rendered)
     assert (
         "2:4 with newton: perplexity 51.90 against 30.10 dense and 163.9 without permutation, "
         "the least loss of 6 cells, at 65 % of the dense size."
@@ -74,7 +80,7 @@ def scored() -> dict[str, Any]:
     return result
 
 
-def test_the_page_shows_task_scores_where_there_are_some() -> None:
+def test_the_page_shows_task_scores_where_there_are_some(rendered: str) -> None:
     page = Page(render_sweep(scored()))
     for part in (
         "0.450 ± 0.010",
@@ -85,7 +91,7 @@ def test_the_page_shows_task_scores_where_there_are_some() -> None:
     ):
         assert part in page.text
     assert len(page.images) == 3
-    assert "task score" not in Page(render_sweep(RESULT)).text
+    assert "task score" not in Page(rendered).text
 
 
 def test_the_file_of_the_picture_has_a_panel_for_each_value(tmp_path: Path) -> None:
@@ -143,7 +149,7 @@ def test_pictures_are_whole(result: dict[str, Any]) -> None:
     assert tradeoff.minutes(result, "png").startswith(b"\x89PNG")
 
 
-def test_files_are_written_whole(tmp_path: Path) -> None:
+def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:
     write_sweep(RESULT, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pareto.png", "report.html"]
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_sweep(RESULT)
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == rendered
