@@ -298,6 +298,7 @@ def test_a_tokenizer_with_tokens_that_the_model_does_not_know_is_refused(
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not name.startswith("timm")])
 def test_what_a_family_saves_loads_whole(family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = cast(tf.PreTrainedModel, FAMILIES[family].build()).float()
