@@ -21,17 +21,21 @@ from .test_permuters import brief, same
 pytestmark = pytest.mark.slow
 
 SETTINGS = {"precision": "fp32", "measured": 4, "held_out": 2}
-METHODS = [name for name in PERMUTERS if name not in ("none", "random", "cp")]
+METHODS = {
+    "fold": ["ria", "reconstruction", "newton"],
+    "gather": [name for name in PERMUTERS if name not in ("none", "random", "cp")],
+}
+"""The mode decides on the problems, which all methods read in the same way: a few solve those of fold mode."""
 
 
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 @pytest.mark.parametrize("data", EXAMPLES)
-def test_every_permuter_finds_orders_that_repeat_and_fold(data: str, mode: str) -> None:
+def test_permuters_find_orders_that_repeat_and_fold(data: str, mode: str) -> None:
     model, examples = make(data), EXAMPLES[data]()
     config = PruneConfig(mode=mode, **SETTINGS)
     prepared, again = (prepare(m, None, config, examples=examples) for m in (model, make(data)))
     network, run = prepared.network, prepared.run
-    for name in METHODS:
+    for name in METHODS[mode]:
         method = brief(name)
         solution = method.solve(network, run)
         for problem in network.problems:

@@ -41,7 +41,7 @@ def test_threads_answer_in_order_and_give_the_threads_back() -> None:
 
 pytestmark = pytest.mark.usefixtures("pictureless")
 
-METHODS = ["newton:rounds=3", "learned:rounds=3", "reconstruction"]
+METHODS = ["newton:rounds=2", "learned:rounds=2", "reconstruction"]
 
 COMMANDS = """
 import json, os, sys
