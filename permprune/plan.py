@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,15 @@ from permprune.data.load import load_examples
 from permprune.data.overlap import overlap
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
+from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import short_inputs
-from permprune.models.layers import DenseWeights, Layer, dense_weights, prunable_layers
+from permprune.models.layers import DenseWeights, Layer, block_linears, dense_weights, prunable_layers
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.processors import Processor
+from permprune.models.shallow import Repetition, repetitions, shortened
 from permprune.pattern import Pattern, parse_pattern
 from permprune.permuters.base import Run
+from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Problem, build_problems
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency
@@ -60,12 +63,10 @@ class Plan:
     measured: Examples
     run: Run
 
-    def layers_by_input(self) -> dict[str, list[Layer]]:
-        """Return the layers by what they read, in the order of `layers`."""
-        found: dict[str, list[Layer]] = {}
-        for layer in self.layers:
-            found.setdefault(self.sites[layer.name], []).append(layer)
-        return found
+    @property
+    def outline(self) -> Outline:
+        """The layers and the problems, without the rest."""
+        return Outline(self.pattern, self.layers, self.sites, self.problems)
 
     def overlap(self, evaluation: Examples) -> float:
         """Return the share of the evaluation data that the calibration data contain (`permprune.data.overlap`)."""
@@ -108,6 +109,33 @@ def plan_run(
     )
     dense = dense_weights(model, sites, config.exclude)
     return Plan(config, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
+
+
+def outline_model(model: PreTrainedModel, config: PruneConfig) -> Outline:
+    """Find the layers to prune and the orders to choose from the shapes of a model, which is on the meta device.
+
+    Of many equal blocks only the first ones are traced, if the model runs without the others. Raises `PermpruneError`.
+    """
+    pattern = parse_pattern(config.pattern)
+    layers, lists = prunable_layers(model, pattern, config.exclude), repetitions(model)
+    try:
+        found = _outline(model, pattern, config.mode, lists)
+    except Untraceable:
+        if not lists:
+            raise
+        lists = []
+        found = _outline(model, pattern, config.mode, lists)
+    return found.repeat(lists).of(layers)
+
+
+def _outline(model: PreTrainedModel, pattern: Pattern, mode: str, lists: Sequence[Repetition]) -> Outline:
+    with shortened(model, lists):
+        layers = [layer for layer in block_linears(model) if pattern.divides(layer.weight.shape[1])]
+        example = {name: tensor.to(next(model.parameters()).device) for name, tensor in example_inputs(model).items()}
+        coupling = _couple(model, example, layers, mode)
+        sites = _sites(coupling, layers)
+        layers = [layer for layer in layers if layer.name in sites]
+        return Outline(pattern, layers, sites, build_problems(coupling, layers, pattern, mode))
 
 
 def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Layer], mode: str) -> Coupling:

@@ -7,6 +7,7 @@ each matrix of each expert, so that hooks see what every one of them reads and w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 IN_TURN = "permprune"
 """The name of this module's implementation of experts among those of Transformers."""
+
+EVENLY = "permprune_evenly"
+"""The name of the implementation in which every expert gets as many tokens: it runs on tensors without data."""
 
 BATCHED = "batched_mm"
 """The implementation that `torch.export` traces with every expert's channels apart, on any device and in any type."""
@@ -97,7 +101,7 @@ class Experts:
         # `unbind`, as the gradients of single selections would each have the size of all experts
         stacks = [getattr(self.module, attribute).unbind() for attribute in self.attributes]
         for index, matrices in enumerate(self.matrices):
-            tokens, slots = torch.where(top_k_index == index)
+            tokens, slots = self._routed(index, top_k_index)
             shown = everyone if whole(self.module, index, len(tokens)) else tokens
             if not len(shown):
                 continue
@@ -105,6 +109,11 @@ class Experts:
             y = y[tokens] if shown is everyone else y
             result.index_add_(0, tokens, (y * top_k_weights[tokens, slots, None]).to(result.dtype))
         return result
+
+    def _routed(self, index: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens routed to an expert and, for each, which of its k experts it is: int64 (rows,)."""
+        tokens, slots = torch.where(top_k_index == index)
+        return tokens, slots
 
     def _expert(self, x: Tensor, routed: Routed, matrices: tuple[ExpertMatrix, ...], weights: list[Tensor]) -> Tensor:
         module = self.module
@@ -116,6 +125,15 @@ class Experts:
 
     def _bias(self, matrix: ExpertMatrix) -> Tensor | None:
         return getattr(self.module, f"{matrix.attribute}_bias")[matrix.index] if self.module.has_bias else None
+
+
+class EvenExperts(Experts):
+    """Experts that all get the same number of tokens, whatever the router says."""
+
+    def _routed(self, index: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
+        count = math.ceil(top_k_index.numel() / len(self.matrices))
+        tokens = torch.arange(min(count, len(top_k_index)), device=top_k_index.device)
+        return tokens, torch.zeros_like(tokens)
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -173,4 +191,10 @@ def _run_in_turn(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, 
     return experts.run(hidden_states, top_k_index, top_k_weights, whole)
 
 
+def _run_evenly(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The implementation `EVENLY`."""
+    return EvenExperts(module).run(hidden_states, top_k_index, top_k_weights, routed_only)
+
+
 ALL_EXPERTS_FUNCTIONS.register(IN_TURN, _run_in_turn)
+ALL_EXPERTS_FUNCTIONS.register(EVENLY, _run_evenly)

@@ -1,0 +1,214 @@
+"""The memory of activations, counted on fake tensors: the model runs without data, and nothing is computed."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+
+from permprune.models.activation_checkpointing import recomputed
+from permprune.models.experts import EVENLY, implementation
+from permprune.models.forward import frozen
+from permprune.models.layers import block_linears, blocks
+from permprune.models.shallow import Repetition, shortened
+from permprune.system.device import autocast
+
+CPU = torch.device("cpu")
+"""The device of the fake tensors: its kernels for attention keep as much as those of GPUs."""
+
+Gradients = Literal["none", "inputs", "weights"]
+"""What a backward pass gives gradients to: nothing (there is none), the layers' inputs, or their weights as well."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of the tensors that live at the peak of a pass over one batch.
+
+    `logits` are those of the model's head and the loss, if the peak is there, and `blocks` all others. `positions` is
+    the number of positions, such as tokens, of all examples together that the first linear layer reads, and `outputs`
+    are the bytes of the outputs of all blocks.
+    """
+
+    blocks: int
+    logits: int
+    positions: int
+    outputs: int
+
+
+def count_activations(
+    model: nn.Module,
+    run: Callable[[nn.Module], Tensor],
+    *,
+    gradients: Gradients,
+    dtype: torch.dtype,
+    recompute: bool = False,
+    lists: Sequence[Repetition] = (),
+) -> Activations:
+    """Count the tensors that a pass of a model makes; the model is on the meta device and not changed.
+
+    `run(model)` makes a batch on the CPU, runs the model on it and returns the loss, or any output if there is no
+    backward pass. The weights are fp32; they are not part of the result, nor are their gradients, but copies of them in
+    the `dtype` of the activations are. Blocks that `lists` leaves out do not run: each counts as the one that it
+    equals. Tokens are spread evenly over experts.
+    """
+    with shortened(model, lists):
+        own = copy.deepcopy(model)
+    with frozen(own), implementation(EVENLY, own.modules()), _without_packed_sequences():
+        mode = FakeTensorMode()
+        _make_fake(own, mode)
+        layers = block_linears(own)
+        if gradients == "weights":
+            for stored in {id(layer.stored): layer.stored for layer in layers}.values():
+                stored.requires_grad_(True).register_post_accumulate_grad_hook(_drop_gradient)
+        live = _Live(own)
+        with (
+            mode,
+            live,
+            torch.set_grad_enabled(gradients != "none"),
+            recomputed(own, recompute),
+            live.watching(layers[0].owner, gradients == "inputs"),
+        ):
+            with autocast(CPU, dtype):
+                loss = run(own)
+            if gradients != "none":
+                loss.backward()
+        live.leave_head()
+        copies = [own.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
+        growth, outputs = (sum(found[block] for block in copies) for found in (live.growth, live.outputs))
+    logits = live.head - live.before_head if live.head == live.peak else 0
+    return Activations(
+        blocks=live.peak - logits + growth,
+        logits=logits,
+        positions=live.positions,
+        outputs=sum(live.outputs.values()) + outputs,
+    )
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations inside make and that are alive, without those of the model.
+
+    `now` is their number and `peak` the largest so far. `growth` is what remains of each of the blocks after it has run
+    forward, and `outputs` are the bytes of its output. `head` is the peak from the end of the last block until its
+    output has a gradient, and `before_head` the number at its beginning. `positions` is as in `Activations`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.blocks, self.growth, self.outputs = blocks(model), dict[nn.Module, int](), dict[nn.Module, int]()
+        self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self.now = self.peak = self.head = self.before_head = self.positions = 0
+        self._sizes: dict[int, int] = {}
+        self._left: nn.Module | None = None
+        self._peak_before: int | None = None
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._end_block()
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._sizes and storage._cdata not in self._own:
+            self._sizes[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self._drop, storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    @contextmanager
+    def watching(self, first: nn.Module, starts_graph: bool) -> Iterator[None]:
+        """A context that follows the blocks. The graph may start at the input of `first`, the first linear layer."""
+
+        def read(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            x = args[0]
+            self.positions = self.positions or x.shape[:-1].numel()
+            begins = starts_graph and not x.requires_grad and torch.is_grad_enabled()
+            return (x.detach().requires_grad_(), *args[1:]) if begins else None
+
+        handles = [hook for block in self.blocks for hook in self._watch(block)]
+        handles.append(first.register_forward_pre_hook(read))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, block: nn.Module) -> list[Any]:
+        def enter(_block: nn.Module, _args: Any) -> None:
+            self._end_block()
+            self.leave_head()  # what lies between two blocks is none
+            self.growth[block] = -self.now
+
+        def leave(_block: nn.Module, _args: Any, output: Any) -> None:
+            first = output if isinstance(output, Tensor) else output[0]
+            self._left, self.outputs[block] = block, first.nbytes
+            if first.requires_grad and block is self.blocks[-1]:
+                first.register_hook(lambda _gradient: self.leave_head())
+
+        return [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+
+    def _end_block(self) -> None:
+        """Measure what remains of a block that has ended, now that its caller holds the output and not the input."""
+        if self._left is not None:
+            self.growth[self._left] += self.now
+            self._peak_before, self.before_head, self.peak = self.peak, self.now, self.now
+            self._left = None
+
+    def leave_head(self) -> None:
+        """End the part of the pass that counts as the head, if it has begun."""
+        if self._peak_before is not None:
+            self.head, self.peak, self._peak_before = self.peak, max(self.peak, self._peak_before), None
+
+
+@contextmanager
+def _without_packed_sequences() -> Iterator[None]:
+    """A context in which Transformers takes each row of position ids for one sequence.
+
+    It looks for several sequences in a row, and without data it would make a mask for them, of each pair of positions.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
+
+
+def _drop_gradient(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Replace the parameters and buffers of a model on the meta device by fake ones, with fp32 for floating types."""
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            whole = tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            made[id(tensor)] = FakeTensor(mode, whole, CPU)
+        return made[id(tensor)]
+
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found = fake(parameter)
+                made[id(parameter)] = module._parameters[name] = (
+                    found if isinstance(found, nn.Parameter) else nn.Parameter(found, requires_grad=False)
+                )
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer)

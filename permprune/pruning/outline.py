@@ -1,0 +1,177 @@
+"""What a run prunes and searches, from the model's shapes alone: traced on a few blocks, repeated for their equals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from permprune.models.activations import Activations
+from permprune.models.layers import Layer
+from permprune.models.shallow import Repetition
+from permprune.pattern import Pattern
+from permprune.pruning.problem import Part, Problem
+from permprune.system.resources import Held, Work
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The layers to prune, what each of them reads (`Layer.input_of`), and the orders to find.
+
+    `repeated` are the lists of blocks of which only the first ones were traced.
+    """
+
+    pattern: Pattern
+    layers: Sequence[Layer]
+    sites: Mapping[str, str]
+    problems: Sequence[Problem]
+    repeated: Sequence[Repetition] = ()
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """The number of rows of each layer."""
+        return {layer.name: len(layer.weight) for layer in self.layers}
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """The number of channels of each tensor that layers read."""
+        return {self.sites[layer.name]: layer.weight.shape[1] for layer in self.layers}
+
+    @cached_property
+    def weights(self) -> int:
+        """The number of weights of all layers."""
+        return sum(layer.weight.numel() for layer in self.layers)
+
+    def rows_of(self, problem: Problem) -> int:
+        """The number of weight rows that follow a problem's order."""
+        return sum(self.rows[part.layer] for part in problem.parts)
+
+    def largest(self, count: int) -> list[Problem]:
+        """The problems with the most weights."""
+        return sorted(self.problems, key=lambda problem: -problem.size * self.rows_of(problem))[:count]
+
+    def largest_weights(self, count: int) -> int:
+        """The number of weights of the problems with the most weights."""
+        return sum(problem.size * self.rows_of(problem) for problem in self.largest(count))
+
+    def largest_moments(self, count: int) -> int:
+        """The number of elements of the second moments of these problems' channels, at each tensor that is read."""
+        read = [
+            (problem.size, {(part.site, int(part.columns[0])) for part in problem.parts})
+            for problem in self.largest(count)
+        ]
+        return sum(size**2 * len(places) for size, places in read)
+
+    def layers_by_input(self) -> dict[str, list[Layer]]:
+        """Return the layers by what they read, in the order of `layers`."""
+        found: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            found.setdefault(self.sites[layer.name], []).append(layer)
+        return found
+
+    def moments(self) -> int:
+        """The number of elements of the second moments of all tensors that layers read."""
+        return sum(width**2 for width in self.widths.values())
+
+    def repeat(self, lists: Sequence[Repetition]) -> Outline:
+        """The outline of the whole model, given that of the model without the blocks that `lists` leaves out.
+
+        `layers` remain those of the blocks that were traced.
+        """
+        sites, problems = dict(self.sites), list(self.problems)
+        for one in lists:
+            sites |= _repeated_sites(sites, one)
+            problems = _repeated_problems(problems, one)
+        return Outline(self.pattern, self.layers, sites, problems, lists)
+
+    def of(self, layers: Iterable[Layer]) -> Outline:
+        """The outline with these layers, as far as they are used, and what concerns them."""
+        used = [layer for layer in layers if layer.name in self.sites]
+        names = {layer.name for layer in used}
+        problems = [
+            dataclasses.replace(problem, parts=tuple(part for part in problem.parts if part.layer in names))
+            for problem in self.problems
+        ]
+        sites = {layer.name: self.sites[layer.name] for layer in used}
+        return Outline(self.pattern, used, sites, [problem for problem in problems if problem.parts], self.repeated)
+
+
+def _repeated_sites(sites: Mapping[str, str], one: Repetition) -> dict[str, str]:
+    found = {}
+    for layer, site in sites.items():
+        number = one.number_of(layer)
+        for by in one.copies(number) if number is not None else ():
+            found[one.shifted(layer, by)] = one.shifted(site, by)
+    return found
+
+
+def _repeated_problems(problems: Iterable[Problem], one: Repetition) -> list[Problem]:
+    """Copy the problems inside a block for each of its equals; one that spans blocks gets the parts of all of them."""
+    found = []
+    for problem in problems:
+        numbers = {one.number_of(part.layer) for part in problem.parts}
+        found.append(problem)
+        if len(numbers) == 1 and None not in numbers:
+            (number,) = numbers
+            found += [_shifted(problem, one, by) for by in one.copies(number or 0)]
+            continue
+        parts = list(problem.parts)
+        for number in sorted(number for number in numbers if number is not None):
+            own = [part for part in problem.parts if one.number_of(part.layer) == number]
+            parts += [_shifted_part(part, one, by) for by in one.copies(number) for part in own]
+        found[-1] = dataclasses.replace(problem, parts=tuple(parts))
+    return found
+
+
+def _shifted(problem: Problem, one: Repetition, by: int) -> Problem:
+    move: Callable[[str], str] = lambda name: one.shifted(name, by)  # noqa: E731
+    return dataclasses.replace(
+        problem,
+        name=move(problem.name),
+        parts=tuple(_shifted_part(part, one, by) for part in problem.parts),
+        space=move(problem.space),
+        site=move(problem.site),
+    )
+
+
+def _shifted_part(part: Part, one: Repetition, by: int) -> Part:
+    return Part(one.shifted(part.layer, by), one.shifted(part.site, by), part.columns)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What passes over the model take: `forward` floating-point operations for an example, and memory for a batch.
+
+    A batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of
+    the weights, `loss` those without gradients, `held_out` is the number of examples of the accept test, and
+    `examples_per_window` as in `Run`.
+    """
+
+    forward: float
+    batch: int
+    gradient: Activations
+    loss: Activations
+    dtype: torch.dtype
+    held_out: int
+    examples_per_window: int
+    recompute: bool
+
+    def teacher_outputs(self, examples: int) -> int:
+        """The bytes of the dense model's block outputs for some examples."""
+        return examples * self.gradient.outputs // self.batch
+
+    def loss_work(self, examples: int) -> Work:
+        """The work of a loss on some examples."""
+        return Work(products=examples * self.forward)
+
+    def gradient_work(self, examples: int) -> Work:
+        """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`."""
+        return Work(products=examples * self.forward * (4 if self.recompute else 3))
+
+
+def activation_parts(activations: Activations) -> tuple[Held, ...]:
+    """The parts of a stage that holds these activations."""
+    return Held("activations", activations.blocks), Held("logits", activations.logits)

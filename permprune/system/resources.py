@@ -1,0 +1,73 @@
+"""The memory and the work that a run takes, by stage and part, as they are known before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Place = Literal["device", "host"]
+"""Where a part lies: in the memory of the device that computes, or in that of the host. On a CPU they are the same."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of memory that a stage holds, by name and place."""
+
+    name: str
+    bytes: int
+    place: Place = "device"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The operations of a stage.
+
+    Attributes:
+        products: Floating-point operations of matrix products in the type of the activations.
+        products_fp32: Floating-point operations of matrix products in fp32.
+        comparisons: Element operations of `placement_cost`, each a comparison, a difference and a sum.
+        distances: Element operations of L1 distances, with which channels are dealt to groups.
+        largest: The share of `comparisons` and `distances` that belong to the largest problem, which one thread solves.
+        stored: Bytes read from disk or written to it.
+    """
+
+    products: float = 0.0
+    products_fp32: float = 0.0
+    comparisons: float = 0.0
+    distances: float = 0.0
+    stored: float = 0.0
+    largest: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """The work of both; `largest` is 0."""
+        return Work(**{name: own + vars(other)[name] for name, own in self._amounts().items()})
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(**{name: own * factor for name, own in self._amounts().items()}, largest=self.largest)
+
+    def _amounts(self) -> dict[str, float]:
+        return {name: own for name, own in vars(self).items() if name != "largest"}
+
+
+def gib(size: float) -> str:
+    """Format bytes as GiB with three digits: "0.712 GiB", "1,410 GiB"."""
+    value = size / 2**30
+    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.3g} GiB"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run: the parts that it holds at its peak, and its work; None if the work is not known."""
+
+    name: str
+    parts: tuple[Held, ...]
+    work: Work | None = field(default_factory=Work)
+
+    def bytes(self, place: Place | None = None) -> int:
+        """The bytes of its parts, at one place or in all."""
+        return sum(part.bytes for part in self.parts if place in (None, part.place))
+
+    def beside(self, held: Iterable[Held]) -> Stage:
+        """The stage with other parts that are held all the time."""
+        return Stage(self.name, (*held, *self.parts), self.work)
