@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from permprune.jobs.compare import Comparison, ComparisonRow, compare
     from permprune.jobs.evaluate import evaluate
     from permprune.jobs.finetune import FineTuned, FineTuning, finetune
+    from permprune.jobs.fitting import forecast
+    from permprune.jobs.forecast import Forecast
     from permprune.jobs.inspect import InspectedSpace, inspect
     from permprune.jobs.kv import calibrate_kv, evaluate_kv
     from permprune.jobs.packing import Packed, pack_folder, unpack_folder
@@ -82,6 +84,7 @@ __all__ = [
     "Examples",
     "FineTuned",
     "FineTuning",
+    "Forecast",
     "Identity",
     "InspectedSpace",
     "KVConfig",
@@ -140,6 +143,7 @@ __all__ = [
     "fit_probe",
     "fold",
     "fold_all",
+    "forecast",
     "inspect",
     "load",
     "measure_speed",
@@ -198,6 +202,8 @@ _MODULES = {
     "FineTuned": "jobs.finetune",
     "FineTuning": "jobs.finetune",
     "finetune": "jobs.finetune",
+    "forecast": "jobs.fitting",
+    "Forecast": "jobs.forecast",
     "InspectedSpace": "jobs.inspect",
     "inspect": "jobs.inspect",
     "calibrate_kv": "jobs.kv",

@@ -69,8 +69,8 @@ class PruneConfig:
     """The data type of activations: "fp32", "bf16", or "auto" for the faster of the two."""
 
     memory: Bytes | None = None
-    """The maximum number of bytes for the statistics of one calibration pass. `prune_to_folder` reads a model layer by
-    layer from disk if the whole run would need more than this."""
+    """The maximum number of bytes for the statistics of one calibration pass. If a run of `prune_to_folder` would need
+    more than this, it takes leaner settings, or reads the model layer by layer from disk."""
 
     minutes: Positive | None = None
     """The time limit of the search, in minutes. The result then depends on the speed of the machine."""

@@ -123,6 +123,16 @@ def warn_of_rare(rare: Collection[object], layers: Iterable[Layer]) -> None:
         )
 
 
+def accumulator_bytes(widths: Iterable[int]) -> int:
+    """Return the bytes of the sums of `InputMoments`, fp64, for tensors of these numbers of channels."""
+    return 8 * sum(width**2 for width in widths)
+
+
+def moments_bytes(widths: Iterable[int]) -> int:
+    """Return the bytes of second moments, fp32, of tensors of these numbers of channels."""
+    return 4 * sum(width**2 for width in widths)
+
+
 def inner_product(x: Float[Tensor, "*positions channels"]) -> Float[Tensor, "channels channels"]:
     """Return X^T X of activations (..., channels) of any type, computed in fp32: (channels, channels)."""
     rows = x.detach().flatten(0, -2).float()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.calibration.fisher import output_fisher
-from permprune.calibration.moments import InputMoments, warn_of_rare
+from permprune.calibration.moments import InputMoments, accumulator_bytes, warn_of_rare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
 from permprune.losses.targets import Features, Predictions, Task
@@ -172,14 +172,19 @@ def _graph_from(layers: list[Layer]) -> Iterator[None]:
 
 
 def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Layer]]:
-    """Split the sites into passes whose fp64 accumulators fit into `memory` bytes; each pass has at least one site."""
-    passes: list[dict[str, Layer]] = [{}]
-    used = 0
-    for site, layer in readers.items():
-        size = 8 * layer.weight.shape[1] ** 2
-        if memory and passes[-1] and used + size > memory:
+    """Split the sites into passes (`sums_by_pass`)."""
+    widths = {site: layer.weight.shape[1] for site, layer in readers.items()}
+    return [{site: readers[site] for site in one} for one in sums_by_pass(widths, memory)]
+
+
+def sums_by_pass(widths: Mapping[str, int], memory: int | None) -> list[dict[str, int]]:
+    """Split sites into passes whose accumulators fit into `memory` bytes; each pass has at least one site.
+
+    `widths` are the numbers of channels by site, and so are those of each pass.
+    """
+    passes: list[dict[str, int]] = [{}]
+    for site, width in widths.items():
+        if memory and passes[-1] and accumulator_bytes([*passes[-1].values(), width]) > memory:
             passes.append({})
-            used = 0
-        passes[-1][site] = layer
-        used += size
+        passes[-1][site] = width
     return passes

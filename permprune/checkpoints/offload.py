@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from permprune.checkpoints.io import GATHERED, PROCESSOR, WEIGHTS, loading, read_config, write_configs
+from permprune.checkpoints.io import CONFIG, GATHERED, PROCESSOR, WEIGHTS, loading, read_config, write_configs
 from permprune.checkpoints.origin import Origin, set_origin
-from permprune.checkpoints.weights import load_whole, whole_skeleton
+from permprune.checkpoints.weights import load_whole, require_buildable, whole_skeleton
 from permprune.models.layers import canonical_names
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
@@ -74,10 +74,29 @@ def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedMo
     with loading(name, source, WEIGHTS):
         if not (Path(source) / GATHERED).exists():
             return whole_skeleton(name, architecture, config, source, trust_remote_code=trust_remote_code)[0]
-        with torch.device("meta"):
-            model: PreTrainedModel = architecture._from_config(config)
+        return _without_weights(architecture, config)[0]
+
+
+def read_shapes(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, torch.dtype]:
+    """Load a model without its weights, on the meta device, and the dtype of the weights, from its config alone.
+
+    `name` and `trust_remote_code` are those of `read_model`. Raises `PermpruneError` if the config is not usable.
+    """
+    source = resolve_model(name)
+    architecture, config = read_config(name, source, trust_remote_code)
+    with loading(name, source, CONFIG):
+        require_buildable(config)
+        return _without_weights(architecture, config)
+
+
+def _without_weights(
+    architecture: type[PreTrainedModel], config: PreTrainedConfig
+) -> tuple[PreTrainedModel, torch.dtype]:
+    with torch.device("meta"):
+        model: PreTrainedModel = architecture._from_config(config)
+    dtype = model.dtype
     model.to("meta")  # type: ignore[arg-type]  # some parameters are created on the CPU whatever the default device
-    return model
+    return model.eval(), dtype
 
 
 def read_offloaded(

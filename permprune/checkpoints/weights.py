@@ -148,6 +148,13 @@ def require_fewer_layers(config: PreTrainedConfig, source: str | Path) -> None:
             raise ValueError(f"{name} is {number}, and the checkpoint holds {stored} tensors")
 
 
+def require_buildable(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` if a config has more than `MANY_LAYERS` layers; without weights it is all that there is."""
+    for name, number in _integers(config.to_dict()):
+        if "layers" in name and number > MANY_LAYERS:
+            raise ValueError(f"{name} is {number}")
+
+
 def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield (name, value) for every integer in a nested mapping."""
     for name, value in values.items():

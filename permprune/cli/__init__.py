@@ -10,6 +10,7 @@ from permprune.cli import (  # noqa: F401 - each registers its command
     inspect,
     kv,
     pack,
+    plan,
     probe,
     prune,
     push,

@@ -73,13 +73,19 @@ Resume = Annotated[bool, typer.Option("--resume", help="continue an interrupted 
 Json = Annotated[Path | None, typer.Option("--json", help="write the results to this JSON file")]
 Picture = Annotated[Path | None, typer.Option(help="draw the results in this PNG file")]
 
-WRITTEN = ("json", "picture")
-"""Parameters that name files to write."""
-
 METHODS = (
     "none, random, ria, cp, permllm, reconstruction, learned-paper, learned or newton, with options after the name, "
     "such as newton:rounds=6"
 )
+
+Permute = Annotated[str, typer.Option(help=f"search for the channel order: {METHODS}")]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="paper: the published parameters of the learned permuter", show_default="permprune's own"),
+]
+
+WRITTEN = ("json", "picture")
+"""Parameters that name files to write."""
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -137,7 +143,7 @@ def prune_config(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="memory limit for tensors, such as 8GiB: prune reads a model that needs more layer by layer",
+            help="memory limit for tensors, such as 8GiB: prune takes leaner settings, or goes layer by layer",
             show_default="no limit",
         ),
     ] = None,
@@ -267,6 +273,12 @@ def parse_bytes(text: str | None) -> int | None:
     if size < 1:
         raise PermpruneError(f'"{text}" is not an amount of memory: give one above 0, such as 8GiB or 500MB')
     return size
+
+
+def method_of(permute: str, preset: str | None) -> str:
+    """Return the name of a permuter with its preset, such as "learned-paper:steps=10"."""
+    name, *options = permute.split(":")
+    return ":".join([name if preset is None else f"{name}-{preset}", *options])
 
 
 def parts(text: str) -> list[str]:

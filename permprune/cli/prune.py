@@ -19,11 +19,8 @@ def prune(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     config: PruneConfig,
-    permute: Annotated[str, typer.Option(help=f"search for the channel order: {cli.METHODS}")] = "newton",
-    preset: Annotated[
-        str | None,
-        typer.Option(help="paper: the published parameters of the learned permuter", show_default="permprune's own"),
-    ] = None,
+    permute: cli.Permute = "newton",
+    preset: cli.Preset = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
@@ -35,15 +32,22 @@ def prune(
         ),
     ] = None,
     resume: cli.Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what the run will take, as permprune plan does")
+    ] = False,
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
 
+    from permprune.cli.plan import show_forecast
+    from permprune.jobs.fitting import forecast
     from permprune.jobs.prune import prune_to_folder
     from permprune.jobs.trials import Evaluation
 
-    name, *options = permute.split(":")
-    method = ":".join([name if preset is None else f"{name}-{preset}", *options])
-    config, evaluation = Evaluation.beside(config.replace(permute=method), data, windows, metric=metric)
+    config = config.replace(permute=cli.method_of(permute, preset))
+    if dry_run:
+        show_forecast(model, forecast(model, config, windows=windows).to_json())
+        return
+    config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
     prune_to_folder(model, out, config, evaluation=evaluation, pack=pack, resume=resume, announce=_announce)
     print(f"written to {out} (report.html, permprune.json)")
 

@@ -22,8 +22,9 @@ from permprune.evaluation.result import gap_closed, metric_named
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
 from permprune.inference.pack import packed_type
+from permprune.jobs.fitting import fit_memory
 from permprune.jobs.packing import pack_folder
-from permprune.jobs.streaming import DECIDED, NATURAL, Stream, exceeds_memory
+from permprune.jobs.streaming import DECIDED, NATURAL, Stream
 from permprune.jobs.trials import Evaluation, Meter
 from permprune.kernels.layout import require_packable
 from permprune.models.processors import Processor
@@ -67,7 +68,11 @@ def prune_to_folder(
         started = time.monotonic()
         if pack is not None:
             require_packable(parse_pattern(config.pattern), packed_type(pack))
-        if not isinstance(model, PreTrainedModel) and exceeds_memory(str(model), config):
+        fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config)
+        if fitted is not None:
+            config = fitted.config
+            require_space(work.out, sum(fitted.disk.values()))
+        if fitted is not None and fitted.streamed:
             done = _prune_streamed(str(model), config, evaluation, work)  # no callbacks: the method has no rounds
         else:
             opened = open_model(model, processor, trust_remote_code=config.trust_remote_code)
@@ -106,7 +111,7 @@ def _prune_held(
     require_space(work.out, weight_bytes(model, stored))
     prepared = prepare(model, processor, config, partial=work.path)
     prepared.dense.warn()
-    require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.network))
+    require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.outline))
     with prepared.network.dense_weights():
         measure = Meter(model, processor, evaluation)
         dense = measure()
@@ -124,18 +129,16 @@ def _prune_held(
 
 
 def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder) -> _Done:
-    """Prune a model that is read layer by layer, with a config for which `exceeds_memory` returned True."""
+    """Prune a model that is read layer by layer, as `fit_memory` decided."""
     started = time.monotonic()
     rank, trust = f"rank-{distributed.rank()}", config.trust_remote_code
     model, processor, stored, weights = read_offloaded(name, work.scratch / rank, trust_remote_code=trust)
-    require_space(work.out, weight_bytes(model, stored))
     examples = evaluation.examples(model, processor)
     shown = calibration_examples(model, processor, config)
     plan = plan_run(model, config, examples=shown, weights=weights.stored)
     plan.dense.warn()
     overlap = _said_overlap(plan, examples)
     stream = Stream(model, weights, plan, work.path / rank)
-    require_space(work.out, weight_bytes(model, stored) + distributed.world() * stream.state_bytes)
     pruned = stream.solve()
     calibrated = time.monotonic() - started - stream.seconds
     seconds = {"calibrate": calibrated, "search": pruned.solution.seconds, "update": 0.0}

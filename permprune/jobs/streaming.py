@@ -17,35 +17,31 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.moments import FEWEST, inner_product, warn_of_rare
 from permprune.calibration.statistics import Statistics
-from permprune.checkpoints.io import GATHERED
-from permprune.checkpoints.offload import Edit, StoredWeights, attach, read_skeleton
+from permprune.checkpoints.offload import Edit, StoredWeights, attach
 from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import PrunedLayer
-from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
 from permprune.errors import PermpruneError
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
 from permprune.models.hooks import hooked
-from permprune.models.layers import Layer, prunable_layers, require_finite
-from permprune.models.modality import kind_of
-from permprune.pattern import MIXED, parse_pattern
+from permprune.models.layers import Layer, require_finite
 from permprune.permuters.base import LocalPermuter, Solution
-from permprune.permuters.registry import PERMUTERS, permuter
+from permprune.permuters.registry import permuter
 from permprune.pipeline import Pruned, beside_natural, new_gathers
 from permprune.plan import Plan
 from permprune.pruning.masked import MaskedLayers
+from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, reorder_columns
+from permprune.saliency.base import Saliency
 from permprune.saliency.obs import OBS
 from permprune.system import distributed
 from permprune.system.device import autocast, compute_device
 from permprune.system.files import write_whole
 from permprune.system.progress import log, track
+from permprune.system.resources import gib
 from permprune.system.search_state import Checkpoint, Journal
-from permprune.updates.none import NoUpdate
-from permprune.updates.registry import update
-from permprune.zoo.models import resolve_model
 
 BATCH = 4
 """Windows of text per forward pass in the evaluation."""
@@ -54,85 +50,36 @@ NATURAL, DECIDED = "natural", "decided"
 """The orders for which the masks are stored: the natural order and the one that was found."""
 
 
-def exceeds_memory(name: str, config: PruneConfig) -> bool:
-    """Return whether a run that holds the whole model of that name needs more than `config.memory` bytes.
-
-    Raises `PermpruneError` if it does and this model or config cannot be pruned layer by layer.
-    """
-    if config.memory is None:
-        return False
-    model = read_skeleton(name, trust_remote_code=config.trust_remote_code)
-    layers = prunable_layers(model, parse_pattern(config.pattern), config.exclude)
-    method, change = permuter(config.permute), update(config.update)
-    local = isinstance(method, LocalPermuter)
-    tokens = 0 if config.recompute else config.batch * config.length
-    needed = held_bytes(model, layers, tokens, gradients=not local)
-    if needed <= config.memory:
-        return False
-    if kind_of(model) != "text":
-        raise PermpruneError(
-            f"models of {kind_of(model)} can only be pruned in memory, which takes {_gib(needed)}: "
-            "raise --memory to that"
-        )
-    if (Path(resolve_model(name)) / GATHERED).exists():
-        raise PermpruneError(
-            f"a model that reorders channels at run time can only be pruned in memory, which takes {_gib(needed)}: "
-            "raise --memory to that"
-        )
-    if config.pattern == MIXED:
-        raise PermpruneError(
-            f"a mix of patterns needs all layers in memory, which takes {_gib(needed)}: "
-            "raise --memory to that, or take one pattern"
-        )
-    if not local or not isinstance(change, NoUpdate):
-        able = ", ".join(name for name, other in PERMUTERS.items() if issubclass(other, LocalPermuter))
-        what = f"update {change.name}" if local else f"permuter {method.name}"
-        raise PermpruneError(
-            f"{what} needs the whole network in memory, which takes {_gib(needed)}: raise --memory to that, "
-            f"or take a permuter that works layer by layer ({able}) and no update"
-        )
-    log.warning("the whole model would take %s: it is pruned layer by layer, without the network's loss", _gib(needed))
-    return True
-
-
-def held_bytes(model: nn.Module, layers: list[Layer], tokens: int, gradients: bool) -> int:
-    """Estimate the bytes of memory of a run that holds the whole model and the activations of `tokens` tokens.
-
-    The estimate counts the fp32 weights; for each pruned layer a dense copy, the scores, the mask, with `gradients` a
-    gradient, and the second moments of its input with their fp64 sums; and the inputs and outputs of each layer.
-    """
-    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    for layer in layers:
-        rows, channels = layer.weight.shape
-        read = tokens * layer.share_of_tokens
-        weights += (13 if gradients else 9) * rows * channels + 12 * channels**2 + int(4 * read * (rows + channels))
-    return weights
-
-
-def streamed_bytes(model: nn.Module, plan: Plan) -> int:
+def streamed_bytes(model: nn.Module, outline: Outline, *, metric: Saliency, tokens: int, length: int) -> int:
     """Estimate the peak bytes of memory of a run that reads the model layer by layer.
 
     The estimate is the largest of three: the search on the layers that read one tensor, which needs up to 56 bytes per
-    weight, the second moments and what is computed from them (OBS inverts them), and the tensor itself; the forward
-    pass of these layers; and the forward pass of a part of the model that is not pruned, such as the head, with its
-    outputs. All experts of a layer are read together, and each may run on all tokens. The tables of `cp`, about 20 MB
-    for up to 2048 channels, are not counted.
+    weight, the second moments and what is computed from them (OBS inverts them), and the tensor itself, of this number
+    of `tokens`; the forward pass of these layers; and the forward pass of a part of the model that is not pruned, such
+    as the head, with its outputs for windows of `length` tokens. All experts of a layer are read together, and each may
+    run on all tokens. The tables of `cp`, about 20 MB for up to 2048 channels, are not counted.
     """
-    tokens, needed, square = plan.measured["input_ids"].numel(), 0, 32 if isinstance(plan.metric, OBS) else 12
-    for layers in plan.layers_by_input().values():
+    needed, square = 0, 32 if isinstance(metric, OBS) else 12
+    for layers in outline.layers_by_input().values():
         rows, channels = sum(len(layer.weight) for layer in layers), layers[0].weight.shape[1]
         experts = {layer.owner for layer in layers if layer.expert is not None}
         beside = sum(4 * p.numel() + 8 * tokens * p.shape[-1] for owner in experts for p in owner.parameters())
         search = 56 * rows * channels + square * channels**2 + 12 * tokens * channels
         needed = max(needed, beside + search, beside + 4 * rows * channels + 12 * tokens * (rows + channels))
-    pruned = {layer.parameter for layer in plan.layers}
+    pruned = {layer.parameter for layer in outline.layers}
     others = [parameter for name, parameter in model.named_parameters() if name not in pruned]
-    outputs = BATCH * plan.config.length
+    outputs = BATCH * length
     return max(needed, *(6 * (p.numel() + outputs * p.shape[:1].numel()) for p in others))
 
 
-def _gib(size: int) -> str:
-    return f"about {size / 2**30:.3g} GiB"
+def streamed_masks_bytes(outline: Outline) -> int:
+    """Return the bytes on disk of the masks in both orders, one bit for each weight."""
+    return outline.weights // 4
+
+
+def offloaded_bytes(outline: Outline, stored: torch.dtype) -> int:
+    """Return the bytes on disk of the experts' weights, which `read_offloaded` writes in the fused form."""
+    return stored.itemsize * sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
 
 
 class Stream:
@@ -144,19 +91,15 @@ class Stream:
     """
 
     def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
-        needed = streamed_bytes(model, plan)
+        tokens = plan.measured["input_ids"].numel()
+        needed = streamed_bytes(model, plan.outline, metric=plan.metric, tokens=tokens, length=plan.config.length)
         if plan.config.memory is not None and needed > plan.config.memory:
             raise PermpruneError(
-                f"even layer by layer this model takes {_gib(needed)}: raise --memory to that, or shorten --length"
+                f"even layer by layer this model takes about {gib(needed)}: raise --memory to that, or shorten --length"
             )
         self.model, self.weights, self.plan, self.folder = model, weights, plan, folder
         self.seconds = 0.0
         attach(model, weights)
-
-    @property
-    def state_bytes(self) -> int:
-        """The bytes on disk of the masks in both orders."""
-        return sum(layer.weight.numel() for layer in self.plan.layers) // 4
 
     @torch.no_grad()
     def solve(self) -> Pruned:
@@ -179,7 +122,7 @@ class Stream:
         """Run the model once and solve the problems at each tensor that layers read, except those in the journal."""
         plan = self.plan
         known = distributed.common(journal.values)  # all ranks take part in solving each problem
-        readers = plan.layers_by_input()
+        readers = plan.outline.layers_by_input()
         waiting = {site: readers[site] for site in problems if site not in known}
         if not waiting:
             return

@@ -279,8 +279,8 @@ def fill(job: Job) -> None:
     """Measure the cells of a job one after the other and write each row as soon as it is measured."""
     config = job.config.replace(pattern=job.cells[0].pattern)
     with Trials(job.model, config, evaluation=job.evaluation, processor=job.processor) as trials:
-        network, run = trials.prepared.network, trials.prepared.run
-        require_space(job.folder, sum(permuter(cell.method).state_bytes(network) for cell in job.cells))
+        run, outline = trials.prepared.run, trials.prepared.outline
+        require_space(job.folder, sum(permuter(cell.method).state_bytes(outline) for cell in job.cells))
         distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(trials)))
         _measure_dense(trials, job.folder / DENSE)
         for cell in job.cells:

@@ -58,6 +58,11 @@ class Loss(ABC):
         """Whether the loss needs the dense model's outputs."""
         return False
 
+    @property
+    def compares_blocks(self) -> bool:
+        """Whether the loss needs the outputs of all blocks of the dense model."""
+        return False
+
     def compute_teacher_outputs(self, model: nn.Module, batch: Examples, task: Task) -> TeacherOutputs:
         """Return the dense model's outputs for a batch; `model` must hold the dense weights."""
         return TeacherOutputs(None, [])

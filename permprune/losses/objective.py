@@ -74,6 +74,10 @@ class Objective(Loss):
         """
         return (self.task + self.divergence) / self.task**2 if self.task and self.divergence else 1.0
 
+    @property
+    def compares_blocks(self) -> bool:
+        return bool(self.distillation)
+
     def needs_teacher(self, task: Task) -> bool:
         return bool(self.distillation or self.cosine) or self._compares_predictions(task)
 

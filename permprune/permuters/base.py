@@ -15,11 +15,13 @@ from permprune.options import described, require_fields
 from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.outline import Outline, Passes
 from permprune.pruning.problem import Orders, Problem
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION
 from permprune.system.memory import release_freed_memory
 from permprune.system.progress import log
+from permprune.system.resources import Stage, Work
 from permprune.system.search_state import Checkpoint, Journal
 
 ORDER, WEIGHT = "order/", "weight/"
@@ -188,9 +190,16 @@ class Permuter(ABC):
         """What ends the search. A solution found under other limits is not reused, but its state can be resumed."""
         return {"minutes": run.minutes, **{name: self.options()[name] for name in self.free}}
 
-    def state_bytes(self, network: PrunedNetwork) -> int:
+    def state_bytes(self, outline: Outline) -> int:
         """Estimate of the bytes on disk for this search's states; a new state is written beside the previous one."""
-        return 2**20 + 64 * sum(problem.size for problem in network.problems)
+        return 2**20 + 64 * sum(problem.size for problem in outline.problems)
+
+    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
+        """Return what the search holds beside the masked network, and its work, as far as it is known in advance.
+
+        Problems are solved by that number of `threads`, each with one problem at a time.
+        """
+        return [Stage(self.name, (), None)]
 
     def _search(self, network: PrunedNetwork, run: Run) -> Solution:
         release_freed_memory()  # of the calibration or of the previous search
@@ -265,6 +274,13 @@ class LocalPermuter(Permuter):
 
     def limits(self, run: Run) -> dict[str, Any]:
         return super().limits(replace(run, minutes=None))
+
+
+def each_problem_work(outline: Outline, work: Callable[[int, int, int], Work]) -> Work:
+    """Return the sum of `work(channels, rows, m)` over all problems, of which one thread does the largest."""
+    each = [work(problem.size, outline.rows_of(problem), outline.pattern.m) for problem in outline.problems]
+    total, compared = sum(each, Work()), [own.comparisons + own.distances for own in each]
+    return replace(total, largest=max(compared, default=0.0) / max(sum(compared), 1.0))
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,11 @@ from permprune.pattern import Pattern
 from permprune.permuters.base import ORDER, Permuter, Run, Solution
 from permprune.permuters.identity import Identity
 from permprune.permuters.iterate import Iterative, Search
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.network import PrunedNetwork, gradient_bytes
+from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.pruning.problem import Part, Problem
 from permprune.system.progress import log
+from permprune.system.resources import Held, Stage
 
 COST, FIRST, SECOND = "cost/", "first/", "second/"
 """Prefixes of costs and of AdamW's moments among the tensors of a state."""
@@ -62,11 +64,37 @@ class CostMatrixLearner(Iterative):
         """Return the mask of scores (..., width), which are in stored order."""
         return pattern.mask(score.detach())
 
-    def state_bytes(self, network: PrunedNetwork) -> int:
-        parts = [
-            (problem.size, self.part_size(problem.size, network.pattern_of(problem))) for problem in network.problems
+    def state_bytes(self, outline: Outline) -> int:
+        return super().state_bytes(outline) + 24 * self._elements(outline)  # C, two moments; twice
+
+    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
+        costs = Held("cost matrices", 16 * self._elements(outline))  # C, its gradient, two moments
+        own, weights = gradient_bytes(outline.weights), outline.largest_weights(1)
+        examples = self.examples * passes.examples_per_window
+        checks = math.ceil(self.steps / self.check)
+        relaxed = Held("largest problem's graph", 32 * weights)  # weights, scores, both permuted, kept and put back
+        return [
+            *self.start.stages(outline, passes, threads),
+            Stage(
+                f"{self.name}: gradients",
+                (
+                    *(costs, Held("relaxed weights", own), Held("gradients", own)),
+                    *self.teacher_parts(passes, examples),
+                    *activation_parts(passes.gradient),
+                ),
+                passes.gradient_work(examples) * self.steps,
+            ),
+            Stage(f"{self.name}: relaxation", (costs, Held("gradients", 2 * own), relaxed), None),
+            Stage(
+                f"{self.name}: accept",
+                (costs, *self.teacher_parts(passes, 0), *activation_parts(passes.loss)),
+                passes.loss_work(passes.held_out) * (1 + checks),
+            ),
         ]
-        return super().state_bytes(network) + sum(24 * size * part for size, part in parts)  # C, two moments; twice
+
+    def _elements(self, outline: Outline) -> int:
+        """The elements of all cost matrices."""
+        return sum(problem.size * self.part_size(problem.size, outline.pattern) for problem in outline.problems)
 
     @property
     def total(self) -> int:

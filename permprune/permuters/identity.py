@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from permprune.permuters.base import ScorePermuter, Scores
+from permprune.pruning.outline import Outline, Passes
 from permprune.pruning.problem import Problem
+from permprune.system.resources import Stage
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Identity(ScorePermuter):
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return problem.identity()
 
+    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
+        return []
+
 
 @dataclass(frozen=True)
 class Random(ScorePermuter):
@@ -30,3 +35,6 @@ class Random(ScorePermuter):
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return torch.randperm(problem.size, generator=generator)
+
+    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
+        return []

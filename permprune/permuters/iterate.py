@@ -14,8 +14,10 @@ from permprune.losses.loss import Loss, LossFunction, TeacherOutputs, as_loss
 from permprune.losses.objective import Objective
 from permprune.permuters.base import CurvePoint, Permuter, Round, Run, Solution
 from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.outline import Passes
 from permprune.system import distributed
 from permprune.system.progress import bar, log
+from permprune.system.resources import Held
 from permprune.system.search_state import State
 
 
@@ -86,6 +88,17 @@ class Iterative(Permuter):
     @abstractmethod
     def total(self) -> int:
         """The value of `Search.done` at which the search ends."""
+
+    def teacher_parts(self, passes: Passes, examples: int) -> tuple[Held, ...]:
+        """What the search holds of the dense model's outputs: for the accept test, and for `examples` of a gradient.
+
+        The distances of a batch are computed in fp32, of both models' outputs.
+        """
+        if not as_loss(self.objective).compares_blocks:
+            return ()
+        distances = 8 * passes.gradient.outputs // passes.dtype.itemsize if examples else 0
+        kept = Held("dense model's outputs", passes.teacher_outputs(passes.held_out + examples), "host")
+        return (kept, Held("distances to the dense model", distances))
 
     @abstractmethod
     def begin(self, network: PrunedNetwork, run: Run) -> Search:

@@ -16,6 +16,7 @@ from permprune.matching.assignment import assign
 from permprune.pattern import Pattern
 from permprune.permuters.base import Scores
 from permprune.pruning.problem import Problem
+from permprune.system.resources import Work
 
 ROWS = 64
 """Number of rows that are processed at a time, so that they fit into the processor's cache."""
@@ -30,6 +31,16 @@ def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] 
     if fisher is not None:
         rows = [row * fisher[part.layer].sqrt()[:, None] for row, part in zip(rows, problem.parts, strict=True)]
     return torch.cat(rows).T.contiguous()
+
+
+def stacked_bytes(weights: int) -> int:
+    """Return the bytes that `stacked_scores` holds while it stacks the scores of this number of weights."""
+    return 12 * weights
+
+
+def assignment_work(channels: int, rows: int, m: int) -> Work:
+    """Return the work of `deal_and_assign`: each slot of each group takes one distance for each other group and row."""
+    return Work(distances=PASSES * m * (channels // m) ** 2 * rows)
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:

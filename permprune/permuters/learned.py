@@ -15,9 +15,10 @@ from permprune.matching.relaxation import gumbel_noise
 from permprune.matching.schedule import Geometric
 from permprune.matching.sinkhorn import sinkhorn
 from permprune.options import Count, Natural, NonNegative, Share
-from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.quadratic import QuadraticModel, swap_work
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.outline import Outline, Passes
+from permprune.system.resources import Held, Stage, Work
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,17 @@ class Learned(TrustRegion):
                 model.move(at, slots[at], target, gradient)
         return cost
 
-    def state_bytes(self, network: PrunedNetwork) -> int:
-        sizes = [(problem.size, problem.size // network.pattern_of(problem).m) for problem in network.problems]
-        return super().state_bytes(network) + sum(8 * size * size // self._parts_of(count) for size, count in sizes)
+    def state_bytes(self, outline: Outline) -> int:
+        sizes = [(problem.size, problem.size // outline.pattern.m) for problem in outline.problems]
+        return super().state_bytes(outline) + sum(8 * size * size // self._parts_of(count) for size, count in sizes)
+
+    def proposal_work(self, channels: int, rows: int, m: int) -> Work:
+        return swap_work(channels, rows, m) * (self.steps / self._parts_of(channels // m))
+
+    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
+        sizes = [(problem.size, problem.size // outline.pattern.m) for problem in outline.problems]
+        costs = Held("cost matrices", sum(4 * size * size // self._parts_of(count) for size, count in sizes), "host")
+        return [stage.beside([costs]) for stage in super().stages(outline, passes, threads)]
 
     def _parts_of(self, count: int) -> int:
         """Return the number of parts into which `count` groups are split."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from permprune.options import Natural
-from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.quadratic import QuadraticModel, swap_work
 from permprune.permuters.trust_region import TrustRegion
+from permprune.system.resources import Work
 
 
 @dataclass(frozen=True)
@@ -27,3 +28,6 @@ class Newton(TrustRegion):
         for _ in range(self.swaps):
             model.swap(generator)
         return memory
+
+    def proposal_work(self, channels: int, rows: int, m: int) -> Work:
+        return swap_work(channels, rows, m) * self.swaps

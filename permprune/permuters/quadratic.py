@@ -26,6 +26,22 @@ from permprune.matching.pairs import pair_up
 from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Problem
+from permprune.system.resources import Work
+
+
+def model_bytes(weights: int, moments: int) -> int:
+    """Return the bytes that a model of this number of weights holds while it is built.
+
+    Four matrices are collected layer by layer and then joined; `moments` are the elements of the second moments, of
+    which the model has a copy.
+    """
+    return 32 * weights + 4 * moments
+
+
+def swap_work(channels: int, rows: int, m: int) -> Work:
+    """Return the work of a `swap`: the placement cost, the gain of each pair, and the change of all slopes, once."""
+    groups = channels // m
+    return Work(comparisons=groups**2 * rows, products_fp32=(4 * m * channels + 2 * channels**2) * rows)
 
 
 @dataclass

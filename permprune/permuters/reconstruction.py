@@ -10,13 +10,15 @@ from torch import Tensor
 
 from permprune.losses.objective import Objective
 from permprune.options import Count, Natural
-from permprune.permuters.base import LocalPermuter, Run, Solution
-from permprune.permuters.kept import deal_and_assign, stacked_scores
-from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.base import LocalPermuter, Run, Solution, each_problem_work
+from permprune.permuters.kept import assignment_work, deal_and_assign, stacked_scores
+from permprune.permuters.quadratic import QuadraticModel, model_bytes, swap_work
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.pruning.problem import Orders, Problem
 from permprune.system.progress import log, track
+from permprune.system.resources import Held, Stage, Work
 from permprune.system.search_state import Journal
 
 JITTER = 0.01
@@ -70,6 +72,27 @@ class Reconstruction(LocalPermuter):
         for _ in range(self.swaps):
             model.swap(generator)
         return model.order
+
+    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
+        def work(channels: int, rows: int, m: int) -> Work:
+            slopes = Work(products_fp32=2 * channels**2 * rows)
+            swaps = swap_work(channels, rows, m) * self.swaps
+            return (assignment_work(channels, rows, m) + slopes + swaps) * self.candidates
+
+        weights, moments = outline.largest_weights(threads), outline.largest_moments(threads)
+        held = (
+            Held("largest problem's model", model_bytes(weights, moments)),
+            Held("largest problem's scores", 8 * weights),  # with the jitter, both fp32
+        )
+        passes_of_loss = 1 + self.shares * (self.candidates - 1)
+        return [
+            Stage(self.name, held, each_problem_work(outline, work)),
+            Stage(
+                f"{self.name}: accept",
+                activation_parts(passes.loss),
+                passes.loss_work(passes_of_loss * passes.held_out),
+            ),
+        ]
 
     def _choose(self, network: PrunedNetwork, run: Run, candidates: list[Orders]) -> Orders:
         """Return the first candidate, except for the runs of problems in which another lowers the held-out loss."""

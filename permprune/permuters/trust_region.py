@@ -11,21 +11,26 @@ import torch
 from torch import Tensor
 
 from permprune.options import Count, Natural, Positive
-from permprune.permuters.base import WEIGHT, Permuter, Run, Solution
+from permprune.permuters.base import WEIGHT, Permuter, Run, Solution, each_problem_work
 from permprune.permuters.damping import Damping, turning_point
 from permprune.permuters.iterate import Iterative, Search
-from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.quadratic import QuadraticModel, model_bytes
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.tuning import train_weights
-from permprune.pruning.network import Gradients, PrunedNetwork
+from permprune.pruning.network import Gradients, PrunedNetwork, gradient_bytes
+from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.pruning.problem import Orders, Problem
 from permprune.system.progress import log
+from permprune.system.resources import Held, Stage, Work
 
 TOLERANCE = 1e-4
 """The held-out loss must fall by more than this, in nats, for a round to be kept."""
 
 ATTEMPTS = 4
 """Largest number of corrections of a step, and of parts of it that are tried before a round is rejected."""
+
+TRIED = 1.5
+"""Mean number of held-out losses in a round, for forecasts: most steps are accepted or halved once."""
 
 FAR = 0.1
 """A step is much too long if the loss turns before this share of it; also the least share of problems to try first."""
@@ -90,9 +95,44 @@ class TrustRegion(Iterative):
     def begin(self, network: PrunedNetwork, run: Run) -> Search:
         return TrustRegionSearch(self, network, run)
 
-    def state_bytes(self, network: PrunedNetwork) -> int:
-        weights = sum(weight.numel() for weight in network.dense.values()) if self.tune else 0
-        return super().state_bytes(network) + 12 * weights  # the state twice, and the solution
+    def state_bytes(self, outline: Outline) -> int:
+        weights = outline.weights if self.tune else 0
+        return super().state_bytes(outline) + 12 * weights  # the state twice, and the solution
+
+    @abstractmethod
+    def proposal_work(self, channels: int, rows: int, m: int) -> Work:
+        """Return the work of `propose` for a problem of `channels` channels and `rows` weight rows."""
+
+    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
+        start = self.start.stages(outline, passes, threads)
+        if not self.rounds:
+            return start
+        examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline.weights)
+        gradient, earlier = Held("gradients", own), Held("gradients of rejected rounds", own)
+        model = model_bytes(outline.largest_weights(threads), outline.largest_moments(threads))
+
+        def stage(what: str, *parts: Held, work: Work) -> Stage:
+            return Stage(f"{self.name}: {what}", (*parts, earlier), work * self.rounds)
+
+        backward = (*self.teacher_parts(passes, examples), *activation_parts(passes.gradient))
+        accept = (*self.teacher_parts(passes, 0), *activation_parts(passes.loss))
+        rounds = [
+            stage("gradients", *backward, work=passes.gradient_work(examples)),
+            stage("average", gradient, Held("gradients of the batches", own), work=Work()),
+            stage(
+                "proposals",
+                gradient,
+                Held("largest problem's model", model),
+                work=each_problem_work(outline, self.proposal_work),
+            ),
+            stage("accept", gradient, *accept, work=passes.loss_work(passes.held_out) * TRIED),
+        ]
+        if self.tune:
+            trained = Held("trained weights", 8 * outline.weights)  # the best so far, and those in training
+            adam = Held("Adam's moments", 8 * outline.weights)
+            training = passes.gradient_work(max(1, examples // 2)) * self.tune
+            rounds.append(stage("training", gradient, trained, adam, *backward, work=training))
+        return [*start, *rounds]
 
 
 class TrustRegionSearch(Search):

@@ -19,6 +19,7 @@ from permprune.pruning.problem import Orders, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed
 from permprune.system.progress import track
+from permprune.system.resources import Held
 
 T = TypeVar("T")
 
@@ -201,6 +202,11 @@ class MaskedLayers:
                 self.layers[name].weight.copy_(self.updated[name])
             else:
                 torch.mul(self.weights[name], self.masks[name], out=self.layers[name].weight)
+
+
+def masked_parts(weights: int) -> list[Held]:
+    """Return what `MaskedLayers` holds for this number of weights, beside the layers' own."""
+    return [Held("dense weights", 4 * weights), Held("scores", 4 * weights), Held("masks", weights)]
 
 
 def _output_energy(weight: Tensor, moments: Tensor) -> float:

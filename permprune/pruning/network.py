@@ -61,6 +61,11 @@ class Gradients:
         return Gradients(weight, fisher, self.loss, total, mix(mean.covariance, self.covariance))
 
 
+def gradient_bytes(weights: int) -> int:
+    """Return the bytes of the gradients of this number of weights."""
+    return 4 * weights
+
+
 class PrunedNetwork(MaskedLayers):
     """A model with masked layers, with methods for its loss and gradients.
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from permprune.errors import PermpruneError
 from permprune.system import distributed
+from permprune.system.resources import gib
 
 MARKER, LOCK, SCRATCH = ".permprune", ".lock", "scratch"
 """Names in a work folder: the file that marks it as permprune's, the lock, and the subfolder of temporary files."""
@@ -215,8 +216,7 @@ def require_space(path: Path, needed: float) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise PermpruneError(
-            f"{path} takes about {needed / 2**30:.3g} GiB, and {free / 2**30:.3g} GiB are free there: "
-            "free space, or choose another --out"
+            f"{path} takes about {gib(needed)}, and {gib(free)} are free there: free space, or choose another --out"
         )
 
 

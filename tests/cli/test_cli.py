@@ -91,6 +91,35 @@ def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> Non
     assert run("verify", out)[0] == 0 and not (tmp_path / "out.partial").exists()
 
 
+def test_plan_says_what_prune_would_take(source: list[str], tmp_path: Path) -> None:
+    figures = tmp_path / "plan.json"
+    settings = ["--permute", "newton:rounds=2", "--length", "16", "--samples", "24"]
+    code, stdout, _ = run("plan", source[0], *settings, "--windows", "4", "--gpu", "rtx4090", "--json", figures)
+    assert code == 0
+    for said in ("newton: proposals", "second moments", "NVIDIA RTX 4090", "of device memory", "disk: ", "time: about"):
+        assert said in stdout
+    found = json.loads(figures.read_text())
+    assert {"device", "host", "disk", "stages", "settings", "assumed"} <= found.keys()
+    code, stdout, _ = run("prune", *source, "--permute", "ria", "--out", tmp_path / "out", "--dry-run")
+    assert code == 0 and "ria" in stdout and "peak: " in stdout
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--gpu", "h10"], 'nothing is known of a GPU "h10": did you mean "h100"?'),
+        (["--memory", "9KB"], "needs the whole network in memory, which takes about"),
+        (["--memory", "9KB", "--permute", "ria"], "even layer by layer this model takes about"),
+        (["--memory", "9KB", "--pattern", "mixed"], "a mix of patterns needs all layers in memory"),
+        (["--pattern", "2:5"], "which 5 does not divide"),
+        (["--permute", "luck"], 'unknown permuter "luck"'),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line(tiny_checkpoint: Path, change: list[str], message: str) -> None:
+    assert message in fails("plan", tiny_checkpoint, *change)
+
+
 def test_the_shared_options_are_the_settings() -> None:
     fields = {field.name for field in dataclasses.fields(PruneConfig)} - {"permute", "measured", "held_out", "shared"}
     assert set(inspect.signature(prune_config).parameters) == fields

@@ -21,8 +21,8 @@ from permprune.checkpoints.io import GATHERED, load
 from permprune.checkpoints.record import read_record
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.jobs.fitting import fit_memory
 from permprune.jobs.prune import prune_to_folder
-from permprune.jobs.streaming import exceeds_memory
 from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.permuters.registry import PERMUTERS
@@ -166,12 +166,13 @@ def test_a_streamed_run_holds_the_limit_that_a_held_one_breaks(
 def test_methods_that_need_the_whole_network_are_refused(tiny_checkpoint: Path, method: str) -> None:
     settings, local = PruneConfig(memory=2**10), "reconstruction"
     if method == local:
-        assert exceeds_memory(str(tiny_checkpoint), settings.replace(permute=method))
+        with pytest.raises(PermpruneError, match="even layer by layer"):
+            fit_memory(str(tiny_checkpoint), settings.replace(permute=method))
         return
     with pytest.raises(
         PermpruneError, match=r"network in memory, which takes about .* GiB.*none, random, ria, cp, recons"
     ):
-        exceeds_memory(str(tiny_checkpoint), settings.replace(permute=method))
+        fit_memory(str(tiny_checkpoint), settings.replace(permute=method))
 
 
 def test_an_update_is_refused_and_a_limit_below_one_layer(
@@ -185,8 +186,9 @@ def test_an_update_is_refused_and_a_limit_below_one_layer(
 
 def test_a_model_that_fits_is_held(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     settings = PruneConfig(length=16, memory=2**30)
-    assert not exceeds_memory(str(tiny_checkpoint), settings.replace(permute="ria"))
-    assert not exceeds_memory("no such model", PruneConfig())
+    found = fit_memory(str(tiny_checkpoint), held := settings.replace(permute="ria"))
+    assert found is not None and found.config == held and not found.streamed
+    assert fit_memory("no such model", PruneConfig()) is None
     run(tiny_checkpoint, tmp_path / "out", "random", tiny_text, memory=2**30)
     assert "model.residual" in read_record(tmp_path / "out").permutations
 

@@ -1,0 +1,45 @@
+"""`permprune plan`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from permprune.cli import common as cli
+from permprune.config import PruneConfig
+
+
+@cli.command
+def plan(
+    model: cli.Model,
+    config: PruneConfig,
+    permute: cli.Permute = "newton",
+    preset: cli.Preset = None,
+    windows: cli.Windows = 24,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="a GPU to forecast for: h100, h200, a100 or rtx4090", show_default="this machine"),
+    ] = None,
+    json: cli.Json = None,
+) -> None:
+    """Say what pruning MODEL will take, from its config alone: memory by part, disk space, and an estimate of the time.
+
+    The options are those of prune. With --memory the settings are chosen that fit in it.
+    """
+
+    from permprune.jobs.fitting import forecast
+
+    found = forecast(model, config.replace(permute=cli.method_of(permute, preset)), windows=windows, gpu=gpu)
+    cli.write_figures(json, found.to_json())
+    show_forecast(model, found.to_json())
+
+
+def show_forecast(model: str, figures: dict[str, Any]) -> None:
+    """Print what a run will take."""
+    from permprune.report.forecast import forecast_notes, peak_table, stages_table
+
+    cli.show(stages_table(model, figures))
+    cli.show(peak_table(figures))
+    for note in forecast_notes(figures):
+        print(note)

@@ -1,0 +1,276 @@
+"""What a run of `prune` will take: memory by stage and part, disk space and time, from the model's config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from permprune.calibration.moments import accumulator_bytes, moments_bytes
+from permprune.calibration.statistics import sums_by_pass
+from permprune.config import PruneConfig
+from permprune.evaluation.size import weight_bytes
+from permprune.examples import Examples
+from permprune.jobs.machine import Machine
+from permprune.losses.objective import Objective
+from permprune.losses.targets import next_token
+from permprune.models.activations import Activations, Gradients, count_activations
+from permprune.models.dummy_inputs import example_inputs
+from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
+from permprune.models.layers import linears_of
+from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
+from permprune.permuters.registry import permuter
+from permprune.plan import DTYPES
+from permprune.pruning.masked import masked_parts
+from permprune.pruning.outline import Outline, Passes, activation_parts
+from permprune.system.resources import Held, Place, Stage, Work
+from permprune.updates.none import NoUpdate
+from permprune.updates.registry import update
+
+EVALUATED = 3
+"""Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
+
+EVALUATION_BATCH = 4
+"""Windows per forward pass in the evaluation."""
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of a batch, by the names of the model's arguments."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes.
+
+    `stages` are in the order of the run. `disk` are bytes by what is written. `program` are the bytes of the Python
+    process itself, without tensors. `streamed` is whether the model is read layer by layer. `assumed` are sentences
+    about what was not looked at. `advice` says how the settings differ from those asked for, or which would fit.
+    """
+
+    config: PruneConfig
+    machine: Machine
+    stages: tuple[Stage, ...]
+    disk: dict[str, int]
+    program: int
+    streamed: bool = False
+    assumed: tuple[str, ...] = ()
+    advice: str = ""
+
+    def peak(self, place: Place | None = None) -> Stage:
+        """The stage that holds the most bytes, at one place or in all."""
+        return max(self.stages, key=lambda stage: stage.bytes(place))
+
+    @property
+    def tensors(self) -> int:
+        """The peak bytes of tensors in the memory that `PruneConfig.memory` limits: of the device, or of the host."""
+        return self.peak(self._limited).bytes(self._limited)
+
+    @property
+    def host(self) -> int:
+        """The peak bytes of the process in the memory of the host."""
+        place: Place | None = None if self._limited is None else "host"
+        return self.program + self.peak(place).bytes(place)
+
+    @property
+    def device(self) -> int | None:
+        """The peak bytes in the memory of the device; None if the CPU computes."""
+        return None if self._limited is None else self.tensors
+
+    @cached_property
+    def seconds(self) -> dict[str, float | None]:
+        """The time of each stage; None where it is not known."""
+        return {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
+
+    def to_json(self) -> dict[str, Any]:
+        """The forecast as JSON values; bytes and seconds."""
+        return {
+            "machine": self.machine.name,
+            "settings": self.config.to_json(),
+            "streamed": self.streamed,
+            "host": self.host,
+            "device": self.device,
+            "program": self.program,
+            "disk": self.disk,
+            "stages": [
+                {
+                    "name": stage.name,
+                    "bytes": stage.bytes(),
+                    "parts": [asdict(part) for part in stage.parts],
+                    "seconds": self.seconds[stage.name],
+                }
+                for stage in self.stages
+            ],
+            "assumed": list(self.assumed),
+            "advice": self.advice,
+        }
+
+    @property
+    def _limited(self) -> Place | None:
+        return None if self.machine.device.type == "cpu" else "device"
+
+
+def forecast_held(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    outline: Outline,
+    machine: Machine,
+    *,
+    windows: int,
+    stored: torch.dtype,
+) -> Forecast:
+    """Forecast a run that holds the whole model in memory; the model given is on the meta device.
+
+    `outline` is that of `outline_model`, `windows` the number of windows of the evaluation, and `stored` the type in
+    which the weights are stored. Raises `PermpruneError`.
+    """
+    method, kind = permuter(config.permute), kind_of(model)
+    per_window = EXAMPLES_PER_WINDOW[kind]
+    dtype, batch = DTYPES.get(config.precision, machine.dtype), config.batch * BATCH_MULTIPLIER[kind]
+    counted = partial(_counted, model, outline, config=config, dtype=dtype)
+    gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
+    measured, held_out, _ = config.shares(config.samples * per_window, per_window)
+    passes = Passes(
+        forward=forward_operations(model) * gradient.positions / batch,
+        batch=batch,
+        gradient=gradient,
+        loss=counted("none"),
+        dtype=dtype,
+        held_out=held_out,
+        examples_per_window=per_window,
+        recompute=config.recompute,
+    )
+    weights, own = Held("weights", weight_bytes(model, torch.float32)), weight_bytes(model, stored)
+    moments = Held("second moments", moments_bytes(outline.widths.values()))
+    network = (weights, *masked_parts(outline.weights), moments)
+    evaluating = Work(products_fp32=EVALUATED * windows * per_window * passes.forward)
+    stages = [
+        Stage("load", tuple(_loading(weights, own, machine)), Work(stored=own)),
+        _calibration(config, outline, passes, counted("inputs"), measured).beside([weights]),
+        *(stage.beside(network) for stage in method.stages(outline, passes, machine.threads)),
+        *(stage.beside(network) for stage in _updating(config, outline)),
+        Stage("evaluate", activation_parts(evaluation), evaluating).beside(network),
+        Stage("write", tuple(_writing(own, stored)), Work(stored=own)).beside(network),
+    ]
+    return Forecast(
+        config=config,
+        machine=machine,
+        stages=tuple(stages),
+        disk={"checkpoint": own, "states of the search": method.state_bytes(outline)},
+        program=program_bytes(),
+        assumed=tuple(_assumed(model, outline)),
+    )
+
+
+def program_bytes() -> int:
+    """Return the bytes of this process, which at the end of a forecast has loaded what a run loads, but no weights."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def forward_operations(model: nn.Module) -> float:
+    """Return the floating-point operations of the model's linear layers for one position: two for each weight.
+
+    Of experts, those count that a position is routed to. Attention, which adds 4 * length operations for each channel
+    of its heads and block, is left out.
+    """
+    layers = [layer for name, module in model.named_modules() for layer in linears_of(name, module)]
+    return 2 * sum(layer.weight.numel() * layer.share_of_tokens for layer in layers)
+
+
+def _assumed(model: PreTrainedModel, outline: Outline) -> Iterator[str]:
+    """Yield a sentence for each thing that the forecast takes for granted."""
+    for one in outline.repeated:
+        yield f"{one.kept} of the {one.total} blocks in {one.name} were traced: the others equal one of them in shape"
+    if any(layer.expert is not None for layer in outline.layers):
+        yield "tokens are spread evenly over the experts"
+    if kind_of(model) == "sentences":
+        yield "every sentence has --length tokens"
+
+
+def _counted(
+    model: PreTrainedModel,
+    outline: Outline,
+    gradients: Gradients,
+    *,
+    config: PruneConfig,
+    dtype: torch.dtype,
+    batch: int | None = None,
+) -> Activations:
+    """Count the activations of a batch of this many windows, by default `config.batch`."""
+    count = (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)]
+    length = min(config.length, getattr(model.config.get_text_config(), "max_position_embeddings", config.length))
+    shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
+    shapes |= {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
+    return count_activations(
+        model,
+        _next_token_loss(shapes) if is_causal_lm(model) and shapes.keys() == {"input_ids"} else _output_sum(shapes),
+        gradients=gradients,
+        dtype=dtype,
+        recompute=config.recompute and gradients != "none",
+        lists=outline.repeated,
+    )
+
+
+def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
+    """The loss of a language model on a batch of text."""
+
+    def loss(model: nn.Module) -> Tensor:
+        return Objective(divergence=0.0)(model, Examples(_zeros(shapes)), next_token, None)[0]
+
+    return loss
+
+
+def _output_sum(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
+    """The sum of a model's outputs, of which a loss keeps as much."""
+
+    def total(model: nn.Module) -> Tensor:
+        outputs = main_outputs(model(**forward_arguments(model, _zeros(shapes))))
+        return torch.stack([output.float().sum() for output in outputs if isinstance(output, Tensor)]).sum()
+
+    return total
+
+
+def _zeros(shapes: Shapes) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=torch.int64 if name.endswith("_ids") else torch.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def _loading(weights: Held, stored: int, machine: Machine) -> Iterator[Held]:
+    """What `read_model` holds: the checkpoint, converted parameter by parameter, on the host and then on the device."""
+    yield Held("checkpoint", stored, "host")
+    yield weights
+    if machine.device.type != "cpu":
+        yield Held("weights on the host", weights.bytes, "host")
+
+
+def _writing(own: int, stored: torch.dtype) -> Iterator[Held]:
+    """What `write_weights` holds: all weights in the type in which they are stored."""
+    if stored != torch.float32:
+        yield Held("weights as stored", own, "host")
+
+
+def _calibration(
+    config: PruneConfig, outline: Outline, passes: Passes, activations: Activations, examples: int
+) -> Stage:
+    """The pass forward and backward, and further ones forward if not all sums fit in the memory limit."""
+    each = sums_by_pass(outline.widths, config.memory)
+    sums = Held("sums of moments", max(accumulator_bytes(widths.values()) for widths in each))
+    moments = Held("second moments", moments_bytes(outline.widths.values()) if len(each) > 1 else 0)
+    runs = len(each) + (2 if passes.recompute else 1)
+    products = Work(products_fp32=2 * activations.positions / passes.batch * examples * outline.moments())
+    return Stage(
+        "calibrate", (sums, moments, *activation_parts(activations)), passes.loss_work(runs * examples) + products
+    )
+
+
+def _updating(config: PruneConfig, outline: Outline) -> list[Stage]:
+    if isinstance(update(config.update), NoUpdate):
+        return []
+    return [Stage("update", (Held("updated weights", 4 * outline.weights),), None)]

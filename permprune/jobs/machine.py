@@ -1,0 +1,169 @@
+"""The machine of a run and how fast it works: measured in a fraction of a second, or from the data sheet of a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from permprune.errors import PermpruneError
+from permprune.kernels.search import add_placement_cost
+from permprune.options import nearest
+from permprune.pattern import Pattern
+from permprune.system.device import best_device, fast_dtype
+from permprune.system.resources import Work
+
+REACHED = 0.5
+"""Share of the peak rates of a data sheet that forecasts assume."""
+
+DISK = 1e9
+"""Bytes a second that forecasts assume to be read from disk or written to it."""
+
+INSTRUCTIONS = 3
+"""Instructions of an element operation on a GPU: a comparison or difference, a selection or magnitude, and a sum."""
+
+MEASURED = 0.1
+"""Seconds for which each rate is measured."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second, of each kind in `Work`; those of `comparisons` and `distances` are of one thread."""
+
+    products: float
+    products_fp32: float
+    comparisons: float
+    distances: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine that runs searches.
+
+    `dtype` is the type of activations that it multiplies fastest, and `threads` the number of problems that it solves
+    at a time. `memory` are the bytes of the device; None for a CPU, which computes in the memory of the host. `sheet`
+    are the rates of a data sheet; None to measure them.
+    """
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    threads: int = 1
+    memory: int | None = None
+    sheet: Rates | None = None
+
+    @cached_property
+    def rates(self) -> Rates:
+        """The rates that forecasts assume."""
+        if self.sheet is None:
+            return _measure(self.device, self.dtype)
+        return Rates(*(REACHED * rate for rate in vars(self.sheet).values()))
+
+    def seconds(self, work: Work) -> float:
+        """Return the time that work takes, with the comparisons of the largest problem on one thread."""
+        rates = self.rates
+        compared = work.comparisons / rates.comparisons + work.distances / rates.distances
+        return (
+            work.products / rates.products
+            + work.products_fp32 / rates.products_fp32
+            + compared * max(1 / self.threads, work.largest)
+            + work.stored / DISK
+        )
+
+
+def this_machine() -> Machine:
+    """Return the machine that runs this process."""
+    device = best_device()
+    if device.type == "cpu":
+        return Machine("this machine", device, fast_dtype(device), torch.get_num_threads())
+    found = torch.cuda.get_device_properties(device)
+    return Machine(found.name, device, fast_dtype(device), memory=found.total_memory)
+
+
+def _gpu(name: str, *, bf16: float, fp32: float, gib: int) -> Machine:
+    """A GPU with the peak rates of its data sheet.
+
+    They are TFLOPS of dense `bf16` products on tensor cores, with sums in fp32, and of `fp32` outside them, where a
+    fused multiply-add counts as two operations. `gib` is the memory in GiB.
+    """
+    elements = fp32 * 1e12 / 2 / INSTRUCTIONS
+    rates = Rates(products=bf16 * 1e12, products_fp32=fp32 * 1e12, comparisons=elements, distances=elements)
+    return Machine(name, torch.device("cuda"), torch.bfloat16, memory=gib * 2**30, sheet=rates)
+
+
+GPUS = {
+    "h100": _gpu("NVIDIA H100 SXM", bf16=989.4, fp32=66.9, gib=80),
+    "h200": _gpu("NVIDIA H200", bf16=989.4, fp32=66.9, gib=141),
+    "a100": _gpu("NVIDIA A100 80GB", bf16=312, fp32=19.5, gib=80),
+    "rtx4090": _gpu("NVIDIA RTX 4090", bf16=165.2, fp32=82.6, gib=24),
+}
+"""GPUs by name. Sources: NVIDIA's data sheets of the H100, H200 and A100, and its white paper on the Ada architecture,
+appendix A (docs/scaling.md)."""
+
+
+def machine_named(name: str | None) -> Machine:
+    """Return the GPU of that name, or this machine if it is None. Raises `PermpruneError` for an unknown name."""
+    if name is None:
+        return this_machine()
+    if name not in GPUS:
+        raise PermpruneError(f'nothing is known of a GPU "{name}": {nearest(name, GPUS)}, or leave --gpu out')
+    return GPUS[name]
+
+
+def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    return Rates(
+        products=_product_rate(dtype, device),
+        products_fp32=_product_rate(torch.float32, device),
+        comparisons=_comparison_rate(device),
+        distances=_distance_rate(device),
+    )
+
+
+def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measure the floating-point operations a second of a product of two matrices."""
+    size = 4096 if device.type == "cuda" else 512
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    return 2 * size**3 * _calls_a_second(lambda: matrix @ matrix, device)
+
+
+def _comparison_rate(device: torch.device) -> float:
+    """Measure the comparisons a second of `add_placement_cost`, which uses one thread of a CPU."""
+    pattern, (groups, rows) = Pattern(2, 4), (1024, 4096) if device.type == "cuda" else (128, 1024)
+    matrix = torch.rand(groups * pattern.m, rows, generator=torch.Generator().manual_seed(0)).to(device)
+    cost, slots = torch.zeros(groups, groups, dtype=torch.float64), torch.zeros(groups, dtype=torch.int64)
+
+    def compare() -> None:
+        add_placement_cost(
+            cost,
+            *(matrix, matrix, matrix, matrix),
+            curvature=matrix[:, 0],
+            groups=torch.arange(len(matrix)).view(-1, pattern.m),
+            slots=slots,
+            pattern=pattern,
+        )
+
+    return groups**2 * rows * _calls_a_second(compare, device)
+
+
+def _distance_rate(device: torch.device) -> float:
+    """Measure the element operations a second of L1 distances, on one thread of a CPU."""
+    size, rows = (2048, 64) if device.type == "cuda" else (256, 64)
+    matrix = torch.ones(size, rows, device=device)
+    return size**2 * rows * _calls_a_second(lambda: torch.cdist(matrix, matrix, p=1), device)
+
+
+def _calls_a_second(call: Callable[[], object], device: torch.device) -> float:
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    call()
+    count, started = 0, now()
+    while (spent := now() - started) < MEASURED:
+        call()
+        count += 1
+    return count / spent

@@ -1,0 +1,227 @@
+"""What a run will take, said from the config alone."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import permprune
+from permprune.config import PruneConfig
+from permprune.errors import PermpruneError
+from permprune.jobs.fitting import fit_memory
+from permprune.jobs.forecast import Forecast
+from permprune.jobs.machine import GPUS, Machine, Rates, this_machine
+from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.trials import Evaluation
+from permprune.permuters.registry import PERMUTERS
+from permprune.pipeline import prepare
+from permprune.system.resources import Work
+
+from .test_streaming import Held
+
+pytestmark = pytest.mark.usefixtures("pictureless")
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 5}
+SETTINGS = PruneConfig(length=16, samples=24, precision="fp32")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors of other threads are not counted."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path) -> Path:
+    """A folder with a config and nothing else."""
+    LlamaConfig(vocab_size=128, architectures=["LlamaForCausalLM"], **SIZES).save_pretrained(tmp_path / "config")
+    return tmp_path / "config"
+
+
+def bytes_of(forecast: Forecast, stage: str) -> dict[str, int]:
+    """The bytes of a stage by part."""
+    (found,) = [one for one in forecast.stages if one.name == stage]
+    return {part.name: part.bytes for part in found.parts}
+
+
+def test_the_parts_are_the_tensors_of_a_run(tiny_llama: LlamaForCausalLM, tiny_checkpoint: Path) -> None:
+    found = permprune.forecast(str(tiny_checkpoint), SETTINGS.replace(permute="newton:rounds=1"))
+    parts = bytes_of(found, "newton: proposals")
+    ids = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
+    network = prepare(tiny_llama, None, SETTINGS, examples=permprune.Examples.of(ids)).network
+
+    def counted(tensors: Any) -> int:
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    assert parts["weights"] == sum(parameter.nbytes for parameter in tiny_llama.parameters())
+    assert parts["dense weights"] == counted(network.dense)
+    assert parts["scores"] == counted(network.scores)
+    assert parts["masks"] == counted(network.masks)
+    assert parts["second moments"] == counted(network.statistics.moments)
+    gradients = network.gradients(permprune.Examples.of(ids[:8]), permprune.Objective(divergence=0.0))
+    assert parts["gradients"] == counted(gradients.weight)
+    assert found.disk["checkpoint"] == sum(parameter.nbytes for parameter in tiny_llama.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "ria", "reconstruction", "newton:rounds=2"])
+def test_the_peak_is_within_15_percent(
+    method: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = SETTINGS.replace(permute=method, calibration=str(tiny_text))
+    source = tmp_path / "source"
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, **SIZES)).save_pretrained(source)
+    tiny_tokenizer.save_pretrained(source)
+    found = permprune.forecast(str(source), config)
+    with Held() as held:
+        prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 16))
+    assert held.peak == pytest.approx(found.tensors, rel=0.15)
+
+
+@pytest.mark.parametrize("method", PERMUTERS)
+def test_every_method_is_forecast(config_folder: Path, method: str) -> None:
+    found = permprune.forecast(str(config_folder), SETTINGS.replace(permute=method), gpu="h100")
+    names = [stage.name for stage in found.stages]
+    assert names[:2] == ["load", "calibrate"] and names[-2:] == ["evaluate", "write"]
+    assert len(names) == len(set(names))
+    assert found.device is not None and found.device > sum(bytes_of(found, "load").values()) / 3
+    assert min(seconds for seconds in found.seconds.values() if seconds is not None) >= 0
+    json.dumps(found.to_json())
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_vit", "tiny_ctc", "tiny_whisper"])
+def test_models_of_every_kind_are_forecast(fixture: str, request: pytest.FixtureRequest) -> None:
+    found = permprune.forecast(str(request.getfixturevalue(fixture)), PruneConfig(permute="ria"), gpu="h100")
+    assert bytes_of(found, "calibrate")["activations"] > 0
+
+
+def test_only_the_config_is_read(config_folder: Path) -> None:
+    found = permprune.forecast(str(config_folder), SETTINGS, gpu="h100")
+    assert found.assumed == ("2 of the 5 blocks in model.layers were traced: the others equal one of them in shape",)
+    half = json.loads((config_folder / "config.json").read_text())
+    (config_folder / "config.json").write_text(json.dumps({**half, "dtype": "bfloat16"}))
+    other = permprune.forecast(str(config_folder), SETTINGS, gpu="h100")
+    assert 2 * other.disk["checkpoint"] == found.disk["checkpoint"] and other.tensors == found.tensors
+
+
+def test_a_limit_is_kept_by_leaner_settings(config_folder: Path) -> None:
+    config = PruneConfig(length=512, precision="fp32")
+    free = permprune.forecast(str(config_folder), config)
+    assert not free.advice
+    least = permprune.forecast(str(config_folder), config.replace(batch=1, recompute=True))
+    assert least.tensors < free.tensors
+    for memory, options in (
+        (free.tensors, ""),
+        (free.tensors - 1, "--batch"),
+        (least.tensors, "--batch 1 --recompute"),
+    ):
+        found = permprune.forecast(str(config_folder), config.replace(memory=memory))
+        assert found.tensors <= memory and options in found.advice and bool(found.advice) == bool(options)
+        assert not found.streamed
+
+
+def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
+    config = PruneConfig(memory=2**20, length=16)
+    with pytest.raises(
+        PermpruneError,
+        match=r"newton needs the whole network in memory, which takes about .* GiB( with --.*)?: raise --memory to "
+        r"that, or take a permuter that works layer by layer \(none, .*\) and no update, which takes about .* GiB$",
+    ):
+        permprune.forecast(str(config_folder), config)
+    with pytest.raises(PermpruneError, match=r"even layer by layer this model takes about .* GiB: raise --memory"):
+        permprune.forecast(str(config_folder), config.replace(permute="ria"))
+
+
+def test_a_run_layer_by_layer_is_forecast(config_folder: Path) -> None:
+    config = SETTINGS.replace(permute="ria")
+    held = permprune.forecast(str(config_folder), config)
+    found = permprune.forecast(str(config_folder), config.replace(memory=held.tensors // 2))
+    assert found.streamed and found.tensors <= held.tensors // 2
+    assert "pruned layer by layer" in found.advice
+    assert found.disk["masks"] == 5 * (4 * 128**2 + 3 * 128 * 256) // 4
+
+
+def test_prune_takes_the_settings_of_its_forecast(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PruneConfig(permute="none", calibration=str(tiny_text), length=16, samples=24, precision="fp32")
+    whole = permprune.forecast(str(tiny_checkpoint), config)
+    limited = config.replace(memory=whole.tensors - 1)
+    found = fit_memory(str(tiny_checkpoint), limited)
+    assert found is not None and found.config.batch < config.batch and not found.streamed
+    record = prune_to_folder(
+        str(tiny_checkpoint), tmp_path / "out", limited, evaluation=Evaluation(str(tiny_text), 4, 16)
+    )
+    assert "to stay within the memory limit: --batch" in caplog.text
+    assert record.to_json()["settings"]["batch"] == found.config.batch
+
+
+def test_a_config_with_millions_of_layers_is_refused(config_folder: Path) -> None:
+    path = config_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 10**7}))
+    with pytest.raises(PermpruneError, match="its config: num_hidden_layers is 10000000"):
+        permprune.forecast(str(config_folder), SETTINGS)
+
+
+def test_time_follows_the_rates() -> None:
+    machine = Machine("a machine", torch.device("cpu"), torch.float32, threads=2, sheet=Rates(4.0, 2.0, 8.0, 1.0))
+    assert machine.seconds(Work(products=4, products_fp32=3)) == 2 * (1 + 1.5)
+    assert machine.seconds(Work(comparisons=16, largest=0.25)) == 2 * 2 / 2
+    assert machine.seconds(Work(comparisons=16, distances=2, largest=0.75)) == 2 * (2 + 2) * 0.75
+    assert machine.seconds(Work(stored=2e9)) == 2
+    assert this_machine().rates.products > 0 and GPUS["h100"].rates.products == 0.5 * 989.4e12
+
+
+LARGE = {
+    "llama-3.3-70b": (
+        tf.LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=128256,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            dtype="bfloat16",
+        ),
+        70.6e9,
+    ),
+    "mixtral-8x7b": (
+        tf.MixtralConfig(
+            architectures=["MixtralForCausalLM"],
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_local_experts=8,
+            dtype="bfloat16",
+        ),
+        46.7e9,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_large_models_are_forecast(name: str, tmp_path: Path) -> None:
+    config, weights = LARGE[name]
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == config.num_hidden_layers
+    found = permprune.forecast(str(tmp_path), gpu="h100")
+    assert found.disk["checkpoint"] == pytest.approx(2 * weights, rel=0.01)
+    assert found.tensors > 4 * weights
+    assert found.advice.startswith("NVIDIA H100 SXM has 80 GiB for tensors, which is too little: ")
+    assert re.search(
+        r"GiB with --memory 81920MiB and a permuter that works layer by layer \(none, .*\) would fit$", found.advice
+    )
