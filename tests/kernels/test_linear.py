@@ -60,9 +60,9 @@ def test_this_processor_has_kernels() -> None:
 @pytest.mark.parametrize("kernels", KERNELS)
 @given(
     pattern=st.sampled_from(PATTERNS),
-    rows=st.integers(1, 11),
+    rows=st.integers(1, 21),
     groups=st.integers(1, 60),
-    batch=st.integers(1, 10),
+    batch=st.integers(1, 18),
     dtype=st.sampled_from(DTYPES),
     activations=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     extras=st.booleans(),
@@ -99,10 +99,11 @@ def test_wide_rows_of_many_tiles(kernels: str, pattern: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 13])
+def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype, batch: int) -> None:
     before = torch.get_num_threads()
     weight = packed(1001, 512, dtype=dtype)
-    x = torch.randn(5, 512)
+    x = torch.randn(batch, 512)
     found = []
     try:
         for threads in (1, 2, 3):
@@ -184,8 +185,9 @@ def test_codes_that_lie_read_nothing_outside(kernels: str) -> None:
     for dtype in DTYPES:
         weight = packed(5, 192, dtype=dtype)
         weight.blocks.unflatten(1, (weight.layout.count, -1))[..., :8] = 255
-        native.multiply(describe(weight), torch.randn(3, 192), kernels)
-        native.multiply(describe(weight), torch.randn(1, 192).bfloat16(), kernels)
+        for batch in (1, 3, 13):
+            native.multiply(describe(weight), torch.randn(batch, 192), kernels)
+            native.multiply(describe(weight), torch.randn(batch, 192).bfloat16(), kernels)
         unpack(weight, 0, 5, torch.float32, kernels)
 
 

@@ -92,7 +92,8 @@ static ALWAYS_INLINE __m256i dot_i8(block_i8 w, block_i8 x)
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
 #define DOT(shift, w, x) dot_i8(w, x)
-#define SCALE(sum, count, scale) _mm256_fmadd_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(scale), sum)
+#define SCALE(sum, count, w_scale, x_scale)                                                                            \
+    _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #include "family_i8.h"
 
 END_TARGET

@@ -16,3 +16,25 @@ static ALWAYS_INLINE __m512i add_groups(__m512i shifted, __m512i three, __m512i 
 {
     return _mm512_ternarylogic_epi64(groups, shifted, three, OR_AND);
 }
+
+/* ---- for two_rows.h: of each 128 bits, the lower 64 belong to the first row, the upper to the second ---- */
+
+static ALWAYS_INLINE __m512i two_codes(const char *first, const char *second)
+{
+    return _mm512_mask_set1_epi64(_mm512_set1_epi64((int64_t)read_code(first)), 0xaa, (int64_t)read_code(second));
+}
+
+/* The lower or upper halves of two vectors, 64 bits of each in turns. */
+static ALWAYS_INLINE __m512i alternate(__m512i first, __m512i second, int upper)
+{
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+    const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    return _mm512_permutex2var_epi64(first, upper ? high : low, second);
+}
+
+enum { SECOND_ROW = 0xcccc }; /* lanes of 32 bits */
+
+static ALWAYS_INLINE float total_of_row(__m512 sum, int row)
+{
+    return _mm512_mask_reduce_add_ps((__mmask16)(row ? SECOND_ROW : ~SECOND_ROW), sum);
+}

@@ -1,6 +1,7 @@
 /* AVX512-BF16: products of pairs of bf16, added in fp32. Wherever it is, so are VBMI, VBMI2 and VNNI, except on Cooper Lake. */
 #if defined(__x86_64__)
 #include "packed.h"
+#include "two_rows.h"
 #include "x86.h"
 #include <immintrin.h>
 
@@ -21,6 +22,20 @@ static ALWAYS_INLINE __m512i positions(uint64_t code)
     return add_groups(shifted, _mm512_set1_epi16(3), _mm512_load_si512(groups));
 }
 
+/* What two rows keep of the groups of 32 channels: in each lane of 128 bits, two groups, the bytes of four channels of the
+ * first row and of four of the second. The byte is twice the position, plus 8 for the second group, plus 0 or 1. */
+static ALWAYS_INLINE __m512i index_in_groups(__m512i codes, int step)
+{
+/* Twice the positions of four channels: their bits start one bit before their fields. */
+#define FIELDS(bit) bit - 1, bit - 1, bit + 1, bit + 1, bit + 3, bit + 3, bit + 5, bit + 5
+    static const int8_t fields[2][64] __attribute__((aligned(64))) = {
+        {FIELDS(0), FIELDS(0), FIELDS(8), FIELDS(8), FIELDS(16), FIELDS(16), FIELDS(24), FIELDS(24)},
+        {FIELDS(32), FIELDS(32), FIELDS(40), FIELDS(40), FIELDS(48), FIELDS(48), FIELDS(56), FIELDS(56)}};
+#undef FIELDS
+    const __m512i bytes = _mm512_set4_epi32(0x09080908, 0x01000100, 0x09080908, 0x01000100);
+    return add_groups(_mm512_multishift_epi64_epi8(_mm512_load_si512(fields[step]), codes), _mm512_set1_epi8(6), bytes);
+}
+
 #define STAGED uint16_t
 #define LANES 32
 #define VECTOR __m512i
@@ -38,6 +53,12 @@ static ALWAYS_INLINE __m512i positions(uint64_t code)
 #define POSITIONS_PLACES uint64_t
 #define DECODE_POSITIONS(code) (code)
 #define AT_POSITIONS(places, step) ((void)(step), positions(places))
+#define CODES __m512i
+#define TWO_CODES(first, second) two_codes(first, second)
+#define INDEX_IN_GROUPS(codes, step) index_in_groups(codes, step)
+#define PICK_IN_GROUPS(channels, index) _mm512_shuffle_epi8(channels, index)
+#define ALTERNATE(first, second, half) alternate(first, second, half)
+#define TOTAL_OF_ROW(sum, row) total_of_row(sum, row)
 
 #define KIND pairs
 #define WEIGHT uint16_t

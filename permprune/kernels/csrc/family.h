@@ -9,7 +9,8 @@
  * If activations can be picked by an index, also the type INDEX; PICK(VECTOR, INDEX, VECTOR); READ_HALF(const WEIGHT *),
  * BLOCK / 2 values as a HALF, and PART(HALF, int step), LANES of them; and for each kind of code what pick.h expects:
  * MASK_PLACES, DECODE_MASK and AT_MASK, and the same of POSITIONS. Then weights that keep half of
- * each block are multiplied that way. Expanding the weight works for any pattern.
+ * each block are multiplied that way; and, if there is also what two_rows_floats.h expects, those with POSITIONS two rows
+ * at a time in batches for which that is faster. Expanding the weight works for any pattern.
  */
 #define STEPS (BLOCK / LANES)
 #define CHAINS (STEPS < 4 ? 2 : 4)
@@ -83,10 +84,18 @@ static ALWAYS_INLINE void PASTE(dense_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS]
 #include "pick.h"
 #endif
 
+#ifdef PICK_IN_GROUPS
+#include "two_rows_floats.h"
+#endif
+
 static void PASTE(product_, KIND)(const struct job *job, int64_t first, int64_t last)
 {
 #ifdef PICK
     if (job->weights->half) {
+#ifdef PICK_IN_GROUPS
+        if (job->weights->kind == POSITIONS && job->staged->batch > TILE_BATCH)
+            first = PASTE(two_rows_, KIND)(job, first, last);
+#endif
         if (job->weights->kind == POSITIONS)
             PASTE(positions_, KIND)(job, first, last);
         else

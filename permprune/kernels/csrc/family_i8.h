@@ -3,12 +3,12 @@
  * Expects the types VECTOR (BLOCK int8, and nothing else) and SUM (float lanes); LOAD(const int8_t *), a VECTOR;
  * EXPAND_BLOCK(const int8_t *, uint64_t bits), the next values put where `bits` has ones and zeros between;
  * DOT(int32_t shift, VECTOR w, VECTOR x), int32 lanes that add up to the product of a block; ZERO(),
- * SCALE(SUM, lanes, float) and TOTAL(SUM).
+ * SCALE(SUM, lanes, float w_scale, float x_scale), which adds the lanes times both; and TOTAL(SUM).
  *
  * Where a processor multiplies unsigned by signed bytes, FACTOR(w) gives DOT w + 128, and DOT makes up for that with
  * `shift`, -128 times the sum of x.
  *
- * If HALF_I8 is defined, `half_i8` multiplies weights with POSITIONS.
+ * If HALF_I8 is defined, `half_i8` multiplies weights with POSITIONS, and `two_rows_i8` the most rows of them in batches.
  */
 #ifndef FACTOR
 #define FACTOR(w) (w)
@@ -32,6 +32,8 @@ static void product_i8(const struct job *job, int64_t first, int64_t last)
 {
 #ifdef HALF_I8
     if (job->weights->kind == POSITIONS) {
+        if (job->staged->batch > 1)
+            first = two_rows_i8(job, first, last);
         half_i8(job, first, last);
         return;
     }

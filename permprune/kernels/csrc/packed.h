@@ -244,30 +244,61 @@ static ALWAYS_INLINE const void *readable(const void *from, const void *end, voi
     return room;
 }
 
-/* Divides the rows into tiles of TILE_ROWS, and the rest one by one, and the activations into groups of TILE_BATCH. The
- * size of each tile is a compile-time constant. */
-#define DEAL_TILES(NAME, TILE) DEAL_TILES_(NAME, TILE)
-#define DEAL_TILES_(NAME, TILE)                                                                                        \
-    static ALWAYS_INLINE void NAME##_group(const struct job *job, int64_t row, int64_t group, const int height)        \
+/* With several groups of activations, the rows of a tile are read from memory for the first group and from the cache for
+ * the others. So that memory is not idle then, each step of a tile fetches a part of the rows that follow its own.
+ *
+ * The tile has `height` rows, the first at `tile` and each `apart` bytes after the one before; a group has at most `most`
+ * activations. The step multiplies group number `group` by block number `n`, of `size` bytes, of each row. */
+static ALWAYS_INLINE void fetch_ahead(const struct job *job, const char *tile, int64_t apart, int64_t size, int height,
+                                      int64_t most, int64_t group, int64_t n)
+{
+    const int64_t groups = (job->staged->batch + most - 1) / most, count = job->weights->count;
+    const int64_t part = size * height / groups; /* of one of the rows, which take turns */
+    if (groups == 1)
+        return;
+    const int64_t place = n % height * apart + count * size + (group * count + n) / height * part;
+    for (int64_t byte = 0; byte < part; byte += 64) /* what is outside the weight is not fetched, and does no harm */
+        __builtin_prefetch((const void *)((uintptr_t)tile + (uintptr_t)(place + byte)), 0, 2);
+}
+
+/* How far apart the rows of a tile of `height` rows are, if `left` rows are left. From tile to tile, each of its rows moves
+ * to the next one: hardware follows a few long streams, but loses rows that jump over each other. The number is odd, so
+ * that the rows do not meet in the same lines of a cache. */
+static ALWAYS_INLINE int64_t rows_apart(int64_t left, int height) { return (left / height - 1) | 1; }
+
+/* Runs TILE for tiles of `height` rows `apart` from each other, and makes `row` the first row that is left. */
+#define FOR_TILES(height, TILE)                                                                                        \
+    while (last - row >= (height)) {                                                                                   \
+        const int64_t apart = rows_apart(last - row, height), stop = row + apart;                                      \
+        for (; row < stop; row++)                                                                                      \
+            TILE;                                                                                                      \
+        row += ((height) - 1) * apart;                                                                                 \
+    }
+
+/* Divides the rows into tiles of TILE_ROWS, or of ALONE for one row of activations, and the rest one by one, and the
+ * activations into groups of TILE_BATCH. The size of each tile is a compile-time constant. */
+#define DEAL_TILES(NAME, TILE, ALONE) DEAL_TILES_(NAME, TILE, ALONE)
+#define DEAL_TILES_(NAME, TILE, ALONE)                                                                                 \
+    static ALWAYS_INLINE void NAME##_groups(const struct job *job, int64_t row, int64_t apart, const int height)       \
     {                                                                                                                  \
-        int64_t left = job->staged->batch - group * TILE_BATCH;                                                        \
-        switch (left < TILE_BATCH ? left : TILE_BATCH) {                                                               \
-        case 1: TILE(job, row, group, height, 1); break;                                                               \
-        case 2: TILE(job, row, group, height, 2); break;                                                               \
-        case 3: TILE(job, row, group, height, 3); break;                                                               \
-        default: TILE(job, row, group, height, 4);                                                                     \
-        }                                                                                                              \
+        const int64_t batch = job->staged->batch;                                                                      \
+        for (int64_t group = 0; group * TILE_BATCH < batch; group++)                                                   \
+            switch (batch - group * TILE_BATCH) {                                                                      \
+            case 1: TILE(job, row, apart, group, height, 1); break;                                                    \
+            case 2: TILE(job, row, apart, group, height, 2); break;                                                    \
+            case 3: TILE(job, row, apart, group, height, 3); break;                                                    \
+            default: TILE(job, row, apart, group, height, 4);                                                          \
+            }                                                                                                          \
     }                                                                                                                  \
     static void NAME(const struct job *job, int64_t first, int64_t last)                                               \
     {                                                                                                                  \
-        int64_t groups = (job->staged->batch + TILE_BATCH - 1) / TILE_BATCH, row = first;                              \
+        int64_t row = first;                                                                                           \
         if (job->staged->batch > 1)                                                                                    \
-            for (; row + TILE_ROWS <= last; row += TILE_ROWS)                                                          \
-                for (int64_t group = 0; group < groups; group++)                                                       \
-                    NAME##_group(job, row, group, TILE_ROWS);                                                          \
+            FOR_TILES(TILE_ROWS, NAME##_groups(job, row, apart, TILE_ROWS))                                            \
+        else if ((ALONE) > 1)                                                                                          \
+            FOR_TILES(ALONE, TILE(job, row, apart, 0, ALONE, 1))                                                       \
         for (; row < last; row++)                                                                                      \
-            for (int64_t group = 0; group < groups; group++)                                                           \
-                NAME##_group(job, row, group, 1);                                                                      \
+            NAME##_groups(job, row, 0, 1);                                                                             \
     }
 
 #endif

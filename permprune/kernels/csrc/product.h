@@ -6,7 +6,8 @@
  */
 #define TILE PASTE(NAME, _tile)
 
-static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group, const int height, const int batch)
+static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart, int64_t group, const int height,
+                               const int batch)
 {
     const struct weights *weights = job->weights;
     const int64_t size = HEADER + weights->slots * (int64_t)sizeof(WEIGHT), count = weights->count;
@@ -16,11 +17,12 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group
     const char *block[TILE_ROWS];
     SUM sums[TILE_ROWS][TILE_BATCH][CHAINS];
     UNROLLED for (int r = 0; r < height; r++) {
-        block[r] = weights->blocks + (row + r) * count * size;
+        block[r] = weights->blocks + (row + r * apart) * count * size;
         UNROLLED for (int b = 0; b < batch; b++)
             UNROLLED for (int c = 0; c < chains; c++)
                 sums[r][b][c] = ZERO();
     }
+    const char *const tile = block[0];
     int64_t n = 0;
     /* Two at once hide latency, but prefetchers follow each load instruction: with more of them they lose the stream. */
     if (height == 1 && sizeof(WEIGHT) == sizeof(STAGED))
@@ -31,6 +33,7 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group
             block[0] += size;
         }
     for (; n < count; n++, x += batch * BLOCK) {
+        fetch_ahead(job, tile, apart * count * size, size, height, TILE_BATCH, group, n);
         ADD(sums, block, weights, end, x, 0, chains, height, batch);
         UNROLLED for (int r = 0; r < height; r++)
             block[r] += size;
@@ -40,11 +43,11 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group
             float result = 0;
             UNROLLED for (int c = 0; c < chains; c++)
                 result += TOTAL(sums[r][b][c]);
-            write_output(job, group * TILE_BATCH + b, row + r, result);
+            write_output(job, group * TILE_BATCH + b, row + r * apart, result);
         }
 }
 
-DEAL_TILES(NAME, TILE)
+DEAL_TILES(NAME, TILE, 1)
 
 #undef TILE
 #undef NAME

@@ -6,7 +6,8 @@
  */
 #define TILE PASTE(NAME, _tile)
 
-static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group, const int height, const int batch)
+static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart, int64_t group, const int height,
+                               const int batch)
 {
     const struct weights *weights = job->weights;
     const int64_t size = HEADER + weights->slots, count = weights->count;
@@ -18,30 +19,32 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t group
     int8_t room[TILE_ROWS][BLOCK];
     SUM sums[TILE_ROWS][TILE_BATCH];
     UNROLLED for (int r = 0; r < height; r++) {
-        block[r] = weights->blocks + (row + r) * count * size;
+        block[r] = weights->blocks + (row + r * apart) * count * size;
         UNROLLED for (int b = 0; b < batch; b++)
             sums[r][b] = ZERO();
     }
+    const char *const tile = block[0];
     for (int64_t n = 0; n < count; n++, x += batch * BLOCK, x_scale += batch, shift += batch) {
         FACTORS w[TILE_ROWS];
         float scale[TILE_ROWS];
+        fetch_ahead(job, tile, apart * count * size, size, height, TILE_BATCH, group, n);
         UNROLLED for (int r = 0; r < height; r++) {
             w[r] = READ(block[r], weights->kind, end, room[r]);
-            scale[r] = SCALE_OF(weights, block[r], (row + r) * count + n);
+            scale[r] = SCALE_OF(weights, block[r], (row + r * apart) * count + n);
             block[r] += size;
         }
         UNROLLED for (int b = 0; b < batch; b++) {
             VECTOR channels = LOAD(x + b * BLOCK);
             UNROLLED for (int r = 0; r < height; r++)
-                sums[r][b] = SCALE(sums[r][b], DOT(shift[b], w[r], channels), scale[r] * x_scale[b]);
+                sums[r][b] = SCALE(sums[r][b], DOT(shift[b], w[r], channels), scale[r], x_scale[b]);
         }
     }
     UNROLLED for (int r = 0; r < height; r++)
         UNROLLED for (int b = 0; b < batch; b++)
-            write_output(job, group * TILE_BATCH + b, row + r, TOTAL(sums[r][b]));
+            write_output(job, group * TILE_BATCH + b, row + r * apart, TOTAL(sums[r][b]));
 }
 
-DEAL_TILES(NAME, TILE)
+DEAL_TILES(NAME, TILE, 2) /* two rows share what is read of the activations */
 
 #undef TILE
 #undef NAME
