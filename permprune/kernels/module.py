@@ -110,7 +110,7 @@ class PackedLinear(nn.Module):
                 raise PermpruneError(f"{name} has a channel order that is not a permutation: pack the model again")
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x.requires_grad or x.device.type != "cpu" or not native.available():
+        if torch.compiler.is_compiling() or x.requires_grad or not x.is_cpu or not native.available():
             width, pattern, dtype = self.in_features, self.layout.pattern, self.layout.dtype
             product: Tensor = packed_linear(x, self.blocks, self.bias, self.order, width, pattern.n, pattern.m, dtype)
             return product
