@@ -32,7 +32,9 @@ GRAIN = 1 << 20
 That takes about 0.1 ms. For less, a second thread costs more than it saves: between products it spins, and where two
 threads share a core, that slows all the rest down."""
 
-_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""The numbers of data types in the library."""
+
 _MASK, _POSITIONS, _PLAIN = range(3)
 
 
@@ -76,8 +78,8 @@ def describe(layout: Layout, blocks: Tensor, bias: Tensor | None = None, order: 
         width=layout.width,
         count=layout.count,
         slots=layout.slots,
-        number=_NUMBERS[layout.dtype],
-        bias_number=0 if bias is None else _NUMBERS[bias.dtype],
+        number=NUMBERS[layout.dtype],
+        bias_number=0 if bias is None else NUMBERS[bias.dtype],
         kind=_POSITIONS if layout.positions else _MASK,
         half=2 * n == m and BLOCK // 2 % m == 0,
     )
@@ -93,7 +95,7 @@ def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
     parts = [values] if scale is None else [values, scale]
     if width % BLOCK or not all(part.is_contiguous() and part.device.type == "cpu" for part in parts):
         raise PermpruneError(f"a plain weight has to be contiguous, on the CPU, and of a width that {BLOCK} divides")
-    if (scale is None) == (values.dtype == torch.int8) or values.dtype not in _NUMBERS:
+    if (scale is None) == (values.dtype == torch.int8) or values.dtype not in NUMBERS:
         raise PermpruneError(f"a plain weight of {values.dtype} needs {'a scale' if scale is None else 'no scale'}")
     if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows, width // BLOCK)):
         raise PermpruneError(f"a plain weight has a scale of shape {tuple(scale.shape)} and type {scale.dtype}")
@@ -104,7 +106,7 @@ def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
         width=width,
         count=width // BLOCK,
         slots=BLOCK,
-        number=_NUMBERS[values.dtype],
+        number=NUMBERS[values.dtype],
         kind=_PLAIN,
     )
 
@@ -133,7 +135,7 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None) -> Tensor:
         return output
     threads = _threads(batch * weights.rows * weights.count * weights.slots)
     status = library.permprune_multiply(
-        weights, x.data_ptr(), _NUMBERS[x.dtype], batch, output.data_ptr(), index, threads
+        weights, x.data_ptr(), NUMBERS[x.dtype], batch, output.data_ptr(), index, threads
     )
     if status:
         raise PermpruneError(
@@ -156,7 +158,7 @@ def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = N
     fits = output.dtype in FLOATS and output.is_contiguous() and output.device.type == "cpu"
     if library is None or not fits or width != weights.width or not 0 <= first <= weights.rows - rows:
         raise PermpruneError(f"{rows} rows of a packed weight from {first} on cannot be unpacked to {output.dtype}")
-    number, threads = _NUMBERS[output.dtype], _threads(output.numel())
+    number, threads = NUMBERS[output.dtype], _threads(output.numel())
     library.permprune_unpack(weights, first, first + rows, output.data_ptr(), number, index, threads)
 
 
@@ -169,8 +171,10 @@ def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
     return None if row < 0 else row
 
 
-def search(name: str, job: ctypes.Structure, work: int) -> int:
-    """Run a kernel of the search, "mask", "keep" or "place", on a checked job of so many elements; returns a status.
+def run(name: str, job: ctypes.Structure, work: int) -> int:
+    """Run a function of the library on a checked job of so many elements; returns a status.
+
+    The functions are those of the search ("mask", "keep", "place") and of the cache ("attend", "unpack_states").
 
     Raises `PermpruneError` where native kernels are not available.
     """
@@ -231,7 +235,7 @@ def _library() -> ctypes.CDLL | None:
     library.permprune_unpack.restype = ctypes.c_int32
     library.permprune_check.argtypes = [weights, number, number]
     library.permprune_check.restype = ctypes.c_int64
-    for name, threads in (("mask", 1), ("keep", 1), ("place", 0)):
+    for name, threads in (("mask", 1), ("keep", 1), ("place", 0), ("attend", 1), ("unpack_states", 1)):
         function = getattr(library, f"permprune_{name}")
         function.argtypes, function.restype = [pointer, number, *[number] * threads], ctypes.c_int32
     library.permprune_use_threads_of.argtypes = [pointer]

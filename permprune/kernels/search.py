@@ -72,7 +72,7 @@ def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -
     masking = _masking(score, places, pattern)
     masking.mask = mask.data_ptr()
     masking.mask_row_stride, masking.mask_column_stride = mask.stride()
-    _require_done(native.search("mask", masking, len(score) * len(places)))
+    _require_done(native.run("mask", masking, len(score) * len(places)))
 
 
 def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, pattern: Pattern) -> float:
@@ -89,7 +89,7 @@ def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, p
     keeping.weight_row_stride, keeping.weight_column_stride = weight.stride()
     keeping.gradient_row_stride, keeping.gradient_column_stride = gradient.stride()
     keeping.sums = sums.data_ptr()
-    _require_done(native.search("keep", keeping, len(score) * len(places)))
+    _require_done(native.run("keep", keeping, len(score) * len(places)))
     return float(sums.sum())
 
 
@@ -121,7 +121,7 @@ def add_placement_cost(
     groups, slots, curvature = groups.contiguous(), slots.contiguous(), curvature.float().contiguous()
     pointers = [part.data_ptr() for part in (*parts, curvature, groups, slots, cost)]
     placement = Placement(*pointers, *score.shape, len(groups), pattern.n, pattern.m)
-    _require_done(native.search("place", placement, 0))
+    _require_done(native.run("place", placement, 0))
 
 
 def _placement_cost(parts: list[Tensor], curvature: Tensor, groups: Tensor, slots: Tensor, pattern: Pattern) -> Tensor:

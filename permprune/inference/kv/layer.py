@@ -14,6 +14,13 @@ from permprune.inference.kv.attention import Call, Segment, Source, States, atte
 from permprune.inference.kv.config import DTYPES, KVConfig, pattern_named
 from permprune.inference.kv.packing import Channels, Layout, require_pattern
 from permprune.inference.kv.tokens import PackedTokens
+from permprune.kernels import native
+from permprune.kernels.attention import WIDEST, Queries, Side
+from permprune.kernels.attention import attend as attend_native
+from permprune.kernels.layout import FLOATS
+
+FEW = 16
+"""Number of queries up to which the native kernel is used; for more, states are unpacked for products of matrices."""
 
 STEP = 8
 """Number of tokens that are packed at a time when they leave the window."""
@@ -185,12 +192,53 @@ class _View(Source, States):
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         if self.plain is not None:
             return attend_plain(call, module, *self.plain)
+        if self._runs_native(call):
+            return self._attend_native(call)
         batch, heads, count, width = call.query.shape
         keys, values = (packed.channels for packed in self.packed)
         query = keys.arrange(call.query.reshape(batch, self.heads, -1, width)).view_as(call.query)
         output = attend(dataclasses.replace(call, query=query), self)
         output = values.restore(output.reshape(batch, self.heads, -1, output.shape[-1]))
         return output.view(batch, heads, count, -1).transpose(1, 2).contiguous()
+
+    def _runs_native(self, call: Call) -> bool:
+        """Return whether the native kernel computes this: a few queries on the CPU that read the same packed tokens."""
+        query, count = call.query, call.query.shape[2]
+        types = {query.dtype, *(states.dtype for states in self.whole)}
+        packed = not self.before or all(own.native_states() is not None for own in self.packed)
+        reads = {self._reads_packed(position) for position in range(self.length - count, self.length)}
+        return (
+            count <= FEW
+            and reads == {self.before}
+            and types <= set(FLOATS)
+            and max(states.shape[3] for states in self.whole) <= WIDEST
+            and query.device.type == "cpu"
+            and native.available()
+            and packed
+            and not call.dropout
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, *self.whole)))
+        )
+
+    def _attend_native(self, call: Call) -> Tensor:
+        mask, added = (
+            (None, call.mask) if call.mask is not None and call.mask.dtype != torch.bool else (call.mask, None)
+        )
+        biases = [t[..., : self.length].float() for t in (call.bias, added) if t is not None]
+        queries = Queries(
+            call.query,
+            call.scaling,
+            call.softcap,
+            mask=None if mask is None else mask[..., : self.length],
+            added=sum(biases[1:], biases[0]) if biases else None,
+            sinks=call.sinks,
+            causal=call.causal and call.mask is None,
+        )
+        keys, values = (
+            Side(packed.native_states() if self.before else None, whole, packed.channels.order)
+            for packed, whole in zip(self.packed, self.whole, strict=True)
+        )
+        sinks = min(self.layer.config.sinks, self.whole[0].shape[2])
+        return attend_native(queries, keys, values, packed=self.before, before=sinks)
 
     def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
         (keys, values), sinks = self.whole, self.layer.config.sinks

@@ -5,10 +5,9 @@ contiguous: the tokens of a head follow each other, and each is a row of bytes. 
 pattern N:M, the row of a token has these parts, channels in stored order (`Channels.order`):
 
 * `values`, (width N / M): the kept values, in channel order; fp32, bf16, fp16 or int8;
-* `mask`, uint8 (ceil(width / 8)): bit c % 8 of byte c // 8 is set if channel c is kept, as in the packed weights
-  (`permprune.kernels.packed`); each group of M bits has N set;
+* `code`, uint8: which channels are kept (`permprune.kernels.codes`); for 2:4, 3 bits for each group;
 * `signs`, uint8 (ceil(width (M - N) / (8 M))), with recovery only: bit i is set if the i-th channel that is not kept is
-  negative; scattering these bits to the zeros of the mask (`pdep`) aligns them with the channels;
+  negative;
 * `amplitude`, (1), with recovery only: a pruned channel c is read as its sign times `amplitude` times
   `Channels.level[c]`; of the type of the values, or for int8 values uint8 in steps of half the scale;
 * `scale`, bf16 (1), for int8 only: a kept value is its integer times the scale.
@@ -20,11 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels.packed import pack_bits, unpack_bits
+from permprune.kernels.codes import pack_code, pack_padded_bits, unpack_code
+from permprune.kernels.packed import unpack_bits
 from permprune.pattern import Pattern
 
 Parts = dict[str, Tensor]
@@ -110,9 +109,9 @@ def encode(states: Tensor, channels: Channels, layout: Layout) -> Parts:
         return _stored(states, layout.dtype)
     kept = kept_channels(states, channels, layout.pattern)
     parts = _stored(_select(states, kept), layout.dtype)
-    parts["mask"] = _pack_bits(kept)
+    parts["code"] = pack_code(kept, layout.pattern)
     if layout.signs:
-        parts["signs"] = _pack_bits(_select(states, ~kept) < 0)
+        parts["signs"] = pack_padded_bits(_select(states, ~kept) < 0)
         size = amplitude(states, kept, channels)
         if "scale" in parts:
             steps = 2 * size / parts["scale"].float().clamp_min(TINY)
@@ -129,13 +128,13 @@ def decode(parts: Parts, channels: Channels, layout: Layout, dtype: torch.dtype)
         values = values * scale.float()
     if layout.pattern is None:
         return values.to(dtype)
-    kept = _unpack_bits(parts["mask"], channels.shape[1])
+    kept = unpack_code(parts["code"], layout.pattern, channels.shape[1])
     states = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
     if layout.signs:
         size = parts["amplitude"].float()
         if scale is not None:
             size = size * scale.float() / 2
-        signs = _unpack_bits(parts["signs"], kept.shape[-1] - values.shape[-1])
+        signs = unpack_bits(parts["signs"])[..., : kept.shape[-1] - values.shape[-1]]
         recovered = torch.zeros(kept.shape, device=kept.device).masked_scatter_(~kept, 1.0 - 2.0 * signs)
         states += (recovered * size * channels.level[:, None]).to(dtype)
     return states
@@ -175,11 +174,3 @@ def _stored(values: Tensor, dtype: torch.dtype) -> Parts:
 def _select(states: Tensor, chosen: Tensor) -> Tensor:
     """Return the chosen channels, as many for each token, (batch, heads, tokens, count)."""
     return states[chosen].view(*states.shape[:-1], -1)
-
-
-def _pack_bits(bits: Tensor) -> Tensor:
-    return pack_bits(F.pad(bits, (0, -bits.shape[-1] % 8)))
-
-
-def _unpack_bits(packed: Tensor, width: int) -> Tensor:
-    return unpack_bits(packed)[..., :width]

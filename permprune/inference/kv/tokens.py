@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from permprune.inference.kv.packing import Channels, Layout, Parts, decode, encode
+from permprune.kernels import native
+from permprune.kernels.attention import WIDEST, PackedStates
+from permprune.kernels.layout import FLOATS
 
 BLOCK = 512
 """Number of tokens that are packed at a time, which bounds the memory for intermediate results."""
@@ -34,6 +38,10 @@ class PackedTokens:
         self.channels, self.layout = channels, layout
         self.parts: Parts = {}
         self.length = 0
+        self._states: PackedStates | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_states": None}  # pointers are not copied
 
     def append(self, states: Tensor) -> None:
         """Pack states, (batch, heads, tokens, width), and add them at the end."""
@@ -44,8 +52,20 @@ class PackedTokens:
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Unpack tokens `start` to `stop`: (batch, heads, stop - start, width), in the stored order."""
+        states = self.native_states() if dtype in FLOATS else None
+        if states is not None:
+            return states.unpack(start, stop - start, dtype)
         parts = {name: part[:, :, start:stop] for name, part in self.parts.items()}
         return decode(parts, self.channels, self.layout, dtype)
+
+    def native_states(self) -> PackedStates | None:
+        """Return the parts as native kernels read them; None if there are no parts, or no kernels for them."""
+        if self._states is None and self.parts:
+            values, width = self.parts["values"], self.channels.shape[1]
+            runs = values.device.type == "cpu" and values.dtype in (*FLOATS, torch.int8) and width <= WIDEST
+            if runs and native.available():
+                self._states = PackedStates(self.parts, self.channels.level, self.layout.pattern)
+        return self._states
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` tokens."""
@@ -53,8 +73,9 @@ class PackedTokens:
 
     def change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every part by `change(part)`, which selects or repeats rows of the batch."""
+        self._states = None
         with _ordinary_tensors():
-            self.parts = {name: change(part) for name, part in self.parts.items()}
+            self.parts = {name: change(part).contiguous() for name, part in self.parts.items()}
 
     def _write(self, parts: Parts, coming: int) -> None:
         """Write parts behind the used tokens, with memory for all `coming` tokens; no more than that for the first."""
@@ -67,6 +88,7 @@ class PackedTokens:
 
     def _grow(self, like: Parts, capacity: int) -> None:
         """Allocate memory for `capacity` tokens and move the used ones there, one part after the other."""
+        self._states = None
         for name, part in like.items():
             with _ordinary_tensors():
                 grown = torch.empty(*part.shape[:2], capacity, *part.shape[3:], dtype=part.dtype, device=part.device)

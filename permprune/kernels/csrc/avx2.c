@@ -1,5 +1,6 @@
 /* AVX2 with FMA and F16C, as every x86-64 server and desktop since 2015 has them. */
 #if defined(__x86_64__)
+#include "cache.h"
 #include "expand_table.h"
 #include "packed.h"
 #include "search.h"
@@ -98,5 +99,5 @@ static ALWAYS_INLINE __m256i dot_i8(block_i8 w, block_i8 x)
 
 END_TARGET
 
-const struct kernels avx2_kernels = {.name = "avx2", .search = &avx2_search, .runs_here = has_avx2, ALL_KERNELS};
+const struct kernels avx2_kernels = {.name = "avx2", .search = &avx2_search, .cache = &avx2_cache, .runs_here = has_avx2, ALL_KERNELS};
 #endif

@@ -1,5 +1,6 @@
 /* AVX-512 as Ice Lake and Zen 4 have it: VBMI and VBMI2 to permute and compress lanes of 8 bits, and VNNI. */
 #if defined(__x86_64__)
+#include "cache.h"
 #include "packed.h"
 #include "search.h"
 #include "two_rows.h"
@@ -230,6 +231,7 @@ END_TARGET
 const struct kernels avx512_kernels = {
     .name = "avx512",
     .search = &avx512_search,
+    .cache = &avx512_cache,
     .runs_here = has_avx512,
     ALL_KERNELS,
     .pairs_run_here = avx512_pairs_run_here,

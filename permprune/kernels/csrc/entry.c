@@ -1,5 +1,6 @@
 /* The functions for Python: the names of the kernels, products, checks of masks, unpacking, and the inner loops of the
  * search. */
+#include "cache.h"
 #include "packed.h"
 #include "search.h"
 #include <stdatomic.h>
@@ -7,7 +8,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum status { DONE, NO_MEMORY, NO_KERNEL, BAD_ORDER };
+enum status { DONE, NO_MEMORY, NO_KERNEL, BAD_ORDER, BAD_CODE };
 
 static const struct kernels *const all_kernels[] = {
 #if defined(__x86_64__)
@@ -67,16 +68,21 @@ static void take_pieces(void *data)
     }
 }
 
-/* Pieces are whole tiles, so that the rows of a tile, and with them the result, do not depend on the threads. */
-static void deal_rows(const void *job, piece_kernel *kernel, int64_t count, int32_t threads)
+/* Pieces are whole units, such as the rows of a tile, so that the result does not depend on the threads. */
+static void deal(const void *job, piece_kernel *kernel, int64_t count, int64_t unit, int32_t threads)
 {
     if (threads <= 1 || !parallel) {
         kernel(job, 0, count);
         return;
     }
-    int64_t piece = count / (threads * 4) / TILE_ROWS * TILE_ROWS;
-    struct pieces pieces = {job, kernel, count, piece < TILE_ROWS ? TILE_ROWS : piece, 0};
+    int64_t piece = count / (threads * 4) / unit * unit;
+    struct pieces pieces = {job, kernel, count, piece < unit ? unit : piece, 0};
     parallel(take_pieces, &pieces, (unsigned)threads, 0);
+}
+
+static void deal_rows(const void *job, piece_kernel *kernel, int64_t count, int32_t threads)
+{
+    deal(job, kernel, count, TILE_ROWS, threads);
 }
 
 struct product {
@@ -333,4 +339,47 @@ EXPORT int32_t permprune_place(const struct placement *placement, int32_t index)
         places_are_bad(placement->groups, count * m, placement->channels))
         return BAD_ORDER;
     return all_kernels[index]->search->place(placement) ? DONE : NO_MEMORY;
+}
+
+/* ---- the pruned cache ---- */
+
+static int states_are_bad(const struct states *states)
+{
+    return states->width < 1 || states->width > WIDEST || states->kept < 0 || states->kept > states->width ||
+           (states->kind == EVERY && states->kept != states->width);
+}
+
+/* The output of attention, (batch, count, heads * group, width). Returns a `status`. */
+EXPORT int32_t permprune_attend(const struct attention *attention, int32_t index, int32_t threads)
+{
+    if (!runs(index))
+        return NO_KERNEL;
+    struct attention job = *attention;
+    int32_t bad = 0;
+    job.bad = &bad;
+    for (int side = 0; side < 2; side++) {
+        const int64_t width = job.packed[side].width;
+        if (states_are_bad(&job.packed[side]) || states_are_bad(&job.whole[side]))
+            return BAD_CODE;
+        for (int64_t head = 0; head < job.heads; head++)
+            if (places_are_bad(job.order[side] + head * width, width, width))
+                return BAD_ORDER;
+    }
+    deal(&job, all_kernels[index]->cache->attend, job.batch * job.heads * job.parts, 1, threads);
+    deal(&job, all_kernels[index]->cache->combine, job.batch * job.heads, 1, 1);
+    return bad ? BAD_CODE : DONE;
+}
+
+/* Some packed tokens as numbers, (batch * heads, count, width). Returns a `status`. */
+EXPORT int32_t permprune_unpack_states(const struct unpacking *unpacking, int32_t index, int32_t threads)
+{
+    if (!runs(index))
+        return NO_KERNEL;
+    struct unpacking job = *unpacking;
+    int32_t bad = 0;
+    job.bad = &bad;
+    if (states_are_bad(&job.states))
+        return BAD_CODE;
+    deal(&job, all_kernels[index]->cache->unpack, job.batch * job.heads, 1, threads);
+    return bad ? BAD_CODE : DONE;
 }

@@ -1,6 +1,7 @@
 /* NEON, which every aarch64 processor has. */
 #if defined(__aarch64__)
 #include "expand_table.h"
+#include "cache.h"
 #include "packed.h"
 #include "search.h"
 #include <arm_neon.h>
@@ -91,5 +92,5 @@ static ALWAYS_INLINE int32x4_t dot_i8(block_i8 w, block_i8 x)
 
 static int runs_here(void) { return 1; }
 
-const struct kernels neon_kernels = {.name = "neon", .search = &portable_search, .runs_here = runs_here, ALL_KERNELS};
+const struct kernels neon_kernels = {.name = "neon", .search = &portable_search, .cache = &neon_cache, .runs_here = runs_here, ALL_KERNELS};
 #endif

@@ -84,12 +84,14 @@ struct job {
 typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
 
 struct search_kernels; /* search.h */
+struct cache_kernels;  /* cache.h */
 
 /* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the weight with its zeros, (rows, width). `pairs`
  * multiplies bf16 by bf16 if there is such an instruction, else it is NULL. */
 struct kernels {
     const char *name;
     const struct search_kernels *search;
+    const struct cache_kernels *cache;
     int (*runs_here)(void);
     rows_kernel *products[NUMBERS];
     rows_kernel *dense[NUMBERS];

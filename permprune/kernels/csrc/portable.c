@@ -1,4 +1,5 @@
 /* Plain C with vectors of four floats, for every processor. */
+#include "cache.h"
 #include "packed.h"
 #include "search.h"
 
@@ -107,4 +108,4 @@ static ALWAYS_INLINE int32_t dot_i8(const block_i8 *w, const block_i8 *x)
 
 static int runs_here(void) { return 1; }
 
-const struct kernels portable_kernels = {.name = "portable", .search = &portable_search, .runs_here = runs_here, ALL_KERNELS};
+const struct kernels portable_kernels = {.name = "portable", .search = &portable_search, .cache = &portable_cache, .runs_here = runs_here, ALL_KERNELS};

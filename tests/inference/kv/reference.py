@@ -24,11 +24,13 @@ def pruned(states: Tensor, channels: Channels, text: str, recovery: str) -> Tens
     for head, order in enumerate(channels.order):
         groups = states[:, head][..., order].unflatten(-1, (-1, pattern.m))
         weight, level = (t[head].view(-1, pattern.m).expand_as(groups) for t in (channels.weight, channels.level))
-        best = (groups.abs() * weight).topk(pattern.n).indices
+        score = groups.abs() * weight  # of equal scores the earlier one is kept: now and then two are equal
+        best = score.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.n]
         kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
         design, target = ((weight * t).masked_fill(kept, 0).flatten(-2) for t in (level, groups.abs()))
         size = (design * target).sum(-1) / (design * design).sum(-1)
-        recovered = groups.sign() * size[..., None, None] * level if recovery == "sign" else torch.zeros_like(groups)
+        signs = torch.where(groups < 0, -1.0, 1.0)  # of zero too: torch.randn gives one in some millions of numbers
+        recovered = signs * size[..., None, None] * level if recovery == "sign" else torch.zeros_like(groups)
         result[:, head][..., order] = torch.where(kept, groups, recovered).flatten(-2)
     return result
 

@@ -120,7 +120,7 @@ def test_bytes_are_those_of_the_storages(tiny_llama: LlamaForCausalLM) -> None:
     dense = DynamicCache(config=model.config)
     logits(model, tokens, dense)
     expected = sum(t.nbytes for layer in dense.layers for t in (layer.keys, layer.values))
-    for dtype, row in (("auto", 4 * 2 + 1 + 1 + 2), ("int8", 4 + 1 + 1 + 1 + 2)):
+    for dtype, row in (("auto", 4 * 2 + 3 + 1 + 2), ("int8", 4 + 3 + 1 + 1 + 2)):
         cache = PrunedCache(model, SMALL.replace(dtype=dtype))
         logits(model, tokens, cache)
         assert cache.dense_nbytes == expected

@@ -1,5 +1,6 @@
 """The layer of a pruned cache, compared with one that keeps everything whole."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -59,6 +60,7 @@ configs = st.builds(
     st.sampled_from([None, 5.0]),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 2**32),
 )
 def test_queries_read_what_a_whole_cache_pruned_alike_gives(
     config: KVConfig,
@@ -68,7 +70,9 @@ def test_queries_read_what_a_whole_cache_pruned_alike_gives(
     softcap: float | None,
     sinks: bool,
     padded: bool,
+    seed: int,
 ) -> None:
+    torch.manual_seed(seed)
     batch, heads, group = shape
     channels = random_channels(heads, 8), random_channels(heads, 16)
     layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
@@ -105,8 +109,9 @@ def test_long_contexts_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @settings(max_examples=20)
-@given(configs, st.lists(st.integers(1, 30), min_size=1, max_size=4))
-def test_an_exact_window_makes_the_calls_indifferent(config: KVConfig, calls: list[int]) -> None:
+@given(configs, st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 2**32))
+def test_an_exact_window_makes_the_calls_indifferent(config: KVConfig, calls: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
     channels, total = (random_channels(2, 8), random_channels(2, 8)), sum(calls)
     states = random_states(1, 2, 1, total, (8, 8))
     whole = PrunedLayer(config, *channels, exact_window=True)
@@ -166,6 +171,15 @@ def test_rows_of_the_batch_are_selected_and_repeated() -> None:
         layer = filled(config, 40)
         change(layer)
         torch.testing.assert_close(read(layer), expected[rows], **CLOSE)
+
+
+def test_a_copy_reads_the_same_and_grows_alone() -> None:
+    layer = filled(KVConfig(window=8), 40)
+    twin, changed = copy.deepcopy(layer), copy.deepcopy(layer)
+    expected = read(layer)
+    assert torch.equal(read(copy.deepcopy(twin)), expected)
+    call(changed, random_states(2, 2, 1, 30, (16, 16)), causal_mask(torch.zeros(2), 40, 30))
+    assert torch.equal(read(twin), expected)
 
 
 def test_an_empty_layer_takes_every_change() -> None:

@@ -32,8 +32,8 @@ def test_sizes_are_those_of_the_description() -> None:
         parts = encode(states, channels, Layout(Pattern(2, 4), dtype, signs=True))
         assert all(part.shape[:3] == (1, 2, 7) for part in parts.values())
         bytes_of_token[dtype] = {name: part.nbytes // 14 for name, part in parts.items()}
-    assert bytes_of_token[torch.bfloat16] == {"values": 64, "mask": 8, "signs": 4, "amplitude": 2}
-    assert bytes_of_token[torch.int8] == {"values": 32, "scale": 2, "mask": 8, "signs": 4, "amplitude": 1}
+    assert bytes_of_token[torch.bfloat16] == {"values": 64, "code": 6, "signs": 4, "amplitude": 2}
+    assert bytes_of_token[torch.int8] == {"values": 32, "scale": 2, "code": 6, "signs": 4, "amplitude": 1}
 
 
 def test_zeros_and_outliers_are_stored() -> None:

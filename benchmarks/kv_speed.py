@@ -1,0 +1,118 @@
+"""Decoding speed with a pruned key/value cache and with a dense one: a Markdown table.
+
+The caches hold random states, so that long contexts need no prompt. Each row is the shortest time per token of a few
+turns, in which all caches are measured one after the other. The dense cache is Transformers' `DynamicCache` with each
+attention and data type given; "speed-up" is against the fastest of them.
+
+python benchmarks/kv_speed.py --batch 8 --context 8192
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from permprune.checkpoints.io import read_model
+from permprune.inference.kv.cache import PrunedCache
+from permprune.inference.kv.config import KVConfig
+from permprune.models.forward import cache_argument
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Row:
+    """A cache to measure, with the model that it is for and the attention that the model is set to."""
+
+    name: str
+    model: PreTrainedModel
+    attention: str
+    cache: Cache
+    seconds: float = float("inf")
+
+    def nbytes(self) -> int:
+        """Bytes of the states of tokens."""
+        if isinstance(self.cache, PrunedCache):
+            return self.cache.nbytes
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--dense", default="sdpa:bf16,sdpa:fp32,eager:bf16,eager:fp32", help="attention:type, ...")
+    parser.add_argument("--pruned", default="bf16:auto,bf16:int8", help="type of the model:type of kept values, ...")
+    parser.add_argument("--steps", type=int, default=4, help="tokens in each turn")
+    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no further turn begins")
+    options = parser.parse_args()
+    model, _, _ = read_model(options.model)
+    models: dict[str, PreTrainedModel] = {}
+
+    def model_of(dtype: str) -> PreTrainedModel:
+        if dtype not in models:
+            own = read_model(options.model)[0] if models else model
+            models[dtype] = own.to(DTYPES[dtype]).eval()
+        return models[dtype]
+
+    rows: list[Row] = []
+    dense: dict[str, Cache] = {}
+    for text in filter(None, options.dense.split(",")):
+        attention, dtype = text.split(":")
+        own = model_of(dtype)
+        if dtype not in dense:
+            dense[dtype] = filled(DynamicCache(config=own.config), own, options.batch, options.context)
+        rows.append(Row(f"dense, {attention}, {dtype}", own, attention, dense[dtype]))
+    for text in filter(None, options.pruned.split(",")):
+        dtype, stored = text.split(":")
+        own = model_of(dtype)
+        cache = filled(PrunedCache(own, KVConfig(dtype=stored)), own, options.batch, options.context)
+        rows.append(Row(f"2:4, {stored if stored != 'auto' else dtype}, model {dtype}", own, "permprune", cache))
+    began = time.perf_counter()
+    for turn in range(options.turns):
+        if turn and time.perf_counter() - began > options.limit:
+            break
+        for row in rows:
+            row.seconds = min(row.seconds, seconds_per_token(row, options.batch, options.steps))
+    fastest = min(row.seconds for row in rows if "dense" in row.name)
+    print(f"{options.model}, batch {options.batch}, {options.context} tokens, {torch.get_num_threads()} threads\n")
+    print("| cache | MB | ms per step | tokens/s | speed-up |\n|---|---|---|---|---|")
+    for row in rows:
+        speed = f"{1000 * row.seconds:.1f} | {options.batch / row.seconds:.1f} | {fastest / row.seconds:.2f}"
+        print(f"| {row.name} | {row.nbytes() / 1e6:.0f} | {speed} |")
+
+
+@torch.inference_mode()
+def filled(cache: Cache, model: PreTrainedModel, batch: int, context: int) -> Cache:
+    """Add random states of `context` tokens."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    states = torch.randn(2, batch, config.num_key_value_heads, context, width).to(model.dtype)
+    for layer in cache.layers:
+        layer.update(states[0], states[1])
+    return cache
+
+
+@torch.inference_mode()
+def seconds_per_token(row: Row, batch: int, steps: int) -> float:
+    """Decode one token to adapt, and measure the mean time of `steps` more."""
+    if row.model.config._attn_implementation != row.attention:
+        row.model.set_attn_implementation(row.attention)
+    step: Callable[[], object] = lambda: row.model(  # noqa: E731
+        torch.full((batch, 1), 17), **cache_argument(row.model, row.cache)
+    )
+    step()
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - began) / steps
+
+
+if __name__ == "__main__":
+    main()

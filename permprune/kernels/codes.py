@@ -1,0 +1,63 @@
+"""Codes of the channels that a token keeps in a pruned key/value cache.
+
+For N:M with M = 4, a code has a bit of each group of four channels in each of some planes; a plane has
+ceil(groups / 8) bytes, and the bit of group g is bit g % 8 of byte g // 8. No code keeps another number of channels.
+
+* 2:4, three planes: whether channel 0 is kept; whether channel 1 is as channel 0; whether channel 2 is. If neither is,
+  channel 3 is as channel 0. If both are set, the last one is ignored.
+* 1:4, two planes: the lower and the higher bit of the position of the channel that is kept.
+* 3:4, two planes: likewise, of the channel that is not kept.
+
+For other patterns it has a bit for every channel: bit c % 8 of byte c // 8 is set if channel c is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from permprune.kernels.packed import pack_bits, unpack_bits
+from permprune.pattern import Pattern
+
+PLANES = {Pattern(1, 4): 2, Pattern(2, 4): 3, Pattern(3, 4): 2}
+"""The numbers of planes."""
+
+
+def code_bytes(pattern: Pattern, width: int) -> int:
+    """Return the bytes of the code of `width` channels."""
+    planes = PLANES.get(pattern)
+    return -(-width // 8) if planes is None else planes * -(-width // 32)
+
+
+def pack_code(kept: Tensor, pattern: Pattern) -> Tensor:
+    """Return the codes, uint8 (..., bytes), of channels of which each group keeps N: bool (..., width)."""
+    if pattern not in PLANES:
+        return pack_padded_bits(kept)
+    first, *others = kept.unflatten(-1, (-1, 4)).unbind(-1)
+    if pattern.n == 2:
+        planes = [first, first == others[0], first == others[1]]
+    else:
+        one = kept if pattern.n == 1 else ~kept
+        _, second, third, fourth = one.unflatten(-1, (-1, 4)).unbind(-1)
+        planes = [second | fourth, third | fourth]
+    return pack_padded_bits(torch.stack(planes, -2)).flatten(-2)
+
+
+def unpack_code(code: Tensor, pattern: Pattern, width: int) -> Tensor:
+    """Undo `pack_code`: bool (..., width)."""
+    if pattern not in PLANES:
+        return unpack_bits(code)[..., :width]
+    planes = unpack_bits(code.unflatten(-1, (PLANES[pattern], -1)))[..., : width // 4].unbind(-2)
+    if pattern.n == 2:
+        first, one, two = planes
+        two = two & ~one
+        return torch.stack((first, first == one, first == two, first ^ (one | two)), -1).flatten(-2)
+    low, high = planes
+    place = torch.stack((~low & ~high, low & ~high, ~low & high, low & high), -1).flatten(-2)
+    return place if pattern.n == 1 else ~place
+
+
+def pack_padded_bits(bits: Tensor) -> Tensor:
+    """Convert bool (..., width) to uint8 (..., ceil(width / 8)), with zeros after the width."""
+    return pack_bits(F.pad(bits, (0, -bits.shape[-1] % 8)))
