@@ -21,12 +21,14 @@ class Speed:
         context: Number of tokens in the prompt of each sequence.
         first_token: Seconds from the prompt to the first generated token.
         next_token: Mean number of seconds per generated token after the first.
+        cache: Bytes of the key/value cache at the end; 0 if they were not measured.
     """
 
     batch: Count
     context: Count
     first_token: Duration
     next_token: Duration
+    cache: Annotated[int, Range(0, 2**60)] = 0
 
     @property
     def prefill(self) -> float:
@@ -51,8 +53,9 @@ class BenchedModel:
     """The measurements of one model.
 
     Attributes:
-        name: The folder or the name of the model; for the dense model followed by its data type.
-        dense: Whether it is the dense model.
+        name: The folder or the name of the model, followed by the data type of the dense model and by the folder of the
+            pruned key/value cache.
+        dense: Whether it is the dense model with a dense cache.
         bytes: Bytes of all tensors of the model, tied ones counted once.
         resident: Resident memory of the model's process after the measurements in bytes, including PyTorch itself.
         speeds: The speed at each batch size and context length.

@@ -24,6 +24,9 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each model", show_default="as many as PyTorch uses")
     ] = None,
+    kv: Annotated[
+        Path | None, typer.Option(help="folder that permprune kv wrote: measures models with that pruned cache too")
+    ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
     picture: cli.Picture = None,
@@ -42,6 +45,7 @@ def bench(
         steps=steps,
         turns=turns,
         threads=threads,
+        kv=kv,
         trust_remote_code=trust_remote_code,
     )
     figures = found.to_json()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from permprune.checkpoints.benchmark import Speed
 from permprune.errors import PermpruneError
@@ -20,11 +22,20 @@ STEPS = 16
 
 
 @torch.inference_mode()
-def measure_speed(model: PreTrainedModel, *, batch: int, context: int, steps: int = STEPS, seed: int = 0) -> Speed:
+def measure_speed(
+    model: PreTrainedModel,
+    *,
+    batch: int,
+    context: int,
+    steps: int = STEPS,
+    seed: int = 0,
+    cache: Callable[[], Cache] | None = None,
+) -> Speed:
     """Measure the time to read a random prompt of `context` tokens and then to generate `steps` tokens greedily.
 
-    `batch` sequences are processed in parallel, once. `seed` is the seed of the prompt. Raises `PermpruneError` if the
-    model is not a causal language model.
+    `batch` sequences are processed in parallel, once. `seed` is the seed of the prompt. `cache` makes an empty
+    key/value cache, by default Transformers' `DynamicCache`. Raises `PermpruneError` if the model is not a causal
+    language model.
     """
     if not is_causal_lm(model):
         raise PermpruneError("speed is only measured for causal language models: give one")
@@ -32,16 +43,23 @@ def measure_speed(model: PreTrainedModel, *, batch: int, context: int, steps: in
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
     runner: Any = model.eval()
-    cache = DynamicCache(config=model.config)
+    held = DynamicCache(config=model.config) if cache is None else cache()
     began = _now(device)
-    token = _next_token(runner, prompt, cache)
+    token = _next_token(runner, prompt, held)
     read = _now(device)
     for _ in range(steps):
-        token = _next_token(runner, token, cache)
-    return Speed(batch, context, read - began, (_now(device) - read) / steps)
+        token = _next_token(runner, token, held)
+    return Speed(batch, context, read - began, (_now(device) - read) / steps, cache_bytes(held))
 
 
-def _next_token(model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
+def cache_bytes(cache: Cache) -> int:
+    """Return the bytes of the states of tokens in a cache."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    return sum(value.nbytes for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+
+
+def _next_token(model: Any, ids: Tensor, cache: Cache) -> Tensor:
     """Return the most likely next token of each sequence, int64 (batch, 1), for `ids` (batch, length).
 
     `cache` contains the keys and values of the tokens before `ids`; those of `ids` are added.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
 from permprune.evaluation.speed import STEPS, measure_speed
+from permprune.inference.kv.cache import PrunedCache
+from permprune.inference.kv.files import read_record as read_kv
 from permprune.options import Count, require
 from permprune.report.run import write_report
 from permprune.system.device import best_device
@@ -39,17 +42,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """A model to measure: its name or folder, and for the dense model the data type to convert it to."""
+    """A model to measure: its name or folder; for the dense model the data type to convert it to; its pruned cache."""
 
     source: str
     dtype: str | None
     threads: int
     trust_remote_code: bool
+    kv: str | None = None
 
     @property
     def name(self) -> str:
         """The name of the row in the results."""
-        return self.source if self.dtype is None else f"{self.source} ({self.dtype})"
+        name = self.source if self.dtype is None else f"{self.source} ({self.dtype})"
+        return name if self.kv is None else f"{name} with {self.kv}"
+
+    @property
+    def dense(self) -> bool:
+        """Whether this is the dense model with a dense cache."""
+        return self.dtype is not None and self.kv is None
 
 
 def bench(
@@ -61,6 +71,7 @@ def bench(
     steps: int = STEPS,
     turns: int = 3,
     threads: int | None = None,
+    kv: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Benchmark:
     """Benchmark checkpoints of causal language models against the dense model in fp32 and bf16.
@@ -68,14 +79,18 @@ def bench(
     `dense` is the name of the dense model, by default the one in the record of the first folder. Every combination of
     `batches` (sequences) and `contexts` (tokens of the prompt) is measured, with `steps` generated tokens. Each model
     is loaded in its own process. The processes are measured one at a time, in `turns` rounds, and the shortest time of
-    the rounds is reported. `threads` is the number of threads of each process, by default PyTorch's. Raises
-    `PermpruneError`.
+    the rounds is reported. `threads` is the number of threads of each process, by default PyTorch's. With `kv`, a
+    folder that `permprune kv` wrote, the dense model in bf16 and each checkpoint are measured with that pruned cache
+    too. Raises `PermpruneError`.
     """
     _require_numbers(batches=batches, contexts=contexts, steps=[steps], turns=[turns])
     threads = threads or torch.get_num_threads()
     require("threads", threads, Count)
     entries = [_Entry(dense or _dense_of(folders), dtype, threads, trust_remote_code) for dtype in DENSE]
     entries += [_Entry(str(folder), None, threads, trust_remote_code) for folder in folders]
+    if kv is not None:
+        read_kv(Path(kv))
+        entries += [dataclasses.replace(entry, kv=str(kv)) for entry in entries if entry.dtype in ("bf16", None)]
     cells = [(batch, context) for context in contexts for batch in batches]
     speeds: dict[tuple[int, int, int], Speed] = {}
     with _served(entries) as servers:
@@ -87,7 +102,7 @@ def bench(
         for at, (entry, server) in enumerate(zip(entries, servers, strict=True)):
             size, resident = _ask(server, None)
             own = [speeds[*cell, at] for cell in cells]
-            rows.append(BenchedModel(entry.name, entry.dtype is not None, size, resident, own))
+            rows.append(BenchedModel(entry.name, entry.dense, size, resident, own))
     return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
 
 
@@ -183,6 +198,9 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
     torch.set_num_threads(entry.threads)
     try:
         model = _load(entry)
+        cache = None if entry.kv is None else functools.partial(PrunedCache.from_pretrained, entry.kv, model)
+        if cache is not None:
+            cache()
         pipe.send(None)
         while True:
             question = pipe.recv()
@@ -192,6 +210,6 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
                 pipe.send((stored_bytes(model), psutil.Process().memory_info().rss))
             else:
                 batch, context, steps = question
-                pipe.send(measure_speed(model, batch=batch, context=context, steps=steps))
+                pipe.send(measure_speed(model, batch=batch, context=context, steps=steps, cache=cache))
     except PermpruneError as error:
         pipe.send(error)

@@ -15,7 +15,7 @@ from permprune.system.files import write_whole
 Figures = Mapping[str, Any]
 """A benchmark as JSON values (`Benchmark.to_json`)."""
 
-TITLES = ("batch", "context", "prefill", "first token", "decode")
+TITLES = ("batch", "context", "prefill", "first token", "decode", "cache MB")
 
 
 def bench_table(figures: Figures) -> Table:
@@ -41,6 +41,7 @@ def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             number(own["batch"] * own["context"] / own["first_token"]),
             f"{1000 * own['first_token']:,.0f} ms",
             number(decoding(own)),
+            f"{own['cache'] / 1e6:,.1f}" if own.get("cache") else "",
         )
         for own in speeds
     ]

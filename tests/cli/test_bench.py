@@ -19,12 +19,28 @@ def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, ti
     run("prune", tiny_checkpoint, "--out", packed, "--pack", "bf16", *SMALL, *data)
     assert read_record(packed).extra["packed"]["dtype"] == "bf16"
     run("verify", packed)
-    sizes = ("--batch", "1,2", "--context", "8", "--steps", "2", "--turns", "1", "--threads", "1")
+    run("kv", tiny_checkpoint, "--out", tmp_path / "kv", "--samples", "2", "--length", "16", "--windows", "1", *data)
+    sizes = (
+        "--kv",
+        tmp_path / "kv",
+        "--batch",
+        "1,2",
+        "--context",
+        "8",
+        "--steps",
+        "2",
+        "--turns",
+        "1",
+        "--threads",
+        "1",
+    )
     _, said, _ = run("bench", packed, *sizes, "--json", figures, "--picture", picture)
     assert "of the size of the smallest dense model" in said and "batch 2, context 8" in said
     found = json.loads(figures.read_text())
     names = [row["name"] for row in found["rows"]]
-    assert names == [f"{tiny_checkpoint} (fp32)", f"{tiny_checkpoint} (bf16)", str(packed)]
+    dense, kv = f"{tiny_checkpoint} (bf16)", tmp_path / "kv"
+    assert names == [f"{tiny_checkpoint} (fp32)", dense, str(packed), f"{dense} with {kv}", f"{packed} with {kv}"]
+    assert [row["dense"] for row in found["rows"]] == [True, True, False, False, False]
     assert found["rows"][2]["bytes"] <= found["rows"][1]["bytes"] < found["rows"][0]["bytes"]  # rows are half a block
     assert all(len(row["speeds"]) == 2 and row["resident"] > 10**7 for row in found["rows"])
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -39,6 +55,8 @@ def test_numbers_and_folders_that_are_none_are_refused(tiny_checkpoint: Path) ->
     assert "give whole numbers, separated by commas" in fails("bench", tiny_checkpoint, "--batch", "1,x")
     assert "batches is 0" in fails("bench", tiny_checkpoint, "--batch", "0")
     assert "names the dense model: give it with --dense" in fails("bench", tiny_checkpoint)
+    missing = ("--dense", tiny_checkpoint, "--kv", tiny_checkpoint)
+    assert "holds no kv.json: give a folder that permprune kv wrote" in fails("bench", tiny_checkpoint, *missing)
 
 
 def test_what_cannot_be_packed_is_refused_before_the_work(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, DynamicCache, LlamaForCausalLM
 
 from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
 from permprune.checkpoints.schema import Malformed, decode
 from permprune.errors import PermpruneError
 from permprune.evaluation.speed import measure_speed
+from permprune.inference.kv.cache import PrunedCache
 from permprune.report.speed import bench_table, decode_bars, summary
 
 
@@ -34,6 +35,21 @@ def test_tokens_are_those_of_greedy_generation(tiny_llama: LlamaForCausalLM, mon
     prompt = torch.randint(128, (1, 9), generator=torch.Generator().manual_seed(3))
     expected = tiny_llama.generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert found == expected[0, 9:].tolist()
+
+
+def test_a_cache_of_ones_own_is_filled_and_its_bytes_are_counted(tiny_llama: LlamaForCausalLM) -> None:
+    caches: list[DynamicCache] = []
+
+    def make() -> DynamicCache:
+        caches.append(DynamicCache(config=tiny_llama.config))
+        return caches[-1]
+
+    speed = measure_speed(tiny_llama, batch=2, context=20, steps=4, cache=make)
+    assert len(caches) == 1 and caches[0].get_seq_length() == 24
+    own = 2 * 24 * 2 * 8 * 4  # rows, tokens, heads, channels, bytes
+    assert speed.cache == 2 * 2 * own == measure_speed(tiny_llama, batch=2, context=20, steps=4).cache
+    pruned = measure_speed(tiny_llama, batch=2, context=60, steps=4, cache=lambda: PrunedCache(tiny_llama))
+    assert 0 < pruned.cache < measure_speed(tiny_llama, batch=2, context=60, steps=4).cache
 
 
 def test_models_that_write_nothing_are_refused() -> None:
