@@ -63,7 +63,7 @@ def arguments(command: str, folder: Path, text: Path) -> list[str | Path]:
     data = ["--calibration", text, "--data", text, *SMALL]
     return {
         "prune": ["prune", folder, "--out", out, "--permute", "ria", *data],
-        LAYERWISE: ["prune", folder, "--out", out, "--permute", "ria", "--memory", "600KB", *data],
+        LAYERWISE: ["prune", folder, "--out", out, "--permute", "ria", "--memory", "450KB", *data],
         "sweep": ["sweep", folder, "--out", out, "--methods", "none", "--patterns", "2:4", *data],
         "inspect": ["inspect", folder],
         "verify": ["verify", folder],
