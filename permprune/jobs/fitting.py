@@ -102,7 +102,7 @@ class Fitting:
         and, with methods for which that is possible, a run layer by layer. Raises `PermpruneError` if none fits in
         `memory` bytes.
         """
-        found, least = self._leanest(config, memory)
+        found, least = self._leaner(config, self.held(config), memory)
         if found is not None:
             options = _options(config, found.config)
             return replace(found, advice=f"to stay within the memory limit: {options}" if options else "")
@@ -133,7 +133,7 @@ class Fitting:
         memory = self.machine.memory or psutil.virtual_memory().total - given.program
         if given.tensors <= memory:
             return given
-        found, least = self._leanest(config, memory)
+        found, least = self._leaner(config, given, memory)
         place = f"{self.machine.name} has {gib(memory)} for tensors, which is too little"
         if found is not None:
             return replace(given, advice=f"{place}: {gib(found.tensors)}{_with(config, found.config)} would fit")
@@ -143,14 +143,18 @@ class Fitting:
             return replace(given, advice=f"{place}: {gib(streamed.tensors)} with {how} would fit")
         return replace(given, advice=f"{place}; no settings take less than {gib(least.tensors)}")
 
-    def _leanest(self, config: PruneConfig, memory: int) -> tuple[Forecast | None, Forecast]:
-        """Return the first of ever leaner runs that fits in `memory` bytes, if any, and the one that takes least."""
-        tried = []
-        for settings in (config, *_leaner(config, self.machine)):
-            tried.append(self.held(settings))
-            if tried[-1].tensors <= memory:
-                return tried[-1], tried[-1]
-        return None, min(tried, key=lambda found: found.tensors)
+    def _leaner(self, config: PruneConfig, given: Forecast, memory: int) -> tuple[Forecast | None, Forecast]:
+        """Return the first of ever leaner runs that fits in `memory` bytes, if any, and the one that takes least.
+
+        The first is the one with the settings given.
+        """
+        ladder = list(_leaner(config, self.machine))
+        leanest = [self.held(settings) for settings in ladder if settings.batch == 1 and settings.recompute]
+        least = min([given, *leanest], key=lambda found: found.tensors)
+        if given.tensors <= memory or least.tensors > memory:
+            return (given if given.tensors <= memory else None), least
+        runs = (found for settings in ladder if (found := self.held(settings)).tensors <= memory)
+        return next(runs), least
 
     def _whole(self, config: PruneConfig) -> str:
         """What can only be pruned in memory, whatever the method; empty if nothing prevents a run layer by layer."""

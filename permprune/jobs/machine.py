@@ -16,8 +16,8 @@ from permprune.pattern import Pattern
 from permprune.system.device import best_device, fast_dtype
 from permprune.system.resources import Work
 
-REACHED = 0.5
-"""Share of the peak rates of a data sheet that forecasts assume."""
+OF_SHEET, OF_MEASURED = 0.5, 0.6
+"""Shares of the rates of a data sheet, and of those measured on single operations, that forecasts assume."""
 
 DISK = 1e9
 """Bytes a second that forecasts assume to be read from disk or written to it."""
@@ -58,9 +58,9 @@ class Machine:
     @cached_property
     def rates(self) -> Rates:
         """The rates that forecasts assume."""
-        if self.sheet is None:
-            return _measure(self.device, self.dtype)
-        return Rates(*(REACHED * rate for rate in vars(self.sheet).values()))
+        measured = self.sheet is None
+        found = self.sheet or _measure(self.device, self.dtype)
+        return Rates(*((OF_MEASURED if measured else OF_SHEET) * rate for rate in vars(found).values()))
 
     def seconds(self, work: Work) -> float:
         """Return the time that work takes, with the comparisons of the largest problem on one thread."""
