@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 import permprune
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.jobs.fitting import fit_memory
-from permprune.jobs.forecast import Forecast
+from permprune.jobs.forecast import Forecast, _next_token_loss
 from permprune.jobs.machine import GPUS, Machine, Rates, this_machine
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.trials import Evaluation
+from permprune.losses.objective import Objective
+from permprune.losses.targets import next_token
+from permprune.models.activations import count_activations
 from permprune.permuters.registry import PERMUTERS
 from permprune.pipeline import prepare
 from permprune.system.resources import Work
@@ -179,6 +184,20 @@ def test_time_follows_the_rates() -> None:
     assert machine.seconds(Work(comparisons=16, distances=2, largest=0.75)) == 2 * (2 + 2) * 0.75
     assert machine.seconds(Work(stored=2e9)) == 2
     assert this_machine().rates.products > 0 and GPUS["h100"].rates.products == 0.5 * 989.4e12
+
+
+def test_the_counted_loss_keeps_what_the_objective_keeps() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **SIZES)).to("meta").eval()
+
+    def whole(model: torch.nn.Module) -> torch.Tensor:
+        ids = torch.zeros(64, 128, dtype=torch.int64)
+        return Objective(divergence=0.0)(model, Examples({"input_ids": ids}), next_token, None)[0]
+
+    counted = partial(count_activations, model, gradients="weights", dtype=torch.float32, recompute=True)
+    one, other = counted(_next_token_loss({"input_ids": (64, 128)})), counted(whole)
+    assert one.blocks + one.logits == pytest.approx(other.blocks + other.logits, rel=0.03)
+    assert one.logits > 0
 
 
 LARGE = {
