@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Node
@@ -226,19 +226,24 @@ def _masked_scatter(walk: Walk, node: Node) -> Any:
     """Supported if the mask is constant along the last dimension, so that whole rows are replaced, in order."""
     bound = arguments(node)
     label, source = walk.label(bound["self"]) or (), walk.label(bound["source"]) or ()
-    mask = bound["mask"]
-    while op_name(mask) in IDENTITIES:
-        mask = mask.args[0]
-    if op_name(mask) in ("expand", "expand_as"):
-        mask = mask.args[0]
-    rows = shape_of(mask)[-1:] == (1,) and shape_of(bound["source"])[-1:] == shape_of(node)[-1:]
-    if not rows or shape_of(bound["self"]) != shape_of(node):
+    whole = shape_of(bound["source"])[-1:] == shape_of(node)[-1:] and _of_rows(walk, bound["mask"])
+    if not whole or shape_of(bound["self"]) != shape_of(node):
         return NotImplemented
     reason = f"order matters to {place(node)}"
     unify(label[-1], source[-1], reason)
     for axis in (*label[:-1], *source[:-1]):
         freeze(axis, reason)
     return label
+
+
+def _of_rows(walk: Walk, mask: Node) -> bool:
+    """Whether a mask is constant along its last dimension."""
+    while mask not in walk.constants and op_name(mask) in (*IDENTITIES, "expand", "expand_as"):
+        if shape_of(mask)[-1] != shape_of(mask.args[0])[-1]:
+            return True
+        mask = cast(Node, mask.args[0])
+    value = walk.constants.get(mask)
+    return shape_of(mask)[-1] == 1 if value is None else bool((value == value[..., :1]).all())
 
 
 @coupling_rule("gather")
@@ -272,23 +277,43 @@ def _pad(walk: Walk, node: Node) -> Any:
 
 @coupling_rule("index")
 def _index(walk: Walk, node: Node) -> Any:
-    bound = arguments(node)
-    label, reason = walk.label(bound["self"]) or (), f"indexed by {place(node)}"
-    indexed = [dim for dim, index in enumerate(bound["indices"]) if index is not None]
-    indices = [walk.label(bound["indices"][dim]) for dim in indexed]
-    if indexed != list(range(indexed[0], indexed[0] + len(indexed))):
+    label, indexed = walk.label(node.args[0]) or (), _indexed(walk, node)
+    if indexed is None:
         return NotImplemented
-    if any(bound["indices"][dim].meta["val"].dtype in (torch.bool, torch.uint8) for dim in indexed):
-        return NotImplemented
-    for axes in (label[indexed[0] : indexed[-1] + 1], *indices):
-        for axis in axes or ():
-            freeze(axis, reason)
-    shape = shape_of(node)
+    shape, reason = shape_of(node), f"indexed by {place(node)}"
     after = len(label) - indexed[-1] - 1
     middle = fresh(shape[indexed[0] : len(shape) - after], reason)
     if len(indexed) == len(middle) == 1:
         _look_up(walk, node, indexed[0], middle[0])
     return (*label[: indexed[0]], *middle, *label[indexed[-1] + 1 :])
+
+
+@coupling_rule("index_put", "index_put_")
+def _index_put(walk: Walk, node: Node) -> Any:
+    bound = arguments(node)
+    label, indexed = walk.label(bound["self"]) or (), _indexed(walk, node)
+    if indexed is None:
+        return NotImplemented
+    reason = f"indexed by {place(node)}"
+    rank = max(len(shape_of(bound["indices"][dim])) for dim in indexed)
+    written = (*label[: indexed[0]], *[Axis(0, reason)] * rank, *label[indexed[-1] + 1 :])
+    broadcast([written, walk.label(bound["values"])], len(written), reason)
+    return label
+
+
+def _indexed(walk: Walk, node: Node) -> list[int] | None:
+    """Freeze the dimensions that an op indexes, and its indices; None if they are masks, or not next to each other."""
+    bound = arguments(node)
+    indexed = [dim for dim, index in enumerate(bound["indices"]) if index is not None]
+    if indexed != list(range(indexed[0], indexed[0] + len(indexed))):
+        return None
+    if any(bound["indices"][dim].meta["val"].dtype in (torch.bool, torch.uint8) for dim in indexed):
+        return None
+    label = walk.label(bound["self"]) or ()
+    for axes in (label[indexed[0] : indexed[-1] + 1], *(walk.label(bound["indices"][dim]) for dim in indexed)):
+        for axis in axes or ():
+            freeze(axis, f"indexed by {place(node)}")
+    return indexed
 
 
 def _look_up(walk: Walk, node: Node, dim: int, rows: Axis | None) -> None:

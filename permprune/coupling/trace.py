@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import traceback
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +17,8 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree
 
 from permprune.coupling import arithmetic, layout  # noqa: F401 - imported for the rules that they register
-from permprune.coupling.axes import freeze
+from permprune.coupling.axes import Label, freeze
+from permprune.coupling.constants import constant_inputs
 from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
 from permprune.models.experts import BATCHED, implementation
@@ -39,7 +41,8 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
     """Export the model on an example batch (keyword arguments of its forward) and label its graph.
 
     The model is traced in evaluation mode without a key/value cache, and experts in their `BATCHED` implementation.
-    Raises `Untraceable` if the export fails.
+    The graph contains what depends on parameters; the inputs, and what depends only on them, are its constants. Raises
+    `Untraceable` if the export fails.
     """
     program = _export(model, example)
     walk = Walk()
@@ -66,9 +69,13 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
 
 def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
     batched = implementation(BATCHED, model.modules())
-    with inference(model), batched, contextlib.redirect_stderr(io.StringIO()):  # where a failed export prints the graph
+    copies = {name: tensor.clone() for name, tensor in example.items()}  # the model may write into its inputs
+    closed = constant_inputs(model, forward_arguments(model, copies))
+    quiet = contextlib.redirect_stderr(io.StringIO())  # where a failed export prints the graph
+    with inference(model), batched, closed, quiet, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The tensor attribute.* assigned during export")  # it restores them
         try:
-            return torch.export.export(model, (), forward_arguments(model, example), strict=False)
+            return torch.export.export(model, (), strict=False)
         except PermpruneError:
             raise
         except Exception as error:
@@ -97,9 +104,19 @@ def _label_input(walk: Walk, node: Node, spec: InputSpec, canonical: Mapping[str
         label = walk.parameters.setdefault(name, fresh(value.shape))
         walk.origins[node] = Origin(name, tuple(range(value.dim())))
         walk.keep(node, label)
+    elif spec.kind is InputKind.BUFFER:
+        walk.keep(node, fresh(value.shape, f"index of buffer {spec.target}"))
     else:
-        kind = "the model's input" if spec.kind is InputKind.USER_INPUT else "buffer or constant"
-        walk.keep(node, fresh(value.shape, f"index of {kind} {spec.target or node.name}"))
+        walk.keep(node, _constant(value, node))
+
+
+def _constant(value: Tensor, node: Node) -> Label:
+    """New axes for a constant, frozen except along the dimensions in which it is expanded (see the rule of expand)."""
+    readers = " and ".join(place(user) for user in [*node.users][:1])
+    axes = zip(
+        fresh(value.shape), fresh(value.shape, f"input or constant read by {readers}"), value.stride(), strict=True
+    )
+    return tuple(free if stride == 0 else frozen for free, frozen, stride in axes)
 
 
 def _freeze_overlaps(walk: Walk, model: nn.Module, canonical: Mapping[str, str]) -> None:

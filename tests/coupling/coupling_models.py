@@ -21,15 +21,6 @@ class Family:
     tolerance: float = 1e-10  # relative; families whose norms compute in float32 need more
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A family that `torch.export` cannot trace, and why."""
-
-    build: Callable[[], nn.Module]
-    example: Callable[[], Example]
-    reason: str
-
-
 def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).double()
 
@@ -199,21 +190,68 @@ def paligemma() -> nn.Module:
     return tf.PaliGemmaForConditionalGeneration(config)
 
 
-def qwen2_5_vl() -> nn.Module:
-    vision = {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4, "window_size": 16,
-        "temporal_patch_size": 1, "fullatt_block_indexes": [1], "out_hidden_size": 32,
+GRIDS = torch.tensor([[1, 4, 4], [1, 4, 8]])
+"""Frames, rows and columns of patches of two images of different sizes, for models that merge 2 x 2 patches."""
+
+
+def qwen_vl(model: type, config: type, vision: dict[str, Any]) -> nn.Module:
+    sizes = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 4,
+        "temporal_patch_size": 1, "out_hidden_size": 32,
     }  # fmt: skip
-    text = {**GROUPED, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    turned = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     marks = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
-    config = tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **marks)
-    return tf.Qwen2_5_VLForConditionalGeneration(config)
+    text = {**GROUPED, "head_dim": 8, "rope_parameters": turned}
+    return model(config(text_config=text, vision_config={**sizes, **vision}, **marks))
 
 
-def text_with_patches() -> Example:
-    ids = torch.tensor([[1, 5, 62, 60, 60, 60, 60, 63, 7, 9]])
-    image = {"pixel_values": noise(16, 48), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    return {"input_ids": ids, "mm_token_type_ids": (ids == 60).int(), **image}
+def qwen2_5_vl() -> nn.Module:
+    vision = {"window_size": 16, "fullatt_block_indexes": [1]}
+    return qwen_vl(tf.Qwen2_5_VLForConditionalGeneration, tf.Qwen2_5_VLConfig, vision)
+
+
+def qwen3_vl() -> nn.Module:
+    vision = {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    return qwen_vl(tf.Qwen3VLForConditionalGeneration, tf.Qwen3VLConfig, vision)
+
+
+def idefics3(model: type = tf.Idefics3ForConditionalGeneration, config: type = tf.Idefics3Config) -> nn.Module:
+    text = tf.LlamaConfig(**GROUPED)
+    return model(config(text_config=text, vision_config=IMAGE, image_token_id=60, scale_factor=2, pad_token_id=0))
+
+
+def llava_onevision() -> nn.Module:
+    parts = {"vision_config": tf.SiglipVisionConfig(**IMAGE), "text_config": tf.Qwen2Config(**GROUPED)}
+    sizes = [[16, 16], [16, 32]]
+    config = tf.LlavaOnevisionConfig(**parts, image_token_id=60, image_grid_pinpoints=sizes)
+    return tf.LlavaOnevisionForConditionalGeneration(config)
+
+
+def texts_with_images(*places: int) -> Example:
+    """One text for each number of places of images that it holds, padded to the longest."""
+    rows = [torch.tensor([1, 5, 62, *[60] * count, 63, 7, 9]) for count in places]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+
+
+def texts_with_patches() -> Example:
+    """Two texts, each with an image; the patches of both images follow each other."""
+    texts = texts_with_images(4, 8)
+    kinds = texts["input_ids"].eq(60).int()
+    return {**texts, "mm_token_type_ids": kinds, "pixel_values": noise(48, 48), "image_grid_thw": GRIDS}
+
+
+def texts_with_padded_images() -> Example:
+    """A text with two images, of which one is half as wide, and a text with one."""
+    images, mask = noise(2, 2, 3, 16, 16), torch.ones(2, 2, 16, 16)
+    images[0, 1, ..., 8:] = images[1, 1] = mask[0, 1, ..., 8:] = mask[1, 1] = 0
+    return {**texts_with_images(8, 4), "pixel_values": images, "pixel_attention_mask": mask.long()}
+
+
+def texts_with_tiles() -> Example:
+    """Two texts, each with an image: one of a single tile, one of two, each beside the whole image as one more."""
+    sizes = torch.tensor([[16, 16], [16, 32]])
+    return {**texts_with_images(16 + 4 * 5, 16 + 4 * 9), "pixel_values": noise(2, 3, 3, 16, 16), "image_sizes": sizes}
 
 
 def timm_vit() -> nn.Module:
@@ -268,19 +306,19 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family(siglip, text_and_image),
     "llava": Family(llava, text_with_image, 1e-5),
     "paligemma": Family(paligemma, text_with_image, 1e-5),
+    "llava-onevision, images of two sizes": Family(llava_onevision, texts_with_tiles, 1e-5),
+    "qwen2.5-vl, images of two sizes": Family(qwen2_5_vl, texts_with_patches, 1e-5),
+    "qwen3-vl, images of two sizes": Family(qwen3_vl, texts_with_patches, 1e-5),
+    "idefics3, images of two sizes": Family(idefics3, texts_with_padded_images, 1e-5),
+    "smolvlm, images of two sizes": Family(
+        lambda: idefics3(tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig), texts_with_padded_images, 1e-5
+    ),
     "whisper": Family(whisper, speech),
     "wav2vec2": Family(wav2vec2, lambda: {"input_values": noise(1, 64)}),
     "wav2vec2, pre-norm": Family(
         lambda: wav2vec2(do_stable_layer_norm=True, feat_extract_norm="layer"), lambda: {"input_values": noise(1, 64)}
     ),
     "timm vit": Family(timm_vit, lambda: {"x": noise(2, 3, 16, 16)}),
-}
-
-
-REFUSED: dict[str, Refused] = {
-    "qwen2.5-vl, with an image": Refused(
-        qwen2_5_vl, text_with_patches, "the sizes of the image's windows are read out of a tensor (vision_utils.py)"
-    ),
 }
 
 

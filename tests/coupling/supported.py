@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold, fold_all, inverse
-from permprune.coupling.observe import observe
 from permprune.coupling.space import ChannelSpace, Coupling
 from permprune.models.forward import main_outputs
 from permprune.models.layers import block_linears, dense_weights
 
-from .coupling_models import FAMILIES, REFUSED, Example, randomised
+from .coupling_models import FAMILIES, Example, randomised
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
 KINDS = ("d_ff", "head channels", "heads", "residual")
@@ -48,13 +47,6 @@ the weights that stay dense, and so does `verify` for a folder.
 
 | family | class | pruned | {kinds} | difference | frozen |
 |---|---|---:|{columns}---:|---|
-"""
-
-REFUSALS = """
-Models that cannot be traced, so that only `--mode gather` prunes them:
-
-| family | pruned | why |
-|---|---:|---|
 """
 
 
@@ -143,22 +135,14 @@ def row(name: str) -> str:
     return " | ".join(["", *map(str, cells), "; ".join(frozen(coupling)) or "nothing", ""]).strip()
 
 
-def refusal(name: str) -> str:
-    family = REFUSED[name]
-    model = family.build()
-    sites = observe(model, family.example(), block_linears(model))
-    return f"| {name} | {pruned(model, sites)} | {family.reason} |\n"
-
-
 def page() -> str:
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
     head = HEAD.format(**versions, kinds=" | ".join(KINDS), columns="---:|" * len(KINDS))
-    refusals = "".join(refusal(name) for name in REFUSED)
-    return head + "".join(f"{row(name)}\n" for name in FAMILIES) + REFUSALS + refusals
+    return head + "".join(f"{row(name)}\n" for name in FAMILIES)
 
 
 def families(text: str) -> list[str]:
-    """The families that a page lists, in order: the first column of its tables."""
+    """The families that a page lists, in order: the first column of its table."""
     cells = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
     return [cell for cell in cells if cell not in ("family", "---")]
 

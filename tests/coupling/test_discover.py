@@ -434,24 +434,69 @@ def test_a_cache_is_turned_off_inside_as_well():
     assert model.inner.config.use_cache is True
 
 
-def test_sizes_that_depend_on_the_data_freeze_what_they_touch():
+def test_sizes_that_depend_on_activations_freeze_what_they_touch():
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner, self.head = nn.Linear(6, 4), nn.Linear(4, 4)
 
-        def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-            return self.head(self.inner(x)[ends, :].view(2, -1, 4)[:, -1, :])
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.inner(x)
+            return self.head(h[h.sum(-1) > 0, :].view(-1, 1, 4)[:, -1, :])
 
-    model = randomised(Last())
-    example = {"x": torch.randn(2, 3, 6).double(), "ends": torch.tensor([False, False, True]).repeat(2, 1)}
-    assert {space.freedom for space in discover(model, example).spaces} == {"frozen"}
+    assert {space.freedom for space in discover(randomised(Last()), X).spaces} == {"frozen"}
+
+
+SIZED = {
+    "split": lambda h, sizes: torch.cat([part * 2 for part in h.split(sizes.tolist(), dim=1)], 1),
+    "repeated": lambda h, sizes: h[:, torch.arange(2).repeat_interleave(sizes)],
+    "masked": lambda h, sizes: h[:, (torch.arange(4) >= sizes[0]).nonzero()[:, 0]],
+    "branch": lambda h, sizes: h * 2 if sizes.max() > 2 else h.flip(-1),
+    "picked by a mask": lambda h, sizes: h[:, torch.arange(4) < sizes[1]] * torch.ones(3, 3, 1).double(),
+    "written by a mask": lambda h, sizes: (
+        copy := h.clone(),
+        copy.__setitem__((0, torch.arange(4) < 2), 0.5 * h[1, 2:]),
+    )[0],
+    "expanded": lambda h, sizes: h.gather(1, (sizes[:1] % 4).expand(3, 1, 12)),
+}
+
+
+@pytest.mark.parametrize("function", SIZED.values(), ids=SIZED)
+def test_sizes_and_positions_in_the_inputs_are_constants(function):
+    class Sized(Mlp):
+        def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+            return self.down(function(self.up(x), sizes))
+
+    space = check(Sized(), {**X, "sizes": torch.tensor([1, 3])})["down.input"]
+    assert (space.size, space.freedom) == (12, "free")
+
+
+def test_an_integer_tensor_that_activations_overwrite_is_no_constant():
+    class Overwritten(Mlp):
+        def middle(self, h: Tensor) -> Tensor:
+            signs = torch.tensor([0, 1])
+            signs[0] = (h.sum() > 0).long()
+            return h if (signs * 2).sum() > 1 else h.flip(-1)
+
+    with pytest.raises(PermpruneError, match="cannot trace"):
+        discover(Overwritten(), {"x": X["x"].float()})
+
+
+def test_tracing_leaves_the_inputs_and_the_forward_as_they_were():
+    class Centred(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(x.mean()))
+
+    model, x = Centred(6, 6), X["x"].float()
+    discover(model, {"x": x})
+    assert torch.equal(x, X["x"].float())
+    assert "forward" not in vars(model)
 
 
 def test_a_model_that_cannot_be_traced_is_refused_in_one_line(capsys):
     class Branch(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) if x.sum() > 0 else x
+            return y if (y := super().forward(x)).sum() > 0 else x
 
     with pytest.raises(PermpruneError, match=r"cannot trace the model on x .*--example") as caught:
         discover(Branch(6, 6), {"x": X["x"].float()})

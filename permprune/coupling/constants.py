@@ -1,0 +1,93 @@
+"""Constants of a trace: what depends only on the inputs is computed while the model is traced, and is not in the graph.
+
+The code of vision-language models reads sizes from its inputs (image grids, masks, positions of image tokens), which
+`torch.export` cannot trace. None of it depends on the parameters, so that no permutation of channels changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+_FACTORIES = frozenset({torch.arange, torch.as_tensor, torch.eye, torch.linspace, torch.tensor})
+"""Functions that make a constant of no tensor."""
+
+_BUFFERS = frozenset({torch.empty, torch.full, torch.ones, torch.zeros})
+"""Functions that make a constant if its values are integers; activations may be written into a floating-point one."""
+
+
+@contextmanager
+def constant_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Context manager: the model's forward takes no arguments, and runs on these with its constants computed."""
+    forward, patched = model.forward, vars(model).get("forward")
+
+    def closed() -> Any:
+        with _Constants():
+            return forward(**arguments)
+
+    model.forward = closed
+    try:
+        yield
+    finally:
+        del model.forward
+        if patched is not None:
+            model.forward = patched
+
+
+class _Constants(TorchFunctionMode):
+    """Computes each function whose tensors are all constants, that is, not fake tensors: those of the trace."""
+
+    def __init__(self) -> None:
+        self._overwritten: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = _pytree.arg_tree_leaves(*args, **kwargs)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if all(map(self._is_constant, leaves)) and (tensors or func in _FACTORIES | _BUFFERS):
+            with _disable_current_modes(), torch._C.DisableTorchFunction():
+                result = func(*args, **kwargs)
+            if func not in _BUFFERS or not result.is_floating_point():
+                return result
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            args = (args[0], self._without_masks(args[1]), *args[2:])
+        if tensors and _writes(func) and not isinstance(tensors[0], FakeTensor):
+            self._overwritten.append(tensors[0])  # it is no constant from now on
+        return func(*args, **kwargs)
+
+    def _is_constant(self, leaf: Any) -> bool:
+        if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool | FakeTensor):
+            return False
+        return not isinstance(leaf, Tensor) or not any(_share_memory(leaf, other) for other in self._overwritten)
+
+    def _without_masks(self, index: Any) -> Any:
+        """The index with every constant mask replaced by the positions at which it is true."""
+        entries: list[Any] = []
+        for entry in index if isinstance(index, tuple) else (index,):
+            mask = isinstance(entry, Tensor) and entry.dtype == torch.bool and self._is_constant(entry)
+            entries += entry.nonzero(as_tuple=True) if mask else [entry]
+        return tuple(entries)
+
+
+def _writes(func: Callable[..., Any]) -> bool:
+    """Whether a function writes into its first argument, by its name: `add_`, `__iadd__`, `__setitem__`."""
+    name = getattr(func, "__name__", "")
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+
+
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
