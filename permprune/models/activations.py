@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +76,7 @@ def count_activations(
             live,
             torch.set_grad_enabled(gradients != "none"),
             recomputed(own, recompute),
-            live.watching(layers[0].owner, gradients == "inputs"),
+            live.watching({layer.owner for layer in layers}, gradients == "inputs"),
         ):
             with autocast(CPU, dtype):
                 loss = run(own)
@@ -84,7 +84,7 @@ def count_activations(
                 loss.backward()
         live.leave_head()
         copies = [own.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
-        growth, outputs = (sum(found[block] for block in copies) for found in (live.growth, live.outputs))
+        growth, outputs = (sum(found.get(block, 0) for block in copies) for found in (live.growth, live.outputs))
     logits = live.head - live.before_head if live.head == live.peak else 0
     return Activations(
         blocks=live.peak - logits + growth,
@@ -130,17 +130,20 @@ class _Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
     @contextmanager
-    def watching(self, first: nn.Module, starts_graph: bool) -> Iterator[None]:
-        """A context that follows the blocks. The graph may start at the input of `first`, the first linear layer."""
+    def watching(self, layers: Set[nn.Module], starts_graph: bool) -> Iterator[None]:
+        """A context that follows the blocks. The graph may start at the input of the first linear layer that runs."""
+        first: list[nn.Module] = []
 
-        def read(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            x = args[0]
+        def read(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if module not in (first or [module]):
+                return None
+            x, first[:] = args[0], [module]
             self.positions = self.positions or x.shape[:-1].numel()
             begins = starts_graph and not x.requires_grad and torch.is_grad_enabled()
             return (x.detach().requires_grad_(), *args[1:]) if begins else None
 
         handles = [hook for block in self.blocks for hook in self._watch(block)]
-        handles.append(first.register_forward_pre_hook(read))
+        handles += [layer.register_forward_pre_hook(read) for layer in layers]
         try:
             yield
         finally:

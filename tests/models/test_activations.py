@@ -39,7 +39,7 @@ def real_peak(model: PreTrainedModel, gradients: Gradients, recompute: bool) -> 
         live,
         torch.set_grad_enabled(gradients != "none"),
         recomputed(model, recompute),
-        live.watching(layers[0].owner, gradients == "inputs"),
+        live.watching({layer.owner for layer in layers}, gradients == "inputs"),
     ):
         found = loss(model)
         if gradients != "none":
