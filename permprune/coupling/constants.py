@@ -17,11 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-_FACTORIES = frozenset({torch.arange, torch.as_tensor, torch.eye, torch.linspace, torch.tensor})
-"""Functions that make a constant of no tensor."""
-
 _BUFFERS = frozenset({torch.empty, torch.full, torch.ones, torch.zeros})
 """Functions that make a constant if its values are integers; activations may be written into a floating-point one."""
+
+_FACTORIES = _BUFFERS | {torch.arange, torch.as_tensor, torch.eye, torch.linspace, torch.tensor}
+"""Functions that make a constant of no tensor."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def constant_inputs(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[
 
 
 class _Constants(TorchFunctionMode):
-    """Computes each function whose tensors are all constants, that is, not fake tensors: those of the trace."""
+    """Computes each function whose tensors are all constants: neither fake tensors, as in the trace, nor on meta."""
 
     def __init__(self) -> None:
         self._overwritten: list[Tensor] = []
@@ -58,10 +58,10 @@ class _Constants(TorchFunctionMode):
         kwargs = kwargs or {}
         leaves = _pytree.arg_tree_leaves(*args, **kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if all(map(self._is_constant, leaves)) and (tensors or func in _FACTORIES | _BUFFERS):
-            with _disable_current_modes(), torch._C.DisableTorchFunction():
-                result = func(*args, **kwargs)
-            if func not in _BUFFERS or not result.is_floating_point():
+        if all(map(self._is_constant, leaves)) and (tensors or func in _FACTORIES):
+            result = _compute(func, *args, **kwargs)
+            buffer = func in _BUFFERS and result.is_floating_point()
+            if tensors or (self._is_constant(result) and not buffer):
                 return result
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._without_masks(args[1]), *args[2:])
@@ -72,15 +72,23 @@ class _Constants(TorchFunctionMode):
     def _is_constant(self, leaf: Any) -> bool:
         if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool | FakeTensor):
             return False
-        return not isinstance(leaf, Tensor) or not any(_share_memory(leaf, other) for other in self._overwritten)
+        if not isinstance(leaf, Tensor):
+            return True
+        return not leaf.is_meta and not any(_share_memory(leaf, other) for other in self._overwritten)
 
     def _without_masks(self, index: Any) -> Any:
         """The index with every constant mask replaced by the positions at which it is true."""
         entries: list[Any] = []
         for entry in index if isinstance(index, tuple) else (index,):
             mask = isinstance(entry, Tensor) and entry.dtype == torch.bool and self._is_constant(entry)
-            entries += entry.nonzero(as_tuple=True) if mask else [entry]
+            entries += _compute(torch.nonzero, entry, as_tuple=True) if mask else [entry]
         return tuple(entries)
+
+
+def _compute(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of a function, outside the trace."""
+    with _disable_current_modes(), torch._C.DisableTorchFunction():
+        return func(*args, **kwargs)
 
 
 def _writes(func: Callable[..., Any]) -> bool:

@@ -16,9 +16,8 @@ from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx import Graph, Node
 from torch.utils import _pytree
 
-from permprune.coupling import arithmetic, layout  # noqa: F401 - imported for the rules that they register
+from permprune.coupling import arithmetic, constants, layout  # noqa: F401 - some for the rules that they register
 from permprune.coupling.axes import Label, freeze
-from permprune.coupling.constants import constant_inputs
 from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
 from permprune.models.experts import BATCHED, implementation
@@ -70,7 +69,7 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
 def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
     batched = implementation(BATCHED, model.modules())
     copies = {name: tensor.clone() for name, tensor in example.items()}  # the model may write into its inputs
-    closed = constant_inputs(model, forward_arguments(model, copies))
+    closed = constants.constant_inputs(model, forward_arguments(model, copies))
     quiet = contextlib.redirect_stderr(io.StringIO())  # where a failed export prints the graph
     with inference(model), batched, closed, quiet, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The tensor attribute.* assigned during export")  # it restores them
@@ -80,9 +79,13 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
             raise
         except Exception as error:
             message = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_the_model(frame.filename)]
             line = f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else "an unknown line"
             raise Untraceable(f"cannot trace the model on {', '.join(example)} ({message} at {line})") from error
+
+
+def _is_of_the_model(file: str) -> bool:
+    return "/torch/" not in file and file != constants.__file__
 
 
 def _live(graph: Graph) -> set[Node]:
