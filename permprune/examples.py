@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Literal, overload
 
@@ -16,6 +16,10 @@ from permprune.system.digests import digest_of
 IGNORED = -100
 """The label of positions without a label, which losses ignore."""
 
+IMAGES = ("pixel_values", "pixel_attention_mask")
+SIZES = {"pixel_attention_mask", "image_sizes"}
+"""Names of images and their masks, and of the tensors which tell a model the sizes of images that are padded."""
+
 SORTED = 50
 """Number of batches whose examples are sorted by length together."""
 
@@ -27,15 +31,25 @@ class Examples:
     padding. Images have "pixel_values" (count, channels, height, width), and speech has "input_features" (count, bins,
     frames). "labels", if present, are one class per example, int64 (count,), or one per position, int64
     (count, length), with -100 for positions without a label. `len` returns the number of examples; slices and index
-    tensors select examples. Raises `PermpruneError` if there are no tensors or their first dimensions differ.
+    tensors select examples.
+
+    A tensor can also have several rows for each example, one after the other: "pixel_values" of Qwen2.5-VL has one for
+    each patch of the images, and "image_grid_thw" one for each image. `rows` has the numbers of rows of each example,
+    int64 (count,), by the name of the tensor. Without it, they are known if there is one example, or one image in each.
+    Raises `PermpruneError` if there are no tensors, or if their first dimensions do not fit.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        counts = {name: len(tensor) for name, tensor in tensors.items()}
-        if not counts or len(set(counts.values())) > 1:
-            given = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no tensors"
-            raise PermpruneError(f"examples with {given}: give named tensors with the same first dimension")
+    def __init__(self, tensors: Mapping[str, Tensor], rows: Mapping[str, Tensor] | None = None) -> None:
         self._tensors = dict(tensors)
+        self._rows = _known_rows(tensors) if rows is None else dict(rows)
+        counts = {name: len(self._rows.get(name, tensor)) for name, tensor in tensors.items()}
+        unlike = [name for name, rows in self._rows.items() if int(rows.sum()) != len(tensors[name])]
+        if not counts or len(set(counts.values())) > 1 or unlike:
+            given = ", ".join(f"{len(tensor)} {name}" for name, tensor in tensors.items()) or "no tensors"
+            raise PermpruneError(
+                f"examples with {given}: give named tensors with the same first dimension, and texts with several "
+                "images one by one"
+            )
 
     @classmethod
     def of(cls, data: ExampleData, most: int | None = None) -> Examples:
@@ -49,11 +63,11 @@ class Examples:
             return data
         if isinstance(data, Tensor):
             return cls({"input_ids": data})
-        return cls(data) if isinstance(data, Mapping) else cls._join(data, most)
+        return cls(data) if isinstance(data, Mapping) else cls._read(data, most)
 
     @classmethod
-    def _join(cls, batches: Iterable[Mapping[str, Tensor]], most: int | None) -> Examples:
-        found: list[Mapping[str, Tensor]] = []
+    def _read(cls, batches: Iterable[Mapping[str, Tensor]], most: int | None) -> Examples:
+        found: list[Examples] = []
         count = 0
         for batch in batches:
             if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
@@ -61,15 +75,29 @@ class Examples:
                     f"a calibration batch is {type(batch).__name__}: give dicts of tensors by the names of the "
                     "model's arguments"
                 )
-            found.append({name: tensor.cpu() for name, tensor in batch.items()})
-            count += len(cls(batch))
+            found.append(cls({name: tensor.cpu() for name, tensor in batch.items()}))
+            count += len(found[-1])
             if most is not None and count >= most:
                 break
         if not found:
             raise PermpruneError("the calibration has no batches: give an iterable that can be read again")
-        if any(batch.keys() != found[0].keys() for batch in found):
+        return cls.join(found)[:most]
+
+    @classmethod
+    def join(cls, parts: list[Examples]) -> Examples:
+        """Join examples, in order.
+
+        Texts of different lengths are padded at the end if they have an "attention_mask"; images of different sizes are
+        padded if they have a "pixel_attention_mask" or "image_sizes". Raises `PermpruneError` if the names of the
+        tensors differ, or their shapes.
+        """
+        names = parts[0]._tensors.keys()
+        if any(set(part) != set(names) for part in parts):
             raise PermpruneError("the calibration batches have different tensors: give the same names in each")
-        return cls({name: _joined([batch[name] for batch in found], found[0], name) for name in found[0]})[:most]
+        rows = {}
+        for name in {name for part in parts for name in part._rows}:
+            rows[name] = torch.cat([part._rows.get(name, torch.ones(len(part), dtype=torch.int64)) for part in parts])
+        return cls({name: _joined([part[name] for part in parts], names, name) for name in names}, rows)
 
     @overload
     def __getitem__(self, at: str) -> Tensor: ...
@@ -79,10 +107,20 @@ class Examples:
         """Return the tensor of that name, or the examples at these positions (a slice, or int64 indices)."""
         if isinstance(at, str):
             return self._tensors[at]
-        return Examples({name: tensor[at] for name, tensor in self._tensors.items()})
+        rows = {name: own[at] for name, own in self._rows.items()}
+        return Examples({name: tensor[self._places(name, at)] for name, tensor in self._tensors.items()}, rows)
+
+    def _places(self, name: str, at: slice | Tensor) -> slice | Tensor:
+        """The rows of the tensor of that name that belong to examples."""
+        if name not in self._rows:
+            return at
+        rows = self._rows[name]
+        spans = torch.arange(int(rows.sum())).split(rows.tolist())
+        return torch.cat([spans[example] for example in torch.arange(len(rows))[at].tolist()] or [rows[:0]])
 
     def __len__(self) -> int:
-        return len(next(iter(self._tensors.values())))
+        name, tensor = next(iter(self._tensors.items()))
+        return len(self._rows.get(name, tensor))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -107,30 +145,32 @@ class Examples:
 
         If `sizes` is a list, its entries are the sizes of the parts and add up to the number of examples.
         """
-        names = self._tensors.keys()
-        parts = zip(*(tensor.split(sizes) for tensor in self._tensors.values()), strict=True)
-        return [Examples(dict(zip(names, part, strict=True))) for part in parts]
+        parts = torch.arange(len(self)).split(sizes)
+        return [self[int(part[0]) : int(part[-1]) + 1] if len(part) else self[:0] for part in parts]
 
     def trimmed(self) -> Examples:
         """Remove the columns at the end that are padding in all texts.
 
-        Images, speech, texts without an "attention_mask" and texts with a label per position are returned unchanged.
+        Images, speech, texts without an "attention_mask" and texts with labels in these columns are returned unchanged.
         """
         mask, labels = self.get("attention_mask"), self.get("labels")
-        if mask is None or "input_ids" not in self or (labels is not None and labels.dim() > 1):
+        if mask is None or "input_ids" not in self:
             return self
         longest = max(1, int((mask.any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max()))
+        if labels is not None and labels.dim() > 1 and labels[:, longest:].ne(IGNORED).any():
+            return self
         cut = {name: tensor[:, :longest] for name, tensor in self._tensors.items() if tensor.shape == mask.shape}
-        return Examples({**self._tensors, **cut})
+        return Examples({**self._tensors, **cut}, self._rows)
 
     def to(self, device: torch.device) -> Examples:
         """Return the examples on a device."""
-        return Examples({name: tensor.to(device) for name, tensor in self._tensors.items()})
+        return Examples({name: tensor.to(device) for name, tensor in self._tensors.items()}, self._rows)
 
     @cached_property
     def digest(self) -> str:
         """A digest of the names and values of all tensors; it does not depend on their device."""
-        return digest_of(sorted(self._tensors.items()))
+        rows = {f"rows of {name}": rows for name, rows in self._rows.items()}
+        return digest_of(sorted({**self._tensors, **rows}.items()))
 
     @property
     def device(self) -> torch.device:
@@ -138,20 +178,37 @@ class Examples:
         return next(iter(self._tensors.values())).device
 
 
-def _joined(tensors: list[Tensor], names: Container[str], name: str) -> Tensor:
-    """Concatenate tensors (count, ...), padding texts to the same length.
+def _known_rows(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The numbers of rows of the tensors that have several for an example, as far as the tensors tell."""
+    texts, grids = tensors.get("input_ids"), tensors.get("image_grid_thw")
+    if texts is None:
+        return {}
+    if len(texts) == 1:
+        return {name: torch.tensor([len(tensor)]) for name, tensor in tensors.items() if len(tensor) != 1}
+    if grids is None or len(grids) != len(texts):
+        return {}
+    return {"pixel_values": grids.prod(1).cpu()}
+
+
+def _joined(tensors: list[Tensor], names: Iterable[str], name: str) -> Tensor:
+    """Concatenate tensors (count, ...), padding texts to the same length and images to the same size and number.
 
     Raises `PermpruneError` if the shapes differ and the tensors cannot be padded.
     """
     shapes = {tensor.shape[1:] for tensor in tensors}
     if len(shapes) == 1:
         return torch.cat(tensors)
-    if "attention_mask" not in names or {len(shape) for shape in shapes} != {1}:
+    alike = len({len(shape) for shape in shapes}) == 1
+    text = alike and tensors[0].dim() == 2 and "attention_mask" in names
+    images = alike and name in IMAGES and (SIZES & set(names) or len({shape[-3:] for shape in shapes}) == 1)
+    if not text and not images:
         raise PermpruneError(
             f"the calibration batches have {name} of different shapes: pad them to one, or give an attention_mask"
         )
-    length, filler = max(shape[0] for shape in shapes), IGNORED if name == "labels" else 0
-    return torch.cat([F.pad(tensor, (0, length - tensor.shape[1]), value=filler) for tensor in tensors])
+    target, filler = [max(sizes) for sizes in zip(*shapes, strict=True)], IGNORED if name == "labels" else 0
+    missing = [[wanted - size for wanted, size in zip(target, tensor.shape[1:], strict=True)] for tensor in tensors]
+    pads = [[end for size in reversed(sizes) for end in (0, size)] for sizes in missing]
+    return torch.cat([F.pad(tensor, pad, value=filler) for tensor, pad in zip(tensors, pads, strict=True)])
 
 
 def batches(examples: Examples, batch: int) -> list[Examples]:

@@ -68,8 +68,56 @@ def test_batches_of_one_length_lose_their_padding() -> None:
     mixed = by_length(examples, 3, torch.Generator().manual_seed(0))
     assert sorted(torch.cat(mixed).tolist()) == list(range(7))
     assert mixed[0].tolist() != by_length(examples, 3, torch.Generator().manual_seed(5))[0].tolist()
-    positions = Examples({**examples, "labels": mask})
+    positions = Examples({**examples, "labels": mask})[1:3]  # labels of 0 where the texts are padded
     assert positions.trimmed() is positions
+    ignored = Examples({**examples, "labels": mask.masked_fill(mask == 0, -100)})[1:3]
+    assert ignored.trimmed()["labels"].shape == ignored.trimmed()["input_ids"].shape == (2, 4)
+
+
+@pytest.fixture
+def packed() -> Examples:
+    """Three texts with images of 4, 8 and 4 patches; a patch has the number of its text."""
+    grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 4, 1]])
+    patches = torch.arange(3).repeat_interleave(grids.prod(1))[:, None].expand(-1, 6)
+    return Examples({"input_ids": torch.arange(3)[:, None], "pixel_values": patches, "image_grid_thw": grids})
+
+
+def test_rows_of_an_example_stay_with_it(packed: Examples) -> None:
+    assert len(packed) == 3
+    for at, expected in ((slice(1, 3), [1, 2]), (torch.tensor([2, 0, 2]), [2, 0, 2]), (slice(0, 0), [])):
+        part = packed[at]
+        assert part["input_ids"].flatten().tolist() == expected and len(part) == len(expected)
+        counts = [[4, 8, 4][number] for number in expected]
+        assert part["pixel_values"][:, 0].tolist() == [
+            n for n, count in zip(expected, counts, strict=True) for _ in range(count)
+        ]
+    for parts in (packed.split(1), packed.split([1, 2])):
+        again = Examples.join(parts)
+        assert all(torch.equal(again[name], packed[name]) for name in packed) and again.digest == packed.digest
+    assert packed.to(torch.device("meta"))[1:2]["pixel_values"].shape == (8, 6)
+    assert packed.trimmed()[2:]["pixel_values"].shape == (4, 6)
+
+
+def test_batches_with_packed_images_are_joined(packed: Examples) -> None:
+    batches = [{name: part[name] for name in part} for part in packed.split([1, 2])]
+    several = {**batches[0], "pixel_values": torch.full((12, 6), 3), "image_grid_thw": packed["image_grid_thw"][:2]}
+    joined = Examples.of([*batches, several])
+    assert [len(part["pixel_values"]) for part in joined.split(1)] == [4, 8, 4, 12]
+    assert [len(part["image_grid_thw"]) for part in joined.split(1)] == [1, 1, 1, 2]
+    with pytest.raises(PermpruneError, match="texts with several images one by one"):
+        Examples({**packed, "image_grid_thw": packed["image_grid_thw"][:2]})
+
+
+def test_numbers_and_sizes_of_images_are_padded_where_their_sizes_are_known() -> None:
+    def tiles(count: int, width: int = 4, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.ones(1, 3), "pixel_values": torch.ones(1, count, 3, 4, width), **more}
+
+    joined = Examples.of([tiles(2), tiles(3)])
+    assert joined["pixel_values"].shape == (2, 3, 3, 4, 4) and not joined["pixel_values"][0, 2].any()
+    with pytest.raises(PermpruneError, match="pixel_values of different shapes"):
+        Examples.of([tiles(2), tiles(2, width=8)])
+    sized = [tiles(2, width, image_sizes=torch.tensor([[4, width]])) for width in (4, 8)]
+    assert Examples.of(sized)["pixel_values"].shape == (2, 2, 3, 4, 8)
 
 
 def texts(*lengths: int) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def output_fisher(
         if output.requires_grad:
             apart = output.dim() < 3 or not one_label_per_example
             kept = None if apart else _keep(inputs.detach().to(output.dtype))
-            output.register_hook(partial(add, layer.name, padding.mask_of(output, routed), kept))
+            output.register_hook(partial(add, layer.name, padding.mask_of(output, routed, layer.owner), kept))
 
     with hooked(layers, after=forward):
         yield

@@ -81,7 +81,7 @@ class InputMoments:
         def add(layer: Layer, inputs: Tensor, routed: Routed | None) -> None:
             if recomputing():
                 return
-            x, site = padding.real(inputs, routed), self.sites[layer.name]
+            x, site = padding.real(inputs, routed, layer.owner), self.sites[layer.name]
             self.sums[site] += inner_product(x).to(self.sums[site])
             self.counts[site] += x.shape[:-1].numel()
 

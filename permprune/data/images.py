@@ -82,11 +82,11 @@ def load_images(
 
 def _from_files(path: Path) -> list[Item]:
     if table := find_list(path):
-        return listed_items(table, LABEL_COLUMNS, lambda file: _open(file, str(file)))
+        return listed_items(table, LABEL_COLUMNS, lambda file: open_image(file, str(file)))
     items = []
     for file in list_files(path, SUFFIXES, "images"):
         *classes, _ = file.relative_to(path).parts
-        items.append(Item(str(file), bind(_open, file, str(file)), classes[0] if classes else None))
+        items.append(Item(str(file), bind(open_image, file, str(file)), classes[0] if classes else None))
     return items
 
 
@@ -101,11 +101,12 @@ def _from_dataset(source: str, labels: Labels | None, part: Part, count: int, se
             label = row[column] if column else None
             if labels and column and names.get(column):
                 label = labels.named(label, names[column])
-            items.append(Item(place, bind(_open, image, place), label))
+            items.append(Item(place, bind(open_image, image, place), label))
     return items
 
 
-def _open(file: Path | BytesIO, name: str) -> Image.Image:
+def open_image(file: Path | BytesIO, name: str) -> Image.Image:
+    """Read an image, turned as its EXIF data say. Raises `PermpruneError`, which calls it `name`, if it is damaged."""
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image)

@@ -1,4 +1,4 @@
-"""Load examples of the kind that a model takes: text, labelled texts, images or speech."""
+"""Load examples of the kind that a model takes: text, images with texts, labelled texts, images or speech."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from permprune.data.audio import load_speech
 from permprune.data.images import load_images
 from permprune.data.labelled import load_labelled_text
+from permprune.data.pairs import has_images, load_pairs
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
 from permprune.models.modality import kind_of
+from permprune.models.pairs import takes_pairs
 from permprune.models.processors import Processor, image_processor_of, tokenizer_of
 from permprune.models.signature import argument_names
 from permprune.zoo import images as zoo
@@ -37,17 +39,21 @@ def load_examples(
     """Load up to `count` examples as inputs of the model, with labels if both the source and the model have them.
 
     `source` is a source of `load_documents`, `load_labelled_text`, `load_images` or `load_speech`, depending on
-    `kind_of(model)`; None is the default text, or for an image model the zoo's images, which are also named "cifar10".
-    Text is cut into windows of `length` tokens. Windows and the zoo's images are the first ones, or chosen at random if
-    a `seed` is given; other examples are always chosen at random. With `shared`, the calibration and the evaluation
-    part come from the same source. `part` "probe" is a separate part of the zoo's images for training linear probes;
-    for other sources it is the calibration part. Raises `PermpruneError` if the source cannot be read or does not fit
-    the model.
+    `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images. None is the default text, or
+    for an image model the zoo's images, which are also named "cifar10". Text is cut into windows of `length` tokens.
+    Windows and the zoo's images are the first ones, or chosen at random if a `seed` is given; other examples are always
+    chosen at random. With `shared`, the calibration and the evaluation part come from the same source. `part` "probe"
+    is a separate part of the zoo's images for training linear probes; for other sources it is the calibration part.
+    Raises `PermpruneError` if the source cannot be read or does not fit the model.
     """
     kind = kind_of(model)
     if kind == "images" and source in (None, CIFAR):
         return _zoo_images(model, processor, part, count, seed)
     part = "calibration" if part == "probe" else part
+    if kind == "text" and has_images(source, part, hub=takes_pairs(model)):
+        if not takes_pairs(model):
+            raise PermpruneError(f"{source} holds images, and {type(model).__name__} takes none: give text alone")
+        return _known(model, load_pairs(str(source), model, processor, part, count, seed or 0, shared))
     if kind == "text":
         documents = load_documents(source, part)
         return _known(model, Examples.of(tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True)))

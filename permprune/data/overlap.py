@@ -68,16 +68,18 @@ def _run_hashes(windows: Tensor, weights: Tensor) -> Tensor:
 
 def _digests(examples: Examples, names: Sequence[str]) -> list[bytes]:
     """A digest of the tensors `names` of each example, without padding."""
-    mask = examples.get("attention_mask")
     found = []
-    for at in range(len(examples)):
+    for example in examples.split(1):
+        mask = example.get("attention_mask")
         digest = hashlib.blake2b(digest_size=16)
         for name in names:
-            tensor = examples[name][at].cpu()
-            if mask is not None and mask.shape == examples[name].shape[:2]:
-                tensor = tensor[mask[at].cpu().bool()]
-            elif tensor.dim() == 1 and tensor.is_floating_point():  # a waveform, padded with zeros
-                tensor = tensor[: len(tensor) - int(tensor.flip(0).eq(0).long().cumprod(0).sum())]
+            tensor = example[name].cpu()
+            if mask is not None and mask.shape == tensor.shape[:2]:
+                tensor = tensor[mask.cpu().bool()]
+            elif name == "pixel_values" and tensor.dim() == 5:  # (1, images, ...), padded with empty images
+                tensor = tensor[0, tensor[0].flatten(1).any(1)]
+            elif name == "input_values":  # a waveform, padded with zeros
+                tensor = tensor[:, : tensor.shape[1] - int(tensor[0].flip(0).eq(0).long().cumprod(0).sum())]
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         found.append(digest.digest())
     return found

@@ -6,10 +6,12 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,18 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     return rows
 
 
+def first_row(path: Path) -> dict[str, Any]:
+    """The first row of a .jsonl, .csv or .tsv file with a header; empty if the file cannot be read as one."""
+    try:
+        with path.open(encoding="utf-8", newline="") as lines:
+            if path.suffix == ".jsonl":
+                row = json.loads(next((line for line in lines if line.strip()), ""))
+                return row if isinstance(row, dict) else {}
+            return next(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","), {})
+    except (OSError, ValueError, RecursionError, csv.Error):
+        return {}
+
+
 def parse_json(text: str, place: str) -> Any:
     """Parse a JSON text; `place` names its location at the beginning of error messages.
 
@@ -152,15 +166,20 @@ def listed_items(table: Path, labels: Sequence[str], read: Callable[[Path], Any]
     A row contains the path of a file, relative to the table's folder, in one of `FILE_COLUMNS`, and the label in one of
     the columns `labels`. `read` loads a file. Raises `PermpruneError` if a column or a file is missing.
     """
+    files = listed_files(table)
+    label = find_column(files[0][1], labels, str(table))
+    return [Item(str(file), partial(read, file), row.get(label)) for file, row in files]
+
+
+def listed_files(table: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The files that a table lists, each with its row, as for `listed_items`."""
     rows = read_table(table)
-    column, label = find_column(rows[0], FILE_COLUMNS, str(table)), find_column(rows[0], labels, str(table))
-    items = []
-    for row in rows:
-        file = table.parent / str(row.get(column))
+    column = find_column(rows[0], FILE_COLUMNS, str(table))
+    files = [(table.parent / str(row.get(column)), row) for row in rows]
+    for file, row in files:
         if not file.is_file():
             raise PermpruneError(f"{table} lists {row.get(column)}, and there is no such file beside it")
-        items.append(Item(str(file), lambda file=file: read(file), row.get(label)))  # type: ignore[misc]
-    return items
+    return files
 
 
 def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -> list[int]:
@@ -181,7 +200,7 @@ def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -
 def pick_items(items: Sequence[Item], path: Path, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
     """Like `pick`, for the files of the folder or table `path`; their names are relative to the folder."""
     folder = path if path.is_dir() else path.parent
-    keys = [Path(item.name).relative_to(folder).as_posix() for item in items]
+    keys = [Path(os.path.relpath(item.name, folder)).as_posix() for item in items]
     return [items[at] for at in pick(keys, part, count, seed, shared)]
 
 

@@ -91,6 +91,8 @@ class Stream:
     """
 
     def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
+        if "pixel_values" in plan.measured:
+            raise PermpruneError("images only calibrate a model in memory: raise --memory, or calibrate on text alone")
         tokens = plan.measured["input_ids"].numel()
         needed = streamed_bytes(model, plan.outline, metric=plan.metric, tokens=tokens, length=plan.config.length)
         if plan.config.memory is not None and needed > plan.config.memory:
@@ -134,7 +136,7 @@ class Stream:
                 return
             next(bar)
             with torch.autocast(device.type, enabled=False):
-                journal.add(*self._decide(method, site, layers, problems[site], padding.real(x, routed)))
+                journal.add(*self._decide(method, site, layers, problems[site], padding.real(x, routed, layer.owner)))
             if not waiting:
                 raise _AllDecided
 

@@ -122,8 +122,8 @@ def block_outputs(model: nn.Module, padding: Padding) -> Iterator[list[Tensor]]:
     """Collect the outputs of the model's repeated blocks inside the context, without padding, in execution order."""
     outputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(padding.real(output if isinstance(output, Tensor) else output[0]))
+    def keep(block: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(padding.real(output if isinstance(output, Tensor) else output[0], module=block))
 
     handles = [block.register_forward_hook(keep) for block in blocks(model)]
     try:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import inspect
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.models.pairs import encode_pair, pair_processor_of, takes_pairs
+from permprune.models.processors import Processor
 from permprune.models.signature import argument_names, find_config, nested_configs
 from permprune.system.device import compute_device
 
@@ -32,16 +36,21 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
     """Random keyword arguments for the model's forward, with a fixed seed, in the model's dtype and on its device.
 
     * Text: `input_ids` (2, 11), and `decoder_input_ids` (2, 11) for an encoder-decoder model.
-    * Images: `pixel_values` (2, channels, height, width), or (2, frames, channels, height, width) for video.
+    * Images: `pixel_values` (2, channels, height, width), or (2, frames, channels, height, width) for video; packed
+      patches (patches, numbers) of two images of different sizes for a model that takes `image_grid_thw` (2, 3).
     * Audio: `input_features` (2, bands, frames) or (2, frames, bands), or `input_values` (2, samples).
 
     A multimodal model receives every modality that its config describes, and its text contains one placeholder token
     per image feature; if its weights are on the meta device, the features cannot be counted and it receives text only.
-    If the config has no image size, it is taken from `processor`. Raises `PermpruneError` if a required argument cannot
-    be derived from the config.
+    If the config has no image size, it is taken from `processor`. A vision-language model with its `processor` receives
+    what that makes of two images of different sizes. Raises `PermpruneError` if a required argument cannot be derived
+    from the config.
     """
-    maker = _Maker(model.config, processor)
+    on_meta = next(model.parameters()).is_meta
+    if takes_pairs(model) and isinstance(processor, ProcessorMixin) and not on_meta:
+        return _as_the_model(_processed_pairs(model, processor), model)
     parameters = inspect.signature(model.forward).parameters
+    maker = _Maker(model.config, processor, parameters)
     needed = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if model.main_input_name in maker.known:
         needed.add(model.main_input_name)
@@ -55,10 +64,11 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
         )
     example = _as_the_model(made, model)
     if {"input_ids", "pixel_values"} <= example.keys() and (owner := find_config(model.config, "image_token_id")):
-        if next(model.parameters()).is_meta:
-            del example["pixel_values"]
-        else:
-            example["input_ids"] = _with_placeholders(model, example, owner.image_token_id)
+        if on_meta:
+            return {name: example[name] for name in example if name not in ("pixel_values", "image_grid_thw")}
+        example["input_ids"] = _with_placeholders(model, example, owner.image_token_id)
+        if "mm_token_type_ids" in parameters:
+            example["mm_token_type_ids"] = example["input_ids"].eq(owner.image_token_id).int()
     return example
 
 
@@ -90,13 +100,14 @@ class _Maker:
     `make` returns None if the config lacks the necessary fields. Labels and optional masks are not needed for tracing.
     """
 
-    def __init__(self, config: PreTrainedConfig, processor: object) -> None:
-        self.config, self.processor = config, processor
+    def __init__(self, config: PreTrainedConfig, processor: object, parameters: Container[str]) -> None:
+        self.config, self.processor, self.parameters = config, processor, parameters
         self.generator = torch.Generator().manual_seed(0)
         self.known: dict[str, Callable[[], Tensor | None]] = {
             "input_ids": lambda: self._ids(config.get_text_config()),
             "decoder_input_ids": self._decoder_ids,
-            "pixel_values": self._pixels,
+            "pixel_values": self._patches if "image_grid_thw" in parameters else self._pixels,
+            "image_grid_thw": self._grids,
             "input_features": self._features,
             "input_values": self._wave,
         }
@@ -138,8 +149,20 @@ class _Maker:
         height, width = size if isinstance(size, list | tuple) else (size, size)
         owner = owner or find_config(self.config, "num_channels") or self.config
         channels = next((n for key in ("num_channels", "in_channels", "in_chans") if (n := getattr(owner, key, 0))), 3)
-        frames = getattr(owner, "num_frames", None)
+        frames = 1 if "pixel_attention_mask" in self.parameters else getattr(owner, "num_frames", None)
         return self._noise(*([frames] if frames else []), channels, height, width)
+
+    def _grids(self) -> Tensor | None:
+        """Frames, rows and columns of patches of two images: int64 (2, 3)."""
+        owner = find_config(self.config, "spatial_merge_size")
+        return owner and torch.tensor([[1, 2, 2], [1, 2, 4]]) * torch.tensor([1, *[owner.spatial_merge_size] * 2])
+
+    def _patches(self) -> Tensor | None:
+        owner, grids = find_config(self.config, "patch_size", "temporal_patch_size"), self._grids()
+        if owner is None or grids is None:
+            return None
+        numbers = getattr(owner, "in_channels", 3) * owner.temporal_patch_size * owner.patch_size**2
+        return torch.randn(int(grids.prod(1).sum()), numbers, generator=self.generator)
 
     def _features(self) -> Tensor | None:
         if owner := find_config(self.config, "num_mel_bins", "max_source_positions"):
@@ -176,10 +199,34 @@ def _processed_size(processor: object) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def _with_placeholders(model: PreTrainedModel, example: dict[str, Tensor], token: int) -> Tensor:
-    """The example's text preceded by one placeholder token per image feature: int64 (2, features + 11)."""
-    features = model.get_image_features(pixel_values=example["pixel_values"]).pooler_output  # type: ignore[operator]
-    ids = example["input_ids"]
-    return torch.cat([ids.new_full((BATCH, len(features[0])), token), ids], dim=1)
+    """The example's text preceded by one placeholder token per image feature: int64 (2, most features + 11).
+
+    Raises `PermpruneError` if the model needs more than the example to compute the features.
+    """
+    images = {name: example[name] for name in ("pixel_values", "image_grid_thw") if name in example}
+    try:
+        features = model.get_image_features(**images).pooler_output  # type: ignore[operator]
+    except TypeError as error:
+        raise PermpruneError(
+            f"{type(model).__name__} takes more than pixels ({error}): load it with its processor, or give an example "
+            "batch with permprune inspect --example FILE (.safetensors or .npz)"
+        ) from error
+    ids, longest = example["input_ids"], max(map(len, features))
+    rows = []
+    for own, text in zip(features, ids, strict=True):
+        rows.append(torch.cat([text.new_full((len(own),), token), text[:1].expand(longest - len(own)), text]))
+    return torch.stack(rows)
+
+
+def _processed_pairs(model: PreTrainedModel, processor: Processor) -> dict[str, Tensor]:
+    """What a processor makes of two images of different sizes with texts."""
+    maker, noise = pair_processor_of(processor), np.random.default_rng(0)
+    pairs = []
+    for width in (112, 224):
+        image = Image.fromarray(noise.integers(256, size=(112, width, 3), dtype=np.uint8))
+        pairs.append(Examples(encode_pair(maker, image, "what is this?", "noise")))
+    joined = Examples.join(pairs)
+    return {name: joined[name] for name in joined if name in argument_names(model) and name != "labels"}
 
 
 def _as_the_model(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:

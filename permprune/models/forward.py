@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +101,10 @@ def padding_of(model: nn.Module, batch: Examples) -> Padding:
     decoder, labels = batch.get("decoder_attention_mask"), _decoder_labels(model, batch)
     if decoder is None and labels is not None:
         decoder = labels != IGNORED
-    return Padding.of(batch.get("attention_mask"), decoder)
+    readers: frozenset[nn.Module] | None = None
+    if {"pixel_values", "input_ids"} <= set(batch) and not is_encoder_decoder(model):
+        readers = frozenset(cast(PreTrainedModel, model).get_decoder().modules())
+    return Padding.of(batch.get("attention_mask"), decoder, readers=readers)
 
 
 def _decoder_labels(model: nn.Module, batch: Examples) -> Tensor | None:

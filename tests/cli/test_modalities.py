@@ -9,6 +9,7 @@ import pytest
 import soundfile
 from PIL import Image
 
+from ..vision_language import qwen, write_pairs
 from .running import fails, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
@@ -48,7 +49,21 @@ def clips(tmp_path: Path) -> Path:
     return tmp_path / "clips"
 
 
+@pytest.fixture
+def tiny_qwen_vl(tmp_path: Path) -> Path:
+    """A folder with a random Qwen2.5-VL and its processor."""
+    for part in qwen():
+        part.save_pretrained(tmp_path / "tiny-qwen-vl")
+    return tmp_path / "tiny-qwen-vl"
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    return write_pairs(tmp_path / "pairs", 24)
+
+
 KINDS = {
+    "images with texts": ("tiny_qwen_vl", "pairs", "perplexity", "tokens"),
     "images": ("tiny_vit", "pictures", "top-1 accuracy", "examples"),
     "sentences": ("tiny_bert", "sentences", "top-1 accuracy", "examples"),
     "speech": ("tiny_whisper", "clips", "word error rate", "words"),
@@ -80,6 +95,24 @@ def test_compare_shows_the_metric(tiny_vit: Path, pictures: Path, tmp_path: Path
     result = json.loads(figures.read_text())
     assert result["metric"] == "top-1 accuracy"
     assert all(0 <= row["top-1 accuracy"] <= 1 for row in result["rows"])
+
+
+def test_images_with_texts_are_compared_and_trained_on(tiny_qwen_vl: Path, pairs: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    shared = ["--calibration", pairs, "--data", pairs, *SMALL, "--methods", "ria", "--json", figures]
+    code, stdout, stderr = run("compare", tiny_qwen_vl, *shared)
+    assert code == 0 and "perplexity" in stdout, stderr
+    methods = {row["method"]: row["perplexity"] for row in json.loads(figures.read_text())["rows"]}
+    assert methods["dense"] != methods["none"] != methods["ria"]
+    pruned, tuned = tmp_path / "pruned", tmp_path / "tuned"
+    options = ["--calibration", pairs, "--permute", "none", *SMALL]
+    assert run("prune", tiny_qwen_vl, *options, "--data", pairs, "--out", pruned)[0] == 0
+    code, _, stderr = run("finetune", pruned, "--data", pairs, "--epochs", "1", "--out", tuned)
+    assert code == 0, stderr
+    assert run("verify", tuned)[0] == 0
+    curve = json.loads((tuned / "permprune.json").read_text())["optimised"]["curve"]
+    assert curve[-1]["value"] < curve[0]["value"]
+    assert run("inspect", tiny_qwen_vl, "--verify")[0] == 0
 
 
 def test_a_probe_is_a_classifier_that_prunes(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:

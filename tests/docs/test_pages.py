@@ -20,6 +20,7 @@ import permprune
 from permprune.cli import app
 
 from ..cli.running import run
+from ..vision_language import qwen, write_pairs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -34,10 +35,16 @@ RUN = [
     "how-to/kv-cache",
     "how-to/large-models",
     "how-to/train",
+    "how-to/vision-language",
 ]
 """Pages whose Python examples run, one after the other, in a folder with the files that they name."""
 
-SMALLER = {"smollm2-135m": "tiny-llama", "minilm-l6": "tiny-bert", '"newton"': '"newton:rounds=1"'}
+SMALLER = {
+    "smollm2-135m": "tiny-llama",
+    "minilm-l6": "tiny-bert",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "tiny-qwen-vl",
+    '"newton"': '"newton:rounds=1"',
+}
 """What takes the place of real models and long searches."""
 
 FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -82,6 +89,10 @@ def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixt
         source = source.replace(real, tiny)
     if name == "start":  # its folder comes from the command line
         assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
+    if name == "how-to/vision-language":
+        write_pairs(folder / "photos", 6)
+        for part in qwen():
+            part.save_pretrained(folder / "tiny-qwen-vl")
     script = folder / "example.py"
     script.write_text(source, encoding="utf-8")
     runpy.run_path(str(script), run_name="__main__")

@@ -2,6 +2,7 @@
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from permprune.checkpoints.io import GATHERED, load
 from permprune.checkpoints.record import read_record
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.jobs.fitting import fit_memory
 from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.streaming import Stream
 from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.permuters.registry import PERMUTERS
@@ -207,3 +210,11 @@ def test_damaged_weights_are_refused(
     tiny_tokenizer.save_pretrained(tmp_path / "source")
     with pytest.raises(PermpruneError, match=r"layers\.1\.mlp\.up_proj holds NaN"):
         run(tmp_path / "source", tmp_path / "out", "ria", tiny_text, memory=500_000)
+
+
+def test_images_need_the_model_in_memory(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    shown = Examples({"input_ids": torch.ones(1, 4), "pixel_values": torch.ones(1, 3, 4, 4)})
+    plan: Any = SimpleNamespace(measured=shown)
+    weights: Any = None
+    with pytest.raises(PermpruneError, match="images only calibrate a model in memory: raise --memory"):
+        Stream(tiny_llama, weights, plan, tmp_path)

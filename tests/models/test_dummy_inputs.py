@@ -16,6 +16,8 @@ from permprune.coupling.discovery import discover
 from permprune.errors import PermpruneError
 from permprune.models.dummy_inputs import example_inputs, read_example
 
+from ..coupling.coupling_models import idefics3, llava_onevision, qwen2_5_vl
+
 TEXT: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 2,
@@ -86,6 +88,16 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], dict[str, tuple[int, ...]]]] 
         {"pixel_values": PIXELS, "decoder_input_ids": IDS},
     ),
     "text with image": (llava, {"input_ids": (2, 16 + 11), "pixel_values": PIXELS}),
+    "text with packed patches": (
+        qwen2_5_vl,
+        {
+            "input_ids": (2, 8 + 11),
+            "pixel_values": (16 + 32, 3 * 4 * 4),
+            "image_grid_thw": (2, 3),
+            "mm_token_type_ids": (2, 8 + 11),
+        },
+    ),
+    "text with images in tiles": (idefics3, {"input_ids": (2, 4 + 11), "pixel_values": (2, 1, 3, 16, 16)}),
     "mel bands": (
         lambda: tf.WhisperForConditionalGeneration(
             tf.WhisperConfig(**TWO_SIDES, num_mel_bins=8, max_source_positions=20)
@@ -142,6 +154,11 @@ def test_every_linear_takes_part_in_the_example(family: str) -> None:
     read = [model.get_parameter(reader) for site in discover(model, example).sites for reader in site.readers]
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     assert linears and set(map(id, linears)) - set(map(id, idle(model))) <= set(map(id, read))
+
+
+def test_a_model_that_needs_more_than_pixels_asks_for_its_processor() -> None:
+    with pytest.raises(PermpruneError, match=r"LlavaOnevision.*image_sizes.*its processor.*--example"):
+        example_inputs(llava_onevision())
 
 
 def test_text_stands_alone_where_features_cannot_be_counted() -> None:

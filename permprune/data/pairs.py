@@ -1,0 +1,150 @@
+"""Images with texts: questions about images with their answers, or captions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial as bind
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedModel
+
+from permprune.data.images import IMAGE_COLUMNS, SUFFIXES, open_image
+from permprune.data.sources import (
+    FILE_COLUMNS,
+    TABLES,
+    Item,
+    dataset,
+    find_column,
+    find_list,
+    first_row,
+    list_files,
+    listed_files,
+    looks_like_path,
+    parse_name,
+    pick_items,
+    pick_rows,
+    read_text,
+    shares_rows,
+    stored_file,
+)
+from permprune.errors import PermpruneError
+from permprune.examples import Examples, Part
+from permprune.models.pairs import encode_pair, pair_processor_of
+from permprune.models.processors import Processor
+from permprune.models.signature import argument_names
+
+PROMPTS = ("question", "prompt", "instruction", "query")
+ANSWERS = ("answer", "answers", "response", "completion", "output", "caption", "captions", "text", "sentence")
+"""Columns of a table's prompts, which may be missing, and of its answers; of a list of answers the first is used."""
+
+Pair = tuple[str, str]
+"""A prompt, empty for captions, and its answer."""
+
+
+def has_images(source: str | Path | None, part: Part, *, hub: bool) -> bool:
+    """Whether a source contains images: files in a folder, or a column of a table, or with `hub` of a data set.
+
+    Raises `PermpruneError` if a data set does not load.
+    """
+    if source is None or _images_here(Path(source)):
+        return source is not None
+    name, _, _ = parse_name(str(source), part)
+    if not hub or Path(name).is_file() or (looks_like_path(name) and not Path(name).is_dir()):
+        return False
+    with dataset(str(source), part) as rows:
+        return bool(set(IMAGE_COLUMNS).intersection(rows.features or next(iter(rows), {})))
+
+
+def _images_here(path: Path) -> bool:
+    """Whether a path is a folder of image files or a table that lists some."""
+    if path.is_dir():
+        return any(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+    row = first_row(path) if path.is_file() and path.suffix in TABLES else {}
+    return any(Path(str(row.get(column))).suffix.lower() in SUFFIXES for column in FILE_COLUMNS)
+
+
+def load_pairs(
+    source: str | Path,
+    model: PreTrainedModel,
+    processor: Processor | None,
+    part: Part,
+    count: int,
+    seed: int = 0,
+    shared: bool = False,
+) -> Examples:
+    """Load up to `count` randomly chosen images with texts, as inputs of a vision-language model.
+
+    The examples have the tensors of the model's processor that the model takes, and "labels": the tokens of the
+    answers, and -100 for the prompts, the images and padding. Texts are not cut, as they contain a place for each part
+    of the image.
+
+    `source` is one of
+
+    * a table (.csv, .tsv or .jsonl) of image files, relative to its folder, with one of the columns `ANSWERS`, and one
+      of `PROMPTS` if the texts are more than captions;
+    * a folder with such a table, named metadata or labels, or of images with a caption in a .txt file of the same name;
+    * a `datasets` name as in `load_documents`, with a column of images and the same columns of text.
+
+    With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half: all
+    questions about one image are in the same half. Raises `PermpruneError` if the source cannot be read, a text is
+    missing, or the model's processor fails.
+    """
+    maker, taken = pair_processor_of(processor), {*argument_names(model), "labels"}
+    if _images_here(Path(source)):
+        items = pick_items(_from_files(Path(source)), Path(source), part, count, seed, shared)
+    else:
+        items = _from_dataset(str(source), part, count, seed, shares_rows(str(source), shared))
+    return Examples.join([_encoded(item, maker, taken) for item in items])
+
+
+def _encoded(item: Item, processor: Any, taken: set[str]) -> Examples:
+    image: Image.Image = item.read().convert("RGB")
+    try:
+        tensors = encode_pair(processor, image, *item.label)
+    except PermpruneError as error:
+        raise PermpruneError(f"{item.name}: {error}") from error
+    return Examples({name: tensor for name, tensor in tensors.items() if name in taken})
+
+
+def _from_files(path: Path) -> list[Item]:
+    if table := find_list(path):
+        files = listed_files(table)
+        pairs = [_pair(row, f"{table}, row {number}") for number, (_, row) in enumerate(files, 1)]
+        named = zip(files, pairs, strict=True)
+        return [Item(str(file), bind(open_image, file, str(file)), pair) for (file, _), pair in named]
+    items = []
+    for file in list_files(path, SUFFIXES, "images"):
+        caption = file.with_suffix(".txt")
+        if not caption.is_file():
+            raise PermpruneError(
+                f"{file} has no text: write it into {caption.name} beside it, or into a metadata.jsonl"
+            )
+        pair = _pair({"text": read_text(caption).strip()}, str(caption))
+        items.append(Item(str(file), bind(open_image, file, str(file)), pair))
+    return items
+
+
+def _from_dataset(source: str, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
+    items = []
+    with dataset(source, part) as rows:
+        for name, row in pick_rows(rows, part, count, seed, shared):
+            place = f"{source}, {name}"
+            image = stored_file(row[find_column(row, IMAGE_COLUMNS, source)], place)
+            items.append(Item(place, bind(open_image, image, place), _pair(row, place)))
+    return items
+
+
+def _pair(row: Mapping[str, Any], place: str) -> Pair:
+    """The prompt and the answer of a row. Raises `PermpruneError` if one is missing or empty."""
+    prompt = next((column for column in PROMPTS if column in row), None)
+    columns = [*([prompt] if prompt else []), find_column(row, ANSWERS, place)]
+    texts = []
+    for column in columns:
+        text = row[column]
+        text = text[0] if isinstance(text, list) and text else text
+        if not isinstance(text, str) or not text.strip():
+            raise PermpruneError(f"{place} has no text in its column {column}: write it, or remove the row")
+        texts.append(text)
+    return ("", *texts)[-2], texts[-1]
