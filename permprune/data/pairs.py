@@ -39,6 +39,9 @@ PROMPTS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "answers", "response", "completion", "output", "caption", "captions", "text", "sentence")
 """Columns of a table's prompts, which may be missing, and of its answers; of a list of answers the first is used."""
 
+DATA = (".arrow", ".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".zst")
+"""Suffixes of a data set's files."""
+
 Pair = tuple[str, str]
 """A prompt, empty for captions, and its answer."""
 
@@ -58,9 +61,14 @@ def has_images(source: str | Path | None, part: Part, *, hub: bool) -> bool:
 
 
 def _images_here(path: Path) -> bool:
-    """Whether a path is a folder of image files or a table that lists some."""
+    """Whether a path is a folder of image files or a table that lists some.
+
+    A folder with other data is that of a data set, whose images are pictures in its description.
+    """
     if path.is_dir():
-        return any(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+        suffixes = {file.suffix.lower() for file in path.rglob("*")}
+        listed = find_list(path) is not None
+        return not suffixes.isdisjoint(SUFFIXES) and (listed or suffixes.isdisjoint(DATA))
     row = first_row(path) if path.is_file() and path.suffix in TABLES else {}
     return any(Path(str(row.get(column))).suffix.lower() in SUFFIXES for column in FILE_COLUMNS)
 

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 
 from permprune.data.load import load_examples
 from permprune.data.overlap import overlap
+from permprune.data.pairs import has_images
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples, batches
 from permprune.models.forward import padding_of, run_model
@@ -180,6 +181,13 @@ def test_models_without_images_or_their_processor_say_so(
     processor.chat_template = "{{ raise_exception('only text') }}"
     with pytest.raises(PermpruneError, match="the model's processor fails on an image with text: only text"):
         load(model, processor, source)
+
+
+def test_a_data_set_with_a_picture_in_its_description_is_text(tmp_path: Path) -> None:
+    write_images(tmp_path / "assets", 1)
+    assert has_images(tmp_path, "calibration", hub=False)
+    (tmp_path / "train.jsonl").write_text('{"text": "two of every four"}\n', encoding="utf-8")
+    assert not has_images(tmp_path, "calibration", hub=False)
 
 
 def test_text_alone_still_calibrates_a_vision_language_model(tiny_text: Path) -> None:
