@@ -149,8 +149,15 @@ def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) ->
     return attend(call, _Plain(keys, values)).transpose(1, 2).contiguous()
 
 
-def attend(call: Call, source: Source) -> Tensor:
+Sums = tuple[Tensor, Tensor, Tensor]
+"""The largest score, the sum of e^(score - largest), and the sum of values with these weights, fp32 (batch, key/value
+heads, group * queries, 1 or width), over some tokens."""
+
+
+def attend(call: Call, source: Source, others: Sums | None = None) -> Tensor:
     """Return the attention of queries to a source, (batch, heads, queries, width of the values).
+
+    `others` are the sums over tokens that are not in the source, for at most `QUERIES` queries.
 
     Only a block of unpacked states and of scores is held at a time (Milakov and Gimelshein 2018, arXiv 1805.02867). The
     softmax is in fp32. A query that may read no token gets zeros. Raises `PermpruneError` if there is dropout.
@@ -159,24 +166,26 @@ def attend(call: Call, source: Source) -> Tensor:
         raise PermpruneError("a pruned cache, soft-capped scores and sinks go without dropout: call model.eval()")
     count = call.query.shape[2]
     starts = range(0, count, QUERIES)
-    blocks = [_attend_block(call.rows(i, i + QUERIES), source, source.length - count + i) for i in starts]
+    blocks = [_attend_block(call.rows(i, i + QUERIES), source, source.length - count + i, others) for i in starts]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
 
 
-def _attend_block(call: Call, source: Source, first: int) -> Tensor:
+def _attend_block(call: Call, source: Source, first: int, others: Sums | None) -> Tensor:
     """Return `attend` for queries at positions from `first` on."""
     batch, heads, count, width = call.query.shape
     query = call.query.reshape(batch, source.heads, -1, width)
     softmax = _OnlineSoftmax(call.sinks, batch, source.heads, count)
+    if others is not None:
+        softmax.merge(*others)
     block = min(SCORES // (batch * heads * count), STATES // (batch * source.heads * width))
     for segment in source.segments(first, count, max(block, LEAST_BLOCK)):
         scores = (query @ segment.keys.transpose(-1, -2)).float().mul_(call.scaling)
         scores = scores.view(batch, source.heads, -1, count, scores.shape[-1])
-        softmax.add(_masked(scores, call, segment, first), segment.values)
+        softmax.add(masked(scores, call, segment, first), segment.values)
     return softmax.result().to(call.query.dtype).view(batch, heads, count, -1)
 
 
-def _masked(scores: Tensor, call: Call, segment: Segment, first: int) -> Tensor:
+def masked(scores: Tensor, call: Call, segment: Segment, first: int) -> Tensor:
     """Cap scores, (batch, key/value heads, group, queries, tokens), and add biases and masks."""
     if call.softcap is not None:
         scores = (scores / call.softcap).tanh_().mul_(call.softcap)
@@ -209,18 +218,25 @@ class _OnlineSoftmax:
     def add(self, scores: Tensor, values: Tensor) -> None:
         """Add a block: scores fp32 (batch, heads, group, queries, tokens), values (batch, heads, tokens, width)."""
         largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).min)
+        shares = (scores - largest).exp_()
+        weighted = shares.flatten(2, 3).to(values.dtype) @ values
+        self.merge(largest, shares.sum(-1, keepdim=True), weighted)
+
+    def merge(self, largest: Tensor, total: Tensor, weighted: Tensor) -> None:
+        """Add `Sums` over a block."""
+        largest, total = (part.view(*self.shape[:2], -1, *self.shape[3:]) for part in (largest, total))
+        weighted = weighted.float().view(*largest.shape[:-1], weighted.shape[-1])
         if self.largest is None:
             start = torch.full_like(largest, torch.finfo(torch.float32).min)
             if self.sinks is not None:
                 start = self.sinks.float().view(1, self.shape[1], -1, 1, 1).expand_as(largest)
             self.largest, self.total = start, torch.full_like(largest, float(self.sinks is not None))
-            self.sum = torch.zeros(*scores.shape[:-1], values.shape[-1], device=scores.device)
-        largest = torch.maximum(self.largest, largest)
-        shares, kept = (scores - largest).exp_(), (self.largest - largest).exp()
-        self.total = self.total * kept + shares.sum(-1, keepdim=True)
-        weighted = shares.flatten(2, 3).to(values.dtype) @ values
-        self.sum = self.sum * kept + weighted.view_as(self.sum)
-        self.largest = largest
+            self.sum = torch.zeros_like(weighted)
+        most = torch.maximum(self.largest, largest)
+        before, now = (self.largest - most).exp(), (largest - most).exp()
+        self.total = self.total * before + total * now
+        self.sum = self.sum * before + weighted * now
+        self.largest = most
 
     def result(self) -> Tensor:
         """Return the weighted sums, fp32 (batch, heads, group, queries, width)."""

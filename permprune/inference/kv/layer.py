@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from permprune.errors import PermpruneError
-from permprune.inference.kv.attention import Call, Segment, Source, States, attend, attend_plain
+from permprune.inference.kv.attention import Call, Segment, Source, States, Sums, attend, attend_plain, masked
 from permprune.inference.kv.config import DTYPES, KVConfig, pattern_named
 from permprune.inference.kv.packing import Channels, Layout, require_pattern
 from permprune.inference.kv.tokens import PackedTokens
@@ -18,6 +18,7 @@ from permprune.kernels import native
 from permprune.kernels.attention import WIDEST, Queries, Side
 from permprune.kernels.attention import attend as attend_native
 from permprune.kernels.layout import FLOATS
+from permprune.kernels.linear import has_triton
 
 FEW = 16
 """Number of queries up to which the native kernel is used; for more, states are unpacked for products of matrices."""
@@ -197,27 +198,56 @@ class _View(Source, States):
         batch, heads, count, width = call.query.shape
         keys, values = (packed.channels for packed in self.packed)
         query = keys.arrange(call.query.reshape(batch, self.heads, -1, width)).view_as(call.query)
-        output = attend(dataclasses.replace(call, query=query), self)
+        arranged = dataclasses.replace(call, query=query)
+        if self._runs_triton(call):
+            output = attend(arranged, _Whole(self), self._read_packed(arranged))
+        else:
+            output = attend(arranged, self)
         output = values.restore(output.reshape(batch, self.heads, -1, output.shape[-1]))
         return output.view(batch, heads, count, -1).transpose(1, 2).contiguous()
 
     def _runs_native(self, call: Call) -> bool:
         """Return whether the native kernel computes this: a few queries on the CPU that read the same packed tokens."""
-        query, count = call.query, call.query.shape[2]
-        types = {query.dtype, *(states.dtype for states in self.whole)}
+        types = {call.query.dtype, *(states.dtype for states in self.whole)}
         packed = not self.before or all(own.native_states() is not None for own in self.packed)
+        on_cpu = call.query.device.type == "cpu" and native.available()
+        return on_cpu and packed and types <= set(FLOATS) and self._is_decoding(call)
+
+    def _runs_triton(self, call: Call) -> bool:
+        """Return whether the Triton kernel reads the packed tokens: for a few queries on a GPU."""
+        return bool(self.before) and call.query.is_cuda and self._is_decoding(call) and has_triton()
+
+    def _is_decoding(self, call: Call) -> bool:
+        """Return whether kernels can compute this: a few queries without gradients that read the same packed tokens."""
+        count = call.query.shape[2]
+        if count > FEW or call.dropout or max(states.shape[3] for states in self.whole) > WIDEST:
+            return False
         reads = {self._reads_packed(position) for position in range(self.length - count, self.length)}
-        return (
-            count <= FEW
-            and reads == {self.before}
-            and types <= set(FLOATS)
-            and max(states.shape[3] for states in self.whole) <= WIDEST
-            and query.device.type == "cpu"
-            and native.available()
-            and packed
-            and not call.dropout
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, *self.whole)))
+        graph = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, *self.whole))
+        return reads == {self.before} and not graph
+
+    def _read_packed(self, call: Call) -> Sums:
+        """Return the sums over the packed tokens, by the Triton kernel, for queries in the stored order."""
+        from permprune.kernels import gpu_attention  # needs Triton, which comes with PyTorch's builds for GPUs
+
+        batch, heads, count, width = call.query.shape
+        added, softcap = None, call.softcap
+        if call.mask is not None or call.bias is not None:
+            shape = batch, self.heads, heads // self.heads, count, self.before
+            plain = dataclasses.replace(call, softcap=None)
+            segment = Segment(self._sinks, *self.whole)
+            scores = masked(torch.zeros(shape, device=call.query.device), plain, segment, self.length - count)
+            added = scores.flatten(2, 3)
+        keys, values = (
+            gpu_attention.Packed(packed.parts, packed.channels.level, packed.layout.pattern) for packed in self.packed
         )
+        query = call.query.reshape(batch, self.heads, -1, width).float() * call.scaling
+        return gpu_attention.attend(query, keys, values, self.before, added=added, softcap=softcap)
+
+    @property
+    def _sinks(self) -> int:
+        """The number of whole tokens before the packed ones."""
+        return min(self.layer.config.sinks, self.whole[0].shape[2])
 
     def _attend_native(self, call: Call) -> Tensor:
         mask, added = (
@@ -237,8 +267,7 @@ class _View(Source, States):
             Side(packed.native_states() if self.before else None, whole, packed.channels.order)
             for packed, whole in zip(self.packed, self.whole, strict=True)
         )
-        sinks = min(self.layer.config.sinks, self.whole[0].shape[2])
-        return attend_native(queries, keys, values, packed=self.before, before=sinks)
+        return attend_native(queries, keys, values, packed=self.before, before=self._sinks)
 
     def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
         (keys, values), sinks = self.whole, self.layer.config.sinks
@@ -261,3 +290,18 @@ class _View(Source, States):
     def _reads_packed(self, position: int) -> int:
         """Return how many packed tokens a query reads."""
         return max(self.before, self.layer.packed_count(position)) if self.layer.exact_window else self.before
+
+
+class _Whole(Source):
+    """The tokens of a view that are not packed."""
+
+    def __init__(self, view: _View) -> None:
+        self.view, self.heads, self.length = view, view.heads, view.length
+
+    def segments(self, first: int, count: int, size: int) -> Iterator[Segment]:
+        sinks, packed = self.view._sinks, self.view.before
+        for start, stop, skipped in ((0, sinks, 0), (sinks, self.length - packed, packed)):
+            for at in range(start, stop, size):
+                part = slice(at, min(at + size, stop))
+                keys, values = (states[:, :, part] for states in self.view.whole)
+                yield Segment(at + skipped, keys, values)

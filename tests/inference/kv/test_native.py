@@ -1,5 +1,7 @@
 """The native kernels of the pruned cache, against PyTorch, for every kernel that runs here."""
 
+import ctypes
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from permprune.inference.kv.config import KVConfig
 from permprune.inference.kv.layer import PrunedLayer
 from permprune.inference.kv.packing import Channels, Layout, decode, encode
 from permprune.kernels import native
-from permprune.kernels.attention import PackedStates
+from permprune.kernels.attention import PackedStates, Queries, Side, attend
 from permprune.pattern import Pattern
 
 from .reference import random_channels
@@ -66,6 +68,35 @@ def test_states_are_unpacked_as_by_pytorch(
             torch.testing.assert_close(found, expected, rtol=1e-6 if wanted == torch.float32 else 1e-2, atol=0)
         else:
             assert torch.equal(found, expected)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy that ends where memory ends: reading beyond it is a fault."""
+    page = mmap.PAGESIZE
+    pages = -(-tensor.nbytes // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    end = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages * page
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(end), ctypes.c_size_t(page), 0) == 0
+    copy = torch.frombuffer(
+        memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * page - tensor.nbytes
+    ).view_as(tensor)
+    return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize("kernel", native.names())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", [*PATTERNS, "5:8"])
+def test_nothing_is_read_beyond_the_tensors(select: Select, kernel: str, dtype: torch.dtype, text: str) -> None:
+    select(kernel)
+    for width in (8, 40, 64, 72, 256):
+        parts, channels, layout = packed(text, dtype, width)
+        states = PackedStates({name: guarded(part) for name, part in parts.items()}, channels.level, layout.pattern)
+        states.unpack(30, 7, torch.float32)
+        if dtype.is_floating_point:
+            whole = guarded(torch.randn(2, 2, 5, width).to(dtype))
+            side = Side(states, whole, channels.order)
+            mask = guarded(torch.ones(2, 1, 1, 42, dtype=torch.bool))
+            attend(Queries(guarded(torch.randn(2, 4, 1, width)), 1.0, mask=mask), side, side, 37, 3)
 
 
 def query(layer: PrunedLayer, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:
