@@ -7,16 +7,19 @@ those of a dense bf16 cache. Orders are found on the calibration text.
 `--table orders` compares keys and values, orders and recoveries; `rivals` other choices of channels at equal bytes, by
 their descriptions: ThinK (arXiv 2407.21018), which keeps the same channels of all tokens and so needs no mask; Mustafar
 (2505.22913), which keeps the largest channels of each token; SparK (2508.15212), which weights them by the queries and
-recovers the others from their signs.
+recovers the others from their signs. `int4` is our own reference of a cache with 4 bits for each state and two bf16
+numbers for each group of channels of a token and head (Transformers' `QuantizedCache` needs quanto or hqq).
 
 python benchmarks/kv_cache.py --data wiki.test.raw --calibration wiki.valid.raw --windows 4 --length 1024
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.io import read_model
@@ -28,7 +31,8 @@ from permprune.inference.kv.config import KVConfig
 from permprune.inference.kv.evaluation import cached_perplexity
 from permprune.inference.kv.files import LayerChannels
 from permprune.inference.kv.layer import PrunedLayer
-from permprune.inference.kv.packing import Channels
+from permprune.inference.kv.packing import TINY, Channels, Parts
+from permprune.inference.kv.tokens import PackedTokens
 from permprune.jobs.kv import find_channels
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
@@ -38,12 +42,13 @@ Observed = Mapping[int, ObservedLayer]
 
 @dataclass
 class Row:
-    """A row of the table: a method, its settings and channels, and the bits that it would not store, a channel."""
+    """A row of the table: a method, its settings, channels and layers, and the bits a channel that it does not need."""
 
     method: str
     config: KVConfig
     channels: LayerChannels
     spared: float = 0.0
+    layer: type[PrunedLayer] = PrunedLayer
 
 
 def main() -> None:
@@ -57,6 +62,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--window", type=int, default=KVConfig.window)
     parser.add_argument("--sinks", type=int, default=KVConfig.sinks)
+    parser.add_argument("--rows", help="file to which the rows are added as JSON lines")
     options = parser.parse_args()
     model, tokenizer, _ = read_model(options.model)
     shown = load_examples(
@@ -72,11 +78,15 @@ def main() -> None:
     for row in TABLES[options.table](observed, KVConfig(dtype="bf16", window=options.window, sinks=options.sinks)):
         config = row.config
         found = cached_perplexity(model, windows, maker(model, row), 1)
-        print(
-            f"| {row.method} | {config.keys} | {config.values} | {config.recovery} | {config.dtype} | "
-            f"{found.result.value / dense:.4f} | {share_of_bytes(model, row, options.length):.4f} |",
-            flush=True,
-        )
+        factor, share = found.result.value / dense, share_of_bytes(model, row, options.length)
+        cells = [row.method, config.keys, config.values, config.recovery, config.dtype]
+        print(f"| {' | '.join(cells)} | {factor:.4f} | {share:.4f} |", flush=True)
+        if options.rows:
+            names = ("method", "keys", "values", "recovery", "stored")
+            figures = {"model": options.model, "length": options.length, "windows": len(windows)}
+            figures |= dict(zip(names, cells, strict=True)) | {"factor": round(factor, 4), "bytes": round(share, 4)}
+            with open(options.rows, "a", encoding="utf-8") as file:
+                file.write(json.dumps(figures) + "\n")
 
 
 def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
@@ -130,16 +140,70 @@ def inversed(channels: Channels) -> Channels:
     return Channels(channels.order, channels.weight, 1 / channels.weight)
 
 
-TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {"orders": orders, "rivals": rivals}
+def int4(observed: Observed, config: KVConfig) -> Iterator[Row]:
+    """States of four bits."""
+    own = config.replace(keys="dense", values="dense")
+    channels = find_channels(observed, own, Identity())[0]
+    yield Row("int4, groups of 32", own, channels, layer=Int4Layer)
+    yield Row("int4, one group", own, channels, layer=WideInt4Layer)
 
 
-def maker(model: PreTrainedModel, row: Row) -> Callable[[], PrunedCache]:
-    return lambda: PrunedCache(model, row.config, row.channels, exact_window=True)
+class Int4Tokens(PackedTokens):
+    """States as integers from 0 to 15, two in a byte, with the least state and the step of each group of channels."""
+
+    group = 32
+
+    def append(self, states: Tensor) -> None:
+        groups = states.float().unflatten(-1, (-1, min(self.group, states.shape[-1])))
+        low = groups.amin(-1, keepdim=True).bfloat16()
+        step = ((groups.amax(-1, keepdim=True) - low.float()) / 15).bfloat16()
+        steps = ((groups - low.float()) / step.float().clamp_min(TINY)).round().clamp(0, 15).byte().flatten(-2)
+        parts: Parts = {"values": steps[..., ::2] | steps[..., 1::2] << 4, "low": low, "step": step}
+        self._write(parts, states.shape[2])
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        values, low, step = (self.parts[name][:, :, start:stop] for name in ("values", "low", "step"))
+        steps = torch.stack((values & 15, values >> 4), -1).flatten(-2).unflatten(-1, (low.shape[-2], -1))
+        return (steps * step.float() + low.float()).flatten(-2).to(dtype)
+
+    def native_states(self) -> None:
+        return None
+
+
+class WideInt4Tokens(Int4Tokens):
+    group = 2**20
+
+
+class Int4Layer(PrunedLayer):
+    tokens: type[PackedTokens] = Int4Tokens
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        assert self.packed is not None
+        keys, values = (self.tokens(own.channels, own.layout) for own in self.packed)
+        self.packed = keys, values
+
+
+class WideInt4Layer(Int4Layer):
+    tokens = WideInt4Tokens
+
+
+TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {"orders": orders, "rivals": rivals, "int4": int4}
+
+
+def maker(model: PreTrainedModel, row: Row, *, exact_window: bool = True) -> Callable[[], PrunedCache]:
+    def make() -> PrunedCache:
+        cache = PrunedCache(model, row.config, row.channels, exact_window=exact_window)
+        for number, channels in row.channels.items():
+            cache.layers[number] = row.layer(row.config, *channels, exact_window)
+        return cache
+
+    return make
 
 
 def share_of_bytes(model: PreTrainedModel, row: Row, tokens: int) -> float:
     """The bytes of a cache that was given the states of a prompt in bf16, divided by those of a dense cache."""
-    cache, spared = PrunedCache(model, row.config, row.channels), 0.0
+    cache, spared = maker(model, row, exact_window=False)(), 0.0
     for number, (keys, values) in row.channels.items():
         layer = cache.layers[number]
         assert isinstance(layer, PrunedLayer)
