@@ -104,14 +104,12 @@ def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausal
     network, method = prepared.network, Newton(rounds=2, examples=2)
     alone = method.search(network, prepared.run)
     update_weights(prepared)
-    assert all(
-        not torch.equal(own.weight, network.dense[name] * network.masks[name]) for name, own in network.layers.items()
-    )
+    assert all(not torch.equal(own, network.dense[name] * network.masks[name]) for name, own in network.shown.items())
     after = method.search(network, dataclasses.replace(prepared.run, solved={}))
     assert [point.loss for point in after.curve] == [point.loss for point in alone.curve]
     assert all(torch.equal(after.orders[name], order) for name, order in alone.orders.items())
-    for name, layer in network.layers.items():
-        assert torch.equal(layer.weight, network.dense[name] * network.masks[name])
+    for name, weight in network.shown.items():
+        assert torch.equal(weight, network.dense[name] * network.masks[name])
 
 
 def test_recompute_holds_for_calibration_and_gradients(tiny_llama: LlamaForCausalLM) -> None:

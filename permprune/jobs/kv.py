@@ -131,6 +131,9 @@ class _HeadScores:
     def pattern_of(self, problem: Problem) -> Pattern:
         return self.pattern
 
+    def row_count(self, layer: str) -> int:
+        return len(self.scores[layer])
+
 
 def _order(score: Tensor, pattern: Pattern, method: ScorePermuter, generator: torch.Generator) -> Tensor:
     """Return the order of a head's channels, int64 (width,), for their score, (tokens, width)."""

@@ -174,9 +174,8 @@ def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
 def run(name: str, job: ctypes.Structure, work: int) -> int:
     """Run a function of the library on a checked job of so many elements; returns a status.
 
-    The functions are those of the search ("mask", "keep", "place") and of the cache ("attend", "unpack_states").
-
-    Raises `PermpruneError` where native kernels are not available.
+    The functions are those of the search ("mask", "keep", "prune", "place") and of the cache ("attend",
+    "unpack_states"). Raises `PermpruneError` where native kernels are not available.
     """
     library, index = _kernels() or (None, -1)
     if library is None:
@@ -235,7 +234,7 @@ def _library() -> ctypes.CDLL | None:
     library.permprune_unpack.restype = ctypes.c_int32
     library.permprune_check.argtypes = [weights, number, number]
     library.permprune_check.restype = ctypes.c_int64
-    for name, threads in (("mask", 1), ("keep", 1), ("place", 0), ("attend", 1), ("unpack_states", 1)):
+    for name, threads in (("mask", 1), ("keep", 1), ("prune", 1), ("place", 0), ("attend", 1), ("unpack_states", 1)):
         function = getattr(library, f"permprune_{name}")
         function.argtypes, function.restype = [pointer, number, *[number] * threads], ctypes.c_int32
     library.permprune_use_threads_of.argtypes = [pointer]

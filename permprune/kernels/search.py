@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from permprune.errors import PermpruneError
@@ -46,6 +48,16 @@ class Keeping(ctypes.Structure):
     )
 
 
+class Pruning(ctypes.Structure):
+    """`struct pruning` of search.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("score", "weight", "groups", "pruned")),
+        *((name, ctypes.c_int64) for name in ("channels", "rows", "count")),
+        *((name, ctypes.c_int32) for name in ("n", "m")),
+    )
+
+
 class Placement(ctypes.Structure):
     """`struct placement` of search.h."""
 
@@ -75,6 +87,23 @@ def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -
     _require_done(native.run("mask", masking, len(score) * len(places)))
 
 
+def pack_mask(mask: Tensor) -> Tensor:
+    """Return a bool mask (rows, channels) as bits, uint8 (rows, ceil(channels / 8)); channel 0 is the highest."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=1))
+    padded = F.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+    packed: Tensor = (padded << torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)).sum(2)
+    return packed.to(torch.uint8)
+
+
+def unpack_mask(bits: Tensor, channels: int) -> Tensor:
+    """Undo `pack_mask`: bool (rows, channels)."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=channels).view(bool))
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return (bits[..., None] >> shifts & 1).bool().flatten(1)[:, :channels]
+
+
 def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, pattern: Pattern) -> float:
     """Return the sum of weight * gradient over the weights that `write_mask` keeps.
 
@@ -91,6 +120,26 @@ def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, p
     keeping.sums = sums.data_ptr()
     _require_done(native.run("keep", keeping, len(score) * len(places)))
     return float(sums.sum())
+
+
+def pruned_part(weight: Tensor, score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
+    """Return the weights that the pattern prunes, and 0 where it keeps a weight: (channels, rows).
+
+    `weight` and `score` are (channels, rows); `groups`, int64 (count, m), lists every channel once. Of each group and
+    row the n largest scores are kept; ties are broken in favour of the earlier member.
+    """
+    weight, score = weight.contiguous(), score.contiguous()
+    found = torch.empty_like(weight)
+    if not _runs_native(pattern.m, weight, score):
+        flat = groups.flatten().to(score.device)
+        keep = pattern.mask_groups(score[flat].view(*groups.shape, -1), 1).flatten(0, 1)
+        found[flat] = weight[flat].masked_fill_(keep, 0)
+        return found
+    groups = groups.contiguous()
+    pointers = [part.data_ptr() for part in (score, weight, groups, found)]
+    pruning = Pruning(*pointers, *score.shape, len(groups), pattern.n, pattern.m)
+    _require_done(native.run("prune", pruning, found.numel()))
+    return found
 
 
 def add_placement_cost(

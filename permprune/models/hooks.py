@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from permprune.errors import PermpruneError
 from permprune.models.experts import ExpertMatrix, Routed, Whole, routed_only, run_in_turn
@@ -45,6 +47,41 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def replaced_while_running(
+    module: nn.Module, attribute: str, replacement: Callable[[nn.Parameter], Tensor | None]
+) -> list[RemovableHandle]:
+    """Replace a parameter of a module by another tensor whenever the module runs, until the handles are removed.
+
+    `replacement` is called with the parameter before the module runs; if it returns None, the parameter stays. The
+    gradient with respect to the replacement becomes that of the parameter. Outside the module's `forward` the parameter
+    is unchanged, and only while the module runs, or until the backward pass, is the replacement in memory.
+    """
+    parameter: nn.Parameter = getattr(module, attribute)
+
+    def enter(*_: object) -> None:
+        tensor = replacement(parameter)
+        if tensor is not None:
+            shown = _InPlaceOf.apply(parameter, tensor)  # type: ignore[no-untyped-call]
+            module._parameters[attribute] = shown
+
+    def leave(*_: object) -> None:
+        module._parameters[attribute] = parameter
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """Returns its second argument; the gradient goes to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def _before(layer: Layer, call: Before, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

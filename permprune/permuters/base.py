@@ -239,6 +239,9 @@ class Scores(Protocol):
     def pattern_of(self, problem: Problem) -> Pattern:
         """The pattern along the channels of a problem."""
 
+    def row_count(self, layer: str) -> int:
+        """The number of rows of a layer's scores."""
+
 
 @dataclass(frozen=True)
 class LocalPermuter(Permuter):

@@ -174,7 +174,7 @@ class CostMatrixSearch(Search):
         self.network.set_orders({})
         for _, cost, shown in self._prune():
             cost.grad = None
-            pairs = [(weight, slope[part.layer][:, columns]) for part, columns, weight in shown]
+            pairs = [(weight, slope[part.layer][:, columns].float()) for part, columns, weight in shown]
             torch.autograd.backward([weight for weight, _ in pairs], [gradient for _, gradient in pairs])
         rate = self.method.learning_rate * (1 + math.cos(math.pi * self._progress())) / 2
         self.optimizer.param_groups[0]["lr"] = rate
@@ -186,7 +186,9 @@ class CostMatrixSearch(Search):
         found: dict[str, Tensor] = {}
         for _, _, shown in self._prune():
             for part, columns, weight in shown:
-                found.setdefault(part.layer, self.network.layers[part.layer].weight.clone())[:, columns] = weight
+                if part.layer not in found:
+                    found[part.layer] = self.network.shown[part.layer].float()
+                found[part.layer][:, columns] = weight
         return found
 
     def _prune(self) -> Iterator[tuple[Problem, Tensor, list[tuple[Part, Tensor, Tensor]]]]:

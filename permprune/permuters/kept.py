@@ -27,15 +27,22 @@ PASSES = 2
 
 def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
     """Return the scores of all weights of a problem, (channels, rows); rows are multiplied by sqrt(fisher) if given."""
-    rows = [network.scores[part.layer][:, part.columns] for part in problem.parts]
-    if fisher is not None:
-        rows = [row * fisher[part.layer].sqrt()[:, None] for row, part in zip(rows, problem.parts, strict=True)]
-    return torch.cat(rows).T.contiguous()
+    total = sum(network.row_count(part.layer) for part in problem.parts)
+    found, first = torch.empty(0), 0
+    for part in problem.parts:
+        rows = network.scores[part.layer][:, part.span]
+        if not first:
+            found = rows.new_empty(problem.size, total)
+        own = found[:, first : first + len(rows)].copy_(rows.T)
+        if fisher is not None:
+            own *= fisher[part.layer].sqrt()
+        first += len(rows)
+    return found
 
 
 def stacked_bytes(weights: int) -> int:
-    """Return the bytes that `stacked_scores` holds while it stacks the scores of this number of weights."""
-    return 12 * weights
+    """Return the bytes of the result of `stacked_scores` for this number of weights."""
+    return 4 * weights
 
 
 def assignment_work(channels: int, rows: int, m: int) -> Work:

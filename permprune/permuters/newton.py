@@ -25,8 +25,7 @@ class Newton(TrustRegion):
     swaps: Natural = 4
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
-        for _ in range(self.swaps):
-            model.swap(generator)
+        model.swap(generator, self.swaps)
         return memory
 
     def proposal_work(self, channels: int, rows: int, m: int) -> Work:

@@ -10,32 +10,46 @@ With slope = fisher * (E H) and damping 1 the model is the layer's own output er
 sensitivity of the loss. With slope = -dLoss/dW_eff it is the end-to-end model of the "newton" and "learned" searches,
 in which a damping above 1 accounts for the curvature between layers that move together.
 
+The model is a sum over rows, of which it reads a block at a time. Of all rows it holds only the slope, in the type of
+the weights; E follows from the weights, their scores and the groups.
+
 Matrices here are channels first, (channels, rows), so that a group's weights are contiguous.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from permprune.kernels.search import add_placement_cost
+from permprune.kernels.search import add_placement_cost, pruned_part
 from permprune.matching.assignment import cycles
 from permprune.matching.pairs import pair_up
 from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.problem import Problem
+from permprune.pruning.outline import Outline
+from permprune.pruning.problem import Part, Problem
 from permprune.system.resources import Work
 
+BLOCK = 2**21
+"""Number of weights that are read at a time: a matrix of them is 8 MiB in fp32. Smaller problems are read once."""
 
-def model_bytes(weights: int, moments: int) -> int:
-    """Return the bytes that a model of this number of weights holds while it is built.
 
-    Four matrices are collected layer by layer and then joined; `moments` are the elements of the second moments, of
-    which the model has a copy.
+def model_bytes(outline: Outline, threads: int) -> int:
+    """Return the bytes that the models of the largest problems hold, one on each thread.
+
+    These are the slopes, and of a block of rows the weights and scores (of a small problem, those of all rows), the
+    pruned parts before and after a step, their difference, and two matrices that are computed from it.
     """
-    return 32 * weights + 4 * moments
+    total, largest = 0, max(layer.weight.numel() for layer in outline.layers)
+    for problem in outline.largest(threads):
+        weights = problem.size * outline.rows_of(problem)
+        block = min(weights, largest, BLOCK)
+        total += 4 * weights + 20 * block + 8 * (weights if weights <= BLOCK else block)
+    return total
 
 
 def swap_work(channels: int, rows: int, m: int) -> Work:
@@ -45,32 +59,49 @@ def swap_work(channels: int, rows: int, m: int) -> Work:
 
 
 @dataclass
-class Bundle:
-    """The weight rows of a problem that read the same input channels.
+class Rows:
+    """Rows of a problem that read the same input channels: those of one layer.
 
-    `weight`, `score`, `slope` and `error` are (channels, rows); `moments` is H, (channels, channels). Rows are scaled
-    so that fisher is 1 in the model: weight and error are multiplied by sqrt(fisher), slope is divided by it.
-    `coupling` are the covariances after this scaling, that is, the correlations (rows, rows) of each layer's rows; it
-    is empty if rows are treated as independent.
+    `read` yields (weight, score), both (channels, rows), for one block of rows after the other, and `slopes` are the
+    slopes of the blocks. Rows are scaled so that fisher is 1 in the model: the weight is multiplied by sqrt(fisher),
+    the slope is divided by it. `coupling` is the covariance after this scaling, that is, the correlations (rows, rows),
+    for which all rows have to be in one block; None if rows are treated as independent.
     """
 
-    weight: Tensor
-    score: Tensor
-    moments: Tensor
-    slope: Tensor
-    error: Tensor
-    coupling: tuple[Tensor, ...] = ()
+    read: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    slopes: list[Tensor]
+    coupling: Tensor | None = None
 
     def coupled(self, x: Tensor) -> Tensor:
         """Multiply `x` (..., rows) by the correlations of the rows."""
-        if not self.coupling:
-            return x
-        parts = x.split([len(block) for block in self.coupling], -1)
-        return torch.cat([part @ block for part, block in zip(parts, self.coupling, strict=True)], -1)
+        return x if self.coupling is None else x @ self.coupling
+
+
+@dataclass
+class Bundle:
+    """Rows that read the same input channels.
+
+    `moments` returns H, (channels, channels), and `diagonal` is its diagonal.
+    """
+
+    moments: Callable[[], Tensor]
+    diagonal: Tensor
+    rows: list[Rows]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The matrices of a block of rows, (channels, rows), at the current groups; `slope` may be changed in place."""
+
+    weight: Tensor
+    score: Tensor
+    slope: Tensor
+    error: Tensor
+    coupled: Callable[[Tensor], Tensor]
 
 
 class QuadraticModel:
-    """The model of one problem at its current groups of channels; each move updates slope and error.
+    """The model of one problem at its current groups of channels; each move updates the slopes.
 
     `change` is the sum of the predicted changes of the loss of all moves made.
     """
@@ -97,67 +128,67 @@ class QuadraticModel:
         whose slope is fisher * (E H). If any layer of a bundle has no `covariance`, the bundle's rows are treated as
         independent.
         """
-        pieces: dict[tuple[str, int], list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
-        columns: dict[tuple[str, int], Tensor] = {}
-        coupling: dict[tuple[str, int], list[Tensor]] = {}
+        places: dict[tuple[str, int], list[Part]] = {}
         for part in problem.parts:
-            root = fisher[part.layer].clamp_min(1e-30).sqrt()[:, None]
-            weight, score = (x[part.layer][:, part.columns] for x in (network.weights, network.scores))
-            if order is None:
-                kept = network.masks[part.layer][:, part.columns]
-            else:
-                kept = network.pattern_of(problem).mask_in_order(score, order)
-            error = weight * ~kept * root
-            slope = error if gradient is None else gradient[part.layer][:, part.columns] / -root
-            place = (part.site, int(part.columns[0]))
-            columns.setdefault(place, part.columns)
-            pieces.setdefault(place, []).append((weight * root, score, slope, error))
-            if covariance and part.layer in covariance:
-                coupling.setdefault(place, []).append(covariance[part.layer] / root / root.T)
+            places.setdefault((part.site, int(part.columns[0])), []).append(part)
+        small = problem.size * sum(network.row_count(part.layer) for part in problem.parts) <= BLOCK
         bundles = []
-        for place, rows in pieces.items():
-            own = columns[place]
-            moments = network.statistics.moments[place[0]][own][:, own]
-            weight, score, slope, error = (torch.cat(x).T.contiguous() for x in zip(*rows, strict=True))
-            slope = moments @ slope if gradient is None else slope
-            blocks = tuple(coupling.get(place, ()))
-            whole = sum(map(len, blocks)) == weight.shape[1]
-            bundles.append(Bundle(weight, score, moments, slope, error, blocks if whole else ()))
+        for parts in places.values():
+            known = covariance or {}
+            coupled = all(part.layer in known for part in parts)
+            rows = [
+                _rows(
+                    network,
+                    part,
+                    fisher[part.layer],
+                    gradient=None if gradient is None else gradient[part.layer],
+                    covariance=known[part.layer] if coupled else None,
+                    small=small,
+                )
+                for part in parts
+            ]
+            moments, span = network.statistics.moments[parts[0].site], parts[0].span
+            bundles.append(Bundle(partial(_block_of, moments, span), moments.diagonal()[span], rows))
         shown = network.orders.get(problem.name, problem.identity()) if order is None else order
-        return cls(bundles, shown, network.pattern_of(problem), damping)
+        model = cls(bundles, shown, network.pattern_of(problem), damping)
+        if gradient is None:
+            model._set_local_slopes()
+        return model
 
     @property
     def order(self) -> Tensor:
         """The current order, int64 (size,)."""
         return self.groups.flatten()
 
-    def swap(self, generator: torch.Generator) -> None:
-        """Make at most one swap for each group: each frees a random slot, and groups are paired by `placement_cost`.
+    def swap(self, generator: torch.Generator, times: int = 1) -> None:
+        """Make at most `times` swaps for each group, one after the other.
 
-        A pair is a candidate if its swap by itself lowers the model, which is computed exactly. All candidates swap
-        together if that lowers the model by at least half the sum of their single gains, again computed exactly;
-        otherwise the better half of them is tried, and so on. Correlated channels overshoot if all of them move.
+        Each time every group frees a random slot, and groups are paired by `placement_cost`. A pair is a candidate if
+        its swap by itself lowers the model, which is computed exactly. All candidates swap together if that lowers the
+        model by at least half the sum of their single gains, again computed exactly; otherwise the better half of them
+        is tried, and so on. Correlated channels overshoot if all of them move.
         """
+        if not times:
+            return
         count, m = self.groups.shape
         slots = torch.randint(m, (count,), generator=generator)
         cost = self.placement_cost(torch.arange(count), slots)
-        pairs = pair_up(cost + cost.T)
-        at = torch.arange(len(pairs))
-        i, j = slots[pairs].T
-        channels = self.groups[pairs].flatten(1)
-        left, right = channels[at, i].clone(), channels[at, m + j].clone()
-        channels[at, i], channels[at, m + j] = right, left
-        moves = [self._move(bundle, channels) for bundle in self.bundles]
-        gain = self._gain(channels, moves).cpu()
-        ranked = gain.argsort()
-        ranked = ranked[gain[ranked] < -1e-12]
-        while len(ranked):
-            chosen = ranked.sort().values
-            together = [move[chosen].flatten(0, 1) for move in moves]
-            if self._commit(channels[chosen].flatten(), together, float(gain[chosen].sum()) / 2):
-                self.groups = self.groups.index_put((pairs[chosen],), channels[chosen].view(-1, 2, m))
-                return
-            ranked = ranked[: len(ranked) // 2]
+        for left in reversed(range(times)):
+            pairs = pair_up(cost + cost.T)
+            at = torch.arange(len(pairs))
+            i, j = slots[pairs].T
+            channels = self.groups[pairs].flatten(1)
+            first, second = channels[at, i].clone(), channels[at, m + j].clone()
+            channels[at, i], channels[at, m + j] = second, first
+            swapped = channels.view(-1, 2, m)
+            gain = self._gains(self.groups.index_put((pairs,), swapped), channels)
+            ranked = gain.argsort()
+            candidates = [
+                (self.groups.index_put((pairs[chosen],), swapped[chosen]), float(gain[chosen].sum()) / 2)
+                for chosen in _better_halves(ranked[gain[ranked] < -1e-12])
+            ]
+            slots = torch.randint(m, (count,), generator=generator) if left else slots[:0]
+            cost = self._take_first(candidates, slots)
 
     def placement_cost(self, at: Tensor, slots: Tensor) -> Tensor:
         """Return the cost of moving the channel in the free slot of each group (row) to that of each group (column).
@@ -169,17 +200,8 @@ class QuadraticModel:
         """
         cost = torch.zeros(len(at), len(at), dtype=torch.float64)
         for bundle in self.bundles:
-            add_placement_cost(
-                cost,
-                bundle.score,
-                bundle.weight,
-                bundle.slope,
-                bundle.error,
-                curvature=self.damping / 2 * bundle.moments.diagonal(),
-                groups=self.groups[at],
-                slots=slots,
-                pattern=self.pattern,
-            )
+            for block in self._blocks(bundle):
+                self._add_cost(cost, bundle, block, block.error, self.groups[at], slots)
         return (cost - cost.diagonal()[:, None]).float()
 
     def move(self, at: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
@@ -192,58 +214,136 @@ class QuadraticModel:
         gain = cost[torch.arange(len(at)), target]
         cycle = cycles(target)
         total = gain.new_zeros(len(at)).index_add_(0, cycle, gain)
-        ranked = total.argsort()
-        ranked = ranked[total[ranked] < -1e-12]
-        while len(ranked):
-            moving = torch.isin(cycle, ranked).nonzero().flatten()
-            if self._try((at[moving], slots[moving]), (at[target[moving]], slots[target[moving]])):
-                return
-            ranked = ranked[: len(ranked) // 2]
+        ranked, candidates = total.argsort(), []
+        for chosen in _better_halves(ranked[total[ranked] < -1e-12]):
+            moving = torch.isin(cycle, chosen).nonzero().flatten()
+            groups, to = self.groups.clone(), target[moving]
+            groups[at[to], slots[to]] = self.groups[at[moving], slots[moving]]
+            candidates.append((groups, -1e-12))
+        self._take_first(candidates, slots[:0])
 
-    def _try(self, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> bool:
-        """Move channels from their (group, slot) to another if this lowers the model; returns whether it did."""
-        groups = self.groups.clone()
-        groups[target] = self.groups[source]
-        to = target[0]
-        channels = groups[to].view(1, -1)
-        moves = [self._move(bundle, channels)[0] for bundle in self.bundles]
-        if not self._commit(channels.flatten(), moves, -1e-12):
-            return False
+    def _take_first(self, candidates: list[tuple[Tensor, float]], slots: Tensor) -> Tensor:
+        """Move to the first of the candidates (groups, enough) that changes the model by at most `enough`, if any.
+
+        Most often the first one is taken. The change of the model follows from the slopes at the end of the step, so
+        the model moves to each candidate, and moves on from there. Returns the placement cost at the new groups with
+        these slots free, if there are any.
+        """
+        start, before = self.groups, self.change
+        for groups, enough in candidates:
+            cost = self._shift(groups, slots)
+            if self.change - before <= enough:
+                return cost
+        cost = self._shift(start, slots)
+        self.change = before
+        return cost
+
+    def _blocks(self, bundle: Bundle) -> Iterator[Block]:
+        for rows in bundle.rows:
+            for (weight, score), slope in zip(rows.read(), rows.slopes, strict=True):
+                error = pruned_part(weight, score, self.groups, self.pattern)
+                yield Block(weight, score, slope, error, rows.coupled)
+
+    def _gains(self, groups: Tensor, channels: Tensor) -> Tensor:
+        """Return the change of the model by each set's move to its places in `groups`, alone: fp64 (sets,).
+
+        `channels`, int64 (sets, k), are those of the groups that a set changes; no group is changed by two sets.
+        """
+        gain = torch.zeros(len(channels), dtype=torch.float64)
+        for bundle in self.bundles:
+            among = bundle.moments()[channels[:, :, None], channels[:, None, :]]
+            for block in self._blocks(bundle):
+                move = pruned_part(block.weight, block.score, groups, self.pattern).sub_(block.error)
+                own = move[channels.flatten()].view(*channels.shape, -1)
+                products = torch.bmm(block.coupled(own), own.mT).mul_(among).sum((1, 2))
+                linear = move.mul_(block.slope).sum(1)[channels].sum(1)
+                gain += linear.add_(products, alpha=self.damping / 2).cpu()
+        return gain
+
+    def _shift(self, groups: Tensor, slots: Tensor) -> Tensor:
+        """Move to other groups: update the slopes and `change`; returns the placement cost there as `_take_first`."""
+        channels = groups[(groups != self.groups).any(1)].flatten()
+        cost = torch.zeros(len(slots), len(slots), dtype=torch.float64)
+        if not len(channels):
+            return self.placement_cost(torch.arange(len(slots)), slots) if len(slots) else cost
+        for bundle in self.bundles:
+            few = 2 * len(channels) < groups.numel()
+            moments = bundle.moments()[channels].T if few else bundle.moments()
+            for block in self._blocks(bundle):
+                error = pruned_part(block.weight, block.score, groups, self.pattern)
+                move = error - block.error
+                field = block.coupled(moments @ (move[channels] if few else move)).mul_(self.damping)
+                block.slope.add_(field)
+                self.change += float((move * block.slope).sum() - field.mul_(move).sum() / 2)
+                if len(slots):
+                    self._add_cost(cost, bundle, block, error, groups, slots)
         self.groups = groups
-        return True
+        return (cost - cost.diagonal()[:, None]).float()
 
-    def _move(self, bundle: Bundle, channels: Tensor) -> Tensor:
-        """Return dE (sets, k, rows) of placing the channels (sets, k) in groups of m in the given order."""
-        flat = channels.flatten()
-        keep = self.pattern.mask_groups(bundle.score[flat].view(-1, self.pattern.m, bundle.score.shape[1]), dim=1)
-        after = bundle.weight[flat].mul_(keep.logical_not_().flatten(0, 1))
-        return after.sub_(bundle.error[flat]).view(*channels.shape, -1)
+    def _add_cost(
+        self, cost: Tensor, bundle: Bundle, block: Block, error: Tensor, groups: Tensor, slots: Tensor
+    ) -> None:
+        add_placement_cost(
+            cost,
+            block.score,
+            block.weight,
+            block.slope.to(block.weight.dtype),
+            error,
+            curvature=self.damping / 2 * bundle.diagonal,
+            groups=groups,
+            slots=slots,
+            pattern=self.pattern,
+        )
 
-    def _gain(self, channels: Tensor, moves: list[Tensor]) -> Tensor:
-        """Return the predicted change of the loss by each set's move, over all bundles: (sets,)."""
-        parts = [self._predict(bundle, channels, move) for bundle, move in zip(self.bundles, moves, strict=True)]
-        return torch.stack(parts).sum(0)
+    def _set_local_slopes(self) -> None:
+        """Set the slopes to those of the local model, H E."""
+        for bundle in self.bundles:
+            moments = bundle.moments()
+            for rows in bundle.rows:
+                for weight, score in rows.read():
+                    rows.slopes.append(moments @ pruned_part(weight, score, self.groups, self.pattern))
 
-    def _predict(self, bundle: Bundle, channels: Tensor, move: Tensor) -> Tensor:
-        """Return the predicted change of the loss by each set's move, in one bundle: (sets,)."""
-        block = bundle.moments[channels[:, :, None], channels[:, None, :]]
-        field = bundle.coupled(torch.bmm(block, move)).mul_(self.damping / 2)
-        field += bundle.slope[channels.flatten()].view_as(move)
-        return field.mul_(move).sum((1, 2))
 
-    def _commit(self, channels: Tensor, moves: list[Tensor], enough: float) -> bool:
-        """Make these moves if together they change the model by at most `enough`; returns whether they were made."""
-        fields = [
-            self.damping * bundle.coupled(bundle.moments[:, channels] @ move)
-            for bundle, move in zip(self.bundles, moves, strict=True)
-        ]
-        change = 0.0
-        for bundle, move, field in zip(self.bundles, moves, fields, strict=True):
-            change += float(((bundle.slope[channels] + field[channels] / 2) * move).sum())
-        if change > enough:
-            return False
-        self.change += change
-        for bundle, move, field in zip(self.bundles, moves, fields, strict=True):
-            bundle.error[channels] += move
-            bundle.slope += field
-        return True
+def _better_halves(ranked: Tensor) -> Iterator[Tensor]:
+    """Yield all members, the first half of them, the first quarter and so on, each in ascending order."""
+    while len(ranked):
+        yield ranked.sort().values
+        ranked = ranked[: len(ranked) // 2]
+
+
+def _block_of(moments: Tensor, span: slice | Tensor) -> Tensor:
+    return moments[span][:, span]
+
+
+def _rows(
+    network: MaskedLayers,
+    part: Part,
+    fisher: Tensor,
+    *,
+    gradient: Tensor | None,
+    covariance: Tensor | None,
+    small: bool,
+) -> Rows:
+    """The rows of a layer at a part's columns; without `gradient` they have no slopes yet.
+
+    The blocks of a `small` problem are read once.
+    """
+    root = fisher.clamp_min(1e-30).sqrt()
+    size = len(root) if covariance is not None else max(1, BLOCK // len(part.columns))
+    spans = [slice(first, first + size) for first in range(0, len(root), size)]
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        for span, (weight, score) in zip(spans, network.blocks(part, spans), strict=True):
+            yield weight.mul_(root[span]), score
+
+    held = list(read()) if small else None
+
+    slopes = []
+    if gradient is not None:
+        own = gradient[:, part.span]
+        slopes = [(own[span].float() / -root[span, None]).T.contiguous().to(own.dtype) for span in spans]
+    return Rows(
+        read if held is None else partial(iter, held),
+        slopes,
+        None if covariance is None else covariance / root[:, None] / root,
+    )

@@ -11,8 +11,8 @@ from torch import Tensor
 from permprune.losses.objective import Objective
 from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution, each_problem_work
-from permprune.permuters.kept import assignment_work, deal_and_assign, stacked_scores
-from permprune.permuters.quadratic import QuadraticModel, model_bytes, swap_work
+from permprune.permuters.kept import assignment_work, deal_and_assign, stacked_bytes, stacked_scores
+from permprune.permuters.quadratic import BLOCK, QuadraticModel, model_bytes, swap_work
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.outline import Outline, Passes, activation_parts
@@ -64,13 +64,13 @@ class Reconstruction(LocalPermuter):
 
     def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator, jitter: float = 0.0) -> Tensor:
         fisher = network.statistics.fisher
-        energy = stacked_scores(network, problem, fisher).square()
-        noise = 1 + jitter * torch.randn(energy.shape, generator=generator).to(energy)
-        model = QuadraticModel.of(
-            network, problem, fisher, order=deal_and_assign(energy * noise, network.pattern_of(problem))
-        )
-        for _ in range(self.swaps):
-            model.swap(generator)
+        energy = stacked_scores(network, problem, fisher).square_()
+        for block in energy.split(max(1, BLOCK // energy.shape[1])):
+            block *= 1 + jitter * torch.randn(block.shape, generator=generator).to(block)
+        first = deal_and_assign(energy, network.pattern_of(problem))
+        del energy  # as large as the problem
+        model = QuadraticModel.of(network, problem, fisher, order=first)
+        model.swap(generator, self.swaps)
         return model.order
 
     def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
@@ -79,11 +79,9 @@ class Reconstruction(LocalPermuter):
             swaps = swap_work(channels, rows, m) * self.swaps
             return (assignment_work(channels, rows, m) + slopes + swaps) * self.candidates
 
-        weights, moments = outline.largest_weights(threads), outline.largest_moments(threads)
-        held = (
-            Held("largest problem's model", model_bytes(weights, moments)),
-            Held("largest problem's scores", 8 * weights),  # with the jitter, both fp32
-        )
+        weights, model = outline.largest_weights(threads), model_bytes(outline, threads)
+        scores = stacked_bytes(weights) + 12 * min(weights, threads * BLOCK)  # with the noise of a block
+        held = (Held("largest problem's model", max(scores, model)),)
         passes_of_loss = 1 + self.shares * (self.candidates - 1)
         return [
             Stage(self.name, held, each_problem_work(outline, work)),

@@ -108,30 +108,29 @@ class TrustRegion(Iterative):
         if not self.rounds:
             return start
         examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline.weights)
-        gradient, earlier = Held("gradients", own), Held("gradients of rejected rounds", own)
-        model = model_bytes(outline.largest_weights(threads), outline.largest_moments(threads))
+        gradient, model = Held("gradients", own), model_bytes(outline, threads)
 
         def stage(what: str, *parts: Held, work: Work) -> Stage:
-            return Stage(f"{self.name}: {what}", (*parts, earlier), work * self.rounds)
+            return Stage(f"{self.name}: {what}", (*parts, gradient), work * self.rounds)
 
         backward = (*self.teacher_parts(passes, examples), *activation_parts(passes.gradient))
+        if passes.dtype == torch.float32 and not passes.recompute:
+            backward += (Held("masked weights", own),)  # until the backward pass; of other types, `passes` counts them
         accept = (*self.teacher_parts(passes, 0), *activation_parts(passes.loss))
         rounds = [
             stage("gradients", *backward, work=passes.gradient_work(examples)),
-            stage("average", gradient, Held("gradients of the batches", own), work=Work()),
             stage(
                 "proposals",
-                gradient,
                 Held("largest problem's model", model),
                 work=each_problem_work(outline, self.proposal_work),
             ),
-            stage("accept", gradient, *accept, work=passes.loss_work(passes.held_out) * TRIED),
+            stage("accept", *accept, work=passes.loss_work(passes.held_out) * TRIED),
         ]
         if self.tune:
             trained = Held("trained weights", 8 * outline.weights)  # the best so far, and those in training
             adam = Held("Adam's moments", 8 * outline.weights)
             training = passes.gradient_work(max(1, examples // 2)) * self.tune
-            rounds.append(stage("training", gradient, trained, adam, *backward, work=training))
+            rounds.append(stage("training", trained, adam, *backward, work=training))
         return [*start, *rounds]
 
 
@@ -183,15 +182,13 @@ class TrustRegionSearch(Search):
         return moved
 
     def end(self) -> Solution:
-        trained = self.network.weights if self.method.tune else {}
-        return Solution(self.network.current(), self.seconds, tuple(self.curve), trained)
+        return Solution(self.network.current(), self.seconds, tuple(self.curve), self.network.trained)
 
     def tensors(self) -> dict[str, Tensor]:
         found = self.network.current()
         found |= {MEMORY + name: value for name, value in self.memory.items()}
         found |= {PREVIOUS + name: order.clone() for name, order in self.previous.items()}
-        if self.method.tune:
-            found |= {WEIGHT + name: weight for name, weight in self.network.weights.items()}
+        found |= {WEIGHT + name: weight for name, weight in self.network.trained.items()}
         return found
 
     def values(self) -> dict[str, Any]:
@@ -212,11 +209,11 @@ class TrustRegionSearch(Search):
         """Average the gradient over this round's examples and those of the rounds rejected at the same orders."""
         mean = self.mean
         for number in self.pending if mean is None else []:  # after a resume they are computed again
-            mean = self._gradients_of(number).averaged(mean)
-        return self._gradients_of(self.done).averaged(mean)
+            mean = self._gradients_of(number, mean)
+        return self._gradients_of(self.done, mean)
 
-    def _gradients_of(self, number: int) -> Gradients:
-        return self.network.gradients(self.run.batch(number, self.method.examples), self.loss)
+    def _gradients_of(self, number: int, mean: Gradients | None) -> Gradients:
+        return self.network.gradients(self.run.batch(number, self.method.examples), self.loss, mean)
 
     def _move(self, gradients: Gradients) -> int:
         """Propose new orders and keep those that lower the held-out loss; returns how many were kept."""
@@ -248,7 +245,7 @@ class TrustRegionSearch(Search):
     def _tune(self) -> bool:
         """Train the remaining weights, and keep them if the held-out loss falls; returns whether they were kept."""
         method, network = self.method, self.network
-        before, first = network.weights, (self.done - 1) * method.tune
+        before, first = network.trained, (self.done - 1) * method.tune
         trained = train_weights(
             network,
             self.run,
@@ -320,7 +317,8 @@ class TrustRegionSearch(Search):
             loss, slope = self.held_out_loss(), sum(slopes.values())
             if attempt == ATTEMPTS - 1 or slope > -TOLERANCE or turning_point(slope, loss - self.best) >= FAR:
                 break
-            ends = self._slopes(before, orders, self._gradients_of(self.done))
+            batch = self.run.batch(self.done, self.method.examples)
+            ends = self.network.slopes(batch, self.loss, before, orders)
             if sum(ends.values()) <= 0:
                 break
             self.damping.shorten(slopes, ends)

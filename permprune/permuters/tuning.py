@@ -25,8 +25,8 @@ def train_weights(
     rate that rises to `rate` and falls to 0. Pruned weights do not change. Adam's moments start from 0 in each call, so
     that only the weights have to be saved between calls.
     """
-    own = network.weights
-    weights = {name: weight.clone() for name, weight in own.items()}
+    own = network.trained
+    weights = {name: weight.clone() for name, weight in network.weights.items()}
     optimizer = torch.optim.Adam(list(weights.values()), betas=BETAS, fused=True)
     for step in range(steps):
         network.set_weights(weights)

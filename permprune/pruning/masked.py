@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
-from permprune.kernels.search import kept_sum, write_mask
+from permprune.kernels.search import kept_sum, pack_mask, unpack_mask, write_mask
+from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern
-from permprune.pruning.problem import Orders, Problem
-from permprune.saliency.base import Saliency
+from permprune.pruning.problem import Orders, Part, Problem
+from permprune.saliency.base import Saliency, Scale
 from permprune.system import distributed
 from permprune.system.progress import track
 from permprune.system.resources import Held
@@ -40,17 +43,38 @@ class LayerMeasure:
     error: float
 
 
+class Computed(Mapping[str, Tensor]):
+    """A mapping of names to tensors that are computed each time they are read."""
+
+    def __init__(self, names: Collection[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = names, compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class MaskedLayers:
-    """Layers that hold weight * mask, in the model's own channel order.
+    """Layers that run with weight * mask, in the model's own channel order.
 
     The masks follow each layer's pattern with its columns in the chosen orders. The layers themselves stay in their own
-    order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with them. `show`
-    replaces the masked weights until orders or weights are set again.
+    order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with them.
 
-    `dense` are the original weights by layer and `scores` their saliency, both (rows, channels). `weights` are the
-    weights that are masked: the dense ones, unless others are set (`set_weights`); the scores remain those of the dense
-    weights. `sites` maps each layer to the name of the tensor that it reads. Raises `PermpruneError` for a layer that
-    cannot be scored.
+    The model keeps its dense weights; a masked weight is in memory only while its module runs. It runs with them until
+    the network is deleted, or the weights are written into the model (`write`) or given back (`restore`). Of the size
+    of the weights, the network itself holds only masks, a bit for each weight.
+
+    `dense`, `scores`, `weights`, `masks` and `shown` are by layer, with tensors (rows, channels) that are computed when
+    they are read. The weights that are masked are the dense ones, except those in `trained` (`set_weights`); the scores
+    remain those of the dense weights. The layers run with the masked weights, except those in `updated` (`show`).
+
+    `sites` maps each layer to the name of the tensor that it reads. Raises `PermpruneError` for a layer that cannot be
+    scored.
     """
 
     def __init__(
@@ -65,17 +89,46 @@ class MaskedLayers:
     ) -> None:
         self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, patterns
         self.layers = {layer.name: layer for layer in layers}
-        self.dense = {layer.name: layer.weight.clone() for layer in layers}
-        self.weights = self.dense
-        self.scores = {name: self._score(name, saliency) for name in sites}
-        self.masks = {name: patterns[name].mask(score) for name, score in self.scores.items()}
         self.orders: Orders = {}
+        self.trained: dict[str, Tensor] = {}
         self.updated: dict[str, Tensor] = {}
-        self._refresh(self.layers)
+        self.scales = {name: self._scale(name, saliency) for name in sites}
+        self._bits = {name: pack_mask(patterns[name].mask(score)) for name, score in self.scores.items()}
+        self._handles: list[RemovableHandle] = []
+        self._attach()
+
+    @property
+    def dense(self) -> Mapping[str, Tensor]:
+        """The model's weights."""
+        return Computed(self.sites, lambda name: self.layers[name].weight)
+
+    @property
+    def scores(self) -> Mapping[str, Tensor]:
+        """The saliency of the dense weights, fp32."""
+        return Computed(self.sites, lambda name: self.scales[name].score(self.dense[name]))
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The weights that are masked."""
+        return Computed(self.sites, lambda name: self.trained.get(name, self.dense[name]))
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]:
+        """Which weights are kept, bool."""
+        return Computed(self.sites, lambda name: unpack_mask(self._bits[name], self.dense[name].shape[1]))
+
+    @property
+    def shown(self) -> Mapping[str, Tensor]:
+        """The weights that the layers run with."""
+        return Computed(self.sites, self._shown)
 
     def pattern_of(self, problem: Problem) -> Pattern:
         """The pattern of the layers that follow a problem's order; it is the same for all of them."""
         return self.patterns[problem.parts[0].layer]
+
+    def row_count(self, layer: str) -> int:
+        """The number of rows of a layer."""
+        return len(self.layers[layer].weight)
 
     def identity(self) -> Orders:
         """The natural order of every problem."""
@@ -97,11 +150,11 @@ class MaskedLayers:
 
         def weights(numbered: tuple[int, Problem]) -> int:
             problem = numbered[1]
-            return -problem.size * sum(len(self.dense[part.layer]) for part in problem.parts)
+            return -problem.size * sum(self.row_count(part.layer) for part in problem.parts)
 
         numbered = zip(numbers or range(len(self.problems)), self.problems, strict=True)
         mine = distributed.share(sorted(numbered, key=weights))
-        found = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.dense.values())).device)
+        found = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.layers.values())).weight.device)
         shown = track(found, label, len(mine)) if label else found
         return distributed.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
 
@@ -111,7 +164,7 @@ class MaskedLayers:
         This is given by the current orders: groups of m neighbours follow the layer's pattern, and columns that no
         problem moves keep their positions.
         """
-        stored = {name: torch.arange(weight.shape[1]) for name, weight in self.dense.items()}
+        stored = {name: torch.arange(layer.weight.shape[1]) for name, layer in self.layers.items()}
         orders = self.current()
         for problem in self.problems:
             for part in problem.parts:
@@ -120,7 +173,7 @@ class MaskedLayers:
 
     def set_orders(self, orders: Orders) -> None:
         """Apply the masks of these orders; problems that are not in `orders` keep their current order."""
-        touched = dict.fromkeys(self.updated)
+        touched: dict[str, list[Tensor]] = {}
         self.updated.clear()
         for problem in self.problems:
             order = orders.get(problem.name)
@@ -128,16 +181,32 @@ class MaskedLayers:
                 continue
             self.orders[problem.name] = order.clone()
             for part in problem.parts:
-                columns, pattern = part.columns[order], self.patterns[part.layer]
-                write_mask(self.masks[part.layer], self.scores[part.layer], columns, pattern)
-                touched[part.layer] = None
-        self._refresh(touched)
+                touched.setdefault(part.layer, []).append(part.columns[order])
+        for name, moved in touched.items():
+            score, mask = self.scores[name], self.masks[name]
+            for columns in moved:
+                write_mask(mask, score, columns, self.patterns[name])
+            self._bits[name] = pack_mask(mask)
 
-    def set_weights(self, weights: dict[str, Tensor]) -> None:
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers."""
-        self.weights = self.dense | weights
+        self.trained = dict(weights)
         self.updated.clear()
-        self._refresh(self.layers)
+
+    def blocks(self, part: Part, spans: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the weights to mask and the scores of a part's columns, for one span of rows after the other.
+
+        Both are new fp32 tensors (channels, rows).
+        """
+        dense, weights = self.dense[part.layer][:, part.span], self.weights[part.layer][:, part.span]
+
+        def transposed(matrix: Tensor) -> Tensor:
+            return matrix.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+        for rows in spans:
+            own = transposed(dense[rows])
+            score = self.scales[part.layer].score(own.T, rows, part.span).T
+            yield transposed(weights[rows]) if part.layer in self.trained else own, score
 
     def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
         """Return the directional derivative of the loss along the step from one order of a problem to another.
@@ -146,67 +215,98 @@ class MaskedLayers:
         the first-order prediction of the change of the loss. With the gradient at its end, a negative result means that
         a longer step would lower the loss further, a positive one that the step was too long.
         """
-        total = 0.0
-        for part in problem.parts:
-            score, weight, own = (x[part.layer] for x in (self.scores, self.weights, gradient))
-            ends = [
-                kept_sum(score, weight, own, part.columns[order], self.patterns[part.layer])
-                for order in (before, after)
-            ]
-            total += ends[1] - ends[0]
-        return total
+        return sum(self.part_slope(part, before, after, gradient[part.layer]) for part in problem.parts)
 
-    def show(self, weights: dict[str, Tensor]) -> None:
-        """Use these weights without masking them, until orders or weights are set again.
+    def part_slope(self, part: Part, before: Tensor, after: Tensor, gradient: Tensor) -> float:
+        """Return what a part of a problem adds to its `slope`; `gradient` is that of the part's layer."""
+        if torch.equal(before, after):
+            return 0.0
+        dense, weight, own = (x[:, part.span] for x in (self.dense[part.layer], self.weights[part.layer], gradient))
+        score = self.scales[part.layer].score(dense, channels=part.span)
+        values, pattern = (weight.float(), own.float()), self.patterns[part.layer]
+        return kept_sum(score, *values, after, pattern) - kept_sum(score, *values, before, pattern)
+
+    def show(self, weights: Mapping[str, Tensor]) -> None:
+        """Run with these weights without masking them, until orders or weights are set again.
 
         They are (rows, channels) in the network's own order, by layer; other layers keep their current weights.
         """
         self.updated |= weights
-        self._refresh(dict.fromkeys(weights))
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
-        """Return a context manager inside which the layers have their dense weights."""
-        for name, layer in self.layers.items():
-            layer.weight.copy_(self.dense[name])
+        """Return a context manager inside which the model runs with its dense weights."""
+        self.restore()
         try:
             yield
         finally:
-            self._refresh(self.layers)
+            self._attach()
 
     def restore(self) -> None:
-        """Put the dense weights back into the model; the network must not be used afterwards."""
+        """Let the model run with its dense weights; the network must not be used afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def write(self) -> None:
+        """Write the weights that are shown into the model; the network must not be used afterwards."""
+        self.restore()
         for name, layer in self.layers.items():
-            layer.weight.copy_(self.dense[name])
+            layer.weight.copy_(self.shown[name])
 
     def measures(self) -> list[LayerMeasure]:
         """Compare each layer with its current weights to the dense layer."""
         found = []
         for name, layer in self.layers.items():
-            dense, shown, energy = self.dense[name], layer.weight, self.scores[name].square()
+            dense, shown, energy = self.dense[name], self.shown[name], self.scores[name].square_()
             moments = self.statistics.moments[self.sites[name]]
             kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
             error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
             found.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
         return found
 
-    def _score(self, name: str, saliency: Saliency) -> Tensor:
+    def _scale(self, name: str, saliency: Saliency) -> Scale:
         try:
-            return saliency.score(self.dense[name], self.statistics.moments[self.sites[name]])
+            return saliency.scale_of(self.dense[name], self.statistics.moments[self.sites[name]])
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
 
-    def _refresh(self, names: dict[str, Layer] | dict[str, None]) -> None:
-        for name in names:
-            if name in self.updated:
-                self.layers[name].weight.copy_(self.updated[name])
-            else:
-                torch.mul(self.weights[name], self.masks[name], out=self.layers[name].weight)
+    def _shown(self, name: str) -> Tensor:
+        if name in self.updated:
+            return self.updated[name].to(self.dense[name].dtype)
+        return self.weights[name] * self.masks[name]
+
+    def _attach(self) -> None:
+        """Let the modules of the layers run with the weights that are shown."""
+        layers: dict[str, list[Layer]] = {}
+        for layer in self.layers.values():
+            layers.setdefault(layer.parameter, []).append(layer)
+        own = weakref.ref(self)  # the model must not keep a network alive that is not used any more
+        for parameter, parts in layers.items():
+
+            def shown(stored: nn.Parameter, parts: list[Layer] = parts) -> Tensor | None:
+                network = own()
+                return None if network is None else network._stored(parts, stored)
+
+            attribute = parameter.rpartition(".")[2]
+            self._handles += replaced_while_running(parts[0].owner, attribute, shown)
+
+    @torch.no_grad()
+    def _stored(self, layers: list[Layer], stored: nn.Parameter) -> Tensor:
+        """Return the parameter of these layers with the weights that are shown."""
+        (first, *others) = layers
+        if first.expert is None and not others:
+            weight = self.shown[first.name]
+            return weight.T if first.transposed else weight
+        whole = stored.detach().clone()
+        for layer in layers:
+            layer.part_of(whole).copy_(self.shown[layer.name])
+        return whole
 
 
 def masked_parts(weights: int) -> list[Held]:
     """Return what `MaskedLayers` holds for this number of weights, beside the layers' own."""
-    return [Held("dense weights", 4 * weights), Held("scores", 4 * weights), Held("masks", weights)]
+    return [Held("masks", weights // 8)]
 
 
 def _output_energy(weight: Tensor, moments: Tensor) -> float:

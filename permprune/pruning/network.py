@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.problem import Problem
+from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed
 from permprune.system.device import autocast, compute_device
@@ -36,10 +38,12 @@ SMALL = 1e-6
 class Gradients:
     """Gradients of the mean loss over some examples at the current masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels), where W_eff is the masked weight. `fisher[layer]` (rows,) is the
+    `weight[layer]` is dLoss/dW_eff (rows, channels) in the type of the weight W_eff, which is the masked one.
+    `fisher[layer]` (rows,) is the
     Fisher information as in `Statistics`, averaged over the `count` terms of this loss and multiplied by the loss's
     `curvature`. `loss` is the mean loss. If each example has one label, `covariance[layer]` (rows, rows) is the
-    `row_covariance` of layers of at most `COUPLED` rows; its diagonal is `fisher`.
+    `row_covariance` of layers of at most `COUPLED` rows; its diagonal is `fisher`. `stored` are the gradients of the
+    parameters, whose memory those in `weight` share.
     """
 
     weight: dict[str, Tensor]
@@ -47,18 +51,7 @@ class Gradients:
     loss: float
     count: int
     covariance: dict[str, Tensor] = field(default_factory=dict)
-
-    def averaged(self, mean: Gradients | None) -> Gradients:
-        """Average with other gradients at the same masks, weighted by the numbers of terms; `loss` is not averaged."""
-        if mean is None:
-            return self
-        total = mean.count + self.count
-
-        def mix(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: a[name].lerp(b[name], self.count / total) for name in a}
-
-        weight, fisher = mix(mean.weight, self.weight), mix(mean.fisher, self.fisher)
-        return Gradients(weight, fisher, self.loss, total, mix(mean.covariance, self.covariance))
+    stored: dict[str, Tensor] = field(default_factory=dict)
 
 
 def gradient_bytes(weights: int) -> int:
@@ -117,34 +110,91 @@ class PrunedNetwork(MaskedLayers):
         total, count = distributed.total(total, count)
         return total / count
 
-    def gradients(self, examples: Examples, loss: Loss) -> Gradients:
+    def gradients(self, examples: Examples, loss: Loss, mean: Gradients | None = None) -> Gradients:
         """Return the gradients of the mean loss over `examples` with respect to the current weights, over all ranks.
 
-        Raises `PermpruneError` if the loss has no gradient, or if a layer takes no part in it.
+        With `mean`, earlier gradients at the same masks, the result is the average of both, weighted by the numbers of
+        terms; only the `loss` is that of `examples` alone. The tensors of `mean` are reused, so that memory holds one
+        gradient of each weight. Raises `PermpruneError` if the loss has no gradient, or if a layer takes no part in it.
         """
-        weights = {layer.parameter: layer.stored for layer in self.layers.values()}
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
+        weights = {layer.parameter: layer.stored for layer in self.layers.values()}
         total, count = 0.0, 0.0
-        parts = self._parts(examples, loss)
-        with frozen(self.model), recomputed(self.model, self.recompute):
-            for weight in weights.values():
-                weight.requires_grad_(True)
-            for part, dense in parts:
+        with self._differentiable():
+            for name, parameter in weights.items():
+                if mean and not distributed.rank():  # ranks are summed
+                    parameter.grad = mean.stored[name].mul_(mean.count)
+            for part, dense in self._parts(examples, loss):
                 with self._output_fisher(fisher, part):
-                    with self.autocast():
-                        value, terms = loss(self.model, part, self.task, dense)
-                    if not value.requires_grad:
-                        raise PermpruneError(f"{loss} has no gradient: compute it from the model's outputs")
-                    value.backward()
-                total, count = total + float(value.detach()), count + terms
+                    value, terms = self._backward(part, loss, dense)
+                total, count = total + value, count + terms
         total, count = distributed.total(total, count)
         distributed.add_(list(fisher.values()))
-        slopes = self._collect(weights, bool(self._share(examples)))
-        mean = {name: slope / count for name, slope in slopes.items()}
+        terms = int(count) + (mean.count if mean else 0)
+        stored = self._collect(weights, terms, bool(self._share(examples)))
         fisher = {name: f * loss.curvature / count for name, f in fisher.items()}
+        if mean:
+            fisher = {
+                name: mean.covariance.get(name, mean.fisher[name]).lerp(own, count / terms)
+                for name, own in fisher.items()
+            }
         covariance = {name: f for name, f in fisher.items() if f.dim() == 2}
         fisher |= {name: f.diagonal().clamp_min(SMALL * float(f.diagonal().mean())) for name, f in covariance.items()}
-        return Gradients(mean, fisher, total / count, int(count), covariance)
+        weight = {name: layer.part_of(stored[layer.parameter]) for name, layer in self.layers.items()}
+        return Gradients(weight, fisher, total / count, terms, covariance, stored)
+
+    def slopes(self, examples: Examples, loss: Loss, before: Orders, after: Orders) -> dict[str, float]:
+        """Return the slope of the mean loss over `examples` at the current weights, by problem, over all ranks.
+
+        It is that along the step between two sets of orders, as `slope` computes it from gradients. Here the gradient
+        of a weight is dropped as soon as a batch has given it.
+        """
+        layers: dict[str, list[str]] = {}
+        for layer in self.layers.values():
+            layers.setdefault(layer.parameter, []).append(layer.name)
+        parts: dict[str, list[tuple[Problem, Part]]] = {}
+        for problem in self.problems:
+            for part in problem.parts:
+                parts.setdefault(part.layer, []).append((problem, part))
+        sums, count = {problem.name: 0.0 for problem in self.problems}, 0.0
+
+        def take(names: list[str], weight: Tensor) -> None:
+            gradient, weight.grad = cast(Tensor, weight.grad), None
+            for name in names:
+                own = self.layers[name].part_of(gradient)
+                for problem, part in parts.get(name, []):
+                    sums[problem.name] += self.part_slope(part, before[problem.name], after[problem.name], own)
+
+        with self._differentiable(), ExitStack() as hooks:
+            for name, weight in {layer.parameter: layer.stored for layer in self.layers.values()}.items():
+                handle = weight.register_post_accumulate_grad_hook(partial(take, layers[name]))
+                hooks.callback(handle.remove)
+            for shown, dense in self._parts(examples, loss):
+                count += self._backward(shown, loss, dense)[1]
+        *totals, count = distributed.total(*sums.values(), count)
+        return {name: value / count for name, value in zip(sums, totals, strict=True)}
+
+    @contextmanager
+    def _differentiable(self) -> Iterator[None]:
+        """A context in which backward passes give the weights of the layers gradients, and no other parameter."""
+        weights = {layer.parameter: layer.stored for layer in self.layers.values()}.values()
+        with frozen(self.model), recomputed(self.model, self.recompute):
+            for weight in weights:
+                weight.requires_grad_(True)
+            try:
+                yield
+            finally:
+                for weight in weights:
+                    weight.requires_grad_(False)
+
+    def _backward(self, part: Examples, loss: Loss, teacher_outputs: TeacherOutputs | None) -> tuple[float, float]:
+        """Run a batch forward and backward; returns the summed loss and the number of terms."""
+        with self.autocast():
+            value, terms = loss(self.model, part, self.task, teacher_outputs)
+        if not value.requires_grad:
+            raise PermpruneError(f"{loss} has no gradient: compute it from the model's outputs")
+        value.backward()
+        return float(value.detach()), terms
 
     def _output_fisher(self, fisher: dict[str, Tensor], part: Examples) -> AbstractContextManager[None]:
         """A context in which the backward pass of a batch adds the rows' Fisher information to `fisher`."""
@@ -156,14 +206,14 @@ class PrunedNetwork(MaskedLayers):
         rows = len(weight)
         return weight.new_zeros((rows, rows) if self.statistics.one_label_per_example and rows <= COUPLED else rows)
 
-    def _collect(self, weights: dict[str, nn.Parameter], asked: bool) -> dict[str, Tensor]:
-        """Take the gradients from the parameters and sum them over the ranks; returns (rows, channels) by layer.
+    def _collect(self, weights: dict[str, nn.Parameter], terms: int, asked: bool) -> dict[str, Tensor]:
+        """Take the summed gradients from the parameters, sum them over the ranks and divide them by `terms`.
 
-        `asked` is whether this rank ran any examples; if so, raises `PermpruneError` for a weight without a gradient.
+        Returns them by parameter. `asked` is whether this rank ran any examples; if so, raises `PermpruneError` for a
+        weight without a gradient.
         """
         gradients = {}
         for name, weight in weights.items():
-            weight.requires_grad_(False)
             if weight.grad is None and asked:
                 raise PermpruneError(
                     f"{name.removesuffix('.weight')} has no effect on the loss: "
@@ -172,7 +222,8 @@ class PrunedNetwork(MaskedLayers):
             gradients[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
             weight.grad = None
             distributed.add_([gradients[name]])
-        return {name: layer.part_of(gradients[layer.parameter]).float() for name, layer in self.layers.items()}
+            gradients[name] /= terms
+        return gradients
 
     @torch.no_grad()
     def compute_teacher_outputs(self, examples: Examples, loss: Loss) -> list[TeacherOutputs] | None:

@@ -57,14 +57,6 @@ class Outline:
         """The number of weights of the problems with the most weights."""
         return sum(problem.size * self.rows_of(problem) for problem in self.largest(count))
 
-    def largest_moments(self, count: int) -> int:
-        """The number of elements of the second moments of these problems' channels, at each tensor that is read."""
-        read = [
-            (problem.size, {(part.site, int(part.columns[0])) for part in problem.parts})
-            for problem in self.largest(count)
-        ]
-        return sum(size**2 * len(places) for size, places in read)
-
     def layers_by_input(self) -> dict[str, list[Layer]]:
         """Return the layers by what they read, in the order of `layers`."""
         found: dict[str, list[Layer]] = {}

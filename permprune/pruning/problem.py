@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ class Part:
     layer: str
     site: str
     columns: Tensor
+
+    @cached_property
+    def span(self) -> slice | Tensor:
+        """The columns as an index: a slice, which makes no copy, if they are consecutive."""
+        first = int(self.columns[0])
+        consecutive = torch.equal(self.columns, torch.arange(first, first + len(self.columns)))
+        return slice(first, first + len(self.columns)) if consecutive else self.columns
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,40 @@ from torch import Tensor
 
 from permprune.options import require_fields
 
+Span = slice | Tensor
+"""Some rows or channels: a slice, or int64 indices."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The factors by which the magnitudes of a layer's weights are multiplied, as a sum of k outer products.
+
+    `channels` is fp32 (k, channels) and `rows` fp32 (rows, k). Without `rows`, k is 1 and the factors are the same for
+    all rows.
+    """
+
+    channels: Tensor
+    rows: Tensor | None = None
+
+    def score(self, weight: Tensor, rows: Span = slice(None), channels: Span = slice(None)) -> Tensor:
+        """Return the scores of some weights, fp32 (rows, channels) in the memory layout of `weight`.
+
+        `weight` are the weights of these `rows` and `channels` of the layer.
+        """
+        size, own = weight.float().abs(), self.channels[:, channels]
+        if self.rows is None:
+            return size.mul_(own[0])
+        products = [row[:, None] * channel for row, channel in zip(self.rows[rows].T, own, strict=True)]
+        return size.mul_(sum(products[1:], products[0]))
+
 
 @dataclass(frozen=True)
 class Saliency(ABC):
-    """A score for each weight of a layer: in every group the weights with the largest scores are kept."""
+    """A score for each weight of a layer: in every group the weights with the largest scores are kept.
+
+    A score is the magnitude of the weight times a factor that depends on its row and its channel, so that a search can
+    compute scores when it needs them instead of storing them.
+    """
 
     name: ClassVar[str]
 
@@ -22,12 +52,22 @@ class Saliency(ABC):
         require_fields(self)
 
     @abstractmethod
+    def scale(
+        self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
+    ) -> Float[Tensor, " channels"] | Scale:
+        """Return the non-negative factors of a layer's magnitudes: fp32 (channels,), or a `Scale`.
+
+        `weight` is (rows, channels) = (outputs, inputs); `moments` are the second moments of the inputs over the
+        calibration tokens, H = X^T X / tokens, fp32 (channels, channels). Raises `PermpruneError` if H cannot be used.
+        """
+
+    def scale_of(self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]) -> Scale:
+        """Return `scale` as a `Scale`."""
+        found = self.scale(weight, moments)
+        return found if isinstance(found, Scale) else Scale(found[None])
+
     def score(
         self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
     ) -> Float[Tensor, "rows channels"]:
-        """Score each weight.
-
-        `weight` is (rows, channels) = (outputs, inputs); `moments` are the second moments of the inputs over the
-        calibration tokens, H = X^T X / tokens, fp32 (channels, channels). Returns non-negative scores, fp32
-        (rows, channels). Raises `PermpruneError` if H cannot be used.
-        """
+        """Return the score of each weight, fp32 (rows, channels); the arguments are those of `scale`."""
+        return self.scale_of(weight, moments).score(weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,7 +18,7 @@ class Magnitude(Saliency):
 
     name: ClassVar[str] = "magnitude"
 
-    def score(
+    def scale(
         self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
-    ) -> Float[Tensor, "rows channels"]:
-        return weight.float().abs()
+    ) -> Float[Tensor, " channels"]:
+        return torch.ones_like(moments.diagonal())

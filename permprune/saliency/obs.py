@@ -27,8 +27,8 @@ class OBS(Saliency):
     name: ClassVar[str] = "obs"
     damping: NonNegative = 0.01
 
-    def score(
+    def scale(
         self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
-    ) -> Float[Tensor, "rows channels"]:
+    ) -> Float[Tensor, " channels"]:
         deviation: Tensor = torch.linalg.vector_norm(inverse_factor(moments, self.damping), dim=0)
-        return weight.float().abs() * (moments.diagonal() > 0) / deviation
+        return (moments.diagonal() > 0) / deviation

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from permprune.calibration.moments import root_mean_square
 from permprune.options import NonNegative
-from permprune.saliency.base import Saliency
+from permprune.saliency.base import Saliency, Scale
+
+TINY = 1e-12
+"""The least sum of a row or column, so that one of zeros scores zero instead of NaN."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,7 @@ class RIA(Saliency):
     name: ClassVar[str] = "ria"
     power: NonNegative = 0.5
 
-    def score(
-        self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
-    ) -> Float[Tensor, "rows channels"]:
-        size = weight.float().abs()
-        tiny = 1e-12  # a row or column of zeros scores zero instead of NaN
-        relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
-        return relative * root_mean_square(moments) ** self.power
+    def scale(self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]) -> Scale:
+        size, norm = weight.float().abs(), root_mean_square(moments) ** self.power
+        columns, rows = (1 / size.sum(dim).clamp_min(TINY) for dim in (0, 1))
+        return Scale(torch.stack([columns * norm, norm]), torch.stack([torch.ones_like(rows), rows], 1))

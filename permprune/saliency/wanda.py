@@ -18,7 +18,7 @@ class Wanda(Saliency):
 
     name: ClassVar[str] = "wanda"
 
-    def score(
+    def scale(
         self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]
-    ) -> Float[Tensor, "rows channels"]:
-        return weight.float().abs() * root_mean_square(moments)
+    ) -> Float[Tensor, " channels"]:
+        return root_mean_square(moments)

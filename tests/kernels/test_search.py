@@ -113,6 +113,19 @@ def in_float64(given: dict[str, Tensor], pattern: Pattern) -> Tensor:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (5, 37), (9, 100)])
+def test_every_kernel_finds_the_pruned_part(kernel: str, pattern: Pattern, count: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    channels = count * pattern.m
+    score, weight = scores(channels, rows, generator), torch.randn(channels, rows, generator=generator)
+    order = torch.randperm(channels, generator=generator)
+    found = search.pruned_part(weight, score, order.view(count, -1), pattern)
+    assert torch.equal(found, weight * ~pattern.mask_in_order(score.T, order).T)
+    wide = search.pruned_part(weight.double(), score.double(), order.view(count, -1), pattern)
+    assert torch.equal(found.double(), wide)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize(("count", "rows", "free"), [(1, 1, 1), (5, 37, 5), (9, 100, 6)])
 def test_every_kernel_places_as_trying_does(kernel: str, pattern: Pattern, count: int, rows: int, free: int) -> None:
     given = placement(pattern, count, rows, free)

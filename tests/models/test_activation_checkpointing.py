@@ -125,8 +125,7 @@ def gradients(model: nn.Module, found: Statistics, dtype: torch.dtype, recompute
     try:
         return network.gradients(Examples.of(WINDOWS), every)
     finally:
-        for name, layer in network.layers.items():
-            layer.weight.copy_(network.dense[name])
+        network.restore()
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_hard_plans_show_the_masks_of_their_orders(prepared: Prepared, method: C
     search.start()
     with torch.no_grad():
         for name, weight in search._shown().items():
-            torch.testing.assert_close(weight, network.layers[name].weight, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(weight, network.shown[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [LearnedPaper, PermLLM])

@@ -95,11 +95,12 @@ def test_rows_of_wide_layers_are_left_apart(monkeypatch: pytest.MonkeyPatch) -> 
     assert {len(rows) for rows in found.covariance.values()} == {32}
     assert {rows.dim() for rows in found.fisher.values()} == {1}
     coupled = [
-        bool(bundle.coupling)
+        rows.coupling is not None
         for problem in network.problems
         for bundle in QuadraticModel.of(
             network, problem, found.fisher, found.weight, covariance=found.covariance
         ).bundles
+        for rows in bundle.rows
     ]
     assert any(coupled) and not all(coupled)
     assert brief("newton").search(network, run).curve

@@ -191,18 +191,18 @@ def test_joint_training_lowers_the_loss_at_masks_of_the_pattern(tiny_llama: Llam
     dense = {layer: weight.clone() for layer, weight in network.dense.items()}
     alone = brief(name).solve(network, prepared.run)
     before = network.loss(held_out, Objective())
-    shown = {layer: prunable.weight.clone() for layer, prunable in network.layers.items()}
+    shown = dict(network.shown)
     joint = dataclasses.replace(brief(name), **JOINT).solve(network, prepared.run)
     assert network.loss(held_out, Objective()) < before
     for layer, columns in network.stored_columns().items():
-        weight = network.layers[layer].weight
+        weight = network.shown[layer]
         assert torch.equal(weight, joint.weights[layer] * network.masks[layer])
         assert network.patterns[layer].holds(weight[:, columns])
         assert not torch.equal(joint.weights[layer], dense[layer])
         assert torch.equal(network.dense[layer], dense[layer])
     assert not alone.weights
     brief(name).solve(network, prepared.run)  # recalled: the dense weights are back
-    assert all(torch.equal(network.layers[layer].weight, weight) for layer, weight in shown.items())
+    assert all(torch.equal(network.shown[layer], weight) for layer, weight in shown.items())
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_a_rate_that_raises_the_loss_is_refused_and_halved(tiny_llama: LlamaForC
     alone = method.search(prepared.network, prepared.run)
     joint = dataclasses.replace(method, tune=3, rate=1.0).search(prepared.network, prepared.run)
     assert same(joint.orders, alone.orders)
-    assert all(weight is prepared.network.dense[layer] for layer, weight in joint.weights.items())
+    assert not joint.weights
     assert [point.kept for point in joint.curve[2::2]] == [False, False]
 
 
@@ -283,9 +283,8 @@ def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again
     network.set_orders(network.identity())
     proposals = search._proposals(gradients)
     slopes = search._slopes(network.identity(), {own: p.order for own, p in proposals.items()}, gradients)
-    beyond = dataclasses.replace(gradients, weight={layer: -2 * slope for layer, slope in gradients.weight.items()})
     losses = iter([search.best + 1e3, search.best - 1])
-    monkeypatch.setattr(network, "gradients", lambda *_: beyond)
+    monkeypatch.setattr(network, "slopes", lambda *_: {own: -2 * slope for own, slope in slopes.items()})
     monkeypatch.setattr(network, "loss", lambda *_: next(losses))
     before = dict(search.damping.of)
     _, _, loss = search._step(gradients)

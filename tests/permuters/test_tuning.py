@@ -27,8 +27,8 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(tiny_llama: Llam
             mean, square = first[name] / (1 - BETAS[0] ** (step + 1)), second[name] / (1 - BETAS[1] ** (step + 1))
             expected[name] -= height * mean / (square.sqrt() + 1e-8)
     network.set_weights({})
-    shown = {name: layer.weight.clone() for name, layer in network.layers.items()}
+    shown = dict(network.shown)
     found = train_weights(network, run, Objective(), first=5, steps=3, examples=4, rate=rate)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
-        assert torch.equal(network.layers[name].weight, shown[name])
+        assert torch.equal(network.shown[name], shown[name])

@@ -13,10 +13,14 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
+from permprune.models.layers import prunable_layers
+from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.masked import MaskedLayers
 from permprune.saliency.obs import OBS
+
+from ..fixtures import make_tiny_llama
 
 WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0)))
 
@@ -26,12 +30,35 @@ def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     return prepare(tiny_llama, None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=WINDOWS)
 
 
-def test_weights_are_dense_times_mask_and_the_dense_ones_come_back(prepared: Prepared) -> None:
-    network = prepared.network
+def test_the_model_runs_with_masked_weights_and_keeps_the_dense_ones(
+    tiny_llama: LlamaForCausalLM, prepared: Prepared
+) -> None:
+    network, windows = prepared.network, WINDOWS["input_ids"]
+    dense = make_tiny_llama()
+    masked = copy.deepcopy(dense)
+    for layer in prunable_layers(masked, Pattern(2, 4)):
+        layer.weight.mul_(network.masks[layer.name])
+
+    def said(model: LlamaForCausalLM) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(windows).logits
+        return logits
+
+    assert torch.equal(said(tiny_llama), said(masked))
     with network.dense_weights():
-        assert all(torch.equal(layer.weight, network.dense[name]) for name, layer in network.layers.items())
-    for name, layer in network.layers.items():
-        assert torch.equal(layer.weight, network.dense[name] * network.masks[name])
+        assert torch.equal(said(tiny_llama), said(dense))
+    assert all(map(torch.equal, tiny_llama.parameters(), dense.parameters()))
+    network.write()
+    assert all(map(torch.equal, tiny_llama.parameters(), masked.parameters()))
+    assert torch.equal(said(tiny_llama), said(masked))
+
+
+def test_the_dense_model_is_back_when_its_network_is_gone(tiny_llama: LlamaForCausalLM) -> None:
+    expected = tiny_llama(WINDOWS["input_ids"]).logits
+    prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=WINDOWS)
+    assert not torch.equal(tiny_llama(WINDOWS["input_ids"]).logits, expected)
+    del prepared
+    assert torch.equal(tiny_llama(WINDOWS["input_ids"]).logits, expected)
 
 
 def test_masks_are_the_pattern_in_the_chosen_order(prepared: Prepared) -> None:
@@ -78,6 +105,38 @@ def test_gradients_are_those_of_the_mean_loss(prepared: Prepared) -> None:
     assert found.loss == pytest.approx(network.loss(WINDOWS[:6], Objective()), rel=1e-5)
 
 
+def test_gradients_are_averaged_with_those_of_earlier_examples_in_their_memory(prepared: Prepared) -> None:
+    network = prepared.network
+    whole, first = network.gradients(WINDOWS[:6], Objective()), network.gradients(WINDOWS[:2], Objective())
+    memory = {name: gradient.data_ptr() for name, gradient in first.weight.items()}
+    found = network.gradients(WINDOWS[2:6], Objective(), first)
+    assert found.count == whole.count
+    for name, gradient in found.weight.items():
+        torch.testing.assert_close(gradient, whole.weight[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found.fisher[name], whole.fisher[name], rtol=1e-4, atol=1e-9)
+        assert gradient.data_ptr() == memory[name]
+
+
+def test_slopes_of_batches_are_those_of_their_gradients(prepared: Prepared) -> None:
+    network, generator = prepared.network, torch.Generator().manual_seed(0)
+    natural = network.identity()
+    orders = {p.name: torch.randperm(p.size, generator=generator) for p in network.problems}
+    gradient = network.gradients(WINDOWS[:6], Objective()).weight
+    found = network.slopes(WINDOWS[:6], Objective(), natural, orders)
+    weights = dict(network.shown)
+    for problem in network.problems:
+        network.set_orders({problem.name: orders[problem.name]})
+        expected = sum(
+            float(((weight - weights[name]) * gradient[name]).sum()) for name, weight in network.shown.items()
+        )
+        network.set_orders(natural)
+        assert found[problem.name] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert found[problem.name] == pytest.approx(
+            network.slope(problem, natural[problem.name], orders[problem.name], gradient), rel=1e-3, abs=1e-7
+        )
+    assert all(layer.stored.grad is None for layer in network.layers.values())
+
+
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_gradients_do_not_depend_on_the_batch(tiny_llama: LlamaForCausalLM, prepared: Prepared, batch: int) -> None:
     every = Objective(1.0, 1.0, 1.0, 1.0)
@@ -106,10 +165,7 @@ def test_distances_to_the_dense_model_vanish_there_alone(prepared: Prepared, obj
     assert found.loss == pytest.approx(
         network.loss(WINDOWS[:4], objective, network.compute_teacher_outputs(WINDOWS[:4], objective)), rel=1e-5
     )
-    for mask in network.masks.values():
-        mask.fill_(True)  # the dense network
-    with network.dense_weights():
-        pass
+    network.show(network.dense)
     assert network.loss(WINDOWS[:4], objective) < 1e-2 * found.loss
 
 
@@ -166,12 +222,12 @@ def test_weights_shown_stay_until_orders_are_set(prepared: Prepared) -> None:
     name = "model.layers.1.mlp.up_proj"
     weight = torch.full_like(network.dense[name], 0.5)
     network.show({name: weight})
-    assert torch.equal(network.layers[name].weight, weight)
+    assert torch.equal(network.shown[name], weight)
     with network.dense_weights():
-        assert torch.equal(network.layers[name].weight, network.dense[name])
-    assert torch.equal(network.layers[name].weight, weight)
+        pass
+    assert torch.equal(network.shown[name], weight)
     network.set_orders(network.current())
-    assert torch.equal(network.layers[name].weight, network.dense[name] * network.masks[name])
+    assert torch.equal(network.shown[name], network.dense[name] * network.masks[name])
 
 
 @pytest.mark.usefixtures("retraced")

@@ -97,4 +97,3 @@ def test_sizes_are_those_of_the_layers() -> None:
     (residual,) = outline.largest(1)
     assert residual.name == "residual"
     assert outline.largest_weights(1) == 5 * 32 * (32 + 2 * 16 + 2 * 48)
-    assert outline.largest_moments(1) == 5 * 2 * 32**2

@@ -43,7 +43,7 @@ def ready(model: LlamaForCausalLM) -> Prepared:
 
 
 def shown(network: PrunedNetwork) -> dict[str, Tensor]:
-    return {name: layer.weight.clone() for name, layer in network.layers.items()}
+    return {name: weight.clone() for name, weight in network.shown.items()}
 
 
 def test_the_choice_with_the_least_held_out_loss_is_taken(tiny_llama: LlamaForCausalLM) -> None:

@@ -29,7 +29,7 @@ def ready(model: LlamaForCausalLM | GPT2LMHeadModel, **settings: str) -> Prepare
 
 
 def weights(network: PrunedNetwork) -> dict[str, Tensor]:
-    return {name: layer.weight.clone() for name, layer in network.layers.items()}
+    return {name: weight.clone() for name, weight in network.shown.items()}
 
 
 @contextmanager
@@ -81,6 +81,7 @@ def test_holds_the_pattern_in_stored_order_and_leaves_no_hooks(tiny_llama: Llama
     for name, weight in weights(network).items():
         assert network.patterns[name].holds(weight[:, columns[name]])
         assert not torch.equal(weight, network.dense[name] * network.masks[name])
+    network.restore()
     assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
     assert all(parameter.requires_grad for parameter in tiny_llama.parameters())
 
@@ -121,6 +122,7 @@ def test_excluded_layers_and_blocks_stay_dense(tiny_llama: LlamaForCausalLM) -> 
     settings = PruneConfig(precision="fp32", exclude=("*.0.*", "*.1.mlp.down_proj"))
     prepared = prepare(tiny_llama, None, settings, examples=WINDOWS)
     SparseGPT().run(prepared.network, prepared.measured)
+    prepared.network.write()
     changed = {name for name, parameter in tiny_llama.named_parameters() if not torch.equal(parameter, dense[name])}
     assert changed == {layer.parameter for layer in prepared.layers} and len(changed) == 6
 
@@ -134,7 +136,8 @@ def test_a_layer_without_an_update_is_named(tiny_llama: LlamaForCausalLM, monkey
     monkeypatch.setattr(SparseGPT, "apply", fail)
     with pytest.raises(PermpruneError, match=r"model\.layers\.0\.self_attn\.q_proj: no factor"):
         SparseGPT().run(prepared.network, prepared.measured)
-    assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
+    with prepared.network.dense_weights():
+        assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
     prepared.network.set_orders({})
     for name, weight in weights(prepared.network).items():
         assert torch.equal(weight, prepared.network.dense[name] * prepared.network.masks[name])

@@ -328,6 +328,19 @@ EXPORT int32_t permprune_keep(const struct keeping *keeping, int32_t index, int3
     return DONE;
 }
 
+/* Write the pruned weights of all groups. Returns a `status`. */
+EXPORT int32_t permprune_prune(const struct pruning *pruning, int32_t index, int32_t threads)
+{
+    if (!runs(index))
+        return NO_KERNEL;
+    const int64_t count = pruning->count, m = pruning->m;
+    if (m < 2 || m > LARGEST_M || pruning->n < 1 || pruning->n >= m ||
+        places_are_bad(pruning->groups, count * m, pruning->channels))
+        return BAD_ORDER;
+    deal_rows(pruning, all_kernels[index]->search->prune, count, threads);
+    return DONE;
+}
+
 /* Add to `cost` what it costs to move the free channel of each group to each group. Returns a `status`. */
 EXPORT int32_t permprune_place(const struct placement *placement, int32_t index)
 {

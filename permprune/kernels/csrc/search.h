@@ -33,6 +33,16 @@ struct keeping {
     double *sums; /* (rows,) */
 };
 
+/* The weights that go when `n` of each group's members stay, for channels of which each has `rows` numbers side by side.
+ * The same members, in the same order, as `Pruning` in search.py. */
+struct pruning {
+    const float *score, *weight; /* (channels, rows) */
+    const int64_t *groups;       /* (count, m) */
+    float *pruned;               /* (channels, rows): the weight where it goes, and 0 where it stays */
+    int64_t channels, rows, count;
+    int32_t n, m;
+};
+
 /* What moving channels between groups costs the model of permprune/permuters/quadratic.py, for channels of which each
  * has `rows` numbers side by side. The same members, in the same order, as `Placement` in search.py. */
 struct placement {
@@ -48,6 +58,7 @@ struct placement {
 struct search_kernels {
     void (*mask)(const void *masking, int64_t first, int64_t last); /* of these rows */
     void (*keep)(const void *keeping, int64_t first, int64_t last);
+    void (*prune)(const void *pruning, int64_t first, int64_t last); /* of these groups */
     int (*place)(const struct placement *placement);                /* 0 when there is no memory */
 };
 

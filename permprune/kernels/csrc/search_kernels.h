@@ -102,6 +102,35 @@ static ALWAYS_INLINE scores load_some(const float *from, int lanes)
     return found;
 }
 
+static ALWAYS_INLINE void prune_group(const struct pruning *job, int64_t group, const int m)
+{
+    const int64_t *members = job->groups + group * m;
+    scores member[LARGEST_M];
+    counts rank[LARGEST_M];
+    for (int64_t row = 0; row < job->rows; row += SIDE) {
+        const int lanes = job->rows - row < SIDE ? (int)(job->rows - row) : SIDE;
+        for (int i = 0; i < m; i++)
+            member[i] = load_some(job->score + members[i] * job->rows + row, lanes);
+        rank_members(m, member, rank);
+        for (int i = 0; i < m; i++) {
+            const int64_t at = members[i] * job->rows + row;
+            counts goes = (rank[i] >= job->n) & (counts)load_some(job->weight + at, lanes);
+            memcpy(job->pruned + at, &goes, (size_t)lanes * sizeof *job->pruned);
+        }
+    }
+}
+
+static void PASTE(NAME, _prune)(const void *pruning, int64_t first, int64_t last)
+{
+    const struct pruning *job = pruning;
+    for (int64_t group = first; group < last; group++)
+        switch (job->m) {
+        case 4: prune_group(job, group, 4); break;
+        case 8: prune_group(job, group, 8); break;
+        default: prune_group(job, group, job->m);
+        }
+}
+
 /* The model's loss where a weight is pruned less that where it is kept, for SIDE rows of a channel. */
 static ALWAYS_INLINE scores prune_cost(const struct placement *job, int64_t channel, int64_t row, int lanes)
 {
@@ -205,4 +234,5 @@ static int PASTE(NAME, _place)(const struct placement *job)
     return 1;
 }
 
-const struct search_kernels PASTE(NAME, _search) = {PASTE(NAME, _mask), PASTE(NAME, _keep), PASTE(NAME, _place)};
+const struct search_kernels PASTE(NAME, _search) = {PASTE(NAME, _mask), PASTE(NAME, _keep), PASTE(NAME, _prune),
+                                                   PASTE(NAME, _place)};
