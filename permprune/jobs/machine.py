@@ -109,7 +109,7 @@ def machine_named(name: str | None) -> Machine:
     if name is None:
         return this_machine()
     if name not in GPUS:
-        raise PermpruneError(f'nothing is known of a GPU "{name}": {nearest(name, GPUS)}, or leave --gpu out')
+        raise PermpruneError(f'unknown GPU "{name}": {nearest(name, GPUS)}, or leave --gpu out')
     return GPUS[name]
 
 

@@ -108,7 +108,7 @@ def test_plan_says_what_prune_would_take(source: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--gpu", "h10"], 'nothing is known of a GPU "h10": did you mean "h100"?'),
+        (["--gpu", "h10"], 'unknown GPU "h10": did you mean "h100"?'),
         (["--memory", "9KB"], "needs the whole network in memory, which takes about"),
         (["--memory", "9KB", "--permute", "ria"], "even layer by layer this model takes about"),
         (["--memory", "9KB", "--pattern", "mixed"], "a mix of patterns needs all layers in memory"),
