@@ -70,7 +70,7 @@ class PruneConfig:
 
     memory: Bytes | None = None
     """The maximum number of bytes for the statistics of one calibration pass. If a run of `prune_to_folder` would need
-    more than this, it takes leaner settings, or reads the model layer by layer from disk."""
+    more than this, leaner settings are chosen, or it reads the model layer by layer from disk."""
 
     minutes: Positive | None = None
     """The time limit of the search, in minutes. The result then depends on the speed of the machine."""

@@ -143,7 +143,7 @@ def prune_config(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="memory limit for tensors, such as 8GiB: prune takes leaner settings, or goes layer by layer",
+            help="memory limit for tensors, such as 8GiB: prune chooses leaner settings, or runs layer by layer",
             show_default="no limit",
         ),
     ] = None,

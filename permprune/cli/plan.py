@@ -23,9 +23,9 @@ def plan(
     ] = None,
     json: cli.Json = None,
 ) -> None:
-    """Say what pruning MODEL will take, from its config alone: memory by part, disk space, and an estimate of the time.
+    """Forecast the memory by part, the disk space and the time of pruning MODEL, from its config alone.
 
-    The options are those of prune. With --memory the settings are chosen that fit in it.
+    The options are those of prune. With --memory, settings are chosen that fit in the limit.
     """
 
     from permprune.jobs.fitting import forecast
@@ -36,7 +36,7 @@ def plan(
 
 
 def show_forecast(model: str, figures: dict[str, Any]) -> None:
-    """Print what a run will take."""
+    """Print a forecast, `Forecast.to_json`."""
     from permprune.report.forecast import forecast_notes, peak_table, stages_table
 
     cli.show(stages_table(model, figures))

@@ -33,7 +33,7 @@ def prune(
     ] = None,
     resume: cli.Resume = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only say what the run will take, as permprune plan does")
+        bool, typer.Option("--dry-run", help="only forecast memory, disk space and time, as permprune plan does")
     ] = False,
 ) -> None:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""

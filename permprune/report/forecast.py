@@ -1,4 +1,4 @@
-"""What a run will take, as tables for a terminal."""
+"""Forecasts of runs as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def forecast_notes(figures: dict[str, Any]) -> list[str]:
     written = ", ".join(f"{name} {gib(size)}" for name, size in figures["disk"].items() if size)
     notes.append(f"disk: {gib(sum(figures['disk'].values()))} ({written})")
     known = [stage["seconds"] for stage in figures["stages"]]
-    more = " without the stages of which it is not known" if None in known else ""
+    more = ", without the stages whose time is not known" if None in known else ""
     notes.append(
         f"time: about {duration(sum(filter(None, known)))}{more}; an estimate, from rates and operation counts"
     )
