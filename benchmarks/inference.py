@@ -3,8 +3,9 @@
 `packed` is `permprune.kernels`; `dense` the same kernels with a dense weight (same tiles, same threads); both weights
 are in huge pages, as in packed models that permprune loads. `torch` is `torch.nn.functional.linear` on a dense weight
 of the activations' type, in memory as torch allocates it (in huge pages, too, with `THP_MEM_ALLOC_ENABLE=1`). They take
-turns, every other turn backwards: a product is slower, the more of the cache the one before it has used. The fastest of
-all turns counts. Weights are cycled through so many copies that none is in the processor's cache.
+turns, every other turn in reverse order, because a product is slower the more of the cache the one before it has used.
+The fastest of all turns counts. Each product cycles through so many copies of its weights that none is in the
+processor's cache.
 
 python benchmarks/inference.py --threads 1 2 --batch 1 16
 """

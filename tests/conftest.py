@@ -1,4 +1,4 @@
-"""What runs before the tests do; their fixtures are in `tests/fixtures.py`."""
+"""Settings of the test run; the fixtures are in `tests/fixtures.py`."""
 
 import atexit
 import gc
@@ -9,7 +9,7 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Load the fixtures where tests run: pytest-xdist's controller starts sooner without torch and Transformers."""
     if config.getoption("dist", "no") == "no":
-        gc.disable()  # imports make little garbage, but so many objects that looking for it takes seconds
+        gc.disable()  # imports leave little garbage, but so many objects that a collection takes seconds
         from . import fixtures
 
         config.pluginmanager.register(fixtures)
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector pass over what the imports have made, up to the end of the process."""
+    """Exclude the objects of the imports from garbage collection until the process ends."""
     gc.freeze()
     gc.enable()
-    atexit.register(gc.unfreeze)  # extension modules count at exit what was not freed
+    atexit.register(gc.unfreeze)  # extension modules report at exit what was not freed

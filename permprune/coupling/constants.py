@@ -1,7 +1,7 @@
-"""Constants of a trace: what depends only on the inputs is computed while the model is traced, and is not in the graph.
+"""Constants of a trace: tensors that depend only on the inputs are computed while the model is traced.
 
 The code of vision-language models reads sizes from its inputs (image grids, masks, positions of image tokens), which
-`torch.export` cannot trace. None of it depends on the parameters, so that no permutation of channels changes it.
+`torch.export` cannot trace. These do not depend on the parameters, so that no permutation of channels changes them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Constants(TorchFunctionMode):
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = (args[0], self._without_masks(args[1]), *args[2:])
         if tensors and _writes(func) and not isinstance(tensors[0], FakeTensor):
-            self._overwritten.append(tensors[0])  # it is no constant from now on
+            self._overwritten.append(tensors[0])  # not a constant from now on
         return func(*args, **kwargs)
 
     def _is_constant(self, leaf: Any) -> bool:

@@ -106,7 +106,7 @@ def _from_dataset(source: str, labels: Labels | None, part: Part, count: int, se
 
 
 def open_image(file: Path | BytesIO, name: str) -> Image.Image:
-    """Read an image, turned as its EXIF data say. Raises `PermpruneError`, which calls it `name`, if it is damaged."""
+    """Read an image, rotated by its EXIF data. Raises `PermpruneError`, which names it `name`, if it is damaged."""
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image)

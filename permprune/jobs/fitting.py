@@ -1,4 +1,4 @@
-"""Settings of a run that fit in a limit of memory: as given, leaner, or layer by layer."""
+"""Settings of a run that fit in a memory limit: those given, leaner ones, or a run layer by layer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ WINDOWS = 24
 def forecast(
     name: str, config: PruneConfig | None = None, *, windows: int = WINDOWS, gpu: str | None = None
 ) -> Forecast:
-    """Forecast what `prune_to_folder` will take: memory by stage and part, disk space and time.
+    """Forecast a run of `prune_to_folder`: memory by stage and part, disk space and time.
 
     `name` is a zoo name, a hub id, or a folder, of which only config.json is read. `windows` is the number of windows
     of the evaluation. `gpu` is the name of a GPU (`permprune.jobs.machine.GPUS`), by default that of this machine, or
@@ -144,9 +144,9 @@ class Fitting:
         return replace(given, advice=f"{place}; no settings take less than {gib(least.tensors)}")
 
     def _leaner(self, config: PruneConfig, given: Forecast, memory: int) -> tuple[Forecast | None, Forecast]:
-        """Return the first of ever leaner runs that fits in `memory` bytes, if any, and the one that takes least.
+        """Return the first run that fits in `memory` bytes, if any, and the one that takes least.
 
-        The first is the one with the settings given.
+        The runs are the one with the settings given, and then leaner and leaner ones.
         """
         ladder = list(_leaner(config, self.machine))
         leanest = [self.held(settings) for settings in ladder if settings.batch == 1 and settings.recompute]
@@ -157,7 +157,7 @@ class Fitting:
         return next(runs), least
 
     def _whole(self, config: PruneConfig) -> str:
-        """What can only be pruned in memory, whatever the method; empty if nothing prevents a run layer by layer."""
+        """Why this model or pattern needs the whole model in memory, whatever the method; empty if it does not."""
         if (kind := kind_of(self.model)) != "text":
             return f"models of {kind} can only be pruned"
         if (Path(resolve_model(self.name)) / GATHERED).exists():

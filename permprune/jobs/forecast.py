@@ -1,4 +1,4 @@
-"""What a run of `prune` will take: memory by stage and part, disk space and time, from the model's config alone."""
+"""Forecast of a run of `prune`: memory by stage and part, disk space and time, from the model's config alone."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run takes.
+    """The memory, disk space and time that a run takes.
 
-    `stages` are in the order of the run. `disk` are bytes by what is written. `program` are the bytes of the Python
-    process itself, without tensors. `streamed` is whether the model is read layer by layer. `assumed` are sentences
-    about what was not looked at. `advice` says how the settings differ from those asked for, or which would fit.
+    `stages` are in the order of the run. `disk` are the bytes on disk, by what is written. `program` are the bytes of
+    the Python process without tensors. `streamed` is whether the model is read layer by layer. `assumed` are the
+    assumptions, one sentence each. `advice` says how the settings differ from those given, or which would fit.
     """
 
     config: PruneConfig
@@ -167,7 +167,7 @@ def forecast_held(
 
 
 def program_bytes() -> int:
-    """Return the bytes of this process, which at the end of a forecast has loaded what a run loads, but no weights."""
+    """Return the resident bytes of this process; after a forecast it has loaded what a run imports, but no weights."""
     return int(psutil.Process().memory_info().rss)
 
 
@@ -182,7 +182,7 @@ def forward_operations(model: nn.Module) -> float:
 
 
 def _assumed(model: PreTrainedModel, outline: Outline) -> Iterator[str]:
-    """Yield a sentence for each thing that the forecast takes for granted."""
+    """Yield the assumptions of the forecast, one sentence each."""
     for one in outline.repeated:
         yield f"{one.kept} of the {one.total} blocks in {one.name} were traced: the others equal one of them in shape"
     if any(layer.expert is not None for layer in outline.layers):

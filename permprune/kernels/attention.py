@@ -1,7 +1,7 @@
-"""Native attention of a few queries to packed keys and values: `permprune.inference.kv` has the packed form.
+"""Native attention of a few queries to packed keys and values.
 
-Packed states are named parts, each (batch, heads, tokens, size of the part), as
-`permprune.inference.kv.packing` describes them.
+Packed states are named parts, each (batch, heads, tokens, size of the part), as `permprune.inference.kv.packing`
+describes them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class PackedStates:
         """Return tokens `first` to `first` + `count`, with pruned channels zero or recovered.
 
         Returns (batch, heads, count, width) of fp32, bf16 or fp16, in the stored order. Raises `PermpruneError` for
-        another type, tokens that there are not, or a code that does not keep its pattern.
+        another type, tokens out of range, or a code that does not keep its pattern.
         """
         batch, heads, tokens = self.shape
         if dtype not in FLOATS or not 0 <= first <= first + count <= tokens:
@@ -128,7 +128,7 @@ class Side:
     order: Tensor
 
     def fits(self, batch: int, heads: int, width: int, packed: int) -> bool:
-        """Return whether this is for so many channels, and at least so many packed tokens."""
+        """Return whether this has these sizes, `width` channels, and at least `packed` packed tokens."""
         order, whole, own = self.order, self.whole, self.packed
         found = whole.shape[:2] == (batch, heads) and whole.shape[3] == width <= WIDEST and whole.dtype in FLOATS
         found &= order.shape == (heads, width) and order.dtype == torch.int64 and _reachable(order)

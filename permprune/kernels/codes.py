@@ -1,10 +1,11 @@
 """Codes of the channels that a token keeps in a pruned key/value cache.
 
-For N:M with M = 4, a code has a bit of each group of four channels in each of some planes; a plane has
-ceil(groups / 8) bytes, and the bit of group g is bit g % 8 of byte g // 8. No code keeps another number of channels.
+For N:M with M = 4, a code has some planes, each with one bit for each group of four channels. A plane has
+ceil(groups / 8) bytes, and the bit of group g is bit g % 8 of byte g // 8. Every code of these patterns keeps exactly N
+channels of each group.
 
-* 2:4, three planes: whether channel 0 is kept; whether channel 1 is as channel 0; whether channel 2 is. If neither is,
-  channel 3 is as channel 0. If both are set, the last one is ignored.
+* 2:4, three planes: whether channel 0 is kept; whether channel 1 is kept or pruned like channel 0; whether channel 2
+  is. If neither is, channel 3 is. If both bits are set, the last one is ignored.
 * 1:4, two planes: the lower and the higher bit of the position of the channel that is kept.
 * 3:4, two planes: likewise, of the channel that is not kept.
 
@@ -21,7 +22,7 @@ from permprune.kernels.packed import pack_bits, unpack_bits
 from permprune.pattern import Pattern
 
 PLANES = {Pattern(1, 4): 2, Pattern(2, 4): 3, Pattern(3, 4): 2}
-"""The numbers of planes."""
+"""The number of planes of each pattern."""
 
 
 def code_bytes(pattern: Pattern, width: int) -> int:

@@ -34,7 +34,7 @@ class Packed:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The values, codes, signs, amplitudes, scales and levels; the values in place of what there is not."""
+        """The values, codes, signs, amplitudes, scales and levels; the values in place of parts that are absent."""
         names = ("values", "code", "signs", "amplitude", "scale")
         return [*(self.parts.get(name, self.parts["values"]) for name in names), self.level]
 
@@ -45,7 +45,7 @@ class Packed:
         return [self.parts["values"].shape[2], self.level.shape[-1], self.parts["values"].shape[-1], code, signs]
 
     def kinds(self, side: str) -> dict[str, int]:
-        """What a kernel is compiled for."""
+        """The compile-time arguments of the kernel for keys (`side` "K") or values ("V")."""
         kind = 0
         if self.pattern is not None:
             kind = 1 + self.pattern.n if self.pattern in PLANES else 1

@@ -172,7 +172,7 @@ def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
 
 
 def run(name: str, job: ctypes.Structure, work: int) -> int:
-    """Run a function of the library on a checked job of so many elements; returns a status.
+    """Run a function of the library on a job that has been checked, of `work` elements; returns a status.
 
     The functions are those of the search ("mask", "keep", "prune", "place") and of the cache ("attend",
     "unpack_states"). Raises `PermpruneError` where native kernels are not available.

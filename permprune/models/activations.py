@@ -54,7 +54,7 @@ def count_activations(
     recompute: bool = False,
     lists: Sequence[Repetition] = (),
 ) -> Activations:
-    """Count the tensors that a pass of a model makes; the model is on the meta device and not changed.
+    """Count the bytes of the tensors that a pass of a model makes; the model is on the meta device and not changed.
 
     `run(model)` makes a batch on the CPU, runs the model on it and returns the loss, or any output if there is no
     backward pass. The weights are fp32; they are not part of the result, nor are their gradients, but copies of them in
@@ -153,7 +153,7 @@ class _Live(TorchDispatchMode):
     def _watch(self, block: nn.Module) -> list[Any]:
         def enter(_block: nn.Module, _args: Any) -> None:
             self._end_block()
-            self.leave_head()  # what lies between two blocks is none
+            self.leave_head()  # operations between two blocks are not part of the head
             self.growth[block] = -self.now
 
         def leave(_block: nn.Module, _args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Models with fewer blocks: what many equal blocks would repeat is seen on the first ones."""
+"""Models with fewer blocks: of many equal blocks, only the first ones are traced or run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 from permprune.models.layers import blocks
 
 TWICE = 2
-"""Blocks of each kind that remain: the first block of a model can differ from later ones in what it reads."""
+"""Number of blocks of each kind that remain: the first block of a model can read other inputs than later ones."""
 
 
 @dataclass(frozen=True)
 class Repetition:
-    """The blocks of one list of a model, and those of them that stand for all.
+    """The blocks of one list of a model, and the first ones, which represent all.
 
     `name` is the list's name in the model. `equals[i]` is the number of the block, among the first `kept`, that block
     `kept` + i equals: both have the same modules with parameters of the same shapes.
@@ -51,7 +51,7 @@ class Repetition:
 
 
 def repetitions(model: nn.Module) -> list[Repetition]:
-    """Find the lists of blocks whose first ones stand for the rest: at least two of every kind of block remain."""
+    """Find the lists of blocks whose first ones represent the rest: up to `TWICE` blocks of each kind remain."""
     inside = {id(block) for block in blocks(model)}
     found = []
     for name, module in model.named_modules():

@@ -195,9 +195,9 @@ class Permuter(ABC):
         return 2**20 + 64 * sum(problem.size for problem in outline.problems)
 
     def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        """Return what the search holds beside the masked network, and its work, as far as it is known in advance.
+        """Return the stages of the search, for forecasts: the memory it holds beside the masked network, and its work.
 
-        Problems are solved by that number of `threads`, each with one problem at a time.
+        `threads` problems are solved at a time, one on each thread. By default nothing is known of the work.
         """
         return [Stage(self.name, (), None)]
 

@@ -90,7 +90,7 @@ class Iterative(Permuter):
         """The value of `Search.done` at which the search ends."""
 
     def teacher_parts(self, passes: Passes, examples: int) -> tuple[Held, ...]:
-        """What the search holds of the dense model's outputs: for the accept test, and for `examples` of a gradient.
+        """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
 
         The distances of a batch are computed in fp32, of both models' outputs.
         """

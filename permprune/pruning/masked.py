@@ -66,8 +66,8 @@ class MaskedLayers:
     order (Li et al. 2026, "the pruned weight is permuted back"), so that any loss can be computed with them.
 
     The model keeps its dense weights; a masked weight is in memory only while its module runs. It runs with them until
-    the network is deleted, or the weights are written into the model (`write`) or given back (`restore`). Of the size
-    of the weights, the network itself holds only masks, a bit for each weight.
+    the network is deleted, the masked weights are written into the model (`write`), or the dense weights are restored
+    (`restore`). Of tensors as large as the weights, it holds only the masks, one bit for each weight.
 
     `dense`, `scores`, `weights`, `masks` and `shown` are by layer, with tensors (rows, channels) that are computed when
     they are read. The weights that are masked are the dense ones, except those in `trained` (`set_weights`); the scores

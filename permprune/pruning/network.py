@@ -38,9 +38,8 @@ SMALL = 1e-6
 class Gradients:
     """Gradients of the mean loss over some examples at the current masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels) in the type of the weight W_eff, which is the masked one.
-    `fisher[layer]` (rows,) is the
-    Fisher information as in `Statistics`, averaged over the `count` terms of this loss and multiplied by the loss's
+    `weight[layer]` is dLoss/dW_eff (rows, channels) in the type of the masked weight W_eff. `fisher[layer]` (rows,) is
+    the Fisher information as in `Statistics`, averaged over the `count` terms of this loss and multiplied by the loss's
     `curvature`. `loss` is the mean loss. If each example has one label, `covariance[layer]` (rows, rows) is the
     `row_covariance` of layers of at most `COUPLED` rows; its diagonal is `fisher`. `stored` are the gradients of the
     parameters, whose memory those in `weight` share.
@@ -114,8 +113,9 @@ class PrunedNetwork(MaskedLayers):
         """Return the gradients of the mean loss over `examples` with respect to the current weights, over all ranks.
 
         With `mean`, earlier gradients at the same masks, the result is the average of both, weighted by the numbers of
-        terms; only the `loss` is that of `examples` alone. The tensors of `mean` are reused, so that memory holds one
-        gradient of each weight. Raises `PermpruneError` if the loss has no gradient, or if a layer takes no part in it.
+        terms; only the `loss` is that of `examples` alone. The tensors of `mean` are overwritten, so that only one
+        gradient of each weight is in memory. Raises `PermpruneError` if the loss has no gradient, or if a layer takes
+        no part in it.
         """
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         weights = {layer.parameter: layer.stored for layer in self.layers.values()}
@@ -147,7 +147,7 @@ class PrunedNetwork(MaskedLayers):
         """Return the slope of the mean loss over `examples` at the current weights, by problem, over all ranks.
 
         It is that along the step between two sets of orders, as `slope` computes it from gradients. Here the gradient
-        of a weight is dropped as soon as a batch has given it.
+        of a weight is freed as soon as the backward pass of a batch has computed it.
         """
         layers: dict[str, list[str]] = {}
         for layer in self.layers.values():

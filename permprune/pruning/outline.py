@@ -1,4 +1,4 @@
-"""What a run prunes and searches, from the model's shapes alone: traced on a few blocks, repeated for their equals."""
+"""The layers that a run prunes and the orders it searches, from shapes alone: a few blocks are traced, and repeated."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Outline:
         return Outline(self.pattern, self.layers, sites, problems, lists)
 
     def of(self, layers: Iterable[Layer]) -> Outline:
-        """The outline with these layers, as far as they are used, and what concerns them."""
+        """The outline with only these layers, as far as they are used, and their sites and problems."""
         used = [layer for layer in layers if layer.name in self.sites]
         names = {layer.name for layer in used}
         problems = [
@@ -101,7 +101,10 @@ def _repeated_sites(sites: Mapping[str, str], one: Repetition) -> dict[str, str]
 
 
 def _repeated_problems(problems: Iterable[Problem], one: Repetition) -> list[Problem]:
-    """Copy the problems inside a block for each of its equals; one that spans blocks gets the parts of all of them."""
+    """Copy problems inside a block for each block that equals it, left out of the trace.
+
+    Problems that span blocks get the parts of the blocks that were left out.
+    """
     found = []
     for problem in problems:
         numbers = {one.number_of(part.layer) for part in problem.parts}
@@ -135,7 +138,7 @@ def _shifted_part(part: Part, one: Repetition, by: int) -> Part:
 
 @dataclass(frozen=True)
 class Passes:
-    """What passes over the model take: `forward` floating-point operations for an example, and memory for a batch.
+    """The cost of passes of the model: `forward` floating-point operations for an example, and memory for a batch.
 
     A batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of
     the weights, `loss` those without gradients, `held_out` is the number of examples of the accept test, and

@@ -1,4 +1,4 @@
-"""The memory and the work that a run takes, by stage and part, as they are known before it starts."""
+"""The memory and the work of a run, by stage and part, for forecasts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Place = Literal["device", "host"]
-"""Where a part lies: in the memory of the device that computes, or in that of the host. On a CPU they are the same."""
+"""The memory that holds a part: that of the device that computes, or that of the host; the same on a CPU."""
 
 
 @dataclass(frozen=True)

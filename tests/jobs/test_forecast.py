@@ -1,4 +1,4 @@
-"""What a run will take, said from the config alone."""
+"""Forecasts from the config alone, compared with what runs take."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What is searched, found on the first blocks of a model and repeated for those that equal them."""
+"""The outline of a model from its first blocks, repeated for the blocks that equal them."""
 
 from typing import Any
 
