@@ -180,7 +180,7 @@ def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Laye
 def sums_by_pass(widths: Mapping[str, int], memory: int | None) -> list[dict[str, int]]:
     """Split sites into passes whose accumulators fit into `memory` bytes; each pass has at least one site.
 
-    `widths` are the numbers of channels by site, and so are those of each pass.
+    `widths` are the numbers of channels by site. Each pass has the same form.
     """
     passes: list[dict[str, int]] = [{}]
     for site, width in widths.items():

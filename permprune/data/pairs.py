@@ -63,7 +63,7 @@ def has_images(source: str | Path | None, part: Part, *, hub: bool) -> bool:
 def _images_here(path: Path) -> bool:
     """Whether a path is a folder of image files or a table that lists some.
 
-    A folder with other data is that of a data set, whose images are pictures in its description.
+    A folder with data files and no table of images is a data set, whose images are pictures in its description.
     """
     if path.is_dir():
         suffixes = {file.suffix.lower() for file in path.rglob("*")}

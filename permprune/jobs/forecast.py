@@ -226,7 +226,7 @@ def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
 
 
 class _Loss(torch.autograd.Function):
-    """A loss that keeps as much as `cross_entropy`, the logits and their gradient, without its thousands of chunks."""
+    """A loss that keeps as much memory as `cross_entropy`: logits and their gradient, in one chunk."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
@@ -240,7 +240,7 @@ class _Loss(torch.autograd.Function):
 
 
 def _output_sum(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
-    """The sum of a model's outputs, of which a loss keeps as much."""
+    """The sum of a model's outputs, which keeps as much memory as a loss."""
 
     def total(model: nn.Module) -> Tensor:
         outputs = main_outputs(model(**forward_arguments(model, _zeros(shapes))))

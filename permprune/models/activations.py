@@ -97,9 +97,9 @@ def count_activations(
 class _Live(TorchDispatchMode):
     """Counts the bytes of the tensors that operations inside make and that are alive, without those of the model.
 
-    `now` is their number and `peak` the largest so far. `growth` is what remains of each of the blocks after it has run
-    forward, and `outputs` are the bytes of its output. `head` is the peak from the end of the last block until its
-    output has a gradient, and `before_head` the number at its beginning. `positions` is as in `Activations`.
+    `now` are the bytes at present and `peak` the most so far. `growth` are the bytes that remain of each block after it
+    has run forward, and `outputs` those of its output. `head` is the peak from the end of the last block until its
+    output has a gradient, and `before_head` are the bytes at its beginning. `positions` is as in `Activations`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -179,9 +179,10 @@ class _Live(TorchDispatchMode):
 
 @contextmanager
 def _without_packed_sequences() -> Iterator[None]:
-    """A context in which Transformers takes each row of position ids for one sequence.
+    """A context in which Transformers treats each row of position ids as one sequence.
 
-    It looks for several sequences in a row, and without data it would make a mask for them, of each pair of positions.
+    It looks for several sequences in a row. Without data it cannot tell, and would make a mask of all pairs of
+    positions.
     """
     found = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None

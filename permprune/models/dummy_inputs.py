@@ -43,8 +43,8 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
     A multimodal model receives every modality that its config describes, and its text contains one placeholder token
     per image feature; if its weights are on the meta device, the features cannot be counted and it receives text only.
     If the config has no image size, it is taken from `processor`. A vision-language model with its `processor` receives
-    what that makes of two images of different sizes. Raises `PermpruneError` if a required argument cannot be derived
-    from the config.
+    the processor's inputs for two images of different sizes. Raises `PermpruneError` if a required argument cannot be
+    derived from the config.
     """
     on_meta = next(model.parameters()).is_meta
     if takes_pairs(model) and isinstance(processor, ProcessorMixin) and not on_meta:
@@ -219,7 +219,7 @@ def _with_placeholders(model: PreTrainedModel, example: dict[str, Tensor], token
 
 
 def _processed_pairs(model: PreTrainedModel, processor: Processor) -> dict[str, Tensor]:
-    """What a processor makes of two images of different sizes with texts."""
+    """A processor's inputs for two images of different sizes with texts, without labels."""
     maker, noise = pair_processor_of(processor), np.random.default_rng(0)
     pairs = []
     for width in (112, 224):

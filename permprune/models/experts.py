@@ -22,7 +22,7 @@ IN_TURN = "permprune"
 """The name of this module's implementation of experts among those of Transformers."""
 
 EVENLY = "permprune_evenly"
-"""The name of the implementation in which every expert gets as many tokens: it runs on tensors without data."""
+"""The name of the implementation that gives every expert equally many tokens: it also runs on tensors without data."""
 
 BATCHED = "batched_mm"
 """The implementation that `torch.export` traces with every expert's channels apart, on any device and in any type."""
@@ -128,7 +128,7 @@ class Experts:
 
 
 class EvenExperts(Experts):
-    """Experts that all get the same number of tokens, whatever the router says."""
+    """Experts that all get the same number of tokens, whatever the router's output."""
 
     def _routed(self, index: int, top_k_index: Tensor) -> tuple[Tensor, Tensor]:
         count = math.ceil(top_k_index.numel() / len(self.matrices))

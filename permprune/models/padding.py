@@ -17,7 +17,7 @@ class Padding:
     `masks` are bool tensors (batch, length), False at padding: one per sequence that the model reads, e.g. one for the
     encoder and one for the decoder. Their shapes differ, so the shape of an activation tells to which sequence it
     belongs. Without masks, nothing is padding. `readers` are the modules that read these sequences; None for all. The
-    vision encoder of a vision-language model is none: its activations may happen to have the shape of the text.
+    vision encoder of a vision-language model is not one of them: its activations may have the shape of the text.
     """
 
     masks: tuple[Tensor, ...] = ()

@@ -1,4 +1,4 @@
-"""Inputs of vision-language models: an image, a prompt and its answer in one text, whose labels are the answer."""
+"""Inputs of vision-language models: an image, and a prompt and its answer as one text; the labels are the answer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def encode_pair(processor: Any, image: Image, prompt: str, answer: str) -> dict[
 def _answer_labels(ids: Tensor, tokenizer: PreTrainedTokenizerBase, asked: str, text: str) -> Tensor:
     """The tokens (1, tokens) of a text with -100 instead of those of `asked`, its beginning.
 
-    The tokens of the image are all in the beginning, so that the answer's tokens are counted from the end.
+    All image tokens are at the beginning, so that the answer's tokens are counted from the end.
     """
     before, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (asked, text))
     common = 0

@@ -305,7 +305,7 @@ class QuadraticModel:
 
 
 def _better_halves(ranked: Tensor) -> Iterator[Tensor]:
-    """Yield all members, the first half of them, the first quarter and so on, each in ascending order."""
+    """Yield all of `ranked`, its first half, its first quarter and so on, each sorted in ascending order."""
     while len(ranked):
         yield ranked.sort().values
         ranked = ranked[: len(ranked) // 2]

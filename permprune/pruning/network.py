@@ -146,8 +146,8 @@ class PrunedNetwork(MaskedLayers):
     def slopes(self, examples: Examples, loss: Loss, before: Orders, after: Orders) -> dict[str, float]:
         """Return the slope of the mean loss over `examples` at the current weights, by problem, over all ranks.
 
-        It is that along the step between two sets of orders, as `slope` computes it from gradients. Here the gradient
-        of a weight is freed as soon as the backward pass of a batch has computed it.
+        The slope is along the step between two sets of orders, as `slope` computes it from gradients. The gradient of a
+        weight is freed as soon as its contribution to the slope is known.
         """
         layers: dict[str, list[str]] = {}
         for layer in self.layers.values():

@@ -21,7 +21,7 @@ from permprune.kernels.layout import FLOATS
 from permprune.kernels.linear import has_triton
 
 FEW = 16
-"""Number of queries up to which the native kernel is used; for more, states are unpacked for products of matrices."""
+"""Number of queries up to which the native kernel is used; for more, states are unpacked and multiplied as matrices."""
 
 STEP = 8
 """Number of tokens that are packed at a time when they leave the window."""
@@ -227,7 +227,7 @@ class _View(Source, States):
         return reads == {self.before} and not graph
 
     def _read_packed(self, call: Call) -> Sums:
-        """Return the sums over the packed tokens, by the Triton kernel, for queries in the stored order."""
+        """Return the sums over the packed tokens, computed by the Triton kernel; queries are in the stored order."""
         from permprune.kernels import gpu_attention  # needs Triton, which comes with PyTorch's builds for GPUs
 
         batch, heads, count, width = call.query.shape
