@@ -67,6 +67,12 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def unchanged_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that does not fit in a memory limit is made layer by layer; leaner settings would make such models fit."""
+    monkeypatch.setattr("permprune.jobs.fitting._leaner", lambda *_: iter(()))
+
+
 @pytest.fixture(scope="module")
 def pictureless() -> Iterator[None]:
     """Reports without pictures, which take longer to draw than such small models to prune."""

@@ -81,6 +81,7 @@ def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchanged_settings")
 def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     fails("prune", *source, "--out", out, "--memory", "100KB")  # newton

@@ -63,7 +63,7 @@ def arguments(command: str, folder: Path, text: Path) -> list[str | Path]:
     data = ["--calibration", text, "--data", text, *SMALL]
     return {
         "prune": ["prune", folder, "--out", out, "--permute", "ria", *data],
-        LAYERWISE: ["prune", folder, "--out", out, "--permute", "ria", "--memory", "450KB", *data],
+        LAYERWISE: ["prune", folder, "--out", out, "--permute", "ria", "--memory", "300KB", *data],
         "sweep": ["sweep", folder, "--out", out, "--methods", "none", "--patterns", "2:4", *data],
         "inspect": ["inspect", folder],
         "verify": ["verify", folder],
@@ -152,6 +152,7 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_command_says_which_part_of_a_checkpoint_is_at_fault(
     fault: str, whole: Path, tiny_text: Path, tmp_path: Path
@@ -272,6 +273,7 @@ def test_experts_that_a_checkpoint_lacks_are_named(absent: str, clause: str, str
         read_offloaded(str(folder), tmp_path / "offloaded") if streamed else read_model(str(folder))
 
 
+@pytest.mark.usefixtures("unchanged_settings")
 def test_pickled_weights_are_read_as_tensors_alone(tiny_checkpoint: Path, tiny_text: Path) -> None:
     expected = run(*arguments("evaluate", tiny_checkpoint, tiny_text))
     pickle(tiny_checkpoint, make_tiny_llama().state_dict())

@@ -105,6 +105,7 @@ def test_each_run_says_it_once(
     assert LINE.partition(":")[0] in " ".join(stderr.split())
 
 
+@pytest.mark.usefixtures("unchanged_settings")
 def test_a_streamed_run_says_it_once(
     tiny_tokenizer: tf.PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

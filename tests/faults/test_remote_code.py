@@ -123,7 +123,7 @@ def commands(folder: Path, text: Path) -> list[list[str | Path]]:
     calibrated = ["--calibration", text, *data, *SMALL[:6]]
     return [
         ["prune", folder, "--out", folder.with_name("held"), *calibrated],
-        ["prune", folder, "--out", folder.with_name("read"), "--permute", "ria", "--memory", "450KB", *calibrated],
+        ["prune", folder, "--out", folder.with_name("read"), "--permute", "ria", "--memory", "300KB", *calibrated],
         ["compare", folder, "--methods", "none", *calibrated],
         ["ablate", folder, *calibrated],
         ["sweep", folder, "--out", folder.with_name("swept"), "--methods", "none", "--patterns", "2:4", *calibrated],
@@ -150,7 +150,8 @@ def test_without_consent_no_command_runs_code_or_asks(
     assert not any(folder.with_name(out).exists() for out in ("held", "read", "swept", "probed", "tuned"))
 
 
-@pytest.mark.parametrize("mode", [("--mode", "fold"), ("--mode", "gather"), ("--memory", "450KB")])
+@pytest.mark.usefixtures("unchanged_settings")
+@pytest.mark.parametrize("mode", [("--mode", "fold"), ("--mode", "gather"), ("--memory", "300KB")])
 def test_with_consent_a_model_of_its_own_code_is_pruned_and_written_with_the_code(
     mode: tuple[str, str], coded: Path, trace: Path, tiny_text: Path, tmp_path: Path
 ) -> None:

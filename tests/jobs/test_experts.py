@@ -75,6 +75,7 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
         verify(model)
 
 
+@pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize(("mode", "method"), [("fold", "ria"), ("gather", "random")])
 def test_orders_of_experts_are_the_same_held_or_streamed(
     source: Path, mode: str, method: str, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
