@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from permprune.errors import PermpruneError
@@ -44,8 +46,9 @@ class PruneConfig:
     """The update of the weights that are kept: "none", or "sparsegpt", which is applied with the orders found, as far
     as it lowers the loss on the held-out examples."""
 
-    calibration: str | None = None
-    """The calibration data: a file, a folder or a data set id; None for the default data of the model's kind."""
+    calibration: str | Sequence[str] | None = None
+    """The calibration data: a file, a folder or a data set id; None for the default data of the model's kind. Several
+    sources (a list) are mixed: each gives an equal share of the windows, or all it has, and they take turns."""
 
     samples: Count = 192
     """Windows of text to draw from the calibration data; several images or sentences count as one window."""
@@ -95,6 +98,7 @@ class PruneConfig:
         from permprune.updates.registry import update
 
         require_fields(self)
+        object.__setattr__(self, "calibration", _sources(self.calibration))
         parse_pattern(self.pattern)
         saliency(self.saliency)
         permuter(self.permute)
@@ -104,6 +108,12 @@ class PruneConfig:
                 f'mode "{self.mode}" with precision "{self.precision}": '
                 f"choose a mode of {', '.join(MODES)} and a precision of {', '.join(PRECISIONS)}"
             )
+
+    @property
+    def sources(self) -> tuple[str | None, ...]:
+        """The sources of the calibration data; None stands for the default data."""
+        given = self.calibration
+        return (given,) if given is None or isinstance(given, str) else tuple(given)
 
     def replace(self, **changes: Any) -> PruneConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one."""
@@ -141,3 +151,15 @@ class PruneConfig:
         share = min(1.0, count / (2 * wanted))
         measured, held_out = (max(1, int(share * examples_per_window * own)) for own in (self.measured, self.held_out))
         return [measured, held_out, count - measured - held_out]
+
+
+def _sources(given: object) -> str | tuple[str, ...] | None:
+    """Return one source of calibration data as it is, and several as a tuple. Raises `PermpruneError` for others."""
+    if given is None or isinstance(given, str):
+        return given
+    found = tuple(given) if isinstance(given, Sequence) else ()
+    if not found or not all(isinstance(source, str) for source in found):
+        raise PermpruneError(f"calibration is {reprlib.repr(given)}: give a file, a folder or a data set id, or a list")
+    if len(set(found)) < len(found):
+        raise PermpruneError(f"calibration names {max(found, key=found.count)} twice: give it once")
+    return found[0] if len(found) == 1 else found

@@ -99,6 +99,14 @@ class Examples:
             rows[name] = torch.cat([part._rows.get(name, torch.ones(len(part), dtype=torch.int64)) for part in parts])
         return cls({name: _joined([part[name] for part in parts], names, name) for name in names}, rows)
 
+    @classmethod
+    def interleave(cls, parts: list[Examples]) -> Examples:
+        """Join examples as `join` does, one of each part in turn; of longer parts the rest follows."""
+        if len(parts) == 1:
+            return parts[0]
+        turns = torch.cat([torch.arange(len(part)) for part in parts])
+        return cls.join(parts)[turns.argsort(stable=True)]
+
     @overload
     def __getitem__(self, at: str) -> Tensor: ...
     @overload

@@ -159,21 +159,28 @@ def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
 
 
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:
-    """Load the calibration examples: `calibration_count`, or all if there are fewer. Raises `PermpruneError`."""
+    """Load the calibration examples: `calibration_count`, or all if there are fewer. Raises `PermpruneError`.
+
+    Of several sources, each gives an equal share, or all it has. Their examples take turns, so that the statistics, the
+    held-out loss and every gradient see all sources.
+    """
     if processor is None:
         raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
-    count = calibration_count(model, config)
-    shared, source = config.shared, config.calibration
-    return load_examples(
-        source,
-        model,
-        processor,
-        part="calibration",
-        count=count,
-        length=config.length,
-        seed=config.seed,
-        shared=shared,
-    )
+    share = -(-calibration_count(model, config) // len(config.sources))
+    parts = [
+        load_examples(
+            source,
+            model,
+            processor,
+            part="calibration",
+            count=share,
+            length=config.length,
+            seed=config.seed,
+            shared=config.shared,
+        )
+        for source in config.sources
+    ]
+    return Examples.interleave(parts)[: calibration_count(model, config)]
 
 
 def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -> list[Examples]:

@@ -126,12 +126,13 @@ def prune_config(
         typer.Option(help="update of the weights that are kept: none, or sparsegpt, which compensates for the others"),
     ] = "none",
     calibration: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="data to calibrate on: text, sentences, images or speech in a file or folder, or a data set id",
+            help="data to calibrate on: text, sentences, images or speech in a file or folder, or a data set id; "
+            "may be repeated to mix sources",
             show_default="the default data",
         ),
-    ] = PruneConfig.calibration,
+    ] = None,
     samples: Annotated[
         int, typer.Option(help="windows of text to calibrate on; 32 sentences or 8 images count as one")
     ] = PruneConfig.samples,
@@ -171,7 +172,7 @@ def prune_config(
         saliency=saliency,
         mode=mode,
         update=update,
-        calibration=calibration,
+        calibration=calibration or None,
         samples=samples,
         length=length,
         seed=seed,

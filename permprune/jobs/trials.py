@@ -72,7 +72,7 @@ class Evaluation:
         tasks: TaskList | None = None,
     ) -> tuple[PruneConfig, Evaluation]:
         """Return the config and the evaluation of a run; `shared` is set in both if they name the same source."""
-        shared = source is not None and source == config.calibration
+        shared = source is not None and source in config.sources
         evaluation = cls(source, windows, config.length, shared=shared, metric=metric, tasks=tasks)
         return config.replace(shared=shared), evaluation
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -84,7 +84,11 @@ def _loading(record: Mapping[str, Any], config: Mapping[str, Any], source: str, 
 def _facts(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in FACTS:
         if settings.get(name) is not None:
-            yield name, _name(settings[name]) if name == "calibration" else str(settings[name])
+            yield name, str(settings[name]) if name != "calibration" else _names(settings[name])
+
+
+def _names(sources: str | Sequence[str]) -> str:
+    return ", ".join(_name(source) for source in ([sources] if isinstance(sources, str) else sources))
 
 
 def _name(path: str) -> str:

@@ -1,0 +1,71 @@
+"""Calibration data from several sources."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from permprune import PermpruneError, PruneConfig
+from permprune.checkpoints.io import read_model
+from permprune.examples import Examples
+from permprune.plan import calibration_examples
+
+from ..cli.running import fails, run
+from ..fixtures import SENTENCES
+
+pytestmark = pytest.mark.usefixtures("pictureless")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> list[str]:
+    """A long text, and a short one of other sentences."""
+    paths = [tmp_path / "long.txt", tmp_path / "short.txt"]
+    for path, sentences, times in zip(paths, (SENTENCES[:2], SENTENCES[2:]), (60, 3), strict=True):
+        path.write_text("\n".join(sentences * times))
+    return [str(path) for path in paths]
+
+
+def windows(checkpoint: Path, calibration: list[str], samples: int) -> list[list[int]]:
+    model, tokenizer, _ = read_model(str(checkpoint))
+    config = PruneConfig(calibration=calibration, samples=samples, length=16)
+    found: list[list[int]] = calibration_examples(model, tokenizer, config)["input_ids"].tolist()
+    return found
+
+
+def test_sources_take_turns(texts: list[str], tiny_checkpoint: Path) -> None:
+    long, short = (windows(tiny_checkpoint, [text], 5) for text in texts)
+    mixed = windows(tiny_checkpoint, texts, 9)
+    assert len(long) == len(short) == 5 and mixed[0::2] == long and mixed[1::2] == short[:4]
+
+
+def test_a_source_that_ends_leaves_its_turns_to_the_others(texts: list[str], tiny_checkpoint: Path) -> None:
+    short = windows(tiny_checkpoint, texts[1:], 99)
+    mixed = windows(tiny_checkpoint, texts, 40)
+    assert len(short) < 20 and len(mixed) == 20 + len(short)
+    assert sorted(mixed[1 : 2 * len(short) : 2]) == sorted(short)
+
+
+def test_one_source_is_no_mixture(texts: list[str]) -> None:
+    assert PruneConfig(calibration=texts[:1]) == PruneConfig(calibration=texts[0])
+    assert PruneConfig(calibration=texts).identity() == PruneConfig(calibration=tuple(texts)).identity()
+    examples = Examples.of(torch.arange(6).view(2, 3))
+    assert Examples.interleave([examples]) is examples
+
+
+@pytest.mark.parametrize("given", [[], ["a.txt", None], 3, [["a.txt"]]])
+def test_only_names_are_sources(given: object) -> None:
+    with pytest.raises(PermpruneError, match=r"calibration is .*: give a file, a folder or a data set id, or a list"):
+        PruneConfig(calibration=given)  # type: ignore[arg-type]
+
+
+def test_the_command_line_records_every_source(texts: list[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    both = [option for text in texts for option in ("--calibration", text)]
+    small = ["--permute", "none", "--samples", "24", "--windows", "2", "--length", "16", "--data", texts[1]]
+    code, _, stderr = run("prune", tiny_checkpoint, *both, *small, "--out", tmp_path / "out")
+    assert code == 0 and "of the evaluation data are also in the calibration data" in " ".join(stderr.split())
+    assert json.loads((tmp_path / "out/permprune.json").read_text())["settings"]["calibration"] == texts
+    assert "| calibration | `long.txt, short.txt` |" in (tmp_path / "out/README.md").read_text()
+    assert ", ".join(texts) in (tmp_path / "out/report.html").read_text()
+    line = fails("prune", tiny_checkpoint, *both, *both[:2], *small, "--out", tmp_path / "other")
+    assert line == f"permprune: calibration names {texts[0]} twice: give it once"
