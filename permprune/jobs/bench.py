@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -30,6 +29,7 @@ from permprune.report.run import write_report
 from permprune.system.device import best_device
 from permprune.system.files import write_json
 from permprune.system.progress import console, track
+from permprune.system.workers import worker_context
 
 DENSE = ("fp32", "bf16")
 """The data types in which the dense model is measured."""
@@ -135,7 +135,7 @@ def _dense_of(folders: Sequence[str | Path]) -> str:
 @contextmanager
 def _served(entries: Sequence[_Entry]) -> Iterator[list[Connection]]:
     """Start one process per model, which load their models one after the other; yields a connection to each."""
-    context = multiprocessing.get_context("spawn")
+    context = worker_context(__name__)
     servers: list[Connection] = []
     processes = []
     try:

@@ -46,6 +46,7 @@ from permprune.system.memory import keep_freed_memory
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console, log, track
 from permprune.system.search_state import Checkpoint, require_same
+from permprune.system.workers import worker_context
 from permprune.zoo.models import note
 
 IDENTITY = "sweep.json"
@@ -230,7 +231,7 @@ def _fill(work: list[Job], jobs: int) -> None:
         return
     _require_importable(work, jobs)
     threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("spawn")
+    context = worker_context(__name__)
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads, log.level))
     try:
         for future in track(as_completed([pool.submit(fill, job) for job in work]), "patterns", len(work)):

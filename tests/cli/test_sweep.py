@@ -13,7 +13,7 @@ import pytest
 
 from .running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -85,6 +85,6 @@ def test_killed_jobs_end_with_their_parent_and_resume_to_the_figures_of_one_proc
     assert {path.name for path in kept} >= {"2-4 none.json", "2-4 random.json"}
     time.sleep(0.5)
     assert {path: path.stat().st_mtime_ns for path in partial.rglob("*.json")} == kept, "no worker goes on"
-    code, _, stderr = run(*options, "--resume")
+    code, _, stderr = run(*options, "--jobs", "1", "--resume")
     assert code == 0, stderr
     assert figures(out) == figures(one)
