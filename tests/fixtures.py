@@ -44,8 +44,13 @@ from .shapes import check_shapes
 check_shapes()  # before the package's other modules import the functions
 
 from permprune.checkpoints.origin import origin_of  # noqa: E402
+from permprune.config import PruneConfig  # noqa: E402
 from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
+from permprune.jobs.forecast import _counted  # noqa: E402
+from permprune.models.activations import Activations, Gradients  # noqa: E402
+from permprune.pruning.outline import Outline  # noqa: E402
+from permprune.report.run import _pictures  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402
 
 logging.getLogger("torch.__trace").propagate = True  # else pytest attaches a handler, and torch describes each trace
@@ -73,11 +78,19 @@ def unchanged_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.jobs.fitting._leaner", lambda *_: iter(()))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session", autouse=True)
 def pictureless() -> Iterator[None]:
     """Reports without pictures, which take longer to draw than such small models to prune."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.report.run._pictures", lambda _: [])
+        yield
+
+
+@pytest.fixture(scope="module")
+def with_pictures() -> Iterator[None]:
+    """Reports with their pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permprune.report.run._pictures", _pictures)
         yield
 
 
@@ -109,6 +122,25 @@ def traced_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.plan.discover", discover_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_once() -> Iterator[None]:
+    """Forecasts count the activations of a model once a session: every run with a memory limit makes several."""
+    counted: dict[str, Activations] = {}
+
+    def count_once(
+        model: PreTrainedModel, outline: Outline, gradients: Gradients, *, config: PruneConfig, **settings: Any
+    ) -> Activations:
+        own = (gradients, config.length, config.batch, config.recompute, settings, outline.repeated)
+        key = repr((type(model), model.config, *own))
+        if key not in counted:
+            counted[key] = _counted(model, outline, gradients, config=config, **settings)
+        return counted[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permprune.jobs.forecast._counted", count_once)
         yield
 
 

@@ -41,8 +41,6 @@ from permprune.saliency.registry import SALIENCIES
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.updates.base import Update
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
 

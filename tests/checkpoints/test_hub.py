@@ -15,8 +15,6 @@ from ..cli.running import fails, run
 from ..faults.pruned import SETTINGS, WINDOWS
 from .hub_stub import TOKEN, Hub, served
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:

@@ -13,6 +13,7 @@ SMALL = ("--samples", "8", "--length", "16", "--windows", "2", "--permute", "non
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("with_pictures")
 def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     packed, figures, picture = tmp_path / "packed", tmp_path / "bench.json", tmp_path / "bench.png"
     data = ("--calibration", tiny_text, "--data", tiny_text)

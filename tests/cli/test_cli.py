@@ -23,8 +23,6 @@ from permprune.system.search_state import Checkpoint
 
 from .running import fails, run
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
 

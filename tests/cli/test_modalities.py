@@ -12,7 +12,7 @@ from PIL import Image
 from ..vision_language import qwen, write_pairs
 from .running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 SMALL = ["--samples", "6", "--windows", "1"]
 

@@ -14,7 +14,7 @@ from permprune.kernels.module import PackedLinear
 
 from .running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 TOKENS = torch.arange(20).view(2, 10)
 

@@ -81,7 +81,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pictureless")
 @pytest.mark.parametrize("name", RUN)
 def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = "\n".join(fenced(DOCS / f"{name}.md", "python"))
@@ -200,7 +199,6 @@ def test_the_page_on_permuters_explains_every_option() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("pictureless")
 @pytest.mark.parametrize("name", ["quick-start", "own-permuter"])
 def test_notebooks_run(name: str) -> None:
     notebook = runpy.run_path(str(DOCS / "notebooks" / "run.py"))["run"](DOCS / "notebooks" / f"{name}.ipynb")

@@ -23,8 +23,6 @@ from ..coupling.coupling_models import FAMILIES, mixtral
 from ..fixtures import BLOCK, SENTENCES, make_tiny_llama
 from ..modalities import images, vit_config
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 LAYERWISE = "prune layer by layer"
 COMMANDS = ("prune", LAYERWISE, "sweep", "inspect", "verify", "evaluate")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

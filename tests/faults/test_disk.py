@@ -18,7 +18,7 @@ from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 

@@ -13,7 +13,7 @@ from permprune.models.layers import block_linears, dense_weights
 from ..cli.running import run
 from ..coupling.coupling_models import GROUPED, gpt_oss, mixtral, qwen3_moe
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 SMALL = ("--samples", "6", "--length", "16", "--windows", "1")
 LLAMA4 = ["model.layers.*.feed_forward.experts.gate_up_proj", "model.layers.*.feed_forward.experts.down_proj"]

@@ -19,7 +19,7 @@ from permprune.system.out_of_memory import OutOfMemory
 
 from ..cli.running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless", "retraced")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("retraced")]
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]

@@ -33,8 +33,6 @@ from permprune.updates.registry import UPDATES
 
 from ..cli.running import fails, run
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 OPTIONS: list[type] = [
     *PERMUTERS.values(), *SALIENCIES.values(), *UPDATES.values(),
     Objective, PruneConfig, Evaluation, TaskList, FineTuning, Training,

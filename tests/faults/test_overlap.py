@@ -17,7 +17,7 @@ from permprune.report.words import overlap_note
 from ..cli.running import run
 from ..fixtures import SENTENCES
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 WORDS = [word for sentence in SENTENCES for word in sentence.split()]
 

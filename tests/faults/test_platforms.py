@@ -13,8 +13,6 @@ from permprune.system.memory import peak_memory_mb, reset_peak_memory
 
 from ..cli.running import run
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 WINDOWS = """
 import builtins
 

@@ -21,7 +21,7 @@ from permprune.cli import app
 from ..cli.running import fails, run
 from ..fixtures import make_tiny_llama
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless", "retraced")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("retraced")]
 
 TRUST = "--trust-remote-code"
 SMALL = ("--samples", "6", "--length", "16", "--windows", "1", "--permute", "ria")

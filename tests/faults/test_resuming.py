@@ -26,7 +26,7 @@ from permprune.training.loop import Trainer
 
 from ..cli.running import fails, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 TEXTS = ["two of every four weights are kept", "the order of the channels decides", "a few small windows"]

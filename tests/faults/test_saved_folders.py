@@ -22,7 +22,7 @@ from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, 
 
 MODES = ["fold", "gather"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedT
 
 
 @pytest.fixture(scope="module")
-def pruned(source: Path, pictureless: None) -> dict[str, Path]:
+def pruned(source: Path) -> dict[str, Path]:
     """A folder of each mode; shared, so leave them as they are."""
     for mode in MODES:
         write_pruned(source, source.with_name(mode), mode)

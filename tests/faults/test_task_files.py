@@ -12,7 +12,7 @@ from permprune.data.benchmarks import SOURCES
 from ..cli.running import fails, run
 from ..task_files import write_task_files
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 CODE = """
 from pathlib import Path

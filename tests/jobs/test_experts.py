@@ -24,7 +24,7 @@ from permprune.pruning.folder import save
 from ..coupling.coupling_models import gpt_oss, mixtral, qwen3_moe, randomised
 from .test_streaming import Held
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 FAMILIES = {"mixtral": mixtral, "qwen3-moe": qwen3_moe, "gpt-oss": gpt_oss}
 LIMIT = 2**20

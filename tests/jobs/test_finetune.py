@@ -24,7 +24,7 @@ from permprune.losses.targets import labelled
 from permprune.models.forward import padding_of
 from permprune.training.loop import Epoch, Trainer
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 
 def table(path: Path, scores: bool = False) -> Path:

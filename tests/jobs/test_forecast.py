@@ -30,8 +30,6 @@ from permprune.system.resources import Work
 
 from .test_streaming import Held
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 5}
 SETTINGS = PruneConfig(length=16, samples=24, precision="fp32")
 
@@ -101,6 +99,7 @@ def test_every_method_is_forecast(config_folder: Path, method: str) -> None:
     json.dumps(found.to_json())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_vit", "tiny_ctc", "tiny_whisper"])
 def test_models_of_every_kind_are_forecast(fixture: str, request: pytest.FixtureRequest) -> None:
     found = permprune.forecast(str(request.getfixturevalue(fixture)), PruneConfig(permute="ria"), gpu="h100")
@@ -116,6 +115,7 @@ def test_only_the_config_is_read(config_folder: Path) -> None:
     assert 2 * other.disk["checkpoint"] == found.disk["checkpoint"] and other.tensors == found.tensors
 
 
+@pytest.mark.slow
 def test_a_limit_is_kept_by_leaner_settings(config_folder: Path) -> None:
     config = PruneConfig(length=512, precision="fp32")
     free = permprune.forecast(str(config_folder), config)
@@ -132,6 +132,7 @@ def test_a_limit_is_kept_by_leaner_settings(config_folder: Path) -> None:
         assert not found.streamed
 
 
+@pytest.mark.slow
 def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
     config = PruneConfig(memory=2**20, length=16)
     with pytest.raises(
@@ -153,6 +154,7 @@ def test_a_run_layer_by_layer_is_forecast(config_folder: Path) -> None:
     assert found.disk["masks"] == 5 * (4 * 128**2 + 3 * 128 * 256) // 4
 
 
+@pytest.mark.slow
 def test_prune_takes_the_settings_of_its_forecast(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

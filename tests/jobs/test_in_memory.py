@@ -14,7 +14,7 @@ from permprune import Evaluation, FineTuning, Identity, Newton, PermpruneError, 
 
 from ..faults.pruned import SETTINGS, WINDOWS
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

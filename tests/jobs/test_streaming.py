@@ -30,7 +30,7 @@ from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.permuters.registry import PERMUTERS
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "num_attention_heads": 4}
 LIMIT = 2**20

@@ -19,7 +19,7 @@ from permprune.jobs.swept import pareto
 from permprune.jobs.trials import Trials
 from permprune.permuters.registry import PERMUTERS
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless")]
+pytestmark = pytest.mark.slow
 
 Setting = tuple[str, PruneConfig, Evaluation]
 Key = tuple[str, str, float | None]

@@ -143,6 +143,7 @@ def idle(model: nn.Module) -> list[Tensor]:
     return []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_linear_takes_part_in_the_example(family: str) -> None:
     build, shapes = FAMILIES[family]

@@ -60,6 +60,7 @@ def test_callbacks_are_told_of_every_round(prepared: Prepared, method: Permuter)
     assert told[-1].best == pytest.approx(min(point.loss for point in solution.curve if point.kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_callback_stops_a_search_which_can_go_on(

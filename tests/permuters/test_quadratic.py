@@ -131,13 +131,13 @@ def pattern(request) -> Pattern:
 
 
 @pytest.mark.parametrize("coupled", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_one_pair_swaps_down_to_where_no_swap_gains(pattern, seed, coupled):
     """Two groups make one pair, so every step is one swap: predicted exactly, and taken only if it gains."""
     model = build(2, pattern, seed, coupled=coupled)
     value, generator = Reference(model), torch.Generator().manual_seed(seed)
     m, here = pattern.m, 0.0
-    for _ in range(8 * m * m):  # each draws one of m * m swaps: enough to try all of them after the last that gains
+    for _ in range(5 * m * m):  # each draws one of m * m swaps: enough to try all of them after the last that gains
         order, predicted = model.order, model.change
         model.swap(generator)
         before, here = here, here if torch.equal(model.order, order) else value(model.order)

@@ -56,6 +56,7 @@ def problems(outline: Outline) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_blocks_left_out_are_searched_like_their_equals(

@@ -18,8 +18,6 @@ from ..cli.running import run
 from ..faults.pruned import SETTINGS, WINDOWS, options, write_source
 from ..records import record_of
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
 MEASURED = {"data": "text.txt", "metric": "perplexity", "dense": 30.0, "none": 60.0, "pruned": 40.0, "count": 1200}
 

@@ -16,6 +16,8 @@ from permprune.report.words import duration, number, percent, with_error
 
 from .pages import Page, assert_svg
 
+pytestmark = pytest.mark.usefixtures("with_pictures")
+
 PNG = b"\x89PNG\r\n\x1a\n"
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 LAYERS = [

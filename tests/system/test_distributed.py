@@ -39,8 +39,6 @@ def test_threads_answer_in_order_and_give_the_threads_back() -> None:
         torch.set_num_threads(before)
 
 
-pytestmark = pytest.mark.usefixtures("pictureless")
-
 METHODS = ["newton:rounds=2", "learned:rounds=2", "reconstruction"]
 
 COMMANDS = """

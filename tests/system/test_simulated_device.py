@@ -31,7 +31,7 @@ from ..fixtures import BLOCK, make_tiny_llama
 from ..permuters.test_permuters import WINDOWS, brief
 from ..simulated_device import CPU, SIMULATED, SimulatedTensor, simulated_device
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pictureless", "traced_on_cpu", "torch_only")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traced_on_cpu", "torch_only")]
 
 DEVICES = (CPU, SIMULATED)
 

@@ -106,6 +106,7 @@ def query(layer: PrunedLayer, states: list[Tensor], mask: Tensor | None, **optio
     return output
 
 
+@pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.tuples(st.sampled_from(PATTERNS), st.sampled_from(PATTERNS), st.sampled_from(["auto", "int8"])),
