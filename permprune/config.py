@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from permprune.errors import PermpruneError
-from permprune.options import MODES, Bytes, Count, Positive, Seed, replace_fields, require_fields
+from permprune.options import MODES, Bytes, Count, Positive, Seed, nearest, replace_fields, require_fields
 
 if TYPE_CHECKING:
     from permprune.permuters.base import Permuter
@@ -18,6 +18,19 @@ else:  # their modules import torch, which would slow down the command line's he
     Permuter = Saliency = Update = object
 
 PRECISIONS = ("auto", "fp32", "bf16")
+
+EFFORTS: dict[str, dict[str, Any]] = {
+    "seconds": {"permute": "ria"},
+    "minutes": {"permute": "newton:rounds=6"},
+    "hour": {"permute": "newton:rounds=32:tune=12:wait=16", "samples": 768},
+}
+"""The fields that each effort sets."""
+
+DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192}
+"""The values without an effort of the fields that efforts may set."""
+
+UNSET: Any = None
+"""The default of these fields until the config is complete."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +47,14 @@ class PruneConfig:
     saliency: str | Saliency = "wanda"
     """The score of each weight: magnitude, wanda, ria or obs."""
 
-    permute: str | Permuter = "newton"
+    effort: str | None = None
+    """How much work the run does: "seconds" (`ria`), "minutes" (six rounds of `newton`) or "hour" (32 rounds, with
+    training of the weights that are kept from the 17th on, on more windows). It sets `permute` and `samples` where they
+    are not given."""
+
+    permute: str | Permuter = UNSET
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
-    newton. `compare` and `sweep` take a list of methods in place of this one."""
+    newton (the default without an `effort`). `compare` and `sweep` take a list of methods in place of this one."""
 
     mode: str = "fold"
     """How orders are stored: "fold" writes them into the weights, which costs nothing at run time; with "gather" every
@@ -50,8 +68,9 @@ class PruneConfig:
     """The calibration data: a file, a folder or a data set id; None for the default data of the model's kind. Several
     sources (a list) are mixed: each gives an equal share of the windows, or all it has, and they take turns."""
 
-    samples: Count = 192
-    """Windows of text to draw from the calibration data; several images or sentences count as one window."""
+    samples: Count = UNSET
+    """Windows of text to draw from the calibration data, 192 without an `effort`; several images or sentences count as
+    one window."""
 
     length: Count = 512
     """Tokens in a window."""
@@ -97,8 +116,13 @@ class PruneConfig:
         from permprune.saliency.registry import saliency
         from permprune.updates.registry import update
 
+        if self.effort not in (None, *EFFORTS):
+            raise PermpruneError(f"effort is {reprlib.repr(self.effort)}: {nearest(str(self.effort), EFFORTS)}")
+        chosen = DEFAULTS | EFFORTS.get(self.effort or "", {})
+        complete = {name: value for name, value in chosen.items() if getattr(self, name) is UNSET}
+        for name, value in {**complete, "calibration": _sources(self.calibration)}.items():
+            object.__setattr__(self, name, value)
         require_fields(self)
-        object.__setattr__(self, "calibration", _sources(self.calibration))
         parse_pattern(self.pattern)
         saliency(self.saliency)
         permuter(self.permute)
@@ -116,7 +140,12 @@ class PruneConfig:
         return (given,) if given is None or isinstance(given, str) else tuple(given)
 
     def replace(self, **changes: Any) -> PruneConfig:
-        """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one."""
+        """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one.
+
+        A new `effort` sets its fields, except for those that are given with it.
+        """
+        if "effort" in changes:
+            changes = dict.fromkeys(DEFAULTS, UNSET) | changes
         return replace_fields(self, changes, "there is no setting")
 
     def to_json(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from permprune.pattern import Pattern, parse_pattern
 from permprune.permuters.base import Run
 from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Problem, build_problems
+from permprune.registry import label_of
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency
 from permprune.system.device import compute_device, fast_dtype
@@ -38,7 +39,7 @@ from permprune.system.search_state import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-FREE = ("permute", "minutes", "update", "batch", "recompute")
+FREE = ("effort", "permute", "minutes", "update", "batch", "recompute")
 """Fields of the config that may change before an interrupted search is resumed."""
 
 
@@ -86,6 +87,8 @@ def plan_run(
     The model may be on the meta device, with its weights on disk; `weights` are the model's weights by name, from which
     a digest is computed. `partial` is as in `prepare`. Raises `PermpruneError`.
     """
+    if config.effort is not None:
+        log.info("effort %s: %s on %d windows", config.effort, label_of(config.permute), config.samples)
     pattern, metric = parse_pattern(config.pattern), saliency(config.saliency)
     layers = prunable_layers(model, pattern, config.exclude)
     device = compute_device(model)

@@ -63,12 +63,13 @@ class PrunedLayer:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One round of the search (see `CurvePoint`)."""
+    """One round of the search, or of training between its rounds (see `CurvePoint`)."""
 
     round: Count
     loss: Value
     kept: bool
     seconds: Seconds
+    stage: str = "search"
 
 
 @dataclasses.dataclass(frozen=True)

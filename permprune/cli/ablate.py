@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from permprune.cli import common as cli
 from permprune.config import PruneConfig
 
 
-@cli.command
+@partial(cli.command, without=("effort",))
 def ablate(
     model: cli.Model,
     config: PruneConfig,

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from permprune.config import PruneConfig
+from permprune.config import UNSET, PruneConfig
 from permprune.errors import PermpruneError
 from permprune.system.interrupts import interruptible
 from permprune.system.progress import console, log
@@ -78,7 +78,10 @@ METHODS = (
     "such as newton:rounds=6"
 )
 
-Permute = Annotated[str, typer.Option(help=f"search for the channel order: {METHODS}")]
+Permute = Annotated[
+    str | None,
+    typer.Option(help=f"search for the channel order: {METHODS}", show_default="newton, or that of --effort"),
+]
 Preset = Annotated[
     str | None,
     typer.Option(help="paper: the published parameters of the learned permuter", show_default="permprune's own"),
@@ -109,6 +112,14 @@ def main(
 
 
 def prune_config(
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            help="how much work: seconds (ria), minutes (6 rounds of newton) or hour (32 rounds, then also training); "
+            "sets --permute and --samples unless they are given",
+            show_default="newton with its 16 rounds",
+        ),
+    ] = None,
     pattern: Annotated[
         str,
         typer.Option(help="N:M keeps N of every M consecutive weights; mixed: a pattern for each layer", metavar="N:M"),
@@ -134,8 +145,12 @@ def prune_config(
         ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(help="windows of text to calibrate on; 32 sentences or 8 images count as one")
-    ] = PruneConfig.samples,
+        int | None,
+        typer.Option(
+            help="windows of text to calibrate on; 32 sentences or 8 images count as one",
+            show_default="192, or those of --effort",
+        ),
+    ] = None,
     length: Length = PruneConfig.length,
     seed: Annotated[int, typer.Option(help="random seed: the same one gives the same permutations")] = PruneConfig.seed,
     precision: Annotated[
@@ -168,12 +183,13 @@ def prune_config(
 ) -> PruneConfig:
     """The options of every command that prunes."""
     return PruneConfig(
+        effort=effort,
         pattern=pattern,
         saliency=saliency,
         mode=mode,
         update=update,
         calibration=calibration or None,
-        samples=samples,
+        samples=UNSET if samples is None else samples,
         length=length,
         seed=seed,
         precision=precision,
@@ -276,10 +292,12 @@ def parse_bytes(text: str | None) -> int | None:
     return size
 
 
-def method_of(permute: str, preset: str | None) -> str:
-    """Return the name of a permuter with its preset, such as "learned-paper:steps=10"."""
-    name, *options = permute.split(":")
-    return ":".join([name if preset is None else f"{name}-{preset}", *options])
+def with_method(config: PruneConfig, permute: str | None, preset: str | None) -> PruneConfig:
+    """Return the config with this permuter, if one is given; with a preset, the name is as "learned-paper:steps=10"."""
+    if preset is not None:
+        name, *options = (permute or str(config.permute)).split(":")
+        permute = ":".join([f"{name}-{preset}", *options])
+    return config if permute is None else config.replace(permute=permute)
 
 
 def parts(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from permprune.cli import common as cli
 from permprune.config import PruneConfig
 
 
-@cli.command
+@partial(cli.command, without=("effort",))
 def compare(
     model: cli.Model,
     config: PruneConfig,

@@ -14,7 +14,7 @@ from permprune.config import PruneConfig
 def plan(
     model: cli.Model,
     config: PruneConfig,
-    permute: cli.Permute = "newton",
+    permute: cli.Permute = None,
     preset: cli.Preset = None,
     windows: cli.Windows = 24,
     gpu: Annotated[
@@ -30,7 +30,7 @@ def plan(
 
     from permprune.jobs.fitting import forecast
 
-    found = forecast(model, config.replace(permute=cli.method_of(permute, preset)), windows=windows, gpu=gpu)
+    found = forecast(model, cli.with_method(config, permute, preset), windows=windows, gpu=gpu)
     cli.write_figures(json, found.to_json())
     show_forecast(model, found.to_json())
 

@@ -19,7 +19,7 @@ def prune(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     config: PruneConfig,
-    permute: cli.Permute = "newton",
+    permute: cli.Permute = None,
     preset: cli.Preset = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
@@ -43,7 +43,7 @@ def prune(
     from permprune.jobs.prune import prune_to_folder
     from permprune.jobs.trials import Evaluation
 
-    config = config.replace(permute=cli.method_of(permute, preset))
+    config = cli.with_method(config, permute, preset)
     if dry_run:
         show_forecast(model, forecast(model, config, windows=windows).to_json())
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -30,12 +30,16 @@ ORDER, WEIGHT = "order/", "weight/"
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One round of a search: its held-out loss, whether the round was kept, and the seconds since the search began."""
+    """One round of a search: its held-out loss, whether the round was kept, and the seconds since the search began.
+
+    `stage` is "search", or "training" for training between the rounds.
+    """
 
     round: int
     loss: float
     kept: bool
     seconds: float
+    stage: str = "search"
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class Permuter(ABC):
         solution = self.search(network, run)
         tensors = {ORDER + name: order for name, order in solution.orders.items()}
         tensors |= {WEIGHT + name: weight for name, weight in solution.weights.items()}
-        curve = [[p.round, p.loss, p.kept, p.seconds] for p in solution.curve]
+        curve = [astuple(point) for point in solution.curve]
         values = {"limits": self.limits(run), "seconds": solution.seconds, "curve": curve}
         if not solution.stopped:
             self.checkpoint(run).save(f"{self.name}.found", tensors, values)

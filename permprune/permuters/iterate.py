@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -66,9 +66,9 @@ class Search(ABC):
         """Return the loss of the network with its current weights on the held-out examples."""
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
 
-    def record(self, loss: float, kept: bool) -> None:
+    def record(self, loss: float, kept: bool, stage: str = "search") -> None:
         """Add a point to the curve."""
-        self.curve.append(CurvePoint(self.done, loss, kept, self.seconds))
+        self.curve.append(CurvePoint(self.done, loss, kept, self.seconds, stage))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Iterative(Permuter):
 
 
 def _state(search: Search) -> dict[str, Any]:
-    curve = [[p.round, p.loss, p.kept, p.seconds] for p in search.curve]
+    curve = [astuple(point) for point in search.curve]
     values = {"done": search.done, "best": search.best, "seconds": search.seconds, "curve": curve}
     return {**values, "own": search.values()}
 

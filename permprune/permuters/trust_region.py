@@ -263,7 +263,7 @@ class TrustRegionSearch(Search):
         else:
             network.set_weights(before)
             self.rate /= 2
-        self.record(loss, kept)
+        self.record(loss, kept, "training")
         result = "kept" if kept else "rejected"
         log.info("%s: held-out loss %.4f after %d steps of training, %s", method.name, loss, method.tune, result)
         return kept

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -38,6 +39,7 @@ def render(record: Mapping[str, Any]) -> str:
         trained=_then_trained(record),
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
         table=measured_rows(record),
+        stages=_stages(record["curve"]),
         dense=dense_sentence(record.get("dense")),
         pictures=_pictures(record),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
@@ -106,6 +108,25 @@ def measured_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(("kept saliency, mean", "100 %", kept[0], kept[1]))
         rows.append(("output error, mean", "0 %", error[0], error[1]))
     return rows
+
+
+def _stages(curve: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Return the rows of the table of what each stage of a search brought: name; rounds; rounds kept; held-out loss.
+
+    The first row has the loss of the orders that the search started from, and the others how far each stage lowered it.
+    """
+    if not curve:
+        return []
+    best = curve[0]["loss"]
+    gains: dict[str, list[float]] = {}
+    for point in curve[1:]:
+        gains.setdefault(point.get("stage", "search"), []).append(best - point["loss"] if point["kept"] else 0.0)
+        best = point["loss"] if point["kept"] else best
+    rows = [
+        (name, str(len(own)), str(sum(map(bool, own))), f"\N{MINUS SIGN}{math.fsum(own):.3f}")
+        for name, own in gains.items()
+    ]
+    return [("start", "", "", f"{curve[0]['loss']:.3f}"), *rows, ("end", "", "", f"{best:.3f}")]
 
 
 def _pictures(record: Mapping[str, Any]) -> list[Shown]:
