@@ -129,7 +129,9 @@ class TrustRegion(Iterative):
         if self.tune:
             trained = Held("trained weights", 8 * outline.weights)  # the best so far, and those in training
             adam = Held("Adam's moments", 8 * outline.weights)
-            training = passes.gradient_work(max(1, examples // 2)) * self.tune
+            batch, trained_rounds = max(1, examples // 2), max(0, self.rounds - self.wait)
+            step = passes.gradient_work(batch) + passes.loss_work(batch)  # of the dense model, for the divergence
+            training = step * (self.tune * trained_rounds / self.rounds)
             rounds.append(stage("training", trained, adam, *backward, work=training))
         return [*start, *rounds]
 

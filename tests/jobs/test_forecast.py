@@ -106,6 +106,16 @@ def test_models_of_every_kind_are_forecast(fixture: str, request: pytest.Fixture
     assert bytes_of(found, "calibrate")["activations"] > 0
 
 
+def test_rounds_before_training_are_not_counted_as_training(config_folder: Path) -> None:
+    def training(method: str) -> float:
+        found = permprune.forecast(str(config_folder), SETTINGS.replace(permute=method), gpu="h100")
+        return found.seconds["newton: training"] or 0.0
+
+    every = training("newton:rounds=4:tune=2")
+    assert 0 < training("newton:rounds=4:tune=2:wait=3") == pytest.approx(every / 4)
+    assert training("newton:rounds=4:tune=2:wait=9") == 0
+
+
 def test_only_the_config_is_read(config_folder: Path) -> None:
     found = permprune.forecast(str(config_folder), SETTINGS, gpu="h100")
     assert found.assumed == ("2 of the 5 blocks in model.layers were traced: the others equal one of them in shape",)
