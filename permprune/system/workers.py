@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from multiprocessing.context import BaseContext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 
-def worker_context(module: str) -> BaseContext:
+def worker_context(module: str) -> ForkServerContext | SpawnContext:
     """Return the context in which to start worker processes: they share no state with this process.
 
     Where the system can, they are forked from a process that has imported `module`, which defines what workers run: its
