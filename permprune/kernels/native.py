@@ -215,32 +215,38 @@ def _running(library: ctypes.CDLL) -> list[tuple[int, str]]:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """Load the library; returns None, with a warning, if it is missing or does not load."""
+    """Load the library; returns None, with a warning, if it is missing, does not load, or is older than this module."""
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        _declare(library)
+    except (OSError, AttributeError) as error:  # AttributeError: a function is missing
         warnings.warn(
-            f"permprune's native kernels do not load ({error}): packed weights are multiplied by PyTorch, slowly",
+            f"permprune's native kernels do not load ({error}): PyTorch takes their place, slowly; install permprune "
+            "again, or run hatch_build.py in a checkout",
             stacklevel=4,
         )
         return None
-    library.permprune_kernels.argtypes = [ctypes.c_int32]
-    library.permprune_kernels.restype = ctypes.c_char_p
-    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    weights = ctypes.POINTER(Weights)
-    library.permprune_multiply.argtypes = [weights, pointer, number, count, pointer, number, number]
-    library.permprune_multiply.restype = ctypes.c_int32
-    library.permprune_unpack.argtypes = [weights, count, count, pointer, number, number, number]
-    library.permprune_unpack.restype = ctypes.c_int32
-    library.permprune_check.argtypes = [weights, number, number]
-    library.permprune_check.restype = ctypes.c_int64
-    for name, threads in (("mask", 1), ("keep", 1), ("prune", 1), ("place", 0), ("attend", 1), ("unpack_states", 1)):
-        function = getattr(library, f"permprune_{name}")
-        function.argtypes, function.restype = [pointer, number, *[number] * threads], ctypes.c_int32
-    library.permprune_use_threads_of.argtypes = [pointer]
-    library.permprune_use_threads_of.restype = None
     library.permprune_use_threads_of(_parallel_region())
     return library
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Declare the types of the library's functions. Raises `AttributeError` if it lacks one."""
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    weights = ctypes.POINTER(Weights)
+    library.permprune_kernels.argtypes = [number]
+    library.permprune_kernels.restype = ctypes.c_char_p
+    library.permprune_multiply.argtypes = [weights, pointer, number, count, pointer, number, number]
+    library.permprune_multiply.restype = number
+    library.permprune_unpack.argtypes = [weights, count, count, pointer, number, number, number]
+    library.permprune_unpack.restype = number
+    library.permprune_check.argtypes = [weights, number, number]
+    library.permprune_check.restype = count
+    for name in ("mask", "keep", "prune", "place", "attend", "unpack_states"):
+        function = getattr(library, f"permprune_{name}")
+        function.argtypes, function.restype = [pointer, number, *[number] * (name != "place")], number
+    library.permprune_use_threads_of.argtypes = [pointer]
+    library.permprune_use_threads_of.restype = None
 
 
 def _parallel_region() -> ctypes.c_void_p | None:

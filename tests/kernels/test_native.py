@@ -40,6 +40,13 @@ def test_without_the_library_one_warning_and_the_same_result(
     assert native.names() == []
 
 
+def test_a_library_that_lacks_functions_is_not_used(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the library were older than the Python code."""
+    monkeypatch.setattr(native, "LIBRARY", Path(torch._C.__file__))
+    with pytest.warns(UserWarning, match="permprune_kernels.*install permprune again"):
+        assert not native.available()
+
+
 def test_kernels_can_be_chosen_by_the_environment(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = packed(8, 64), torch.randn(3, 64)
     for name in [*native.names(), "torch"]:
