@@ -132,46 +132,23 @@ static void read_pairs(const struct weights *weights, const uint16_t *x, int64_t
     memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
 }
 
-/* Rounds a block to integers from -127 to 127 and returns its scale, which is NaN for a block with NaN or infinity. */
-static float quantize_block(const float *from, int8_t *to, int32_t *shift)
-{
-    uint32_t largest = 0;
-    for (int c = 0; c < BLOCK; c++) {
-        uint32_t magnitude = to_bits(from[c]) & 0x7fffffff;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    float limit = from_bits(largest);
-    int finite = largest < 0x7f800000;
-    float inverse = finite && limit > 1e-30f ? 127.0f / limit : 0.0f;
-    int32_t sum = 0;
-    for (int c = 0; c < BLOCK; c++) { /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
-        float value = finite ? from[c] * inverse : 0.0f;
-        to[c] = (int8_t)to_bits(value + 12582912.0f);
-        sum += to[c];
-    }
-    *shift = -128 * sum;
-    return finite ? limit / 127.0f : from_bits(0x7fc00000);
-}
-
 /* Writes row `row` of the activations, of type `number`, to `staged`. `line` has room for a row of floats. */
-static void stage_row(const struct weights *weights, const void *x, int64_t row, int32_t number, int pairs,
-                      const struct staged *staged, void *line)
+static void stage_row(const struct kernels *kernels, const struct weights *weights, const void *x, int64_t row,
+                      int32_t number, int pairs, const struct staged *staged, void *line)
 {
     int64_t first = row / TILE_BATCH * TILE_BATCH, left = staged->batch - first;
-    int64_t height = left < TILE_BATCH ? left : TILE_BATCH;
-    size_t size = pairs ? 2 : weights->number == I8 ? 1 : 4;
+    int64_t height = left < TILE_BATCH ? left : TILE_BATCH, place = first * weights->count + (row - first);
+    size_t size = (pairs ? 2 : 4) * BLOCK;
     if (pairs)
         read_pairs(weights, x, row, line);
     else
         read_floats(weights, x, row, number, line);
-    for (int64_t n = 0; n < weights->count; n++) {
-        int64_t place = first * weights->count + n * height + (row - first);
-        char *to = (char *)staged->values + (size_t)(place * BLOCK) * size;
-        if (size == 1)
-            staged->scale[place] = quantize_block((float *)line + n * BLOCK, (int8_t *)to, staged->shift + place);
-        else
-            memcpy(to, (char *)line + (size_t)(n * BLOCK) * size, BLOCK * size);
+    if (weights->number == I8) {
+        kernels->stage_i8(line, weights->count, staged, place, height);
+        return;
     }
+    for (int64_t n = 0; n < weights->count; n++)
+        memcpy((char *)staged->values + (size_t)(place + n * height) * size, (char *)line + (size_t)n * size, size);
 }
 
 static int order_is_bad(const struct weights *weights)
@@ -220,7 +197,7 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     float *scale = (float *)(memory + line + values);
     struct staged staged = {memory + line, scale, (int32_t *)(scale + places), batch};
     for (int64_t row = 0; row < batch; row++)
-        stage_row(weights, activations, row, number, pairs, &staged, memory);
+        stage_row(kernels, weights, activations, row, number, pairs, &staged, memory);
     struct job job = {weights, &staged, output, number};
     struct product product = {&job, choose_kernel(kernels, weights->number, pairs, dense)};
     deal_rows(&product, multiply_piece, weights->rows, threads);

@@ -1,4 +1,5 @@
-/* The kernels of int8, `product_i8`, `unpack_i8` and `dense_i8`, and ALL_KERNELS, once family.h has made those of floats.
+/* The kernels of int8, `stage_i8`, `product_i8`, `unpack_i8` and `dense_i8`, and ALL_KERNELS, once family.h has made those
+ * of floats.
  *
  * Expects the types VECTOR (BLOCK int8, and nothing else) and SUM (float lanes); LOAD(const int8_t *), a VECTOR;
  * EXPAND_BLOCK(const int8_t *, uint64_t bits), the next values put where `bits` has ones and zeros between;
@@ -27,6 +28,35 @@
 #define FACTORS VECTOR
 #define READ(block, kind, end, room) ((void)(end), (void)(room), FACTOR(LOAD((const int8_t *)(block))))
 #include "product_i8.h"
+
+/* Rounds a block to integers from -127 to 127 and returns its scale, which is NaN for a block with NaN or infinity. */
+static float quantize_block(const float *from, int8_t *to, int32_t *shift)
+{
+    uint32_t largest = 0;
+    for (int c = 0; c < BLOCK; c++) {
+        uint32_t magnitude = to_bits(from[c]) & 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    float limit = from_bits(largest);
+    int finite = largest < 0x7f800000;
+    float inverse = finite && limit > 1e-30f ? 127.0f / limit : 0.0f;
+    int32_t sum = 0;
+    for (int c = 0; c < BLOCK; c++) { /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
+        float value = finite ? from[c] * inverse : 0.0f;
+        to[c] = (int8_t)to_bits(value + 12582912.0f);
+        sum += to[c];
+    }
+    *shift = -128 * sum;
+    return finite ? limit / 127.0f : from_bits(0x7fc00000);
+}
+
+/* Rounds a row of floats: block n becomes number `place` + n x `apart` of the staged ones. */
+static void stage_i8(const float *line, int64_t count, const struct staged *staged, int64_t place, int64_t apart)
+{
+    int8_t *values = staged->values;
+    for (int64_t n = 0; n < count; n++, line += BLOCK, place += apart)
+        staged->scale[place] = quantize_block(line, values + place * BLOCK, staged->shift + place);
+}
 
 static void product_i8(const struct job *job, int64_t first, int64_t last)
 {
@@ -61,6 +91,7 @@ static void unpack_i8(const struct job *job, int64_t first, int64_t last)
 }
 
 #define ALL_KERNELS                                                                                                   \
+    .stage_i8 = stage_i8,                                                                                              \
     .products = {[F32] = product_f32, [BF16] = product_bf16, [F16] = product_f16, [I8] = product_i8},                  \
     .dense = {[F32] = dense_f32, [BF16] = dense_bf16, [F16] = dense_f16, [I8] = dense_i8},                             \
     .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8}

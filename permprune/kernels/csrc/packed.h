@@ -86,13 +86,15 @@ typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
 struct search_kernels; /* search.h */
 struct cache_kernels;  /* cache.h */
 
-/* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the weight with its zeros, (rows, width). `pairs`
- * multiplies bf16 by bf16 if there is such an instruction, else it is NULL. */
+/* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for PLAIN weights; and
+ * `unpack`, which writes the weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an
+ * instruction, else it is NULL. `stage_i8` rounds a row of activations for int8 weights (family_i8.h). */
 struct kernels {
     const char *name;
     const struct search_kernels *search;
     const struct cache_kernels *cache;
     int (*runs_here)(void);
+    void (*stage_i8)(const float *line, int64_t count, const struct staged *staged, int64_t place, int64_t apart);
     rows_kernel *products[NUMBERS];
     rows_kernel *dense[NUMBERS];
     rows_kernel *unpack[NUMBERS];
