@@ -69,6 +69,16 @@ class Placement(ctypes.Structure):
     )
 
 
+class Applying(ctypes.Structure):
+    """`struct applying` of search.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "bits", "masked")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "row_stride")),
+        ("number", ctypes.c_int32),
+    )
+
+
 def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -> None:
     """Compute the mask of some columns of a weight, in place: of every m consecutive entries of `columns`, n are kept.
 
@@ -102,6 +112,19 @@ def unpack_mask(bits: Tensor, channels: int) -> Tensor:
         return torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=channels).view(bool))
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return (bits[..., None] >> shifts & 1).bool().flatten(1)[:, :channels]
+
+
+def apply_mask(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the weight with zeros where the mask of `pack_mask` has none: a new tensor (rows, channels) of `dtype`."""
+    rows, width = weight.shape
+    adjacent = width == 1 or weight.stride(1) == 1
+    if not (adjacent and dtype in (torch.float32, torch.bfloat16) and _runs_native(LARGEST_M, weight)):
+        return (weight * unpack_mask(bits, width)).to(dtype)
+    bits, masked = bits.contiguous(), torch.empty(rows, width, dtype=dtype)
+    pointers = [part.data_ptr() for part in (weight, bits, masked)]
+    applying = Applying(*pointers, rows, width, weight.stride(0), native.NUMBERS[dtype])
+    _require_done(native.run("apply", applying, masked.numel()))
+    return masked
 
 
 def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, pattern: Pattern) -> float:

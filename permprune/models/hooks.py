@@ -73,15 +73,16 @@ def replaced_while_running(
 
 
 class _InPlaceOf(torch.autograd.Function):
-    """Returns its second argument; the gradient goes to the first."""
+    """Returns its second argument; the gradient goes to the first, in that one's type."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, tensor: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+        return gradients[0].to(ctx.dtype), None
 
 
 def _before(layer: Layer, call: Before, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

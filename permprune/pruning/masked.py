@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
-from permprune.kernels.search import kept_sum, pack_mask, unpack_mask, write_mask
+from permprune.kernels.search import apply_mask, kept_sum, pack_mask, unpack_mask, write_mask
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
 from permprune.pattern import Pattern
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency, Scale
 from permprune.system import distributed
+from permprune.system.device import autocast_dtype
 from permprune.system.progress import track
 from permprune.system.resources import Held
 
@@ -271,10 +272,12 @@ class MaskedLayers:
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
 
-    def _shown(self, name: str) -> Tensor:
+    def _shown(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a weight that is shown, (rows, channels), in `dtype`, by default the type of the dense weight."""
+        dtype = dtype or self.dense[name].dtype
         if name in self.updated:
-            return self.updated[name].to(self.dense[name].dtype)
-        return self.weights[name] * self.masks[name]
+            return self.updated[name].to(dtype)
+        return apply_mask(self.weights[name], self._bits[name], dtype)
 
     def _attach(self) -> None:
         """Let the modules of the layers run with the weights that are shown."""
@@ -296,7 +299,7 @@ class MaskedLayers:
         """Return the parameter of these layers with the weights that are shown."""
         (first, *others) = layers
         if first.expert is None and not others:
-            weight = self.shown[first.name]
+            weight = self._shown(first.name, autocast_dtype(stored.device))  # as the product would convert it
             return weight.T if first.transposed else weight
         whole = stored.detach().clone()
         for layer in layers:

@@ -181,3 +181,22 @@ def test_columns_that_do_not_exist_are_refused(wrong: int) -> None:
 def test_columns_that_are_no_whole_groups_are_refused() -> None:
     with pytest.raises(PermpruneError, match="which 4 does not divide"):
         search.write_mask(torch.zeros(2, 8, dtype=torch.bool), torch.rand(2, 8), torch.arange(6), Pattern(2, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 7, 16, 24, 41, 200])
+def test_masked_weights_are_products_with_the_mask(kernel: str, dtype: torch.dtype, width: int) -> None:
+    weight, mask = torch.randn(9, 2 * width), torch.rand(9, width) < 0.5
+    bits = search.pack_mask(mask)
+    for own in (weight[:, :width], weight[:, ::2], weight[:, width:].double()):
+        assert torch.equal(search.apply_mask(own, bits, dtype), (own * mask).to(dtype))
+
+
+def test_masked_weights_of_bf16_are_rounded_as_pytorch_does(kernel: str) -> None:
+    bits = torch.randint(-(2**31), 2**31, (64, 1024), dtype=torch.int32)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38, 1e-45, 0.0, 1.00390625])
+    weight = torch.cat([bits.view(torch.float32), special.repeat(64, 1)], 1)
+    every = search.pack_mask(torch.ones(weight.shape, dtype=torch.bool))
+    found, expected = search.apply_mask(weight, every, torch.bfloat16), weight.bfloat16()
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num().view(torch.int16), expected.nan_to_num().view(torch.int16))

@@ -251,3 +251,20 @@ def test_examples_move_to_the_device_a_batch_at_a_time(
     prepared.network.gradients(prepared.run.train, every)
     prepared.network.loss(prepared.run.held_out, every)
     assert max(moved) <= 2
+
+
+def test_gradients_in_bf16_are_those_of_fp32_weights_that_autocast_converts(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PruneConfig(precision="bf16", measured=4, held_out=2)
+    network = prepare(tiny_llama, None, config, examples=WINDOWS).network
+    seen: set[torch.dtype] = set()
+    first = network.layers["model.layers.0.mlp.up_proj"].module
+    first.register_forward_hook(lambda module, inputs, output: seen.add(module.weight.dtype), prepend=True)
+    found = network.gradients(WINDOWS[:6], Objective())
+    monkeypatch.setattr("permprune.pruning.masked.autocast_dtype", lambda device: None)
+    expected = network.gradients(WINDOWS[:6], Objective())
+    assert seen == {torch.bfloat16, torch.float32}
+    assert found.loss == expected.loss
+    assert {gradient.dtype for gradient in found.weight.values()} == {torch.float32}
+    assert all(torch.equal(found.weight[name], expected.weight[name]) for name in found.weight)

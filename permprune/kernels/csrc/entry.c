@@ -331,6 +331,15 @@ EXPORT int32_t permprune_place(const struct placement *placement, int32_t index)
     return all_kernels[index]->search->place(placement) ? DONE : NO_MEMORY;
 }
 
+/* Write a weight with zeros where a mask has none. Returns a `status`. */
+EXPORT int32_t permprune_apply(const struct applying *applying, int32_t index, int32_t threads)
+{
+    if (!runs(index))
+        return NO_KERNEL;
+    deal_rows(applying, all_kernels[index]->search->apply, applying->rows, threads);
+    return DONE;
+}
+
 /* ---- the pruned cache ---- */
 
 static int states_are_bad(const struct states *states)

@@ -55,11 +55,22 @@ struct placement {
     int32_t n, m;
 };
 
+/* A weight with zeros where a mask has none. The same members, in the same order, as `Applying` in search.py. */
+struct applying {
+    const float *weight; /* (rows, width) */
+    const uint8_t *bits; /* (rows, (width + 7) / 8), channel 0 in the highest bit of a byte: 1 where a weight is kept */
+    void *masked;        /* (rows, width), F32 or BF16 */
+    int64_t rows, width;
+    int64_t row_stride; /* of the weight, in numbers; those of a row are side by side */
+    int32_t number;     /* of `masked` */
+};
+
 struct search_kernels {
     void (*mask)(const void *masking, int64_t first, int64_t last); /* of these rows */
     void (*keep)(const void *keeping, int64_t first, int64_t last);
     void (*prune)(const void *pruning, int64_t first, int64_t last); /* of these groups */
     int (*place)(const struct placement *placement);                /* 0 when there is no memory */
+    void (*apply)(const void *applying, int64_t first, int64_t last); /* of these rows */
 };
 
 extern const struct search_kernels avx512_search, avx2_search, portable_search;

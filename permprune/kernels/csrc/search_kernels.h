@@ -234,5 +234,49 @@ static int PASTE(NAME, _place)(const struct placement *job)
     return 1;
 }
 
+/* -1 in the lanes of channels that are kept: those of the bits of one byte or two. */
+static ALWAYS_INLINE counts kept_lanes(const uint8_t *bits, int lanes)
+{
+    const counts bit = {1 << 15, 1 << 14, 1 << 13, 1 << 12, 1 << 11, 1 << 10, 1 << 9, 1 << 8,
+                        1 << 7,  1 << 6,  1 << 5,  1 << 4,  1 << 3,  1 << 2,  1 << 1, 1};
+    const int32_t both = bits[0] << 8 | (lanes > 8 ? bits[1] : 0);
+    return (((counts){0} + both) & bit) != 0;
+}
+
+/* As f32_to_bf16, in the lower halves of the lanes. */
+static ALWAYS_INLINE counts round_to_bf16(counts bits)
+{
+    const counts rounded = bits + 0x7fff + (bits >> 16 & 1), nan = (bits & 0x7fffffff) > 0x7f800000;
+    return ((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16;
+}
+
+static ALWAYS_INLINE void apply_row(const struct applying *job, int64_t row, const int32_t number)
+{
+    typedef uint16_t halves __attribute__((vector_size(SIDE * sizeof(uint16_t))));
+    const float *weight = job->weight + row * job->row_stride;
+    const uint8_t *bits = job->bits + row * ((job->width + 7) / 8);
+    for (int64_t channel = 0; channel < job->width; channel += SIDE, bits += SIDE / 8) {
+        const int lanes = job->width - channel < SIDE ? (int)(job->width - channel) : SIDE;
+        const int64_t at = row * job->width + channel;
+        const counts kept = (counts)load_some(weight + channel, lanes) & kept_lanes(bits, lanes);
+        if (number == F32) {
+            memcpy((float *)job->masked + at, &kept, (size_t)lanes * sizeof(float));
+        } else {
+            const halves rounded = __builtin_convertvector(round_to_bf16(kept), halves);
+            memcpy((uint16_t *)job->masked + at, &rounded, (size_t)lanes * sizeof(uint16_t));
+        }
+    }
+}
+
+static void PASTE(NAME, _apply)(const void *applying, int64_t first, int64_t last)
+{
+    const struct applying *job = applying;
+    for (int64_t row = first; row < last; row++)
+        if (job->number == F32)
+            apply_row(job, row, F32);
+        else
+            apply_row(job, row, BF16);
+}
+
 const struct search_kernels PASTE(NAME, _search) = {PASTE(NAME, _mask), PASTE(NAME, _keep), PASTE(NAME, _prune),
-                                                   PASTE(NAME, _place)};
+                                                   PASTE(NAME, _place), PASTE(NAME, _apply)};
