@@ -164,6 +164,18 @@ static ALWAYS_INLINE void read_group(const struct placement *job, int64_t group,
     of[3] = (scores)rival;
 }
 
+/* The sum of the lanes in double precision, in halves, quarters and so on. */
+static ALWAYS_INLINE double total_of(scores sums)
+{
+    typedef float half __attribute__((vector_size(SIDE / 2 * sizeof(float))));
+    typedef double doubles __attribute__((vector_size(SIDE / 2 * sizeof(double))));
+    half part[2];
+    memcpy(part, &sums, sizeof part);
+    const doubles eight = __builtin_convertvector(part[0], doubles) + __builtin_convertvector(part[1], doubles);
+    const double four[4] = {eight[0] + eight[4], eight[1] + eight[5], eight[2] + eight[6], eight[3] + eight[7]};
+    return four[0] + four[2] + (four[1] + four[3]);
+}
+
 /* Adds, for some rows, rival[g] - own[c] wherever score[c] > threshold[g]: cost (count, count). */
 static ALWAYS_INLINE void place_tile(const float *score, const float *own, const float *threshold, const float *rival,
                                      int64_t rows, const int height, double *cost)
@@ -178,17 +190,13 @@ static ALWAYS_INLINE void place_tile(const float *score, const float *own, const
             sums[c] += (scores)(gain & (load_side(score + c * rows + row) > limit));
         }
     }
-    for (int c = 0; c < height; c++) {
-        double total = 0;
-        for (int l = 0; l < SIDE; l++)
-            total += (double)sums[c][l];
-        cost[c] += total;
-    }
+    for (int c = 0; c < height; c++)
+        cost[c] += total_of(sums[c]);
 }
 
 static int PASTE(NAME, _place)(const struct placement *job)
 {
-    enum { CACHE = 1 << 16 }; /* numbers of the four matrices that stay in a core's cache */
+    enum { CACHE = 1 << 17 }; /* numbers of the four matrices that stay in a core's cache: half a megabyte */
     const int64_t count = job->count, fit = CACHE / (4 * count) / SIDE * SIDE, block = fit < SIDE ? SIDE : fit;
     double *found = malloc((size_t)(count * count) * sizeof *found); /* (group, channel), a tile's costs side by side */
     float *memory = aligned_alloc(64, (size_t)(4 * count * block) * sizeof *memory);
