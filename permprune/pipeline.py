@@ -35,6 +35,7 @@ from permprune.models.forward import frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.layers import Layer, dense_weights
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
+from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
 from permprune.permuters.base import Callback, Solution
@@ -190,6 +191,7 @@ def prepare(
     layers, sites, dtype = plan.layers, plan.sites, plan.dtype
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
+    held = NarrowWeights(model, layers, origin_of(model).dtype)
     statistics = calibrate(
         model,
         layers,
@@ -200,6 +202,7 @@ def prepare(
         batch=batch,
         memory=config.memory,
         recompute=recompute,
+        half=bool(held.types),
         seed=config.seed,
     )
     patterns = dict.fromkeys(sites, plan.pattern)
@@ -217,6 +220,7 @@ def prepare(
         dtype=dtype,
         batch=batch,
         recompute=recompute,
+        held=held,
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 

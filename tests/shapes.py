@@ -14,6 +14,7 @@ MODULES = [
     "permprune.matching.pairs",
     "permprune.matching.sinkhorn",
     "permprune.matching.relaxation",
+    "permprune.calibration.symmetric",
     "permprune.calibration.moments",
     "permprune.calibration.fisher",
     "permprune.saliency.base",

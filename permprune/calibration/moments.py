@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from permprune.calibration.symmetric import Symmetric, Symmetrics, stored_elements
 from permprune.errors import PermpruneError
 from permprune.models.activation_checkpointing import recomputing
 from permprune.models.experts import Routed
@@ -58,19 +59,19 @@ def inverse_factor(moments: Float[Tensor, "channels channels"], damping: float) 
 class InputMoments:
     """Accumulates the second moments of layer inputs.
 
-    `readers` maps each site, the name of a tensor that layers read, to one of the layers that read it. Products are
-    computed in fp32, whatever the type of the activations, and accumulated in fp64: in bf16, rounding would give H
-    negative eigenvalues, which a search would exploit. With `whole`, the experts among the readers run on all tokens of
-    their layer and not on those routed to them.
+    `readers` maps each site, the name of a tensor that layers read, to one of the layers that read it. Products and
+    sums are computed in fp32, whatever the type of the activations: in bf16, rounding would give H negative
+    eigenvalues, which a search would exploit. Only one triangle of each sum is in memory. With `half` the results are
+    stored as correlations in fp16. With `whole`, the experts among the readers run on all tokens of their layer and not
+    on those routed to them.
     """
 
-    def __init__(self, readers: dict[str, Layer], whole: bool = False) -> None:
-        self.readers, self.whole = readers, whole
+    def __init__(self, readers: dict[str, Layer], *, half: bool = False, whole: bool = False) -> None:
+        self.readers, self.half, self.whole = readers, half, whole
         self.sites = {layer.name: site for site, layer in readers.items()}
         self.experts = {(layer.owner, layer.expert) for layer in readers.values() if layer.expert is not None}
         self.sums = {
-            site: layer.weight.new_zeros(2 * layer.weight.shape[1:], dtype=torch.float64)
-            for site, layer in readers.items()
+            site: Symmetric.zeros(layer.weight.shape[1], layer.weight.device) for site, layer in readers.items()
         }
         self.counts = dict.fromkeys(readers, 0)
 
@@ -82,7 +83,7 @@ class InputMoments:
             if recomputing():
                 return
             x, site = padding.real(inputs, routed, layer.owner), self.sites[layer.name]
-            self.sums[site] += inner_product(x).to(self.sums[site])
+            self.sums[site].add_products(x.detach().flatten(0, -2).float())
             self.counts[site] += x.shape[:-1].numel()
 
         def runs_whole(experts: nn.Module, index: int, _tokens: int) -> bool:
@@ -91,25 +92,21 @@ class InputMoments:
         with hooked(self.readers.values(), before=add, whole=runs_whole):
             yield
 
-    def result(self) -> dict[str, Tensor]:
+    def result(self) -> Symmetrics:
         """Return H = X^T X / tokens over all ranks, by site, fp32 (channels, channels).
 
         Left out are the sites of experts that read fewer than `FEWEST` tokens, unless they ran on all. The sums are
         freed, so this can be called only once. Raises `PermpruneError` if activations overflowed.
         """
-        distributed.add_(list(self.sums.values()))
+        distributed.add_([strip for total in self.sums.values() for strip in total.strips])
         counts = distributed.total(*self.counts.values())
         moments = {}
         for (site, layer), count in zip(self.readers.items(), counts, strict=True):
             total = self.sums.pop(site)
             if layer.expert is not None and count < FEWEST and not self.whole:
                 continue
-            moments[site] = (total / count).float()
-            if not torch.isfinite(moments[site]).all():
-                raise PermpruneError(
-                    f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
-                )
-        return moments
+            moments[site] = _mean(total, count, site, half=self.half)
+        return Symmetrics(moments)
 
 
 def warn_of_rare(rare: Collection[object], layers: Iterable[Layer]) -> None:
@@ -124,17 +121,27 @@ def warn_of_rare(rare: Collection[object], layers: Iterable[Layer]) -> None:
 
 
 def accumulator_bytes(widths: Iterable[int]) -> int:
-    """Return the bytes of the sums of `InputMoments`, fp64, for tensors of these numbers of channels."""
-    return 8 * sum(width**2 for width in widths)
+    """Return the bytes of the sums of `InputMoments` for tensors of these numbers of channels."""
+    return 4 * sum(map(stored_elements, widths))
 
 
-def moments_bytes(widths: Iterable[int]) -> int:
-    """Return the bytes of second moments, fp32, of tensors of these numbers of channels."""
-    return 4 * sum(width**2 for width in widths)
+def moments_bytes(widths: Iterable[int], *, half: bool) -> int:
+    """Return the bytes of the results of `InputMoments` for tensors of these numbers of channels."""
+    widths = list(widths)
+    return 2 * sum(map(stored_elements, widths)) + 4 * sum(widths) if half else accumulator_bytes(widths)
 
 
-def inner_product(x: Float[Tensor, "*positions channels"]) -> Float[Tensor, "channels channels"]:
-    """Return X^T X of activations (..., channels) of any type, computed in fp32: (channels, channels)."""
+def moments_of(x: Float[Tensor, "*positions channels"], site: str, *, half: bool) -> Symmetrics:
+    """Return the second moments of activations (..., channels) of any type, as `InputMoments` does for all of them."""
     rows = x.detach().flatten(0, -2).float()
-    with torch.autocast(x.device.type, enabled=False):
-        return rows.T @ rows
+    total = Symmetric.zeros(rows.shape[1], x.device)
+    total.add_products(rows)
+    return Symmetrics({site: _mean(total, len(rows), site, half=half)})
+
+
+def _mean(total: Symmetric, count: float, site: str, *, half: bool) -> Symmetric:
+    """Return a sum divided by the number of tokens. Raises `PermpruneError` if it is not finite."""
+    total.divide_(count)
+    if not total.is_finite():
+        raise PermpruneError(f"activations at {site} overflow on the calibration data: calibrate with --precision fp32")
+    return total.correlations() if half else total

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from permprune.calibration.fisher import output_fisher
 from permprune.calibration.moments import InputMoments, accumulator_bytes, warn_of_rare
+from permprune.calibration.symmetric import Symmetrics
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
 from permprune.losses.targets import Features, Predictions, Task
@@ -39,7 +40,7 @@ class Statistics:
     they are squared (`row_fisher`). Padding is left out of both.
     """
 
-    moments: dict[str, Tensor]
+    moments: Mapping[str, Tensor]
     fisher: dict[str, Tensor]
     terms: int
     one_label_per_example: bool = False
@@ -56,6 +57,7 @@ def calibrate(
     batch: int = 4,
     memory: int | None = None,
     recompute: bool = False,
+    half: bool = False,
     seed: int = 0,
 ) -> Statistics:
     """Run `examples` through the model, forward and backward, and collect the statistics of its layers.
@@ -64,8 +66,9 @@ def calibrate(
     read only the tokens routed to them; those that read fewer than `FEWEST` are measured on all tokens of their layer.
     Activations have type `dtype`. `batch` examples at a time are moved to the model's device, and `recompute` turns on
     activation checkpointing (`recomputed`); both bound the memory of activations and do not change the result. `memory`
-    is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. `seed`
-    is that of the labels that are drawn at random if there are none (`Predictions.fisher_loss`); they are the same for
+    is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. With
+    `half` the second moments are stored as correlations in fp16 (`Symmetric`); they are read as fp32. `seed` is that of
+    the labels that are drawn at random if there are none (`Predictions.fisher_loss`); they are the same for
     any number of processes. Raises `PermpruneError` if a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
@@ -73,18 +76,19 @@ def calibrate(
     if further:
         log.info("calibration needs %d passes to stay within the memory limit", 1 + len(further))
     parts = distributed.share(list(enumerate(batches(examples, batch))))
-    reading = _Pass(model, task, parts, dtype, seed)
+    reading = _Pass(model, task, parts, dtype, half, seed)
     one_label_per_example = reading.terms(examples[:1]) == 1
     sums = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
     with frozen(model):
         with _graph_from(layers), recomputed(model, recompute):
-            moments, terms = reading.differentiated(first, layers, sums, one_label_per_example=one_label_per_example)
+            measured, terms = reading.differentiated(first, layers, sums, one_label_per_example=one_label_per_example)
+        moments = dict(measured.stored)
         for group in further:
-            moments |= reading.forward(group)
+            moments |= reading.forward(group).stored
         rare = {site: layer for site, layer in readers.items() if site not in moments}
         warn_of_rare({(layer.owner, layer.expert) for layer in rare.values()}, layers)
         for group in _split(rare, memory) if rare else []:
-            moments |= reading.forward(group, whole=True)
+            moments |= reading.forward(group, whole=True).stored
     distributed.add_(list(sums.values()))
     (terms,) = distributed.total(terms)
     fisher = {name: (total / terms).float() for name, total in sums.items()}
@@ -97,7 +101,7 @@ def calibrate(
     mean = sum(float(diagonal.mean()) for diagonal in fisher.values()) / len(fisher)
     for layer in unread:
         fisher[layer.name].fill_(UNREAD * mean)
-    return Statistics(moments, fisher, int(terms), one_label_per_example)
+    return Statistics(Symmetrics(moments), fisher, int(terms), one_label_per_example)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class _Pass:
     task: Task
     parts: Sequence[tuple[int, Examples]]
     dtype: torch.dtype
+    half: bool
     seed: int
 
     @torch.no_grad()
@@ -117,9 +122,9 @@ class _Pass:
             return self._outputs(examples.to(compute_device(self.model))).terms
 
     @torch.no_grad()
-    def forward(self, readers: dict[str, Layer], whole: bool = False) -> dict[str, Tensor]:
+    def forward(self, readers: dict[str, Layer], whole: bool = False) -> Symmetrics:
         """Return the second moments of the readers' inputs, by site; `whole` is that of `InputMoments`."""
-        inputs = InputMoments(readers, whole)
+        inputs = InputMoments(readers, half=self.half, whole=whole)
         for _, part in self._batches():
             with inputs.observe(padding_of(self.model, part)):
                 self._outputs(part)
@@ -127,9 +132,9 @@ class _Pass:
 
     def differentiated(
         self, readers: dict[str, Layer], layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool
-    ) -> tuple[dict[str, Tensor], float]:
+    ) -> tuple[Symmetrics, float]:
         """Like `forward`, with a backward pass that accumulates `fisher`. Returns (moments, number of terms)."""
-        inputs, terms = InputMoments(readers), 0.0
+        inputs, terms = InputMoments(readers, half=self.half), 0.0
         for number, part in self._batches():
             padding = padding_of(self.model, part)
             with (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
 from permprune.models.layers import linears_of
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
+from permprune.models.narrow_weights import held_type, is_narrow
 from permprune.permuters.registry import permuter
 from permprune.plan import DTYPES
 from permprune.pruning.masked import masked_parts
@@ -128,6 +129,7 @@ def forecast_held(
     `outline` is that of `outline_model`, `windows` the number of windows of the evaluation, and `stored` the type in
     which the weights are stored. Raises `PermpruneError`.
     """
+    outline = replace(outline, dtype=held_type(stored))
     method, kind = permuter(config.permute), kind_of(model)
     per_window = EXAMPLES_PER_WINDOW[kind]
     dtype, batch = DTYPES.get(config.precision, machine.dtype), config.batch * BATCH_MULTIPLIER[kind]
@@ -144,17 +146,18 @@ def forecast_held(
         examples_per_window=per_window,
         recompute=config.recompute,
     )
-    weights, own = Held("weights", weight_bytes(model, torch.float32)), weight_bytes(model, stored)
-    moments = Held("second moments", moments_bytes(outline.widths.values()))
+    whole, own = weight_bytes(model, torch.float32), weight_bytes(model, stored)
+    weights = Held("weights", whole - (4 - outline.dtype.itemsize) * outline.weights)
+    moments = Held("second moments", moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)))
     network = (weights, *masked_parts(outline.weights), moments)
     evaluating = Work(products_fp32=EVALUATED * windows * per_window * passes.forward)
     stages = [
-        Stage("load", tuple(_loading(weights, own, machine)), Work(stored=own)),
+        Stage("load", tuple(_loading(whole, own, machine)), Work(stored=own)),
         _calibration(config, outline, passes, counted("inputs"), measured).beside([weights]),
         *(stage.beside(network) for stage in method.stages(outline, passes, machine.threads)),
         *(stage.beside(network) for stage in _updating(config, outline)),
         Stage("evaluate", activation_parts(evaluation), evaluating).beside(network),
-        Stage("write", tuple(_writing(own, stored)), Work(stored=own)).beside(network),
+        Stage("write", (Held("weights", whole), *_writing(own, stored)), Work(stored=own)),
     ]
     return Forecast(
         config=config,
@@ -212,6 +215,7 @@ def _counted(
         dtype=dtype,
         recompute=config.recompute and gradients != "none",
         lists=outline.repeated,
+        held=outline.dtype if gradients == "inputs" and dtype == outline.dtype else torch.float32,
     )
 
 
@@ -256,12 +260,12 @@ def _zeros(shapes: Shapes) -> dict[str, Tensor]:
     }
 
 
-def _loading(weights: Held, stored: int, machine: Machine) -> Iterator[Held]:
+def _loading(weights: int, stored: int, machine: Machine) -> Iterator[Held]:
     """What `read_model` holds: the checkpoint, converted parameter by parameter, on the host and then on the device."""
     yield Held("checkpoint", stored, "host")
-    yield weights
+    yield Held("weights", weights)
     if machine.device.type != "cpu":
-        yield Held("weights on the host", weights.bytes, "host")
+        yield Held("weights on the host", weights, "host")
 
 
 def _writing(own: int, stored: torch.dtype) -> Iterator[Held]:
@@ -276,11 +280,17 @@ def _calibration(
     """The pass forward and backward, and further ones forward if not all sums fit in the memory limit."""
     each = sums_by_pass(outline.widths, config.memory)
     sums = Held("sums of moments", max(accumulator_bytes(widths.values()) for widths in each))
-    moments = Held("second moments", moments_bytes(outline.widths.values()) if len(each) > 1 else 0)
+    moments = Held(
+        "second moments", moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)) if len(each) > 1 else 0
+    )
+    wide = passes.dtype == torch.float32 != outline.dtype and not passes.recompute
+    converted = Held("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
     runs = len(each) + (2 if passes.recompute else 1)
     products = Work(products_fp32=2 * activations.positions / passes.batch * examples * outline.moments())
     return Stage(
-        "calibrate", (sums, moments, *activation_parts(activations)), passes.loss_work(runs * examples) + products
+        "calibrate",
+        (sums, moments, converted, *activation_parts(activations)),
+        passes.loss_work(runs * examples) + products,
     )
 
 

@@ -27,6 +27,7 @@ from permprune.jobs.packing import pack_folder
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream
 from permprune.jobs.trials import Evaluation, Meter
 from permprune.kernels.layout import require_packable
+from permprune.models.narrow_weights import is_narrow
 from permprune.models.processors import Processor
 from permprune.pattern import parse_pattern
 from permprune.permuters.base import Callback
@@ -138,7 +139,7 @@ def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work
     plan = plan_run(model, config, examples=shown, weights=weights.stored)
     plan.dense.warn()
     overlap = _said_overlap(plan, examples)
-    stream = Stream(model, weights, plan, work.path / rank)
+    stream = Stream(model, weights, plan, work.path / rank, half=is_narrow(stored))
     pruned = stream.solve()
     calibrated = time.monotonic() - started - stream.seconds
     seconds = {"calibrate": calibrated, "search": pruned.solution.seconds, "update": 0.0}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permprune.calibration.moments import FEWEST, inner_product, warn_of_rare
+from permprune.calibration.moments import FEWEST, moments_of, warn_of_rare
 from permprune.calibration.statistics import Statistics
 from permprune.checkpoints.offload import Edit, StoredWeights, attach
 from permprune.checkpoints.probe import make_probe
@@ -86,11 +86,12 @@ class Stream:
     """The search for orders on a model whose weights stay on disk.
 
     The masks of finished layers are stored in `folder`, one bit per weight, together with the state from which an
-    interrupted run is resumed. `seconds` is the time that this process spent on searching. Raises `PermpruneError` if
-    pruning layer by layer also needs more memory than the config allows.
+    interrupted run is resumed. With `half` second moments are rounded as in a run that holds the model (`calibrate`).
+    `seconds` is the time that this process spent on searching. Raises `PermpruneError` if pruning layer by layer also
+    needs more memory than the config allows.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path, *, half: bool) -> None:
         if "pixel_values" in plan.measured:
             raise PermpruneError("images only calibrate a model in memory: raise --memory, or calibrate on text alone")
         tokens = plan.measured["input_ids"].numel()
@@ -99,7 +100,7 @@ class Stream:
             raise PermpruneError(
                 f"even layer by layer this model takes about {gib(needed)}: raise --memory to that, or shorten --length"
             )
-        self.model, self.weights, self.plan, self.folder = model, weights, plan, folder
+        self.model, self.weights, self.plan, self.folder, self.half = model, weights, plan, folder, half
         self.seconds = 0.0
         attach(model, weights)
 
@@ -265,12 +266,7 @@ class Stream:
         `x`, (..., channels), is the tensor that they read. Raises `PermpruneError` if its second moments or a weight
         are not finite.
         """
-        moments = inner_product(x).div_(x.shape[:-1].numel())
-        if not torch.isfinite(moments.diagonal()).all():
-            raise PermpruneError(
-                f"activations at {site} overflow on the calibration data: calibrate with --precision fp32"
-            )
-        held = []
+        moments, held = moments_of(x, site, half=self.half), []
         for layer in layers:
             module = nn.Module()
             # experts are in memory while one of them runs, and the forward pass goes on with the dense weights
@@ -283,7 +279,7 @@ class Stream:
             held,
             problems,
             dict.fromkeys(uniform, site),
-            statistics=Statistics({site: moments}, uniform, x.shape[:-1].numel()),
+            statistics=Statistics(moments, uniform, x.shape[:-1].numel()),
             saliency=self.plan.metric,
             patterns=dict.fromkeys(uniform, self.plan.pattern),
         )

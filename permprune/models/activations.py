@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,6 @@ from permprune.models.experts import EVENLY, implementation
 from permprune.models.forward import frozen
 from permprune.models.layers import block_linears, blocks
 from permprune.models.shallow import Repetition, shortened
-from permprune.system.device import autocast
 
 CPU = torch.device("cpu")
 """The device of the fake tensors: its kernels for attention keep as much as those of GPUs."""
@@ -53,20 +52,21 @@ def count_activations(
     dtype: torch.dtype,
     recompute: bool = False,
     lists: Sequence[Repetition] = (),
+    held: torch.dtype = torch.float32,
 ) -> Activations:
     """Count the bytes of the tensors that a pass of a model makes; the model is on the meta device and not changed.
 
     `run(model)` makes a batch on the CPU, runs the model on it and returns the loss, or any output if there is no
-    backward pass. The weights are fp32; they are not part of the result, nor are their gradients, but copies of them in
-    the `dtype` of the activations are. Blocks that `lists` leaves out do not run: each counts as the one that it
-    equals. Tokens are spread evenly over experts.
+    backward pass. Weights are fp32, and those of the layers have type `held`. They are not part of the result, nor are
+    their gradients, but copies of them in the `dtype` of the activations are. Blocks that `lists` leaves out do not
+    run: each counts as the one that it equals. Tokens are spread evenly over experts.
     """
     with shortened(model, lists):
         own = copy.deepcopy(model)
     with frozen(own), implementation(EVENLY, own.modules()), _without_packed_sequences():
         mode = FakeTensorMode()
-        _make_fake(own, mode)
         layers = block_linears(own)
+        _make_fake(own, mode, {id(layer.stored): held for layer in layers})
         if gradients == "weights":
             for stored in {id(layer.stored): layer.stored for layer in layers}.values():
                 stored.requires_grad_(True).register_post_accumulate_grad_hook(_drop_gradient)
@@ -78,7 +78,8 @@ def count_activations(
             recomputed(own, recompute),
             live.watching({layer.owner for layer in layers}, gradients == "inputs"),
         ):
-            with autocast(CPU, dtype):
+            # masked weights are no leaves of the graph, of which alone autocast keeps copies for further use
+            with torch.autocast(CPU.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 loss = run(own)
             if gradients != "none":
                 loss.backward()
@@ -196,13 +197,17 @@ def _drop_gradient(weight: Tensor) -> None:
     weight.grad = None
 
 
-def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace the parameters and buffers of a model on the meta device by fake ones, with fp32 for floating types."""
+def _make_fake(model: nn.Module, mode: FakeTensorMode, types: Mapping[int, torch.dtype]) -> None:
+    """Replace the parameters and buffers of a model on the meta device by fake ones.
+
+    Floating types become fp32, and those of the parameters in `types`, by `id`, the one that it names.
+    """
     made: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            whole = tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            dtype = types.get(id(tensor), torch.float32) if tensor.is_floating_point() else tensor.dtype
+            whole = tensor.detach().to("meta", dtype)
             made[id(tensor)] = FakeTensor(mode, whole, CPU)
         return made[id(tensor)]
 

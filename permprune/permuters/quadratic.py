@@ -18,7 +18,7 @@ Matrices here are channels first, (channels, rows), so that a group's weights ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,17 +38,19 @@ BLOCK = 2**21
 """Number of weights that are read at a time: a matrix of them is 8 MiB in fp32. Smaller problems are read once."""
 
 
-def model_bytes(outline: Outline, threads: int) -> int:
+def model_bytes(outline: Outline, threads: int, slopes: torch.dtype) -> int:
     """Return the bytes that the models of the largest problems hold, one on each thread.
 
-    These are the slopes, and of a block of rows the weights and scores (of a small problem, those of all rows), the
-    pruned parts before and after a step, their difference, and two matrices that are computed from it.
+    These are the slopes, of type `slopes`, and of a block of rows the weights and scores (of a small problem, those of
+    all rows), the pruned parts before and after a step, their difference, and two matrices that are computed from it;
+    and the second moments that one layer reads, with a part of them in another order.
     """
     total, largest = 0, max(layer.weight.numel() for layer in outline.layers)
     for problem in outline.largest(threads):
         weights = problem.size * outline.rows_of(problem)
         block = min(weights, largest, BLOCK)
-        total += 4 * weights + 20 * block + 8 * (weights if weights <= BLOCK else block)
+        total += slopes.itemsize * weights + 20 * block + 8 * (weights if weights <= BLOCK else block)
+        total += 6 * max(outline.widths[part.site] for part in problem.parts) ** 2
     return total
 
 
@@ -147,8 +149,8 @@ class QuadraticModel:
                 )
                 for part in parts
             ]
-            moments, span = network.statistics.moments[parts[0].site], parts[0].span
-            bundles.append(Bundle(partial(_block_of, moments, span), moments.diagonal()[span], rows))
+            moments = partial(_block_of, network.statistics.moments, parts[0])
+            bundles.append(Bundle(moments, moments().diagonal().clone(), rows))
         shown = network.orders.get(problem.name, problem.identity()) if order is None else order
         model = cls(bundles, shown, network.pattern_of(problem), damping)
         if gradient is None:
@@ -311,8 +313,8 @@ def _better_halves(ranked: Tensor) -> Iterator[Tensor]:
         ranked = ranked[: len(ranked) // 2]
 
 
-def _block_of(moments: Tensor, span: slice | Tensor) -> Tensor:
-    return moments[span][:, span]
+def _block_of(moments: Mapping[str, Tensor], part: Part) -> Tensor:
+    return moments[part.site][part.span][:, part.span]
 
 
 def _rows(

@@ -79,7 +79,7 @@ class Reconstruction(LocalPermuter):
             swaps = swap_work(channels, rows, m) * self.swaps
             return (assignment_work(channels, rows, m) + slopes + swaps) * self.candidates
 
-        weights, model = outline.largest_weights(threads), model_bytes(outline, threads)
+        weights, model = outline.largest_weights(threads), model_bytes(outline, threads, torch.float32)
         scores = stacked_bytes(weights) + 12 * min(weights, threads * BLOCK)  # with the noise of a block
         held = (Held("largest problem's model", max(scores, model)),)
         passes_of_loss = 1 + self.shares * (self.candidates - 1)

@@ -107,15 +107,16 @@ class TrustRegion(Iterative):
         start = self.start.stages(outline, passes, threads)
         if not self.rounds:
             return start
-        examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline.weights)
-        gradient, model = Held("gradients", own), model_bytes(outline, threads)
+        examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline)
+        gradient, model = Held("gradients", own), model_bytes(outline, threads, outline.dtype)
 
         def stage(what: str, *parts: Held, work: Work) -> Stage:
             return Stage(f"{self.name}: {what}", (*parts, gradient), work * self.rounds)
 
         backward = (*self.teacher_parts(passes, examples), *activation_parts(passes.gradient))
         if passes.dtype == torch.float32 and not passes.recompute:
-            backward += (Held("masked weights", own),)  # until the backward pass; of other types, `passes` counts them
+            # until the backward pass; of other types, `passes` counts them
+            backward += (Held("masked weights", 4 * outline.weights),)
         accept = (*self.teacher_parts(passes, 0), *activation_parts(passes.loss))
         rounds = [
             stage("gradients", *backward, work=passes.gradient_work(examples)),

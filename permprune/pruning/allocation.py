@@ -61,7 +61,7 @@ def tied(names: list[str], problems: Iterable[Problem]) -> list[list[str]]:
 
 def _errors(layer: Layer, site: str, statistics: Statistics, saliency: Saliency) -> list[float]:
     """Return the error that each of `CHOICES` causes in a layer."""
-    weight, moments, fisher = layer.weight, statistics.moments[site], statistics.fisher[layer.name]
+    weight, moments, fisher = layer.weight.float(), statistics.moments[site], statistics.fisher[layer.name]
     score = saliency.score(weight, moments)
 
     def left(mask: Tensor) -> float:

@@ -17,6 +17,7 @@ from permprune.errors import PermpruneError
 from permprune.kernels.search import apply_mask, kept_sum, pack_mask, unpack_mask, write_mask
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
+from permprune.models.narrow_weights import NarrowWeights, computed_type
 from permprune.pattern import Pattern
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency, Scale
@@ -74,8 +75,9 @@ class MaskedLayers:
     they are read. The weights that are masked are the dense ones, except those in `trained` (`set_weights`); the scores
     remain those of the dense weights. The layers run with the masked weights, except those in `updated` (`show`).
 
-    `sites` maps each layer to the name of the tensor that it reads. Raises `PermpruneError` for a layer that cannot be
-    scored.
+    `sites` maps each layer to the name of the tensor that it reads. `held` are the weights that are held in bf16; the
+    network releases them when its masked weights are written, or the dense weights are restored. Raises
+    `PermpruneError` for a layer that cannot be scored.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class MaskedLayers:
         statistics: Statistics,
         saliency: Saliency,
         patterns: Mapping[str, Pattern],
+        held: NarrowWeights | None = None,
     ) -> None:
         self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, patterns
+        self.held = held
         self.layers = {layer.name: layer for layer in layers}
         self.orders: Orders = {}
         self.trained: dict[str, Tensor] = {}
@@ -100,8 +104,8 @@ class MaskedLayers:
 
     @property
     def dense(self) -> Mapping[str, Tensor]:
-        """The model's weights."""
-        return Computed(self.sites, lambda name: self.layers[name].weight)
+        """The model's weights; those that are held in bf16 are converted to fp32."""
+        return Computed(self.sites, lambda name: self.layers[name].weight.to(self._type(name)))
 
     @property
     def scores(self) -> Mapping[str, Tensor]:
@@ -116,7 +120,7 @@ class MaskedLayers:
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Which weights are kept, bool."""
-        return Computed(self.sites, lambda name: unpack_mask(self._bits[name], self.dense[name].shape[1]))
+        return Computed(self.sites, lambda name: unpack_mask(self._bits[name], self.layers[name].weight.shape[1]))
 
     @property
     def shown(self) -> Mapping[str, Tensor]:
@@ -199,7 +203,8 @@ class MaskedLayers:
 
         Both are new fp32 tensors (channels, rows).
         """
-        dense, weights = self.dense[part.layer][:, part.span], self.weights[part.layer][:, part.span]
+        dense = self.layers[part.layer].weight[:, part.span]
+        trained = self.trained[part.layer][:, part.span] if part.layer in self.trained else None
 
         def transposed(matrix: Tensor) -> Tensor:
             return matrix.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
@@ -207,7 +212,7 @@ class MaskedLayers:
         for rows in spans:
             own = transposed(dense[rows])
             score = self.scales[part.layer].score(own.T, rows, part.span).T
-            yield transposed(weights[rows]) if part.layer in self.trained else own, score
+            yield own if trained is None else transposed(trained[rows]), score
 
     def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
         """Return the directional derivative of the loss along the step from one order of a problem to another.
@@ -237,7 +242,7 @@ class MaskedLayers:
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
         """Return a context manager inside which the model runs with its dense weights."""
-        self.restore()
+        self._detach()
         try:
             yield
         finally:
@@ -245,9 +250,9 @@ class MaskedLayers:
 
     def restore(self) -> None:
         """Let the model run with its dense weights; the network must not be used afterwards."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._detach()
+        if self.held is not None:
+            self.held.release()
 
     def write(self) -> None:
         """Write the weights that are shown into the model; the network must not be used afterwards."""
@@ -272,12 +277,22 @@ class MaskedLayers:
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
 
+    def _type(self, name: str) -> torch.dtype:
+        """The type of a layer's weights where they are not held in bf16."""
+        layer = self.layers[name]
+        return layer.weight.dtype if self.held is None else self.held.types.get(layer.parameter, layer.weight.dtype)
+
     def _shown(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a weight that is shown, (rows, channels), in `dtype`, by default the type of the dense weight."""
-        dtype = dtype or self.dense[name].dtype
+        dtype = dtype or self._type(name)
         if name in self.updated:
             return self.updated[name].to(dtype)
-        return apply_mask(self.weights[name], self._bits[name], dtype)
+        return apply_mask(self.trained.get(name, self.layers[name].weight), self._bits[name], dtype)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def _attach(self) -> None:
         """Let the modules of the layers run with the weights that are shown."""
@@ -301,9 +316,10 @@ class MaskedLayers:
         if first.expert is None and not others:
             weight = self._shown(first.name, autocast_dtype(stored.device))  # as the product would convert it
             return weight.T if first.transposed else weight
-        whole = stored.detach().clone()
+        held = self.held is not None and first.parameter in self.held.types
+        whole = stored.detach().to(computed_type(stored) if held else stored.dtype, copy=True)
         for layer in layers:
-            layer.part_of(whole).copy_(self.shown[layer.name])
+            layer.part_of(whole).copy_(self._shown(layer.name, whole.dtype))
         return whole
 
 

@@ -20,8 +20,10 @@ from permprune.losses.targets import Task
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer
+from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
+from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed
@@ -38,7 +40,7 @@ SMALL = 1e-6
 class Gradients:
     """Gradients of the mean loss over some examples at the current masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels) in the type of the masked weight W_eff. `fisher[layer]` (rows,) is
+    `weight[layer]` is dLoss/dW_eff (rows, channels) in the type in which the weight is held. `fisher[layer]` (rows,) is
     the Fisher information as in `Statistics`, averaged over the `count` terms of this loss and multiplied by the loss's
     `curvature`. `loss` is the mean loss. If each example has one label, `covariance[layer]` (rows, rows) is the
     `row_covariance` of layers of at most `COUPLED` rows; its diagonal is `fisher`. `stored` are the gradients of the
@@ -53,9 +55,9 @@ class Gradients:
     stored: dict[str, Tensor] = field(default_factory=dict)
 
 
-def gradient_bytes(weights: int) -> int:
-    """Return the bytes of the gradients of this number of weights."""
-    return 4 * weights
+def gradient_bytes(outline: Outline) -> int:
+    """Return the bytes of the gradients of all weights, which have the type in which the weights are held."""
+    return outline.dtype.itemsize * outline.weights
 
 
 class PrunedNetwork(MaskedLayers):
@@ -80,8 +82,11 @@ class PrunedNetwork(MaskedLayers):
         dtype: torch.dtype = torch.float32,
         batch: int = 4,
         recompute: bool = False,
+        held: NarrowWeights | None = None,
     ) -> None:
-        super().__init__(layers, problems, sites, statistics=statistics, saliency=saliency, patterns=patterns)
+        super().__init__(
+            layers, problems, sites, statistics=statistics, saliency=saliency, patterns=patterns, held=held
+        )
         self.model, self.task, self.dtype, self.batch, self.recompute = model, task, dtype, batch, recompute
 
     @property
@@ -203,8 +208,9 @@ class PrunedNetwork(MaskedLayers):
 
     def _no_fisher(self, weight: Tensor) -> Tensor:
         """Zeros for the Fisher information of a weight's rows, (rows,), or for the covariance of rows, (rows, rows)."""
-        rows = len(weight)
-        return weight.new_zeros((rows, rows) if self.statistics.one_label_per_example and rows <= COUPLED else rows)
+        rows, dtype = len(weight), torch.promote_types(weight.dtype, torch.float32)
+        square = self.statistics.one_label_per_example and rows <= COUPLED
+        return weight.new_zeros((rows, rows) if square else rows, dtype=dtype)
 
     def _collect(self, weights: dict[str, nn.Parameter], terms: int, asked: bool) -> dict[str, Tensor]:
         """Take the summed gradients from the parameters, sum them over the ranks and divide them by `terms`.

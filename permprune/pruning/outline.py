@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from permprune.calibration.symmetric import stored_elements
 from permprune.models.activations import Activations
 from permprune.models.layers import Layer
 from permprune.models.shallow import Repetition
@@ -21,7 +22,8 @@ from permprune.system.resources import Held, Work
 class Outline:
     """The layers to prune, what each of them reads (`Layer.input_of`), and the orders to find.
 
-    `repeated` are the lists of blocks of which only the first ones were traced.
+    `repeated` are the lists of blocks of which only the first ones were traced. `dtype` is the type in which a search
+    holds the weights of the layers.
     """
 
     pattern: Pattern
@@ -29,6 +31,7 @@ class Outline:
     sites: Mapping[str, str]
     problems: Sequence[Problem]
     repeated: Sequence[Repetition] = ()
+    dtype: torch.dtype = torch.float32
 
     @cached_property
     def rows(self) -> dict[str, int]:
@@ -65,8 +68,8 @@ class Outline:
         return found
 
     def moments(self) -> int:
-        """The number of elements of the second moments of all tensors that layers read."""
-        return sum(width**2 for width in self.widths.values())
+        """The number of elements that are stored of the second moments of all tensors that layers read."""
+        return sum(map(stored_elements, self.widths.values()))
 
     def repeat(self, lists: Sequence[Repetition]) -> Outline:
         """The outline of the whole model, given that of the model without the blocks that `lists` leaves out.

@@ -82,11 +82,12 @@ class LayerUpdate(Update):
             inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})
             with inputs.observe(padding):
                 block.forward(*args, **kwargs)  # calling `block` would run this hook again
-            moments = {**network.statistics.moments, **inputs.result()}  # experts that few tokens reach keep the former
+            measured, known = inputs.result(), network.statistics.moments
             with torch.autocast(network.device.type, enabled=False):
                 updated = {}
                 for layer in layers:
-                    mask = None if masks is None else masks[layer.name]
+                    mask, site = None if masks is None else masks[layer.name], network.sites[layer.name]
+                    moments = (measured if site in measured else known)[site]  # few tokens may reach an expert
                     updated[layer.name] = self._layer(network, layer.name, moments, columns[layer.name], mask)
                 network.show(updated)
             if not waiting:
@@ -101,12 +102,9 @@ class LayerUpdate(Update):
             for handle in handles:
                 handle.remove()
 
-    def _layer(
-        self, network: PrunedNetwork, name: str, moments: dict[str, Tensor], order: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        weight, inputs = network.weights[name].float(), moments[network.sites[name]]
+    def _layer(self, network: PrunedNetwork, name: str, moments: Tensor, order: Tensor, mask: Tensor | None) -> Tensor:
         try:
-            return self.apply(weight, inputs, order, network.patterns[name], mask)
+            return self.apply(network.weights[name].float(), moments, order, network.patterns[name], mask)
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
 

@@ -101,6 +101,7 @@ def test_orders_of_experts_are_the_same_held_or_streamed(
     assert verify(tmp_path / "streamed").layers == 70
 
 
+@pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)
 def test_a_streamed_run_holds_the_least_limit_that_is_accepted(source: Path, tiny_text: Path, tmp_path: Path) -> None:
     with pytest.raises(PermpruneError, match="even layer by layer") as refused:

@@ -30,7 +30,7 @@ from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.permuters.registry import PERMUTERS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchanged_settings")]
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 7, "num_attention_heads": 4}
 LIMIT = 2**20
@@ -217,4 +217,4 @@ def test_images_need_the_model_in_memory(tiny_llama: LlamaForCausalLM, tmp_path:
     plan: Any = SimpleNamespace(measured=shown)
     weights: Any = None
     with pytest.raises(PermpruneError, match="images only calibrate a model in memory: raise --memory"):
-        Stream(tiny_llama, weights, plan, tmp_path)
+        Stream(tiny_llama, weights, plan, tmp_path, half=False)

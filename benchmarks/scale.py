@@ -1,0 +1,109 @@
+"""Searches at scale: the forecast of `permprune plan` beside what a run takes, as a Markdown table.
+
+Each model is pruned with each of --methods after one calibration, as by `permprune compare`, in a process of its own.
+Printed as they come: the forecast, the losses, times and peak memory of each round, and the perplexity with each
+method. The row of a model has the peak memory of the last method and of all before it, that peak over the forecast and
+over the bytes of the checkpoint, and the mean time of a round.
+
+python benchmarks/scale.py smollm2-135m --methods newton:rounds=2
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+from permprune.config import PruneConfig
+from permprune.evaluation.result import gap_closed
+from permprune.jobs.fitting import forecast
+from permprune.jobs.forecast import Forecast
+from permprune.jobs.trials import Evaluation, Trials
+from permprune.permuters.base import Permuter, Round
+from permprune.permuters.registry import permuter
+from permprune.permuters.trust_region import TrustRegion
+from permprune.system.memory import keep_freed_memory, peak_memory_mb
+from permprune.system.resources import gib
+
+HEAD = "| model | forecast | peak | peak / forecast | peak / checkpoint | seconds a round |\n|---|---|---|---|---|---|"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--methods", nargs="+", default=["newton"])
+    parser.add_argument("--start", help="the permuter that end-to-end searches start from, by default their own")
+    parser.add_argument("--text", help="text for the perplexity, by default that of the evaluation")
+    parser.add_argument("--windows", type=int, default=8, help="windows for the perplexity")
+    for name in ("length", "samples", "measured", "held_out", "batch"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(PruneConfig, name))
+    parser.add_argument("--minutes", type=float, help="time limit of each search")
+    parser.add_argument("--calibration")
+    parser.add_argument("--mode", default=PruneConfig.mode)
+    parser.add_argument("--recompute", action="store_true")
+    options = vars(parser.parse_args())
+    models, methods = options.pop("models"), options.pop("methods")
+    start, text, windows = (options.pop(name) for name in ("start", "text", "windows"))
+    config, evaluation = PruneConfig(**options), Evaluation(text, windows, options["length"])
+    found = [started(permuter(method), start) for method in methods]
+    spawn = multiprocessing.get_context("spawn")
+    rows = []
+    for model in models:
+        with ProcessPoolExecutor(1, spawn) as process:
+            rows.append(process.submit(run, model, found, config, evaluation).result())
+    print(HEAD, *rows, sep="\n")
+
+
+def started(method: Permuter, start: str | None) -> Permuter:
+    """The method, starting from another permuter if it is an end-to-end search."""
+    return dataclasses.replace(method, start=permuter(start)) if start and isinstance(method, TrustRegion) else method
+
+
+def run(model: str, methods: list[Permuter], config: PruneConfig, evaluation: Evaluation) -> str:
+    """Prune a model with each method and print what is measured; returns its row of the table."""
+    keep_freed_memory()  # as the command line does
+    told = forecast(model, config.replace(permute=methods[-1]), windows=evaluation.windows)
+    say(f"{model}: forecast {gib(told.host)}, at the peak in stage {told.peak().name}")
+    say(f"{model}: {told.seconds}")
+    began, rounds = time.monotonic(), list[Round]()
+    with Trials(model, config, evaluation=evaluation) as trials:
+        peaks = [report(f"calibrated in {trials.prepared.seconds:.0f} s")]
+
+        def follow(round: Round) -> None:
+            rounds.append(round)
+            peaks.append(report(f"round {round.number}: loss {round.loss:.4f}, {round.seconds:.0f} s"))
+
+        dense = trials.dense.result
+        peaks.append(report(f"dense: {dense.metric} {dense.value:.4f}"))
+        none = None
+        for method in methods:
+            settings = dataclasses.replace(trials.prepared.run, callbacks=(follow,))
+            result = trials.run(method, method.name, settings).measurement.result
+            none = result if method.name == "none" else none
+            closed = none and gap_closed(result.value, dense.value, none.value, metric=result.metric)
+            share = "" if closed is None else f", {closed:.1%} of the gap closed"
+            peaks.append(report(f"{method.name}: {result.metric} {result.value:.4f}{share}"))
+    say(f"{model}: {time.monotonic() - began:.0f} s in all")
+    return row(model, told, max(peaks), rounds)
+
+
+def report(what: str) -> float:
+    """Print a line with the peak memory since the calibration or the method began; returns the peak in bytes."""
+    peak = (peak_memory_mb() or 0.0) * 2**20
+    say(f"{time.strftime('%H:%M:%S')} {what}; peak {gib(peak)}")
+    return peak
+
+
+def row(model: str, told: Forecast, peak: float, rounds: list[Round]) -> str:
+    seconds = (rounds[-1].seconds - rounds[0].seconds) / rounds[-1].number if len(rounds) > 1 else None
+    time_taken = "" if seconds is None else f"{seconds:.0f}"
+    ratios = f"{peak / told.host:.2f} | {peak / told.disk['checkpoint']:.2f}"
+    return f"| {model} | {gib(told.host)} | {gib(peak)} | {ratios} | {time_taken} |"
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Symmetric matrices of which one triangle is stored, in fp32 or as correlations in fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+STRIP = 256
+"""Number of rows that are stored, and multiplied, at a time."""
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """A symmetric matrix of which the upper triangle is stored.
+
+    `strips[i]` are the rows from `STRIP` * i on, as many as `STRIP`, and of them the columns from `STRIP` * i on. With
+    `diagonal`, fp32 (size,), which is then exact, they are the correlations m_ij / sqrt(m_ii * m_jj) in fp16: their
+    rounding error is at most 1 / 2048 of each element.
+    """
+
+    strips: tuple[Tensor, ...]
+    diagonal: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device) -> Symmetric:
+        """Return a matrix of zeros in fp32, (size, size)."""
+        spans = _spans(size)
+        return cls(tuple(torch.zeros(span.stop - span.start, size - span.start, device=device) for span in spans))
+
+    @property
+    def size(self) -> int:
+        """The number of rows, and of columns."""
+        return self.strips[0].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are stored."""
+        return sum(strip.nbytes for strip in self.strips) + (0 if self.diagonal is None else self.diagonal.nbytes)
+
+    def add_products(self, rows: Float[Tensor, "count size"]) -> None:
+        """Add X^T X to the matrix, where X are these rows; products and sums are computed in fp32."""
+        with torch.autocast(rows.device.type, enabled=False):
+            for span, strip in zip(_spans(self.size), self.strips, strict=True):
+                strip.addmm_(rows[:, span].T, rows[:, span.start :])
+
+    def divide_(self, count: float) -> None:
+        """Divide the matrix, which is in fp32, by a number."""
+        for strip in self.strips:
+            strip /= count
+
+    def is_finite(self) -> bool:
+        """Whether no element is NaN or infinite."""
+        return all(bool(torch.isfinite(strip).all()) for strip in self.strips)
+
+    def dense(self) -> Float[Tensor, "size size"]:
+        """Return the whole matrix as a new tensor, fp32 (size, size)."""
+        found = self.strips[0].new_empty(self.size, self.size, dtype=torch.float32)
+        for span, strip in zip(_spans(self.size), self.strips, strict=True):
+            found[span, span.start :] = strip
+            if self.diagonal is not None:
+                root = self.diagonal.sqrt()
+                found[span, span.start :] *= root[span, None]
+                found[span, span.start :] *= root[span.start :]
+            found[span.stop :, span] = found[span, span.stop :].T
+        if self.diagonal is not None:
+            found.diagonal().copy_(self.diagonal)
+        return found
+
+    def correlations(self) -> Symmetric:
+        """Return the matrix stored as correlations in fp16; it must be positive semi-definite."""
+        diagonal = torch.cat([strip.diagonal() for strip in self.strips]).clamp_min(0)
+        scale = diagonal.rsqrt().masked_fill_(diagonal == 0, 0)
+        spans = zip(_spans(self.size), self.strips, strict=True)
+        return Symmetric(
+            tuple((strip * scale[span, None] * scale[span.start :]).half() for span, strip in spans), diagonal
+        )
+
+
+class Symmetrics(Mapping[str, Tensor]):
+    """Symmetric matrices by name, which are made dense each time they are read."""
+
+    def __init__(self, stored: Mapping[str, Symmetric]) -> None:
+        self.stored = stored
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are stored."""
+        return sum(matrix.nbytes for matrix in self.stored.values())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name].dense()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def stored_elements(size: int) -> int:
+    """Return the number of elements that are stored of a symmetric matrix, (size, size)."""
+    return sum((span.stop - span.start) * (size - span.start) for span in _spans(size))
+
+
+def _spans(size: int) -> list[slice]:
+    return [slice(first, min(first + STRIP, size)) for first in range(0, size, STRIP)]
