@@ -11,7 +11,7 @@ from typing import Any
 from permprune.models.layers import DenseWeights
 from permprune.report import maps, pictures
 from permprune.report.page import Shown, fill, shown
-from permprune.report.speed import decode_bars, summary
+from permprune.report.speed import decode_bars, short_name, summary
 from permprune.report.words import (
     NONE,
     count,
@@ -165,7 +165,7 @@ def _pictures(record: Mapping[str, Any]) -> list[Shown]:
 def _speed(figures: Mapping[str, Any]) -> str:
     """Describe a benchmark: every checkpoint of its run beside the dense model."""
     rows = [row for row in figures["rows"] if not row["dense"]]
-    sentences = [f"{Path(row['name']).name}: {summary(figures, row)}." for row in rows]
+    sentences = [f"{short_name(row['name'])}: {summary(figures, row)}." for row in rows]
     return f"On {figures['threads']} threads of the {figures['device']}. {' '.join(sentences)}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from rich.table import Table
 
 from permprune.report.style import BLUE, GRAY, WIDTH, Format, figure, quiet, save
@@ -52,47 +53,61 @@ def decoding(speed: Mapping[str, Any]) -> float:
     return float(speed["batch"] / speed["next_token"])
 
 
-def summary(figures: Figures, row: Mapping[str, Any]) -> str:
-    """Compare the size and decoding speed of a checkpoint to the smallest and the fastest dense model, as text.
+def short_name(name: str) -> str:
+    """Return the name of a row of a benchmark (`BenchedModel.name`) without the paths of its folders."""
+    return " with ".join(Path(part).name for part in name.split(" with "))
 
-    `row` is the checkpoint's row of `figures`.
+
+def summary(figures: Figures, row: Mapping[str, Any]) -> str:
+    """Compare a checkpoint to the smallest and the fastest dense model, as text: size, cache, and decoding speed.
+
+    `row` is the checkpoint's row of `figures`. The cache is that of the last measurement, and left out if it takes as
+    many bytes as the smallest of a dense model.
     """
     dense = [other for other in figures["rows"] if other["dense"]]
     smallest = min(other["bytes"] for other in dense)
+    cache, least = row["speeds"][-1].get("cache"), min(other["speeds"][-1].get("cache", 0) for other in dense)
+    cached = f", with {cache / least:.2f} of its cache" if cache and least and cache != least else ""
     speeds = []
     for place, own in enumerate(row["speeds"]):
         fastest = max(decoding(other["speeds"][place]) for other in dense)
         speeds.append(f"{decoding(own) / fastest:.2f} at batch {own['batch']}, context {own['context']}")
     return (
-        f"{row['bytes'] / smallest:.2f} of the size of the smallest dense model; times the decoding speed of the "
-        f"fastest: {'; '.join(speeds)}"
+        f"{row['bytes'] / smallest:.2f} of the size of the smallest dense model{cached}; times the decoding speed of "
+        f"the fastest: {'; '.join(speeds)}"
     )
 
 
 def decode_bars(figures: Figures, kind: Format = "svg") -> bytes:
-    """Draw a bar chart of the generated tokens per second of each model, at the first batch size and context length.
+    """Draw bar charts of the generated tokens per second of each model, of the first and of the last measurement.
 
     Returns the contents of an image file of type `kind`.
     """
     rows = figures["rows"]
-    values = [decoding(row["speeds"][0]) for row in rows]
-    picture = figure(WIDTH, 1.0 + 0.4 * len(rows))
-    axes = picture.subplots()
+    places = sorted({0, len(rows[0]["speeds"]) - 1})
+    picture = figure(WIDTH, len(places) * (1.0 + 0.4 * len(rows)))
+    for place, axes in zip(places, picture.subplots(len(places), squeeze=False)[:, 0], strict=True):
+        _draw_bars(axes, rows, place)
+    return save(picture, kind)
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Mapping[str, Any]], place: int) -> None:
+    """Draw the bars of one batch size and context length, the `place`-th."""
+    values = [decoding(row["speeds"][place]) for row in rows]
     drawn = axes.barh(range(len(rows)), values, color=[GRAY if row["dense"] else BLUE for row in rows], height=0.62)
     axes.bar_label(drawn, [number(value) for value in values], padding=4, color=GRAY, fontsize=9)
-    axes.set_yticks(range(len(rows)), [Path(row["name"]).name for row in rows])
+    axes.set_yticks(range(len(rows)), [short_name(row["name"]) for row in rows])
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(values))
-    first = rows[0]["speeds"][0]
-    axes.set_xlabel(f"tokens per second, batch {first['batch']}, context {first['context']} (higher is better)")
+    axes.set_xlim(0, 1.2 * max(values))
+    own = rows[0]["speeds"][place]
+    axes.set_xlabel(f"tokens/s at batch {own['batch']}, context {own['context']}")
     quiet(axes, "x")
     axes.tick_params(axis="y", length=0)
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
-    return save(picture, kind)
 
 
 def write_bench(figures: Figures, path: Path) -> None:
-    """Write the chart of a benchmark to `path` as PNG. Raises `PermpruneError` if it cannot be written."""
+    """Write the charts of a benchmark to `path` as PNG. Raises `PermpruneError` if it cannot be written."""
     picture = decode_bars(figures, "png")
     write_whole(path, lambda temporary: temporary.write_bytes(picture))

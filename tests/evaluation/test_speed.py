@@ -9,7 +9,7 @@ from permprune.checkpoints.schema import Malformed, decode
 from permprune.errors import PermpruneError
 from permprune.evaluation.speed import measure_speed
 from permprune.inference.kv.cache import PrunedCache
-from permprune.report.speed import bench_table, decode_bars, summary
+from permprune.report.speed import bench_table, decode_bars, short_name, summary
 
 
 def test_a_prompt_is_read_once_and_tokens_follow_one_by_one(tiny_llama: LlamaForCausalLM) -> None:
@@ -69,6 +69,19 @@ def benchmark() -> Benchmark:
     return Benchmark(2, "CPU", [*dense, packed])
 
 
+def test_a_model_with_a_pruned_cache_is_named_and_its_cache_compared() -> None:
+    cached = BenchedModel("out/packed with out/kv", False, 120, 9, [Speed(1, 128, 0.5, 0.05, 6)])
+    dense = [
+        BenchedModel(name, True, 200, 9, [Speed(1, 128, 0.4, 0.08, size)]) for name, size in (("a", 20), ("b", 10))
+    ]
+    figures = Benchmark(2, "CPU", [*dense, cached]).to_json()
+    assert "0.60 of the size of the smallest dense model, with 0.60 of its cache; " in summary(
+        figures, figures["rows"][2]
+    )
+    assert "its cache" not in summary(figures, figures["rows"][1])
+    assert short_name(cached.name) == "packed with kv"
+
+
 def test_a_summary_is_beside_the_best_dense_model_of_each_figure() -> None:
     figures = benchmark().to_json()
     text = summary(figures, figures["rows"][2])
@@ -82,6 +95,7 @@ def test_the_table_and_the_picture_have_every_model() -> None:
     assert bench_table(figures).row_count == 6
     picture = decode_bars(figures).decode()
     assert all(name in picture for name in ("llama (fp32)", "llama (bf16)", "packed"))
+    assert "batch 1, context 128" in picture and "batch 8, context 128" in picture
 
 
 def test_figures_survive_json_and_broken_ones_are_malformed() -> None:
