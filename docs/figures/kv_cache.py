@@ -15,11 +15,12 @@ LABELS = {
     ("natural order", "2:4", "sign", "bf16"): ("2:4, the model's order, signs", ORANGE, (8, -3), "left"),
     ("ria", "2:4", "zeros", "bf16"): ("2:4, ria, zeros", BLUE, (-8, -3), "right"),
     ("ria", "2:4", "sign", "bf16"): ("2:4, ria, signs", BLUE, (-8, -3), "right"),
-    ("ria", "4:8", "sign", "bf16"): ("4:8, ria, signs", BLUE, (8, -1), "left"),
+    ("ria", "4:8", "sign", "bf16"): ("4:8, ria, signs", BLUE, (8, 1), "left"),
+    ("ria", "32:64", "sign", "bf16"): ("32:64, signs", BLUE, (8, -8), "left"),
     ("ria", "2:4", "sign", "int8"): ("2:4, ria, signs, int8", BLUE, (8, -3), "left"),
     ("ThinK", "38:64", "zeros", "bf16"): ("ThinK", GRAY, (8, -3), "left"),
     ("Mustafar", "35:64", "zeros", "bf16"): ("Mustafar", GRAY, (8, -3), "left"),
-    ("SparK", "32:64", "sign", "bf16"): ("SparK", GRAY, (8, -7), "left"),
+    ("SparK", "32:64", "sign", "bf16"): ("SparK", GRAY, (8, -3), "left"),
     ("int8", "dense", "", "int8"): ("int8", GRAY, (8, -3), "left"),
     ("int4, groups of 32", "dense", "", "int4"): ("int4, groups of 32", GRAY, (8, -3), "left"),
     ("int4, one group", "dense", "", "int4"): ("int4, one group of 64", GRAY, (0, 9), "center"),
@@ -30,8 +31,8 @@ LABELS = {
 def draw() -> Figure:
     """A point for each method that stores keys and values."""
     lines = (DOCS / "results" / "kv-cache.jsonl").read_text(encoding="utf-8").splitlines()
-    picture = Figure(figsize=(9.6, 4.2))
-    axes = picture.add_axes((0.09, 0.14, 0.88, 0.82))
+    picture = Figure(figsize=(9.6, 4.8))
+    axes = picture.add_axes((0.09, 0.12, 0.88, 0.84))
     for row in map(json.loads, lines):
         own = LABELS.get((row["method"], row["keys"], row["recovery"], row["stored"]))
         if own is None or row["keys"] != row["values"]:
@@ -42,9 +43,9 @@ def draw() -> Figure:
         axes.annotate(
             text, (row["bytes"], loss), offset, textcoords="offset points", ha=place, color=color, fontsize=9.5
         )
-    axes.set_yscale("symlog", linthresh=1, linscale=0.6)
-    axes.set_ylim(-0.4, 60)
-    axes.set_yticks([0, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.5", "1", "2", "5", "10", "20", "50"])
+    axes.set_yscale("symlog", linthresh=1, linscale=1.6)
+    axes.set_ylim(-0.15, 60)
+    axes.set_yticks([0, 0.25, 0.5, 1, 2, 5, 10, 20, 50], ["0", "0.25", "0.5", "1", "2", "5", "10", "20", "50"])
     axes.minorticks_off()
     axes.set_xlim(0.26, 0.74)
     axes.set_xlabel("bytes, relative to a dense bf16 cache", color=GRAY, fontsize=9.5)

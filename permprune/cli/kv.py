@@ -16,7 +16,12 @@ def kv(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],
     pattern: Annotated[
-        str, typer.Option(help="N:M keeps N of every M channels of a head, in keys and values", metavar="N:M")
+        str,
+        typer.Option(
+            help="N:M keeps N of every M channels of a head, in keys and values; larger groups, up to the whole head "
+            "(32:64 of 64 channels), lose less and take a little more",
+            metavar="N:M",
+        ),
     ] = "2:4",
     keys: Annotated[
         str | None,
