@@ -1,14 +1,16 @@
 """Perplexity and bytes of pruned key/value caches: a Markdown table.
 
 Every token is pruned but those of the window and the sinks, in prompts too. "factor" is the perplexity divided by that
-with a dense cache. The bytes are those of the storages of a cache that holds one window of states in bf16, divided by
-those of a dense bf16 cache. Orders are found on the calibration text.
+with a dense cache, with the standard error of the paired difference over the windows. The bytes are those of the
+storages of a cache that holds one window of states in bf16, divided by those of a dense bf16 cache. Orders are found on
+the calibration text.
 
-`--table orders` compares keys and values, orders and recoveries; `rivals` other choices of channels at equal bytes, by
-their descriptions: ThinK (arXiv 2407.21018), which keeps the same channels of all tokens and so needs no mask; Mustafar
-(2505.22913), which keeps the largest channels of each token; SparK (2508.15212), which weights them by the queries and
-recovers the others from their signs. `int4` is our own reference of a cache with 4 bits for each state and two bf16
-numbers for each group of channels of a token and head (Transformers' `QuantizedCache` needs quanto or hqq).
+`--table orders` compares keys and values, orders and recoveries; `patterns` has keys alone, and keys and values, in
+the order of `ria` only; `rivals` other choices of channels at equal bytes, by their descriptions: ThinK (arXiv
+2407.21018), which keeps the same channels of all tokens and so needs no mask; Mustafar (2505.22913), which keeps the
+largest channels of each token; SparK (2508.15212), which weights them by the queries and recovers the others from
+their signs. `int4` is our own reference of a cache with 4 bits for each state and two bf16 numbers for each group of
+channels of a token and head (Transformers' `QuantizedCache` needs quanto or hqq).
 
 python benchmarks/kv_cache.py --data wiki.test.raw --calibration wiki.valid.raw --windows 4 --length 1024
 """
@@ -25,9 +27,11 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
 from permprune.evaluation.perplexity import perplexity
+from permprune.evaluation.result import Result
+from permprune.examples import Examples
 from permprune.inference.kv.cache import PrunedCache
 from permprune.inference.kv.calibration import ObservedLayer, observe_states
-from permprune.inference.kv.config import KVConfig
+from permprune.inference.kv.config import DTYPES, KVConfig
 from permprune.inference.kv.evaluation import cached_perplexity
 from permprune.inference.kv.files import LayerChannels
 from permprune.inference.kv.layer import PrunedLayer
@@ -54,6 +58,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type in which the model computes")
     parser.add_argument("--table", choices=TABLES, default="orders")
     parser.add_argument("--data", help="text to evaluate on; the default text if absent")
     parser.add_argument("--calibration", help="text to find the orders on; the default text if absent")
@@ -65,6 +70,7 @@ def main() -> None:
     parser.add_argument("--rows", help="file to which the rows are added as JSON lines")
     options = parser.parse_args()
     model, tokenizer, _ = read_model(options.model)
+    model = model.to(DTYPES[options.dtype])
     shown = load_examples(
         options.calibration, model, tokenizer, part="calibration", count=options.samples, length=512, seed=0
     )
@@ -72,21 +78,34 @@ def main() -> None:
         options.data, model, tokenizer, part="evaluation", count=options.windows, length=options.length
     )
     observed = observe_states(model, shown, skipped=options.sinks)
-    dense = perplexity(model, windows, 1).value
-    print(f"{options.model}, {len(windows)} windows of {options.length} tokens, dense perplexity {dense:.2f}\n")
+    dense = log_perplexities(windows, lambda window: perplexity(model, window, 1))
+    about = f"{options.model} in {options.dtype}, {len(windows)} windows of {options.length} tokens"
+    print(f"{about}, dense perplexity {dense.mean().exp():.2f}\n")
     print("| method | keys | values | recovery | stored | factor | bytes |\n|---|---|---|---|---|---|---|", flush=True)
     for row in TABLES[options.table](observed, KVConfig(dtype="bf16", window=options.window, sinks=options.sinks)):
         config = row.config
-        found = cached_perplexity(model, windows, maker(model, row), 1)
-        factor, share = found.result.value / dense, share_of_bytes(model, row, options.length)
+        make = maker(model, row)
+        ratios = log_perplexities(windows, lambda window: cached_perplexity(model, window, make, 1).result) - dense  # noqa: B023
+        factor, error = float(ratios.mean().exp()), float(ratios.std()) / len(ratios) ** 0.5
+        share = share_of_bytes(model, row, options.length)
         cells = [row.method, config.keys, config.values, config.recovery, config.dtype]
-        print(f"| {' | '.join(cells)} | {factor:.4f} | {share:.4f} |", flush=True)
+        print(f"| {' | '.join(cells)} | {factor:.4f} ± {error:.4f} | {share:.4f} |", flush=True)
         if options.rows:
             names = ("method", "keys", "values", "recovery", "stored")
             figures = {"model": options.model, "length": options.length, "windows": len(windows)}
-            figures |= dict(zip(names, cells, strict=True)) | {"factor": round(factor, 4), "bytes": round(share, 4)}
+            figures |= dict(zip(names, cells, strict=True)) | {
+                "factor": round(factor, 4),
+                "stderr": round(error, 4),
+                "bytes": round(share, 4),
+            }
             with open(options.rows, "a", encoding="utf-8") as file:
                 file.write(json.dumps(figures) + "\n")
+
+
+def log_perplexities(windows: Examples, measure: Callable[[Examples], Result]) -> Tensor:
+    """Return the logarithm of the perplexity of each window, fp64 (windows,)."""
+    values = [measure(windows[at : at + 1]).value for at in range(len(windows))]
+    return torch.tensor(values, dtype=torch.float64).log()
 
 
 def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
@@ -102,6 +121,18 @@ def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
         yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
     own = config.replace(dtype="int8")
     yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
+
+
+def patterns(observed: Observed, config: KVConfig) -> Iterator[Row]:
+    """Keys, and keys and values, in the order of `ria` with signs; both with int8 values, too."""
+    for keys, values, dtype in (
+        ("2:4", "dense", config.dtype),
+        ("1:4", "dense", config.dtype),
+        ("2:4", "2:4", "int8"),
+        ("2:4", "2:4", config.dtype),
+    ):
+        own = config.replace(keys=keys, values=values, dtype=dtype)
+        yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
 
 
 def rivals(observed: Observed, config: KVConfig) -> Iterator[Row]:
@@ -188,7 +219,12 @@ class WideInt4Layer(Int4Layer):
     tokens = WideInt4Tokens
 
 
-TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {"orders": orders, "rivals": rivals, "int4": int4}
+TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {
+    "orders": orders,
+    "patterns": patterns,
+    "rivals": rivals,
+    "int4": int4,
+}
 
 
 def maker(model: PreTrainedModel, row: Row, *, exact_window: bool = True) -> Callable[[], PrunedCache]:

@@ -6,16 +6,21 @@ of it is the most likely one. The context is read once, and its keys and values 
 pruned, so that all read the same states; the question comes after it, and reads the packed form. All is drawn from the
 seed.
 
-python benchmarks/kv_retrieval.py --kv kv/ --data wiki.test.raw --lengths 2048 4096 --count 50 20
+The difference to the dense cache, in points, is over the same questions, with the standard error of the mean of the
+paired differences.
+
+python benchmarks/kv_retrieval.py --kv kv/ --data wiki.test.raw --lengths 2048 4096 --count 50 50
 """
 
 import argparse
 import copy
+import dataclasses
+import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,14 +31,24 @@ from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
 from permprune.inference.kv.attention import use_attention
 from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.config import KVConfig
+from permprune.inference.kv.files import read_record
 from permprune.models.forward import cache_argument
 from permprune.models.processors import tokenizer_of
 
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Moscow", "Tokyo", "Chicago", "Boston")
 WORDS = ("apple", "river", "mountain", "silver", "window", "garden", "winter", "bridge", "candle", "forest", "ocean")
 TASKS = ("pass key", "needle")
+VARIANTS = {"int8": {"dtype": "int8"}, "zeros": {"recovery": "zeros"}}
+NATURAL = "zeros, the model's order"
 Make = Callable[[], Cache]
+
+
+@dataclass
+class Answer:
+    """Whether an answer is right, and its log-probability."""
+
+    right: bool
+    log_probability: float
 
 
 @dataclass
@@ -47,38 +62,67 @@ class Example:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kv", required=True, help="folder that permprune kv wrote")
+    parser.add_argument("--kv", nargs="+", required=True, help="folders that permprune kv wrote")
+    parser.add_argument("--variants", nargs="*", choices=[*VARIANTS, NATURAL], default=[*VARIANTS, NATURAL])
     parser.add_argument("--data", help="the text around; the default text if absent")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="tokens of the contexts")
-    parser.add_argument("--count", type=int, nargs="+", default=[50, 20], help="contexts of each length")
+    parser.add_argument("--count", type=int, nargs="+", default=[50, 50], help="contexts of each length")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", help="file to which every answer is added as a JSON line")
     options = parser.parse_args()
     model, processor, _ = read_model(options.model)
     model = model.bfloat16().eval()
     use_attention(model)
     tokenizer = tokenizer_of(processor)
-    makers: dict[str, Make] = {"dense": partial(DynamicCache, config=model.config)}
-    for name, changes in (
-        ("2:4", {}),
-        ("2:4, int8", {"dtype": "int8"}),
-        ("2:4, zeros", {"recovery": "zeros"}),
-    ):
-        makers[name] = partial(PrunedCache.from_pretrained, options.kv, model, **changes)
-    makers["2:4, zeros, the model's order"] = partial(PrunedCache, model, KVConfig(recovery="zeros"))
-    print("| tokens | contexts | cache | " + " | ".join(TASKS) + " |\n|---|---|---|---|---|", flush=True)
+    makers = makers_of(model, options.kv, options.variants)
+    titles = " | ".join(f"{task} | difference" for task in TASKS)
+    print(f"| tokens | contexts | cache | {titles} |\n|---|---|---|---|---|---|---|", flush=True)
     for length, count in zip(options.lengths, options.count, strict=True):
         text = load_examples(options.data, model, processor, part="evaluation", count=count, length=length)["input_ids"]
         draw = random.Random(f"{options.seed} {length}")
-        right = {name: [0] * len(TASKS) for name in makers}
-        for done, row in enumerate(text, 1):
-            found = answers(model, makers, example(tokenizer, row, draw))
-            for name, correct in found.items():
-                right[name] = [total + one for total, one in zip(right[name], correct, strict=True)]
-            if done % 10 == 0:
-                print(f"{length} tokens, {done} contexts: {right}", file=sys.stderr, flush=True)
-        for name, totals in right.items():
-            shares = " | ".join(f"{100 * total / len(text):.0f} %" for total in totals)
-            print(f"| {length} | {len(text)} | {name} | {shares} |", flush=True)
+        found: dict[str, list[list[Answer]]] = {name: [] for name in makers}
+        for number, row in enumerate(text):
+            for name, own in answers(model, makers, example(tokenizer, row, draw)).items():
+                found[name].append(own)
+                if options.rows:
+                    write_rows(options.rows, own, tokens=length, context=number, cache=name)
+        right = {name: torch.tensor([[task.right for task in row] for row in rows]) for name, rows in found.items()}
+        for name, own in right.items():
+            cells = [f"{accuracy:.0f} % | {difference}" for accuracy, difference in compared(own, right["dense"])]
+            print(f"| {length} | {len(text)} | {name} | {' | '.join(cells)} |", flush=True)
+
+
+def makers_of(model: PreTrainedModel, folders: list[str], variants: list[str]) -> dict[str, Make]:
+    """Return functions that make empty caches: dense, and of every folder as it is and in every variant."""
+    makers: dict[str, Make] = {"dense": partial(DynamicCache, config=model.config)}
+    for folder in folders:
+        config = read_record(Path(folder)).config
+        pattern = config.keys if config.keys == config.values else f"{config.keys}, {config.values}"
+        makers[pattern] = partial(PrunedCache.from_pretrained, folder, model)
+        for variant in variants:
+            name = f"{pattern}, {variant}"
+            if variant == NATURAL:
+                makers[name] = partial(PrunedCache, model, config.replace(recovery="zeros"))
+            else:
+                makers[name] = partial(PrunedCache.from_pretrained, folder, model, **VARIANTS[variant])
+    return makers
+
+
+def compared(right: Tensor, dense: Tensor) -> list[tuple[float, str]]:
+    """Return the accuracy in each task in percent and, as text, its difference to that of the dense cache.
+
+    Both are bool (contexts, tasks).
+    """
+    differences = 100 * (right.double() - dense.double())
+    errors = differences.std(0) / len(differences) ** 0.5
+    texts = [f"{mean:+.0f} ± {error:.1f}" for mean, error in zip(differences.mean(0), errors, strict=True)]
+    return list(zip((100 * right.double().mean(0)).tolist(), texts, strict=True))
+
+
+def write_rows(path: str, found: list[Answer], **figures: str | int) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        for task, own in zip(TASKS, found, strict=True):
+            file.write(json.dumps({**figures, "task": task, **dataclasses.asdict(own)}) + "\n")
 
 
 def example(tokenizer: PreTrainedTokenizerBase, text: Tensor, draw: random.Random) -> Example:
@@ -104,8 +148,8 @@ def example(tokenizer: PreTrainedTokenizerBase, text: Tensor, draw: random.Rando
 
 
 @torch.inference_mode()
-def answers(model: PreTrainedModel, makers: dict[str, Make], own: Example) -> dict[str, list[bool]]:
-    """Return for each cache whether each question is answered."""
+def answers(model: PreTrainedModel, makers: dict[str, Make], own: Example) -> dict[str, list[Answer]]:
+    """Return the answer to each question that the model gives with each cache."""
     read = DynamicCache(config=model.config)
     model(own.context[None], logits_to_keep=1, **cache_argument(model, read))
     found = {}
@@ -116,8 +160,9 @@ def answers(model: PreTrainedModel, makers: dict[str, Make], own: Example) -> di
         for question, answer in own.questions:
             cache = copy.deepcopy(filled)
             asked = torch.cat((question, answer))[None, :-1]
-            logits = model(asked, **cache_argument(model, cache)).logits[0, -len(answer) :]
-            found[name].append(torch.equal(logits.argmax(-1), answer))
+            logits = model(asked, **cache_argument(model, cache)).logits[0, -len(answer) :].float()
+            probability = float(logits.log_softmax(-1).gather(1, answer[:, None]).sum())
+            found[name].append(Answer(torch.equal(logits.argmax(-1), answer), probability))
     return found
 
 

@@ -2,16 +2,22 @@
 
 The caches hold random states, so that long contexts need no prompt. Each row is the shortest time per token of a few
 turns, in which all caches are measured one after the other. The dense cache is Transformers' `DynamicCache` with each
-attention and data type given; "speed-up" is against the fastest of them.
+attention and data type given; "speed-up" is against the fastest of them. "MB" are the bytes of the caches' tensors, and
+"resident MB" is by how much the resident memory of the process is larger with the filled cache than before it was made,
+without memory that is free.
 
 python benchmarks/kv_speed.py --batch 8 --context 8192
 """
 
 import argparse
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 
+import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -20,18 +26,20 @@ from permprune.checkpoints.io import read_model
 from permprune.inference.kv.cache import PrunedCache
 from permprune.inference.kv.config import KVConfig
 from permprune.models.forward import cache_argument
+from permprune.system.memory import release_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Row:
-    """A cache to measure, with the model that it is for and the attention that the model is set to."""
+    """A cache to measure, the memory that it takes, its model, and the attention that the model is set to."""
 
     name: str
     model: PreTrainedModel
     attention: str
     cache: Cache
+    resident: int
     seconds: float = float("inf")
 
     def nbytes(self) -> int:
@@ -48,6 +56,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--dense", default="sdpa:bf16,sdpa:fp32,eager:bf16,eager:fp32", help="attention:type, ...")
     parser.add_argument("--pruned", default="bf16:auto,bf16:int8", help="type of the model:type of kept values, ...")
+    parser.add_argument("--patterns", nargs="+", default=["2:4"], help="patterns of the pruned caches")
     parser.add_argument("--steps", type=int, default=4, help="tokens in each turn")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no further turn begins")
@@ -61,19 +70,25 @@ def main() -> None:
             models[dtype] = own.to(DTYPES[dtype]).eval()
         return models[dtype]
 
+    def made(make: Callable[[], Cache], own: PreTrainedModel) -> tuple[Cache, int]:
+        before = resident()
+        cache = filled(make(), own, options.batch, options.context)
+        return cache, resident() - before
+
     rows: list[Row] = []
-    dense: dict[str, Cache] = {}
+    dense: dict[str, tuple[Cache, int]] = {}
     for text in filter(None, options.dense.split(",")):
         attention, dtype = text.split(":")
         own = model_of(dtype)
         if dtype not in dense:
-            dense[dtype] = filled(DynamicCache(config=own.config), own, options.batch, options.context)
-        rows.append(Row(f"dense, {attention}, {dtype}", own, attention, dense[dtype]))
-    for text in filter(None, options.pruned.split(",")):
+            dense[dtype] = made(partial(DynamicCache, config=own.config), own)
+        rows.append(Row(f"dense, {attention}, {dtype}", own, attention, *dense[dtype]))
+    for text, pattern in product(filter(None, options.pruned.split(",")), options.patterns):
         dtype, stored = text.split(":")
-        own = model_of(dtype)
-        cache = filled(PrunedCache(own, KVConfig(dtype=stored)), own, options.batch, options.context)
-        rows.append(Row(f"2:4, {stored if stored != 'auto' else dtype}, model {dtype}", own, "permprune", cache))
+        own, config = model_of(dtype), KVConfig(pattern, pattern, dtype=stored)
+        filled(PrunedCache(own, config), own, 1, 64)  # what the first call loads is not counted
+        name = f"{pattern}, {stored if stored != 'auto' else dtype}, model {dtype}"
+        rows.append(Row(name, own, "permprune", *made(partial(PrunedCache, own, config), own)))
     began = time.perf_counter()
     for turn in range(options.turns):
         if turn and time.perf_counter() - began > options.limit:
@@ -82,10 +97,17 @@ def main() -> None:
             row.seconds = min(row.seconds, seconds_per_token(row, options.batch, options.steps))
     fastest = min(row.seconds for row in rows if "dense" in row.name)
     print(f"{options.model}, batch {options.batch}, {options.context} tokens, {torch.get_num_threads()} threads\n")
-    print("| cache | MB | ms per step | tokens/s | speed-up |\n|---|---|---|---|---|")
+    print("| cache | MB | resident MB | ms per step | tokens/s | speed-up |\n|---|---|---|---|---|---|")
     for row in rows:
         speed = f"{1000 * row.seconds:.1f} | {options.batch / row.seconds:.1f} | {fastest / row.seconds:.2f}"
-        print(f"| {row.name} | {row.nbytes() / 1e6:.0f} | {speed} |")
+        print(f"| {row.name} | {row.nbytes() / 1e6:.0f} | {row.resident / 1e6:.0f} | {speed} |")
+
+
+def resident() -> int:
+    """Return the resident memory of this process in bytes, after free memory went back to the system."""
+    gc.collect()
+    release_freed_memory()
+    return int(psutil.Process().memory_info().rss)
 
 
 @torch.inference_mode()
