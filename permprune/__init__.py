@@ -69,10 +69,12 @@ if TYPE_CHECKING:
     from permprune.saliency.ria import RIA
     from permprune.saliency.wanda import Wanda
     from permprune.system.progress import disable_progress_bars, enable_progress_bars
+    from permprune.updates.admm import ADMM
     from permprune.updates.base import LayerUpdate, Update
     from permprune.updates.sparsegpt import SparseGPT
 
 __all__ = [
+    "ADMM",
     "OBS",
     "RIA",
     "BenchedModel",
@@ -247,6 +249,7 @@ _MODULES = {
     "Wanda": "saliency.wanda",
     "disable_progress_bars": "system.progress",
     "enable_progress_bars": "system.progress",
+    "ADMM": "updates.admm",
     "LayerUpdate": "updates.base",
     "Update": "updates.base",
     "SparseGPT": "updates.sparsegpt",

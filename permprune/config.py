@@ -61,8 +61,8 @@ class PruneConfig:
     layer that reads the residual stream has its own order, at the cost of one `index_select` each."""
 
     update: str | Update = "none"
-    """The update of the weights that are kept: "none", or "sparsegpt", which is applied with the orders found, as far
-    as it lowers the loss on the held-out examples."""
+    """The update of the weights that are kept: "none", "sparsegpt" or "admm", which are applied with the orders
+    found, as far as they lower the loss on the held-out examples."""
 
     calibration: str | Sequence[str] | None = None
     """The calibration data: a file, a folder or a data set id; None for the default data of the model's kind. Several

@@ -24,6 +24,7 @@ MODULES = [
     "permprune.saliency.obs",
     "permprune.updates.base",
     "permprune.updates.sparsegpt",
+    "permprune.updates.admm",
 ]
 """Modules whose functions declare shapes, each after those that it imports from."""
 

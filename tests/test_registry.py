@@ -46,6 +46,7 @@ def test_every_method_goes_by_its_name(make: Any, known: dict[str, Any]) -> None
         (saliency, "ria:power=1.0"),
         (saliency, "obs:damping=0.1"),
         (update, "sparsegpt:damping=0.1:block=64"),
+        (update, "admm:iterations=50:gradual=0"),
     ],
 )
 def test_options_are_read_and_described(make: Any, name: str) -> None:
@@ -66,6 +67,8 @@ def test_options_are_read_and_described(make: Any, name: str) -> None:
         (update, "sparsegpt:block=6.7", "block is '6.7': give a whole number from 1"),
         (update, "sparsegpt:block=0", "block is 0: give a whole number from 1"),
         (update, "sparsegpt:", '"" is not an option of sparsegpt: give numbers for damping=0.01, block=128'),
+        (update, "admm:penalty=0", "penalty is 0.0: give a number above 0 up"),
+        (update, "admm:iterations=0", "iterations is 0: give a whole number from 1"),
         (update, "none:damping=1", '"damping=1" is not an option of none: it has none'),
         (permuter, "newton:rounds=6.7", "rounds is '6.7'"),
         (permuter, "newton:rounds=-1", "rounds is -1"),

@@ -27,6 +27,10 @@ ATTEMPTS = 4
 """Number of damping values that are tried, each ten times the previous one."""
 
 
+NO_FACTOR = "the second moments of its inputs have no Cholesky factor"
+ADVICE = "calibrate with --precision fp32, and check the calibration text"
+
+
 def root_mean_square(moments: Float[Tensor, "channels channels"]) -> Float[Tensor, " channels"]:
     """Return the root mean square of each input channel over the tokens, (channels,), given H (channels, channels)."""
     return moments.diagonal().clamp_min(0).sqrt()
@@ -50,10 +54,16 @@ def inverse_factor(moments: Float[Tensor, "channels channels"], damping: float) 
             factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
             if torch.isfinite(factor).all() and factor.diagonal().all():
                 return factor
-    raise PermpruneError(
-        "the second moments of its inputs have no Cholesky factor even with more damping: "
-        "calibrate with --precision fp32, and check the calibration text"
-    )
+    raise PermpruneError(f"{NO_FACTOR} even with more damping: {ADVICE}")
+
+
+def cholesky(matrix: Float[Tensor, "channels channels"]) -> Float[Tensor, "channels channels"]:
+    """Return the lower Cholesky factor of second moments with damping. Raises `PermpruneError` if they have none."""
+    lower: Tensor
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed or not torch.isfinite(lower).all():
+        raise PermpruneError(f"{NO_FACTOR}: {ADVICE}")
+    return lower
 
 
 class InputMoments:

@@ -134,7 +134,9 @@ def prune_config(
     ] = PruneConfig.mode,
     update: Annotated[
         str,
-        typer.Option(help="update of the weights that are kept: none, or sparsegpt, which compensates for the others"),
+        typer.Option(
+            help="update of the weights that are kept, which compensates for the others: none, sparsegpt or admm"
+        ),
     ] = "none",
     calibration: Annotated[
         list[str] | None,

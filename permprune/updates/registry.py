@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from permprune.registry import method_of
+from permprune.updates.admm import ADMM
 from permprune.updates.base import Update
 from permprune.updates.none import NoUpdate
 from permprune.updates.sparsegpt import SparseGPT
 
-UPDATES: dict[str, type[Update]] = {method.name: method for method in (NoUpdate, SparseGPT)}
+UPDATES: dict[str, type[Update]] = {method.name: method for method in (NoUpdate, SparseGPT, ADMM)}
 
 
 def update(given: str | Update) -> Update:

@@ -227,7 +227,7 @@ def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
         (["--pattern", "2:5"], "which 5 does not divide"),
         (["--preset", "luck"], 'unknown permuter "newton-luck"'),
         (["--saliency", "luck"], 'unknown saliency "luck"'),
-        (["--update", "luck"], 'unknown update "luck": choose one of none, sparsegpt'),
+        (["--update", "luck"], 'unknown update "luck": choose one of none, sparsegpt, admm'),
         (["--permute", "luck"], 'unknown permuter "luck"'),
         (["--mode", "luck"], 'mode "luck"'),
         (["--precision", "int8"], 'precision "int8"'),

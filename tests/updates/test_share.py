@@ -13,6 +13,7 @@ from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherO
 from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
+from permprune.updates.admm import ADMM
 from permprune.updates.base import Update
 from permprune.updates.none import NoUpdate
 from permprune.updates.share import SHARES, update_network
@@ -86,15 +87,15 @@ def test_an_update_that_only_harms_is_left(tiny_llama: LlamaForCausalLM, target:
         assert torch.equal(weight, network.dense[name] * network.masks[name])
 
 
-@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize(("mode", "method"), [("fold", SparseGPT()), ("gather", SparseGPT()), ("gather", ADMM())])
 def test_what_is_taken_holds_the_pattern_and_lasts_until_orders_are_set(
-    tiny_llama: LlamaForCausalLM, mode: str
+    tiny_llama: LlamaForCausalLM, mode: str, method: Update
 ) -> None:
     prepared = prepare(tiny_llama, None, PruneConfig(precision="fp32", mode=mode), examples=WINDOWS)
     network = prepared.network
     Random().solve(network, prepared.run)
     before = network.loss(prepared.run.held_out, Objective())
-    update_network(SparseGPT(), network, prepared.measured, prepared.run.held_out)
+    update_network(method, network, prepared.measured, prepared.run.held_out)
     assert network.loss(prepared.run.held_out, Objective()) <= before
     columns = network.stored_columns()
     assert all(network.patterns[name].holds(weight[:, columns[name]]) for name, weight in shown(network).items())

@@ -14,6 +14,7 @@ from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
+from permprune.updates.admm import ADMM
 from permprune.updates.base import LayerUpdate
 from permprune.updates.none import NoUpdate
 from permprune.updates.registry import UPDATES, update
@@ -72,11 +73,13 @@ def test_each_block_is_updated_for_the_inputs_that_the_updated_blocks_before_it_
         network.show({name: found[name] for name in own})
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_holds_the_pattern_in_stored_order_and_leaves_no_hooks(tiny_llama: LlamaForCausalLM, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "method"), [("fp32", SparseGPT()), ("bf16", SparseGPT()), ("bf16", ADMM())])
+def test_holds_the_pattern_in_stored_order_and_leaves_no_hooks(
+    tiny_llama: LlamaForCausalLM, precision: str, method: LayerUpdate
+) -> None:
     prepared = ready(tiny_llama, precision=precision, pattern="1:4")
     network = prepared.network
-    SparseGPT().run(network, prepared.measured)
+    method.run(network, prepared.measured)
     columns = network.stored_columns()
     for name, weight in weights(network).items():
         assert network.patterns[name].holds(weight[:, columns[name]])
@@ -102,7 +105,8 @@ def test_layers_are_updated_in_fp32_whatever_the_activations(tiny_llama: LlamaFo
     assert not any(weight.any() for weight in weights(prepared.network).values())
 
 
-def test_weights_stored_transposed_are_updated_too() -> None:
+@pytest.mark.parametrize("method", [SparseGPT(), ADMM()])
+def test_weights_stored_transposed_are_updated_too(method: LayerUpdate) -> None:
     config = GPT2Config(vocab_size=128, n_positions=32, n_embd=32, n_layer=2, n_head=4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -110,7 +114,7 @@ def test_weights_stored_transposed_are_updated_too() -> None:
     prepared = ready(model)
     network = prepared.network
     before = network.measures()
-    SparseGPT().run(network, prepared.measured)
+    method.run(network, prepared.measured)
     columns = network.stored_columns()
     assert all(layer.transposed for layer in network.layers.values())
     assert all(network.patterns[name].holds(weight[:, columns[name]]) for name, weight in weights(network).items())
@@ -144,11 +148,11 @@ def test_a_layer_without_an_update_is_named(tiny_llama: LlamaForCausalLM, monkey
 
 
 def test_looks_up_by_name_and_passes_objects_through() -> None:
-    assert [type(update(name)) for name in UPDATES] == [NoUpdate, SparseGPT]
+    assert [type(update(name)) for name in UPDATES] == [NoUpdate, SparseGPT, ADMM]
     method = SparseGPT(damping=0.1)
     assert update(method) is method
 
 
 def test_an_unknown_name_lists_the_names() -> None:
-    with pytest.raises(PermpruneError, match='unknown update "gptq": choose one of none, sparsegpt'):
+    with pytest.raises(PermpruneError, match='unknown update "gptq": choose one of none, sparsegpt, admm'):
         update("gptq")

@@ -1,0 +1,100 @@
+"""The ADMM update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from permprune.calibration.moments import cholesky, root_mean_square
+from permprune.errors import PermpruneError
+from permprune.options import Count, Natural, NonNegative, Positive
+from permprune.pattern import Pattern
+from permprune.updates.base import LayerUpdate
+
+
+@dataclass(frozen=True)
+class ADMM(LayerUpdate):
+    """The least output error that the remaining weights allow, by ADMM (Boža 2024, arXiv 2401.02938).
+
+    The alternating direction method of multipliers solves min tr(E H E^T), E the change of the weights, over weights
+    that the mask allows. Channels are scaled so that the diagonal of H is 1; `damping` is then added to it. All rows
+    share one inverse, that of H + `penalty` * I, and each of the `iterations` multiplies all of them by it.
+
+    If no mask is given, the first `gradual` iterations choose one: a weight's score is the magnitude of its current
+    value plus that of its multiplier. The N largest scores of each group are kept, and of the others those that are
+    large within the layer; their number falls to zero along the paper's cubic schedule. With 0, the scores are those of
+    Wanda. A channel that is always zero is pruned before any other. Raises `PermpruneError` if `gradual` is larger than
+    `iterations`.
+    """
+
+    name: ClassVar[str] = "admm"
+    damping: NonNegative = 0.1
+    penalty: Positive = 1.0
+    iterations: Count = 20
+    gradual: Natural = 15
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradual > self.iterations:
+            raise PermpruneError(f"gradual is {self.gradual}: give at most the number of iterations, {self.iterations}")
+
+    def apply(
+        self,
+        weight: Float[Tensor, "rows channels"],
+        moments: Float[Tensor, "channels channels"],
+        order: Int[Tensor, " channels"],
+        pattern: Pattern,
+        mask: Bool[Tensor, "rows channels"] | None = None,
+    ) -> Float[Tensor, "rows channels"]:
+        pattern.require_divisible(weight.shape[1], "a weight matrix")
+        order = order.to(weight.device)
+        hessian = moments[order][:, order]
+        scale = root_mean_square(hessian)[:, None]
+        alive = scale > 0
+        scale.masked_fill_(~alive, 1)
+        hessian /= scale * scale.T
+        hessian.diagonal().add_(self.damping + self.penalty)
+        inverse = torch.cholesky_inverse(cholesky(hessian))
+
+        current = weight.T[order] * scale
+        start = torch.addmm(current, inverse, current, alpha=-self.penalty)  # inverse times (H + damping) times W
+        keep = pattern_mask(current.abs() * alive, pattern) if mask is None else mask.T[order]
+        total = current  # the weights plus their multipliers, which are 0 at first
+        for step in range(self.iterations):
+            if mask is None and step < self.gradual:
+                keep = gradual_mask(total.abs() * alive, pattern, (step + 1) / self.gradual)
+            # The multipliers become the part of the total that the mask removes, so that the part that it keeps minus
+            # the multipliers is the total with the sign of the removed part reversed.
+            reflected = torch.where(keep, total, -total)
+            multipliers = total.masked_fill_(keep, 0)
+            total = torch.addmm(start, inverse, reflected, alpha=self.penalty).add_(multipliers)
+
+        pruned = torch.empty_like(weight)
+        pruned[:, order] = (total * keep / scale).T
+        return pruned
+
+
+def pattern_mask(score: Float[Tensor, "channels rows"], pattern: Pattern) -> Bool[Tensor, "channels rows"]:
+    """Return the mask that keeps the N largest scores of every M consecutive channels, in each row."""
+    return pattern.mask_groups(score.unflatten(0, (-1, pattern.m)), 1).flatten(0, 1)
+
+
+def gradual_mask(
+    score: Float[Tensor, "channels rows"], pattern: Pattern, progress: float
+) -> Bool[Tensor, "channels rows"]:
+    """Return `pattern_mask` and those of the other weights whose scores are the largest in the matrix.
+
+    The share of all weights that is pruned rises with `progress`, from 0 to 1, along a cubic curve to that of the
+    pattern (Zhu & Gupta 2017, arXiv 1710.01878).
+    """
+    keep = pattern_mask(score, pattern)
+    others = score[~keep]
+    pruned = round(len(others) * (1 - (1 - progress) ** 3))
+    if pruned < len(others):
+        limit = others.kthvalue(pruned).values if pruned else -1.0
+        keep |= score > limit
+    return keep
