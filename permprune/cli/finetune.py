@@ -30,6 +30,13 @@ def finetune(
     train: Annotated[
         str, typer.Option(help="weights to train: all, norms (with biases and the head), or head")
     ] = "all",
+    adapters: Annotated[
+        int | None,
+        typer.Option(
+            help="train linear layers through adapters (LoRA) of this rank, merged at the end: needs less memory",
+            show_default="every weight",
+        ),
+    ] = None,
     teacher: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +59,8 @@ def finetune(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="peak learning rate", show_default="5e-5, 1e-4 below 50 million parameters, 1e-3 for norms and head"
+            help="peak learning rate",
+            show_default="5e-5, 1e-4 below 50 million parameters, 1e-3 for norms, head and adapters",
         ),
     ] = None,
     batch: Annotated[
@@ -78,6 +86,7 @@ def finetune(
         data,
         dev=dev,
         train=train,
+        adapters=adapters,
         teacher=teacher,
         hidden=hidden,
         metric=metric,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.origin import origin_of
@@ -31,7 +33,7 @@ from permprune.jobs.trials import BATCH
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Task, choose_task
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
-from permprune.models.layers import require_changeable
+from permprune.models.layers import block_linears, require_changeable
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
 from permprune.options import Count, NonNegative, Positive, Seed, require_fields
@@ -41,6 +43,7 @@ from permprune.system.digests import WEIGHTS, model_digests, versions
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.search_state import Checkpoint
+from permprune.training.adapters import adapted
 from permprune.training.loop import Epoch, Trainer, Training
 from permprune.training.weights import masked, trained_weights
 
@@ -56,6 +59,9 @@ STEPS, MOST_EPOCHS = 300, 20
 RATES = {"all": 5e-5, "norms": 1e-3, "head": 1e-3}
 SMALL, SMALL_RATE = 50_000_000, 1e-4
 """Default learning rates by `FineTuning.train`; `SMALL_RATE` is that of "all" for fewer than `SMALL` parameters."""
+
+ADAPTERS_RATE = 1e-3
+"""The default learning rate with adapters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +79,11 @@ class FineTuning:
     train: str = "all"
     """The parameters to train: "all", "norms" (norms, biases and the head) or "head"."""
 
+    adapters: Count | None = None
+    """The rank of adapters (LoRA) through which the linear layers inside the blocks are trained, with `train` "all".
+    Norms, biases and the head are trained as they are, and embeddings are not. Pruned weights stay zero, and the
+    adapters are merged into the weights at the end. None trains every weight by itself."""
+
     teacher: str | PreTrainedModel | None = None
     """The dense model, by name or in memory. The loss is then the KL divergence from its outputs (for regression, the
     squared distance) instead of the loss of the labels; for language models it is added to the loss of the tokens.
@@ -88,7 +99,8 @@ class FineTuning:
     """Passes over the data: by default 3, or more if the data are small."""
 
     lr: Positive | None = None
-    """The peak learning rate: by default 5e-5 for all weights (1e-4 for fewer than 50 million), otherwise 1e-3."""
+    """The peak learning rate: by default 5e-5 for all weights (1e-4 for fewer than 50 million), otherwise 1e-3, also
+    for adapters."""
 
     batch: Count | None = None
     """Examples per step: by default 4 windows of text, or 32 examples of any other kind."""
@@ -107,6 +119,8 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         require_fields(self)
+        if self.adapters is not None and self.train != "all":
+            raise PermpruneError(f"--adapters trains linear layers, --train {self.train} does not: give one of the two")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values, with the name of the teacher in place of the model."""
@@ -116,8 +130,14 @@ class FineTuning:
         """Return the settings of the training loop for a model and `count` training examples."""
         batch = self.batch or BATCH * BATCH_MULTIPLIER[kind_of(model)]
         epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
+        return Training(epochs, self.lr or self._rate(model), batch, seed=self.seed)
+
+    def _rate(self, model: PreTrainedModel) -> float:
+        """The default learning rate."""
+        if self.adapters is not None:
+            return ADAPTERS_RATE
         small = self.train == "all" and model.num_parameters() < SMALL
-        return Training(epochs, self.lr or (SMALL_RATE if small else RATES[self.train]), batch, seed=self.seed)
+        return SMALL_RATE if small else RATES[self.train]
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> tuple[Examples, Examples]:
         """Load the data; returns the training examples and the held-out ones.
@@ -226,10 +246,6 @@ def _finetune(
     def measure(shown: PreTrainedModel = model) -> Result:
         return evaluate_model(shown, held_out, batch=batch, metric=options.metric)[0]
 
-    weights = trained_weights(model, options.train)
-    # Weights, best weights and two moments in fp32; the old state is kept until the new one is written.
-    state_bytes = 32 * sum(weight.numel() for weight in weights.values())
-    require_space(work.out, weight_bytes(model, opened.stored) + state_bytes)
     identity = {
         "model": opened.name,
         **options.to_json(),
@@ -239,18 +255,21 @@ def _finetune(
         "teacher weights": None if teacher is None else model_digests(teacher, teacher.state_dict().items())[WEIGHTS],
         **versions(),
     }
-    trainer = Trainer(
-        model=model,
-        weights=weights,
-        task=task,
-        loss=objective,
-        measure=measure,
-        training=options.training(model, len(examples)),
-        checkpoint=Checkpoint(work.path, identity),
-        teacher=teacher,
-        held_out=None if teacher is None else held_out,
-    )
-    with masked(model, patterns):
+    size = weight_bytes(model, opened.stored)
+    with _trained(model, patterns, options) as weights:
+        # Weights, best weights and two moments in fp32; the old state is kept until the new one is written.
+        require_space(work.out, size + 32 * sum(weight.numel() for weight in weights.values()))
+        trainer = Trainer(
+            model=model,
+            weights=weights,
+            task=task,
+            loss=objective,
+            measure=measure,
+            training=options.training(model, len(examples)),
+            checkpoint=Checkpoint(work.path, identity),
+            teacher=teacher,
+            held_out=None if teacher is None else held_out,
+        )
         curve = trainer.fit(examples)
     require_patterns(model, patterns)
     found = FineTuned(
@@ -267,6 +286,19 @@ def _finetune(
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
         write_model(model, processor, folder, optimised=decode(Optimised, found.to_json()), bench=None)
     return found
+
+
+@contextmanager
+def _trained(model: PreTrainedModel, patterns: Patterns, options: FineTuning) -> Iterator[dict[str, nn.Parameter]]:
+    """A context in which pruned weights stay zero; it returns the parameters to train, by name."""
+    adapting = [] if options.adapters is None else block_linears(model)
+    inside = {layer.name for layer in adapting}
+    with masked(model, [name for name in patterns if name not in inside]):
+        if options.adapters is None:
+            yield trained_weights(model, options.train)
+        else:
+            with adapted(model, adapting, options.adapters, options.seed) as adapters:
+                yield trained_weights(model, "norms") | adapters
 
 
 def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:

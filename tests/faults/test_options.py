@@ -111,7 +111,10 @@ def test_a_permuters_name_is_understood_whole() -> None:
         (["compare", "--tasks", "cb", "--limit", "0"], "limit"),
         *((["sweep", "--budgets", text], "budgets") for text in ("0", "-1", "nan", "5,inf")),
         *((["sweep", "--jobs", text], "jobs") for text in ("0", "-1")),
-        *((["finetune", option, "0"], option[2:]) for option in ("--epochs", "--lr", "--batch", "--length", "--rows")),
+        *(
+            (["finetune", option, "0"], option[2:])
+            for option in ("--epochs", "--lr", "--batch", "--length", "--rows", "--adapters")
+        ),
         *((["finetune", option, "nan"], option[2:]) for option in ("--lr", "--hidden")),
         (["finetune", "--hidden", "-1"], "hidden"),
         (["finetune", "--seed", "-1"], "seed"),

@@ -177,7 +177,7 @@ def load_record(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_text_is_learned_through_norms_alone(
+def test_text_is_learned_through_norms_alone_or_adapters_that_are_merged(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, objectives: list[Objective]
 ) -> None:
     text, pruned, tuned = str(tiny_text), tmp_path / "pruned", tmp_path / "tuned"
@@ -193,6 +193,14 @@ def test_text_is_learned_through_norms_alone(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("norm" in name for name in changed)
 
+    options = FineTuning(text, adapters=4, teacher=str(tiny_checkpoint), epochs=1, rows=40, length=16)
+    found = finetune(str(pruned), tmp_path / "adapted", options)
+    assert found.result.value < found.before and found.to_json()["adapters"] == 4 and found.training.rate == 1e-3
+    verify(tmp_path / "adapted")
+    after = dict(load(tmp_path / "adapted").named_parameters())
+    assert {name for name in before if torch.equal(before[name], after[name])} == {"model.embed_tokens.weight"}
+    assert all(torch.equal(before[name] == 0, after[name] == 0) for name in before)
+
 
 def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_path: Path) -> None:
     one = tmp_path / "one.tsv"
@@ -206,3 +214,5 @@ def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_pa
         finetune(encoder, tmp_path / "out", FineTuning(data, teacher=str(tiny_bert)))
     with pytest.raises(PermpruneError, match="choose all, norms, head"):
         finetune(encoder, tmp_path / "out", FineTuning(data, train="some"))
+    with pytest.raises(PermpruneError, match="--adapters trains linear layers, --train norms does not"):
+        FineTuning(data, train="norms", adapters=4)
