@@ -22,6 +22,7 @@ from permprune import (
     prune_to_folder,
 )
 from permprune.cli.common import parse_bytes
+from permprune.config import DEFAULTS
 from permprune.jobs.ablate import variants
 from permprune.losses.objective import Objective
 from permprune.options import numbers_of
@@ -55,7 +56,8 @@ def test_every_number_of_every_method_has_a_range(options: type) -> None:
         value = getattr(made, field.name)
         assert field.name in ranges or not isinstance(value, (int, float)), field.name
     for name, number in ranges.items():
-        wrong: list[object] = ["3", [1], math.nan, math.inf, -math.inf, *([] if number.optional else [None])]
+        optional = number.optional or (options is PruneConfig and name in DEFAULTS)
+        wrong: list[object] = ["3", [1], math.nan, math.inf, -math.inf, *([] if optional else [None])]
         wrong += [1, 0.0] if number.kind is bool else [True, -1, -0.5, 10**400]
         wrong += [2.5, 2.0] if number.kind is int else []
         for value in wrong:
