@@ -97,6 +97,7 @@ class MaskedLayers:
         self.orders: Orders = {}
         self.trained: dict[str, Tensor] = {}
         self.updated: dict[str, Tensor] = {}
+        self._energies: dict[str, float] = {}
         self.scales = {name: self._scale(name, saliency) for name in sites}
         self._bits = {name: pack_mask(patterns[name].mask(score)) for name, score in self.scores.items()}
         self._handles: list[RemovableHandle] = []
@@ -267,7 +268,9 @@ class MaskedLayers:
             dense, shown, energy = self.dense[name], self.shown[name], self.scores[name].square_()
             moments = self.statistics.moments[self.sites[name]]
             kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
-            error = _output_energy(dense - shown, moments) / max(_output_energy(dense, moments), 1e-30)
+            if name not in self._energies:  # a product as large as a pass over many tokens
+                self._energies[name] = max(_output_energy(dense, moments), 1e-30)
+            error = _output_energy(dense - shown, moments) / self._energies[name]
             found.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
         return found
 
