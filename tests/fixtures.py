@@ -55,6 +55,8 @@ from permprune.zoo.models import resolve_model  # noqa: E402
 
 logging.getLogger("torch.__trace").propagate = True  # else pytest attaches a handler, and torch describes each trace
 
+torch.fx.config.do_not_emit_stack_traces = True  # they take a third of the time of a trace; messages name lines by them
+
 settings.register_profile("untimed", deadline=None)  # on a loaded machine an example may take as long as it likes
 settings.load_profile("untimed")
 

@@ -185,7 +185,8 @@ def test_what_depends_on_the_order_is_frozen_and_the_rest_is_not(function):
         assert {space.freedom for space in frozen} == {"frozen"}
 
 
-def test_an_unknown_op_is_named_with_its_place():
+def test_an_unknown_op_is_named_with_its_place(monkeypatch):
+    monkeypatch.setattr("torch.fx.config.do_not_emit_stack_traces", False)
     (space,) = [s for n, s in check(mlp(lambda h: h.unfold(-1, 1, 1).squeeze(-1)), X).items() if n == "down.input"]
     assert "no rule for unfold" in space.reason
     assert "test_discover.py" in space.reason
