@@ -24,11 +24,13 @@ compare: $(INSTALLED)
 	mkdir -p demo
 	$(BIN)/permprune --verbose compare $(MODEL) --minutes 5 --json demo/long.json --picture demo/long.png
 
+# Types are checked beside the tests, which at times leave a core idle.
 test: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy permprune
-	$(ONE_THREAD) $(BIN)/$(PYTEST)
+	@$(BIN)/mypy permprune & types=$$!; \
+	$(ONE_THREAD) $(BIN)/$(PYTEST); tests=$$?; \
+	wait $$types && exit $$tests
 
 quick: $(DEV)
 	$(ONE_THREAD) $(BIN)/$(PYTEST) $(QUICK)
