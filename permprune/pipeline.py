@@ -31,6 +31,7 @@ from permprune.coupling.space import Coupling
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
+from permprune.models.attention import autocast
 from permprune.models.forward import frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.layers import Layer, dense_weights
@@ -49,7 +50,7 @@ from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places, reorder_columns
 from permprune.report.card import write_card
-from permprune.system.device import autocast, compute_device
+from permprune.system.device import compute_device
 from permprune.system.files import atomic_folder
 from permprune.system.out_of_memory import memory_reported
 from permprune.updates.registry import update

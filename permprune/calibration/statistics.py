@@ -16,12 +16,13 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
 from permprune.losses.targets import Features, Predictions, Task
 from permprune.models.activation_checkpointing import recomputed
+from permprune.models.attention import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of
 from permprune.models.hooks import hooked
 from permprune.models.layers import Layer
 from permprune.system import distributed
-from permprune.system.device import autocast, compute_device
+from permprune.system.device import compute_device
 from permprune.system.progress import log, track
 
 UNREAD = 1e-6

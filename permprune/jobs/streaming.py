@@ -22,6 +22,7 @@ from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import PrunedLayer
 from permprune.coupling.fold import fold_parameter
 from permprune.errors import PermpruneError
+from permprune.models.attention import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
 from permprune.models.hooks import hooked
@@ -37,7 +38,7 @@ from permprune.pruning.stored import fold_tables, reorder_columns
 from permprune.saliency.base import Saliency
 from permprune.saliency.obs import OBS
 from permprune.system import distributed
-from permprune.system.device import autocast, compute_device
+from permprune.system.device import compute_device
 from permprune.system.files import write_whole
 from permprune.system.progress import log, track
 from permprune.system.resources import gib

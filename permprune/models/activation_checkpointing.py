@@ -10,6 +10,7 @@ from functools import partial, update_wrapper
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from permprune.models.attention import BlockwiseAttention
 from permprune.models.layers import blocks
 
 _again = ContextVar("again", default=False)
@@ -51,6 +52,7 @@ def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[No
 def _second_run() -> Iterator[None]:
     token = _again.set(True)
     try:
-        yield
+        with BlockwiseAttention():  # as in the first run, in `autocast`
+            yield
     finally:
         _again.reset(token)

@@ -18,6 +18,7 @@ from permprune.examples import Examples, batches
 from permprune.losses.loss import Loss, TeacherOutputs
 from permprune.losses.targets import Task
 from permprune.models.activation_checkpointing import recomputed
+from permprune.models.attention import autocast
 from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights
@@ -27,7 +28,7 @@ from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed
-from permprune.system.device import autocast, compute_device
+from permprune.system.device import compute_device
 
 COUPLED = 4096
 """The largest number of rows of a layer for which the covariance of rows is computed: 64 MiB in fp32."""
@@ -94,7 +95,7 @@ class PrunedNetwork(MaskedLayers):
         """The device on which the model runs."""
         return compute_device(self.model)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[None]:
         """A context in which activations have the network's dtype."""
         return autocast(self.device, self.dtype)
 

@@ -15,11 +15,6 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return a context in which activations on this device have this type."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return the type of products on this device in the present autocast context; None outside such a context."""
     enabled = torch.is_autocast_enabled(device.type)

@@ -1,0 +1,67 @@
+"""Attention in bfloat16 on the CPU: torch's kernel beside permprune's blocks, forward and backward, in turns.
+
+python benchmarks/attention.py --threads 2
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+
+from permprune.models.attention import BlockwiseAttention
+
+SHAPES = {
+    "SmolLM2-135M, 4 windows of 512 tokens": (4, 9, 3, 512, 64, True),
+    "Qwen2.5-1.5B, 1 window of 2048 tokens": (1, 12, 2, 2048, 128, True),
+    "ViT-B/16, 32 images": (32, 12, 12, 197, 64, False),
+}
+"""Batch, query heads, key/value heads, tokens, channels of a head, and whether the mask is causal."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=8)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print("| | torch, ms | blocks, ms | ratio | error of torch | error of blocks |")
+    print("|---|---|---|---|---|---|")
+    for name, shape in SHAPES.items():
+        compare(name, *shape, turns=options.turns)
+
+
+def compare(
+    name: str, batch: int, heads: int, shared: int, length: int, width: int, is_causal: bool, *, turns: int
+) -> None:
+    """Print the fastest forward and backward pass of each, and the errors against float64 (relative, of the norm)."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(batch, h, length, width).bfloat16().requires_grad_() for h in (heads, shared, shared)]
+    arriving = torch.randn(batch, heads, length, width)
+
+    def run(blocks: bool, dtype: torch.dtype = torch.bfloat16) -> tuple[list[torch.Tensor], list[float]]:
+        given = inputs if dtype == torch.bfloat16 else [x.detach().to(dtype).requires_grad_() for x in inputs]
+        started = time.perf_counter()
+        if blocks:
+            with BlockwiseAttention():
+                result = F.scaled_dot_product_attention(*given, is_causal=is_causal, enable_gqa=True)
+        else:
+            result = F.scaled_dot_product_attention(*given, is_causal=is_causal, enable_gqa=True)
+        halfway = time.perf_counter()
+        gradients = torch.autograd.grad(result, given, arriving.to(dtype))
+        return [result.detach(), *gradients], [halfway - started, time.perf_counter() - halfway]
+
+    exact, _ = run(False, torch.float64)
+    best, errors = {}, {}
+    for turn in range(turns):
+        for blocks in (False, True) if turn % 2 else (True, False):
+            found, seconds = run(blocks)
+            best[blocks] = list(map(min, best.get(blocks, seconds), seconds))
+            errors[blocks] = max(float((x - e).norm() / e.norm()) for x, e in zip(found, exact, strict=True))
+    torchs, own = (" + ".join(f"{1e3 * s:.1f}" for s in best[blocks]) for blocks in (False, True))
+    ratio = sum(best[False]) / sum(best[True])
+    print(f"| {name} | {torchs} | {own} | {ratio:.2f} | {errors[False]:.4f} | {errors[True]:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Attention in blocks against torch's in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from permprune.models import attention
+from permprune.models.attention import BlockwiseAttention, autocast
+
+CPU = torch.device("cpu")
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    shared=st.integers(1, 3),
+    lengths=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    widths=st.sampled_from([(8, 8), (16, 5)]),
+    is_causal=st.booleans(),
+    at_once=st.sampled_from([1, 5000, 1 << 20]),
+)
+def test_blocks_give_the_result_and_gradients_of_float64(
+    batch: int,
+    heads: int,
+    shared: int,
+    lengths: tuple[int, int],
+    widths: tuple[int, int],
+    is_causal: bool,
+    at_once: int,
+) -> None:
+    queries, keys = lengths[:1] * 2 if is_causal else lengths
+    inputs = tensors(
+        (batch, heads * shared, queries, widths[0]), (batch, heads, keys, widths[0]), (batch, heads, keys, widths[1])
+    )
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with pytest.MonkeyPatch.context() as patch, BlockwiseAttention():
+        patch.setattr(attention, "SCORES", at_once)
+        result = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=True, scale=0.7)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=is_causal, enable_gqa=True, scale=0.7)
+    assert result.dtype == torch.bfloat16
+    arriving = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found = torch.autograd.grad(result, inputs, arriving)
+    wanted = torch.autograd.grad(expected, exact, arriving.double())
+    for own, other in zip((result, *found), (expected, *wanted), strict=True):
+        assert (own - other).norm() <= 0.02 * other.norm() + 1e-2
+
+
+def test_autocast_rounds_after_scaling_as_its_inputs_have_more_digits() -> None:
+    query, key, value = tensors((2, 3, 70, 16), (2, 3, 70, 16), (2, 3, 70, 16), dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        torchs = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    with autocast(CPU, torch.bfloat16):
+        result = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert result.dtype == torchs.dtype == torch.bfloat16
+    assert (result - torchs).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("case", ["fp32", "mask", "cached keys", "three dimensions"])
+def test_other_calls_go_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("not a call for blocks")
+
+    monkeypatch.setattr(attention, "_attend", refuse)
+    dtype = torch.float32 if case == "fp32" else torch.bfloat16
+    query, key, value = tensors((1, 2, 4, 8), (1, 2, 6, 8), (1, 2, 6, 8), dtype=dtype)
+    if case == "three dimensions":
+        query, key, value = query[0], key[0], value[0]
+    mask = torch.ones(4, 6, dtype=torch.bool) if case == "mask" else None
+    is_causal = case == "cached keys"
+    expected = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal)
+    with BlockwiseAttention():
+        assert torch.equal(F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal), expected)
+
+
+def test_dropout_goes_to_torch() -> None:
+    query, key, value = tensors((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))
+    with BlockwiseAttention():
+        assert not F.scaled_dot_product_attention(query, key, value, dropout_p=1.0).any()
