@@ -45,14 +45,15 @@ def recomputing() -> bool:
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts for a block's first forward pass and for its recomputation (`context_fn` of `checkpoint`)."""
-    return nullcontext(), _second_run()
+    return nullcontext(), _second_run(BlockwiseAttention() if BlockwiseAttention.is_active() else nullcontext())
 
 
 @contextmanager
-def _second_run() -> Iterator[None]:
+def _second_run(attention: AbstractContextManager[object]) -> Iterator[None]:
+    """The recomputation runs in the backward pass, where the attention of the first run is no longer in effect."""
     token = _again.set(True)
     try:
-        with BlockwiseAttention():  # as in the first run, in `autocast`
+        with attention:
             yield
     finally:
         _again.reset(token)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from permprune.system.device import autocast_dtype
 
@@ -33,6 +33,11 @@ class BlockwiseAttention(TorchFunctionMode):
     (`benchmarks/attention.py`). Calls with an arbitrary mask or dropout, and causal calls with fewer queries than keys,
     go to torch.
     """
+
+    @classmethod
+    def is_active(cls) -> bool:
+        """Whether the present code runs in such a context."""
+        return any(isinstance(mode, cls) for mode in _get_current_function_mode_stack())
 
     def __torch_function__(
         self,

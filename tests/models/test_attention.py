@@ -1,13 +1,17 @@
 """Attention in blocks against torch's in float64."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from permprune.models import attention
+from permprune.models.activation_checkpointing import recomputed
 from permprune.models.attention import BlockwiseAttention, autocast
 
 CPU = torch.device("cpu")
@@ -85,3 +89,12 @@ def test_dropout_goes_to_torch() -> None:
     query, key, value = tensors((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))
     with BlockwiseAttention():
         assert not F.scaled_dot_product_attention(query, key, value, dropout_p=1.0).any()
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_recomputed_blocks_run_the_attention_of_their_first_run(tiny_llama: LlamaForCausalLM, active: bool) -> None:
+    with recomputed(tiny_llama):
+        with torch.autocast("cpu", torch.bfloat16), BlockwiseAttention() if active else nullcontext():
+            loss = tiny_llama(torch.arange(8)[None]).logits.float().logsumexp(-1).sum()
+        loss.backward()  # torch compares the numbers of tensors that both runs save
+    assert tiny_llama.model.layers[0].self_attn.q_proj.weight.grad is not None
