@@ -1,9 +1,9 @@
 """Searches at scale: the forecast of `permprune plan` beside what a run takes, as a Markdown table.
 
 Each model is pruned with each of --methods after one calibration, as by `permprune compare`, in a process of its own.
-Printed as they come: the forecast, the losses, times and peak memory of each round, and the perplexity with each
-method. The row of a model has the peak memory of the last method and of all before it, that peak over the forecast and
-over the bytes of the checkpoint, and the mean time of a round.
+Printed as they come: the forecast, the losses, times and peak memory of each round, and the perplexity with each method
+on each --text, with activations as in the search. The row of a model has the peak memory of the last method and of all
+before it, that peak over the forecast and over the bytes of the checkpoint, and the mean time of a round.
 
 python benchmarks/scale.py smollm2-135m --methods newton:rounds=2
 """
@@ -15,14 +15,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 from permprune.config import PruneConfig
-from permprune.evaluation.result import gap_closed
+from permprune.evaluation.result import Result, gap_closed
 from permprune.jobs.fitting import forecast
 from permprune.jobs.forecast import Forecast
-from permprune.jobs.trials import Evaluation, Trials
+from permprune.jobs.trials import Evaluation, Meter, Trials
 from permprune.permuters.base import Permuter, Round
 from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
-from permprune.system.memory import keep_freed_memory, peak_memory_mb
+from permprune.system.memory import keep_freed_memory, peak_memory_mb, reset_peak_memory
 from permprune.system.resources import gib
 
 HEAD = "| model | forecast | peak | peak / forecast | peak / checkpoint | seconds a round |\n|---|---|---|---|---|---|"
@@ -33,8 +33,8 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--methods", nargs="+", default=["newton"])
     parser.add_argument("--start", help="the permuter that end-to-end searches start from, by default their own")
-    parser.add_argument("--text", help="text for the perplexity, by default that of the evaluation")
-    parser.add_argument("--windows", type=int, default=8, help="windows for the perplexity")
+    parser.add_argument("--text", nargs="+", default=[None], help="for the perplexity, by default that of `evaluate`")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each text")
     for name in ("length", "samples", "measured", "held_out", "batch"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(PruneConfig, name))
     parser.add_argument("--minutes", type=float, help="time limit of each search")
@@ -43,14 +43,15 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true")
     options = vars(parser.parse_args())
     models, methods = options.pop("models"), options.pop("methods")
-    start, text, windows = (options.pop(name) for name in ("start", "text", "windows"))
-    config, evaluation = PruneConfig(**options), Evaluation(text, windows, options["length"])
+    start, texts, windows = (options.pop(name) for name in ("start", "text", "windows"))
+    config = PruneConfig(**options)
+    evaluations = [Evaluation(text, windows, config.length) for text in texts]
     found = [started(permuter(method), start) for method in methods]
     spawn = multiprocessing.get_context("spawn")
     rows = []
     for model in models:
         with ProcessPoolExecutor(1, spawn) as process:
-            rows.append(process.submit(run, model, found, config, evaluation).result())
+            rows.append(process.submit(run, model, found, config, evaluations).result())
     print(HEAD, *rows, sep="\n")
 
 
@@ -59,32 +60,45 @@ def started(method: Permuter, start: str | None) -> Permuter:
     return dataclasses.replace(method, start=permuter(start)) if start and isinstance(method, TrustRegion) else method
 
 
-def run(model: str, methods: list[Permuter], config: PruneConfig, evaluation: Evaluation) -> str:
+def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: list[Evaluation]) -> str:
     """Prune a model with each method and print what is measured; returns its row of the table."""
     keep_freed_memory()  # as the command line does
-    told = forecast(model, config.replace(permute=methods[-1]), windows=evaluation.windows)
+    told = forecast(model, config.replace(permute=methods[-1]), windows=evaluations[0].windows)
     say(f"{model}: forecast {gib(told.host)}, at the peak in stage {told.peak().name}")
     say(f"{model}: {told.seconds}")
     began, rounds = time.monotonic(), list[Round]()
-    with Trials(model, config, evaluation=evaluation) as trials:
+    with Trials(model, config, evaluation=evaluations[0]) as trials:
         peaks = [report(f"calibrated in {trials.prepared.seconds:.0f} s")]
+        network = trials.prepared.network
 
         def follow(round: Round) -> None:
             rounds.append(round)
             peaks.append(report(f"round {round.number}: loss {round.loss:.4f}, {round.seconds:.0f} s"))
 
-        dense = trials.dense.result
-        peaks.append(report(f"dense: {dense.metric} {dense.value:.4f}"))
-        none = None
+        with network.dense_weights(), network.autocast():
+            meters = [Meter(trials.prepared.model, trials.processor, evaluation) for evaluation in evaluations]
+            dense = measured("dense", meters, peaks)
+        none: list[Result] = []
         for method in methods:
-            settings = dataclasses.replace(trials.prepared.run, callbacks=(follow,))
-            result = trials.run(method, method.name, settings).measurement.result
-            none = result if method.name == "none" else none
-            closed = none and gap_closed(result.value, dense.value, none.value, metric=result.metric)
-            share = "" if closed is None else f", {closed:.1%} of the gap closed"
-            peaks.append(report(f"{method.name}: {result.metric} {result.value:.4f}{share}"))
+            reset_peak_memory()
+            method.solve(network, dataclasses.replace(trials.prepared.run, callbacks=(follow,)))
+            with network.autocast():
+                results = measured(method.name, meters, peaks)
+            none = results if method.name == "none" else none
+            for result, one, other in zip(results, dense, none, strict=False):
+                closed = gap_closed(result.value, one.value, other.value, metric=result.metric)
+                if closed is not None:
+                    say(f"{method.name}: {closed:.1%} of the gap closed")
     say(f"{model}: {time.monotonic() - began:.0f} s in all")
     return row(model, told, max(peaks), rounds)
+
+
+def measured(method: str, meters: list[Meter], peaks: list[float]) -> list[Result]:
+    """Measure the network on each text, print the results, and note the peak memory."""
+    results = [meter() for meter in meters]
+    values = ", ".join(f"{result.value:.4f} (standard error {result.stderr:.4f})" for result in results)
+    peaks.append(report(f"{method}: {results[0].metric} {values}"))
+    return results
 
 
 def report(what: str) -> float:
