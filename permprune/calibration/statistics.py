@@ -41,7 +41,7 @@ class Statistics:
     they are squared (`row_fisher`). Padding is left out of both.
     """
 
-    moments: Mapping[str, Tensor]
+    moments: Symmetrics
     fisher: dict[str, Tensor]
     terms: int
     one_label_per_example: bool = False

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 STRIP = 256
@@ -70,9 +70,40 @@ class Symmetric:
             found.diagonal().copy_(self.diagonal)
         return found
 
+    def block(self, channels: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
+        """Return the rows and columns of some channels as a new tensor, fp32 (n, n).
+
+        The elements are those of `dense`; of what is stored, only the rows of these channels are read.
+        """
+        ascending, at = channels.sort()
+        if not torch.equal(ascending, channels):
+            back = at.argsort()
+            return self.block(ascending)[back][:, back]
+        if len(channels) == self.size:
+            return self.dense()
+        found = self.strips[0].new_empty(len(channels), len(channels), dtype=torch.float32)
+        root = None if self.diagonal is None else self.diagonal[channels].sqrt()
+        ends = torch.searchsorted(channels, torch.tensor([span.stop for span in _spans(self.size)])).tolist()
+        first = 0
+        for number, (strip, last) in enumerate(zip(self.strips, ends, strict=True)):
+            within = channels - number * STRIP
+            found[first:last, first:] = strip[within[first:last]][:, within[first:]]
+            if root is not None:
+                found[first:last, first:] *= root[first:last, None]
+                found[first:last, first:] *= root[first:]
+            found[last:, first:last] = found[first:last, last:].T
+            first = last
+        if self.diagonal is not None:
+            found.diagonal().copy_(self.diagonal[channels])
+        return found
+
+    def main_diagonal(self) -> Float[Tensor, " size"]:
+        """Return the diagonal, fp32 (size,)."""
+        return torch.cat([strip.diagonal() for strip in self.strips]) if self.diagonal is None else self.diagonal
+
     def correlations(self) -> Symmetric:
         """Return the matrix stored as correlations in fp16; it must be positive semi-definite."""
-        diagonal = torch.cat([strip.diagonal() for strip in self.strips]).clamp_min(0)
+        diagonal = self.main_diagonal().clamp_min(0)
         scale = diagonal.rsqrt().masked_fill_(diagonal == 0, 0)
         spans = zip(_spans(self.size), self.strips, strict=True)
         return Symmetric(
@@ -93,6 +124,14 @@ class Symmetrics(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.stored[name].dense()
+
+    def block(self, name: str, channels: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
+        """Return the rows and columns of some channels of a matrix (`Symmetric.block`)."""
+        return self.stored[name].block(channels)
+
+    def main_diagonal(self, name: str) -> Float[Tensor, " size"]:
+        """Return the diagonal of a matrix."""
+        return self.stored[name].main_diagonal()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

@@ -54,6 +54,17 @@ def test_correlations_have_an_exact_diagonal_and_small_errors(channels: int) -> 
     assert found.nbytes == 2 * stored_elements(channels) + 4 * channels
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("count", [5, 300, 600])
+def test_a_block_has_the_elements_of_the_whole(count: int, half: bool) -> None:
+    stored, _ = second_moments(inputs(600))
+    stored = stored.correlations() if half else stored
+    channels, dense = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:count], stored.dense()
+    for own in (channels, channels.sort().values):
+        assert torch.equal(stored.block(own), dense[own][:, own])
+    assert torch.equal(stored.main_diagonal(), dense.diagonal())
+
+
 def test_a_triangle_takes_little_more_than_half() -> None:
     assert stored_elements(256) == 256**2
     assert 0.5 < stored_elements(8960) / 8960**2 < 0.52
