@@ -2,7 +2,7 @@
 
 Matrices are channels first, (channels, rows). For two descending lists x and y, the sum of the n largest members of
 their union is sum_i max(x_i, y_(n+1-i)), and max(x, y) = (x + y + |x - y|) / 2. The score that each of many lists keeps
-with each of many others is therefore computed from a few matrices of L1 distances.
+with each of many others is therefore computed from a few matrices of L1 distances (`union_kept`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from permprune.kernels.search import add_placement_cost
 from permprune.matching.assignment import assign
+from permprune.matching.parts import part_count, random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.base import Scores
 from permprune.pruning.problem import Problem
@@ -20,6 +22,12 @@ from permprune.system.resources import Work
 
 ROWS = 64
 """Number of rows that are processed at a time, so that they fit into the processor's cache."""
+
+READ = 2**16
+"""Number of scores that are read at a time where costs are summed over all rows."""
+
+PART = 1536
+"""The largest number of channels of the groups that channels are assigned to at a time."""
 
 PASSES = 2
 """Number of times that each slot is reassigned: a second pass still gains, further ones are not worth their time."""
@@ -45,9 +53,20 @@ def stacked_bytes(weights: int) -> int:
     return 4 * weights
 
 
+def assignment_bytes(threads: int) -> int:
+    """Return the bytes of the matrices that `deal_and_assign` computes from the scores it reads at a time."""
+    return 20 * READ * threads
+
+
 def assignment_work(channels: int, rows: int, m: int) -> Work:
-    """Return the work of `deal_and_assign`: each slot of each group takes one distance for each other group and row."""
-    return Work(distances=PASSES * m * (channels // m) ** 2 * rows)
+    """Return the work of `deal_and_assign`: a comparison for each slot, row, and group with each other of its part."""
+    groups = channels // m
+    return Work(comparisons=PASSES * m * groups**2 / part_count(groups, _largest_part(m)) * rows)
+
+
+def _largest_part(m: int) -> int:
+    """Return the largest number of groups that channels are assigned to at a time."""
+    return max(2, PART // m)
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
@@ -91,20 +110,41 @@ def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
 
     Channels sorted by total score are dealt to the groups, in alternating direction. Then, for one slot after the
     other, the channels in that slot are assigned to the groups so that they keep the most score (Zhang et al. 2024,
-    "Plug-and-Play", section 3.2); this is done `PASSES` times. A channel with score c in a row, joining a group whose
-    n-th largest other score is t, adds max(c - t, 0) = (c - t + |c - t|) / 2, in which only |c - t| depends on the
-    assignment. `score` is (channels, rows); returns int64 (channels,).
+    "Plug-and-Play", section 3.2); this is done `PASSES` times. If there are more than `PART` channels, the groups are
+    divided into parts at random, for each slot anew, and channels are assigned to the groups of their part. `score` is
+    (channels, rows); returns int64 (channels,).
     """
     hands = score.sum(1).argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
     hands[1::2] = hands[1::2].flip(1)
     groups = hands.T.contiguous()
+    generator = torch.Generator().manual_seed(0)
     for slot in [*range(pattern.m)] * PASSES:
-        free = groups[:, slot].clone()
-        others = groups[:, torch.arange(pattern.m) != slot].T
-        distance = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=score.device)
-        for block in score.split(ROWS, 1):
-            limit = descending(block[others], pattern.n)[-1]
-            # scores above the highest limit add the same to all distances: clipped, so that they cost no precision
-            distance += torch.cdist(block[free].minimum(limit.amax(0)), limit, p=1)
-        groups[assign(-distance).cpu(), slot] = free
+        for part in random_parts(len(groups), _largest_part(pattern.m), generator):
+            free = groups[part, slot]
+            others = groups[part][:, torch.arange(pattern.m) != slot].T
+            groups[part[assign(-_kept_by_joining(score, free, others, pattern.n))], slot] = free
     return groups.flatten()
+
+
+def _kept_by_joining(score: Tensor, free: Tensor, others: Tensor, n: int) -> Tensor:
+    """Return the score that each group would keep more with each free channel: fp64 (channels, groups).
+
+    `free` are channels, int64 (count,), and `others` the other members of each group, int64 (m - 1, count). A channel
+    with score c in a row adds max(c - t, 0) to a group whose n-th largest other score is t.
+    """
+    count = len(free)
+    gain = torch.zeros(count, count, dtype=torch.float64)
+    pairs = torch.arange(2 * count).view(2, count).T  # the channel is kept in place of t if its score is larger
+    for block in score.split(max(1, READ // (2 * count)), 1):
+        limit = descending(block[others], n)[-1]
+        # scores above the highest limit add the same to all groups: clipped, so that they cost no precision
+        own = torch.cat([block[free].minimum(limit.amax(0)), limit])
+        add_placement_cost(
+            gain,
+            *(own, own, torch.full_like(own, -1), torch.zeros_like(own)),
+            curvature=own.new_zeros(2 * count),
+            groups=pairs,
+            slots=torch.zeros(count, dtype=torch.int64),
+            pattern=Pattern(1, 2),
+        )
+    return gain

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from permprune.permuters.base import ScorePermuter, Scores, each_problem_work
-from permprune.permuters.kept import assignment_work, deal_and_assign, stacked_bytes, stacked_scores
+from permprune.permuters.kept import assignment_bytes, assignment_work, deal_and_assign, stacked_bytes, stacked_scores
 from permprune.pruning.outline import Outline, Passes
 from permprune.pruning.problem import Problem
 from permprune.system.resources import Held, Stage
@@ -25,5 +25,7 @@ class RIAPermuter(ScorePermuter):
         return deal_and_assign(stacked_scores(network, problem), network.pattern_of(problem))
 
     def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        stacked = Held("largest problem's scores", stacked_bytes(outline.largest_weights(threads)))
-        return [Stage(self.name, (stacked,), each_problem_work(outline, assignment_work))]
+        scores = stacked_bytes(outline.largest_weights(threads)) + assignment_bytes(threads)
+        return [
+            Stage(self.name, (Held("largest problem's scores", scores),), each_problem_work(outline, assignment_work))
+        ]

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from permprune.matching.parts import random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.kept import ROWS, deal_and_assign, descending, kept_score, union_kept
 
@@ -44,17 +45,19 @@ def test_what_a_union_keeps(i: int, j: int, data: st.DataObject) -> None:
     torch.testing.assert_close(union_kept(descending(x, n), descending(y, n), n), expected)
 
 
-def best_assignments(score: Tensor, pattern: Pattern) -> Tensor:
-    """Deal to four groups, then twice for each slot try all 24 assignments of the channels there."""
+def best_assignments(score: Tensor, pattern: Pattern, largest: int = 4) -> Tensor:
+    """Deal to four groups, then twice for each slot try all assignments of the channels there, in each random part."""
     hands = score.sum(1).argsort(descending=True).view(pattern.m, 4)
     groups = torch.stack([hand.flip(0) if slot % 2 else hand for slot, hand in enumerate(hands)], 1)
+    generator = torch.Generator().manual_seed(0)
     for slot in [*range(pattern.m)] * 2:
-        candidates = []
-        for target in permutations(range(4)):
-            moved = groups.clone()
-            moved[list(target), slot] = groups[:, slot]
-            candidates.append(moved)
-        groups = max(candidates, key=lambda moved: float(kept_score(score, moved, pattern).sum()))
+        for part in random_parts(4, largest, generator):
+            candidates = []
+            for target in permutations(part.tolist()):
+                moved = groups.clone()
+                moved[list(target), slot] = groups[part, slot]
+                candidates.append(moved)
+            groups = max(candidates, key=lambda moved: float(kept_score(score, moved, pattern).sum()))
     return groups
 
 
@@ -63,6 +66,13 @@ def best_assignments(score: Tensor, pattern: Pattern) -> Tensor:
 def test_ria_makes_the_best_assignment_of_each_slot(pattern: Pattern, seed: int) -> None:
     score = random(4 * pattern.m, 2 * ROWS + 5, seed=seed).square()
     assert torch.equal(deal_and_assign(score, pattern), best_assignments(score, pattern).flatten())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_ria_assigns_inside_random_parts_of_wide_problems(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("permprune.permuters.kept.PART", 2 * pattern.m)
+    score = random(4 * pattern.m, 2 * ROWS + 5).square()
+    assert torch.equal(deal_and_assign(score, pattern), best_assignments(score, pattern, largest=2).flatten())
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e6, 1e9])
