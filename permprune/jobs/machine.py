@@ -23,7 +23,7 @@ DISK = 1e9
 """Bytes a second that forecasts assume to be read from disk or written to it."""
 
 INSTRUCTIONS = 3
-"""Instructions of an element operation on a GPU: a comparison or difference, a selection or magnitude, and a sum."""
+"""Instructions of an element operation on a GPU: a comparison and difference, a selection, and a sum."""
 
 MEASURED = 0.1
 """Seconds for which each rate is measured."""
@@ -31,12 +31,12 @@ MEASURED = 0.1
 
 @dataclass(frozen=True)
 class Rates:
-    """Operations a second, of each kind in `Work`; those of `comparisons` and `distances` are of one thread."""
+    """Operations a second, of each kind in `Work`; those of `comparisons` are of one thread."""
 
     products: float
     products_fp32: float
     comparisons: float
-    distances: float
+    moved: float
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Machine:
     def seconds(self, work: Work) -> float:
         """Return the time that work takes, with the comparisons of the largest problem on one thread."""
         rates = self.rates
-        compared = work.comparisons / rates.comparisons + work.distances / rates.distances
         return (
             work.products / rates.products
             + work.products_fp32 / rates.products_fp32
-            + compared * max(1 / self.threads, work.largest)
+            + work.comparisons / rates.comparisons * max(1 / self.threads, work.largest)
+            + work.moved / rates.moved
             + work.stored / DISK
         )
 
@@ -83,22 +83,22 @@ def this_machine() -> Machine:
     return Machine(found.name, device, fast_dtype(device), memory=found.total_memory)
 
 
-def _gpu(name: str, *, bf16: float, fp32: float, gib: int) -> Machine:
+def _gpu(name: str, *, bf16: float, fp32: float, gib: int, bandwidth: float) -> Machine:
     """A GPU with the peak rates of its data sheet.
 
     They are TFLOPS of dense `bf16` products on tensor cores, with sums in fp32, and of `fp32` outside them, where a
-    fused multiply-add counts as two operations. `gib` is the memory in GiB.
+    fused multiply-add counts as two operations. `gib` is the memory in GiB, and `bandwidth` its TB a second.
     """
-    elements = fp32 * 1e12 / 2 / INSTRUCTIONS
-    rates = Rates(products=bf16 * 1e12, products_fp32=fp32 * 1e12, comparisons=elements, distances=elements)
+    comparisons = fp32 * 1e12 / 2 / INSTRUCTIONS
+    rates = Rates(products=bf16 * 1e12, products_fp32=fp32 * 1e12, comparisons=comparisons, moved=bandwidth * 1e12)
     return Machine(name, torch.device("cuda"), torch.bfloat16, memory=gib * 2**30, sheet=rates)
 
 
 GPUS = {
-    "h100": _gpu("NVIDIA H100 SXM", bf16=989.4, fp32=66.9, gib=80),
-    "h200": _gpu("NVIDIA H200", bf16=989.4, fp32=66.9, gib=141),
-    "a100": _gpu("NVIDIA A100 80GB", bf16=312, fp32=19.5, gib=80),
-    "rtx4090": _gpu("NVIDIA RTX 4090", bf16=165.2, fp32=82.6, gib=24),
+    "h100": _gpu("NVIDIA H100 SXM", bf16=989.4, fp32=66.9, gib=80, bandwidth=3.35),
+    "h200": _gpu("NVIDIA H200", bf16=989.4, fp32=66.9, gib=141, bandwidth=4.8),
+    "a100": _gpu("NVIDIA A100 80GB", bf16=312, fp32=19.5, gib=80, bandwidth=2.04),
+    "rtx4090": _gpu("NVIDIA RTX 4090", bf16=165.2, fp32=82.6, gib=24, bandwidth=1.01),
 }
 """GPUs by name. Sources: NVIDIA's data sheets of the H100, H200 and A100, and its white paper on the Ada architecture,
 appendix A (docs/scaling.md)."""
@@ -118,7 +118,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
         products=_product_rate(dtype, device),
         products_fp32=_product_rate(torch.float32, device),
         comparisons=_comparison_rate(device),
-        distances=_distance_rate(device),
+        moved=_memory_rate(device),
     )
 
 
@@ -148,11 +148,11 @@ def _comparison_rate(device: torch.device) -> float:
     return groups**2 * rows * _calls_a_second(compare, device)
 
 
-def _distance_rate(device: torch.device) -> float:
-    """Measure the element operations a second of L1 distances, on one thread of a CPU."""
-    size, rows = (2048, 64) if device.type == "cuda" else (256, 64)
-    matrix = torch.ones(size, rows, device=device)
-    return size**2 * rows * _calls_a_second(lambda: torch.cdist(matrix, matrix, p=1), device)
+def _memory_rate(device: torch.device) -> float:
+    """Measure the bytes a second that a sum of two matrices, of the size of a block of `newton`, reads and writes."""
+    size = 2**21
+    first, second, total = torch.ones(3, size, device=device)
+    return 3 * 4 * size * _calls_a_second(lambda: torch.add(first, second, out=total), device)
 
 
 def _calls_a_second(call: Callable[[], object], device: torch.device) -> float:

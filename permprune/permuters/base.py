@@ -286,7 +286,7 @@ class LocalPermuter(Permuter):
 def each_problem_work(outline: Outline, work: Callable[[int, int, int], Work]) -> Work:
     """Return the sum of `work(channels, rows, m)` over all problems, of which one thread does the largest."""
     each = [work(problem.size, outline.rows_of(problem), outline.pattern.m) for problem in outline.problems]
-    total, compared = sum(each, Work()), [own.comparisons + own.distances for own in each]
+    total, compared = sum(each, Work()), [own.comparisons for own in each]
     return replace(total, largest=max(compared, default=0.0) / max(sum(compared), 1.0))
 
 

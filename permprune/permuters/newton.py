@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from permprune.options import Natural
-from permprune.permuters.quadratic import QuadraticModel, swap_work
+from permprune.permuters.quadratic import PART, QuadraticModel, model_bytes, swap_parts, swap_work
 from permprune.permuters.trust_region import TrustRegion
+from permprune.pruning.outline import Outline
 from permprune.system.resources import Work
 
 
@@ -29,4 +30,7 @@ class Newton(TrustRegion):
         return memory
 
     def proposal_work(self, channels: int, rows: int, m: int) -> Work:
-        return swap_work(channels, rows, m) * self.swaps
+        return swap_work(channels, rows, m, swap_parts(channels, m)) * self.swaps
+
+    def model_bytes(self, outline: Outline, threads: int) -> int:
+        return model_bytes(outline, threads, outline.dtype, part=PART)

@@ -18,9 +18,8 @@ Matrices here are channels first, (channels, rows), so that a group's weights ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,67 +27,73 @@ from torch import Tensor
 from permprune.kernels.search import add_placement_cost, pruned_part
 from permprune.matching.assignment import cycles
 from permprune.matching.pairs import pair_up
+from permprune.matching.parts import part_count, random_parts
 from permprune.pattern import Pattern
+from permprune.permuters.bundles import BLOCK, Bundle, read_bundles
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.outline import Outline
-from permprune.pruning.problem import Part, Problem
+from permprune.pruning.problem import Problem
 from permprune.system.resources import Work
 
-BLOCK = 2**21
-"""Number of weights that are read at a time: a matrix of them is 8 MiB in fp32. Smaller problems are read once."""
+PART = 256
+"""The largest number of channels that swap with each other; those of wider problems are divided at random.
+
+More choice among noisy costs does not make better swaps: SmolLM2-135M, 2:4, from the natural order (held-out loss
+5.89), is at 5.52 after two rounds with parts of 1536 channels, at 5.46 with 768, 5.36 with 384, 5.37 with 128, and 5.32
+with 48, which then falls behind.
+"""
 
 
-def model_bytes(outline: Outline, threads: int, slopes: torch.dtype) -> int:
+MOVED = 280
+"""Bytes that a `swap` reads and writes for each weight: in three passes it computes scores and pruned parts, from which
+it takes the placement cost, the gains, and new slopes."""
+
+
+def model_bytes(outline: Outline, threads: int, slopes: torch.dtype, *, part: int | None = None) -> int:
     """Return the bytes that the models of the largest problems hold, one on each thread.
 
     These are the slopes, of type `slopes`, and of a block of rows the weights and scores (of a small problem, those of
     all rows), the pruned parts before and after a step, their difference, and two matrices that are computed from it;
-    and the second moments that one layer reads, with a part of them in another order.
+    and the second moments that one layer reads, with a part of them in another order. Of these, only those inside parts
+    of `part` channels are read, if given.
     """
     total, largest = 0, max(layer.weight.numel() for layer in outline.layers)
     for problem in outline.largest(threads):
         weights = problem.size * outline.rows_of(problem)
         block = min(weights, largest, BLOCK)
         total += slopes.itemsize * weights + 20 * block + 8 * (weights if weights <= BLOCK else block)
-        total += 6 * max(outline.widths[part.site] for part in problem.parts) ** 2
+        width = max(outline.widths[one.site] for one in problem.parts)
+        total += 6 * width * min(width, part or width)
     return total
 
 
-def swap_work(channels: int, rows: int, m: int) -> Work:
-    """Return the work of a `swap`: the placement cost, the gain of each pair, and the change of all slopes, once."""
-    groups = channels // m
-    return Work(comparisons=groups**2 * rows, products_fp32=(4 * m * channels + 2 * channels**2) * rows)
+def largest_part(m: int) -> int:
+    """Return the largest number of groups that swap with each other."""
+    return max(2, PART // m)
 
 
-@dataclass
-class Rows:
-    """Rows of a problem that read the same input channels: those of one layer.
+def swap_parts(channels: int, m: int) -> int:
+    """Return the number of parts into which `QuadraticModel.swap` divides the groups of a problem."""
+    return part_count(channels // m, largest_part(m))
 
-    `read` yields (weight, score), both (channels, rows), for one block of rows after the other, and `slopes` are the
-    slopes of the blocks. Rows are scaled so that fisher is 1 in the model: the weight is multiplied by sqrt(fisher),
-    the slope is divided by it. `coupling` is the covariance after this scaling, that is, the correlations (rows, rows),
-    for which all rows have to be in one block; None if rows are treated as independent.
+
+def swap_work(channels: int, rows: int, m: int, parts: int = 1) -> Work:
+    """Return the work of a `swap` inside parts: placement cost, gain of each pair, and change of all slopes, once."""
+    comparisons = (channels // m) ** 2 / parts
+    products = 4 * m * channels + 2 * channels**2 / parts
+    return Work(comparisons=comparisons * rows, products_fp32=products * rows, moved=MOVED * channels * rows)
+
+
+@dataclass(frozen=True)
+class Among:
+    """Groups that move among themselves: their positions, and their channels, both in ascending order.
+
+    `index` selects the channels: a slice, which makes no copy, if they are all channels.
     """
 
-    read: Callable[[], Iterator[tuple[Tensor, Tensor]]]
-    slopes: list[Tensor]
-    coupling: Tensor | None = None
-
-    def coupled(self, x: Tensor) -> Tensor:
-        """Multiply `x` (..., rows) by the correlations of the rows."""
-        return x if self.coupling is None else x @ self.coupling
-
-
-@dataclass
-class Bundle:
-    """Rows that read the same input channels.
-
-    `moments` returns H, (channels, channels), and `diagonal` is its diagonal.
-    """
-
-    moments: Callable[[], Tensor]
-    diagonal: Tensor
-    rows: list[Rows]
+    groups: Tensor
+    channels: Tensor
+    index: slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -130,27 +135,7 @@ class QuadraticModel:
         whose slope is fisher * (E H). If any layer of a bundle has no `covariance`, the bundle's rows are treated as
         independent.
         """
-        places: dict[tuple[str, int], list[Part]] = {}
-        for part in problem.parts:
-            places.setdefault((part.site, int(part.columns[0])), []).append(part)
-        small = problem.size * sum(network.row_count(part.layer) for part in problem.parts) <= BLOCK
-        bundles = []
-        for parts in places.values():
-            known = covariance or {}
-            coupled = all(part.layer in known for part in parts)
-            rows = [
-                _rows(
-                    network,
-                    part,
-                    fisher[part.layer],
-                    gradient=None if gradient is None else gradient[part.layer],
-                    covariance=known[part.layer] if coupled else None,
-                    small=small,
-                )
-                for part in parts
-            ]
-            moments = partial(_block_of, network.statistics.moments, parts[0])
-            bundles.append(Bundle(moments, moments().diagonal().clone(), rows))
+        bundles = read_bundles(network, problem, fisher, gradient, covariance)
         shown = network.orders.get(problem.name, problem.identity()) if order is None else order
         model = cls(bundles, shown, network.pattern_of(problem), damping)
         if gradient is None:
@@ -169,28 +154,35 @@ class QuadraticModel:
         its swap by itself lowers the model, which is computed exactly. All candidates swap together if that lowers the
         model by at least half the sum of their single gains, again computed exactly; otherwise the better half of them
         is tried, and so on. Correlated channels overshoot if all of them move.
+
+        If there are more than `PART` channels, the groups are first divided into parts at random, and swap only inside
+        their part. The model then leaves out the interaction of channels in different parts, as it leaves out that of
+        different problems.
         """
         if not times:
             return
         count, m = self.groups.shape
-        slots = torch.randint(m, (count,), generator=generator)
-        cost = self.placement_cost(torch.arange(count), slots)
-        for left in reversed(range(times)):
-            pairs = pair_up(cost + cost.T)
+        parts = [self._among(groups) for groups in random_parts(count, largest_part(m), generator)]
+        drawn = [torch.randint(m, (count,), generator=generator) for _ in range(times)]
+        costs = self._costs(parts, drawn[0])
+        for slots, following in zip(drawn, [*drawn[1:], None], strict=True):
+            each = [part.groups[pair_up(cost + cost.T)] for part, cost in zip(parts, costs, strict=True)]
+            pairs = torch.cat(each)
             at = torch.arange(len(pairs))
             i, j = slots[pairs].T
             channels = self.groups[pairs].flatten(1)
             first, second = channels[at, i].clone(), channels[at, m + j].clone()
             channels[at, i], channels[at, m + j] = second, first
             swapped = channels.view(-1, 2, m)
-            gain = self._gains(self.groups.index_put((pairs,), swapped), channels)
+            gain = self._gains(
+                self.groups.index_put((pairs,), swapped), parts, channels.split([len(own) for own in each])
+            )
             ranked = gain.argsort()
             candidates = [
                 (self.groups.index_put((pairs[chosen],), swapped[chosen]), float(gain[chosen].sum()) / 2)
                 for chosen in _better_halves(ranked[gain[ranked] < -1e-12])
             ]
-            slots = torch.randint(m, (count,), generator=generator) if left else slots[:0]
-            cost = self._take_first(candidates, slots)
+            costs = self._take_first(candidates, parts, following)
 
     def placement_cost(self, at: Tensor, slots: Tensor) -> Tensor:
         """Return the cost of moving the channel in the free slot of each group (row) to that of each group (column).
@@ -200,11 +192,8 @@ class QuadraticModel:
         only one slot of a group is free, the score that a new member must exceed and the weight that it displaces are
         known exactly for every row; this is the counterfactual gradient with respect to a permutation matrix.
         """
-        cost = torch.zeros(len(at), len(at), dtype=torch.float64)
-        for bundle in self.bundles:
-            for block in self._blocks(bundle):
-                self._add_cost(cost, bundle, block, block.error, self.groups[at], slots)
-        return (cost - cost.diagonal()[:, None]).float()
+        free = torch.zeros(len(self.groups), dtype=torch.int64).index_put_((at,), slots)
+        return self._costs([self._among(at)], free)[0]
 
     def move(self, at: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
         """Move the free channel of each group at[i] to group at[target[i]], as far as this lowers the model.
@@ -222,23 +211,29 @@ class QuadraticModel:
             groups, to = self.groups.clone(), target[moving]
             groups[at[to], slots[to]] = self.groups[at[moving], slots[moving]]
             candidates.append((groups, -1e-12))
-        self._take_first(candidates, slots[:0])
+        self._take_first(candidates, [self._among(torch.arange(len(self.groups)))], None)
 
-    def _take_first(self, candidates: list[tuple[Tensor, float]], slots: Tensor) -> Tensor:
+    def _among(self, groups: Tensor) -> Among:
+        channels = self.groups[groups].flatten().sort().values
+        return Among(groups, channels, slice(None) if len(channels) == self.groups.numel() else channels)
+
+    def _take_first(
+        self, candidates: list[tuple[Tensor, float]], parts: list[Among], slots: Tensor | None
+    ) -> list[Tensor]:
         """Move to the first of the candidates (groups, enough) that changes the model by at most `enough`, if any.
 
-        Most often the first one is taken. The change of the model follows from the slopes at the end of the step, so
-        the model moves to each candidate, and moves on from there. Returns the placement cost at the new groups with
-        these slots free, if there are any.
+        Channels move inside `parts`. Most often the first candidate is taken. The change of the model follows from the
+        slopes at the end of the step, so the model moves to each candidate, and moves on from there. Returns the
+        placement costs of each part at the new groups with these slots free, if there are any.
         """
         start, before = self.groups, self.change
         for groups, enough in candidates:
-            cost = self._shift(groups, slots)
+            costs = self._shift(groups, parts, slots)
             if self.change - before <= enough:
-                return cost
-        cost = self._shift(start, slots)
+                return costs
+        costs = self._shift(start, parts, slots)
         self.change = before
-        return cost
+        return costs
 
     def _blocks(self, bundle: Bundle) -> Iterator[Block]:
         for rows in bundle.rows:
@@ -246,14 +241,16 @@ class QuadraticModel:
                 error = pruned_part(weight, score, self.groups, self.pattern)
                 yield Block(weight, score, slope, error, rows.coupled)
 
-    def _gains(self, groups: Tensor, channels: Tensor) -> Tensor:
+    def _gains(self, groups: Tensor, parts: list[Among], sets: Sequence[Tensor]) -> Tensor:
         """Return the change of the model by each set's move to its places in `groups`, alone: fp64 (sets,).
 
-        `channels`, int64 (sets, k), are those of the groups that a set changes; no group is changed by two sets.
+        `sets` are those of each part, int64 (sets, k): the channels of the groups that a set changes. No group is
+        changed by two sets.
         """
+        channels = torch.cat(list(sets))
         gain = torch.zeros(len(channels), dtype=torch.float64)
         for bundle in self.bundles:
-            among = bundle.moments()[channels[:, :, None], channels[:, None, :]]
+            among = torch.cat([_submatrices(bundle, part, own) for part, own in zip(parts, sets, strict=True)])
             for block in self._blocks(bundle):
                 move = pruned_part(block.weight, block.score, groups, self.pattern).sub_(block.error)
                 own = move[channels.flatten()].view(*channels.shape, -1)
@@ -262,45 +259,63 @@ class QuadraticModel:
                 gain += linear.add_(products, alpha=self.damping / 2).cpu()
         return gain
 
-    def _shift(self, groups: Tensor, slots: Tensor) -> Tensor:
-        """Move to other groups: update the slopes and `change`; returns the placement cost there as `_take_first`."""
-        channels = groups[(groups != self.groups).any(1)].flatten()
-        cost = torch.zeros(len(slots), len(slots), dtype=torch.float64)
-        if not len(channels):
-            return self.placement_cost(torch.arange(len(slots)), slots) if len(slots) else cost
+    def _shift(self, groups: Tensor, parts: list[Among], slots: Tensor | None) -> list[Tensor]:
+        """Move to other groups: update slopes and `change`; returns the placement costs there as `_take_first`."""
+        changed = torch.zeros(groups.numel(), dtype=torch.bool)
+        changed[groups[(groups != self.groups).any(1)].flatten()] = True
+        if not changed.any():
+            return [] if slots is None else self._costs(parts, slots)
+        costs = _no_costs(parts)
         for bundle in self.bundles:
-            few = 2 * len(channels) < groups.numel()
-            moments = bundle.moments()[channels].T if few else bundle.moments()
+            fields = [_field(bundle, part, changed) for part in parts]
             for block in self._blocks(bundle):
                 error = pruned_part(block.weight, block.score, groups, self.pattern)
                 move = error - block.error
-                field = block.coupled(moments @ (move[channels] if few else move)).mul_(self.damping)
+                field = block.coupled(_joined(parts, fields, move)).mul_(self.damping)
                 block.slope.add_(field)
                 self.change += float((move * block.slope).sum() - field.mul_(move).sum() / 2)
-                if len(slots):
-                    self._add_cost(cost, bundle, block, error, groups, slots)
+                if slots is not None:
+                    self._add_costs(costs, bundle, block, error, groups=groups, parts=parts, slots=slots)
         self.groups = groups
-        return (cost - cost.diagonal()[:, None]).float()
+        return _from_diagonal(costs)
 
-    def _add_cost(
-        self, cost: Tensor, bundle: Bundle, block: Block, error: Tensor, groups: Tensor, slots: Tensor
+    def _costs(self, parts: list[Among], slots: Tensor) -> list[Tensor]:
+        """Return the `placement_cost` of each part; `slots` are the free slots of all groups, int64 (groups,)."""
+        costs = _no_costs(parts)
+        for bundle in self.bundles:
+            for block in self._blocks(bundle):
+                self._add_costs(costs, bundle, block, block.error, groups=self.groups, parts=parts, slots=slots)
+        return _from_diagonal(costs)
+
+    def _add_costs(
+        self,
+        costs: list[Tensor],
+        bundle: Bundle,
+        block: Block,
+        error: Tensor,
+        *,
+        groups: Tensor,
+        parts: list[Among],
+        slots: Tensor,
     ) -> None:
-        add_placement_cost(
-            cost,
-            block.score,
-            block.weight,
-            block.slope.to(block.weight.dtype),
-            error,
-            curvature=self.damping / 2 * bundle.diagonal,
-            groups=groups,
-            slots=slots,
-            pattern=self.pattern,
-        )
+        slope, curvature = block.slope.to(block.weight.dtype), self.damping / 2 * bundle.diagonal
+        for cost, part in zip(costs, parts, strict=True):
+            add_placement_cost(
+                cost,
+                block.score,
+                block.weight,
+                slope,
+                error,
+                curvature=curvature,
+                groups=groups[part.groups],
+                slots=slots[part.groups],
+                pattern=self.pattern,
+            )
 
     def _set_local_slopes(self) -> None:
         """Set the slopes to those of the local model, H E."""
         for bundle in self.bundles:
-            moments = bundle.moments()
+            moments = bundle.moments(torch.arange(self.groups.numel()))
             for rows in bundle.rows:
                 for weight, score in rows.read():
                     rows.slopes.append(moments @ pruned_part(weight, score, self.groups, self.pattern))
@@ -313,39 +328,38 @@ def _better_halves(ranked: Tensor) -> Iterator[Tensor]:
         ranked = ranked[: len(ranked) // 2]
 
 
-def _block_of(moments: Mapping[str, Tensor], part: Part) -> Tensor:
-    return moments[part.site][part.span][:, part.span]
+def _no_costs(parts: list[Among]) -> list[Tensor]:
+    return [torch.zeros(len(part.groups), len(part.groups), dtype=torch.float64) for part in parts]
 
 
-def _rows(
-    network: MaskedLayers,
-    part: Part,
-    fisher: Tensor,
-    *,
-    gradient: Tensor | None,
-    covariance: Tensor | None,
-    small: bool,
-) -> Rows:
-    """The rows of a layer at a part's columns; without `gradient` they have no slopes yet.
+def _from_diagonal(costs: list[Tensor]) -> list[Tensor]:
+    """Subtract from each row its element on the diagonal, and round to fp32."""
+    return [(cost - cost.diagonal()[:, None]).float() for cost in costs]
 
-    The blocks of a `small` problem are read once.
+
+def _submatrices(bundle: Bundle, part: Among, sets: Tensor) -> Tensor:
+    """Return the second moments of each set of channels, (sets, k, k), all of a part; `sets` is int64 (sets, k)."""
+    at = torch.searchsorted(part.channels, sets)
+    return bundle.moments(part.channels)[at[:, :, None], at[:, None, :]]
+
+
+def _field(bundle: Bundle, part: Among, changed: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a function that multiplies a part's rows of a matrix (channels, rows) by their second moments.
+
+    Rows of the matrix are zero except where `changed`, bool (channels,), is True.
     """
-    root = fisher.clamp_min(1e-30).sqrt()
-    size = len(root) if covariance is not None else max(1, BLOCK // len(part.columns))
-    spans = [slice(first, first + size) for first in range(0, len(root), size)]
+    moments, at = bundle.moments(part.channels), changed[part.channels].nonzero().flatten()
+    if 2 * len(at) >= len(part.channels):
+        return lambda move: moments @ move[part.index]
+    moments, channels = moments[at].T, part.channels[at]
+    return lambda move: moments @ move[channels]
 
-    def read() -> Iterator[tuple[Tensor, Tensor]]:
-        for span, (weight, score) in zip(spans, network.blocks(part, spans), strict=True):
-            yield weight.mul_(root[span]), score
 
-    held = list(read()) if small else None
-
-    slopes = []
-    if gradient is not None:
-        own = gradient[:, part.span]
-        slopes = [(own[span].float() / -root[span, None]).T.contiguous().to(own.dtype) for span in spans]
-    return Rows(
-        read if held is None else partial(iter, held),
-        slopes,
-        None if covariance is None else covariance / root[:, None] / root,
-    )
+def _joined(parts: list[Among], fields: list[Callable[[Tensor], Tensor]], move: Tensor) -> Tensor:
+    """Return the fields of all parts, (channels, rows)."""
+    if len(parts) == 1:
+        return fields[0](move)
+    found = torch.empty_like(move)
+    for part, field in zip(parts, fields, strict=True):
+        found[part.index] = field(move)
+    return found

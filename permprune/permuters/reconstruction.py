@@ -11,8 +11,9 @@ from torch import Tensor
 from permprune.losses.objective import Objective
 from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution, each_problem_work
+from permprune.permuters.bundles import BLOCK
 from permprune.permuters.kept import assignment_work, deal_and_assign, stacked_bytes, stacked_scores
-from permprune.permuters.quadratic import BLOCK, QuadraticModel, model_bytes, swap_work
+from permprune.permuters.quadratic import QuadraticModel, model_bytes, swap_parts, swap_work
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.outline import Outline, Passes, activation_parts
@@ -76,7 +77,7 @@ class Reconstruction(LocalPermuter):
     def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
         def work(channels: int, rows: int, m: int) -> Work:
             slopes = Work(products_fp32=2 * channels**2 * rows)
-            swaps = swap_work(channels, rows, m) * self.swaps
+            swaps = swap_work(channels, rows, m, swap_parts(channels, m)) * self.swaps
             return (assignment_work(channels, rows, m) + slopes + swaps) * self.candidates
 
         weights, model = outline.largest_weights(threads), model_bytes(outline, threads, torch.float32)

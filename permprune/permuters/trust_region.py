@@ -103,12 +103,16 @@ class TrustRegion(Iterative):
     def proposal_work(self, channels: int, rows: int, m: int) -> Work:
         """Return the work of `propose` for a problem of `channels` channels and `rows` weight rows."""
 
+    def model_bytes(self, outline: Outline, threads: int) -> int:
+        """Return the bytes that the models of the largest problems hold (`quadratic.model_bytes`)."""
+        return model_bytes(outline, threads, outline.dtype)
+
     def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
         start = self.start.stages(outline, passes, threads)
         if not self.rounds:
             return start
         examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline)
-        gradient, model = Held("gradients", own), model_bytes(outline, threads, outline.dtype)
+        gradient, model = Held("gradients", own), self.model_bytes(outline, threads)
 
         def stage(what: str, *parts: Held, work: Work) -> Stage:
             return Stage(f"{self.name}: {what}", (*parts, gradient), work * self.rounds)

@@ -26,16 +26,16 @@ class Work:
     Attributes:
         products: Floating-point operations of matrix products in the type of the activations.
         products_fp32: Floating-point operations of matrix products in fp32.
-        comparisons: Element operations of `placement_cost`, each a comparison, a difference and a sum.
-        distances: Element operations of L1 distances, with which channels are dealt to groups.
-        largest: The share of `comparisons` and `distances` that belong to the largest problem, which one thread solves.
+        comparisons: Element operations of `add_placement_cost`, each a comparison, a difference and a sum.
+        largest: The share of `comparisons` that belong to the largest problem, which one thread solves.
+        moved: Bytes that operations on single elements read from memory or write to it.
         stored: Bytes read from disk or written to it.
     """
 
     products: float = 0.0
     products_fp32: float = 0.0
     comparisons: float = 0.0
-    distances: float = 0.0
+    moved: float = 0.0
     stored: float = 0.0
     largest: float = 0.0
 

@@ -194,8 +194,8 @@ def test_time_follows_the_rates() -> None:
     machine = Machine("a machine", torch.device("cpu"), torch.float32, threads=2, sheet=Rates(4.0, 2.0, 8.0, 1.0))
     assert machine.seconds(Work(products=4, products_fp32=3)) == 2 * (1 + 1.5)
     assert machine.seconds(Work(comparisons=16, largest=0.25)) == 2 * 2 / 2
-    assert machine.seconds(Work(comparisons=16, distances=2, largest=0.75)) == 2 * (2 + 2) * 0.75
-    assert machine.seconds(Work(stored=2e9)) == 2
+    assert machine.seconds(Work(comparisons=16, largest=0.75)) == 2 * 2 * 0.75
+    assert machine.seconds(Work(stored=2e9, moved=3)) == 2 + 2 * 3
     assert this_machine().rates.products > 0 and GPUS["h100"].rates.products == 0.5 * 989.4e12
 
 

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from permprune.kernels.search import pruned_part
 from permprune.matching.assignment import assign
+from permprune.matching.pairs import pair_up
+from permprune.matching.parts import random_parts
 from permprune.pattern import Pattern
-from permprune.permuters.quadratic import Bundle, QuadraticModel, Rows
+from permprune.permuters.bundles import Bundle, Rows
+from permprune.permuters.quadratic import QuadraticModel
 
 ROWS = (5, 3)  # of the two bundles that share the channels
 
@@ -21,6 +24,14 @@ def masked(weight: Tensor, score: Tensor, order: Tensor, pattern: Pattern) -> Te
     keep = pattern.mask(score[order].T).T
     error[order] = weight[order] * ~keep
     return error
+
+
+def submatrix(matrix: Tensor, channels: Tensor) -> Tensor:
+    return matrix[channels][:, channels]
+
+
+def moments_of(bundle: Bundle) -> Tensor:
+    return bundle.moments(torch.arange(len(bundle.diagonal)))
 
 
 def build(
@@ -63,7 +74,7 @@ def build(
             blocks = [(part[0], part[1]) for part in parts]
             coupling = normal(size, 9).corrcoef().view(size, size) if coupled else None
             layers.append(Rows(partial(iter, blocks), [part[2].clone() for part in parts], coupling))
-        bundles.append(Bundle(partial(torch.clone, moments), moments.diagonal(), layers))
+        bundles.append(Bundle(partial(submatrix, moments), moments.diagonal(), layers))
     return QuadraticModel(bundles, order, pattern, damping)
 
 
@@ -84,7 +95,7 @@ class Reference:
                 for rows in bundle.rows
             ]
             error = masked(weight, score, model.order, model.pattern)
-            self.start.append((weight, score, bundle.moments(), slopes(bundle), error, torch.block_diag(*couplings)))
+            self.start.append((weight, score, moments_of(bundle), slopes(bundle), error, torch.block_diag(*couplings)))
 
     def __call__(self, order: Tensor) -> float:
         total = 0.0
@@ -157,7 +168,7 @@ def test_local_model_is_the_output_error(pattern):
             for rows in bundle.rows:
                 for weight, score in rows.read():
                     error = pruned_part(weight, score, model.groups, pattern)
-                    total += float((error * (bundle.moments() @ error)).sum()) / 2
+                    total += float((error * (moments_of(bundle) @ error)).sum()) / 2
         return total
 
     start, generator = output_error(), torch.Generator().manual_seed(0)
@@ -250,6 +261,60 @@ def test_a_move_goes_to_the_slots_it_names_if_the_model_falls(seed):
         expected = model.groups.clone()
     model.move(at, slots, target, torch.full((3, 3), -1.0))  # the cost claims a gain; the model decides
     assert torch.equal(model.groups, expected)
+
+
+@pytest.fixture
+def parts_of_three(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most three groups swap with each other."""
+    monkeypatch.setattr("permprune.permuters.quadratic.PART", 3 * pattern.m)
+
+
+@pytest.mark.usefixtures("parts_of_three")
+@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("times", [1, 4])
+def test_swaps_inside_parts_are_exact_without_the_interaction_of_parts(pattern, times, coupled):
+    model = build(8, pattern, seed=3, coupled=coupled)
+    parts = random_parts(8, 3, torch.Generator().manual_seed(5))
+    channels = [model.groups[part].flatten() for part in parts]
+    part_of = torch.cat([torch.full((len(own),), i) for i, own in enumerate(channels)])[torch.cat(channels).argsort()]
+    for bundle in model.bundles:
+        alone = moments_of(bundle) * (part_of[:, None] == part_of)
+        bundle.moments = partial(submatrix, alone)
+    value = Reference(model)
+    model.swap(torch.Generator().manual_seed(5), times)
+    assert model.change == pytest.approx(value(model.order), abs=1e-9)
+    assert model.change < 0
+    value.check(model)
+    for part, own in zip(parts, channels, strict=True):
+        assert torch.equal(model.groups[part].flatten().sort().values, own.sort().values)
+
+
+@pytest.mark.usefixtures("parts_of_three")
+def test_each_part_swaps_as_a_problem_of_its_own_would(pattern):
+    """The groups of the first part, of a model that has only these channels, in the same random slots."""
+    whole, generator = build(6, pattern, seed=4), torch.Generator().manual_seed(6)
+    (first, _), start = random_parts(6, 3, generator), whole.groups.clone()
+    slots = torch.randint(pattern.m, (6,), generator=generator)
+    whole.swap(torch.Generator().manual_seed(6))
+    own = build(6, pattern, seed=4)
+    cost = own.placement_cost(first, slots[first])
+    pairs = first[pair_up(cost + cost.T)]
+    changed = (whole.groups[first] != start[first]).any(1)
+    assert set(first[changed].tolist()) <= set(pairs.flatten().tolist())
+    for a, b in pairs.tolist():
+        swap = start.clone()
+        swap[a, slots[a]], swap[b, slots[b]] = start[b, slots[b]], start[a, slots[a]]
+        assert any(torch.equal(whole.groups[[a, b]], groups[[a, b]]) for groups in (start, swap))
+
+
+@pytest.mark.usefixtures("parts_of_three")
+def test_the_same_seed_gives_the_same_parts(pattern):
+    orders = []
+    for seed in (7, 7, 8):
+        model = build(8, pattern, seed=0)
+        model.swap(torch.Generator().manual_seed(seed), 3)
+        orders.append(model.order)
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
 
 
 def test_an_order_taken_earlier_does_not_move_with_the_model():

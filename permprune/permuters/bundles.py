@@ -1,0 +1,122 @@
+"""The weights and scores of a problem's rows, read a block at a time, with the second moments of their inputs.
+
+Matrices are channels first, (channels, rows), so that a group's weights are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from permprune.calibration.symmetric import Symmetrics
+from permprune.pruning.masked import MaskedLayers
+from permprune.pruning.problem import Part, Problem
+
+BLOCK = 2**21
+"""Number of weights that are read at a time: a matrix of them is 8 MiB in fp32. Smaller problems are read once."""
+
+
+@dataclass
+class Rows:
+    """Rows of a problem that read the same input channels: those of one layer.
+
+    `read` yields (weight, score), both (channels, rows), for one block of rows after the other, and `slopes` are the
+    slopes of the blocks. Rows are scaled so that fisher is 1 in the model: the weight is multiplied by sqrt(fisher),
+    the slope is divided by it. `coupling` is the covariance after this scaling, that is, the correlations (rows, rows),
+    for which all rows have to be in one block; None if rows are treated as independent.
+    """
+
+    read: Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    slopes: list[Tensor]
+    coupling: Tensor | None = None
+
+    def coupled(self, x: Tensor) -> Tensor:
+        """Multiply `x` (..., rows) by the correlations of the rows."""
+        return x if self.coupling is None else x @ self.coupling
+
+
+@dataclass
+class Bundle:
+    """Rows that read the same input channels.
+
+    `moments(channels)` returns these rows and columns of H, the second moments of the channels, and `diagonal` is the
+    diagonal of H.
+    """
+
+    moments: Callable[[Tensor], Tensor]
+    diagonal: Tensor
+    rows: list[Rows]
+
+
+def read_bundles(
+    network: MaskedLayers,
+    problem: Problem,
+    fisher: dict[str, Tensor],
+    gradient: dict[str, Tensor] | None,
+    covariance: dict[str, Tensor] | None,
+) -> list[Bundle]:
+    """Return the bundles of a problem; the arguments are those of `QuadraticModel.of`."""
+    places: dict[tuple[str, int], list[Part]] = {}
+    for part in problem.parts:
+        places.setdefault((part.site, int(part.columns[0])), []).append(part)
+    small = problem.size * sum(network.row_count(part.layer) for part in problem.parts) <= BLOCK
+    bundles = []
+    for parts in places.values():
+        known = covariance or {}
+        coupled = all(part.layer in known for part in parts)
+        rows = [
+            _rows(
+                network,
+                part,
+                fisher[part.layer],
+                gradient=None if gradient is None else gradient[part.layer],
+                covariance=known[part.layer] if coupled else None,
+                small=small,
+            )
+            for part in parts
+        ]
+        moments, site, columns = network.statistics.moments, parts[0].site, parts[0].columns
+        block = partial(_block_of, moments, site, columns)
+        bundles.append(Bundle(block, moments.main_diagonal(site)[columns], rows))
+    return bundles
+
+
+def _block_of(moments: Symmetrics, site: str, columns: Tensor, channels: Tensor) -> Tensor:
+    return moments.block(site, columns[channels])
+
+
+def _rows(
+    network: MaskedLayers,
+    part: Part,
+    fisher: Tensor,
+    *,
+    gradient: Tensor | None,
+    covariance: Tensor | None,
+    small: bool,
+) -> Rows:
+    """The rows of a layer at a part's columns; without `gradient` they have no slopes yet.
+
+    The blocks of a `small` problem are read once.
+    """
+    root = fisher.clamp_min(1e-30).sqrt()
+    size = len(root) if covariance is not None else max(1, BLOCK // len(part.columns))
+    spans = [slice(first, first + size) for first in range(0, len(root), size)]
+
+    def read() -> Iterator[tuple[Tensor, Tensor]]:
+        for span, (weight, score) in zip(spans, network.blocks(part, spans), strict=True):
+            yield weight.mul_(root[span]), score
+
+    held = list(read()) if small else None
+
+    slopes = []
+    if gradient is not None:
+        own = gradient[:, part.span]
+        slopes = [(own[span].float() / -root[span, None]).T.contiguous().to(own.dtype) for span in spans]
+    return Rows(
+        read if held is None else partial(iter, held),
+        slopes,
+        None if covariance is None else covariance / root[:, None] / root,
+    )
