@@ -19,6 +19,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ class Row:
     spared: float = 0.0
     layer: type[PrunedLayer] = PrunedLayer
 
+    def cells(self) -> dict[str, str]:
+        config = self.config
+        return {
+            "method": self.method,
+            "keys": config.keys,
+            "values": config.values,
+            "recovery": config.recovery,
+            "stored": config.dtype,
+        }
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,7 +78,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--window", type=int, default=KVConfig.window)
     parser.add_argument("--sinks", type=int, default=KVConfig.sinks)
-    parser.add_argument("--rows", help="file to which the rows are added as JSON lines")
+    parser.add_argument("--rows", help="file to which the rows are added as JSON lines; rows that it has are left out")
     options = parser.parse_args()
     model, tokenizer, _ = read_model(options.model)
     model = model.to(DTYPES[options.dtype])
@@ -82,24 +93,28 @@ def main() -> None:
     about = f"{options.model} in {options.dtype}, {len(windows)} windows of {options.length} tokens"
     print(f"{about}, dense perplexity {dense.mean().exp():.2f}\n")
     print("| method | keys | values | recovery | stored | factor | bytes |\n|---|---|---|---|---|---|---|", flush=True)
+    figures = {"model": options.model, "length": options.length, "windows": len(windows)}
+    done = read_rows(options.rows)
     for row in TABLES[options.table](observed, KVConfig(dtype="bf16", window=options.window, sinks=options.sinks)):
-        config = row.config
+        cells = row.cells()
+        if any(cells.items() <= other.items() and figures.items() <= other.items() for other in done):
+            continue
         make = maker(model, row)
         ratios = log_perplexities(windows, lambda window: cached_perplexity(model, window, make, 1).result) - dense  # noqa: B023
         factor, error = float(ratios.mean().exp()), float(ratios.std()) / len(ratios) ** 0.5
         share = share_of_bytes(model, row, options.length)
-        cells = [row.method, config.keys, config.values, config.recovery, config.dtype]
-        print(f"| {' | '.join(cells)} | {factor:.4f} ± {error:.4f} | {share:.4f} |", flush=True)
+        print(f"| {' | '.join(cells.values())} | {factor:.4f} ± {error:.4f} | {share:.4f} |", flush=True)
         if options.rows:
-            names = ("method", "keys", "values", "recovery", "stored")
-            figures = {"model": options.model, "length": options.length, "windows": len(windows)}
-            figures |= dict(zip(names, cells, strict=True)) | {
-                "factor": round(factor, 4),
-                "stderr": round(error, 4),
-                "bytes": round(share, 4),
-            }
+            measured = {"factor": round(factor, 4), "stderr": round(error, 4), "bytes": round(share, 4)}
             with open(options.rows, "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures) + "\n")
+                file.write(json.dumps(figures | cells | measured) + "\n")
+
+
+def read_rows(path: str | None) -> list[dict[str, object]]:
+    """Return the rows of a file, none if it does not exist."""
+    if path is None or not Path(path).exists():
+        return []
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
 def log_perplexities(windows: Examples, measure: Callable[[Examples], Result]) -> Tensor:
