@@ -36,7 +36,7 @@ from permprune.inference.kv.config import DTYPES, KVConfig
 from permprune.inference.kv.evaluation import cached_perplexity
 from permprune.inference.kv.files import LayerChannels
 from permprune.inference.kv.layer import PrunedLayer
-from permprune.inference.kv.packing import TINY, Channels, Parts
+from permprune.inference.kv.packing import TINY, Channels, Parts, encode
 from permprune.inference.kv.tokens import PackedTokens
 from permprune.jobs.kv import find_channels
 from permprune.permuters.identity import Identity
@@ -162,7 +162,7 @@ def rivals(observed: Observed, config: KVConfig) -> Iterator[Row]:
     }
     yield Row("Mustafar", config.replace(keys=more, values=more, recovery="zeros"), plain)
     inverse = {i: (inversed(keys), inversed(values)) for i, (keys, values) in natural.items()}
-    yield Row("SparK", config.replace(keys=half, values=half), inverse)
+    yield Row("SparK", config.replace(keys=half, values=half), inverse, layer=SparKLayer)
     for pattern in ("2:4", "4:8", half):
         own = config.replace(keys=pattern, values=pattern)
         yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
@@ -194,6 +194,29 @@ def int4(observed: Observed, config: KVConfig) -> Iterator[Row]:
     yield Row("int4, one group", own, channels, layer=WideInt4Layer)
 
 
+class OtherLayer(PrunedLayer):
+    """A layer with other packed tokens."""
+
+    tokens: type[PackedTokens]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        assert self.packed is not None
+        keys, values = (self.tokens(own.channels, own.layout) for own in self.packed)
+        self.packed = keys, values
+
+
+class SparKTokens(PackedTokens):
+    """Tokens that keep the largest weighted channels, however the others are recovered."""
+
+    def append(self, states: Tensor) -> None:
+        self._write(encode(states, self.channels, self.layout, turns=0), states.shape[2])
+
+
+class SparKLayer(OtherLayer):
+    tokens = SparKTokens
+
+
 class Int4Tokens(PackedTokens):
     """States as integers from 0 to 15, two in a byte, with the least state and the step of each group of channels."""
 
@@ -220,17 +243,11 @@ class WideInt4Tokens(Int4Tokens):
     group = 2**20
 
 
-class Int4Layer(PrunedLayer):
-    tokens: type[PackedTokens] = Int4Tokens
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        assert self.packed is not None
-        keys, values = (self.tokens(own.channels, own.layout) for own in self.packed)
-        self.packed = keys, values
+class Int4Layer(OtherLayer):
+    tokens = Int4Tokens
 
 
-class WideInt4Layer(Int4Layer):
+class WideInt4Layer(OtherLayer):
     tokens = WideInt4Tokens
 
 

@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, nargs="+", default=[50, 50], help="contexts of each length")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", help="file to which every answer is added as a JSON line")
+    parser.add_argument("--states", help="folder for the states of the contexts, which later runs read from there")
     options = parser.parse_args()
     model, processor, _ = read_model(options.model)
     model = model.bfloat16().eval()
@@ -82,7 +83,10 @@ def main() -> None:
         draw = random.Random(f"{options.seed} {length}")
         found: dict[str, list[list[Answer]]] = {name: [] for name in makers}
         for number, row in enumerate(text):
-            for name, own in answers(model, makers, example(tokenizer, row, draw)).items():
+            own_example = example(tokenizer, row, draw)
+            path = Path(options.states) / f"{length}_{number}.pt" if options.states else None
+            states = read_context(model, own_example.context, path)
+            for name, own in answers(model, makers, own_example, states).items():
                 found[name].append(own)
                 if options.rows:
                     write_rows(options.rows, own, tokens=length, context=number, cache=name)
@@ -148,15 +152,32 @@ def example(tokenizer: PreTrainedTokenizerBase, text: Tensor, draw: random.Rando
 
 
 @torch.inference_mode()
-def answers(model: PreTrainedModel, makers: dict[str, Make], own: Example) -> dict[str, list[Answer]]:
-    """Return the answer to each question that the model gives with each cache."""
+def read_context(model: PreTrainedModel, context: Tensor, path: Path | None) -> list[Tensor]:
+    """Return the keys and values of a context, (2, batch, heads, tokens, width) for each layer.
+
+    They are read from `path` if it exists; otherwise the model reads the context, and they are written to `path`.
+    """
+    if path is not None and path.exists():
+        return list(torch.load(path))
     read = DynamicCache(config=model.config)
-    model(own.context[None], logits_to_keep=1, **cache_argument(model, read))
+    model(context[None], logits_to_keep=1, **cache_argument(model, read))
+    states = [torch.stack((layer.keys, layer.values)) for layer in read.layers]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(states, path)
+    return states
+
+
+@torch.inference_mode()
+def answers(
+    model: PreTrainedModel, makers: dict[str, Make], own: Example, states: list[Tensor]
+) -> dict[str, list[Answer]]:
+    """Return the answers that the model gives with each cache, which is filled with the states of the context."""
     found = {}
     for name, make in makers.items():
         filled, found[name] = make(), []
-        for layer, states in zip(filled.layers, read.layers, strict=True):
-            layer.update(states.keys, states.values)
+        for layer, (keys, values) in zip(filled.layers, states, strict=True):
+            layer.update(keys, values)
         for question, answer in own.questions:
             cache = copy.deepcopy(filled)
             asked = torch.cat((question, answer))[None, :-1]

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from permprune.examples import Examples
 from permprune.inference.kv.attention import Call, States, attend_plain, verify_attention
 from permprune.inference.kv.cache import attention_layers
-from permprune.inference.kv.packing import Channels, amplitude, kept_channels
+from permprune.inference.kv.packing import TURNS, Channels, choose_channels
 from permprune.models.forward import cache_argument, frozen, model_inputs
 from permprune.pattern import Pattern
 from permprune.system.device import compute_device
@@ -26,7 +26,7 @@ VERIFIED = 64
 """Number of tokens on which the model is compared with itself under permprune's attention."""
 
 ROUNDS = 4
-"""Number of times that levels and amplitudes are fitted to each other."""
+"""Number of times that levels are fitted to kept channels and amplitudes."""
 
 
 @dataclass
@@ -95,10 +95,10 @@ def fit_channels(states: Tensor, weight: Tensor, order: Tensor, pattern: Pattern
     if pattern is None:
         return channels
     arranged = channels.arrange(states[None])
-    kept = kept_channels(arranged, channels, pattern)
-    size, pruned = arranged.abs(), (~kept).float()
+    size = arranged.abs()
     for _ in range(ROUNDS):
-        factor = amplitude(arranged, kept, channels)
+        kept, factor = choose_channels(arranged, channels, pattern, turns=TURNS)
+        pruned = (~kept).float()
         products, squares = (size * factor * pruned).sum(2)[0], (factor.square() * pruned).sum(2)[0]
         level = torch.where((squares > 0) & (products > 0), products / squares, channels.level)
         channels = Channels(order, weight, level)

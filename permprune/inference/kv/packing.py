@@ -29,15 +29,17 @@ from permprune.pattern import Pattern
 Parts = dict[str, Tensor]
 """The parts of packed states by name, each (batch, heads, tokens, ...)."""
 
+TURNS = 2
+"""Number of times that kept channels and amplitudes are fitted to each other."""
+
 
 @dataclass(frozen=True, eq=False)
 class Channels:
     """The channels of the key heads, or of the value heads, of a layer.
 
     `order` is int64 (heads, width): stored channel i of a head is the model's channel `order[i]`. `weight`, fp32
-    (heads, width), is the importance of each stored channel: the N channels of a group with the largest
-    weight * |state| are kept. `level`, fp32 (heads, width), is the magnitude of each stored channel, relative to the
-    others, where it is pruned.
+    (heads, width), is the importance of each stored channel, by which errors are multiplied. `level`, fp32 (heads,
+    width), is the magnitude of each stored channel, relative to the others, where it is pruned.
     """
 
     order: Tensor
@@ -102,17 +104,19 @@ def require_pattern(pattern: Pattern | None, width: int) -> None:
         )
 
 
-def encode(states: Tensor, channels: Channels, layout: Layout) -> Parts:
-    """Pack states in the stored order, floating (batch, heads, tokens, width)."""
+def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURNS) -> Parts:
+    """Pack states in the stored order, floating (batch, heads, tokens, width).
+
+    With recovery, kept channels and amplitudes are fitted to each other in `turns` turns (`choose_channels`).
+    """
     states = states.float()
     if layout.pattern is None:
         return _stored(states, layout.dtype)
-    kept = kept_channels(states, channels, layout.pattern)
+    kept, size = choose_channels(states, channels, layout.pattern, turns=turns if layout.signs else 0)
     parts = _stored(_select(states, kept), layout.dtype)
     parts["code"] = pack_code(kept, layout.pattern)
     if layout.signs:
         parts["signs"] = pack_padded_bits(_select(states, ~kept) < 0)
-        size = amplitude(states, kept, channels)
         if "scale" in parts:
             steps = 2 * size / parts["scale"].float().clamp_min(TINY)
             parts["amplitude"] = steps.round().clamp(0, 255).to(torch.uint8)
@@ -140,22 +144,36 @@ def decode(parts: Parts, channels: Channels, layout: Layout, dtype: torch.dtype)
     return states
 
 
-def kept_channels(states: Tensor, channels: Channels, pattern: Pattern) -> Tensor:
-    """Return which channels of states in the stored order are kept: bool (batch, heads, tokens, width)."""
-    score = (states.float().abs() * channels.weight[:, None]).nan_to_num(nan=torch.inf)  # NaN is kept, for all to see
+def choose_channels(states: Tensor, channels: Channels, pattern: Pattern, *, turns: int) -> tuple[Tensor, Tensor]:
+    """Return which channels of states in the stored order are kept, and the amplitudes of the others.
+
+    Of each group those with the largest weight * |state| are kept. This loses least if the others become zero. For
+    recovery it is the start of `turns` turns, in which those are kept that are recovered worst. Each turn lowers the
+    error sum_c weight[c]^2 (|state[c]| - amplitude level[c])^2 over the pruned channels of a token and head.
+
+    Returns bool (batch, heads, tokens, width) and fp32 (batch, heads, tokens, 1).
+    """
+    magnitude, weight = states.float().abs(), channels.weight[:, None]
+    kept = _largest(magnitude * weight, pattern)
+    size = _amplitude(magnitude, kept, channels)
+    for _ in range(turns):
+        kept = _largest((magnitude - size * channels.level[:, None]).abs() * weight, pattern)
+        size = _amplitude(magnitude, kept, channels)
+    return kept, size
+
+
+def _largest(score: Tensor, pattern: Pattern) -> Tensor:
+    """Return where the N largest scores of each group are: bool (batch, heads, tokens, width)."""
+    score = score.nan_to_num(nan=torch.inf)  # NaN is kept, for all to see
     kept: Tensor = pattern.mask_groups(score.unflatten(-1, (-1, pattern.m)), -1).flatten(-2)
     return kept
 
 
-def amplitude(states: Tensor, kept: Tensor, channels: Channels) -> Tensor:
-    """Return the amplitude a of each token and head with the least error of its pruned channels.
-
-    The error is sum_c weight[c]^2 (|state[c]| - a level[c])^2 over the channels that are not `kept`. Returns fp32
-    (batch, heads, tokens, 1).
-    """
+def _amplitude(magnitude: Tensor, kept: Tensor, channels: Channels) -> Tensor:
+    """Return the amplitudes with the least error of `choose_channels`, fp32 (batch, heads, tokens, 1)."""
     squared = (channels.weight.square() * channels.level)[:, None]
     pruned = (~kept).float()
-    products = (states.abs() * squared * pruned).sum(-1, keepdim=True)
+    products = (magnitude * squared * pruned).sum(-1, keepdim=True)
     return products / (squared * channels.level[:, None] * pruned).sum(-1, keepdim=True)
 
 

@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 from permprune.inference.kv.attention import Call, States
 from permprune.inference.kv.config import KVConfig
-from permprune.inference.kv.packing import Channels
+from permprune.inference.kv.packing import TURNS, Channels, choose_channels
 from permprune.pattern import Pattern
 
 
@@ -17,21 +17,22 @@ def random_channels(heads: int, width: int) -> Channels:
 
 
 def pruned(states: Tensor, channels: Channels, text: str, recovery: str) -> Tensor:
-    """States, (batch, heads, tokens, width), with what a pruned cache reads of them, in the model's order."""
+    """States, (batch, heads, tokens, width), with what a pruned cache reads of them, in the model's order.
+
+    The same channels are kept as in the cache.
+    """
     if text == "dense":
         return states
-    pattern, result = Pattern.parse(text), torch.zeros_like(states)
+    pattern, signed, result = Pattern.parse(text), recovery == "sign", torch.zeros_like(states)
+    kept, _ = choose_channels(channels.arrange(states), channels, pattern, turns=TURNS if signed else 0)
     for head, order in enumerate(channels.order):
-        groups = states[:, head][..., order].unflatten(-1, (-1, pattern.m))
-        weight, level = (t[head].view(-1, pattern.m).expand_as(groups) for t in (channels.weight, channels.level))
-        score = groups.abs() * weight  # of equal scores the earlier one is kept: now and then two are equal
-        best = score.sort(dim=-1, descending=True, stable=True).indices[..., : pattern.n]
-        kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
-        design, target = ((weight * t).masked_fill(kept, 0).flatten(-2) for t in (level, groups.abs()))
+        own, keeps = states[:, head][..., order], kept[:, head]
+        weight, level = (t[head].expand_as(own) for t in (channels.weight, channels.level))
+        design, target = ((weight * t).masked_fill(keeps, 0) for t in (level, own.abs()))
         size = (design * target).sum(-1) / (design * design).sum(-1)
-        signs = torch.where(groups < 0, -1.0, 1.0)  # of zero too: torch.randn gives one in some millions of numbers
-        recovered = signs * size[..., None, None] * level if recovery == "sign" else torch.zeros_like(groups)
-        result[:, head][..., order] = torch.where(kept, groups, recovered).flatten(-2)
+        signs = torch.where(own < 0, -1.0, 1.0)  # of zero too: torch.randn gives one in some millions of numbers
+        recovered = signs * size[..., None] * level if signed else torch.zeros_like(own)
+        result[:, head][..., order] = torch.where(keeps, own, recovered)
     return result
 
 

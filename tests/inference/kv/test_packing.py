@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.inference.kv.packing import Channels, Layout, decode, encode
+from permprune.inference.kv.packing import TURNS, Channels, Layout, choose_channels, decode, encode
 from permprune.pattern import Pattern
 
 from .reference import pruned, random_channels
@@ -23,6 +23,35 @@ def test_states_come_back_pruned(dtype: torch.dtype, text: str, recovery: str) -
     expected = pruned(states, channels, text, recovery)
     error = (channels.restore(found) - expected).abs().max()
     assert error <= DTYPES[dtype] * 2 * states.abs().max()
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "12:24"])
+def test_the_largest_weighted_channels_are_kept_without_recovery(text: str) -> None:
+    channels, states, pattern = random_channels(3, 24), torch.randn(2, 3, 5, 24), Pattern.parse(text)
+    kept, _ = choose_channels(states, channels, pattern, turns=0)
+    score = (states.abs() * channels.weight[:, None]).unflatten(-1, (-1, pattern.m))
+    threshold = score.sort(-1, descending=True).values[..., pattern.n - 1 : pattern.n]
+    assert torch.equal(kept, (score >= threshold).flatten(-2))
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "12:24"])
+def test_channels_are_chosen_for_the_error_after_recovery(text: str) -> None:
+    channels, states, pattern = random_channels(3, 24), torch.randn(2, 3, 50, 24), Pattern.parse(text)
+    errors = []
+    for turns in (0, TURNS):
+        kept, size = choose_channels(states, channels, pattern, turns=turns)
+        assert (kept.unflatten(-1, (-1, pattern.m)).sum(-1) == pattern.n).all()
+        lost = (states.abs() - size * channels.level[:, None]) * channels.weight[:, None]
+        errors.append(lost.masked_fill(kept, 0).square().sum(-1))
+    assert (errors[1] <= errors[0] * 1.0001).all()
+    assert errors[1].sum() < 0.8 * errors[0].sum()
+
+
+def test_channels_that_are_recovered_well_are_pruned() -> None:
+    states = torch.tensor([4.0, 1.0, 0.9, 0.0, 3.0, 1.0, 1.0, 3.0]).view(1, 1, 1, 8)
+    kept, size = choose_channels(states, Channels.natural(1, 8), Pattern(2, 4), turns=TURNS)
+    assert kept.flatten().tolist() == [True, False, False, True] * 2  # not [True, True, False, False, ...]
+    assert float(size) == pytest.approx(0.975)
 
 
 def test_sizes_are_those_of_the_description() -> None:
