@@ -139,12 +139,20 @@ def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
 
 
 def patterns(observed: Observed, config: KVConfig) -> Iterator[Row]:
-    """Keys, and keys and values, in the order of `ria` with signs; both with int8 values, too."""
+    """Keys, and keys and values, in the order of `ria` with signs; both with int8 values, too.
+
+    The wide pattern is the one that takes as many bytes as 2:4 with int8 values.
+    """
+    width = next(iter(observed.values())).keys[0].shape[-1]
+    wide, half = f"{29 * width // 64}:{width}", f"{width // 2}:{width}"
     for keys, values, dtype in (
         ("2:4", "dense", config.dtype),
         ("1:4", "dense", config.dtype),
         ("2:4", "2:4", "int8"),
+        (wide, wide, "int8"),
         ("2:4", "2:4", config.dtype),
+        (wide, wide, config.dtype),
+        (half, half, config.dtype),
     ):
         own = config.replace(keys=keys, values=values, dtype=dtype)
         yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
