@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
-from permprune.losses.cross_entropy import cross_entropy
+from permprune.losses.cross_entropy import cross_entropy, divergence
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
@@ -52,14 +51,17 @@ class Predictions:
         return self.distance(dense)
 
     def kept(self) -> Tensor:
-        """The target for `distance`, from the dense model: log-probabilities (terms, classes), fp16 on the CPU."""
-        return self.logits.float().log_softmax(-1).half().cpu()
+        """The target for `distance`, from the dense model, (terms, classes) on the CPU.
+
+        It consists of the logits if they have 16 bits, else of the log-probabilities in fp16.
+        """
+        logits = self.logits.detach()
+        return (logits if logits.dtype.itemsize == 2 else logits.float().log_softmax(-1).half()).cpu()
 
     def distance(self, dense: Tensor | None) -> Tensor:
         """KL divergence from the dense model's predictions (see `kept`), summed over the terms."""
         assert dense is not None
-        target = dense.to(self.logits.device).float().log_softmax(-1)  # normalises again after rounding to fp16
-        return F.kl_div(self.logits.float().log_softmax(-1), target, reduction="sum", log_target=True)
+        return divergence(self.logits, dense.to(self.logits.device))
 
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
         """A loss, summed over the terms, whose expected squared gradient is the diagonal of the Fisher information.
