@@ -125,7 +125,7 @@ class PruneConfig:
         require_fields(self)
         parse_pattern(self.pattern)
         saliency(self.saliency)
-        permuter(self.permute)
+        permuter(self.permute).require_minutes(self.minutes)
         update(self.update)
         if self.mode not in MODES or self.precision not in PRECISIONS:
             raise PermpruneError(

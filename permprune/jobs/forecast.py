@@ -84,8 +84,24 @@ class Forecast:
 
     @cached_property
     def seconds(self) -> dict[str, float | None]:
-        """The time of each stage; None where it is not known."""
-        return {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
+        """The time of each stage; None where it is not known.
+
+        If the rounds of a search need more than their share of a time limit, all its stages are shortened alike.
+        Training takes what is left of the limit.
+        """
+        found = {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
+        if self.config.minutes is None:
+            return found
+        limit, share = 60 * self.config.minutes, permuter(self.config.permute).searching
+        limited = {stage.name: found[stage.name] for stage in self.stages if stage.limited}
+        known = sum(filter(None, limited.values()))
+        searched = min(known, limit * share)
+        for name, seconds in limited.items():
+            if seconds is not None:
+                found[name] = seconds * searched / max(known, 1e-9)
+            elif share < 1:
+                found[name] = limit - searched
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """The forecast as JSON values; bytes and seconds."""
@@ -154,7 +170,7 @@ def forecast_held(
     stages = [
         Stage("load", tuple(_loading(whole, own, machine)), Work(stored=own)),
         _calibration(config, outline, passes, counted("inputs"), measured).beside([weights]),
-        *(stage.beside(network) for stage in method.stages(outline, passes, machine.threads)),
+        *(replace(stage.beside(network), limited=True) for stage in method.stages(outline, passes, machine.threads)),
         *(stage.beside(network) for stage in _updating(config, outline)),
         Stage("evaluate", activation_parts(evaluation), evaluating).beside(network),
         Stage("write", (Held("weights", whole), *_writing(own, stored)), Work(stored=own)),

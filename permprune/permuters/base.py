@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.options import described, require_fields
 from permprune.pattern import Pattern
@@ -17,6 +18,7 @@ from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.outline import Outline, Passes
 from permprune.pruning.problem import Orders, Problem
+from permprune.registry import label_of
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION
 from permprune.system.memory import release_freed_memory
@@ -170,6 +172,16 @@ class Permuter(ABC):
     @abstractmethod
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         """Find orders. The network may have any orders at first, and has the dense weights."""
+
+    @property
+    def searching(self) -> float:
+        """The share of a time limit in which the method searches for orders; in the rest it trains weights."""
+        return 1.0
+
+    def require_minutes(self, minutes: float | None) -> None:
+        """Raise `PermpruneError` if the method divides a time limit, but `minutes` is None."""
+        if self.searching < 1 and minutes is None:
+            raise PermpruneError(f"{label_of(self)} trains for a share of a time limit: give --minutes")
 
     def key(self, network: PrunedNetwork, run: Run) -> tuple[object, ...]:
         """Everything that the solution depends on; networks and examples are compared by identity."""

@@ -46,6 +46,15 @@ class Search(ABC):
     def step(self) -> int:
         """Run one round, increase `done`, and record the loss; returns the number of orders that changed."""
 
+    @property
+    def limit(self) -> float:
+        """The seconds after which no other round begins."""
+        minutes = self.run.minutes
+        return float("inf") if minutes is None else 60 * minutes
+
+    def finish(self) -> None:  # noqa: B027
+        """Do what follows the last round, unless a callback ended the search; by default nothing."""
+
     @abstractmethod
     def end(self) -> Solution:
         """Return the result."""
@@ -109,7 +118,7 @@ class Iterative(Permuter):
         search.teacher_outputs = network.compute_teacher_outputs(run.held_out, search.loss)
         stopped = not self._resume(search) and self._notify(search, 0)
         with bar(self.name, self.total, search.done) as advance:
-            while search.done < self.total and not stopped and not _out_of_time(search):
+            while search.done < self.total and not stopped and search.seconds <= search.limit:
                 started = time.monotonic()
                 moved = search.step()
                 search.seconds += distributed.mean(time.monotonic() - started)
@@ -118,6 +127,8 @@ class Iterative(Permuter):
                 stopped = self._notify(search, moved)
         if stopped:
             log.info("%s was stopped by a callback after %s %d", self.name, search.unit, search.done)
+        else:
+            search.finish()
         return replace(search.end(), stopped=stopped)
 
     def _resume(self, search: Search) -> bool:
@@ -154,7 +165,3 @@ def _state(search: Search) -> dict[str, Any]:
     curve = [astuple(point) for point in search.curve]
     values = {"done": search.done, "best": search.best, "seconds": search.seconds, "curve": curve}
     return {**values, "own": search.values()}
-
-
-def _out_of_time(search: Search) -> bool:
-    return search.run.minutes is not None and search.seconds > 60 * search.run.minutes

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from permprune.options import Count, Natural, Positive
+from permprune.options import Count, Natural, Positive, Share
 from permprune.permuters.base import WEIGHT, Permuter, Run, Solution, each_problem_work
 from permprune.permuters.damping import Damping, turning_point
 from permprune.permuters.iterate import Iterative, Search
 from permprune.permuters.quadratic import QuadraticModel, model_bytes
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.permuters.tuning import train_weights
+from permprune.permuters.tuning import counted, timed, train_weights
 from permprune.pruning.network import Gradients, PrunedNetwork, gradient_bytes
 from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.pruning.problem import Orders, Problem
+from permprune.system import distributed
 from permprune.system.progress import log
 from permprune.system.resources import Held, Stage, Work
 
@@ -66,19 +68,23 @@ class TrustRegion(Iterative):
     finds the orders for the first round, which are used if they are better than the natural ones.
 
     With `tune` orders and weights are optimised jointly. After each round but the first `wait`, the remaining weights
-    are trained for `tune` steps (see `train_weights`) of half as many examples, on the objective and the KL divergence
-    from the dense model, at the learning rate `rate`, which is halved whenever the held-out loss does not fall. Pruned
-    weights keep their values, so that a later order can restore them.
+    are trained for `tune` steps (see `train_weights`) of a quarter as many examples, on the objective and the KL
+    divergence from the dense model, at the learning rate `rate`, which is halved whenever the held-out loss does not
+    fall. Pruned weights keep their values, so that a later order can restore them.
+
+    With `train` the remaining weights are trained once, in the same way, after the last round and until the time limit
+    of the run is over: `train` is the share of that limit in which no round begins.
     """
 
-    free: ClassVar[tuple[str, ...]] = ("rounds",)
+    free: ClassVar[tuple[str, ...]] = ("rounds", "train")
     start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: Natural = 16
     examples: Count = 8
     damping: Positive = 15.0
     tune: Natural = 0
     wait: Natural = 0
-    rate: Positive = 1e-4
+    train: Share = 0.0
+    rate: Positive = 3e-4
 
     @abstractmethod
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
@@ -92,11 +98,16 @@ class TrustRegion(Iterative):
     def total(self) -> int:
         return self.rounds
 
+    @property
+    def searching(self) -> float:
+        return 1 - self.train
+
     def begin(self, network: PrunedNetwork, run: Run) -> Search:
+        self.require_minutes(run.minutes)
         return TrustRegionSearch(self, network, run)
 
     def state_bytes(self, outline: Outline) -> int:
-        weights = outline.weights if self.tune else 0
+        weights = outline.weights if self.tune or self.train else 0
         return super().state_bytes(outline) + 12 * weights  # the state twice, and the solution
 
     @abstractmethod
@@ -131,13 +142,15 @@ class TrustRegion(Iterative):
             ),
             stage("accept", *accept, work=passes.loss_work(passes.held_out) * TRIED),
         ]
+        trained = Held("trained weights", 8 * outline.weights)  # the best so far, and those in training
+        parts = (trained, Held("Adam's moments", 8 * outline.weights), *backward)
         if self.tune:
-            trained = Held("trained weights", 8 * outline.weights)  # the best so far, and those in training
-            adam = Held("Adam's moments", 8 * outline.weights)
-            batch, trained_rounds = max(1, examples // 2), max(0, self.rounds - self.wait)
+            batch, trained_rounds = max(1, examples // 4), max(0, self.rounds - self.wait)
             step = passes.gradient_work(batch) + passes.loss_work(batch)  # of the dense model, for the divergence
             training = step * (self.tune * trained_rounds / self.rounds)
-            rounds.append(stage("training", trained, adam, *backward, work=training))
+            rounds.append(stage("training", *parts, work=training))
+        if self.train:
+            rounds.append(Stage(f"{self.name}: training at the end", (*parts, gradient), None))
         return [*start, *rounds]
 
 
@@ -187,6 +200,18 @@ class TrustRegionSearch(Search):
         if self.method.tune and self.done > self.method.wait and self._tune():
             self.mean = None
         return moved
+
+    @property
+    def limit(self) -> float:
+        return super().limit * self.method.searching
+
+    def finish(self) -> None:
+        if self.method.train:
+            started = time.monotonic()
+            self.mean = None
+            trained = self._trained(timed(super().limit - self.seconds), first=0)
+            self.seconds += distributed.mean(time.monotonic() - started)
+            self._keep_weights(trained)
 
     def end(self) -> Solution:
         return Solution(self.network.current(), self.seconds, tuple(self.curve), self.network.trained)
@@ -250,18 +275,22 @@ class TrustRegionSearch(Search):
         return len(moved) if kept else 0
 
     def _tune(self) -> bool:
-        """Train the remaining weights, and keep them if the held-out loss falls; returns whether they were kept."""
-        method, network = self.method, self.network
-        before, first = network.trained, (self.done - 1) * method.tune
-        trained = train_weights(
-            network,
-            self.run,
-            self.loss.with_divergence(),
-            first=first,
-            steps=method.tune,
-            examples=max(1, method.examples // 2),
-            rate=self.rate,
-        )
+        """Train for `tune` steps; returns whether the trained weights were kept, and halves the rate if not."""
+        steps = self.method.tune
+        kept = self._keep_weights(self._trained(counted(steps), first=(self.done - 1) * steps))
+        if not kept:
+            self.rate /= 2
+        return kept
+
+    def _trained(self, places: Iterable[float], *, first: int) -> dict[str, Tensor]:
+        """Return the remaining weights after training them (see `train_weights`)."""
+        examples, loss = max(1, self.method.examples // 4), self.loss.with_divergence()
+        return train_weights(self.network, self.run, loss, places, first=first, examples=examples, rate=self.rate)
+
+    def _keep_weights(self, trained: dict[str, Tensor]) -> bool:
+        """Give the network trained weights, and keep them if the held-out loss falls; returns whether it does."""
+        network = self.network
+        before = network.trained
         network.set_weights(trained)
         loss = self.held_out_loss()
         kept = loss < self.best - TOLERANCE
@@ -269,10 +298,9 @@ class TrustRegionSearch(Search):
             self.best, self.pending, self.previous, self.slopes = loss, [], {}, {}
         else:
             network.set_weights(before)
-            self.rate /= 2
         self.record(loss, kept, "training")
         result = "kept" if kept else "rejected"
-        log.info("%s: held-out loss %.4f after %d steps of training, %s", method.name, loss, method.tune, result)
+        log.info("%s: held-out loss %.4f after training, %s", self.method.name, loss, result)
         return kept
 
     def _proposals(self, gradients: Gradients) -> dict[str, Proposal]:

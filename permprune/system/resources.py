@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Place = Literal["device", "host"]
@@ -58,11 +58,15 @@ def gib(size: float) -> str:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a run: the parts that it holds at its peak, and its work; None if the work is not known."""
+    """A stage of a run: the parts that it holds at its peak, and its work; None if the work is not known.
+
+    `limited` is whether the time limit of a run covers it.
+    """
 
     name: str
     parts: tuple[Held, ...]
     work: Work | None = field(default_factory=Work)
+    limited: bool = False
 
     def bytes(self, place: Place | None = None) -> int:
         """The bytes of its parts, at one place or in all."""
@@ -70,4 +74,4 @@ class Stage:
 
     def beside(self, held: Iterable[Held]) -> Stage:
         """The stage with other parts that are held all the time."""
-        return Stage(self.name, (*held, *self.parts), self.work)
+        return replace(self, parts=(*held, *self.parts))

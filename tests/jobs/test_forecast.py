@@ -116,6 +116,22 @@ def test_rounds_before_training_are_not_counted_as_training(config_folder: Path)
     assert training("newton:rounds=4:tune=2:wait=9") == 0
 
 
+def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> None:
+    def seconds(method: str, minutes: float | None) -> tuple[float, float | None]:
+        settings = SETTINGS.replace(permute=method, minutes=minutes)
+        found = permprune.forecast(str(config_folder), settings, gpu="h100").seconds
+        searched = [own or 0.0 for name, own in found.items() if name in ("newton: gradients", "newton: accept")]
+        return sum(searched), found.get("newton: training at the end")
+
+    free, none = seconds("newton:rounds=400", None)
+    assert none is None
+    whole, trained = seconds("newton:rounds=400:train=0.5", 1000.0)
+    assert whole == pytest.approx(free) and trained is not None and free < 60000 - trained
+    limit = 1e-3 * free / 60
+    short, trained = seconds("newton:rounds=400:train=0.75", limit)
+    assert short < 60 * limit / 4 and trained == pytest.approx(60 * limit * 3 / 4)
+
+
 def test_only_the_config_is_read(config_folder: Path) -> None:
     found = permprune.forecast(str(config_folder), SETTINGS, gpu="h100")
     assert found.assumed == ("2 of the 5 blocks in model.layers were traced: the others equal one of them in shape",)

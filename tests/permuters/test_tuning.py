@@ -1,24 +1,36 @@
-"""Training between the rounds, against Adam written out."""
+"""Training between the rounds and after them, against Adam written out."""
 
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
 import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.errors import PermpruneError
 from permprune.losses.objective import Objective
-from permprune.permuters.tuning import BETAS, train_weights
-from permprune.pipeline import prepare
+from permprune.permuters import tuning
+from permprune.permuters.newton import Newton
+from permprune.permuters.tuning import BETAS, RISING, counted, timed, train_weights
+from permprune.pipeline import Prepared, prepare
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
 
-def test_every_step_takes_the_gradient_where_the_last_one_ended(tiny_llama: LlamaForCausalLM) -> None:
+@pytest.fixture
+def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     config = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4)
-    prepared = prepare(tiny_llama, None, config, examples=WINDOWS)
+    return prepare(tiny_llama, None, config, examples=WINDOWS)
+
+
+def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepared) -> None:
     network, run, rate = prepared.network, prepared.run, 1e-2
     expected = {name: weight.clone() for name, weight in network.dense.items()}
     first = {name: torch.zeros_like(weight) for name, weight in expected.items()}
     second = {name: torch.zeros_like(weight) for name, weight in expected.items()}
-    for step, height in enumerate([rate * 2 / 3, rate * 2 / 3, rate * 2 / 9]):  # at 1/6, 1/2 and 5/6 of the way
+    places = [RISING / 2, RISING, (1 + RISING) / 2]
+    for step, height in enumerate([rate / 2, rate, rate / 2]):
         network.set_weights({name: weight.clone() for name, weight in expected.items()})
         for name, gradient in network.gradients(run.batch(5 + step, 4), Objective()).weight.items():
             own = gradient * network.masks[name]
@@ -28,7 +40,42 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(tiny_llama: Llam
             expected[name] -= height * mean / (square.sqrt() + 1e-8)
     network.set_weights({})
     shown = dict(network.shown)
-    found = train_weights(network, run, Objective(), first=5, steps=3, examples=4, rate=rate)
+    found = train_weights(network, run, Objective(), places, first=5, examples=4, rate=rate)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=0)
         assert torch.equal(network.shown[name], shown[name])
+
+
+def test_the_steps_of_a_count_are_even() -> None:
+    assert list(counted(4)) == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
+
+
+def test_the_steps_of_a_time_end_before_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 102.0, 104.0, 110.0, 110.0])  # steps end after 2, 4 and 10 seconds
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    assert list(timed(13.0)) == [0, (2 + 1) / 13, (4 + 1) / 13]  # a fourth step would end after 13.3
+    assert list(timed(-1.0)) == []
+
+
+def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    monkeypatch.setattr("permprune.permuters.trust_region.timed", lambda seconds: limits.append(seconds) or counted(3))
+    method = Newton(rounds=2, examples=8, train=0.5, rate=1e-3)
+    run = dataclasses.replace(prepared.run, held_out=prepared.run.train)  # so that what is learned is measured
+    solution = method.solve(prepared.network, dataclasses.replace(run, minutes=2.0))
+    assert [point.stage for point in solution.curve] == ["search"] * 3 + ["training"]
+    *_, searched, trained = solution.curve
+    assert searched.seconds < 120 - limits[0] < trained.seconds
+    assert trained.kept and trained.loss < searched.loss
+    assert prepared.network.loss(run.held_out, Objective()) == pytest.approx(trained.loss, abs=1e-5)
+    assert any(not torch.equal(weight, prepared.network.dense[name]) for name, weight in solution.weights.items())
+    short = method.solve(prepared.network, dataclasses.replace(run, minutes=1e-9))
+    assert [point.stage for point in short.curve] == ["search", "training"] and limits[1] < 0
+
+
+def test_training_at_the_end_needs_a_time_limit(prepared: Prepared) -> None:
+    message = r"newton:train=0\.5 trains for a share of a time limit: give --minutes"
+    with pytest.raises(PermpruneError, match=message):
+        PruneConfig(permute="newton:train=0.5")
+    with pytest.raises(PermpruneError, match=message):
+        Newton(train=0.5).solve(prepared.network, prepared.run)
