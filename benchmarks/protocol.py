@@ -7,7 +7,8 @@ of 2048 tokens as well), and on zero-shot tasks. The dense model and no permutat
 
 With --rows the figures of a method are added to a file as soon as they are there, and what the file has is not measured
 again. "seconds" are those of the search by the clock, "core-seconds" its processor time, all threads together.
---windows and --limit measure on less, and --bf16 with activations in bfloat16.
+--windows and --limit measure on less, and --bf16 with activations in bfloat16. With --at the texts are measured after
+these rounds of a search as well, and a second table has the share of the gap that is closed by then.
 
 python benchmarks/protocol.py --calibration c4.jsonl --data tasks/ --rows protocol.jsonl --methods ria newton
 """
@@ -33,6 +34,7 @@ from permprune.evaluation.lm_tasks import WIKITEXT, WINDOW, average, cut
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, gap_closed, metric_named
 from permprune.models.processors import tokenizer_of
+from permprune.permuters.base import Round
 from permprune.permuters.registry import permuter
 from permprune.pipeline import prepare, update_weights
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
@@ -65,6 +67,8 @@ def main() -> None:
     parser.add_argument("--few-shot", type=int, help="solved examples in each prompt")
     parser.add_argument("--limit", type=int, help="examples per task (default: all)")
     parser.add_argument("--windows", type=int, help="windows of each text (default: all)")
+    parser.add_argument("--minutes", type=float, help="time limit of a search")
+    parser.add_argument("--at", nargs="*", type=int, default=[], help="rounds after which texts are measured as well")
     parser.add_argument("--bf16", action="store_true", help="measure in bfloat16")
     parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
@@ -72,9 +76,18 @@ def main() -> None:
     known = [json.loads(line) for line in lines]
     table: list[Row] = []
     for pattern, mode, seed in itertools.product(options.patterns, options.modes, options.seeds):
-        config = PruneConfig(pattern=pattern, mode=mode, seed=seed, saliency=options.saliency, update=options.update)
+        config = PruneConfig(
+            pattern=pattern,
+            mode=mode,
+            seed=seed,
+            saliency=options.saliency,
+            update=options.update,
+            minutes=options.minutes,
+        )
         table += [row for row in rows_of(options, config, known) if row not in table]
     print(markdown(table))
+    if options.at:
+        print(f"\n{curves(table)}")
 
 
 def rows_of(options: argparse.Namespace, config: PruneConfig, known: list[Row]) -> list[Row]:
@@ -99,7 +112,8 @@ def cells_of(options: argparse.Namespace, config: PruneConfig) -> dict[str, Row]
         "precision": "bf16" if options.bf16 else "fp32",
     }
     none = dense | {name: getattr(config, name) for name in ("pattern", "saliency", "update", "seed")}
-    cells = {"dense": dense, "none": none} | dict.fromkeys(options.methods, none | {"mode": config.mode})
+    searched = none | {"mode": config.mode, "minutes": config.minutes}
+    cells = {"dense": dense, "none": none} | dict.fromkeys(options.methods, searched)
     return {method: cell | {"method": method} for method, cell in cells.items()}
 
 
@@ -124,17 +138,37 @@ def measure(options: argparse.Namespace, config: PruneConfig, methods: list[str]
     for method in methods:
         if method != "dense":
             reset_peak_memory()
-            began = time.process_time()
-            solution = permuter(method).solve(prepared.network, prepared.run)
-            cost = {"seconds": round(solution.seconds), "core_seconds": round(time.process_time() - began)}
+            curve = Curve(options.at, score)
+            run = dataclasses.replace(prepared.run, callbacks=(curve,))
+            solution = permuter(method).solve(prepared.network, run)
+            cost = {"seconds": round(solution.seconds), "core_seconds": round(curve.spent()), "curve": curve.points}
             update_weights(prepared)
             yield method, score() | cost | {"peak": round(peak_memory_mb() or 0)}
 
 
+class Curve:
+    """A callback that measures the texts after some of the rounds of a search."""
+
+    def __init__(self, rounds: list[int], score: Callable[..., Row]) -> None:
+        self.rounds, self.score, self.points = rounds, score, list[Row]()
+        self.began, self.measuring = time.process_time(), 0.0
+
+    def __call__(self, last: Round) -> None:
+        if last.number in self.rounds:
+            spent = self.spent()
+            texts = self.score(texts_only=True)["texts"]
+            self.points.append({"round": last.number, "core_seconds": round(spent), "texts": texts})
+            self.measuring = time.process_time() - self.began - spent
+
+    def spent(self) -> float:
+        """The processor time of the search so far."""
+        return time.process_time() - self.began - self.measuring
+
+
 def scorer(
     options: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, kept: list[str]
-) -> Callable[[], Row]:
-    """A function that measures the model with its current weights: results on each text, and of each task."""
+) -> Callable[..., Row]:
+    """A function that measures the model with its current weights: on each text and, unless `texts_only`, each task."""
     folder = Path(options.data) if options.data else None
     texts = {WIKITEXT: cut(wikitext2(folder), tokenizer, WINDOW)[: options.windows]}
     if kept:
@@ -142,10 +176,11 @@ def scorer(
     asked = {"data": options.data, "limit": options.limit, "few_shot": options.few_shot}
     tasks = TaskList(tuple(options.tasks), **asked).load() if options.tasks else None
 
-    def score() -> Row:
+    def score(texts_only: bool = False) -> Row:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
             results = {name: row_of(perplexity(model, windows, batch=1)) for name, windows in texts.items()}
-            return {"texts": results, "results": [row_of(own) for own in tasks(model, tokenizer)] if tasks else []}
+            found = tasks(model, tokenizer) if tasks and not texts_only else []
+            return {"texts": results, "results": [row_of(own) for own in found]}
 
     return score
 
@@ -177,6 +212,22 @@ def markdown(rows: list[Row]) -> str:
         for key in ("seconds", "core_seconds", "peak"):
             cells.append("" if group[2] == "dense" else f"{statistics.mean(row[key] for row in seeds):.0f}")
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def curves(rows: list[Row]) -> str:
+    """The share of the gap closed on each text after the rounds of --at."""
+    texts = list(rows[0]["texts"])
+    dense = next(row for row in rows if row["method"] == "dense")
+    lines = [
+        "| " + " | ".join(["method", "seed", "round", "core-seconds", *texts]) + " |",
+        "|---" * (4 + len(texts)) + "|",
+    ]
+    for row in rows:
+        for point in row.get("curve", []):
+            gaps = [f"{100 * gap_of(row | point, text, dense, rows):.1f} %" for text in texts]
+            cells = [row["method"], row["seed"], point["round"], point["core_seconds"], *gaps]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
