@@ -154,3 +154,10 @@ def test_prune_and_finetune(
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(PermpruneError, match="a Linear is not a model: give a name, a folder or a PreTrainedModel"):
         permprune.evaluate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_language_model_with_a_teacher_learns_faster(tiny_llama: LlamaForCausalLM) -> None:
+    rates = {"dense": 3e-4, None: 1e-4}  # fewer than 50 million parameters
+    assert {teacher: FineTuning(None, teacher=teacher).training(tiny_llama, 9).rate for teacher in rates} == rates
+    assert FineTuning(None, teacher="dense", lr=1e-5).training(tiny_llama, 9).rate == 1e-5
+    assert FineTuning(None, teacher="dense", train="norms").training(tiny_llama, 9).rate == 1e-3
