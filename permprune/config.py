@@ -21,12 +21,12 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "seconds": {"permute": "ria"},
-    "minutes": {"permute": "newton:rounds=6"},
-    "hour": {"permute": "newton:rounds=32:tune=12:wait=16", "samples": 768},
+    "minutes": {"permute": "newton:train=0.75", "minutes": 8.0},
+    "hour": {"permute": "newton:train=0.75", "samples": 768, "minutes": 55.0},
 }
 """The fields that each effort sets."""
 
-DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192}
+DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192, "minutes": None}
 """The values without an effort of the fields that efforts may set."""
 
 UNSET: Any = None
@@ -48,8 +48,8 @@ class PruneConfig:
     """The score of each weight: magnitude, wanda, ria or obs."""
 
     effort: str | None = None
-    """How much work the run does: "seconds" (`ria`), "minutes" (six rounds of `newton`) or "hour" (32 rounds, with
-    training of the weights that are kept from the 17th on, on more windows). It sets `permute` and `samples` where they
+    """How much work the run does: "seconds" (`ria`), "minutes" (about ten: `newton`, then training of the weights that
+    are kept) or "hour" (the same for an hour, on more windows). It sets `permute`, `samples` and `minutes` where they
     are not given."""
 
     permute: str | Permuter = UNSET

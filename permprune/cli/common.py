@@ -115,8 +115,8 @@ def prune_config(
     effort: Annotated[
         str | None,
         typer.Option(
-            help="how much work: seconds (ria), minutes (6 rounds of newton) or hour (32 rounds, then also training); "
-            "sets --permute and --samples unless they are given",
+            help="how much work: seconds (ria), minutes (about ten: newton, then training of the weights that stay) or "
+            "hour (the same for an hour); sets --permute, --samples and --minutes unless they are given",
             show_default="newton with its 16 rounds",
         ),
     ] = None,
