@@ -12,6 +12,7 @@ MODULES = [
     "permprune.pattern",
     "permprune.matching.assignment",
     "permprune.matching.pairs",
+    "permprune.matching.parts",
     "permprune.matching.sinkhorn",
     "permprune.matching.relaxation",
     "permprune.calibration.symmetric",

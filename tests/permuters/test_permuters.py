@@ -107,7 +107,7 @@ def test_reconstruction_takes_the_candidates_that_held_out_text_prefers(tiny_lla
     assert losses[1] < losses[0]
 
 
-JOINT = {"tune": 3, "rate": 3e-3}
+JOINT = {"tune": 6, "rate": 3e-3}
 
 
 @pytest.mark.slow
