@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ SCORES = 1 << 20
 
 
 @contextmanager
-def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """A context in which activations on this device have this type, and attention in it runs in blocks on a CPU."""
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), BlockwiseAttention():
+def autocast(device: torch.device, dtype: torch.dtype, *, blocks: bool = True) -> Iterator[None]:
+    """A context in which activations on this device have this type; attention on a CPU runs in blocks with `blocks`."""
+    attention = BlockwiseAttention() if blocks else nullcontext()
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), attention:
         yield
 
 
