@@ -239,7 +239,7 @@ class Permuter(ABC):
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
             for prefix in (ORDER, WEIGHT)
         )
-        weights = {name: weight.to(network.dense[name]) for name, weight in weights.items()}
+        weights = {name: weight.to(network.layers[name].weight) for name, weight in weights.items()}
         return Solution(orders, values["seconds"], tuple(CurvePoint(*point) for point in values["curve"]), weights)
 
 

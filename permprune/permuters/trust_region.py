@@ -17,7 +17,7 @@ from permprune.permuters.damping import Damping, turning_point
 from permprune.permuters.iterate import Iterative, Search
 from permprune.permuters.quadratic import QuadraticModel, model_bytes
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.permuters.tuning import counted, timed, train_weights
+from permprune.permuters.tuning import counted, timed, train_weights, training_parts
 from permprune.pruning.network import Gradients, PrunedNetwork, gradient_bytes
 from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.pruning.problem import Orders, Problem
@@ -107,8 +107,8 @@ class TrustRegion(Iterative):
         return TrustRegionSearch(self, network, run)
 
     def state_bytes(self, outline: Outline) -> int:
-        weights = outline.weights if self.tune or self.train else 0
-        return super().state_bytes(outline) + 12 * weights  # the state twice, and the solution
+        weights = outline.dtype.itemsize * outline.weights if self.tune or self.train else 0
+        return super().state_bytes(outline) + 3 * weights  # the state twice, and the solution
 
     @abstractmethod
     def proposal_work(self, channels: int, rows: int, m: int) -> Work:
@@ -142,15 +142,15 @@ class TrustRegion(Iterative):
             ),
             stage("accept", *accept, work=passes.loss_work(passes.held_out) * TRIED),
         ]
-        trained = Held("trained weights", 8 * outline.weights)  # the best so far, and those in training
-        parts = (trained, Held("Adam's moments", 8 * outline.weights), *backward)
+        batch = max(1, examples // 4)
+        training = (*training_parts(outline, passes, batch), *self.teacher_parts(passes, batch))
         if self.tune:
-            batch, trained_rounds = max(1, examples // 4), max(0, self.rounds - self.wait)
+            trained_rounds = max(0, self.rounds - self.wait)
             step = passes.gradient_work(batch) + passes.loss_work(batch)  # of the dense model, for the divergence
-            training = step * (self.tune * trained_rounds / self.rounds)
-            rounds.append(stage("training", *parts, work=training))
+            best = Held("best trained weights", outline.dtype.itemsize * outline.weights)
+            rounds.append(stage("training", *training, best, work=step * (self.tune * trained_rounds / self.rounds)))
         if self.train:
-            rounds.append(Stage(f"{self.name}: training at the end", (*parts, gradient), None))
+            rounds.append(Stage(f"{self.name}: training at the end", training, None))
         return [*start, *rounds]
 
 
@@ -232,7 +232,7 @@ class TrustRegionSearch(Search):
             for prefix in (MEMORY, PREVIOUS, WEIGHT)
         )
         network = self.network
-        network.set_weights({name: weight.to(network.dense[name]) for name, weight in weights.items()})
+        network.set_weights({name: weight.to(network.layers[name].weight) for name, weight in weights.items()})
         network.set_orders(dict(tensors))
         self.damping, self.rate = Damping(values["damping"]), values["rate"]
         self.pending, self.slopes = values["pending"], values["slopes"]

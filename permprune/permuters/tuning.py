@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from permprune.examples import Examples
+from permprune.kernels.adam import adam_step
+from permprune.kernels.search import pack_mask
 from permprune.losses.loss import Loss
 from permprune.permuters.base import Run
-from permprune.pruning.network import PrunedNetwork
+from permprune.pruning.network import PrunedNetwork, gradient_bytes
+from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.system import distributed
+from permprune.system.resources import Held
 
 BETAS = (0.9, 0.95)
 """Adam's betas; the second is that of language models, which suits a small number of steps."""
@@ -36,6 +42,59 @@ def timed(seconds: float) -> Iterator[float]:
         step, spent = step + 1, distributed.mean(time.monotonic() - started)
 
 
+class KeptWeights:
+    """The kept weights of a network in training with Adam, with moments of these weights only.
+
+    Weights and moments have the type in which the model holds each weight. `weights` are by layer, (rows, channels),
+    with zeros where a weight is pruned.
+    """
+
+    def __init__(self, network: PrunedNetwork, generator: torch.Generator) -> None:
+        self._network, self._generator, self._steps = network, generator, 0
+        self._bits = {name: pack_mask(mask) for name, mask in network.masks.items()}
+        self.weights: dict[str, Tensor] = {}
+        self._moments: dict[str, Tensor] = {}
+        for name, layer in network.layers.items():
+            self.weights[name] = weight = network.shown[name].to(layer.weight.dtype)
+            kept = int(network.masks[name][0].sum())
+            self._moments[name] = weight.new_zeros(2, len(weight), kept)
+
+    def step(self, examples: Examples, loss: Loss, rate: float) -> None:
+        """Take a step on the mean loss over `examples`; a weight is updated when its gradient is known."""
+        self._steps += 1
+        seed, number = int(torch.randint(2**32, (), generator=self._generator)), itertools.count()
+
+        def take(name: str, gradient: Tensor) -> None:
+            adam_step(
+                self.weights[name],
+                gradient.contiguous(),
+                self._bits[name],
+                *self._moments[name],
+                step=self._steps,
+                rate=rate,
+                betas=BETAS,
+                seed=(seed + next(number)) % 2**32,
+            )
+
+        self._network.show(self.weights)
+        self._network.take_gradients(examples, loss, take)
+
+    def with_pruned(self) -> dict[str, Tensor]:
+        """Return the weights with the values that pruned weights had before; they replace `weights`."""
+        for name, weight in self.weights.items():
+            mask = self._network.masks[name]
+            weight.copy_(torch.where(mask, weight, self._network.weights[name].to(weight.dtype)))
+        return self.weights
+
+
+def training_parts(outline: Outline, passes: Passes, examples: int) -> tuple[Held, ...]:
+    """Return what `train_weights` holds with this number of examples in a step."""
+    weights = outline.dtype.itemsize * outline.weights
+    moments = 2 * weights * outline.pattern.n // outline.pattern.m
+    parts = Held("trained weights", weights), Held("Adam's moments", moments), *activation_parts(passes.gradient)
+    return parts if examples <= passes.batch else (*parts, Held("gradients", gradient_bytes(outline)))
+
+
 def train_weights(
     network: PrunedNetwork,
     run: Run,
@@ -53,16 +112,9 @@ def train_weights(
     change. Adam's moments start from 0 in each call, so that only the weights have to be saved between calls.
     """
     own = network.trained
-    weights = {name: weight.clone() for name, weight in network.weights.items()}
-    optimizer = torch.optim.Adam(list(weights.values()), betas=BETAS, fused=True)
+    kept = KeptWeights(network, run.generator(first, examples))
     for step, place in enumerate(places):
-        network.set_weights(weights)
-        gradients = network.gradients(run.batch(first + step, examples), loss).weight
-        for name, weight in weights.items():
-            weight.grad = gradients[name].mul_(network.masks[name]).to(weight)
-        optimizer.param_groups[0]["lr"] = rate * min(place / RISING, (1 - place) / (1 - RISING))
-        optimizer.step()
-    for weight in weights.values():
-        weight.grad = None
+        kept.step(run.batch(first + step, examples), loss, rate * min(place / RISING, (1 - place) / (1 - RISING)))
+    weights = kept.with_pruned()
     network.set_weights(own)
     return weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -155,30 +155,60 @@ class PrunedNetwork(MaskedLayers):
         The slope is along the step between two sets of orders, as `slope` computes it from gradients. The gradient of a
         weight is freed as soon as its contribution to the slope is known.
         """
-        layers: dict[str, list[str]] = {}
-        for layer in self.layers.values():
-            layers.setdefault(layer.parameter, []).append(layer.name)
         parts: dict[str, list[tuple[Problem, Part]]] = {}
         for problem in self.problems:
             for part in problem.parts:
                 parts.setdefault(part.layer, []).append((problem, part))
         sums, count = {problem.name: 0.0 for problem in self.problems}, 0.0
 
-        def take(names: list[str], weight: Tensor) -> None:
-            gradient, weight.grad = cast(Tensor, weight.grad), None
-            for name in names:
-                own = self.layers[name].part_of(gradient)
-                for problem, part in parts.get(name, []):
-                    sums[problem.name] += self.part_slope(part, before[problem.name], after[problem.name], own)
+        def take(name: str, gradient: Tensor) -> None:
+            for problem, part in parts.get(name, []):
+                sums[problem.name] += self.part_slope(part, before[problem.name], after[problem.name], gradient)
 
-        with self._differentiable(), ExitStack() as hooks:
-            for name, weight in {layer.parameter: layer.stored for layer in self.layers.values()}.items():
-                handle = weight.register_post_accumulate_grad_hook(partial(take, layers[name]))
-                hooks.callback(handle.remove)
+        with self._differentiable(), self._taken(take):
             for shown, dense in self._parts(examples, loss):
                 count += self._backward(shown, loss, dense)[1]
         *totals, count = distributed.total(*sums.values(), count)
         return {name: value / count for name, value in zip(sums, totals, strict=True)}
+
+    def take_gradients(self, examples: Examples, loss: Loss, take: Callable[[str, Tensor], None]) -> None:
+        """Call `take` with the name of each layer and its gradient of the mean loss over `examples`, over all ranks.
+
+        Gradients are as in `gradients`. In one process, a weight's gradient is complete, and freed after `take`, in the
+        backward pass of the last batch: of a single batch, the gradients of all weights are never in memory together.
+        `take` must not change the weights that the layers of this pass have yet to read. Raises `PermpruneError` as
+        `gradients` does.
+        """
+        parts, together = list(self._parts(examples, loss)), distributed.world() > 1
+        weights = {layer.parameter: layer.stored for layer in self.layers.values()}
+        batches = distributed.total(len(parts))[0]
+        with self._differentiable(), ExitStack() as last:
+            for number, (part, dense) in enumerate(parts, 1):
+                if number == len(parts) and not together:
+                    last.enter_context(self._taken(take))
+                self._backward(part, loss, dense, batches)
+            if together:
+                for name, gradient in self._collect(weights, 1, bool(parts)).items():
+                    self._hand(name, gradient, take)
+
+    @contextmanager
+    def _taken(self, take: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """A context in which each weight's gradient goes to `take`, by layer, in the backward pass, and is freed."""
+
+        def hand(name: str, weight: Tensor) -> None:
+            gradient, weight.grad = cast(Tensor, weight.grad), None
+            self._hand(name, gradient, take)
+
+        with ExitStack() as hooks:
+            for name, weight in {layer.parameter: layer.stored for layer in self.layers.values()}.items():
+                hooks.callback(weight.register_post_accumulate_grad_hook(partial(hand, name)).remove)
+            yield
+
+    def _hand(self, parameter: str, gradient: Tensor, take: Callable[[str, Tensor], None]) -> None:
+        """Call `take` with each layer of a parameter and its part of the parameter's gradient."""
+        for layer in self.layers.values():
+            if layer.parameter == parameter:
+                take(layer.name, layer.part_of(gradient))
 
     @contextmanager
     def _differentiable(self) -> Iterator[None]:
@@ -193,13 +223,18 @@ class PrunedNetwork(MaskedLayers):
                 for weight in weights:
                     weight.requires_grad_(False)
 
-    def _backward(self, part: Examples, loss: Loss, teacher_outputs: TeacherOutputs | None) -> tuple[float, float]:
-        """Run a batch forward and backward; returns the summed loss and the number of terms."""
+    def _backward(
+        self, part: Examples, loss: Loss, teacher_outputs: TeacherOutputs | None, batches: float | None = None
+    ) -> tuple[float, float]:
+        """Run a batch forward and backward; returns the summed loss and the number of terms.
+
+        The gradient is that of the sum or, if the number of `batches` is given, of the mean over all of them.
+        """
         with self.autocast():
             value, terms = loss(self.model, part, self.task, teacher_outputs)
         if not value.requires_grad:
             raise PermpruneError(f"{loss} has no gradient: compute it from the model's outputs")
-        value.backward()
+        (value if batches is None else value / (terms * batches)).backward()
         return float(value.detach()), terms
 
     def _output_fisher(self, fisher: dict[str, Tensor], part: Examples) -> AbstractContextManager[None]:

@@ -268,3 +268,18 @@ def test_gradients_in_bf16_are_those_of_fp32_weights_that_autocast_converts(
     assert found.loss == expected.loss
     assert {gradient.dtype for gradient in found.weight.values()} == {torch.float32}
     assert all(torch.equal(found.weight[name], expected.weight[name]) for name in found.weight)
+
+
+def test_gradients_taken_in_the_backward_pass_are_those_of_the_mean_loss(prepared: Prepared) -> None:
+    network, found = prepared.network, dict[str, torch.Tensor]()
+    expected = network.gradients(WINDOWS[:8], Objective()).weight  # two batches
+
+    def take(name: str, gradient: torch.Tensor) -> None:
+        found[name] = gradient.clone()
+        assert sum(layer.stored.grad is None for layer in network.layers.values()) >= len(found)
+
+    network.take_gradients(WINDOWS[:8], Objective(), take)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+    assert all(layer.stored.grad is None for layer in network.layers.values())

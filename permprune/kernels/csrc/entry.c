@@ -340,6 +340,15 @@ EXPORT int32_t permprune_apply(const struct applying *applying, int32_t index, i
     return DONE;
 }
 
+/* Update the kept weights and their moments. Returns a `status`. */
+EXPORT int32_t permprune_step(const struct stepping *stepping, int32_t index, int32_t threads)
+{
+    if (!runs(index))
+        return NO_KERNEL;
+    deal_rows(stepping, all_kernels[index]->search->step, stepping->rows, threads);
+    return DONE;
+}
+
 /* ---- the pruned cache ---- */
 
 static int states_are_bad(const struct states *states)

@@ -65,12 +65,26 @@ struct applying {
     int32_t number;     /* of `masked` */
 };
 
+/* A step of Adam for the weights that a mask keeps, in place. All numbers are F32, or all are BF16; then weights are
+ * rounded stochastically, with `seed`. The same members, in the same order, as `Stepping` in adam.py. */
+struct stepping {
+    void *weight;         /* (rows, width) */
+    const void *gradient; /* (rows, width) */
+    const uint8_t *bits;  /* as in `applying`; of a row, `kept` are set */
+    void *mean, *square;  /* (rows, kept), the moments of the kept weights in order of their channels */
+    int64_t rows, width, kept;
+    float rate, first, second, root, least; /* weight -= rate * mean / (root * sqrt(square) + least) */
+    uint32_t seed;
+    int32_t number;
+};
+
 struct search_kernels {
     void (*mask)(const void *masking, int64_t first, int64_t last); /* of these rows */
     void (*keep)(const void *keeping, int64_t first, int64_t last);
     void (*prune)(const void *pruning, int64_t first, int64_t last); /* of these groups */
     int (*place)(const struct placement *placement);                /* 0 when there is no memory */
     void (*apply)(const void *applying, int64_t first, int64_t last); /* of these rows */
+    void (*step)(const void *stepping, int64_t first, int64_t last);  /* of these rows */
 };
 
 extern const struct search_kernels avx512_search, avx2_search, portable_search;

@@ -1,11 +1,13 @@
 /* The search kernels, for processors with AVX-512. */
 #if defined(__x86_64__)
 #include "search.h"
+#include <math.h>
 #include <stdlib.h>
 
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")
 
 #define NAME avx512
+#include "adam_kernels.h"
 #include "search_kernels.h"
 
 END_TARGET

@@ -287,4 +287,4 @@ static void PASTE(NAME, _apply)(const void *applying, int64_t first, int64_t las
 }
 
 const struct search_kernels PASTE(NAME, _search) = {PASTE(NAME, _mask), PASTE(NAME, _keep), PASTE(NAME, _prune),
-                                                   PASTE(NAME, _place), PASTE(NAME, _apply)};
+                                                   PASTE(NAME, _place), PASTE(NAME, _apply), PASTE(NAME, _step)};
