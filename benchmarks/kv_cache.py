@@ -32,7 +32,7 @@ from permprune.evaluation.result import Result
 from permprune.examples import Examples
 from permprune.inference.kv.cache import PrunedCache
 from permprune.inference.kv.calibration import ObservedLayer, observe_states
-from permprune.inference.kv.config import DTYPES, KVConfig
+from permprune.inference.kv.config import DTYPES, KVConfig, default_pattern
 from permprune.inference.kv.evaluation import cached_perplexity
 from permprune.inference.kv.files import LayerChannels
 from permprune.inference.kv.layer import PrunedLayer
@@ -94,10 +94,11 @@ def main() -> None:
     print(f"{about}, dense perplexity {dense.mean().exp():.2f}\n")
     print("| method | keys | values | recovery | stored | factor | bytes |\n|---|---|---|---|---|---|---|", flush=True)
     figures = {"model": options.model, "length": options.length, "windows": len(windows)}
-    done = read_rows(options.rows)
     for row in TABLES[options.table](observed, KVConfig(dtype="bf16", window=options.window, sinks=options.sinks)):
         cells = row.cells()
-        if any(cells.items() <= other.items() and figures.items() <= other.items() for other in done):
+        if any(
+            cells.items() <= other.items() and figures.items() <= other.items() for other in read_rows(options.rows)
+        ):
             continue
         make = maker(model, row)
         ratios = log_perplexities(windows, lambda window: cached_perplexity(model, window, make, 1).result) - dense  # noqa: B023
@@ -106,6 +107,7 @@ def main() -> None:
         print(f"| {' | '.join(cells.values())} | {factor:.4f} ± {error:.4f} | {share:.4f} |", flush=True)
         if options.rows:
             measured = {"factor": round(factor, 4), "stderr": round(error, 4), "bytes": round(share, 4)}
+            measured["of_windows"] = [round(ratio, 5) for ratio in ratios.exp().tolist()]
             with open(options.rows, "a", encoding="utf-8") as file:
                 file.write(json.dumps(figures | cells | measured) + "\n")
 
@@ -141,15 +143,16 @@ def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
 def patterns(observed: Observed, config: KVConfig) -> Iterator[Row]:
     """Keys, and keys and values, in the order of `ria` with signs; both with int8 values, too.
 
-    The wide pattern is the one that takes as many bytes as 2:4 with int8 values.
+    The default pattern takes as many bytes as 2:4 with int8 values; "fewer" as many as states of four bits.
     """
-    width = next(iter(observed.values())).keys[0].shape[-1]
-    wide, half = f"{29 * width // 64}:{width}", f"{width // 2}:{width}"
+    wide = str(default_pattern(width_of(observed)))
+    fewer, half = (f"{round(share * width_of(observed))}:{width_of(observed)}" for share in (3 / 8, 1 / 2))
     for keys, values, dtype in (
+        (wide, wide, "int8"),
+        ("2:4", "2:4", "int8"),
+        (fewer, fewer, "int8"),
         ("2:4", "dense", config.dtype),
         ("1:4", "dense", config.dtype),
-        ("2:4", "2:4", "int8"),
-        (wide, wide, "int8"),
         ("2:4", "2:4", config.dtype),
         (wide, wide, config.dtype),
         (half, half, config.dtype),
@@ -158,22 +161,35 @@ def patterns(observed: Observed, config: KVConfig) -> Iterator[Row]:
         yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
 
 
+def width_of(observed: Observed) -> int:
+    """Return the number of channels of a head."""
+    return next(iter(observed.values())).keys[0].shape[-1]
+
+
 def rivals(observed: Observed, config: KVConfig) -> Iterator[Row]:
-    """Other choices of channels, of keys and values, whose bytes are about those of 2:4 with signs."""
-    width = next(iter(observed.values())).keys[0].shape[-1]
-    half, more, most = (f"{round(share * width)}:{width}" for share in (1 / 2, 0.547, 0.594))
-    zeros = config.replace(keys=most, values=most, recovery="zeros")
-    yield Row("ThinK", zeros, {i: static(layer, zeros) for i, layer in observed.items()}, spared=1.0)
-    natural = find_channels(observed, config, Identity())[0]
+    """Other choices of channels, of keys and values, and ours, at most at the bytes of the default pattern."""
+    width = width_of(observed)
+    wide = default_pattern(width)
+    natural = find_channels(observed, config.replace(keys="2:4", values="2:4"), Identity())[0]
     plain = {
         i: (Channels.natural(*keys.shape), Channels.natural(*values.shape)) for i, (keys, values) in natural.items()
     }
-    yield Row("Mustafar", config.replace(keys=more, values=more, recovery="zeros"), plain)
     inverse = {i: (inversed(keys), inversed(values)) for i, (keys, values) in natural.items()}
-    yield Row("SparK", config.replace(keys=half, values=half), inverse, layer=SparKLayer)
-    for pattern in ("2:4", "4:8", half):
-        own = config.replace(keys=pattern, values=pattern)
-        yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0])
+    for dtype, size in (("int8", 1), ("bf16", 2)):  # bytes of a kept value, and of an amplitude
+        code, signs = -(-width // 8), -(-(width - wide.n) // 8)
+        budget = wide.n * size + code + signs + size  # without the scale, which all have
+        same, most = (f"{bytes_left // size}:{width}" for bytes_left in (budget, budget - code))
+
+        def own(pattern: object, recovery: str, dtype: str = dtype) -> KVConfig:
+            return config.replace(keys=str(pattern), values=str(pattern), recovery=recovery, dtype=dtype)
+
+        yield Row("SparK", own(wide, "sign"), inverse, layer=SparKLayer)
+        yield Row("Mustafar", own(most, "zeros"), plain)
+        think = own(same, "zeros")
+        yield Row("ThinK", think, {i: static(layer, think) for i, layer in observed.items()}, spared=1.0)
+        yield Row("natural order", own("2:4", "sign"), natural)
+        yield Row("natural order", own("2:4", "zeros"), plain)
+        yield Row("ria", own(wide, "sign"), find_channels(observed, own(wide, "sign"), RIAPermuter())[0])
 
 
 def static(layer: ObservedLayer, config: KVConfig) -> tuple[Channels, Channels]:
@@ -195,11 +211,12 @@ def inversed(channels: Channels) -> Channels:
 
 
 def int4(observed: Observed, config: KVConfig) -> Iterator[Row]:
-    """States of four bits."""
+    """States of four bits; and all channels with int8 values."""
     own = config.replace(keys="dense", values="dense")
     channels = find_channels(observed, own, Identity())[0]
     yield Row("int4, groups of 32", own, channels, layer=Int4Layer)
     yield Row("int4, one group", own, channels, layer=WideInt4Layer)
+    yield Row("int8", own.replace(dtype="int8"), channels)
 
 
 class OtherLayer(PrunedLayer):

@@ -38,7 +38,7 @@ from permprune.models.processors import tokenizer_of
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Moscow", "Tokyo", "Chicago", "Boston")
 WORDS = ("apple", "river", "mountain", "silver", "window", "garden", "winter", "bridge", "candle", "forest", "ocean")
 TASKS = ("pass key", "needle")
-VARIANTS = {"int8": {"dtype": "int8"}, "zeros": {"recovery": "zeros"}}
+VARIANTS = {"bf16": {"dtype": "bf16"}, "zeros": {"recovery": "zeros"}}
 NATURAL = "zeros, the model's order"
 Make = Callable[[], Cache]
 
@@ -102,7 +102,7 @@ def makers_of(model: PreTrainedModel, folders: list[str], variants: list[str]) -
     for folder in folders:
         config = read_record(Path(folder)).config
         pattern = config.keys if config.keys == config.values else f"{config.keys}, {config.values}"
-        makers[pattern] = partial(PrunedCache.from_pretrained, folder, model)
+        makers[f"{pattern}, {config.dtype}"] = partial(PrunedCache.from_pretrained, folder, model)
         for variant in variants:
             name = f"{pattern}, {variant}"
             if variant == NATURAL:

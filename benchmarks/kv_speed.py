@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 
 from permprune.checkpoints.io import read_model
 from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.config import KVConfig
+from permprune.inference.kv.config import AUTO, KVConfig
 from permprune.models.forward import cache_argument
 from permprune.system.memory import release_freed_memory
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--dense", default="sdpa:bf16,sdpa:fp32,eager:bf16,eager:fp32", help="attention:type, ...")
     parser.add_argument("--pruned", default="bf16:auto,bf16:int8", help="type of the model:type of kept values, ...")
-    parser.add_argument("--patterns", nargs="+", default=["2:4"], help="patterns of the pruned caches")
+    parser.add_argument("--patterns", nargs="+", default=[AUTO], help="patterns of the pruned caches")
     parser.add_argument("--steps", type=int, default=4, help="tokens in each turn")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no further turn begins")
@@ -87,8 +87,10 @@ def main() -> None:
         dtype, stored = text.split(":")
         own, config = model_of(dtype), KVConfig(pattern, pattern, dtype=stored)
         filled(PrunedCache(own, config), own, 1, 64)  # what the first call loads is not counted
-        name = f"{pattern}, {stored if stored != 'auto' else dtype}, model {dtype}"
-        rows.append(Row(name, own, "permprune", *made(partial(PrunedCache, own, config), own)))
+        cache, grown = made(partial(PrunedCache, own, config), own)
+        shown = cache.layers[0].packed[0].layout.pattern
+        name = f"{shown}, {stored if stored != 'auto' else dtype}, model {dtype}"
+        rows.append(Row(name, own, "permprune", cache, grown))
     began = time.perf_counter()
     for turn in range(options.turns):
         if turn and time.perf_counter() - began > options.limit:

@@ -18,11 +18,11 @@ def kv(
     pattern: Annotated[
         str,
         typer.Option(
-            help="N:M keeps N of every M channels of a head, in keys and values; larger groups, up to the whole head "
-            "(32:64 of 64 channels), lose less and take a little more",
+            help="N:M keeps N of every M channels of a head, in keys and values; auto is one group for the whole head, "
+            "29:64 for heads of 64 channels, 62:128 for 128",
             metavar="N:M",
         ),
-    ] = "2:4",
+    ] = "auto",
     keys: Annotated[
         str | None,
         typer.Option(help="pattern of the keys, or dense", metavar="N:M", show_default="that of --pattern"),
@@ -35,15 +35,15 @@ def kv(
         str, typer.Option(help="values of pruned channels: zeros, or sign, which stores their signs")
     ] = "sign",
     dtype: Annotated[
-        str, typer.Option(help="data type of the kept values: fp32, bf16, fp16, int8, or auto for the model's")
-    ] = "auto",
+        str, typer.Option(help="data type of the kept values: int8, bf16, fp16, fp32, or auto for the model's")
+    ] = "int8",
     window: Annotated[int, typer.Option(help="number of newest tokens that are not pruned")] = 32,
     sinks: Annotated[int, typer.Option(help="number of first tokens that are not pruned")] = 4,
     permute: Annotated[
         str,
         typer.Option(
-            help="search for the channel orders: none, random, ria or cp, with options after the name, such as "
-            "cp:escapes=50"
+            help="search for the channel orders, where a head has several groups: none, random, ria or cp, with "
+            "options after the name, such as cp:escapes=50"
         ),
     ] = "ria",
     calibration: Annotated[
@@ -80,7 +80,8 @@ def kv(
         trust_remote_code=trust_remote_code,
     )
     for side, kept in record.kept.items():
-        print(f"{side}: {kept.found:.1%} of the score kept, {kept.natural:.1%} in the model's order")
+        natural = "" if kept.found == kept.natural else f", {kept.natural:.1%} in the model's order"
+        print(f"{side} {getattr(record.config, side)}: {kept.found:.1%} of the score kept{natural}")
     measured = record.measured
     assert measured is not None
     print(

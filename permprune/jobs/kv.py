@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,9 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 from permprune.inference.kv.cache import PrunedCache, attention_layers
 from permprune.inference.kv.calibration import ObservedLayer, fit_channels, observe_states
-from permprune.inference.kv.config import KVConfig, pattern_named
+from permprune.inference.kv.config import AUTO, KVConfig, default_pattern, pattern_of
 from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity, require_positions
 from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, write_cache
-from permprune.inference.kv.packing import require_pattern
 from permprune.jobs.trials import BATCH, Evaluation
 from permprune.models.processors import Processor
 from permprune.options import Count, Seed, require
@@ -74,6 +74,7 @@ def calibrate_kv(
     )
     started = time.monotonic()
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=BATCH)
+    config = _with_patterns(config, observed)
     channels, kept = find_channels(observed, config, method, seed)
     seconds = time.monotonic() - started
     record = KVRecord(
@@ -93,6 +94,13 @@ def calibrate_kv(
     return record
 
 
+def _with_patterns(config: KVConfig, observed: Mapping[int, ObservedLayer]) -> KVConfig:
+    """Return the settings with the default patterns of these layers in place of "auto"."""
+    widths = {side: [getattr(layer, side)[0].shape[-1] for layer in observed.values()] for side in SIDES}
+    chosen = [side for side in SIDES if getattr(config, side) == AUTO]
+    return config.replace(**{side: str(default_pattern(math.gcd(*widths[side]))) for side in chosen})
+
+
 def find_channels(
     observed: Mapping[int, ObservedLayer], config: KVConfig, method: ScorePermuter, seed: int = 0
 ) -> tuple[LayerChannels, dict[str, Kept]]:
@@ -106,13 +114,12 @@ def find_channels(
     for number in track(sorted(observed), "ordering channels"):
         layer, own = observed[number], []
         for side, states in zip(SIDES, layer.states(), strict=True):
-            pattern = pattern_named(getattr(config, side))
+            pattern = pattern_of(getattr(config, side), states.shape[2])
             weight = layer.query_weights() if side == "keys" else torch.ones(states.shape[0], states.shape[2])
             score = (states * weight[:, None]).square()
             natural = torch.arange(states.shape[2]).repeat(len(states), 1)
             order = natural
             if pattern is not None:
-                require_pattern(pattern, states.shape[2])
                 order = torch.stack([_order(head, pattern, method, generator) for head in score])
                 shares[side].append(torch.stack([_kept(score, o, pattern) for o in (natural, order)]))
             own.append(fit_channels(states, weight, order, pattern))

@@ -29,7 +29,7 @@ def folder(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Path:
     text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "4", "--windows", "2", "--length", "64")
     code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, "--window", "8")
     assert code == 0
-    assert "keys: " in said and "perplexity" in said and f"written to {out}" in said.replace("\n", "")
+    assert "keys 1:8: " in said and "perplexity" in said and f"written to {out}" in said.replace("\n", "")
     return out
 
 
@@ -37,7 +37,7 @@ def test_a_cache_is_made_measured_and_used(
     folder: Path, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     record = json.loads((folder / "kv.json").read_text())
-    assert record["shape"]["head_dim"] == 8 and record["config"]["keys"] == "2:4" and record["permute"] == "ria"
+    assert record["shape"]["head_dim"] == 8 and record["config"]["keys"] == "1:8" and record["permute"] == "ria"
     assert all(record["kept"][side]["found"] >= record["kept"][side]["natural"] for side in ("keys", "values"))
     measured = record["measured"]
     assert measured["pruned"] == pytest.approx(measured["dense"], rel=0.1) and measured["count"] == 126
@@ -48,8 +48,8 @@ def test_a_cache_is_made_measured_and_used(
     found = json.loads(figures.read_text())
     assert found["value"] == measured["pruned"] and found["cache_bytes"] == measured["pruned_bytes"]
     model = LlamaForCausalLM.from_pretrained(tiny_checkpoint)
-    cache = permprune.PrunedCache.from_pretrained(folder, model, dtype="int8", window=4)
-    assert cache.config == KVConfig(dtype="int8", window=4)
+    cache = permprune.PrunedCache.from_pretrained(folder, model, dtype="bf16", window=4)
+    assert cache.config == KVConfig("1:8", "1:8", dtype="bf16", window=4)
     tensors = load_file(folder / "kv.safetensors")
     own = cache.layers[1].channels[0]
     assert own is not None and torch.equal(own.order, tensors["layers.1.keys.order"].long())
@@ -80,7 +80,7 @@ def test_an_order_that_spreads_large_channels_keeps_more() -> None:
     layer.add(torch.rand(1, 4, 200, 16), states, states)
     kept = {"one group": find_channels({0: layer}, KVConfig("8:16", "8:16"), RIAPermuter())[1]["values"].found}
     for method in (Identity(), RIAPermuter(), CP()):
-        channels, shares = find_channels({0: layer}, KVConfig(), method)
+        channels, shares = find_channels({0: layer}, KVConfig("2:4", "2:4"), method)
         for own in channels[0]:
             own.check("kv")
         kept[method.name] = shares["values"].found

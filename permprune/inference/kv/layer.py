@@ -11,8 +11,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from permprune.errors import PermpruneError
 from permprune.inference.kv.attention import Call, Segment, Source, States, Sums, attend, attend_plain, masked
-from permprune.inference.kv.config import DTYPES, KVConfig, pattern_named
-from permprune.inference.kv.packing import Channels, Layout, require_pattern
+from permprune.inference.kv.config import DTYPES, KVConfig, pattern_of
+from permprune.inference.kv.packing import Channels, Layout
 from permprune.inference.kv.tokens import PackedTokens
 from permprune.kernels import native
 from permprune.kernels.attention import WIDEST, Queries, Side
@@ -71,8 +71,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"the cache is for {name} of {channels.shape[0]} heads of {channels.shape[1]} channels, and the "
                     f"model has {shape[0]} of {shape[1]}: make one for this model with permprune kv"
                 )
-            pattern = pattern_named(getattr(self.config, name))
-            require_pattern(pattern, shape[1])
+            pattern = pattern_of(getattr(self.config, name), shape[1])
             stored = DTYPES[self.config.dtype] or states.dtype
             layout = Layout(pattern, stored, self.config.recovery == "sign")
             packed.append(PackedTokens(channels.to(self.device), layout))

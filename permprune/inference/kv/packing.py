@@ -96,14 +96,6 @@ class Layout:
     signs: bool
 
 
-def require_pattern(pattern: Pattern | None, width: int) -> None:
-    """Raise `PermpruneError` unless heads of `width` channels consist of whole groups of the pattern."""
-    if pattern is not None and not pattern.divides(width):
-        raise PermpruneError(
-            f"{pattern} does not divide the {width} channels of a head: choose an M that divides {width}"
-        )
-
-
 def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURNS) -> Parts:
     """Pack states in the stored order, floating (batch, heads, tokens, width).
 

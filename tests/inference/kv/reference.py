@@ -5,9 +5,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from permprune.inference.kv.attention import Call, States
-from permprune.inference.kv.config import KVConfig
+from permprune.inference.kv.config import KVConfig, pattern_of
 from permprune.inference.kv.packing import TURNS, Channels, choose_channels
-from permprune.pattern import Pattern
+
+PLAIN = KVConfig("2:4", "2:4", dtype="auto")
+"""Groups of four, and values of the model's type, which a reference can compute as exactly."""
 
 
 def random_channels(heads: int, width: int) -> Channels:
@@ -21,9 +23,9 @@ def pruned(states: Tensor, channels: Channels, text: str, recovery: str) -> Tens
 
     The same channels are kept as in the cache.
     """
-    if text == "dense":
+    pattern, signed, result = pattern_of(text, states.shape[-1]), recovery == "sign", torch.zeros_like(states)
+    if pattern is None:
         return states
-    pattern, signed, result = Pattern.parse(text), recovery == "sign", torch.zeros_like(states)
     kept, _ = choose_channels(channels.arrange(states), channels, pattern, turns=TURNS if signed else 0)
     for head, order in enumerate(channels.order):
         own, keeps = states[:, head][..., order], kept[:, head]

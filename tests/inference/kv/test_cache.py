@@ -30,10 +30,10 @@ from permprune.models.forward import cache_argument
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 
-from .reference import ReferenceLayer, random_channels
+from .reference import PLAIN, ReferenceLayer, random_channels
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-SMALL = KVConfig(window=8, sinks=2)
+SMALL = PLAIN.replace(window=8, sinks=2)
 TOKENS = torch.randint(5, 128, (2, 40), generator=torch.Generator().manual_seed(0))
 
 LayerChannels = dict[int, tuple[Channels, Channels]]
@@ -74,14 +74,16 @@ def test_generation_equals_that_with_a_whole_cache_pruned_alike(
 def test_dense_patterns_change_nothing(tiny_llama: LlamaForCausalLM, channels: LayerChannels) -> None:
     expected = logits(tiny_llama, TOKENS)
     for exact in (False, True):
-        cache = PrunedCache(tiny_llama, KVConfig("dense", "dense", window=3), channels, exact_window=exact)
+        cache = PrunedCache(
+            tiny_llama, KVConfig("dense", "dense", dtype="auto", window=3), channels, exact_window=exact
+        )
         found = [logits(tiny_llama, part, cache) for part in TOKENS.split(13, 1)]
         torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)
     torch.testing.assert_close(logits(tiny_llama, TOKENS), expected, **CLOSE)  # without a cache, too
 
 
 def test_left_padding_is_read_by_no_token(tiny_llama: LlamaForCausalLM) -> None:
-    config, mask = KVConfig("dense", "dense", window=3), torch.ones_like(TOKENS)
+    config, mask = KVConfig("dense", "dense", dtype="auto", window=3), torch.ones_like(TOKENS)
     mask[1, :7] = 0
     cache = PrunedCache(tiny_llama, config)
     generated = generate(tiny_llama, cache, attention_mask=mask)
@@ -96,7 +98,7 @@ def test_assisted_decoding_drafts_and_rejects(tiny_llama: LlamaForCausalLM, chan
     tiny_llama.generation_config.eos_token_id = None
     assistant = LlamaForCausalLM(tiny_llama.config).eval()
     tokens, options = TOKENS[:1], {"max_new_tokens": 20, "pad_token_id": 0, "do_sample": False}
-    for config in (KVConfig("dense", "dense", window=3), SMALL):
+    for config in (KVConfig("dense", "dense", dtype="auto", window=3), SMALL):
         plain, cache = PrunedCache(tiny_llama, config, channels), PrunedCache(tiny_llama, config, channels)
         expected = tiny_llama.generate(tokens, **cache_argument(tiny_llama, plain), **options)
         given = cache_argument(tiny_llama, cache)
@@ -152,7 +154,7 @@ def test_layers_with_a_sliding_window_keep_their_own_cache(heard: pytest.LogCapt
     )
     model = Gemma2ForCausalLM(config).eval()
     expected = logits(model, TOKENS)
-    cache = PrunedCache(model, KVConfig("dense", "dense", window=3))
+    cache = PrunedCache(model, KVConfig("dense", "dense", dtype="auto", window=3))
     assert [type(layer) is PrunedLayer for layer in cache.layers] == [False, True, False]
     assert "layers 0, 2 have no full attention" in heard.text
     found = torch.cat([logits(model, part, cache) for part in TOKENS.split(11, 1)], 1)

@@ -42,6 +42,7 @@ def output(config: KVConfig, states: list[Tensor], mask: Tensor | None, **option
         ("1:4", "2:4", "bf16", True),
         ("3:4", "4:8", "int8", False),
         ("4:8", "3:4", "auto", True),
+        ("auto", "auto", "int8", False),
         ("dense", "2:4", "fp16", False),
         ("2:4", "dense", "int8", False),
     ],

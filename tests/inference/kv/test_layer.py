@@ -15,7 +15,7 @@ from permprune.inference.kv.config import KVConfig
 from permprune.inference.kv.layer import PrunedLayer
 from permprune.inference.kv.packing import Channels
 
-from .reference import ReferenceLayer, random_channels
+from .reference import PLAIN, ReferenceLayer, random_channels
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -43,8 +43,9 @@ def causal_mask(padding: Tensor, past: int, new: int) -> Tensor:
 
 configs = st.builds(
     KVConfig,
-    st.sampled_from(["2:4", "1:4", "3:4", "1:2", "4:8", "5:8", "dense"]),
-    st.sampled_from(["2:4", "1:4", "1:2", "dense"]),
+    st.sampled_from(["2:4", "1:4", "3:4", "1:2", "4:8", "5:8", "auto", "dense"]),
+    st.sampled_from(["2:4", "1:4", "1:2", "auto", "dense"]),
+    dtype=st.just("auto"),
     recovery=st.sampled_from(["zeros", "sign"]),
     window=st.integers(0, 20),
     sinks=st.integers(0, 5),
@@ -98,7 +99,7 @@ def test_long_contexts_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(f"permprune.inference.kv.attention.{name}", small)
     monkeypatch.setattr("permprune.inference.kv.tokens.BLOCK", 3)
     for exact in (False, True):
-        config, channels = KVConfig(window=5), (random_channels(2, 8), random_channels(2, 8))
+        config, channels = PLAIN.replace(window=5), (random_channels(2, 8), random_channels(2, 8))
         layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
         past = 0
         for new in (30, 1, 25):
@@ -140,7 +141,7 @@ def read(layer: PrunedLayer) -> Tensor:
 
 @pytest.mark.parametrize("removed", [1, 5, 30, 59, 60])
 def test_a_crop_keeps_the_first_tokens_as_they_are(removed: int) -> None:
-    config = KVConfig(window=8, sinks=4)
+    config = PLAIN.replace(window=8, sinks=4)
     layer = filled(config, 60)
     before = [t.clone() for t in layer.tensors()]
     layer.crop(0)
@@ -159,7 +160,7 @@ def test_a_crop_keeps_the_first_tokens_as_they_are(removed: int) -> None:
 
 
 def test_rows_of_the_batch_are_selected_and_repeated() -> None:
-    config = KVConfig(window=8)
+    config = PLAIN.replace(window=8)
     torch.manual_seed(1)
     expected = read(filled(config, 40))
     for change, rows in (
@@ -174,7 +175,7 @@ def test_rows_of_the_batch_are_selected_and_repeated() -> None:
 
 
 def test_a_copy_reads_the_same_and_grows_alone() -> None:
-    layer = filled(KVConfig(window=8), 40)
+    layer = filled(PLAIN.replace(window=8), 40)
     twin, changed = copy.deepcopy(layer), copy.deepcopy(layer)
     expected = read(layer)
     assert torch.equal(read(copy.deepcopy(twin)), expected)
@@ -191,7 +192,7 @@ def test_an_empty_layer_takes_every_change() -> None:
 
 
 def test_memory_grows_in_steps_and_holds_no_token_twice() -> None:
-    layer = filled(KVConfig(window=16, sinks=4), 500, batch=1)
+    layer = filled(PLAIN.replace(window=16, sinks=4), 500, batch=1)
     addresses = set()
     for _ in range(128):
         call(layer, random_states(1, 2, 1, 1, (16, 16)), None)
@@ -207,8 +208,11 @@ def test_channels_of_another_shape_are_refused() -> None:
     layer = PrunedLayer(KVConfig(), Channels.natural(2, 8), Channels.natural(2, 16))
     with pytest.raises(PermpruneError, match="keys of 2 heads of 8 channels, and the model has 2 of 16"):
         call(layer, random_states(1, 2, 1, 3, (16, 16)), None)
-    with pytest.raises(PermpruneError, match="2:4 does not divide the 6 channels of a head"):
-        call(PrunedLayer(KVConfig()), random_states(1, 2, 1, 3, (6, 6)), None)
+    with pytest.raises(
+        PermpruneError,
+        match="2:4 does not divide the 6 channels of a head: choose an M that divides 6, or 1:6, the default",
+    ):
+        call(PrunedLayer(PLAIN), random_states(1, 2, 1, 3, (6, 6)), None)
 
 
 def test_dropout_is_refused() -> None:
@@ -224,7 +228,7 @@ def test_a_model_that_reads_the_cache_by_itself_is_told_so() -> None:
 
 
 def test_tokens_may_come_in_inference_mode_and_after_it() -> None:
-    layer = PrunedLayer(KVConfig(window=8))
+    layer = PrunedLayer(PLAIN.replace(window=8))
     states = random_states(2, 2, 1, 30, (16, 16))
     with torch.inference_mode():
         call(layer, states, None)
@@ -236,7 +240,7 @@ def test_tokens_may_come_in_inference_mode_and_after_it() -> None:
 
 
 def test_packed_tokens_hold_no_graph() -> None:
-    layer = PrunedLayer(KVConfig(window=8))
+    layer = PrunedLayer(PLAIN.replace(window=8))
     call(layer, [t.requires_grad_() for t in random_states(2, 2, 1, 30, (16, 16))], None)
     assert layer.packed is not None and layer.packed[0].length == 16
     assert not any(part.requires_grad for packed in layer.packed for part in packed.parts.values())
