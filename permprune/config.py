@@ -94,6 +94,10 @@ class PruneConfig:
     """The maximum number of bytes for the statistics of one calibration pass. If a run of `prune_to_folder` would need
     more than this, leaner settings are chosen, or it reads the model layer by layer from disk."""
 
+    shard: bool | None = None
+    """Whether the processes that `torchrun` starts for `prune_to_folder` divide the rows of the weights among them, or
+    each hold the whole model; None for the latter if it fits in memory."""
+
     minutes: Positive | None = None
     """The time limit of the search, in minutes. The result then depends on the speed of the machine."""
 

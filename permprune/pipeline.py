@@ -179,17 +179,26 @@ def prepare(
     model generates. `partial` is a folder in which the searches save their state. Raises `PermpruneError` for a config,
     data or a model that cannot be used.
     """
+    if config.shard:
+        raise PermpruneError(
+            "only permprune prune, started by torchrun, divides weights among processes: leave shard out"
+        )
     started = time.monotonic()
     if examples is None:
         shown = calibration_examples(model, processor, config)
     else:
         shown = Examples.of(examples, calibration_count(model, config))
         config = replace(config, calibration=f"{len(shown)} examples given in Python")
-    batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     if needs_decoder_inputs(model, shown):
-        shown = with_decoder_inputs(model, shown, batch)
+        shown = with_decoder_inputs(model, shown, config.batch * BATCH_MULTIPLIER[kind_of(model)])
     plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
-    layers, sites, dtype = plan.layers, plan.sites, plan.dtype
+    return measure(plan, model, started)
+
+
+def measure(plan: Plan, model: PreTrainedModel, started: float) -> Prepared:
+    """Calibrate the model of a plan, and mask its weights in natural order; the preparation `started` at this time."""
+    config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
+    batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
     held = NarrowWeights(model, layers, origin_of(model).dtype)

@@ -32,6 +32,7 @@ from permprune.pruning.problem import Problem, build_problems
 from permprune.registry import label_of
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency
+from permprune.system import distributed
 from permprune.system.device import compute_device, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.system.progress import log
@@ -39,7 +40,7 @@ from permprune.system.search_state import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-FREE = ("effort", "permute", "minutes", "update", "batch", "recompute")
+FREE = ("effort", "permute", "minutes", "update", "batch", "recompute", "shard")
 """Fields of the config that may change before an interrupted search is resumed."""
 
 
@@ -102,6 +103,7 @@ def plan_run(
     dtype = DTYPES.get(config.precision) or fast_dtype(device)
     searched = {name: value for name, value in config.identity().items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
+    distributed.require_same(searched)
     run = Run(
         train,
         held_out,

@@ -29,11 +29,12 @@ def output_fisher(
     With `one_label_per_example` and inputs of several positions this is `row_fisher` if `fisher[layer]` is (rows,), and
     `row_covariance` if it is (rows, rows). Otherwise, and for layers that read positions without their examples, such
     as experts, it is the squared output gradients, summed over positions. `padding` describes the batches that run
-    inside the context; padded positions are left out.
+    inside the context; padded positions are left out. Of layers whose rows processes divide, only those of this process
+    count (`Layer.rows`).
     """
 
-    def add(name: str, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
-        total = fisher[name]
+    def add(layer: Layer, mask: Tensor | None, kept: Callable[[], Tensor] | None, gradient: Tensor) -> None:
+        total, gradient = fisher[layer.name], gradient[..., layer.rows]
         if kept is None:
             rows = gradient if mask is None else gradient[mask]
             found = rows.flatten(0, -2).float().square().sum(0)
@@ -46,7 +47,7 @@ def output_fisher(
         if output.requires_grad:
             apart = output.dim() < 3 or not one_label_per_example
             kept = None if apart else _keep(inputs.detach().to(output.dtype))
-            output.register_hook(partial(add, layer.name, padding.mask_of(output, routed, layer.owner), kept))
+            output.register_hook(partial(add, layer, padding.mask_of(output, routed, layer.owner), kept))
 
     with hooked(layers, after=forward):
         yield

@@ -73,6 +73,7 @@ def calibrate(
     any number of processes. Raises `PermpruneError` if a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
+    memory = None if memory is None else memory * distributed.shards()  # each process holds a part of each sum
     first, *further = _split(readers, memory)
     if further:
         log.info("calibration needs %d passes to stay within the memory limit", 1 + len(further))

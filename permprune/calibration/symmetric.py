@@ -1,4 +1,7 @@
-"""Symmetric matrices of which one triangle is stored, in fp32 or as correlations in fp16."""
+"""Symmetric matrices of which one triangle is stored, in fp32 or as correlations in fp16.
+
+Processes that divide the rows of weights divide these matrices as well (`permprune.system.sharding`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from permprune.system import distributed, sharding
 
 STRIP = 256
 """Number of rows that are stored, and multiplied, at a time."""
@@ -19,7 +24,7 @@ class Symmetric:
 
     `strips[i]` are the rows from `STRIP` * i on, as many as `STRIP`, and of them the columns from `STRIP` * i on. With
     `diagonal`, fp32 (size,), which is then exact, they are the correlations m_ij / sqrt(m_ii * m_jj) in fp16: their
-    rounding error is at most 1 / 2048 of each element.
+    rounding error is at most 1 / 2048 of each element. If processes divide the matrix, strips of others have no rows.
     """
 
     strips: tuple[Tensor, ...]
@@ -28,8 +33,10 @@ class Symmetric:
     @classmethod
     def zeros(cls, size: int, device: torch.device) -> Symmetric:
         """Return a matrix of zeros in fp32, (size, size)."""
-        spans = _spans(size)
-        return cls(tuple(torch.zeros(span.stop - span.start, size - span.start, device=device) for span in spans))
+        all_own, rank = distributed.shards() == 1, distributed.rank()
+        spans = enumerate(_spans(size))
+        counts = [span.stop - span.start if all_own or _owner(i) == rank else 0 for i, span in spans]
+        return cls(tuple(torch.zeros(count, size - STRIP * i, device=device) for i, count in enumerate(counts)))
 
     @property
     def size(self) -> int:
@@ -45,7 +52,8 @@ class Symmetric:
         """Add X^T X to the matrix, where X are these rows; products and sums are computed in fp32."""
         with torch.autocast(rows.device.type, enabled=False):
             for span, strip in zip(_spans(self.size), self.strips, strict=True):
-                strip.addmm_(rows[:, span].T, rows[:, span.start :])
+                if len(strip):
+                    strip.addmm_(rows[:, span].T, rows[:, span.start :])
 
     def divide_(self, count: float) -> None:
         """Divide the matrix, which is in fp32, by a number."""
@@ -54,13 +62,15 @@ class Symmetric:
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
-        return all(bool(torch.isfinite(strip).all()) for strip in self.strips)
+        return not sharding.total(sum(not torch.isfinite(strip).all() for strip in self.strips))[0]
 
     def dense(self) -> Float[Tensor, "size size"]:
-        """Return the whole matrix as a new tensor, fp32 (size, size)."""
+        """Return the whole matrix as a new tensor, fp32 (size, size); if processes divide it, on all at once."""
         found = self.strips[0].new_empty(self.size, self.size, dtype=torch.float32)
-        for span, strip in zip(_spans(self.size), self.strips, strict=True):
-            found[span, span.start :] = strip
+        for i, (span, strip) in enumerate(zip(_spans(self.size), self.strips, strict=True)):
+            own = len(strip) > 0
+            whole = strip if own else strip.new_empty(span.stop - span.start, self.size - span.start)
+            found[span, span.start :] = sharding.broadcast(whole, _owner(i))
             if self.diagonal is not None:
                 root = self.diagonal.sqrt()
                 found[span, span.start :] *= root[span, None]
@@ -73,7 +83,8 @@ class Symmetric:
     def block(self, channels: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
         """Return the rows and columns of some channels as a new tensor, fp32 (n, n).
 
-        The elements are those of `dense`; of what is stored, only the rows of these channels are read.
+        The elements are those of `dense`; of what is stored, only the rows of these channels are read. If processes
+        divide the matrix, all call this at once.
         """
         ascending, at = channels.sort()
         if not torch.equal(ascending, channels):
@@ -81,25 +92,34 @@ class Symmetric:
             return self.block(ascending)[back][:, back]
         if len(channels) == self.size:
             return self.dense()
-        found = self.strips[0].new_empty(len(channels), len(channels), dtype=torch.float32)
+        found = self.strips[0].new_zeros(len(channels), len(channels), dtype=torch.float32)
         root = None if self.diagonal is None else self.diagonal[channels].sqrt()
         ends = torch.searchsorted(channels, torch.tensor([span.stop for span in _spans(self.size)])).tolist()
         first = 0
         for number, (strip, last) in enumerate(zip(self.strips, ends, strict=True)):
             within = channels - number * STRIP
-            found[first:last, first:] = strip[within[first:last]][:, within[first:]]
-            if root is not None:
-                found[first:last, first:] *= root[first:last, None]
-                found[first:last, first:] *= root[first:]
-            found[last:, first:last] = found[first:last, last:].T
+            if len(strip):
+                found[first:last, first:] = strip[within[first:last]][:, within[first:]]
+                if root is not None:
+                    found[first:last, first:] *= root[first:last, None]
+                    found[first:last, first:] *= root[first:]
+                found[last:, first:last] = found[first:last, last:].T
             first = last
+        sharding.add_(found)
         if self.diagonal is not None:
             found.diagonal().copy_(self.diagonal[channels])
         return found
 
     def main_diagonal(self) -> Float[Tensor, " size"]:
-        """Return the diagonal, fp32 (size,)."""
-        return torch.cat([strip.diagonal() for strip in self.strips]) if self.diagonal is None else self.diagonal
+        """Return the diagonal, fp32 (size,); if processes divide the matrix, on all at once."""
+        if self.diagonal is not None:
+            return self.diagonal
+        found = self.strips[0].new_zeros(self.size)
+        for span, strip in zip(_spans(self.size), self.strips, strict=True):
+            if len(strip):
+                found[span] = strip.diagonal()
+        sharding.add_(found)
+        return found
 
     def correlations(self) -> Symmetric:
         """Return the matrix stored as correlations in fp16; it must be positive semi-definite."""
@@ -107,7 +127,8 @@ class Symmetric:
         scale = diagonal.rsqrt().masked_fill_(diagonal == 0, 0)
         spans = zip(_spans(self.size), self.strips, strict=True)
         return Symmetric(
-            tuple((strip * scale[span, None] * scale[span.start :]).half() for span, strip in spans), diagonal
+            tuple((strip * scale[span, None][: len(strip)] * scale[span.start :]).half() for span, strip in spans),
+            diagonal,
         )
 
 
@@ -143,6 +164,12 @@ class Symmetrics(Mapping[str, Tensor]):
 def stored_elements(size: int) -> int:
     """Return the number of elements that are stored of a symmetric matrix, (size, size)."""
     return sum((span.stop - span.start) * (size - span.start) for span in _spans(size))
+
+
+def _owner(number: int) -> int:
+    """Return the process that holds a strip: in alternating direction, since strips become shorter."""
+    turn, place = divmod(number, distributed.shards())
+    return place if turn % 2 == 0 else distributed.shards() - 1 - place
 
 
 def _spans(size: int) -> list[slice]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +21,7 @@ from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.weights import load_whole, require_buildable, whole_skeleton
 from permprune.models.layers import canonical_names
 from permprune.models.processors import Processor, read_processor
+from permprune.system import sharding
 from permprune.system.device import best_device
 from permprune.zoo.models import resolve_model
 
@@ -61,6 +64,54 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.stored)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Read only some rows of a tensor; `edit` is not applied."""
+        name = self.canonical.get(name, name)
+        place = getattr(self.stored, "index", {}).get(name, {})
+        if "safetensors_file" not in place:
+            return self.stored[name][rows].to(best_device(), torch.float32, copy=True)
+        with safe_open(place["safetensors_file"], "pt") as file:
+            found: Tensor = file.get_slice(place.get("weight_name", name))[rows]
+            return found.to(best_device(), torch.float32, copy=True)
+
+
+class CollectedWeights(StoredWeights):
+    """Weights of which each process holds some rows, each collected when the first process accesses it.
+
+    `own(name)` returns the rows that this process holds of a parameter, and the number of all its rows; a parameter
+    that is not divided is returned whole. The other processes have to `serve` meanwhile.
+    """
+
+    def __init__(
+        self, names: Iterable[str], canonical: Mapping[str, str], own: Callable[[str], tuple[Tensor, int]]
+    ) -> None:
+        super().__init__(dict.fromkeys(names, torch.empty(0)), canonical)
+        self.own = own
+
+    def __getitem__(self, name: str) -> Tensor:
+        name = self.canonical.get(name, name)
+        sharding.tell(name)
+        whole = self._collected(name)
+        assert whole is not None  # on the first process
+        return whole if self.edit is None else self.edit(name, whole)
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """A context of the first process, at whose end the others stop to serve."""
+        try:
+            yield
+        finally:
+            sharding.tell(None)
+
+    def serve(self) -> None:
+        """Send the rows of this process whenever the first process asks for them, until the end of `served`."""
+        while (name := sharding.tell(None)) is not None:
+            self._collected(name)
+
+    def _collected(self, name: str) -> Tensor | None:
+        part, rows = self.own(name)
+        return part.clone() if len(part) == rows else sharding.gather_on_first(part, rows)
 
 
 def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from permprune.cli import common as cli
 from permprune.config import PruneConfig
 
 
-@partial(cli.command, without=("effort",))
+@partial(cli.command, without=("effort", "shard"))
 def ablate(
     model: cli.Model,
     config: PruneConfig,

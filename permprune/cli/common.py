@@ -171,6 +171,13 @@ def prune_config(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, but less memory")
     ] = PruneConfig.recompute,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            help="under torchrun, divide the weights among the processes, or let each hold the whole model",
+            show_default="divide them if the model does not fit",
+        ),
+    ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -198,6 +205,7 @@ def prune_config(
         memory=parse_bytes(memory),
         batch=batch,
         recompute=recompute,
+        shard=shard,
         minutes=minutes,
         exclude=tuple(exclude or ()),
         trust_remote_code=trust_remote_code,

@@ -12,7 +12,7 @@ from permprune.cli import common as cli
 from permprune.config import PruneConfig
 
 
-@partial(cli.command, without=("effort",))
+@partial(cli.command, without=("effort", "shard"))
 def compare(
     model: cli.Model,
     config: PruneConfig,

@@ -21,6 +21,7 @@ def plan(
         str | None,
         typer.Option(help="a GPU to forecast for: h100, h200, a100 or rtx4090", show_default="this machine"),
     ] = None,
+    processes: Annotated[int, typer.Option(help="processes that torchrun starts; memory is that of each")] = 1,
     json: cli.Json = None,
 ) -> None:
     """Forecast the memory by part, the disk space and the time of pruning MODEL, from its config alone.
@@ -30,7 +31,7 @@ def plan(
 
     from permprune.jobs.fitting import forecast
 
-    found = forecast(model, cli.with_method(config, permute, preset), windows=windows, gpu=gpu)
+    found = forecast(model, cli.with_method(config, permute, preset), windows=windows, gpu=gpu, processes=processes)
     cli.write_figures(json, found.to_json())
     show_forecast(model, found.to_json())
 

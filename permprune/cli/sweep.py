@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from permprune.jobs.swept import Sweep
 
 
-@partial(cli.command, without=("effort", "pattern", "minutes"))
+@partial(cli.command, without=("effort", "pattern", "minutes", "shard"))
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],

@@ -1,7 +1,8 @@
-"""Settings of a run that fit in a memory limit: those given, leaner ones, or a run layer by layer."""
+"""Settings of a run that fit in a memory limit: those given, leaner ones, divided weights, or a run layer by layer."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +27,14 @@ from permprune.jobs.forecast import (
 from permprune.jobs.machine import Machine, machine_named, this_machine
 from permprune.jobs.streaming import offloaded_bytes, streamed_bytes, streamed_masks_bytes
 from permprune.models.modality import kind_of
+from permprune.models.row_shards import require_divisible
+from permprune.options import Count, require
 from permprune.pattern import MIXED
 from permprune.permuters.base import LocalPermuter
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.plan import outline_model
 from permprune.pruning.outline import Outline
+from permprune.registry import label_of
 from permprune.saliency.registry import saliency
 from permprune.system import distributed
 from permprune.system.out_of_memory import memory_reported
@@ -46,34 +50,52 @@ WINDOWS = 24
 
 @memory_reported()
 def forecast(
-    name: str, config: PruneConfig | None = None, *, windows: int = WINDOWS, gpu: str | None = None
+    name: str,
+    config: PruneConfig | None = None,
+    *,
+    windows: int = WINDOWS,
+    gpu: str | None = None,
+    processes: Count | None = None,
 ) -> Forecast:
     """Forecast a run of `prune_to_folder`: memory by stage and part, disk space and time.
 
     `name` is a zoo name, a hub id, or a folder, of which only config.json is read. `windows` is the number of windows
     of the evaluation. `gpu` is the name of a GPU (`permprune.jobs.machine.GPUS`), by default that of this machine, or
-    its CPU. With `config.memory`, the settings are those that `prune_to_folder` would choose; without it, `advice`
-    names settings that fit in the memory of the machine, if those given do not. Raises `PermpruneError`, also if no
-    settings fit in `config.memory`.
+    its CPU. `processes` is the number that `torchrun` starts, by default that of this run. With `config.memory`, a
+    limit for each process, the settings are those that `prune_to_folder` would choose; without it, `advice` names
+    settings that fit in the memory of the machine, if those given do not. Raises `PermpruneError`, also if no settings
+    fit in `config.memory`.
     """
-    config = config or PruneConfig()
+    config, processes = config or PruneConfig(), distributed.world() if processes is None else processes
+    require("processes", processes, Count)
     model, stored = read_shapes(name, trust_remote_code=config.trust_remote_code)
-    fitting = Fitting(name, model, outline_model(model, config), machine_named(gpu), windows=windows, stored=stored)
-    return fitting.advised(config) if config.memory is None else fitting.within(config, config.memory)
+    outline, machine = outline_model(model, config), machine_named(gpu)
+    fitting = Fitting(name, model, outline, machine, windows=windows, stored=stored, processes=processes)
+    if config.memory is not None:
+        return fitting.within(config, config.memory)
+    return fitting.together(config) if processes > 1 or config.shard else fitting.advised(config)
 
 
 def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
     """Return the forecast of a run with settings that fit in `config.memory`; None if there is no limit.
 
-    Logs a warning if the settings are not those given. Raises `PermpruneError` if none fit.
+    Of several processes the first one decides, and also if there is no limit: whether they divide the weights. Logs a
+    warning if the settings are not those given. Raises `PermpruneError` if none fit.
     """
-    if config.memory is None:
+    if config.memory is None and (config.shard is False or (config.shard is None and distributed.world() == 1)):
         return None
-    model = read_skeleton(name, trust_remote_code=config.trust_remote_code)
-    outline = outline_model(model, config)
-    found = Fitting(name, model, outline, this_machine(), stored=model.dtype).within(config, config.memory)
+
+    def decide() -> Forecast:
+        model = read_skeleton(name, trust_remote_code=config.trust_remote_code)
+        outline, processes = outline_model(model, config), distributed.world()
+        fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, processes=processes)
+        return fitting.together(config) if config.memory is None else fitting.within(config, config.memory)
+
+    found = distributed.on_first(decide)
     if found.advice:
         log.warning("%s", found.advice)
+    elif found.processes > 1:
+        log.info("each of the %d processes holds the whole model, and runs a share of the batches", found.processes)
     return found
 
 
@@ -81,7 +103,8 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
 class Fitting:
     """Forecasts of runs with more or less lean settings, of a model on the meta device.
 
-    `windows` is the number of windows of the evaluation, and `stored` the type in which the weights are stored.
+    `windows` is the number of windows of the evaluation, and `stored` the type in which the weights are stored. The run
+    has so many `processes`, all on this machine unless `torchrun` says otherwise.
     """
 
     name: str
@@ -90,23 +113,61 @@ class Fitting:
     machine: Machine
     stored: torch.dtype
     windows: int = WINDOWS
+    processes: int = 1
 
-    def held(self, config: PruneConfig) -> Forecast:
-        """Forecast a run that holds the whole model in memory."""
-        return forecast_held(self.model, config, self.outline, self.machine, windows=self.windows, stored=self.stored)
+    def held(self, config: PruneConfig, shards: int = 1) -> Forecast:
+        """Forecast a run that holds the whole model in memory, or of which each of `shards` processes holds a part."""
+        return forecast_held(
+            self.model,
+            config,
+            self.outline,
+            self.machine,
+            windows=self.windows,
+            stored=self.stored,
+            processes=self.processes,
+            shards=shards,
+        )
+
+    def together(self, config: PruneConfig) -> Forecast:
+        """Return the forecast of the run of several processes with the settings given.
+
+        They divide the weights if `config.shard` says so, or if the whole model does not fit in the memory of each.
+        Raises `PermpruneError` if they are to divide them and cannot.
+        """
+        fault = self._undivided(config)
+        if config.shard:
+            if fault:
+                raise PermpruneError(fault)
+            return replace(self.held(config, self.processes), advice=self._dividing(""))
+        whole = self.held(config)
+        if config.shard is False or fault or whole.tensors <= self._memory(whole):
+            return whole
+        needed = f"the whole model would take about {gib(whole.tensors)} in each process: "
+        return replace(self.held(config, self.processes), advice=self._dividing(needed))
 
     def within(self, config: PruneConfig, memory: int) -> Forecast:
         """Return the forecast of the run with the settings given, or with the first leaner ones that fit.
 
-        Leaner settings in turn are fewer windows in a batch, activations that are computed again, activations in bf16,
-        and, with methods for which that is possible, a run layer by layer. Raises `PermpruneError` if none fits in
-        `memory` bytes.
+        Leaner settings in turn are fewer windows in a batch, activations that are computed again, activations in bf16;
+        the same with weights that the processes divide; and, with methods for which that is possible, a run layer by
+        layer. Raises `PermpruneError` if none fits in `memory` bytes.
         """
-        found, least = self._leaner(config, self.held(config), memory)
-        if found is not None:
+        fault = self._undivided(config)
+        if config.shard and fault:
+            raise PermpruneError(fault)
+        found, least = self._leaner(config, 1, memory)
+        if found is not None and not config.shard:
             options = _options(config, found.config)
             return replace(found, advice=f"to stay within the memory limit: {options}" if options else "")
         needed = f"about {gib(least.tensors)}{_with(config, least.config)}"
+        if not fault and config.shard is not False:
+            found, least = self._leaner(config, self.processes, memory)
+            if found is not None:
+                whole = "" if config.shard else f"the whole model would take {needed} in each process: "
+                return replace(found, advice=self._dividing(whole) + _with(config, found.config))
+            needed = f"about {gib(least.tensors)} in each process, where they divide it{_with(config, least.config)}"
+        if config.shard:
+            raise PermpruneError(f"the divided model takes {needed}: raise --memory to that, or start more processes")
         if whole := self._whole(config):
             raise PermpruneError(f"{whole} in memory, which takes {needed}: raise --memory to that")
         streamed = self._streamed(config)
@@ -130,10 +191,10 @@ class Fitting:
         If it does not fit in the memory of the machine, `advice` says what would.
         """
         given = self.held(config)
-        memory = self.machine.memory or psutil.virtual_memory().total - given.program
+        memory = self._memory(given)
         if given.tensors <= memory:
             return given
-        found, least = self._leaner(config, given, memory)
+        found, least = self._leaner(config, 1, memory)
         place = f"{self.machine.name} has {gib(memory)} for tensors, which is too little"
         if found is not None:
             return replace(given, advice=f"{place}: {gib(found.tensors)}{_with(config, found.config)} would fit")
@@ -143,18 +204,47 @@ class Fitting:
             return replace(given, advice=f"{place}: {gib(streamed.tensors)} with {how} would fit")
         return replace(given, advice=f"{place}; no settings take less than {gib(least.tensors)}")
 
-    def _leaner(self, config: PruneConfig, given: Forecast, memory: int) -> tuple[Forecast | None, Forecast]:
+    def _leaner(self, config: PruneConfig, shards: int, memory: int) -> tuple[Forecast | None, Forecast]:
         """Return the first run that fits in `memory` bytes, if any, and the one that takes least.
 
-        The runs are the one with the settings given, and then leaner and leaner ones.
+        The runs are the one with the settings given, and then leaner and leaner ones; `shards` is as in `held`.
         """
-        ladder = list(_leaner(config, self.machine))
-        leanest = [self.held(settings) for settings in ladder if settings.batch == 1 and settings.recompute]
+        given, ladder = self.held(config, shards), list(_leaner(config, self.machine))
+        leanest = [self.held(settings, shards) for settings in ladder if settings.batch == 1 and settings.recompute]
         least = min([given, *leanest], key=lambda found: found.tensors)
         if given.tensors <= memory or least.tensors > memory:
             return (given if given.tensors <= memory else None), least
-        runs = (found for settings in ladder if (found := self.held(settings)).tensors <= memory)
+        runs = (found for settings in ladder if (found := self.held(settings, shards)).tensors <= memory)
         return next(runs), least
+
+    def _memory(self, given: Forecast) -> int:
+        """The bytes for the tensors of one process: those of its device, or its share of those of the host."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", self.processes))
+        return self.machine.memory or psutil.virtual_memory().total // processes - given.program
+
+    def _dividing(self, why: str) -> str:
+        return f"{why}the {self.processes} processes divide the rows of the weights"
+
+    def _undivided(self, config: PruneConfig) -> str:
+        """Why processes cannot divide the weights of this model, or with these settings; empty if they can."""
+        method, change = permuter(config.permute), update(config.update)
+        if self.processes == 1:
+            return "one process has nothing to divide: start several with torchrun, or leave --shard out"
+        if whole := self._whole(config):
+            return f"{whole} by processes that hold all of it: leave --shard out"
+        if not method.divides_rows:
+            able = ", ".join(name for name, other in PERMUTERS.items() if other().divides_rows)
+            return (
+                f"permuter {label_of(method)} needs all rows of a layer: choose one of {able}, "
+                "without training (tune, train)"
+            )
+        if not isinstance(change, NoUpdate):
+            return f"update {change.name} needs all rows of a layer: choose none"
+        try:
+            require_divisible(self.outline.layers, self.processes)
+        except PermpruneError as error:
+            return str(error)
+        return ""
 
     def _whole(self, config: PruneConfig) -> str:
         """Why this model or pattern needs the whole model in memory, whatever the method; empty if it does not."""

@@ -49,7 +49,8 @@ class Forecast:
     """The memory, disk space and time that a run takes.
 
     `stages` are in the order of the run. `disk` are the bytes on disk, by what is written. `program` are the bytes of
-    the Python process without tensors. `streamed` is whether the model is read layer by layer. `assumed` are the
+    the Python process without tensors. `streamed` is whether the model is read layer by layer. Bytes of memory are
+    those of one process, of `processes`; `shards` of them divide the rows of the weights. `assumed` are the
     assumptions, one sentence each. `advice` says how the settings differ from those given, or which would fit.
     """
 
@@ -59,6 +60,8 @@ class Forecast:
     disk: dict[str, int]
     program: int
     streamed: bool = False
+    processes: int = 1
+    shards: int = 1
     assumed: tuple[str, ...] = ()
     advice: str = ""
 
@@ -109,6 +112,8 @@ class Forecast:
             "machine": self.machine.name,
             "settings": self.config.to_json(),
             "streamed": self.streamed,
+            "processes": self.processes,
+            "shards": self.shards,
             "host": self.host,
             "device": self.device,
             "program": self.program,
@@ -139,13 +144,16 @@ def forecast_held(
     *,
     windows: int,
     stored: torch.dtype,
+    processes: int = 1,
+    shards: int = 1,
 ) -> Forecast:
     """Forecast a run that holds the whole model in memory; the model given is on the meta device.
 
     `outline` is that of `outline_model`, `windows` the number of windows of the evaluation, and `stored` the type in
-    which the weights are stored. Raises `PermpruneError`.
+    which the weights are stored. Of `processes` either each holds all rows of the weights, or `shards`, all of them,
+    divide the rows. Raises `PermpruneError`.
     """
-    outline = replace(outline, dtype=held_type(stored))
+    outline = replace(outline, dtype=held_type(stored), shards=shards)
     method, kind = permuter(config.permute), kind_of(model)
     per_window = EXAMPLES_PER_WINDOW[kind]
     dtype, batch = DTYPES.get(config.precision, machine.dtype), config.batch * BATCH_MULTIPLIER[kind]
@@ -153,7 +161,7 @@ def forecast_held(
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
     measured, held_out, _ = config.shares(config.samples * per_window, per_window)
     passes = Passes(
-        forward=forward_operations(model) * gradient.positions / batch,
+        forward=forward_operations(model) * gradient.positions / batch / shards,
         batch=batch,
         gradient=gradient,
         loss=counted("none"),
@@ -162,27 +170,37 @@ def forecast_held(
         examples_per_window=per_window,
         recompute=config.recompute,
     )
-    whole, own = weight_bytes(model, torch.float32), weight_bytes(model, stored)
+    whole, own = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     weights = Held("weights", whole - (4 - outline.dtype.itemsize) * outline.weights)
-    moments = Held("second moments", moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)))
+    moments = Held("second moments", moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)) // shards)
     network = (weights, *masked_parts(outline.weights), moments)
+    threads = machine.threads if shards == 1 else 1
     evaluating = Work(products_fp32=EVALUATED * windows * per_window * passes.forward)
     stages = [
-        Stage("load", tuple(_loading(whole, own, machine)), Work(stored=own)),
         _calibration(config, outline, passes, counted("inputs"), measured).beside([weights]),
-        *(replace(stage.beside(network), limited=True) for stage in method.stages(outline, passes, machine.threads)),
+        *(replace(stage.beside(network), limited=True) for stage in method.stages(outline, passes, threads)),
         *(stage.beside(network) for stage in _updating(config, outline)),
         Stage("evaluate", activation_parts(evaluation), evaluating).beside(network),
-        Stage("write", (Held("weights", whole), *_writing(own, stored)), Work(stored=own)),
     ]
+    load = Stage("load", tuple(_loading(whole, own, machine, shards)), Work(stored=own))
+    write = Stage("write", (Held("weights", whole), *_writing(own // shards, stored, shards)), Work(stored=own))
     return Forecast(
         config=config,
         machine=machine,
-        stages=tuple(stages),
+        stages=(load, *(_shared(stage, processes // shards) for stage in stages), write),
         disk={"checkpoint": own, "states of the search": method.state_bytes(outline)},
         program=program_bytes(),
-        assumed=tuple(_assumed(model, outline)),
+        processes=processes,
+        shards=shards,
+        assumed=tuple(_assumed(model, outline, processes)),
     )
+
+
+def _shared(stage: Stage, processes: int) -> Stage:
+    """The stage with the work of one of several processes, which do equal parts of it."""
+    if stage.work is None or processes == 1:
+        return stage
+    return replace(stage, work=stage.work * (1 / processes))
 
 
 def program_bytes() -> int:
@@ -200,7 +218,7 @@ def forward_operations(model: nn.Module) -> float:
     return 2 * sum(layer.weight.numel() * layer.share_of_tokens for layer in layers)
 
 
-def _assumed(model: PreTrainedModel, outline: Outline) -> Iterator[str]:
+def _assumed(model: PreTrainedModel, outline: Outline, processes: int) -> Iterator[str]:
     """Yield the assumptions of the forecast, one sentence each."""
     for one in outline.repeated:
         yield f"{one.kept} of the {one.total} blocks in {one.name} were traced: the others equal one of them in shape"
@@ -208,6 +226,8 @@ def _assumed(model: PreTrainedModel, outline: Outline) -> Iterator[str]:
         yield "tokens are spread evenly over the experts"
     if kind_of(model) == "sentences":
         yield "every sentence has --length tokens"
+    if processes > 1:
+        yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
 
 
 def _counted(
@@ -276,17 +296,21 @@ def _zeros(shapes: Shapes) -> dict[str, Tensor]:
     }
 
 
-def _loading(weights: int, stored: int, machine: Machine) -> Iterator[Held]:
-    """What `read_model` holds: the checkpoint, converted parameter by parameter, on the host and then on the device."""
-    yield Held("checkpoint", stored, "host")
+def _loading(weights: int, stored: int, machine: Machine, shards: int) -> Iterator[Held]:
+    """What `read_model` holds: the checkpoint, converted parameter by parameter, on the host and then on the device.
+
+    Processes that divide rows read their own, parameter by parameter.
+    """
+    if shards == 1:
+        yield Held("checkpoint", stored, "host")
     yield Held("weights", weights)
-    if machine.device.type != "cpu":
+    if machine.device.type != "cpu" and shards == 1:
         yield Held("weights on the host", weights, "host")
 
 
-def _writing(own: int, stored: torch.dtype) -> Iterator[Held]:
-    """What `write_weights` holds: all weights in the type in which they are stored."""
-    if stored != torch.float32:
+def _writing(own: int, stored: torch.dtype, shards: int) -> Iterator[Held]:
+    """What `write_weights` holds: all weights in the type in which they are stored; of divided weights, one file."""
+    if stored != torch.float32 or shards > 1:
         yield Held("weights as stored", own, "host")
 
 
@@ -294,11 +318,10 @@ def _calibration(
     config: PruneConfig, outline: Outline, passes: Passes, activations: Activations, examples: int
 ) -> Stage:
     """The pass forward and backward, and further ones forward if not all sums fit in the memory limit."""
-    each = sums_by_pass(outline.widths, config.memory)
-    sums = Held("sums of moments", max(accumulator_bytes(widths.values()) for widths in each))
-    moments = Held(
-        "second moments", moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)) if len(each) > 1 else 0
-    )
+    each = sums_by_pass(outline.widths, None if config.memory is None else config.memory * outline.shards)
+    sums = Held("sums of moments", max(accumulator_bytes(widths.values()) for widths in each) // outline.shards)
+    stored = moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)) // outline.shards
+    moments = Held("second moments", stored if len(each) > 1 else 0)
     wide = passes.dtype == torch.float32 != outline.dtype and not passes.recompute
     converted = Held("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
     runs = len(each) + (2 if passes.recompute else 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -14,14 +16,15 @@ from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.offload import read_offloaded, write_offloaded
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.record import Measured, Record
-from permprune.checkpoints.source import ModelSource, OpenModel, open_model
+from permprune.checkpoints.source import ModelSource, OpenModel, name_of, open_model
 from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
 from permprune.evaluation.perplexity import perplexity
-from permprune.evaluation.result import gap_closed, metric_named
+from permprune.evaluation.result import Result, gap_closed, metric_named
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
 from permprune.inference.pack import packed_type
+from permprune.jobs.divided import DividedModel
 from permprune.jobs.fitting import fit_memory
 from permprune.jobs.packing import pack_folder
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream
@@ -30,11 +33,12 @@ from permprune.kernels.layout import require_packable
 from permprune.models.narrow_weights import is_narrow
 from permprune.models.processors import Processor
 from permprune.pattern import parse_pattern
-from permprune.permuters.base import Callback
+from permprune.permuters.base import Callback, Solution
 from permprune.permuters.registry import permuter
-from permprune.pipeline import Pruned, finish, prepare, update_weights
+from permprune.pipeline import Prepared, Pruned, finish, prepare, update_weights
 from permprune.plan import Plan, calibration_examples, plan_run
 from permprune.pruning.folder import write_pruned
+from permprune.pruning.masked import LayerMeasure
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
@@ -58,13 +62,15 @@ def prune_to_folder(
     """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to the folder `out`.
 
     `model` is a name, a folder, or a model in memory with its `processor`, which is pruned in place; `config.memory`
-    then limits only the statistics. With `pack`, a `dtype` of `permprune.pack`, the weights are written packed. Until
-    the run is complete, all files including the state of the search are in `out`.partial. With `resume` the search
-    continues from its last state. `callbacks` are as in `prune`. `announce` is called with the record before anything
-    is written to `out`. Returns the record. Raises `PermpruneError`.
+    then limits only the statistics. Of the processes that `torchrun` starts each holds the whole model, or they divide
+    the rows of its weights (`config.shard`). With `pack`, a `dtype` of `permprune.pack`, the weights are written
+    packed. Until the run is complete, all files including the state of the search are in `out`.partial. With `resume`
+    the search continues from its last state. `callbacks` are as in `prune`. `announce` is called with the record before
+    anything is written to `out`. Returns the record. Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
-    with WorkFolder(Path(out)).held("prune", resume) as work:
+    with WorkFolder(Path(out)).held("prune", resume) as work, ExitStack() as inside:
+        distributed.require_same({"model": name_of(model), **config.to_json(), **vars(evaluation), "pack": pack})
         reset_peak_memory()
         started = time.monotonic()
         if pack is not None:
@@ -73,7 +79,10 @@ def prune_to_folder(
         if fitted is not None:
             config = fitted.config
             require_space(work.out, sum(fitted.disk.values()))
-        if fitted is not None and fitted.streamed:
+        if fitted is not None and fitted.shards > 1:
+            inside.enter_context(distributed.dividing_rows())
+            done = _prune_divided(str(model), config, evaluation, work, callbacks)
+        elif fitted is not None and fitted.streamed:
             done = _prune_streamed(str(model), config, evaluation, work)  # no callbacks: the method has no rounds
         else:
             opened = open_model(model, processor, trust_remote_code=config.trust_remote_code)
@@ -88,18 +97,23 @@ def prune_to_folder(
             peak_memory_mb=peak_memory_mb(),
         )
         announce(record)
-        distributed.on_first(lambda: _write(done, record, work, pack))
+        distributed.on_first(lambda: _write(done, record, work, pack), others=done.serve)
     return record
 
 
 @dataclasses.dataclass
 class _Done:
-    """A pruned model, its measurements, and the function that writes its weights and processor to a folder."""
+    """A pruned model, its measurements, and the function that writes its weights and processor to a folder.
+
+    The first process writes; meanwhile the others `serve` the rows that they hold, until the end of `served`.
+    """
 
     pruned: Pruned
     measured: Measured
     seconds: dict[str, float]
     write: Callable[[Path], None]
+    served: Callable[[], AbstractContextManager[None]] = nullcontext
+    serve: Callable[[], None] = lambda: None
 
 
 def _prune_held(
@@ -113,20 +127,58 @@ def _prune_held(
     prepared = prepare(model, processor, config, partial=work.path)
     prepared.dense.warn()
     require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.outline))
+    found = _search(prepared, processor, evaluation, callbacks)
+    pruned = finish(prepared, found.solution, found.natural)
+    measured = found.measured(evaluation)
+    return _Done(pruned, measured, found.seconds, lambda folder: write_weights(model, processor, stored, folder))
+
+
+@dataclasses.dataclass
+class _Found:
+    """The solution of a search, the layers in natural order, and the model's results so far."""
+
+    solution: Solution
+    natural: list[LayerMeasure]
+    measure: Meter
+    dense: Result
+    none: Result
+    overlap: float
+    seconds: dict[str, float]
+
+    def measured(self, evaluation: Evaluation) -> Measured:
+        """Measure the pruned model."""
+        return evaluation.measured(self.dense, self.none, self.measure(), overlap=self.overlap)
+
+
+def _search(
+    prepared: Prepared, processor: Processor | None, evaluation: Evaluation, callbacks: Sequence[Callback]
+) -> _Found:
+    """Measure a prepared model, dense and in natural order; find orders; and update the weights."""
     with prepared.network.dense_weights():
-        measure = Meter(model, processor, evaluation)
+        measure = Meter(prepared.model, processor, evaluation)
         dense = measure()
     overlap = _said_overlap(prepared, measure.examples)
     update_weights(prepared)
     natural, none = prepared.network.measures(), measure()
     run = dataclasses.replace(prepared.run, callbacks=tuple(callbacks))
-    solution = method.solve(prepared.network, run)
+    solution = permuter(prepared.config.permute).solve(prepared.network, run)
     searched = time.monotonic()
     update_weights(prepared)
     seconds = {"calibrate": prepared.seconds, "search": solution.seconds, "update": time.monotonic() - searched}
-    pruned = finish(prepared, solution, natural)
-    measured = evaluation.measured(dense, none, measure(), overlap=overlap)
-    return _Done(pruned, measured, seconds, lambda folder: write_weights(model, processor, stored, folder))
+    return _Found(solution, natural, measure, dense, none, overlap, seconds)
+
+
+def _prune_divided(
+    name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder, callbacks: Sequence[Callback]
+) -> _Done:
+    """Prune a model of whose weights each process holds some rows."""
+    model = DividedModel(name, config, work)
+    model.prepared.dense.warn()
+    found = _search(model.prepared, model.processor, evaluation, callbacks)
+    measured = found.measured(evaluation)
+    pruned = model.finish(found.solution, found.natural)
+    write = partial(model.write, gathered=bool(pruned.gathers))
+    return _Done(pruned, measured, found.seconds, write, model.collected.served, model.collected.serve)
 
 
 def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder) -> _Done:
@@ -173,7 +225,7 @@ def _said_overlap(plan: Plan, examples: Examples) -> float:
 def _write(done: _Done, record: Record, work: WorkFolder, pack: str | None) -> None:
     """Write the output folder; with `pack`, write the unpacked checkpoint to the work folder first and pack that."""
     out = work.out if pack is None else work.scratch / "pruned"
-    with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
+    with done.served(), atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_pruned(record, done.pruned.probe, done.write, folder)
     if pack is not None and (dense := pack_folder(out, work.out, dtype=pack).left_dense):
         log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))

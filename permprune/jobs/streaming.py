@@ -223,22 +223,8 @@ class Stream:
 
     def stored(self, pruned: Pruned) -> Edit:
         """Return the edit that makes the weights to be written: masked, folded, and with gathered columns reordered."""
-        masked, layers = self.masked(DECIDED), self._layers
-        gathered = {
-            layers[part.layer].parameter: (layers[part.layer], pruned.solution.orders[problem.name])
-            for problem in self.plan.problems
-            if not problem.space and problem.name in pruned.solution.orders
-            for part in problem.parts
-        }
-
-        def edit(name: str, tensor: Tensor) -> Tensor:
-            tensor = masked(name, tensor)
-            fold_parameter(name, tensor, pruned.tables, self.plan.coupling)
-            if name in gathered:
-                tensor = reorder_columns(tensor, *gathered[name])
-            return tensor
-
-        return edit
+        masked, ordered = self.masked(DECIDED), stored_order(self.plan, pruned)
+        return lambda name, tensor: ordered(name, masked(name, tensor))
 
     @property
     def _layers(self) -> dict[str, Layer]:
@@ -284,6 +270,23 @@ class Stream:
             saliency=self.plan.metric,
             patterns=dict.fromkeys(uniform, self.plan.pattern),
         )
+
+
+def stored_order(plan: Plan, pruned: Pruned) -> Edit:
+    """Return the edit that puts the channels of masked weights in stored order: folded, or reordered for gathers."""
+    layers = {layer.name: layer for layer in plan.layers}
+    gathered = {
+        layers[part.layer].parameter: (layers[part.layer], pruned.solution.orders[problem.name])
+        for problem in plan.problems
+        if not problem.space and problem.name in pruned.solution.orders
+        for part in problem.parts
+    }
+
+    def edit(name: str, tensor: Tensor) -> Tensor:
+        fold_parameter(name, tensor, pruned.tables, plan.coupling)
+        return reorder_columns(tensor, *gathered[name]) if name in gathered else tensor
+
+    return edit
 
 
 class _AllDecided(Exception):

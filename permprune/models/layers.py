@@ -21,6 +21,9 @@ from permprune.system.progress import log
 SHOWN = 5
 """Maximum number of names of dense weights in a warning."""
 
+ROWS = "_permprune_rows"
+"""Attribute of a module of whose weight this process holds some rows (`load_rows`): (these rows, number of all)."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -78,6 +81,16 @@ class Layer:
     def weight(self) -> Tensor:
         """The weight as (rows, channels) = (outputs, inputs); it shares memory with the parameter."""
         return self.part_of(self.stored.data)
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the layer that `weight` has: all, unless processes divide them (`load_rows`)."""
+        return getattr(self.owner, ROWS, (slice(None), 0))[0]  # type: ignore[no-any-return]
+
+    @property
+    def row_count(self) -> int:
+        """The number of rows of the whole layer."""
+        return getattr(self.owner, ROWS, (slice(None), len(self.weight)))[1]  # type: ignore[no-any-return]
 
     @property
     def channel_dim(self) -> int:

@@ -169,6 +169,11 @@ class Permuter(ABC):
         network.set_orders(solution.orders)
         return solution
 
+    @property
+    def divides_rows(self) -> bool:
+        """Whether it works where each process holds only some rows of the weights (`permprune.system.sharding`)."""
+        return False
+
     @abstractmethod
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         """Find orders. The network may have any orders at first, and has the dense weights."""

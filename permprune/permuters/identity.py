@@ -20,6 +20,10 @@ class Identity(ScorePermuter):
 
     name: ClassVar[str] = "none"
 
+    @property
+    def divides_rows(self) -> bool:
+        return True
+
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return problem.identity()
 
@@ -32,6 +36,10 @@ class Random(ScorePermuter):
     """Take a uniformly random order."""
 
     name: ClassVar[str] = "random"
+
+    @property
+    def divides_rows(self) -> bool:
+        return True
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return torch.randperm(problem.size, generator=generator)

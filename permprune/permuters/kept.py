@@ -18,6 +18,7 @@ from permprune.matching.parts import part_count, random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.base import Scores
 from permprune.pruning.problem import Problem
+from permprune.system import sharding
 from permprune.system.resources import Work
 
 ROWS = 64
@@ -114,7 +115,9 @@ def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
     divided into parts at random, for each slot anew, and channels are assigned to the groups of their part. `score` is
     (channels, rows); returns int64 (channels,).
     """
-    hands = score.sum(1).argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
+    total = score.sum(1)
+    sharding.add_(total)
+    hands = total.argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
     hands[1::2] = hands[1::2].flip(1)
     groups = hands.T.contiguous()
     generator = torch.Generator().manual_seed(0)
@@ -147,4 +150,5 @@ def _kept_by_joining(score: Tensor, free: Tensor, others: Tensor, n: int) -> Ten
             slots=torch.zeros(count, dtype=torch.int64),
             pattern=Pattern(1, 2),
         )
+    sharding.add_(gain)
     return gain

@@ -11,7 +11,8 @@ sensitivity of the loss. With slope = -dLoss/dW_eff it is the end-to-end model o
 in which a damping above 1 accounts for the curvature between layers that move together.
 
 The model is a sum over rows, of which it reads a block at a time. Of all rows it holds only the slope, in the type of
-the weights; E follows from the weights, their scores and the groups.
+the weights; E follows from the weights, their scores and the groups. If processes divide the rows, each has those that
+it holds, and the sums over rows, of costs and changes of the model, are added.
 
 Matrices here are channels first, (channels, rows), so that a group's weights are contiguous.
 """
@@ -33,6 +34,7 @@ from permprune.permuters.bundles import BLOCK, Bundle, read_bundles
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Problem
+from permprune.system import sharding
 from permprune.system.resources import Work
 
 PART = 256
@@ -57,7 +59,7 @@ def model_bytes(outline: Outline, threads: int, slopes: torch.dtype, *, part: in
     and the second moments that one layer reads, with a part of them in another order. Of these, only those inside parts
     of `part` channels are read, if given.
     """
-    total, largest = 0, max(layer.weight.numel() for layer in outline.layers)
+    total, largest = 0, max(outline.rows[layer.name] * layer.weight.shape[1] for layer in outline.layers)
     for problem in outline.largest(threads):
         weights = problem.size * outline.rows_of(problem)
         block = min(weights, largest, BLOCK)
@@ -257,6 +259,7 @@ class QuadraticModel:
                 products = torch.bmm(block.coupled(own), own.mT).mul_(among).sum((1, 2))
                 linear = move.mul_(block.slope).sum(1)[channels].sum(1)
                 gain += linear.add_(products, alpha=self.damping / 2).cpu()
+        sharding.add_(gain)
         return gain
 
     def _shift(self, groups: Tensor, parts: list[Among], slots: Tensor | None) -> list[Tensor]:
@@ -265,7 +268,8 @@ class QuadraticModel:
         changed[groups[(groups != self.groups).any(1)].flatten()] = True
         if not changed.any():
             return [] if slots is None else self._costs(parts, slots)
-        costs = _no_costs(parts)
+        costs = [] if slots is None else _no_costs(parts)
+        change = 0.0
         for bundle in self.bundles:
             fields = [_field(bundle, part, changed) for part in parts]
             for block in self._blocks(bundle):
@@ -273,9 +277,10 @@ class QuadraticModel:
                 move = error - block.error
                 field = block.coupled(_joined(parts, fields, move)).mul_(self.damping)
                 block.slope.add_(field)
-                self.change += float((move * block.slope).sum() - field.mul_(move).sum() / 2)
+                change += float((move * block.slope).sum() - field.mul_(move).sum() / 2)
                 if slots is not None:
                     self._add_costs(costs, bundle, block, error, groups=groups, parts=parts, slots=slots)
+        self.change += sharding.total(change)[0]
         self.groups = groups
         return _from_diagonal(costs)
 
@@ -333,7 +338,8 @@ def _no_costs(parts: list[Among]) -> list[Tensor]:
 
 
 def _from_diagonal(costs: list[Tensor]) -> list[Tensor]:
-    """Subtract from each row its element on the diagonal, and round to fp32."""
+    """Sum over all rows of weights; from each row subtract its element on the diagonal, and round to fp32."""
+    sharding.add_(*costs)
     return [(cost - cost.diagonal()[:, None]).float() for cost in costs]
 
 

@@ -18,6 +18,7 @@ from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.pruning.problem import Orders, Problem
+from permprune.system.distributed import shards
 from permprune.system.progress import log, track
 from permprune.system.resources import Held, Stage, Work
 from permprune.system.search_state import Journal
@@ -46,6 +47,10 @@ class Reconstruction(LocalPermuter):
     candidates: Count = 3
     shares: Count = 8
 
+    @property
+    def divides_rows(self) -> bool:
+        return True
+
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         def solve(number: int, problem: Problem) -> Tensor:
             """Return the orders of all candidates, int64 (candidates, size)."""
@@ -66,8 +71,7 @@ class Reconstruction(LocalPermuter):
     def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator, jitter: float = 0.0) -> Tensor:
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square_()
-        for block in energy.split(max(1, BLOCK // energy.shape[1])):
-            block *= 1 + jitter * torch.randn(block.shape, generator=generator).to(block)
+        _add_noise(energy, jitter, generator, *_places(network, problem))
         first = deal_and_assign(energy, network.pattern_of(problem))
         del energy  # as large as the problem
         model = QuadraticModel.of(network, problem, fisher, order=first)
@@ -109,3 +113,21 @@ class Reconstruction(LocalPermuter):
                     best, least = tried, loss
         log.info("%s: held-out loss %.4f", self.name, least)
         return best
+
+
+def _add_noise(energy: Tensor, jitter: float, generator: torch.Generator, rows: int, own: slice | Tensor) -> None:
+    """Multiply energies, (channels, rows), by random numbers, 1 with a standard deviation of `jitter`.
+
+    The numbers are drawn for all `rows`, as all processes have to draw the same; `own` are those of this process.
+    """
+    for block in energy.split(max(1, BLOCK // rows)):
+        block *= 1 + jitter * torch.randn(len(block), rows, generator=generator)[:, own].to(block)
+
+
+def _places(network: MaskedLayers, problem: Problem) -> tuple[int, slice | Tensor]:
+    """Return the number of rows that follow a problem's order, and which of them this process holds."""
+    count, own = 0, []
+    for layer in (network.layers[part.layer] for part in problem.parts):
+        own.append(torch.arange(count, count + layer.row_count)[layer.rows])
+        count += layer.row_count
+    return count, torch.cat(own) if shards() > 1 else slice(None)

@@ -21,6 +21,10 @@ class RIAPermuter(ScorePermuter):
 
     name: ClassVar[str] = "ria"
 
+    @property
+    def divides_rows(self) -> bool:
+        return True
+
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return deal_and_assign(stacked_scores(network, problem), network.pattern_of(problem))
 

@@ -95,6 +95,10 @@ class TrustRegion(Iterative):
         """
 
     @property
+    def divides_rows(self) -> bool:
+        return not (self.tune or self.train) and self.start.divides_rows
+
+    @property
     def total(self) -> int:
         return self.rounds
 

@@ -21,7 +21,7 @@ from permprune.models.narrow_weights import NarrowWeights, computed_type
 from permprune.pattern import Pattern
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency, Scale
-from permprune.system import distributed
+from permprune.system import distributed, sharding
 from permprune.system.device import autocast_dtype
 from permprune.system.progress import track
 from permprune.system.resources import Held
@@ -74,6 +74,9 @@ class MaskedLayers:
     `dense`, `scores`, `weights`, `masks` and `shown` are by layer, with tensors (rows, channels) that are computed when
     they are read. The weights that are masked are the dense ones, except those in `trained` (`set_weights`); the scores
     remain those of the dense weights. The layers run with the masked weights, except those in `updated` (`show`).
+
+    Rows are those that this process holds (`permprune.system.sharding`): what depends on all of them is summed over the
+    processes.
 
     `sites` maps each layer to the name of the tensor that it reads. `held` are the weights that are held in bf16; the
     network releases them when its masked weights are written, or the dense weights are restored. Raises
@@ -158,8 +161,10 @@ class MaskedLayers:
             problem = numbered[1]
             return -problem.size * sum(self.row_count(part.layer) for part in problem.parts)
 
-        numbered = zip(numbers or range(len(self.problems)), self.problems, strict=True)
-        mine = distributed.share(sorted(numbered, key=weights))
+        numbered = list(zip(numbers or range(len(self.problems)), self.problems, strict=True))
+        if distributed.shards() == 1:  # otherwise all ranks solve the same problem at a time
+            numbered.sort(key=weights)
+        mine = distributed.share(numbered)
         found = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.layers.values())).weight.device)
         shown = track(found, label, len(mine)) if label else found
         return distributed.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
@@ -222,10 +227,11 @@ class MaskedLayers:
         the first-order prediction of the change of the loss. With the gradient at its end, a negative result means that
         a longer step would lower the loss further, a positive one that the step was too long.
         """
-        return sum(self.part_slope(part, before, after, gradient[part.layer]) for part in problem.parts)
+        own = (self.part_slope(part, before, after, gradient[part.layer]) for part in problem.parts)
+        return sharding.total(sum(own))[0]
 
     def part_slope(self, part: Part, before: Tensor, after: Tensor, gradient: Tensor) -> float:
-        """Return what a part of a problem adds to its `slope`; `gradient` is that of the part's layer."""
+        """Return what the rows of a part of a problem add to its `slope`; `gradient` is that of the part's layer."""
         if torch.equal(before, after):
             return 0.0
         dense, weight, own = (x[:, part.span] for x in (self.dense[part.layer], self.weights[part.layer], gradient))
@@ -267,7 +273,8 @@ class MaskedLayers:
         for name, layer in self.layers.items():
             dense, shown, energy = self.dense[name], self.shown[name], self.scores[name].square_()
             moments = self.statistics.moments[self.sites[name]]
-            kept = float((energy * shown.ne(0)).sum() / energy.sum().clamp_min(1e-30))
+            sums = sharding.total(float((energy * shown.ne(0)).sum()), float(energy.sum()))
+            kept = sums[0] / max(sums[1], 1e-30)
             if name not in self._energies:  # a product as large as a pass over many tokens
                 self._energies[name] = max(_output_energy(dense, moments), 1e-30)
             error = _output_energy(dense - shown, moments) / self._energies[name]
@@ -336,4 +343,4 @@ def _output_energy(weight: Tensor, moments: Tensor) -> float:
 
     `weight` is (rows, channels), and `moments` are the second moments of its inputs, (channels, channels).
     """
-    return float(((weight.float() @ moments) * weight).sum())
+    return sharding.total(float(((weight.float() @ moments) * weight).sum()))[0]

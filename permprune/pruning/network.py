@@ -27,7 +27,7 @@ from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency
-from permprune.system import distributed
+from permprune.system import distributed, sharding
 from permprune.system.device import compute_device
 
 COUPLED = 4096
@@ -128,7 +128,7 @@ class PrunedNetwork(MaskedLayers):
         total, count = 0.0, 0.0
         with self._differentiable():
             for name, parameter in weights.items():
-                if mean and not distributed.rank():  # ranks are summed
+                if mean and distributed.adds_once():
                     parameter.grad = mean.stored[name].mul_(mean.count)
             for part, dense in self._parts(examples, loss):
                 with self._output_fisher(fisher, part):
@@ -168,7 +168,7 @@ class PrunedNetwork(MaskedLayers):
         with self._differentiable(), self._taken(take):
             for shown, dense in self._parts(examples, loss):
                 count += self._backward(shown, loss, dense)[1]
-        *totals, count = distributed.total(*sums.values(), count)
+        *totals, count = distributed.total(*sharding.total(*sums.values()), count)
         return {name: value / count for name, value in zip(sums, totals, strict=True)}
 
     def take_gradients(self, examples: Examples, loss: Loss, take: Callable[[str, Tensor], None]) -> None:
@@ -245,7 +245,7 @@ class PrunedNetwork(MaskedLayers):
     def _no_fisher(self, weight: Tensor) -> Tensor:
         """Zeros for the Fisher information of a weight's rows, (rows,), or for the covariance of rows, (rows, rows)."""
         rows, dtype = len(weight), torch.promote_types(weight.dtype, torch.float32)
-        square = self.statistics.one_label_per_example and rows <= COUPLED
+        square = self.statistics.one_label_per_example and rows <= COUPLED and distributed.shards() == 1
         return weight.new_zeros((rows, rows) if square else rows, dtype=dtype)
 
     def _collect(self, weights: dict[str, nn.Parameter], terms: int, asked: bool) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ class Outline:
     """The layers to prune, what each of them reads (`Layer.input_of`), and the orders to find.
 
     `repeated` are the lists of blocks of which only the first ones were traced. `dtype` is the type in which a search
-    holds the weights of the layers.
+    holds the weights of the layers. Rows, weights and moments are those of one of `shards` processes that divide them.
     """
 
     pattern: Pattern
@@ -32,11 +32,12 @@ class Outline:
     problems: Sequence[Problem]
     repeated: Sequence[Repetition] = ()
     dtype: torch.dtype = torch.float32
+    shards: int = 1
 
     @cached_property
     def rows(self) -> dict[str, int]:
         """The number of rows of each layer."""
-        return {layer.name: len(layer.weight) for layer in self.layers}
+        return {layer.name: -(-len(layer.weight) // self.shards) for layer in self.layers}
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -46,7 +47,7 @@ class Outline:
     @cached_property
     def weights(self) -> int:
         """The number of weights of all layers."""
-        return sum(layer.weight.numel() for layer in self.layers)
+        return sum(self.rows[layer.name] * layer.weight.shape[1] for layer in self.layers)
 
     def rows_of(self, problem: Problem) -> int:
         """The number of weight rows that follow a problem's order."""
@@ -69,7 +70,7 @@ class Outline:
 
     def moments(self) -> int:
         """The number of elements that are stored of the second moments of all tensors that layers read."""
-        return sum(map(stored_elements, self.widths.values()))
+        return sum(map(stored_elements, self.widths.values())) // self.shards
 
     def repeat(self, lists: Sequence[Repetition]) -> Outline:
         """The outline of the whole model, given that of the model without the blocks that `lists` leaves out.

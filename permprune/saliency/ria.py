@@ -12,6 +12,7 @@ from torch import Tensor
 from permprune.calibration.moments import root_mean_square
 from permprune.options import NonNegative
 from permprune.saliency.base import Saliency, Scale
+from permprune.system import sharding
 
 TINY = 1e-12
 """The least sum of a row or column, so that one of zeros scores zero instead of NaN."""
@@ -29,5 +30,7 @@ class RIA(Saliency):
 
     def scale(self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]) -> Scale:
         size, norm = weight.float().abs(), root_mean_square(moments) ** self.power
-        columns, rows = (1 / size.sum(dim).clamp_min(TINY) for dim in (0, 1))
+        sums = [size.sum(dim) for dim in (0, 1)]
+        sharding.add_(sums[0])
+        columns, rows = (1 / own.clamp_min(TINY) for own in sums)
         return Scale(torch.stack([columns * norm, norm]), torch.stack([torch.ones_like(rows), rows], 1))

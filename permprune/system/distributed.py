@@ -2,17 +2,22 @@
 
 In a single process everything except `each` is a no-op.
 
-Calibration batches and problems are distributed over the ranks in turn and the results are combined, so that every rank
-has the same orders. Sums over batches equal those of a single process to the last bit if the order of summation does
-not matter, as for the two batches of a round on two ranks.
+By default every rank holds the whole model. Calibration batches and problems are distributed over the ranks in turn and
+the results are combined, so that every rank has the same orders. Sums over batches equal those of a single process to
+the last bit if the order of summation does not matter, as for the two batches of a round on two ranks.
+
+Inside `dividing_rows` the ranks divide the rows of the weights instead (`permprune.system.sharding`). All of them then
+run the same batches and solve the same problems at the same time.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +29,11 @@ from permprune.system.memory import release_freed_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+ENDED = "another process of this run has ended: see what it printed, then repeat the command with --resume"
+"""What a process prints before it ends because another one has."""
+
+_state = {"divided": False}
 
 
 def rank() -> int:
@@ -38,7 +48,10 @@ def world() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """A context that joins the other ranks if `torchrun` started this process, with NCCL if there are GPUs, or gloo."""
+    """A context that joins the other ranks if `torchrun` started this process, with NCCL if there are GPUs, or gloo.
+
+    If a process ends, `torchrun` terminates the others; the first of them then prints one line.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or _running():
         yield
         return
@@ -48,49 +61,92 @@ def processes() -> Iterator[None]:
     else:
         dist.init_process_group("gloo")
     try:
-        yield
+        with _ending_when_told():
+            yield
     finally:
         dist.destroy_process_group()
 
 
+@contextmanager
+def dividing_rows() -> Iterator[None]:
+    """A context in which the ranks divide the rows of weights, and not examples and problems."""
+    before = _state["divided"]
+    _state["divided"] = True
+    try:
+        yield
+    finally:
+        _state["divided"] = before
+
+
+def shards() -> int:
+    """Return the number of processes that divide the rows of weights; 1 if each holds all rows."""
+    return world() if _state["divided"] else 1
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
     """Return the items of this rank: every `world()`-th one, starting with item `rank()`."""
-    return items[rank() :: world()]
+    return items if _alike() else items[rank() :: world()]
 
 
 def add_(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the ranks."""
-    if _running():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
+    """Replace each tensor by its sum over the ranks' shares of the examples."""
+    if not _alike():
+        with connected():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+
+def adds_once() -> bool:
+    """Whether this rank is the one that adds what `add_` is to count once."""
+    return _alike() or not rank()
 
 
 def total(*numbers: float) -> tuple[float, ...]:
-    """Return the sum of each number over the ranks."""
+    """Return the sum of each number over the ranks' shares of the examples; it is the same on every rank."""
     if not _running():
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(sums)
+    with connected():
+        if _alike():  # of the same examples: decisions must not differ by the rounding of kernels
+            dist.broadcast(sums, 0)
+        else:
+            dist.all_reduce(sums)
     return tuple(sums.tolist())
 
 
 def mean(number: float) -> float:
     """Return the mean over the ranks, for instance of times, so that all ranks use the same one."""
-    return total(number)[0] / world()
+    return sum(gathered(number)) / world()
 
 
 def merge(found: dict[str, T]) -> dict[str, T]:
-    """Return the union of the ranks' dicts; their values must be picklable, and tensors on the CPU."""
+    """Return the union of the results of the ranks' shares; they must be picklable, and tensors on the CPU."""
+    return found if _alike() else {key: value for part in gathered(found) for key, value in part.items()}
+
+
+def gathered(own: T) -> list[T]:
+    """Return the values of all ranks, which must be picklable."""
     if not _running():
-        return found
+        return [own]
     parts: list[Any] = [None] * world()
-    dist.all_gather_object(parts, found)
-    return {key: value for part in parts for key, value in part.items()}
+    with connected():
+        dist.all_gather_object(parts, own)
+    return parts
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """Raise `PermpruneError` on every rank if the ranks have different settings, naming those that differ."""
+    first, *others = gathered(dict(settings))
+    names = sorted({key for other in others for key in first.keys() | other.keys() if first.get(key) != other.get(key)})
+    if names:
+        raise PermpruneError(
+            f"the processes of this run differ in {', '.join(names)}: start all with the same command and files"
+        )
 
 
 def common(items: Iterable[str]) -> set[str]:
     """Return the items that every rank has."""
-    return set.intersection(*merge({str(rank()): set(items)}).values())
+    return set.intersection(*gathered(set(items)))
 
 
 def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -> Iterator[R]:
@@ -98,9 +154,10 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -
 
     On a CPU as many items are processed at a time as torch has threads, each by one thread: small operations are faster
     side by side than one after another on all threads. Calls must not change what other calls read. Threads do not
-    reuse memory that other threads have freed, so freed memory is released before they start and after they end.
+    reuse memory that other threads have freed, so freed memory is released before they start and after they end. Where
+    ranks divide rows, they process the items one after the other, as they have to exchange sums in the same order.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = torch.get_num_threads() if device.type == "cpu" and shards() == 1 else 1
     if threads == 1:
         yield from map(function, items)
         return
@@ -115,28 +172,92 @@ def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -
         torch.set_num_threads(threads)
 
 
-def on_first(function: Callable[[], R]) -> R:
-    """Call the function on the first rank only, and return its result, or raise its `PermpruneError`, on every rank."""
+def on_first(function: Callable[[], R], others: Callable[[], None] = lambda: None) -> R:
+    """Call the function on the first rank only, and return its result, or raise its `PermpruneError`, on every rank.
+
+    Meanwhile the other ranks call `others`.
+    """
     if not _running():
         return function()
     answer: list[Any] = [None, None]
-    if not rank():
+    if rank():
+        others()
+    else:
         try:
             answer[0] = function()
         except PermpruneError as error:
             answer[1] = error
-    dist.broadcast_object_list(answer)
+    with connected():
+        dist.broadcast_object_list(answer)
     value, failure = answer
     if failure is not None:
         raise failure
     return value  # type: ignore[no-any-return]
 
 
+def on_all(function: Callable[[], R]) -> R:
+    """Call the function on every rank and return its own result; a `PermpruneError` of one rank is raised on all."""
+    result, failure = None, None
+    try:
+        result = function()
+    except PermpruneError as error:
+        failure = error
+    for found in gathered(failure):
+        if found is not None:
+            raise found
+    return result  # type: ignore[return-value]
+
+
 def wait() -> None:
     """Wait until every rank has made this call."""
     if _running():
-        dist.barrier()
+        with connected():
+            dist.barrier()
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """A context for collective operations; raises `PermpruneError` if another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # of any backend: torch has no class of errors for lost connections
+        raise PermpruneError(ENDED) from error
 
 
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _alike() -> bool:
+    """Whether all ranks have the same examples: there is one, or they divide rows."""
+    return not _running() or _state["divided"]
+
+
+@contextmanager
+def _ending_when_told() -> Iterator[None]:
+    """A context in which SIGTERM ends this process at once, also while it waits for others; the first rank says why.
+
+    Python runs signal handlers only between its own instructions, but writes the signal's number to a file at once.
+    """
+    told, teller = os.pipe()
+    os.set_blocking(teller, False)
+
+    def wait_for_signal() -> None:
+        while (number := os.read(told, 1)) != bytes([signal.SIGTERM]):
+            if not number:
+                return
+        if not rank():
+            os.write(2, f"permprune: {ENDED}\n".encode())
+        os._exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
+    thread = Thread(target=wait_for_signal, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.set_wakeup_fd(before[1])
+        os.close(teller)
+        thread.join()
+        os.close(told)

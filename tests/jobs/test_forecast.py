@@ -174,6 +174,35 @@ def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
         permprune.forecast(str(config_folder), config.replace(permute="ria"))
 
 
+def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
+    config = SETTINGS.replace(permute="newton:rounds=1")
+    whole = permprune.forecast(str(config_folder), config, processes=2)
+    assert (whole.processes, whole.shards, whole.advice) == (2, 1, "")
+    parts = bytes_of(whole, "newton: proposals")
+    forced = permprune.forecast(str(config_folder), config.replace(shard=True), processes=2)
+    assert forced.shards == 2 and forced.advice == "the 2 processes divide the rows of the weights"
+    divided = bytes_of(forced, "newton: proposals")
+    for part in ("weights", "masks", "second moments", "gradients"):
+        assert divided[part] == pytest.approx(parts[part] / 2, rel=0.01)
+    least = permprune.forecast(str(config_folder), config.replace(batch=1, recompute=True)).tensors
+    found = permprune.forecast(str(config_folder), config.replace(memory=least - 1), processes=2)
+    assert found.shards == 2 and found.tensors < least
+    assert "in each process: the 2 processes divide the rows of the weights" in found.advice
+    with pytest.raises(PermpruneError, match="raise --memory"):
+        permprune.forecast(str(config_folder), config.replace(memory=least - 1, shard=False), processes=2)
+    for settings, fault in (
+        ({"permute": "cp"}, "permuter cp needs all rows of a layer: choose one of none, random, ria"),
+        ({"permute": "newton:train=0.5", "minutes": 9.0}, "permuter newton:train=0.5 needs .*, without training"),
+        ({"permute": "newton:tune=8"}, "permuter newton:tune=8 needs .*, without training"),
+        ({"update": "sparsegpt"}, "update sparsegpt needs all rows of a layer: choose none"),
+        ({"pattern": "mixed"}, "leave --shard out"),
+    ):
+        with pytest.raises(PermpruneError, match=fault):
+            permprune.forecast(str(config_folder), config.replace(**settings, shard=True), processes=2)
+    with pytest.raises(PermpruneError, match="one process has nothing to divide: start several with torchrun"):
+        permprune.forecast(str(config_folder), config.replace(shard=True))
+
+
 def test_a_run_layer_by_layer_is_forecast(config_folder: Path) -> None:
     config = SETTINGS.replace(permute="ria")
     memory = permprune.forecast(str(config_folder), config.replace(batch=1, recompute=True)).tensors - 1

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from permprune.errors import PermpruneError
 from permprune.system import distributed
 from permprune.system.files import WorkFolder
 
 from ..cli.running import run
+from ..processes import in_processes
 
 
 def test_alone_nothing_is_shared() -> None:
@@ -39,7 +41,13 @@ def test_threads_answer_in_order_and_give_the_threads_back() -> None:
         torch.set_num_threads(before)
 
 
-METHODS = ["newton:rounds=2", "learned:rounds=2", "reconstruction"]
+CASES = [
+    ["--permute", "newton:rounds=2", "--mode", "gather"],
+    ["--permute", "learned:rounds=1", "--mode", "gather"],
+    ["--permute", "newton:rounds=1", "--mode", "fold"],
+]
+DIVIDED = CASES[2]
+"""In this case the two processes divide the rows of the weights; in the others each holds the whole model."""
 
 COMMANDS = """
 import json, os, sys
@@ -55,12 +63,12 @@ codes = []
 with distributed.processes():
     for arguments in json.loads((folder / "commands.json").read_text()):
         try:
-            app(arguments)
+            app([argument.replace("{rank}", os.environ["RANK"]) for argument in arguments])
         except SystemExit as ended:
             codes.append(ended.code)
 (folder / f"codes-{os.environ['RANK']}.json").write_text(json.dumps(codes))
 """
-"""Runs one command after the other, so that the processes import torch once."""
+"""Runs one command after the other, so that the processes import torch once; {rank} is replaced in the arguments."""
 
 
 @pytest.mark.slow
@@ -68,17 +76,22 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     shared = ["prune", str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text)]
-    shared += ["--length", "16", "--samples", "40", "--windows", "4", "--precision", "fp32", "--mode", "gather"]
-    alone, both = ([tmp_path / f"{count} {method}" for method in METHODS] for count in (1, 2))
+    shared += ["--length", "16", "--samples", "40", "--windows", "4", "--precision", "fp32"]
+    alone, both = ([tmp_path / f"{count} {number}" for number in range(len(CASES))] for count in (1, 2))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for method, out in zip(METHODS, alone, strict=True):
-            assert run(*shared, "--permute", method, "--out", out)[0] == 0
+        for case, out in zip(CASES, alone, strict=True):
+            assert run(*shared, *case, "--out", out)[0] == 0
     finally:
         torch.set_num_threads(threads)
-    commands = [[*shared, "--permute", method, "--out", str(out)] for method, out in zip(METHODS, both, strict=True)]
-    (tmp_path / "commands.json").write_text(json.dumps([*commands, [*shared, "--out", str(tmp_path / "held")]]))
+    commands = [
+        [*shared, *case, "--out", str(out), "--shard" if case is DIVIDED else "--no-shard"]
+        for case, out in zip(CASES, both, strict=True)
+    ]
+    faulty = [["--out", "held"], ["--out", "unlike", "--seed", "{rank}"]]
+    commands += [[*shared, *options[:1], str(tmp_path / options[1]), *options[2:]] for options in faulty]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
     (tmp_path / "commands.py").write_text(COMMANDS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with WorkFolder(tmp_path / "held").held("prune", resume=False):
@@ -91,11 +104,41 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
         )
     assert ended.returncode == 0, ended.stderr
     codes = [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)]
-    assert codes == [[0, 0, 0, 2]] * 2, ended.stderr
+    assert codes == [[0, 0, 0, 2, 2]] * 2, ended.stderr
     assert ended.stdout.count("written to") == 3
+    assert ended.stderr.count("the 2 processes divide the rows of the weights") == 1
     assert ended.stderr.count("another run is writing") == 1
+    assert ended.stderr.count("the processes of this run differ in seed: ") == 1
+    assert run("verify", both[CASES.index(DIVIDED)])[0] == 0
     for folders in zip(alone, both, strict=True):
         one, two = (json.loads((folder / "permprune.json").read_text()) for folder in folders)
         assert one["permutations"] == two["permutations"] and one["gathers"] == two["gathers"]
         assert [p["loss"] for p in one["curve"]] == pytest.approx([p["loss"] for p in two["curve"]], abs=1e-6)
         assert one["measured"]["pruned"] == pytest.approx(two["measured"]["pruned"], rel=1e-6)
+
+
+def test_ranks_that_differ_are_refused_and_an_error_of_one_is_raised_on_all() -> None:
+    def differ() -> str:
+        with pytest.raises(PermpruneError) as raised:
+            distributed.require_same({"mode": "fold", "seed": distributed.rank() % 2})
+        return str(raised.value)
+
+    def fail() -> str:
+        def once() -> None:
+            if distributed.rank() == 1:
+                raise PermpruneError("no disk")
+
+        with pytest.raises(PermpruneError) as raised:
+            distributed.on_all(once)
+        return str(raised.value)
+
+    refused = "the processes of this run differ in seed: start all with the same command and files"
+    assert in_processes(3, differ) == [refused] * 3
+    assert in_processes(2, fail) == ["no disk"] * 2
+    distributed.require_same({"seed": 0})
+
+
+def test_a_lost_connection_is_one_line() -> None:
+    with pytest.raises(PermpruneError) as raised, distributed.connected():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:549] Connection closed by peer [127.0.0.1]:59271")
+    assert str(raised.value).startswith("another process of this run has ended: see what it printed")
