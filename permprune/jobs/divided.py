@@ -25,6 +25,7 @@ from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.stored import fold_tables
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, require_space
+from permprune.system.memory import release_freed_memory
 
 
 class DividedModel:
@@ -60,6 +61,7 @@ class DividedModel:
 
         The network has to have this solution; `natural` are its measures in natural order.
         """
+        release_freed_memory()  # of the search: the first process collects whole files
         prepared, network = self.prepared, self.prepared.network
         pruned = Pruned(
             model=self.whole,
