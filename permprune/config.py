@@ -81,8 +81,8 @@ class PruneConfig:
     held_out: Count = 8
     """Windows on which searches accept or reject a step (the next ones); the rest is for gradients."""
 
-    batch: Count = 4
-    """Windows per forward pass."""
+    batch: Count = 2
+    """Windows in a batch with gradients; one without, which needs less memory, has twice as many."""
 
     recompute: bool = False
     """Recompute the activations of each block in the backward pass instead of storing them: slower, but less memory."""

@@ -166,7 +166,7 @@ def prune_config(
         ),
     ] = None,
     batch: Annotated[
-        int, typer.Option(help="calibration windows per forward pass; fewer need less memory")
+        int, typer.Option(help="calibration windows in a batch; fewer need less memory")
     ] = PruneConfig.batch,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="recompute activations in the backward pass: slower, but less memory")

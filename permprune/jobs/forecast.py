@@ -28,6 +28,7 @@ from permprune.models.narrow_weights import held_type, is_narrow
 from permprune.permuters.registry import permuter
 from permprune.plan import DTYPES
 from permprune.pruning.masked import masked_parts
+from permprune.pruning.network import LIGHT
 from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.system.resources import Held, Place, Stage, Work
 from permprune.updates.none import NoUpdate
@@ -164,7 +165,7 @@ def forecast_held(
         forward=forward_operations(model) * gradient.positions / batch / shards,
         batch=batch,
         gradient=gradient,
-        loss=counted("none"),
+        loss=counted("none", batch=LIGHT * config.batch),
         dtype=dtype,
         held_out=held_out,
         examples_per_window=per_window,

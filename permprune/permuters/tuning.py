@@ -92,7 +92,11 @@ def training_parts(outline: Outline, passes: Passes, examples: int) -> tuple[Hel
     weights = outline.dtype.itemsize * outline.weights
     moments = 2 * weights * outline.pattern.n // outline.pattern.m
     parts = Held("trained weights", weights), Held("Adam's moments", moments), *activation_parts(passes.gradient)
-    return parts if examples <= passes.batch else (*parts, Held("gradients", gradient_bytes(outline)))
+    return (
+        parts
+        if examples * passes.examples_per_window <= passes.batch
+        else (*parts, Held("gradients", gradient_bytes(outline)))
+    )
 
 
 def train_weights(

@@ -33,6 +33,9 @@ from permprune.system.device import compute_device
 COUPLED = 4096
 """The largest number of rows of a layer for which the covariance of rows is computed: 64 MiB in fp32."""
 
+LIGHT = 2
+"""How many batches of a pass with gradients make one of a pass without, which holds few activations."""
+
 SMALL = 1e-6
 """Lower bound for the Fisher information of rows with a covariance, as a share of the mean: less is rounding error."""
 
@@ -65,8 +68,8 @@ class PrunedNetwork(MaskedLayers):
     """A model with masked layers, with methods for its loss and gradients.
 
     `task` computes the model's predictions for a batch, together with their targets. Examples run in batches of `batch`
-    on the model's device, with activations of type `dtype`. `recompute` turns on activation checkpointing, which saves
-    memory and takes more time (`recomputed`).
+    (`LIGHT` times as many without gradients) on the model's device, with activations of type `dtype`. `recompute` turns
+    on activation checkpointing, which saves memory and takes more time (`recomputed`).
     """
 
     def __init__(
@@ -81,7 +84,7 @@ class PrunedNetwork(MaskedLayers):
         patterns: Mapping[str, Pattern],
         task: Task,
         dtype: torch.dtype = torch.float32,
-        batch: int = 4,
+        batch: int = 2,
         recompute: bool = False,
         held: NarrowWeights | None = None,
     ) -> None:
@@ -108,7 +111,8 @@ class PrunedNetwork(MaskedLayers):
         """
         total, count = 0.0, 0.0
         with frozen(self.model):
-            for part, dense in self._parts(examples, loss, teacher_outputs):
+            known = teacher_outputs or self.compute_teacher_outputs(examples, loss)
+            for part, dense in self._parts(examples, known, LIGHT * self.batch):
                 with self.autocast():
                     value, terms = loss(self.model, part, self.task, dense)
                 total, count = total + float(value), count + terms
@@ -130,14 +134,14 @@ class PrunedNetwork(MaskedLayers):
             for name, parameter in weights.items():
                 if mean and distributed.adds_once():
                     parameter.grad = mean.stored[name].mul_(mean.count)
-            for part, dense in self._parts(examples, loss):
+            for part, dense in self._differentiated(examples, loss):
                 with self._output_fisher(fisher, part):
                     value, terms = self._backward(part, loss, dense)
                 total, count = total + value, count + terms
         total, count = distributed.total(total, count)
         distributed.add_(list(fisher.values()))
         terms = int(count) + (mean.count if mean else 0)
-        stored = self._collect(weights, terms, bool(self._share(examples)))
+        stored = self._collect(weights, terms, bool(_share(examples, self.batch)))
         fisher = {name: f * loss.curvature / count for name, f in fisher.items()}
         if mean:
             fisher = {
@@ -166,7 +170,7 @@ class PrunedNetwork(MaskedLayers):
                 sums[problem.name] += self.part_slope(part, before[problem.name], after[problem.name], gradient)
 
         with self._differentiable(), self._taken(take):
-            for shown, dense in self._parts(examples, loss):
+            for shown, dense in self._differentiated(examples, loss):
                 count += self._backward(shown, loss, dense)[1]
         *totals, count = distributed.total(*sharding.total(*sums.values()), count)
         return {name: value / count for name, value in zip(sums, totals, strict=True)}
@@ -179,14 +183,14 @@ class PrunedNetwork(MaskedLayers):
         `take` must not change the weights that the layers of this pass have yet to read. Raises `PermpruneError` as
         `gradients` does.
         """
-        parts, together = list(self._parts(examples, loss)), distributed.world() > 1
+        parts, together = list(self._differentiated(examples, loss)), distributed.world() > 1
         weights = {layer.parameter: layer.stored for layer in self.layers.values()}
-        batches = distributed.total(len(parts))[0]
+        count = distributed.total(len(parts))[0]
         with self._differentiable(), ExitStack() as last:
             for number, (part, dense) in enumerate(parts, 1):
                 if number == len(parts) and not together:
                     last.enter_context(self._taken(take))
-                self._backward(part, loss, dense, batches)
+                self._backward(part, loss, dense, count)
             if together:
                 for name, gradient in self._collect(weights, 1, bool(parts)).items():
                     self._hand(name, gradient, take)
@@ -224,17 +228,17 @@ class PrunedNetwork(MaskedLayers):
                     weight.requires_grad_(False)
 
     def _backward(
-        self, part: Examples, loss: Loss, teacher_outputs: TeacherOutputs | None, batches: float | None = None
+        self, part: Examples, loss: Loss, teacher_outputs: TeacherOutputs | None, count: float | None = None
     ) -> tuple[float, float]:
         """Run a batch forward and backward; returns the summed loss and the number of terms.
 
-        The gradient is that of the sum or, if the number of `batches` is given, of the mean over all of them.
+        The gradient is that of the sum or, if the `count` of all batches is given, of the mean over them.
         """
         with self.autocast():
             value, terms = loss(self.model, part, self.task, teacher_outputs)
         if not value.requires_grad:
             raise PermpruneError(f"{loss} has no gradient: compute it from the model's outputs")
-        (value if batches is None else value / (terms * batches)).backward()
+        (value if count is None else value / (terms * count)).backward()
         return float(value.detach()), terms
 
     def _output_fisher(self, fisher: dict[str, Tensor], part: Examples) -> AbstractContextManager[None]:
@@ -267,28 +271,35 @@ class PrunedNetwork(MaskedLayers):
             gradients[name] /= terms
         return gradients
 
-    @torch.no_grad()
     def compute_teacher_outputs(self, examples: Examples, loss: Loss) -> list[TeacherOutputs] | None:
-        """Return the dense model's outputs for this rank's batches of `examples`; None if the loss needs none."""
+        """Return the dense model's outputs for `examples`, in batches as `loss` runs them; None if it needs none."""
+        return self._teacher_outputs(examples, loss, LIGHT * self.batch)
+
+    @torch.no_grad()
+    def _teacher_outputs(self, examples: Examples, loss: Loss, batch: int) -> list[TeacherOutputs] | None:
+        """Return the dense model's outputs for this rank's batches of `batch` examples; None if the loss needs none."""
         if not loss.needs_teacher(self.task):
             return None
         found = []
         with frozen(self.model), self.dense_weights():
-            for part in self._share(examples):
+            for part in _share(examples, batch):
                 with self.autocast():
                     found.append(loss.compute_teacher_outputs(self.model, part.to(self.device), self.task))
         return found
 
+    def _differentiated(self, examples: Examples, loss: Loss) -> Iterator[tuple[Examples, TeacherOutputs | None]]:
+        """Iterate over this rank's batches with gradients, as `_parts` does."""
+        return self._parts(examples, self._teacher_outputs(examples, loss, self.batch), self.batch)
+
     def _parts(
-        self, examples: Examples, loss: Loss, teacher_outputs: Sequence[TeacherOutputs] | None = None
+        self, examples: Examples, teacher_outputs: Sequence[TeacherOutputs] | None, batch: int
     ) -> Iterator[tuple[Examples, TeacherOutputs | None]]:
         """Iterate over this rank's batches, on the model's device, with their teacher outputs or None."""
-        parts = self._share(examples)
-        known: Sequence[TeacherOutputs | None] = (
-            teacher_outputs or self.compute_teacher_outputs(examples, loss) or [None] * len(parts)
-        )
+        parts = _share(examples, batch)
+        known: Sequence[TeacherOutputs | None] = teacher_outputs or [None] * len(parts)
         return ((part.to(self.device), dense) for part, dense in zip(parts, known, strict=True))
 
-    def _share(self, examples: Examples) -> Sequence[Examples]:
-        """The batches of this rank."""
-        return distributed.share(batches(examples, self.batch))
+
+def _share(examples: Examples, batch: int) -> Sequence[Examples]:
+    """The batches of this rank."""
+    return distributed.share(batches(examples, batch))

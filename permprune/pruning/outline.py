@@ -145,8 +145,8 @@ class Passes:
     """The cost of passes of the model: `forward` floating-point operations for an example, and memory for a batch.
 
     A batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of
-    the weights, `loss` those without gradients, `held_out` is the number of examples of the accept test, and
-    `examples_per_window` as in `Run`.
+    the weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number
+    of examples of the accept test, and `examples_per_window` as in `Run`.
     """
 
     forward: float
