@@ -96,9 +96,15 @@ def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: l
 def measured(method: str, meters: list[Meter], peaks: list[float]) -> list[Result]:
     """Measure the network on each text, print the results, and note the peak memory."""
     results = [meter() for meter in meters]
-    values = ", ".join(f"{result.value:.4f} (standard error {result.stderr:.4f})" for result in results)
+    values = ", ".join(shown(result) for result in results)
     peaks.append(report(f"{method}: {results[0].metric} {values}"))
     return results
+
+
+def shown(result: Result) -> str:
+    """The value with its standard error; a single window has none."""
+    error = "" if result.stderr is None else f" (standard error {result.stderr:.4f})"
+    return f"{result.value:.4f}{error}"
 
 
 def report(what: str) -> float:
