@@ -51,6 +51,13 @@ def kv(
         typer.Option(help="text to calibrate on: a file, or a data set id", show_default="the default data"),
     ] = None,
     samples: Annotated[int, typer.Option(help="windows of text to calibrate on")] = 16,
+    fold: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder for a copy of the model whose weights give the values in the stored order, so that the cache, "
+            "which is then for that copy, need not reorder them; must not exist yet"
+        ),
+    ] = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
     length: cli.Length = PruneConfig.length,
@@ -76,6 +83,7 @@ def kv(
         samples=samples,
         length=length,
         seed=seed,
+        fold=fold,
         evaluation=Evaluation(data, windows, length),
         trust_remote_code=trust_remote_code,
     )
@@ -88,5 +96,5 @@ def kv(
         f"perplexity {number(measured.pruned)}, with a dense cache {number(measured.dense)}; "
         f"cache {measured.pruned_bytes / 1e6:.1f} MB, dense {measured.dense_bytes / 1e6:.1f} MB"
     )
-    print(f"written to {out}")
+    print(f"written to {out}" + ("" if fold is None else f", the model that it is for to {fold}"))
     cli.write_figures(json, encode(record))

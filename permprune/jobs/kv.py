@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
@@ -22,12 +23,15 @@ from permprune.inference.kv.calibration import ObservedLayer, fit_channels, obse
 from permprune.inference.kv.config import AUTO, KVConfig, default_pattern, pattern_of
 from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity, require_positions
 from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, write_cache
+from permprune.inference.kv.folding import fold_values
 from permprune.jobs.trials import BATCH, Evaluation
+from permprune.models.forward import short_inputs
 from permprune.models.processors import Processor
 from permprune.options import Count, Seed, require
 from permprune.pattern import Pattern
 from permprune.permuters.base import ScorePermuter
 from permprune.permuters.registry import PERMUTERS, permuter
+from permprune.pruning.folder import write_model
 from permprune.pruning.problem import Part, Problem
 from permprune.system.files import atomic_folder, require_absent, require_writable
 from permprune.system.out_of_memory import memory_reported
@@ -47,6 +51,7 @@ def calibrate_kv(
     samples: int = 16,
     length: int = PruneConfig.length,
     seed: int = PruneConfig.seed,
+    fold: str | Path | None = None,
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
     trust_remote_code: bool = False,
@@ -56,16 +61,26 @@ def calibrate_kv(
     `model` is a name, a folder, or a model in memory with its `processor`. One forward pass over `samples` windows of
     `length` tokens of the `calibration` text shows queries, keys and values. `permute` orders the channels of each
     head so that the N:M groups keep the most of the squared keys, weighted by the mean squared queries, and of the
-    squared values. The perplexity is that of text as `evaluation` says. Returns the record. Raises `PermpruneError`,
-    for example if a pattern does not divide the channels of a head.
+    squared values. The values of a model that permprune pruned stay in its order, whose groups `prune` has chosen.
+
+    With `fold`, the order of the values is folded into the model's weights, so that a cache need not reorder them: the
+    model with these weights, for which the cache then is, is written to that folder. A model in memory is changed in
+    place. Its outputs stay the same.
+
+    The perplexity is that of text as `evaluation` says. Returns the record. Raises `PermpruneError`, for example if a
+    pattern does not divide the channels of a head.
     """
     config, evaluation, out = config or KVConfig(), evaluation or Evaluation(), Path(out)
     for name, number, hint in (("samples", samples, Count), ("length", length, Count), ("seed", seed, Seed)):
         require(name, number, hint)
     method = _score_permuter(permute)
-    require_absent(out)
-    require_writable(out)
+    for folder in (out, *([] if fold is None else [Path(fold)])):
+        require_absent(folder)
+        require_writable(folder)
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
+    pruned = origin_of(opened.model).record is not None
+    if pruned and fold is not None:
+        raise PermpruneError(f"the values of {opened.name} have the order that prune gave them: leave out --fold")
     attention_layers(opened.model)
     require_positions(opened.model, length)
     source: dict[str, str | int | None] = {"data": calibration, "samples": samples, "length": length, "seed": seed}
@@ -75,12 +90,16 @@ def calibrate_kv(
     started = time.monotonic()
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=BATCH)
     config = _with_patterns(config, observed)
-    channels, kept = find_channels(observed, config, method, seed)
+    channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
+    if fold is not None:
+        if all(values.is_natural for _, values in channels.values()):
+            raise PermpruneError(f"values of the pattern {config.values} need no order: leave out --fold")
+        channels = fold_values(opened.model, channels, short_inputs(opened.model, examples))
     seconds = time.monotonic() - started
     record = KVRecord(
         format=1,
         permprune=importlib.metadata.version("permprune"),
-        model=opened.name,
+        model=opened.name if fold is None else str(fold),
         shape=shape_of(opened.model),
         config=config,
         permute=method.name,
@@ -89,6 +108,9 @@ def calibrate_kv(
         seconds=seconds,
         measured=_measure(opened, config, channels, evaluation),
     )
+    if fold is not None:
+        with atomic_folder(Path(fold)) as folder:
+            write_model(opened.model, opened.processor, folder)
     with atomic_folder(out) as folder:
         write_cache(folder, channels, record)
     return record
@@ -102,11 +124,16 @@ def _with_patterns(config: KVConfig, observed: Mapping[int, ObservedLayer]) -> K
 
 
 def find_channels(
-    observed: Mapping[int, ObservedLayer], config: KVConfig, method: ScorePermuter, seed: int = 0
+    observed: Mapping[int, ObservedLayer],
+    config: KVConfig,
+    method: ScorePermuter,
+    seed: int = 0,
+    *,
+    order_values: bool = True,
 ) -> tuple[LayerChannels, dict[str, Kept]]:
     """Return the channels of all layers, and the share of the score that is kept, by "keys" and "values".
 
-    `observed` are the states of each layer (`observe_states`).
+    `observed` are the states of each layer (`observe_states`). Without `order_values`, values stay in their order.
     """
     generator = torch.Generator().manual_seed(seed)
     shares: dict[str, list[Tensor]] = {side: [] for side in SIDES}
@@ -120,7 +147,8 @@ def find_channels(
             natural = torch.arange(states.shape[2]).repeat(len(states), 1)
             order = natural
             if pattern is not None:
-                order = torch.stack([_order(head, pattern, method, generator) for head in score])
+                if side == "keys" or order_values:
+                    order = torch.stack([_order(head, pattern, method, generator) for head in score])
                 shares[side].append(torch.stack([_kept(score, o, pattern) for o in (natural, order)]))
             own.append(fit_channels(states, weight, order, pattern))
         found[number] = own[0], own[1]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
+from permprune.checkpoints.origin import Origin, set_origin
 from permprune.errors import PermpruneError
 from permprune.inference.kv.cache import PrunedCache
 from permprune.inference.kv.calibration import ObservedLayer
@@ -55,6 +57,23 @@ def test_a_cache_is_made_measured_and_used(
     assert own is not None and torch.equal(own.order, tensors["layers.1.keys.order"].long())
 
 
+def test_the_order_of_the_values_is_folded(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    out, folded = tmp_path / "kv", tmp_path / "folded"
+    text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "1", "--windows", "1", "--length", "40")
+    options = ("--out", out, "--fold", folded, *text, "--window", "8")
+    assert "values of the pattern 1:8 need no order: leave out --fold" in fails("kv", tiny_checkpoint, *options)
+    code, said, _ = run("kv", tiny_checkpoint, *options, "--pattern", "2:4")
+    assert code == 0 and f"the model that it is for to {folded}" in said.replace("\n", "")
+    assert json.loads((out / "kv.json").read_text())["model"] == str(folded)
+    before, model = (LlamaForCausalLM.from_pretrained(path) for path in (tiny_checkpoint, folded))
+    tokens = torch.arange(5, 35)[None]
+    torch.testing.assert_close(model(tokens).logits, before(tokens).logits, rtol=1e-4, atol=1e-5)
+    layers = [own.model.layers[0].self_attn for own in (before, model)]
+    assert not torch.equal(layers[0].v_proj.weight, layers[1].v_proj.weight)
+    keys, values = PrunedCache.from_pretrained(out, model).layers[0].channels
+    assert values is not None and values.is_natural and keys is not None and not keys.is_natural
+
+
 def test_the_evaluation_prunes_the_prompt(
     tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +103,7 @@ def test_an_order_that_spreads_large_channels_keeps_more() -> None:
         for own in channels[0]:
             own.check("kv")
         kept[method.name] = shares["values"].found
+    assert find_channels({0: layer}, KVConfig("2:4", "2:4"), CP(), order_values=False)[0][0][1].is_natural
     assert kept["one group"] > max(kept["ria"], kept["cp"])
     assert kept["ria"] > kept["none"] + 0.05 and kept["cp"] > kept["none"] + 0.05
 
@@ -133,6 +153,12 @@ def test_bad_input_is_one_line(tiny_checkpoint: Path, tiny_text: Path, tiny_bert
     assert "holds no kv.json" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--data", tiny_text)
     assert "leave out --tasks" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--tasks", "piqa")
     assert not out.exists()
+
+
+def test_values_of_a_pruned_model_are_not_folded(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    set_origin(tiny_llama, Origin("pruned", tiny_llama.dtype, record=Mock()))
+    with pytest.raises(PermpruneError, match="the values of pruned have the order that prune gave them"):
+        calibrate_kv(tiny_llama, tmp_path / "kv", fold=tmp_path / "folded")
 
 
 def test_channels_are_written_for_every_head(folder: Path) -> None:

@@ -76,11 +76,16 @@ class Channels:
 
     def arrange(self, states: Tensor) -> Tensor:
         """Put states, (batch, heads, tokens, width), into the stored order."""
-        return states.gather(-1, self.order[:, None].expand_as(states))
+        return states if self.is_natural else states.gather(-1, self.order[:, None].expand_as(states))
 
     def restore(self, states: Tensor) -> Tensor:
         """Put states in the stored order, (batch, heads, tokens, width), into the model's order."""
-        return states.gather(-1, self._inverse[:, None].expand_as(states))
+        return states if self.is_natural else states.gather(-1, self._inverse[:, None].expand_as(states))
+
+    @cached_property
+    def is_natural(self) -> bool:
+        """Whether the order is the model's."""
+        return bool((self.order == torch.arange(self.order.shape[1], device=self.order.device)).all())
 
     @cached_property
     def _inverse(self) -> Tensor:
