@@ -76,7 +76,7 @@ class PackedStates:
     def __init__(self, parts: Mapping[str, Tensor], level: Tensor, pattern: Pattern | None) -> None:
         values, (heads, width) = parts["values"], level.shape
         kept = width if pattern is None else width // pattern.m * pattern.n
-        sizes = _sizes(values.dtype, width, kept, pattern, signs="signs" in parts)
+        sizes = part_sizes(values.dtype, width, kept, pattern, signs="signs" in parts)
         fits = parts.keys() == sizes.keys() and values.shape[1] == heads and width <= WIDEST
         for name, part in parts.items() if fits else ():
             size, dtype = sizes[name]
@@ -95,7 +95,7 @@ class PackedStates:
             code_bytes=sizes["code"][0] if "code" in sizes else 0,
             sign_bytes=sizes["signs"][0] if "signs" in sizes else 0,
             number=native.NUMBERS[values.dtype],
-            kind=_kind(pattern),
+            kind=kind_of(pattern),
         )
 
     def unpack(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -211,7 +211,7 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
     return output
 
 
-def _sizes(
+def part_sizes(
     dtype: torch.dtype, width: int, kept: int, pattern: Pattern | None, *, signs: bool
 ) -> dict[str, tuple[int, torch.dtype]]:
     """Return the size and the type of each part of packed states; none for values of a type that is not stored."""
@@ -229,7 +229,7 @@ def _sizes(
     return sizes
 
 
-def _kind(pattern: Pattern | None) -> int:
+def kind_of(pattern: Pattern | None) -> int:
     """Return the number of a pattern's codes in `enum channels` of cache.h."""
     if pattern is None:
         return _EVERY

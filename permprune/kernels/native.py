@@ -175,7 +175,7 @@ def run(name: str, job: ctypes.Structure, work: int) -> int:
     """Run a function of the library on a job that has been checked, of `work` elements; returns a status.
 
     The functions are those of the search ("mask", "keep", "prune", "place", "apply"), of training ("step") and of the
-    cache ("attend", "unpack_states"). Raises `PermpruneError` where native kernels are not available.
+    cache ("attend", "unpack_states", "pack_states"). Raises `PermpruneError` where native kernels are not available.
     """
     library, index = _kernels() or (None, -1)
     if library is None:
@@ -242,7 +242,7 @@ def _declare(library: ctypes.CDLL) -> None:
     library.permprune_unpack.restype = number
     library.permprune_check.argtypes = [weights, number, number]
     library.permprune_check.restype = count
-    for name in ("mask", "keep", "prune", "place", "apply", "step", "attend", "unpack_states"):
+    for name in ("mask", "keep", "prune", "place", "apply", "step", "attend", "unpack_states", "pack_states"):
         function = getattr(library, f"permprune_{name}")
         function.argtypes, function.restype = [pointer, number, *[number] * (name != "place")], number
     library.permprune_use_threads_of.argtypes = [pointer]

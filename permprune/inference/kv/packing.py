@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
+from permprune.kernels.cache_packing import pack, packs
 from permprune.kernels.codes import pack_code, pack_padded_bits, unpack_code
 from permprune.kernels.packed import unpack_bits
 from permprune.pattern import Pattern
@@ -106,9 +107,19 @@ def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURN
 
     With recovery, kept channels and amplitudes are fitted to each other in `turns` turns (`choose_channels`).
     """
-    states = states.float()
     if layout.pattern is None:
-        return _stored(states, layout.dtype)
+        return _stored(states.float(), layout.dtype)
+    if packs(states, layout.dtype):
+        return pack(
+            states,
+            channels.weight,
+            channels.level,
+            layout.pattern,
+            dtype=layout.dtype,
+            signs=layout.signs,
+            turns=turns,
+        )
+    states = states.float()
     kept, size = choose_channels(states, channels, layout.pattern, turns=turns if layout.signs else 0)
     parts = _stored(_select(states, kept), layout.dtype)
     parts["code"] = pack_code(kept, layout.pattern)
@@ -150,6 +161,9 @@ def choose_channels(states: Tensor, channels: Channels, pattern: Pattern, *, tur
 
     Returns bool (batch, heads, tokens, width) and fp32 (batch, heads, tokens, 1).
     """
+    if packs(states, torch.float32):
+        parts = pack(states, channels.weight, channels.level, pattern, dtype=torch.float32, signs=True, turns=turns)
+        return unpack_code(parts["code"], pattern, channels.shape[1]), parts["amplitude"]
     magnitude, weight = states.float().abs(), channels.weight[:, None]
     kept = _largest(magnitude * weight, pattern)
     size = _amplitude(magnitude, kept, channels)
@@ -169,9 +183,8 @@ def _largest(score: Tensor, pattern: Pattern) -> Tensor:
 def _amplitude(magnitude: Tensor, kept: Tensor, channels: Channels) -> Tensor:
     """Return the amplitudes with the least error of `choose_channels`, fp32 (batch, heads, tokens, 1)."""
     squared = (channels.weight.square() * channels.level)[:, None]
-    pruned = (~kept).float()
-    products = (magnitude * squared * pruned).sum(-1, keepdim=True)
-    return products / (squared * channels.level[:, None] * pruned).sum(-1, keepdim=True)
+    products = (magnitude * squared).masked_fill(kept, 0).sum(-1, keepdim=True)
+    return products / (squared * channels.level[:, None]).masked_fill(kept, 0).sum(-1, keepdim=True)
 
 
 TINY = torch.finfo(torch.float32).tiny

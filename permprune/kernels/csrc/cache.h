@@ -61,10 +61,23 @@ struct unpacking {
     int32_t *bad;
 };
 
+/* States to pack: (batch, heads, count, width) of type `number`, with the strides of the dimensions before the last. Of
+ * each group of m channels, n are kept. The same members, in the same order, as `_Packing` in cache_packing.py. */
+struct packing {
+    struct states states; /* what is written: batch * heads * count tokens; with levels in any case */
+    const void *from;
+    const float *weight; /* (heads, width), by which errors are multiplied */
+    int64_t stride[3];
+    int64_t batch, heads, count, n, m;
+    int64_t turns; /* in which kept channels and amplitudes are fitted to each other */
+    int32_t number;
+};
+
 struct cache_kernels {
     void (*attend)(const void *attention, int64_t first, int64_t last);  /* of (batch, heads, parts) */
     void (*combine)(const void *attention, int64_t first, int64_t last); /* of (batch, heads) */
     void (*unpack)(const void *unpacking, int64_t first, int64_t last);  /* of (batch * heads) */
+    void (*pack)(const void *packing, int64_t first, int64_t last);      /* of (batch * heads) */
 };
 
 extern const struct cache_kernels avx512_cache, avx2_cache, neon_cache, portable_cache;

@@ -8,6 +8,7 @@
 #endif
 
 #include "cache_unpack.h"
+#include "cache_pack.h"
 
 static ALWAYS_INLINE lanes spread(float value) { return value - (lanes){0}; }
 
@@ -300,4 +301,5 @@ static void PASTE(NAME, _unpack)(const void *unpacking, int64_t first, int64_t l
         report_bad(job->bad);
 }
 
-const struct cache_kernels PASTE(NAME, _cache) = {PASTE(NAME, _attend), PASTE(NAME, _combine), PASTE(NAME, _unpack)};
+const struct cache_kernels PASTE(NAME, _cache) = {PASTE(NAME, _attend), PASTE(NAME, _combine), PASTE(NAME, _unpack),
+                                                PASTE(NAME, _pack)};

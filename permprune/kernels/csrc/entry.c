@@ -391,3 +391,17 @@ EXPORT int32_t permprune_unpack_states(const struct unpacking *unpacking, int32_
     deal(&job, all_kernels[index]->cache->unpack, job.batch * job.heads, 1, threads);
     return bad ? BAD_CODE : DONE;
 }
+
+/* Pack states. Returns a `status`. */
+EXPORT int32_t permprune_pack_states(const struct packing *packing, int32_t index, int32_t threads)
+{
+    if (!runs(index))
+        return NO_KERNEL;
+    const struct states *states = &packing->states;
+    const int64_t n = packing->n, m = packing->m;
+    if (states_are_bad(states) || states->kind == EVERY || n < 1 || n >= m || states->width % m ||
+        states->kept != states->width / m * n || (states->kind != BITS && (m != 4 || n != states->kind - ONE_OF_4 + 1)))
+        return BAD_CODE;
+    deal(packing, all_kernels[index]->cache->pack, packing->batch * packing->heads, 1, threads);
+    return DONE;
+}
