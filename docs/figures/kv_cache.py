@@ -10,20 +10,23 @@ import json
 from matplotlib.figure import Figure
 from style import BLUE, DOCS, GRAY, ORANGE, save
 
+LENGTH = 2048
+"""The length of the windows of the rows that are drawn."""
+
 LABELS = {
-    ("natural order", "2:4", "zeros", "bf16"): ("2:4, the model's order, zeros", ORANGE, (8, -3), "left"),
-    ("natural order", "2:4", "sign", "bf16"): ("2:4, the model's order, signs", ORANGE, (8, -3), "left"),
-    ("ria", "2:4", "zeros", "bf16"): ("2:4, ria, zeros", BLUE, (-8, -3), "right"),
-    ("ria", "2:4", "sign", "bf16"): ("2:4, ria, signs", BLUE, (-8, -3), "right"),
-    ("ria", "4:8", "sign", "bf16"): ("4:8, ria, signs", BLUE, (8, 1), "left"),
-    ("ria", "32:64", "sign", "bf16"): ("32:64, signs", BLUE, (8, -8), "left"),
-    ("ria", "2:4", "sign", "int8"): ("2:4, ria, signs, int8", BLUE, (8, -3), "left"),
-    ("ThinK", "38:64", "zeros", "bf16"): ("ThinK", GRAY, (8, -3), "left"),
-    ("Mustafar", "35:64", "zeros", "bf16"): ("Mustafar", GRAY, (8, -3), "left"),
-    ("SparK", "32:64", "sign", "bf16"): ("SparK", GRAY, (8, -3), "left"),
-    ("int8", "dense", "", "int8"): ("int8", GRAY, (8, -3), "left"),
-    ("int4, groups of 32", "dense", "", "int4"): ("int4, groups of 32", GRAY, (8, -3), "left"),
-    ("int4, one group", "dense", "", "int4"): ("int4, one group of 64", GRAY, (0, 9), "center"),
+    ("ria", "29:64", "sign", "int8"): ("29:64, int8, the default", BLUE, (-8, -12), "left"),
+    ("ria", "24:64", "sign", "int8"): ("24:64, int8", BLUE, (8, 2), "left"),
+    ("ria", "2:4", "sign", "int8"): ("2:4, int8", BLUE, (8, 2), "left"),
+    ("ria", "2:4", "sign", "bf16"): ("2:4, bf16", BLUE, (8, -3), "left"),
+    ("ria", "29:64", "sign", "bf16"): ("29:64, bf16", BLUE, (-8, -3), "right"),
+    ("natural order", "2:4", "sign", "int8"): ("2:4, int8, the model's order", ORANGE, (8, -3), "left"),
+    ("natural order", "2:4", "zeros", "int8"): ("2:4, int8, the model's order, zeros", ORANGE, (8, -3), "left"),
+    ("ThinK", "43:64", "zeros", "int8"): ("ThinK, int8", GRAY, (8, -3), "left"),
+    ("Mustafar", "35:64", "zeros", "int8"): ("Mustafar, int8", GRAY, (8, -3), "left"),
+    ("SparK", "29:64", "sign", "int8"): ("SparK, int8", GRAY, (8, 2), "left"),
+    ("Mustafar", "32:64", "zeros", "bf16"): ("Mustafar, bf16", GRAY, (8, -3), "left"),
+    ("SparK", "29:64", "sign", "bf16"): ("SparK, bf16", GRAY, (8, 2), "left"),
+    ("int4, groups of 32", "dense", "", "int4"): ("int4, groups of 32", GRAY, (8, -8), "left"),
 }
 """What is drawn, by method, pattern, recovery and type: the text, its colour, and where it stands."""
 
@@ -35,7 +38,7 @@ def draw() -> Figure:
     axes = picture.add_axes((0.09, 0.12, 0.88, 0.84))
     for row in map(json.loads, lines):
         own = LABELS.get((row["method"], row["keys"], row["recovery"], row["stored"]))
-        if own is None or row["keys"] != row["values"]:
+        if own is None or row["keys"] != row["values"] or row["length"] != LENGTH:
             continue
         text, color, offset, place = own
         loss = 100 * (row["factor"] - 1)
