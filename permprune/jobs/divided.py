@@ -85,7 +85,7 @@ class DividedModel:
 
     @torch.no_grad()
     def write(self, folder: Path, *, gathered: bool) -> None:
-        """Write the weights and the processor to a folder, in about as many files as there are processes.
+        """Write the weights and the processor to a folder, in about twice as many files as there are processes.
 
         `gathered` is as in `write_offloaded`. The first process writes, while the others serve the weights
         (`CollectedWeights.serve`).
@@ -98,5 +98,5 @@ class DividedModel:
             dtype=self.stored,
             gathered=gathered,
             folder=folder,
-            memory=2 * -(-weight_bytes(self.whole, self.stored) // distributed.shards()),
+            memory=-(-weight_bytes(self.whole, self.stored) // distributed.shards()),
         )
