@@ -60,8 +60,8 @@ def finetune(
         float | None,
         typer.Option(
             help="peak learning rate",
-            show_default="5e-5, 1e-4 below 50 million parameters, 3e-4 for a language model with a teacher, "
-            "1e-3 for norms, head and adapters",
+            show_default="5e-5, 1e-4 below 50 million parameters, 0.002 times the size of the weights for a language "
+            "model with a teacher, 1e-3 for norms, head and adapters",
         ),
     ] = None,
     batch: Annotated[

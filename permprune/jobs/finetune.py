@@ -45,7 +45,7 @@ from permprune.system.out_of_memory import memory_reported
 from permprune.system.search_state import Checkpoint
 from permprune.training.adapters import adapted
 from permprune.training.loop import Epoch, Trainer, Training
-from permprune.training.weights import masked, trained_weights
+from permprune.training.weights import masked, trained_weights, weight_scale
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 """The share of the data that is held out to measure each epoch if `dev` is None, and the maximum number of examples."""
@@ -60,8 +60,9 @@ RATES = {"all": 5e-5, "norms": 1e-3, "head": 1e-3}
 SMALL, SMALL_RATE = 50_000_000, 1e-4
 """Default learning rates by `FineTuning.train`; `SMALL_RATE` is that of "all" for fewer than `SMALL` parameters."""
 
-TAUGHT_RATE = 3e-4
-"""The default learning rate of all weights of a language model that has a teacher (docs/results/ablations.md)."""
+TAUGHT_RATE = 2e-3
+"""The default learning rate of all weights of a language model that has a teacher, relative to the size of its weights
+(docs/results/ablations.md)."""
 
 ADAPTERS_RATE = 1e-3
 """The default learning rate with adapters."""
@@ -102,8 +103,8 @@ class FineTuning:
     """Passes over the data: by default 3, or more if the data are small."""
 
     lr: Positive | None = None
-    """The peak learning rate: by default 5e-5 for all weights (1e-4 for fewer than 50 million, 3e-4 of a language model
-    with a teacher), otherwise 1e-3, also for adapters."""
+    """The peak learning rate: by default 5e-5 for all weights (1e-4 for fewer than 50 million; of a language model
+    with a teacher 0.002 times the root mean square of its weights), otherwise 1e-3, also for adapters."""
 
     batch: Count | None = None
     """Examples per step: by default 4 windows of text, or 32 examples of any other kind."""
@@ -140,7 +141,7 @@ class FineTuning:
         if self.adapters is not None:
             return ADAPTERS_RATE
         if self.train == "all" and self.teacher is not None and is_causal_lm(model):
-            return TAUGHT_RATE
+            return TAUGHT_RATE * weight_scale(block_linears(model))
         small = self.train == "all" and model.num_parameters() < SMALL
         return SMALL_RATE if small else RATES[self.train]
 

@@ -69,8 +69,8 @@ class TrustRegion(Iterative):
 
     With `tune` orders and weights are optimised jointly. After each round but the first `wait`, the remaining weights
     are trained for `tune` steps (see `train_weights`) of a quarter as many examples, on the objective and the KL
-    divergence from the dense model, at the learning rate `rate`, which is halved whenever the held-out loss does not
-    fall. Pruned weights keep their values, so that a later order can restore them.
+    divergence from the dense model. The learning rate `rate`, which is relative to the weights of a layer, is halved
+    whenever the held-out loss does not fall. Pruned weights keep their values, so that a later order can restore them.
 
     With `train` the remaining weights are trained once, in the same way, after the last round and until the time limit
     of the run is over: `train` is the share of that limit in which no round begins.
@@ -84,7 +84,7 @@ class TrustRegion(Iterative):
     tune: Natural = 0
     wait: Natural = 0
     train: Share = 0.0
-    rate: Positive = 3e-4
+    rate: Positive = 2e-3
 
     @abstractmethod
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Iterator
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from permprune.permuters.base import Run
 from permprune.pruning.network import PrunedNetwork, gradient_bytes
 from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.system import distributed
+from permprune.system.progress import log
 from permprune.system.resources import Held
 
 BETAS = (0.9, 0.95)
@@ -24,6 +26,10 @@ BETAS = (0.9, 0.95)
 
 RISING = 0.1
 """The share of the steps in which the learning rate rises from 0."""
+
+
+LOGGED = 10
+"""The number of steps whose mean loss is logged."""
 
 
 def counted(steps: int) -> Iterator[float]:
@@ -46,7 +52,9 @@ class KeptWeights:
     """The kept weights of a network in training with Adam, with moments of these weights only.
 
     Weights and moments have the type in which the model holds each weight. `weights` are by layer, (rows, channels),
-    with zeros where a weight is pruned.
+    with zeros where a weight is pruned. Learning rates are relative to the root mean square of a layer's kept weights,
+    as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235, section 8), because that differs more than tenfold between
+    models, and the rates that suit them do as well.
     """
 
     def __init__(self, network: PrunedNetwork, generator: torch.Generator) -> None:
@@ -54,13 +62,18 @@ class KeptWeights:
         self._bits = {name: pack_mask(mask) for name, mask in network.masks.items()}
         self.weights: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
+        self._scales: dict[str, float] = {}
         for name, layer in network.layers.items():
             self.weights[name] = weight = network.shown[name].to(layer.weight.dtype)
             kept = int(network.masks[name][0].sum())
             self._moments[name] = weight.new_zeros(2, len(weight), kept)
+            self._scales[name] = float(weight.float().square().sum() / (len(weight) * kept)) ** 0.5
 
-    def step(self, examples: Examples, loss: Loss, rate: float) -> None:
-        """Take a step on the mean loss over `examples`; a weight is updated when its gradient is known."""
+    def step(self, examples: Examples, loss: Loss, rate: float) -> float:
+        """Take a step on the mean loss over `examples`, and return this rank's loss.
+
+        A weight is updated as soon as its gradient is known.
+        """
         self._steps += 1
         seed, number = int(torch.randint(2**32, (), generator=self._generator)), itertools.count()
 
@@ -71,13 +84,13 @@ class KeptWeights:
                 self._bits[name],
                 *self._moments[name],
                 step=self._steps,
-                rate=rate,
+                rate=rate * self._scales[name],
                 betas=BETAS,
                 seed=(seed + next(number)) % 2**32,
             )
 
         self._network.show(self.weights)
-        self._network.take_gradients(examples, loss, take)
+        return self._network.take_gradients(examples, loss, take)
 
     def with_pruned(self) -> dict[str, Tensor]:
         """Return the weights with the values that pruned weights had before; they replace `weights`."""
@@ -112,13 +125,19 @@ def train_weights(
     """Train the network's weights with Adam at its current masks, one step for each of `places`; returns them by layer.
 
     The network itself keeps its weights. Step i uses batch `first` + i of `examples` training examples, at a learning
-    rate that rises to `rate` and falls to 0 as the places rise from 0 to 1 (`counted`, `timed`). Pruned weights do not
-    change. Adam's moments start from 0 in each call, so that only the weights have to be saved between calls.
+    rate that rises to `rate` and falls to 0 as the places rise from 0 to 1 (`counted`, `timed`); it is relative to the
+    weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call, so
+    that only the weights have to be saved between calls.
     """
     own = network.trained
     kept = KeptWeights(network, run.generator(first, examples))
+    losses: list[float] = []
     for step, place in enumerate(places):
-        kept.step(run.batch(first + step, examples), loss, rate * min(place / RISING, (1 - place) / (1 - RISING)))
+        own_rate = rate * min(place / RISING, (1 - place) / (1 - RISING))
+        losses.append(kept.step(run.batch(first + step, examples), loss, own_rate))
+        if len(losses) == LOGGED:
+            log.info("training step %d, %.0f %% of the schedule: loss %.4f", step + 1, 100 * place, fmean(losses))
+            losses.clear()
     weights = kept.with_pruned()
     network.set_weights(own)
     return weights

@@ -175,25 +175,27 @@ class PrunedNetwork(MaskedLayers):
         *totals, count = distributed.total(*sharding.total(*sums.values()), count)
         return {name: value / count for name, value in zip(sums, totals, strict=True)}
 
-    def take_gradients(self, examples: Examples, loss: Loss, take: Callable[[str, Tensor], None]) -> None:
+    def take_gradients(self, examples: Examples, loss: Loss, take: Callable[[str, Tensor], None]) -> float:
         """Call `take` with the name of each layer and its gradient of the mean loss over `examples`, over all ranks.
 
-        Gradients are as in `gradients`. In one process, a weight's gradient is complete, and freed after `take`, in the
-        backward pass of the last batch: of a single batch, the gradients of all weights are never in memory together.
-        `take` must not change the weights that the layers of this pass have yet to read. Raises `PermpruneError` as
-        `gradients` does.
+        Returns the mean loss of this rank's batches. Gradients are as in `gradients`. In one process, a weight's
+        gradient is complete, and freed after `take`, in the backward pass of the last batch: of a single batch, the
+        gradients of all weights are never in memory together. `take` must not change the weights that the layers of
+        this pass have yet to read. Raises `PermpruneError` as `gradients` does.
         """
         parts, together = list(self._differentiated(examples, loss)), distributed.world() > 1
         weights = {layer.parameter: layer.stored for layer in self.layers.values()}
-        count = distributed.total(len(parts))[0]
+        count, losses = distributed.total(len(parts))[0], list[float]()
         with self._differentiable(), ExitStack() as last:
             for number, (part, dense) in enumerate(parts, 1):
                 if number == len(parts) and not together:
                     last.enter_context(self._taken(take))
-                self._backward(part, loss, dense, count)
+                value, terms = self._backward(part, loss, dense, count)
+                losses.append(value / terms)
             if together:
                 for name, gradient in self._collect(weights, 1, bool(parts)).items():
                     self._hand(name, gradient, take)
+        return sum(losses) / max(1, len(losses))
 
     @contextmanager
     def _taken(self, take: Callable[[str, Tensor], None]) -> Iterator[None]:

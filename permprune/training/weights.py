@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
-from permprune.models.layers import blocks
+from permprune.models.layers import Layer, blocks
 
 TRAINED = ("all", "norms", "head")
 """What can be trained: all weights; norms, biases and the head; or only the head."""
@@ -44,6 +46,15 @@ def trained_weights(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter
     if not found:
         raise PermpruneError("the model has no head: give --train all, or norms")
     return found
+
+
+def weight_scale(layers: Iterable[Layer]) -> float:
+    """Return the root mean square of the layers' nonzero weights, the median over the layers."""
+
+    def scale(weight: Tensor) -> float:
+        return float(weight.float().norm()) / math.sqrt(max(1, int(weight.count_nonzero())))
+
+    return median(scale(layer.weight.detach()) for layer in layers)
 
 
 @contextmanager

@@ -25,8 +25,9 @@ def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
 
 
 def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepared) -> None:
-    network, run, rate = prepared.network, prepared.run, 1e-2
+    network, run, rate = prepared.network, prepared.run, 0.1
     expected = {name: weight.clone() for name, weight in network.dense.items()}
+    scales = {name: float(weight[network.masks[name]].square().mean().sqrt()) for name, weight in expected.items()}
     first = {name: torch.zeros_like(weight) for name, weight in expected.items()}
     second = {name: torch.zeros_like(weight) for name, weight in expected.items()}
     places = [RISING / 2, RISING, (1 + RISING) / 2]
@@ -37,7 +38,7 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepar
             first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * own
             second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * own**2
             mean, square = first[name] / (1 - BETAS[0] ** (step + 1)), second[name] / (1 - BETAS[1] ** (step + 1))
-            expected[name] -= height * mean / (square.sqrt() + 1e-8)
+            expected[name] -= height * scales[name] * mean / (square.sqrt() + 1e-8)
     network.set_weights({})
     shown = dict(network.shown)
     found = train_weights(network, run, Objective(), places, first=5, examples=4, rate=rate)
@@ -60,7 +61,7 @@ def test_the_steps_of_a_time_end_before_it_is_over(monkeypatch: pytest.MonkeyPat
 def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
     monkeypatch.setattr("permprune.permuters.trust_region.timed", lambda seconds: limits.append(seconds) or counted(3))
-    method = Newton(rounds=2, examples=8, train=0.5, rate=1e-3)
+    method = Newton(rounds=2, examples=8, train=0.5, rate=0.05)
     run = dataclasses.replace(prepared.run, held_out=prepared.run.train)  # so that what is learned is measured
     solution = method.solve(prepared.network, dataclasses.replace(run, minutes=2.0))
     assert [point.stage for point in solution.curve] == ["search"] * 3 + ["training"]
