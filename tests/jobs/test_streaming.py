@@ -80,6 +80,7 @@ def run(source: Path, out: Path, method: str, text: Path, **settings: Any) -> di
         length=16,
         samples=24,
         measured=4,
+        batch=4,
         held_out=2,
         precision="fp32",
         **settings,
