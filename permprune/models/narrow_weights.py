@@ -5,10 +5,12 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
@@ -24,12 +26,29 @@ def is_narrow(stored: torch.dtype) -> bool:
     return stored == torch.bfloat16
 
 
+def ends_of(model: nn.Module) -> list[tuple[nn.Parameter, list[nn.Module]]]:
+    """Return the weights of a Transformer's embedding table and output layer, each with the modules that own it.
+
+    Subclasses are left out: their code may read the type of the weights.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return []
+    found: dict[int, tuple[nn.Parameter, list[nn.Module]]] = {}
+    for end in (model.get_input_embeddings, model.get_output_embeddings):
+        with suppress(NotImplementedError):  # a model of audio has no table
+            if type(module := end()) in (nn.Embedding, nn.Linear):
+                weight = module.get_parameter("weight")
+                found.setdefault(id(weight), (weight, []))[1].append(module)
+    return list(found.values())
+
+
 class NarrowWeights:
     """Holds fp32 weights of layers in bf16, without a change of any value.
 
     This applies to models that were stored in bf16 (`stored`) and converted to fp32 when they were read, and there to
     each parameter all of whose values bf16 represents. Modules run with the weights in fp32, or inside autocast to bf16
     with those that are held: it would round them to the same values. Gradients of the parameters have their type, bf16.
+    The embedding table and the output layer are held likewise, tied or not; embeddings come out in fp32.
 
     `types` are the types to which `release` converts the parameters back, by name. That also happens when this object
     is deleted.
@@ -52,6 +71,11 @@ class NarrowWeights:
             self.types[name] = torch.float32
             held.append(parameter)
             handles += replaced_while_running(layer.owner, name.rpartition(".")[2], _computed)
+        for parameter, modules in ends_of(model):
+            if owners[id(parameter)] == len(modules) and _narrow(parameter):
+                held.append(parameter)
+                for module in modules:
+                    handles += _in_fp32(module)
 
     def release(self) -> None:
         """Convert the parameters back to fp32."""
@@ -62,6 +86,13 @@ class NarrowWeights:
 def computed_type(held: Tensor) -> torch.dtype:
     """The type in which a module computes with weights that are held in bf16."""
     return held.dtype if torch.is_autocast_enabled(held.device.type) else torch.float32
+
+
+def _in_fp32(module: nn.Module) -> list[RemovableHandle]:
+    """Let an embedding table or a linear layer whose weight is held in bf16 compute as with its weight in fp32."""
+    if isinstance(module, nn.Embedding):  # rows are converted after they are looked up: the table is large
+        return [module.register_forward_hook(lambda _module, _inputs, rows: rows.float())]
+    return replaced_while_running(module, "weight", _computed)
 
 
 def _narrow(parameter: nn.Parameter) -> bool:

@@ -39,6 +39,22 @@ def logits(model: LlamaForCausalLM, dtype: torch.dtype) -> Tensor:
     return found
 
 
+def test_embeddings_and_head_compute_as_in_fp32() -> None:
+    for tied in (True, False):
+        model, expected = as_read(), as_read()
+        if not tied:
+            for one in (model, expected):
+                one.lm_head.weight = torch.nn.Parameter(one.lm_head.weight.detach().flip(0))
+        held = NarrowWeights(model, [], torch.bfloat16)
+        assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == torch.bfloat16
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(logits(model, dtype), logits(expected, dtype))
+        assert model.model.embed_tokens(torch.tensor([[1]])).dtype == torch.float32
+        held.release()
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+
 def held_bytes(model: LlamaForCausalLM) -> int:
     return sum(layer.weight.nbytes for layer in prunable_layers(model, Pattern(2, 4)))
 
