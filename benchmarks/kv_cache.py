@@ -141,13 +141,16 @@ def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
 
 
 def patterns(observed: Observed, config: KVConfig) -> Iterator[Row]:
-    """Keys, and keys and values, in the order of `ria` with signs; both with int8 values, too.
+    """Keys, and keys and values, in the order of `ria` with signs; both with integers, too.
 
-    The default pattern takes as many bytes as 2:4 with int8 values; "fewer" as many as states of four bits.
+    The default takes as many bytes as 2:4 with int8 values; the default pattern of int5, and "fewer", as many as states
+    of four bits.
     """
-    wide = str(default_pattern(width_of(observed)))
-    fewer, half = (f"{round(share * width_of(observed))}:{width_of(observed)}" for share in (3 / 8, 1 / 2))
+    width = width_of(observed)
+    most, wide = (str(default_pattern(width, dtype)) for dtype in ("int5", "int8"))
+    fewer, half = (f"{round(share * width)}:{width}" for share in (3 / 8, 1 / 2))
     for keys, values, dtype in (
+        (most, most, "int5"),
         (wide, wide, "int8"),
         ("2:4", "2:4", "int8"),
         (fewer, fewer, "int8"),

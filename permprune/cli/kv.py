@@ -19,7 +19,7 @@ def kv(
         str,
         typer.Option(
             help="N:M keeps N of every M channels of a head, in keys and values; auto is one group for the whole head, "
-            "29:64 for heads of 64 channels, 62:128 for 128",
+            "29:64 for heads of 64 channels, 62:128 for 128 (with int5 42:64 and 90:128)",
             metavar="N:M",
         ),
     ] = "auto",
@@ -35,7 +35,7 @@ def kv(
         str, typer.Option(help="values of pruned channels: zeros, or sign, which stores their signs")
     ] = "sign",
     dtype: Annotated[
-        str, typer.Option(help="data type of the kept values: int8, bf16, fp16, fp32, or auto for the model's")
+        str, typer.Option(help="data type of the kept values: int8, int5, bf16, fp16, fp32, or auto for the model's")
     ] = "int8",
     window: Annotated[int, typer.Option(help="number of newest tokens that are not pruned")] = 32,
     sinks: Annotated[int, typer.Option(help="number of first tokens that are not pruned")] = 4,

@@ -61,7 +61,8 @@ def calibrate_kv(
     `model` is a name, a folder, or a model in memory with its `processor`. One forward pass over `samples` windows of
     `length` tokens of the `calibration` text shows queries, keys and values. `permute` orders the channels of each
     head so that the N:M groups keep the most of the squared keys, weighted by the mean squared queries, and of the
-    squared values. The values of a model that permprune pruned stay in its order, whose groups `prune` has chosen.
+    squared values. With values of five bits, keys are stored without their mean. The values of a model that permprune
+    pruned stay in its order, whose groups `prune` has chosen.
 
     With `fold`, the order of the values is folded into the model's weights, so that a cache need not reorder them: the
     model with these weights, for which the cache then is, is written to that folder. A model in memory is changed in
@@ -120,7 +121,7 @@ def _with_patterns(config: KVConfig, observed: Mapping[int, ObservedLayer]) -> K
     """Return the settings with the default patterns of these layers in place of "auto"."""
     widths = {side: [getattr(layer, side)[0].shape[-1] for layer in observed.values()] for side in SIDES}
     chosen = [side for side in SIDES if getattr(config, side) == AUTO]
-    return config.replace(**{side: str(default_pattern(math.gcd(*widths[side]))) for side in chosen})
+    return config.replace(**{side: str(default_pattern(math.gcd(*widths[side]), config.dtype)) for side in chosen})
 
 
 def find_channels(
@@ -141,16 +142,19 @@ def find_channels(
     for number in track(sorted(observed), "ordering channels"):
         layer, own = observed[number], []
         for side, states in zip(SIDES, layer.states(), strict=True):
-            pattern = pattern_of(getattr(config, side), states.shape[2])
+            pattern = pattern_of(getattr(config, side), states.shape[2], config.dtype)
             weight = layer.query_weights() if side == "keys" else torch.ones(states.shape[0], states.shape[2])
-            score = (states * weight[:, None]).square()
+            centres = side == "keys" and config.dtype == "int5" and layer.centres_keys
+            mean = states.mean(1) if centres else None
+            centred = states if mean is None else states - mean[:, None]
+            score = (centred * weight[:, None]).square()
             natural = torch.arange(states.shape[2]).repeat(len(states), 1)
             order = natural
             if pattern is not None:
                 if side == "keys" or order_values:
                     order = torch.stack([_order(head, pattern, method, generator) for head in score])
                 shares[side].append(torch.stack([_kept(score, o, pattern) for o in (natural, order)]))
-            own.append(fit_channels(states, weight, order, pattern))
+            own.append(fit_channels(states, weight, order, pattern, mean))
         found[number] = own[0], own[1]
     kept = {side: Kept(*torch.stack(pairs).mean(0).tolist()) for side, pairs in shares.items() if pairs}
     return found, kept

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
-from permprune.kernels.codes import PLANES, code_bytes
+from permprune.kernels.codes import INT5, PLANES, code_bytes, kept_count
 from permprune.kernels.layout import FLOATS
 from permprune.pattern import Pattern
 
@@ -24,6 +24,12 @@ WIDEST = 256
 
 PART = 512
 """Number of tokens whose contributions are added up by one thread."""
+
+SCALED = (torch.int8, INT5)
+"""The types of kept values that are integers, with a scale for each token and head."""
+
+NUMBERS = {**native.NUMBERS, INT5: len(native.NUMBERS)}
+"""The numbers of the types of kept values in the library."""
 
 _EVERY, _BITS, _ONE_OF_4 = range(3)
 
@@ -75,8 +81,8 @@ class PackedStates:
 
     def __init__(self, parts: Mapping[str, Tensor], level: Tensor, pattern: Pattern | None) -> None:
         values, (heads, width) = parts["values"], level.shape
-        kept = width if pattern is None else width // pattern.m * pattern.n
-        sizes = part_sizes(values.dtype, width, kept, pattern, signs="signs" in parts)
+        kept = kept_count(pattern, width)
+        sizes = part_sizes(values.dtype, width, pattern, recovers="amplitude" in parts)
         fits = parts.keys() == sizes.keys() and values.shape[1] == heads and width <= WIDEST
         for name, part in parts.items() if fits else ():
             size, dtype = sizes[name]
@@ -88,13 +94,13 @@ class PackedStates:
         self.parts, self.level, self.shape, self.width = dict(parts), level, tuple(values.shape[:3]), width
         self.struct = States(
             **{name: part.data_ptr() for name, part in parts.items()},
-            level=level.data_ptr() if "signs" in parts else None,
+            level=level.data_ptr() if "amplitude" in parts else None,
             tokens=values.shape[:3].numel(),
             width=width,
             kept=kept,
             code_bytes=sizes["code"][0] if "code" in sizes else 0,
             sign_bytes=sizes["signs"][0] if "signs" in sizes else 0,
-            number=native.NUMBERS[values.dtype],
+            number=NUMBERS[values.dtype],
             kind=kind_of(pattern),
         )
 
@@ -212,20 +218,25 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
 
 
 def part_sizes(
-    dtype: torch.dtype, width: int, kept: int, pattern: Pattern | None, *, signs: bool
+    dtype: torch.dtype, width: int, pattern: Pattern | None, *, recovers: bool
 ) -> dict[str, tuple[int, torch.dtype]]:
-    """Return the size and the type of each part of packed states; none for values of a type that is not stored."""
-    integers = dtype == torch.int8
-    if not integers and dtype not in FLOATS:
+    """Return the size and the type of each part of packed states; none for values of a type that is not stored.
+
+    `recovers` is whether pruned channels are recovered by their signs.
+    """
+    if dtype not in (*SCALED, *FLOATS):
         return {}
-    sizes = {"values": (kept, dtype)}
-    if integers:
+    kept = kept_count(pattern, width)
+    sizes = {"values": (-(-kept // 2) if dtype == INT5 else kept, dtype)}
+    if dtype in SCALED:
         sizes["scale"] = (1, torch.bfloat16)
     if pattern is not None:
         sizes["code"] = (code_bytes(pattern, width), torch.uint8)
-        if signs:
+        if recovers:
             sizes["signs"] = (-(-(width - kept) // 8), torch.uint8)
-            sizes["amplitude"] = (1, torch.uint8 if integers else dtype)
+            sizes["amplitude"] = (1, torch.uint8 if dtype in SCALED else dtype)
+    if dtype == INT5:
+        sizes["signs"] = (-(-width // 8), torch.uint8)
     return sizes
 
 

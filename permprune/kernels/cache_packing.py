@@ -9,7 +9,8 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
-from permprune.kernels.attention import WIDEST, States, kind_of, part_sizes
+from permprune.kernels.attention import NUMBERS, WIDEST, States, kind_of, part_sizes
+from permprune.kernels.codes import kept_count
 from permprune.kernels.layout import FLOATS
 from permprune.pattern import Pattern
 
@@ -30,7 +31,7 @@ class _Packing(ctypes.Structure):
 def packs(states: Tensor, dtype: torch.dtype) -> bool:
     """Return whether native kernels pack these states, (batch, heads, tokens, width), to values of type `dtype`."""
     fits = states.dtype in FLOATS and states.device.type == "cpu" and states.shape[-1] <= WIDEST
-    return fits and dtype in (*FLOATS, torch.int8) and native.available()
+    return fits and dtype in NUMBERS and native.available()
 
 
 def pack(
@@ -57,18 +58,18 @@ def pack(
         raise PermpruneError(f"states of shape {tuple(states.shape)} and their channels do not match {pattern}")
     if states.stride(-1) != 1:
         states = states.contiguous()
-    kept, weight, level = width // pattern.m * pattern.n, weight.contiguous(), level.contiguous()
-    sizes = part_sizes(dtype, width, kept, pattern, signs=signs)
+    weight, level = weight.contiguous(), level.contiguous()
+    sizes = part_sizes(dtype, width, pattern, recovers=signs)
     parts = {name: torch.empty(batch, heads, count, size, dtype=own) for name, (size, own) in sizes.items()}
     struct = States(
         **{name: part.data_ptr() for name, part in parts.items()},
         level=level.data_ptr(),
         tokens=batch * heads * count,
         width=width,
-        kept=kept,
+        kept=kept_count(pattern, width),
         code_bytes=sizes["code"][0],
-        sign_bytes=sizes["signs"][0] if signs else 0,
-        number=native.NUMBERS[dtype],
+        sign_bytes=sizes["signs"][0] if "signs" in sizes else 0,
+        number=NUMBERS[dtype],
         kind=kind_of(pattern),
     )
     job = _Packing(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from permprune.kernels.codes import PLANES
+from permprune.kernels.codes import INT5, MAGNITUDES, PLANES, kept_count
 from permprune.pattern import Pattern
 
 PART, TOKENS = 256, 32
@@ -22,6 +22,9 @@ SMALLEST = 16
 """The smallest side of a tile of a GPU's matrix units."""
 
 EVERY, BITS, ONE_OF_4, TWO_OF_4, THREE_OF_4 = (tl.constexpr(i) for i in range(5))
+
+LOWER, UPPER = (tl.constexpr(int.from_bytes(MAGNITUDES[i : i + 8], "little")) for i in (0, 8))
+"""The magnitudes of five-bit values as the bytes of two integers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,24 +43,27 @@ class Packed:
 
     @property
     def sizes(self) -> list[int]:
-        """The tokens of a head for which there is memory, the width, and the kept values, bytes of codes and signs."""
-        code, signs = (self.parts[name].shape[-1] if name in self.parts else 0 for name in ("code", "signs"))
-        return [self.parts["values"].shape[2], self.level.shape[-1], self.parts["values"].shape[-1], code, signs]
+        """The tokens of a head for which there is memory, the width, the kept values, and the sizes of their tensor,
+        the codes and the signs."""
+        width, tokens = self.level.shape[-1], self.parts["values"].shape[2]
+        values, code, signs = (self.parts[n].shape[-1] if n in self.parts else 0 for n in ("values", "code", "signs"))
+        return [tokens, width, kept_count(self.pattern, width), values, code, signs]
 
     def kinds(self, side: str) -> dict[str, int]:
         """The compile-time arguments of the kernel for keys (`side` "K") or values ("V")."""
         kind = 0
         if self.pattern is not None:
             kind = 1 + self.pattern.n if self.pattern in PLANES else 1
-        found = {"KIND": kind, "SIGNS": "signs" in self.parts, "SCALED": "scale" in self.parts}
+        found = {"KIND": kind, "SIGNS": "amplitude" in self.parts, "SCALED": "scale" in self.parts}
+        found["INT5"] = self.parts["values"].dtype == INT5
         found["WIDTH"] = max(SMALLEST, triton.next_power_of_2(self.level.shape[-1]))
         return {f"{side}_{name}": value for name, value in found.items()}
 
 
 @triton.jit
 def _states(
-    values, code, signs, amplitude, scale, level, token, inside, head, width, kept, code_bytes, sign_bytes,
-    KIND: tl.constexpr, SIGNS: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
+    values, code, signs, amplitude, scale, level, token, inside, head, width, kept, size, code_bytes, sign_bytes,
+    KIND: tl.constexpr, SIGNS: tl.constexpr, SCALED: tl.constexpr, INT5: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return the states of some tokens, fp32 (tokens, WIDTH), with zeros after the width.
 
@@ -87,16 +93,24 @@ def _states(
         bit = tl.where(shown, bit, 0)
     rank = tl.cumsum(bit, axis=1) - bit
     stored = shown & (bit == 1) & (rank < kept)
-    state = tl.load(values + line * kept + rank, mask=stored, other=0).to(tl.float32)
+    if INT5:
+        pair = tl.load(values + line * size + rank // 2, mask=stored, other=0).to(tl.int32)
+        place = (pair >> (rank % 2 * 4)) & 15
+        state = ((tl.where(place < 8, LOWER, UPPER) >> (place % 8 * 8)) & 255).to(tl.float32)
+    else:
+        state = tl.load(values + line * size + rank, mask=stored, other=0).to(tl.float32)
+    lost = channel - rank
+    pruned = shown & (bit == 0) & (lost < width - kept)
     if SIGNS:
-        lost = channel - rank
-        pruned = shown & (bit == 0) & (lost < width - kept)
-        sign = (tl.load(signs + line * sign_bytes + lost // 8, mask=pruned, other=0).to(tl.int32) >> (lost % 8)) & 1
-        size = tl.load(amplitude + token, mask=inside, other=0).to(tl.float32)[:, None]
+        recovered = tl.load(amplitude + token, mask=inside, other=0).to(tl.float32)[:, None]
         if SCALED:
-            size = size * 0.5
-        size = size * tl.load(level + head * width + channel, mask=channel < width, other=0)
-        state = tl.where(pruned, tl.where(sign == 1, -size, size), state)
+            recovered = recovered * 0.5
+        recovered = recovered * tl.load(level + head * width + channel, mask=channel < width, other=0)
+        state = tl.where(pruned, recovered, state)
+    if SIGNS or INT5:
+        signed, place = (shown, channel) if INT5 else (pruned, lost)
+        byte = tl.load(signs + line * sign_bytes + place // 8, mask=signed, other=0).to(tl.int32)
+        state = tl.where(signed & ((byte >> (place % 8)) & 1 == 1), -state, state)
     if SCALED:
         state = state * tl.load(scale + token, mask=inside, other=0).to(tl.float32)[:, None]
     return state
@@ -107,9 +121,10 @@ def _attend(
     query, added, sums, most, totals,
     k_values, k_code, k_signs, k_amplitude, k_scale, k_level, v_values, v_code, v_signs, v_amplitude, v_scale, v_level,
     heads, rows, tokens, softcap,
-    k_capacity, k_width, k_kept, k_code_bytes, k_sign_bytes, v_capacity, v_width, v_kept, v_code_bytes, v_sign_bytes,
-    K_KIND: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALED: tl.constexpr, K_WIDTH: tl.constexpr,
-    V_KIND: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALED: tl.constexpr, V_WIDTH: tl.constexpr,
+    k_capacity, k_width, k_kept, k_size, k_code_bytes, k_sign_bytes,
+    v_capacity, v_width, v_kept, v_size, v_code_bytes, v_sign_bytes,
+    K_KIND: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALED: tl.constexpr, K_INT5: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_KIND: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALED: tl.constexpr, V_INT5: tl.constexpr, V_WIDTH: tl.constexpr,
     ADDED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
@@ -125,7 +140,7 @@ def _attend(
         inside = position < tokens
         keys = _states(
             k_values, k_code, k_signs, k_amplitude, k_scale, k_level, line * k_capacity + position, inside, head,
-            k_width, k_kept, k_code_bytes, k_sign_bytes, K_KIND, K_SIGNS, K_SCALED, K_WIDTH,
+            k_width, k_kept, k_size, k_code_bytes, k_sign_bytes, K_KIND, K_SIGNS, K_SCALED, K_INT5, K_WIDTH,
         )  # fmt: skip
         score = tl.dot(own, tl.trans(keys), input_precision="ieee")
         if CAPPED:
@@ -140,7 +155,7 @@ def _attend(
         factor = tl.exp(largest - now)
         values = _states(
             v_values, v_code, v_signs, v_amplitude, v_scale, v_level, line * v_capacity + position, inside, head,
-            v_width, v_kept, v_code_bytes, v_sign_bytes, V_KIND, V_SIGNS, V_SCALED, V_WIDTH,
+            v_width, v_kept, v_size, v_code_bytes, v_sign_bytes, V_KIND, V_SIGNS, V_SCALED, V_INT5, V_WIDTH,
         )  # fmt: skip
         result = result * factor[:, None] + tl.dot(share, values, input_precision="ieee")
         total = total * factor + tl.sum(share, axis=1)

@@ -15,6 +15,7 @@ from permprune.errors import PermpruneError
 from permprune.inference.kv.cache import PrunedCache
 from permprune.inference.kv.calibration import ObservedLayer
 from permprune.inference.kv.config import KVConfig
+from permprune.inference.kv.files import read_channels, read_record, write_cache
 from permprune.jobs.kv import calibrate_kv, evaluate_kv, find_channels
 from permprune.jobs.trials import Evaluation
 from permprune.permuters.cp import CP
@@ -55,6 +56,8 @@ def test_a_cache_is_made_measured_and_used(
     tensors = load_file(folder / "kv.safetensors")
     own = cache.layers[1].channels[0]
     assert own is not None and torch.equal(own.order, tensors["layers.1.keys.order"].long())
+    with pytest.raises(PermpruneError, match="is for int8 values, and int5 needs the means of the keys"):
+        permprune.PrunedCache.from_pretrained(folder, model, dtype="int5")
 
 
 def test_the_order_of_the_values_is_folded(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -81,7 +84,7 @@ def test_the_evaluation_prunes_the_prompt(
     found = {}
     for keys, values in (("dense", "dense"), ("1:4", "1:4")):
         out = tmp_path / keys
-        config = KVConfig(keys, values, window=0, sinks=0, recovery="zeros")
+        config = KVConfig(keys, values, dtype="auto", window=0, sinks=0, recovery="zeros")
         record = calibrate_kv(
             tiny_llama, out, config, calibration=str(tiny_text), samples=2, length=32, evaluation=evaluation,
             processor=tiny_tokenizer,
@@ -165,3 +168,17 @@ def test_channels_are_written_for_every_head(folder: Path) -> None:
     tensors = load_file(folder / "kv.safetensors")
     assert len(tensors) == 2 * 2 * 3
     assert all(tensor.shape == (2, 8) for tensor in tensors.values())
+
+
+def test_keys_of_five_bits_have_a_mean(folder: Path) -> None:
+    layer, states = ObservedLayer(0, 1), torch.randn(1, 2, 200, 8)
+    layer.add(torch.rand(1, 4, 200, 8), states, states)
+    config = KVConfig("2:4", "2:4", dtype="int5")
+    keys, values = find_channels({0: layer}, config, RIAPermuter())[0][0]
+    torch.testing.assert_close(keys.mean, states.mean((0, 2)).gather(1, keys.order))
+    write_cache(folder, {0: (keys, values)}, read_record(folder))
+    read = read_channels(folder)[0]
+    assert torch.equal(read[0].mean, keys.mean) and read[1].mean is None
+    layer.centres_keys = False  # scores are soft-capped, or there are learned sinks
+    assert find_channels({0: layer}, config, RIAPermuter())[0][0][0].mean is None
+    assert find_channels({0: layer}, config.replace(dtype="int8"), RIAPermuter())[0][0][0].mean is None

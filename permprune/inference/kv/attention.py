@@ -55,6 +55,11 @@ class Call:
     causal: bool = True
     dropout: float = 0.0
 
+    @property
+    def ignores_constants(self) -> bool:
+        """Whether a number that is added to all scores of a query changes nothing."""
+        return self.softcap is None and self.sinks is None
+
     def rows(self, start: int, stop: int) -> Call:
         """Return the call for queries `start` to `stop`."""
         mask, bias = (None if t is None else t[:, :, start:stop] for t in (self.mask, self.bias))
@@ -131,7 +136,7 @@ def attention(
 def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) -> Tensor:
     """Return the attention to keys and values, (batch, key/value heads, tokens, width), in the layout of `States`."""
     count = call.query.shape[2]
-    if call.softcap is None and call.sinks is None:
+    if call.ignores_constants:
         output: Tensor = sdpa_attention_forward(
             module,
             call.query,

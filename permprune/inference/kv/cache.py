@@ -67,12 +67,19 @@ class PrunedCache(Cache):  # type: ignore[misc]
         """Return an empty cache with the channels and settings that `permprune kv` wrote to a folder.
 
         `changes` are settings of `KVConfig` in place of those of the folder: `dtype="int8"`, `window=64`. The channels
-        were found for the folder's patterns. Raises `PermpruneError` if the folder is damaged or for another model.
+        were found for the folder's patterns. Raises `PermpruneError` if the folder is damaged or for another model, or
+        if `dtype` is changed to "int5", which needs the means of keys.
         """
         folder = Path(folder)
         record = read_record(folder)
         require_model(folder, record, model)
-        return cls(model, record.config.replace(**changes), read_channels(folder), exact_window=exact_window)
+        config = record.config.replace(**changes)
+        if config.dtype == "int5" != record.config.dtype:
+            raise PermpruneError(
+                f"{folder} is for {record.config.dtype} values, and int5 needs the means of the keys: "
+                "make a cache with permprune kv --dtype int5"
+            )
+        return cls(model, config, read_channels(folder), exact_window=exact_window)
 
     @property
     def nbytes(self) -> int:

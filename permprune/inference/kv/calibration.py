@@ -40,6 +40,8 @@ class ObservedLayer:
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    centres_keys: bool = True
+    """Whether keys can be stored without their mean: queries need not know it (`Call.ignores_constants`)."""
 
     def add(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
         """Add the states of new tokens, (batch, heads, tokens, width), after positions are encoded."""
@@ -84,24 +86,27 @@ def observe_states(
     return observed
 
 
-def fit_channels(states: Tensor, weight: Tensor, order: Tensor, pattern: Pattern | None) -> Channels:
+def fit_channels(
+    states: Tensor, weight: Tensor, order: Tensor, pattern: Pattern | None, mean: Tensor | None = None
+) -> Channels:
     """Return the channels of an order, with the levels that recover pruned channels with the least error.
 
-    `states` are fp32 (heads, tokens, width) and `weight` (heads, width), both in the model's order. Levels and the
-    tokens' amplitudes minimise sum (weight (|state| - amplitude level))^2 over the pruned channels in turns.
+    `states` are fp32 (heads, tokens, width), `weight` and `mean`, which is subtracted from them, (heads, width), all in
+    the model's order. Levels and the tokens' amplitudes minimise sum (weight (|state| - amplitude level))^2 over the
+    pruned channels in turns.
     """
-    weight = weight.gather(1, order)
-    channels = Channels(order, weight, 1 / weight)
+    weight, mean = weight.gather(1, order), None if mean is None else mean.gather(1, order)
+    channels = Channels(order, weight, 1 / weight, mean)
     if pattern is None:
         return channels
-    arranged = channels.arrange(states[None])
+    arranged = channels.centred(channels.arrange(states[None]))
     size = arranged.abs()
     for _ in range(ROUNDS):
         kept, factor = choose_channels(arranged, channels, pattern, turns=TURNS)
         pruned = (~kept).float()
         products, squares = (size * factor * pruned).sum(2)[0], (factor.square() * pruned).sum(2)[0]
         level = torch.where((squares > 0) & (products > 0), products / squares, channels.level)
-        channels = Channels(order, weight, level)
+        channels = Channels(order, weight, level, mean)
     return channels
 
 
@@ -137,4 +142,5 @@ class _View(States):
 
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         self.observed.add(call.query, self.keys, self.values)
+        self.observed.centres_keys &= call.ignores_constants
         return attend_plain(call, module, self.keys, self.values)

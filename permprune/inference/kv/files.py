@@ -23,7 +23,7 @@ from permprune.options import Range
 from permprune.system.files import write_json, write_whole
 
 RECORD, TENSORS = "kv.json", "kv.safetensors"
-"""Names of the files: the record, and the tensors "layers.{number}.{keys or values}.{order, weight or level}"."""
+"""Names of the files: the record, and the tensors "layers.{number}.{keys or values}.{order, weight, level or mean}"."""
 
 FORMAT = 1
 """The version of the format that is written, and the newest that can be read."""
@@ -98,7 +98,13 @@ def write_cache(folder: Path, channels: LayerChannels, record: KVRecord) -> None
         f"layers.{number}.{side}.{name}": tensor.contiguous()
         for number, pair in channels.items()
         for side, own in zip(("keys", "values"), pair, strict=True)
-        for name, tensor in (("order", own.order.to(torch.int32)), ("weight", own.weight), ("level", own.level))
+        for name, tensor in (
+            ("order", own.order.to(torch.int32)),
+            ("weight", own.weight),
+            ("level", own.level),
+            ("mean", own.mean),
+        )
+        if tensor is not None
     }
     write_whole(folder / TENSORS, lambda path: save_file(tensors, path))
     write_json(folder / RECORD, encode(record))
@@ -142,6 +148,6 @@ def _side(path: Path, tensors: dict[str, Tensor], name: str) -> Channels:
     order, weight, level = parts
     if order is None or weight is None or level is None or order.dim() != 2 or order.is_floating_point():
         raise PermpruneError(f"{path} lacks tensors of {reprlib.repr(name)}: {AGAIN}")
-    channels = Channels(order.long(), weight, level)
+    channels = Channels(order.long(), weight, level, tensors.get(f"{name}.mean"))
     channels.check(f"{path}: {name}")
     return channels

@@ -71,7 +71,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"the cache is for {name} of {channels.shape[0]} heads of {channels.shape[1]} channels, and the "
                     f"model has {shape[0]} of {shape[1]}: make one for this model with permprune kv"
                 )
-            pattern = pattern_of(getattr(self.config, name), shape[1])
+            pattern = pattern_of(getattr(self.config, name), shape[1], self.config.dtype)
             stored = DTYPES[self.config.dtype] or states.dtype
             layout = Layout(pattern, stored, self.config.recovery == "sign")
             packed.append(PackedTokens(channels.to(self.device), layout))
@@ -87,7 +87,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         assert self.packed is not None
         past, new = self.get_seq_length(), (key_states, value_states)
-        arranged = [packed.channels.arrange(states) for packed, states in zip(self.packed, new, strict=True)]
+        channels = [packed.channels for packed in self.packed]
+        arranged = [own.centred(own.arrange(states)) for own, states in zip(channels, new, strict=True)]
         whole = [torch.cat(pair, 2) for pair in zip((self.keys, self.values), arranged, strict=True)]
         before, sinks = self.packed[0].length, self.config.sinks
         leaving = max(0, self.packed_count(past + key_states.shape[2]) - before)
@@ -192,6 +193,11 @@ class _View(Source, States):
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         if self.plain is not None:
             return attend_plain(call, module, *self.plain)
+        if self.packed[0].channels.mean is not None and not call.ignores_constants:
+            raise PermpruneError(
+                "the cache stores keys without their means, which soft-capped scores and learned sinks need: "
+                "make the cache again with permprune kv"
+            )
         if self._runs_native(call):
             return self._attend_native(call)
         batch, heads, count, width = call.query.shape

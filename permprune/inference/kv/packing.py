@@ -4,13 +4,14 @@ The layout is made for kernels that walk over the tokens of one head. All tensor
 contiguous: the tokens of a head follow each other, and each is a row of bytes. For a head of `width` channels with
 pattern N:M, the row of a token has these parts, channels in stored order (`Channels.order`):
 
-* `values`, (width N / M): the kept values, in channel order; fp32, bf16, fp16 or int8;
+* `values`, (width N / M): the kept values, in channel order; fp32, bf16, fp16 or int8. Of int5 uint8, half as many:
+  places in `permprune.kernels.codes.MAGNITUDES`, two in a byte, the first in the lower bits;
 * `code`, uint8: which channels are kept (`permprune.kernels.codes`); for 2:4, 3 bits for each group;
 * `signs`, uint8 (ceil(width (M - N) / (8 M))), with recovery only: bit i is set if the i-th channel that is not kept is
-  negative;
+  negative. Of int5 uint8 (ceil(width / 8)), with or without recovery: bit c is set if channel c is negative;
 * `amplitude`, (1), with recovery only: a pruned channel c is read as its sign times `amplitude` times
-  `Channels.level[c]`; of the type of the values, or for int8 values uint8 in steps of half the scale;
-* `scale`, bf16 (1), for int8 only: a kept value is its integer times the scale.
+  `Channels.level[c]`; of the type of the values, or for integers uint8 in steps of half the scale;
+* `scale`, bf16 (1), for integers only: a kept value is its integer, or magnitude, times the scale.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
+from permprune.kernels.attention import SCALED
 from permprune.kernels.cache_packing import pack, packs
-from permprune.kernels.codes import pack_code, pack_padded_bits, unpack_code
+from permprune.kernels.codes import (
+    INT5,
+    kept_count,
+    pack_code,
+    pack_magnitudes,
+    pack_padded_bits,
+    unpack_code,
+    unpack_magnitudes,
+)
 from permprune.kernels.packed import unpack_bits
 from permprune.pattern import Pattern
 
@@ -40,12 +50,15 @@ class Channels:
 
     `order` is int64 (heads, width): stored channel i of a head is the model's channel `order[i]`. `weight`, fp32
     (heads, width), is the importance of each stored channel, by which errors are multiplied. `level`, fp32 (heads,
-    width), is the magnitude of each stored channel, relative to the others, where it is pruned.
+    width), is the magnitude of each stored channel, relative to the others, where it is pruned. `mean`, fp32 (heads,
+    width), is subtracted from the states of all tokens before they are stored, whole or packed. Keys may have one: what
+    it takes from the scores of a query is the same for all tokens, which does not change their softmax.
     """
 
     order: Tensor
     weight: Tensor
     level: Tensor
+    mean: Tensor | None = None
 
     @classmethod
     def natural(cls, heads: int, width: int) -> Channels:
@@ -65,19 +78,28 @@ class Channels:
         if not torch.equal(self.order.sort(-1).values, identity):
             raise PermpruneError(f"{name} has an order that is no permutation: make the cache again with permprune kv")
         for numbers in (self.weight, self.level):
-            valid = numbers.is_floating_point() and numbers.shape == self.order.shape
-            if not valid or not (numbers.isfinite() & (numbers > 0)).all():
+            if not self._is_valid(numbers) or not (numbers > 0).all():
                 raise PermpruneError(
                     f"{name} has weights or levels that are no positive numbers: make the cache again with permprune kv"
                 )
+        if self.mean is not None and not self._is_valid(self.mean):
+            raise PermpruneError(f"{name} has means that are no numbers: make the cache again with permprune kv")
+
+    def _is_valid(self, numbers: Tensor) -> bool:
+        return numbers.is_floating_point() and numbers.shape == self.order.shape and bool(numbers.isfinite().all())
 
     def to(self, device: torch.device) -> Channels:
         """Return the channels on a device."""
-        return Channels(self.order.to(device), self.weight.to(device), self.level.to(device))
+        mean = None if self.mean is None else self.mean.to(device)
+        return Channels(self.order.to(device), self.weight.to(device), self.level.to(device), mean)
 
     def arrange(self, states: Tensor) -> Tensor:
         """Put states, (batch, heads, tokens, width), into the stored order."""
         return states if self.is_natural else states.gather(-1, self.order[:, None].expand_as(states))
+
+    def centred(self, states: Tensor) -> Tensor:
+        """Return states in the stored order without their mean."""
+        return states if self.mean is None else (states.float() - self.mean[:, None]).to(states.dtype)
 
     def restore(self, states: Tensor) -> Tensor:
         """Put states in the stored order, (batch, heads, tokens, width), into the model's order."""
@@ -95,7 +117,8 @@ class Channels:
 
 @dataclass(frozen=True)
 class Layout:
-    """The packed form of states: the pattern, None if all channels are kept; the type of values; `signs` or zeros."""
+    """The packed form of states: the pattern, None if all channels are kept; the type of values (of int5 `INT5`);
+    recovery by `signs`, or zeros."""
 
     pattern: Pattern | None
     dtype: torch.dtype
@@ -107,9 +130,7 @@ def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURN
 
     With recovery, kept channels and amplitudes are fitted to each other in `turns` turns (`choose_channels`).
     """
-    if layout.pattern is None:
-        return _stored(states.float(), layout.dtype)
-    if packs(states, layout.dtype):
+    if layout.pattern is not None and packs(states, layout.dtype):
         return pack(
             states,
             channels.weight,
@@ -120,36 +141,45 @@ def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURN
             turns=turns,
         )
     states = states.float()
-    kept, size = choose_channels(states, channels, layout.pattern, turns=turns if layout.signs else 0)
-    parts = _stored(_select(states, kept), layout.dtype)
-    parts["code"] = pack_code(kept, layout.pattern)
-    if layout.signs:
-        parts["signs"] = pack_padded_bits(_select(states, ~kept) < 0)
-        if "scale" in parts:
-            steps = 2 * size / parts["scale"].float().clamp_min(TINY)
-            parts["amplitude"] = steps.round().clamp(0, 255).to(torch.uint8)
-        else:
-            parts["amplitude"] = size.to(layout.dtype)
+    if layout.pattern is None:
+        parts = _stored(states, layout.dtype)
+    else:
+        kept, size = choose_channels(states, channels, layout.pattern, turns=turns if layout.signs else 0)
+        parts = _stored(_select(states, kept), layout.dtype)
+        parts["code"] = pack_code(kept, layout.pattern)
+        if layout.signs:
+            parts["signs"] = pack_padded_bits(_select(states, ~kept) < 0)
+            if "scale" in parts:
+                steps = 2 * size / parts["scale"].float().clamp_min(TINY)
+                parts["amplitude"] = steps.round().clamp(0, 255).to(torch.uint8)
+            else:
+                parts["amplitude"] = size.to(layout.dtype)
+    if layout.dtype == INT5:
+        parts["signs"] = pack_padded_bits(states < 0)
     return parts
 
 
 def decode(parts: Parts, channels: Channels, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Unpack states, with pruned channels zero or recovered: `dtype` (batch, heads, tokens, width) in stored order."""
-    values, scale = parts["values"], parts.get("scale")
+    values, scale, width = parts["values"], parts.get("scale"), channels.shape[1]
+    if layout.dtype == INT5:
+        values = unpack_magnitudes(values, kept_count(layout.pattern, width))
     if scale is not None:
         values = values * scale.float()
-    if layout.pattern is None:
-        return values.to(dtype)
-    kept = unpack_code(parts["code"], layout.pattern, channels.shape[1])
-    states = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values.to(dtype))
-    if layout.signs:
-        size = parts["amplitude"].float()
-        if scale is not None:
-            size = size * scale.float() / 2
-        signs = unpack_bits(parts["signs"])[..., : kept.shape[-1] - values.shape[-1]]
-        recovered = torch.zeros(kept.shape, device=kept.device).masked_scatter_(~kept, 1.0 - 2.0 * signs)
-        states += (recovered * size * channels.level[:, None]).to(dtype)
-    return states
+    states = values = values.to(dtype)
+    if layout.pattern is not None:
+        kept = unpack_code(parts["code"], layout.pattern, width)
+        states = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values)
+        if layout.signs:
+            size = parts["amplitude"].float()
+            if scale is not None:
+                size = size * scale.float() / 2
+            recovered = (~kept).float()
+            if layout.dtype != INT5:
+                signs = unpack_bits(parts["signs"])[..., : width - values.shape[-1]]
+                recovered.masked_scatter_(~kept, 1.0 - 2.0 * signs)
+            states += (recovered * size * channels.level[:, None]).to(dtype)
+    return torch.where(unpack_bits(parts["signs"])[..., :width], -states, states) if layout.dtype == INT5 else states
 
 
 def choose_channels(states: Tensor, channels: Channels, pattern: Pattern, *, turns: int) -> tuple[Tensor, Tensor]:
@@ -189,14 +219,19 @@ def _amplitude(magnitude: Tensor, kept: Tensor, channels: Channels) -> Tensor:
 
 TINY = torch.finfo(torch.float32).tiny
 
+LARGEST = 127
+"""The largest integer."""
+
 
 def _stored(values: Tensor, dtype: torch.dtype) -> Parts:
-    """Return values as `dtype`, with a scale for each token and head if that is int8."""
-    if dtype != torch.int8:
+    """Return values as `dtype`, with a scale for each token and head if those are integers; int5 without signs."""
+    if dtype not in SCALED:
         return {"values": values.to(dtype)}
-    scale = (values.abs().amax(-1, keepdim=True) / 127).bfloat16()
-    steps = (values / scale.float().clamp_min(TINY)).round().clamp(-127, 127)
-    return {"values": steps.to(torch.int8), "scale": scale}
+    scale = (values.abs().amax(-1, keepdim=True) / LARGEST).bfloat16()
+    steps = values / scale.float().clamp_min(TINY)
+    if dtype == INT5:
+        return {"values": pack_magnitudes(steps.abs()), "scale": scale}
+    return {"values": steps.round().clamp(-LARGEST, LARGEST).to(dtype), "scale": scale}
 
 
 def _select(states: Tensor, chosen: Tensor) -> Tensor:

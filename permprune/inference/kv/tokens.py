@@ -11,7 +11,7 @@ from torch import Tensor
 
 from permprune.inference.kv.packing import Channels, Layout, Parts, decode, encode
 from permprune.kernels import native
-from permprune.kernels.attention import WIDEST, PackedStates
+from permprune.kernels.attention import NUMBERS, WIDEST, PackedStates
 from permprune.kernels.layout import FLOATS
 
 BLOCK = 512
@@ -62,7 +62,7 @@ class PackedTokens:
         """Return the parts as native kernels read them; None if there are no parts, or no kernels for them."""
         if self._states is None and self.parts:
             values, width = self.parts["values"], self.channels.shape[1]
-            runs = values.device.type == "cpu" and values.dtype in (*FLOATS, torch.int8) and width <= WIDEST
+            runs = values.device.type == "cpu" and values.dtype in NUMBERS and width <= WIDEST
             if runs and native.available():
                 self._states = PackedStates(self.parts, self.channels.level, self.layout.pattern)
         return self._states

@@ -14,6 +14,15 @@ enum { ROWS = 16 };          /* rows of queries that read the tokens together */
 
 typedef float lanes __attribute__((vector_size(LINE * sizeof(float))));
 typedef int32_t numbers __attribute__((vector_size(LINE * sizeof(int32_t))));
+typedef uint8_t bytes __attribute__((vector_size(LINE)));
+
+/* Types of kept values are those of packed.h, and I5: places of `magnitudes`, two in a byte, beside a sign for each
+ * channel, kept or pruned. I8 and I5 have a scale for each token and head. */
+enum { I5 = NUMBERS };
+
+/* Those of codes.py, and the numbers between them. */
+static const uint8_t magnitudes[LINE] = {0, 3, 8, 13, 20, 27, 35, 44, 53, 62, 72, 82, 93, 104, 115, 127};
+static const float between[LINE - 1] = {1.5f, 5.5f, 10.5f, 16.5f, 23.5f, 31, 39.5f, 48.5f, 57.5f, 67, 77, 87.5f, 98.5f, 109.5f, 121};
 
 /* What codes are: none, if all channels are kept; a bit for every channel; or, for each group of four channels, a bit in
  * each of some planes, of which each has a bit for every group, as permprune/kernels/codes.py describes them. */
@@ -22,12 +31,12 @@ enum channels { EVERY, BITS, ONE_OF_4, TWO_OF_4, THREE_OF_4 };
 /* Keys or values of `tokens` tokens, one head after the other. Each part is an array with an entry for each token, as
  * permprune/inference/kv/packing.py describes them. The same members, in the same order, as `States` in attention.py. */
 struct states {
-    const char *values;     /* (kept,), numbers of type `number` */
+    const char *values;     /* (kept,), numbers of type `number`; of I5 two in a byte */
     const uint8_t *code;    /* `code_bytes`, NULL for EVERY */
-    const uint8_t *signs;   /* `sign_bytes`, or NULL: pruned channels are zero */
-    const void *amplitude;  /* of type `number`, or uint8 for I8; NULL without signs */
-    const uint16_t *scale;  /* bf16, of I8 only */
-    const float *level;     /* (heads, width), or NULL without signs */
+    const uint8_t *signs;   /* `sign_bytes`: of the pruned channels, NULL without amplitudes; of I5 of all channels */
+    const void *amplitude;  /* of type `number`, or uint8 for integers; NULL if pruned channels are zero */
+    const uint16_t *scale;  /* bf16, of integers only */
+    const float *level;     /* (heads, width), or NULL without amplitudes */
     int64_t tokens, width, kept, code_bytes, sign_bytes;
     int32_t number, kind;
 };
@@ -83,6 +92,14 @@ struct cache_kernels {
 extern const struct cache_kernels avx512_cache, avx2_cache, neon_cache, portable_cache;
 
 static ALWAYS_INLINE void report_bad(int32_t *bad) { __atomic_store_n(bad, 1, __ATOMIC_RELAXED); }
+
+static ALWAYS_INLINE int has_scale(int number) { return number >= I8; }
+
+/* Bytes of `count` kept values. */
+static ALWAYS_INLINE int64_t value_bytes(int64_t count, int number)
+{
+    return number == I5 ? (count + 1) / 2 : count * (number == I8 ? 1 : number == F32 ? 4 : 2);
+}
 
 static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -38,6 +38,11 @@ static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint3
     return rest;
 }
 
+static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
+{
+    return (bytes)_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)table), (__m128i)places);
+}
+
 static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
 {
     const numbers places = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16};

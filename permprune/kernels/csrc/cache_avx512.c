@@ -64,10 +64,34 @@ static ALWAYS_INLINE void unpack_block(float *to, const char *from, const int nu
     }
 }
 
+static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
+{
+    return (bytes)_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)table), (__m128i)places);
+}
+
 static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
 {
     __m512i own = (__m512i)values;
     return (lanes)_mm512_mask_xor_epi32(own, (__mmask16)bits, own, _mm512_set1_epi32(INT32_MIN));
+}
+
+/* The places are spread to bytes in one register: each pair becomes a 16-bit number. */
+static ALWAYS_INLINE void unpack_signed_block(float *to, const char *from, int64_t first, uint64_t mask, const lanes *rest,
+                                              uint64_t signs)
+{
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)magnitudes));
+    __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(from + first / 2)));
+    if (first % 2) {
+        __m512i next = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(from + first / 2 + 1)));
+        next = _mm512_and_si512(_mm512_slli_epi16(next, 4), _mm512_set1_epi16(0xf0));
+        pairs = _mm512_or_si512(_mm512_srli_epi16(pairs, 4), next);
+    }
+    pairs = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
+    const __m512i all = _mm512_maskz_expand_epi8(mask, _mm512_shuffle_epi8(table, pairs));
+    UNROLLED for (int i = 0; i < 4; i++, mask >>= LINE, signs >>= LINE) {
+        __m512 line = _mm512_mask_cvtepi32_ps((__m512)rest[i], (__mmask16)mask, _mm512_cvtepi8_epi32(quarter_of(all, i)));
+        _mm512_storeu_ps(to + i * LINE, (__m512)flip((lanes)line, signs & 0xffff));
+    }
 }
 
 static ALWAYS_INLINE uint64_t deposit(uint64_t bits, uint64_t places) { return _pdep_u64(bits, places); }

@@ -29,6 +29,11 @@ static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint3
     return rest;
 }
 
+static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
+{
+    return (bytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
+}
+
 static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
 {
     const numbers places = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16};

@@ -15,6 +15,15 @@ static ALWAYS_INLINE int32_t nearest(float value, float least, float most)
     return (int32_t)((value + 12582912.0f) - 12582912.0f); /* 1.5 x 2^23: the lowest bits are the nearest integer */
 }
 
+/* The place of the nearest of `magnitudes`; of NaN the last. */
+static ALWAYS_INLINE int32_t place_of(float value)
+{
+    int32_t place = 0;
+    for (int i = 0; i < LINE - 1; i++)
+        place += !(value <= between[i]);
+    return place;
+}
+
 static ALWAYS_INLINE float total_of(lanes values)
 {
     float sum = 0;
@@ -130,8 +139,9 @@ static void write_token(const struct token *token, const struct states *states, 
 {
     uint8_t *code = (uint8_t *)states->code + index * states->code_bytes;
     uint8_t *signs = states->signs ? (uint8_t *)states->signs + index * states->sign_bytes : NULL;
+    const int number = states->number;
     float step = 1.0f;
-    if (states->number == I8) {
+    if (has_scale(number)) {
         float most = 0;
         for (int64_t c = 0; c < states->width; c++)
             if (!token->pruned[c] && !(token->magnitude[c] <= most) && most == most) /* NaN stays */
@@ -144,21 +154,29 @@ static void write_token(const struct token *token, const struct states *states, 
     write_code(token, states, code);
     if (signs)
         memset(signs, 0, (size_t)states->sign_bytes);
-    int64_t kept = index * states->kept, pruned = 0;
+    char *values = (char *)states->values + index * value_bytes(states->kept, number);
+    int64_t kept = 0, pruned = 0;
+    if (number == I5)
+        memset(values, 0, (size_t)value_bytes(states->kept, number));
     for (int64_t c = 0; c < states->width; c++) {
-        if (token->pruned[c]) {
-            if (signs)
-                signs[pruned / 8] |= (uint8_t)((token->state[c] < 0) << pruned % 8);
+        if (signs && (number == I5 || token->pruned[c])) {
+            const int64_t bit = number == I5 ? c : pruned;
+            signs[bit / 8] |= (uint8_t)((token->state[c] < 0) << bit % 8);
+        }
+        if (token->pruned[c])
             pruned++;
-        } else if (states->number == I8)
-            ((int8_t *)states->values)[kept++] = (int8_t)nearest(token->state[c] / step, -127, 127);
+        else if (number == I5) {
+            values[kept / 2] |= (char)(place_of(token->magnitude[c] / step) << kept % 2 * 4);
+            kept++;
+        } else if (number == I8)
+            values[kept++] = (char)nearest(token->state[c] / step, -127, 127);
         else
-            write_number((void *)states->values, kept++, states->number, token->state[c]);
+            write_number(values, kept++, number, token->state[c]);
     }
-    if (signs && states->number == I8)
+    if (states->amplitude && has_scale(number))
         ((uint8_t *)states->amplitude)[index] = (uint8_t)nearest(2 * token->amplitude / step, 0, 255);
-    else if (signs)
-        write_number((void *)states->amplitude, index, states->number, token->amplitude);
+    else if (states->amplitude)
+        write_number((void *)states->amplitude, index, number, token->amplitude);
 }
 
 static void PASTE(NAME, _pack)(const void *packing, int64_t first, int64_t last)
@@ -181,7 +199,7 @@ static void PASTE(NAME, _pack)(const void *packing, int64_t first, int64_t last)
             }
             token.amplitude = 0;
             for (int64_t turn = 0; turn <= job->turns; turn++)
-                choose(&token, job, job->states.signs != NULL);
+                choose(&token, job, job->states.amplitude != NULL);
             write_token(&token, &job->states, task * job->count + index);
         }
     }

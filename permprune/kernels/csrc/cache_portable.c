@@ -15,6 +15,13 @@ static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint3
     return rest;
 }
 
+static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
+{
+    for (int i = 0; i < LINE; i++)
+        places[i] = table[places[i]];
+    return places;
+}
+
 static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
 {
     for (int lane = 0; lane < LINE; lane++)

@@ -4,8 +4,13 @@
  *         successive numbers at the ones of `bits`, and the lanes of `rest` elsewhere; may read LINE numbers
  *     void unpack_block(float *to, const char *from, const int number, uint64_t mask, const lanes *rest)
  *         the same for four lines, where HAS_BLOCKS is defined; may read 64 numbers
+ *     void unpack_signed_block(float *to, const char *from, int64_t first, uint64_t mask, const lanes *rest, uint64_t signs)
+ *         likewise of `magnitudes`, whose places are from number `first` of `from` on, negated, as is `rest`, at the ones of
+ *         `signs`
  *     lanes flip(lanes values, uint32_t bits)
  *         negates the lanes at the ones of `bits`
+ *     bytes look_up(const uint8_t *table, bytes places)
+ *         the entries of a table of LINE
  *     uint64_t deposit(uint64_t bits, uint64_t places), uint64_t deposit_pairs(uint64_t bits, uint64_t places)
  *         successive bits at the ones of `places`, of which each four have two for the second
  */
@@ -78,10 +83,10 @@ static ALWAYS_INLINE int keeps_as_many(const struct states *states, int64_t toke
     return kept == states->kept;
 }
 
-/* Of I8 in steps of one integer. */
+/* Of integers in steps of one integer. */
 static ALWAYS_INLINE float read_amplitude(const struct states *states, int64_t token, const int number)
 {
-    if (number == I8)
+    if (has_scale(number))
         return ((const uint8_t *)states->amplitude)[token] * 0.5f;
     return read_number(states->amplitude, token, number);
 }
@@ -104,37 +109,77 @@ static ALWAYS_INLINE lanes recover(const float *level, float amplitude, uint64_t
     return kind == EVERY ? (lanes){0} : flip(load_line(level) * amplitude, signs & 0xffff);
 }
 
-/* Unpacks a token to lines_of(width) floats, with zeros after the width, in steps of one integer for I8. `level` has as many.
- * Returns 0 if a code keeps another number of channels than it should; the token becomes zero. */
+/* Writes `count` magnitudes as bytes; their places are from number `first` of `from` on. May read 2 LINE bytes and write
+ * 2 LINE more. Returns where the first is. */
+static ALWAYS_INLINE const char *spread_magnitudes(char *to, const char *from, int64_t first, int64_t count)
+{
+    const char *begin = to + first % 2;
+    from += first / 2;
+    for (count += first % 2; count > 0; count -= 2 * LINE, from += LINE, to += 2 * LINE) {
+        bytes both, low, high, part[2];
+        memcpy(&both, from, sizeof both);
+        low = look_up(magnitudes, both & 15);
+        high = look_up(magnitudes, both >> 4);
+        part[0] = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        part[1] = __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        memcpy(to, part, sizeof part);
+    }
+    return begin;
+}
+
+#if !defined(HAS_BLOCKS)
+static ALWAYS_INLINE void unpack_signed_block(float *to, const char *from, int64_t first, uint64_t mask, const lanes *rest,
+                                              uint64_t signs)
+{
+    char room[96];
+    unpack_block(to, spread_magnitudes(room, from, first, __builtin_popcountll(mask)), I8, mask, rest);
+    UNROLLED for (int i = 0; i < 4; i++, signs >>= LINE)
+        store_line(to + i * LINE, flip(load_line(to + i * LINE), signs & 0xffff));
+}
+#endif
+
+/* Unpacks a token to lines_of(width) floats, with zeros after the width, in steps of one integer for integers. `level` has
+ * as many. Returns 0 if a code keeps another number of channels than it should; the token becomes zero. */
 static ALWAYS_INLINE int unpack_token(const struct states *states, int64_t token, const float *level, float *to,
                                       const int number, const int kind, const int inside)
 {
-    const int64_t size = number == I8 ? 1 : number == F32 ? 4 : 2, stride = lines_of(states->width);
-    const char *values = states->values + token * states->kept * size;
-    char room[(WIDEST + 64) * 4];
+    const int64_t stride = lines_of(states->width), length = value_bytes(states->kept, number);
+    const char *values = states->values + token * length;
+    char room[(WIDEST + 64) * 4], spread[96];
     if (kind == BITS && __builtin_expect(!keeps_as_many(states, token), 0)) {
         memset(to, 0, (size_t)stride * sizeof *to);
         return 0;
     }
     if (!inside)
-        values = memcpy(room, values, (size_t)(states->kept * size));
-    const float amplitude = kind == EVERY || !states->signs ? 0.0f : read_amplitude(states, token, number);
+        values = memcpy(room, values, (size_t)length);
+    const int recovers = kind != EVERY && states->amplitude != NULL;
+    const float amplitude = recovers ? read_amplitude(states, token, number) : 0.0f;
     int64_t kept = 0;
     for (int64_t channel = 0; channel < states->width; channel += 64) {
         uint64_t mask = read_mask(states, token, channel, kind, inside), signs = 0;
-        if (kind != EVERY && states->signs)
+        if (number == I5)
+            signs = read_bytes(states->signs + token * states->sign_bytes + channel / 8,
+                               states->signs + states->tokens * states->sign_bytes, inside);
+        else if (recovers)
             signs = read_signs(states, token, channel - kept, mask, kind, inside);
+        const uint64_t flipped = number == I5 ? 0 : signs; /* of what is recovered; of I5 all channels are, at the end */
         if (channel + 64 <= stride) {
             lanes rest[4];
-            UNROLLED for (int i = 0; i < 4; i++) rest[i] = recover(level + channel + i * LINE, amplitude, signs >> i * LINE, kind);
-            unpack_block(to + channel, values + kept * size, number, mask, rest);
+            UNROLLED for (int i = 0; i < 4; i++) rest[i] = recover(level + channel + i * LINE, amplitude, flipped >> i * LINE, kind);
+            if (number == I5)
+                unpack_signed_block(to + channel, values, kept, mask, rest, signs);
+            else
+                unpack_block(to + channel, values + kept * value_bytes(1, number), number, mask, rest);
             kept += kind == TWO_OF_4 ? 32 : __builtin_popcountll(mask);
             continue;
         }
-        for (int64_t line = channel; line < stride; line += LINE, mask >>= LINE, signs >>= LINE) {
-            lanes rest = recover(level + line, amplitude, signs, kind);
-            store_line(to + line, unpack_line(values + kept * size, number, mask & 0xffff, rest));
-            kept += __builtin_popcount(mask & 0xffff);
+        const char *from = number == I5 ? spread_magnitudes(spread, values, kept, __builtin_popcountll(mask))
+                                        : values + kept * value_bytes(1, number);
+        for (int64_t line = 0; channel + line < stride; line += LINE, mask >>= LINE) {
+            lanes own = recover(level + channel + line, amplitude, flipped >> line, kind);
+            own = unpack_line(from, number == I5 ? I8 : number, mask & 0xffff, own);
+            store_line(to + channel + line, number == I5 ? flip(own, signs >> line & 0xffff) : own);
+            from += __builtin_popcount(mask & 0xffff) * value_bytes(1, number == I5 ? I8 : number);
         }
     }
     return 1;
@@ -175,26 +220,27 @@ static ALWAYS_INLINE void prefetch(const void *part, int64_t first, int64_t coun
 /* Fetches tokens from memory, which takes longer than to work on a block of them. */
 static void prefetch_tokens(const struct states *states, int64_t first, int64_t count)
 {
-    const int64_t size = states->number == I8 ? 1 : states->number == F32 ? 4 : 2;
-    prefetch(states->values, first, count, states->kept * size);
+    const int number = states->number;
+    prefetch(states->values, first, count, value_bytes(states->kept, number));
     prefetch(states->code, first, count, states->code_bytes);
     prefetch(states->signs, first, count, states->sign_bytes);
-    prefetch(states->amplitude, first, count, size);
+    prefetch(states->amplitude, first, count, has_scale(number) ? 1 : value_bytes(1, number));
     prefetch(states->scale, first, count, 2);
 }
 
-/* Unpacks tokens to lines_of(width) floats each, in units of `unit`, which is 1 but for I8. */
+/* Unpacks tokens to lines_of(width) floats each, in units of `unit`, which is 1 but for integers. */
 static int unpack_tokens(const struct states *states, int64_t first, int64_t count, const float *level, float *to,
                          float *unit)
 {
     prefetch_tokens(states, first + count, smaller(TOKENS, states->tokens - first - count));
     for (int64_t t = 0; t < TOKENS; t++)
-        unit[t] = states->number == I8 && t < count ? bf16_to_f32(states->scale[first + t]) : 1.0f;
+        unit[t] = has_scale(states->number) && t < count ? bf16_to_f32(states->scale[first + t]) : 1.0f;
     switch (states->number) { /* a separate loop for each type */
     case F32: return unpack_typed(states, first, count, level, to, F32);
     case BF16: return unpack_typed(states, first, count, level, to, BF16);
     case F16: return unpack_typed(states, first, count, level, to, F16);
-    default: return unpack_typed(states, first, count, level, to, I8);
+    case I8: return unpack_typed(states, first, count, level, to, I8);
+    default: return unpack_typed(states, first, count, level, to, I5);
     }
 }
 

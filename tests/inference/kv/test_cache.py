@@ -41,7 +41,7 @@ LayerChannels = dict[int, tuple[Channels, Channels]]
 
 @pytest.fixture
 def channels() -> LayerChannels:
-    return {i: (random_channels(2, 8), random_channels(2, 8)) for i in range(2)}
+    return {i: (random_channels(2, 8, centred=True), random_channels(2, 8)) for i in range(2)}
 
 
 @torch.no_grad()
@@ -56,12 +56,13 @@ def generate(model: PreTrainedModel, cache: Cache, **options: Any) -> Any:
     return model.generate(TOKENS, **given, max_new_tokens=20, pad_token_id=0, do_sample=False, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize(("dtype", "options"), [("auto", {}), ("auto", {"num_beams": 3}), ("int5", {})])
 def test_generation_equals_that_with_a_whole_cache_pruned_alike(
-    tiny_llama: LlamaForCausalLM, channels: LayerChannels, options: dict[str, int]
+    tiny_llama: LlamaForCausalLM, channels: LayerChannels, dtype: str, options: dict[str, int]
 ) -> None:
-    cache = PrunedCache(tiny_llama, SMALL, channels)
-    reference = Cache(layers=[ReferenceLayer(SMALL, channels[i]) for i in range(2)])
+    config = SMALL.replace(dtype=dtype)
+    cache = PrunedCache(tiny_llama, config, channels)
+    reference = Cache(layers=[ReferenceLayer(config, channels[i]) for i in range(2)])
     options |= {"return_dict_in_generate": True, "output_logits": True}
     found, expected = (generate(tiny_llama, own, **options) for own in (cache, reference))
     assert torch.equal(found.sequences, expected.sequences)
@@ -122,7 +123,7 @@ def test_bytes_are_those_of_the_storages(tiny_llama: LlamaForCausalLM) -> None:
     dense = DynamicCache(config=model.config)
     logits(model, tokens, dense)
     expected = sum(t.nbytes for layer in dense.layers for t in (layer.keys, layer.values))
-    for dtype, row in (("auto", 4 * 2 + 3 + 1 + 2), ("int8", 4 + 3 + 1 + 1 + 2)):
+    for dtype, row in (("auto", 4 * 2 + 3 + 1 + 2), ("int8", 4 + 3 + 1 + 1 + 2), ("int5", 2 + 3 + 1 + 1 + 2)):
         cache = PrunedCache(model, SMALL.replace(dtype=dtype))
         logits(model, tokens, cache)
         assert cache.dense_nbytes == expected
@@ -191,7 +192,7 @@ def test_other_models_are_refused(tiny_llama: LlamaForCausalLM, channels: LayerC
         ({"keys": "4:4"}, "keeps no or all weights"),
         ({"values": "half"}, "is not an N:M pattern"),
         ({"recovery": "wish"}, 'unknown recovery "wish"'),
-        ({"dtype": "int4"}, 'a cache cannot store "int4"'),
+        ({"dtype": "int3"}, 'a cache cannot store "int3"'),
         ({"window": -1}, "window is -1"),
         ({"size": 3}, 'a cache has no setting "size"'),
     ],

@@ -43,6 +43,8 @@ def output(config: KVConfig, states: list[Tensor], mask: Tensor | None, **option
         ("3:4", "4:8", "int8", False),
         ("4:8", "3:4", "auto", True),
         ("auto", "auto", "int8", False),
+        ("auto", "2:4", "int5", True),
+        ("dense", "5:8", "int5", False),
         ("dense", "2:4", "fp16", False),
         ("2:4", "dense", "int8", False),
     ],

@@ -45,7 +45,7 @@ configs = st.builds(
     KVConfig,
     st.sampled_from(["2:4", "1:4", "3:4", "1:2", "4:8", "5:8", "auto", "dense"]),
     st.sampled_from(["2:4", "1:4", "1:2", "auto", "dense"]),
-    dtype=st.just("auto"),
+    dtype=st.sampled_from(["auto", "int5"]),
     recovery=st.sampled_from(["zeros", "sign"]),
     window=st.integers(0, 20),
     sinks=st.integers(0, 5),
@@ -75,7 +75,8 @@ def test_queries_read_what_a_whole_cache_pruned_alike_gives(
 ) -> None:
     torch.manual_seed(seed)
     batch, heads, group = shape
-    channels = random_channels(heads, 8), random_channels(heads, 16)
+    centred = softcap is None and not sinks
+    channels = random_channels(heads, 8, centred=centred), random_channels(heads, 16)
     layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
     padding = torch.randint(0, 4, (batch,)) if padded else torch.zeros(batch, dtype=torch.int64)
     past = 0
@@ -113,7 +114,7 @@ def test_long_contexts_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> Non
 @given(configs, st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 2**32))
 def test_an_exact_window_makes_the_calls_indifferent(config: KVConfig, calls: list[int], seed: int) -> None:
     torch.manual_seed(seed)
-    channels, total = (random_channels(2, 8), random_channels(2, 8)), sum(calls)
+    channels, total = (random_channels(2, 8, centred=True), random_channels(2, 8)), sum(calls)
     states = random_states(1, 2, 1, total, (8, 8))
     whole = PrunedLayer(config, *channels, exact_window=True)
     expected = call(whole, states, None)
@@ -213,6 +214,13 @@ def test_channels_of_another_shape_are_refused() -> None:
         match="2:4 does not divide the 6 channels of a head: choose an M that divides 6, or 1:6, the default",
     ):
         call(PrunedLayer(PLAIN), random_states(1, 2, 1, 3, (6, 6)), None)
+
+
+def test_keys_without_means_need_scores_that_may_all_change_alike() -> None:
+    layer = PrunedLayer(KVConfig(), random_channels(2, 8, centred=True), random_channels(2, 8))
+    call(layer, random_states(1, 2, 1, 9, (8, 8)), None)
+    with pytest.raises(PermpruneError, match="keys without their means"):
+        call(layer, random_states(1, 2, 1, 1, (8, 8)), None, softcap=5.0)
 
 
 def test_dropout_is_refused() -> None:

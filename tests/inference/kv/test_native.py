@@ -17,13 +17,14 @@ from permprune.inference.kv.config import KVConfig, pattern_of
 from permprune.inference.kv.layer import PrunedLayer
 from permprune.inference.kv.packing import Channels, Layout, decode, encode
 from permprune.kernels import native
-from permprune.kernels.attention import PackedStates, Queries, Side, attend
+from permprune.kernels.attention import SCALED, PackedStates, Queries, Side, attend
+from permprune.kernels.codes import INT5
 
 from .reference import random_channels
 
 Select = Callable[[str], None]
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8, INT5]
 PATTERNS = ["2:4", "1:4", "3:4", "1:2", "4:8", "dense"]
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -61,7 +62,7 @@ def test_states_are_unpacked_as_by_pytorch(
         states = PackedStates(parts, channels.level, layout.pattern)
         some = {name: part[:, :, 3:] for name, part in parts.items()}
         found, expected = states.unpack(3, 34, wanted), decode(some, channels, layout, wanted)
-        if dtype == torch.int8:  # the scale is multiplied last
+        if dtype in SCALED:  # the scale is multiplied last
             torch.testing.assert_close(found, expected, rtol=1e-6 if wanted == torch.float32 else 1e-2, atol=0)
         else:
             assert torch.equal(found, expected)
@@ -132,7 +133,7 @@ def query(layer: PrunedLayer, states: list[Tensor], mask: Tensor | None, **optio
 @pytest.mark.slow
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.tuples(*[st.sampled_from([*PATTERNS, "auto"])] * 2, st.sampled_from(["auto", "int8"])),
+    st.tuples(*[st.sampled_from([*PATTERNS, "auto"])] * 2, st.sampled_from(["auto", "int8", "int5"])),
     st.sampled_from(list(CLOSE)),
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.sampled_from([1, 3, 17])),
     st.tuples(st.sampled_from([8, 64, 80]), st.sampled_from([16, 64, 128])),

@@ -5,11 +5,12 @@ import torch
 
 from permprune.errors import PermpruneError
 from permprune.inference.kv.packing import TURNS, Channels, Layout, choose_channels, decode, encode
+from permprune.kernels.codes import INT5
 from permprune.pattern import Pattern
 
 from .reference import pruned, random_channels
 
-DTYPES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.int8: 1e-2}
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.int8: 1e-2, INT5: 3e-2}
 """Types of values, with their rounding errors beside the largest state."""
 
 
@@ -57,12 +58,13 @@ def test_channels_that_are_recovered_well_are_pruned() -> None:
 def test_sizes_are_those_of_the_description() -> None:
     channels, states = Channels.natural(2, 64), torch.randn(1, 2, 7, 64)
     bytes_of_token = {}
-    for dtype in (torch.bfloat16, torch.int8):
+    for dtype in (torch.bfloat16, torch.int8, INT5):
         parts = encode(states, channels, Layout(Pattern(2, 4), dtype, signs=True))
         assert all(part.shape[:3] == (1, 2, 7) for part in parts.values())
         bytes_of_token[dtype] = {name: part.nbytes // 14 for name, part in parts.items()}
     assert bytes_of_token[torch.bfloat16] == {"values": 64, "code": 6, "signs": 4, "amplitude": 2}
     assert bytes_of_token[torch.int8] == {"values": 32, "scale": 2, "code": 6, "signs": 4, "amplitude": 1}
+    assert bytes_of_token[INT5] == {"values": 16, "scale": 2, "code": 6, "signs": 8, "amplitude": 1}
 
 
 def test_zeros_and_outliers_are_stored() -> None:
@@ -86,3 +88,6 @@ def test_damaged_channels_are_refused() -> None:
     for weight in (whole.weight * 0, whole.weight / 0, whole.weight[:, :4]):
         with pytest.raises(PermpruneError, match="no positive numbers"):
             Channels(whole.order, weight, whole.level).check("kv")
+    for mean in (whole.weight / 0, whole.weight[:, :4], whole.order):
+        with pytest.raises(PermpruneError, match="kv has means that are no numbers"):
+            Channels(whole.order, whole.weight, whole.level, mean).check("kv")
