@@ -1,0 +1,176 @@
+/* The functions for Python of packed weights: products, the check of codes, and unpacking. */
+#include "entry.h"
+#include <stdlib.h>
+
+struct product {
+    const struct job *job;
+    rows_kernel *kernel;
+};
+
+static void multiply_piece(const void *product, int64_t first, int64_t last)
+{
+    const struct product *own = product;
+    own->kernel(own->job, first, last);
+}
+
+/* ---- activations ---- */
+
+static ALWAYS_INLINE void read_row(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
+{
+    const int64_t first = row * weights->width;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = read_number(x, first + weights->order[c], number);
+    else
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = read_number(x, first + c, number);
+    memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
+}
+
+static void read_floats(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
+{
+    switch (number) { /* a separate loop for each type */
+    case F32: read_row(weights, x, row, F32, to); break;
+    case BF16: read_row(weights, x, row, BF16, to); break;
+    default: read_row(weights, x, row, F16, to);
+    }
+}
+
+static void read_pairs(const struct weights *weights, const uint16_t *x, int64_t row, uint16_t *to)
+{
+    x += row * weights->width;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = x[weights->order[c]];
+    else
+        memcpy(to, x, (size_t)weights->width * sizeof *to);
+    memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
+}
+
+/* Writes row `row` of the activations, of type `number`, to `staged`. `line` has room for a row of floats. */
+static void stage_row(const struct kernels *kernels, const struct weights *weights, const void *x, int64_t row,
+                      int32_t number, int pairs, const struct staged *staged, void *line)
+{
+    int64_t first = row / TILE_BATCH * TILE_BATCH, left = staged->batch - first;
+    int64_t height = left < TILE_BATCH ? left : TILE_BATCH, place = first * weights->count + (row - first);
+    size_t size = (pairs ? 2 : 4) * BLOCK;
+    if (pairs)
+        read_pairs(weights, x, row, line);
+    else
+        read_floats(weights, x, row, number, line);
+    if (weights->number == I8) {
+        kernels->stage_i8(line, weights->count, staged, place, height);
+        return;
+    }
+    for (int64_t n = 0; n < weights->count; n++)
+        memcpy((char *)staged->values + (size_t)(place + n * height) * size, (char *)line + (size_t)n * size, size);
+}
+
+static int order_is_bad(const struct weights *weights)
+{
+    uint64_t bad = 0;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            bad |= (uint64_t)weights->order[c] >= (uint64_t)weights->width;
+    return bad != 0;
+}
+
+static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
+{
+    if (pairs)
+        return dense ? kernels->dense_pairs : kernels->pairs;
+    return dense ? kernels->dense[number] : kernels->products[number];
+}
+
+/* ---- entries ---- */
+
+/* output (batch, rows) = activations (batch, width) x weight^T + bias, both contiguous in memory. The width of PLAIN
+ * weights is a multiple of BLOCK. Returns a `status`. */
+EXPORT int32_t permprune_multiply(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
+                                  void *output, int32_t index, int32_t threads)
+{
+    const struct kernels *kernels = find_kernels(index);
+    if (!kernels)
+        return NO_KERNEL;
+    int dense = weights->kind == PLAIN;
+    int pairs = weights->number == BF16 && number == BF16 && runs_pairs(index);
+    if (order_is_bad(weights))
+        return BAD_ORDER;
+    size_t channels = (size_t)(weights->count * BLOCK), places = (size_t)(batch * weights->count);
+    size_t line = channels * sizeof(float), values = places * BLOCK * sizeof(float);
+    char *memory = aligned_alloc(64, line + values + (places * 2 * sizeof(float) + 63) / 64 * 64);
+    if (!memory)
+        return NO_MEMORY;
+    float *scale = (float *)(memory + line + values);
+    struct staged staged = {memory + line, scale, (int32_t *)(scale + places), batch};
+    for (int64_t row = 0; row < batch; row++)
+        stage_row(kernels, weights, activations, row, number, pairs, &staged, memory);
+    struct job job = {weights, &staged, output, number};
+    struct product product = {&job, choose_kernel(kernels, weights->number, pairs, dense)};
+    deal_rows(&product, multiply_piece, weights->rows, threads);
+    free(memory);
+    return DONE;
+}
+
+/* Whether the mask of the channels of some blocks keeps exactly n of every m of the first `width`, and no others. */
+static int keeps_pattern(const struct weights *weights, const char *block, int32_t n, int32_t m)
+{
+    const int64_t size = block_bytes(weights);
+    uint32_t bad = 0;
+    uint64_t waiting = 0; /* the mask of `count` channels that are read but not yet counted */
+    int count = 0;
+    int64_t counted = 0;
+    for (int64_t i = 0; i < weights->count * CODE; i++) {
+        int64_t left = weights->width - i / CODE * BLOCK;
+        uint64_t mask = kept_channels(read_code(block + i / CODE * size), weights->kind);
+        if (weights->kind == POSITIONS && left < BLOCK)
+            mask = before(mask, (int)left); /* the groups after the width keep two channels each, of zeros */
+        waiting |= (mask >> i % CODE * 8 & 255) << count;
+        for (count += 8; count >= m && counted < weights->width; count -= m, counted += m, waiting >>= m)
+            bad |= __builtin_popcountll(before(waiting, m)) != n;
+        if (counted == weights->width) {
+            bad |= waiting != 0;
+            waiting = 0;
+            count = 0;
+        }
+    }
+    return !bad;
+}
+
+/* Whether the positions of every group ascend, and are 0 and 1 after the width. */
+static int positions_ascend(const struct weights *weights, const char *block)
+{
+    const int64_t size = block_bytes(weights);
+    int bad = 0;
+    for (int64_t group = 0; group < weights->count * (BLOCK / 4); group++) {
+        int pair = (int)(read_code(block + group / (BLOCK / 4) * size) >> group % (BLOCK / 4) * 4 & 15);
+        bad |= (pair & 3) >= pair >> 2 || (group * 4 >= weights->width && pair != 4);
+    }
+    return !bad;
+}
+
+/* The first row whose codes do not keep exactly n of every m channels; -1 if there is none. */
+EXPORT int64_t permprune_check(const struct weights *weights, int32_t n, int32_t m)
+{
+    const char *block = weights->blocks;
+    for (int64_t row = 0; row < weights->rows; row++, block += weights->count * block_bytes(weights))
+        if (!keeps_pattern(weights, block, n, m) || (weights->kind == POSITIONS && !positions_ascend(weights, block)))
+            return row;
+    return -1;
+}
+
+/* output (last - first, width) = rows `first` to `last` of the weight with its zeros. Returns a `status`. */
+EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, int64_t last, void *output, int32_t number,
+                                int32_t index, int32_t threads)
+{
+    const struct kernels *kernels = find_kernels(index);
+    if (!kernels)
+        return NO_KERNEL;
+    struct weights some = *weights;
+    some.rows = last - first;
+    some.blocks += first * weights->count * block_bytes(weights);
+    struct job job = {&some, NULL, output, number};
+    struct product product = {&job, kernels->unpack[some.number]};
+    deal_rows(&product, multiply_piece, some.rows, threads);
+    return DONE;
+}
