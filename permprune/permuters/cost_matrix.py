@@ -69,7 +69,7 @@ class CostMatrixLearner(Iterative):
 
     def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
         costs = Held("cost matrices", 16 * self._elements(outline))  # C, its gradient, two moments
-        own, weights = gradient_bytes(outline), outline.largest_weights(1)
+        own, weights = gradient_bytes(outline, passes.dtype), outline.largest_weights(1)
         examples = self.examples * passes.examples_per_window
         checks = math.ceil(self.steps / self.check)
         relaxed = Held("largest problem's graph", 32 * weights)  # weights, scores, both permuted, kept and put back

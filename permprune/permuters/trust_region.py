@@ -126,7 +126,7 @@ class TrustRegion(Iterative):
         start = self.start.stages(outline, passes, threads)
         if not self.rounds:
             return start
-        examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline)
+        examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline, passes.dtype)
         gradient, model = Held("gradients", own), self.model_bytes(outline, threads)
 
         def stage(what: str, *parts: Held, work: Work) -> Stage:

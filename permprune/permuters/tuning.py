@@ -108,7 +108,7 @@ def training_parts(outline: Outline, passes: Passes, examples: int) -> tuple[Hel
     return (
         parts
         if examples * passes.examples_per_window <= passes.batch
-        else (*parts, Held("gradients", gradient_bytes(outline)))
+        else (*parts, Held("gradients", gradient_bytes(outline, passes.dtype)))
     )
 
 

@@ -44,11 +44,11 @@ SMALL = 1e-6
 class Gradients:
     """Gradients of the mean loss over some examples at the current masks, by layer.
 
-    `weight[layer]` is dLoss/dW_eff (rows, channels) in the type in which the weight is held. `fisher[layer]` (rows,) is
-    the Fisher information as in `Statistics`, averaged over the `count` terms of this loss and multiplied by the loss's
-    `curvature`. `loss` is the mean loss. If each example has one label, `covariance[layer]` (rows, rows) is the
-    `row_covariance` of layers of at most `COUPLED` rows; its diagonal is `fisher`. `stored` are the gradients of the
-    parameters, whose memory those in `weight` share.
+    `weight[layer]` is dLoss/dW_eff (rows, channels), of the narrower of two types: that of activations, and that of the
+    weight as it is held. `fisher[layer]` (rows,) is the Fisher information as in `Statistics`, averaged over the
+    `count` terms of this loss and multiplied by the loss's `curvature`. `loss` is the mean loss. If each example has
+    one label, `covariance[layer]` (rows, rows) is the `row_covariance` of layers of at most `COUPLED` rows; its
+    diagonal is `fisher`. `stored` are the gradients of the parameters, whose memory those in `weight` share.
     """
 
     weight: dict[str, Tensor]
@@ -59,9 +59,9 @@ class Gradients:
     stored: dict[str, Tensor] = field(default_factory=dict)
 
 
-def gradient_bytes(outline: Outline) -> int:
-    """Return the bytes of the gradients of all weights, which have the type in which the weights are held."""
-    return outline.dtype.itemsize * outline.weights
+def gradient_bytes(outline: Outline, activations: torch.dtype) -> int:
+    """Return the bytes of the gradients of all weights with activations of this type (see `Gradients`)."""
+    return min(activations.itemsize, outline.dtype.itemsize) * outline.weights
 
 
 class PrunedNetwork(MaskedLayers):
@@ -128,12 +128,11 @@ class PrunedNetwork(MaskedLayers):
         no part in it.
         """
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
-        weights = {layer.parameter: layer.stored for layer in self.layers.values()}
+        sums = {}
+        if mean and distributed.adds_once():
+            sums = {name: gradient.mul_(mean.count) for name, gradient in mean.stored.items()}
         total, count = 0.0, 0.0
-        with self._differentiable():
-            for name, parameter in weights.items():
-                if mean and distributed.adds_once():
-                    parameter.grad = mean.stored[name].mul_(mean.count)
+        with self._differentiable(), self._summed(sums):
             for part, dense in self._differentiated(examples, loss):
                 with self._output_fisher(fisher, part):
                     value, terms = self._backward(part, loss, dense)
@@ -141,7 +140,7 @@ class PrunedNetwork(MaskedLayers):
         total, count = distributed.total(total, count)
         distributed.add_(list(fisher.values()))
         terms = int(count) + (mean.count if mean else 0)
-        stored = self._collect(weights, terms, bool(_share(examples, self.batch)))
+        stored = self._collect(sums, terms, bool(_share(examples, self.batch)))
         fisher = {name: f * loss.curvature / count for name, f in fisher.items()}
         if mean:
             fisher = {
@@ -184,29 +183,55 @@ class PrunedNetwork(MaskedLayers):
         this pass have yet to read. Raises `PermpruneError` as `gradients` does.
         """
         parts, together = list(self._differentiated(examples, loss)), distributed.world() > 1
-        weights = {layer.parameter: layer.stored for layer in self.layers.values()}
+        sums: dict[str, Tensor] = {}
         count, losses = distributed.total(len(parts))[0], list[float]()
-        with self._differentiable(), ExitStack() as last:
+        with self._differentiable():
             for number, (part, dense) in enumerate(parts, 1):
-                if number == len(parts) and not together:
-                    last.enter_context(self._taken(take))
-                value, terms = self._backward(part, loss, dense, count)
+                last = number == len(parts) and not together
+                with self._taken(take, sums) if last else self._summed(sums):
+                    value, terms = self._backward(part, loss, dense, count)
                 losses.append(value / terms)
             if together:
-                for name, gradient in self._collect(weights, 1, bool(parts)).items():
-                    self._hand(name, gradient, take)
+                gradients = self._collect(sums, 1, bool(parts))
+                for name, weight in self._parameters().items():
+                    self._hand(name, gradients.pop(name).to(weight.dtype), take)
         return sum(losses) / max(1, len(losses))
 
+    def _taken(
+        self, take: Callable[[str, Tensor], None], sums: dict[str, Tensor] | None = None
+    ) -> AbstractContextManager[None]:
+        """A context in which each weight's gradient, plus that in `sums`, goes to `take`, by layer, and is freed."""
+        sums = {} if sums is None else sums
+
+        def hand(name: str, gradient: Tensor) -> None:
+            self._hand(name, gradient.add_(sums.pop(name)) if name in sums else gradient, take)
+
+        return self._received(hand)
+
+    def _summed(self, sums: dict[str, Tensor]) -> AbstractContextManager[None]:
+        """A context in which each weight's gradient is added to `sums`, by parameter, and freed."""
+
+        def add(name: str, gradient: Tensor) -> None:
+            if name in sums:
+                sums[name] += gradient
+            else:
+                sums[name] = gradient.to(self._gradient_type(gradient))
+
+        return self._received(add)
+
     @contextmanager
-    def _taken(self, take: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """A context in which each weight's gradient goes to `take`, by layer, in the backward pass, and is freed."""
+    def _received(self, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """A context in which `receive` gets the gradient of each weight, by parameter, from a batch's backward pass.
+
+        It comes as soon as it is known, and the parameter does not keep it.
+        """
 
         def hand(name: str, weight: Tensor) -> None:
             gradient, weight.grad = cast(Tensor, weight.grad), None
-            self._hand(name, gradient, take)
+            receive(name, gradient)
 
         with ExitStack() as hooks:
-            for name, weight in {layer.parameter: layer.stored for layer in self.layers.values()}.items():
+            for name, weight in self._parameters().items():
                 hooks.callback(weight.register_post_accumulate_grad_hook(partial(hand, name)).remove)
             yield
 
@@ -219,7 +244,7 @@ class PrunedNetwork(MaskedLayers):
     @contextmanager
     def _differentiable(self) -> Iterator[None]:
         """A context in which backward passes give the weights of the layers gradients, and no other parameter."""
-        weights = {layer.parameter: layer.stored for layer in self.layers.values()}.values()
+        weights = self._parameters().values()
         with frozen(self.model), recomputed(self.model, self.recompute):
             for weight in weights:
                 weight.requires_grad_(True)
@@ -254,24 +279,30 @@ class PrunedNetwork(MaskedLayers):
         square = self.statistics.one_label_per_example and rows <= COUPLED and distributed.shards() == 1
         return weight.new_zeros((rows, rows) if square else rows, dtype=dtype)
 
-    def _collect(self, weights: dict[str, nn.Parameter], terms: int, asked: bool) -> dict[str, Tensor]:
-        """Take the summed gradients from the parameters, sum them over the ranks and divide them by `terms`.
+    def _collect(self, sums: dict[str, Tensor], terms: int, asked: bool) -> dict[str, Tensor]:
+        """Add the sums of gradients of all ranks, and divide them by `terms`, in place; returns them by parameter.
 
-        Returns them by parameter. `asked` is whether this rank ran any examples; if so, raises `PermpruneError` for a
-        weight without a gradient.
+        `asked` is whether this rank ran any examples; if so, raises `PermpruneError` for a weight without a gradient.
         """
-        gradients = {}
-        for name, weight in weights.items():
-            if weight.grad is None and asked:
+        for name, weight in self._parameters().items():
+            if name not in sums and asked:
                 raise PermpruneError(
                     f"{name.removesuffix('.weight')} has no effect on the loss: "
                     "exclude it, or calibrate with inputs that use it"
                 )
-            gradients[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            weight.grad = None
-            distributed.add_([gradients[name]])
-            gradients[name] /= terms
-        return gradients
+            if name not in sums:
+                sums[name] = torch.zeros_like(weight, dtype=self._gradient_type(weight))
+            distributed.add_([sums[name]])
+            sums[name] /= terms
+        return sums
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the layers, by name."""
+        return {layer.parameter: layer.stored for layer in self.layers.values()}
+
+    def _gradient_type(self, weight: Tensor) -> torch.dtype:
+        """The type in which gradients of a weight are kept: the narrower of its own and that of activations."""
+        return self.dtype if self.dtype.itemsize < weight.dtype.itemsize else weight.dtype
 
     def compute_teacher_outputs(self, examples: Examples, loss: Loss) -> list[TeacherOutputs] | None:
         """Return the dense model's outputs for `examples`, in batches as `loss` runs them; None if it needs none."""

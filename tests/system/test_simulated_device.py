@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Iterator
@@ -148,11 +149,9 @@ def test_labels_and_padding() -> None:
     mask = torch.ones_like(WINDOWS)
     mask[:, 10:] = 0
     examples = Examples({"input_ids": WINDOWS, "attention_mask": mask, "labels": torch.arange(24) % 3})
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = []
-    for device in DEVICES:
-        model.to(device).load_state_dict(state)
-        found.append(pruned_on(device, model, examples, permute=Newton(start=Identity(), rounds=1, examples=4)))
+    method = Newton(start=Identity(), rounds=1, examples=4)
+    # a parameter that becomes one of this device keeps hooks that PyTorch does not call any more
+    found = [pruned_on(device, copy.deepcopy(model), examples, permute=method) for device in DEVICES]
     torch.testing.assert_close(list(found[1].values()), list(found[0].values()))
 
 
