@@ -10,8 +10,8 @@ import json
 from matplotlib.figure import Figure
 from style import BLUE, DOCS, GRAY, ORANGE, save
 
-LENGTH = 2048
-"""The length of the windows of the rows that are drawn."""
+MODEL, LENGTH = "smollm2-135m", 2048
+"""The model, and the length of windows, of the rows that are drawn."""
 
 LABELS = {
     ("ria", "42:64", "sign", "int5"): ("42:64, int5", BLUE, (-8, -3), "right"),
@@ -39,7 +39,7 @@ def draw() -> Figure:
     axes = picture.add_axes((0.09, 0.12, 0.88, 0.84))
     for row in map(json.loads, lines):
         own = LABELS.get((row["method"], row["keys"], row["recovery"], row["stored"]))
-        if own is None or row["keys"] != row["values"] or row["length"] != LENGTH:
+        if own is None or row["keys"] != row["values"] or (row["model"], row["length"]) != (MODEL, LENGTH):
             continue
         text, color, offset, place = own
         loss = 100 * (row["factor"] - 1)
