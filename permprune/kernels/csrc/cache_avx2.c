@@ -28,11 +28,10 @@ static ALWAYS_INLINE __m256 expand_half(__m256 kept, uint32_t bits, __m256 rest)
 
 static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint32_t bits, lanes rest)
 {
-    const int size = number == I8 ? 1 : number == F32 ? 4 : 2;
     __m256 half[2];
     memcpy(half, &rest, sizeof half);
     half[0] = expand_half(read_half(from, number), bits, half[0]);
-    from += __builtin_popcount(bits & 255) * size;
+    from += __builtin_popcount(bits & 255) * value_bytes(1, number);
     half[1] = expand_half(read_half(from, number), bits >> 8, half[1]);
     memcpy(&rest, half, sizeof half);
     return rest;

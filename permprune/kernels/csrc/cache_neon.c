@@ -17,13 +17,12 @@ static ALWAYS_INLINE float32x4_t read_quarter(const char *from, const int number
 
 static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint32_t bits, lanes rest)
 {
-    const int size = number == I8 ? 1 : number == F32 ? 4 : 2;
     uint8x16_t quarter[4];
     memcpy(quarter, &rest, sizeof quarter);
     UNROLLED for (int i = 0; i < 4; i++, bits >>= 4) {
         uint8x16_t kept = vreinterpretq_u8_f32(read_quarter(from, number));
         quarter[i] = vqtbx1q_u8(quarter[i], kept, vld1q_u8(expand_lanes[bits & 15]));
-        from += __builtin_popcount(bits & 15) * size;
+        from += __builtin_popcount(bits & 15) * value_bytes(1, number);
     }
     memcpy(&rest, quarter, sizeof quarter);
     return rest;

@@ -94,11 +94,10 @@ static ALWAYS_INLINE float read_amplitude(const struct states *states, int64_t t
 #if !defined(HAS_BLOCKS)
 static ALWAYS_INLINE void unpack_block(float *to, const char *from, const int number, uint64_t mask, const lanes *rest)
 {
-    const int size = number == I8 ? 1 : number == F32 ? 4 : 2;
     UNROLLED for (int i = 0; i < 4; i++, mask >>= LINE) {
         lanes line = unpack_line(from, number, mask & 0xffff, rest[i]);
         memcpy(to + i * LINE, &line, sizeof line);
-        from += __builtin_popcount(mask & 0xffff) * size;
+        from += __builtin_popcount(mask & 0xffff) * value_bytes(1, number);
     }
 }
 #endif
