@@ -24,7 +24,7 @@ from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
 from permprune.models.layers import linears_of
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
-from permprune.models.narrow_weights import ends_of, held_type, is_narrow
+from permprune.models.narrow_weights import end_weights, held_type, is_narrow
 from permprune.permuters.registry import permuter
 from permprune.plan import DTYPES
 from permprune.pruning.masked import masked_parts
@@ -172,7 +172,7 @@ def forecast_held(
         recompute=config.recompute,
     )
     whole, own = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
-    narrow = outline.weights + sum(weight.numel() for weight, _ in ends_of(model)) // shards
+    narrow = outline.weights + sum(weight.numel() for weight, _ in end_weights(model)) // shards
     weights = Held("weights", whole - (4 - outline.dtype.itemsize) * narrow)
     moments = Held("second moments", moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)) // shards)
     network = (weights, *masked_parts(outline.weights), moments)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
@@ -153,6 +155,16 @@ def block_linears(model: nn.Module) -> list[Layer]:
     return [
         layer for name, module in model.named_modules() if id(module) in inside for layer in linears_of(name, module)
     ]
+
+
+def ends_of(model: nn.Module) -> list[nn.Module]:
+    """Return the embedding table and the output layer of a Transformer, those of the two that it has."""
+    found = []
+    if isinstance(model, PreTrainedModel):
+        for end in (model.get_input_embeddings, model.get_output_embeddings):
+            with suppress(NotImplementedError):  # raised by models of audio, which have no table
+                found.append(end())
+    return [module for module in found if module is not None]
 
 
 def linears_of(name: str, module: nn.Module) -> list[Layer]:

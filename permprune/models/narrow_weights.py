@@ -5,15 +5,13 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from permprune.models.hooks import replaced_while_running
-from permprune.models.layers import Layer
+from permprune.models.layers import Layer, ends_of
 
 
 def held_type(stored: torch.dtype) -> torch.dtype:
@@ -26,19 +24,16 @@ def is_narrow(stored: torch.dtype) -> bool:
     return stored == torch.bfloat16
 
 
-def ends_of(model: nn.Module) -> list[tuple[nn.Parameter, list[nn.Module]]]:
+def end_weights(model: nn.Module) -> list[tuple[nn.Parameter, list[nn.Module]]]:
     """Return the weights of a Transformer's embedding table and output layer, each with the modules that own it.
 
     Subclasses are left out: their code may read the type of the weights.
     """
-    if not isinstance(model, PreTrainedModel):
-        return []
     found: dict[int, tuple[nn.Parameter, list[nn.Module]]] = {}
-    for end in (model.get_input_embeddings, model.get_output_embeddings):
-        with suppress(NotImplementedError):  # a model of audio has no table
-            if type(module := end()) in (nn.Embedding, nn.Linear):
-                weight = module.get_parameter("weight")
-                found.setdefault(id(weight), (weight, []))[1].append(module)
+    for module in ends_of(model):
+        if type(module) in (nn.Embedding, nn.Linear):
+            weight = module.get_parameter("weight")
+            found.setdefault(id(weight), (weight, []))[1].append(module)
     return list(found.values())
 
 
@@ -71,7 +66,7 @@ class NarrowWeights:
             self.types[name] = torch.float32
             held.append(parameter)
             handles += replaced_while_running(layer.owner, name.rpartition(".")[2], _computed)
-        for parameter, modules in ends_of(model):
+        for parameter, modules in end_weights(model):
             if owners[id(parameter)] == len(modules) and _narrow(parameter):
                 held.append(parameter)
                 for module in modules:

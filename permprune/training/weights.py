@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
-from permprune.models.layers import Layer, blocks
+from permprune.models.layers import Layer, blocks, ends_of
 
 TRAINED = ("all", "norms", "head")
 """What can be trained: all weights; norms, biases and the head; or only the head."""
@@ -29,8 +29,7 @@ def trained_weights(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter
     if kind not in TRAINED:
         raise PermpruneError(f'"{kind}" cannot be trained: choose {", ".join(TRAINED)}')
     inside = {id(p) for block in blocks(model) for p in block.parameters()}
-    tokens = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None
-              for p in end.parameters()}  # fmt: skip
+    tokens = {id(p) for end in ends_of(model) for p in end.parameters()}
     head = {
         id(p)
         for module in model.modules()

@@ -1,8 +1,10 @@
 """Which weights train, and that zeros stay."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Wav2Vec2ForCTC
 
 from permprune.errors import PermpruneError
 from permprune.training.weights import masked, trained_weights
@@ -24,6 +26,11 @@ def test_kinds_of_weights(tiny_llama: LlamaForCausalLM) -> None:
         trained_weights(tiny_llama, "head")
     with pytest.raises(PermpruneError, match="choose all, norms, head"):
         trained_weights(model, "some")
+
+
+def test_a_model_without_an_embedding_table(tiny_ctc: Path) -> None:
+    head = trained_weights(Wav2Vec2ForCTC.from_pretrained(tiny_ctc), "head")
+    assert "lm_head.weight" in head
 
 
 def test_zeros_stay_zero_and_the_rest_moves() -> None:
