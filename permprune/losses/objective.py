@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -97,22 +97,25 @@ class Objective(Loss):
         with block_outputs(model, padding_of(model, batch)) as outputs:
             predictions = task(model, batch)
         dense = teacher_outputs or TeacherOutputs(None, [])
-        losses = [self.task * predictions.loss(dense.predictions)] if self.task else []
+        divergence = self.divergence if teacher_outputs is not None else None
+        losses = []
+        if self.task and divergence:
+            losses.append(predictions.distilled_loss(dense.predictions, task=self.task, divergence=divergence))
+        elif self.task:
+            losses.append(self.task * predictions.loss(dense.predictions))
+        elif divergence:
+            losses.append(divergence * predictions.distance(dense.predictions))
         if teacher_outputs is not None:
-            losses += self._distances(predictions.distance, outputs, dense)
+            losses += self._distances(outputs, dense.block_outputs)
         return torch.stack(losses).sum(), predictions.terms
 
-    def _distances(
-        self, distance: Callable[[Tensor | None], Tensor], outputs: list[Tensor], dense: TeacherOutputs
-    ) -> list[Tensor]:
-        """Return the weighted distances to the dense model; `distance` computes that of the predictions."""
+    def _distances(self, outputs: list[Tensor], dense: list[Tensor]) -> list[Tensor]:
+        """Return the weighted distances of the blocks' outputs to the dense model's."""
         losses = []
-        if self.divergence:
-            losses.append(self.divergence * distance(dense.predictions))
         if self.distillation:
-            losses.append(self.distillation * _smooth_l1(outputs, dense.block_outputs))
+            losses.append(self.distillation * _smooth_l1(outputs, dense))
         if self.cosine:
-            own, target = outputs[-1].float(), dense.block_outputs[-1].to(outputs[-1].device).float()
+            own, target = outputs[-1].float(), dense[-1].to(outputs[-1].device).float()
             losses.append(self.cosine * (1 - F.cosine_similarity(own, target, dim=-1)).sum())
         return losses
 

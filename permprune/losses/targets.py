@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
-from permprune.losses.cross_entropy import cross_entropy, divergence
+from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy, divergence
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
@@ -63,6 +63,13 @@ class Predictions:
         assert dense is not None
         return divergence(self.logits, dense.to(self.logits.device))
 
+    def distilled_loss(self, dense: Tensor | None, *, task: float, divergence: float) -> Tensor:
+        """The sum of `loss` and `distance` with these weights."""
+        if self.labels is None or dense is None:
+            return task * self.loss(dense) + divergence * self.distance(dense)
+        weights = {"label_weight": task, "divergence_weight": divergence}
+        return distilled_cross_entropy(self.logits, self.labels, dense.to(self.logits.device), **weights)
+
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
         """A loss, summed over the terms, whose expected squared gradient is the diagonal of the Fisher information.
 
@@ -105,6 +112,10 @@ class Features:
         """Squared distance to the dense model's values, summed over the terms."""
         assert dense is not None
         return (self.values - dense.to(self.values)).square().sum()
+
+    def distilled_loss(self, dense: Tensor | None, *, task: float, divergence: float) -> Tensor:
+        """The sum of `loss` and `distance` with these weights."""
+        return task * self.loss(dense) + divergence * self.distance(dense)
 
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
         """A random projection whose expected squared gradient is the Gauss-Newton diagonal of the distance."""
