@@ -58,6 +58,30 @@ def test_pytorch_takes_the_same_steps(dtype: torch.dtype, monkeypatch: pytest.Mo
             torch.testing.assert_close(one, other, atol=2**-7, rtol=2**-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "kept"), [(1, 1), (7, 3), (64, 32), (150, 70), (40, 40)])
+def test_every_kernel_gives_the_same_bits(
+    width: int, kept: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask, generator = masked(5, width, kept, 0)
+    start, gradients = torch.randn(5, width, generator=generator), torch.randn(3, 5, width, generator=generator)
+    start[0, 0], gradients[1, 2, 0] = float("inf"), float("nan")
+    found = []
+    for name in native.names():
+        monkeypatch.setenv(native.FORCED, name)
+        native._kernels.cache_clear()
+        tensors = start.to(dtype), *torch.zeros(2, 5, kept, dtype=dtype)
+        for step, gradient in enumerate(gradients.to(dtype), 1):
+            weight, mean, square = tensors
+            adam_step(weight, gradient, pack_mask(mask), mean, square, step=step, rate=0.01, betas=BETAS, seed=step)
+        found.append(tensors)
+    native._kernels.cache_clear()
+    for other in found[1:]:
+        assert all(
+            torch.equal(one.nan_to_num(9.0), two.nan_to_num(9.0)) for one, two in zip(found[0], other, strict=True)
+        )
+
+
 def test_steps_below_the_spacing_of_bfloat16_are_not_lost() -> None:
     weight, gradient = torch.ones(64, 256, dtype=torch.bfloat16), torch.ones(64, 256, dtype=torch.bfloat16)
     bits, moments = pack_mask(weight.bool()), torch.zeros(2, 64, 256, dtype=torch.bfloat16)

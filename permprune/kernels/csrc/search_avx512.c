@@ -4,10 +4,10 @@
 #include <math.h>
 #include <stdlib.h>
 
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,bmi,bmi2,popcnt")
+BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,bmi,bmi2,popcnt")
 
 #define NAME avx512
-#include "adam_kernels.h"
+#include "adam_avx512.h"
 #include "search_kernels.h"
 
 END_TARGET
