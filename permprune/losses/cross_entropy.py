@@ -77,7 +77,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * gradients[0], None, None, None, None
+        return slope.mul_(gradients[0]), None, None, None, None
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
