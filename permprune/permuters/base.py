@@ -26,15 +26,15 @@ from permprune.system.progress import log
 from permprune.system.resources import Stage, Work
 from permprune.system.search_state import Checkpoint, Journal
 
-ORDER, WEIGHT = "order/", "weight/"
-"""Prefixes of orders and of trained weights among the tensors of a saved solution."""
+ORDER, WEIGHT, BITS = "order/", "weight/", "bits/"
+"""Prefixes of orders, of trained weights and of refined masks among the tensors of a saved solution."""
 
 
 @dataclass(frozen=True)
 class CurvePoint:
     """One round of a search: its held-out loss, whether the round was kept, and the seconds since the search began.
 
-    `stage` is "search", or "training" for training between the rounds.
+    `stage` is "search", "refinement" of the masks, or "training" for training between the rounds or after them.
     """
 
     round: int
@@ -49,14 +49,15 @@ class Solution:
     """The result of a search.
 
     `seconds` is the duration of the search, including that of the permuter it starts from; `curve` has one point for
-    each round. `weights` are the weights to be masked, by layer, if the search trained them. `stopped` is whether a
-    callback ended the search.
+    each round. `weights` are the weights to be masked, by layer, if the search trained them, and `bits` the masks, if
+    it chose others than the scores do (`MaskedLayers.bits`). `stopped` is whether a callback ended the search.
     """
 
     orders: Orders
     seconds: float
     curve: tuple[CurvePoint, ...] = ()
     weights: dict[str, Tensor] = field(default_factory=dict)
+    bits: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
 
 
@@ -163,10 +164,12 @@ class Permuter(ABC):
         key = self.key(network, run)
         if key not in run.solved:
             network.set_weights({})
+            network.set_bits({})
             run.solved[key] = self._recall(network, run) or self._search(network, run)
         solution = run.solved[key]
         network.set_weights(solution.weights)
         network.set_orders(solution.orders)
+        network.set_bits(solution.bits)
         return solution
 
     @property
@@ -227,6 +230,7 @@ class Permuter(ABC):
         solution = self.search(network, run)
         tensors = {ORDER + name: order for name, order in solution.orders.items()}
         tensors |= {WEIGHT + name: weight for name, weight in solution.weights.items()}
+        tensors |= {BITS + name: bits for name, bits in solution.bits.items()}
         curve = [astuple(point) for point in solution.curve]
         values = {"limits": self.limits(run), "seconds": solution.seconds, "curve": curve}
         if not solution.stopped:
@@ -240,12 +244,14 @@ class Permuter(ABC):
             return None
         tensors, values = saved
         log.info("%s: solution loaded from the interrupted run", self.name)
-        orders, weights = (
+        orders, weights, bits = (
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            for prefix in (ORDER, WEIGHT)
+            for prefix in (ORDER, WEIGHT, BITS)
         )
         weights = {name: weight.to(network.layers[name].weight) for name, weight in weights.items()}
-        return Solution(orders, values["seconds"], tuple(CurvePoint(*point) for point in values["curve"]), weights)
+        bits = {name: mask.to(network.layers[name].weight.device) for name, mask in bits.items()}
+        curve = tuple(CurvePoint(*point) for point in values["curve"])
+        return Solution(orders, values["seconds"], curve, weights, bits)
 
 
 class Scores(Protocol):

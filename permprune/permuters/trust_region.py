@@ -17,6 +17,7 @@ from permprune.permuters.damping import Damping, turning_point
 from permprune.permuters.iterate import Iterative, Search
 from permprune.permuters.quadratic import QuadraticModel, model_bytes
 from permprune.permuters.reconstruction import Reconstruction
+from permprune.permuters.refinement import refine_masks
 from permprune.permuters.tuning import counted, timed, train_weights, training_parts
 from permprune.pruning.network import Gradients, PrunedNetwork, gradient_bytes
 from permprune.pruning.outline import Outline, Passes, activation_parts
@@ -33,6 +34,9 @@ ATTEMPTS = 4
 
 TRIED = 1.5
 """Mean number of held-out losses in a round, for forecasts: most steps are accepted or halved once."""
+
+TRIED_SHARES = 3
+"""The same in a round of refinement."""
 
 FAR = 0.1
 """A step is much too long if the loss turns before this share of it; also the least share of problems to try first."""
@@ -72,17 +76,21 @@ class TrustRegion(Iterative):
     divergence from the dense model. The learning rate `rate`, which is relative to the weights of a layer, is halved
     whenever the held-out loss does not fall. Pruned weights keep their values, so that a later order can restore them.
 
+    With `refine` as many rounds follow in which masks change at the orders found (see `refinement`); each takes its
+    gradient on twice as many examples.
+
     With `train` the remaining weights are trained once, in the same way, after the last round and until the time limit
     of the run is over: `train` is the share of that limit in which no round begins.
     """
 
-    free: ClassVar[tuple[str, ...]] = ("rounds", "train")
+    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "train")
     start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: Natural = 16
     examples: Count = 8
     damping: Positive = 15.0
     tune: Natural = 0
     wait: Natural = 0
+    refine: Natural = 0
     train: Share = 0.0
     rate: Positive = 2e-3
 
@@ -96,7 +104,7 @@ class TrustRegion(Iterative):
 
     @property
     def divides_rows(self) -> bool:
-        return not (self.tune or self.train) and self.start.divides_rows
+        return not (self.tune or self.train or self.refine) and self.start.divides_rows
 
     @property
     def total(self) -> int:
@@ -124,13 +132,11 @@ class TrustRegion(Iterative):
 
     def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
         start = self.start.stages(outline, passes, threads)
-        if not self.rounds:
-            return start
         examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline, passes.dtype)
         gradient, model = Held("gradients", own), self.model_bytes(outline, threads)
 
-        def stage(what: str, *parts: Held, work: Work) -> Stage:
-            return Stage(f"{self.name}: {what}", (*parts, gradient), work * self.rounds)
+        def stage(what: str, *parts: Held, work: Work, times: int = self.rounds) -> Stage:
+            return Stage(f"{self.name}: {what}", (*parts, gradient), work * times)
 
         backward = (*self.teacher_parts(passes, examples), *activation_parts(passes.gradient))
         if passes.dtype == torch.float32 and not passes.recompute:
@@ -148,11 +154,16 @@ class TrustRegion(Iterative):
         ]
         batch = max(1, examples // 4)
         training = (*training_parts(outline, passes, batch), *self.teacher_parts(passes, batch))
-        if self.tune:
+        if not self.rounds:
+            rounds = []
+        elif self.tune:
             trained_rounds = max(0, self.rounds - self.wait)
             step = passes.gradient_work(batch) + passes.loss_work(batch)  # of the dense model, for the divergence
             best = Held("best trained weights", outline.dtype.itemsize * outline.weights)
             rounds.append(stage("training", *training, best, work=step * (self.tune * trained_rounds / self.rounds)))
+        if self.refine:
+            work = passes.gradient_work(2 * examples) + passes.loss_work(passes.held_out) * TRIED_SHARES
+            rounds.append(stage("refinement", *backward, work=work, times=self.refine))
         if self.train:
             rounds.append(Stage(f"{self.name}: training at the end", training, None))
         return [*start, *rounds]
@@ -210,6 +221,8 @@ class TrustRegionSearch(Search):
         return super().limit * self.method.searching
 
     def finish(self) -> None:
+        if self.method.refine:
+            self._refine()
         if self.method.train:
             started = time.monotonic()
             self.mean = None
@@ -218,7 +231,8 @@ class TrustRegionSearch(Search):
             self._keep_weights(trained)
 
     def end(self) -> Solution:
-        return Solution(self.network.current(), self.seconds, tuple(self.curve), self.network.trained)
+        bits = self.network.bits if self.method.refine else {}
+        return Solution(self.network.current(), self.seconds, tuple(self.curve), self.network.trained, bits)
 
     def tensors(self) -> dict[str, Tensor]:
         found = self.network.current()
@@ -277,6 +291,16 @@ class TrustRegionSearch(Search):
         )
         self.done += 1
         return len(moved) if kept else 0
+
+    def _refine(self) -> None:
+        """Refine the masks (see `refine_masks`)."""
+        started, self.mean = time.monotonic(), None
+        examples, own = 2 * self.method.examples, self.method.refine
+        self.best = refine_masks(
+            self.network, self.run, self.loss, self.held_out_loss, self.best, rounds=own, first=0, examples=examples
+        )
+        self.seconds += distributed.mean(time.monotonic() - started)
+        self.record(self.best, True, "refinement")
 
     def _tune(self) -> bool:
         """Train for `tune` steps; returns whether the trained weights were kept, and halves the rate if not."""

@@ -73,7 +73,8 @@ class MaskedLayers:
 
     `dense`, `scores`, `weights`, `masks` and `shown` are by layer, with tensors (rows, channels) that are computed when
     they are read. The weights that are masked are the dense ones, except those in `trained` (`set_weights`); the scores
-    remain those of the dense weights. The layers run with the masked weights, except those in `updated` (`show`).
+    remain those of the dense weights. Masks keep the largest scores of each group, unless others are set (`set_bits`).
+    The layers run with the masked weights, except those in `updated` (`show`).
 
     Rows are those that this process holds (`permprune.system.sharding`): what depends on all of them is summed over the
     processes.
@@ -103,6 +104,7 @@ class MaskedLayers:
         self._energies: dict[str, float] = {}
         self.scales = {name: self._scale(name, saliency) for name in sites}
         self._bits = {name: pack_mask(patterns[name].mask(score)) for name, score in self.scores.items()}
+        self._refined: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._attach()
 
@@ -198,6 +200,29 @@ class MaskedLayers:
             for columns in moved:
                 write_mask(mask, score, columns, self.patterns[name])
             self._bits[name] = pack_mask(mask)
+
+    @property
+    def bits(self) -> dict[str, Tensor]:
+        """The masks as `pack_mask` packs them, by layer; the tensors must not be changed."""
+        return dict(self._bits)
+
+    def set_bits(self, bits: Mapping[str, Tensor]) -> None:
+        """Apply these masks, as `bits` returned them for the current orders, and those of the scores to other layers.
+
+        An order that changes afterwards sets the masks of its columns by the scores again.
+        """
+        self.updated.clear()
+        orders = self.current()
+        for name in self._refined - bits.keys():
+            score, pattern = self.scores[name], self.patterns[name]
+            mask = pattern.mask(score)
+            for problem in self.problems:
+                for part in problem.parts:
+                    if part.layer == name:
+                        write_mask(mask, score, part.columns[orders[problem.name]], pattern)
+            self._bits[name] = pack_mask(mask)
+        self._bits |= bits
+        self._refined = set(bits)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers."""

@@ -1,0 +1,158 @@
+"""Refinement of masks: which members of a group stay in each row, by the gradient of the network's own loss.
+
+An order decides which channels form a group, and the saliency which of them each row keeps. Of the weights that it
+prunes, a few matter far more to the loss than their score says. A swap exchanges a kept weight k for a pruned one p of
+the same row and group. Its predicted change of the loss is that of `quadratic`, for one row and two channels:
+
+    dLoss = g_p w_p - g_k w_k + damping / 2 * fisher_r * (H_kk w_k^2 + H_pp w_p^2 - 2 H_kp w_k w_p)
+
+with g the gradient of the loss with respect to the masked weights. The gradient's own error is known: over t terms, the
+variance of the linear part is fisher_r * (...) / t. Only swaps whose linear part exceeds that error several times over
+are considered, of which those with the largest predicted gain are made, as many as lower the loss on held-out text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from permprune.kernels.search import pack_mask
+from permprune.losses.loss import Loss
+from permprune.permuters.base import Run
+from permprune.pruning.network import Gradients, PrunedNetwork
+from permprune.system import distributed
+from permprune.system.progress import log
+
+DAMPING = 1500.0
+"""The damping of the first round: the swaps of a round are thousands, in all layers, and act together. It is divided by
+`EASING` after a round of which the whole step was kept, and multiplied by it after one that was rejected."""
+
+EASING = 4.0
+
+SIGNIFICANT = 3.0
+"""How many standard errors of the gradient the linear part of a swap must exceed."""
+
+SHARE = 0.25
+"""Where fewer swaps may lower the loss further, those of this share with the largest gains are tried next."""
+
+TRIED = 5
+"""The largest number of shares that are tried."""
+
+ROWS_AT_ONCE = 2**20
+"""The number of groups of a layer whose swaps are compared at a time."""
+
+
+@dataclass(frozen=True)
+class Swaps:
+    """Swaps in a layer: the positions of the weights that go and come, in the flattened weight, and predicted changes.
+
+    All are (count,); at most one swap for each row of each group.
+    """
+
+    kept: Tensor
+    pruned: Tensor
+    change: Tensor
+
+
+def find_swaps(network: PrunedNetwork, name: str, gradients: Gradients, damping: float) -> Swaps:
+    """Return the significant swaps of a layer that are predicted to lower the loss, the best of each row of a group."""
+    weight, mask = network.weights[name], network.masks[name]
+    m, n = network.patterns[name].m, network.patterns[name].n
+    groups = network.stored_columns()[name].to(weight.device).view(-1, m)
+    moments = network.statistics.moments[network.sites[name]]
+    blocks = moments[groups[:, :, None], groups[:, None, :]].float()
+    found = []
+    for rows in torch.arange(len(weight), device=weight.device).split(max(1, ROWS_AT_ONCE // len(groups))):
+        places = rows[:, None, None] * weight.shape[1] + groups  # (rows, groups, m)
+        kept_first = mask[rows][:, groups].to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        places = places.gather(-1, kept_first)
+        own = weight.flatten()[places].float()
+        slope = gradients.weight[name].flatten()[places].float() * own
+        number = torch.arange(len(groups), device=weight.device).expand(len(rows), -1)
+        fisher = gradients.fisher[name][rows, None].float()
+        best = Swaps(places[..., 0].clone(), places[..., 0].clone(), own.new_zeros(number.shape))
+        for k, p in ((k, p) for k in range(n) for p in range(n, m)):
+            at_k, at_p = kept_first[..., k], kept_first[..., p]
+            energy = blocks[number, at_k, at_k] * own[..., k] ** 2 + blocks[number, at_p, at_p] * own[..., p] ** 2
+            energy -= 2 * blocks[number, at_k, at_p] * own[..., k] * own[..., p]
+            curvature = fisher * energy.clamp_min(0)
+            linear = slope[..., p] - slope[..., k]
+            change = linear + damping / 2 * curvature
+            better = (change < best.change) & (linear < -SIGNIFICANT * (curvature / gradients.count).sqrt())
+            for whole, part in ((best.kept, places[..., k]), (best.pruned, places[..., p]), (best.change, change)):
+                whole[better] = part[better]
+        chosen = best.change < 0
+        found.append((best.kept[chosen], best.pruned[chosen], best.change[chosen]))
+    return Swaps(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def all_swaps(network: PrunedNetwork, gradients: Gradients, damping: float) -> dict[str, Swaps]:
+    """Return `find_swaps` of every layer, by name."""
+    names = list(network.layers)
+    found = distributed.each(lambda name: find_swaps(network, name, gradients, damping), names, network.device)
+    return dict(zip(names, found, strict=True))
+
+
+def swapped(network: PrunedNetwork, swaps: dict[str, Swaps], least: float) -> dict[str, Tensor]:
+    """Return the network's masks, packed, after the swaps whose predicted change is at most `least`."""
+    bits = network.bits
+    for name, own in swaps.items():
+        chosen = own.change <= least
+        if chosen.any():
+            mask = network.masks[name]
+            mask.view(-1)[own.kept[chosen]] = False
+            mask.view(-1)[own.pruned[chosen]] = True
+            bits[name] = pack_mask(mask)
+    return bits
+
+
+def refine_masks(
+    network: PrunedNetwork,
+    run: Run,
+    loss: Loss,
+    held_out: Callable[[], float],
+    best: float,
+    *,
+    rounds: int,
+    first: int,
+    examples: int,
+) -> float:
+    """Refine the masks of a network in `rounds` rounds; returns the loss on held-out text, which was `best` before.
+
+    Round i takes its gradient on batch `first` + i of `examples` training examples; `held_out` computes the loss.
+    """
+    damping = DAMPING
+    for number in range(rounds):
+        gradients = network.gradients(run.batch(first + number, examples), loss)
+        with torch.no_grad():
+            swaps = all_swaps(network, gradients, damping)
+        del gradients
+        share, lowest = _try_shares(network, swaps, held_out, best)
+        made = round(share * sum(len(own.change) for own in swaps.values()))
+        log.info("refinement %d: held-out loss %.4f after %d swaps", number, lowest, made)
+        damping = damping / EASING if share == 1 else damping * EASING if share == 0 else damping
+        best = lowest
+    return best
+
+
+def _try_shares(
+    network: PrunedNetwork, swaps: dict[str, Swaps], held_out: Callable[[], float], best: float
+) -> tuple[float, float]:
+    """Make the share of the swaps that lowers the loss most; returns the share, which may be 0, and the loss."""
+    changes = torch.cat([own.change for own in swaps.values()]).sort().values
+    before, chosen, kept, share = network.bits, network.bits, 0.0, 1.0
+    tried: list[float] = []
+    for _ in range(TRIED if len(changes) else 0):
+        network.set_bits(before)
+        network.set_bits(swapped(network, swaps, float(changes[max(0, round(share * len(changes)) - 1)])))
+        tried.append(held_out())
+        if tried[-1] < best:
+            best, chosen, kept = tried[-1], network.bits, share
+        elif kept:
+            break
+        share *= SHARE
+    network.set_bits(chosen)
+    return kept, best

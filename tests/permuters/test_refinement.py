@@ -1,0 +1,122 @@
+"""Refinement of masks: swaps against their formula written out, and the search that makes them."""
+
+import dataclasses
+import itertools
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune.config import PruneConfig
+from permprune.losses.objective import Objective
+from permprune.permuters import refinement
+from permprune.permuters.identity import Identity
+from permprune.permuters.newton import Newton
+from permprune.permuters.refinement import Swaps, find_swaps, refine_masks, swapped
+from permprune.pipeline import Prepared, prepare
+from permprune.system.search_state import Checkpoint
+
+WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
+METHOD = Newton(rounds=1, examples=8, refine=2, start=Identity())
+
+
+@pytest.fixture(params=["2:4", "1:4"])
+def prepared(tiny_llama: LlamaForCausalLM, request: pytest.FixtureRequest) -> Prepared:
+    config = PruneConfig(pattern=request.param, mode="gather", precision="fp32", measured=6, held_out=4)
+    found = prepare(tiny_llama, None, config, examples=WINDOWS)
+    generator = torch.Generator().manual_seed(2)
+    orders = {problem.name: torch.randperm(problem.size, generator=generator) for problem in found.network.problems}
+    found.network.set_orders(orders)
+    # what is learned is measured
+    return dataclasses.replace(found, run=dataclasses.replace(found.run, held_out=found.run.train))
+
+
+def groups_follow(prepared: Prepared) -> bool:
+    network = prepared.network
+    columns = network.stored_columns()
+    return all(
+        (mask[:, columns[name]].view(len(mask), -1, network.patterns[name].m).sum(-1) == network.patterns[name].n).all()
+        for name, mask in network.masks.items()
+    )
+
+
+@pytest.mark.parametrize("damping", [0.1, 1000.0])
+def test_swaps_are_the_best_of_each_row_of_a_group(
+    prepared: Prepared, damping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, name = prepared.network, next(name for name in prepared.network.layers if "up_proj" in name)
+    monkeypatch.setattr(refinement, "ROWS_AT_ONCE", 40)  # several blocks
+    gradients = network.gradients(prepared.run.batch(0, 8), Objective())
+    found = find_swaps(network, name, gradients, damping)
+    weight, gradient = network.dense[name].double(), gradients.weight[name].double()
+    moments, width = network.statistics.moments[network.sites[name]].double(), weight.shape[1]
+    expected = {}
+    for row, group in itertools.product(range(len(weight)), network.stored_columns()[name].view(-1, 4).tolist()):
+        kept = [c for c in group if network.masks[name][row, c]]
+        for k, p in itertools.product(kept, set(group) - set(kept)):
+            step = torch.zeros(width, dtype=torch.float64)
+            step[k], step[p] = -weight[row, k], weight[row, p]
+            curvature = float(gradients.fisher[name][row] * (step @ moments @ step))
+            linear = float(gradient[row] @ step)
+            change = linear + damping / 2 * curvature
+            if linear < -3 * (curvature / gradients.count) ** 0.5 and change < expected.get((row, *group), (0.0,))[0]:
+                expected[row, *group] = change, row * width + k, row * width + p
+    assert expected if damping < 1 else True
+    order = found.kept.argsort()
+    _, kept, pruned = zip(*sorted(expected.values(), key=lambda one: one[1]), strict=True) if expected else ((),) * 3
+    assert found.kept[order].tolist() == list(kept) and found.pruned[order].tolist() == list(pruned)
+    wanted = torch.tensor([change for change, *_ in sorted(expected.values(), key=lambda one: one[1])])
+    torch.testing.assert_close(found.change[order], wanted.float(), rtol=1e-3, atol=1e-7)
+
+
+def test_rounds_lower_the_loss_and_keep_the_pattern(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(refinement, "DAMPING", 10.0)
+    network, run, before = prepared.network, prepared.run, prepared.network.bits
+
+    def held_out() -> float:
+        return network.loss(run.held_out, Objective())
+
+    first = held_out()
+    with caplog.at_level(logging.INFO):
+        found = refine_masks(network, run, Objective(), held_out, first, rounds=3, first=0, examples=16)
+    assert found < first - 1e-3 and held_out() == pytest.approx(found, abs=1e-6) and groups_follow(prepared)
+    assert len([line for line in caplog.messages if "swaps" in line]) == 3
+    network.set_bits({})  # those of the scores
+    assert all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
+
+
+def test_the_loss_cannot_rise(prepared: Prepared) -> None:
+    network, before = prepared.network, prepared.network.bits
+    found = refine_masks(network, prepared.run, Objective(), lambda: 9.0, 8.0, rounds=2, first=0, examples=8)
+    assert found == 8.0 and all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
+
+
+def test_swaps_exchange_weights(prepared: Prepared) -> None:
+    network, name = prepared.network, next(iter(prepared.network.layers))
+    mask = network.masks[name]
+    kept, pruned = mask.flatten().nonzero()[:2, 0], (~mask).flatten().nonzero()[:2, 0]
+    swaps = {name: Swaps(kept, pruned, torch.tensor([-2.0, -1.0]))}
+    network.set_bits(swapped(network, swaps, -2.0))
+    assert torch.equal(
+        (network.masks[name] != mask).flatten().nonzero()[:, 0], torch.stack([kept[0], pruned[0]]).sort()[0]
+    )
+
+
+def test_a_solution_has_the_masks(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refinement, "DAMPING", 10.0)
+    run = dataclasses.replace(prepared.run, checkpoint=Checkpoint(tmp_path, {}))
+    network = prepared.network
+    solution = METHOD.solve(network, run)
+    assert [point.stage for point in solution.curve] == ["search"] * 2 + ["refinement"]
+    assert solution.curve[-1].loss < solution.curve[-2].loss and groups_follow(prepared)
+    Identity().solve(network, run)  # starts from the masks of the scores
+    assert all(
+        torch.equal(mask, network.patterns[name].mask(network.scores[name])) for name, mask in network.masks.items()
+    )
+    again = METHOD.solve(network, dataclasses.replace(run, solved={}))  # saved on disk
+    assert all(torch.equal(again.bits[name], bits) for name, bits in solution.bits.items())
+    assert network.loss(run.held_out, Objective()) == pytest.approx(solution.curve[-1].loss, abs=1e-5)
