@@ -29,7 +29,7 @@ from permprune.permuters import quadratic
 from permprune.permuters.base import Round
 from permprune.permuters.cp import search
 from permprune.permuters.kept import deal_and_assign, kept_score
-from permprune.permuters.trust_region import TrustRegionSearch
+from permprune.permuters.trust_region_search import TrustRegionSearch
 from permprune.pruning.network import PrunedNetwork
 
 PATTERN = Pattern(2, 4)

@@ -20,7 +20,8 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import TrustRegion, TrustRegionSearch
+from permprune.permuters.trust_region import TrustRegion
+from permprune.permuters.trust_region_search import TrustRegionSearch
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import Gradients
 from permprune.pruning.problem import Orders

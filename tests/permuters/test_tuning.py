@@ -60,7 +60,8 @@ def test_the_steps_of_a_time_end_before_it_is_over(monkeypatch: pytest.MonkeyPat
 
 def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     limits: list[float] = []
-    monkeypatch.setattr("permprune.permuters.trust_region.timed", lambda seconds: limits.append(seconds) or counted(3))
+    place = "permprune.permuters.trust_region_search.timed"
+    monkeypatch.setattr(place, lambda seconds: limits.append(seconds) or counted(3))
     method = Newton(rounds=2, examples=8, train=0.5, rate=0.05)
     run = dataclasses.replace(prepared.run, held_out=prepared.run.train)  # so that what is learned is measured
     solution = method.solve(prepared.network, dataclasses.replace(run, minutes=2.0))
