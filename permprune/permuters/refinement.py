@@ -13,7 +13,7 @@ are considered, of which those with the largest predicted gain are made, as many
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -117,25 +117,24 @@ def refine_masks(
     best: float,
     *,
     rounds: int,
-    first: int,
     examples: int,
-) -> float:
-    """Refine the masks of a network in `rounds` rounds; returns the loss on held-out text, which was `best` before.
+) -> Iterator[float]:
+    """Refine the masks of a network, and yield the loss on held-out text after each of at most `rounds` rounds.
 
-    Round i takes its gradient on batch `first` + i of `examples` training examples; `held_out` computes the loss.
+    Round i takes its gradient on batch i of `examples` training examples. `held_out` computes the loss, which is `best`
+    at first; it does not rise, as a round without a gain changes nothing.
     """
     damping = DAMPING
     for number in range(rounds):
-        gradients = network.gradients(run.batch(first + number, examples), loss)
+        gradients = network.gradients(run.batch(number, examples), loss)
         with torch.no_grad():
             swaps = all_swaps(network, gradients, damping)
         del gradients
-        share, lowest = _try_shares(network, swaps, held_out, best)
+        share, best = _try_shares(network, swaps, held_out, best)
         made = round(share * sum(len(own.change) for own in swaps.values()))
-        log.info("refinement %d: held-out loss %.4f after %d swaps", number, lowest, made)
+        log.info("refinement %d: held-out loss %.4f after %d swaps", number, best, made)
         damping = damping / EASING if share == 1 else damping * EASING if share == 0 else damping
-        best = lowest
-    return best
+        yield best
 
 
 def _try_shares(

@@ -170,14 +170,16 @@ class TrustRegionSearch(Search):
         return len(moved) if kept else 0
 
     def _refine(self) -> None:
-        """Refine the masks (see `refine_masks`)."""
-        started, self.mean = time.monotonic(), None
-        examples, own = 2 * self.method.examples, self.method.refine
-        self.best = refine_masks(
-            self.network, self.run, self.loss, self.held_out_loss, self.best, rounds=own, first=0, examples=examples
+        """Refine the masks (see `refine_masks`) until the time for the search is over."""
+        started, before, self.mean = time.monotonic(), self.seconds, None
+        rounds, examples = self.method.refine, 2 * self.method.examples
+        found = refine_masks(
+            self.network, self.run, self.loss, self.held_out_loss, self.best, rounds=rounds, examples=examples
         )
-        self.seconds += distributed.mean(time.monotonic() - started)
-        self.record(self.best, True, "refinement")
+        while self.seconds <= self.limit and (loss := next(found, None)) is not None:
+            self.seconds = before + distributed.mean(time.monotonic() - started)
+            self.record(loss, loss < self.best, "refinement")
+            self.best = loss
 
     def _tune(self) -> bool:
         """Train for `tune` steps; returns whether the trained weights were kept, and halves the rate if not."""

@@ -82,7 +82,7 @@ def test_rounds_lower_the_loss_and_keep_the_pattern(
 
     first = held_out()
     with caplog.at_level(logging.INFO):
-        found = refine_masks(network, run, Objective(), held_out, first, rounds=3, first=0, examples=16)
+        *_, found = refine_masks(network, run, Objective(), held_out, first, rounds=3, examples=16)
     assert found < first - 1e-3 and held_out() == pytest.approx(found, abs=1e-6) and groups_follow(prepared)
     assert len([line for line in caplog.messages if "swaps" in line]) == 3
     network.set_bits({})  # those of the scores
@@ -91,8 +91,8 @@ def test_rounds_lower_the_loss_and_keep_the_pattern(
 
 def test_the_loss_cannot_rise(prepared: Prepared) -> None:
     network, before = prepared.network, prepared.network.bits
-    found = refine_masks(network, prepared.run, Objective(), lambda: 9.0, 8.0, rounds=2, first=0, examples=8)
-    assert found == 8.0 and all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
+    found = list(refine_masks(network, prepared.run, Objective(), lambda: 9.0, 8.0, rounds=2, examples=8))
+    assert found == [8.0, 8.0] and all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
 
 
 def test_swaps_exchange_weights(prepared: Prepared) -> None:
@@ -111,8 +111,8 @@ def test_a_solution_has_the_masks(prepared: Prepared, tmp_path: Path, monkeypatc
     run = dataclasses.replace(prepared.run, checkpoint=Checkpoint(tmp_path, {}))
     network = prepared.network
     solution = METHOD.solve(network, run)
-    assert [point.stage for point in solution.curve] == ["search"] * 2 + ["refinement"]
-    assert solution.curve[-1].loss < solution.curve[-2].loss and groups_follow(prepared)
+    assert [point.stage for point in solution.curve] == ["search"] * 2 + ["refinement"] * 2
+    assert solution.curve[-1].loss < solution.curve[1].loss and groups_follow(prepared)
     Identity().solve(network, run)  # starts from the masks of the scores
     assert all(
         torch.equal(mask, network.patterns[name].mask(network.scores[name])) for name, mask in network.masks.items()
@@ -120,3 +120,8 @@ def test_a_solution_has_the_masks(prepared: Prepared, tmp_path: Path, monkeypatc
     again = METHOD.solve(network, dataclasses.replace(run, solved={}))  # saved on disk
     assert all(torch.equal(again.bits[name], bits) for name, bits in solution.bits.items())
     assert network.loss(run.held_out, Objective()) == pytest.approx(solution.curve[-1].loss, abs=1e-5)
+
+
+def test_the_time_limit_ends_the_rounds(prepared: Prepared) -> None:
+    solution = METHOD.solve(prepared.network, dataclasses.replace(prepared.run, minutes=1e-9))
+    assert [point.stage for point in solution.curve] == ["search"]
