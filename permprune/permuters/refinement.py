@@ -13,6 +13,7 @@ are considered, of which those with the largest predicted gain are made, as many
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -41,8 +42,8 @@ SHARE = 0.25
 TRIED = 5
 """The largest number of shares that are tried."""
 
-ROWS_AT_ONCE = 2**20
-"""The number of groups of a layer whose swaps are compared at a time."""
+GROUPS_AT_ONCE = 2**20
+"""The number of groups, of all rows, whose swaps are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,34 +60,56 @@ class Swaps:
 
 def find_swaps(network: PrunedNetwork, name: str, gradients: Gradients, damping: float) -> Swaps:
     """Return the significant swaps of a layer that are predicted to lower the loss, the best of each row of a group."""
-    weight, mask = network.weights[name], network.masks[name]
-    m, n = network.patterns[name].m, network.patterns[name].n
-    groups = network.stored_columns()[name].to(weight.device).view(-1, m)
+    weight, mask, pattern = network.weights[name], network.masks[name], network.patterns[name]
     moments = network.statistics.moments[network.sites[name]]
-    blocks = moments[groups[:, :, None], groups[:, None, :]].float()
+    columns = network.stored_columns()[name].view(-1, pattern.m).to(moments.device)
+    energy = moments[columns[:, :, None], columns[:, None, :]].to(weight.device)  # of each group
+    columns = columns.to(weight.device)
     found = []
-    for rows in torch.arange(len(weight), device=weight.device).split(max(1, ROWS_AT_ONCE // len(groups))):
-        places = rows[:, None, None] * weight.shape[1] + groups  # (rows, groups, m)
-        kept_first = mask[rows][:, groups].to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        places = places.gather(-1, kept_first)
+    for rows in torch.arange(len(weight), device=weight.device).split(max(1, GROUPS_AT_ONCE // len(columns))):
+        members = mask[rows][:, columns].to(torch.int8).argsort(dim=-1, descending=True, stable=True)  # kept ones first
+        places = (rows[:, None, None] * weight.shape[1] + columns).gather(-1, members)
         own = weight.flatten()[places].float()
         slope = gradients.weight[name].flatten()[places].float() * own
-        number = torch.arange(len(groups), device=weight.device).expand(len(rows), -1)
         fisher = gradients.fisher[name][rows, None].float()
-        best = Swaps(places[..., 0].clone(), places[..., 0].clone(), own.new_zeros(number.shape))
-        for k, p in ((k, p) for k in range(n) for p in range(n, m)):
-            at_k, at_p = kept_first[..., k], kept_first[..., p]
-            energy = blocks[number, at_k, at_k] * own[..., k] ** 2 + blocks[number, at_p, at_p] * own[..., p] ** 2
-            energy -= 2 * blocks[number, at_k, at_p] * own[..., k] * own[..., p]
-            curvature = fisher * energy.clamp_min(0)
-            linear = slope[..., p] - slope[..., k]
-            change = linear + damping / 2 * curvature
-            better = (change < best.change) & (linear < -SIGNIFICANT * (curvature / gradients.count).sqrt())
-            for whole, part in ((best.kept, places[..., k]), (best.pruned, places[..., p]), (best.change, change)):
-                whole[better] = part[better]
-        chosen = best.change < 0
-        found.append((best.kept[chosen], best.pruned[chosen], best.change[chosen]))
+        pair, change = _best_pairs(
+            own, slope, members, energy, n=pattern.n, fisher=fisher, damping=damping, terms=gradients.count
+        )
+        at = (change < 0).nonzero(as_tuple=True)
+        found.append((places[(*at, pair[at][:, 0])], places[(*at, pair[at][:, 1])], change[at]))
     return Swaps(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _best_pairs(
+    weight: Tensor,
+    slope: Tensor,
+    members: Tensor,
+    energy: Tensor,
+    *,
+    n: int,
+    fisher: Tensor,
+    damping: float,
+    terms: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the best swap of each row of a group: which members, (rows, groups, 2), and the change of the loss.
+
+    A change of 0 stands for no swap. `weight`, `slope` (gradient times weight) and `members` (positions in a group) are
+    (rows, groups, m), with the `n` kept members first; `energy`, (groups, m, m), are a group's second moments.
+    """
+    group = torch.arange(len(energy), device=energy.device).expand(weight.shape[:2])
+    best = weight.new_zeros(weight.shape[:2])
+    one, other = (members.new_zeros(weight.shape[:2]) for _ in range(2))
+    for k, p in itertools.product(range(n), range(n, weight.shape[-1])):
+        own = torch.stack([-weight[..., k], weight[..., p]], -1)
+        at = torch.stack([members[..., k], members[..., p]], -1)
+        blocks = energy[group[..., None, None], at[..., None], at[..., None, :]]
+        curvature = fisher * torch.einsum("rgi,rgij,rgj->rg", own, blocks, own).clamp_min(0)
+        linear = slope[..., p] - slope[..., k]
+        change = linear + damping / 2 * curvature
+        better = (change < best) & (linear < -SIGNIFICANT * (curvature / terms).sqrt())
+        best = torch.where(better, change, best)
+        one, other = one.masked_fill(better, k), other.masked_fill(better, p)
+    return torch.stack([one, other], -1), best
 
 
 def all_swaps(network: PrunedNetwork, gradients: Gradients, damping: float) -> dict[str, Swaps]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+import permprune
 from permprune.config import PruneConfig
 from permprune.losses.objective import Objective
 from permprune.permuters import refinement
@@ -47,7 +48,7 @@ def test_swaps_are_the_best_of_each_row_of_a_group(
     prepared: Prepared, damping: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, name = prepared.network, next(name for name in prepared.network.layers if "up_proj" in name)
-    monkeypatch.setattr(refinement, "ROWS_AT_ONCE", 40)  # several blocks
+    monkeypatch.setattr(refinement, "GROUPS_AT_ONCE", 40)  # several blocks
     gradients = network.gradients(prepared.run.batch(0, 8), Objective())
     found = find_swaps(network, name, gradients, damping)
     weight, gradient = network.dense[name].double(), gradients.weight[name].double()
@@ -125,3 +126,16 @@ def test_a_solution_has_the_masks(prepared: Prepared, tmp_path: Path, monkeypatc
 def test_the_time_limit_ends_the_rounds(prepared: Prepared) -> None:
     solution = METHOD.solve(prepared.network, dataclasses.replace(prepared.run, minutes=1e-9))
     assert [point.stage for point in solution.curve] == ["search"]
+
+
+def test_a_refined_model_is_verified(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refinement, "DAMPING", 1.0)
+    dense = tiny_llama.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
+    pruned = permprune.prune(tiny_llama, examples=WINDOWS, permute=METHOD, precision="fp32", mode="gather")
+    assert [point.stage for point in pruned.solution.curve][-1] == "refinement"
+    weight = pruned.model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    assert set(weight[weight != 0].tolist()) <= set(dense.flatten().tolist())  # no weight changed its value
+    pruned.save_pretrained(tmp_path / "pruned")
+    assert permprune.verify(tmp_path / "pruned").layers == 14
