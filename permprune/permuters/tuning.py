@@ -131,8 +131,15 @@ def train_weights(
     """
     own = network.trained
     kept = KeptWeights(network, run.generator(first, examples))
+    windows = len(run.train) // run.examples_per_window
     losses: list[float] = []
     for step, place in enumerate(places):
+        if windows // examples == first + step:
+            log.warning(
+                "training starts over after %d windows, which it fits better than other data from here on: "
+                "give more calibration data, or a larger --samples",
+                windows,
+            )
         own_rate = rate * min(place / RISING, (1 - place) / (1 - RISING))
         losses.append(kept.step(run.batch(first + step, examples), loss, own_rate))
         if len(losses) == LOGGED:

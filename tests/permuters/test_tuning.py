@@ -47,6 +47,15 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepar
         assert torch.equal(network.shown[name], shown[name])
 
 
+@pytest.mark.parametrize(("steps", "repeats"), [(3, False), (4, True), (9, True)])
+def test_a_second_pass_over_the_data_is_said_once(
+    prepared: Prepared, steps: int, repeats: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert len(prepared.run.train) == 14
+    train_weights(prepared.network, prepared.run, Objective(), counted(steps), first=0, examples=4, rate=1e-3)
+    assert sum("starts over after 14 windows" in line for line in caplog.messages) == repeats
+
+
 def test_the_steps_of_a_count_are_even() -> None:
     assert list(counted(4)) == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
 
