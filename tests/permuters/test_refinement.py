@@ -82,7 +82,7 @@ def test_rounds_lower_the_loss_and_keep_the_pattern(
         return network.loss(run.held_out, Objective())
 
     first = held_out()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="permprune"):
         *_, found = refine_masks(network, run, Objective(), held_out, first, rounds=3, examples=16)
     assert found < first - 1e-3 and held_out() == pytest.approx(found, abs=1e-6) and groups_follow(prepared)
     assert len([line for line in caplog.messages if "swaps" in line]) == 3
