@@ -97,7 +97,7 @@ class Objective(Loss):
         with block_outputs(model, padding_of(model, batch)) as outputs:
             predictions = task(model, batch)
         dense = teacher_outputs or TeacherOutputs(None, [])
-        divergence = self.divergence if teacher_outputs is not None else None
+        divergence = self.divergence if teacher_outputs is not None else 0.0
         losses = []
         if self.task and divergence:
             losses.append(predictions.distilled_loss(dense.predictions, task=self.task, divergence=divergence))

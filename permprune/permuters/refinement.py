@@ -166,13 +166,11 @@ def _try_shares(
     """Make the share of the swaps that lowers the loss most; returns the share, which may be 0, and the loss."""
     changes = torch.cat([own.change for own in swaps.values()]).sort().values
     before, chosen, kept, share = network.bits, network.bits, 0.0, 1.0
-    tried: list[float] = []
     for _ in range(TRIED if len(changes) else 0):
         network.set_bits(before)
         network.set_bits(swapped(network, swaps, float(changes[max(0, round(share * len(changes)) - 1)])))
-        tried.append(held_out())
-        if tried[-1] < best:
-            best, chosen, kept = tried[-1], network.bits, share
+        if (loss := held_out()) < best:
+            best, chosen, kept = loss, network.bits, share
         elif kept:
             break
         share *= SHARE

@@ -1,4 +1,4 @@
-/* `NAME_step` of adam_kernels.h with AVX-512: 16 channels of a row at a time, with the same bits as a result. Channels that
+/* `NAME_step` (adam_rows.h) with AVX-512: 16 channels of a row at a time, with the same bits as a result. Channels that
  * the mask does not keep are computed as well, and not written. Expects NAME, inside BEGIN_TARGET and END_TARGET. */
 #include <immintrin.h>
 
@@ -127,12 +127,4 @@ static ALWAYS_INLINE void step_row(const struct stepping *job, int64_t row, cons
     }
 }
 
-static void PASTE(NAME, _step)(const void *stepping, int64_t first, int64_t last)
-{
-    const struct stepping *job = stepping;
-    for (int64_t row = first; row < last; row++)
-        if (job->number == F32)
-            step_row(job, row, F32);
-        else
-            step_row(job, row, BF16);
-}
+#include "adam_rows.h"

@@ -1,4 +1,4 @@
-/* `NAME_step`: the kernel of `struct stepping` in search.h. Expects NAME, inside BEGIN_TARGET and END_TARGET. */
+/* `NAME_step` (adam_rows.h) for any processor. Expects NAME, inside BEGIN_TARGET and END_TARGET. */
 
 enum { SPAN = 64 }; /* channels that are worked on together */
 
@@ -105,12 +105,4 @@ static ALWAYS_INLINE void step_row(const struct stepping *job, int64_t row, cons
     }
 }
 
-static void PASTE(NAME, _step)(const void *stepping, int64_t first, int64_t last)
-{
-    const struct stepping *job = stepping;
-    for (int64_t row = first; row < last; row++)
-        if (job->number == F32)
-            step_row(job, row, F32);
-        else
-            step_row(job, row, BF16);
-}
+#include "adam_rows.h"
