@@ -45,12 +45,12 @@ def finetune(
         ),
     ] = None,
     hidden: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="weight of the distance between the blocks' outputs and the teacher's, such as 1e-5 for text and "
-            "1e-3 for other data"
+            help="weight of the distance between the blocks' outputs and the teacher's, relative to their length",
+            show_default="0 for text that is predicted token by token, else 20",
         ),
-    ] = 0.0,
+    ] = None,
     metric: cli.Metric = None,
     epochs: Annotated[
         int | None,

@@ -93,8 +93,9 @@ class FineTuning:
     squared distance) instead of the loss of the labels; for language models it is added to the loss of the tokens.
     Dropout is off, and the best epoch is the one with the smallest loss on `dev` instead of the best metric."""
 
-    hidden: NonNegative = 0.0
-    """The weight of the distance between the outputs of the blocks and the teacher's (`Objective.distillation`)."""
+    hidden: NonNegative | None = None
+    """The weight of the distance between the outputs of the blocks and the teacher's (`Objective.hidden_states`). None
+    chooses it for the data: 0 for text of which every token is predicted, else 20 (`Objective.for_training`)."""
 
     metric: str | None = None
     """The metric for labels, as in `Evaluation`."""
@@ -247,7 +248,9 @@ def _finetune(
     teacher = _teacher(options, model, examples, task)
     objective = Objective()
     if teacher is not None:  # the teacher's outputs replace labels, not the tokens of text
-        objective = Objective(float(kind_of(model) == "text"), divergence=1.0, distillation=options.hidden)
+        objective = dataclasses.replace(objective.for_training(task), task=float(kind_of(model) == "text"))
+        if options.hidden is not None:
+            objective = dataclasses.replace(objective, hidden_states=options.hidden)
 
     def measure(shown: PreTrainedModel = model) -> Result:
         return evaluate_model(shown, held_out, batch=batch, metric=options.metric)[0]

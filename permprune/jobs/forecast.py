@@ -170,6 +170,7 @@ def forecast_held(
         held_out=held_out,
         examples_per_window=per_window,
         recompute=config.recompute,
+        labelled=kind == "text",
     )
     whole, own = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     narrow = outline.weights + sum(weight.numel() for weight, _ in end_weights(model)) // shards

@@ -50,8 +50,8 @@ class Loss(ABC):
         """Return this loss with the weights that were left open set to suit the task; by default unchanged."""
         return self
 
-    def with_divergence(self) -> Loss:
-        """Return the loss for training weights between the rounds of a search; by default this loss."""
+    def for_training(self, task: Task) -> Loss:
+        """Return the loss for training weights, between the rounds of a search or after them; by default this loss."""
         return self
 
     def needs_teacher(self, task: Task) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.loss import Loss, TeacherOutputs
-from permprune.losses.targets import Imitation, Task
+from permprune.losses.targets import Imitation, Task, next_token
 from permprune.models.forward import padding_of
 from permprune.models.layers import blocks
 from permprune.models.padding import Padding
@@ -21,6 +21,9 @@ from permprune.options import NonNegative, require_fields
 
 ONE_LABEL_DIVERGENCE = 3.0
 """The weight of `Objective.divergence` where each example has one label."""
+
+TRAINED_HIDDEN_STATES = 20.0
+"""The weight of `Objective.hidden_states` in training where most positions have no label."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Objective(Loss):
             counts as 0 until then.
         distillation: Weight of the Smooth-L1 distance of every block's output to the dense model's, summed over
             positions, channels and blocks (Li et al. 2026, arXiv 2601.22980, "loss").
+        hidden_states: Weight of the squared distance of every block's output to the dense model's, divided by the
+            squared length of the latter; the mean over positions and blocks, for each term of the loss.
         cosine: Weight of 1 - the cosine similarity of the last block's output and the dense model's (PermLLM, Zou et
             al. 2025, "loss").
     """
@@ -44,12 +49,15 @@ class Objective(Loss):
     task: NonNegative = 1.0
     divergence: NonNegative | None = None
     distillation: NonNegative = 0.0
+    hidden_states: NonNegative = 0.0
     cosine: NonNegative = 0.0
 
     def __post_init__(self) -> None:
         require_fields(self)
-        if not (self.task or self.divergence or self.distillation or self.cosine):
-            raise PermpruneError("all loss weights are 0: give task, divergence, distillation or cosine one above 0")
+        if not (self.task or self.divergence or self.compares_blocks or self.cosine):
+            raise PermpruneError(
+                "all loss weights are 0: give task, divergence, distillation, hidden_states or cosine one above 0"
+            )
 
     def suited(self, task: Task, one_label_per_example: bool) -> Objective:
         """Return this objective with `divergence` chosen for the data if it is None.
@@ -62,8 +70,14 @@ class Objective(Loss):
         needed = one_label_per_example and not isinstance(task, Imitation)
         return replace(self, divergence=ONE_LABEL_DIVERGENCE if needed else 0.0)
 
-    def with_divergence(self) -> Objective:
-        return replace(self, divergence=1.0)
+    def for_training(self, task: Task) -> Objective:
+        """Return this objective with the divergence and, where most positions have no label, `hidden_states`.
+
+        Images have one label, and speech few tokens for 1500 frames: there the hidden states tell far more than the
+        labels. For the next token of text, which every position predicts, they tell nothing more.
+        """
+        hidden_states = self.hidden_states if task is next_token else TRAINED_HIDDEN_STATES
+        return replace(self, divergence=1.0, hidden_states=hidden_states)
 
     @property
     def curvature(self) -> float:
@@ -76,10 +90,10 @@ class Objective(Loss):
 
     @property
     def compares_blocks(self) -> bool:
-        return bool(self.distillation)
+        return bool(self.distillation or self.hidden_states)
 
     def needs_teacher(self, task: Task) -> bool:
-        return bool(self.distillation or self.cosine) or self._compares_predictions(task)
+        return self.compares_blocks or bool(self.cosine) or self._compares_predictions(task)
 
     def _compares_predictions(self, task: Task) -> bool:
         return bool(self.divergence or (self.task and isinstance(task, Imitation)))
@@ -87,7 +101,7 @@ class Objective(Loss):
     def compute_teacher_outputs(self, model: nn.Module, batch: Examples, task: Task) -> TeacherOutputs:
         with block_outputs(model, padding_of(model, batch)) as outputs:
             predictions = task(model, batch)
-        kept = outputs if self.distillation else outputs[-1:] if self.cosine else []
+        kept = outputs if self.compares_blocks else outputs[-1:] if self.cosine else []
         dense = predictions.kept() if self._compares_predictions(task) else None
         return TeacherOutputs(dense, [output.cpu() for output in kept])
 
@@ -106,14 +120,16 @@ class Objective(Loss):
         elif divergence:
             losses.append(divergence * predictions.distance(dense.predictions))
         if teacher_outputs is not None:
-            losses += self._distances(outputs, dense.block_outputs)
+            losses += self._distances(outputs, dense.block_outputs, predictions.terms)
         return torch.stack(losses).sum(), predictions.terms
 
-    def _distances(self, outputs: list[Tensor], dense: list[Tensor]) -> list[Tensor]:
+    def _distances(self, outputs: list[Tensor], dense: list[Tensor], terms: int) -> list[Tensor]:
         """Return the weighted distances of the blocks' outputs to the dense model's."""
         losses = []
         if self.distillation:
             losses.append(self.distillation * _smooth_l1(outputs, dense))
+        if self.hidden_states:
+            losses.append(self.hidden_states * terms * _relative_distance(outputs, dense))
         if self.cosine:
             own, target = outputs[-1].float(), dense[-1].to(outputs[-1].device).float()
             losses.append(self.cosine * (1 - F.cosine_similarity(own, target, dim=-1)).sum())
@@ -141,3 +157,17 @@ def _smooth_l1(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     pairs = zip(outputs, dense, strict=True)
     losses = [F.smooth_l1_loss(own.float(), target.to(own.device).float(), reduction="sum") for own, target in pairs]
     return torch.stack(losses).sum()
+
+
+def _relative_distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
+    """The squared distance of vectors (..., channels) over the squared length of `dense`, averaged over all of them.
+
+    A vector of `dense` near 0 counts as one of a thousandth of the mean squared length, so that it does not dominate.
+    """
+    distances = []
+    for own, target in zip(outputs, dense, strict=True):
+        wanted = target.to(own.device).float()
+        length = wanted.square().sum(-1)
+        length = length.clamp_min((1e-3 * length.mean()).clamp_min(1e-12))
+        distances.append(((own.float() - wanted).square().sum(-1) / length).mean())
+    return torch.stack(distances).mean()

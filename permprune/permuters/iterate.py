@@ -98,12 +98,13 @@ class Iterative(Permuter):
     def total(self) -> int:
         """The value of `Search.done` at which the search ends."""
 
-    def teacher_parts(self, passes: Passes, examples: int) -> tuple[Held, ...]:
+    def teacher_parts(self, passes: Passes, examples: int, *, training: bool = False) -> tuple[Held, ...]:
         """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
 
-        The distances of a batch are computed in fp32, of both models' outputs.
+        The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are
+        compared as well where few positions have labels (`Objective.for_training`).
         """
-        if not as_loss(self.objective).compares_blocks:
+        if not (as_loss(self.objective).compares_blocks or (training and not passes.labelled)):
             return ()
         distances = 8 * passes.gradient.outputs // passes.dtype.itemsize if examples else 0
         kept = Held("dense model's outputs", passes.teacher_outputs(passes.held_out + examples), "host")

@@ -126,7 +126,7 @@ class TrustRegion(Iterative):
             stage("accept", *accept, work=passes.loss_work(passes.held_out) * TRIED),
         ]
         batch = max(1, examples // 4)
-        training = (*training_parts(outline, passes, batch), *self.teacher_parts(passes, batch))
+        training = (*training_parts(outline, passes, batch), *self.teacher_parts(passes, batch, training=True))
         if not self.rounds:
             rounds = []
         elif self.tune:

@@ -191,7 +191,7 @@ class TrustRegionSearch(Search):
 
     def _trained(self, places: Iterable[float], *, first: int) -> dict[str, Tensor]:
         """Return the remaining weights after training them (see `train_weights`)."""
-        examples, loss = max(1, self.method.examples // 4), self.loss.with_divergence()
+        examples, loss = max(1, self.method.examples // 4), self.loss.for_training(self.network.task)
         return train_weights(self.network, self.run, loss, places, first=first, examples=examples, rate=self.rate)
 
     def _keep_weights(self, trained: dict[str, Tensor]) -> bool:

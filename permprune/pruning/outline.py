@@ -146,7 +146,8 @@ class Passes:
 
     A batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of
     the weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number
-    of examples of the accept test, and `examples_per_window` as in `Run`.
+    of examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts
+    one of the labels, as in text.
     """
 
     forward: float
@@ -157,6 +158,7 @@ class Passes:
     held_out: int
     examples_per_window: int
     recompute: bool
+    labelled: bool = True
 
     def teacher_outputs(self, examples: int) -> int:
         """The bytes of the dense model's block outputs for some examples."""

@@ -127,7 +127,8 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, obj
     prune_to_folder(str(dense), pruned, settings.replace(permute="ria"), evaluation=evaluation)
     options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
     found = finetune(str(pruned), tuned, options)
-    assert objectives == [Objective(), Objective(task=0.0, divergence=1.0)]  # the labels are the dense model's
+    taught = Objective(task=0.0, divergence=1.0, hidden_states=20.0)  # the labels are the dense model's
+    assert objectives == [Objective(), taught]
     losses = [epoch.held_out or math.inf for epoch in found.curve]
     assert min(losses) < 0.9 * losses[0]
     assert found.dense == evaluate(str(dense), Evaluation(data, 1, 128)).value
@@ -153,7 +154,7 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
         PruneConfig(permute="random", calibration=data, samples=8, length=16),
         evaluation=Evaluation(data, 1, 16),
     )
-    options = FineTuning(data, teacher=str(dense), hidden=1e-3, train="norms", epochs=1)
+    options = FineTuning(data, teacher=str(dense), hidden=1.0, train="norms", epochs=1)
     student, processor, _ = read_model(str(pruned))
     examples, _ = options.examples(student, processor)
     teacher = _teacher(options, student, examples, labelled)
@@ -168,7 +169,7 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
             shown.append(torch.cat([output.flatten() for output in outputs]))
     near, far = ((shown[0] - other).square().mean() for other in shown[1:])
     assert near < 0.5 * far
-    assert finetune(str(pruned), tmp_path / "tuned", options).to_json()["hidden"] == 1e-3
+    assert finetune(str(pruned), tmp_path / "tuned", options).to_json()["hidden"] == 1.0
     verify(tmp_path / "tuned")
 
 

@@ -155,7 +155,13 @@ def test_gradients_do_not_depend_on_the_batch(tiny_llama: LlamaForCausalLM, prep
 
 
 @pytest.mark.parametrize(
-    "objective", [Objective(0, divergence=1.0), Objective(0, distillation=1.0), Objective(0, cosine=1.0)]
+    "objective",
+    [
+        Objective(0, divergence=1.0),
+        Objective(0, distillation=1.0),
+        Objective(0, hidden_states=1.0),
+        Objective(0, cosine=1.0),
+    ],
 )
 def test_distances_to_the_dense_model_vanish_there_alone(prepared: Prepared, objective: Objective) -> None:
     network = prepared.network
@@ -171,10 +177,10 @@ def test_distances_to_the_dense_model_vanish_there_alone(prepared: Prepared, obj
 
 def test_an_objective_is_the_weighted_sum_of_its_losses(prepared: Prepared) -> None:
     network = prepared.network
-    parts = [Objective(), Objective(0, divergence=1.0), Objective(0, distillation=1.0), Objective(0, cosine=1.0)]
-    losses = [network.loss(WINDOWS[:4], part) for part in parts]
-    whole = network.loss(WINDOWS[:4], Objective(1.0, 2.0, 3.0, 4.0))
-    assert whole == pytest.approx(losses[0] + 2 * losses[1] + 3 * losses[2] + 4 * losses[3], rel=1e-5)
+    weights = {"task": 1.0, "divergence": 2.0, "distillation": 3.0, "hidden_states": 4.0, "cosine": 5.0}
+    losses = {name: network.loss(WINDOWS[:4], Objective(**{"task": 0.0, name: 1.0})) for name in weights}
+    whole = network.loss(WINDOWS[:4], Objective(**weights))
+    assert whole == pytest.approx(sum(weights[name] * losses[name] for name in weights), rel=1e-5)
 
 
 def test_measures_are_those_of_the_weights_shown(prepared: Prepared) -> None:
