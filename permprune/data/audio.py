@@ -56,7 +56,8 @@ def load_speech(
 
     Returns `input_features` (count, bands, frames) or `input_values` (count, samples), and `attention_mask` if the
     processor produces one. If the model takes labels, also the tokens of the transcripts: `labels` int64
-    (count, tokens), padded with -100. Utterances longer than the model's maximum are left out with a warning.
+    (count, tokens), padded with -100; without any transcripts there are no labels, and only calibration accepts that.
+    Utterances longer than the model's maximum are left out with a warning.
 
     `source` is one of
 
@@ -66,7 +67,7 @@ def load_speech(
     * a `datasets` name as in `load_documents`.
 
     With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half.
-    Raises `PermpruneError` if the source cannot be read, a transcript is missing, or all utterances are too long.
+    Raises `PermpruneError` if the source cannot be read, all utterances are too long, or a transcript is missing.
     """
     maker: Any = feature_extractor_of(processor)
     taken = argument_names(model)
@@ -95,7 +96,9 @@ def load_speech(
         return_tensors="pt",
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
-    if "labels" in taken:
+    if part == "calibration" and not any(item.label for item in items):
+        log.info("the sound in %s has no transcripts: the dense model's outputs are the targets", source)
+    elif "labels" in taken:
         tensors["labels"] = _labels([items[at] for at in heard], processor, model.config)
     return tensors
 

@@ -14,8 +14,8 @@ from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
 
-LENGTH = 64
-"""Maximum number of generated tokens."""
+LENGTH = 128
+"""Maximum number of generated tokens; 30 seconds of speech have about 100."""
 
 PROMPT = 4
 """Positions reserved for the tokens with which a decoder starts."""

@@ -76,6 +76,16 @@ def test_spectrograms_have_the_length_that_the_model_hears(whisper: tuple[PreTra
     assert model(**found).loss.isfinite()
 
 
+def test_calibration_needs_no_transcripts(whisper: tuple[PreTrainedModel, Any], folder: Path) -> None:
+    (folder / "1" / "2" / "1-2.trans.txt").unlink()
+    assert load_speech(folder, *whisper, "calibration", 9).keys() == {"input_features"}
+    with pytest.raises(PermpruneError, match="has no transcript"):
+        load_speech(folder, *whisper, "evaluation", 9)
+    (folder / "1" / "2" / "1-2.trans.txt").write_text("1-2-0001 A BRISK WIND\n")
+    with pytest.raises(PermpruneError, match=r"1-2-000\d.flac has no transcript: add one"):
+        load_speech(folder, *whisper, "calibration", 9)
+
+
 @pytest.mark.parametrize("itself", [False, True])
 @pytest.mark.parametrize("name", ["metadata.csv", "transcripts.jsonl"])
 def test_a_table_has_transcripts(
