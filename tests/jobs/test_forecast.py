@@ -116,6 +116,17 @@ def test_rounds_before_training_are_not_counted_as_training(config_folder: Path)
     assert training("newton:rounds=4:tune=2:wait=9") == 0
 
 
+def test_training_holds_hidden_states_where_few_positions_have_labels(
+    config_folder: Path, tiny_vit: Path, tiny_whisper: Path
+) -> None:
+    def parts(model: Path) -> dict[str, int]:
+        return bytes_of(permprune.forecast(str(model), SETTINGS.replace(permute="newton:tune=2")), "newton: training")
+
+    assert "dense model's outputs" not in parts(config_folder)
+    for model in (tiny_vit, tiny_whisper):
+        assert parts(model)["dense model's outputs"] > 0
+
+
 def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> None:
     def seconds(method: str, minutes: float | None) -> tuple[float, float | None]:
         settings = SETTINGS.replace(permute=method, minutes=minutes)
