@@ -13,6 +13,7 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
+from permprune.permuters.tuning import counted, train_weights
 from permprune.pipeline import finish, prepare, update_weights
 
 from ..modalities import EXAMPLES, make
@@ -123,3 +124,18 @@ def test_a_model_without_a_head_is_searched_for_what_it_says_itself(method: Trus
     prepared = prepare(make("headless"), None, PruneConfig(mode="gather", **SETTINGS), examples=EXAMPLES["headless"]())
     losses = [point.loss for point in method.solve(prepared.network, prepared.run).curve if point.kept]
     assert losses[-1] < 0.99 * losses[0]
+
+
+@pytest.mark.parametrize("data", EXAMPLES)
+def test_training_brings_hidden_states_close_to_the_dense_models(data: str) -> None:
+    prepared = prepare(make(data), None, PruneConfig(**SETTINGS), examples=EXAMPLES[data]())
+    network, run, distance = prepared.network, prepared.run, Objective(0.0, hidden_states=1.0)
+    natural = network.loss(run.train, distance)
+
+    def trained(loss: Objective) -> float:
+        network.set_weights(train_weights(network, run, loss, counted(30), first=0, examples=2, rate=5e-3))
+        found = network.loss(run.train, distance)
+        network.set_weights(network.dense)
+        return found
+
+    assert trained(Objective().for_training(network.task)) < min(0.9 * natural, trained(Objective(divergence=1.0)))
