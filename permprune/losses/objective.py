@@ -76,7 +76,7 @@ class Objective(Loss):
         Images have one label, and speech few tokens for 1500 frames: there the hidden states tell far more than the
         labels. For the next token of text, which every position predicts, they tell nothing more.
         """
-        hidden_states = self.hidden_states if task is next_token else TRAINED_HIDDEN_STATES
+        hidden_states = self.hidden_states or (0.0 if task is next_token else TRAINED_HIDDEN_STATES)
         return replace(self, divergence=1.0, hidden_states=hidden_states)
 
     @property

@@ -53,6 +53,7 @@ def test_training_compares_hidden_states_where_few_positions_have_labels() -> No
         trained = Objective(distillation=1e-5).for_training(task)
         assert trained == Objective(divergence=1.0, distillation=1e-5, hidden_states=TRAINED_HIDDEN_STATES)
         assert trained.compares_blocks and trained.needs_teacher(task)
+        assert Objective(hidden_states=5.0).for_training(task).hidden_states == 5
 
 
 def test_weights_that_are_all_zero_are_refused() -> None:
