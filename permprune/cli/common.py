@@ -101,7 +101,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log each step of the search")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="log each step of the search, for runs without a terminal")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,

@@ -25,7 +25,7 @@ from permprune.losses.loss import Loss
 from permprune.permuters.base import Run
 from permprune.pruning.network import Gradients, PrunedNetwork
 from permprune.system import distributed
-from permprune.system.progress import log
+from permprune.system.progress import log, track
 
 DAMPING = 1500.0
 """The damping of the first round: the swaps of a round are thousands, in all layers, and act together. It is divided by
@@ -148,7 +148,7 @@ def refine_masks(
     at first; it does not rise, as a round without a gain changes nothing.
     """
     damping = DAMPING
-    for number in range(rounds):
+    for number in track(range(rounds), "refining masks"):
         gradients = network.gradients(run.batch(number, examples), loss)
         with torch.no_grad():
             swaps = all_swaps(network, gradients, damping)

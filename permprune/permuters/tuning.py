@@ -18,7 +18,7 @@ from permprune.permuters.base import Run
 from permprune.pruning.network import PrunedNetwork, gradient_bytes
 from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.system import distributed
-from permprune.system.progress import log
+from permprune.system.progress import bar, log
 from permprune.system.resources import Held
 
 BETAS = (0.9, 0.95)
@@ -133,18 +133,20 @@ def train_weights(
     kept = KeptWeights(network, run.generator(first, examples))
     windows = len(run.train) // run.examples_per_window
     losses: list[float] = []
-    for step, place in enumerate(places):
-        if windows // examples == first + step:
-            log.warning(
-                "training starts over after %d windows, which it fits better than other data from here on: "
-                "give more calibration data, or a larger --samples",
-                windows,
-            )
-        own_rate = rate * min(place / RISING, (1 - place) / (1 - RISING))
-        losses.append(kept.step(run.batch(first + step, examples), loss, own_rate))
-        if len(losses) == LOGGED:
-            log.info("training step %d, %.0f %% of the schedule: loss %.4f", step + 1, 100 * place, fmean(losses))
-            losses.clear()
+    with bar("training, % of the schedule", 100) as advance:
+        for step, place in enumerate(places):
+            if windows // examples == first + step:
+                log.warning(
+                    "training starts over after %d windows, which it fits better than other data from here on: "
+                    "give more calibration data, or a larger --samples",
+                    windows,
+                )
+            own_rate = rate * min(place / RISING, (1 - place) / (1 - RISING))
+            losses.append(kept.step(run.batch(first + step, examples), loss, own_rate))
+            advance(round(100 * place), f"training: loss {losses[-1]:.4f}, % of the schedule")
+            if len(losses) == LOGGED:
+                log.info("training step %d, %.0f %% of the schedule: loss %.4f", step + 1, 100 * place, fmean(losses))
+                losses.clear()
     weights = kept.with_pruned()
     network.set_weights(own)
     return weights

@@ -46,4 +46,5 @@ def bar(label: str, total: int, completed: int = 0) -> Iterator[Callable[[int, s
 
 
 def _progress() -> Progress:
-    return Progress(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True, disable=not _shown)
+    shown = _shown and (console.is_terminal or console.is_jupyter)  # elsewhere rich prints an empty line for each bar
+    return Progress(*_COLUMNS, TimeRemainingColumn(), console=console, transient=True, disable=not shown)

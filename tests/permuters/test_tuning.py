@@ -1,10 +1,12 @@
 """Training between the rounds and after them, against Adam written out."""
 
 import dataclasses
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
@@ -14,6 +16,7 @@ from permprune.permuters import tuning
 from permprune.permuters.newton import Newton
 from permprune.permuters.tuning import BETAS, RISING, counted, timed, train_weights
 from permprune.pipeline import Prepared, prepare
+from permprune.system import progress
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -54,6 +57,13 @@ def test_a_second_pass_over_the_data_is_said_once(
     assert len(prepared.run.train) == 14
     train_weights(prepared.network, prepared.run, Objective(), counted(steps), first=0, examples=4, rate=1e-3)
     assert sum("starts over after 14 windows" in line for line in caplog.messages) == repeats
+
+
+def test_training_shows_its_progress_on_a_terminal(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=file, force_terminal=True, width=100))
+    train_weights(prepared.network, prepared.run, Objective(), counted(2), first=0, examples=4, rate=1e-3)
+    assert "training: loss" in file.getvalue() and "75/100" in file.getvalue()
 
 
 def test_the_steps_of_a_count_are_even() -> None:
