@@ -32,7 +32,7 @@ ORDER, WEIGHT, BITS = "order/", "weight/", "bits/"
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One round of a search: its held-out loss, whether the round was kept, and the seconds since the search began.
+    """One round of a search: its held-out loss, whether the round was kept, and the seconds of the search at its end.
 
     `stage` is "search", "refinement" of the masks, or "training" for training between the rounds or after them.
     """

@@ -120,9 +120,10 @@ class Iterative(Permuter):
         stopped = not self._resume(search) and self._notify(search, 0)
         with bar(self.name, self.total, search.done) as advance:
             while search.done < self.total and not stopped and search.seconds <= search.limit:
-                started = time.monotonic()
+                started, known = time.monotonic(), len(search.curve)
                 moved = search.step()
                 search.seconds += distributed.mean(time.monotonic() - started)
+                search.curve[known:] = [replace(point, seconds=search.seconds) for point in search.curve[known:]]
                 self.checkpoint(run).save(self.name, search.tensors(), _state(search))
                 advance(search.done, f"{self.name}: held-out loss {search.best:.4f}")
                 stopped = self._notify(search, moved)
