@@ -86,7 +86,7 @@ def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, mo
     solution = method.solve(prepared.network, dataclasses.replace(run, minutes=2.0))
     assert [point.stage for point in solution.curve] == ["search"] * 3 + ["training"]
     *_, searched, trained = solution.curve
-    assert searched.seconds < 120 - limits[0] < trained.seconds
+    assert searched.seconds == pytest.approx(120 - limits[0]) and searched.seconds < trained.seconds
     assert trained.kept and trained.loss < searched.loss
     assert prepared.network.loss(run.held_out, Objective()) == pytest.approx(trained.loss, abs=1e-5)
     assert any(not torch.equal(weight, prepared.network.dense[name]) for name, weight in solution.weights.items())
