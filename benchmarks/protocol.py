@@ -130,7 +130,8 @@ def measure(options: argparse.Namespace, config: PruneConfig, methods: list[str]
     last = max(0, len(documents) - options.held_back)
     shown, kept = documents[:last], documents[last:]
     score = scorer(options, model, tokenizer, kept)
-    windows = tokenize(shown, tokenizer, config.length, config.samples, config.seed, fewer=True)
+    *others, _ = config.shares(config.samples)
+    windows = tokenize(shown, tokenizer, config.length, config.samples, config.seed, fewer=True, apart=sum(others))
     prepared = prepare(model, processor, config, examples=Examples.of(windows))
     if "dense" in methods:
         with prepared.network.dense_weights():

@@ -66,7 +66,7 @@ class PruneConfig:
 
     calibration: str | Sequence[str] | None = None
     """The calibration data: a file, a folder or a data set id; None for the default data of the model's kind. Several
-    sources (a list) are mixed: each gives an equal share of the windows, or all it has, and they take turns."""
+    sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
 
     samples: Count = UNSET
     """Windows of text to draw from the calibration data, 192 without an `effort`; several images or sentences count as

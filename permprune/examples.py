@@ -101,10 +101,10 @@ class Examples:
 
     @classmethod
     def interleave(cls, parts: list[Examples]) -> Examples:
-        """Join examples as `join` does, one of each part in turn; of longer parts the rest follows."""
+        """Join examples as `join` does, each part evenly spread; parts of equal length take turns."""
         if len(parts) == 1:
             return parts[0]
-        turns = torch.cat([torch.arange(len(part)) for part in parts])
+        turns = torch.cat([(torch.arange(len(part), dtype=torch.float64) + 0.5) / len(part) for part in parts])
         return cls.join(parts)[turns.argsort(stable=True)]
 
     @overload

@@ -166,26 +166,29 @@ def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:
     """Load the calibration examples: `calibration_count`, or all if there are fewer. Raises `PermpruneError`.
 
-    Of several sources, each gives an equal share, or all it has. Their examples take turns, so that the statistics, the
-    held-out loss and every gradient see all sources.
+    Of several sources, each gives an equal share, or all it has, evenly spread over the others, so that the statistics,
+    the held-out loss and every gradient see all sources. Gradients see other documents of a text than the statistics
+    and the held-out loss, which otherwise could not tell what training has learned by heart from what it has learned.
     """
     if processor is None:
         raise PermpruneError("without a tokenizer or another processor give the calibration as examples")
-    share = -(-calibration_count(model, config) // len(config.sources))
+    count, sources = calibration_count(model, config), len(config.sources)
+    *others, _ = config.shares(count, EXAMPLES_PER_WINDOW[kind_of(model)])
     parts = [
         load_examples(
             source,
             model,
             processor,
             part="calibration",
-            count=share,
+            count=-(-count // sources),
             length=config.length,
             seed=config.seed,
             shared=config.shared,
+            apart=sum(others),
         )
         for source in config.sources
     ]
-    return Examples.interleave(parts)[: calibration_count(model, config)]
+    return Examples.interleave(parts)[:count]
 
 
 def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -> list[Examples]:

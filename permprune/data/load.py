@@ -35,6 +35,7 @@ def load_examples(
     length: int = 512,
     seed: int | None = None,
     shared: bool = False,
+    apart: int = 0,
 ) -> Examples:
     """Load up to `count` examples as inputs of the model, with labels if both the source and the model have them.
 
@@ -42,9 +43,10 @@ def load_examples(
     `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images. None is the default text, or
     for an image model the zoo's images, which are also named "cifar10". Text is cut into windows of `length` tokens.
     Windows and the zoo's images are the first ones, or chosen at random if a `seed` is given; other examples are always
-    chosen at random. With `shared`, the calibration and the evaluation part come from the same source. `part` "probe"
-    is a separate part of the zoo's images for training linear probes; for other sources it is the calibration part.
-    Raises `PermpruneError` if the source cannot be read or does not fit the model.
+    chosen at random. With a `seed`, the first `apart` windows of a text are of other documents than the rest (see
+    `tokenize`). With `shared`, the calibration and the evaluation part come from the same source. `part` "probe" is a
+    separate part of the zoo's images for training linear probes; for other sources it is the calibration part. Raises
+    `PermpruneError` if the source cannot be read or does not fit the model.
     """
     kind = kind_of(model)
     if kind == "images" and source in (None, CIFAR):
@@ -56,7 +58,8 @@ def load_examples(
         return _known(model, load_pairs(str(source), model, processor, part, count, seed or 0, shared))
     if kind == "text":
         documents = load_documents(source, part)
-        return _known(model, Examples.of(tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True)))
+        windows = tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True, apart=apart)
+        return _known(model, Examples.of(windows))
     if source is None:
         raise PermpruneError(f"there is no default data of {kind} to {_use(part)}: name a file, a folder or a data set")
     seed = seed or 0

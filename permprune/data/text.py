@@ -64,6 +64,7 @@ def tokenize(
     count: int,
     seed: int | None = None,
     fewer: bool = False,
+    apart: int = 0,
 ) -> Tensor:
     """Tokenize documents and cut them into `count` non-overlapping windows of `length` tokens: int64 (count, length).
 
@@ -73,8 +74,10 @@ def tokenize(
 
     Without a seed, the first windows of the text are returned, and only as much text as they need is tokenized. With a
     seed, documents are taken in random order until there are `POOL` * `count` windows or the text ends, and `count` of
-    these windows are chosen at random. If the text has too few tokens, fewer windows are returned if `fewer` is True;
-    otherwise, or if the text is shorter than one window, `PermpruneError` is raised.
+    these windows are chosen at random. The first `apart` of them are in the order of the text, and come from other
+    documents than the rest, except for the one that the last of them may share with it. If the text has too few tokens,
+    fewer windows are returned if `fewer` is True; otherwise, or if the text is shorter than one window,
+    `PermpruneError` is raised.
     """
     if length < 2 or count < 1:
         raise PermpruneError(f"{count} windows of {length} tokens are too few: ask for at least 1 window of 2 tokens")
@@ -92,7 +95,11 @@ def tokenize(
         raise PermpruneError(f"the text has {held} but {count} windows of {length} tokens are wanted: give more text")
     windows = torch.tensor(ids[: available * own], dtype=torch.int64).view(available, own)
     windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(available, -1), windows], 1)
-    return windows[:count] if seed is None else windows[torch.randperm(available, generator=generator)[:count]]
+    if seed is None:
+        return windows[:count]
+    chosen = torch.randperm(available, generator=generator)[:count]
+    first, rest = chosen.sort().values.split([min(apart, count), max(0, count - apart)])
+    return windows[torch.cat([first, chosen[torch.isin(chosen, rest)]])]
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

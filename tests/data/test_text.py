@@ -1,5 +1,6 @@
 import json
 import logging
+from random import Random
 
 import datasets
 import pytest
@@ -194,6 +195,18 @@ def test_every_window_of_the_text_can_be_drawn(tiny_tokenizer, tiny_text):
     inorder = torch.tensor(ids[: count * 16]).view(count, 16)
     assert sorted(windows.tolist()) == sorted(inorder.tolist())
     assert not torch.equal(windows, inorder)
+
+
+@pytest.mark.parametrize("apart", [0, 5, 12, 40, 50])
+def test_the_first_windows_precede_the_rest_in_the_text(tiny_tokenizer, apart):
+    text = [" ".join(Random(0).choices("abdehinortuw", k=2000))]
+    places = {tuple(row): place for place, row in enumerate(tokenize(text, tiny_tokenizer, 8, 160).tolist())}
+    drawn, found = (
+        [places[tuple(row)] for row in tokenize(text, tiny_tokenizer, 8, 40, 3, apart=count).tolist()]
+        for count in (0, apart)
+    )
+    first = sorted(drawn)[:apart]
+    assert len(places) == 160 and found == first + [place for place in drawn if place not in first]
 
 
 @pytest.mark.parametrize("seed", [None, 0])
