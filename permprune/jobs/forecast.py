@@ -261,25 +261,7 @@ def _counted(
 def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
     """A loss of a language model on a batch of text."""
 
-    def loss(model: nn.Module) -> Tensor:
-        found: Tensor = _Loss.apply(next_token(model, Examples(_zeros(shapes))).logits)  # type: ignore[no-untyped-call]
-        return found
-
-    return loss
-
-
-class _Loss(torch.autograd.Function):
-    """A loss that keeps as much memory as `cross_entropy`: logits and their gradient, in one chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        ctx.save_for_backward(logits)
-        return logits.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (logits,) = ctx.saved_tensors
-        return torch.empty_like(logits)
+    return lambda model: next_token(model, Examples(_zeros(shapes))).loss()
 
 
 def _output_sum(shapes: Shapes) -> Callable[[nn.Module], Tensor]:

@@ -1,86 +1,150 @@
 """Losses of logits in chunks of terms: with a large vocabulary, fp32 copies of all logits would take gigabytes.
 
-The gradient is computed with the loss, while a chunk is in the processor's cache: both need the same exponentials.
+The gradient is computed with the loss, while a chunk is in the processor's cache: both need the same exponentials. Of
+`Projected` logits neither all logits nor all their gradients are ever in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from permprune.losses.output_layer import Projected
+
+Logits = Tensor | Projected
+"""Logits (terms, classes) of any floating type."""
+
 AT_ONCE = 2**20
 """Number of logits that are held in fp32 at a time."""
 
+PROJECTED = 256
+"""Number of terms whose logits are computed at a time if they are `Projected`."""
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+
+def cross_entropy(logits: Logits, labels: Tensor) -> Tensor:
     """Return -log softmax(logits)[label], computed in fp32 and summed over the terms.
 
-    `logits` is (terms, classes) of any floating type, `labels` is int64 (terms,). For the backward pass only the
-    gradient is saved, in the type of the logits, and no other tensor of their size.
+    `labels` is int64 (terms,). For the backward pass only the gradient is saved, that of the logits, or of the hidden
+    states from which they are projected, in their type.
     """
-    total: Tensor = _Losses.apply(logits, labels, None, 1.0, 0.0)  # type: ignore[no-untyped-call]
-    return total
+    return _losses(logits, labels, None, of_labels=1.0, of_target=0.0)
 
 
-def divergence(logits: Tensor, target: Tensor) -> Tensor:
+def divergence(logits: Logits, target: Logits) -> Tensor:
     """Return the KL divergence of softmax(logits) from softmax(target), computed in fp32 and summed over the terms.
 
-    Both are (terms, classes) of any floating type; only `logits` get a gradient, which is saved as in `cross_entropy`.
+    Only `logits` get a gradient, which is saved as in `cross_entropy`.
     """
-    total: Tensor = _Losses.apply(logits, None, target, 0.0, 1.0)  # type: ignore[no-untyped-call]
-    return total
+    return _losses(logits, None, target, of_labels=0.0, of_target=1.0)
 
 
 def distilled_cross_entropy(
-    logits: Tensor, labels: Tensor, target: Tensor, *, label_weight: float, divergence_weight: float
+    logits: Logits, labels: Tensor, target: Logits, *, label_weight: float, divergence_weight: float
 ) -> Tensor:
     """Return the weighted sum of `cross_entropy` and `divergence`, in two thirds of the time of the two.
 
     This is the loss of knowledge distillation (Hinton et al. 2015, arXiv 1503.02531, section 2) at a temperature of 1.
     """
-    weights = label_weight, divergence_weight
-    total: Tensor = _Losses.apply(logits, labels, target, *weights)  # type: ignore[no-untyped-call]
+    return _losses(logits, labels, target, of_labels=label_weight, of_target=divergence_weight)
+
+
+def _losses(
+    logits: Logits, labels: Tensor | None, target: Logits | None, *, of_labels: float, of_target: float
+) -> Tensor:
+    values = logits.hidden if isinstance(logits, Projected) else logits
+    total: Tensor = _Losses.apply(values, logits, labels, target, of_labels, of_target)  # type: ignore[no-untyped-call]
     return total
 
 
 class _Losses(torch.autograd.Function):
+    """The losses, with a gradient of `values`: the logits or, if these are projected, their hidden states."""
+
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, labels: Tensor | None, target: Tensor | None, of_labels: float, of_target: float
+        ctx: Any,
+        values: Tensor,
+        logits: Logits,
+        labels: Tensor | None,
+        target: Logits | None,
+        of_labels: float,
+        of_target: float,
     ) -> Tensor:
-        slope = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        losses = [logits.new_zeros((), dtype=torch.float32)]
-        for at in _chunks(logits):
-            own = logits[at].log_softmax(1, dtype=torch.float32)
-            terms = torch.arange(len(own), device=own.device)
-            if labels is not None:
-                losses.append(-of_labels * own[terms, labels[at]].sum())
-            if target is not None:
-                wanted = target[at].log_softmax(1, dtype=torch.float32)
-                shares = wanted.exp()
-                losses.append(of_target * torch.dot(shares.flatten(), wanted.sub_(own).flatten()))
-            if slope is None:
-                continue
-            own.exp_().mul_(of_labels + of_target)
-            if target is not None:
-                own.sub_(shares, alpha=of_target)
-            if labels is not None:
-                own[terms, labels[at]] -= of_labels
-            slope[at] = own
+        slope = torch.empty_like(values) if ctx.needs_input_grad[0] else None
+        own, dense = _converted(logits, target)
+        assert own is not None
+        projected = own if isinstance(own, Projected) else None
+        whole = projected is None and not isinstance(dense, Projected)
+        losses = [values.new_zeros((), dtype=torch.float32)]
+        for rows in _chunks(len(values), len(values) if whole else PROJECTED):
+            found, wanted = _rows(own, rows), None if dense is None else _rows(dense, rows)
+            gradient = None if slope is None else slope[rows] if projected is None else found
+            known = None if labels is None else labels[rows]
+            losses += _chunk_losses(found, known, wanted, gradient, of_labels=of_labels, of_target=of_target)
+            if projected is not None and slope is not None:
+                slope[rows] = found @ projected.weight
         if slope is not None:
             ctx.save_for_backward(slope)
         return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope.mul_(gradients[0]), None, None, None, None
+        return slope.mul_(gradients[0]), None, None, None, None, None
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Yield the terms of each chunk: at most `AT_ONCE` logits, or one term."""
-    count = max(1, AT_ONCE // logits.shape[1])
-    return (slice(start, start + count) for start in range(0, len(logits), count))
+def _chunk_losses(
+    logits: Tensor,
+    labels: Tensor | None,
+    target: Tensor | None,
+    slope: Tensor | None,
+    *,
+    of_labels: float,
+    of_target: float,
+) -> Iterator[Tensor]:
+    """Yield the losses of one chunk of terms after the other, and write the gradient to `slope`, if given.
+
+    `slope` may be `logits`, which are then overwritten.
+    """
+    for at in _chunks(len(logits), max(1, AT_ONCE // logits.shape[1])):
+        own = logits[at].log_softmax(1, dtype=torch.float32)
+        terms = torch.arange(len(own), device=own.device)
+        if labels is not None:
+            yield -of_labels * own[terms, labels[at]].sum()
+        if target is not None:
+            wanted = target[at].log_softmax(1, dtype=torch.float32)
+            shares = wanted.exp()
+            yield of_target * torch.dot(shares.flatten(), wanted.sub_(own).flatten())
+        if slope is None:
+            continue
+        own.exp_().mul_(of_labels + of_target)
+        if target is not None:
+            own.sub_(shares, alpha=of_target)
+        if labels is not None:
+            own[terms, labels[at]] -= of_labels
+        slope[at] = own
+
+
+def _converted(*all_logits: Logits | None) -> list[Logits | None]:
+    """The same logits with weights in the types of their hidden states; equal weights are converted once."""
+    made: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def convert(logits: Projected) -> Projected:
+        key = id(logits.weight), logits.hidden.dtype
+        if key not in made:
+            made[key] = logits.weight.to(logits.hidden.dtype)
+        return replace(logits, weight=made[key])
+
+    return [convert(one) if isinstance(one, Projected) else one for one in all_logits]
+
+
+def _rows(logits: Logits, rows: slice) -> Tensor:
+    return logits[rows].whole() if isinstance(logits, Projected) else logits[rows]
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    """Yield slices of at most `size` of `count` terms."""
+    return (slice(start, start + size) for start in range(0, count, max(1, size)))

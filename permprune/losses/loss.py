@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
+from permprune.losses.cross_entropy import Logits
 from permprune.losses.targets import Task
 from permprune.options import described
 
@@ -21,11 +22,11 @@ LossFunction = Callable[[nn.Module, Examples], Tensor]
 class TeacherOutputs:
     """The dense model's outputs for one batch, on the CPU, as far as a loss needs them.
 
-    `predictions` is what `kept` of the task's predictions returns, or None; `block_outputs` are the outputs of the
-    repeated blocks, without padding.
+    `predictions` is what `kept_briefly` of the task's predictions returns, or None; `block_outputs` are the outputs of
+    the repeated blocks, without padding.
     """
 
-    predictions: Tensor | None
+    predictions: Logits | None
     block_outputs: list[Tensor]
 
 

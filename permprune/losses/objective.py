@@ -102,7 +102,7 @@ class Objective(Loss):
         with block_outputs(model, padding_of(model, batch)) as outputs:
             predictions = task(model, batch)
         kept = outputs if self.compares_blocks else outputs[-1:] if self.cosine else []
-        dense = predictions.kept() if self._compares_predictions(task) else None
+        dense = predictions.kept_briefly() if self._compares_predictions(task) else None
         return TeacherOutputs(dense, [output.cpu() for output in kept])
 
     def __call__(

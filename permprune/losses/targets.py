@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
-from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy, divergence
+from permprune.losses.cross_entropy import Logits, cross_entropy, distilled_cross_entropy, divergence
+from permprune.losses.output_layer import Projected, project
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
@@ -28,26 +29,32 @@ SCORES = "logits"
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class predictions for a batch: `logits` (terms, classes) with their graph, and the target `labels` (terms,).
+    """Class predictions for a batch: logits (terms, classes) with their graph, and the target `labels` (terms,).
 
-    Without labels the dense model's predictions are the targets.
+    `given` are the logits, or what they are projected from. Without labels the dense model's predictions are the
+    targets.
     """
 
-    logits: Tensor
+    given: Logits
     labels: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """The logits (terms, classes)."""
+        return self.given.whole() if isinstance(self.given, Projected) else self.given
 
     @property
     def terms(self) -> int:
         """The number of terms of the loss."""
-        return len(self.logits)
+        return len(self.given)
 
-    def loss(self, dense: Tensor | None = None) -> Tensor:
+    def loss(self, dense: Logits | None = None) -> Tensor:
         """Cross-entropy with the labels, or without labels the distance to `dense`; summed over the terms.
 
-        `dense` is what `kept` returned for the dense model's predictions.
+        `dense` is what `kept` or `kept_briefly` returned for the dense model's predictions.
         """
         if self.labels is not None:
-            return cross_entropy(self.logits, self.labels)
+            return cross_entropy(self.given, self.labels)
         return self.distance(dense)
 
     def kept(self) -> Tensor:
@@ -58,17 +65,24 @@ class Predictions:
         logits = self.logits.detach()
         return (logits if logits.dtype.itemsize == 2 else logits.float().log_softmax(-1).half()).cpu()
 
-    def distance(self, dense: Tensor | None) -> Tensor:
+    def kept_briefly(self) -> Logits:
+        """As `kept`, but valid only as long as the dense model's output layer does not change.
+
+        Of projected logits it holds what they are projected from.
+        """
+        return self.given.detach().to(torch.device("cpu")) if isinstance(self.given, Projected) else self.kept()
+
+    def distance(self, dense: Logits | None) -> Tensor:
         """KL divergence from the dense model's predictions (see `kept`), summed over the terms."""
         assert dense is not None
-        return divergence(self.logits, dense.to(self.logits.device))
+        return divergence(self.given, dense.to(self._device))
 
-    def distilled_loss(self, dense: Tensor | None, *, task: float, divergence: float) -> Tensor:
+    def distilled_loss(self, dense: Logits | None, *, task: float, divergence: float) -> Tensor:
         """The sum of `loss` and `distance` with these weights."""
         if self.labels is None or dense is None:
             return task * self.loss(dense) + divergence * self.distance(dense)
         weights = {"label_weight": task, "divergence_weight": divergence}
-        return distilled_cross_entropy(self.logits, self.labels, dense.to(self.logits.device), **weights)
+        return distilled_cross_entropy(self.given, self.labels, dense.to(self._device), **weights)
 
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
         """A loss, summed over the terms, whose expected squared gradient is the diagonal of the Fisher information.
@@ -80,7 +94,11 @@ class Predictions:
         bounds = self.logits.detach().float().softmax(-1).cumsum(-1)
         drawn = torch.rand(self.terms, 1, generator=generator).to(bounds) * bounds[:, -1:]
         labels = (bounds < drawn).sum(-1).clamp_max(bounds.shape[-1] - 1)
-        return cross_entropy(self.logits, labels)
+        return cross_entropy(self.given, labels)
+
+    @property
+    def _device(self) -> torch.device:
+        return (self.given.hidden if isinstance(self.given, Projected) else self.given).device
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,7 @@ class Features:
         """The number of terms of the loss, one for each example."""
         return len(self.values)
 
-    def loss(self, dense: Tensor | None = None) -> Tensor:
+    def loss(self, dense: Logits | None = None) -> Tensor:
         """Squared distance to the labels, or without labels to `dense`, what `kept` returned for the dense model."""
         return self.distance(dense if self.labels is None else self.labels)
 
@@ -108,12 +126,14 @@ class Features:
         """The target for `distance`, from the dense model: the values (terms, numbers), fp32 on the CPU."""
         return self.values.float().cpu()
 
-    def distance(self, dense: Tensor | None) -> Tensor:
+    kept_briefly = kept
+
+    def distance(self, dense: Logits | None) -> Tensor:
         """Squared distance to the dense model's values, summed over the terms."""
-        assert dense is not None
+        assert isinstance(dense, Tensor)
         return (self.values - dense.to(self.values)).square().sum()
 
-    def distilled_loss(self, dense: Tensor | None, *, task: float, divergence: float) -> Tensor:
+    def distilled_loss(self, dense: Logits | None, *, task: float, divergence: float) -> Tensor:
         """The sum of `loss` and `distance` with these weights."""
         return task * self.loss(dense) + divergence * self.distance(dense)
 
@@ -133,7 +153,8 @@ def next_token(model: nn.Module, batch: Examples) -> Predictions:
     Padding and labels of `IGNORED` are left out.
     """
     labels = next_labels(batch)
-    logits = run_model(model, batch).logits[:, :-1]
+    projected = project(model, batch)
+    logits: Logits = (run_model(model, batch).logits if projected is None else projected)[:, :-1]
     if batch.keys() == ["input_ids"]:
         return Predictions(logits.flatten(0, 1), labels.flatten())
     counted = labels != IGNORED
