@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import PERPLEXITY, Result
 from permprune.examples import IGNORED, Examples
+from permprune.losses.cross_entropy import Logits, cross_entropy
+from permprune.losses.output_layer import Projected, compute_logits
 from permprune.losses.targets import next_labels
-from permprune.models.forward import frozen, is_encoder_decoder, run_model
+from permprune.models.forward import frozen, is_encoder_decoder
 from permprune.options import Count, require
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
 
-LogitsOf = Callable[[nn.Module, Examples], Tensor]
+LogitsOf = Callable[[nn.Module, Examples], Logits]
 """A function that computes a model's logits of a batch."""
-
-CHUNK = 256
-"""Number of tokens whose logits are held in fp32 at a time."""
 
 
 @torch.inference_mode()
@@ -47,8 +45,9 @@ def perplexity(
         for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "perplexity"):
             part = examples[at].to(device)
             labels = part["labels"] if is_encoder_decoder(model) else next_labels(part)
-            logits = (logits_of or _one_pass)(model, part)[:, : labels.shape[1]]
-            losses = [_loss(own, tokens) for own, tokens in zip(logits, labels, strict=True)]
+            logits = (logits_of or compute_logits)(model, part)[:, : labels.shape[1]]
+            logits = logits.converted() if isinstance(logits, Projected) else logits
+            losses = [_loss(logits[window], tokens) for window, tokens in enumerate(labels)]
             nll[at] = torch.tensor(losses, dtype=torch.float64)
             counts[at] = labels.ne(IGNORED).sum(1).double().cpu()
     distributed.add_([nll, counts])
@@ -66,14 +65,7 @@ def perplexity(
     return Result("language modelling", PERPLEXITY, value, count=int(counts.sum()), stderr=stderr, unit="tokens")
 
 
-def _one_pass(model: nn.Module, batch: Examples) -> Tensor:
-    logits: Tensor = run_model(model, batch).logits
-    return logits
-
-
-def _loss(logits: Tensor, targets: Tensor) -> float:
-    """Cross-entropy of (tokens, vocabulary) logits, in fp32 within chunks and summed in fp64."""
-    chunks = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
-    return sum(
-        F.cross_entropy(own.float(), tokens, reduction="sum", ignore_index=IGNORED).item() for own, tokens in chunks
-    )
+def _loss(logits: Logits, targets: Tensor) -> float:
+    """Cross-entropy of (tokens, vocabulary) logits, without the tokens that are `IGNORED`."""
+    counted = targets != IGNORED
+    return float(cross_entropy(logits if counted.all() else logits[counted], targets[counted]))

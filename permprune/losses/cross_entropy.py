@@ -75,7 +75,6 @@ class _Losses(torch.autograd.Function):
     ) -> Tensor:
         slope = torch.empty_like(values) if ctx.needs_input_grad[0] else None
         own, dense = _converted(logits, target)
-        assert own is not None
         projected = own if isinstance(own, Projected) else None
         whole = projected is None and not isinstance(dense, Projected)
         losses = [values.new_zeros((), dtype=torch.float32)]
@@ -128,17 +127,15 @@ def _chunk_losses(
         slope[at] = own
 
 
-def _converted(*all_logits: Logits | None) -> list[Logits | None]:
-    """The same logits with weights in the types of their hidden states; equal weights are converted once."""
-    made: dict[tuple[int, torch.dtype], Tensor] = {}
-
-    def convert(logits: Projected) -> Projected:
-        key = id(logits.weight), logits.hidden.dtype
-        if key not in made:
-            made[key] = logits.weight.to(logits.hidden.dtype)
-        return replace(logits, weight=made[key])
-
-    return [convert(one) if isinstance(one, Projected) else one for one in all_logits]
+def _converted(logits: Logits, target: Logits | None) -> tuple[Logits, Logits | None]:
+    """The same, with weights in the type of the hidden states; a weight that both share is converted once."""
+    if not isinstance(logits, Projected):
+        return logits, target.converted() if isinstance(target, Projected) else target
+    own = logits.converted()
+    if not isinstance(target, Projected):
+        return own, target
+    shared = target.weight is logits.weight and target.hidden.dtype == logits.hidden.dtype
+    return own, replace(own, hidden=target.hidden) if shared else target.converted()
 
 
 def _rows(logits: Logits, rows: slice) -> Tensor:

@@ -50,10 +50,22 @@ class Projected:
     def detach(self) -> Projected:
         return replace(self, hidden=self.hidden.detach())
 
+    def converted(self) -> Projected:
+        """The same logits, with weight and bias in the type of the hidden states."""
+        dtype = self.hidden.dtype
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+
     def whole(self) -> Tensor:
         """Compute the logits."""
-        dtype = self.hidden.dtype
-        return F.linear(self.hidden, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        ready = self.converted()
+        return F.linear(ready.hidden, ready.weight, ready.bias)
+
+
+def compute_logits(model: nn.Module, batch: Examples) -> Tensor | Projected:
+    """Run a model on a batch; returns its logits (batch, length, classes), projected where that is possible."""
+    projected = project(model, batch)
+    logits: Tensor | Projected = run_model(model, batch).logits if projected is None else projected
+    return logits
 
 
 def project(model: nn.Module, batch: Examples) -> Projected | None:

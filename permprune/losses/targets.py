@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.cross_entropy import Logits, cross_entropy, distilled_cross_entropy, divergence
-from permprune.losses.output_layer import Projected, project
+from permprune.losses.output_layer import Projected, compute_logits
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
@@ -153,8 +153,7 @@ def next_token(model: nn.Module, batch: Examples) -> Predictions:
     Padding and labels of `IGNORED` are left out.
     """
     labels = next_labels(batch)
-    projected = project(model, batch)
-    logits: Logits = (run_model(model, batch).logits if projected is None else projected)[:, :-1]
+    logits = compute_logits(model, batch)[:, :-1]
     if batch.keys() == ["input_ids"]:
         return Predictions(logits.flatten(0, 1), labels.flatten())
     counted = labels != IGNORED

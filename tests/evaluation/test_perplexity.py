@@ -10,7 +10,7 @@ from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 
-module = sys.modules["permprune.evaluation.perplexity"]
+module = sys.modules["permprune.losses.cross_entropy"]
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def _nll(model, windows):
 @pytest.mark.parametrize("batch", [1, 2, 5, 64])
 @pytest.mark.parametrize("chunk", [5, 256])
 def test_is_exp_of_the_mean_loss(tiny_llama, windows, batch, chunk, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "PROJECTED", chunk)
     nll = _nll(tiny_llama, windows)
     result = perplexity(tiny_llama, windows, batch)
     assert result.value == pytest.approx(nll.mean().exp().item(), rel=1e-5)
