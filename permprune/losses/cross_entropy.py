@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permprune.losses.output_layer import Projected
-
-Logits = Tensor | Projected
-"""Logits (terms, classes) of any floating type."""
+from permprune.losses.output_layer import Logits, Projected
 
 AT_ONCE = 2**20
 """Number of logits that are held in fp32 at a time."""
@@ -28,8 +25,8 @@ PROJECTED = 256
 def cross_entropy(logits: Logits, labels: Tensor) -> Tensor:
     """Return -log softmax(logits)[label], computed in fp32 and summed over the terms.
 
-    `labels` is int64 (terms,). For the backward pass only the gradient is saved, that of the logits, or of the hidden
-    states from which they are projected, in their type.
+    `logits` is (terms, classes), `labels` is int64 (terms,). For the backward pass only the gradient is saved, that of
+    the logits, or of the hidden states from which they are projected, in their type.
     """
     return _losses(logits, labels, None, of_labels=1.0, of_target=0.0)
 
@@ -37,7 +34,7 @@ def cross_entropy(logits: Logits, labels: Tensor) -> Tensor:
 def divergence(logits: Logits, target: Logits) -> Tensor:
     """Return the KL divergence of softmax(logits) from softmax(target), computed in fp32 and summed over the terms.
 
-    Only `logits` get a gradient, which is saved as in `cross_entropy`.
+    Both are (terms, classes); only `logits` get a gradient, which is saved as in `cross_entropy`.
     """
     return _losses(logits, None, target, of_labels=0.0, of_target=1.0)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.losses.cross_entropy import Logits
+from permprune.losses.output_layer import Logits
 from permprune.losses.targets import Task
 from permprune.options import described
 

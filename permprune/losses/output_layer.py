@@ -2,7 +2,7 @@
 
 The loss computes them a few hundred terms at a time from the inputs of the output layer, and its gradient with respect
 to these inputs together with it, so that neither the logits nor their gradient are ever in memory as a whole (as in
-Liger Kernel, Hsu et al. 2024, arXiv 2410.10989, section 3.2). The output layer itself gets no gradient.
+Liger Kernel, Hsu et al. 2024, arXiv 2410.10989). The output layer itself gets no gradient.
 """
 
 from __future__ import annotations
@@ -61,10 +61,14 @@ class Projected:
         return F.linear(ready.hidden, ready.weight, ready.bias)
 
 
-def compute_logits(model: nn.Module, batch: Examples) -> Tensor | Projected:
+Logits = Tensor | Projected
+"""Logits of any floating type, in memory or projected."""
+
+
+def compute_logits(model: nn.Module, batch: Examples) -> Logits:
     """Run a model on a batch; returns its logits (batch, length, classes), projected where that is possible."""
     projected = project(model, batch)
-    logits: Tensor | Projected = run_model(model, batch).logits if projected is None else projected
+    logits: Logits = run_model(model, batch).logits if projected is None else projected
     return logits
 
 

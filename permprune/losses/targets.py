@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
-from permprune.losses.cross_entropy import Logits, cross_entropy, distilled_cross_entropy, divergence
-from permprune.losses.output_layer import Projected, compute_logits
+from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy, divergence
+from permprune.losses.output_layer import Logits, Projected, compute_logits
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
