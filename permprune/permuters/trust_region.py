@@ -35,7 +35,7 @@ class TrustRegion(Iterative):
     `propose` for new orders that lower the quadratic model (see `quadratic`), and keeps them if the loss on held-out
     examples falls. If it does not fall, the new orders of a random part of the problems are tried. The size of the part
     is first given by the parabola through the slope and the loss of the whole step, and then halved each time.
-    Gradients at the same orders are averaged over rounds.
+    Gradients are averaged over rounds; the weight of earlier ones falls after each step.
 
     All problems move together, which the block-diagonal model does not account for. Its curvature is therefore
     multiplied by a damping for each problem, which starts at `damping` and is adapted to the outcome of the steps (see
@@ -93,7 +93,8 @@ class TrustRegion(Iterative):
 
     def state_bytes(self, outline: Outline) -> int:
         weights = outline.dtype.itemsize * outline.weights if self.tune or self.train else 0
-        return super().state_bytes(outline) + 3 * weights  # the state twice, and the solution
+        orders = 8 * sum(problem.size for problem in outline.problems) * self.rounds
+        return super().state_bytes(outline) + 2 * orders + 3 * weights  # the state twice, and the solution
 
     @abstractmethod
     def proposal_work(self, channels: int, rows: int, m: int) -> Work:

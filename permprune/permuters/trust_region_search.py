@@ -33,8 +33,15 @@ ATTEMPTS = 4
 FAR = 0.1
 """A step is much too long if the loss turns before this share of it; also the least share of problems to try first."""
 
-MEMORY, PREVIOUS = "memory/", "previous/"
-"""Prefixes, among the tensors of a state, of the memory of proposals and of the orders before the last step."""
+MEMORY, PAST = "memory/", "past/"
+"""Prefixes, among the tensors of a state, of the memory of proposals and of the orders before each step."""
+
+DISCOUNT = 0.7
+"""The weight of earlier gradients in the mean is multiplied by this after each step.
+
+Held-out loss of SmolLM2-135M, 2:4, after six rounds, seeds 0, 1 and 2: 4.608, 4.755 and 4.919; with 0.5 4.661, 4.782
+and 4.947; without earlier gradients 4.731, 4.803 and 4.993.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,21 @@ class Proposal:
     memory: Tensor | None
 
 
+@dataclass(frozen=True)
+class Past:
+    """Orders before a step that was kept, and the rounds whose gradients were computed at them."""
+
+    orders: Orders
+    rounds: list[int]
+
+
 class TrustRegionSearch(Search):
     """The state of a `TrustRegion` search.
 
-    If the last step was kept, `previous` are the orders before it, and `slopes` the slopes of the loss along it at its
-    start, by problem. Otherwise `pending` are the rounds whose gradients are averaged at the current orders. `memory`
-    is what the proposals of each problem pass from round to round, and `rate` is the learning rate of `tune`.
+    `mean` is the mean of all gradients since the weights last changed, if it is in memory: those at the orders before
+    each kept step, in `past`, and those of the rounds `pending`, which were rejected at the current orders. If the last
+    step was kept, `slopes` are the slopes of the loss along it at its start, by problem. `memory` is what the proposals
+    of each problem pass from round to round, and `rate` is the learning rate of `tune`.
     """
 
     def __init__(self, method: TrustRegion, network: PrunedNetwork, run: Run) -> None:
@@ -59,11 +75,11 @@ class TrustRegionSearch(Search):
         self.method = method
         self.damping = Damping({problem.name: method.damping for problem in network.problems})
         self.rate = method.rate
+        self.past: list[Past] = []
         self.pending: list[int] = []
-        self.previous: Orders = {}
         self.slopes: dict[str, float] = {}
         self.memory: dict[str, Tensor] = {}
-        self.mean: Gradients | None = None  # at the present orders
+        self.mean: Gradients | None = None
 
     def start(self) -> None:
         """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""
@@ -88,7 +104,7 @@ class TrustRegionSearch(Search):
     def step(self) -> int:
         gradients = self._gradients()
         moved = self._move(gradients)
-        self.mean = None if moved else gradients
+        self.mean = gradients.discounted(DISCOUNT) if moved else gradients
         if self.method.tune and self.done > self.method.wait and self._tune():
             self.mean = None
         return moved
@@ -114,30 +130,47 @@ class TrustRegionSearch(Search):
     def tensors(self) -> dict[str, Tensor]:
         found = self.network.current()
         found |= {MEMORY + name: value for name, value in self.memory.items()}
-        found |= {PREVIOUS + name: order.clone() for name, order in self.previous.items()}
+        for number, past in enumerate(self.past):
+            found |= {f"{PAST}{number}/{name}": order.clone() for name, order in past.orders.items()}
         found |= {WEIGHT + name: weight for name, weight in self.network.trained.items()}
         return found
 
     def values(self) -> dict[str, Any]:
-        return {"damping": self.damping.of, "rate": self.rate, "pending": self.pending, "slopes": self.slopes}
+        past = [past.rounds for past in self.past]
+        return {
+            "damping": self.damping.of,
+            "rate": self.rate,
+            "past": past,
+            "pending": self.pending,
+            "slopes": self.slopes,
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        self.memory, self.previous, weights = (
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            for prefix in (MEMORY, PREVIOUS, WEIGHT)
-        )
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.memory, weights = named(MEMORY), named(WEIGHT)
         network = self.network
         network.set_weights({name: weight.to(network.layers[name].weight) for name, weight in weights.items()})
         network.set_orders(dict(tensors))
         self.damping, self.rate = Damping(values["damping"]), values["rate"]
+        self.past = [Past(named(f"{PAST}{number}/"), rounds) for number, rounds in enumerate(values["past"])]
         self.pending, self.slopes = values["pending"], values["slopes"]
 
     def _gradients(self) -> Gradients:
-        """Average the gradient over this round's examples and those of the rounds rejected at the same orders."""
-        mean = self.mean
-        for number in self.pending if mean is None else []:  # after a resume they are computed again
-            mean = self._gradients_of(number, mean)
+        """Return the mean of the gradient over this round's examples and of earlier gradients (see `DISCOUNT`)."""
+        mean = self.mean or self._earlier_gradients()
         return self._gradients_of(self.done, mean)
+
+    def _earlier_gradients(self) -> Gradients | None:
+        """Compute the mean of earlier gradients again, which a resumed search lacks."""
+        current, mean = self.network.current(), None
+        for orders, rounds in [*((past.orders, past.rounds) for past in self.past), (current, self.pending)]:
+            self.network.set_orders(orders)
+            mean = mean and mean.discounted(DISCOUNT)
+            for number in rounds:
+                mean = self._gradients_of(number, mean)
+        return mean
 
     def _gradients_of(self, number: int, mean: Gradients | None) -> Gradients:
         return self.network.gradients(self.run.batch(number, self.method.examples), self.loss, mean)
@@ -145,18 +178,19 @@ class TrustRegionSearch(Search):
     def _move(self, gradients: Gradients) -> int:
         """Propose new orders and keep those that lower the held-out loss; returns how many were kept."""
         before = self.network.current()
-        if self.previous:
-            self.damping.follow_slopes(self.slopes, self._slopes(self.previous, before, gradients))
+        if self.slopes:
+            self.damping.follow_slopes(self.slopes, self._slopes(self.past[-1].orders, before, gradients))
         proposals, slopes, loss = self._step(gradients)
         loss, moved = self._parts(before, proposals, slope=sum(slopes.values()), loss=loss)
         kept = loss < self.best - TOLERANCE
         predicted = {name: proposal.change for name, proposal in proposals.items()}
         self.damping.follow_loss(predicted, moved, kept, loss - self.best)
-        self.pending = [] if kept else [*self.pending, self.done]
-        self.previous = before if kept else {}
+        self.pending.append(self.done)
         self.slopes = {name: slopes[name] for name in moved} if kept else {}
         if kept:
             self.best = loss
+            self.past.append(Past(before, self.pending))
+            self.pending = []
             self.memory |= {name: memory for name in moved if (memory := proposals[name].memory) is not None}
         else:
             self.network.set_orders(before)
@@ -202,7 +236,7 @@ class TrustRegionSearch(Search):
         loss = self.held_out_loss()
         kept = loss < self.best - TOLERANCE
         if kept:
-            self.best, self.pending, self.previous, self.slopes = loss, [], {}, {}
+            self.best, self.past, self.pending, self.slopes = loss, [], [], {}
         else:
             network.set_weights(before)
         self.record(loss, kept, "training")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
 
@@ -57,6 +57,10 @@ class Gradients:
     count: int
     covariance: dict[str, Tensor] = field(default_factory=dict)
     stored: dict[str, Tensor] = field(default_factory=dict)
+
+    def discounted(self, weight: float) -> Gradients:
+        """Return these gradients with this share of their weight in later means."""
+        return replace(self, count=round(self.count * weight))
 
 
 def gradient_bytes(outline: Outline, activations: torch.dtype) -> int:
@@ -122,10 +126,9 @@ class PrunedNetwork(MaskedLayers):
     def gradients(self, examples: Examples, loss: Loss, mean: Gradients | None = None) -> Gradients:
         """Return the gradients of the mean loss over `examples` with respect to the current weights, over all ranks.
 
-        With `mean`, earlier gradients at the same masks, the result is the average of both, weighted by the numbers of
-        terms; only the `loss` is that of `examples` alone. The tensors of `mean` are overwritten, so that only one
-        gradient of each weight is in memory. Raises `PermpruneError` if the loss has no gradient, or if a layer takes
-        no part in it.
+        With `mean`, earlier gradients, the result is the average of both, weighted by the numbers of terms; only the
+        `loss` is that of `examples` alone. The tensors of `mean` are overwritten, so that only one gradient of each
+        weight is in memory. Raises `PermpruneError` if the loss has no gradient, or if a layer takes no part in it.
         """
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         sums = {}

@@ -117,6 +117,21 @@ def test_gradients_are_averaged_with_those_of_earlier_examples_in_their_memory(p
         assert gradient.data_ptr() == memory[name]
 
 
+def test_discounted_gradients_have_less_weight_in_a_mean(prepared: Prepared) -> None:
+    network = prepared.network
+    first, second = (network.gradients(part, Objective()) for part in (WINDOWS[:2], WINDOWS[2:6]))
+    share = first.count / 2 / (first.count / 2 + second.count)
+    means = [
+        {name: own.lerp(earlier[name], share) for name, own in later.items()}
+        for later, earlier in ((second.weight, first.weight), (second.fisher, first.fisher))
+    ]
+    found = network.gradients(WINDOWS[2:6], Objective(), first.discounted(0.5))
+    assert found.count == first.count / 2 + second.count
+    for name, gradient in found.weight.items():
+        torch.testing.assert_close(gradient, means[0][name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(found.fisher[name], means[1][name], rtol=1e-4, atol=1e-9)
+
+
 def test_slopes_of_batches_are_those_of_their_gradients(prepared: Prepared) -> None:
     network, generator = prepared.network, torch.Generator().manual_seed(0)
     natural = network.identity()
