@@ -35,7 +35,7 @@ class TrustRegion(Iterative):
     `propose` for new orders that lower the quadratic model (see `quadratic`), and keeps them if the loss on held-out
     examples falls. If it does not fall, the new orders of a random part of the problems are tried. The size of the part
     is first given by the parabola through the slope and the loss of the whole step, and then halved each time.
-    Gradients are averaged over rounds; the weight of earlier ones falls after each step.
+    Gradients are averaged over rounds; the weight of earlier ones falls after each step (see `DISCOUNT`).
 
     All problems move together, which the block-diagonal model does not account for. Its curvature is therefore
     multiplied by a damping for each problem, which starts at `damping` and is adapted to the outcome of the steps (see

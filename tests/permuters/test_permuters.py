@@ -10,6 +10,8 @@ from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.losses.loss import Loss
 from permprune.losses.objective import Objective
 from permprune.permuters.base import Permuter, Solution
 from permprune.permuters.cost_matrix import CostMatrixLearner
@@ -21,7 +23,7 @@ from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.permuters.trust_region import TrustRegion
-from permprune.permuters.trust_region_search import TrustRegionSearch
+from permprune.permuters.trust_region_search import DISCOUNT, TrustRegionSearch
 from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import Gradients
 from permprune.pruning.problem import Orders
@@ -271,6 +273,26 @@ def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCaus
     assert first / 3 <= predicted() < 0
     (damping,) = set(search.damping.of.values())
     assert damping > 15.0
+
+
+def test_earlier_gradients_count_less_after_each_step_and_not_after_the_first(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, _ = begun(ready(tiny_llama), "newton", damping=15.0)
+    gradients, counts = search.network.gradients, list[int | None]()
+
+    def counted(examples: Examples, loss: Loss, mean: Gradients | None = None) -> Gradients:
+        counts.append(mean and mean.count)
+        return gradients(examples, loss, mean)
+
+    monkeypatch.setattr(search.network, "gradients", counted)
+    for kept in (True, True, True, False, True):
+        monkeypatch.setattr(search, "held_out_loss", lambda change=-0.01 if kept else 0.01: search.best + change)
+        assert bool(search.step()) == kept
+    own = search.method.examples * (WINDOWS.shape[1] - 1)
+    once = round(DISCOUNT * own)
+    twice = round(DISCOUNT * (own + once))
+    assert counts == [None, 0, once, twice, own + twice]
 
 
 @pytest.mark.slow
