@@ -41,8 +41,8 @@ DISCOUNT = 0.7
 and forgets them.
 
 Held-out loss of SmolLM2-135M, 2:4, after two and six rounds, seeds 0 to 2: 4.880, 5.097, 5.236 and 4.645, 4.772, 4.926.
-If the first step does not forget them, 5.016, 5.222, 5.361 and 4.608, 4.755, 4.919; if all steps do, 4.880, 5.097, 5.236
-and 4.714, 4.803, 4.993.
+If the first step does not forget them, 5.016, 5.222, 5.361 and 4.608, 4.755, 4.919; if all steps do, 4.880, 5.097,
+5.236 and 4.714, 4.803, 4.993.
 """
 
 
