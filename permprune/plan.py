@@ -40,6 +40,9 @@ from permprune.system.search_state import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+MOST_BYTES = 4 * 2**30
+"""The most that calibration examples take whose number follows from an effort: those of images are large."""
+
 FREE = ("effort", "permute", "minutes", "update", "batch", "recompute", "shard")
 """Fields of the config that may change before an interrupted search is resumed."""
 
@@ -88,12 +91,13 @@ def plan_run(
     The model may be on the meta device, with its weights on disk; `weights` are the model's weights by name, from which
     a digest is computed. `partial` is as in `prepare`. Raises `PermpruneError`.
     """
-    if config.effort is not None:
-        log.info("effort %s: %s on %d windows", config.effort, label_of(config.permute), config.samples)
     pattern, metric = parse_pattern(config.pattern), saliency(config.saliency)
     layers = prunable_layers(model, pattern, config.exclude)
     device = compute_device(model)
     examples_per_window = EXAMPLES_PER_WINDOW[kind_of(model)]
+    if config.effort is not None:
+        windows = len(examples) // examples_per_window
+        log.info("effort %s: %s on %d windows", config.effort, label_of(config.permute), windows)
     measured, held_out, train = _divide(examples, config, examples_per_window)
     coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
     sites = _sites(coupling, layers)
@@ -159,8 +163,15 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
 
 
 def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
-    """Return the number of examples that correspond to `config.samples` windows."""
-    return config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
+    """Return the number of examples that correspond to `config.samples` windows.
+
+    With an effort they are fewer if they would take more than `MOST_BYTES`.
+    """
+    count = config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
+    if config.effort is None:
+        return count
+    each = sum(tensor.nbytes for tensor in example_inputs(model).values()) // 2  # these are two examples
+    return min(count, MOST_BYTES // each)
 
 
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:

@@ -8,8 +8,10 @@ import pytest
 from permprune import PermpruneError, PruneConfig
 from permprune.cli.common import with_method
 from permprune.config import DEFAULTS, EFFORTS
+from permprune.plan import calibration_count
 from permprune.report.run import render
 
+from ..modalities import make
 from ..records import record_of
 from .running import fails, run
 
@@ -25,6 +27,14 @@ def test_an_effort_sets_what_is_not_given(effort: str) -> None:
     config = PruneConfig(samples=24).replace(effort=effort, permute="newton")
     assert (config.permute, config.samples) == ("newton", chosen["samples"])
     assert PruneConfig(effort=effort, samples=192).replace(seed=1).samples == 192
+
+
+def test_an_effort_takes_no_more_examples_than_memory_should_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = make("vit")  # its images have 8 x 8 pixels, of three channels
+    assert calibration_count(vit, PruneConfig(effort="hour")) == 8 * 3072
+    monkeypatch.setattr("permprune.plan.MOST_BYTES", 10**6)
+    assert calibration_count(vit, PruneConfig(effort="hour")) == 10**6 // (4 * 3 * 8 * 8)
+    assert calibration_count(vit, PruneConfig(samples=3072)) == 8 * 3072
 
 
 def test_without_an_effort_the_defaults_hold() -> None:
