@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.config import PruneConfig
+from permprune.config import EFFORTS, PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.observe import observe
 from permprune.coupling.space import Coupling
@@ -40,8 +40,8 @@ from permprune.system.search_state import Checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-MOST_BYTES = 4 * 2**30
-"""The most that calibration examples take whose number follows from an effort: those of images are large."""
+LARGE_WINDOWS = 768
+"""The most windows of images or speech that an effort draws: they take up to a thousand times the memory of text."""
 
 FREE = ("effort", "permute", "minutes", "update", "batch", "recompute", "shard")
 """Fields of the config that may change before an interrupted search is resumed."""
@@ -165,13 +165,12 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
 def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
     """Return the number of examples that correspond to `config.samples` windows.
 
-    With an effort they are fewer if they would take more than `MOST_BYTES`.
+    The number that an effort sets is one for text; it is at most `LARGE_WINDOWS` for images and speech.
     """
-    count = config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
-    if config.effort is None:
-        return count
-    each = sum(tensor.nbytes for tensor in example_inputs(model).values()) // 2  # these are two examples
-    return min(count, MOST_BYTES // each)
+    kind, windows = kind_of(model), config.samples
+    if config.effort and windows == EFFORTS[config.effort].get("samples") and kind in ("images", "speech"):
+        windows = min(windows, LARGE_WINDOWS)
+    return windows * EXAMPLES_PER_WINDOW[kind]
 
 
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:

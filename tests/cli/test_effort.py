@@ -29,12 +29,13 @@ def test_an_effort_sets_what_is_not_given(effort: str) -> None:
     assert PruneConfig(effort=effort, samples=192).replace(seed=1).samples == 192
 
 
-def test_an_effort_takes_no_more_examples_than_memory_should_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    vit = make("vit")  # its images have 8 x 8 pixels, of three channels
-    assert calibration_count(vit, PruneConfig(effort="hour")) == 8 * 3072
-    monkeypatch.setattr("permprune.plan.MOST_BYTES", 10**6)
-    assert calibration_count(vit, PruneConfig(effort="hour")) == 10**6 // (4 * 3 * 8 * 8)
-    assert calibration_count(vit, PruneConfig(samples=3072)) == 8 * 3072
+def test_an_effort_draws_fewer_images_than_windows_of_text() -> None:
+    vit = make("vit")
+    assert calibration_count(vit, PruneConfig(effort="hour")) == 8 * 768
+    assert calibration_count(vit, PruneConfig(effort="minutes")) == 8 * 192
+    assert calibration_count(vit, PruneConfig(effort="hour", samples=1000)) == 8 * 1000
+    assert calibration_count(make("whisper"), PruneConfig(effort="hour")) == 768
+    assert calibration_count(make("bert"), PruneConfig(effort="hour")) == 32 * 3072
 
 
 def test_without_an_effort_the_defaults_hold() -> None:
