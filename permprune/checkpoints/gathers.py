@@ -97,7 +97,12 @@ def attach_gathers(model: nn.Module, gathers: Sequence[Gather]) -> None:
 
 def has_gathers(model: nn.Module) -> bool:
     """Whether the model has gathers attached."""
-    return any(name in module._buffers for module in model.modules() for name in BUFFERS.values())
+    return bool(gather_buffers(model))
+
+
+def gather_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the permutations of the gathers that are attached to a model, by the names of their buffers."""
+    return {name: order for name, order in model.named_buffers() if name.endswith(tuple(BUFFERS.values()))}
 
 
 def detach_gathers(model: nn.Module) -> dict[Place, Tensor]:

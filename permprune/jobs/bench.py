@@ -23,12 +23,13 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
 from permprune.evaluation.speed import STEPS, measure_speed
 from permprune.inference.kv.cache import PrunedCache
+from permprune.inference.kv.files import OtherModelError
 from permprune.inference.kv.files import read_record as read_kv
 from permprune.options import Count, require
 from permprune.report.run import write_report
 from permprune.system.device import best_device
 from permprune.system.files import write_json
-from permprune.system.progress import console, track
+from permprune.system.progress import console, log, track
 from permprune.system.workers import worker_context
 
 DENSE = ("fp32", "bf16")
@@ -80,8 +81,8 @@ def bench(
     `batches` (sequences) and `contexts` (tokens of the prompt) is measured, with `steps` generated tokens. Each model
     is loaded in its own process. The processes are measured one at a time, in `turns` rounds, and the shortest time of
     the rounds is reported. `threads` is the number of threads of each process, by default PyTorch's. With `kv`, a
-    folder that `permprune kv` wrote, the dense model in bf16 and each checkpoint are measured with that pruned cache
-    too. Raises `PermpruneError`.
+    folder that `permprune kv` wrote, those of the dense model in bf16 and the checkpoints that it was made for are
+    measured with that pruned cache too; a warning names the others. Raises `PermpruneError`.
     """
     _require_numbers(batches=batches, contexts=contexts, steps=[steps], turns=[turns])
     threads = threads or torch.get_num_threads()
@@ -93,7 +94,7 @@ def bench(
         entries += [dataclasses.replace(entry, kv=str(kv)) for entry in entries if entry.dtype in ("bf16", None)]
     cells = [(batch, context) for context in contexts for batch in batches]
     speeds: dict[tuple[int, int, int], Speed] = {}
-    with _served(entries) as servers:
+    with _served(entries) as (entries, servers):
         order = [(cell, at) for cell in cells for _ in range(turns) for at in range(len(servers))]
         for cell, at in track(order, "measuring", len(order)):
             speed: Speed = _ask(servers[at], (*cell, steps))
@@ -133,10 +134,15 @@ def _dense_of(folders: Sequence[str | Path]) -> str:
 
 
 @contextmanager
-def _served(entries: Sequence[_Entry]) -> Iterator[list[Connection]]:
-    """Start one process per model, which load their models one after the other; yields a connection to each."""
+def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Connection]]]:
+    """Start one process per model, which load their models one after the other; yields a connection to each.
+
+    Without the models that the pruned cache was not made for; raises `OtherModelError` if it was made for none.
+    """
     context = worker_context(__name__)
+    served: list[_Entry] = []
     servers: list[Connection] = []
+    refused: dict[str, OtherModelError] = {}
     processes = []
     try:
         for entry in track(entries, "loading", len(entries)):
@@ -145,9 +151,18 @@ def _served(entries: Sequence[_Entry]) -> Iterator[list[Connection]]:
             process.start()
             other.close()
             processes.append(process)
+            try:
+                _receive(own)
+            except OtherModelError as error:
+                refused[entry.name] = error
+                continue
+            served.append(entry)
             servers.append(own)
-            _receive(own)
-        yield servers
+        if refused and not any(entry.kv for entry in served):
+            raise next(iter(refused.values()))
+        for name, reason in refused.items():
+            log.warning("%s is not measured: %s", name, reason)
+        yield served, servers
         for own in servers:
             own.send(END)
         for process in processes:

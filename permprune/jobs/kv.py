@@ -22,7 +22,7 @@ from permprune.inference.kv.cache import PrunedCache, attention_layers
 from permprune.inference.kv.calibration import ObservedLayer, fit_channels, observe_states
 from permprune.inference.kv.config import AUTO, KVConfig, default_pattern, pattern_of
 from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity, require_positions
-from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, write_cache
+from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
 from permprune.inference.kv.folding import fold_values
 from permprune.jobs.trials import BATCH, Evaluation
 from permprune.models.forward import short_inputs
@@ -108,6 +108,7 @@ def calibrate_kv(
         kept=kept,
         seconds=seconds,
         measured=_measure(opened, config, channels, evaluation),
+        weights=weights_of(opened.model),
     )
     if fold is not None:
         with atomic_folder(Path(fold)) as folder:
@@ -230,10 +231,10 @@ def evaluate_kv(
     """
     evaluation = evaluation or Evaluation()
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
-    PrunedCache.from_pretrained(folder, opened.model)  # refused before the data are read
+    cache = PrunedCache.from_pretrained(folder, opened.model)  # refused before the data are read
     windows = evaluation.examples(opened.model, opened.processor)
 
-    def cache() -> PrunedCache:
-        return PrunedCache.from_pretrained(folder, opened.model, exact_window=True)
+    def empty() -> PrunedCache:
+        return PrunedCache(opened.model, cache.config, cache.channels, exact_window=True)
 
-    return cached_perplexity(opened.model, windows, cache, BATCH)
+    return cached_perplexity(opened.model, windows, empty, BATCH)

@@ -18,6 +18,9 @@ BLOCKS, BLOCK = 64, 1024
 CONFIG, WEIGHTS, CALIBRATION = "model config", "model weights", "calibration examples"
 """Names of digests among the settings that a state depends on."""
 
+ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types of `rounded_digests`."""
+
 MOVING = ("_name_or_path", "transformers_version")
 """Entries of a config that describe its origin, not the model."""
 
@@ -33,6 +36,18 @@ def model_digests(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]])
     text = json.dumps(_still(config), sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return {CONFIG: digest, WEIGHTS: digest_of((name, _sampled(tensor)) for name, tensor in weights)}
+
+
+def rounded_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return digests of tensors with floating-point numbers rounded to each of `ROUNDED`; large ones are sampled.
+
+    Copies of a model that are loaded in fp32, bf16 or fp16 have one of them in common.
+    """
+    sampled = [(name, _sampled(tensor)) for name, tensor in tensors]
+    return {
+        kind: digest_of((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in sampled)
+        for kind, dtype in ROUNDED.items()
+    }
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -20,7 +20,7 @@ def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, ti
     run("prune", tiny_checkpoint, "--out", packed, "--pack", "bf16", *SMALL, *data)
     assert read_record(packed).extra["packed"]["dtype"] == "bf16"
     run("verify", packed)
-    run("kv", tiny_checkpoint, "--out", tmp_path / "kv", "--samples", "2", "--length", "16", "--windows", "1", *data)
+    run("kv", packed, "--out", tmp_path / "kv", "--samples", "2", "--length", "16", "--windows", "1", *data)
     sizes = (
         "--kv",
         tmp_path / "kv",
@@ -35,13 +35,14 @@ def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, ti
         "--threads",
         "1",
     )
-    _, said, _ = run("bench", packed, *sizes, "--json", figures, "--picture", picture)
+    _, said, warned = run("bench", packed, *sizes, "--json", figures, "--picture", picture)
     assert "of the size of the smallest dense model" in said and "batch 2, context 8" in said
     found = json.loads(figures.read_text())
     names = [row["name"] for row in found["rows"]]
     dense, kv = f"{tiny_checkpoint} (bf16)", tmp_path / "kv"
-    assert names == [f"{tiny_checkpoint} (fp32)", dense, str(packed), f"{dense} with {kv}", f"{packed} with {kv}"]
-    assert [row["dense"] for row in found["rows"]] == [True, True, False, False, False]
+    assert names == [f"{tiny_checkpoint} (fp32)", dense, str(packed), f"{packed} with {kv}"]
+    assert f"{dense} with {kv} is not measured: {kv} is for".replace(" ", "") in "".join(warned.split())
+    assert [row["dense"] for row in found["rows"]] == [True, True, False, False]
     assert found["rows"][2]["bytes"] <= found["rows"][1]["bytes"] < found["rows"][0]["bytes"]  # rows are half a block
     assert all(len(row["speeds"]) == 2 and row["resident"] > 10**7 for row in found["rows"])
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -49,6 +50,7 @@ def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, ti
     assert bench is not None and [row.name for row in bench.rows] == names
     assert "Speed" in (packed / "report.html").read_text()
     run("unpack", packed, "--out", tmp_path / "zeros")
+    assert "this model has other weights" in fails("bench", tmp_path / "zeros", *sizes)
     assert read_record(tmp_path / "zeros").bench is None
 
 

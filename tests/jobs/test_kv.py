@@ -1,7 +1,10 @@
 """Pruned caches from the calibration to the evaluation, in Python and on the command line."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -15,7 +18,7 @@ from permprune.errors import PermpruneError
 from permprune.inference.kv.cache import PrunedCache
 from permprune.inference.kv.calibration import ObservedLayer
 from permprune.inference.kv.config import KVConfig
-from permprune.inference.kv.files import read_channels, read_record, write_cache
+from permprune.inference.kv.files import read_channels, read_record, weights_of, write_cache
 from permprune.jobs.kv import calibrate_kv, evaluate_kv, find_channels
 from permprune.jobs.trials import Evaluation
 from permprune.permuters.cp import CP
@@ -118,10 +121,7 @@ def test_damaged_folders_are_refused(folder: Path, tiny_llama: LlamaForCausalLM)
         return str(error.value)
 
     tensors, record = load_file(folder / "kv.safetensors"), json.loads((folder / "kv.json").read_text())
-    twice = tensors["layers.0.keys.order"].clone()
-    twice[0, 0] = twice[0, 1]
-    save_file({**tensors, "layers.0.keys.order": twice}, folder / "kv.safetensors")
-    assert "layers.0.keys has an order that is no permutation" in refused()
+    forget(folder, "contents")
     save_file({name: t for name, t in tensors.items() if "1.values" not in name}, folder / "kv.safetensors")
     assert "lacks tensors of 'layers.1.values'" in refused()
     save_file({name: t for name, t in tensors.items() if "layers.1" not in name}, folder / "kv.safetensors")
@@ -133,6 +133,108 @@ def test_damaged_folders_are_refused(folder: Path, tiny_llama: LlamaForCausalLM)
         assert "kv.json is damaged" in refused()
     (folder / "kv.json").unlink()
     assert "holds no kv.json" in refused()
+
+
+def forget(folder: Path, *keys: str) -> None:
+    """Remove what older releases did not write from the record of a cache."""
+    record = json.loads((folder / "kv.json").read_text())
+    (folder / "kv.json").write_text(json.dumps({key: value for key, value in record.items() if key not in keys}))
+
+
+def with_entry(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[1, 2] = value
+        return tensor
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("level", with_entry(1e38), "levels that are not one number from 1e-06 to 1e+06"),
+        ("level", with_entry(torch.nan), "levels that are not one number"),
+        ("level", with_entry(0), "levels that are not one number"),
+        ("level", lambda t: t.double(), "of type torch.float64, not torch.float32"),
+        ("weight", with_entry(torch.inf), "weights that are not one number"),
+        ("weight", with_entry(-1), "weights that are not one number"),
+        ("weight", lambda t: t[:1].clone(), "weights that are not one number from 1e-06 to 1e+06 for each channel"),
+        ("order", with_entry(8), "an order that is no permutation"),
+        ("order", with_entry(-1), "an order that is no permutation"),
+        ("order", lambda t: t.where(t != 3, 4), "an order that is no permutation"),
+        ("order", lambda t: t.long(), "of type torch.int64, not torch.int32"),
+        ("order", lambda t: t[0].clone(), "lacks tensors of 'layers.1.keys'"),
+        ("mean", lambda _: torch.zeros(2, 8), "which its settings do not need"),
+        ("code", lambda _: torch.zeros(1), "which its settings do not need"),
+    ],
+)
+@pytest.mark.parametrize("contents", [True, False])
+def test_tensors_of_a_cache_that_do_not_fit_are_refused(
+    folder: Path, tiny_checkpoint: Path, tiny_text: Path, *, name: str, change: Any, said: str, contents: bool
+) -> None:
+    file, key = folder / "kv.safetensors", f"layers.1.keys.{name}"
+    tensors = load_file(file)
+    save_file({**tensors, key: change(tensors.get(key))}, file)
+    if not contents:
+        forget(folder, "contents")
+    assert said in fails("evaluate", tiny_checkpoint, "--kv", folder, "--data", tiny_text)
+
+
+def test_channels_and_settings_that_were_not_written_together_are_refused(
+    folder: Path, tiny_checkpoint: Path, tiny_text: Path
+) -> None:
+    record = json.loads((folder / "kv.json").read_text())
+    (folder / "kv.json").write_text(json.dumps({**record, "config": {**record["config"], "window": 16}}))
+    command = "evaluate", tiny_checkpoint, "--kv", folder, "--data", tiny_text
+    assert "does not belong to the settings in kv.json" in fails(*command)
+    (folder / "kv.json").write_text(json.dumps(record))
+    tensors = load_file(folder / "kv.safetensors")
+    tensors["layers.0.values.level"][0, 0] *= 1.01
+    save_file(tensors, folder / "kv.safetensors")
+    assert "does not belong to the settings in kv.json" in fails(*command)
+
+
+TEXT = ("--windows", "2", "--length", "64")
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_a_cache_is_used_with_the_model_that_it_was_made_for(
+    folder: Path, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, mode: str
+) -> None:
+    out, data = tmp_path / "pruned", ("--data", tiny_text, *TEXT)
+    given = ("--calibration", tiny_text, "--samples", "24", "--permute", "random", "--mode", mode)
+    assert run("prune", tiny_checkpoint, "--out", out, *data, *given)[0] == 0
+    line = fails("evaluate", out, "--kv", folder, *data)
+    assert "this model has other weights: make a cache for it with permprune kv" in line
+    own = tmp_path / "own"
+    assert run("kv", out, "--out", own, "--calibration", tiny_text, "--samples", "2", *data)[0] == 0
+    assert run("evaluate", out, "--kv", own, *data)[0] == 0
+    assert "this model has other weights" in fails("evaluate", tiny_checkpoint, "--kv", own, *data)
+
+
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cache_does_not_depend_on_the_type_of_the_weights(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, made: torch.dtype, loaded: torch.dtype
+) -> None:
+    if {made, loaded} == {torch.bfloat16, torch.float16}:  # both rounded
+        tiny_llama.bfloat16()
+    tiny_llama.float().save_pretrained(tmp_path / "model")
+    one, other = (LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype) for dtype in (made, loaded))
+    assert weights_of(one).items() & weights_of(other).items()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3] *= 1.05
+    assert not weights_of(one).items() & weights_of(other).items()
+
+
+def test_a_cache_of_an_older_release_is_used_with_a_warning(
+    folder: Path, tiny_checkpoint: Path, tiny_text: Path
+) -> None:
+    forget(folder, "weights", "contents")
+    code, _, said = run("evaluate", tiny_checkpoint, "--kv", folder, "--data", tiny_text, *TEXT)
+    assert code == 0
+    assert "may be for another model of the same shape: its kv.json has no digest" in " ".join(said.split())
 
 
 def test_a_cache_for_another_model_is_refused(folder: Path) -> None:
@@ -176,8 +278,10 @@ def test_keys_of_five_bits_have_a_mean(folder: Path) -> None:
     config = KVConfig("2:4", "2:4", dtype="int5")
     keys, values = find_channels({0: layer}, config, RIAPermuter())[0][0]
     torch.testing.assert_close(keys.mean, states.mean((0, 2)).gather(1, keys.order))
-    write_cache(folder, {0: (keys, values)}, read_record(folder))
-    read = read_channels(folder)[0]
+    record = read_record(folder)
+    record = dataclasses.replace(record, config=config)
+    write_cache(folder, {0: (keys, values)}, record)
+    read = read_channels(folder, read_record(folder))[0]
     assert torch.equal(read[0].mean, keys.mean) and read[1].mean is None
     layer.centres_keys = False  # scores are soft-capped, or there are learned sinks
     assert find_channels({0: layer}, config, RIAPermuter())[0][0][0].mean is None

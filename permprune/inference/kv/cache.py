@@ -43,7 +43,7 @@ class PrunedCache(Cache):  # type: ignore[misc]
         *,
         exact_window: bool = False,
     ) -> None:
-        self.config = config or KVConfig()
+        self.config, self.channels = config or KVConfig(), channels
         layers, full = attention_layers(model)
         if channels is not None and channels.keys() != set(full):
             raise PermpruneError(
@@ -67,8 +67,9 @@ class PrunedCache(Cache):  # type: ignore[misc]
         """Return an empty cache with the channels and settings that `permprune kv` wrote to a folder.
 
         `changes` are settings of `KVConfig` in place of those of the folder: `dtype="int8"`, `window=64`. The channels
-        were found for the folder's patterns. Raises `PermpruneError` if the folder is damaged or for another model, or
-        if `dtype` is changed to "int5", which needs the means of keys.
+        were found for the folder's patterns. Raises `PermpruneError` if the folder is damaged or was made for another
+        model than this one (in whatever type it is loaded), or if `dtype` is changed to "int5", which needs the means
+        of keys.
         """
         folder = Path(folder)
         record = read_record(folder)
@@ -79,7 +80,7 @@ class PrunedCache(Cache):  # type: ignore[misc]
                 f"{folder} is for {record.config.dtype} values, and int5 needs the means of the keys: "
                 "make a cache with permprune kv --dtype int5"
             )
-        return cls(model, config, read_channels(folder), exact_window=exact_window)
+        return cls(model, config, read_channels(folder, record), exact_window=exact_window)
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from permprune.examples import Examples
 from permprune.inference.kv.attention import Call, States, attend_plain, verify_attention
 from permprune.inference.kv.cache import attention_layers
-from permprune.inference.kv.packing import TURNS, Channels, choose_channels
+from permprune.inference.kv.packing import LARGEST, SMALLEST, TURNS, Channels, choose_channels
 from permprune.models.forward import cache_argument, frozen, model_inputs
 from permprune.pattern import Pattern
 from permprune.system.device import compute_device
@@ -106,6 +106,7 @@ def fit_channels(
         pruned = (~kept).float()
         products, squares = (size * factor * pruned).sum(2)[0], (factor.square() * pruned).sum(2)[0]
         level = torch.where((squares > 0) & (products > 0), products / squares, channels.level)
+        level = level.clamp(SMALLEST, LARGEST)
         channels = Channels(order, weight, level, mean)
     return channels
 

@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.schema import Malformed, decode, encode
+from permprune.checkpoints.gathers import gather_buffers
+from permprune.checkpoints.schema import Malformed, decode, dotted, encode
 from permprune.errors import PermpruneError
 from permprune.inference.kv.config import KVConfig
 from permprune.inference.kv.packing import Channels
 from permprune.options import Range
+from permprune.system.digests import digest_of, rounded_digests
 from permprune.system.files import write_json, write_whole
+from permprune.system.progress import log
 
 RECORD, TENSORS = "kv.json", "kv.safetensors"
 """Names of the files: the record, and the tensors "layers.{number}.{keys or values}.{order, weight, level or mean}"."""
@@ -30,14 +33,23 @@ FORMAT = 1
 
 AGAIN = "make the cache again with permprune kv"
 
+FOR_IT = "make a cache for it with permprune kv"
+
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")
 """Entries of a model's config that tell whether a cache is for that model."""
 
-LAYER = re.compile(r"layers\.([0-9]{1,6})\.")
-"""The beginning of a tensor's name."""
+NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(keys|values)\.(order|weight|level|mean)")
+"""The names of tensors."""
+
+DTYPES = {"order": torch.int32, "weight": torch.float32, "level": torch.float32, "mean": torch.float32}
+"""The types of tensors, by the last part of their names."""
 
 LayerChannels = dict[int, tuple[Channels, Channels]]
 """The channels of keys and values, by the number of the layer."""
+
+
+class OtherModelError(PermpruneError):
+    """The cache was made for another model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +81,8 @@ class KVRecord:
     """The record of a pruned cache.
 
     `shape` has entries of the model's config (`SHAPE`). `calibration` describes the data and `kept` the share of the
-    score that keys and values keep.
+    score that keys and values keep. `weights` are the digests of the model's weights (`weights_of`), and `contents` is
+    that of the settings and the channels; empty in folders of older releases.
     """
 
     format: Annotated[int, Range(FORMAT, FORMAT)]
@@ -82,6 +95,8 @@ class KVRecord:
     kept: dict[str, Kept]
     seconds: float
     measured: Measurement | None = None
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
+    contents: str = ""
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -90,6 +105,15 @@ def shape_of(model: PreTrainedModel) -> dict[str, int | None]:
     config = model.config.get_text_config(decoder=True)
     values = {name: getattr(config, name, None) for name in SHAPE}
     return {name: value if isinstance(value, int) else None for name, value in values.items()}
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, str]:
+    """Return digests of a model's weights and gathers, by the type that they are rounded to (`rounded_digests`).
+
+    Copies of the model in other floating-point types have one of them in common. Empty if weights are offloaded.
+    """
+    tensors = {**model.state_dict(), **gather_buffers(model)}
+    return {} if any(t.is_meta for t in tensors.values()) else rounded_digests(sorted(tensors.items()))
 
 
 def write_cache(folder: Path, channels: LayerChannels, record: KVRecord) -> None:
@@ -107,7 +131,7 @@ def write_cache(folder: Path, channels: LayerChannels, record: KVRecord) -> None
         if tensor is not None
     }
     write_whole(folder / TENSORS, lambda path: save_file(tensors, path))
-    write_json(folder / RECORD, encode(record))
+    write_json(folder / RECORD, encode(dataclasses.replace(record, contents=_contents(record.config, tensors))))
 
 
 def read_record(folder: Path) -> KVRecord:
@@ -122,32 +146,62 @@ def read_record(folder: Path) -> KVRecord:
     return record
 
 
-def read_channels(folder: Path) -> LayerChannels:
-    """Read the channels. Raises `PermpruneError` if they are missing or damaged, or an order is no permutation."""
+def read_channels(folder: Path, record: KVRecord) -> LayerChannels:
+    """Read the channels.
+
+    Raises `PermpruneError` unless they are all that the record's settings need and nothing else, in the right types,
+    shapes and ranges, and were written together with these settings.
+    """
     path = folder / TENSORS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise PermpruneError(f"{path} does not load: {AGAIN}") from error
-    numbers = sorted({int(match[1]) for name in tensors if (match := LAYER.match(name))})
-    return {i: (_side(path, tensors, f"layers.{i}.keys"), _side(path, tensors, f"layers.{i}.values")) for i in numbers}
+    numbers: set[int] = set()
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        if match is None or (match[3] == "mean" and (match[2], record.config.dtype) != ("keys", "int5")):
+            raise PermpruneError(f"{path} holds {reprlib.repr(name)}, which its settings do not need: {AGAIN}")
+        if tensor.dtype != DTYPES[match[3]]:
+            raise PermpruneError(f"{path} holds {name} of type {tensor.dtype}, not {DTYPES[match[3]]}: {AGAIN}")
+        numbers.add(int(match[1]))
+    channels = {
+        i: (_side(path, tensors, f"layers.{i}.keys"), _side(path, tensors, f"layers.{i}.values"))
+        for i in sorted(numbers)
+    }
+    if record.contents and record.contents != _contents(record.config, tensors):
+        raise PermpruneError(f"{path} does not belong to the settings in {RECORD}, or one was changed: {AGAIN}")
+    return channels
 
 
 def require_model(folder: Path, record: KVRecord, model: PreTrainedModel) -> None:
-    """Raise `PermpruneError` if the cache was made for a model of another shape."""
+    """Raise `OtherModelError` if the cache was made for another model.
+
+    Warns if that cannot be known, because the folder is of an older release or weights of the model are offloaded.
+    """
     for name, value in shape_of(model).items():
         if record.shape.get(name) != value:
-            raise PermpruneError(
-                f"{folder} is for a model with {name} {record.shape.get(name)}, and this one has {value}: "
-                "make a cache for it with permprune kv"
+            raise OtherModelError(
+                f"{folder} is for a model with {name} {record.shape.get(name)}, and this one has {value}: {FOR_IT}"
             )
+    weights = weights_of(model) if record.weights else {}
+    if not weights:
+        lacking = "its model's weights are offloaded" if record.weights else f"its {RECORD} has no digest of the model"
+        log.warning("%s may be for another model of the same shape: %s", folder, lacking)
+    elif not record.weights.items() & weights.items():
+        made_for = dotted("", record.model)
+        raise OtherModelError(f"{folder} is for {made_for}, and this model has other weights: {FOR_IT}")
 
 
 def _side(path: Path, tensors: dict[str, Tensor], name: str) -> Channels:
-    parts = [tensors.get(f"{name}.{part}") for part in ("order", "weight", "level")]
-    order, weight, level = parts
-    if order is None or weight is None or level is None or order.dim() != 2 or order.is_floating_point():
+    order, weight, level = (tensors.get(f"{name}.{part}") for part in ("order", "weight", "level"))
+    if order is None or weight is None or level is None or order.dim() != 2:
         raise PermpruneError(f"{path} lacks tensors of {reprlib.repr(name)}: {AGAIN}")
     channels = Channels(order.long(), weight, level, tensors.get(f"{name}.mean"))
     channels.check(f"{path}: {name}")
     return channels
+
+
+def _contents(config: KVConfig, tensors: dict[str, Tensor]) -> str:
+    """Return the digest of the settings and the tensors of a cache."""
+    return digest_of([(json.dumps(encode(config), sort_keys=True), torch.empty(0)), *sorted(tensors.items())])

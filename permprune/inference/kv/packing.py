@@ -40,6 +40,9 @@ from permprune.pattern import Pattern
 Parts = dict[str, Tensor]
 """The parts of packed states by name, each (batch, heads, tokens, ...)."""
 
+SMALLEST, LARGEST = 1e-6, 1e6
+"""The range of weights and levels, whose squared products have to stay in that of fp32, and of the size of means."""
+
 TURNS = 2
 """Number of times that kept channels and amplitudes are fitted to each other."""
 
@@ -73,20 +76,23 @@ class Channels:
         return heads, width
 
     def check(self, name: str) -> None:
-        """Raise `PermpruneError`, naming the tensors' `name`, unless orders are permutations and the rest positive."""
+        """Raise `PermpruneError`, naming the tensors' `name`, unless orders are permutations and the rest in range."""
         identity = torch.arange(self.order.shape[-1]).expand(self.order.shape)
         if not torch.equal(self.order.sort(-1).values, identity):
             raise PermpruneError(f"{name} has an order that is no permutation: make the cache again with permprune kv")
-        for numbers in (self.weight, self.level):
-            if not self._is_valid(numbers) or not (numbers > 0).all():
+        for what, numbers, least in (
+            ("weights", self.weight, SMALLEST),
+            ("levels", self.level, SMALLEST),
+            ("means", self.mean, -LARGEST),
+        ):
+            if numbers is None:
+                continue
+            fits = numbers.is_floating_point() and numbers.shape == self.order.shape
+            if not fits or not ((numbers >= least) & (numbers <= LARGEST)).all():
                 raise PermpruneError(
-                    f"{name} has weights or levels that are no positive numbers: make the cache again with permprune kv"
+                    f"{name} has {what} that are not one number from {least:g} to {LARGEST:g} for each channel: "
+                    "make the cache again with permprune kv"
                 )
-        if self.mean is not None and not self._is_valid(self.mean):
-            raise PermpruneError(f"{name} has means that are no numbers: make the cache again with permprune kv")
-
-    def _is_valid(self, numbers: Tensor) -> bool:
-        return numbers.is_floating_point() and numbers.shape == self.order.shape and bool(numbers.isfinite().all())
 
     def to(self, device: torch.device) -> Channels:
         """Return the channels on a device."""
@@ -219,7 +225,7 @@ def _amplitude(magnitude: Tensor, kept: Tensor, channels: Channels) -> Tensor:
 
 TINY = torch.finfo(torch.float32).tiny
 
-LARGEST = 127
+MOST = 127
 """The largest integer."""
 
 
@@ -227,11 +233,11 @@ def _stored(values: Tensor, dtype: torch.dtype) -> Parts:
     """Return values as `dtype`, with a scale for each token and head if those are integers; int5 without signs."""
     if dtype not in SCALED:
         return {"values": values.to(dtype)}
-    scale = (values.abs().amax(-1, keepdim=True) / LARGEST).bfloat16()
+    scale = (values.abs().amax(-1, keepdim=True) / MOST).bfloat16()
     steps = values / scale.float().clamp_min(TINY)
     if dtype == INT5:
         return {"values": pack_magnitudes(steps.abs()), "scale": scale}
-    return {"values": steps.round().clamp(-LARGEST, LARGEST).to(dtype), "scale": scale}
+    return {"values": steps.round().clamp(-MOST, MOST).to(dtype), "scale": scale}
 
 
 def _select(states: Tensor, chosen: Tensor) -> Tensor:
