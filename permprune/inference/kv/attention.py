@@ -60,6 +60,18 @@ class Call:
         """Whether a number that is added to all scores of a query changes nothing."""
         return self.softcap is None and self.sinks is None
 
+    def at(self, places: Tensor) -> Call:
+        """Return the call for tokens in another order, which stood at `places` before: int64 (batch, tokens)."""
+        mask, bias = (None if t is None else _reordered(t, places) for t in (self.mask, self.bias))
+        return dataclasses.replace(self, mask=mask, bias=bias)
+
+    def padding(self, count: int) -> Tensor:
+        """Return how many of the first `count` tokens come before those that the newest query reads: int64 (batch,)."""
+        assert self.mask is not None
+        mask = self.mask[:, :, -1, :count]
+        read = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return (read.any(1).cumsum(-1) == 0).sum(-1).expand(len(self.query))
+
     def rows(self, start: int, stop: int) -> Call:
         """Return the call for queries `start` to `stop`."""
         mask, bias = (None if t is None else t[:, :, start:stop] for t in (self.mask, self.bias))
@@ -131,6 +143,12 @@ def attention(
         return key.attend(call, module), None
     assert isinstance(key, Tensor) and isinstance(value, Tensor)
     return attend_plain(call, module, key, value), None
+
+
+def _reordered(added: Tensor, places: Tensor) -> Tensor:
+    """Return a mask or a bias, (batch or 1, heads, queries, tokens), for tokens in the order `places`."""
+    added = added.expand(len(places), *added.shape[1:])
+    return added.gather(-1, places[:, None, None].expand(*added.shape[:-1], -1))
 
 
 def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
     first `sinks`, then those after the packed ones. A query that comes when there are `count` tokens reads
     `packed_count(count)` of them packed.
 
+    With left padding, the whole first tokens of a row are the first ones that are read: padding is packed in their
+    place. `places`, int64 (batch, tokens), are then the positions of the tokens as they stand here, sinks first. It is
+    None if they stand in order.
+
     By default, tokens that come in one call read each other whole. With `exact_window` a query reads the same tokens
     packed in whatever calls the tokens come, as if one by one.
     """
@@ -54,6 +58,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.config, self.exact_window = config, exact_window
         self.channels = key_channels, value_channels
         self.packed: tuple[PackedTokens, PackedTokens] | None = None
+        self.places: Tensor | None = None
 
     def packed_count(self, count: int) -> int:
         """Return how many of `count` tokens are packed: in steps of 8, so that at least `window` are whole."""
@@ -90,15 +95,25 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         channels = [packed.channels for packed in self.packed]
         arranged = [own.centred(own.arrange(states)) for own, states in zip(channels, new, strict=True)]
         whole = [torch.cat(pair, 2) for pair in zip((self.keys, self.values), arranged, strict=True)]
-        before, sinks = self.packed[0].length, self.config.sinks
-        leaving = max(0, self.packed_count(past + key_states.shape[2]) - before)
-        self.keys, self.values = whole
-        if leaving:
-            for packed, states in zip(self.packed, whole, strict=True):
-                packed.append(states[:, :, sinks : sinks + leaving])
-            self.keys, self.values = (torch.cat((s[:, :, :sinks], s[:, :, sinks + leaving :]), 2) for s in whole)
+        count, before = past + key_states.shape[2], self.packed[0].length
+        if self.places is not None:
+            added = torch.arange(past, count, device=self.device).expand(len(key_states), -1)
+            self.places = torch.cat((self.places, added), 1)
         view = _View(self, whole, before, new if not past and not self.exact_window else None)
+        view.leaving = max(0, self.packed_count(count) - before)
+        self.store(view)
         return view, view
+
+    def store(self, view: _View) -> None:
+        """Replace the tokens by those of a view, of which the leaving ones are packed."""
+        assert self.packed is not None
+        self.keys, self.values = view.whole
+        if view.leaving:
+            sinks, stop = self.config.sinks, self.config.sinks + view.leaving
+            for packed, states in zip(self.packed, view.whole, strict=True):
+                packed.truncate(view.before)
+                packed.append(states[:, :, sinks:stop])
+            self.keys, self.values = (torch.cat((s[:, :, :sinks], s[:, :, stop:]), 2) for s in view.whole)
 
     def get_seq_length(self) -> int:
         """Return the number of tokens."""
@@ -116,14 +131,14 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Remove all tokens."""
-        self.keys = self.values = self.packed = None  # type: ignore[assignment]
+        self.keys = self.values = self.packed = self.places = None  # type: ignore[assignment]
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -`tokens_to_remove` tokens.
 
         If fewer than `window` whole tokens remain, those before them stay packed. Raises `ValueError` for a positive
-        number, as the layers of Transformers do.
+        number, as the layers of Transformers do, and `PermpruneError` if hardly more than left padding would remain.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, not {tokens_to_remove}")
@@ -132,6 +147,10 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         left = max(0, self.get_seq_length() + tokens_to_remove)
         sinks = min(left, self.config.sinks)
         packed = min(left - sinks, self.packed[0].length)
+        if self.places is not None:
+            self.places = self.places[:, :left]
+            if (self.places >= left).any():
+                raise PermpruneError("the cache is cropped into left padding: make a new one")
         for own in self.packed:
             own.truncate(packed)
         self.keys, self.values = (states[:, :, : left - packed].clone() for states in (self.keys, self.values))
@@ -151,6 +170,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.packed is not None:
             self.keys, self.values = change(self.keys), change(self.values)
+            self.places = None if self.places is None else change(self.places)
             for packed in self.packed:
                 packed.change_batch(change)
 
@@ -163,9 +183,10 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.get_seq_length() * sum(s.element_size() * s.shape[0] * s.shape[1] * s.shape[3] for s in whole)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield all tensors that hold states of tokens."""
+        """Yield all tensors that hold states of tokens, or their places."""
         if self.packed is not None:
             yield from (self.keys, self.values)
+            yield from () if self.places is None else (self.places,)
             for packed in self.packed:
                 yield from packed.parts.values()
 
@@ -174,8 +195,11 @@ class _View(Source, States):
     """What the queries of one `update` attend to.
 
     `whole` are the keys and values that were whole before tokens were packed in this call: sinks, then those from
-    position `sinks` + `before`. `plain` are the new keys and values in the model's order, if there are no others.
+    position `sinks` + `before`, of which the first `leaving` are packed in this call. `plain` are the new keys and
+    values in the model's order, if there are no others.
     """
+
+    leaving = 0
 
     def __init__(
         self, layer: PrunedLayer, whole: list[Tensor], before: int, plain: tuple[Tensor, Tensor] | None
@@ -191,6 +215,8 @@ class _View(Source, States):
         return torch.Size((batch, heads, self.length, width))
 
     def attend(self, call: Call, module: nn.Module) -> Tensor:
+        if self.leaving and self.layer.config.sinks and call.mask is not None:
+            self._pack_padding_first(call.padding(self.length))
         if self.plain is not None:
             return attend_plain(call, module, *self.plain)
         if self.packed[0].channels.mean is not None and not call.ignores_constants:
@@ -198,6 +224,8 @@ class _View(Source, States):
                 "the cache stores keys without their means, which soft-capped scores and learned sinks need: "
                 "make the cache again with permprune kv"
             )
+        if self.layer.places is not None:
+            call = call.at(self.layer.places)
         if self._runs_native(call):
             return self._attend_native(call)
         batch, heads, count, width = call.query.shape
@@ -210,6 +238,26 @@ class _View(Source, States):
             output = attend(arranged, self)
         output = values.restore(output.reshape(batch, self.heads, -1, output.shape[-1]))
         return output.view(batch, heads, count, -1).transpose(1, 2).contiguous()
+
+    def _pack_padding_first(self, padding: Tensor) -> None:
+        """Let the first tokens after `padding`, int64 (batch,), be the sinks, if some of them would be packed."""
+        layer, sinks, count = self.layer, self.layer.config.sinks, self.layer.config.sinks + self.leaving
+        if not padding.any():
+            return
+        positions = torch.arange(self.length, device=padding.device)
+        slots = torch.cat((positions[:sinks], positions[sinks + self.before :][: self.leaving]))
+        places = positions.expand(len(padding), -1) if layer.places is None else layer.places
+        read = places[:, slots] >= padding[:, None]
+        order = (~(read & (read.cumsum(1) <= sinks))).byte().argsort(stable=True, dim=1)
+        if torch.equal(order, positions[:count].expand_as(order)):
+            return
+        layer.places = places.scatter(1, slots.expand_as(order), places[:, slots].gather(1, order))
+        index = order[:, None, :, None]
+        self.whole = [
+            torch.cat((s[:, :, :count].gather(2, index.expand(-1, s.shape[1], -1, s.shape[3])), s[:, :, count:]), 2)
+            for s in self.whole
+        ]
+        layer.store(self)
 
     def _runs_native(self, call: Call) -> bool:
         """Return whether the native kernel computes this: a few queries on the CPU that read the same packed tokens."""

@@ -60,14 +60,19 @@ def rounded(states: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    call: Call, keys: Tensor, values: Tensor, small: tuple[Tensor, Tensor], packed: Tensor, start: int
+    call: Call, keys: Tensor, values: Tensor, small: tuple[Tensor, Tensor], packed: Tensor, sinks: int
 ) -> Tensor:
-    """Attention of queries, of which query i reads the tokens from position `start` on and before packed[i] pruned."""
+    """Attention of queries, of which query i reads the tokens before position `sinks` + packed[i] pruned.
+
+    The first `sinks` tokens of a row that any query reads are not.
+    """
     group = call.query.shape[1] // keys.shape[1]
     position = torch.arange(keys.shape[2])
+    first = torch.zeros(len(keys), 1) if call.mask is None else (~call.mask[:, 0, -1]).int().cumprod(1).sum(1)[:, None]
+    later = (position < first) | (position >= first + sinks)
     outputs = []
     for i, query in enumerate(call.query.unbind(2)):
-        prune = ((position >= start) & (position < start + packed[i]))[:, None]
+        prune = (later & (position < sinks + packed[i]) & (packed[i] > 0))[:, None, :, None]
         own = [torch.where(prune, less, full) for less, full in zip(small, (keys, values), strict=True)]
         own = [states.repeat_interleave(group, 1) for states in own]
         scores = torch.einsum("bhd,bhtd->bht", query, own[0]) * call.scaling

@@ -95,6 +95,28 @@ def test_left_padding_is_read_by_no_token(tiny_llama: LlamaForCausalLM) -> None:
     assert torch.equal(generated[1, 7:], expected[0])
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_batch_with_left_padding_generates_what_its_rows_do_alone(
+    tiny_llama: LlamaForCausalLM, channels: LayerChannels, sinks: int
+) -> None:
+    tiny_llama.generation_config.eos_token_id = None
+    config, tokens = KVConfig("1:4", "1:4", window=4, sinks=sinks), TOKENS[:1].repeat(3, 1)
+    mask = torch.ones_like(tokens)
+    for row, padding in enumerate((0, 8, 24)):
+        mask[row, :padding] = 0
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 20, "pad_token_id": 0}
+
+    def found(tokens: Tensor, mask: Tensor) -> Tensor:
+        given = cache_argument(tiny_llama, PrunedCache(tiny_llama, config, channels))
+        output = tiny_llama.generate(tokens, attention_mask=mask, **given, **options, do_sample=False)
+        return torch.stack(output.logits, 1)
+
+    batch = found(tokens, mask)
+    for row in range(3):
+        own = mask[row].bool()
+        torch.testing.assert_close(batch[row], found(tokens[row : row + 1, own], mask[row : row + 1, own])[0], **CLOSE)
+
+
 def test_assisted_decoding_drafts_and_rejects(tiny_llama: LlamaForCausalLM, channels: LayerChannels) -> None:
     tiny_llama.generation_config.eos_token_id = None
     assistant = LlamaForCausalLM(tiny_llama.config).eval()

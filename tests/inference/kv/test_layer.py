@@ -78,7 +78,7 @@ def test_queries_read_what_a_whole_cache_pruned_alike_gives(
     centred = softcap is None and not sinks
     channels = random_channels(heads, 8, centred=centred), random_channels(heads, 16)
     layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
-    padding = torch.randint(0, 4, (batch,)) if padded else torch.zeros(batch, dtype=torch.int64)
+    padding = torch.randint(0, 60, (batch,)) if padded else torch.zeros(batch, dtype=torch.int64)
     past = 0
     for new in calls:
         states = random_states(batch, heads, group, new, (8, 16))
@@ -252,3 +252,52 @@ def test_packed_tokens_hold_no_graph() -> None:
     call(layer, [t.requires_grad_() for t in random_states(2, 2, 1, 30, (16, 16))], None)
     assert layer.packed is not None and layer.packed[0].length == 16
     assert not any(part.requires_grad for packed in layer.packed for part in packed.parts.values())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_with_left_padding_the_first_tokens_that_are_read_stay_whole(exact: bool) -> None:
+    torch.manual_seed(0)
+    config, padding = PLAIN.replace(window=8, sinks=4), torch.tensor([0, 3, 16, 38, 50])
+    layer = PrunedLayer(config, random_channels(2, 16), random_channels(2, 16), exact)
+    held: list[list[Tensor]] = []
+    for new in (41, 1, 30, 1):  # the last row begins in the third call
+        past = layer.get_seq_length()
+        held.append(random_states(5, 2, 1, new, (16, 16)))
+        call(layer, held[-1], causal_mask(padding, past, new))
+    keys, values = (torch.cat(parts, 2) for parts in list(zip(*held, strict=True))[1:])
+    for channels, states, whole in zip(layer.channels, (keys, values), (layer.keys, layer.values), strict=True):
+        assert channels is not None
+        for row, first in enumerate(padding.tolist()):
+            expected = channels.arrange(states[row : row + 1, :, first : first + 4])
+            assert torch.equal(whole[row : row + 1, :, :4], expected)
+    layer.crop(-10)
+    layer.reorder_cache(torch.tensor([4, 0]))
+    assert layer.places is not None and layer.places.shape == (2, 63)
+    with pytest.raises(PermpruneError, match="cropped into left padding"):
+        layer.crop(-20)
+    layer.reset()
+    call(layer, random_states(1, 2, 1, 40, (16, 16)), None)
+    assert layer.places is None
+
+
+@settings(max_examples=20)
+@given(configs, st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 2**32))
+def test_a_row_with_left_padding_reads_what_it_reads_alone(
+    config: KVConfig, exact: bool, calls: list[int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    calls = [32, *calls]
+    padding = torch.tensor([8, 0, 24])  # whole steps of packing
+    channels = random_channels(2, 8, centred=True), random_channels(2, 16)
+    layer = PrunedLayer(config, *channels, exact)
+    alone = [PrunedLayer(config, *channels, exact) for _ in padding]
+    past = 0
+    for new in calls:
+        states = random_states(3, 2, 2, new, (8, 16))
+        found = call(layer, states, causal_mask(padding, past, new))
+        for row, first in enumerate(padding.tolist()):
+            skipped = max(0, first - past)
+            own = [t[row : row + 1, :, skipped:] for t in states]
+            mask = causal_mask(torch.zeros(1), past + skipped - first, new - skipped)
+            torch.testing.assert_close(found[row, skipped:], call(alone[row], own, mask)[0], **CLOSE)
+        past += new
