@@ -7,7 +7,7 @@ import io
 import itertools
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,14 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
     `Untraceable` if the export fails.
     """
     program = _export(model, example)
-    walk = Walk()
-    canonical = canonical_names(model)
+    walk, canonical = Walk(), canonical_names(model)
+    rebuilt = {canonical.get(name, name) for name in getattr(model, "_keys_to_ignore_on_save", None) or ()}
     inputs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     live = _live(program.graph)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             spec = inputs[node.name]
-            _label_input(walk, node, spec, canonical)
+            _label_input(walk, node, spec, canonical, rebuilt)
             if isinstance(constant := program.constants.get(str(spec.target)), Tensor):
                 walk.constants[node] = constant
         elif node.op == "get_attr":
@@ -98,13 +98,16 @@ def _live(graph: Graph) -> set[Node]:
     return live
 
 
-def _label_input(walk: Walk, node: Node, spec: InputSpec, canonical: Mapping[str, str]) -> None:
+def _label_input(
+    walk: Walk, node: Node, spec: InputSpec, canonical: Mapping[str, str], rebuilt: Container[str]
+) -> None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         walk.keep(node, None)
     elif spec.kind is InputKind.PARAMETER:
         name = canonical[str(spec.target)]
-        label = walk.parameters.setdefault(name, fresh(value.shape))
+        reason = f"checkpoints do not store {name}" if name in rebuilt else ""
+        label = walk.parameters.setdefault(name, fresh(value.shape, reason))
         walk.origins[node] = Origin(name, tuple(range(value.dim())))
         walk.keep(node, label)
     elif spec.kind is InputKind.BUFFER:

@@ -148,6 +148,10 @@ def bart() -> nn.Module:
     return tf.BartForConditionalGeneration(tf.BartConfig(**ENCODER_DECODER, max_position_embeddings=32))
 
 
+def marian() -> nn.Module:
+    return tf.MarianMTModel(tf.MarianConfig(**ENCODER_DECODER, max_position_embeddings=32))
+
+
 def whisper() -> nn.Module:
     positions = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}
     return tf.WhisperForConditionalGeneration(tf.WhisperConfig(**ENCODER_DECODER, **positions))
@@ -296,6 +300,7 @@ FAMILIES: dict[str, Family] = {
     "modernbert": Family(modernbert, tokens),
     "t5": Family(t5, both_texts, 1e-5),
     "bart": Family(bart, both_texts),
+    "marian": Family(marian, both_texts),
     "vit": Family(lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGE)), pixels),
     "deit": Family(lambda: tf.DeiTForImageClassificationWithTeacher(tf.DeiTConfig(**IMAGE)), pixels),
     "dinov2": Family(dinov2, pixels),

@@ -53,6 +53,7 @@ SPACES = {
     "modernbert": (2, 2, 2, 1),
     "t5": (2, 3, 3, 1),
     "bart": (2, 3, 3, 1),
+    "marian": (2, 3, 3, 0),  # the sinusoids are not stored
     "vit": (2, 2, 2, 1),
     "deit": (2, 2, 2, 1),
     "dinov2": (2, 2, 2, 1),
@@ -77,6 +78,7 @@ SPACES = {
 FROZEN = {
     "bloom": ["transformer.h.heads: input or constant read by pow"],
     "bert": ["residual: the model returns it"],
+    "marian": ["model.residual: checkpoints do not store model.decoder.embed_positions.weight"],
     "siglip": ["vision_model.head.mlp.fc1.input: the model returns it"],
     # the places of the patches that are merged into one
     "qwen2.5-vl, images of two sizes": ["model.visual.merger.mlp.heads: input or constant read by mul"],
