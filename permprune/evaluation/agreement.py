@@ -12,6 +12,7 @@ from permprune.evaluation.result import FEATURE_ERROR, KL_DIVERGENCE, TOP_1_AGRE
 from permprune.examples import Examples
 from permprune.losses.targets import Predictions, Task, choose_task
 from permprune.models.forward import frozen
+from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
@@ -19,8 +20,12 @@ from permprune.system.progress import track
 
 @dataclass(frozen=True)
 class DenseOutputs:
-    """A dense model's outputs for this process's batches of examples, on the CPU, with their task and batch size."""
+    """A dense model's outputs for this process's batches of examples, on the CPU, with their task and batch size.
 
+    The `examples` have an input for the model's decoder.
+    """
+
+    examples: Examples
     task: Task
     predictions: list[Tensor]
     batch: int
@@ -28,12 +33,17 @@ class DenseOutputs:
 
 @torch.inference_mode()
 def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> DenseOutputs:
-    """Compute a dense model's outputs for `agreement`; log-probabilities are stored in fp16."""
+    """Compute a dense model's outputs for `agreement`; log-probabilities are stored in fp16.
+
+    A decoder without text in the examples reads what the dense model generates, as in calibration.
+    """
+    if needs_decoder_inputs(model, examples):
+        examples = with_decoder_inputs(model, examples, batch)
     examples = examples.to(compute_device(model))
     with frozen(model):
         task = choose_task(model, examples, batch)
         parts = track(distributed.share(examples.split(batch)), "running the dense model")
-        return DenseOutputs(task, [task(model, part).kept() for part in parts], batch)
+        return DenseOutputs(examples, task, [task(model, part).kept() for part in parts], batch)
 
 
 @torch.inference_mode()
@@ -49,7 +59,7 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
     device = compute_device(model)
     same, distance, count, kinds = 0, 0.0, 0, 0
     with frozen(model):
-        parts = distributed.share(examples.split(answers.batch))
+        parts = distributed.share(answers.examples.split(answers.batch))
         for part, expected in zip(track(parts, "agreement"), answers.predictions, strict=True):
             predictions = answers.task(model, part.to(device))
             distance, count = distance + float(predictions.distance(expected)), count + predictions.terms

@@ -20,6 +20,9 @@ LENGTH = 128
 PROMPT = 4
 """Positions reserved for the tokens with which a decoder starts."""
 
+POSITIONS = ("max_target_positions", "max_decoder_position_embeddings", "max_position_embeddings")
+"""Entries of configs with the number of a decoder's positions."""
+
 
 def needs_decoder_inputs(model: PreTrainedModel, examples: Examples) -> bool:
     """Whether the model is a generative encoder-decoder model and the examples have no input for its decoder."""
@@ -57,7 +60,8 @@ def generate(model: Any, batch: Examples, length: int) -> Tensor:
     At most `length` tokens are generated, fewer if the decoder has fewer positions. Returns padded token ids, int64
     (batch, length).
     """
-    room = getattr(model.config, "max_target_positions", length + PROMPT) - PROMPT
+    config = model.config.get_text_config(decoder=True)
+    room = next((getattr(config, name) for name in POSITIONS if hasattr(config, name)), length + PROMPT) - PROMPT
     inputs = {name: batch[name] for name in batch if name != "labels" and not name.startswith("decoder_")}
     ids: Tensor = model.generate(**inputs, max_new_tokens=min(length, room), do_sample=False, num_beams=1)
     return ids

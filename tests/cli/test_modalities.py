@@ -3,11 +3,19 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from transformers import (
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ..vision_language import qwen, write_pairs
 from .running import fails, run
@@ -62,6 +70,12 @@ def pairs(tmp_path: Path) -> Path:
     return write_pairs(tmp_path / "pairs", 24)
 
 
+TEXTS: dict[str, Any] = {"vocab_size": 128, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0}
+ENCODER_DECODER: dict[str, Any] = {
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 48,
+}  # fmt: skip
+
 KINDS = {
     "images with texts": ("tiny_qwen_vl", "pairs", "perplexity", "tokens"),
     "images": ("tiny_vit", "pictures", "top-1 accuracy", "examples"),
@@ -85,6 +99,28 @@ def test_prune_verify_evaluate(kind: str, request: pytest.FixtureRequest, tmp_pa
     code, stdout, _ = run("evaluate", out, "--data", source, "--windows", "1", "--json", figures)
     assert code == 0 and metric in stdout
     assert json.loads(figures.read_text())["metric"] == metric
+
+
+TRANSLATORS = {
+    "marian": lambda: MarianMTModel(
+        MarianConfig(**TEXTS, **ENCODER_DECODER)
+    ),  # sinusoidal positions, which are not stored
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**TEXTS, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
+}
+
+
+@pytest.mark.parametrize("family", TRANSLATORS)
+def test_a_translator_is_pruned_on_text_alone(
+    family: str, tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / family, tmp_path / "out"
+    TRANSLATORS[family]().save_pretrained(source)
+    tiny_tokenizer.save_pretrained(source)
+    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--length", "16", "--permute", "random"]
+    code, stdout, stderr = run("prune", source, *options, "--out", out)
+    assert code == 0 and "top-1 agreement" in stdout, stderr
+    code, _, stderr = run("verify", out)  # loads the folder as Transformers does
+    assert code == 0, stderr
 
 
 def test_compare_shows_the_metric(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:
