@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from permprune.examples import Examples
 from permprune.models.forward import frozen, is_encoder_decoder
@@ -24,13 +23,14 @@ POSITIONS = ("max_target_positions", "max_decoder_position_embeddings", "max_pos
 """Entries of configs with the number of a decoder's positions."""
 
 
-def needs_decoder_inputs(model: PreTrainedModel, examples: Examples) -> bool:
+def needs_decoder_inputs(model: nn.Module, examples: Examples) -> bool:
     """Whether the model is a generative encoder-decoder model and the examples have no input for its decoder."""
-    return is_encoder_decoder(model) and model.can_generate() and not {"labels", "decoder_input_ids"} & set(examples)
+    generates = is_encoder_decoder(model) and getattr(model, "can_generate", bool)()
+    return generates and not {"labels", "decoder_input_ids"} & set(examples)
 
 
 @torch.no_grad()
-def with_decoder_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> Examples:
+def with_decoder_inputs(model: nn.Module, examples: Examples, batch: int) -> Examples:
     """Add the text that the model generates (greedy search) for each example as its decoder input.
 
     Returns the examples with "decoder_input_ids" (count, length) and "decoder_attention_mask", which is 0 after the end
