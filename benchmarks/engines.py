@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rows import add
 from torch.nn.functional import cross_entropy
 
 from permprune import load, read_model
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128, help="tokens before the generated ones")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
     windows = read_windows(options.dense, options.text, options.windows, options.length)
     with tempfile.TemporaryDirectory() as folder:
@@ -72,6 +74,9 @@ def main() -> None:
             prompt, step = best[at, cells[1]][0], best[at, cells[0]][1]
             speeds = f"{1 / step:.1f} | {options.length / prompt:.0f}"
             print(f"| {name} | {sizes[at] / 1e6:.0f} | {speeds} | {quality[at]:.2f} |")
+            cell = {"table": "engines", "model": name, "threads": options.threads, "context": options.context}
+            factor = round(quality[at] / quality[0], 3)
+            add(options.rows, cell, {"bytes": sizes[at], "decode": 1 / step, "perplexity_factor": factor})
 
 
 def read_windows(model: str, text: Path, count: int, length: int) -> np.ndarray:

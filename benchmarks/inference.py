@@ -13,9 +13,11 @@ python benchmarks/inference.py --threads 1 2 --batch 1 16
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rows import add
 from torch import Tensor
 
 from permprune.kernels import native
@@ -38,26 +40,27 @@ TYPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--outputs", type=int, default=4096)
+    parser.add_argument("--inputs", type=int, default=4096)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--pattern", default="2:4")
     parser.add_argument("--kernels", choices=native.names(), default=native.names()[0])
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
-    print(f"{options.kernels}, {options.pattern}, {options.rows} x {options.width}, ms\n")
+    print(f"{options.kernels}, {options.pattern}, {options.outputs} x {options.inputs}, ms\n")
     print("| type | batch | threads | packed | dense | torch | dense / packed | torch / packed | byte limit |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in options.types:
         torch.manual_seed(0)
         stored, activations = TYPES[name]
         pattern = Pattern.parse(options.pattern)
-        weight = torch.randn(options.rows, options.width)
+        weight = torch.randn(options.outputs, options.inputs)
         products, limit = layers(weight * pattern.mask(weight.abs()), pattern, stored, activations, options.kernels)
         for batch in options.batch:
-            x = torch.randn(batch, options.width).to(activations)
+            x = torch.randn(batch, options.inputs).to(activations)
             check(products, x)
             for threads in options.threads:
                 torch.set_num_threads(threads)
@@ -67,6 +70,10 @@ def main() -> None:
                     f"{dense / packed:.2f} | {blas / packed:.2f} | {limit:.2f} |",
                     flush=True,
                 )
+                shape = {own: getattr(options, own) for own in ("pattern", "outputs", "inputs")}
+                cell = {"table": "layers"} | shape | {"type": name, "batch": batch, "threads": threads}
+                found = {"packed": packed, "dense": dense, "torch": blas, "byte_limit": limit}
+                add(options.rows, cell, {own: round(value, 4) for own, value in found.items()})
 
 
 def layers(

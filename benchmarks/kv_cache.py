@@ -93,7 +93,7 @@ def main() -> None:
     about = f"{options.model} in {options.dtype}, {len(windows)} windows of {options.length} tokens"
     print(f"{about}, dense perplexity {dense.mean().exp():.2f}\n")
     print("| method | keys | values | recovery | stored | factor | bytes |\n|---|---|---|---|---|---|---|", flush=True)
-    figures = {"model": options.model, "length": options.length, "windows": len(windows)}
+    figures = {"table": options.table, "model": options.model, "length": options.length, "windows": len(windows)}
     for row in TABLES[options.table](observed, KVConfig(dtype="bf16", window=options.window, sinks=options.sinks)):
         cells = row.cells()
         if any(

@@ -14,8 +14,6 @@ python benchmarks/kv_retrieval.py --kv kv/ --data wiki.test.raw --lengths 2048 4
 
 import argparse
 import copy
-import dataclasses
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from rows import add
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="tokens of the contexts")
     parser.add_argument("--count", type=int, nargs="+", default=[50, 50], help="contexts of each length")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", help="file to which every answer is added as a JSON line")
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     parser.add_argument("--states", help="folder for the states of the contexts, which later runs read from there")
     options = parser.parse_args()
     model, processor, _ = read_model(options.model)
@@ -88,12 +87,21 @@ def main() -> None:
             states = read_context(model, own_example.context, path)
             for name, own in answers(model, makers, own_example, states).items():
                 found[name].append(own)
-                if options.rows:
-                    write_rows(options.rows, own, tokens=length, context=number, cache=name)
         right = {name: torch.tensor([[task.right for task in row] for row in rows]) for name, rows in found.items()}
         for name, own in right.items():
-            cells = [f"{accuracy:.0f} % | {difference}" for accuracy, difference in compared(own, right["dense"])]
+            shares, differences = compared(own, right["dense"])
+            cells = [
+                f"{100 * shares[task]:.0f} % | {mean:+.0f} ± {error:.1f}" for task, (mean, error) in differences.items()
+            ]
             print(f"| {length} | {len(text)} | {name} | {' | '.join(cells)} |", flush=True)
+            cell = {
+                "table": "retrieval",
+                "model": options.model,
+                "tokens": length,
+                "contexts": len(text),
+                "cache": name,
+            }
+            add(options.rows, cell, {"accuracy": shares, "difference": differences if name != "dense" else None})
 
 
 def makers_of(model: PreTrainedModel, folders: list[str], variants: list[str]) -> dict[str, Make]:
@@ -112,21 +120,15 @@ def makers_of(model: PreTrainedModel, folders: list[str], variants: list[str]) -
     return makers
 
 
-def compared(right: Tensor, dense: Tensor) -> list[tuple[float, str]]:
-    """Return the accuracy in each task in percent and, as text, its difference to that of the dense cache.
+def compared(right: Tensor, dense: Tensor) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return the accuracy in each task, and its difference to that of the dense cache in points with its error.
 
     Both are bool (contexts, tasks).
     """
     differences = 100 * (right.double() - dense.double())
-    errors = differences.std(0) / len(differences) ** 0.5
-    texts = [f"{mean:+.0f} ± {error:.1f}" for mean, error in zip(differences.mean(0), errors, strict=True)]
-    return list(zip((100 * right.double().mean(0)).tolist(), texts, strict=True))
-
-
-def write_rows(path: str, found: list[Answer], **figures: str | int) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        for task, own in zip(TASKS, found, strict=True):
-            file.write(json.dumps({**figures, "task": task, **dataclasses.asdict(own)}) + "\n")
+    errors = (differences.std(0) / len(differences) ** 0.5).tolist()
+    pairs = zip(differences.mean(0).tolist(), errors, strict=True)
+    return dict(zip(TASKS, right.double().mean(0).tolist(), strict=True)), dict(zip(TASKS, pairs, strict=True))
 
 
 def example(tokenizer: PreTrainedTokenizerBase, text: Tensor, draw: random.Random) -> Example:

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import psutil
 import torch
+from rows import add
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="tokens in each turn")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no further turn begins")
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
     model, _, _ = read_model(options.model)
     models: dict[str, PreTrainedModel] = {}
@@ -105,6 +108,9 @@ def main() -> None:
     for row in rows:
         speed = f"{1000 * row.seconds:.1f} | {options.batch / row.seconds:.1f} | {fastest / row.seconds:.2f}"
         print(f"| {row.name} | {row.nbytes() / 1e6:.0f} | {row.resident / 1e6:.0f} | {speed} |")
+        shape = {name: getattr(options, name) for name in ("model", "batch", "context")}
+        cell = {"table": "decode", "threads": torch.get_num_threads(), "cache": row.name} | shape
+        add(options.rows, cell, {"ms": 1000 * row.seconds, "bytes": row.nbytes(), "resident": row.resident})
 
 
 def resident() -> int:

@@ -10,30 +10,29 @@ python benchmarks/layer_updates.py --calibration c4.jsonl
 import argparse
 import time
 from fnmatch import fnmatch
+from pathlib import Path
 
 import torch
+from rows import add
 from torch import Tensor
 
 from permprune import read_model
 from permprune.calibration.moments import InputMoments
 from permprune.data.text import load_documents, tokenize
 from permprune.examples import Examples
+from permprune.models.attention import autocast
 from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import prunable_layers
 from permprune.models.processors import tokenizer_of
 from permprune.pattern import Pattern
 from permprune.saliency.wanda import Wanda
-from permprune.system.device import autocast, compute_device, fast_dtype
+from permprune.system.device import compute_device, fast_dtype
 from permprune.updates.admm import ADMM
 from permprune.updates.base import LayerUpdate
 from permprune.updates.sparsegpt import SparseGPT
 
 LAYERS = ["model.layers.0.*_proj", "model.layers.12.*_proj"]
-METHODS: dict[str, LayerUpdate] = {
-    "sparsegpt": SparseGPT(),
-    "admm": ADMM(),
-    "admm:iterations=200": ADMM(iterations=200),
-}
+METHODS: dict[str, LayerUpdate] = {"sparsegpt": SparseGPT(), "admm": ADMM()}
 
 
 @torch.no_grad()
@@ -44,6 +43,7 @@ def main() -> None:
     parser.add_argument("--calibration", help="text (default: the default text)")
     parser.add_argument("--windows", type=int, default=12, help="windows of 512 tokens")
     parser.add_argument("--layers", nargs="+", default=LAYERS, help="globs of names of layers")
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
     model, processor, _ = read_model(options.model)
     documents = load_documents(options.calibration, "calibration")
@@ -69,8 +69,10 @@ def main() -> None:
             began = time.process_time()
             found = method.apply(weight, own, torch.arange(weight.shape[1]), options.pattern, given)
             seconds[head] += time.process_time() - began
-            cells.append(f"{output_error(weight, found, own) / alone:.3f}")
-        print(f"| {layer.name} | " + " | ".join(cells) + " |", flush=True)
+            cells.append(round(output_error(weight, found, own) / alone, 3))
+        print(f"| {layer.name} | " + " | ".join(map(str, cells)) + " |", flush=True)
+        cell = {"table": "layer-updates", "model": options.model, "pattern": str(options.pattern), "layer": layer.name}
+        add(options.rows, cell, dict(zip(heads, cells, strict=True)))
     print("| core-seconds | " + " | ".join(f"{own:.1f}" for own in seconds.values()) + " |")
 
 

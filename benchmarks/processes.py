@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from rows import add
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,6 +37,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--mode", default="fold")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -45,6 +47,7 @@ def main() -> None:
     for count, (peaks, losses, seconds) in zip(options.processes, rows, strict=True):
         each = ", ".join(f"{peak:.0f}" for peak in peaks)
         print(f"| {count} | {each} | {max(peaks) / max(rows[0][0]):.2f} | {losses} | {seconds:.0f} |")
+        add(options.rows, {"table": "processes", "processes": count}, {"peaks": [round(peak) for peak in peaks]})
 
 
 def write_model(folder: Path, options: argparse.Namespace) -> None:

@@ -13,15 +13,19 @@ import dataclasses
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from rows import Row, add
 
 from permprune.config import PruneConfig
 from permprune.evaluation.result import Result, gap_closed
 from permprune.jobs.fitting import forecast
-from permprune.jobs.forecast import Forecast
 from permprune.jobs.trials import Evaluation, Meter, Trials
 from permprune.permuters.base import Permuter, Round
 from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
+from permprune.system.device import best_device, fast_dtype
 from permprune.system.memory import keep_freed_memory, peak_memory_mb, reset_peak_memory
 from permprune.system.resources import gib
 
@@ -41,18 +45,23 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--mode", default=PruneConfig.mode)
     parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = vars(parser.parse_args())
-    models, methods = options.pop("models"), options.pop("methods")
+    models, methods, path = (options.pop(name) for name in ("models", "methods", "rows"))
     start, texts, windows = (options.pop(name) for name in ("start", "text", "windows"))
     config = PruneConfig(**options)
     evaluations = [Evaluation(text, windows, config.length) for text in texts]
     found = [started(permuter(method), start) for method in methods]
     spawn = multiprocessing.get_context("spawn")
+    activations = "bf16" if fast_dtype(best_device()) == torch.bfloat16 else "fp32"
     rows = []
     for model in models:
         with ProcessPoolExecutor(1, spawn) as process:
             rows.append(process.submit(run, model, found, config, evaluations).result())
-    print(HEAD, *rows, sep="\n")
+        settings = f"--batch {config.batch}" + " --recompute" * config.recompute
+        cell = {"table": "forecast", "model": model, "length": config.length, "settings": settings}
+        add(path, cell | {"activations": activations}, rows[-1])
+    print(HEAD, *map(markdown, rows), sep="\n")
 
 
 def started(method: Permuter, start: str | None) -> Permuter:
@@ -60,8 +69,8 @@ def started(method: Permuter, start: str | None) -> Permuter:
     return dataclasses.replace(method, start=permuter(start)) if start and isinstance(method, TrustRegion) else method
 
 
-def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: list[Evaluation]) -> str:
-    """Prune a model with each method and print what is measured; returns its row of the table."""
+def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: list[Evaluation]) -> Row:
+    """Prune a model with each method and print what is measured; returns its row of figures."""
     keep_freed_memory()  # as the command line does
     told = forecast(model, config.replace(permute=methods[-1]), windows=evaluations[0].windows)
     say(f"{model}: forecast {gib(told.host)}, at the peak in stage {told.peak().name}")
@@ -90,7 +99,9 @@ def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: l
                 if closed is not None:
                     say(f"{method.name}: {closed:.1%} of the gap closed")
     say(f"{model}: {time.monotonic() - began:.0f} s in all")
-    return row(model, told, max(peaks), rounds)
+    seconds = (rounds[-1].seconds - rounds[0].seconds) / rounds[-1].number if len(rounds) > 1 else None
+    figures = {"forecast": told.host, "peak": max(peaks), "checkpoint": told.disk["checkpoint"]}
+    return {"model": model, **figures, "seconds_a_round": seconds}
 
 
 def measured(method: str, meters: list[Meter], peaks: list[float]) -> list[Result]:
@@ -114,11 +125,10 @@ def report(what: str) -> float:
     return peak
 
 
-def row(model: str, told: Forecast, peak: float, rounds: list[Round]) -> str:
-    seconds = (rounds[-1].seconds - rounds[0].seconds) / rounds[-1].number if len(rounds) > 1 else None
-    time_taken = "" if seconds is None else f"{seconds:.0f}"
-    ratios = f"{peak / told.host:.2f} | {peak / told.disk['checkpoint']:.2f}"
-    return f"| {model} | {gib(told.host)} | {gib(peak)} | {ratios} | {time_taken} |"
+def markdown(row: Row) -> str:
+    seconds = "" if row["seconds_a_round"] is None else f"{row['seconds_a_round']:.0f}"
+    ratios = f"{row['peak'] / row['forecast']:.2f} | {row['peak'] / row['checkpoint']:.2f}"
+    return f"| {row['model']} | {gib(row['forecast'])} | {gib(row['peak'])} | {ratios} | {seconds} |"
 
 
 def say(line: str) -> None:

@@ -2,10 +2,8 @@
 
 python benchmarks/search.py
 python benchmarks/search.py --model smollm2-135m
-python benchmarks/search.py --model smollm2-135m --rounds 2 --threads 2
 
-The first two are searches for the most kept score, on matrices and on the layers of a model; the last one divides the
-time of rounds of `newton`, with the default settings, into its parts.
+The searches are those for the most kept score, on matrices and on the layers of a model.
 
 2:4 in the natural order keeps less of sum |w| than the best half of every row; efficacy (Pool and Yu 2021) is the share
 of that gap won back. Their published figures are for numpy's uniform 128 x 64 matrix of seed 1, on a V100:
@@ -14,23 +12,19 @@ apex/contrib/sparsity/permutation_tests/README.md of github.com/NVIDIA/apex.
 
 import argparse
 import time
-from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from rows import add
 from torch import Tensor
 
-import permprune
 from permprune.checkpoints.io import read_model
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
-from permprune.permuters import quadratic
-from permprune.permuters.base import Round
 from permprune.permuters.cp import search
 from permprune.permuters.kept import deal_and_assign, kept_score
-from permprune.permuters.trust_region_search import TrustRegionSearch
-from permprune.pruning.network import PrunedNetwork
 
 PATTERN = Pattern(2, 4)
 PUBLISHED = {
@@ -57,18 +51,6 @@ METHODS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-PARTS = {
-    "gradients": (PrunedNetwork, "gradients"),
-    "proposals": (TrustRegionSearch, "_proposals"),
-    "slopes": (TrustRegionSearch, "_slopes"),
-    "masks": (PrunedNetwork, "set_orders"),
-    "accept test": (PrunedNetwork, "loss"),
-}
-"""The parts of a round, and the methods that compute them."""
-PLACEMENT = "placement"
-"""A part of the proposals: the cost of moving channels."""
-
-
 def efficacy(score: Tensor, order: Tensor) -> float:
     """In percent; `score` is (channels, rows)."""
     none, kept = (
@@ -90,7 +72,7 @@ def normal(channels: int, rows: int, seed: int) -> Tensor:
     return torch.randn(channels, rows, generator=torch.Generator().manual_seed(seed)).abs()
 
 
-def narrow(seeds: int) -> None:
+def narrow(seeds: int, path: Path | None) -> None:
     print(f"\n128 x 64, 2:4; normal: mean of {seeds} seeds\n")
     print("| method | efficacy, published matrix | efficacy, normal | seconds | slowest |\n|---|---|---|---|---|")
     for name, (percent, seconds) in PUBLISHED.items():
@@ -105,6 +87,8 @@ def narrow(seeds: int) -> None:
             f"| {name} | {rows[0][0]:.1f} % | {mean:.1f} % | {sum(seconds) / len(rows):.3f} | {max(seconds):.3f} |",
             flush=True,
         )
+        for matrix, value in {"published": rows[0][0], f"normal, {seeds} seeds": mean}.items():
+            add(path, {"table": "kept-score", "matrix": matrix, "method": name}, {"efficacy": round(value, 2)})
 
 
 def square() -> None:
@@ -114,7 +98,7 @@ def square() -> None:
     print(f"| {name} | {percent:.1f} % | {seconds:.3f} |", flush=True)
 
 
-def real(name: str, escapes: int) -> None:
+def real(name: str, escapes: int, path: Path | None) -> None:
     """The first layer of each shape, scored by magnitude."""
     print(
         f"\n{name}, magnitudes, 2:4\n\n| layer | rows x channels | method | efficacy | seconds |\n|---|---|---|---|---|"
@@ -126,43 +110,8 @@ def real(name: str, escapes: int) -> None:
         for method, order in methods.items():
             percent, seconds = measure(order, score)
             print(f"| {layer.name} | {rows} x {channels} | {method} | {percent:.1f} % | {seconds:.2f} |", flush=True)
-
-
-def rounds(name: str, count: int, threads: int) -> None:
-    """Prune a model with `newton` and print the seconds of each round by part."""
-    print(f"\n{name}, 2:4, newton, {threads} threads, seconds\n")
-    columns = ["round", "held-out loss", "whole", *PARTS, f"({PLACEMENT})"]
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    spent: dict[str, float] = defaultdict(float)
-
-    def timed(owner: object, method: str, part: str, share: int = 1) -> None:
-        call = getattr(owner, method)
-
-        def measured(*args: object, **options: object) -> object:
-            started = time.perf_counter()
-            result = call(*args, **options)
-            spent[part] += (time.perf_counter() - started) / share
-            return result
-
-        setattr(owner, method, measured)
-
-    for part, (owner, method) in PARTS.items():
-        timed(owner, method, part)
-    timed(quadratic, "add_placement_cost", PLACEMENT, share=threads)  # threads solve problems side by side
-    started = time.perf_counter()
-
-    def show(told: Round) -> None:
-        nonlocal started
-        if told.number:  # before the first round, the start
-            seconds = [time.perf_counter() - started, *(spent[part] for part in (*PARTS, PLACEMENT))]
-            print(
-                f"| {told.number} | {told.loss:.4f} | " + " | ".join(f"{own:.1f}" for own in seconds) + " |", flush=True
-            )
-        started = time.perf_counter()
-        spent.clear()
-
-    model, tokenizer, _ = read_model(name)
-    permprune.prune(model, tokenizer, pattern=str(PATTERN), permute=f"newton:rounds={count}", callbacks=[show])
+            cell = {"table": "kept-score", "matrix": layer.name, "method": method}
+            add(path, cell, {"rows": rows, "channels": channels, "efficacy": round(percent, 2)})
 
 
 def main() -> None:
@@ -170,16 +119,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="normal 128 x 64 matrices")
     parser.add_argument("--model", help="measure layers of this model in place of random matrices")
     parser.add_argument("--escapes", type=int, default=100, help="of cp on the layers of the model")
-    parser.add_argument("--rounds", type=int, help="rounds of newton on the model, in place of its layers one by one")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rows", type=Path, help="file of efficacies, one JSON object a line")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.rounds:
-        rounds(options.model, options.rounds, options.threads)
-    elif options.model:
-        real(options.model, options.escapes)
+    if options.model:
+        real(options.model, options.escapes, options.rows)
     else:
-        narrow(options.seeds)
+        narrow(options.seeds, options.rows)
         square()
 
 

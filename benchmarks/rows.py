@@ -1,0 +1,65 @@
+"""Rows of figures in a file, one JSON object a line, each with the version of permprune, the machine and the date.
+
+As a script, adds what `permprune bench --json` wrote: a row for each model, batch size and length of the prompt. Models
+have the names of their folders, with spaces for hyphens.
+
+permprune bench packed-bf16/ --batch 1 --context 128,512 --json bench.json
+python benchmarks/rows.py bench.json --model SmolLM2-135M --rows docs/results/speed.jsonl
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import permprune
+from permprune.kernels import native
+
+Row = dict[str, Any]
+
+
+def machine() -> str:
+    """The processor's name, its number of cores, and the kernels that it runs."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {native.names()[0]}"
+
+
+def add(path: Path | None, cell: Row, measured: Row) -> None:
+    """Add a row to a file, in place of an earlier one with the values of `cell`; without a path, do nothing."""
+    if path is None:
+        return
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    others = [line for line in lines if not cell.items() <= json.loads(line).items()]
+    about = {"version": permprune.__version__, "machine": machine(), "date": datetime.date.today().isoformat()}
+    path.write_text("\n".join([*others, json.dumps(cell | measured | about), ""]), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bench", type=Path, help="what permprune bench --json wrote")
+    parser.add_argument("--model", required=True, help="the name of the dense model in the table")
+    parser.add_argument("--table", choices=("models", "cached-models"), default="models", help="cached: with --kv")
+    parser.add_argument("--rows", type=Path, required=True, help="file of figures")
+    options = parser.parse_args()
+    bench = json.loads(options.bench.read_text(encoding="utf-8"))
+    dense = next(row["bytes"] for row in bench["rows"] if row["dense"] and row["name"].endswith("(bf16)"))
+    for row in bench["rows"]:
+        source, _, cache = row["name"].partition(" with ")
+        dtype = re.search(r" \((\w+)\)$", source)
+        weights = f"dense {dtype[1]}" if dtype else Path(source).name.replace("-", " ")
+        shared = {"table": options.table, "model": options.model, "threads": bench["threads"]}
+        shared["weights"] = f"{weights}, pruned cache" if cache else weights
+        for speed in row["speeds"]:
+            cell = shared | {name: speed.pop(name) for name in ("batch", "context")}
+            figures = {"bytes": row["bytes"], "size": row["bytes"] / dense, "resident": row["resident"]}
+            add(options.rows, cell, figures | speed)
+
+
+if __name__ == "__main__":
+    main()
