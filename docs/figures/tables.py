@@ -1,0 +1,398 @@
+"""Write the tables of docs/results/ and README.md from the committed rows.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end table -->`.
+
+python docs/figures/tables.py            # after a change of rows
+python docs/figures/tables.py --check    # exit status 1 if a page differs from its rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+LISTS = {
+    "trained": (
+        "training.jsonl",
+        "mode | method | calibration text | minutes | passes | C4, other documents | WikiText-2 raw",
+        "{mode} | `{method}` | {text} | {minutes} | {passes} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
+    ),
+    "qwen": (
+        "training.jsonl",
+        "mode | stage | steps | windows | WikiText-2 raw | Python's standard library",
+        "{mode} | {stage} | {steps} | {windows} | {gap_wikitext2:.0%} | {gap_stdlib:.0%}",
+    ),
+    "literature": (
+        "literature.jsonl",
+        "method | checkpoint | LLaMA-2-7B | LLaMA-3.x-8B | Qwen2.5-7B | LLaMA-3.2-1B",
+        "{method} | {checkpoint} | {gap_wikitext2[LLaMA-2-7B]:.0%} | {gap_wikitext2[LLaMA-3.x-8B]:.0%} |"
+        " {gap_wikitext2[Qwen2.5-7B]:.0%} | {gap_wikitext2[LLaMA-3.2-1B]:.0%}",
+    ),
+    "models-trained": (
+        "training.jsonl",
+        "model | method | minutes | dense | natural order | search and training | measured on",
+        "{model}, {metric} | `{method}` | {minutes} | {dense:.1%} | {none:.1%} | **{value:.1%}** | {count:,} {unit}",
+    ),
+    "patterns": (
+        "kv-cache.jsonl",
+        "model | keys/values | stored | perplexity / dense | bytes / dense",
+        "{model} | {keys}/{values} | {stored} | {factor:.4f} ± {stderr:.4f} | {bytes:.3f}",
+    ),
+    "retrieval": (
+        "kv-retrieval.jsonl",
+        "tokens | cache | pass key | difference | needle | difference",
+        "{tokens} | {cache} | {accuracy[pass key]:.0%} | {difference[pass key][0]:+.0f} ± {difference[pass key][1]:.1f}"
+        " | {accuracy[needle]:.0%} | {difference[needle][0]:+.0f} ± {difference[needle][1]:.1f}",
+    ),
+    "decode": (
+        "speed.jsonl",
+        "batch | tokens | cache | ms a step | MB",
+        "{batch} | {context} | {cache} | {ms:.1f} | {bytes/1e6:.0f}",
+    ),
+    "cached-models": (
+        "speed.jsonl",
+        "weights | weights, MB | cache, MB | prefill, tokens/s | decode, tokens/s",
+        "{weights} | {bytes/1e6:.0f} | {cache/1e6:.1f} | {prefill:.0f} | {decode:.1f}",
+    ),
+    "layers": (
+        "speed.jsonl",
+        "type | batch | threads | packed, ms | dense / packed | limit by bytes | PyTorch / packed",
+        "{type} | {batch} | {threads} | {packed:.2f} | {dense/packed:.2f} | {byte_limit:.2f} | {torch/packed:.2f}",
+    ),
+    "models": (
+        "speed.jsonl",
+        "model | weights | bytes / dense bf16 | prompt | prefill, tokens/s | decode, tokens/s",
+        "{model} | {weights} | {size:.2f} | {context} | {prefill:.0f} | {decode:.1f}",
+    ),
+    "engines": (
+        "speed.jsonl",
+        "model | MB | decode, tokens/s | perplexity / dense",
+        "{model} | {bytes/1e6:.0f} | {decode:.1f} | {perplexity_factor:.2f}",
+    ),
+    "forecast": (
+        "memory.jsonl",
+        "windows | settings | activations | forecast, MiB | peak, MiB | peak / forecast | peak / checkpoint",
+        "{length} tokens | `{settings}` | {activations} | {forecast/1048576:.0f} | {peak/1048576:.0f} |"
+        " {peak/forecast:.2f} | {peak/checkpoint:.2f}",
+    ),
+    "processes": (
+        "memory.jsonl",
+        "processes | largest peak, MiB | smallest | largest / one process",
+        "{processes} | {largest} | {smallest} | {largest/single:.2f}",
+    ),
+    "parts": ("ablations.jsonl", "channels in a part | held-out loss", "{channels} | {held_out:.3f}"),
+    "search-then-training": (
+        "training.jsonl",
+        "before training | steps | core-seconds | C4, other documents | WikiText-2 raw",
+        "{before} | {steps} | {core_seconds} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
+    ),
+    "refinement": (
+        "training.jsonl",
+        "before training | steps of training | C4, other documents | WikiText-2 raw",
+        "{before} | {steps} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
+    ),
+    "rate": ("training.jsonl", "rate, relative to the weights | loss on C4", "{relative_rate:.1g} | {nll_c4:.3f}"),
+    "variants": (
+        "training.jsonl",
+        "training | change | C4, other documents | WikiText-2 raw",
+        "{group} | {change} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
+    ),
+    "losses": (
+        "training.jsonl",
+        "passes over the text | change | C4, other documents | WikiText-2 raw",
+        "{passes} | {change} | {nll_c4:.3f} | {nll_wikitext2:.3f}",
+    ),
+    "hidden-states": (
+        "ablations.jsonl",
+        "model | metric | weight of hidden states | value",
+        "{model} | {metric} | {weight} | {value:.1%}",
+    ),
+    "layer-updates": (
+        "ablations.jsonl",
+        "layer | sparsegpt, its own masks | sparsegpt, Wanda's | admm, its own masks | admm, Wanda's",
+        "{layer} | {sparsegpt, its own masks:.3f} | {sparsegpt, Wanda's masks:.3f} | {admm, its own masks:.3f} |"
+        " {admm, Wanda's masks:.3f}",
+    ),
+    "gradients": (
+        "ablations.jsonl",
+        "weight of earlier gradients | seed 0 | seed 1 | seed 2",
+        "{share} | {held_out[0][0]:.3f}, {held_out[0][1]:.3f} | {held_out[1][0]:.3f}, {held_out[1][1]:.3f} |"
+        " {held_out[2][0]:.3f}, {held_out[2][1]:.3f}",
+    ),
+    "kept-score": ("ablations.jsonl", "method | matrix | efficacy", "{method} | {matrix} | {efficacy:.1f}%"),
+}
+"""Tables with a line for each row: the file, the heads, and the cells. A row without a value has an empty cell."""
+
+
+class Fields(dict[str, Any]):
+    """The values of a row, and their quotients by each other and by numbers: `a/b`, `a/1e6`."""
+
+    def __missing__(self, name: str) -> float:
+        value, slash, divisor = name.partition("/")
+        if not slash:
+            raise KeyError(name)
+        return float(self[value]) / float(self.get(divisor, divisor))
+
+
+def filled(template: str, row: Row) -> str:
+    """The template with the values of a row; empty if it lacks one."""
+    try:
+        return template.format_map(Fields({name: value for name, value in row.items() if value is not None}))
+    except (KeyError, TypeError):
+        return ""
+
+
+def listed(name: str) -> str:
+    file, heads, cells = LISTS[name]
+    found = [row for row in rows(file) if row.get("table", name) == name]
+    return markdown(heads, ([filled(cell, row) for cell in re.split(r" ?\| ", cells)] for row in found))
+
+
+def rows(name: str, **values: Any) -> list[Row]:
+    """The rows of a file in docs/results/ that have these values."""
+    lines = (RESULTS / name).read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if values.items() <= row.items()]
+
+
+def markdown(heads: str, lines: Iterable[Sequence[object]]) -> str:
+    """A table; `heads` are separated by " | ". In the first column a cell that repeats the one above it is empty."""
+    body, last = [f"| {heads} |", "|---" * (heads.count(" | ") + 1) + "|"], ""
+    for first, *others in lines:
+        body.append("| " + " | ".join(["" if first == last else str(first), *map(str, others)]) + " |")
+        last = str(first)
+    text = "\n".join(body)
+    return re.sub(r"(?<![\w.-])-(?=\d)", "\N{MINUS SIGN}", re.sub(r"(?<=\d)%", " %", text))
+
+
+def mean_of(shares: Sequence[float], digits: int = 1) -> str:
+    """The mean in percent, and the standard deviation if they differ."""
+    deviation = f" ± {100 * statistics.stdev(shares):.{digits}f}" if len(set(shares)) > 1 else ""
+    return f"{100 * statistics.mean(shares):.{digits}f}{deviation}"
+
+
+def with_error(value: float, error: float) -> str:
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
+
+
+TEXTS = ("wikitext2", "held back")
+ORDER = ("none", "ria", "cp", "reconstruction", "learned-paper", "permllm", "newton", "learned")
+
+
+def perplexity(row: Row, text: str) -> float:
+    return float(row["texts"][text]["value"])
+
+
+def gap_closed(row: Row, text: str) -> float:
+    """The share of the log-perplexity gap between the dense model and no permutation, of the row's pattern and seed."""
+    (dense,) = rows("protocol.jsonl", method="dense")
+    (none,) = rows("protocol.jsonl", method="none", pattern=row["pattern"], seed=row["seed"])
+    lost, most = (math.log(perplexity(other, text) / perplexity(dense, text)) for other in (row, none))
+    return 1 - lost / most
+
+
+def protocol(pattern: str, mode: str, seed: int = 0) -> list[Row]:
+    """The rows of `none` and of the methods, in the order of ORDER."""
+    found = rows("protocol.jsonl", pattern=pattern, mode=mode, seed=seed)
+    found += rows("protocol.jsonl", pattern=pattern, method="none", seed=seed)
+    return sorted(found, key=lambda row: ORDER.index(row["method"].partition(":")[0]))
+
+
+def searched(row: Row, digits: int = 2, share_digits: int = 1) -> list[str]:
+    """The method, and perplexity and share of the gap closed on each text; `newton` in bold type."""
+    cells = [row["method"]]
+    for text in TEXTS:
+        share = 1.0 if row["method"] == "dense" else gap_closed(row, text)
+        cells += [f"{perplexity(row, text):.{digits}f}", f"{share:.{share_digits}%}"]
+    return [f"**{cell}**" for cell in cells] if row["method"] == "newton" else cells
+
+
+PROTOCOL_HEADS = "method | WikiText-2 raw | gap closed | C4, other documents | gap closed"
+
+
+def protocol_fold() -> str:
+    found = rows("protocol.jsonl", method="dense") + protocol("2:4", "fold")
+    costs = ([row[name] for name in ("core_seconds", "peak")] if "mode" in row else ["", ""] for row in found)
+    lines = ([*searched(row), *cost] for row, cost in zip(found, costs, strict=True))
+    return markdown(f"{PROTOCOL_HEADS} | core-seconds | peak MiB", lines)
+
+
+def protocol_others() -> str:
+    cells = [(pattern, mode, row) for pattern, mode in (("2:4", "gather"), ("4:8", "fold"))
+             for row in protocol(pattern, mode)]  # fmt: skip
+    lines = ([f"{pattern}, {mode}", *searched(row)] for pattern, mode, row in cells)
+    return markdown(f"pattern, mode | {PROTOCOL_HEADS}", lines)
+
+
+def protocol_seeds() -> str:
+    found = [[row for row in protocol("2:4", "fold", seed) if row["method"] in ("ria", "newton")] for seed in range(3)]
+    lines = (
+        [seeds[0]["method"], name, *(f"{gap_closed(row, text):.1%}" for row in seeds)]
+        for seeds in zip(*found, strict=True)
+        for text, name in zip(TEXTS, ("WikiText-2 raw", "C4, other documents"), strict=True)
+    )
+    return markdown("method | text | seed 0 | seed 1 | seed 2", lines)
+
+
+def readme() -> str:
+    found = rows("protocol.jsonl", method="dense") + protocol("2:4", "fold")
+    gather = next(row for row in protocol("2:4", "gather") if row["method"] == "newton")
+    lines: list[list[object]] = []
+    for row in [*found, gather | {"method": "newton, gather mode"}]:
+        minutes = f"{row['core_seconds'] / 60:.2g}" if "mode" in row else ""
+        lines += [] if "paper" in row["method"] else [[*searched(row, 1, 0), minutes]]
+    for mode in ("fold", "gather"):
+        best = max(rows("training.jsonl", table="trained", mode=mode), key=lambda row: row["gap_wikitext2"])
+        share = [f"{best['gap_wikitext2']:.0%}", "", f"{best['gap_c4']:.0%}"]
+        lines.append([f"newton and training, {mode} mode", "", *share, best["minutes"]])
+    return markdown(f"{PROTOCOL_HEADS} | core-minutes", lines)
+
+
+def zero_shot() -> str:
+    lines = []
+    for method, name in (("dense", "dense"), ("newton:rounds=5:train=0.93", "2:4, search and training")):
+        found = rows("zeroshot.jsonl", method=method)
+        values = [row["value"] for row in found]
+        errors = [math.sqrt(row["value"] * (1 - row["value"]) / (row["count"] - 1)) for row in found]
+        mean = with_error(statistics.mean(values), math.hypot(*errors) / len(errors))
+        lines.append([name, *map(with_error, values, errors), mean])
+    return markdown(" | ".join(["model", *(row["task"] for row in found), "mean"]), lines)
+
+
+MODELS = {
+    "whisper-tiny-en": ("Whisper tiny.en, word error rate", "speech-b"),
+    "vit-s14-cifar10": ("ViT-S/14, accuracy", "default data"),
+    "vit-b16-cifar10": ("ViT-B/16, accuracy", "default data"),
+    "minilm-sst2": ("MiniLM, accuracy", "others.tsv"),
+}
+"""The title of a model, and the data on which it is measured."""
+
+
+def models_orders() -> str:
+    lines = []
+    for model, (title, data) in MODELS.items():
+        for method in ("dense", "none", "ria", "newton", "learned"):
+            own = [row for row in rows("models.jsonl", model=model) if row["method"].partition(":")[0] == method]
+            names = ", ".join(dict.fromkeys(row["method"] for row in own)).replace(f", {method}:rounds=", ", ")
+            cells = [title, names]
+            for found in ([row for row in own if row["pattern"] == pattern] for pattern in ("2:4", "4:8")):
+                cells += [mean_of([row["value"][data] for row in found])]
+                cells += [mean_of([row["gap"][data] for row in found], 0)]
+            lines.append(cells)
+    return markdown("model | method | 2:4, % | gap closed, % | 4:8, % | gap closed, %", lines)
+
+
+def sweep_vit() -> str:
+    found = json.loads((RESULTS / "sweeps" / "vit-s14.json").read_text(encoding="utf-8"))
+    accuracy = "{top-1 accuracy/1e-2:.1f} ± {stderr/1e-2:.1f}"
+    lines = [["dense", "100%", filled(accuracy, found["dense"]), "", ""]]
+    for start in range(0, len(found["rows"]), 3):  # none, ria, newton
+        own = found["rows"][start : start + 3]
+        cells = [filled(f"**{accuracy}**" if row["front"] else accuracy, row) for row in own]
+        lines.append([own[0]["pattern"], f"{own[0]['size']:.1%}", *cells])
+    return markdown("pattern | size | none, % | ria, % | newton:rounds=3, %", lines)
+
+
+GLUE = {
+    "cola": "CoLA (Matthews)", "sst2": "SST-2 (accuracy)", "rte": "RTE (accuracy)", "stsb": "STS-B (Pearson, Spearman)",
+    "mnli": "MNLI (accuracy)", "boolq": "BoolQ (accuracy)", "cb": "CB (accuracy, F1)", "wic": "WiC (accuracy)",
+}  # fmt: skip
+
+
+def glue(pattern: str, *, summary: bool = False) -> str:
+    """Means over the seeds with their standard errors; those of the dense models are over the examples.
+
+    `summary` leaves out the lines of the tasks.
+    """
+    columns, dense = [], 0.0
+    for method in ("dense", "none", "ria", "newton:rounds=4", "newton:rounds=4+finetune"):
+        found = [row for row in rows("glue.jsonl", method=method) if row.get("pattern", pattern) == pattern]
+        pairs = []
+        for task in GLUE:
+            metrics = [row["values"].values() for row in found if row["task"] == task]
+            scores = [statistics.mean(value for value, _ in values) for values in metrics]
+            of_examples = statistics.mean(error or 0.0 for _, error in metrics[0])
+            error = statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else of_examples
+            pairs.append((statistics.mean(scores), error))
+        values, errors = zip(*pairs, strict=True)
+        mean = statistics.mean(values)
+        cells = [with_error(*pair) for pair in [*pairs, (mean, math.hypot(*errors) / len(errors))]]
+        dense = dense or mean
+        columns.append([*cells, f"{mean / dense:.1%}"])
+    names = [*GLUE.values(), "mean", "of the dense mean"]
+    lines = list(zip(names, *columns, strict=True))[len(GLUE) if summary else 0 :]
+    return markdown("task | dense | none | ria | newton:rounds=4 | then training", lines)
+
+
+def kv_rivals() -> str:
+    """The caches that take no more bytes than the default, with the paired difference to it."""
+    found = rows("kv-cache.jsonl", model="smollm2-135m")
+    default = next(row for row in found if (row["method"], row["keys"], row["stored"]) == ("ria", "29:64", "int8"))
+    kept = [row for row in found if row["table"] != "patterns" or row["keys"] in ("29:64", "42:64")]
+    found = sorted((row for row in kept if row["bytes"] <= default["bytes"]), key=lambda row: row["factor"])
+    lines = []
+    for row in found:
+        logs = [math.log(a / b) for a, b in zip(row["of_windows"], default["of_windows"], strict=True)]
+        difference = f"{statistics.mean(logs):.4f} ± {statistics.stdev(logs) / len(logs) ** 0.5:.4f}"
+        own = row | {"method": "permprune"} if row["method"] == "ria" else row
+        cells = filled("{method} | {keys} | {recovery} | {stored} | {factor:.4f}", own).split(" | ")
+        lines.append([*cells, "" if row is default else difference, f"{row['bytes']:.3f}"])
+    return markdown("method | pattern | recovery | stored | perplexity / dense | difference | bytes / dense", lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "protocol-fold": protocol_fold,
+    "protocol-others": protocol_others,
+    "protocol-seeds": protocol_seeds,
+    "readme": readme,
+    "zero-shot": zero_shot,
+    "models-orders": models_orders,
+    "sweep-vit": sweep_vit,
+    "glue-2-4": lambda: glue("2:4"),
+    "glue-4-8": lambda: glue("4:8", summary=True),
+    "kv-rivals": kv_rivals,
+}
+"""The other tables."""
+
+
+def written(text: str) -> str:
+    """The text of a page with the tables of the rows. Raises `KeyError` for a table of an unknown name."""
+    return PLACE.sub(lambda place: f"{place[1]}\n{table(place[2])}\n\n{place[3]}", text)
+
+
+def table(name: str) -> str:
+    return TABLES[name]() if name in TABLES else listed(name)
+
+
+def pages() -> list[Path]:
+    return [*sorted(RESULTS.glob("*.md")), ROOT / "README.md"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page would change")
+    options = parser.parse_args()
+    texts = {page: page.read_text(encoding="utf-8") for page in pages()}
+    found = [page for page, text in texts.items() if text != written(text)]
+    for page in found:
+        print(page.relative_to(ROOT))
+        if not options.check:
+            page.write_text(written(texts[page]), encoding="utf-8")
+    if options.check and found:
+        sys.exit("these pages differ from their rows: run python docs/figures/tables.py")
+
+
+if __name__ == "__main__":
+    main()

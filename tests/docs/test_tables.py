@@ -1,0 +1,66 @@
+"""The tables of docs/results/ and README.md are those of the committed rows."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "docs" / "figures"
+BENCHMARKS = ROOT / "benchmarks"
+TABLES = runpy.run_path(str(FIGURES / "tables.py"))
+PAGES = [*sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_rows(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text == TABLES["written"](text), "run python docs/figures/tables.py"
+    if page.name != "README.md":  # all tables of results are those of rows
+        assert text.count("\n|---") == len(re.findall("<!-- table: ", text)), "a table without rows"
+
+
+def test_every_table_is_on_one_page_and_every_file_of_rows_is_shown() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert sorted(re.findall(r"<!-- table: ([\w-]+) -->", text)) == sorted([*TABLES["LISTS"], *TABLES["TABLES"]])
+    rows = {path.name for path in (ROOT / "docs" / "results").rglob("*.json*")}
+    assert rows == set(re.findall(r"\((?:sweeps/)?([\w-]+\.jsonl?)\)", text))
+
+
+def test_the_check_fails_where_a_figure_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tables = runpy.run_path(str(FIGURES / "tables.py"))
+    page = tmp_path / "docs" / "results" / "page.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("<!-- table: rate -->\n| 1 |\n<!-- end table -->\n", encoding="utf-8")
+    monkeypatch.setitem(tables["main"].__globals__, "pages", lambda: [page])
+    monkeypatch.setitem(tables["main"].__globals__, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
+    with pytest.raises(SystemExit, match="differ from their rows"):
+        tables["main"]()
+    monkeypatch.setattr(sys, "argv", ["tables.py"])
+    tables["main"]()
+    assert "| 0.002 | 4.386 |" in page.read_text(encoding="utf-8")
+
+
+def test_dense_smollm2_has_one_perplexity_on_each_text() -> None:
+    dense = [row for row in TABLES["rows"]("protocol.jsonl") if row["method"] == "dense"]
+    assert [round(row["texts"][text]["value"], 2) for row in dense for text in TABLES["TEXTS"]] == [20.39, 30.55]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_benchmarks_can_be_imported(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    runpy.run_path(str(script))
+
+
+def test_rows_of_a_benchmark_replace_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    add, path = runpy.run_path(str(BENCHMARKS / "rows.py"))["add"], tmp_path / "rows.jsonl"
+    for milliseconds in (3.0, 2.0):
+        for batch in (1, 16):
+            add(path, {"table": "layers", "batch": batch}, {"packed": milliseconds})
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2 and all('"packed": 2.0' in line and '"version": ' in line for line in lines)
