@@ -6,7 +6,7 @@ import importlib.metadata
 import reprlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.licence import base_model_of, licence_of
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
-from permprune.checkpoints.probe import check_outputs, make_probe
+from permprune.checkpoints.probe import Probe, check_outputs, make_probe
 from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_all
@@ -32,7 +32,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
 from permprune.models.attention import autocast
-from permprune.models.forward import frozen, short_inputs
+from permprune.models.forward import computed_in, frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.layers import Layer, dense_weights
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
@@ -80,9 +80,9 @@ class Pruned:
     `solution` is the result of the search and `config` the config of the run. `tables` are the folded permutations by
     space, int64 (channels,), and `gathers` all reorderings that the model performs at run time. `layers` has, for each
     pruned layer, the share of squared saliency kept and the relative output error, in natural order (`kept_none`,
-    `error_none`) and as pruned (`kept`, `error`). `probe` contains two examples and the model's outputs for them before
-    the orders were folded (`make_probe`). `sample` contains a few weights before and after pruning (see `sample`); it
-    is None if the model was read layer by layer.
+    `error_none`) and as pruned (`kept`, `error`). `probe` contains random inputs and the model's outputs for them
+    before the orders were folded (`make_probe`). `sample` contains a few weights before and after pruning (see
+    `sample`); it is None if the model was read layer by layer.
     """
 
     model: PreTrainedModel
@@ -91,7 +91,7 @@ class Pruned:
     tables: dict[str, Tensor]
     gathers: list[Gather]
     layers: list[PrunedLayer]
-    probe: dict[str, Tensor]
+    probe: Probe
     sample: dict[str, Any] | None = None
 
     def record(self) -> Record:
@@ -126,7 +126,7 @@ class Pruned:
         """
         record = self.record()
         trained = "if you have trained it since, write it with permprune.save"
-        check_outputs(self.model, self.probe, "this model", stored=self.model.dtype, advice=trained)
+        check_outputs(self.model, self.probe, "this model", trained)
         require_patterns(self.model, recorded_patterns(self.model, record.layers))
         weights = partial(write_weights, self.model, processor, origin_of(self.model).dtype)
         with atomic_folder(Path(folder)) as filled:
@@ -246,10 +246,12 @@ def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) 
     `natural` are the network's measures in natural order. `prepared` must not be used afterwards.
     """
     model, network = prepared.model, prepared.network
-    probe = make_probe(model, short_inputs(model, prepared.run.held_out))
     measures = beside_natural(network.measures(), natural)
     shown = sample(network, measures)
     network.write()
+    round_weights(model.parameters(), origin_of(model).dtype)
+    with computed_in(model, torch.float32):
+        probe = make_probe(model, short_inputs(model, prepared.run.held_out))
     tables = fold_tables(prepared.coupling, network.problems, solution.orders)
     fold_all(model, tables, prepared.coupling)
     gathers = _gather(prepared, solution.orders)
@@ -265,6 +267,14 @@ def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) 
     )
     set_origin(model, replace(origin_of(model), record=pruned.record(), probe=probe))
     return pruned
+
+
+@torch.no_grad()
+def round_weights(weights: Iterable[Tensor], stored: torch.dtype) -> None:
+    """Round weights in place to the type in which they will be stored, so that what is measured is what is written."""
+    for weight in weights:
+        if weight.is_floating_point():
+            weight.copy_(weight.to(stored))
 
 
 @memory_reported()

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedToken
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from permprune.checkpoints.io import GATHERED, load
-from permprune.checkpoints.probe import last_outputs
+from permprune.checkpoints.probe import probe_outputs
 from permprune.checkpoints.record import read_record
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
@@ -50,9 +50,9 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
     prepared = prepare(tiny_llama, None, PruneConfig(pattern=pattern, mode=mode, precision="fp32"), examples=WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert [row.error_none for row in pruned.layers] == [row.error for row in natural]
     for layer in prunable_layers(pruned.model, Pattern.parse(pattern)):
         assert Pattern.parse(pattern).holds(layer.weight)
@@ -141,9 +141,9 @@ def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCau
     prepared = prepare(tiny_llama, None, settings, examples=WINDOWS)
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert {bool(gather.output) for gather in pruned.gathers} == {False, True}
 
 
@@ -169,9 +169,9 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
     assert sorted(len(problem.parts) for problem in prepared.problems) == [1, 1, 1, 1, 2, 2, 3, 3]
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert len(pruned.gathers) == 8 and not pruned.tables
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
@@ -206,9 +206,9 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     assert "model.layers.1.mlp.down_proj.input" in names and "model.layers.0.mlp.down_proj.input" not in names
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
-    masked = last_outputs(tiny_llama, {"input_ids": WINDOWS})
+    masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(last_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
+    torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 
 
@@ -288,7 +288,7 @@ def test_a_written_folder_loads_and_proves_itself(
     if mode == "fold":
         ids = WINDOWS[:2]
         again = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-        assert torch.equal(last_outputs(again, {"input_ids": ids}), last_outputs(model, {"input_ids": ids}))
+        assert torch.equal(probe_outputs(again, {"input_ids": ids}), probe_outputs(model, {"input_ids": ids}))
         assert plain.exists() and not read_record(out).gathers
     else:
         assert (out / GATHERED).exists() and not plain.exists()
@@ -331,7 +331,7 @@ def test_a_folder_whose_weights_were_touched_fails_verification(
     weight = model.model.layers[0].mlp.down_proj.weight
     weight.data[:, [0, 5]] = weight.data[:, [5, 0]]
     model.save_pretrained(out)
-    with pytest.raises(PermpruneError, match=r"prune the model again|other outputs than"):
+    with pytest.raises(PermpruneError, match=r"layers.0.mlp.down_proj.weight is not as permprune wrote it"):
         verify(out)
     assert moved.size == 64
 
@@ -355,12 +355,12 @@ def test_the_real_model_folds_loads_and_verifies(
     settings = PruneConfig(permute="random", samples=6, length=64, measured=3, held_out=1)
     record = prune_to_folder("smollm2-135m", out, settings, evaluation=Evaluation(None, 2, 64))
     found = verify(out)
-    assert found.layers == 210 and found.difference < 1e-4
+    assert found.layers == 210 and found.difference < 1e-3  # of logits up to 33
     assert record.measured and record.measured.none > record.measured.dense
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     _, tokenizer = smollm
     ids = tokenize(load_documents(None, "evaluation"), tokenizer, 32, 2)
-    assert torch.equal(last_outputs(model, {"input_ids": ids}), last_outputs(load(out), {"input_ids": ids}))
+    assert torch.equal(probe_outputs(model, {"input_ids": ids}), probe_outputs(load(out), {"input_ids": ids}))
     for layer in prunable_layers(model, Pattern(2, 4)):
         assert Pattern(2, 4).holds(layer.weight)
 
@@ -378,11 +378,11 @@ def test_dense_folding_of_the_real_model_changes_nothing(
     ]
     for space in [space for space in spaces if ".7." in space.name or space.name.endswith("residual")]:
         assert verify_space(model, space, {"input_ids": ids}) < 1e-4
-    before, generator = last_outputs(model, {"input_ids": ids}), torch.Generator().manual_seed(0)
+    before, generator = probe_outputs(model, {"input_ids": ids}), torch.Generator().manual_seed(0)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for space in spaces:
         table = torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
         fold(model, space, table)
-    after = last_outputs(model, {"input_ids": ids})
+    after = probe_outputs(model, {"input_ids": ids})
     model.load_state_dict(state)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)

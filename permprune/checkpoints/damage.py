@@ -1,12 +1,19 @@
-"""Find the damaged file of a checkpoint after loading it has failed."""
+"""Find the damaged file or tensor of a checkpoint."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from permprune.checkpoints.probe import PROBE
+from permprune.errors import PermpruneError
+from permprune.system.digests import digest_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -42,6 +49,34 @@ def damage(source: str | Path, weights: bool = False) -> str | None:
             "convert it to safetensors"
         )
     return None
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each tensor in the safetensors files of a folder, with its type and shape, by its name.
+
+    Several threads read the files. Raises `SafetensorError` or `OSError` if a file cannot be read.
+    """
+    with ExitStack() as opened, ThreadPoolExecutor() as threads:
+        paths = sorted(path for path in folder.glob("*.safetensors") if path.name != PROBE)
+        files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
+        named = [(file, name) for file in files for name in file.keys()]  # noqa: SIM118 (no mapping)
+        found = threads.map(lambda at: digest_of([(at[1], at[0].get_tensor(at[1]))]), named)
+        return {name: digest for (_, name), digest in zip(named, found, strict=True)}
+
+
+def require_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise `PermpruneError` if a tensor in a folder is not the one with this digest in the folder's record.
+
+    A record without digests, of an earlier release, and a folder without weights are not compared.
+    """
+    found = weight_digests(folder) if digests else {}
+    changed = [name for name in {**digests, **found} if digests.get(name) != found.get(name)] if found else []
+    if changed:
+        more = f", as are {len(changed) - 1} other tensors" if len(changed) > 1 else ""
+        raise PermpruneError(
+            f"{folder}: {changed[0]} is not as permprune wrote it{more}: copy the folder again; if you trained it, "
+            "do so after permprune.load, and write it with permprune.save"
+        )
 
 
 def first_line(error: BaseException) -> str:

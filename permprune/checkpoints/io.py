@@ -12,7 +12,7 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from permprune.checkpoints.damage import damage, first_line
+from permprune.checkpoints.damage import damage, first_line, require_digests
 from permprune.checkpoints.gathers import attach_gathers, has_gathers
 from permprune.checkpoints.licence import fetch_card
 from permprune.checkpoints.origin import Origin, set_origin
@@ -23,6 +23,8 @@ from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_cl
 from permprune.checkpoints.schema import Malformed
 from permprune.checkpoints.weights import load_whole, load_whole_file, require_fewer_layers
 from permprune.errors import PermpruneError
+from permprune.models.forward import stored_as
+from permprune.models.layers import is_packed
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
 from permprune.system.out_of_memory import memory_reported
@@ -59,7 +61,7 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
         model = _load_plain(name, source, trust_remote_code)
         set_origin(model, Origin(name, model.dtype))
     stored = model.dtype
-    if getattr(model, "hf_quantizer", None) is None:
+    if not is_packed(model):
         model.float()
     nn.Module.to(model, best_device())  # PreTrainedModel.to raises for packed models, though they can be moved
     return model.eval(), processor, stored
@@ -131,7 +133,7 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMo
 
     A model without gathers is an ordinary checkpoint, which `from_pretrained` loads as well. `save` writes the model
     again. Custom code of a checkpoint runs only with `trust_remote_code`. Raises `PermpruneError` if the folder does
-    not contain a model written by permprune, or if the model is damaged.
+    not contain a model written by permprune, or if its weights are not those that permprune wrote.
     """
     return _load_pruned(str(folder), Path(folder), trust_remote_code)
 
@@ -146,12 +148,13 @@ def _load_pruned(name: str, folder: Path, trust_remote_code: bool) -> PreTrained
         model.eval()
     else:
         model = _load_plain(name, folder, trust_remote_code)
+    require_digests(folder, record.digests)
     try:
         recorded_patterns(model, record.layers)
         attach_gathers(model, record.gathers)
     except Malformed as error:
         raise PermpruneError(f"{folder / RECORD} does not fit the model: {error}") from error
-    probe = read_probe(folder) if (folder / PROBE).exists() else {}
+    probe = read_probe(folder, model.dtype) if (folder / PROBE).exists() else None
     set_origin(model, Origin(name, model.dtype, record, probe))
     return model
 
@@ -185,29 +188,6 @@ def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: to
             model.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-
-
-@contextmanager
-def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Context manager: the model's floating-point parameters and buffers are cast to `dtype`; restored on exit."""
-    parameters = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
-    buffers = [
-        (module._buffers, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.is_floating_point()
-    ]
-    try:
-        for parameter, data in parameters:
-            parameter.data = data.to(dtype)
-        for owner, name, buffer in buffers:
-            owner[name] = buffer.to(dtype)
-        yield
-    finally:
-        for parameter, data in parameters:
-            parameter.data = data
-        for owner, name, buffer in buffers:
-            owner[name] = buffer
 
 
 def write_configs(model: PreTrainedModel, folder: Path) -> None:

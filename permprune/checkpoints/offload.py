@@ -16,8 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from permprune.checkpoints.damage import require_digests
 from permprune.checkpoints.io import CONFIG, GATHERED, PROCESSOR, WEIGHTS, loading, read_config, write_configs
 from permprune.checkpoints.origin import Origin, set_origin
+from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weights import load_whole, require_buildable, whole_skeleton
 from permprune.models.layers import canonical_names
 from permprune.models.processors import Processor, read_processor
@@ -166,6 +168,8 @@ def read_offloaded(
     options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}
     with loading(name, source, WEIGHTS):
         model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
+    if (Path(source) / RECORD).exists():
+        require_digests(Path(source), read_record(source).digests)
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     remove_hook_from_submodules(model)

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import Gather, attach_gathers
+from permprune.checkpoints.probe import Probe
 from permprune.checkpoints.record import Record
 
 ATTRIBUTE = "_permprune_origin"
@@ -19,14 +19,14 @@ ATTRIBUTE = "_permprune_origin"
 class Origin:
     """Where a model comes from: its name, the dtype of its stored weights, and how it was pruned.
 
-    `record` is None unless permprune pruned the model. `probe` holds the tensors by which a saved copy of a pruned
-    model is checked (see `make_probe`); empty if there are none.
+    `record` is None unless permprune pruned the model. `probe` is what a saved copy of a pruned model is checked by;
+    None if there is none.
     """
 
     name: str
     dtype: torch.dtype
     record: Record | None = None
-    probe: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    probe: Probe | None = None
 
     @property
     def gathers(self) -> list[Gather]:

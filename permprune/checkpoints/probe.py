@@ -1,97 +1,162 @@
-"""The probe of a pruned model's folder: two examples and the masked model's outputs for them, to check the folder by.
+"""The probe of a pruned model's folder: random inputs and the masked model's outputs for them, to check the folder by.
 
-The outputs are computed before the permutations are folded into the weights.
+The outputs are computed in fp32 before the permutations are folded into the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from permprune.errors import PermpruneError
-from permprune.models.forward import forward_arguments, main_outputs
+from permprune.models.dummy_inputs import random_like
+from permprune.models.forward import computed_in, forward_arguments, main_outputs
+from permprune.models.layers import is_packed
 from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
 PROBE = "probe.safetensors"
 
-ANSWER = "answer"
-"""Name of the outputs in a probe; the other tensors are arguments of the model's forward."""
+OUTPUTS, TOLERANCE = "outputs", "tolerance"
+"""Names of the outputs and of the tolerance in the file; the other tensors are arguments of the model's forward."""
+
+OLD_OUTPUTS = "answer"
+"""The name of the outputs in files of earlier releases, whose inputs are calibration data, and without a tolerance."""
+
+POSITIONS = 4
+"""Number of positions of a sequence whose outputs are compared."""
+
+MARGIN = 2**-9
+"""The share of the change by activations in bf16 that fp32 may differ by: 128 times the ratio of their roundings.
+
+In fp32, SmolLM2-135M differs from fp64 by a tenth of that; one layer scaled by 1.02 changes at least 30 times as much.
+"""
 
 ADVICE = "copy it again, or prune the model again"
 
-Probe = Mapping[str, Tensor]
 
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Inputs of a model, by the names of its forward's arguments, and its outputs for them.
 
-def make_probe(model: PreTrainedModel, inputs: Probe) -> dict[str, Tensor]:
-    """Create a probe: `inputs`, keyword arguments of the model's forward, and the model's outputs for them, on the CPU.
-
-    `inputs` may be a probe, whose outputs are then replaced.
+    `outputs` are fp32 (rows, ...): the model's first main output (see `main_outputs`), and of a sequence those at
+    evenly spaced positions. `tolerance` is the largest absolute difference that rounding explains.
     """
-    own = {name: tensor.cpu().contiguous() for name, tensor in inputs.items() if name != ANSWER}
-    return {**own, ANSWER: last_outputs(model, own)}
+
+    inputs: Mapping[str, Tensor]
+    outputs: Tensor
+    tolerance: float
+
+    def write(self, folder: Path) -> None:
+        """Write the file of the probe into a folder."""
+        tolerance = torch.tensor(self.tolerance, dtype=torch.float64)
+        save_file({**self.inputs, OUTPUTS: self.outputs, TOLERANCE: tolerance}, folder / PROBE)
+
+
+def make_probe(model: PreTrainedModel, like: Mapping[str, Tensor]) -> Probe:
+    """Create a probe with the current outputs of a model that computes in fp32.
+
+    Its inputs are random, with the shapes of `like` (see `random_like`). The tolerance is a share (`MARGIN`) of what
+    rounding the outputs of all modules to bf16 changes.
+    """
+    inputs = {name: tensor.cpu().contiguous() for name, tensor in random_like(model, like).items()}
+    outputs = probe_outputs(model, inputs)
+    with _rounded(model):
+        rounding = float((probe_outputs(model, inputs) - outputs).abs().max())
+    return Probe(inputs, outputs, max(MARGIN * rounding, 1e-6 * float(outputs.abs().max())))
 
 
 @torch.inference_mode()
-def last_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The model's first main output (see `main_outputs`) at the last position: fp32 (batch, classes or channels)."""
-    device = compute_device(model)
-    arguments = forward_arguments(model, {name: tensor.to(device) for name, tensor in inputs.items()})
-    output: Tensor = main_outputs(model(**arguments))[0]
-    return (output[:, -1] if output.dim() > 2 else output).float().cpu().contiguous()
+def probe_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], positions: int = POSITIONS) -> Tensor:
+    """Return the model's first main output at so many positions, the last one among them: fp32 (rows, ...).
+
+    Rows are examples, or positions of examples if the output has more than two dimensions.
+    """
+    device, dtype = compute_device(model), model.dtype if is_packed(model) else torch.float32
+    moved = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
+    output: Tensor = main_outputs(model(**forward_arguments(model, moved)))[0]
+    if output.dim() > 2:
+        output = output[:, [output.shape[1] * place // positions - 1 for place in range(1, positions + 1)]].flatten(
+            0, 1
+        )
+    return output.float().cpu().contiguous()
 
 
-def read_probe(folder: Path) -> dict[str, Tensor]:
-    """Read the probe of a folder. Raises `PermpruneError` if it is missing or damaged."""
+def read_probe(folder: Path, stored: torch.dtype) -> Probe:
+    """Read the probe of a folder with weights of type `stored`. Raises `PermpruneError` if it is missing or damaged."""
     path = folder / PROBE
     try:
-        probe = load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise PermpruneError(f"{folder} lacks {PROBE}: {ADVICE}") from None
     except (OSError, SafetensorError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(f"{path} is damaged ({reason}): {ADVICE}") from error
-    answer = probe.get(ANSWER)
-    if len(probe) < 2 or answer is None or answer.dtype != torch.float32 or not answer.numel():
-        raise PermpruneError(f"{path} is damaged (it must hold inputs and fp32 outputs): {ADVICE}")
-    return probe
+    if (outputs := tensors.pop(OLD_OUTPUTS, None)) is not None:
+        rounding = 8 * torch.finfo(stored).eps if stored.itemsize < 4 else 0.0
+        tolerance: Tensor | None = (rounding * outputs.abs().max()).clamp(min=1e-4) if outputs.numel() else None
+    else:
+        outputs, tolerance = tensors.pop(OUTPUTS, None), tensors.pop(TOLERANCE, None)
+    fits = outputs is not None and outputs.dtype == torch.float32 and outputs.numel()
+    if outputs is None or not fits or not tensors or tolerance is None or tolerance.numel() != 1:
+        raise PermpruneError(f"{path} is damaged (it must hold inputs, fp32 outputs and a tolerance): {ADVICE}")
+    return Probe(tensors, outputs, float(tolerance))
 
 
-def check_outputs(
-    model: PreTrainedModel, probe: Probe, what: str, *, stored: torch.dtype, advice: str = ADVICE
-) -> float:
-    """The largest absolute difference between the model's outputs and those of the probe.
+def check_outputs(model: PreTrainedModel, probe: Probe, what: str, advice: str = ADVICE) -> float:
+    """Return the largest absolute difference between the model's outputs and those of the probe.
 
-    Raises `PermpruneError` if the difference is larger than rounding the weights to dtype `stored` can explain, or if
-    the model does not run on the probe. In the message, `what` names the model and `advice` says what to do.
+    They are computed in fp32, those of a packed model in its own types. Raises `PermpruneError` if the difference
+    exceeds the probe's tolerance, or if the model does not run on the probe. In the message, `what` names the model and
+    `advice` says what to do.
     """
-    expected = probe[ANSWER]
-    found = _outputs_on(model, probe)
-    rounding = 8 * torch.finfo(stored).eps if stored.itemsize < 4 else 0.0
-    if found.shape != expected.shape:
-        raise PermpruneError(f"{what} has outputs of shape {tuple(found.shape)}, and {PROBE} {tuple(expected.shape)}")
-    difference = float((found - expected).abs().max())
-    if not difference <= max(1e-4, rounding * float(expected.abs().max())):
+    difference = output_difference(model, probe, what)
+    if not difference <= probe.tolerance:
         raise PermpruneError(
-            f"{what} computes other outputs than the masked model did (they differ by {difference:.2g}): {advice}"
+            f"{what} computes other outputs than the masked model did (they differ by {difference:.2g}, where rounding "
+            f"explains {probe.tolerance:.2g}): {advice}"
         )
     return difference
 
 
-def _outputs_on(model: PreTrainedModel, probe: Probe) -> Tensor:
-    """The model's outputs for a probe. Raises `PermpruneError` if the model does not run on it."""
-    known = argument_names(model)
-    inputs = {name: tensor for name, tensor in probe.items() if name != ANSWER}
+def output_difference(model: PreTrainedModel, probe: Probe, what: str) -> float:
+    """Return the difference that `check_outputs` compares with the tolerance. Raises `PermpruneError` likewise."""
+    known, rows = argument_names(model), len(next(iter(probe.inputs.values())))
     try:
-        if unknown := sorted(inputs.keys() - set(known)):
+        if unknown := sorted(probe.inputs.keys() - set(known)):
             raise TypeError(f"it takes no {unknown[0]!r}")
-        return last_outputs(model, inputs)
+        with nullcontext() if is_packed(model) else computed_in(model, torch.float32):
+            outputs = probe_outputs(model, probe.inputs, max(1, len(probe.outputs) // max(1, rows)))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(f"the model does not run on the examples of {PROBE} ({reason})") from error
+    if outputs.shape != probe.outputs.shape:
+        shapes = tuple(outputs.shape), tuple(probe.outputs.shape)
+        raise PermpruneError(f"{what} has outputs of shape {shapes[0]}, and {PROBE} {shapes[1]}: {ADVICE}")
+    return float((outputs - probe.outputs).abs().max())
+
+
+@contextmanager
+def _rounded(model: nn.Module) -> Iterator[None]:
+    """Context manager: the outputs of all modules without submodules are rounded to bf16."""
+
+    def rounded(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        narrow = isinstance(output, Tensor) and output.is_floating_point()
+        return output.bfloat16().to(output.dtype) if narrow else output
+
+    modules = [module for module in model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(rounded) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

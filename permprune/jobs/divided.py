@@ -19,7 +19,7 @@ from permprune.models.layers import require_finite
 from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
-from permprune.pipeline import Pruned, beside_natural, measure, new_gathers
+from permprune.pipeline import Pruned, beside_natural, measure, new_gathers, round_weights
 from permprune.plan import calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.stored import fold_tables
@@ -63,6 +63,7 @@ class DividedModel:
         """
         release_freed_memory()  # of the search: the first process collects whole files
         prepared, network = self.prepared, self.prepared.network
+        round_weights([*network.trained.values(), *network.updated.values()], self.stored)
         pruned = Pruned(
             model=self.whole,
             solution=solution,

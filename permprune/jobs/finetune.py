@@ -229,7 +229,7 @@ def finetune(
         opened = open_model(model, processor, trust_remote_code=options.trust_remote_code)
         require_changeable(opened.model)
         if opened.model is not model and (origin := origin_of(opened.model)).record:  # it was read from a folder
-            check_outputs(opened.model, require_probe(origin), opened.name, stored=opened.stored)
+            check_outputs(opened.model, require_probe(origin), opened.name)
         return _finetune(opened, options, work, announce)
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import PROCESSOR, load, loading, write_weights
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import linear_layers
-from permprune.checkpoints.probe import ANSWER, PROBE, Probe, make_probe
+from permprune.checkpoints.probe import TOLERANCE, Probe, check_outputs, output_difference
 from permprune.checkpoints.record import Record, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes, weight_bytes
@@ -27,6 +25,9 @@ from permprune.system.out_of_memory import memory_reported
 
 PACKED = "packed"
 """The key in a packed folder's record of the values that `unpack_folder` needs."""
+
+SLACK = 2.0
+"""The tolerance of packed weights, relative to the difference that was measured when they were packed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,15 @@ def pack_folder(
     record = read_record(folder)
     if PACKED in record.extra:
         raise PermpruneError(f"{folder} is packed already: unpack it first, or pack the folder that it was made from")
-    model, processor = _read(folder, trust_remote_code)
-    probe = require_probe(origin_of(model))
+    model, processor, probe = _read(folder, trust_remote_code)
     require_space(out, weight_bytes(model))
     patterns = {row.name: row.pattern for row in record.layers}
     before = _sizes(model, set(patterns))
     dense = pack(model, patterns, dtype=dtype, head=head)
     after = _sizes(model, set(patterns))
-    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head}
+    difference = output_difference(model, probe, str(folder))
+    kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head, TOLERANCE: probe.tolerance}
+    measured = dataclasses.replace(probe, tolerance=max(probe.tolerance, SLACK * difference))
     record = dataclasses.replace(record, gathers=[], bench=None, extra={**record.extra, PACKED: kept})
 
     def weights(written: Path) -> None:
@@ -89,14 +91,13 @@ def pack_folder(
             processor.save_pretrained(written)
 
     with atomic_folder(out) as written:
-        write_pruned(record, probe, weights, written)
-        said = _renew_probe(written, probe, trust_remote_code)
+        write_pruned(record, measured, weights, written)
     return Packed(
         weights=Sizes(before[0], after[0]),
         layers=Sizes(before[1], after[1]),
         left_dense=merged(dense),
-        difference=float((said[ANSWER] - probe[ANSWER]).abs().max()),
-        largest=float(probe[ANSWER].abs().max()),
+        difference=difference,
+        largest=float(probe.outputs.abs().max()),
     )
 
 
@@ -115,30 +116,34 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     if kept is None:
         raise PermpruneError(f"{folder} is not packed: give a folder with packed weights")
     record = Record.of({**values, "gathers": kept["gathers"]})
-    model, processor = _read(folder, trust_remote_code)
-    probe = require_probe(origin_of(model))
+    model, processor, probe = _read(folder, trust_remote_code)
     unpack_layers(model, model.dtype, natural=False)
     restore_outputs(model)
     model.hf_quantizer.remove_quantization_config(model)  # type: ignore[operator,union-attr]
     attach_gathers(model, record.gathers)
+    difference = check_outputs(model, probe, f"the unpacked {folder}")
+    tolerance = max(kept.get(TOLERANCE, probe.tolerance), SLACK * difference)
     require_space(out, weight_bytes(model))
     with atomic_folder(out) as written:
-        write_pruned(record, probe, lambda made: write_weights(model, processor, model.dtype, made), written)
-        _renew_probe(written, probe, trust_remote_code)
+        write_pruned(
+            record,
+            dataclasses.replace(probe, tolerance=tolerance),
+            lambda made: write_weights(model, processor, model.dtype, made),
+            written,
+        )
 
 
-def _read(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Processor | None]:
-    """Load the model in the data type that it is stored in, and its processor (None if the folder has none)."""
+def _read(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Processor | None, Probe]:
+    """Load the model in the data type that it is stored in, its processor (None if the folder has none), and its probe.
+
+    Raises `PermpruneError` if the model's outputs are not those of the probe.
+    """
     with loading(str(folder), folder, PROCESSOR):
         processor = read_processor(folder, trust_remote_code)
-    return load(folder, trust_remote_code=trust_remote_code), processor
-
-
-def _renew_probe(folder: Path, probe: Probe, trust_remote_code: bool) -> dict[str, Tensor]:
-    """Replace the outputs in the folder's probe by those of the model in the folder; returns the new probe."""
-    renewed = make_probe(load(folder, trust_remote_code=trust_remote_code), probe)
-    save_file(renewed, folder / PROBE)
-    return renewed
+    model = load(folder, trust_remote_code=trust_remote_code)
+    probe = require_probe(origin_of(model))
+    check_outputs(model, probe, str(folder))
+    return model, processor, probe
 
 
 def _sizes(model: PreTrainedModel, names: set[str]) -> tuple[int, int]:

@@ -46,7 +46,7 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
     patterns = recorded_patterns(shown, origin.record.layers)
     require_patterns(shown, patterns)
     what = "this model" if shown is model else str(model)
-    difference = check_outputs(shown, require_probe(origin), what, stored=origin.dtype)
+    difference = check_outputs(shown, require_probe(origin), what)
     return Verified(len(patterns), difference, origin.record.dense or _dense(shown, origin.record))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zipfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -123,13 +123,7 @@ class _Maker:
         vocabulary = getattr(config, "vocab_size", None)
         if vocabulary is None:
             return None
-        special = {
-            value
-            for one in nested_configs(self.config)
-            for key, value in vars(one).items()
-            if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)
-        }
-        words = torch.tensor([token for token in range(min(vocabulary, 1000)) if token not in special])
+        words = _words(self.config, min(vocabulary, 1000))
         ids = words[torch.randint(len(words), (BATCH, LENGTH), generator=self.generator)]
         end = getattr(config, "eos_token_id", None)
         if isinstance(end, int) and end < vocabulary:
@@ -184,6 +178,38 @@ class _Maker:
 
     def _noise(self, *shape: int) -> Tensor:
         return torch.randn(BATCH, *shape, generator=self.generator)
+
+
+def random_like(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Random keyword arguments for the model's forward with the shapes and types of `inputs`, with a fixed seed.
+
+    Token ids are ordinary tokens of the model's vocabulary, except where `inputs` have a special one. Floating-point
+    tensors are uniform noise in the range of the given ones. Other tensors, such as the sizes of images, are kept.
+    """
+    generator, found = torch.Generator().manual_seed(0), {}
+    for name, tensor in inputs.items():
+        if name in ("input_ids", "decoder_input_ids"):
+            config = model.config.get_text_config(decoder=name != "input_ids")
+            words = _words(model.config, getattr(config, "vocab_size", None) or int(tensor.max()) + 1)
+            drawn = words[torch.randint(len(words), tensor.shape, generator=generator)].to(tensor)
+            found[name] = torch.where(torch.isin(tensor, words.to(tensor.device)), drawn, tensor)
+        elif tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+            found[name] = torch.lerp(tensor.min(), tensor.max(), noise)
+        else:
+            found[name] = tensor
+    return found
+
+
+def _words(config: PreTrainedConfig, vocabulary: int) -> Tensor:
+    """The token ids below `vocabulary` that no field of a config names as special, int64."""
+    ordinary = torch.ones(vocabulary, dtype=torch.bool)
+    for one in nested_configs(config):
+        for key, value in vars(one).items():
+            if key.endswith(("_token_id", "_token_index")):
+                special = [token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)]
+                ordinary[[token for token in special if 0 <= token < vocabulary]] = False
+    return ordinary.nonzero().flatten() if ordinary.any() else torch.arange(vocabulary)
 
 
 def _processed_size(processor: object) -> tuple[int, int] | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -52,6 +52,28 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = True
         for config in caching:
             config.use_cache = True
+
+
+def stored_as(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Context manager: the floating-point tensors of the model's state dict are cast to `dtype`; restored on exit."""
+    return _cast(model.state_dict(keep_vars=True).values(), dtype)
+
+
+def computed_in(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Context manager: all floating-point parameters and buffers of the model are cast to `dtype`; restored on exit."""
+    return _cast([*model.parameters(), *model.buffers()], dtype)
+
+
+@contextmanager
+def _cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
+    try:
+        for tensor, data in before:
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in before:
+            tensor.data = data
 
 
 def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -246,9 +246,14 @@ def _less_excluded(layers: list[Layer], exclude: Iterable[str]) -> list[Layer]:
     return [layer for layer in layers if layer.name not in excluded]
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model's weights are packed or quantized."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
 def require_changeable(model: nn.Module) -> None:
     """Raise `PermpruneError` if the model's weights are packed or quantized, and so cannot be changed."""
-    if getattr(model, "hf_quantizer", None) is not None:
+    if is_packed(model):
         raise PermpruneError(
             "the weights are packed or quantized: unpack them first (permprune unpack), or give the original model"
         )

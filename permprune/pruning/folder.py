@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.damage import weight_digests
 from permprune.checkpoints.gathers import has_gathers
 from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.origin import Origin, origin_of
@@ -18,6 +19,7 @@ from permprune.checkpoints.patterns import recorded_patterns, require_patterns
 from permprune.checkpoints.probe import PROBE, Probe, make_probe
 from permprune.checkpoints.record import RECORD, Record
 from permprune.errors import PermpruneError
+from permprune.models.forward import computed_in, stored_as
 from permprune.models.processors import Processor
 from permprune.report.card import write_card
 from permprune.report.run import write_report
@@ -54,14 +56,20 @@ def write_model(model: PreTrainedModel, processor: Processor | None, folder: Pat
         return
     require_patterns(model, recorded_patterns(model, origin.record.layers))
     record = dataclasses.replace(origin.record, **changes)
-    write_pruned(record, make_probe(model, require_probe(origin)), weights, folder)
+    inputs = require_probe(origin).inputs
+    with stored_as(model, origin.dtype), computed_in(model, torch.float32):
+        probe = make_probe(model, inputs)
+    write_pruned(record, probe, weights, folder)
 
 
 def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object], folder: Path) -> None:
-    """Write a pruned model to a folder; `weights(folder)` writes its weights and processor."""
+    """Write a pruned model to a folder; `weights(folder)` writes its weights and processor.
+
+    The record gets the digests of the written weights.
+    """
     weights(folder)
-    save_file(dict(probe), folder / PROBE)
-    values = record.to_json()
+    probe.write(folder)
+    values = dataclasses.replace(record, digests=weight_digests(folder)).to_json()
     write_json(folder / RECORD, values)
     write_report(values, folder / "report.html")
     write_card(values, folder)
@@ -69,6 +77,6 @@ def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object]
 
 def require_probe(origin: Origin) -> Probe:
     """Return the probe of a pruned model. Raises `PermpruneError` if its folder does not have one."""
-    if not origin.probe:
+    if origin.probe is None:
         raise PermpruneError(f"{origin.name} lacks {PROBE}: copy the whole folder, or prune the model again")
     return origin.probe

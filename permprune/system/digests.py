@@ -1,4 +1,4 @@
-"""Digests of what a search depends on; a saved state is resumed only if they are the same."""
+"""Digests of weights and of what a search depends on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rounded_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of the names, types, shapes and values of tensors, on any device."""
-    found = hashlib.blake2b(digest_size=16)
+    found = hashlib.sha256()
     for name, tensor in tensors:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune.checkpoints.io import GATHERED
 from permprune.checkpoints.offload import attach, read_offloaded, read_skeleton, write_offloaded
-from permprune.checkpoints.probe import last_outputs
+from permprune.checkpoints.probe import probe_outputs
 from permprune.errors import PermpruneError
 
 IDS = torch.arange(32).view(2, 16)
@@ -32,12 +32,12 @@ def test_a_model_runs_on_weights_that_come_and_go(
     attach(model, weights)
     assert dtype == torch.float32
     for _ in range(2):
-        assert torch.equal(last_outputs(model, {"input_ids": IDS}), last_outputs(tiny_llama, {"input_ids": IDS}))
+        assert torch.equal(probe_outputs(model, {"input_ids": IDS}), probe_outputs(tiny_llama, {"input_ids": IDS}))
         assert all(parameter.is_meta for parameter in model.parameters())
     weights.edit = lambda name, tensor: tensor / 2 if name == "model.embed_tokens.weight" else tensor
-    changed = last_outputs(model, {"input_ids": IDS})
+    changed = probe_outputs(model, {"input_ids": IDS})
     tiny_llama.model.embed_tokens.weight.data /= 2  # the head's weight as well: they are tied
-    assert torch.equal(changed, last_outputs(tiny_llama, {"input_ids": IDS}))
+    assert torch.equal(changed, probe_outputs(tiny_llama, {"input_ids": IDS}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,7 +54,7 @@ def test_what_is_written_is_what_was_read_as_edited(
     tiny_tokenizer.save_pretrained(source)
     model, tokenizer, stored, weights = read_offloaded(str(source), tmp_path / "offloaded")
     attach(model, weights)
-    last_outputs(model, {"input_ids": IDS})  # takes tied weights apart
+    probe_outputs(model, {"input_ids": IDS})  # takes tied weights apart
     weights.edit = lambda name, tensor: -tensor if name.endswith("up_proj.weight") else tensor
     out.mkdir()
     write_offloaded(model, tokenizer, weights, dtype=stored, gathered=gathered, folder=out, memory=40_000)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import permprune
 from permprune.checkpoints.io import GATHERED
-from permprune.checkpoints.probe import ANSWER, PROBE
+from permprune.checkpoints.probe import OUTPUTS, PROBE
 from permprune.checkpoints.record import FORMAT, RECORD, Record, read_record
 from permprune.report.run import render
 
@@ -224,11 +224,11 @@ PROBES: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "no outputs": lambda path: edited(path, lambda tensors: tensors.pop(ANSWER)),
+    "no outputs": lambda path: edited(path, lambda tensors: tensors.pop(OUTPUTS)),
     "no inputs": lambda path: edited(path, lambda tensors: tensors.pop("input_ids")),
-    "outputs of no size": lambda path: edited(path, lambda tensors: tensors.update({ANSWER: torch.zeros(0)})),
+    "outputs of no size": lambda path: edited(path, lambda tensors: tensors.update({OUTPUTS: torch.zeros(0)})),
     "outputs in another type": lambda path: edited(
-        path, lambda tensors: tensors.update({ANSWER: tensors[ANSWER].bfloat16()})
+        path, lambda tensors: tensors.update({OUTPUTS: tensors[OUTPUTS].bfloat16()})
     ),
 }  # fmt: skip
 
@@ -251,11 +251,11 @@ RUNS: dict[str, Callable[[Path], object]] = {
         path, lambda tensors: tensors.update(past_key_values=torch.ones(2))
     ),
     "outputs of another shape": lambda path: edited(
-        path, lambda tensors: tensors.update({ANSWER: tensors[ANSWER][:, :1]})
+        path, lambda tensors: tensors.update({OUTPUTS: tensors[OUTPUTS][:, :1]})
     ),
-    "other outputs": lambda path: edited(path, lambda tensors: tensors.update({ANSWER: tensors[ANSWER] + 1})),
+    "other outputs": lambda path: edited(path, lambda tensors: tensors.update({OUTPUTS: tensors[OUTPUTS] + 1})),
     "outputs that are no numbers": lambda path: edited(
-        path, lambda tensors: tensors.update({ANSWER: tensors[ANSWER] * math.nan})
+        path, lambda tensors: tensors.update({OUTPUTS: tensors[OUTPUTS] * math.nan})
     ),
 }  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_filled_does_not_appear(
         raise OSError(28, "No space left on device")
 
     done = write_pruned(source, tmp_path / "out", "fold")
-    monkeypatch.setattr("permprune.pruning.folder.save_file", full)
+    monkeypatch.setattr("permprune.checkpoints.probe.save_file", full)
     with pytest.raises(permprune.PermpruneError, match="No space left on device"):
         done.save_pretrained(tmp_path / "other")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -320,8 +320,10 @@ def test_finetune_refuses_at_once_what_has_lost_its_pattern(pruned: dict[str, Pa
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight += 1e-7
     model.save_pretrained(folder)
-    line = fails("finetune", folder, "--data", folder / "text.txt", *TUNED, "--out", tmp_path / "out")
-    assert "up_proj is not 2:4 in stored order" in line
+    command = ["finetune", folder, "--data", folder / "text.txt", *TUNED, "--out", tmp_path / "out"]
+    assert "up_proj.weight is not as permprune wrote it" in fails(*command)
+    edit_record(folder, digests={})
+    assert "up_proj is not 2:4 in stored order" in fails(*command)
 
 
 def test_a_dense_model_trains_whole(source: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from permprune.coupling.discovery import discover
 from permprune.errors import PermpruneError
-from permprune.models.dummy_inputs import example_inputs, read_example
+from permprune.models.dummy_inputs import example_inputs, random_like, read_example
 
 from ..coupling.coupling_models import idefics3, llava_onevision, qwen2_5_vl
 
@@ -250,3 +250,25 @@ def test_a_bad_example_is_one_line(
     path.unlink()
     with pytest.raises(PermpruneError):
         read_example(path, tiny_llama)
+
+
+def test_random_inputs_keep_special_tokens_and_shapes() -> None:
+    config = tf.LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2, bos_token_id=1, eos_token_id=[2, 3])  # fmt: skip
+    model = tf.LlamaForCausalLM(config)
+    given = {
+        "input_ids": torch.tensor([[1, 7, 7, 7, 2], [7, 7, 7, 3, 7]]),
+        "pixel_values": torch.rand(2, 3, 4, 4),
+        "image_sizes": torch.tensor([[4, 4], [2, 4]]),
+    }
+    made = random_like(model, given)
+    ids = made["input_ids"]
+    special = torch.isin(given["input_ids"], torch.tensor([1, 2, 3]))
+    assert torch.equal(ids[special], given["input_ids"][special])
+    assert not torch.isin(ids[~special], torch.tensor([1, 2, 3])).any() and len(ids[~special].unique()) > 4
+    assert torch.equal(made["image_sizes"], given["image_sizes"])
+    pixels = made["pixel_values"]
+    assert pixels.shape == (2, 3, 4, 4) and float(pixels.min()) >= 0 and float(pixels.max()) <= 1
+    assert not torch.isclose(pixels, given["pixel_values"]).all()
+    again = random_like(model, given)
+    assert all(torch.equal(again[name], tensor) for name, tensor in made.items())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from permprune import prune, verify
 from permprune.calibration.moments import FEWEST
 from permprune.calibration.statistics import calibrate
-from permprune.checkpoints.probe import last_outputs
+from permprune.checkpoints.probe import probe_outputs
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.trace import Untraceable
@@ -50,9 +50,9 @@ def test_random_orders_keep_the_outputs_and_leave_two_of_every_four(family: str,
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     ids = {"input_ids": written_by(family)[:16]}
-    expected = last_outputs(prepared.model, ids)
+    expected = probe_outputs(prepared.model, ids)
     pruned = finish(prepared, solution, natural)
-    torch.testing.assert_close(last_outputs(pruned.model, ids), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(probe_outputs(pruned.model, ids), expected, rtol=1e-4, atol=1e-4)
     weights = fused(pruned.model)
     assert weights and len(weights) == 2 * sum("down_proj" in name for name in weights)
     for weight in weights.values():
@@ -230,9 +230,9 @@ def test_an_excluded_expert_stays_dense_and_follows_the_orders_of_the_others(
         natural = prepared.network.measures()
         solution = Random().solve(prepared.network, prepared.run)
         ids = {"input_ids": written_by("mixtral")[:16]}
-        expected = last_outputs(prepared.model, ids)
+        expected = probe_outputs(prepared.model, ids)
         pruned = finish(prepared, solution, natural)
-        torch.testing.assert_close(last_outputs(pruned.model, ids), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(probe_outputs(pruned.model, ids), expected, rtol=1e-4, atol=1e-4)
         for weight in fused(pruned.model).values():
             assert (weight[1] != 0).all()
             assert (weight[[0, 2]].unflatten(-1, (-1, 4)).ne(0).sum(-1) == 2).all()
