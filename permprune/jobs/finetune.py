@@ -266,8 +266,8 @@ def _finetune(
     }
     size = weight_bytes(model, opened.stored)
     with _trained(model, patterns, options) as weights:
-        # Weights, best weights and two moments in fp32; the old state is kept until the new one is written.
-        require_space(work.out, size + 32 * sum(weight.numel() for weight in weights.values()))
+        # Best weights, weights and two moments in fp32; the old state is kept until the new one is written.
+        require_space(work.out, size + 28 * sum(weight.numel() for weight in weights.values()))
         trainer = Trainer(
             model=model,
             weights=weights,

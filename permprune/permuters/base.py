@@ -29,6 +29,9 @@ from permprune.system.search_state import Checkpoint, Journal
 ORDER, WEIGHT, BITS = "order/", "weight/", "bits/"
 """Prefixes of orders, of trained weights and of refined masks among the tensors of a saved solution."""
 
+TRAINING = ".training"
+"""What follows the name of a search in the name of the state of its training."""
+
 
 @dataclass(frozen=True)
 class CurvePoint:
@@ -234,7 +237,9 @@ class Permuter(ABC):
         curve = [astuple(point) for point in solution.curve]
         values = {"limits": self.limits(run), "seconds": solution.seconds, "curve": curve}
         if not solution.stopped:
-            self.checkpoint(run).save(f"{self.name}.found", tensors, values)
+            checkpoint = self.checkpoint(run)
+            checkpoint.save(f"{self.name}.found", tensors, values)
+            checkpoint.remove(self.name + TRAINING)
         return solution
 
     def _recall(self, network: PrunedNetwork, run: Run) -> Solution | None:

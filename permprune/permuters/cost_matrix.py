@@ -223,7 +223,7 @@ class CostMatrixSearch(Search):
             moved = sum(not torch.equal(order, self.orders[name]) for name, order in orders.items())
             self.best, self.orders = loss, orders
         self.record(loss, kept)
-        log.info("%s step %d: held-out loss %.4f, best %.4f", self.method.name, self.done, loss, self.best)
+        log.info("%s step %d: held-out loss %.4f, best %.4f", self.name, self.done, loss, self.best)
         return moved
 
     def _progress(self) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from permprune.losses.loss import Loss, LossFunction, TeacherOutputs, as_loss
 from permprune.losses.objective import Objective
-from permprune.permuters.base import CurvePoint, Permuter, Round, Run, Solution
+from permprune.permuters.base import TRAINING, CurvePoint, Permuter, Round, Run, Solution
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.outline import Passes
 from permprune.system import distributed
@@ -32,10 +32,12 @@ class Search(ABC):
     unit: ClassVar[str] = "round"
 
     def __init__(self, method: Iterative, network: PrunedNetwork, run: Run) -> None:
-        self.network, self.run = network, run
+        self.name, self.network, self.run = method.name, network, run
+        self.checkpoint = method.checkpoint(run)
         self.loss = as_loss(method.objective).suited(network.task, network.statistics.one_label_per_example)
         self.done, self.best, self.seconds = 0, float("inf"), 0.0
         self.curve: list[CurvePoint] = []
+        self._since, self._timed = time.monotonic(), 0
         self.teacher_outputs: list[TeacherOutputs] | None = None
 
     @abstractmethod
@@ -51,6 +53,11 @@ class Search(ABC):
         """The seconds after which no other round begins."""
         minutes = self.run.minutes
         return float("inf") if minutes is None else 60 * minutes
+
+    @property
+    def midway(self) -> bool:
+        """Whether the last round is to be continued, because an interrupted run saved a state within it."""
+        return False
 
     def finish(self) -> None:  # noqa: B027
         """Do what follows the last round, unless a callback ended the search; by default nothing."""
@@ -76,8 +83,27 @@ class Search(ABC):
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
 
     def record(self, loss: float, kept: bool, stage: str = "search") -> None:
-        """Add a point to the curve."""
+        """Add a point to the curve; `count_seconds` sets its time."""
         self.curve.append(CurvePoint(self.done, loss, kept, self.seconds, stage))
+
+    def wait(self) -> None:
+        """Leave out the time since it was last counted."""
+        self._since, self._timed = time.monotonic(), len(self.curve)
+
+    def count_seconds(self) -> None:
+        """Add the time since the last call, or since `wait`, to `seconds` and to the points recorded since."""
+        self.seconds += distributed.mean(time.monotonic() - self._since)
+        self.curve[self._timed :] = [replace(point, seconds=self.seconds) for point in self.curve[self._timed :]]
+        self.wait()
+
+    def save(self) -> None:
+        """Save the state from which an interrupted search is resumed."""
+        self.count_seconds()
+        curve = [astuple(point) for point in self.curve]
+        values = {"done": self.done, "best": self.best, "seconds": self.seconds, "curve": curve}
+        self.checkpoint.save(self.name, self.tensors(), {**values, "own": self.values()})
+        if not self.midway:
+            self.checkpoint.remove(self.name + TRAINING)
 
 
 @dataclass(frozen=True)
@@ -119,23 +145,22 @@ class Iterative(Permuter):
         search.teacher_outputs = network.compute_teacher_outputs(run.held_out, search.loss)
         stopped = not self._resume(search) and self._notify(search, 0)
         with bar(self.name, self.total, search.done) as advance:
-            while search.done < self.total and not stopped and search.seconds <= search.limit:
-                started, known = time.monotonic(), len(search.curve)
+            while not stopped and (search.midway or (search.done < self.total and search.seconds <= search.limit)):
+                search.wait()
                 moved = search.step()
-                search.seconds += distributed.mean(time.monotonic() - started)
-                search.curve[known:] = [replace(point, seconds=search.seconds) for point in search.curve[known:]]
-                self.checkpoint(run).save(self.name, search.tensors(), _state(search))
+                search.save()
                 advance(search.done, f"{self.name}: held-out loss {search.best:.4f}")
                 stopped = self._notify(search, moved)
         if stopped:
             log.info("%s was stopped by a callback after %s %d", self.name, search.unit, search.done)
         else:
+            search.wait()
             search.finish()
         return replace(search.end(), stopped=stopped)
 
     def _resume(self, search: Search) -> bool:
         """Resume from the state of an interrupted run if there is one, else start; returns whether it resumed."""
-        saved: State | None = self.checkpoint(search.run).load(self.name)
+        saved: State | None = search.checkpoint.load(self.name)
         if saved is None:
             search.start()
             return False
@@ -161,9 +186,3 @@ class Iterative(Permuter):
             seconds=search.seconds,
         )
         return search.run.notify(told)
-
-
-def _state(search: Search) -> dict[str, Any]:
-    curve = [astuple(point) for point in search.curve]
-    values = {"done": search.done, "best": search.best, "seconds": search.seconds, "curve": curve}
-    return {**values, "own": search.values()}

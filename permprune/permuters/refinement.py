@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from permprune.permuters.base import Run
 from permprune.pruning.network import Gradients, PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import log, track
+from permprune.system.search_state import Resumable, State
 
 DAMPING = 1500.0
 """The damping of the first round: the swaps of a round are thousands, in all layers, and act together. It is divided by
@@ -141,14 +143,22 @@ def refine_masks(
     *,
     rounds: int,
     examples: int,
-) -> Iterator[float]:
-    """Refine the masks of a network, and yield the loss on held-out text after each of at most `rounds` rounds.
+    saved: Resumable,
+) -> Iterator[tuple[float, float]]:
+    """Refine the masks of a network; yields the loss on held-out text and the seconds after each of `rounds` rounds.
 
     Round i takes its gradient on batch i of `examples` training examples. `held_out` computes the loss, which is `best`
-    at first; it does not rise, as a round without a gain changes nothing.
+    at first; it does not rise, as a round without a gain changes nothing. The state is saved in `saved` after each
+    round, and refinement continues from the state found there, unless it has more rounds.
     """
-    damping = DAMPING
-    for number in track(range(rounds), "refining masks"):
+    damping, done = DAMPING, list[tuple[float, float]]()
+    tensors, values = saved.take() or ({}, {"done": []})
+    if 0 < len(values["done"]) <= rounds:
+        network.set_bits({name: bits.to(network.layers[name].weight.device) for name, bits in tensors.items()})
+        damping, done = values["damping"], [(loss, seconds) for loss, seconds in values["done"]]
+        yield from done
+        best = done[-1][0]
+    for number in track(range(len(done), rounds), "refining masks"):
         gradients = network.gradients(run.batch(number, examples), loss)
         with torch.no_grad():
             swaps = all_swaps(network, gradients, damping)
@@ -157,7 +167,14 @@ def refine_masks(
         made = round(share * sum(len(own.change) for own in swaps.values()))
         log.info("refinement %d: held-out loss %.4f after %d swaps", number, best, made)
         damping = damping / EASING if share == 1 else damping * EASING if share == 0 else damping
-        yield best
+        done.append((best, distributed.mean(saved.seconds)))
+        saved.save(partial(_state, network, damping, done))
+        yield done[-1]
+
+
+def _state(network: PrunedNetwork, damping: float, done: list[tuple[float, float]]) -> State:
+    """The state after a round: masks, the damping of the next round, and the loss and the seconds after each so far."""
+    return network.bits, {"damping": damping, "done": done}
 
 
 def _try_shares(

@@ -93,8 +93,11 @@ class TrustRegion(Iterative):
 
     def state_bytes(self, outline: Outline) -> int:
         weights = outline.dtype.itemsize * outline.weights if self.tune or self.train else 0
+        training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
+        masks = outline.weights // 8 if self.refine else 0
         orders = 8 * sum(problem.size for problem in outline.problems) * self.rounds
-        return super().state_bytes(outline) + 2 * orders + 3 * weights  # the state twice, and the solution
+        states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written
+        return super().state_bytes(outline) + states + weights + masks  # and the solution
 
     @abstractmethod
     def proposal_work(self, channels: int, rows: int, m: int) -> Work:

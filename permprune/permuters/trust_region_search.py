@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from permprune.permuters.base import WEIGHT, Run, Solution
+from permprune.permuters.base import TRAINING, WEIGHT, Run, Solution
 from permprune.permuters.damping import Damping, turning_point
 from permprune.permuters.iterate import Search
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.refinement import refine_masks
-from permprune.permuters.tuning import counted, timed, train_weights
+from permprune.permuters.tuning import Schedule, counted, timed, train_weights
 from permprune.pruning.network import Gradients, PrunedNetwork
 from permprune.pruning.problem import Orders, Problem
-from permprune.system import distributed
 from permprune.system.progress import log
+from permprune.system.search_state import Resumable
 
 if TYPE_CHECKING:
     from permprune.permuters.trust_region import TrustRegion
@@ -69,7 +68,8 @@ class TrustRegionSearch(Search):
     `mean` is the mean of all gradients since the weights last changed, if it is in memory: those at the orders before
     each kept step, in `past`, and those of the rounds `pending`, which were rejected at the current orders. If the last
     step was kept, `slopes` are the slopes of the loss along it at its start, by problem. `memory` is what the proposals
-    of each problem pass from round to round, and `rate` is the learning rate of `tune`.
+    of each problem pass from round to round, and `rate` is the learning rate of `tune`. During the training of a round
+    `moved` is the number of orders that the round changed.
     """
 
     def __init__(self, method: TrustRegion, network: PrunedNetwork, run: Run) -> None:
@@ -82,10 +82,11 @@ class TrustRegionSearch(Search):
         self.slopes: dict[str, float] = {}
         self.memory: dict[str, Tensor] = {}
         self.mean: Gradients | None = None
+        self.moved: int | None = None
 
     def start(self) -> None:
         """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""
-        name, network = self.method.name, self.network
+        name, network = self.name, self.network
         found = self.method.start.solve(network, self.run)
         loss = self.held_out_loss()
         network.set_orders(network.identity())
@@ -104,12 +105,22 @@ class TrustRegionSearch(Search):
         self.record(self.best, kept=True)
 
     def step(self) -> int:
-        gradients = self._gradients()
-        moved = self._move(gradients)
-        self.mean = gradients.discounted(self._discount(len(self.past))) if moved else gradients
-        if self.method.tune and self.done > self.method.wait and self._tune():
+        if self.moved is None:
+            gradients = self._gradients()
+            moved = self._move(gradients)
+            self.mean = gradients.discounted(self._discount(len(self.past))) if moved else gradients
+            if not self.method.tune or self.done <= self.method.wait:
+                return moved
+            self.moved = moved
+            self.save()
+        moved, self.moved = self.moved, None
+        if self._tune():
             self.mean = None
         return moved
+
+    @property
+    def midway(self) -> bool:
+        return self.moved is not None
 
     @property
     def limit(self) -> float:
@@ -119,11 +130,9 @@ class TrustRegionSearch(Search):
         if self.method.refine:
             self._refine()
         if self.method.train:
-            started = time.monotonic()
             self.mean = None
-            trained = self._trained(timed(super().limit - self.seconds), first=0)
-            self.seconds += distributed.mean(time.monotonic() - started)
-            self._keep_weights(trained)
+            self._keep_weights(self._trained(timed(super().limit - self.seconds), first=0))
+            self.count_seconds()
 
     def end(self) -> Solution:
         bits = self.network.bits if self.method.refine else {}
@@ -145,6 +154,7 @@ class TrustRegionSearch(Search):
             "past": past,
             "pending": self.pending,
             "slopes": self.slopes,
+            "moved": self.moved,
         }
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -157,7 +167,7 @@ class TrustRegionSearch(Search):
         network.set_orders(dict(tensors))
         self.damping, self.rate = Damping(values["damping"]), values["rate"]
         self.past = [Past(named(f"{PAST}{number}/"), rounds) for number, rounds in enumerate(values["past"])]
-        self.pending, self.slopes = values["pending"], values["slopes"]
+        self.pending, self.slopes, self.moved = values["pending"], values["slopes"], values["moved"]
 
     def _gradients(self) -> Gradients:
         """Return the mean of the gradient over this round's examples and of earlier gradients (see `DISCOUNT`)."""
@@ -205,22 +215,26 @@ class TrustRegionSearch(Search):
         result = f"{len(moved)} of {len(proposals)} orders moved" if kept else "rejected"
         log.info(
             "%s round %d: held-out loss %.4f, %s; median damping %.1f",
-            *(self.method.name, self.done, loss, result, self.damping.typical),
+            *(self.name, self.done, loss, result, self.damping.typical),
         )
         self.done += 1
         return len(moved) if kept else 0
 
     def _refine(self) -> None:
         """Refine the masks (see `refine_masks`) until the time for the search is over."""
-        started, before, self.mean = time.monotonic(), self.seconds, None
-        rounds, examples = self.method.refine, 2 * self.method.examples
+        rounds, examples, before, self.mean = self.method.refine, 2 * self.method.examples, self.seconds, None
         found = refine_masks(
-            self.network, self.run, self.loss, self.held_out_loss, self.best, rounds=rounds, examples=examples
+            *(self.network, self.run, self.loss, self.held_out_loss, self.best),
+            rounds=rounds,
+            examples=examples,
+            saved=Resumable(self.checkpoint, f"{self.name}.refinement", self.done),
         )
-        while self.seconds <= self.limit and (loss := next(found, None)) is not None:
-            self.seconds = before + distributed.mean(time.monotonic() - started)
+        while self.seconds <= self.limit and (done := next(found, None)) is not None:
+            loss, seconds = done
+            self.seconds = before + seconds
             self.record(loss, loss < self.best, "refinement")
             self.best = loss
+        self.wait()
 
     def _tune(self) -> bool:
         """Train for `tune` steps; returns whether the trained weights were kept, and halves the rate if not."""
@@ -230,10 +244,14 @@ class TrustRegionSearch(Search):
             self.rate /= 2
         return kept
 
-    def _trained(self, places: Iterable[float], *, first: int) -> dict[str, Tensor]:
+    def _trained(self, schedule: Schedule, *, first: int) -> dict[str, Tensor]:
         """Return the remaining weights after training them (see `train_weights`)."""
         examples, loss = max(1, self.method.examples // 4), self.loss.for_training(self.network.task)
-        return train_weights(self.network, self.run, loss, places, first=first, examples=examples, rate=self.rate)
+        saved = Resumable(self.checkpoint, self.name + TRAINING, len(self.curve))  # each training follows more points
+        self.seconds += saved.before
+        return train_weights(
+            *(self.network, self.run, loss, schedule), first=first, examples=examples, rate=self.rate, saved=saved
+        )
 
     def _keep_weights(self, trained: dict[str, Tensor]) -> bool:
         """Give the network trained weights, and keep them if the held-out loss falls; returns whether it does."""
@@ -248,7 +266,7 @@ class TrustRegionSearch(Search):
             network.set_weights(before)
         self.record(loss, kept, "training")
         result = "kept" if kept else "rejected"
-        log.info("%s: held-out loss %.4f after training, %s", self.method.name, loss, result)
+        log.info("%s: held-out loss %.4f after training, %s", self.name, loss, result)
         return kept
 
     def _proposals(self, gradients: Gradients) -> dict[str, Proposal]:
@@ -259,7 +277,7 @@ class TrustRegionSearch(Search):
 
         def propose() -> dict[str, Proposal]:
             return self.network.each_problem(
-                lambda number, problem: self._proposal(gradients, number, problem), self.method.name
+                lambda number, problem: self._proposal(gradients, number, problem), self.name
             )
 
         proposals = propose()
@@ -267,7 +285,7 @@ class TrustRegionSearch(Search):
             excess = -sum(proposal.change for proposal in proposals.values()) / max(self.best, TOLERANCE)
             if excess <= 1:
                 break
-            log.info("%s predicts a gain of %.1f times the loss: raising the damping", self.method.name, excess)
+            log.info("%s predicts a gain of %.1f times the loss: raising the damping", self.name, excess)
             self.damping.raise_all(max(2.0, excess))
             proposals = propose()
         return proposals
@@ -305,7 +323,7 @@ class TrustRegionSearch(Search):
             if sum(ends.values()) <= 0:
                 break
             self.damping.shorten(slopes, ends)
-            log.info("%s: held-out loss %.4f, the step was too long: raising the damping", self.method.name, loss)
+            log.info("%s: held-out loss %.4f, the step was too long: raising the damping", self.name, loss)
             self.network.set_orders(before)
         return proposals, slopes, loss
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from statistics import fmean
 
 import torch
@@ -14,12 +13,13 @@ from permprune.examples import Examples
 from permprune.kernels.adam import adam_step
 from permprune.kernels.search import pack_mask
 from permprune.losses.loss import Loss
-from permprune.permuters.base import Run
+from permprune.permuters.base import WEIGHT, Run
 from permprune.pruning.network import PrunedNetwork, gradient_bytes
 from permprune.pruning.outline import Outline, Passes, activation_parts
 from permprune.system import distributed
 from permprune.system.progress import bar, log
 from permprune.system.resources import Held
+from permprune.system.search_state import Resumable, State
 
 BETAS = (0.9, 0.95)
 """Adam's betas; the second is that of language models, which suits a small number of steps."""
@@ -27,25 +27,33 @@ BETAS = (0.9, 0.95)
 RISING = 0.1
 """The share of the steps in which the learning rate rises from 0."""
 
+MOMENTS, GENERATOR = "moments/", "generator"
+"""The prefix of Adam's moments, and the name of the generator's state, among the tensors of a saved training."""
 
 LOGGED = 10
 """The number of steps whose mean loss is logged."""
 
 
-def counted(steps: int) -> Iterator[float]:
-    """Yield the place of each of `steps` steps in a schedule: its middle, from 0 to 1."""
-    return ((step + 0.5) / steps for step in range(steps))
+Schedule = Callable[[int, float], float | None]
+"""The place in a schedule, from 0 to 1, of the step that follows so many steps and seconds; None at the end."""
 
 
-def timed(seconds: float) -> Iterator[float]:
-    """Yield the place of each step in a schedule of `seconds` seconds, and end before a step that would exceed them.
+def counted(steps: int) -> Schedule:
+    """Return the schedule of a number of steps: the place of each is its middle."""
+    return lambda done, _: (done + 0.5) / steps if done < steps else None
 
-    Steps are assumed to take as long as those before them did on average. All ranks get the same places.
+
+def timed(seconds: float) -> Schedule:
+    """Return a schedule of `seconds` seconds, which ends before a step that would exceed them.
+
+    Steps are assumed to take as long as those before them did on average.
     """
-    started, step, spent = time.monotonic(), 0, 0.0
-    while spent + (each := spent / max(1, step)) < seconds:
-        yield (spent + each / 2) / seconds
-        step, spent = step + 1, distributed.mean(time.monotonic() - started)
+
+    def place(done: int, spent: float) -> float | None:
+        each = spent / max(1, done)
+        return (spent + each / 2) / seconds if spent + each < seconds else None
+
+    return place
 
 
 class KeptWeights:
@@ -54,11 +62,17 @@ class KeptWeights:
     Weights and moments have the type in which the model holds each weight. `weights` are by layer, (rows, channels),
     with zeros where a weight is pruned. Learning rates are relative to the root mean square of a layer's kept weights,
     as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235, section 8), because that differs more than tenfold between
-    models, and the rates that suit them do as well.
+    models, and the rates that suit them do as well. `steps` is the number of steps so far.
+
+    Starts from the weights that the network shows, or from the state of an interrupted training with the same masks,
+    from which its tensors are removed one after the other.
     """
 
-    def __init__(self, network: PrunedNetwork, generator: torch.Generator) -> None:
-        self._network, self._generator, self._steps = network, generator, 0
+    def __init__(self, network: PrunedNetwork, generator: torch.Generator, state: State | None) -> None:
+        tensors, values = state or ({}, {"steps": 0})
+        self._network, self._generator, self.steps = network, generator, int(values["steps"])
+        if state is not None:
+            generator.set_state(tensors.pop(GENERATOR))
         self._bits = {name: pack_mask(mask) for name, mask in network.masks.items()}
         self.weights: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
@@ -68,13 +82,16 @@ class KeptWeights:
             kept = int(network.masks[name][0].sum())
             self._moments[name] = weight.new_zeros(2, len(weight), kept)
             self._scales[name] = float(weight.float().square().sum() / (len(weight) * kept)) ** 0.5
+            if state is not None:
+                weight.copy_(tensors.pop(WEIGHT + name))
+                self._moments[name].copy_(tensors.pop(MOMENTS + name))
 
     def step(self, examples: Examples, loss: Loss, rate: float) -> float:
         """Take a step on the mean loss over `examples`, and return this rank's loss.
 
         A weight is updated as soon as its gradient is known.
         """
-        self._steps += 1
+        self.steps += 1
         seed, number = int(torch.randint(2**32, (), generator=self._generator)), itertools.count()
 
         def take(name: str, gradient: Tensor) -> None:
@@ -83,7 +100,7 @@ class KeptWeights:
                 gradient.contiguous(),
                 self._bits[name],
                 *self._moments[name],
-                step=self._steps,
+                step=self.steps,
                 rate=rate * self._scales[name],
                 betas=BETAS,
                 seed=(seed + next(number)) % 2**32,
@@ -91,6 +108,12 @@ class KeptWeights:
 
         self._network.show(self.weights)
         return self._network.take_gradients(examples, loss, take)
+
+    def state(self) -> State:
+        """Return the state after the last step, from which training can be resumed; it shares the tensors."""
+        tensors = {WEIGHT + name: weight for name, weight in self.weights.items()}
+        tensors |= {MOMENTS + name: moments for name, moments in self._moments.items()}
+        return tensors | {GENERATOR: self._generator.get_state()}, {"steps": self.steps}
 
     def with_pruned(self) -> dict[str, Tensor]:
         """Return the weights with the values that pruned weights had before; they replace `weights`."""
@@ -116,37 +139,42 @@ def train_weights(
     network: PrunedNetwork,
     run: Run,
     loss: Loss,
-    places: Iterable[float],
+    schedule: Schedule,
     *,
     first: int,
     examples: int,
     rate: float,
+    saved: Resumable,
 ) -> dict[str, Tensor]:
-    """Train the network's weights with Adam at its current masks, one step for each of `places`; returns them by layer.
+    """Train the network's weights with Adam at its current masks, as long as `schedule` does; returns them by layer.
 
     The network itself keeps its weights. Step i uses batch `first` + i of `examples` training examples, at a learning
     rate that rises to `rate` and falls to 0 as the places rise from 0 to 1 (`counted`, `timed`); it is relative to the
-    weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call, so
-    that only the weights have to be saved between calls.
+    weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call. The
+    state is offered to `saved` after each step and saved at the end; training continues from the state found there.
     """
     own = network.trained
-    kept = KeptWeights(network, run.generator(first, examples))
+    kept = KeptWeights(network, run.generator(first, examples), saved.take())
+    if kept.steps:
+        log.info("training resumes after step %d", kept.steps)
     windows = len(run.train) // run.examples_per_window
     losses: list[float] = []
     with bar("training, % of the schedule", 100) as advance:
-        for step, place in enumerate(places):
-            if windows // examples == first + step:
+        while (place := schedule(kept.steps, distributed.mean(saved.seconds if kept.steps else 0.0))) is not None:
+            if windows // examples == first + kept.steps:
                 log.warning(
                     "training starts over after %d windows, which it fits better than other data from here on: "
                     "give more calibration data, or a larger --samples",
                     windows,
                 )
             own_rate = rate * min(place / RISING, (1 - place) / (1 - RISING))
-            losses.append(kept.step(run.batch(first + step, examples), loss, own_rate))
+            losses.append(kept.step(run.batch(first + kept.steps, examples), loss, own_rate))
             advance(round(100 * place), f"training: loss {losses[-1]:.4f}, % of the schedule")
+            saved.offer(kept.state)
             if len(losses) == LOGGED:
-                log.info("training step %d, %.0f %% of the schedule: loss %.4f", step + 1, 100 * place, fmean(losses))
+                log.info("training step %d, %.0f %% of the schedule: loss %.4f", kept.steps, 100 * place, fmean(losses))
                 losses.clear()
+    saved.save(kept.state)
     weights = kept.with_pruned()
     network.set_weights(own)
     return weights

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -30,3 +32,16 @@ def compute_device(model: nn.Module) -> torch.device:
     """Return the device on which a model runs: that of its weights, or the best one if they are read layer by layer."""
     device = next(model.parameters()).device
     return best_device() if device.type == "meta" else device
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of PyTorch's random numbers, by type of device: those of the CPU, and of `device`."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Set the states that `random_states` returned."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,11 +1,11 @@
-"""Saved states, from which interrupted searches are resumed."""
+"""Saved states, from which interrupted searches and trainings are resumed."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +19,8 @@ from permprune.system import distributed
 from permprune.system.digests import digest_of
 from permprune.system.files import write_whole
 
-EVERY = 30.0
-"""Seconds between two saves of a journal."""
+EVERY, SLOW = 30.0, 1.6
+"""Seconds between two saves of a stage; `SLOW` times as many if a save takes more than a twentieth of them."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and values that JSON can hold."""
@@ -44,7 +44,7 @@ class Checkpoint:
 
         Raises `PermpruneError` if it cannot be written.
         """
-        if self.folder is None or (distributed.rank() and not every_rank):
+        if self.folder is None or not self.saves(every_rank):
             return
         copies = {key: tensor.contiguous() for key, tensor in tensors.items()}
         metadata = {
@@ -53,6 +53,15 @@ class Checkpoint:
             "digest": digest_of(sorted(copies.items())),
         }
         write_whole(self.folder / f"{name}.safetensors", lambda temporary: save_file(copies, temporary, metadata))
+
+    def saves(self, every_rank: bool = False) -> bool:
+        """Return whether this rank saves states."""
+        return self.folder is not None and (every_rank or not distributed.rank())
+
+    def remove(self, name: str) -> None:
+        """Remove a state, if there is one; the first rank does so for all."""
+        if self.folder is not None and not distributed.rank():
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def load(self, name: str) -> State | None:
         """Return the tensors and values that were saved last, or None.
@@ -79,32 +88,65 @@ class Checkpoint:
         return [] if self.folder is None else sorted(path.stem for path in self.folder.glob(f"{prefix}*.safetensors"))
 
 
-class Journal:
-    """The partial results of a search: saved every `EVERY` seconds and at the end, and loaded when it is resumed.
+class Resumable:
+    """A stage of a run that saves its state every `EVERY` seconds, so that it can be resumed.
+
+    A state that an interrupted run saved under the same name and `key` is loaded, with the seconds `before` that the
+    stage had taken; one with another key is that of an earlier stage. With `every_rank` each rank saves its own state,
+    otherwise only the first one does.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, key: Any = None, *, every_rank: bool = False) -> None:
+        self.checkpoint, self.name, self.key, self.every_rank = checkpoint, name, key, every_rank
+        self._found: State | None = None
+        self.before, self._slow = 0.0, False
+        saved = checkpoint.load(name)
+        if saved is not None and saved[1]["key"] == key:
+            self._found, self.before = (saved[0], saved[1]["own"]), saved[1]["seconds"]
+        self._started = self._saved = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of this stage so far, including those of interrupted runs."""
+        return self.before + time.monotonic() - self._started
+
+    def take(self) -> State | None:
+        """Return the state that was loaded, or None; a second call returns None, so that it is freed."""
+        found, self._found = self._found, None
+        return found
+
+    def offer(self, state: Callable[[], State]) -> None:
+        """Save the state that `state` returns, if it is time to. Raises `PermpruneError` if it cannot be written."""
+        if time.monotonic() - self._saved >= EVERY * (SLOW if self._slow else 1):
+            self.save(state)
+
+    def save(self, state: Callable[[], State]) -> None:
+        """Save the state that `state` returns. Raises `PermpruneError` if it cannot be written."""
+        if self.checkpoint.saves(self.every_rank):
+            began = time.monotonic()
+            tensors, own = state()
+            values = {"key": self.key, "seconds": self.seconds, "own": own}
+            self.checkpoint.save(self.name, tensors, values, self.every_rank)
+            self._saved = time.monotonic()
+            self._slow = self._saved - began > EVERY / 20
+
+
+class Journal(Resumable):
+    """The partial results of a search, which are saved at its end as well.
 
     `tensors` and `values` are the results by name. Each rank writes its own file and reads the files of all ranks. Used
     as a context manager around the search; `add` may be called by several threads.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self.checkpoint, self.name = checkpoint, f"{name}.rank-{distributed.rank()}"
-        self.tensors: dict[str, Tensor] = {}
-        self.values: dict[str, Any] = {}
-        self._own: State = ({}, {})
-        self._before = 0.0
+        super().__init__(checkpoint, f"{name}.rank-{distributed.rank()}", every_rank=True)
+        self._own: State = self.take() or ({}, {})
+        self.tensors, self.values = dict(self._own[0]), dict(self._own[1])
         for file in checkpoint.names(f"{name}.rank-"):
-            tensors, values = checkpoint.load(file) or ({}, {"pieces": {}, "seconds": 0.0})
-            self.tensors |= tensors
-            self.values |= values["pieces"]
-            if file == self.name:
-                self._own, self._before = (tensors, values["pieces"]), values["seconds"]
-        self._started = self._saved = time.monotonic()
+            if file != self.name and (saved := checkpoint.load(file)):
+                self.tensors |= saved[0]
+                self.values |= saved[1]["own"]
         self._lock = threading.Lock()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of this search so far, including those of interrupted runs."""
-        return self._before + time.monotonic() - self._started
 
     def add(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
         """Add results. Raises `PermpruneError` if they cannot be written."""
@@ -112,13 +154,7 @@ class Journal:
             for kept_tensors, kept_values in ((self.tensors, self.values), self._own):
                 kept_tensors.update(tensors)
                 kept_values.update(values or {})
-            if time.monotonic() - self._saved >= EVERY:
-                self._save()
-
-    def _save(self) -> None:
-        tensors, pieces = self._own
-        self.checkpoint.save(self.name, tensors, {"pieces": pieces, "seconds": self.seconds}, every_rank=True)
-        self._saved = time.monotonic()
+            self.offer(lambda: self._own)
 
     def __enter__(self) -> Journal:
         return self
@@ -127,7 +163,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if any(self._own):
-            self._save()
+            self.save(lambda: self._own)
 
 
 def require_same(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

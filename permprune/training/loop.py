@@ -18,12 +18,15 @@ from permprune.losses.loss import Loss
 from permprune.losses.targets import Task
 from permprune.models.attention import autocast
 from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
-from permprune.system.device import fast_dtype
+from permprune.system.device import fast_dtype, random_states, set_random_states
 from permprune.system.progress import log, track
-from permprune.system.search_state import Checkpoint
+from permprune.system.search_state import Checkpoint, Resumable, State
 
-STATE = "training"
-"""The name of the saved state."""
+STATE, BEST = "training", "training.best"
+"""The names of the saved states: of training, and of the weights of its best epoch."""
+
+RANDOM = "random"
+"""The kind of the tensors of a state that hold random states, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,16 @@ class Epoch:
     held_out: float | None = None
 
 
+@dataclass(frozen=True)
+class Position:
+    """A place within an epoch: the steps so far, the sum of their losses, its number of terms, and their seconds."""
+
+    step: int = 0
+    loss: float = 0.0
+    terms: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(kw_only=True)
 class Trainer:
     """Trains `weights` of a model on the `loss` of `task`, and leaves the model at its best epoch.
@@ -74,7 +87,7 @@ class Trainer:
     `teacher` is the dense model, if the loss needs its outputs; dropout is then off, as the teacher's outputs are
     computed without it. `measure` evaluates the model before training and after each epoch. The best epoch is the one
     with the best measured value or, with `held_out` examples, with the lowest loss on them; of equal ones, the last.
-    `checkpoint` saves the state after each epoch, so that an interrupted run can be resumed.
+    `checkpoint` saves the state after each epoch and within it, so that an interrupted run can be resumed.
     """
 
     model: nn.Module
@@ -93,26 +106,34 @@ class Trainer:
         self.optimizer = self._optimizer()
         self.best: dict[str, Tensor] = {}
         self.best_value = 0.0
-        if not self._resume():
+        self.position = Position()
+        self.saved = Resumable(self.checkpoint, STATE)
+        random = self._restore(*state) if (state := self.saved.take()) else {}
+        del state
+        if not self.curve:
             self._add(0, None, 0.0)
         for number in range(len(self.curve), self.training.epochs + 1):
-            started = time.monotonic()
             with self._training():
-                loss = self._epoch(examples, number)
-            self._add(number, loss, self.curve[-1].seconds + time.monotonic() - started)
+                self._epoch(examples, number, random)
+            done, self.position, random = self.position, Position(), {}
+            self._add(number, done.loss / done.terms, self.curve[-1].seconds + done.seconds)
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(self.best[name])
         return self.curve
 
-    def _epoch(self, examples: Examples, number: int) -> float:
-        """Train for one pass over the examples; returns the mean loss."""
+    def _epoch(self, examples: Examples, number: int, random: dict[str, Tensor]) -> None:
+        """Train for the rest of a pass over the examples, from `position` and its `random` states."""
         seed = (self.training.seed * 2**20 + number) % 2**63
         torch.manual_seed(seed)
         runs = by_length(examples, self.training.batch, torch.Generator().manual_seed(seed))
-        total, count = 0.0, 0
-        for place, at in enumerate(track(runs, f"epoch {number}")):
-            step = (number - 1) * len(runs) + place
+        if self.position.step:
+            set_random_states(random)
+            log.info("epoch %d resumes after step %d of %d", number, self.position.step, len(runs))
+        began = time.monotonic() - self.position.seconds
+        for at in track(runs[self.position.step :], f"epoch {number}"):
+            done = self.position
+            step = (number - 1) * len(runs) + done.step
             for group in self.optimizer.param_groups:
                 group["lr"] = self.training.rate_at(step, self.training.epochs * len(runs))
             loss, terms = self._loss(examples[at].trimmed())
@@ -122,12 +143,18 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.training.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            total, count = total + float(loss.detach()), count + terms
-        return total / count
+            total, count = done.loss + float(loss.detach()), done.terms + terms
+            self.position = Position(done.step + 1, total, count, time.monotonic() - began)
+            self.saved.offer(self._state)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(iter(self.weights.values())).device
 
     def _loss(self, part: Examples) -> tuple[Tensor, int]:
         """Return (summed loss with its graph, number of terms) of a batch."""
-        device = next(iter(self.weights.values())).device
+        device = self.device
         part, dtype = part.to(device), fast_dtype(device)
         with autocast(device, dtype):
             teacher_outputs = None
@@ -176,29 +203,39 @@ class Trainer:
         if not self.best or value >= self.best_value:
             self.best_value = value
             self.best = {name: weight.detach().clone() for name, weight in self.weights.items()}
+            self.checkpoint.save(BEST, self.best, {})  # before the state that needs it
         self.curve.append(Epoch(number, loss, result.value, seconds, held_out))
         log.info("epoch %d: %s %.4g after %.0f s", number, result.metric, result.value, seconds)
+        self.saved.save(self._state)
+
+    def _state(self) -> State:
+        """Return the state from which training resumes: weights, moments, the random state, and where it is."""
         state = {f"now {name}": weight.detach() for name, weight in self.weights.items()}
-        state |= {f"best {name}": weight for name, weight in self.best.items()}
         for name, weight in self.weights.items():
             state |= {f"{key} {name}": value for key, value in self.optimizer.state[weight].items()}
-        self.checkpoint.save(STATE, state, {"curve": [asdict(epoch) for epoch in self.curve], "best": self.best_value})
+        curve = [asdict(epoch) for epoch in self.curve]
+        values = {"curve": curve, "best": self.best_value, "position": asdict(self.position)}
+        return state | {f"{RANDOM} {key}": value for key, value in random_states(self.device).items()}, values
 
-    def _resume(self) -> bool:
-        """Restore the state of an interrupted run from disk; returns whether there is one."""
-        if (found := self.checkpoint.load(STATE)) is None:
-            return False
-        tensors, values = found
+    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
+        """Restore the state of an interrupted run; returns the random states.
+
+        Raises `PermpruneError` if the weights of its best epoch are missing.
+        """
         self.curve, self.best_value = [Epoch(**epoch) for epoch in values["curve"]], values["best"]
-        state: dict[str, dict[str, Any]] = {}
+        self.position = Position(**values["position"])
+        if (best := self.checkpoint.load(BEST)) is None:
+            raise PermpruneError(f"{self.checkpoint.folder} lacks {BEST}.safetensors: remove it and start again")
+        self.best = {name: tensor.to(self.device) for name, tensor in best[0].items()}
+        kinds: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(" ")
-            state.setdefault(kind, {})[name] = tensor.to(self.weights[name].device)
-        self.best = state.pop("best")
+            kinds.setdefault(kind, {})[name] = tensor
+        random, now = kinds.pop(RANDOM), kinds.pop("now")
         with torch.no_grad():
-            for name, tensor in state.pop("now").items():
+            for name, tensor in now.items():
                 self.weights[name].copy_(tensor)
-        for kind, own in state.items():
+        for kind, own in kinds.items():
             for name, tensor in own.items():
-                self.optimizer.state[self.weights[name]][kind] = tensor
-        return True
+                self.optimizer.state[self.weights[name]][kind] = tensor.to(self.device)
+        return random

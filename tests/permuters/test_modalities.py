@@ -15,6 +15,7 @@ from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
 from permprune.permuters.tuning import counted, train_weights
 from permprune.pipeline import finish, prepare, update_weights
+from permprune.system.search_state import Checkpoint, Resumable
 
 from ..modalities import EXAMPLES, make
 from .test_permuters import brief, same
@@ -133,7 +134,8 @@ def test_training_brings_hidden_states_close_to_the_dense_models(data: str) -> N
     natural = network.loss(run.train, distance)
 
     def trained(loss: Objective) -> float:
-        network.set_weights(train_weights(network, run, loss, counted(30), first=0, examples=2, rate=5e-3))
+        own, saved = (network, run, loss, counted(30)), Resumable(Checkpoint(None, {}), "training")
+        network.set_weights(train_weights(*own, first=0, examples=2, rate=5e-3, saved=saved))
         found = network.loss(run.train, distance)
         network.set_weights(network.dense)
         return found

@@ -17,9 +17,10 @@ from permprune.permuters.identity import Identity
 from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import Swaps, find_swaps, refine_masks, swapped
 from permprune.pipeline import Prepared, prepare
-from permprune.system.search_state import Checkpoint
+from permprune.system.search_state import Checkpoint, Resumable
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
+UNSAVED = Resumable(Checkpoint(None, {}), "refinement")
 METHOD = Newton(rounds=1, examples=8, refine=2, start=Identity())
 
 
@@ -83,7 +84,7 @@ def test_rounds_lower_the_loss_and_keep_the_pattern(
 
     first = held_out()
     with caplog.at_level(logging.INFO, logger="permprune"):
-        *_, found = refine_masks(network, run, Objective(), held_out, first, rounds=3, examples=16)
+        *_, (found, _) = refine_masks(network, run, Objective(), held_out, first, rounds=3, examples=16, saved=UNSAVED)
     assert found < first - 1e-3 and held_out() == pytest.approx(found, abs=1e-6) and groups_follow(prepared)
     assert len([line for line in caplog.messages if "swaps" in line]) == 3
     network.set_bits({})  # those of the scores
@@ -92,8 +93,10 @@ def test_rounds_lower_the_loss_and_keep_the_pattern(
 
 def test_the_loss_cannot_rise(prepared: Prepared) -> None:
     network, before = prepared.network, prepared.network.bits
-    found = list(refine_masks(network, prepared.run, Objective(), lambda: 9.0, 8.0, rounds=2, examples=8))
-    assert found == [8.0, 8.0] and all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
+    found = refine_masks(network, prepared.run, Objective(), lambda: 9.0, 8.0, rounds=2, examples=8, saved=UNSAVED)
+    assert [loss for loss, _ in found] == [8.0, 8.0] and all(
+        torch.equal(bits, before[name]) for name, bits in network.bits.items()
+    )
 
 
 def test_swaps_exchange_weights(prepared: Prepared) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import io
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from transformers import LlamaForCausalLM
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.losses.objective import Objective
-from permprune.permuters import tuning
 from permprune.permuters.newton import Newton
-from permprune.permuters.tuning import BETAS, RISING, counted, timed, train_weights
+from permprune.permuters.tuning import BETAS, RISING, Schedule, counted, timed, train_weights
 from permprune.pipeline import Prepared, prepare
-from permprune.system import progress
+from permprune.system import progress, search_state
+from permprune.system.search_state import Checkpoint, Resumable
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -25,6 +25,14 @@ WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1
 def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
     config = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4)
     return prepare(tiny_llama, None, config, examples=WINDOWS)
+
+
+def train(
+    prepared: Prepared, schedule: Schedule, *, first: int = 0, rate: float = 1e-3, saved: Resumable | None = None
+) -> dict[str, torch.Tensor]:
+    saved = saved or Resumable(Checkpoint(None, {}), "training")
+    own = (prepared.network, prepared.run, Objective(), schedule)
+    return train_weights(*own, first=first, examples=4, rate=rate, saved=saved)
 
 
 def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepared) -> None:
@@ -44,7 +52,7 @@ def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepar
             expected[name] -= height * scales[name] * mean / (square.sqrt() + 1e-8)
     network.set_weights({})
     shown = dict(network.shown)
-    found = train_weights(network, run, Objective(), places, first=5, examples=4, rate=rate)
+    found = train(prepared, lambda done, _: (*places, None)[done], first=5, rate=rate)
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, atol=5e-5, rtol=0)
         assert torch.equal(network.shown[name], shown[name])
@@ -55,26 +63,52 @@ def test_a_second_pass_over_the_data_is_said_once(
     prepared: Prepared, steps: int, repeats: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert len(prepared.run.train) == 14
-    train_weights(prepared.network, prepared.run, Objective(), counted(steps), first=0, examples=4, rate=1e-3)
+    train(prepared, counted(steps))
     assert sum("starts over after 14 windows" in line for line in caplog.messages) == repeats
 
 
 def test_training_shows_its_progress_on_a_terminal(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=file, force_terminal=True, width=100))
-    train_weights(prepared.network, prepared.run, Objective(), counted(2), first=0, examples=4, rate=1e-3)
+    train(prepared, counted(2))
     assert "training: loss" in file.getvalue() and "75/100" in file.getvalue()
 
 
 def test_the_steps_of_a_count_are_even() -> None:
-    assert list(counted(4)) == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
+    assert [counted(4)(done, 9.0) for done in range(5)] == [1 / 8, 3 / 8, 5 / 8, 7 / 8, None]
 
 
-def test_the_steps_of_a_time_end_before_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 102.0, 104.0, 110.0, 110.0])  # steps end after 2, 4 and 10 seconds
-    monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    assert list(timed(13.0)) == [0, (2 + 1) / 13, (4 + 1) / 13]  # a fourth step would end after 13.3
-    assert list(timed(-1.0)) == []
+def test_the_steps_of_a_time_end_before_it_is_over() -> None:
+    steps = [(0, 0.0), (1, 2.0), (2, 4.0), (3, 10.0)]  # a fourth step would end after 13.3
+    assert [timed(13.0)(*step) for step in steps] == [0, (2 + 1) / 13, (4 + 1) / 13, None]
+    assert timed(-1.0)(0, 0.0) is None
+
+
+def test_the_time_of_an_interrupted_training_counts(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search_state, "EVERY", 0.0)
+    told: list[tuple[int, float]] = []
+
+    def schedule(done: int, spent: float) -> float | None:
+        told.append((done, spent))
+        if len(told) == 4:
+            raise KeyboardInterrupt
+        return 0.5 if done < 5 else None
+
+    def saved() -> Resumable:
+        return Resumable(Checkpoint(tmp_path, {}), "training", key=3)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(prepared, schedule, saved=saved())
+    spent = told[2][1]
+    train(prepared, schedule, saved=saved())
+    assert [done for done, _ in told] == [0, 1, 2, 3, 3, 4, 5] and 0 < spent < told[4][1] < told[5][1]
+    size = (tmp_path / "training.safetensors").stat().st_size
+    plain, tuning = (method.state_bytes(prepared.outline) for method in (Newton(), Newton(tune=1)))
+    weights = sum(weight.nbytes for weight in prepared.network.dense.values())
+    assert tuning - plain == pytest.approx(2 * size + 3 * weights, abs=2 * 10**4)  # of headers
+    assert saved().before > spent and Resumable(Checkpoint(tmp_path, {}), "training", key=4).take() is None
 
 
 def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,143 @@
+"""Training that is killed between and within its steps continues to the same weights, bit for bit."""
+
+import json
+import pkgutil
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from permprune.permuters.tuning import counted
+from permprune.training.loop import Trainer
+
+from ..cli.running import run
+from .test_resuming import write_text
+
+pytestmark = pytest.mark.slow
+
+KILLED = """
+import os, pkgutil, signal, sys
+from itertools import count
+from permprune.__main__ import main
+from permprune.permuters import trust_region_search, tuning
+from permprune.system import search_state
+
+place, last, *sys.argv[1:] = sys.argv[1:]
+search_state.EVERY, calls = 0.0, count(1)
+trust_region_search.timed = lambda seconds: tuning.counted(6)
+owner, name = place.rsplit(".", 1)
+owner = pkgutil.resolve_name(owner)
+original = getattr(owner, name)
+
+def stop(*args, **options):
+    if next(calls) == int(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **options)
+
+setattr(owner, name, stop)
+main()
+"""
+"""A program that saves its state after each step, and kills itself in a given call of a function."""
+
+
+def kill(place: str, call: int, *command: str | Path) -> None:
+    program = [sys.executable, "-c", KILLED, place, str(call), *map(str, command)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def calls(place: str, patch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets an element for each call of a function from now on."""
+    owner, _, name = place.rpartition(".")
+    original, found = getattr(pkgutil.resolve_name(owner), name), list[int]()
+
+    def count(*args: object, **options: object) -> object:
+        found.append(1)
+        return original(*args, **options)
+
+    patch.setattr(place, count)
+    return found
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+ADAM = "permprune.permuters.tuning.adam_step"
+LAYERS = 14
+"""Of the tiny LLaMA; each step of a training calls `adam_step` once for each."""
+
+
+@pytest.mark.parametrize(
+    ("dtype", "method", "place", "call"),
+    [
+        ("fp32", "newton:rounds=2:tune=4:refine=2", ADAM, 6 * LAYERS + 5),  # in the third step of the second round
+        ("bf16", "newton:rounds=1:tune=3:train=0.5", ADAM, (3 + 4) * LAYERS + 5),  # in the fifth step after the rounds
+        ("fp32", "learned:rounds=1:refine=3", "permprune.permuters.refinement.all_swaps", 3),
+    ],
+)
+def test_a_killed_training_of_a_search_continues(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    dtype: str,
+    method: str,
+    place: str,
+    call: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if dtype == "bf16":
+        LlamaForCausalLM.from_pretrained(tiny_checkpoint).bfloat16().save_pretrained(tiny_checkpoint)
+    text = write_text(tmp_path / "text.txt", "calibration")
+    command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
+    command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train" in method else [])]
+    monkeypatch.setattr("permprune.permuters.trust_region_search.timed", lambda _: counted(6))
+    every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
+    code, _, stderr = run(*command, "--out", whole)
+    assert code == 0, stderr
+    made = len(every)
+    every.clear()
+    kill(place, call, *command, "--out", out)
+    code, _, stderr = run(*command, "--out", out, "--resume")
+    assert code == 0, stderr
+    steps = LAYERS if place == ADAM else 1  # the step in which it was killed is made again, and no other one
+    assert len(every) == made - (call - 1) // steps * steps
+    records = [json.loads((folder / "permprune.json").read_text()) for folder in (whole, out)]
+    assert records[0]["permutations"] == records[1]["permutations"]
+    one, other = written(whole), written(out)
+    assert one.keys() == other.keys() and all(torch.equal(other[name], weight) for name, weight in one.items())
+
+
+@pytest.mark.parametrize("options", [[], ["--adapters", "2"], ["--teacher"]], ids=["dropout", "adapters", "teacher"])
+def test_a_killed_fine_tuning_continues_within_the_epoch(
+    tiny_bert: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, place = tmp_path / "data.tsv", "torch.nn.utils.clip_grad_norm_"
+    rows = [f"{'the order of channels ' * (1 + i % 3)}{i}\t{['no', 'Maybe', 'yes'][i % 3]}" for i in range(40)]
+    data.write_text("sentence\tlabel\n" + "\n".join(rows) + "\n")
+    command = ["finetune", tiny_bert, "--data", data, "--dev", data, "--batch", "8", "--epochs", "3", *options]
+    command += [shutil.copytree(tiny_bert, tmp_path / "teacher")] if options == ["--teacher"] else []
+    curves, add = list[tuple[float | None, ...]](), Trainer._add
+
+    def keep(self: Trainer, *arguments: Any) -> None:
+        add(self, *arguments)
+        curves.append((self.curve[-1].loss, self.curve[-1].value, self.curve[-1].held_out))
+
+    monkeypatch.setattr(Trainer, "_add", keep)
+    every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
+    code, _, stderr = run(*command, "--out", whole)
+    assert code == 0, stderr
+    assert len(every) == 3 * 5
+    every.clear()
+    kill(place, 8, *command, "--out", out)  # in the third step of the second epoch
+    code, _, stderr = run(*command, "--out", out, "--resume")
+    assert code == 0, stderr
+    assert len(every) == 15 - 7 and curves[2:4] == curves[4:]
+    one, other = written(whole), written(out)
+    assert one.keys() == other.keys() and all(torch.equal(other[name], weight) for name, weight in one.items())
