@@ -22,7 +22,7 @@ from permprune.data.sources import read_text
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
-from permprune.models.forward import is_causal_lm
+from permprune.models.forward import evaluating, is_causal_lm
 from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, Natural, require_fields
 from permprune.system import distributed
@@ -149,12 +149,10 @@ class LoadedTasks:
     def _harness(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
         from lm_eval.evaluator import evaluate
 
-        training = model.training
         tasks = {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks}
-        with _quiet():
+        with _quiet(), evaluating(model):
             reader = _reader(model, tokenizer)
             found: Any = evaluate(reader, {"tasks": tasks, "groups": {}}, limit=self.chosen.limit, log_samples=False)
-        model.train(training)
         return [result for name in found["n-samples"] for result in _results(name, found)]
 
 

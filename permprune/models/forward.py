@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -22,34 +21,41 @@ from permprune.system.device import compute_device
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Context manager: no parameter requires gradients and the model is in evaluation mode; restored on exit."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    training = model.training
-    model.requires_grad_(False).eval()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A context in which all modules are in evaluation mode; the mode of each is restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A context in which no parameter requires gradients and the model is in evaluation mode; restored afterwards."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        model.train(training)
 
 
-@contextlib.contextmanager
+@contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
-    """Context manager: evaluation mode, no gradients and no key/value cache; restored on exit."""
-    training = [module for module in model.modules() if module.training]
+    """A context of evaluation mode, without gradients and without key/value caches; restored afterwards."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     caching = [config for config in configs.values() if getattr(config, "use_cache", False)]
-    model.eval()
     for config in caching:
         config.use_cache = False
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
-        for module in training:
-            module.training = True
         for config in caching:
             config.use_cache = True
 

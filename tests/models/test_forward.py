@@ -1,0 +1,35 @@
+"""Running a model leaves it as it was."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import permprune
+from permprune.models.forward import evaluating, frozen, inference
+
+
+@pytest.mark.parametrize("context", [evaluating, frozen, inference])
+def test_each_module_gets_its_mode_back(context: object) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    model[0].eval()
+    model[0].bias.requires_grad_(False)
+    for failing in (False, True):
+        try:
+            with context(model):  # type: ignore[operator]
+                assert not any(module.training for module in model.modules())
+                if failing:
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            pass
+        assert [module.training for module in model.modules()] == [True, False, True]
+        assert [parameter.requires_grad for parameter in model.parameters()] == [True, False]
+
+
+def test_pruning_leaves_the_mode_of_each_module(tiny_llama: LlamaForCausalLM) -> None:
+    tiny_llama.train()
+    tiny_llama.model.layers[0].eval()
+    before = [module.training for module in tiny_llama.modules()]
+    examples = torch.randint(128, (12, 8), generator=torch.Generator().manual_seed(1))
+    permprune.prune(tiny_llama, examples=examples, permute="newton:rounds=1:examples=2", measured=4, held_out=2)
+    assert [module.training for module in tiny_llama.modules()] == before
