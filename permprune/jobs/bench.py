@@ -30,7 +30,7 @@ from permprune.report.run import write_report
 from permprune.system.device import best_device
 from permprune.system.files import write_json
 from permprune.system.progress import console, log, track
-from permprune.system.workers import worker_context
+from permprune.system.workers import without_main, worker_context
 
 DENSE = ("fp32", "bf16")
 """The data types in which the dense model is measured."""
@@ -148,7 +148,8 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
         for entry in track(entries, "loading", len(entries)):
             own, other = context.Pipe()
             process = context.Process(target=_serve, args=(other, entry), daemon=True)
-            process.start()
+            with without_main():
+                process.start()
             other.close()
             processes.append(process)
             try:

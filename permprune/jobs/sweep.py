@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from permprune.system.memory import keep_freed_memory
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console, log, track
 from permprune.system.search_state import Checkpoint, require_same
-from permprune.system.workers import worker_context
+from permprune.system.workers import without_main, worker_context
 from permprune.zoo.models import note
 
 IDENTITY = "sweep.json"
@@ -229,29 +230,36 @@ def _fill(work: list[Job], jobs: int) -> None:
         for job in work:
             fill(job)
         return
-    _require_importable(work, jobs)
+    scripted = _require_importable(work, jobs)
     threads = max(1, torch.get_num_threads() // jobs)
     context = worker_context(__name__)
     pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads, log.level))
     try:
-        for future in track(as_completed([pool.submit(fill, job) for job in work]), "patterns", len(work)):
+        with nullcontext() if scripted else without_main():  # a process starts when a job is submitted
+            futures = [pool.submit(fill, job) for job in work]
+        for future in track(as_completed(futures), "patterns", len(work)):
             future.result()
     except BaseException as error:
-        for child in multiprocessing.active_children():
-            child.terminate()
+        for process in [*(pool._processes or {}).values()]:  # public from Python 3.14 on, as `terminate_workers`
+            process.terminate()
         if isinstance(error, BrokenProcessPool):
+            guard = ', or because the script calls sweep outside `if __name__ == "__main__":`' if scripted else ""
             raise PermpruneError(
-                "a process of the sweep died, perhaps because memory ran out: continue with --resume and fewer --jobs"
+                f"a process of the sweep died, perhaps because memory ran out{guard}: "
+                "continue with --resume and fewer --jobs"
             ) from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _require_importable(work: list[Job], jobs: int) -> None:
-    """Raise `PermpruneError` if the jobs cannot be pickled, as for a method that is not defined in a module."""
+def _require_importable(work: list[Job], jobs: int) -> bool:
+    """Return whether the jobs contain something that the caller's script defines.
+
+    Raises `PermpruneError` if they cannot be pickled, as for a method that is not defined in a module.
+    """
     try:
-        pickle.dumps(work)
+        return b"__main__" in pickle.dumps(work)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise PermpruneError(
             f"{jobs} jobs need methods that can be imported ({error}): define them in a module, or use one job"

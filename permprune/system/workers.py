@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,3 +24,18 @@ def worker_context(module: str) -> ForkServerContext | SpawnContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
     return context
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """A context in which started worker processes do not run the caller's script again.
+
+    They would, to define what it defines; a script whose work is not under `if __name__ == "__main__":` would start
+    workers of its own, which Python refuses. Nothing that the script defines can be sent to them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,3 +204,15 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_file_names_of_all_methods_differ() -> None:
     names = [Cell("2:4", method, minutes).name for method in PERMUTERS for minutes in (None, 5)]
     assert len(set(names)) == len(names) and not any(":" in name or "/" in name for name in names)
+
+
+def test_only_its_own_processes_are_ended(setting: Setting, tmp_path: Path) -> None:
+    model, config, _ = setting
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,), daemon=True)
+    child.start()
+    missing = Evaluation(str(tmp_path / "missing.txt"), 4, 16)
+    with pytest.raises(PermpruneError, match=r"missing\.txt"):
+        sweep(model, tmp_path / "out", config, patterns=["2:4", "1:4"], methods=[], evaluation=missing, jobs=2)
+    assert multiprocessing.active_children() == [child]
+    child.terminate()
+    child.join()
