@@ -22,10 +22,11 @@ from permprune.jobs.forecast import (
     Forecast,
     forecast_held,
     forward_operations,
+    offloaded_bytes,
     program_bytes,
 )
 from permprune.jobs.machine import Machine, machine_named, this_machine
-from permprune.jobs.streaming import offloaded_bytes, streamed_bytes, streamed_masks_bytes
+from permprune.jobs.streaming import streamed_bytes, streamed_masks_bytes
 from permprune.models.modality import kind_of
 from permprune.models.row_shards import require_divisible
 from permprune.options import Count, require
@@ -273,11 +274,12 @@ class Fitting:
             ),
             disk={
                 "checkpoint": own,
-                "masks": distributed.world() * streamed_masks_bytes(outline),
-                "experts as fused": distributed.world() * offloaded_bytes(outline, self.stored),
+                "masks": self.processes * streamed_masks_bytes(outline),
+                "experts as fused": self.processes * offloaded_bytes(outline, self.stored),
             },
             program=program_bytes(),
             streamed=True,
+            processes=self.processes,
         )
 
 

@@ -51,8 +51,9 @@ class Forecast:
 
     `stages` are in the order of the run. `disk` are the bytes on disk, by what is written. `program` are the bytes of
     the Python process without tensors. `streamed` is whether the model is read layer by layer. Bytes of memory are
-    those of one process, of `processes`; `shards` of them divide the rows of the weights. `assumed` are the
-    assumptions, one sentence each. `advice` says how the settings differ from those given, or which would fit.
+    those of one process, of `processes`, and bytes on disk those of all; `shards` of them divide the rows of the
+    weights. `assumed` are the assumptions, one sentence each. `advice` says how the settings differ from those given,
+    or which would fit.
     """
 
     config: PruneConfig
@@ -191,7 +192,11 @@ def forecast_held(
         config=config,
         machine=machine,
         stages=(load, *(_shared(stage, processes // shards) for stage in stages), write),
-        disk={"checkpoint": own, "states of the search": method.state_bytes(outline)},
+        disk={
+            "checkpoint": own,
+            "states of the search": method.state_bytes(outline),
+            "experts as fused": shards * offloaded_bytes(outline, stored) if shards > 1 else 0,  # read from disk
+        },
         program=program_bytes(),
         processes=processes,
         shards=shards,
@@ -204,6 +209,11 @@ def _shared(stage: Stage, processes: int) -> Stage:
     if stage.work is None or processes == 1:
         return stage
     return replace(stage, work=stage.work * (1 / processes))
+
+
+def offloaded_bytes(outline: Outline, stored: torch.dtype) -> int:
+    """Return the bytes on disk of the experts' weights, which `read_offloaded` writes in the fused form."""
+    return stored.itemsize * sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
 
 
 def program_bytes() -> int:

@@ -78,11 +78,6 @@ def streamed_masks_bytes(outline: Outline) -> int:
     return outline.weights // 4
 
 
-def offloaded_bytes(outline: Outline, stored: torch.dtype) -> int:
-    """Return the bytes on disk of the experts' weights, which `read_offloaded` writes in the fused form."""
-    return stored.itemsize * sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
-
-
 class Stream:
     """The search for orders on a model whose weights stay on disk.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.system.memory import release_freed_memory
+from permprune.system.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -217,10 +218,15 @@ def wait() -> None:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """A context for collective operations; raises `PermpruneError` if another process has ended."""
+    """A context for collective operations; raises `PermpruneError` if another process has ended.
+
+    An error that memory has run out is left as it is.
+    """
     try:
         yield
     except RuntimeError as error:  # of any backend: torch has no class of errors for lost connections
+        if is_out_of_memory(error):
+            raise
         raise PermpruneError(ENDED) from error
 
 

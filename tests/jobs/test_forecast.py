@@ -221,6 +221,8 @@ def test_a_run_layer_by_layer_is_forecast(config_folder: Path) -> None:
     assert found.streamed and found.tensors <= memory
     assert "pruned layer by layer" in found.advice
     assert found.disk["masks"] == 5 * (4 * 128**2 + 3 * 128 * 256) // 4
+    four = permprune.forecast(str(config_folder), config.replace(memory=memory, shard=False), processes=4)
+    assert four.streamed and four.processes == 4 and four.disk == found.disk | {"masks": 4 * found.disk["masks"]}
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from permprune.errors import PermpruneError
 from permprune.system import distributed
 from permprune.system.files import WorkFolder
+from permprune.system.out_of_memory import OutOfMemory, memory_reported
 
 from ..cli.running import run
 from ..processes import in_processes
@@ -143,3 +144,8 @@ def test_a_lost_connection_is_one_line() -> None:
     with pytest.raises(PermpruneError) as raised, distributed.connected():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:549] Connection closed by peer [127.0.0.1]:59271")
     assert str(raised.value).startswith("another process of this run has ended: see what it printed")
+
+
+def test_memory_that_runs_out_in_a_collective_operation_is_said_to() -> None:
+    with pytest.raises(OutOfMemory, match="out of memory"), memory_reported(), distributed.connected():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
