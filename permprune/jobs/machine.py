@@ -101,7 +101,7 @@ GPUS = {
     "rtx4090": _gpu("NVIDIA RTX 4090", bf16=165.2, fp32=82.6, gib=24, bandwidth=1.01),
 }
 """GPUs by name. Sources: NVIDIA's data sheets of the H100, H200 and A100, and its white paper on the Ada architecture,
-appendix A (docs/scaling.md)."""
+appendix A (docs/concepts/cost.md)."""
 
 
 def machine_named(name: str | None) -> Machine:
