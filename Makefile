@@ -71,7 +71,7 @@ $(DEV): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet 'permprune[dev]'
 	@touch $@
 
-$(DOCS): $(DEV)
+$(DOCS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet 'permprune[docs]'
 	@touch $@
 
