@@ -1,4 +1,4 @@
-"""Write the tables of docs/results/ and README.md from the committed rows.
+"""Write the tables of docs/results/, docs/index.md and README.md from the committed rows.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`.
 
@@ -24,117 +24,8 @@ PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DO
 
 Row = dict[str, Any]
 
-LISTS = {
-    "trained": (
-        "training.jsonl",
-        "mode | method | calibration text | minutes | passes | C4, other documents | WikiText-2 raw",
-        "{mode} | `{method}` | {text} | {minutes} | {passes} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
-    ),
-    "qwen": (
-        "training.jsonl",
-        "mode | stage | steps | windows | WikiText-2 raw | Python's standard library",
-        "{mode} | {stage} | {steps} | {windows} | {gap_wikitext2:.0%} | {gap_stdlib:.0%}",
-    ),
-    "literature": (
-        "literature.jsonl",
-        "method | checkpoint | LLaMA-2-7B | LLaMA-3.x-8B | Qwen2.5-7B | LLaMA-3.2-1B",
-        "{method} | {checkpoint} | {gap_wikitext2[LLaMA-2-7B]:.0%} | {gap_wikitext2[LLaMA-3.x-8B]:.0%} |"
-        " {gap_wikitext2[Qwen2.5-7B]:.0%} | {gap_wikitext2[LLaMA-3.2-1B]:.0%}",
-    ),
-    "models-trained": (
-        "training.jsonl",
-        "model | method | minutes | dense | natural order | search and training | measured on",
-        "{model}, {metric} | `{method}` | {minutes} | {dense:.1%} | {none:.1%} | **{value:.1%}** | {count:,} {unit}",
-    ),
-    "patterns": (
-        "kv-cache.jsonl",
-        "model | keys/values | stored | perplexity / dense | bytes / dense",
-        "{model} | {keys}/{values} | {stored} | {factor:.4f} ± {stderr:.4f} | {bytes:.3f}",
-    ),
-    "retrieval": (
-        "kv-retrieval.jsonl",
-        "tokens | cache | pass key | difference | needle | difference",
-        "{tokens} | {cache} | {accuracy[pass key]:.0%} | {difference[pass key][0]:+.0f} ± {difference[pass key][1]:.1f}"
-        " | {accuracy[needle]:.0%} | {difference[needle][0]:+.0f} ± {difference[needle][1]:.1f}",
-    ),
-    "decode": (
-        "speed.jsonl",
-        "batch | tokens | cache | ms a step | MB",
-        "{batch} | {context} | {cache} | {ms:.1f} | {bytes/1e6:.0f}",
-    ),
-    "cached-models": (
-        "speed.jsonl",
-        "weights | weights, MB | cache, MB | prefill, tokens/s | decode, tokens/s",
-        "{weights} | {bytes/1e6:.0f} | {cache/1e6:.1f} | {prefill:.0f} | {decode:.1f}",
-    ),
-    "layers": (
-        "speed.jsonl",
-        "type | batch | threads | packed, ms | dense / packed | limit by bytes | PyTorch / packed",
-        "{type} | {batch} | {threads} | {packed:.2f} | {dense/packed:.2f} | {byte_limit:.2f} | {torch/packed:.2f}",
-    ),
-    "models": (
-        "speed.jsonl",
-        "model | weights | bytes / dense bf16 | prompt | prefill, tokens/s | decode, tokens/s",
-        "{model} | {weights} | {size:.2f} | {context} | {prefill:.0f} | {decode:.1f}",
-    ),
-    "engines": (
-        "speed.jsonl",
-        "model | MB | decode, tokens/s | perplexity / dense",
-        "{model} | {bytes/1e6:.0f} | {decode:.1f} | {perplexity_factor:.2f}",
-    ),
-    "forecast": (
-        "memory.jsonl",
-        "windows | settings | activations | forecast, MiB | peak, MiB | peak / forecast | peak / checkpoint",
-        "{length} tokens | `{settings}` | {activations} | {forecast/1048576:.0f} | {peak/1048576:.0f} |"
-        " {peak/forecast:.2f} | {peak/checkpoint:.2f}",
-    ),
-    "processes": (
-        "memory.jsonl",
-        "processes | largest peak, MiB | smallest | largest / one process",
-        "{processes} | {largest} | {smallest} | {largest/single:.2f}",
-    ),
-    "parts": ("ablations.jsonl", "channels in a part | held-out loss", "{channels} | {held_out:.3f}"),
-    "search-then-training": (
-        "training.jsonl",
-        "before training | steps | core-seconds | C4, other documents | WikiText-2 raw",
-        "{before} | {steps} | {core_seconds} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
-    ),
-    "refinement": (
-        "training.jsonl",
-        "before training | steps of training | C4, other documents | WikiText-2 raw",
-        "{before} | {steps} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
-    ),
-    "rate": ("training.jsonl", "rate, relative to the weights | loss on C4", "{relative_rate:.1g} | {nll_c4:.3f}"),
-    "variants": (
-        "training.jsonl",
-        "training | change | C4, other documents | WikiText-2 raw",
-        "{group} | {change} | {gap_c4:.1%} | {gap_wikitext2:.1%}",
-    ),
-    "losses": (
-        "training.jsonl",
-        "passes over the text | change | C4, other documents | WikiText-2 raw",
-        "{passes} | {change} | {nll_c4:.3f} | {nll_wikitext2:.3f}",
-    ),
-    "hidden-states": (
-        "ablations.jsonl",
-        "model | metric | weight of hidden states | value",
-        "{model} | {metric} | {weight} | {value:.1%}",
-    ),
-    "layer-updates": (
-        "ablations.jsonl",
-        "layer | sparsegpt, its own masks | sparsegpt, Wanda's | admm, its own masks | admm, Wanda's",
-        "{layer} | {sparsegpt, its own masks:.3f} | {sparsegpt, Wanda's masks:.3f} | {admm, its own masks:.3f} |"
-        " {admm, Wanda's masks:.3f}",
-    ),
-    "gradients": (
-        "ablations.jsonl",
-        "weight of earlier gradients | seed 0 | seed 1 | seed 2",
-        "{share} | {held_out[0][0]:.3f}, {held_out[0][1]:.3f} | {held_out[1][0]:.3f}, {held_out[1][1]:.3f} |"
-        " {held_out[2][0]:.3f}, {held_out[2][1]:.3f}",
-    ),
-    "kept-score": ("ablations.jsonl", "method | matrix | efficacy", "{method} | {matrix} | {efficacy:.1f}%"),
-}
-"""Tables with a line for each row: the file, the heads, and the cells. A row without a value has an empty cell."""
+LISTS = json.loads(Path(__file__).with_name("lists.json").read_text(encoding="utf-8"))
+"""Tables with a line for each row: the file of the rows, the heads, and the cells, empty where a row has no value."""
 
 
 class Fields(dict[str, Any]):
@@ -156,9 +47,10 @@ def filled(template: str, row: Row) -> str:
 
 
 def listed(name: str) -> str:
-    file, heads, cells = LISTS[name]
-    found = [row for row in rows(file) if row.get("table", name) == name]
-    return markdown(heads, ([filled(cell, row) for cell in re.split(r" ?\| ", cells)] for row in found))
+    own = LISTS[name]
+    found = [row for row in rows(own["rows"]) if row.get("table", name) == name]
+    cells = re.split(r" ?\| ", own["cells"])
+    return markdown(own["heads"], ([filled(cell, row) for cell in cells] for row in found))
 
 
 def rows(name: str, **values: Any) -> list[Row]:
@@ -260,6 +152,22 @@ def readme() -> str:
     return markdown(f"{PROTOCOL_HEADS} | core-minutes", lines)
 
 
+def home() -> str:
+    """What search and training reach at 2:4, a line for each model."""
+    dense, none = (rows("protocol.jsonl", method=method)[0] for method in ("dense", "none"))
+    best = min(rows("training.jsonl", table="trained", mode="fold"), key=lambda row: row["nll_wikitext2"])
+    values = perplexity(dense, "wikitext2"), perplexity(none, "wikitext2"), math.exp(best["nll_wikitext2"])
+    lines: list[Sequence[object]] = [
+        ["SmolLM2-135M", "perplexity of WikiText-2", *(f"{value:.1f}" for value in values)]
+    ]
+    means = glue("2:4", summary=True).splitlines()[2].split(" | ")
+    lines.append(["MiniLM-L6", "mean of GLUE and SuperGLUE", *(means[at].split(" ± ")[0] for at in (1, 2, 5))])
+    last = {row["model"]: row for row in rows("training.jsonl", table="models-trained")}
+    for row in last.values():
+        lines.append([row["model"], row["metric"], *(f"{row[name]:.1%}" for name in ("dense", "none", "value"))])
+    return markdown("model | measured | dense | plain 2:4 | search, then training", lines)
+
+
 def zero_shot() -> str:
     lines = []
     for method, name in (("dense", "dense"), ("newton:rounds=5:train=0.93", "2:4, search and training")):
@@ -357,6 +265,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "protocol-others": protocol_others,
     "protocol-seeds": protocol_seeds,
     "readme": readme,
+    "home": home,
     "zero-shot": zero_shot,
     "models-orders": models_orders,
     "sweep-vit": sweep_vit,
@@ -377,7 +286,7 @@ def table(name: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [*sorted(RESULTS.glob("*.md")), ROOT / "README.md"]
+    return [*sorted(RESULTS.glob("*.md")), ROOT / "docs" / "index.md", ROOT / "README.md"]
 
 
 def main() -> None:
