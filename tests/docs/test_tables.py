@@ -1,5 +1,6 @@
 """The tables of docs/results/ and README.md are those of the committed rows."""
 
+import json
 import re
 import runpy
 import sys
@@ -64,3 +65,19 @@ def test_rows_of_a_benchmark_replace_earlier_ones(tmp_path: Path, monkeypatch: p
             add(path, {"table": "layers", "batch": batch}, {"packed": milliseconds})
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 and all('"packed": 2.0' in line and '"version": ' in line for line in lines)
+
+
+def test_a_benchmark_of_models_becomes_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {"batch": 1, "context": 128, "first_token": 0.5, "next_token": 0.1, "prefill": 256.0, "decode": 10.0}
+    sizes = {"tiny (fp32)": 400, "tiny (bf16)": 200, "out/packed-bf16": 130, "out/packed-bf16 with kv": 130}
+    rows = [{"name": name, "dense": "(" in name, "bytes": size, "resident": 1000, "speeds": [speed]}
+            for name, size in sizes.items()]  # fmt: skip
+    (tmp_path / "bench.json").write_text(json.dumps({"threads": 2, "device": "CPU", "rows": rows}), encoding="utf-8")
+    path = tmp_path / "speed.jsonl"
+    monkeypatch.setattr(sys, "argv", ["rows.py", str(tmp_path / "bench.json"), "--model", "Tiny", "--rows", str(path)])
+    runpy.run_path(str(BENCHMARKS / "rows.py"), run_name="__main__")
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(row["weights"], row["size"]) for row in found] == [
+        ("dense fp32", 2.0), ("dense bf16", 1.0), ("packed bf16", 0.65), ("packed bf16, pruned cache", 0.65),
+    ]  # fmt: skip
+    assert all(row["table"] == "models" and row["decode"] == 10.0 and row["version"] for row in found)
