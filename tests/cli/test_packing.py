@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import permprune
@@ -79,12 +79,19 @@ def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tin
 @pytest.mark.parametrize("pruned", [("fold", "2:4")], indirect=True)
 def test_what_is_refused(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert 'cannot be packed as "fp8"' in fails("pack", pruned, "--dtype", "fp8", "--out", out)
+    assert "dtype is 'fp8': choose one of fp32, bf16, fp16, int8" in fails(
+        "pack", pruned, "--dtype", "fp8", "--out", out
+    )
     assert "holds no permprune.json" in fails("pack", tiny_checkpoint, "--out", out)
     assert "is not packed" in fails("unpack", pruned, "--out", out)
     assert "exists" in fails("pack", pruned, "--out", pruned)
     assert run("pack", pruned, "--out", out)[0] == 0
     assert "is packed already" in fails("pack", out, "--out", tmp_path / "again")
+    for folder, command in ((pruned, "pack"), (out, "unpack")):
+        probe = load_file(folder / "probe.safetensors")
+        save_file(probe | {"input_ids": probe["input_ids"] + 10**6}, folder / "probe.safetensors")
+        assert "does not run on the examples" in fails(command, folder, "--out", tmp_path / "again")
+        save_file(probe, folder / "probe.safetensors")
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "does not load" in fails("evaluate", out)
