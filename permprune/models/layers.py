@@ -252,8 +252,11 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def require_changeable(model: nn.Module) -> None:
-    """Raise `PermpruneError` if the model's weights are packed or quantized, and so cannot be changed."""
-    if is_packed(model):
+    """Raise `PermpruneError` if the model's weights are packed or quantized, and so cannot be changed.
+
+    A model without weights has no quantizer yet: its config tells.
+    """
+    if is_packed(model) or getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise PermpruneError(
             "the weights are packed or quantized: unpack them first (permprune unpack), or give the original model"
         )
