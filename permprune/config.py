@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import reprlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from permprune.errors import PermpruneError
-from permprune.options import MODES, Bytes, Count, Positive, Seed, nearest, replace_fields, require_fields
+from permprune.options import (
+    MODES,
+    Bytes,
+    Count,
+    Length,
+    Positive,
+    Seed,
+    replace_fields,
+    require_choice,
+    require_fields,
+)
+from permprune.system.imports import on_first_use
 
-if TYPE_CHECKING:
+with on_first_use(globals()):
+    from permprune.pattern import parse_pattern
     from permprune.permuters.base import Permuter
+    from permprune.permuters.registry import permuter
+    from permprune.registry import describe, label_of
     from permprune.saliency.base import Saliency
+    from permprune.saliency.registry import saliency
     from permprune.updates.base import Update
-else:  # their modules import torch, which would slow down the command line's help
-    Permuter = Saliency = Update = object
+    from permprune.updates.registry import update
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -29,8 +44,13 @@ EFFORTS: dict[str, dict[str, Any]] = {
 DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192, "minutes": None}
 """The values without an effort of the fields that efforts may set."""
 
-UNSET: Any = None
-"""The default of these fields until the config is complete."""
+
+class _Unset(enum.Enum):
+    UNSET = enum.auto()
+
+
+UNSET: Any = _Unset.UNSET
+"""The value of these fields if they are left to the effort. `minutes=None`, however, is no time limit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +69,8 @@ class PruneConfig:
 
     effort: str | None = None
     """How much work the run does: "seconds" (`ria`), "minutes" (about ten: `newton`, then training of the weights that
-    are kept) or "hour" (the same for an hour, on more windows). It sets `permute`, `samples` and `minutes` where they
-    are not given."""
+    are kept) or "hour" (the same for an hour, on more windows). It sets `permute`, `samples` and `minutes` unless they
+    are given; `minutes=None` is given, too, and takes back its time limit."""
 
     permute: str | Permuter = UNSET
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
@@ -72,7 +92,7 @@ class PruneConfig:
     """Windows of text to draw from the calibration data, 192 without an `effort`; several images or sentences count as
     one window."""
 
-    length: Count = 512
+    length: Length = 512
     """Tokens in a window."""
 
     measured: Count = 24
@@ -98,7 +118,7 @@ class PruneConfig:
     """Whether the processes that `torchrun` starts for `prune_to_folder` divide the rows of the weights among them, or
     each hold the whole model; None for the latter if it fits in memory."""
 
-    minutes: Positive | None = None
+    minutes: Positive | None = UNSET
     """The time limit of the search, in minutes. The result then depends on the speed of the machine."""
 
     seed: Seed = 0
@@ -114,28 +134,24 @@ class PruneConfig:
     trust_remote_code: bool = False
     """Run the Python code of a checkpoint when the model is read by name (`read_model`)."""
 
-    def __post_init__(self) -> None:
-        from permprune.pattern import parse_pattern  # slow: these import torch
-        from permprune.permuters.registry import permuter
-        from permprune.saliency.registry import saliency
-        from permprune.updates.registry import update
+    given: frozenset[str] = dataclasses.field(init=False, repr=False)
+    """Those of the fields that an effort may set that were given instead."""
 
-        if self.effort not in (None, *EFFORTS):
-            raise PermpruneError(f"effort is {reprlib.repr(self.effort)}: {nearest(str(self.effort), EFFORTS)}")
+    def __post_init__(self) -> None:
+        if self.effort is not None:
+            require_choice("effort", self.effort, EFFORTS)
         chosen = DEFAULTS | EFFORTS.get(self.effort or "", {})
-        complete = {name: value for name, value in chosen.items() if getattr(self, name) is UNSET}
-        for name, value in {**complete, "calibration": _sources(self.calibration)}.items():
+        left = {name: value for name, value in chosen.items() if getattr(self, name) is UNSET}
+        derived = {"given": frozenset(chosen.keys() - left.keys()), "calibration": _sources(self.calibration)}
+        for name, value in {**left, **derived}.items():
             object.__setattr__(self, name, value)
         require_fields(self)
         parse_pattern(self.pattern)
         saliency(self.saliency)
         permuter(self.permute).require_minutes(self.minutes)
         update(self.update)
-        if self.mode not in MODES or self.precision not in PRECISIONS:
-            raise PermpruneError(
-                f'mode "{self.mode}" with precision "{self.precision}": '
-                f"choose a mode of {', '.join(MODES)} and a precision of {', '.join(PRECISIONS)}"
-            )
+        require_choice("mode", self.mode, MODES)
+        require_choice("precision", self.precision, PRECISIONS)
 
     @property
     def sources(self) -> tuple[str | None, ...]:
@@ -148,26 +164,20 @@ class PruneConfig:
 
         A new `effort` sets its fields, except for those that are given with it.
         """
-        if "effort" in changes:
-            changes = dict.fromkeys(DEFAULTS, UNSET) | changes
-        return replace_fields(self, changes, "there is no setting")
+        left = DEFAULTS.keys() - (() if "effort" in changes else self.given)
+        return replace_fields(self, {**dict.fromkeys(left, UNSET), **changes}, "there is no setting")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values: names as given, objects as the names that describe them (`label_of`)."""
-        from permprune.registry import label_of
-
         described = {name: label_of(getattr(self, name)) for name in ("permute", "saliency", "update")}
-        return {"permute": described["permute"], **vars(self), **described}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        return {"permute": described["permute"], **values, **described}
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that are compared before a run is resumed.
 
         They are those of `to_json`, but names of the saliency and the update that mean the same are equal.
         """
-        from permprune.registry import describe
-        from permprune.saliency.registry import saliency
-        from permprune.updates.registry import update
-
         return {
             **self.to_json(),
             "saliency": describe(saliency(self.saliency)),

@@ -25,6 +25,9 @@ T = TypeVar("T", bound="DataclassInstance")
 MODES = ("fold", "gather")
 """How orders are stored: folded into the weights, or applied with an `index_select` when the model runs."""
 
+PACKED = ("fp32", "bf16", "fp16", "int8")
+"""The types of packed values."""
+
 MOST = 10**9
 """The largest count: more than is ever useful, but the product of two counts fits in 64 bits."""
 
@@ -50,6 +53,8 @@ class Range:
 
 Count = Annotated[int, Range(1, MOST)]
 Natural = Annotated[int, Range(0, MOST)]
+Length = Annotated[int, Range(2, MOST)]
+"""The tokens of a window: the first has none before it that could predict it."""
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Bytes = Annotated[int, Range(1, 2**63 - 1)]
 Positive = Annotated[float, Range(0, open=True)]
@@ -124,11 +129,18 @@ def replace_fields(options: T, changes: Mapping[str, Any], unknown: str) -> T:
 
     Raises `PermpruneError`, which begins with `unknown` and names the closest field, for a name that is none.
     """
-    known = [field.name for field in fields(options)]
+    known = [field.name for field in fields(options) if field.init]
     for name in changes:
         if name not in known:
             raise PermpruneError(f'{unknown} "{name}": {nearest(name, known)}')
     return replace(options, **changes)
+
+
+def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise `PermpruneError`, which names the closest choice, unless `value` is one of `choices`."""
+    known = list(choices)
+    if value not in known:
+        raise PermpruneError(f"{name} is {reprlib.repr(value)}: {nearest(str(value), known)}")
 
 
 def require_fields(options: Any) -> None:

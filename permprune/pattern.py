@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Int, Num, UInt8
-from torch import Tensor
-
 from permprune.errors import PermpruneError
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+    from jaxtyping import Bool, Int, Num, UInt8
+    from torch import Tensor
 
 WIDEST = 16
 """The largest M of the patterns that `tightest` considers."""

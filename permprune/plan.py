@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.config import EFFORTS, PruneConfig
+from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.observe import observe
 from permprune.coupling.space import Coupling
@@ -165,10 +165,10 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
 def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
     """Return the number of examples that correspond to `config.samples` windows.
 
-    The number that an effort sets is one for text; it is at most `LARGE_WINDOWS` for images and speech.
+    A number that is not given is one for text; it is at most `LARGE_WINDOWS` for images and speech.
     """
     kind, windows = kind_of(model), config.samples
-    if config.effort and windows == EFFORTS[config.effort].get("samples") and kind in ("images", "speech"):
+    if "samples" not in config.given and kind in ("images", "speech"):
         windows = min(windows, LARGE_WINDOWS)
     return windows * EXAMPLES_PER_WINDOW[kind]
 
@@ -202,17 +202,22 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, co
 
 
 def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -> list[Examples]:
-    """Divide the examples between statistics, held-out loss and gradients (see `PruneConfig.shares`).
+    """Divide the examples between statistics, held-out loss and gradients. Raises `PermpruneError` as `shares_of`."""
+    return examples.split(shares_of(len(examples), config, examples_per_window))
 
-    Raises `PermpruneError` if there are fewer than 3.
+
+def shares_of(count: int, config: PruneConfig, examples_per_window: int) -> list[int]:
+    """Return the shares of `count` examples (`PruneConfig.shares`). Raises `PermpruneError` if there are fewer than 3.
+
+    The shares are for statistics, held-out loss and gradients.
     """
-    shares = config.shares(len(examples), examples_per_window)
+    shares = config.shares(count, examples_per_window)
     if shares[-1] < 1:
         raise PermpruneError(
-            f"the calibration has {len(examples)} examples, but needs at least 3: "
-            "give more data, or for text a smaller --length"
+            f"the calibration has {count} examples, but needs at least 3: "
+            "give more data or --samples, or for text a smaller --length"
         )
-    return examples.split(shares)
+    return shares
 
 
 def _sites(coupling: Coupling, layers: Iterable[Layer]) -> dict[str, str]:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel
-
-from permprune.checkpoints.io import read_model
-from permprune.checkpoints.origin import origin_of
 from permprune.errors import PermpruneError
-from permprune.models.processors import Processor
+from permprune.system.imports import on_first_use
 
-ModelSource = str | Path | PreTrainedModel
+with on_first_use(globals()):
+    import torch
+    from transformers import PreTrainedModel
+
+    from permprune.checkpoints.io import read_model
+    from permprune.checkpoints.origin import origin_of
+    from permprune.models.processors import Processor
+
+if TYPE_CHECKING:
+    ModelSource = str | Path | PreTrainedModel
+else:
+    ModelSource = str | Path  # without the class, whose import takes seconds
 """A zoo name, a folder, a hub id, or a model in memory."""
 
 

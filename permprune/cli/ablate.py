@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Annotated
 
@@ -11,7 +12,7 @@ from permprune.cli import common as cli
 from permprune.config import PruneConfig
 
 
-@partial(cli.command, without=("effort", "shard"))
+@partial(cli.command, without=("effort", "permute", "preset", "shard"))
 def ablate(
     model: cli.Model,
     config: PruneConfig,
@@ -28,16 +29,19 @@ def ablate(
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
     json: cli.Json = None,
-) -> None:
+) -> Iterator[None]:
     """Repeat an ablation of the learned permuter on MODEL: vary its loss, its groups or its number of epochs."""
 
     from permprune.jobs.ablate import variants
-    from permprune.jobs.compare import compare
     from permprune.jobs.trials import Evaluation
-    from permprune.report.tables import comparison_table
 
     methods = variants(study, preset, max(0, config.shares(config.samples)[-1]), epochs=epochs)
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
+    yield
+
+    from permprune.jobs.compare import compare
+    from permprune.report.tables import comparison_table
+
     result = compare(model, methods, config, evaluation=evaluation).to_json()
     cli.show(comparison_table(result))
     cli.write_figures(json, {"study": study, "preset": preset, **result})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +31,15 @@ def bench(
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
     picture: cli.Picture = None,
-) -> None:
+) -> Iterator[None]:
     """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their reports."""
+
+    from permprune.options import Count, require
+
+    batches, contexts = _numbers("batch", batch), _numbers("context", context)
+    for name, number in (("steps", steps), ("turns", turns), ("threads", 1 if threads is None else threads)):
+        require(name, number, Count)
+    yield
 
     from permprune.jobs.bench import bench as run
     from permprune.jobs.bench import report
@@ -40,8 +48,8 @@ def bench(
     found = run(
         folders,
         dense=dense,
-        batches=_numbers("batch", batch),
-        contexts=_numbers("context", context),
+        batches=batches,
+        contexts=contexts,
         steps=steps,
         turns=turns,
         threads=threads,

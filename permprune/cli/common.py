@@ -1,7 +1,7 @@
 """The application, the options that several commands share, and the reporting of errors.
 
-The modules of this package import at the top only what their options need, and everything else inside the functions of
-the commands: help does not import torch or transformers, which takes seconds.
+The modules of this package import at the top only what their options need. A command is a generator: up to its `yield`
+it makes its settings, by modules that do not import torch or transformers, which takes seconds; after it, it runs.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from permprune.config import UNSET, PruneConfig
+from permprune.cli.checks import STDOUT, require_files, require_text
+from permprune.config import DEFAULTS, EFFORTS, UNSET, PruneConfig
 from permprune.errors import PermpruneError
 from permprune.system.interrupts import interruptible
 from permprune.system.progress import console, log
@@ -30,7 +32,24 @@ from permprune.system.progress import console, log
 if TYPE_CHECKING:
     from permprune.evaluation.lm_tasks import TaskList
 
+
+class Program(typer.core.TyperGroup):
+    """The commands; wrong usage is one line on stderr and exit status 2."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            sys.exit(super().main(*arguments, **{**options, "standalone_mode": False}))
+        except USAGE as error:
+            if line := _usage(error):
+                print(f"permprune: {line}", file=sys.stderr)
+            sys.exit(2)
+
+
+USAGE: Any = typer.BadParameter.__base__
+"""click's error for wrong usage, of click itself or of the copy in typer."""
+
 app = typer.Typer(
+    cls=Program,
     help="Learns channel permutations so that N:M pruning of a Transformer loses less.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -70,7 +89,10 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run the Python code that comes with the model, if it needs any")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
-Json = Annotated[Path | None, typer.Option("--json", help="write the results to this JSON file")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="write the results to this JSON file; - is stdout, and tables then go to stderr"),
+]
 Picture = Annotated[Path | None, typer.Option(help="draw the results in this PNG file")]
 
 METHODS = (
@@ -86,9 +108,6 @@ Preset = Annotated[
     str | None,
     typer.Option(help="paper: the published parameters of the learned permuter", show_default="permprune's own"),
 ]
-
-WRITTEN = ("json", "picture")
-"""Parameters that name files to write."""
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -122,6 +141,8 @@ def prune_config(
             show_default="newton with its 16 rounds",
         ),
     ] = None,
+    permute: Permute = None,
+    preset: Preset = None,
     pattern: Annotated[
         str,
         typer.Option(help="N:M keeps N of every M consecutive weights; mixed: a pattern for each layer", metavar="N:M"),
@@ -181,12 +202,12 @@ def prune_config(
         ),
     ] = None,
     minutes: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            help="time limit of the search in minutes (the result then depends on the machine)",
-            show_default="no limit",
+            help="time limit of the search in minutes (the result then depends on the machine), or none",
+            show_default="none, or that of --effort",
         ),
-    ] = PruneConfig.minutes,
+    ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="glob of names of layers that stay dense; may be repeated")
     ] = None,
@@ -195,6 +216,7 @@ def prune_config(
     """The options of every command that prunes."""
     return PruneConfig(
         effort=effort,
+        permute=_method(permute, preset, effort),
         pattern=pattern,
         saliency=saliency,
         mode=mode,
@@ -208,16 +230,17 @@ def prune_config(
         batch=batch,
         recompute=recompute,
         shard=shard,
-        minutes=minutes,
+        minutes=UNSET if minutes is None else parse_minutes(minutes),
         exclude=tuple(exclude or ()),
         trust_remote_code=trust_remote_code,
     )
 
 
-def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callable[..., Any]:
+def command(function: Callable[..., Iterator[None]], without: Iterable[str] = ()) -> Callable[..., Any]:
     """Register a command; `PermpruneError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
 
-    A parameter annotated `PruneConfig` stands for the options of `prune_config`, except for those in `without`.
+    A parameter annotated `PruneConfig` stands for the options of `prune_config`, except for those in `without`. Before
+    anything slow is imported, the function runs up to its `yield`, and its inputs and outputs are looked for.
     """
     own = inspect.signature(function, eval_str=True).parameters
     every = inspect.signature(prune_config, eval_str=True).parameters
@@ -227,38 +250,68 @@ def command(function: Callable[..., Any], without: Iterable[str] = ()) -> Callab
 
     @wraps(function)
     def run(**options: Any) -> None:
-        from permprune.jobs import trials  # noqa: F401 - with it nearly all that a command imports
-        from permprune.system import distributed
-        from permprune.system.files import WorkFolder, require_writable
-        from permprune.system.memory import keep_freed_memory
-        from permprune.system.out_of_memory import OutOfMemory
-
-        _quiet_libraries()
-        keep_freed_memory()
-        with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0):
-            try:
-                _require_text(options)
+        given = dict(options)
+        if options.get("json") == STDOUT:
+            options["json"] = sys.stdout
+        with redirect_stdout(sys.stderr if options.get("json") is sys.stdout else sys.stdout):
+            with _speaking(os.environ.get("RANK", "0") == "0"), _reported(parameters):
+                require_text(given)
                 if place:
                     options[place] = prune_config(**{name: options.pop(name) for name in shared})
-                for path in (options.get(name) for name in WRITTEN):
-                    if path is not None:
-                        require_writable(path)  # before hours of work, not after
-                function(**options)
-            except PermpruneError as error:
-                said = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
-                print(f"permprune: {said}", file=sys.stderr)
-                raise typer.Exit(2) from None
-            except KeyboardInterrupt:
-                kept = "resume" in options and WorkFolder(options["out"]).holds_state()
-                hint = "; repeat the command with --resume to continue" if kept else ""
-                print(f"permprune: interrupted{hint}", file=sys.stderr)
-                raise typer.Exit(130) from None
+                work = function(**options)
+                next(work, None)
+                require_files(given)
+
+            from permprune.jobs import trials  # noqa: F401 - with it nearly all that a command imports
+            from permprune.system import distributed
+            from permprune.system.memory import keep_freed_memory
+
+            _quiet_libraries()
+            keep_freed_memory()
+            with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0), _reported(parameters):
+                try:
+                    next(work, None)
+                except KeyboardInterrupt:
+                    from permprune.system.files import WorkFolder
+
+                    kept = "resume" in options and WorkFolder(options["out"]).holds_state()
+                    hint = "; repeat the command with --resume to continue" if kept else ""
+                    print(f"permprune: interrupted{hint}", file=sys.stderr)
+                    raise typer.Exit(130) from None
 
     offered = [p for name, parameter in own.items() for p in (shared.values() if name == place else [parameter])]
     run.__signature__ = inspect.Signature(offered)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in offered}
     app.command()(run)
     return run
+
+
+@contextmanager
+def _reported(parameters: Collection[str]) -> Iterator[None]:
+    """A context that prints a `PermpruneError` in one line and exits with status 2."""
+    try:
+        yield
+    except PermpruneError as error:
+        from permprune.system.out_of_memory import OutOfMemory
+
+        said = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
+        print(f"permprune: {said}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def _usage(error: Any) -> str:
+    """Return the line for an error of click, with the closest option that there is; empty if it is the help."""
+    place = error.ctx.command_path if error.ctx else "permprune"
+    wrong = getattr(error, "option_name", None)
+    if wrong is None or not hasattr(error, "possibilities"):
+        said = error.format_message().rstrip(".")
+        if not said:  # help, which is printed
+            return ""
+        said = f"{said[:1].lower()}{said[1:]}".replace(". Did", ": did")
+        return said if said.endswith("?") else f"{said}: see {place} --help"
+    known = [name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+    close = get_close_matches(wrong, known, 1)
+    return f"no option {wrong}: " + (f'did you mean "{close[0]}"?' if close else f"see {place} --help")
 
 
 def _quiet_libraries() -> None:
@@ -268,15 +321,6 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-
-
-def _require_text(options: Mapping[str, Any]) -> None:
-    """Raise `PermpruneError` for options with characters that neither names nor contents of files can have."""
-    for name, given in options.items():
-        for value in given if isinstance(given, list) else [given]:
-            text = str(value)
-            if "\0" in text or text != text.encode(errors="ignore").decode():
-                raise PermpruneError(f"{name} contains a NUL character or bytes that are not UTF-8: remove them")
 
 
 @contextmanager
@@ -304,12 +348,20 @@ def parse_bytes(text: str | None) -> int | None:
     return size
 
 
-def with_method(config: PruneConfig, permute: str | None, preset: str | None) -> PruneConfig:
-    """Return the config with this permuter, if one is given; with a preset, the name is as "learned-paper:steps=10"."""
-    if preset is not None:
-        name, *options = (permute or str(config.permute)).split(":")
-        permute = ":".join([f"{name}-{preset}", *options])
-    return config if permute is None else config.replace(permute=permute)
+def parse_minutes(text: str) -> float | None:
+    """Parse a time limit in minutes; "none" is None. Raises `PermpruneError` for a text that is neither."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise PermpruneError(f"minutes is {text!r}: give a number above 0, or none for no limit") from None
+
+
+def _method(permute: str | None, preset: str | None, effort: str | None) -> Any:
+    """Return the permuter's name, with a preset as "learned-paper:steps=10"; UNSET if neither is given."""
+    if preset is None:
+        return UNSET if permute is None else permute
+    name, *options = (permute or (DEFAULTS | EFFORTS.get(effort or "", {}))["permute"]).split(":")
+    return ":".join([f"{name}-{preset}", *options])
 
 
 def parts(text: str) -> list[str]:
@@ -333,9 +385,11 @@ def show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def write_figures(path: Path | None, figures: object) -> None:
-    """Write results to a JSON file, if a path is given."""
-    from permprune.system.files import write_json
+def write_figures(target: Path | IO[str] | None, figures: object) -> None:
+    """Write results as JSON to a file or a stream, if one is given."""
+    from permprune.system.files import json_text, write_json
 
-    if path is not None:
-        write_json(path, figures)
+    if isinstance(target, Path):
+        write_json(target, figures)
+    elif target is not None:
+        target.write(json_text(figures))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from permprune.cli import common as cli
 from permprune.config import PruneConfig
 
 
-@partial(cli.command, without=("effort", "shard"))
+@partial(cli.command, without=("effort", "permute", "preset", "shard"))
 def compare(
     model: cli.Model,
     config: PruneConfig,
@@ -31,18 +32,22 @@ def compare(
     ] = None,
     json: cli.Json = None,
     picture: cli.Picture = None,
-) -> None:
+) -> Iterator[None]:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds and peak memory."""
 
-    from permprune.jobs.compare import Comparison
-    from permprune.jobs.compare import compare as run
     from permprune.jobs.trials import Evaluation
-    from permprune.report.comparison import write_comparison
-    from permprune.report.tables import comparison_table
+    from permprune.permuters.registry import permuters
 
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_file, task_data, limit)
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
+    permuters(names)
+    yield
+
+    from permprune.jobs.compare import Comparison
+    from permprune.jobs.compare import compare as run
+    from permprune.report.comparison import write_comparison
+    from permprune.report.tables import comparison_table
 
     def announce(result: Comparison) -> None:
         figures = result.to_json()

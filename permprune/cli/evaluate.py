@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,33 +34,38 @@ def evaluate(
     ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
-) -> None:
+) -> Iterator[None]:
     """Measure perplexity, accuracy or word error rate of MODEL, dense or pruned, or with --tasks its scores on tasks.
 
     With --tasks, --data is a folder with local files of the tasks.
     """
 
     from permprune.evaluation.lm_tasks import evaluate_tasks
-    from permprune.jobs.evaluate import evaluate as run
-    from permprune.jobs.kv import evaluate_kv
     from permprune.jobs.trials import Evaluation
-    from permprune.report.tables import tasks_table
 
     if kv is not None and (tasks or task_file or metric):
         raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --task-file and --metric")
-    if chosen := cli.task_list(tasks, task_file, data, limit, few_shot):
+    chosen = cli.task_list(tasks, task_file, data, limit, few_shot)
+    evaluation = Evaluation(data, windows, length, metric=metric)
+    yield
+
+    from permprune.jobs.evaluate import evaluate as run
+    from permprune.jobs.kv import evaluate_kv
+    from permprune.report.tables import tasks_table
+
+    if chosen:
         results = evaluate_tasks(model, chosen, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
         cli.show(tasks_table(model, results))
         cli.write_figures(json, figures)
         return
     if kv is not None:
-        found = evaluate_kv(model, kv, Evaluation(data, windows, length), trust_remote_code=trust_remote_code)
+        found = evaluate_kv(model, kv, evaluation, trust_remote_code=trust_remote_code)
         print(f"{_said(found.result)}; cache {found.nbytes / 1e6:.1f} MB, dense {found.dense_nbytes / 1e6:.1f} MB")
         sizes = {"cache_bytes": found.nbytes, "dense_cache_bytes": found.dense_nbytes}
         cli.write_figures(json, {**found.result.to_json(), **sizes})
         return
-    result = run(model, Evaluation(data, windows, length, metric=metric), trust_remote_code=trust_remote_code)
+    result = run(model, evaluation, trust_remote_code=trust_remote_code)
     print(_said(result))
     cli.write_figures(json, result.to_json())
 

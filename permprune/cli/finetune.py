@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -77,7 +78,7 @@ def finetune(
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
     resume: cli.Resume = False,
-) -> None:
+) -> Iterator[None]:
     """Train MODEL on labelled data or text. In a pruned MODEL, pruned weights stay zero."""
 
     from permprune.jobs.finetune import FineTuning
@@ -99,6 +100,7 @@ def finetune(
         seed=seed,
         trust_remote_code=trust_remote_code,
     )
+    yield
     found = run(model, out, options, resume=resume, announce=announce)
     print(f"written to {out}")
     cli.write_figures(json, found.to_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,8 +31,10 @@ def inspect(
     ] = None,
     each: Annotated[bool, typer.Option("--each", help="print a row for every space, not for every kind")] = False,
     trust_remote_code: cli.TrustRemoteCode = False,
-) -> None:
+) -> Iterator[None]:
     """List the channel spaces of MODEL: which channels can be reordered, and how many parameters move with them."""
+
+    yield
 
     from permprune.jobs.inspect import inspect as run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -64,16 +65,25 @@ def kv(
     seed: Annotated[int, typer.Option(help="random seed: the same one gives the same orders")] = PruneConfig.seed,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
-) -> None:
+) -> Iterator[None]:
     """Find the channel orders of a pruned key/value cache for MODEL, and measure it."""
 
-    from permprune.checkpoints.schema import encode
     from permprune.inference.kv.config import KVConfig
-    from permprune.jobs.kv import calibrate_kv
     from permprune.jobs.trials import Evaluation
-    from permprune.report.words import number
+    from permprune.options import Count, Seed, require
+    from permprune.permuters.registry import score_permuter
 
     config = KVConfig(keys or pattern, values or pattern, recovery=recovery, dtype=dtype, window=window, sinks=sinks)
+    evaluation = Evaluation(data, windows, length)
+    score_permuter(permute)
+    require("samples", samples, Count)
+    require("seed", seed, Seed)
+    yield
+
+    from permprune.checkpoints.schema import encode
+    from permprune.jobs.kv import calibrate_kv
+    from permprune.report.words import number
+
     record = calibrate_kv(
         model,
         out,
@@ -84,7 +94,7 @@ def kv(
         length=length,
         seed=seed,
         fold=fold,
-        evaluation=Evaluation(data, windows, length),
+        evaluation=evaluation,
         trust_remote_code=trust_remote_code,
     )
     for side, kept in record.kept.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from permprune.cli import common as cli
+from permprune.options import PACKED, require_choice
 
 
 @cli.command
@@ -20,8 +22,13 @@ def pack(
         typer.Option(help="int8 stores the embedding and the head as int8 too", show_default="a floating-point type"),
     ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
-) -> None:
+) -> Iterator[None]:
     """Write a pruned FOLDER with packed weights: about half the size. Transformers loads it with permprune imported."""
+
+    require_choice("dtype", dtype, PACKED)
+    if head is not None:
+        require_choice("head", head, ["int8"])
+    yield
 
     from permprune.jobs.packing import pack_folder
 

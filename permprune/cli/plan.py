@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +15,6 @@ from permprune.config import PruneConfig
 def plan(
     model: cli.Model,
     config: PruneConfig,
-    permute: cli.Permute = None,
-    preset: cli.Preset = None,
     windows: cli.Windows = 24,
     gpu: Annotated[
         str | None,
@@ -23,15 +22,24 @@ def plan(
     ] = None,
     processes: Annotated[int, typer.Option(help="processes that torchrun starts; memory is that of each")] = 1,
     json: cli.Json = None,
-) -> None:
+) -> Iterator[None]:
     """Forecast the memory by part, the disk space and the time of pruning MODEL, from its config alone.
 
     The options are those of prune. With --memory, settings are chosen that fit in the limit.
     """
 
+    from permprune.jobs.machine import GPUS
+    from permprune.options import Count, require, require_choice
+
+    require("windows", windows, Count)
+    require("processes", processes, Count)
+    if gpu is not None:
+        require_choice("gpu", gpu, GPUS)
+    yield
+
     from permprune.jobs.fitting import forecast
 
-    found = forecast(model, cli.with_method(config, permute, preset), windows=windows, gpu=gpu, processes=processes)
+    found = forecast(model, config, windows=windows, gpu=gpu, processes=processes)
     cli.write_figures(json, found.to_json())
     show_forecast(model, found.to_json())
 

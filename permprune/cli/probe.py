@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -31,15 +32,20 @@ def probe(
     ] = None,
     windows: Annotated[int, typer.Option(help="windows of data to use, of 32 examples each")] = 128,
     trust_remote_code: cli.TrustRemoteCode = False,
-) -> None:
+) -> Iterator[None]:
     """Fit a linear classifier on what MODEL computes of images or sentences; its other weights do not change."""
+
+    from permprune.options import Count, require
+
+    names = [] if classes is None else cli.parts(classes)
+    if classes is not None and len(names) < 2:
+        raise PermpruneError(f"--classes has {len(names)} of them: give two or more, separated by commas")
+    require("windows", windows, Count)
+    yield
 
     from permprune.jobs.probe import probe as run
     from permprune.report.words import number
     from permprune.zoo.images import CLASSES
 
-    names = list(CLASSES) if classes is None else cli.parts(classes)
-    if len(names) < 2:
-        raise PermpruneError(f"--classes has {len(names)} of them: give two or more, separated by commas")
-    result = run(model, out, names, source=data, windows=windows, trust_remote_code=trust_remote_code)
+    result = run(model, out, names or CLASSES, source=data, windows=windows, trust_remote_code=trust_remote_code)
     print(f"{result.metric} {number(result.value)} on {result.count} examples held out; written to {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
+from permprune.options import PACKED, require_choice
 
 if TYPE_CHECKING:
     from permprune.checkpoints.record import Record
@@ -19,8 +21,6 @@ def prune(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     config: PruneConfig,
-    permute: cli.Permute = None,
-    preset: cli.Preset = None,
     data: cli.Data = None,
     windows: cli.Windows = 24,
     metric: cli.Metric = None,
@@ -35,19 +35,23 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="only forecast memory, disk space and time, as permprune plan does")
     ] = False,
-) -> None:
+) -> Iterator[None]:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
+
+    from permprune.jobs.trials import Evaluation
+
+    config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
+    if pack is not None:
+        require_choice("pack", pack, PACKED)
+    yield
 
     from permprune.cli.plan import show_forecast
     from permprune.jobs.fitting import forecast
     from permprune.jobs.prune import prune_to_folder
-    from permprune.jobs.trials import Evaluation
 
-    config = cli.with_method(config, permute, preset)
     if dry_run:
         show_forecast(model, forecast(model, config, windows=windows).to_json())
         return
-    config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
     prune_to_folder(model, out, config, evaluation=evaluation, pack=pack, resume=resume, announce=_announce)
     print(f"written to {out} (report.html, permprune.json)")
 

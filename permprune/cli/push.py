@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -15,8 +16,10 @@ def push(
     repo: Annotated[str, typer.Argument(help="repository on the hub, as NAMESPACE/NAME")],
     private: Annotated[bool, typer.Option("--private", help="make the repository private if it is new")] = False,
     revision: Annotated[str | None, typer.Option(help="existing branch to upload to", show_default="main")] = None,
-) -> None:
+) -> Iterator[None]:
     """Upload all files of a pruned FOLDER to the Hugging Face hub (log in with `hf auth login` first)."""
+
+    yield
 
     from permprune.checkpoints.hub import push_to_hub
 

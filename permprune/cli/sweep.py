@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from permprune.jobs.swept import Sweep
 
 
-@partial(cli.command, without=("effort", "pattern", "minutes", "shard"))
+@partial(cli.command, without=("effort", "permute", "preset", "pattern", "minutes", "shard"))
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],
@@ -38,21 +39,29 @@ def sweep(
     limit: cli.Limit = None,
     jobs: Annotated[int, typer.Option(help="patterns to work on at the same time, each in its own process")] = 1,
     resume: cli.Resume = False,
-) -> None:
+) -> Iterator[None]:
     """Measure patterns x methods x budgets on MODEL: quality against size, as a table, a page and a picture."""
 
-    from permprune.jobs.sweep import sweep as run
+    from permprune.jobs.swept import plan_cells
     from permprune.jobs.trials import Evaluation
+    from permprune.options import Count, require
 
     chosen = cli.task_list(tasks, task_file, task_data, limit)
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
+    cells = cli.parts(patterns), cli.parts(methods), _minutes(budgets)
+    plan_cells(*cells)
+    require("jobs", jobs, Count)
+    yield
+
+    from permprune.jobs.sweep import sweep as run
+
     run(
         model,
         out,
         config,
-        patterns=cli.parts(patterns),
-        methods=cli.parts(methods),
-        budgets=_minutes(budgets),
+        patterns=cells[0],
+        methods=cells[1],
+        budgets=cells[2],
         evaluation=evaluation,
         jobs=jobs,
         resume=resume,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -16,11 +17,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fsspec
-import torch
-
 from permprune.errors import PermpruneError
-from permprune.examples import Part
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import fsspec
+    import torch
+
+    from permprune.examples import Part
 
 BUFFER = 1000
 """Minimum size, in rows, of the buffer for shuffling a streamed data set."""
@@ -58,6 +62,26 @@ def locate(source: str | Path, what: str) -> Path | None:
     if isinstance(source, Path) or looks_like_path(source):
         raise PermpruneError(f"no {what} at {path}: give an existing file or folder, or the name of a hub data set")
     return None
+
+
+def require_source(source: str) -> None:
+    """Raise `PermpruneError` for a source that cannot be read, as far as its path tells: it is missing or empty."""
+    named = (Path(source), Path(parse_name(source, "calibration")[0]))
+    path = next((path for path in named if path.exists()), named[1])
+    if not source.strip():
+        raise PermpruneError("the name of the data is empty: give a file, a folder or the name of a hub data set")
+    if not path.exists():
+        if looks_like_path(source):
+            raise PermpruneError(f"no data at {path}: give an existing file or folder, or the name of a hub data set")
+    elif not os.access(path, os.R_OK):
+        raise PermpruneError(f"cannot read {path}: {os.strerror(errno.EACCES)}")
+    elif path.is_dir():
+        if not any(path.iterdir()):
+            raise PermpruneError(f"{path} is an empty folder: give one with data")
+    elif not path.is_file():
+        raise PermpruneError(f"{path} is neither a file nor a folder: give one of them")
+    elif not path.stat().st_size:
+        raise PermpruneError(f"{path} is empty: give a file with data")
 
 
 def looks_like_path(source: str) -> bool:

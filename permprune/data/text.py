@@ -7,13 +7,16 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from permprune.data.sources import dataset, looks_like_path, parse_json, parse_name, read_text
 from permprune.errors import PermpruneError
-from permprune.examples import Part
-from permprune.zoo.texts import text_file
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.examples import Part
+    from permprune.zoo.texts import text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

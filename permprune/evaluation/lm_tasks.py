@@ -13,21 +13,24 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.data.benchmarks import SOURCES, wikitext2
 from permprune.data.sources import read_text
 from permprune.errors import PermpruneError
-from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
-from permprune.models.forward import evaluating, is_causal_lm
-from permprune.models.processors import Processor, tokenizer_of
 from permprune.options import Count, Natural, require_fields
-from permprune.system import distributed
+from permprune.system.imports import on_first_use
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console
+
+with on_first_use(globals()):
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from permprune.evaluation.perplexity import perplexity
+    from permprune.models.forward import evaluating, is_causal_lm
+    from permprune.models.processors import Processor, tokenizer_of
+    from permprune.system import distributed
 
 WIKITEXT = "wikitext2"
 """The task that permprune implements itself."""
@@ -49,11 +52,11 @@ _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
 class TaskList:
     """Tasks by name, which are "wikitext2" and all tasks of lm-eval, and tasks or groups that `files` define.
 
-    `files` are in lm-eval's YAML; the code that they refer to by `!function` or `class` is run. With a folder `data`,
-    laid out as docs/tasks.md describes, the tasks of `permprune.data.benchmarks` and "wikitext2" are read from there.
-    `limit` bounds the number of examples of each task (of windows for "wikitext2"). `few_shot` is the number of solved
-    examples in each prompt; None takes the number that each task defines, usually 0. Raises `PermpruneError` for
-    numbers out of range.
+    `files` are in lm-eval's YAML, and `names` may repeat what they define; the code that they refer to by `!function`
+    or `class` is run. With a folder `data`, laid out as docs/tasks.md describes, "wikitext2" and the tasks of
+    `permprune.data.benchmarks` are read from there. `limit` bounds the number of examples of each task (of windows for
+    "wikitext2"). `few_shot` is the number of solved examples in each prompt; None takes the number that each task
+    defines, usually 0. Raises `PermpruneError` for numbers out of range.
     """
 
     names: tuple[str, ...]
@@ -76,7 +79,8 @@ class TaskList:
         if distributed.world() > 1:
             raise PermpruneError("tasks can only be measured by one process: evaluate without torchrun")
         text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
-        known = [name for name in dict.fromkeys(self.names) if name != WIKITEXT]
+        defined = {WIKITEXT, *(name for file in self.files for name in _names_in(file))}
+        known = [name for name in dict.fromkeys(self.names) if name not in defined]
         return LoadedTasks(self, text, self._load(known) if known or self.files else [])
 
     def _check_names(self) -> None:
@@ -205,6 +209,11 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     if not count:
         raise PermpruneError(f"the text has {len(ids)} tokens, but a window needs {length}: give more text")
     return ids[: count * length].view(count, length)
+
+
+def _names_in(file: str) -> list[str]:
+    """Return the names of the task or group that a file defines."""
+    return re.findall(r"^(?:task|group)\s*:\s*[\"']?([^\s\"'#]+)", read_text(Path(file)), re.MULTILINE)
 
 
 def _is_group(file: str) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import KW_ONLY, asdict, dataclass
 
+from permprune.options import require_choice
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -50,6 +52,16 @@ METRICS = {
         TASK_SCORE,
     )
 }
+
+
+LABEL_METRICS = ("accuracy", "matthews", "f1", "pearson", "spearman")
+"""The metrics of labels, by the names that `--metric` takes."""
+
+
+def require_label_metric(name: str | None) -> None:
+    """Raise `PermpruneError` unless `name` is one of `LABEL_METRICS`, or None for the one that fits the labels."""
+    if name is not None:
+        require_choice("metric", name, LABEL_METRICS)
 
 
 def metric_named(name: str) -> Metric:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from permprune.errors import PermpruneError
 from permprune.losses.objective import Objective
-from permprune.options import NonNegative, require
+from permprune.options import NonNegative, require, require_choice
 from permprune.permuters.base import Permuter
 from permprune.permuters.learned import Learned
 from permprune.permuters.paper import LearnedPaper
@@ -33,11 +32,8 @@ def variants(study: str, preset: str, examples: int, *, epochs: float | None = N
     `epochs`, if given, is the length of the search of every variant; the study "epochs" ignores it. Raises
     `PermpruneError` for an unknown study or preset and for `epochs` out of range.
     """
-    if preset not in PRESETS or study not in STUDIES:
-        raise PermpruneError(
-            f'no ablation "{study}" of preset "{preset}": '
-            f"choose a study of {', '.join(STUDIES)} and a preset of {', '.join(PRESETS)}"
-        )
+    require_choice("study", study, STUDIES)
+    require_choice("preset", preset, PRESETS)
     learner = PRESETS[preset]
     if epochs is not None:
         require("epochs", epochs, NonNegative)

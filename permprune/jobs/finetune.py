@@ -9,43 +9,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from permprune.checkpoints.origin import origin_of
-from permprune.checkpoints.patterns import Patterns, held_patterns, recorded_patterns, require_patterns
-from permprune.checkpoints.probe import check_outputs
-from permprune.checkpoints.record import Optimised
-from permprune.checkpoints.schema import decode
 from permprune.checkpoints.source import ModelSource, OpenModel, name_of, open_model
-from permprune.coupling.discovery import discover
-from permprune.coupling.fold import fold_all
-from permprune.data.labelled import read_labelled_text
-from permprune.data.load import load_examples
 from permprune.errors import PermpruneError
-from permprune.evaluation.dispatch import evaluate_model, has_targets
-from permprune.evaluation.probe import with_head
-from permprune.evaluation.result import Result
-from permprune.evaluation.size import weight_bytes
-from permprune.examples import Examples
+from permprune.evaluation.result import Result, require_label_metric
 from permprune.jobs.trials import BATCH
 from permprune.losses.objective import Objective
-from permprune.losses.targets import Task, choose_task
-from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
-from permprune.models.layers import block_linears, require_changeable
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
-from permprune.models.processors import Processor
-from permprune.options import Count, NonNegative, Positive, Seed, require_fields
-from permprune.pruning.folder import require_probe, write_model
-from permprune.system import distributed
-from permprune.system.digests import WEIGHTS, model_digests, versions
+from permprune.options import Count, NonNegative, Positive, Seed, require_choice, require_fields
 from permprune.system.files import WorkFolder, atomic_folder, require_space
+from permprune.system.imports import on_first_use
 from permprune.system.out_of_memory import memory_reported
-from permprune.system.search_state import Checkpoint
-from permprune.training.adapters import adapted
-from permprune.training.loop import Epoch, Trainer, Training
-from permprune.training.weights import masked, trained_weights, weight_scale
+
+with on_first_use(globals()):
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from permprune.checkpoints.origin import origin_of
+    from permprune.checkpoints.patterns import Patterns, held_patterns, recorded_patterns, require_patterns
+    from permprune.checkpoints.probe import check_outputs
+    from permprune.checkpoints.record import Optimised
+    from permprune.checkpoints.schema import decode
+    from permprune.coupling.discovery import discover
+    from permprune.coupling.fold import fold_all
+    from permprune.data.labelled import read_labelled_text
+    from permprune.data.load import load_examples
+    from permprune.evaluation.dispatch import evaluate_model, has_targets
+    from permprune.evaluation.probe import with_head
+    from permprune.evaluation.size import weight_bytes
+    from permprune.examples import Examples
+    from permprune.losses.targets import Task, choose_task
+    from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
+    from permprune.models.layers import block_linears, require_changeable
+    from permprune.models.processors import Processor
+    from permprune.pruning.folder import require_probe, write_model
+    from permprune.system import digests, distributed
+    from permprune.system.search_state import Checkpoint
+    from permprune.training.adapters import adapted
+    from permprune.training.loop import Epoch, Trainer, Training
+    from permprune.training.weights import masked, trained_weights, weight_scale
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 """The share of the data that is held out to measure each epoch if `dev` is None, and the maximum number of examples."""
@@ -88,7 +90,7 @@ class FineTuning:
     Norms, biases and the head are trained as they are, and embeddings are not. Pruned weights stay zero, and the
     adapters are merged into the weights at the end. None trains every weight by itself."""
 
-    teacher: str | PreTrainedModel | None = None
+    teacher: ModelSource | None = None
     """The dense model, by name or in memory. The loss is then the KL divergence from its outputs (for regression, the
     squared distance) instead of the loss of the labels; for language models it is added to the loss of the tokens.
     Dropout is off, and the best epoch is the one with the smallest loss on `dev` instead of the best metric."""
@@ -116,7 +118,7 @@ class FineTuning:
     rows: Count | None = None
     """Examples to draw: by default 256 windows of text, or all examples of any other kind."""
 
-    seed: Seed = Training.seed
+    seed: Seed = 0
     """Seed of all random numbers; the same seed gives the same weights."""
 
     trust_remote_code: bool = False
@@ -124,6 +126,8 @@ class FineTuning:
 
     def __post_init__(self) -> None:
         require_fields(self)
+        require_label_metric(self.metric)
+        require_choice("train", self.train, RATES)
         if self.adapters is not None and self.train != "all":
             raise PermpruneError(f"--adapters trains linear layers, --train {self.train} does not: give one of the two")
 
@@ -258,11 +262,13 @@ def _finetune(
     identity = {
         "model": opened.name,
         **options.to_json(),
-        **model_digests(model, model.state_dict().items()),
+        **digests.model_digests(model, model.state_dict().items()),
         "training examples": examples.digest,
         "held-out examples": held_out.digest,
-        "teacher weights": None if teacher is None else model_digests(teacher, teacher.state_dict().items())[WEIGHTS],
-        **versions(),
+        "teacher weights": None
+        if teacher is None
+        else digests.model_digests(teacher, teacher.state_dict().items())[digests.WEIGHTS],
+        **digests.versions(),
     }
     size = weight_bytes(model, opened.stored)
     with _trained(model, patterns, options) as weights:
@@ -334,7 +340,6 @@ def _patterns(model: PreTrainedModel) -> Patterns:
     return recorded | held
 
 
-@torch.no_grad()
 def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, task: Task) -> PreTrainedModel | None:
     """Return the teacher with its channels in the stored order of the pruned model; None if there is no teacher.
 
@@ -346,7 +351,8 @@ def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, ta
     opened = open_model(options.teacher, trust_remote_code=options.trust_remote_code)
     teacher = opened.model
     part = examples[:1].trimmed()
-    own, dense = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
+    with torch.no_grad():
+        own, dense = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
     if own != dense:
         raise PermpruneError(
             f"{opened.name} has {dense[-1]} outputs but the model {own[-1]}: give the dense model as teacher"

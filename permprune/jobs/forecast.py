@@ -26,7 +26,7 @@ from permprune.models.layers import linears_of
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.narrow_weights import end_weights, held_type, is_narrow
 from permprune.permuters.registry import permuter
-from permprune.plan import DTYPES
+from permprune.plan import DTYPES, calibration_count, shares_of
 from permprune.pruning.masked import masked_parts
 from permprune.pruning.network import LIGHT
 from permprune.pruning.outline import Outline, Passes, activation_parts
@@ -161,7 +161,7 @@ def forecast_held(
     dtype, batch = DTYPES.get(config.precision, machine.dtype), config.batch * BATCH_MULTIPLIER[kind]
     counted = partial(_counted, model, outline, config=config, dtype=dtype)
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
-    measured, held_out, _ = config.shares(config.samples * per_window, per_window)
+    measured, held_out, _ = shares_of(calibration_count(model, config), config, per_window)
     passes = Passes(
         forward=forward_operations(model) * gradient.positions / batch / shards,
         batch=batch,

@@ -30,7 +30,7 @@ from permprune.models.processors import Processor
 from permprune.options import Count, Seed, require
 from permprune.pattern import Pattern
 from permprune.permuters.base import ScorePermuter
-from permprune.permuters.registry import PERMUTERS, permuter
+from permprune.permuters.registry import score_permuter
 from permprune.pruning.folder import write_model
 from permprune.pruning.problem import Part, Problem
 from permprune.system.files import atomic_folder, require_absent, require_writable
@@ -74,7 +74,7 @@ def calibrate_kv(
     config, evaluation, out = config or KVConfig(), evaluation or Evaluation(), Path(out)
     for name, number, hint in (("samples", samples, Count), ("length", length, Count), ("seed", seed, Seed)):
         require(name, number, hint)
-    method = _score_permuter(permute)
+    method = score_permuter(permute)
     for folder in (out, *([] if fold is None else [Path(fold)])):
         require_absent(folder)
         require_writable(folder)
@@ -189,14 +189,6 @@ def _kept(score: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
     grouped = score.gather(2, order[:, None].expand_as(score)).unflatten(2, (-1, pattern.m))
     kept: Tensor = (grouped * pattern.mask_groups(grouped, -1)).flatten(1).sum(1)
     return (kept / score.flatten(1).sum(1)).mean()
-
-
-def _score_permuter(given: str | ScorePermuter) -> ScorePermuter:
-    method = permuter(given)
-    if not isinstance(method, ScorePermuter):
-        fitting = ", ".join(name for name, kind in PERMUTERS.items() if issubclass(kind, ScorePermuter))
-        raise PermpruneError(f"{method.name} orders the channels of weights, not of a cache: choose one of {fitting}")
-    return method
 
 
 def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evaluation: Evaluation) -> Measurement:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
-import torch
-
-from permprune.errors import PermpruneError
-from permprune.kernels.search import add_placement_cost
-from permprune.options import nearest
+from permprune.options import require_choice
 from permprune.pattern import Pattern
-from permprune.system.device import best_device, fast_dtype
+from permprune.system.imports import on_first_use
 from permprune.system.resources import Work
+
+with on_first_use(globals()):
+    import torch
+
+    from permprune.kernels.search import add_placement_cost
+    from permprune.system.device import best_device, fast_dtype
 
 OF_SHEET, OF_MEASURED = 0.5, 0.6
 """Shares of the rates of a data sheet, and of those measured on single operations, that forecasts assume."""
@@ -94,11 +96,11 @@ def _gpu(name: str, *, bf16: float, fp32: float, gib: int, bandwidth: float) -> 
     return Machine(name, torch.device("cuda"), torch.bfloat16, memory=gib * 2**30, sheet=rates)
 
 
-GPUS = {
-    "h100": _gpu("NVIDIA H100 SXM", bf16=989.4, fp32=66.9, gib=80, bandwidth=3.35),
-    "h200": _gpu("NVIDIA H200", bf16=989.4, fp32=66.9, gib=141, bandwidth=4.8),
-    "a100": _gpu("NVIDIA A100 80GB", bf16=312, fp32=19.5, gib=80, bandwidth=2.04),
-    "rtx4090": _gpu("NVIDIA RTX 4090", bf16=165.2, fp32=82.6, gib=24, bandwidth=1.01),
+GPUS: Mapping[str, Callable[[], Machine]] = {
+    "h100": partial(_gpu, "NVIDIA H100 SXM", bf16=989.4, fp32=66.9, gib=80, bandwidth=3.35),
+    "h200": partial(_gpu, "NVIDIA H200", bf16=989.4, fp32=66.9, gib=141, bandwidth=4.8),
+    "a100": partial(_gpu, "NVIDIA A100 80GB", bf16=312, fp32=19.5, gib=80, bandwidth=2.04),
+    "rtx4090": partial(_gpu, "NVIDIA RTX 4090", bf16=165.2, fp32=82.6, gib=24, bandwidth=1.01),
 }
 """GPUs by name. Sources: NVIDIA's data sheets of the H100, H200 and A100, and its white paper on the Ada architecture,
 appendix A (docs/concepts/cost.md)."""
@@ -108,9 +110,8 @@ def machine_named(name: str | None) -> Machine:
     """Return the GPU of that name, or this machine if it is None. Raises `PermpruneError` for an unknown name."""
     if name is None:
         return this_machine()
-    if name not in GPUS:
-        raise PermpruneError(f'unknown GPU "{name}": {nearest(name, GPUS)}, or leave --gpu out')
-    return GPUS[name]
+    require_choice("gpu", name, GPUS)
+    return GPUS[name]()
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -31,13 +31,13 @@ from permprune.data.overlap import warn_of_overlap
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
-from permprune.jobs.swept import OWN, DenseRow, Sweep, SweepRow, pareto
+from permprune.jobs.swept import OWN, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
 from permprune.jobs.trials import Evaluation, Trials
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
-from permprune.options import Count, Positive, require
+from permprune.options import Count, require
 from permprune.pattern import parse_pattern
-from permprune.permuters.base import LocalPermuter, Run
+from permprune.permuters.base import Run
 from permprune.permuters.registry import permuter
 from permprune.report.sweep import write_sweep
 from permprune.system import distributed
@@ -63,21 +63,6 @@ AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder an
 
 FREE = (*OWN, "batch", "recompute")
 """Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One combination of a pattern, a method and a time limit of the search in `minutes` (None for no limit)."""
-
-    pattern: str
-    method: str
-    minutes: float | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the cell's files, without an extension."""
-        budget = "" if self.minutes is None else f" {self.minutes:g}"
-        return f"{self.pattern} {self.method}{budget}".replace(":", "-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,25 +133,6 @@ def _write(result: dict[str, Any], work: WorkFolder) -> None:
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
         write_json(folder / "figures.json", result)
         write_sweep(result, folder)
-
-
-def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
-    """Return the cells, ordered by pattern, method and increasing budget.
-
-    Raises `PermpruneError` for an unknown pattern or method and for a budget that is not positive.
-    """
-    if not patterns:
-        raise PermpruneError("a sweep needs at least one pattern")
-    for budget in budgets:
-        require("budgets", budget, Positive)
-    cells = []
-    for pattern in dict.fromkeys(patterns):
-        parse_pattern(pattern)
-        for method in dict.fromkeys(["none", *methods]):
-            local = isinstance(permuter(method), LocalPermuter)
-            limits: Sequence[float | None] = [None] if local or not budgets else sorted(set(budgets))
-            cells += [Cell(pattern, method, minutes) for minutes in limits]
-    return cells
 
 
 def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int) -> None:

@@ -1,4 +1,4 @@
-"""The results of a sweep, as data."""
+"""The cells of a sweep and their results, as data."""
 
 from __future__ import annotations
 
@@ -8,12 +8,50 @@ from collections.abc import Sequence
 from typing import Any
 
 from permprune.config import PruneConfig
+from permprune.errors import PermpruneError
 from permprune.evaluation.result import Metric
 from permprune.jobs.trials import Evaluation, Measurement
-from permprune.permuters.base import CurvePoint
+from permprune.options import Positive, require
+from permprune.pattern import parse_pattern
+from permprune.permuters.base import CurvePoint, LocalPermuter
+from permprune.permuters.registry import permuter
 
 OWN = ("pattern", "permute", "minutes")
 """Fields of the config that differ between cells."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One combination of a pattern, a method and a time limit of the search in `minutes` (None for no limit)."""
+
+    pattern: str
+    method: str
+    minutes: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's files, without an extension."""
+        budget = "" if self.minutes is None else f" {self.minutes:g}"
+        return f"{self.pattern} {self.method}{budget}".replace(":", "-")
+
+
+def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
+    """Return the cells, ordered by pattern, method and increasing budget.
+
+    Raises `PermpruneError` for an unknown pattern or method and for a budget that is not positive.
+    """
+    if not patterns:
+        raise PermpruneError("a sweep needs at least one pattern")
+    for budget in budgets:
+        require("budgets", budget, Positive)
+    cells = []
+    for pattern in dict.fromkeys(patterns):
+        parse_pattern(pattern)
+        for method in dict.fromkeys(["none", *methods]):
+            local = isinstance(permuter(method), LocalPermuter)
+            limits: Sequence[float | None] = [None] if local or not budgets else sorted(set(budgets))
+            cells += [Cell(pattern, method, minutes) for minutes in limits]
+    return cells
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,25 +7,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from permprune.checkpoints.record import Measured
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.config import PruneConfig
-from permprune.data.load import load_examples
-from permprune.evaluation.agreement import dense_outputs
-from permprune.evaluation.dispatch import evaluate_model, has_targets
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
-from permprune.evaluation.result import Result
-from permprune.examples import Examples
-from permprune.models.forward import is_encoder_decoder
+from permprune.evaluation.result import Result, require_label_metric
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
-from permprune.models.processors import Processor, tokenizer_of
-from permprune.options import Count, require_fields
+from permprune.options import Count, Length, require_fields
 from permprune.permuters.base import Permuter, Run, Solution
-from permprune.pipeline import Pruned, finish, prepare, update_weights
+from permprune.system.imports import on_first_use
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log
+
+with on_first_use(globals()):
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from permprune.checkpoints.record import Measured
+    from permprune.data.load import load_examples
+    from permprune.evaluation.agreement import dense_outputs
+    from permprune.evaluation.dispatch import evaluate_model, has_targets
+    from permprune.examples import Examples
+    from permprune.models.forward import is_encoder_decoder
+    from permprune.models.processors import Processor, tokenizer_of
+    from permprune.pipeline import Pruned, finish, prepare, update_weights
 
 ANSWERED_ONCE = 32
 """Images or sentences per window of text in the evaluation: many, because each has only one label."""
@@ -44,7 +47,7 @@ class Evaluation:
     windows: Count = 24
     """Windows of text; 32 images or sentences count as one window."""
 
-    length: Count = 512
+    length: Length = 512
     """Tokens in a window."""
 
     _: dataclasses.KW_ONLY
@@ -60,6 +63,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         require_fields(self)
+        require_label_metric(self.metric)
 
     @classmethod
     def beside(

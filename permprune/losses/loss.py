@@ -5,16 +5,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
-from permprune.losses.output_layer import Logits
-from permprune.losses.targets import Task
 from permprune.options import described
+from permprune.system.imports import on_first_use
 
-LossFunction = Callable[[nn.Module, Examples], Tensor]
+with on_first_use(globals()):
+    from torch import Tensor, nn
+
+    from permprune.examples import Examples
+    from permprune.losses.output_layer import Logits
+    from permprune.losses.targets import Task
+
+if TYPE_CHECKING:
+    LossFunction = Callable[[nn.Module, Examples], Tensor]
+else:
+    LossFunction = Callable  # without the names that are imported on first use
 """(model, batch) -> the loss of each term, a tensor of any shape; a scalar is the mean over the batch's examples."""
 
 

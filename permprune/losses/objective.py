@@ -6,18 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
 from permprune.losses.loss import Loss, TeacherOutputs
-from permprune.losses.targets import Imitation, Task, next_token
-from permprune.models.forward import padding_of
-from permprune.models.layers import blocks
-from permprune.models.padding import Padding
 from permprune.options import NonNegative, require_fields
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor, nn
+    from torch.nn import functional as F
+
+    from permprune.examples import Examples
+    from permprune.losses import targets
+    from permprune.losses.targets import Imitation, Task
+    from permprune.models.forward import padding_of
+    from permprune.models.layers import blocks
+    from permprune.models.padding import Padding
 
 ONE_LABEL_DIVERGENCE = 3.0
 """The weight of `Objective.divergence` where each example has one label."""
@@ -76,7 +80,7 @@ class Objective(Loss):
         Images have one label, and speech few tokens for 1500 frames: there the hidden states tell far more than the
         labels. For the next token of text, which every position predicts, they tell nothing more.
         """
-        hidden_states = self.hidden_states or (0.0 if task is next_token else TRAINED_HIDDEN_STATES)
+        hidden_states = self.hidden_states or (0.0 if task is targets.next_token else TRAINED_HIDDEN_STATES)
         return replace(self, divergence=1.0, hidden_states=hidden_states)
 
     @property

@@ -202,7 +202,10 @@ def random_like(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
 
 
 def _words(config: PreTrainedConfig, vocabulary: int) -> Tensor:
-    """The token ids below `vocabulary` that no field of a config names as special, int64. Raises `PermpruneError` if there is none."""
+    """The token ids below `vocabulary` that no field of a config names as special, int64.
+
+    Raises `PermpruneError` if there are no tokens.
+    """
     if vocabulary < 1:
         raise PermpruneError(f"vocab_size is {vocabulary}: repair config.json")
     ordinary = torch.ones(vocabulary, dtype=torch.bool)

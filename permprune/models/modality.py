@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from transformers import PreTrainedModel
+from permprune.system.imports import on_first_use
 
-from permprune.models.forward import is_causal_lm
-from permprune.models.signature import argument_names
+with on_first_use(globals()):
+    from transformers import PreTrainedModel
+
+    from permprune.models.forward import is_causal_lm
+    from permprune.models.signature import argument_names
 
 Kind = Literal["text", "sentences", "images", "speech"]
 

@@ -7,24 +7,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
-import torch
-from torch import Tensor
-
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
 from permprune.options import described, require_fields
 from permprune.pattern import Pattern
-from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.network import PrunedNetwork
-from permprune.pruning.outline import Outline, Passes
-from permprune.pruning.problem import Orders, Problem
 from permprune.registry import label_of
-from permprune.system import distributed
-from permprune.system.digests import CALIBRATION
-from permprune.system.memory import release_freed_memory
+from permprune.system.imports import on_first_use
 from permprune.system.progress import log
 from permprune.system.resources import Stage, Work
-from permprune.system.search_state import Checkpoint, Journal
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.examples import Examples
+    from permprune.pruning.masked import MaskedLayers
+    from permprune.pruning.network import PrunedNetwork
+    from permprune.pruning.outline import Outline, Passes
+    from permprune.pruning.problem import Orders, Problem
+    from permprune.system import digests, distributed
+    from permprune.system.memory import release_freed_memory
+    from permprune.system.search_state import Checkpoint, Journal
 
 ORDER, WEIGHT, BITS = "order/", "weight/", "bits/"
 """Prefixes of orders, of trained weights and of refined masks among the tensors of a saved solution."""
@@ -203,8 +205,8 @@ class Permuter(ABC):
         if run.checkpoint.folder is None:
             return run.checkpoint
         options = {name: value for name, value in self.options().items() if name not in self.free}
-        examples = [run.checkpoint.settings.get(CALIBRATION), run.train.digest, run.held_out.digest]
-        own = {"seed": run.seed, CALIBRATION: examples, **options}
+        examples = [run.checkpoint.settings.get(digests.CALIBRATION), run.train.digest, run.held_out.digest]
+        own = {"seed": run.seed, digests.CALIBRATION: examples, **options}
         return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **own})
 
     def options(self) -> dict[str, Any]:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
+from permprune.system.imports import on_first_use
 
-from permprune.calibration.symmetric import Symmetrics
-from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.problem import Part, Problem
+with on_first_use(globals()):
+    from torch import Tensor
+
+    from permprune.calibration.symmetric import Symmetrics
+    from permprune.pruning.masked import MaskedLayers
+    from permprune.pruning.problem import Part, Problem
 
 BLOCK = 2**21
 """Number of weights that are read at a time: a matrix of them is 8 MiB in fp32. Smaller problems are read once."""

@@ -8,22 +8,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from permprune.matching.assignment import assign
-from permprune.matching.relaxation import gumbel_noise
 from permprune.matching.schedule import Epsilon, Geometric
 from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.base import ORDER, Permuter, Run, Solution
 from permprune.permuters.identity import Identity
 from permprune.permuters.iterate import Iterative, Search
-from permprune.pruning.network import PrunedNetwork, gradient_bytes
-from permprune.pruning.outline import Outline, Passes, activation_parts
-from permprune.pruning.problem import Part, Problem
+from permprune.system.imports import on_first_use
 from permprune.system.progress import log
 from permprune.system.resources import Held, Stage
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.matching.assignment import assign
+    from permprune.matching.relaxation import gumbel_noise
+    from permprune.pruning.network import PrunedNetwork, gradient_bytes
+    from permprune.pruning.outline import Outline, Passes, activation_parts
+    from permprune.pruning.problem import Part, Problem
 
 COST, FIRST, SECOND = "cost/", "first/", "second/"
 """Prefixes of costs and of AdamW's moments among the tensors of a state."""

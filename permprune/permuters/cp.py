@@ -8,15 +8,18 @@ from functools import cache
 from itertools import combinations
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from permprune.errors import PermpruneError
 from permprune.options import Natural
 from permprune.pattern import Pattern
 from permprune.permuters.base import ScorePermuter, Scores
 from permprune.permuters.kept import ROWS, descending, kept_score, stacked_scores, union_kept
-from permprune.pruning.problem import Problem
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.pruning.problem import Problem
 
 WIDE = 2048
 """Number of channels above which only random swaps of single channels are tried."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from permprune.permuters.base import ScorePermuter, Scores
-from permprune.pruning.outline import Outline, Passes
-from permprune.pruning.problem import Problem
+from permprune.system.imports import on_first_use
 from permprune.system.resources import Stage
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.pruning.outline import Outline, Passes
+    from permprune.pruning.problem import Problem
 
 
 @dataclass(frozen=True)

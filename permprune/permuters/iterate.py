@@ -8,17 +8,20 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from permprune.losses.loss import Loss, LossFunction, TeacherOutputs, as_loss
 from permprune.losses.objective import Objective
 from permprune.permuters.base import TRAINING, CurvePoint, Permuter, Round, Run, Solution
-from permprune.pruning.network import PrunedNetwork
-from permprune.pruning.outline import Passes
-from permprune.system import distributed
+from permprune.system.imports import on_first_use
 from permprune.system.progress import bar, log
 from permprune.system.resources import Held
-from permprune.system.search_state import State
+
+with on_first_use(globals()):
+    from torch import Tensor
+
+    from permprune.pruning.network import PrunedNetwork
+    from permprune.pruning.outline import Passes
+    from permprune.system import distributed
+    from permprune.system.search_state import State
 
 
 class Search(ABC):

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor
-
-from permprune.kernels.search import add_placement_cost
-from permprune.matching.assignment import assign
-from permprune.matching.parts import part_count, random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.base import Scores
-from permprune.pruning.problem import Problem
-from permprune.system import sharding
+from permprune.system.imports import on_first_use
 from permprune.system.resources import Work
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.kernels.search import add_placement_cost
+    from permprune.matching.assignment import assign
+    from permprune.matching.parts import part_count, random_parts
+    from permprune.pruning.problem import Problem
+    from permprune.system import sharding
 
 ROWS = 64
 """Number of rows that are processed at a time, so that they fit into the processor's cache."""

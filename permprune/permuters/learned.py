@@ -5,20 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from permprune.losses.loss import Loss, LossFunction
 from permprune.losses.objective import Objective
-from permprune.matching.assignment import assign
-from permprune.matching.relaxation import gumbel_noise
 from permprune.matching.schedule import Geometric
-from permprune.matching.sinkhorn import sinkhorn
 from permprune.options import Count, Natural, NonNegative, Share
 from permprune.permuters.quadratic import QuadraticModel, swap_work
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pruning.outline import Outline, Passes
+from permprune.system.imports import on_first_use
 from permprune.system.resources import Held, Stage, Work
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.matching.assignment import assign
+    from permprune.matching.relaxation import gumbel_noise
+    from permprune.matching.sinkhorn import sinkhorn
+    from permprune.pruning.outline import Outline, Passes
 
 
 @dataclass(frozen=True)

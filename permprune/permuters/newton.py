@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from permprune.options import Natural
 from permprune.permuters.quadratic import PART, QuadraticModel, model_bytes, swap_parts, swap_work
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pruning.outline import Outline
+from permprune.system.imports import on_first_use
 from permprune.system.resources import Work
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.pruning.outline import Outline
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from permprune.losses.loss import Loss, LossFunction
 from permprune.losses.objective import Objective
-from permprune.matching.sinkhorn import sinkhorn
 from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    from torch import Tensor
+
+    from permprune.matching.sinkhorn import sinkhorn
 
 
 @dataclass(frozen=True)

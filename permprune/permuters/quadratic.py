@@ -22,20 +22,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from permprune.kernels.search import add_placement_cost, pruned_part
-from permprune.matching.assignment import cycles
-from permprune.matching.pairs import pair_up
-from permprune.matching.parts import part_count, random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.bundles import BLOCK, Bundle, read_bundles
-from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.outline import Outline
-from permprune.pruning.problem import Problem
-from permprune.system import sharding
+from permprune.system.imports import on_first_use
 from permprune.system.resources import Work
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.kernels.search import add_placement_cost, pruned_part
+    from permprune.matching.assignment import cycles
+    from permprune.matching.pairs import pair_up
+    from permprune.matching.parts import part_count, random_parts
+    from permprune.pruning.masked import MaskedLayers
+    from permprune.pruning.outline import Outline
+    from permprune.pruning.problem import Problem
+    from permprune.system import sharding
 
 PART = 256
 """The largest number of channels that swap with each other; those of wider problems are divided at random.

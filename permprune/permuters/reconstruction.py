@@ -5,23 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from permprune.losses.objective import Objective
 from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution, each_problem_work
 from permprune.permuters.bundles import BLOCK
 from permprune.permuters.kept import assignment_work, deal_and_assign, stacked_bytes, stacked_scores
 from permprune.permuters.quadratic import QuadraticModel, model_bytes, swap_parts, swap_work
-from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.network import PrunedNetwork
-from permprune.pruning.outline import Outline, Passes, activation_parts
-from permprune.pruning.problem import Orders, Problem
-from permprune.system.distributed import shards
+from permprune.system.imports import on_first_use
 from permprune.system.progress import log, track
 from permprune.system.resources import Held, Stage, Work
-from permprune.system.search_state import Journal
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.pruning.masked import MaskedLayers
+    from permprune.pruning.network import PrunedNetwork
+    from permprune.pruning.outline import Outline, Passes, activation_parts
+    from permprune.pruning.problem import Orders, Problem
+    from permprune.system.distributed import shards
+    from permprune.system.search_state import Journal
 
 JITTER = 0.01
 """Relative noise on the scores from which further candidates start."""

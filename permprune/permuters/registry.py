@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from permprune.permuters.base import Permuter
+from permprune.errors import PermpruneError
+from permprune.permuters.base import Permuter, ScorePermuter
 from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity, Random
 from permprune.permuters.learned import Learned
@@ -24,6 +25,15 @@ PERMUTERS: dict[str, type[Permuter]] = {
 def permuter(given: str | Permuter) -> Permuter:
     """Return the permuter of a name such as "newton:rounds=6"; an object is returned as it is (`method_of`)."""
     return method_of(given, Permuter, PERMUTERS)  # type: ignore[type-abstract]
+
+
+def score_permuter(given: str | ScorePermuter) -> ScorePermuter:
+    """Return the permuter of a name that `ScorePermuter` is a base of. Raises `PermpruneError` for another one."""
+    method = permuter(given)
+    if not isinstance(method, ScorePermuter):
+        fitting = ", ".join(name for name, kind in PERMUTERS.items() if issubclass(kind, ScorePermuter))
+        raise PermpruneError(f"{method.name} orders the channels of weights, not of a cache: choose one of {fitting}")
+    return method
 
 
 def permuters(methods: Sequence[str | Permuter] | Mapping[str, str | Permuter]) -> dict[str, Permuter]:

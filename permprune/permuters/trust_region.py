@@ -6,19 +6,22 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from permprune.options import Count, Natural, Positive, Share
 from permprune.permuters.base import Permuter, Run, each_problem_work
 from permprune.permuters.iterate import Iterative, Search
 from permprune.permuters.quadratic import QuadraticModel, model_bytes
 from permprune.permuters.reconstruction import Reconstruction
-from permprune.permuters.trust_region_search import TrustRegionSearch
-from permprune.permuters.tuning import training_parts
-from permprune.pruning.network import PrunedNetwork, gradient_bytes
-from permprune.pruning.outline import Outline, Passes, activation_parts
+from permprune.system.imports import on_first_use
 from permprune.system.resources import Held, Stage, Work
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+
+    from permprune.permuters.trust_region_search import TrustRegionSearch
+    from permprune.permuters.tuning import training_parts
+    from permprune.pruning.network import PrunedNetwork, gradient_bytes
+    from permprune.pruning.outline import Outline, Passes, activation_parts
 
 TRIED = 1.5
 """Mean number of held-out losses in a round, for forecasts: most steps are accepted or halved once."""

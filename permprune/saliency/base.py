@@ -6,13 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
 from permprune.options import require_fields
+from permprune.system.imports import on_first_use
 
-Span = slice | Tensor
-"""Some rows or channels: a slice, or int64 indices."""
+with on_first_use(globals()):
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,12 @@ class Scale:
     channels: Tensor
     rows: Tensor | None = None
 
-    def score(self, weight: Tensor, rows: Span = slice(None), channels: Span = slice(None)) -> Tensor:
+    def score(
+        self, weight: Tensor, rows: slice | Tensor = slice(None), channels: slice | Tensor = slice(None)
+    ) -> Tensor:
         """Return the scores of some weights, fp32 (rows, channels) in the memory layout of `weight`.
 
-        `weight` are the weights of these `rows` and `channels` of the layer.
+        `weight` are the weights of these `rows` and `channels` of the layer, each a slice or int64 indices.
         """
         size, own = weight.float().abs(), self.channels[:, channels]
         if self.rows is None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from permprune.saliency.base import Saliency
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from permprune.calibration.moments import inverse_factor
 from permprune.options import NonNegative
 from permprune.saliency.base import Saliency
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from permprune.calibration.moments import inverse_factor
 
 
 @dataclass(frozen=True)

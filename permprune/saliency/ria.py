@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from permprune.calibration.moments import root_mean_square
 from permprune.options import NonNegative
 from permprune.saliency.base import Saliency, Scale
-from permprune.system import sharding
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from permprune.calibration.moments import root_mean_square
+    from permprune.system import sharding
 
 TINY = 1e-12
 """The least sum of a row or column, so that one of zeros scores zero instead of NaN."""

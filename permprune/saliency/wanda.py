@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
-from permprune.calibration.moments import root_mean_square
 from permprune.saliency.base import Saliency
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from permprune.calibration.moments import root_mean_square
 
 
 @dataclass(frozen=True)

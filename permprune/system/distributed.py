@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from permprune.errors import PermpruneError
+from permprune.system.imports import on_first_use
 from permprune.system.memory import release_freed_memory
 from permprune.system.out_of_memory import is_out_of_memory
+
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+    from torch import distributed as dist
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -231,7 +234,7 @@ def connected() -> Iterator[None]:
 
 
 def _running() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return "torch.distributed" in sys.modules and dist.is_available() and dist.is_initialized()
 
 
 def _alike() -> bool:

@@ -17,8 +17,11 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from permprune.errors import PermpruneError
-from permprune.system import distributed
+from permprune.system.imports import on_first_use
 from permprune.system.resources import gib
+
+with on_first_use(globals()):
+    from permprune.system import distributed
 
 MARKER, LOCK, SCRATCH = ".permprune", ".lock", "scratch"
 """Names in a work folder: the file that marks it as permprune's, the lock, and the subfolder of temporary files."""
@@ -46,16 +49,21 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     with _reported(path):
         _require_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=path.parent) as private:
-            temporary = Path(private) / path.name
+        with _new_folder(path.parent, "new") as folder:
+            temporary = folder / path.name
             write(temporary)
+            _follow_umask(folder)
             os.replace(temporary, path)
 
 
+def json_text(value: object) -> str:
+    """Return a value as indented JSON, infinities and NaN as null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: object) -> None:
-    """Write a value as JSON, infinities and NaN as null. Raises `PermpruneError` if it cannot be written."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a value as `json_text`. Raises `PermpruneError` if it cannot be written."""
+    write_whole(path, lambda temporary: temporary.write_text(json_text(value), encoding="utf-8"))
 
 
 def write_sealed(path: Path, value: object) -> None:
@@ -86,10 +94,9 @@ def atomic_folder(out: Path, within: Path | None = None, advice: str = ADVICE) -
     `PermpruneError` if `out` exists, or, with a message that ends in `advice`, if it cannot be written.
     """
     require_absent(out)
-    with _reported(out, advice), tempfile.TemporaryDirectory(prefix=PREFIX, dir=within or out.parent) as private:
-        folder = Path(private) / out.name
-        folder.mkdir()
+    with _reported(out, advice), _new_folder(within or out.parent, out.name) as folder:
         yield folder
+        _follow_umask(folder)
         os.rename(folder, out)
 
 
@@ -224,6 +231,23 @@ def _require_file(path: Path) -> None:
     """Raise `PermpruneError` if there is something other than a file at `path`."""
     if path.exists() and not path.is_file():
         raise PermpruneError(f"{path} is not a file: choose another path")
+
+
+@contextmanager
+def _new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A context that yields a new folder `name` in a temporary folder in `parent`, which is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent) as private:
+        folder = Path(private) / name
+        folder.mkdir()
+        yield folder
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give all files in a new folder the permissions that the umask leaves, whichever library wrote them."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 @contextmanager

@@ -1,14 +1,91 @@
-"""Importing a module as soon as another one has been imported."""
+"""Imports that are postponed until a name is used, and imports right after another module's."""
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+
+@contextmanager
+def on_first_use(names: dict[str, Any]) -> Iterator[None]:
+    """A context whose import statements run when one of the imported names is first used.
+
+    `names` are the globals of the module that imports. Options can so be checked without torch, whose import takes
+    seconds, by the classes that use it. Names that are used while a module is imported, such as base classes and
+    decorators, have to be imported outside. (PEP 810 gives the statement `lazy import` to Python 3.15.)
+    """
+    import_now = builtins.__import__
+
+    def postpone(
+        name: str,
+        globals: Mapping[str, Any] | None = None,
+        locals: Mapping[str, Any] | None = None,
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> Any:
+        if globals is not names:  # another thread's
+            return import_now(name, globals, locals, fromlist or (), level)
+        return _Module(name, names) if fromlist else _Postponed(name, "", names)
+
+    builtins.__import__ = postpone
+    try:
+        yield
+    finally:
+        builtins.__import__ = import_now
+
+
+class _Module:
+    """A module in a postponed `from` import: its attributes are postponed, too."""
+
+    def __init__(self, module: str, names: dict[str, Any]) -> None:
+        self._module, self._names = module, names
+
+    def __getattr__(self, name: str) -> _Postponed:
+        return _Postponed(self._module, name, self._names)
+
+
+class _Postponed:
+    """What a postponed import gives its name until the name is used; then all names of the module get their values."""
+
+    def __init__(self, module: str, name: str, names: dict[str, Any]) -> None:
+        self._source, self._names = (module, name), names
+
+    def _value(self) -> Any:
+        for name, held in [*self._names.items()]:
+            if isinstance(held, _Postponed) and held._names is self._names:
+                self._names[name] = held._import()
+        return self._import()
+
+    def _import(self) -> Any:
+        module, name = self._source
+        imported = __import__(module, fromlist=[name] if name else ())
+        value = getattr(imported, name) if name else imported
+        if isinstance(value, str | int | float | tuple | dict):
+            raise TypeError(f"{module}.{name} is a value, which nothing shows the use of: import it at once")
+        return value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._value(), name)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self._value()(*arguments, **keywords)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._value()[key]
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self._value()
+
+    def __instancecheck__(self, instance: object) -> bool:
+        return isinstance(instance, self._value())
 
 
 def after_import(awaited: str, wanted: str) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
-from permprune.calibration.moments import cholesky, root_mean_square
 from permprune.errors import PermpruneError
 from permprune.options import Count, Natural, NonNegative, Positive
 from permprune.pattern import Pattern
+from permprune.system.imports import on_first_use
 from permprune.updates.base import LayerUpdate
+
+with on_first_use(globals()):
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from permprune.calibration.moments import cholesky, root_mean_square
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,22 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-
-from permprune.calibration.moments import InputMoments
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
-from permprune.models.forward import frozen, padding_of
-from permprune.models.layers import Layer, blocks
 from permprune.options import require_fields
 from permprune.pattern import Pattern
-from permprune.pruning.network import PrunedNetwork
+from permprune.system.imports import on_first_use
 from permprune.system.progress import track
+
+with on_first_use(globals()):
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor, nn
+
+    from permprune.calibration.moments import InputMoments
+    from permprune.examples import Examples
+    from permprune.models.forward import frozen, padding_of
+    from permprune.models.layers import Layer, blocks
+    from permprune.pruning.network import PrunedNetwork
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,6 @@ class LayerUpdate(Update):
         order of `weight`, which is not changed. Raises `PermpruneError` if H cannot be used.
         """
 
-    @torch.no_grad()
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
         """Run one forward pass over all examples in one batch, and update each block just before it runs."""
         waiting = _layers_by_block(network)
@@ -96,7 +98,7 @@ class LayerUpdate(Update):
         handles = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
         bar = track(waiting.copy(), self.name)
         try:
-            with closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast():
+            with torch.no_grad(), closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast():
                 network.task(network.model, shown)
         finally:
             for handle in handles:

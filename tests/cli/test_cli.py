@@ -107,7 +107,7 @@ def test_plan_says_what_prune_would_take(source: list[str], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--gpu", "h10"], 'unknown GPU "h10": did you mean "h100"?'),
+        (["--gpu", "h10"], "gpu is 'h10': did you mean \"h100\"?"),
         (["--memory", "9KB"], "needs the whole network in memory, which takes about"),
         (["--memory", "9KB", "--permute", "ria"], "even layer by layer this model takes about"),
         (["--memory", "9KB", "--pattern", "mixed"], "a mix of patterns needs all layers in memory"),
@@ -120,8 +120,9 @@ def test_a_plan_that_cannot_be_made_is_one_line(tiny_checkpoint: Path, change: l
 
 
 def test_the_shared_options_are_the_settings() -> None:
-    fields = {field.name for field in dataclasses.fields(PruneConfig)} - {"permute", "measured", "held_out", "shared"}
-    assert set(inspect.signature(prune_config).parameters) == fields
+    fields = {field.name for field in dataclasses.fields(PruneConfig)}
+    elsewhere = {"measured", "held_out", "shared", "given"}
+    assert set(inspect.signature(prune_config).parameters) == fields - elsewhere | {"preset"}
     assert prune_config() == PruneConfig()
     chosen = prune_config(
         pattern="4:8", memory="1MiB", exclude=["*.o_proj"], update="sparsegpt", batch=2, recompute=True
@@ -229,12 +230,12 @@ def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
         (["--saliency", "luck"], 'unknown saliency "luck"'),
         (["--update", "luck"], 'unknown update "luck": choose one of none, sparsegpt, admm'),
         (["--permute", "luck"], 'unknown permuter "luck"'),
-        (["--mode", "luck"], 'mode "luck"'),
-        (["--precision", "int8"], 'precision "int8"'),
+        (["--mode", "luck"], "mode is 'luck': choose one of fold, gather"),
+        (["--precision", "int8"], "precision is 'int8': choose one of auto, fp32, bf16"),
         (["--batch", "0"], "batch is 0: give a whole number from 1"),
         (["--memory", "much"], "is not an amount of memory"),
-        (["--calibration", "missing/text.txt"], "no text file missing/text.txt"),
-        (["--data", "missing/text.txt"], "no text file missing/text.txt"),
+        (["--calibration", "missing/text.txt"], "no data at missing/text.txt"),
+        (["--data", "missing/text.txt"], "no data at missing/text.txt"),
         (["--exclude", "*"], "no linear layer to prune"),
         (["--length", "1"], "too few"),
     ],

@@ -1,12 +1,13 @@
 """How much work a run does."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 
 from permprune import PermpruneError, PruneConfig
-from permprune.cli.common import with_method
+from permprune.cli.common import prune_config
 from permprune.config import DEFAULTS, EFFORTS
 from permprune.plan import calibration_count
 from permprune.report.run import render
@@ -27,13 +28,18 @@ def test_an_effort_sets_what_is_not_given(effort: str) -> None:
     config = PruneConfig(samples=24).replace(effort=effort, permute="newton")
     assert (config.permute, config.samples) == ("newton", chosen["samples"])
     assert PruneConfig(effort=effort, samples=192).replace(seed=1).samples == 192
+    unlimited = PruneConfig(effort=effort, permute="newton", minutes=None)
+    assert unlimited.replace(seed=1).minutes is None
+    assert pickle.loads(pickle.dumps(unlimited)).given == {"permute", "minutes"}
 
 
 def test_an_effort_draws_fewer_images_than_windows_of_text() -> None:
     vit = make("vit")
     assert calibration_count(vit, PruneConfig(effort="hour")) == 8 * 768
     assert calibration_count(vit, PruneConfig(effort="minutes")) == 8 * 192
-    assert calibration_count(vit, PruneConfig(effort="hour", samples=1000)) == 8 * 1000
+    for samples in (1000, 3072):
+        given = PruneConfig(effort="hour", samples=samples)
+        assert calibration_count(vit, given) == calibration_count(vit, given.replace(seed=1)) == 8 * samples
     assert calibration_count(make("whisper"), PruneConfig(effort="hour")) == 768
     assert calibration_count(make("bert"), PruneConfig(effort="hour")) == 32 * 3072
 
@@ -56,16 +62,21 @@ def test_prune_records_the_effort(tiny_checkpoint: Path, tiny_text: Path, tmp_pa
     settings = json.loads((out / "permprune.json").read_text())["settings"]
     assert (settings["effort"], settings["permute"], settings["samples"]) == ("seconds", "ria", 24)
     assert "<dt>effort</dt><dd>seconds</dd>" in (out / "report.html").read_text()
+    figures = [tiny_checkpoint, "--length", "16", "--effort", "hour", "--json", tmp_path / "plan.json"]
+    for options, minutes in (([], 55), (["--minutes", "7"], 7), (["--minutes", "none", "--permute", "ria"], None)):
+        assert run("plan", *figures, *options)[0] == 0
+        assert json.loads((tmp_path / "plan.json").read_text())["settings"]["minutes"] == minutes
+    assert "minutes is 'long': give a number above 0, or none" in fails("plan", *figures, "--minutes", "long")
     line = fails("prune", tiny_checkpoint, *small, "--effort", "day", "--out", tmp_path / "day")
     assert line == "permprune: effort is 'day': choose one of seconds, minutes, hour"
 
 
 def test_a_permuter_that_is_given_overrides_that_of_the_effort() -> None:
     config = PruneConfig(effort="hour")
-    assert with_method(config, None, None) == config
-    assert with_method(config, "ria", None).permute == "ria"
-    assert with_method(config, "learned:steps=3", "paper").permute == "learned-paper:steps=3"
-    assert with_method(config, "ria", None).samples == config.samples
+    assert prune_config(effort="hour") == config
+    assert prune_config(effort="hour", permute="ria").permute == "ria"
+    assert prune_config(effort="hour", permute="learned:steps=3", preset="paper").permute == "learned-paper:steps=3"
+    assert prune_config(effort="hour", permute="ria").samples == config.samples
 
 
 def test_the_report_tells_what_each_stage_of_the_search_brought() -> None:

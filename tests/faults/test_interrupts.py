@@ -21,8 +21,9 @@ SCRIPT = "import sys\nfrom permprune.__main__ import main\nsys.exit(main())\n"
 def test_ctrl_c_while_the_program_is_imported(started: str, reached: str, tmp_path: Path) -> None:
     script = tmp_path / "permprune"
     script.write_text(SCRIPT)
+    (tmp_path / "config.json").write_text("{}")  # so that the model is not refused before torch is imported
     program = ["-m", "permprune"] if started == "module" else [str(script)]
-    command = [sys.executable, "-X", "importtime", *program, "evaluate", "./no-model"]
+    command = [sys.executable, "-X", "importtime", *program, "evaluate", str(tmp_path)]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
     with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, preexec_fn=heard) as process:
         assert process.stdout is not None and process.stderr is not None

@@ -113,3 +113,13 @@ def test_task_files_that_are_none(task: Path, tiny_checkpoint: Path, tmp_path: P
 @pytest.mark.parametrize("command", ["evaluate", "compare", "sweep"])
 def test_the_help_says_that_code_runs(command: str) -> None:
     assert "runs the code that it names" in " ".join(run(command, "--help")[1].replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("names", "expected"), [("piqa", ["piqa", "piqa", "own", "average"]), ("own", ["own"])])
+def test_a_task_file_goes_with_names(
+    names: str, expected: list[str], task: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    both = ["--tasks", names, "--task-file", task, "--data", write_task_files(tmp_path / "files")]
+    code, _, stderr = run("evaluate", tiny_checkpoint, *both, "--json", tmp_path / "figures.json")
+    assert code == 0, stderr
+    assert [row["task"] for row in json.loads((tmp_path / "figures.json").read_text())["results"]] == expected

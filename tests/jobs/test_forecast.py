@@ -254,7 +254,7 @@ def test_time_follows_the_rates() -> None:
     assert machine.seconds(Work(comparisons=16, largest=0.25)) == 2 * 2 / 2
     assert machine.seconds(Work(comparisons=16, largest=0.75)) == 2 * 2 * 0.75
     assert machine.seconds(Work(stored=2e9, moved=3)) == 2 + 2 * 3
-    assert this_machine().rates.products > 0 and GPUS["h100"].rates.products == 0.5 * 989.4e12
+    assert this_machine().rates.products > 0 and GPUS["h100"]().rates.products == 0.5 * 989.4e12
 
 
 def test_the_counted_loss_keeps_what_the_objective_keeps() -> None:

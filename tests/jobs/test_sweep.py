@@ -16,8 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune import Evaluation, PermpruneError, PruneConfig, Result, Sweep, TaskList, Wanda, compare, sweep
 from permprune.evaluation.result import PERPLEXITY, TASK_ACCURACY, TOP_1_ACCURACY
-from permprune.jobs.sweep import Cell, plan_cells
-from permprune.jobs.swept import pareto
+from permprune.jobs.swept import Cell, pareto, plan_cells
 from permprune.jobs.trials import Trials
 from permprune.permuters.registry import PERMUTERS
 

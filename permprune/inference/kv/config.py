@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from permprune.errors import PermpruneError
-from permprune.kernels.attention import part_sizes
-from permprune.kernels.codes import INT5
-from permprune.options import Natural, replace_fields, require_fields
+from permprune.options import Natural, replace_fields, require_choice, require_fields
 from permprune.pattern import Pattern
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import torch
+
+    from permprune.kernels import codes
+    from permprune.kernels.attention import part_sizes
 
 AUTO = "auto"
 """The pattern that is chosen by the width of the heads (`default_pattern`)."""
@@ -19,20 +22,13 @@ AUTO = "auto"
 DENSE = "dense"
 """The pattern of states that keep all channels."""
 
-SHARES = {torch.int8: 45 / 128, INT5: 40 / 128}
+SHARES = {"int8": 45 / 128, "int5": 40 / 128}
 """The bytes of a token with the default pattern and values of a type, relative to bf16. For heads of 64 channels, int8
 takes those of 2:4, and int5 those of dense states of four bits in groups of 32."""
 
 RECOVERIES = ("zeros", "sign")
 
-DTYPES = {
-    "auto": None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "int8": torch.int8,
-    "int5": INT5,
-}
+DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "int5")
 """The types of kept values by name; "auto" is the type in which the model computes."""
 
 
@@ -71,14 +67,18 @@ class KVConfig:
         for text in (self.keys, self.values):
             if text not in (AUTO, DENSE):
                 Pattern.parse(text)
-        if self.recovery not in RECOVERIES:
-            raise PermpruneError(f'unknown recovery "{self.recovery}": choose {" or ".join(RECOVERIES)}')
-        if self.dtype not in DTYPES:
-            raise PermpruneError(f'a cache cannot store "{self.dtype}": choose {", ".join(DTYPES)}')
+        require_choice("recovery", self.recovery, RECOVERIES)
+        require_choice("dtype", self.dtype, DTYPES)
 
     def replace(self, **changes: Any) -> KVConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field."""
         return replace_fields(self, changes, "a cache has no setting")
+
+
+def stored_type(name: str) -> torch.dtype | None:
+    """Return the type of kept values with a name of `DTYPES`; None for "auto"."""
+    floats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return {"auto": None, **floats, "int8": torch.int8, "int5": codes.INT5}[name]
 
 
 def pattern_of(text: str, width: int, dtype: str = KVConfig.dtype) -> Pattern | None:
@@ -105,11 +105,13 @@ def default_pattern(width: int, dtype: str = KVConfig.dtype) -> Pattern:
     type `dtype` takes at most `SHARES` of its bytes in bf16: 42:64 and 90:128 with int5, 29:64 and 62:128 with int8 and
     other types. The parts of fixed size weigh more in narrow heads, which keep less.
     """
-    stored = INT5 if dtype == "int5" else torch.int8
+    name = "int5" if dtype == "int5" else "int8"
+    stored = stored_type(name)
+    assert stored is not None
 
     def size(kept: int) -> int:
         parts = part_sizes(stored, width, Pattern(kept, width), recovers=True)
         return sum(count * own.itemsize for count, own in parts.values())
 
-    fitting = (n for n in range(2, width) if size(n) <= 2 * width * SHARES[stored])
+    fitting = (n for n in range(2, width) if size(n) <= 2 * width * SHARES[name])
     return Pattern(max(fitting, default=1), width)

@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from permprune.errors import PermpruneError
 from permprune.inference.kv.attention import Call, Segment, Source, States, Sums, attend, attend_plain, masked
-from permprune.inference.kv.config import DTYPES, KVConfig, pattern_of
+from permprune.inference.kv.config import KVConfig, pattern_of, stored_type
 from permprune.inference.kv.packing import Channels, Layout
 from permprune.inference.kv.tokens import PackedTokens
 from permprune.kernels import native
@@ -77,7 +77,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"model has {shape[0]} of {shape[1]}: make one for this model with permprune kv"
                 )
             pattern = pattern_of(getattr(self.config, name), shape[1], self.config.dtype)
-            stored = DTYPES[self.config.dtype] or states.dtype
+            stored = stored_type(self.config.dtype) or states.dtype
             layout = Layout(pattern, stored, self.config.recovery == "sign")
             packed.append(PackedTokens(channels.to(self.device), layout))
         self.packed = packed[0], packed[1]

@@ -213,8 +213,8 @@ def test_other_models_are_refused(tiny_llama: LlamaForCausalLM, channels: LayerC
     [
         ({"keys": "4:4"}, "keeps no or all weights"),
         ({"values": "half"}, "is not an N:M pattern"),
-        ({"recovery": "wish"}, 'unknown recovery "wish"'),
-        ({"dtype": "int3"}, 'a cache cannot store "int3"'),
+        ({"recovery": "wish"}, "recovery is 'wish': choose one of"),
+        ({"dtype": "int3"}, "dtype is 'int3': did you mean"),
         ({"window": -1}, "window is -1"),
         ({"size": 3}, 'a cache has no setting "size"'),
     ],
