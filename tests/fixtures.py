@@ -48,6 +48,7 @@ from permprune.config import PruneConfig  # noqa: E402
 from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
 from permprune.jobs.forecast import _counted  # noqa: E402
+from permprune.kernels import native  # noqa: E402
 from permprune.models.activations import Activations, Gradients  # noqa: E402
 from permprune.pruning.outline import Outline  # noqa: E402
 from permprune.report.run import _pictures  # noqa: E402
@@ -72,6 +73,15 @@ SENTENCES = [
 def seed() -> None:
     """The same random numbers in every run of a test, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[*native.names(), "torch"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The native kernels of each instruction set of this processor in turn, then PyTorch instead of them."""
+    native._kernels.cache_clear()
+    monkeypatch.setenv(native.FORCED, request.param)
+    yield request.param
+    native._kernels.cache_clear()
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ class States(ctypes.Structure):
     )
 
 
-class _Attention(ctypes.Structure):
+class Attention(ctypes.Structure):
     """`struct attention` of cache.h."""
 
     _fields_ = (
@@ -60,7 +60,7 @@ class _Attention(ctypes.Structure):
     )
 
 
-class _Unpacking(ctypes.Structure):
+class Unpacking(ctypes.Structure):
     """`struct unpacking` of cache.h."""
 
     _fields_ = (
@@ -115,9 +115,7 @@ class PackedStates:
             raise PermpruneError(f"{count} of {tokens} packed tokens from {first} on cannot be unpacked to {dtype}")
         output = torch.empty(batch, heads, count, self.width, dtype=dtype)
         numbers = {"batch": batch, "heads": heads, "first": first, "count": count, "number": native.NUMBERS[dtype]}
-        _require_done(
-            native.run("unpack_states", _Unpacking(self.struct, output.data_ptr(), **numbers), output.numel())
-        )
+        native.run("unpack_states", Unpacking(self.struct, output.data_ptr(), **numbers), output.numel())
         return output
 
 
@@ -187,7 +185,7 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
         for t, dtype in ((queries.mask, torch.bool), (queries.added, torch.float32))
     )
     sinks = None if queries.sinks is None else queries.sinks.float().contiguous()
-    job = _Attention(
+    job = Attention(
         packed=(States * 2)(*(_no_states(side) if side.packed is None else side.packed.struct for side in sides)),
         whole=(States * 2)(*map(_states_of_whole, whole)),
         order=(ctypes.c_void_p * 2)(keys.order.data_ptr(), values.order.data_ptr()),
@@ -213,7 +211,7 @@ def attend(queries: Queries, keys: Side, values: Side, packed: int, before: int)
         number=native.NUMBERS[query.dtype],
         causal=queries.causal and count > 1,
     )
-    _require_done(native.run("attend", job, batch * all_heads * count * length * (width + value_width)))
+    native.run("attend", job, batch * all_heads * count * length * (width + value_width))
     return output
 
 
@@ -274,9 +272,3 @@ def _expanded(
 
 def _reachable(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.device.type == "cpu"
-
-
-def _require_done(status: int) -> None:
-    if status:
-        reason = "an order names channels that do not exist" if status == 3 else "a code does not keep its pattern"
-        raise PermpruneError(f"attention to packed keys and values failed: {reason}")

@@ -15,7 +15,7 @@ from permprune.kernels.layout import FLOATS
 from permprune.pattern import Pattern
 
 
-class _Packing(ctypes.Structure):
+class Packing(ctypes.Structure):
     """`struct packing` of cache.h."""
 
     _fields_ = (
@@ -72,7 +72,7 @@ def pack(
         number=NUMBERS[dtype],
         kind=kind_of(pattern),
     )
-    job = _Packing(
+    job = Packing(
         struct,
         states.data_ptr(),
         weight.data_ptr(),

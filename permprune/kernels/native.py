@@ -35,6 +35,24 @@ threads share a core, that slows all the rest down."""
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 """The numbers of data types in the library."""
 
+REASONS = {
+    1: "there is no memory for it",
+    2: f"the kernels do not run on this processor: unset {FORCED}",
+    3: "an order names channels that do not exist",
+    4: "a code does not keep its pattern",
+    5: "sizes, types or pointers contradict each other",
+}
+"""What the statuses of the library mean: `enum status` of entry.h."""
+
+JOBS = {
+    **dict.fromkeys(("mask", "keep", "prune", "place", "apply"), "a step of the search"),
+    "step": "a step of Adam",
+    "attend": "attention to packed keys and values",
+    "unpack_states": "unpacking keys and values",
+    "pack_states": "packing keys and values",
+}
+"""The functions of the library that run a job, and what they do."""
+
 _MASK, _POSITIONS, _PLAIN = range(3)
 
 
@@ -137,14 +155,9 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None) -> Tensor:
     status = library.permprune_multiply(
         weights, x.data_ptr(), NUMBERS[x.dtype], batch, output.data_ptr(), index, threads
     )
-    if status:
-        raise PermpruneError(
-            {
-                1: f"no memory for {batch} rows of activations: use smaller batches",
-                2: f"the kernels do not run on this processor: unset {FORCED}",
-                3: f"a channel order names channels outside 0 to {weights.width - 1}: pack the model again",
-            }[status]
-        )
+    if status == 3:
+        raise PermpruneError(f"a channel order names channels outside 0 to {weights.width - 1}: pack the model again")
+    _require_done(status, f"a product of {batch} rows with a packed weight")
     return output
 
 
@@ -159,7 +172,8 @@ def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = N
     if library is None or not fits or width != weights.width or not 0 <= first <= weights.rows - rows:
         raise PermpruneError(f"{rows} rows of a packed weight from {first} on cannot be unpacked to {output.dtype}")
     number, threads = NUMBERS[output.dtype], _threads(output.numel())
-    library.permprune_unpack(weights, first, first + rows, output.data_ptr(), number, index, threads)
+    status = library.permprune_unpack(weights, first, first + rows, output.data_ptr(), number, index, threads)
+    _require_done(status, "unpacking a weight")
 
 
 def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
@@ -171,19 +185,22 @@ def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
     return None if row < 0 else row
 
 
-def run(name: str, job: ctypes.Structure, work: int) -> int:
-    """Run a function of the library on a job that has been checked, of `work` elements; returns a status.
+def run(name: str, job: ctypes.Structure, work: int = 0) -> None:
+    """Run a function of the library on a job of `work` elements.
 
-    The functions are those of the search ("mask", "keep", "prune", "place", "apply"), of training ("step") and of the
-    cache ("attend", "unpack_states", "pack_states"). Raises `PermpruneError` where native kernels are not available.
+    The functions are those in `JOBS`. Raises `PermpruneError` where native kernels are not available, or if what the
+    job says contradicts itself.
     """
     library, index = _kernels() or (None, -1)
     if library is None:
         raise PermpruneError("native kernels are not available here")
-    function = getattr(library, f"permprune_{name}")
-    threads = () if name == "place" else (_threads(work),)
-    status: int = function(ctypes.byref(job), index, *threads)
-    return status
+    status = getattr(library, f"permprune_{name}")(ctypes.byref(job), index, _threads(work))
+    _require_done(status, JOBS[name])
+
+
+def _require_done(status: int, job: str) -> None:
+    if status:
+        raise PermpruneError(f"{job} failed: {REASONS[status]}")
 
 
 def _threads(work: int) -> int:
@@ -242,9 +259,9 @@ def _declare(library: ctypes.CDLL) -> None:
     library.permprune_unpack.restype = number
     library.permprune_check.argtypes = [weights, number, number]
     library.permprune_check.restype = count
-    for name in ("mask", "keep", "prune", "place", "apply", "step", "attend", "unpack_states", "pack_states"):
+    for name in JOBS:
         function = getattr(library, f"permprune_{name}")
-        function.argtypes, function.restype = [pointer, number, *[number] * (name != "place")], number
+        function.argtypes, function.restype = [pointer, number, number], number
     library.permprune_use_threads_of.argtypes = [pointer]
     library.permprune_use_threads_of.restype = None
 

@@ -92,9 +92,10 @@ def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -
         return
     places = columns.contiguous()
     masking = _masking(score, places, pattern)
+    _require("a mask", mask, torch.bool, *score.shape)
     masking.mask = mask.data_ptr()
     masking.mask_row_stride, masking.mask_column_stride = mask.stride()
-    _require_done(native.run("mask", masking, len(score) * len(places)))
+    native.run("mask", masking, len(score) * len(places))
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -121,9 +122,10 @@ def apply_mask(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     if not (adjacent and dtype in (torch.float32, torch.bfloat16) and _runs_native(LARGEST_M, weight)):
         return (weight * unpack_mask(bits, width)).to(dtype)
     bits, masked = bits.contiguous(), torch.empty(rows, width, dtype=dtype)
+    _require("a mask", bits, torch.uint8, rows, -(-width // 8))
     pointers = [part.data_ptr() for part in (weight, bits, masked)]
     applying = Applying(*pointers, rows, width, weight.stride(0), native.NUMBERS[dtype])
-    _require_done(native.run("apply", applying, masked.numel()))
+    native.run("apply", applying, masked.numel())
     return masked
 
 
@@ -141,7 +143,7 @@ def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, p
     keeping.weight_row_stride, keeping.weight_column_stride = weight.stride()
     keeping.gradient_row_stride, keeping.gradient_column_stride = gradient.stride()
     keeping.sums = sums.data_ptr()
-    _require_done(native.run("keep", keeping, len(score) * len(places)))
+    native.run("keep", keeping, len(score) * len(places))
     return float(sums.sum())
 
 
@@ -159,9 +161,10 @@ def pruned_part(weight: Tensor, score: Tensor, groups: Tensor, pattern: Pattern)
         found[flat] = weight[flat].masked_fill_(keep, 0)
         return found
     groups = groups.contiguous()
+    _require("groups", groups, torch.int64, len(groups), pattern.m)
     pointers = [part.data_ptr() for part in (score, weight, groups, found)]
     pruning = Pruning(*pointers, *score.shape, len(groups), pattern.n, pattern.m)
-    _require_done(native.run("prune", pruning, found.numel()))
+    native.run("prune", pruning, found.numel())
     return found
 
 
@@ -187,13 +190,17 @@ def add_placement_cost(
     each free channel and a column for each group. The result is exact up to a constant in each row.
     """
     parts = [part.contiguous() for part in (score, weight, slope, error)]
-    if not _runs_native(pattern.m, *parts):
+    if not (_runs_native(pattern.m, *parts) and cost.is_contiguous()):
         cost += _placement_cost(parts, curvature, groups, slots, pattern).double().cpu()
         return
     groups, slots, curvature = groups.contiguous(), slots.contiguous(), curvature.float().contiguous()
+    _require("groups", groups, torch.int64, len(groups), pattern.m)
+    _require("slots", slots, torch.int64, len(groups))
+    _require("a curvature", curvature, torch.float32, len(score))
+    _require("a cost", cost, torch.float64, len(groups), len(groups))
     pointers = [part.data_ptr() for part in (*parts, curvature, groups, slots, cost)]
     placement = Placement(*pointers, *score.shape, len(groups), pattern.n, pattern.m)
-    _require_done(native.run("place", placement, 0))
+    native.run("place", placement)
 
 
 def _placement_cost(parts: list[Tensor], curvature: Tensor, groups: Tensor, slots: Tensor, pattern: Pattern) -> Tensor:
@@ -244,18 +251,25 @@ def _masking(score: Tensor, places: Tensor, pattern: Pattern) -> Masking:
     Raises `PermpruneError` if m does not divide the number of columns.
     """
     pattern.require_divisible(len(places), "a set of columns")
+    _require("columns", places, torch.int64, len(places))
     rows, width = score.shape
     masking = Masking(score.data_ptr(), places.data_ptr(), None, rows, width, len(places), *score.stride())
     masking.n, masking.m = pattern.n, pattern.m
     return masking
 
 
+def _require(what: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
+    """Raise `PermpruneError` unless a tensor that native code reads or writes has this type and shape."""
+    if tensor.dtype != dtype or tensor.shape != shape or tensor.device.type != "cpu":
+        raise PermpruneError(
+            f"a step of the search has {what} of shape {tuple(tensor.shape)} and type {tensor.dtype} on "
+            f"{tensor.device}: give {shape} of {dtype} on the CPU"
+        )
+
+
 def _runs_native(m: int, *tensors: Tensor) -> bool:
+    """Return whether native code runs for tensors of one shape. Raises `PermpruneError` if their shapes differ."""
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise PermpruneError("a step of the search has matrices of different shapes")
     fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
     return fits and m <= LARGEST_M and native.available()
-
-
-def _require_done(status: int) -> None:
-    if status:
-        reason = "there is no memory for it" if status == 1 else "an order names columns that do not exist"
-        raise PermpruneError(f"a step of the search failed: {reason}")

@@ -1,5 +1,6 @@
 """Loading the library, doing without it, and how it is built."""
 
+import ctypes
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,11 @@ import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import native, search
+from permprune.kernels.adam import Stepping
+from permprune.kernels.attention import Attention, States, Unpacking
+from permprune.kernels.cache_packing import Packing
+from permprune.pattern import Pattern
 from tests.kernels.test_linear import call
 from tests.kernels.weights import packed
 
@@ -110,3 +115,60 @@ def test_a_compiler_that_fails_is_named(
     with pytest.raises(SystemExit, match="set CC to another compiler"):
         hook.build()
     assert library.read_text() == "the old one"
+
+
+WRONG: dict[str, int | None] = {
+    "rows": -1, "count": 3, "slots": 65, "number": 4, "kind": 3, "bias_number": 3, "blocks": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_weights_that_contradict_themselves_are_refused(name: str) -> None:
+    weight = packed(8, 64)
+    weights = native.describe(weight.layout, weight.blocks, torch.zeros(8))
+    setattr(weights, name, WRONG[name])
+    with pytest.raises((PermpruneError, RuntimeError), match=r"contradict each other|negative dimension"):
+        native.multiply(weights, torch.randn(2, 64))
+    with pytest.raises(PermpruneError, match=r"contradict each other|cannot be unpacked"):
+        native.unpack(weights, 0, torch.empty(8, 64))
+    assert native.row_off_pattern(weights, Pattern(2, 4)) == 0
+
+
+def test_a_plain_weight_has_no_codes_to_unpack_or_check() -> None:
+    weights = native.describe_plain(torch.randn(8, 64))
+    with pytest.raises(PermpruneError, match="unpacking a weight failed"):
+        native.unpack(weights, 0, torch.empty(8, 64))
+    with pytest.raises(PermpruneError, match="cannot be checked"):
+        native.row_off_pattern(weights, Pattern(2, 4))
+
+
+JOBS: list[tuple[str, ctypes.Structure]] = [
+    ("place", search.Placement(count=-1, n=2, m=4)),
+    ("place", search.Placement(count=1 << 40, n=2, m=4)),
+    ("place", search.Placement(count=1, rows=1, n=2, m=4)),
+    ("place", search.Placement(n=2)),
+    ("mask", search.Masking(rows=1, size=-4, n=2, m=4)),
+    ("mask", search.Masking(rows=1, size=4, n=2, m=0)),
+    ("mask", search.Masking(rows=1, size=4, n=4, m=4)),
+    ("mask", search.Masking(rows=1, size=4, width=4, n=2, m=4)),
+    ("keep", search.Keeping(search.Masking(rows=1, size=4, width=4, n=2, m=4))),
+    ("prune", search.Pruning(rows=-1, count=1, n=2, m=4)),
+    ("apply", search.Applying(rows=1, width=-1)),
+    ("apply", search.Applying(rows=1, width=1, number=2)),
+    ("step", Stepping(rows=1, width=8, kept=9)),
+    ("step", Stepping(rows=1, width=8, kept=4)),
+    ("attend", Attention(batch=1, heads=1, group=1, count=1, length=1)),
+    ("attend", Attention(batch=1, heads=-1)),
+    ("unpack_states", Unpacking(batch=1, heads=1, count=1)),
+    ("unpack_states", Unpacking(States(width=64, kept=64, tokens=1), batch=1, heads=1, count=2)),
+    ("unpack_states", Unpacking(States(width=64, kept=33, kind=3), batch=1, heads=1)),
+    ("unpack_states", Unpacking(States(width=64, kept=0, kind=1), batch=1, heads=1)),
+    ("pack_states", Packing(batch=1, heads=1, count=1)),
+    ("pack_states", Packing(States(width=64, kept=32, kind=3, code_bytes=5), batch=1, heads=1, n=2, m=4)),
+]
+
+
+@pytest.mark.parametrize(("name", "job"), JOBS, ids=lambda value: value if isinstance(value, str) else "")
+def test_jobs_that_contradict_themselves_are_refused(name: str, job: ctypes.Structure) -> None:
+    with pytest.raises(PermpruneError, match="contradict each other"):
+        native.run(name, job)

@@ -1,7 +1,5 @@
 """The inner loops of the search, against PyTorch in float64 over random shapes, for every kernel that runs here."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,15 +11,6 @@ from permprune.kernels import native, search
 from permprune.pattern import Pattern
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(1, 2), Pattern(3, 5), Pattern(7, 16)]
-
-
-@pytest.fixture(params=native.names())
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each kernel in turn."""
-    native._kernels.cache_clear()
-    monkeypatch.setenv(native.FORCED, request.param)
-    yield request.param
-    native._kernels.cache_clear()
 
 
 def scores(rows: int, width: int, generator: torch.Generator) -> Tensor:
@@ -166,16 +155,42 @@ def test_masks_do_not_depend_on_the_threads() -> None:
 def test_columns_that_do_not_exist_are_refused(wrong: int) -> None:
     score, columns = torch.rand(2, 8), torch.arange(8)
     columns[3] = wrong
-    with pytest.raises(PermpruneError, match="names columns that do not exist"):
+    with pytest.raises(PermpruneError, match="names channels that do not exist"):
         search.write_mask(torch.zeros(2, 8, dtype=torch.bool), score, columns, Pattern(2, 4))
-    with pytest.raises(PermpruneError, match="names columns that do not exist"):
+    with pytest.raises(PermpruneError, match="names channels that do not exist"):
         search.kept_sum(score, score, score, columns, Pattern(2, 4))
     given = placement(Pattern(2, 4), 3, 5, 3)
     for name, value in (("groups", wrong - 1), ("slots", wrong)):
         broken = {**given, name: given[name].clone()}
         broken[name].view(-1)[0] = value if value < 0 else 99
-        with pytest.raises(PermpruneError, match="names columns that do not exist"):
+        with pytest.raises(PermpruneError, match="names channels that do not exist"):
             cost_of(broken, Pattern(2, 4))
+
+
+def test_a_placement_of_no_groups_costs_nothing() -> None:
+    none = torch.zeros(4, 3)
+    cost, groups, slots = torch.zeros(0, 0, dtype=torch.float64), torch.zeros(0, 4).long(), torch.zeros(0).long()
+    search.add_placement_cost(
+        cost, none, none, none, none, curvature=torch.zeros(4), groups=groups, slots=slots, pattern=Pattern(2, 4)
+    )
+    assert cost.shape == (0, 0)
+
+
+def test_tensors_that_do_not_match_are_refused() -> None:
+    score, columns, mask = torch.rand(2, 8), torch.arange(8), torch.zeros(2, 8, dtype=torch.bool)
+    for arguments in ((mask[:1], score, columns), (mask.byte(), score, columns), (mask, score, columns.int())):
+        with pytest.raises(PermpruneError, match=r"has (a mask|columns) of shape"):
+            search.write_mask(*arguments, Pattern(2, 4))
+    with pytest.raises(PermpruneError, match="matrices of different shapes"):
+        search.kept_sum(score, score[:, :4], score, columns, Pattern(2, 4))
+    with pytest.raises(PermpruneError, match="has groups of shape"):
+        search.pruned_part(score.T, score.T, columns.view(4, 2), Pattern(2, 4))
+    with pytest.raises(PermpruneError, match="has a mask of shape"):
+        search.apply_mask(score, search.pack_mask(mask[:1]), torch.float32)
+    given = placement(Pattern(2, 4), 3, 5, 3)
+    for name in ("groups", "slots", "curvature"):
+        with pytest.raises(PermpruneError, match=r"has (groups|slots|a curvature) of shape"):
+            cost_of({**given, name: given[name][..., :-1]}, Pattern(2, 4))
 
 
 def test_columns_that_are_no_whole_groups_are_refused() -> None:

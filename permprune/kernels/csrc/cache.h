@@ -43,7 +43,7 @@ struct states {
 
 /* Queries (batch, heads * group, count, width) that read `length` tokens each: `before` whole ones, then `packed` packed
  * ones, then whole ones. Index 0 of a pair is for keys, 1 for values. Strides are those of the dimensions before the
- * last, in numbers. The same members, in the same order, as `_Attention` in attention.py. */
+ * last, in numbers. The same members, in the same order, as `Attention` in attention.py. */
 struct attention {
     struct states packed[2], whole[2]; /* tokens are batch * heads * those for which a head has memory */
     const int64_t *order[2];           /* (heads, width): stored channel c is channel order[c] of queries and output */
@@ -61,7 +61,7 @@ struct attention {
     int32_t *bad;           /* becomes 1 if a code keeps another number of channels than `kept` */
 };
 
-/* Some packed states as floats. The same members, in the same order, as `_Unpacking` in attention.py. */
+/* Some packed states as floats. The same members, in the same order, as `Unpacking` in attention.py. */
 struct unpacking {
     struct states states;
     void *output; /* (batch * heads, count, width) of type `number` */
@@ -71,7 +71,7 @@ struct unpacking {
 };
 
 /* States to pack: (batch, heads, count, width) of type `number`, with the strides of the dimensions before the last. Of
- * each group of m channels, n are kept. The same members, in the same order, as `_Packing` in cache_packing.py. */
+ * each group of m channels, n are kept. The same members, in the same order, as `Packing` in cache_packing.py. */
 struct packing {
     struct states states; /* what is written: batch * heads * count tokens; with levels in any case */
     const void *from;

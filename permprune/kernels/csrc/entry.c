@@ -89,6 +89,8 @@ EXPORT void permprune_use_threads_of(void *gomp_parallel) { parallel = (parallel
 int places_are_bad(const int64_t *places, int64_t count, int64_t limit)
 {
     uint64_t bad = 0;
+    if (LACKS(count, places))
+        return 1;
     for (int64_t i = 0; i < count; i++)
         bad |= (uint64_t)places[i] >= (uint64_t)limit;
     return bad != 0;

@@ -66,15 +66,6 @@ static void stage_row(const struct kernels *kernels, const struct weights *weigh
         memcpy((char *)staged->values + (size_t)(place + n * height) * size, (char *)line + (size_t)n * size, size);
 }
 
-static int order_is_bad(const struct weights *weights)
-{
-    uint64_t bad = 0;
-    if (weights->order)
-        for (int64_t c = 0; c < weights->width; c++)
-            bad |= (uint64_t)weights->order[c] >= (uint64_t)weights->width;
-    return bad != 0;
-}
-
 static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
 {
     if (pairs)
@@ -84,6 +75,20 @@ static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number,
 
 /* ---- entries ---- */
 
+/* Whether what is said of a weight contradicts itself: kernels rely on it and on nothing that a block contains. */
+static int weights_are_bad(const struct weights *weights)
+{
+    const int64_t width = weights->width, slots = weights->slots;
+    const int plain = weights->kind == PLAIN, positions = weights->kind == POSITIONS, number = weights->number;
+    return bad_size(weights->rows) || bad_size(width) || weights->count != (width + BLOCK - 1) / BLOCK || slots < 1 ||
+           slots > BLOCK || number < F32 || number > I8 || weights->kind < MASK || weights->kind > PLAIN ||
+           (plain && (width % BLOCK || slots != BLOCK || weights->half)) ||
+           ((positions || weights->half) && slots < BLOCK / 2) || (positions && width % 4) ||
+           (weights->bias && (weights->bias_number < F32 || weights->bias_number > F16)) ||
+           LACKS(weights->rows * width, weights->blocks) ||
+           (plain && number == I8 && LACKS(weights->rows * width, weights->scale));
+}
+
 /* output (batch, rows) = activations (batch, width) x weight^T + bias, both contiguous in memory. The width of PLAIN
  * weights is a multiple of BLOCK. Returns a `status`. */
 EXPORT int32_t permprune_multiply(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
@@ -92,10 +97,13 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     const struct kernels *kernels = find_kernels(index);
     if (!kernels)
         return NO_KERNEL;
+    if (weights_are_bad(weights) || bad_size(batch) || number < F32 || number > F16 ||
+        LACKS(batch * weights->width, activations) || LACKS(batch * weights->rows, output))
+        return BAD_SIZE;
+    if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
+        return BAD_ORDER;
     int dense = weights->kind == PLAIN;
     int pairs = weights->number == BF16 && number == BF16 && runs_pairs(index);
-    if (order_is_bad(weights))
-        return BAD_ORDER;
     size_t channels = (size_t)(weights->count * BLOCK), places = (size_t)(batch * weights->count);
     size_t line = channels * sizeof(float), values = places * BLOCK * sizeof(float);
     char *memory = aligned_alloc(64, line + values + (places * 2 * sizeof(float) + 63) / 64 * 64);
@@ -149,9 +157,11 @@ static int positions_ascend(const struct weights *weights, const char *block)
     return !bad;
 }
 
-/* The first row whose codes do not keep exactly n of every m channels; -1 if there is none. */
+/* The first row whose codes do not keep exactly n of every m channels, 0 if m does not fit the weight; -1 if there is none. */
 EXPORT int64_t permprune_check(const struct weights *weights, int32_t n, int32_t m)
 {
+    if (weights_are_bad(weights) || weights->kind == PLAIN || m < 1 || m > BLOCK / 4 || weights->width % m)
+        return 0;
     const char *block = weights->blocks;
     for (int64_t row = 0; row < weights->rows; row++, block += weights->count * block_bytes(weights))
         if (!keeps_pattern(weights, block, n, m) || (weights->kind == POSITIONS && !positions_ascend(weights, block)))
@@ -166,6 +176,9 @@ EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, in
     const struct kernels *kernels = find_kernels(index);
     if (!kernels)
         return NO_KERNEL;
+    if (weights_are_bad(weights) || weights->kind == PLAIN || number < F32 || number > F16 || first < 0 || last < first ||
+        last > weights->rows || LACKS((last - first) * weights->width, output))
+        return BAD_SIZE;
     struct weights some = *weights;
     some.rows = last - first;
     some.blocks += first * weights->count * block_bytes(weights);

@@ -2,80 +2,77 @@
 #include "entry.h"
 #include "search.h"
 
-static int masking_is_bad(const struct masking *masking)
+static int pattern_is_bad(int32_t n, int32_t m) { return m < 2 || m > LARGEST_M || n < 1 || n >= m; }
+
+static int32_t check_masking(const struct masking *job)
 {
-    const int m = masking->m;
-    return m < 1 || m > LARGEST_M || masking->size % m || places_are_bad(masking->places, masking->size, masking->width);
+    if (pattern_is_bad(job->n, job->m) || bad_size(job->rows) || bad_size(job->size) || job->size % job->m ||
+        LACKS(job->rows * job->size, job->score))
+        return BAD_SIZE;
+    return places_are_bad(job->places, job->size, job->width) ? BAD_ORDER : DONE;
 }
 
-/* Write the mask of some columns in their order. Returns a `status`. */
-EXPORT int32_t permprune_mask(const struct masking *masking, int32_t index, int32_t threads)
+/* Write the mask of some columns in their order. */
+ENTRY(mask, masking)
 {
-    const struct kernels *kernels = find_kernels(index);
-    if (!kernels)
-        return NO_KERNEL;
-    if (masking_is_bad(masking))
+    const int32_t status = LACKS(job->rows * job->size, job->mask) ? BAD_SIZE : check_masking(job);
+    if (status == DONE)
+        deal_rows(job, kernels->search->mask, job->rows, threads);
+    return status;
+}
+
+/* Add up, by row, the kept weights times their gradients. */
+ENTRY(keep, keeping)
+{
+    const int missing = LACKS(job->masking.rows, job->weight, job->gradient, job->sums);
+    const int32_t status = missing ? BAD_SIZE : check_masking(&job->masking);
+    if (status == DONE)
+        deal_rows(job, kernels->search->keep, job->masking.rows, threads);
+    return status;
+}
+
+/* Write the pruned weights of all groups. */
+ENTRY(prune, pruning)
+{
+    if (pattern_is_bad(job->n, job->m) || bad_size(job->rows) || bad_size(job->count) ||
+        LACKS(job->rows * job->count, job->score, job->weight, job->pruned))
+        return BAD_SIZE;
+    if (places_are_bad(job->groups, job->count * job->m, job->channels))
         return BAD_ORDER;
-    deal_rows(masking, kernels->search->mask, masking->rows, threads);
+    deal_rows(job, kernels->search->prune, job->count, threads);
     return DONE;
 }
 
-/* Add up, by row, the kept weights times their gradients. Returns a `status`. */
-EXPORT int32_t permprune_keep(const struct keeping *keeping, int32_t index, int32_t threads)
+/* Add to `cost` what it costs to move the free channel of each group to each group. */
+ENTRY(place, placement)
 {
-    const struct kernels *kernels = find_kernels(index);
-    if (!kernels)
-        return NO_KERNEL;
-    if (masking_is_bad(&keeping->masking))
+    (void)threads;
+    if (pattern_is_bad(job->n, job->m) || bad_size(job->rows) || bad_size(job->count) || LACKS(job->count, job->cost) ||
+        LACKS(job->rows * job->count, job->score, job->weight, job->slope, job->error, job->curvature))
+        return BAD_SIZE;
+    if (places_are_bad(job->slots, job->count, job->m) ||
+        places_are_bad(job->groups, job->count * job->m, job->channels))
         return BAD_ORDER;
-    deal_rows(keeping, kernels->search->keep, keeping->masking.rows, threads);
+    return !job->count || kernels->search->place(job) ? DONE : NO_MEMORY;
+}
+
+/* Write a weight with zeros where a mask has none. */
+ENTRY(apply, applying)
+{
+    if (bad_size(job->rows) || bad_size(job->width) || (job->number != F32 && job->number != BF16) ||
+        LACKS(job->rows * job->width, job->weight, job->bits, job->masked))
+        return BAD_SIZE;
+    deal_rows(job, kernels->search->apply, job->rows, threads);
     return DONE;
 }
 
-/* Write the pruned weights of all groups. Returns a `status`. */
-EXPORT int32_t permprune_prune(const struct pruning *pruning, int32_t index, int32_t threads)
+/* Update the kept weights and their moments. */
+ENTRY(step, stepping)
 {
-    const struct kernels *kernels = find_kernels(index);
-    if (!kernels)
-        return NO_KERNEL;
-    const int64_t count = pruning->count, m = pruning->m;
-    if (m < 2 || m > LARGEST_M || pruning->n < 1 || pruning->n >= m ||
-        places_are_bad(pruning->groups, count * m, pruning->channels))
-        return BAD_ORDER;
-    deal_rows(pruning, kernels->search->prune, count, threads);
-    return DONE;
-}
-
-/* Add to `cost` what it costs to move the free channel of each group to each group. Returns a `status`. */
-EXPORT int32_t permprune_place(const struct placement *placement, int32_t index)
-{
-    const struct kernels *kernels = find_kernels(index);
-    if (!kernels)
-        return NO_KERNEL;
-    const int64_t count = placement->count, m = placement->m;
-    if (m < 2 || m > LARGEST_M || placement->n < 1 || placement->n >= m ||
-        places_are_bad(placement->slots, count, m) ||
-        places_are_bad(placement->groups, count * m, placement->channels))
-        return BAD_ORDER;
-    return kernels->search->place(placement) ? DONE : NO_MEMORY;
-}
-
-/* Write a weight with zeros where a mask has none. Returns a `status`. */
-EXPORT int32_t permprune_apply(const struct applying *applying, int32_t index, int32_t threads)
-{
-    const struct kernels *kernels = find_kernels(index);
-    if (!kernels)
-        return NO_KERNEL;
-    deal_rows(applying, kernels->search->apply, applying->rows, threads);
-    return DONE;
-}
-
-/* Update the kept weights and their moments. Returns a `status`. */
-EXPORT int32_t permprune_step(const struct stepping *stepping, int32_t index, int32_t threads)
-{
-    const struct kernels *kernels = find_kernels(index);
-    if (!kernels)
-        return NO_KERNEL;
-    deal_rows(stepping, kernels->search->step, stepping->rows, threads);
+    if (bad_size(job->rows) || bad_size(job->width) || job->kept < 0 || job->kept > job->width ||
+        (job->number != F32 && job->number != BF16) ||
+        LACKS(job->rows * job->kept, job->weight, job->gradient, job->bits, job->mean, job->square))
+        return BAD_SIZE;
+    deal_rows(job, kernels->search->step, job->rows, threads);
     return DONE;
 }
