@@ -164,14 +164,15 @@ def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, ord
 def round_to_int8(x: Tensor) -> Tensor:
     """Round fp32 (batch, width) as the kernels of int8 weights do.
 
-    Each run of 64 channels is rounded to 255 steps from minus its largest magnitude to its largest magnitude.
+    Each run of 64 channels is rounded to 255 steps from minus its largest magnitude to its largest magnitude; runs with
+    NaN or infinity stay as they are.
     """
     blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
-    largest = torch.where(largest.isfinite(), largest, torch.nan)
     inverse = torch.full_like(largest, 127) / largest  # "127 / largest" would be 127 times the rounded reciprocal
-    steps = torch.where(largest > 1e-30, blocks * inverse, blocks * 0).round()
-    return (steps * (largest / 127)).flatten(1)[:, : x.shape[1]]
+    steps = torch.where(largest > 1e-30, blocks * inverse, 0).round()
+    rounded = torch.where(largest.isfinite(), steps * (largest / 127), blocks)
+    return rounded.flatten(1)[:, : x.shape[1]]
 
 
 def _reorder(x: Tensor, order: Tensor) -> Tensor:

@@ -1,13 +1,16 @@
 """The Triton kernels in Triton's interpreter, against PyTorch; on a GPU itself where there is one."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from permprune.kernels import gpu, search
+from permprune.kernels.layout import DTYPES
 from permprune.kernels.linear import multiply_gpu, multiply_reference
 from permprune.kernels.packed import PackedWeight
 from permprune.pattern import Pattern
+from tests.kernels.test_linear import assert_as_dense, not_finite
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(3, 5)]
@@ -19,7 +22,7 @@ def packed(pattern: Pattern, dtype: torch.dtype, rows: int, width: int) -> Packe
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 5, 16, 40, 70])
 def test_products_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype, batch: int) -> None:
     rows, width = 37, 30 * pattern.m
@@ -30,6 +33,19 @@ def test_products_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype, bat
     found, expected = (multiply(weight, x, bias, order) for multiply in (multiply_gpu, multiply_reference))
     assert found.dtype == x.dtype
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-3 * width**0.5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [4, 40, 70])
+def test_activations_that_are_not_finite_give_what_the_dense_product_gives(
+    pattern: Pattern, dtype: torch.dtype, batch: int
+) -> None:
+    weight = packed(pattern, dtype, 41, 30 * pattern.m)
+    x = not_finite(batch, 30 * pattern.m, torch.float32 if dtype == torch.int8 else dtype).to(DEVICE)
+    with np.errstate(invalid="ignore"):  # the interpreter multiplies with numpy
+        found = multiply_gpu(weight, x, None, None)
+    assert_as_dense(found, x, weight.unpack())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

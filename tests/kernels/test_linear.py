@@ -1,5 +1,7 @@
 """Products with packed weights against float64, for every kernel that runs on this processor."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,14 +10,21 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
-from permprune.kernels.linear import LARGEST_BATCH, multiply_reference, packed_linear, round_to_int8
+from permprune.kernels.int8 import dequantize, int8_linear
+from permprune.kernels.layout import DTYPES, FLOATS
+from permprune.kernels.linear import (
+    LARGEST_BATCH,
+    multiply_reference,
+    packed_linear,
+    round_to_int8,
+)
 from permprune.kernels.packed import PackedWeight
+from permprune.kernels.plain import plain_linear
 from permprune.pattern import Pattern
 from tests.kernels.test_packed import PATTERNS
 from tests.kernels.weights import packed, sparse
 
 KERNELS = native.names()
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 PRECISION = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of results of each type, beside the largest one; bf16 by bf16 also rounds inside."""
 
@@ -169,15 +178,43 @@ def test_a_row_of_one_group() -> None:
     assert_near(call(weight, x), exact(weight, x))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+def not_finite(batch: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Activations of which three of every five rows have NaN or infinity; the others are finite."""
+    x = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    for row in range(batch):
+        for channel, value in ((), ((3, torch.nan),), ((6, torch.inf),), ((1, -torch.inf), (7, torch.inf)), ())[
+            row % 5
+        ]:
+            x[row, (channel + 11 * row) % width] = value
+    return x
+
+
+def assert_as_dense(found: Tensor, x: Tensor, dense: Tensor) -> None:
+    """Rows that are not finite are those of the dense product, the others are finite."""
+    expected, bad = x.double() @ dense.double().T, ~x.isfinite().all(1)
+    assert bad.sum() >= len(x) // 2
+    torch.testing.assert_close(found[bad].double(), expected[bad], rtol=0, atol=0, equal_nan=True)
+    assert found[~bad].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_activations_that_are_not_finite_do_not_vanish(kernels: str, dtype: torch.dtype, bad: float) -> None:
-    weight = PackedWeight.pack(torch.eye(4).repeat(1, 64) * 2, Pattern(2, 4), dtype)
-    x = torch.ones(1, 256)
-    x[0, 100] = bad
-    found = native.multiply(describe(weight), x, kernels)
-    assert not torch.isfinite(found[0, 0])
+def test_activations_that_are_not_finite_give_what_the_dense_product_gives(kernel: str, dtype: torch.dtype) -> None:
+    for pattern, activations in product(PATTERNS, FLOATS):
+        width = 22 * Pattern.parse(pattern).m
+        weight, order, bias = packed(41, width, pattern, dtype), torch.randperm(width), torch.linspace(-1, 1, 41)
+        for batch in (4, 13, LARGEST_BATCH + 5):
+            x = not_finite(batch, width, activations)
+            found = call(weight, x, bias, order)
+            assert_as_dense(found, x[:, order], weight.unpack())
+        assert found.isinf().any() and found.isnan().any()
+
+
+def test_activations_that_are_not_finite_in_an_int8_table(kernel: str) -> None:
+    values, scale = torch.randint(-2, 3, (41, 128), dtype=torch.int8), torch.full((41, 2), 0.03)
+    for batch in (4, 13, LARGEST_BATCH + 5):
+        x = not_finite(batch, 128, torch.float32)
+        assert_as_dense(int8_linear(x, values, scale, None), x, dequantize(values, scale))
+        assert_as_dense(plain_linear(x, values.float(), None), x, values.float())
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

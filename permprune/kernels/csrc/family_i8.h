@@ -29,7 +29,7 @@
 #define READ(block, kind, end, room) ((void)(end), (void)(room), FACTOR(LOAD((const int8_t *)(block))))
 #include "product_i8.h"
 
-/* Rounds a block to integers from -127 to 127 and returns its scale, which is NaN for a block with NaN or infinity. */
+/* Rounds a block to integers from -127 to 127 and returns its scale. Of numbers that are not finite, any integers come. */
 static float quantize_block(const float *from, int8_t *to, int32_t *shift)
 {
     uint32_t largest = 0;
@@ -38,16 +38,14 @@ static float quantize_block(const float *from, int8_t *to, int32_t *shift)
         largest = magnitude > largest ? magnitude : largest;
     }
     float limit = from_bits(largest);
-    int finite = largest < 0x7f800000;
-    float inverse = finite && limit > 1e-30f ? 127.0f / limit : 0.0f;
+    float inverse = limit > 1e-30f ? 127.0f / limit : 0.0f;
     int32_t sum = 0;
     for (int c = 0; c < BLOCK; c++) { /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
-        float value = finite ? from[c] * inverse : 0.0f;
-        to[c] = (int8_t)to_bits(value + 12582912.0f);
+        to[c] = (int8_t)to_bits(from[c] * inverse + 12582912.0f);
         sum += to[c];
     }
     *shift = -128 * sum;
-    return finite ? limit / 127.0f : from_bits(0x7fc00000);
+    return limit / 127.0f;
 }
 
 /* Rounds a row of floats: block n becomes number `place` + n x `apart` of the staged ones. */

@@ -66,6 +66,55 @@ static void stage_row(const struct kernels *kernels, const struct weights *weigh
         memcpy((char *)staged->values + (size_t)(place + n * height) * size, (char *)line + (size_t)n * size, size);
 }
 
+/* ---- activations that are not finite ---- */
+
+static int all_finite(const void *numbers, int64_t count, int32_t number)
+{
+    const uint16_t infinity = number == BF16 ? 0x7f80 : 0x7c00, *halves = numbers;
+    const uint32_t *words = numbers;
+    uint32_t bad = 0;
+    uint16_t bad_halves = 0;
+    if (number == F32)
+        for (int64_t i = 0; i < count; i++)
+            bad |= (words[i] & 0x7f800000) == 0x7f800000;
+    else
+        for (int64_t i = 0; i < count; i++)
+            bad_halves |= (halves[i] & infinity) == infinity;
+    return !bad && !bad_halves;
+}
+
+/* A weight, which is zero where it is pruned. */
+static float weight_at(const struct weights *weights, int64_t row, int64_t channel)
+{
+    const int64_t n = row * weights->count + channel / BLOCK;
+    const char *block = weights->blocks + n * block_bytes(weights), *values = block + header_bytes(weights);
+    int64_t slot = channel % BLOCK;
+    if (weights->kind != PLAIN) {
+        const uint64_t kept = kept_channels(read_code(block), weights->kind), own = kept >> slot & 1;
+        slot = __builtin_popcountll(before(kept, (int)slot));
+        if (!own || slot >= weights->slots)
+            return 0.0f;
+    }
+    if (weights->number != I8)
+        return read_number(values, slot, weights->number);
+    return (float)((const int8_t *)values)[slot] * (weights->kind == PLAIN ? weights->scale[n] : read_scale(block));
+}
+
+/* The products of a row of activations that are not all finite: only those count. Zeros are multiplied, too, as in the
+ * dense product, whichever channels a kernel picks. `line` has room for the row. */
+static void multiply_nonfinite(const struct job *job, const void *x, int64_t row, int32_t number, float *line)
+{
+    const struct weights *weights = job->weights;
+    read_floats(weights, x, row, number, line);
+    for (int64_t to = 0; to < weights->rows; to++) {
+        float sum = 0;
+        for (int64_t c = 0; c < weights->width && sum == sum; c++) /* NaN stays */
+            if (!all_finite(line + c, 1, F32))
+                sum += weight_at(weights, to, c) * line[c];
+        write_output(job, row, to, sum);
+    }
+}
+
 static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
 {
     if (pairs)
@@ -116,6 +165,11 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     struct job job = {weights, &staged, output, number};
     struct product product = {&job, choose_kernel(kernels, weights->number, pairs, dense)};
     deal_rows(&product, multiply_piece, weights->rows, threads);
+    const int64_t row_bytes = weights->width * (number == F32 ? 4 : 2);
+    if (!all_finite(activations, batch * weights->width, number))
+        for (int64_t row = 0; row < batch; row++)
+            if (!all_finite((const char *)activations + row * row_bytes, weights->width, number))
+                multiply_nonfinite(&job, activations, row, number, (float *)memory);
     free(memory);
     return DONE;
 }
