@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.kernels import native
 from permprune.kernels.layout import BLOCK, FLOATS
-from permprune.kernels.linear import LARGEST_BATCH, round_to_int8
+from permprune.kernels.linear import LARGEST_BATCH, bias_gradient, round_to_int8
 from permprune.kernels.packed import quantize
 
 ROWS = 4096
@@ -27,7 +27,8 @@ def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -
 
     `values` is int8 (rows, width) and `scale` fp32 (rows, width / 64). If there are at most `LARGEST_BATCH` rows of
     activations, they are rounded to int8 as for packed weights. Raises `PermpruneError` if shapes or types do not
-    match.
+    match. The table is frozen: there are gradients for the activations, those of the product without rounding, and the
+    bias.
     """
     _require_fit(x, values, scale)
     rows = x.reshape(-1, x.shape[-1])
@@ -46,6 +47,22 @@ def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -
 def _(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     _require_fit(x, values, scale)
     return x.new_empty(*x.shape[:-1], len(values))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    values, scale, bias = ctx.saved_tensors
+    x = None
+    if ctx.needs_input_grad[0]:
+        parts = zip(gradient.split(ROWS, -1), values.split(ROWS), scale.split(ROWS), strict=True)
+        x = sum(part.float() @ dequantize(own, factor) for part, own, factor in parts)
+    return None if x is None else x.to(gradient.dtype), None, None, bias_gradient(ctx, gradient, bias, 3)
+
+
+int8_linear.register_autograd(_backward, setup_context=_save)
 
 
 def dequantize(values: Tensor, scale: Tensor) -> Tensor:

@@ -4,15 +4,20 @@
 
 Up to `LARGEST_BATCH` rows of activations are multiplied by the packed weight directly. For larger batches the weight is
 unpacked a few rows at a time and multiplied with BLAS. In small batches the activations for int8 weights are rounded to
-int8, with a scale for every 64 channels of a row; in large batches they are not rounded.
+int8, with a scale for every 64 channels of a row; in large batches they are not rounded. Rows of activations that are
+not finite give what the dense product with zeros gives, whatever multiplies them.
+
+The weight is frozen: there are gradients for the activations, those of the product without rounding, and the bias.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +77,53 @@ def _(
     return x.new_empty(*x.shape[:-1], blocks.shape[0])
 
 
+@torch.library.custom_op("permprune::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    gradient: Tensor, blocks: Tensor, order: Tensor | None, width: int, n: int, m: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the gradient of the activations, (..., width), for that of the outputs of `packed_linear`, (..., rows).
+
+    Sums are in fp32.
+    """
+    weight, rows = PackedWeight(Layout(Pattern(n, m), dtype, width), blocks), gradient.reshape(-1, len(blocks))
+    total = rows.new_zeros(len(rows), width, dtype=torch.float32)
+    if native.available() and blocks.device.type == "cpu":
+        tiles = _tiles(native.describe(weight.layout, blocks), torch.float32)
+    else:
+        tiles = iter([(slice(None), _unpack(weight, torch.float32))])
+    for part, tile in tiles:
+        total.addmm_(rows[:, part].float(), tile)
+    if order is not None:
+        total = torch.zeros_like(total).index_add_(1, order, total)
+    return total.to(gradient.dtype).view(*gradient.shape[:-1], width)
+
+
+@packed_linear_backward.register_fake
+def _(gradient: Tensor, blocks: Tensor, order: Tensor | None, width: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], width)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, blocks, bias, order, *ctx.layout = inputs
+    ctx.save_for_backward(blocks, bias, order)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    blocks, bias, order = ctx.saved_tensors
+    x = packed_linear_backward(gradient, blocks, order, *ctx.layout) if ctx.needs_input_grad[0] else None
+    return x, None, bias_gradient(ctx, gradient, bias), *[None] * 5
+
+
+packed_linear.register_autograd(_backward, setup_context=_save)
+
+
+def bias_gradient(ctx: Any, gradient: Tensor, bias: Tensor | None, place: int = 2) -> Tensor | None:
+    """Return the gradient of a bias, (rows,), for that of the outputs; None if argument `place` does not need it."""
+    if bias is None or not ctx.needs_input_grad[place]:
+        return None
+    return gradient.reshape(-1, len(bias)).sum(0, dtype=torch.float32).to(bias.dtype)
+
+
 def multiply_native(
     weights: native.Weights, x: Tensor, dtype: torch.dtype, order: Tensor | None, bias: Tensor | None
 ) -> Tensor:
@@ -94,15 +146,21 @@ def _multiply_unpacked(
     exact = x.dtype if x.dtype == dtype else torch.float32
     channels = (x if order is None else _reorder(x, order)).to(exact)
     y = torch.empty(x.shape[0], weights.rows, dtype=exact)
-    rows = max(1, UNPACKED_BYTES // (weights.width * exact.itemsize))
-    tile = _tile(min(rows, weights.rows), weights.width, exact)
-    for first in range(0, weights.rows, rows):
-        some = tile[: weights.rows - first]
-        native.unpack(weights, first, some)
-        torch.mm(channels, some.T, out=y[:, first : first + rows])
+    for part, tile in _tiles(weights, exact):
+        torch.mm(channels, tile.T, out=y[:, part])
     if bias is not None:
         y += bias
     return y.to(x.dtype)
+
+
+def _tiles(weights: native.Weights, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a weight with its zeros, some at a time, which are valid until the next ones."""
+    rows = max(1, UNPACKED_BYTES // (weights.width * dtype.itemsize))
+    memory = _tile(min(rows, weights.rows), weights.width, dtype)
+    for first in range(0, weights.rows, rows):
+        tile = memory[: weights.rows - first]
+        native.unpack(weights, first, tile)
+        yield slice(first, first + rows), tile
 
 
 def _tile(rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -143,7 +201,7 @@ def multiply_gpu(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Te
         y = gpu.multiply(rows.contiguous(), weight, bias)
     else:
         exact = torch.float32 if weight.layout.dtype == torch.float32 else rows.dtype
-        y = rows.to(exact) @ gpu.unpack(weight, exact).T
+        y = rows.to(exact) @ _unpack(weight, exact).T
         y = y if bias is None else y + bias
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
 
@@ -159,6 +217,15 @@ def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, ord
     if bias is not None:
         y += bias
     return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def _unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the weight with its zeros: on a GPU with Triton, else in plain PyTorch."""
+    if weight.blocks.is_cuda and has_triton():
+        from permprune.kernels import gpu
+
+        return gpu.unpack(weight, dtype)
+    return weight.unpack(dtype)
 
 
 def round_to_int8(x: Tensor) -> Tensor:

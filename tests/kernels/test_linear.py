@@ -16,6 +16,7 @@ from permprune.kernels.linear import (
     LARGEST_BATCH,
     multiply_reference,
     packed_linear,
+    packed_linear_backward,
     round_to_int8,
 )
 from permprune.kernels.packed import PackedWeight
@@ -286,12 +287,46 @@ def test_every_number_of_16_bits_goes_in_and_out(number: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
-def test_the_operator_passes_opcheck(dtype: torch.dtype) -> None:
+def test_the_operators_pass_opcheck(dtype: torch.dtype) -> None:
     weight = packed(8, 64, dtype=dtype)
     order = torch.randperm(64)
-    for x in (torch.randn(2, 64), torch.randn(2, 3, 64).bfloat16(), torch.randn(0, 64)):
-        arguments = (x, weight.blocks, torch.zeros(8), order, 64, 2, 4, dtype)
-        torch.library.opcheck(packed_linear, arguments)
+    for x in (torch.randn(2, 64, requires_grad=True), torch.randn(2, 3, 64).bfloat16(), torch.randn(0, 64)):
+        bias = torch.zeros(8, requires_grad=x.requires_grad)
+        torch.library.opcheck(packed_linear, (x, weight.blocks, bias, order, 64, 2, 4, dtype))
+        gradient = torch.randn(*x.shape[:-1], 8, dtype=x.dtype)
+        torch.library.opcheck(packed_linear_backward, (gradient, weight.blocks, order, 64, 2, 4, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_the_dense_product(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("permprune.kernels.linear.UNPACKED_BYTES", 2000)  # several tiles
+    for pattern, activations in product(PATTERNS, FLOATS):
+        width = 22 * Pattern.parse(pattern).m
+        weight, order = packed(21, width, pattern, dtype), torch.randperm(width)
+        for shape in ((width,), (3, width), (2, LARGEST_BATCH, width), (0, width)):
+            x, bias = torch.randn(shape).to(activations).requires_grad_(), torch.randn(21, requires_grad=True)
+            exact_x, exact_bias = (tensor.detach().double().requires_grad_() for tensor in (x, bias))
+            gradient = torch.randn(*shape[:-1], 21).to(activations)
+            call(weight, x, bias, order).backward(gradient)
+            dense = exact_x[..., order] @ weight.unpack().double().T + exact_bias
+            dense.backward(gradient.double())
+            assert x.grad is not None and exact_x.grad is not None and bias.grad is not None
+            torch.testing.assert_close(bias.grad.double(), exact_bias.grad, rtol=1e-5, atol=1e-4)
+            if x.numel():
+                assert_near(x.grad, exact_x.grad)
+
+
+def test_gradients_through_an_int8_table() -> None:
+    values, scale = torch.randint(-127, 128, (9, 128), dtype=torch.int8), torch.rand(9, 2)
+    x, bias = torch.randn(2, 3, 128, requires_grad=True), torch.randn(9, requires_grad=True)
+    torch.library.opcheck(torch.ops.permprune.int8_linear, (x, values, scale, bias))
+    gradient = torch.randn(2, 3, 9)
+    int8_linear(x, values, scale, bias).backward(gradient)
+    assert x.grad is not None and bias.grad is not None
+    torch.testing.assert_close(x.grad, gradient @ dequantize(values, scale))
+    torch.testing.assert_close(bias.grad, gradient.sum((0, 1)))
 
 
 @pytest.mark.slow
