@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
@@ -17,15 +20,15 @@ from permprune.pattern import Pattern
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + bias with a packed weight; replaces an `nn.Linear`, or a `Conv1D` (`transposed`).
+    """y = x W^T + bias with a packed weight; replaces an `nn.Linear`, or a `Conv1D` (`transposed`) (see `replaces`).
 
     `blocks` are those of a `PackedWeight`. If there is an `order`, int64 (width,), channel c of the weight reads
-    channel `order[c]` of x. The layer is for inference and has no gradients. On devices other than the CPU, PyTorch
-    unpacks the weight for each product.
+    channel `order[c]` of x. The weight is frozen; there are gradients for x and, if it requires them, the bias.
     """
 
     blocks: Tensor
     order: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self, weight: PackedWeight, bias: Tensor | None = None, order: Tensor | None = None, transposed: bool = False
@@ -35,8 +38,33 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = weight.layout.width, weight.blocks.shape[0]
         self.register_buffer("blocks", weight.blocks)
         self.register_buffer("order", order)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self._described: tuple[tuple[int, ...], native.Weights] | None = None
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._described: tuple[tuple[Any, ...], native.Weights] | None = None
+
+    @staticmethod
+    @torch.no_grad()
+    def replaces(layer: nn.Module) -> bool:
+        """Whether a layer is one that a `PackedLinear` can replace: it computes what `nn.Linear` or `Conv1D` does.
+
+        A subclass is tried: for random activations of several magnitudes it has to compute the same, apart from
+        rounding. Layers whose weight another module reads (`NonDynamicallyQuantizableLinear`) are not replaced.
+        """
+        if type(layer) in (nn.Linear, Conv1D) or not isinstance(layer, (nn.Linear, Conv1D)):
+            return isinstance(layer, (nn.Linear, Conv1D))
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            return False
+        exact = copy.deepcopy(layer).float().eval()
+        weight = exact.weight.data.T if isinstance(exact, Conv1D) else exact.weight.data
+        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        x = (x * torch.logspace(-3, 5, 5)[:, None]).to(weight.device)
+        expected = F.linear(x, weight, exact.bias)
+        try:
+            found = type(exact).forward(exact, x)
+        except (RuntimeError, TypeError, ValueError):  # it reads something else
+            return False
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        return bool(((found - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all())
 
     @classmethod
     def pack(cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, order: Tensor | None = None) -> PackedLinear:
@@ -110,23 +138,19 @@ class PackedLinear(nn.Module):
                 raise PermpruneError(f"{name} has a channel order that is not a permutation: pack the model again")
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or x.requires_grad or not x.is_cpu or not native.available():
+        blocks, bias, order = tensors = self._buffers["blocks"], self._parameters["bias"], self._buffers["order"]
+        trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if trains or torch.compiler.is_compiling() or not x.is_cpu or not native.available():
             width, pattern, dtype = self.in_features, self.layout.pattern, self.layout.dtype
-            product: Tensor = packed_linear(x, self.blocks, self.bias, self.order, width, pattern.n, pattern.m, dtype)
+            product: Tensor = packed_linear(x, blocks, bias, order, width, pattern.n, pattern.m, dtype)
             return product
-        return multiply_native(self._describe(), x, self.layout.dtype, self.order, self.bias)
-
-    def _describe(self) -> native.Weights:
-        """Return the description of the tensors for the kernels; it is cached until a tensor is replaced."""
-        buffers = self._buffers
-        tensors = buffers["blocks"], self.bias, buffers["order"]
-        places = tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-        if self._described is None or self._described[0] != places:
-            self._described = places, native.describe(self.layout, *tensors)  # type: ignore[arg-type]
-        return self._described[1]
+        state = self.layout, *map(native.state_of, tensors)
+        if self._described is None or self._described[0] != state:
+            self._described = state, native.describe(self.layout, *tensors)  # type: ignore[arg-type]
+        return multiply_native(self._described[1], x, self.layout.dtype, order, bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without pointers, because a copy has other tensors."""
+        """Return the state without pointers, which cannot be pickled."""
         return {**self.__dict__, "_described": None}
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ import sys
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +102,13 @@ def describe(layout: Layout, blocks: Tensor, bias: Tensor | None = None, order: 
         kind=_POSITIONS if layout.positions else _MASK,
         half=2 * n == m and BLOCK // 2 % m == 0,
     )
+
+
+def state_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Return all that `describe` reads of a tensor: while it is the same, so is the description."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_cpu
 
 
 def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
