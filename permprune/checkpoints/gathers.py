@@ -102,19 +102,27 @@ def has_gathers(model: nn.Module) -> bool:
 
 def gather_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the permutations of the gathers that are attached to a model, by the names of their buffers."""
-    return {name: order for name, order in model.named_buffers() if name.endswith(tuple(BUFFERS.values()))}
+    every = model.named_buffers(remove_duplicate=False)
+    return {name: order for name, order in every if name.endswith(tuple(BUFFERS.values()))}
+
+
+def attached_orders(model: nn.Module) -> dict[Place, Tensor]:
+    """Return the permutations of the gathers that are attached to a model, by place."""
+    sides = {buffer: side for side, buffer in BUFFERS.items()}
+    orders = [(name.rpartition("."), order) for name, order in gather_buffers(model).items()]
+    return {(sides[buffer], module): order for (module, _, buffer), order in orders}
 
 
 def detach_gathers(model: nn.Module) -> dict[Place, Tensor]:
     """Remove the gathers, without which the weights compute other outputs, and return their permutations by place."""
-    found: dict[Place, Tensor] = {}
-    for name, module in model.named_modules():
-        for side, buffer in BUFFERS.items():
-            if (order := module._buffers.pop(buffer, None)) is not None:
-                found[side, name] = order
-                hooks: Any = module._forward_hooks if side == "output" else module._forward_pre_hooks
-                for key in [key for key, hook in hooks.items() if hook in (_reorder_output, _reorder_input)]:
-                    del hooks[key]
+    found = attached_orders(model)
+    for side, name in found:
+        module = model.get_submodule(name)
+        del module._buffers[BUFFERS[side]]
+        hooks: Any = module._forward_hooks if side == "output" else module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook in (_reorder_output, _reorder_input)]:
+            del hooks[key]
+    for module in model.modules():
         vars(module).pop("save_pretrained", None)
     return found
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from permprune.checkpoints.gathers import detach_gathers
+from permprune.checkpoints.gathers import attached_orders, detach_gathers
 from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
-from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head
+from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head, require_head
 from permprune.kernels.module import PackedLinear
+from permprune.kernels.packed import PackedWeight
+from permprune.models.layers import require_changeable
 from permprune.pattern import Pattern
 
 NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
@@ -42,49 +42,68 @@ def pack(
     in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
     `from_pretrained` loads once permprune is imported.
 
-    Returns the names of layers that stay dense: experts, and layers whose class is neither `nn.Linear` nor `Conv1D`, as
-    subclasses may compute something else. Raises `PermpruneError` if a weight does not hold its pattern or does not fit
-    the dtype.
+    Returns the names of layers that stay dense: experts, and layers that `PackedLinear` does not replace, because their
+    class computes something else than `nn.Linear` or `Conv1D`. Raises `PermpruneError` if a weight does not hold its
+    pattern or does not fit the dtype, or the head cannot be int8; the model is unchanged then.
     """
-    stored, dense, gathers = packed_type(dtype), [], detach_gathers(model)
-    orders = {name: order for (side, name), order in gathers.items() if side == "input"}
-    layers: dict[str, str] = {}
-    linears = linear_layers(model)
-    for name, text in patterns.items():
-        layer = linears[name].owner
-        if type(layer) not in (nn.Linear, Conv1D):
-            if linears[name].owner_name in orders:
-                raise PermpruneError(
-                    f"{name} has a channel order, but a {type(layer).__name__} cannot be packed: prune in fold mode"
-                )
-            dense.append(name)
-            continue
-        pattern = Pattern.parse(text)
-        try:
-            packed = PackedLinear.pack(layer, pattern, stored, orders.get(name))
-        except PermpruneError as error:
-            raise PermpruneError(f"{name}: {error}") from error
+    require_changeable(model)
+    stored, orders = packed_type(dtype), attached_orders(model)
+    layers, dense = _packable(model, patterns, stored, {name for side, name in orders if side == "input"})
+    named = _head_names(model, head)
+    require_head(model, named)
+    detach_gathers(model)
+    for name, pattern in layers.items():
+        packed = PackedLinear.pack(model.get_submodule(name), pattern, stored, orders.get(("input", name)))
         model.set_submodule(name, packed)
-        layers[name] = str(pattern)
-    if not layers:
-        raise PermpruneError("no layer to pack: give a model that was pruned to N:M")
     if stored != torch.int8:
         _convert(model, stored)
-    reordered = {name: order for (side, name), order in gathers.items() if side == "output"}
+    reordered = {name: order for (side, name), order in orders.items() if side == "output"}
     for name, order in reordered.items():
         reorder_output(model.get_submodule(name), order)
     config = PackedConfig(
-        layers=layers,
+        layers={name: str(pattern) for name, pattern in layers.items()},
         dtype=str(stored).removeprefix("torch."),
-        ordered=[name for name in layers if name in orders],
+        ordered=[name for name in layers if ("input", name) in orders],
         reordered={name: len(order) for name, order in reordered.items()},
-        head=_head_names(model, head),
+        head=named,
     )
     replace_head(model, config.head, model.dtype)
     if "tied" in config.head:
         model.config.tie_word_embeddings = False  # the head has no weight that Transformers could tie
     PackedQuantizer(config).adopt(model)
     return dense
+
+
+def _packable(
+    model: PreTrainedModel, patterns: Mapping[str, Pattern | str], dtype: torch.dtype, ordered: set[str]
+) -> tuple[dict[str, Pattern], list[str]]:
+    """Return the patterns of the layers that can be packed, and the names of those that cannot.
+
+    `ordered` are the names of modules with a channel order. Raises `PermpruneError` as `pack`.
+    """
+    linears = linear_layers(model)
+    layers: dict[str, Pattern] = {}
+    dense: list[str] = []
+    for name, given in patterns.items():
+        if name not in linears:
+            raise PermpruneError(f"the model has no linear layer {name}: give the patterns of its own layers")
+        layer, pattern = linears[name], Pattern.parse(given)
+        if layer.expert is None and PackedLinear.replaces(layer.owner):
+            try:
+                PackedWeight.layout_of(layer.weight, pattern, dtype)
+            except PermpruneError as error:
+                raise PermpruneError(f"{name}: {error}") from error
+            layers[name] = pattern
+        else:
+            dense.append(name)
+    if not layers:
+        kind = f"; a {type(linears[dense[0]].owner).__name__} has no packed form" if dense else ""
+        raise PermpruneError(f"no layer to pack: give a model whose linear layers were pruned to N:M{kind}")
+    for name in ordered - layers.keys():
+        raise PermpruneError(
+            f"{name} has a channel order but cannot be packed: give its pattern, or prune in fold mode"
+        )
+    return layers, dense
 
 
 def _head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:

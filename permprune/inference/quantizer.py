@@ -28,6 +28,12 @@ from permprune.system.huge_pages import move_to_huge_pages
 METHOD = "permprune"
 VERSION = 1
 
+TABLES: dict[str, tuple[type[nn.Module], type[Int8Table]]] = {
+    "embedding": (nn.Embedding, Int8Embedding),
+    "linear": (nn.Linear, Int8Linear),
+}
+"""The dense and the int8 class of the parts of `PackedConfig.head` that have a table."""
+
 ORDER = "channel_order"
 """The name of the buffer with the order, in a module whose output is reordered."""
 
@@ -79,7 +85,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         for name, text in config.layers.items():
             own, layer = _find(model, name)
-            if type(layer) not in (nn.Linear, Conv1D):
+            if not isinstance(layer, (nn.Linear, Conv1D)):
                 raise PermpruneError(f"{name} is packed in the checkpoint but a {type(layer).__name__} in the model")
             pattern = Pattern.parse(text)
             packed = PackedLinear.empty(layer, pattern, config.stored, name in config.ordered)  # type: ignore[arg-type]
@@ -110,8 +116,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     @property
-    def is_trainable(self) -> bool:
-        return False
+    def is_trainable(self) -> bool:  # by adapters: packed weights are frozen
+        return True
 
     @property
     def is_compileable(self) -> bool:
@@ -139,24 +145,32 @@ def unpack_layers(model: PreTrainedModel, dtype: torch.dtype, natural: bool = Tr
             model.config.tie_word_embeddings = True
 
 
-def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Replace the embedding and the head that a `PackedConfig` names by int8 ones, to be filled if on the meta device.
+def require_head(model: PreTrainedModel, head: Mapping[str, str]) -> None:
+    """Raise `PermpruneError` unless the embedding and the head that a `PackedConfig` names can be int8.
 
-    The embedding's vectors have type `dtype`. Raises `PermpruneError` for layers of other classes than `nn.Embedding`
-    and `nn.Linear`.
+    They have to be an `nn.Embedding` and an `nn.Linear`, not of a subclass, that `Int8Table.require` accepts.
     """
-    kinds: dict[str, tuple[type[nn.Module], type[Int8Table]]] = {
-        "embedding": (nn.Embedding, Int8Embedding),
-        "linear": (nn.Linear, Int8Linear),
-    }
-    for part, (dense, int8) in kinds.items():
+    for part, (dense, int8) in TABLES.items():
         if part not in head:
             continue
-        own, layer = _find(model, head[part])
+        _, layer = _find(model, head[part])
         if type(layer) is not dense:
             raise PermpruneError(
                 f"{head[part]} is a {type(layer).__name__}, which cannot be int8: leave the head as it is"
             )
+        int8.require(layer.weight)  # type: ignore[arg-type]
+
+
+def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Replace the embedding and the head that a `PackedConfig` names by int8 ones, to be filled if on the meta device.
+
+    The embedding's vectors have type `dtype`. Raises `PermpruneError` as `require_head`.
+    """
+    require_head(model, head)
+    for part, (_, int8) in TABLES.items():
+        if part not in head:
+            continue
+        own, layer = _find(model, head[part])
         options = {"dtype": dtype} if part == "embedding" else {"bias": layer.bias}
         build = int8.empty if layer.weight.is_meta else int8.pack
         model.set_submodule(own, build(layer.weight.data, **options))  # type: ignore[arg-type]

@@ -86,12 +86,19 @@ class Int8Table(nn.Module):
     def pack(cls, weight: Tensor, **options: Any) -> Int8Table:
         """Create a table by rounding a weight (rows, width) to int8.
 
-        `options` are passed to the constructor. Raises `PermpruneError` if 64 does not divide the width.
+        `options` are passed to the constructor. Raises `PermpruneError` as `require`.
         """
-        if weight.shape[1] % BLOCK:
-            raise PermpruneError(f"rows of {weight.shape[1]} channels cannot be int8: {BLOCK} does not divide them")
+        cls.require(weight)
         values, scale = quantize(weight.float())
         return cls(values.to(torch.int8), scale, **options)
+
+    @staticmethod
+    def require(weight: Tensor) -> None:
+        """Raise `PermpruneError` if 64 does not divide the width of a weight, or it is not finite."""
+        if weight.shape[1] % BLOCK:
+            raise PermpruneError(f"rows of {weight.shape[1]} channels cannot be int8: {BLOCK} does not divide them")
+        if not weight.is_meta and not torch.stack(weight.aminmax()).isfinite().all():
+            raise PermpruneError("a weight to be int8 is NaN or infinite: repair the checkpoint first")
 
     @classmethod
     def empty(cls, weight: Tensor, **options: Any) -> Int8Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +57,9 @@ class PackedLinear(nn.Module):
         weight = exact.weight.data.T if isinstance(exact, Conv1D) else exact.weight.data
         x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
         x = (x * torch.logspace(-3, 5, 5)[:, None]).to(weight.device)
-        expected = F.linear(x, weight, exact.bias)
+        expected, forward = F.linear(x, weight, exact.bias), cast(Any, type(exact)).forward  # without hooks
         try:
-            found = type(exact).forward(exact, x)
+            found = forward(exact, x)
         except (RuntimeError, TypeError, ValueError):  # it reads something else
             return False
         if not isinstance(found, Tensor) or found.shape != expected.shape:

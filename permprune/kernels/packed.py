@@ -41,21 +41,29 @@ class PackedWeight:
         """Pack a floating-point weight (rows, width) whose groups have at most n non-zeros.
 
         Values are stored as `dtype`, by default the type of the weight. int8 rounds each block of 64 channels of a row
-        to 255 steps from minus its largest magnitude to its largest magnitude. Raises `PermpruneError` if the weight
-        does not hold the pattern, is not finite, or does not fit the dtype.
+        to 255 steps from minus its largest magnitude to its largest magnitude. Raises `PermpruneError` as `layout_of`.
         """
-        layout = Layout(pattern, dtype or weight.dtype, weight.shape[1])
-        if not torch.isfinite(weight).all():
-            raise PermpruneError("a weight to pack is NaN or infinite: repair the checkpoint first")
-        if not pattern.holds(weight):
-            raise PermpruneError(f"a weight to pack does not hold {pattern}: prune the model to {pattern} first")
+        layout = cls.layout_of(weight, pattern, dtype or weight.dtype)
         blocks = torch.empty(weight.shape[0], layout.row_bytes, dtype=torch.uint8, device=weight.device)
         for rows in _parts(*weight.shape):
             blocks[rows] = _blocks_of(weight[rows], layout)
-        packed = cls(layout, blocks)
-        if layout.dtype.is_floating_point and not torch.isfinite(packed.values).all():
-            raise PermpruneError(f"a weight to pack is too large for {type_name(layout.dtype)}: pack as bf16 or fp32")
-        return packed
+        return cls(layout, blocks)
+
+    @staticmethod
+    def layout_of(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> Layout:
+        """Return the layout in which a weight can be packed.
+
+        Raises `PermpruneError` if the weight does not hold the pattern, is not finite, or does not fit the dtype.
+        """
+        layout = Layout(pattern, dtype, weight.shape[1])
+        ends = torch.stack(weight.aminmax()) if weight.numel() else weight
+        if not ends.isfinite().all():
+            raise PermpruneError("a weight to pack is NaN or infinite: repair the checkpoint first")
+        if not pattern.holds(weight):
+            raise PermpruneError(f"a weight to pack does not hold {pattern}: prune the model to {pattern} first")
+        if dtype.is_floating_point and not ends.to(dtype).isfinite().all():
+            raise PermpruneError(f"a weight to pack is too large for {type_name(dtype)}: pack as bf16 or fp32")
+        return layout
 
     def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight (rows, width) with its zeros, rounded to `dtype`."""

@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -175,11 +177,98 @@ def test_a_layer_follows_its_tensors(tiny_llama: LlamaForCausalLM) -> None:
     assert torch.equal(compiled(x), layer(x))
 
 
-def test_inputs_that_ask_for_gradients_do_not_lose_them_in_silence(tiny_llama: LlamaForCausalLM) -> None:
-    pack(tiny_llama, prune_to(tiny_llama), dtype="fp32")
-    y = tiny_llama.model.layers[0].mlp.up_proj(torch.randn(1, 32, requires_grad=True))
-    with pytest.raises(RuntimeError):
-        y.sum().backward()
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_pass_through_a_packed_model(tiny_llama: LlamaForCausalLM, compiled: bool) -> None:
+    patterns, other = prune_to(tiny_llama), copy.deepcopy(tiny_llama)
+    pack(tiny_llama, patterns, dtype="fp32")
+    run = torch.compile(tiny_llama, backend="aot_eager") if compiled else tiny_llama
+    for model in (run, other):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    dense = dict(other.named_parameters())
+    trained = {name: parameter for name, parameter in tiny_llama.named_parameters() if parameter.requires_grad}
+    assert {"model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"} <= trained.keys()
+    for name, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad, dense[name].grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_trainer_trains_adapters_on_a_packed_model(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    """As PEFT does: the model is frozen, and layers are wrapped."""
+    pack(tiny_llama, prune_to(tiny_llama), dtype="bf16")
+    before = copy.deepcopy(tiny_llama.state_dict())
+    tiny_llama.requires_grad_(False)
+    for block in tiny_llama.model.layers:
+        block.mlp.up_proj = Adapted(block.mlp.up_proj)
+    optimizer = torch.optim.Adam([p for p in tiny_llama.parameters() if p.requires_grad], 1e-2)
+    losses = []
+    for _ in range(20):
+        loss = tiny_llama(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    after = {name.replace(".base.", "."): tensor for name, tensor in tiny_llama.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+class Adapted(nn.Module):
+    """A layer with a low-rank adapter, as LoRA has it."""
+
+    def __init__(self, base: PackedLinear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 4, bias=False, dtype=torch.bfloat16)
+        self.up = nn.Linear(4, base.out_features, bias=False, dtype=torch.bfloat16)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.up(self.down(x))
+        return result
+
+
+def test_a_failure_leaves_the_model_as_it_was(tiny_llama: LlamaForCausalLM) -> None:
+    patterns = prune_to(tiny_llama)
+    name = list(patterns)[4]
+    weight = tiny_llama.get_submodule(name).weight.data
+    order = list(reversed(range(weight.shape[1])))
+    attach_gathers(tiny_llama, [Gather("site", "", [name], order)])
+    expected, state = say(tiny_llama, input_ids=TOKENS), copy.deepcopy(tiny_llama.state_dict())
+    damages: list[tuple[Any, dict[str, Any], str]] = [
+        (lambda: weight.fill_(1), {}, f"{name}: a weight to pack does not hold 2:4"),
+        (lambda: weight[0].fill_(torch.nan), {}, f"{name}: a weight to pack is NaN"),
+        (lambda: weight[0, 0].fill_(1e6), {"dtype": "fp16"}, f"{name}: a weight to pack is too large for float16"),
+        (lambda: None, {"head": "int8"}, "rows of 32 channels cannot be int8"),
+        (lambda: None, {"patterns": {**patterns, name: "x"}}, "is not an N:M pattern"),
+        (lambda: None, {"patterns": {**patterns, name: "5:24"}}, "M is at most 16"),
+        (lambda: None, {"patterns": {**patterns, "model.layers.7": "2:4"}}, "has no linear layer model.layers.7"),
+        (lambda: None, {"patterns": {n: p for n, p in patterns.items() if n != name}}, f"{name} has a channel order"),
+    ]
+    for damage, options, words in damages:
+        damage()
+        with pytest.raises(PermpruneError, match=words):
+            pack(tiny_llama, **{"patterns": patterns, "dtype": "fp32", **options})
+        tiny_llama.load_state_dict(state)
+        assert not any(isinstance(module, PackedLinear) for module in tiny_llama.modules())
+        assert torch.equal(say(tiny_llama, input_ids=TOKENS), expected)
+    pack(tiny_llama, patterns, dtype="fp32")
+    assert_close(say(tiny_llama, input_ids=TOKENS), expected, "fp32")
+    with pytest.raises(PermpruneError, match="unpack them first"):
+        pack(tiny_llama, patterns)
+
+
+def test_falcon_whose_layers_are_a_subclass(tmp_path: Path) -> None:
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    model = FalconForCausalLM(config).eval()
+    patterns = prune_to(model)
+    expected = say(model, input_ids=TOKENS)
+    assert patterns and pack(model, patterns, dtype="fp32") == []
+    assert_close(say(model, input_ids=TOKENS), expected, "fp32")
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == len(patterns)
+    assert_close(say(loaded, input_ids=TOKENS), expected, "fp32")
+    unpack(loaded)
+    assert_close(say(loaded, input_ids=TOKENS), expected, "fp32")
 
 
 def test_what_cannot_be_packed(tiny_llama: LlamaForCausalLM) -> None:
@@ -193,13 +282,17 @@ def test_what_cannot_be_packed(tiny_llama: LlamaForCausalLM) -> None:
     with pytest.raises(PermpruneError, match="is not packed"):
         unpack(tiny_llama)
 
-    class Odd(nn.Linear):
-        pass
+    class Clipped(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clamp(-1000, 1000))
 
-    odd = Odd(32, 64, bias=False)
-    tiny_llama.model.layers[0].mlp.up_proj = odd
-    assert pack(tiny_llama, prune_to(tiny_llama), dtype="fp32") == ["model.layers.0.mlp.up_proj"]
-    assert tiny_llama.model.layers[0].mlp.up_proj is odd
+    clipped, name = Clipped(32, 64, bias=False), "model.layers.0.mlp.up_proj"
+    tiny_llama.model.layers[0].mlp.up_proj = clipped
+    patterns = prune_to(tiny_llama)
+    with pytest.raises(PermpruneError, match=r"no layer to pack.*a Clipped has no packed form"):
+        pack(tiny_llama, {name: patterns[name]})
+    assert pack(tiny_llama, patterns, dtype="fp32") == [name]
+    assert tiny_llama.model.layers[0].mlp.up_proj is clipped
 
 
 def _damage_config(**changes: Any) -> Any:
@@ -297,6 +390,22 @@ def test_the_head_is_the_operator_that_torch_knows() -> None:
     for batch in (1, 64, 65):
         x = torch.randn(batch, 64)
         torch.testing.assert_close(table(x), x @ table.weight.T, rtol=0.05, atol=0.3)
+
+
+def test_an_int8_head_follows_conversions_of_the_model(tiny_llama: LlamaForCausalLM) -> None:
+    config = copy.deepcopy(tiny_llama.config)
+    config.hidden_size = 64
+    for tied in (True, False):
+        config.tie_word_embeddings = tied
+        model = LlamaForCausalLM(config).eval()
+        pack(model, prune_to(model), dtype="fp32", head="int8")
+        found, scale = say(model, input_ids=TOKENS), model.get_input_embeddings().scale.clone()
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            model.to(dtype)
+            assert model(input_ids=TOKENS).logits.dtype == dtype
+            assert_close(say(model, input_ids=TOKENS), found, "bf16")
+            assert torch.equal(model.get_input_embeddings().scale, scale)
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
 
 
 def test_scales_stay_fp32_beside_bf16(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
