@@ -5,6 +5,7 @@ In small models the embedding table is about a third of all bytes, and the head 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,6 +108,14 @@ class Int8Table(nn.Module):
         values = torch.empty(rows, width, dtype=torch.int8, device="meta")
         return cls(values, torch.empty(rows, width // BLOCK, device="meta"), **options)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Table:
+        """Move the tensors; the scales stay fp32 where other numbers are converted, as by `model.bfloat16()`."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
     @property
     def weight(self) -> Tensor:
         """The table in fp32; a new tensor."""
@@ -121,12 +130,17 @@ class Int8Table(nn.Module):
 
 
 class Int8Embedding(Int8Table):
-    """An `nn.Embedding` in int8, whose outputs have data type `dtype`."""
+    """An `nn.Embedding` in int8, whose outputs have data type `dtype`; `.to(dtype)` changes it."""
 
     def __init__(self, values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> None:
         super().__init__(values, scale)
         self.num_embeddings, self.embedding_dim = values.shape
         self.dtype = dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Embedding:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
+        super()._apply(fn, recurse)
+        return self
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the vectors (..., width) of the token ids (...)."""
