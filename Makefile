@@ -7,9 +7,10 @@ NATIVE := hatch_build.py $(wildcard permprune/kernels/csrc/*)
 
 PYTEST := pytest -n auto --dist worksteal
 ONE_THREAD := OMP_NUM_THREADS=1
+SANITIZED := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 QUICK := -m "not slow and not network"
 
-.PHONY: demo compare test quick test-oldest docs dist supported clean
+.PHONY: demo compare test quick test-oldest asan docs dist supported clean
 
 MODEL := smollm2-135m
 
@@ -38,6 +39,13 @@ quick: $(DEV)
 # What the oldest direct dependencies and the newest indirect ones warn each other of is no error here.
 test-oldest: $(OLDEST)
 	$(ONE_THREAD) build/oldest/bin/$(PYTEST) $(QUICK) -W default --disable-warnings
+
+# The tests of the kernels on a library that AddressSanitizer and UBSan watch, in a copy of the package; gcc builds it.
+asan: $(DEV)
+	rm -rf build/asan && mkdir -p build/asan && cp -r permprune tests docs hatch_build.py pyproject.toml build/asan
+	cd build/asan && CC=gcc CFLAGS="$(SANITIZED)" ../../$(BIN)/python hatch_build.py
+	cd build/asan && PYTHONPATH=. LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(ONE_THREAD) ../../$(BIN)/pytest tests/kernels tests/inference
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
