@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from permprune.data.labels import Labels
 from permprune.data.sources import (
+    LABEL_COLUMNS,
     Item,
+    class_names,
+    class_of,
     dataset,
     find_column,
     find_list,
@@ -28,7 +32,8 @@ from permprune.data.sources import (
     stored_file,
 )
 from permprune.errors import PermpruneError
-from permprune.examples import Part
+from permprune.examples import IGNORED, Part
+from permprune.models.forward import writes_text
 from permprune.models.processors import Processor, feature_extractor_of, tokenizer_of
 from permprune.models.signature import argument_names
 from permprune.system.progress import log
@@ -39,8 +44,8 @@ Samples = np.ndarray[Any, np.dtype[np.float32]]
 Sound = tuple[Samples, int]
 """Mono samples (count,) and the sampling rate in Hz."""
 
-IGNORED = -100
-"""The label of positions that the loss ignores, as in Transformers."""
+SHORTEST = 0.025
+"""The shortest sound in seconds that is used: one frame of a spectrogram, or what a model of waves reads for one."""
 
 
 def load_speech(
@@ -55,52 +60,75 @@ def load_speech(
     """Load up to `count` randomly chosen utterances, preprocessed by the model's processor.
 
     Returns `input_features` (count, bands, frames) or `input_values` (count, samples), and `attention_mask` if the
-    processor produces one. If the model takes labels, also the tokens of the transcripts: `labels` int64
-    (count, tokens), padded with -100; without any transcripts there are no labels, and only calibration accepts that.
-    Utterances longer than the model's maximum are left out with a warning.
+    processor produces one. If the model takes labels, also `labels`: the tokens of the transcripts, int64
+    (count, tokens), padded with -100, or of a classifier the classes, (count,). Without any transcripts or classes
+    there are no labels, and only calibration accepts that. Utterances longer than the model's maximum, or shorter than
+    `SHORTEST`, are left out with a warning.
 
     `source` is one of
 
-    * a folder of audio files with LibriSpeech's *.trans.txt files, or with a table that lists files and texts, named
-      metadata or transcripts with suffix .csv, .tsv or .jsonl;
+    * a folder of audio files with a transcript in a .txt file of the same name, with LibriSpeech's *.trans.txt files,
+      or with a table that lists files and texts, named metadata or transcripts with suffix .csv, .tsv or .jsonl; for a
+      classifier with a sub-folder for each class, or with a table of files and labels;
     * such a table;
     * a `datasets` name as in `load_documents`.
 
     With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half.
-    Raises `PermpruneError` if the source cannot be read, all utterances are too long, or a transcript is missing.
+    Raises `PermpruneError` if the source cannot be read, all utterances are too long or too short, or a label is
+    missing or unknown to the model.
     """
     maker: Any = feature_extractor_of(processor)
     taken = argument_names(model)
+    classes = Labels(model.config) if "labels" in taken and not writes_text(model) else None
     path = locate(source, "sound")
     if path is None:
-        items = _from_dataset(str(source), part, count, seed, shares_rows(str(source), shared))
+        items = _from_dataset(str(source), classes, part, count, seed, shares_rows(str(source), shared))
     else:
-        items = pick_items(_from_files(path), path, part, count, seed, shared)
-    waves = [_resampled(item.read(), maker.sampling_rate) for item in items]
-    longest = getattr(maker, "n_samples", None)
-    heard = [at for at, wave in enumerate(waves) if longest is None or len(wave) <= longest]
-    if len(heard) < len(items):
-        log.warning(
-            "%d of %d utterances are longer than the model can process and are left out",
-            len(items) - len(heard),
-            len(items),
-        )
-    if not heard:
-        raise PermpruneError(
-            f"all utterances in {source} exceed the model's {longest / maker.sampling_rate:g} s: cut them"
-        )
+        items = pick_items(_from_files(path, classes is not None), path, part, count, seed, shared)
+    items, waves = _heard(items, maker)
     made = maker(
-        [waves[at] for at in heard],
+        waves,
         sampling_rate=maker.sampling_rate,
-        padding="max_length" if longest else True,
+        padding="max_length" if _longest(maker) else True,
         return_tensors="pt",
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
     if part == "calibration" and not any(item.label for item in items):
-        log.info("the sound in %s has no transcripts: the dense model's outputs are the targets", source)
+        what = "transcripts" if classes is None else "classes"
+        log.info("the sound in %s has no %s: the dense model's outputs are the targets", source, what)
+    elif classes is not None:
+        tensors["labels"] = classes.tensor([item.label for item in items], [item.name for item in items])
     elif "labels" in taken:
-        tensors["labels"] = _labels([items[at] for at in heard], processor, model.config)
+        tensors["labels"] = _labels(items, processor, model.config)
     return tensors
+
+
+def _heard(items: list[Item], maker: Any) -> tuple[list[Item], list[Samples]]:
+    """The items of a length that the model can process, and their samples at the extractor's rate.
+
+    Logs a warning if others are left out. Raises `PermpruneError` if none is left.
+    """
+    rate, longest = maker.sampling_rate, _longest(maker)
+    waves = [_resampled(item.read(), rate) for item in items]
+    limits = f"{SHORTEST:g} s or longer" if longest is None else f"{SHORTEST:g} to {longest / rate:g} s long"
+    kept = [at for at, wave in enumerate(waves) if SHORTEST * rate <= len(wave) <= (longest or len(wave))]
+    if not kept:
+        raise PermpruneError(
+            f"{items[0].name} has {len(waves[0]) / rate:.3g} s, and none of {len(items)} utterances is {limits}, "
+            "as the model needs: cut or replace them"
+        )
+    if len(kept) < len(items):
+        left_out = len(items) - len(kept)
+        log.warning("%d of %d utterances are not %s, and are left out", left_out, len(items), limits)
+    for at in kept:
+        if not np.isfinite(waves[at]).all():
+            raise PermpruneError(f"the sound {items[at].name} has samples that are not finite: remove or repair it")
+    return [items[at] for at in kept], [waves[at] for at in kept]
+
+
+def _longest(maker: Any) -> int | None:
+    """The most samples that the model can process; None if there is no limit."""
+    return getattr(maker, "n_samples", None)
 
 
 def _labels(items: list[Item], processor: Processor | None, config: Any) -> Tensor:
@@ -109,15 +137,31 @@ def _labels(items: list[Item], processor: Processor | None, config: Any) -> Tens
     for item in items:
         if not isinstance(item.label, str) or not item.label.strip():
             raise PermpruneError(f"{item.name} has no transcript: add one, or remove the file")
-    rows = [torch.tensor(tokenizer(item.label)["input_ids"]) for item in items]
+    rows = _encoded([item.label.strip() for item in items], tokenizer)
     start = getattr(config, "decoder_start_token_id", None)
-    rows = [row[int(len(row) > 0 and row[0].item() == start) :] for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    rows = [row[int(row[:1] == [start]) :] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, IGNORED)
 
 
-def _from_files(path: Path) -> list[Item]:
+def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of texts as written, or all in capitals or in small letters if the tokenizer knows more of these.
+
+    Logs a warning if it does not know some of them.
+    """
+    unknown = tokenizer.unk_token_id
+    rows: list[list[int]] = tokenizer(texts)["input_ids"]
+    if unknown in (None, tokenizer.eos_token_id, tokenizer.pad_token_id) or not any(unknown in row for row in rows):
+        return rows
+    cases = [rows, *(tokenizer([change(text) for text in texts])["input_ids"] for change in (str.upper, str.lower))]
+    rows = min(cases, key=lambda rows: sum(row.count(unknown) for row in rows))
+    if count := sum(row.count(unknown) for row in rows):
+        log.warning("the tokenizer does not know %d of the %d tokens in the transcripts", count, sum(map(len, rows)))
+    return rows
+
+
+def _from_files(path: Path, classified: bool) -> list[Item]:
     if table := find_list(path):
-        return listed_items(table, TEXT_COLUMNS, lambda file: _decode(file, str(file)))
+        return listed_items(table, LABEL_COLUMNS if classified else TEXT_COLUMNS, lambda file: _decode(file, str(file)))
     transcripts = {}
     for file in sorted(path.rglob("*.trans.txt")):
         for line in read_text(file).splitlines():
@@ -125,7 +169,13 @@ def _from_files(path: Path) -> list[Item]:
             transcripts[file.parent / name] = text
     items = []
     for file in list_files(path, SUFFIXES, "sound"):
-        items.append(Item(str(file), bind(_decode, file, str(file)), transcripts.pop(file.with_suffix(""), None)))
+        beside = file.with_suffix(".txt")
+        label = transcripts.pop(file.with_suffix(""), None)
+        if classified:
+            label = class_of(file, path)
+        elif label is None and beside.is_file():
+            label = read_text(beside)
+        items.append(Item(str(file), bind(_decode, file, str(file)), label))
     if transcripts:
         raise PermpruneError(
             f"{next(iter(transcripts))} has a transcript but no sound file: add the file, or remove the transcript"
@@ -133,14 +183,18 @@ def _from_files(path: Path) -> list[Item]:
     return items
 
 
-def _from_dataset(source: str, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
+def _from_dataset(source: str, classes: Labels | None, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
     items = []
     with dataset(source, part) as rows:
+        names = class_names(rows)
         for name, row in pick_rows(rows, part, count, seed, shared):
             place = f"{source}, {name}"
             sound = stored_file(row[find_column(row, ("audio",), source)], place)
-            text = next((row[key] for key in TEXT_COLUMNS if key in row), None)
-            items.append(Item(place, bind(_decode, sound, place), text))
+            column = next((key for key in (LABEL_COLUMNS if classes else TEXT_COLUMNS) if key in row), "")
+            label = row.get(column)
+            if classes and column in names:
+                label = classes.named(label, names[column])
+            items.append(Item(place, bind(_decode, sound, place), label))
     return items
 
 
@@ -159,7 +213,7 @@ def _decode(file: Path | BytesIO, name: str) -> Sound:
 def _resampled(sound: Sound, wanted: int) -> Samples:
     """The samples of a sound, resampled to `wanted` Hz."""
     samples, rate = sound
-    if rate == wanted:
+    if rate == wanted or not len(samples):
         return samples
     from scipy.signal import resample_poly  # imported here because it is slow to import
 

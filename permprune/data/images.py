@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial as bind
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -16,6 +15,8 @@ from permprune.data.labels import Labels
 from permprune.data.sources import (
     LABEL_COLUMNS,
     Item,
+    class_names,
+    class_of,
     dataset,
     find_column,
     find_list,
@@ -85,21 +86,20 @@ def _from_files(path: Path) -> list[Item]:
         return listed_items(table, LABEL_COLUMNS, lambda file: open_image(file, str(file)))
     items = []
     for file in list_files(path, SUFFIXES, "images"):
-        *classes, _ = file.relative_to(path).parts
-        items.append(Item(str(file), bind(open_image, file, str(file)), classes[0] if classes else None))
+        items.append(Item(str(file), bind(open_image, file, str(file)), class_of(file, path)))
     return items
 
 
 def _from_dataset(source: str, labels: Labels | None, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
     with dataset(source, part) as rows:
-        names: dict[str, Any] = {key: getattr(kind, "names", None) for key, kind in (rows.features or {}).items()}
+        names = class_names(rows)
         items = []
         for name, row in pick_rows(rows, part, count, seed, shared):
             place = f"{source}, {name}"
             image = stored_file(row[find_column(row, IMAGE_COLUMNS, source)], place)
-            column = next((key for key in LABEL_COLUMNS if key in row), None)
-            label = row[column] if column else None
-            if labels and column and names.get(column):
+            column = next((key for key in LABEL_COLUMNS if key in row), "")
+            label = row.get(column)
+            if labels and column in names:
                 label = labels.named(label, names[column])
             items.append(Item(place, bind(open_image, image, place), label))
     return items

@@ -13,7 +13,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.data.labels import Labels
-from permprune.data.sources import LABEL_COLUMNS, dataset, find_column, locate, pick, read_table, shares_rows
+from permprune.data.sources import (
+    LABEL_COLUMNS,
+    class_names,
+    dataset,
+    find_column,
+    locate,
+    pick,
+    read_table,
+    shares_rows,
+)
 from permprune.errors import PermpruneError
 from permprune.examples import Part
 from permprune.models.processors import Processor, tokenizer_of
@@ -175,11 +184,10 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _from_dataset(source: str, part: Part) -> tuple[list[dict[str, Any]], Mapping[str, list[str] | None]]:
+def _from_dataset(source: str, part: Part) -> tuple[list[dict[str, Any]], Mapping[str, Sequence[str]]]:
     """The rows of a data set, and the names of the classes by column."""
     with dataset(source, part) as rows:
-        features = getattr(rows, "features", None) or {}
-        held = list(islice(rows, MAX_ROWS))
+        names, held = class_names(rows), list(islice(rows, MAX_ROWS))
     if not held:
         raise PermpruneError(f"{source} has no rows: give another split of it")
-    return held, {key: getattr(kind, "names", None) for key, kind in features.items()}
+    return held, names

@@ -177,6 +177,12 @@ def list_files(folder: Path, suffixes: Iterable[str], what: str) -> list[Path]:
     return found
 
 
+def class_of(file: Path, folder: Path) -> str | None:
+    """The class of a file in a folder with a sub-folder for each class: the sub-folder's name, or None."""
+    *classes, _ = file.relative_to(folder).parts
+    return classes[0] if classes else None
+
+
 def find_list(path: Path) -> Path | None:
     """The table in a folder that lists its files, or `path` itself if it is a file; None if there is no such table."""
     if path.is_file():
@@ -291,6 +297,12 @@ def dataset(source: str, part: Part) -> Iterator[Any]:
         raise PermpruneError(
             f'"{name}" is not a file here, and its split "{split}" does not load as a data set: {reason}'
         ) from error
+
+
+def class_names(rows: Any) -> dict[str, Sequence[str]]:
+    """The names of the classes by number, of each column of a data set that holds classes."""
+    columns = getattr(rows, "features", None) or {}
+    return {column: kind.names for column, kind in columns.items() if getattr(kind, "names", None)}
 
 
 def _half(key: str) -> Part:

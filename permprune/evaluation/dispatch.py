@@ -13,7 +13,7 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
-from permprune.models.forward import is_causal_lm, is_encoder_decoder
+from permprune.models.forward import is_causal_lm, is_ctc, writes_text
 from permprune.options import Count, require
 from permprune.system.out_of_memory import memory_reported
 
@@ -45,9 +45,11 @@ def evaluate_model(
         return measure_labels(model, examples, metric, batch=batch)
     if dense is not None:
         return agreement(model, examples, dense, batch=batch)
-    if labels is not None and labels.dim() == 2 and is_encoder_decoder(model):
-        if "input_features" in examples and tokenizer is not None:
+    if labels is not None and labels.dim() == 2 and writes_text(model):
+        if tokenizer is not None and {"input_features", "input_values"}.intersection(examples):
             return [word_error_rate(model, examples, tokenizer, batch=batch)]
+        if is_ctc(model):
+            raise PermpruneError("the word error rate needs the tokenizer of the transcripts: give it with the model")
         return [perplexity(model, examples, batch)]
     if is_causal_lm(model) and "input_ids" in examples and (labels is None or labels.dim() == 2):
         return [perplexity(model, examples, batch)]

@@ -7,13 +7,14 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Wav2Vec2CTCTokenizer
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import WORD_ERROR_RATE, Result
 from permprune.examples import IGNORED, Examples
-from permprune.models.forward import frozen
+from permprune.models.forward import frozen, is_ctc, padding_of, run_model
 from permprune.models.generation import generate
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -26,10 +27,10 @@ def word_error_rate(
 ) -> Result:
     """Measure the wrong, missing and extra words per word of the transcripts, which are the examples' "labels".
 
-    The model decodes greedily, at most twice as many tokens as the longest transcript has. Both texts are normalised by
-    the tokenizer's own normaliser, or else lose case and punctuation. The standard error is that over utterances by the
-    delta method, and None for a single one. Raises `PermpruneError` if the transcripts have no words, and
-    if jiwer is not installed.
+    The model decodes greedily, with a decoder at most twice as many tokens as the longest transcript has. Both texts
+    are normalised by the tokenizer's own normaliser, or else lose case and punctuation. The standard error is that over
+    utterances by the delta method, and None for a single one. Raises `PermpruneError` if the transcripts have no words,
+    and if jiwer is not installed.
     """
     jiwer = _jiwer()
     device = compute_device(model)
@@ -38,7 +39,7 @@ def word_error_rate(
     with frozen(model):
         for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "word error rate"):
             part = examples[at].to(device)
-            spoken = generate(model, part, longest)
+            spoken = _ctc_text(model, part) if is_ctc(model) else generate(model, part, longest)
             texts = zip(_texts(part["labels"], tokenizer), _texts(spoken, tokenizer), strict=True)
             for place, (right, own) in zip(at.tolist(), texts, strict=True):
                 wrong[place], words[place] = _errors(right, own, jiwer.process_words)
@@ -60,11 +61,22 @@ def _errors(right: str, own: str, process_words: Callable[[str, str], Any]) -> t
     return found.substitutions + found.deletions + found.insertions, len(right.split())
 
 
+def _ctc_text(model: Any, batch: Examples) -> Tensor:
+    """The most likely token of each frame, int64 (batch, frames); repetitions, blanks and padding are `IGNORED`."""
+    logits: Tensor = run_model(model, batch).logits
+    ids = logits.argmax(-1)
+    again = F.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
+    mask = padding_of(model, batch).mask_of(logits)
+    left_out = again | (ids == model.config.pad_token_id) | (torch.zeros_like(again) if mask is None else ~mask)
+    return ids.masked_fill(left_out, IGNORED)
+
+
 def _texts(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Decode token ids (batch, length) to normalised text."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    texts = tokenizer.batch_decode(ids.masked_fill(ids == IGNORED, pad or 0), skip_special_tokens=True)
-    return [_normalise(text, tokenizer) for text in texts]
+    """Decode token ids (batch, length), without those that are `IGNORED`, to normalised text."""
+    plain = {"group_tokens": False} if isinstance(tokenizer, Wav2Vec2CTCTokenizer) else {}  # it merges double letters
+    rows = [row[row != IGNORED] for row in ids]
+    texts = [tokenizer.decode(row, skip_special_tokens=True, **plain) for row in rows]
+    return [_normalise(str(text), tokenizer) for text in texts]
 
 
 def _normalise(text: str, tokenizer: Any) -> str:

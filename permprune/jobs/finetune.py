@@ -38,7 +38,7 @@ with on_first_use(globals()):
     from permprune.evaluation.probe import with_head
     from permprune.evaluation.size import weight_bytes
     from permprune.examples import Examples
-    from permprune.losses.targets import Task, choose_task
+    from permprune.losses.targets import Imitation, Task, choose_task
     from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
     from permprune.models.layers import block_linears, require_changeable
     from permprune.models.processors import Processor
@@ -249,6 +249,8 @@ def _finetune(
     if not has_targets(model, examples):
         raise PermpruneError("the data have no labels: give data with labels")
     task = choose_task(model, examples, batch)
+    if isinstance(task, Imitation) and options.teacher is None:
+        raise PermpruneError(f"a {type(model).__name__} learns from a dense model's outputs alone: name a --teacher")
     teacher = _teacher(options, model, examples, task)
     objective = Objective()
     if teacher is not None:  # the teacher's outputs replace labels, not the tokens of text

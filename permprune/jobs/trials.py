@@ -26,7 +26,7 @@ with on_first_use(globals()):
     from permprune.evaluation.agreement import dense_outputs
     from permprune.evaluation.dispatch import evaluate_model, has_targets
     from permprune.examples import Examples
-    from permprune.models.forward import is_encoder_decoder
+    from permprune.models.forward import writes_text
     from permprune.models.processors import Processor, tokenizer_of
     from permprune.pipeline import Pruned, finish, prepare, update_weights
 
@@ -235,4 +235,4 @@ class Trials:
 
 def transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer that decodes the transcripts of a speech-to-text model; None for other models."""
-    return tokenizer_of(processor) if kind_of(model) == "speech" and is_encoder_decoder(model) else None
+    return tokenizer_of(processor) if kind_of(model) == "speech" and writes_text(model) else None

@@ -15,7 +15,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy, divergence
 from permprune.losses.output_layer import Logits, Projected, compute_logits
-from permprune.models.forward import is_causal_lm, is_encoder_decoder, padding_of, run_model
+from permprune.models.forward import is_causal_lm, is_ctc, is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -283,11 +283,11 @@ def choose_task(model: nn.Module, examples: Examples, batch: int) -> Task:
     """Choose the task for examples; the dense model may run on `batch` of them at a time.
 
     If there are labels, classes or scores, they are the targets. Otherwise a causal language model predicts the next
-    token of text, and any other model reproduces the dense model's outputs (`Imitation`). Raises `PermpruneError` if
-    the model and the examples do not fit any task.
+    token of text, and any other model reproduces the dense model's outputs (`Imitation`), as do models of CTC, whose
+    transcripts give no frame a label. Raises `PermpruneError` if the model and the examples do not fit any task.
     """
     labels = examples.get("labels")
-    if labels is None:
+    if labels is None or is_ctc(model):
         return next_token if is_causal_lm(model) and "input_ids" in examples else Imitation.of(model, examples, batch)
     if labels.is_floating_point():
         scored(model, examples[:1].to(compute_device(model)))

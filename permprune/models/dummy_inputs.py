@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
+from permprune.models.forward import typed_inputs
 from permprune.models.pairs import encode_pair, pair_processor_of, takes_pairs
 from permprune.models.processors import Processor
 from permprune.models.signature import argument_names, find_config, nested_configs
@@ -261,11 +262,7 @@ def _processed_pairs(model: PreTrainedModel, processor: Processor) -> dict[str, 
 
 
 def _as_the_model(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    device, dtype = compute_device(model), model.dtype
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
-        for name, tensor in tensors.items()
-    }
+    return typed_inputs(model, {name: tensor.to(compute_device(model)) for name, tensor in tensors.items()})
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

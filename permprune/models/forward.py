@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from torch.utils import _pytree
 from transformers import PreTrainedModel
@@ -83,14 +84,31 @@ def _cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
 
 
 def forward_arguments(model: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The keyword arguments for a forward pass on an example batch, with the key/value cache disabled.
+    """The keyword arguments for a forward pass on an example batch (`typed_inputs`), with the key/value cache disabled.
 
     Raises `PermpruneError` if the batch is empty.
     """
     if not example:
         raise PermpruneError("the example batch is empty: give the tensors that the model's forward takes, by name")
     takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-    return {**example, **({"use_cache": False} if takes_cache else {})}
+    return {**typed_inputs(model, example), **({"use_cache": False} if takes_cache else {})}
+
+
+def typed_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs by name, with images and sound in the type of the model's parameters, as its first layer needs them.
+
+    Of several types it is the widest, without the modules that Transformers keeps in fp32 in a model of 16 bits: a
+    search holds some weights in bf16, and computes as in fp32 (`NarrowWeights`).
+    """
+    if not any(tensor.is_floating_point() for tensor in inputs.values()):
+        return dict(inputs)
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    own = [
+        p.dtype for name, p in model.named_parameters() if p.is_floating_point() and kept.isdisjoint(name.split("."))
+    ]
+    dtype = max(own, key=lambda one: one.itemsize, default=torch.float32)
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
@@ -126,13 +144,27 @@ def run_model(model: nn.Module, batch: Examples) -> Any:
 
 def padding_of(model: nn.Module, batch: Examples) -> Padding:
     """The padded positions of a batch, in the encoder's and the decoder's sequence."""
-    decoder, labels = batch.get("decoder_attention_mask"), _decoder_labels(model, batch)
+    mask, decoder, labels = (
+        _encoder_mask(model, batch),
+        batch.get("decoder_attention_mask"),
+        _decoder_labels(model, batch),
+    )
     if decoder is None and labels is not None:
         decoder = labels != IGNORED
     readers: frozenset[nn.Module] | None = None
     if {"pixel_values", "input_ids"} <= set(batch) and not is_encoder_decoder(model):
         readers = frozenset(cast(PreTrainedModel, model).get_decoder().modules())
-    return Padding.of(batch.get("attention_mask"), decoder, readers=readers)
+    return Padding.of(mask, decoder, readers=readers)
+
+
+def _encoder_mask(model: nn.Module, batch: Examples) -> Tensor | None:
+    """The mask of the positions that the encoder computes, which for a wave are frames of many samples."""
+    mask, of_frames = batch.get("attention_mask"), getattr(model, "_get_feature_vector_attention_mask", None)
+    if mask is None or of_frames is None or "input_values" not in batch:
+        return mask
+    count = model._get_feat_extract_output_lengths(mask.shape[1], add_adapter=False)  # type: ignore[operator]
+    frames: Tensor = of_frames(int(count), mask, add_adapter=False)
+    return frames
 
 
 def _decoder_labels(model: nn.Module, batch: Examples) -> Tensor | None:
@@ -170,6 +202,18 @@ def model_inputs(model: nn.Module, batch: Examples, labels: Tensor | None = None
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether the model is an encoder-decoder model."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def is_ctc(model: nn.Module) -> bool:
+    """Whether the model recognises speech by CTC: it returns logits for each frame, and transcripts tell no frames."""
+    mapping: Any = transformers.MODEL_FOR_CTC_MAPPING
+    kind = mapping.get(type(getattr(model, "config", None)), None)
+    return kind is not None and isinstance(model, kind)
+
+
+def writes_text(model: nn.Module) -> bool:
+    """Whether the model writes a text of its own for an input, such as a transcript or a translation."""
+    return is_encoder_decoder(model) or is_ctc(model)
 
 
 def is_causal_lm(model: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.examples import Examples
-from permprune.models.forward import frozen, is_encoder_decoder
+from permprune.models.forward import frozen, is_encoder_decoder, typed_inputs
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
@@ -63,5 +63,7 @@ def generate(model: Any, batch: Examples, length: int) -> Tensor:
     config = model.config.get_text_config(decoder=True)
     room = next((getattr(config, name) for name in POSITIONS if hasattr(config, name)), length + PROMPT) - PROMPT
     inputs = {name: batch[name] for name in batch if name != "labels" and not name.startswith("decoder_")}
-    ids: Tensor = model.generate(**inputs, max_new_tokens=min(length, room), do_sample=False, num_beams=1)
+    ids: Tensor = model.generate(
+        **typed_inputs(model, inputs), max_new_tokens=min(length, room), do_sample=False, num_beams=1
+    )
     return ids

@@ -2,14 +2,19 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
+    BertConfig,
+    BertModel,
     MarianConfig,
     MarianMTModel,
     PreTrainedTokenizerFast,
@@ -17,6 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from permprune.checkpoints.io import read_model, write_weights
+
+from ..fixtures import BLOCK
 from ..vision_language import qwen, write_pairs
 from .running import fails, run
 
@@ -76,29 +84,83 @@ ENCODER_DECODER: dict[str, Any] = {
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 48,
 }  # fmt: skip
 
+
+@pytest.fixture
+def two_sentences(tmp_path: Path, sentences: Path) -> Path:
+    rows = [line.split("\t") for line in sentences.read_text().splitlines()[1:]]
+    pairs = [{"sentence1": text, "sentence2": text[::-1], "label": int(label)} for text, label in rows]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return tmp_path / "pairs.jsonl"
+
+
+@pytest.fixture
+def tiny_encoder(tmp_path: Path, tiny_bert: Path) -> Path:
+    """A folder with the tiny classifier's tokenizer and an encoder without a head."""
+    folder = Path(shutil.copytree(tiny_bert, tmp_path / "tiny-encoder"))
+    BertModel(BertConfig(**BLOCK, vocab_size=128), add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_t5(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random encoder-decoder model of text and its tokenizer."""
+    TRANSLATORS["t5"]().save_pretrained(tmp_path / "tiny-t5")
+    tiny_tokenizer.save_pretrained(tmp_path / "tiny-t5")
+    return tmp_path / "tiny-t5"
+
+
 KINDS = {
-    "images with texts": ("tiny_qwen_vl", "pairs", "perplexity", "tokens"),
-    "images": ("tiny_vit", "pictures", "top-1 accuracy", "examples"),
+    "text": ("tiny_checkpoint", "tiny_text", "perplexity", "tokens"),
+    "encoder": ("tiny_encoder", "tiny_text", "feature error", "examples"),
+    "encoder and decoder": ("tiny_t5", "tiny_text", "top-1 agreement", "examples"),
     "sentences": ("tiny_bert", "sentences", "top-1 accuracy", "examples"),
+    "sentence pairs": ("tiny_bert", "two_sentences", "top-1 accuracy", "examples"),
+    "images": ("tiny_vit", "pictures", "top-1 accuracy", "examples"),
     "speech": ("tiny_whisper", "clips", "word error rate", "words"),
+    "speech by CTC": ("tiny_ctc", "clips", "word error rate", "words"),
+    "images with texts": ("tiny_qwen_vl", "pairs", "perplexity", "tokens"),
 }
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def store(folder: Path, dtype: torch.dtype) -> None:
+    """Rewrite the weights in a folder in this type."""
+    model, processor, _ = read_model(str(folder))
+    (folder / "model.safetensors").unlink()
+    write_weights(model, processor, dtype, folder)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_prune_verify_evaluate(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_every_kind_of_every_type_is_pruned_packed_and_measured(
+    kind: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     model, data, metric, unit = KINDS[kind]
     folder, source = request.getfixturevalue(model), request.getfixturevalue(data)
-    out, figures = tmp_path / "out", tmp_path / "figures.json"
-    shared = ["--calibration", source, "--data", source, *SMALL]
-    code, stdout, stderr = run("prune", folder, *shared, "--out", out, "--permute", "newton:rounds=5")
-    assert code == 0 and "2:4 with newton" in stdout and metric in " ".join(stdout.split()), stderr
-    code, stdout, _ = run("verify", out)
-    assert code == 0 and "layers hold the pattern" in stdout
+    store(folder, TYPES[dtype])
+    out, packed, unpacked, at_once = (tmp_path / name for name in ("out", "packed", "unpacked", "at-once"))
+    shared = ["--calibration", source, "--data", source, *SMALL, "--length", "16"]
+    code, stdout, stderr = run("prune", folder, *shared, "--out", out, "--permute", "ria")
+    assert code == 0 and "2:4 with ria" in stdout and metric in " ".join(stdout.split()), stderr
     record = json.loads((out / "permprune.json").read_text())
     assert record["settings"]["shared"] and record["measured"]["unit"] == unit
-    code, stdout, _ = run("evaluate", out, "--data", source, "--windows", "1", "--json", figures)
-    assert code == 0 and metric in stdout
-    assert json.loads(figures.read_text())["metric"] == metric
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {TYPES[dtype]}
+    again = ["prune", folder, *shared, "--permute", "ria", "--mode", "gather", "--pack", dtype, "--out", at_once]
+    for arguments in (again, ["pack", out, "--out", packed], ["unpack", packed, "--out", unpacked]):
+        code, _, stderr = run(*arguments)
+        assert code == 0, stderr
+    for written in (out, packed, unpacked, at_once):
+        code, stdout, stderr = run("verify", written)
+        assert code == 0 and "layers hold the pattern" in stdout, stderr
+    if kind.startswith("encoder"):
+        assert "there are no labels" in fails("evaluate", packed, "--data", source, "--length", "16")
+        return
+    for written in (out, packed):
+        figures = tmp_path / f"{written.name}.json"
+        given = ["--data", source, "--windows", "1", "--length", "16", "--json", figures]
+        code, stdout, stderr = run("evaluate", written, *given)
+        assert code == 0 and metric in stdout, stderr
+        assert json.loads(figures.read_text())["metric"] == metric
 
 
 TRANSLATORS = {

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2Model
+from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForSequenceClassification, Wav2Vec2Model
 
 from permprune.checkpoints.io import read_model
 from permprune.data.audio import load_speech
@@ -116,7 +116,7 @@ def test_sound_of_any_rate_is_resampled(
 
 def test_draws_are_deterministic_and_halves_apart(ctc: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     for number in range(20):
-        tone(tmp_path / "many" / f"{number:02}.wav", (10 + number) / 1000)
+        tone(tmp_path / "many" / f"{number:02}.wav", (30 + number) / 1000)
     model = Wav2Vec2Model(Wav2Vec2Config(num_hidden_layers=0))
 
     def drawn(part: str, seed: int = 0, shared: bool = True) -> list[int]:
@@ -125,7 +125,7 @@ def test_draws_are_deterministic_and_halves_apart(ctc: tuple[PreTrainedModel, An
         return (found["attention_mask"].sum(dim=1) // 16).tolist()
 
     assert drawn("calibration") == drawn("calibration") != drawn("calibration", seed=1)
-    assert sorted(drawn("calibration") + drawn("evaluation", seed=1)) == list(range(10, 30))
+    assert sorted(drawn("calibration") + drawn("evaluation", seed=1)) == list(range(30, 50))
     assert drawn("evaluation", shared=False) == drawn("calibration", shared=False)
 
 
@@ -137,10 +137,66 @@ def test_what_is_too_long_is_left_out(
     with caplog.at_level(logging.WARNING, "permprune"):
         found = load_speech(folder, *whisper, "evaluation", 9)
     assert spoken(found, whisper[1]) == ["HAD COME UP"]
-    assert "2 of 3 utterances are longer than the model can process" in caplog.text
+    assert "2 of 3 utterances are not 0.025 to 1 s long, and are left out" in caplog.text
     tone(folder / "1" / "2" / "1-2-0002.flac", 1.01)
-    with pytest.raises(PermpruneError, match=r"all utterances in .*speech exceed the model's 1 s"):
+    with pytest.raises(PermpruneError, match=r"000\d.flac has 1.01 s, and none of 3 utterances is 0.025 to 1 s long"):
         load_speech(folder, *whisper, "evaluation", 9)
+
+
+@pytest.mark.parametrize("samples", [0, 3])
+@pytest.mark.parametrize("name", ["ctc", "whisper"])
+def test_what_is_too_short_is_left_out(
+    name: str, samples: int, tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = request.getfixturevalue(name)
+    short, long = tone(tmp_path / "a" / "short.wav", samples / 8000, 8000), tone(tmp_path / "a" / "long.wav", 0.1)
+    for file in (short, long):
+        file.with_suffix(".txt").write_text("HAD COME UP")
+    found = load_speech(tmp_path / "a", model, processor, "evaluation", 9)
+    assert len(found["labels"]) == 1 and model(**found).loss.isfinite()
+    assert "1 of 2 utterances are not 0.025 " in caplog.text
+    long.unlink()
+    with pytest.raises(PermpruneError, match=r"short\.wav has .* s, and none of 1 utterances is 0.025"):
+        load_speech(tmp_path / "a", model, processor, "evaluation", 9)
+
+
+def test_samples_that_are_not_finite(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    soundfile.write(tmp_path / "bad" / "a.wav", np.full(8000, np.nan, np.float32), 16_000, subtype="FLOAT")
+    with pytest.raises(PermpruneError, match=r"a\.wav has samples that are not finite"):
+        load_speech(tmp_path / "bad", *whisper, "calibration", 9)
+
+
+def test_a_transcript_may_be_beside_its_sound(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    for number in range(2):
+        tone(tmp_path / "said" / f"{number}.wav", 0.1)
+        (tmp_path / "said" / f"{number}.txt").write_text(f"it is number {number}\n")
+    found = load_speech(tmp_path / "said", *whisper, "evaluation", 9)
+    assert sorted(spoken(found, whisper[1])) == ["it is number 0", "it is number 1"]
+
+
+def test_transcripts_are_in_the_letters_that_the_tokenizer_knows(
+    ctc: tuple[PreTrainedModel, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tone(tmp_path / "said" / "a.wav", 0.1)
+    (tmp_path / "said" / "a.txt").write_text("a brisk wind")
+    assert spoken(load_speech(tmp_path / "said", *ctc, "evaluation", 9), ctc[1]) == ["A BRISK WIND"]
+    assert not caplog.records
+    (tmp_path / "said" / "a.txt").write_text("a brisk wind, 2")
+    load_speech(tmp_path / "said", *ctc, "evaluation", 9)
+    assert "the tokenizer does not know 2 of the 15 tokens in the transcripts" in caplog.text
+
+
+def test_a_classifier_of_speech_has_classes(ctc: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    config = Wav2Vec2Config(num_hidden_layers=0, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    model = Wav2Vec2ForSequenceClassification(config)
+    for number in range(4):
+        tone(tmp_path / "words" / ("yes" if number % 2 else "No") / f"{number}.wav", 0.1 + number / 100)
+    found = load_speech(tmp_path / "words", model, ctc[1].feature_extractor, "evaluation", 9)
+    samples = found["attention_mask"].sum(dim=1)
+    assert torch.equal(found["labels"], (samples // 160 % 2).long())
+    (tmp_path / "words" / "metadata.csv").write_text("file_name,label\nNo/0.wav,yes\n")
+    assert load_speech(tmp_path / "words", model, ctc[1], "evaluation", 9)["labels"].tolist() == [1]
 
 
 def test_a_data_set(ctc: tuple[PreTrainedModel, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
