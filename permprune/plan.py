@@ -23,6 +23,7 @@ from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import short_inputs
 from permprune.models.layers import DenseWeights, Layer, block_linears, dense_weights, prunable_layers
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
+from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor
 from permprune.models.shallow import Repetition, repetitions, shortened
 from permprune.pattern import Pattern, parse_pattern
@@ -98,6 +99,7 @@ def plan_run(
     if config.effort is not None:
         windows = len(examples) // examples_per_window
         log.info("effort %s: %s on %d windows", config.effort, label_of(config.permute), windows)
+    config = config.replace(length=clipped_length(model, config.length))
     measured, held_out, train = _divide(examples, config, examples_per_window)
     coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
     sites = _sites(coupling, layers)

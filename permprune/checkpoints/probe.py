@@ -81,8 +81,8 @@ def probe_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], position
 
     Rows are examples, or positions of examples if the output has more than two dimensions.
     """
-    device, dtype = compute_device(model), model.dtype if is_packed(model) else torch.float32
-    moved = {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
+    device = compute_device(model)
+    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
     output: Tensor = main_outputs(model(**forward_arguments(model, moved)))[0]
     if output.dim() > 2:
         output = output[:, [output.shape[1] * place // positions - 1 for place in range(1, positions + 1)]].flatten(

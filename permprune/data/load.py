@@ -17,6 +17,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
 from permprune.models.modality import kind_of
 from permprune.models.pairs import takes_pairs
+from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor, image_processor_of, tokenizer_of
 from permprune.models.signature import argument_names
 from permprune.zoo import images as zoo
@@ -41,12 +42,13 @@ def load_examples(
 
     `source` is a source of `load_documents`, `load_labelled_text`, `load_images` or `load_speech`, depending on
     `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images. None is the default text, or
-    for an image model the zoo's images, which are also named "cifar10". Text is cut into windows of `length` tokens.
-    Windows and the zoo's images are the first ones, or chosen at random if a `seed` is given; other examples are always
-    chosen at random. With a `seed`, the first `apart` windows of a text are of other documents than the rest (see
-    `tokenize`). With `shared`, the calibration and the evaluation part come from the same source. `part` "probe" is a
-    separate part of the zoo's images for training linear probes; for other sources it is the calibration part. Raises
-    `PermpruneError` if the source cannot be read or does not fit the model.
+    for an image model the zoo's images, which are also named "cifar10". Text is cut into windows of `length` tokens, or
+    of as many as the model has positions, if these are fewer. Windows and the zoo's images are the first ones, or
+    chosen at random if a `seed` is given; other examples are always chosen at random. With a `seed`, the first `apart`
+    windows of a text are of other documents than the rest (see `tokenize`). With `shared`, the calibration and the
+    evaluation part come from the same source. `part` "probe" is a separate part of the zoo's images for training linear
+    probes; for other sources it is the calibration part. Raises `PermpruneError` if the source cannot be read or does
+    not fit the model.
     """
     kind = kind_of(model)
     if kind == "images" and source in (None, CIFAR):
@@ -58,6 +60,7 @@ def load_examples(
         return _known(model, load_pairs(str(source), model, processor, part, count, seed or 0, shared))
     if kind == "text":
         documents = load_documents(source, part)
+        length = clipped_length(model, length)
         windows = tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True, apart=apart)
         return _known(model, Examples.of(windows))
     if source is None:
@@ -67,6 +70,7 @@ def load_examples(
         return Examples(load_images(source, model, processor, part, count, seed, shared))
     if kind == "speech":
         return Examples(load_speech(source, model, processor, part, count, seed, shared))
+    length = clipped_length(model, length)
     return _known(model, Examples(load_labelled_text(source, model, processor, part, count, length, seed, shared)))
 
 

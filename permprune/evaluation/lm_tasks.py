@@ -29,6 +29,7 @@ with on_first_use(globals()):
 
     from permprune.evaluation.perplexity import perplexity
     from permprune.models.forward import evaluating, is_causal_lm
+    from permprune.models.positions import positions_of
     from permprune.models.processors import Processor, tokenizer_of
     from permprune.system import distributed
 
@@ -223,7 +224,7 @@ def _is_group(file: str) -> bool:
 
 def _reach(model: PreTrainedModel) -> int:
     """Return the largest number of tokens that a model can read at once."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    return positions_of(model) or WINDOW
 
 
 def _results(task: str, found: Mapping[str, Any]) -> Iterator[Result]:

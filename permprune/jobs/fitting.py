@@ -28,6 +28,7 @@ from permprune.jobs.forecast import (
 from permprune.jobs.machine import Machine, machine_named, this_machine
 from permprune.jobs.streaming import streamed_bytes, streamed_masks_bytes
 from permprune.models.modality import kind_of
+from permprune.models.positions import fitting_length
 from permprune.models.row_shards import require_divisible
 from permprune.options import Count, require
 from permprune.pattern import MIXED
@@ -258,11 +259,12 @@ class Fitting:
     def _streamed(self, config: PruneConfig) -> Forecast:
         """Forecast a run that reads the model layer by layer; the time of its search is not known."""
         model, outline, windows = self.model, self.outline, self.windows
-        tokens, own = config.shares(config.samples)[0] * config.length, weight_bytes(model, self.stored)
-        needed = streamed_bytes(model, outline, metric=saliency(config.saliency), tokens=tokens, length=config.length)
+        length, own = fitting_length(model, config.length), weight_bytes(model, self.stored)
+        tokens = config.shares(config.samples)[0] * length
+        needed = streamed_bytes(model, outline, metric=saliency(config.saliency), tokens=tokens, length=length)
         part, forward = Held("largest part of the model", needed), forward_operations(model)
         batches = -(-windows // EVALUATION_BATCH)
-        evaluating = Work(products_fp32=windows * config.length * forward, stored=batches * own) * EVALUATED
+        evaluating = Work(products_fp32=windows * length * forward, stored=batches * own) * EVALUATED
         return Forecast(
             config=config,
             machine=self.machine,

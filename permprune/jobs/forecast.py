@@ -25,6 +25,7 @@ from permprune.models.forward import forward_arguments, is_causal_lm, main_outpu
 from permprune.models.layers import linears_of
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.narrow_weights import end_weights, held_type, is_narrow
+from permprune.models.positions import fitting_length
 from permprune.permuters.registry import permuter
 from permprune.plan import DTYPES, calibration_count, shares_of
 from permprune.pruning.masked import masked_parts
@@ -200,7 +201,7 @@ def forecast_held(
         program=program_bytes(),
         processes=processes,
         shards=shards,
-        assumed=tuple(_assumed(model, outline, processes)),
+        assumed=tuple(_assumed(model, config, outline, processes)),
     )
 
 
@@ -231,8 +232,10 @@ def forward_operations(model: nn.Module) -> float:
     return 2 * sum(layer.weight.numel() * layer.share_of_tokens for layer in layers)
 
 
-def _assumed(model: PreTrainedModel, outline: Outline, processes: int) -> Iterator[str]:
+def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, processes: int) -> Iterator[str]:
     """Yield the assumptions of the forecast, one sentence each."""
+    if (length := fitting_length(model, config.length)) < config.length:
+        yield f"the model has {length} positions: the length is {length} tokens in place of {config.length}"
     for one in outline.repeated:
         yield f"{one.kept} of the {one.total} blocks in {one.name} were traced: the others equal one of them in shape"
     if any(layer.expert is not None for layer in outline.layers):
@@ -254,7 +257,7 @@ def _counted(
 ) -> Activations:
     """Count the activations of a batch of this many windows, by default `config.batch`."""
     count = (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)]
-    length = min(config.length, getattr(model.config.get_text_config(), "max_position_embeddings", config.length))
+    length = fitting_length(model, config.length)
     shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
     shapes |= {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
     return count_activations(

@@ -21,11 +21,12 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.inference.kv.cache import PrunedCache, attention_layers
 from permprune.inference.kv.calibration import ObservedLayer, fit_channels, observe_states
 from permprune.inference.kv.config import AUTO, KVConfig, default_pattern, pattern_of
-from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity, require_positions
+from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity
 from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
 from permprune.inference.kv.folding import fold_values
 from permprune.jobs.trials import BATCH, Evaluation
 from permprune.models.forward import short_inputs
+from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor
 from permprune.options import Count, Seed, require
 from permprune.pattern import Pattern
@@ -83,7 +84,7 @@ def calibrate_kv(
     if pruned and fold is not None:
         raise PermpruneError(f"the values of {opened.name} have the order that prune gave them: leave out --fold")
     attention_layers(opened.model)
-    require_positions(opened.model, length)
+    length = clipped_length(opened.model, length)
     source: dict[str, str | int | None] = {"data": calibration, "samples": samples, "length": length, "seed": seed}
     examples = load_examples(
         calibration, opened.model, opened.processor, part="calibration", count=samples, length=length, seed=seed
@@ -194,7 +195,6 @@ def _kept(score: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
 def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evaluation: Evaluation) -> Measurement:
     """Measure the perplexity with the dense and with the pruned cache."""
     model, windows = opened.model, evaluation.examples(opened.model, opened.processor)
-    require_positions(model, windows["input_ids"].shape[1])
     dense = perplexity(model, windows, BATCH)
     found = cached_perplexity(model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), BATCH)
     return Measurement(

@@ -253,7 +253,6 @@ def test_bad_input_is_one_line(tiny_checkpoint: Path, tiny_text: Path, tiny_bert
         "kv", tiny_checkpoint, *text, "--length", "8", "--pattern", "3:6"
     )
     assert "newton orders the channels of weights" in fails("kv", tiny_checkpoint, *text, "--permute", "newton")
-    assert "longer than the model's 128 positions" in fails("kv", tiny_checkpoint, *text, "--length", "200")
     assert "no decoder-only language model" in fails("kv", tiny_bert, *text)
     assert "holds no kv.json" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--data", tiny_text)
     assert "leave out --tasks" in fails("evaluate", tiny_checkpoint, "--kv", tmp_path, "--tasks", "piqa")

@@ -15,6 +15,7 @@ from permprune.evaluation.result import Result
 from permprune.examples import Examples
 from permprune.inference.kv.cache import PrunedCache
 from permprune.models.forward import cache_argument
+from permprune.models.positions import positions_of
 
 CHUNK = 512
 """Number of tokens in a forward pass."""
@@ -38,7 +39,9 @@ def cached_perplexity(
     `PrunedCache` those are pruned, except for the window and the sinks, as if the tokens came one by one. Raises
     `PermpruneError` if the windows are longer than the model's positions, and in the cases of `perplexity`.
     """
-    require_positions(model, windows["input_ids"].shape[1])
+    most, length = positions_of(model), windows["input_ids"].shape[1]
+    if most is not None and length > most:
+        raise PermpruneError(f"windows of {length} tokens are longer than the model's {most} positions: shorten them")
     sizes = [(0, 0)]
 
     def logits_of(model: nn.Module, part: Examples) -> Tensor:
@@ -50,10 +53,3 @@ def cached_perplexity(
 
     result = perplexity(model, windows, batch, logits_of)
     return CachedPerplexity(result, *max(sizes))
-
-
-def require_positions(model: PreTrainedModel, length: int) -> None:
-    """Raise `PermpruneError` if windows of `length` tokens are longer than the model's positions."""
-    most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(most, int) and length > most:
-        raise PermpruneError(f"windows of {length} tokens are longer than the model's {most} positions: shorten them")
