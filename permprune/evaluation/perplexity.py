@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.result import PERPLEXITY, Result
+from permprune.evaluation.result import PERPLEXITY, NotFinite, Result
 from permprune.examples import IGNORED, Examples
 from permprune.losses.cross_entropy import cross_entropy
 from permprune.losses.output_layer import Logits, Projected, compute_logits
@@ -34,8 +34,8 @@ def perplexity(
     tokens have the same weight, and padding is left out. The loss is computed in fp32. The standard error is that over
     windows by the delta method, ppl * std(window NLL) / sqrt(count), and None for a single window. The model's training
     mode is left as it was. `logits_of(model, batch)` returns the logits, (batch, length, vocabulary); by default they
-    come from one forward pass without a cache. Raises `PermpruneError` if a loss is not finite, or if there is no token
-    to predict.
+    come from one forward pass without a cache. Raises `NotFinite` if a loss is not finite, and another `PermpruneError`
+    if there is no token to predict.
     """
     require("batch", batch, Count)
     examples = Examples.of(windows)
@@ -57,9 +57,7 @@ def perplexity(
     value = float(mean.exp())
     if not torch.isfinite(torch.tensor(value)):
         window = int((~nll.isfinite()).int().argmax())
-        raise PermpruneError(
-            f"the loss on window {window} of the text is not finite: the weights or activations overflow"
-        )
+        raise NotFinite(f"the loss on window {window} of the text is not finite: the weights or activations overflow")
     spread = (nll - mean * counts).std() / counts.mean() if len(examples) > 1 else None
     stderr = None if spread is None else value * float(spread) / len(examples) ** 0.5
     return Result("language modelling", PERPLEXITY, value, count=int(counts.sum()), stderr=stderr, unit="tokens")

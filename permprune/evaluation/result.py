@@ -8,6 +8,10 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from permprune.options import require_choice
 
 
+class NotFinite(PermpruneError):
+    """Raised if a measured value is not finite."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A metric: its name in tables and files, and whether higher values are better."""
@@ -93,8 +97,11 @@ class Result:
 def gap_closed(value: float, dense: float, none: float, *, metric: Metric = PERPLEXITY) -> float | None:
     """Return the share of the gap between the model pruned in natural order (`none`) and the dense one that is closed.
 
-    The gap between perplexities is that of their logarithms. Returns None if there is no gap.
+    The gap between perplexities is that of their logarithms. Returns None if there is no gap, or if a value is not
+    finite.
     """
+    if not all(map(math.isfinite, (value, dense, none))):
+        return None
     if metric == PERPLEXITY:
         value, dense, none = math.log(value), math.log(dense), math.log(none)
         return (none - value) / (none - dense) if none > dense else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.config import PruneConfig
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
-from permprune.evaluation.result import Result, require_label_metric
+from permprune.evaluation.result import NotFinite, Result, require_label_metric
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
 from permprune.options import Count, Length, require_fields
 from permprune.permuters.base import Permuter, Run, Solution
@@ -35,6 +36,10 @@ ANSWERED_ONCE = 32
 
 BATCH = 4
 """Windows of text per forward pass in the evaluation; `BATCH_MULTIPLIER` examples of another kind count as one."""
+
+
+DENSE = "dense"
+"""The label of the model before pruning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +205,7 @@ class Trials:
     def dense(self) -> Measurement:
         """The measurement of the dense model."""
         with self.prepared.network.dense_weights():
-            return self._measurement("dense", 0.0)
+            return self._measurement(DENSE, 0.0)
 
     def run(self, method: Permuter, label: str, run: Run | None = None) -> Trial:
         """Search with a method and measure the pruned model; `run` replaces the time limit, seed and data."""
@@ -227,8 +232,15 @@ class Trials:
         return finish(dataclasses.replace(prepared, config=prepared.config.replace(permute=method)), solution, natural)
 
     def _measurement(self, label: str, seconds: float) -> Measurement:
-        """Measure the model with its current weights."""
-        result, peak = self.measure(), peak_memory_mb()
+        """Measure the model with its current weights; a perplexity of a pruned model that is not finite is infinity."""
+        try:
+            result = self.measure()
+        except NotFinite as error:
+            if label == DENSE:
+                raise
+            log.warning("%s: %s", label, error)
+            result = dataclasses.replace(self.dense.result, value=math.inf, stderr=None)
+        peak = peak_memory_mb()
         tasks = self.tasks(self.prepared.model, self.processor) if self.tasks else []
         return Measurement(method=label, result=result, seconds=seconds, peak_memory_mb=peak, tasks=tasks)
 

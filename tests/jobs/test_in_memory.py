@@ -1,17 +1,25 @@
 """What the commands do as functions: of a model in memory as of its folder."""
 
 import copy
+import dataclasses
+import json
+import math
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune import Evaluation, FineTuning, Identity, Newton, PermpruneError, PruneConfig
 from permprune.models.layers import block_linears
+from permprune.report.comparison import write_comparison
+from permprune.report.tables import comparison_table
+from permprune.system.files import write_json
 
 from ..faults.pruned import SETTINGS, WINDOWS
 
@@ -62,6 +70,36 @@ def test_compare(
         tiny_llama, {"mine": Identity()}, config, evaluation=evaluation, processor=tiny_tokenizer
     )
     assert [row.method for row in labelled.rows] == ["dense", "none", "mine"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Overflowing(permprune.LocalPermuter):
+    """Keeps the natural order, and spoils the model."""
+
+    name: ClassVar[str] = "overflowing"
+
+    def order(self, network: Any, problem: Any, generator: torch.Generator) -> torch.Tensor:
+        network.model.model.norm.weight.data.fill_(torch.inf)
+        return problem.identity()
+
+
+def test_compare_has_a_row_for_a_model_that_overflows(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, config: PruneConfig, evaluation: Evaluation,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    found = permprune.compare(
+        tiny_llama, ["ria", Overflowing()], config, evaluation=evaluation, processor=tiny_tokenizer
+    )
+    assert [math.isfinite(row.result.value) for row in found.rows] == [True, True, True, False]
+    assert found.rows[-1].gap_closed is None and found.best.method != "overflowing"
+    assert "overflowing: the loss on window 0 of the text is not finite" in caplog.text
+    figures = found.to_json()
+    printed = StringIO()
+    Console(file=printed, width=120).print(comparison_table(figures))
+    assert "not finite" in printed.getvalue()
+    write_comparison(figures, tmp_path / "picture.png")
+    write_json(tmp_path / "figures.json", figures)
+    assert json.loads((tmp_path / "figures.json").read_text())["rows"][-1]["perplexity"] is None
 
 
 @pytest.mark.parametrize("methods", [[], ["ria"]])
