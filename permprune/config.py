@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -159,6 +160,10 @@ class PruneConfig:
         given = self.calibration
         return (given,) if given is None or isinstance(given, str) else tuple(given)
 
+    def reads(self, source: str) -> bool:
+        """Whether this is a source of the calibration data, however its path is written."""
+        return _resolved(source) in [own and _resolved(own) for own in self.sources]
+
     def replace(self, **changes: Any) -> PruneConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one.
 
@@ -203,6 +208,13 @@ def _sources(given: object) -> str | tuple[str, ...] | None:
     found = tuple(given) if isinstance(given, Sequence) else ()
     if not found or not all(isinstance(source, str) for source in found):
         raise PermpruneError(f"calibration is {reprlib.repr(given)}: give a file, a folder or a data set id, or a list")
-    if len(set(found)) < len(found):
-        raise PermpruneError(f"calibration names {max(found, key=found.count)} twice: give it once")
+    resolved = [_resolved(source) for source in found]
+    if twice := next((source for at, source in enumerate(found) if resolved[at] in resolved[:at]), None):
+        raise PermpruneError(f"calibration names {twice} twice: give it once")
     return found[0] if len(found) == 1 else found
+
+
+def _resolved(source: str) -> str:
+    """A source with the absolute path, without links, of the file or folder that it names, if it names one."""
+    name = source if os.path.exists(source) else source.partition("@")[0].partition(":")[0]
+    return os.path.realpath(name) + source[len(name) :] if os.path.exists(name) else source

@@ -36,10 +36,10 @@ def overlap(calibration: Sequence[Examples], evaluation: Examples) -> float:
     return sum(digest in known for digest in _digests(evaluation, inputs)) / len(evaluation)
 
 
-def warn_of_overlap(share: float) -> None:
-    """Log a warning if the overlap is larger than `QUOTED`, so that the evaluation may be misleading."""
+def warn_of_overlap(share: float, other: str = "calibration") -> None:
+    """Log a warning if the overlap with the `other` data is larger than `QUOTED`: the evaluation may be misleading."""
     if share > QUOTED:
-        log.warning("%.0f %% of the evaluation data are also in the calibration data: use other data", 100 * share)
+        log.warning("%.0f %% of the evaluation data are also in the %s data: use other data", 100 * share, other)
 
 
 def _covered(calibration: list[Tensor], windows: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import KW_ONLY, asdict, dataclass
 
+from permprune.errors import PermpruneError
 from permprune.options import require_choice
 
 

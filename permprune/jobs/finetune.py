@@ -34,6 +34,7 @@ with on_first_use(globals()):
     from permprune.coupling.fold import fold_all
     from permprune.data.labelled import read_labelled_text
     from permprune.data.load import load_examples
+    from permprune.data.overlap import overlap, warn_of_overlap
     from permprune.evaluation.dispatch import evaluate_model, has_targets
     from permprune.evaluation.probe import with_head
     from permprune.evaluation.size import weight_bytes
@@ -245,6 +246,8 @@ def _finetune(
         model = _with_head(model, options)
     patterns = _patterns(model)
     examples, held_out = options.examples(model, processor)
+    if options.dev is not None:
+        warn_of_overlap(overlap([examples], held_out), "training")
     batch = BATCH * BATCH_MULTIPLIER[kind_of(model)]
     if not has_targets(model, examples):
         raise PermpruneError("the data have no labels: give data with labels")

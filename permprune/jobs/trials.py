@@ -81,7 +81,7 @@ class Evaluation:
         tasks: TaskList | None = None,
     ) -> tuple[PruneConfig, Evaluation]:
         """Return the config and the evaluation of a run; `shared` is set in both if they name the same source."""
-        shared = source is not None and source in config.sources
+        shared = source is not None and config.reads(source)
         evaluation = cls(source, windows, config.length, shared=shared, metric=metric, tasks=tasks)
         return config.replace(shared=shared), evaluation
 

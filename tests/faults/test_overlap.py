@@ -14,7 +14,7 @@ from permprune import Examples
 from permprune.data.overlap import overlap, warn_of_overlap
 from permprune.report.words import overlap_note
 
-from ..cli.running import run
+from ..cli.running import fails, run
 from ..fixtures import SENTENCES
 
 pytestmark = pytest.mark.slow
@@ -154,6 +154,35 @@ def test_prune_says_so(
     assert found == pytest.approx(1 - other, abs=0.8 if options else 0.1)  # few windows are drawn from the text
     for text in (stdout, stderr, (out / "report.html").read_text()):
         assert said(text).count("% of the evaluation data are also in the calibration data") == 1 - other
+
+
+@pytest.mark.parametrize("written", ["./pictures", "PATH", "link", "other/../pictures/"])
+def test_one_folder_however_its_path_is_written(
+    written: str, tiny_vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part gets a half of it."""
+    generator = np.random.default_rng(0)
+    for number in range(30):
+        place = tmp_path / "pictures" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(place)
+    (tmp_path / "link").symlink_to(tmp_path / "pictures")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", written.replace("PATH", str(tmp_path / "pictures")), "--windows", "2"]
+    options = ["--calibration", "pictures", *data, "--methods", "none", "--json", "figures.json"]
+    code, _, stderr = run("compare", tiny_vit, *options)
+    assert code == 0, stderr
+    assert json.loads((tmp_path / "figures.json").read_text())["overlap"] == 0.0
+    assert "twice" in fails("compare", tiny_vit, *options, "--calibration", data[1])
+
+
+def test_finetune_says_that_it_measures_on_its_training_data(
+    texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ["--data", texts[0], "--dev", texts[0], "--length", "64", "--epochs", "1", "--rows", "200"]
+    code, _, stderr = run("finetune", tiny_checkpoint, *options, "--out", tmp_path / "out")
+    assert code == 0 and "% of the evaluation data are also in the training data" in said(stderr), stderr
 
 
 def test_images_that_are_in_both(tiny_vit: Path, tmp_path: Path) -> None:
