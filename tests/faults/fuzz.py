@@ -1,9 +1,10 @@
 """Damage folders at random, and see what the commands make of them: python -m tests.faults.fuzz --count 500
 
-A case copies a checkpoint, a folder pruned in fold mode or one in gather mode, damages a file (`mutations`), and has
-verify, evaluate and prune read it, in a process that may die or hang. Right are a status of 2 with one line on stderr,
-and a status of 0 with a right answer (`Fuzz.judge`); anything else, or a file changed outside of --out, is a failure,
-printed with the number that repeats it (--only).
+A case copies one of the `SUBJECTS` (a checkpoint, what prune, pack and finetune make of it, or a pruned cache), damages
+a file (`mutations`), and has verify, evaluate and one more command read it, in a process that may die or hang. Right
+are a status of 2 with one line on stderr, and a status of 0 with a right result (`Fuzz.judge`), which the `oracle`
+computes from the files by itself. Anything else, or a file changed outside of --out, is a failure, printed with the
+number that repeats it (--only).
 """
 
 from __future__ import annotations
@@ -25,10 +26,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .mutations import mutate
+from .oracle import Llama, Unjudged, channels_fit, read_tensors, same_tensors, settings_of_cache
 
 GOOD = ("right", "refused")
-COMMANDS = ("verify", "evaluate", "prune")
+PRUNED = [f"{kind}-{mode}" for kind in ("pruned", "trained") for mode in ("fold", "gather")]
+PACKED = [f"{dtype}-{mode}" for dtype in ("bf16", "int8") for mode in ("fold", "gather")]
+SUBJECTS = ["checkpoint", *PRUNED, *PACKED, "cache"]
+COMMANDS = ("verify", "evaluate", "prune", "pack", "unpack", "kv", "finetune")
 WARNING = ("[", " ")
 """What the lines of warnings begin with, which may stand before that of an error: a time, or the room for one."""
 
@@ -41,8 +48,11 @@ MEMORY = 12 * 2**30
 RECYCLED = 40
 """Cases after which a process is replaced."""
 
-IRRELEVANT = {"README.md", "generation_config.json", "probe.safetensors", "report.html"}
-"""Files that the weights and what is measured of them do not depend on."""
+TOKENIZER = ("tokenizer", "special_tokens", "added_tokens")
+"""Beginnings of the names of files on which the tokens depend, which the oracle does not make."""
+
+CLOSE, ROUNDED = 1e-4, 3e-2
+"""Relative errors of what is computed in fp32, and in bf16 or with rounded weights."""
 
 
 class Case(NamedTuple):
@@ -111,7 +121,7 @@ def serve(pipe: Connection, root: Path) -> None:
 
 
 def _answer(kind: str, *arguments: Any) -> dict[str, Any]:
-    return {"run": _run, "difference": _difference}[kind](*arguments)
+    return {"run": _run}[kind](*arguments)
 
 
 def _run(arguments: list[str], folder: str) -> dict[str, Any]:
@@ -129,21 +139,6 @@ def _run(arguments: list[str], folder: str) -> dict[str, Any]:
     if result.exc_info and not isinstance(result.exception, (SystemExit, type(None))):
         trace = "".join(traceback.format_exception(*result.exc_info))
     return {"status": result.exit_code, "stdout": result.stdout, "stderr": result.stderr, "trace": trace}
-
-
-def _difference(folder: str, original: str) -> dict[str, Any]:
-    """The largest difference of the outputs of the models in two folders, on the first one's probe and on noise."""
-    import torch
-    from safetensors.torch import load_file
-
-    import permprune
-
-    models = [permprune.load(path).float() for path in (folder, original)]
-    ids = load_file(Path(original) / "probe.safetensors")["input_ids"]
-    ids = torch.cat([ids, torch.randint(100, ids.shape, generator=torch.Generator().manual_seed(0))])
-    with torch.inference_mode():
-        first, second = (model(input_ids=ids).logits for model in models)
-    return {"difference": float((first - second).abs().max())}
 
 
 # What runs in this one.
@@ -193,12 +188,14 @@ class Fuzz:
 
     def __init__(self, root: Path, seed: int) -> None:
         self.root, self.seed = root, seed
-        self.subjects = make_subjects(root / "subjects")
+        self.texts = root / "subjects"
+        self.subjects, self.ids = make_subjects(self.texts)
+        self.models = {name: Llama(folder) for name, folder in self.subjects.items() if name != "cache"}
         self.expected: dict[tuple[str, str], float] = {}
         worker = Worker(root)
         for subject in self.subjects:
             case = Case(-1, subject, "", "", self._copied(-1, subject))
-            for command in COMMANDS:
+            for command in COMMANDS if subject != "cache" else ["evaluate"]:
                 outcome = self.run(case, command, worker)
                 if outcome.verdict not in GOOD:
                     raise SystemExit(f"{subject} as it is: {command}: {outcome.verdict}\n{outcome.detail}")
@@ -208,10 +205,16 @@ class Fuzz:
     def cases(self, numbers: list[int]) -> Iterator[Case]:
         for number in numbers:
             generator = random.Random(f"{self.seed} {number}")
-            subject = generator.choice(sorted(self.subjects))
+            subject = generator.choice(SUBJECTS)
             folder = self._copied(number, subject)
             file, kind = mutate(generator, folder / "model")
             yield Case(number, subject, file, kind, folder)
+
+    def commands(self, case: Case) -> list[str]:
+        """The commands that read a case: two that are quick, and one of the others."""
+        if case.subject == "cache":
+            return ["evaluate"]
+        return ["verify", "evaluate", random.Random(f"{self.seed} {case.number} command").choice(COMMANDS[2:])]
 
     def _copied(self, number: int, subject: str) -> Path:
         folder = self.root / f"case-{number}"
@@ -227,7 +230,7 @@ class Fuzz:
         changed = sorted(
             name
             for name in before.keys() | after.keys()
-            if before.get(name) != after.get(name) and not name.startswith(("out/", "figures.json"))
+            if before.get(name) != after.get(name) and not name.startswith((f"{command}/", f"{command}.json"))
         )
         if changed:
             return Outcome(case, command, "wrote", ", ".join(changed))
@@ -235,14 +238,21 @@ class Fuzz:
         return Outcome(case, command, verdict, detail)
 
     def _arguments(self, case: Case, command: str) -> list[str]:
-        texts, model = self.subjects["checkpoint"].parent, str(case.folder / "model")
-        data = ["--data", str(texts / "two.txt"), "--windows", "4", "--length", "16"]
-        if command == "verify":
-            return ["verify", model]
-        if command == "evaluate":
-            return ["evaluate", model, *data, "--json", str(case.folder / "figures.json")]
-        calibration = ["--calibration", str(texts / "one.txt"), "--samples", "24", "--permute", "ria"]
-        return ["prune", model, *data, *calibration, "--out", str(case.folder / "out")]
+        model, figures = str(case.folder / "model"), ["--json", str(case.folder / f"{command}.json")]
+        one, data = str(self.texts / "one.txt"), ["--data", str(self.texts / "two.txt"), "--windows", "4"]
+        data += ["--length", "16"]
+        if case.subject == "cache":
+            return ["evaluate", str(self.subjects["checkpoint"]), "--kv", model, *data, *figures]
+        if command in ("verify", "evaluate"):
+            return [command, model, *([*data, *figures] if command == "evaluate" else [])]
+        options = {
+            "prune": [*data, "--calibration", one, "--samples", "24", "--permute", "ria"],
+            "pack": [],
+            "unpack": [],
+            "kv": [*data, "--calibration", one, "--samples", "4", *CACHE],
+            "finetune": ["--data", one, "--epochs", "1", "--rows", "8", "--length", "16", "--lr", "1e-3"],
+        }
+        return [command, model, *options[command], "--out", str(case.folder / command)]
 
     def judge(self, case: Case, command: str, answer: dict[str, Any], worker: Worker) -> tuple[str, str]:
         """What to call an answer: one of `GOOD`, or a failure; and what it said, or what is wrong with it."""
@@ -258,53 +268,131 @@ class Fuzz:
             one = len(lines) == 1 and lines[0].startswith("permprune: ")
             if not one:
                 return "lines", answer["stderr"]
-            return ("refused", lines[0]) if case.number >= 0 else self._unexpected(case, command, lines[0])
+            return ("refused", lines[0]) if case.number >= 0 or self._unfit(case, command) else ("wrong", lines[0])
         if answer["status"] != 0:
             return "status", f"{answer['status']}: {answer['stderr']}"
-        wrong = getattr(self, f"_wrong_{command}")(case, worker)
+        try:
+            wrong = self._wrong(case, command, worker)
+        except Unjudged:
+            wrong = ""
+        except (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+            wrong = f"accepted, though it cannot be read: {error!r}"
         return ("wrong", wrong) if wrong else ("right", answer["stdout"])
 
     @staticmethod
-    def _unexpected(case: Case, command: str, line: str) -> tuple[str, str]:
-        """What was refused of a subject as it is: pruning a gathered model again may be."""
-        fine = (case.subject, command) in (("checkpoint", "verify"), ("gather", "prune"))
-        return ("refused" if fine else "wrong"), line
+    def _unfit(case: Case, command: str) -> bool:
+        """Whether a subject is none that a command takes: it is not pruned, or packed, or not packed."""
+        if case.subject in PACKED:
+            return command in ("prune", "pack", "finetune")
+        return command in (("verify", "pack", "unpack") if case.subject == "checkpoint" else ("unpack",))
 
-    def _wrong_verify(self, case: Case, worker: Worker) -> str:
-        """What verify promised and does not hold: that the folder's outputs are those of the model that was pruned."""
-        if case.subject == "checkpoint":
-            return "nothing was pruned"
-        answer = worker.ask("difference", str(case.folder / "model"), str(self.subjects[case.subject]))
-        difference = answer.get("difference", math.nan)
-        return "" if difference <= 1e-3 else f"outputs differ by {difference}: {answer}"
+    def _wrong(self, case: Case, command: str, worker: Worker) -> str:
+        """What is wrong with a command that succeeded."""
+        if self._unfit(case, command):
+            return "this is not for such a model"
+        if case.subject == "cache":
+            return self._wrong_cache(case)
+        now, before = Llama(case.folder / "model"), self.models[case.subject]
+        logits = now.logits(self.ids)
+        if case.subject != "checkpoint":
+            if not same_tensors(now.tensors, before.tensors):
+                return "takes weights that were changed"
+            if case.file != "config.json" and not self._close(logits, before.logits(self.ids), 1e-9):
+                return "takes orders that were changed"
+        match command:
+            case "verify":
+                return self._differs(case.folder / "model", before.logits(self.ids), before, 1e-3)
+            case "evaluate":
+                value = json.loads((case.folder / "evaluate.json").read_text())["value"]
+                return self._wrong_value(case, command, value, now.perplexity(self.ids))
+            case "prune":
+                measured = json.loads((case.folder / command / "permprune.json").read_text())["measured"]
+                made = Llama(case.folder / command)
+                if off := made.off_pattern(dict.fromkeys(made.layers, "2:4")):
+                    return f"layers are not 2:4: {off}"
+                return self._wrong_value(
+                    case, "dense", measured["dense"], now.perplexity(self.ids)
+                ) or self._wrong_value(case, command, measured["pruned"], made.perplexity(self.ids))
+            case "kv":
+                measured = json.loads((case.folder / command / "kv.json").read_text())["measured"]
+                if not channels_fit(case.folder / command):
+                    return "channels that are none"
+                self._wrong_value(case, "cached", measured["pruned"], None)
+                return self._wrong_value(case, "dense", measured["dense"], now.perplexity(self.ids))
+            case "finetune":
+                return self._wrong_training(case, worker)
+        return self._differs(case.folder / command, logits, before, ROUNDED if command == "pack" else CLOSE)
 
-    def _wrong_evaluate(self, case: Case, worker: Worker) -> str:
-        value = json.loads((case.folder / "figures.json").read_text())["value"]
-        return self._wrong_value(case, "evaluate", value)
+    def _differs(self, folder: Path, logits: Tensor, before: Llama, error: float) -> str:
+        """What is wrong with a folder that should give these logits and hold the patterns of a pruned model."""
+        made = Llama(folder)
+        if not self._close(made.logits(self.ids), logits, error):
+            return f"logits differ by {float((made.logits(self.ids) - logits).abs().max())}"
+        return f"layers do not hold their patterns: {off}" if (off := made.off_pattern(patterns(before))) else ""
 
-    def _wrong_prune(self, case: Case, worker: Worker) -> str:
-        record = json.loads((case.folder / "out" / "permprune.json").read_text())
-        if wrong := self._wrong_value(case, "prune", record["measured"]["pruned"]):
-            return wrong
-        answer = worker.ask("run", ["verify", str(case.folder / "out")], str(case.folder / "work"))
-        return "" if answer.get("status") == 0 else f"what was pruned does not verify: {answer}"
+    @staticmethod
+    def _close(one: Tensor, other: Tensor, error: float) -> bool:
+        return one.shape == other.shape and bool((one - other).abs().max() <= error * other.abs().max())
 
-    def _wrong_value(self, case: Case, command: str, value: float | None) -> str:
-        """A value that has to be that of the folder as it was; of other weights or tokens it may be any."""
+    def _wrong_training(self, case: Case, worker: Worker) -> str:
+        """What is wrong with a trained folder: pruned weights that are not zero, or a perplexity of other weights."""
+        before, made = self.models[case.subject], Llama(case.folder / "finetune")
+        for name in patterns(before):
+            if made.weight(name)[before.weight(name) == 0].any():
+                return f"pruned weights of {name} are not zero"
+        figures = case.folder / "finetune.json"
+        arguments = self._arguments(Case(*case[:4], case.folder), "evaluate")
+        arguments[1], arguments[-1] = str(case.folder / "finetune"), str(figures)
+        answer = worker.ask("run", arguments, str(case.folder / "work"))
+        if answer.get("status") != 0:
+            return f"what was trained cannot be evaluated: {answer}"
+        value = json.loads(figures.read_text())["value"]
+        return self._wrong_value(case, "finetune", value, made.perplexity(self.ids))
+
+    def _wrong_cache(self, case: Case) -> str:
+        """What is wrong with a cache that was used: its settings, its channels and the perplexity are those it had."""
+        folder, before = case.folder / "model", self.subjects["cache"]
+        if settings_of_cache(folder) != settings_of_cache(before):
+            return "takes settings that were changed"
+        if not same_tensors(*(read_tensors(own / "kv.safetensors") for own in (folder, before))):
+            return "takes channels that were changed"
+        return self._wrong_value(
+            case, "evaluate", json.loads((case.folder / "evaluate.json").read_text())["value"], None
+        )
+
+    def _wrong_value(self, case: Case, what: str, value: float | None, expected: float | None) -> str:
+        """A perplexity has to be that of the files, and that of the folder as it was if the file does not matter."""
+        value = float(value or math.nan)
         if case.number < 0:
-            self.expected[case.subject, command] = float(value or math.nan)
-        expected = self.expected[case.subject, command]
-        same = case.file in IRRELEVANT or (case.subject, case.file) == ("fold", "permprune.json")
-        if same and not math.isclose(value or math.nan, expected, rel_tol=1e-6):
-            return f"{value} in place of {expected}, though {case.file} does not matter"
+            self.expected[case.subject, what] = value
+        if case.file.startswith(TOKENIZER):
+            return ""
+        error = ROUNDED if case.subject in PACKED else CLOSE
+        if expected is not None and not math.isclose(value, expected, rel_tol=error):
+            return f"{what}: {value} in place of {expected}"
+        before = self.expected[case.subject, what]
+        same = case.subject != "checkpoint" and case.file != "config.json"
+        if same and not math.isclose(value, before, rel_tol=1e-6):
+            return f"{what}: {value} in place of {before}, though {case.file} does not matter"
         return ""
 
 
-def make_subjects(folder: Path) -> dict[str, Path]:
-    """A checkpoint, and what prune makes of it in fold mode and in gather mode; beside them two texts."""
+CACHE = ["--window", "0", "--sinks", "2"]
+"""Options with which a cache prunes windows of sixteen tokens."""
+
+
+def patterns(model: Llama) -> dict[str, str]:
+    """The patterns of a model's layers as its record has them."""
+    return {layer["name"]: layer["pattern"] for layer in model.record.get("layers", [])}
+
+
+def make_subjects(folder: Path) -> tuple[dict[str, Path], Tensor]:
+    """Make the `SUBJECTS`, and two texts beside them; also returns the tokens on which they are evaluated."""
     from transformers.utils.logging import disable_progress_bar
 
     import permprune
+    from permprune.inference.kv.config import KVConfig
+    from permprune.jobs.finetune import FineTuning
 
     from ..fixtures import SENTENCES, make_tiny_llama, make_tiny_tokenizer
 
@@ -314,15 +402,22 @@ def make_subjects(folder: Path) -> dict[str, Path]:
         generator = random.Random(name)
         (folder / f"{name}.txt").write_text(" ".join(generator.choice(words) for _ in range(1500)))
     disable_progress_bar()
-    subjects = {name: folder / name for name in ("checkpoint", "fold", "gather")}
-    make_tiny_llama().save_pretrained(subjects["checkpoint"])
-    make_tiny_tokenizer().save_pretrained(subjects["checkpoint"])
+    one, subjects = str(folder / "one.txt"), {name: folder / name for name in SUBJECTS}
+    checkpoint, evaluation = str(subjects["checkpoint"]), permprune.Evaluation(str(folder / "two.txt"), 4, 16)
+    make_tiny_llama().save_pretrained(checkpoint)
+    make_tiny_tokenizer().save_pretrained(checkpoint)
     for mode in ("fold", "gather"):
-        calibration = str(folder / "one.txt")
-        config = permprune.PruneConfig(permute="random", mode=mode, calibration=calibration, samples=24, length=16)
-        evaluation = permprune.Evaluation(str(folder / "two.txt"), 4, 16)
-        permprune.prune_to_folder(str(subjects["checkpoint"]), subjects[mode], config, evaluation=evaluation)
-    return subjects
+        config = permprune.PruneConfig(permute="random", mode=mode, calibration=one, samples=24, length=16)
+        pruned = subjects[f"pruned-{mode}"]
+        permprune.prune_to_folder(checkpoint, pruned, config, evaluation=evaluation)
+        options = FineTuning(one, epochs=1, rows=16, length=16, lr=1e-3)
+        permprune.finetune(str(pruned), subjects[f"trained-{mode}"], options)
+        for dtype in ("bf16", "int8"):
+            permprune.pack_folder(pruned, subjects[f"{dtype}-{mode}"], dtype=dtype)
+    options = {"calibration": one, "samples": 4, "length": 16, "evaluation": evaluation}
+    permprune.calibrate_kv(checkpoint, subjects["cache"], KVConfig(window=0, sinks=2), **options)
+    model, processor, _ = permprune.read_model(checkpoint)
+    return subjects, evaluation.examples(model, processor)["input_ids"]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
@@ -349,7 +444,7 @@ def fuzz(root: Path, seed: int, numbers: list[int], workers: int) -> list[Outcom
                 case = next(cases, None)
             if case is None:
                 return worker.stop()
-            for command in COMMANDS:
+            for command in state.commands(case):
                 outcome = state.run(case, command, worker)
                 with lock:
                     outcomes.append(outcome)
@@ -357,7 +452,7 @@ def fuzz(root: Path, seed: int, numbers: list[int], workers: int) -> list[Outcom
                         print(f"\n{describe(outcome)}", flush=True)
             shutil.rmtree(case.folder)
             worker.rest()
-            done = len(outcomes) // len(COMMANDS)
+            done = len({outcome.case.number for outcome in outcomes})
             print(f"\r{done} of {len(numbers)} cases, {time.monotonic() - began:.0f} s ", end="", flush=True)
 
     threads = [threading.Thread(target=work) for _ in range(workers)]
@@ -391,7 +486,8 @@ def tally(outcomes: list[Outcome]) -> str:
                 )
                 for column in verdicts
             ]
-            lines.append(f"| {command} | {kind} | {' | '.join(map(str, row))} |")
+            if any(row):
+                lines.append(f"| {command} | {kind} | {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,17 +110,31 @@ def change_weights(generator: random.Random, data: bytes) -> bytes:
     return data[:size] + generator.choice([flip, overwrite])(generator, data[size:])
 
 
+def change_number(generator: random.Random, data: bytes) -> bytes:
+    """A number of a tensor in a safetensors file, by one that is odd in its type or in another."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    entries = [entry for entry in json.loads(data[8:size]).values() if "data_offsets" in entry]
+    first, last = (size + offset for offset in generator.choice(entries)["data_offsets"])
+    number = generator.choice(ODD)
+    at = generator.randrange(first, max(first + 1, last - 3), 4)
+    return data[:at] + number + data[at + len(number) :]
+
+
+ODD = [struct.pack("<f", x) for x in (math.nan, math.inf, -math.inf, 1e38, 1e-38, 0.0, -1.0, 1.0, 65504.0)]
+ODD += [struct.pack("<i", x) for x in (0, 1, -1, 7, 8, 2**31 - 1, -(2**31))] + [b"\xff\x7f", b"\x80\x7f", b"\x7f"]
+"""Bytes of numbers: floats, integers, and those of bf16 and int8."""
+
 ANY: dict[str, Damage] = {"flip": flip, "overwrite": overwrite, "truncate": truncate, "extend": extend}
 OWN: dict[str, dict[str, Damage]] = {
     ".json": {"json": change_json},
-    ".safetensors": {"header": change_header, "weights": change_weights},
+    ".safetensors": {"header": change_header, "weights": change_weights, "number": change_number},
 }
 
 
 def mutate(generator: random.Random, folder: Path) -> tuple[str, str]:
     """Damage a file of a folder; returns its name and the kind of damage."""
     names = sorted(path.name for path in folder.iterdir())
-    name = generator.choice(names)
+    name = generator.choice([name for name in names for _ in range(3 if Path(name).suffix in OWN else 1)])
     path = folder / name
     kind = generator.choice([*ANY, *list(OWN.get(path.suffix, {})) * 4, "missing", "swapped", "folder"])
     if kind == "missing":
