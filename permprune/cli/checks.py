@@ -35,6 +35,7 @@ def require_files(options: Mapping[str, Any]) -> None:
         (("model", "teacher", "dense"), require_model),
         (("folder", "folders", "kv", "task_data"), _require_folder),
         (("data", "dev", "calibration"), require_source),
+        (("example",), _require_file),
         (("out", "fold"), require_absent),
         (("out", "fold", "json", "picture"), require_writable),  # before hours of work, not after
     )
@@ -43,13 +44,21 @@ def require_files(options: Mapping[str, Any]) -> None:
         for name in names:
             for value in given.get(name, ()):
                 if (name, value) != ("json", STDOUT):
-                    require(value)
+                    try:
+                        require(value)
+                    except OSError as error:  # for instance of a name that is too long
+                        raise PermpruneError(f"{name} cannot be looked for: {error.strerror}") from error
 
 
 def _given(options: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the values of the options that were given."""
     lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     return {name: [value for value in values if value is not None] for name, values in lists.items()}
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise PermpruneError(f"there is no file {path}: give an existing one")
 
 
 def _require_folder(folder: Path | str) -> None:

@@ -26,6 +26,7 @@ from rich.table import Table
 from permprune.cli.checks import STDOUT, require_files, require_text
 from permprune.config import DEFAULTS, EFFORTS, UNSET, PruneConfig
 from permprune.errors import PermpruneError
+from permprune.options import require_choice
 from permprune.system.interrupts import interruptible
 from permprune.system.progress import console, log
 
@@ -38,7 +39,7 @@ class Program(typer.core.TyperGroup):
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         try:
-            sys.exit(super().main(*arguments, **{**options, "standalone_mode": False}))
+            sys.exit(super().main(*arguments, **{**options, "standalone_mode": False}) or 0)
         except USAGE as error:
             if line := _usage(error):
                 print(f"permprune: {line}", file=sys.stderr)
@@ -110,6 +111,9 @@ Preset = Annotated[
 ]
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+PRESETS = ("paper",)
+"""The values of --preset."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -361,6 +365,9 @@ def _method(permute: str | None, preset: str | None, effort: str | None) -> Any:
     if preset is None:
         return UNSET if permute is None else permute
     name, *options = (permute or (DEFAULTS | EFFORTS.get(effort or "", {}))["permute"]).split(":")
+    require_choice("preset", preset, PRESETS)
+    if name != "learned":
+        raise PermpruneError(f"--preset {preset} is of the permuter learned: give --permute learned, or leave it out")
     return ":".join([f"{name}-{preset}", *options])
 
 

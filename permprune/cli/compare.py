@@ -11,6 +11,7 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
+from permprune.errors import PermpruneError
 
 
 @partial(cli.command, without=("effort", "permute", "preset", "shard"))
@@ -41,6 +42,8 @@ def compare(
     names = [name for name in cli.parts(methods) if name != "dense"]
     chosen = cli.task_list(tasks, task_file, task_data, limit)
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
+    if not cli.parts(methods):
+        raise PermpruneError("--methods names no search: give at least one")
     permuters(names)
     yield
 

@@ -61,6 +61,12 @@ WRONG = {
     "bench full --batch 1,x": "give whole numbers",
     "bench full --turns 0": "turns is 0",
     "probe vit-s14 --out out --windows 0": "windows is 0",
+    f"prune {'x' * 5000} --out out": "model cannot be looked for: File name too long",
+    f"prune smollm2-135m --out out --data {'y/' * 3000}": "data cannot be looked for: File name too long",
+    "prune smollm2-135m --out out --permute learned --preset papr": 'did you mean "paper"',
+    "prune smollm2-135m --out out --preset paper": "--preset paper is of the permuter learned",
+    "compare smollm2-135m --methods ,": "--methods names no search",
+    "inspect smollm2-135m --example none.npz": "there is no file none.npz",
     "fetch smollm": 'did you mean "smollm2-135m"',
 }
 """Wrong command lines, and a part of their messages."""
