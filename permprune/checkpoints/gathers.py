@@ -194,5 +194,6 @@ def _width(module: nn.Module, side: Side) -> int | None:
 def _refuse_to_save(*_: Any, **__: Any) -> NoReturn:
     raise PermpruneError(
         "this model reorders channels at run time, which save_pretrained does not store: "
-        "write it with permprune.save(model, folder), or Pruned.save_pretrained"
+        "write it with permprune.save(model, folder), or Pruned.save_pretrained (after permprune.load, if "
+        "Transformers loaded it)"
     )

@@ -21,6 +21,7 @@ from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_class, write_code
 from permprune.checkpoints.schema import Malformed
+from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import load_whole, load_whole_file, require_fewer_layers
 from permprune.errors import PermpruneError
 from permprune.models.forward import stored_as
@@ -30,9 +31,6 @@ from permprune.system.device import best_device
 from permprune.system.out_of_memory import memory_reported
 from permprune.zoo.cache import cache_root
 from permprune.zoo.models import resolve_model
-
-GATHERED = "gathered.safetensors"
-"""File of a gathered model's weights, not named as Transformers expects: without the gathers the weights are wrong."""
 
 CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "its weights: "
 """Prefixes of error messages, for the part of a model that does not load."""
@@ -184,6 +182,7 @@ def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: to
         if has_gathers(model):
             write_configs(model, folder)
             save_safetensors(model, str(folder / GATHERED))
+            stop_transformers(folder, GATHERED)
         else:
             model.save_pretrained(folder)
     if processor is not None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from permprune.checkpoints.damage import require_digests
-from permprune.checkpoints.io import CONFIG, GATHERED, PROCESSOR, WEIGHTS, loading, read_config, write_configs
+from permprune.checkpoints.io import CONFIG, PROCESSOR, WEIGHTS, loading, read_config, write_configs
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.record import RECORD, read_record
+from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import load_whole, require_buildable, whole_skeleton
 from permprune.models.layers import canonical_names
 from permprune.models.processors import Processor, read_processor
@@ -206,6 +207,7 @@ def write_offloaded(
     if gathered:
         write_configs(model, folder)
         _save_in_turn(model, weights, folder / GATHERED)
+        stop_transformers(folder, GATHERED)
     else:
         edit = weights.edit
         weights.edit = lambda name, tensor: (tensor if edit is None else edit(name, tensor)).to(dtype)

@@ -22,6 +22,9 @@ RECORD = "permprune.json"
 FORMAT = 1
 """The format version that is written, and the newest that can be read. New keys with defaults do not change it."""
 
+PACKED = "packed"
+"""The key of what the record of packed weights says of them: `dtype`, `head`, and the `gathers` that they contain."""
+
 ADVICE = "copy it again, or prune the model again"
 
 
@@ -203,6 +206,12 @@ class Record:
                 raise Malformed(f"the blocks of {name} in permutations must be of one size")
         _check_unique("layers", [layer.name for layer in self.layers])
         _check_unique("gathers at the", [" of ".join(place) for gather in self.gathers for place in gather.places])
+
+    def unpacked(self) -> Record:
+        """Return the record of the same model with its weights unpacked; a record without packed weights as it is."""
+        values = self.to_json()
+        packed = values.pop(PACKED, {})
+        return Record.of({**values, "gathers": packed["gathers"], "bench": None}) if packed else self
 
     @classmethod
     def of(cls, values: object) -> Record:

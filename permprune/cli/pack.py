@@ -39,5 +39,5 @@ def pack(
     print(f"pruned layers: {layers}; all weights: {weights}")
     if found.left_dense:
         print(f"left dense, as they have no packed form: {', '.join(found.left_dense)}")
-    print(f"outputs on two examples differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
+    print(f"outputs on the probe differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
     print(f"written to {out}")

@@ -133,8 +133,8 @@ def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def unpack(model: PreTrainedModel) -> None:
     """Replace every `PackedLinear` by its dense layer, with zeros for the pruned weights, in place.
 
-    The columns of each weight are put into the order of the channels that the layer reads. Raises `PermpruneError` for
-    a model that is not packed.
+    Orders of channels become gathers again, with which `permprune.save` writes the model. Raises `PermpruneError` for a
+    model that is not packed.
     """
     if not isinstance(getattr(model, "hf_quantizer", None), PackedQuantizer):
         raise PermpruneError("the model is not packed: give one that pack or from_pretrained made")

@@ -6,17 +6,24 @@ by `PackedLinear`, and loads the packed tensors like any others; `save_pretraine
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from permprune.checkpoints.gathers import Gather, attach_gathers
+from permprune.checkpoints.origin import origin_of, set_origin
+from permprune.checkpoints.weight_files import PACKED_WEIGHTS, stop_transformers
 from permprune.errors import PermpruneError
 from permprune.kernels.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
 from permprune.kernels.layout import DTYPES
@@ -46,6 +53,7 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     lists the layers with a channel order.
     `reordered` maps the names of modules whose output is reordered, for all modules that read it, to its width. `head`
     names the embedding and the head that are int8, as "embedding" and "linear"; a "tied" head is the embedding's table.
+    `weights` is the name of the file of weights, or of its index; None for that of Transformers.
     Raises `PermpruneError` for a configuration that no version so far has written.
     """
 
@@ -56,12 +64,14 @@ class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ordered: Sequence[str] = (),
         reordered: Mapping[str, int] | None = None,
         head: Mapping[str, str] | None = None,
+        weights: str | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
     ) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version, self.layers, self.dtype = version, dict(layers), dtype
         self.ordered, self.reordered, self.head = list(ordered), dict(reordered or {}), dict(head or {})
+        self.weights = weights
         if version != VERSION:
             raise PermpruneError(f"the packed checkpoint has format {version}: install a permprune that reads it")
         known = set(self.ordered) <= set(self.layers) and set(self.head) <= {"embedding", "linear", "tied"}
@@ -80,6 +90,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
     quantization_config: PackedConfig
+
+    def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """Name the file of the weights, in place of the cure for those who have not imported permprune."""
+        if self.quantization_config.weights is not None:
+            config.transformers_weights = self.quantization_config.weights
+        return config
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
@@ -103,6 +119,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.check(name)
         use_kernels(model)
         move_to_huge_pages(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module)["save_pretrained"] = partial(_save_packed, module)
         return model
 
     def adopt(self, model: PreTrainedModel) -> None:
@@ -124,17 +143,50 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        unpack_layers(model, model.dtype)
+        for module in model.modules():
+            vars(module).pop("save_pretrained", None)
+        gathers = _restored_gathers(model)
+        _unpack_layers(model, model.dtype)
+        attach_gathers(model, gathers)
+        origin = origin_of(model)
+        if origin.record is not None:
+            set_origin(model, dataclasses.replace(origin, record=origin.record.unpacked()))
         return model
 
 
-def unpack_layers(model: PreTrainedModel, dtype: torch.dtype, natural: bool = True) -> None:
+def _save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> None:
+    """Write a packed model as `PreTrainedModel.save_pretrained` does, under a name that plain Transformers refuses."""
+    if options.get("push_to_hub"):
+        raise PermpruneError("save_pretrained does not upload packed weights: write them, then push the folder")
+    folder, config = Path(folder), model.config.quantization_config
+    config.weights = None
+    type(model).save_pretrained(model, folder, **options)
+    for suffix in ("", ".index.json"):
+        if (path := folder / f"{SAFE_WEIGHTS_NAME}{suffix}").exists():
+            config.weights = f"{PACKED_WEIGHTS}{suffix}"
+            path.rename(folder / config.weights)
+    model.config.save_pretrained(folder)
+    stop_transformers(folder, PACKED_WEIGHTS)
+
+
+def _restored_gathers(model: nn.Module) -> list[Gather]:
+    """Return the gathers that became part of a model when it was packed, and undo those of outputs."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and module.order is not None:
+            found.append(Gather(name, "", [name], module.order.tolist()))
+        elif (order := module._buffers.pop(ORDER, None)) is not None:
+            found.append(Gather(name, name, [], order.tolist()))
+            for key in [key for key, hook in module._forward_hooks.items() if hook is _reorder]:
+                del module._forward_hooks[key]
+    return found
+
+
+def _unpack_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every `PackedLinear`, and an int8 embedding and head, by their `dense` layers, in place."""
     use_pytorch(model)
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):
-            model.set_submodule(name, module.dense(dtype, natural))
-        elif isinstance(module, Int8Embedding | Int8Linear):
+        if isinstance(module, PackedLinear | Int8Embedding | Int8Linear):
             model.set_submodule(name, module.dense(dtype))
         elif isinstance(module, TiedHead):
             table = module.embedding
@@ -183,14 +235,6 @@ def reorder_output(module: nn.Module, order: Tensor) -> None:
     """Reorder a module's output: channel c becomes what was channel `order[c]`. The order is saved with the weights."""
     module.register_buffer(ORDER, order)
     module.register_forward_hook(_reorder)
-
-
-def restore_outputs(model: nn.Module) -> None:
-    """Undo `reorder_output` in all modules."""
-    for module in model.modules():
-        if module._buffers.pop(ORDER, None) is not None:
-            for key in [key for key, hook in module._forward_hooks.items() if hook is _reorder]:
-                del module._forward_hooks[key]
 
 
 def _reorder(module: nn.Module, _args: object, result: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.io import GATHERED
 from permprune.checkpoints.offload import read_shapes, read_skeleton
+from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import weight_bytes

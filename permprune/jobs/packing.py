@@ -7,24 +7,19 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import PROCESSOR, load, loading, write_weights
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import linear_layers
 from permprune.checkpoints.probe import TOLERANCE, Probe, check_outputs, output_difference
-from permprune.checkpoints.record import Record, read_record
+from permprune.checkpoints.record import PACKED, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes, weight_bytes
-from permprune.inference.pack import pack
-from permprune.inference.quantizer import restore_outputs, unpack_layers
+from permprune.inference.pack import pack, unpack
 from permprune.models.layers import merged
 from permprune.models.processors import Processor, read_processor
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
 from permprune.system.out_of_memory import memory_reported
-
-PACKED = "packed"
-"""The key in a packed folder's record of the values that `unpack_folder` needs."""
 
 SLACK = 2.0
 """The tolerance of packed weights, relative to the difference that was measured when they were packed."""
@@ -110,23 +105,17 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     folder, out = Path(folder), Path(out)
     require_absent(out)
     require_writable(out)
-    values = read_record(folder).to_json()
-    kept = values.pop(PACKED, None)
-    values.pop("bench", None)
-    if kept is None:
+    record = read_record(folder)
+    if PACKED not in record.extra:
         raise PermpruneError(f"{folder} is not packed: give a folder with packed weights")
-    record = Record.of({**values, "gathers": kept["gathers"]})
     model, processor, probe = _read(folder, trust_remote_code)
-    unpack_layers(model, model.dtype, natural=False)
-    restore_outputs(model)
-    model.hf_quantizer.remove_quantization_config(model)  # type: ignore[operator,union-attr]
-    attach_gathers(model, record.gathers)
+    unpack(model)
     difference = check_outputs(model, probe, f"the unpacked {folder}")
-    tolerance = max(kept.get(TOLERANCE, probe.tolerance), SLACK * difference)
+    tolerance = max(record.extra[PACKED].get(TOLERANCE, probe.tolerance), SLACK * difference)
     require_space(out, weight_bytes(model))
     with atomic_folder(out) as written:
         write_pruned(
-            record,
+            record.unpacked(),
             dataclasses.replace(probe, tolerance=tolerance),
             lambda made: write_weights(model, processor, model.dtype, made),
             written,

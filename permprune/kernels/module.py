@@ -110,14 +110,9 @@ class PackedLinear(nn.Module):
         unpacked = self.packed.unpack(dtype if dtype.is_floating_point else torch.float32)
         return unpacked.T if self.transposed else unpacked
 
-    def dense(self, dtype: torch.dtype, natural: bool = True) -> nn.Module:
-        """Return the dense layer that this one replaces, with its zeros, in type `dtype`.
-
-        The weight's columns are in the order of the channels of x, or, unless `natural`, in stored order.
-        """
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense layer that this one replaces, with its zeros, in type `dtype`; columns in stored order."""
         weight = self.packed.unpack(dtype)
-        if natural and self.order is not None:
-            weight = weight[:, self.order.argsort()]
         with torch.device("meta"):
             layer = (
                 Conv1D(self.out_features, self.in_features)

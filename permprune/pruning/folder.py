@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.damage import weight_digests
-from permprune.checkpoints.gathers import has_gathers
 from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.origin import Origin, origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
@@ -20,6 +19,7 @@ from permprune.checkpoints.probe import PROBE, Probe, make_probe
 from permprune.checkpoints.record import RECORD, Record
 from permprune.errors import PermpruneError
 from permprune.models.forward import computed_in, stored_as
+from permprune.models.layers import is_packed
 from permprune.models.processors import Processor
 from permprune.report.card import write_card
 from permprune.report.run import write_report
@@ -37,8 +37,8 @@ def save(model: PreTrainedModel, folder: str | Path, processor: Processor | None
     record = origin_of(model).record
     if record is None:
         raise PermpruneError("permprune did not prune this model: write it with its own save_pretrained")
-    if has_gathers(model) != bool(record.gathers):
-        raise PermpruneError("this model was packed since it was pruned: write it with its own save_pretrained")
+    if is_packed(model):
+        raise PermpruneError("this model is packed: write it with its own save_pretrained, or unpack it first")
     with atomic_folder(Path(folder)) as filled:
         write_model(model, processor, filled)
 

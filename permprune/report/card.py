@@ -9,15 +9,13 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from permprune.checkpoints.record import PACKED
 from permprune.report.page import fill
 from permprune.report.run import decision, dense_sentence, measured_rows
 from permprune.report.words import overlap_note
 from permprune.system.files import write_whole
 
 CARD = "README.md"
-
-PACKED = "packed"
-"""The key of the record of a folder with packed weights."""
 
 FACTS = ("pattern", "mode", "permute", "saliency", "update", "calibration", "samples", "length", "seed")
 """Settings on the card; those that an older record lacks are left out."""

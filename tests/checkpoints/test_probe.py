@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import permprune
-from permprune.checkpoints.io import GATHERED
 from permprune.checkpoints.probe import OLD_OUTPUTS, OUTPUTS, PROBE, TOLERANCE
 from permprune.checkpoints.record import RECORD
+from permprune.checkpoints.weight_files import GATHERED
 
 from ..cli.running import fails, run
 from ..faults.pruned import WINDOWS, commands, write_pruned, write_source

@@ -55,8 +55,8 @@ def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tin
         code, stdout, _ = run("pack", pruned, "--dtype", dtype, "--out", packed)
         assert code == 0 and re.search(r"pruned layers: 0.\d MB, dense 0.1 MB; all weights: 0.\d MB", stdout), stdout
         files = {path.name for path in packed.iterdir()}
-        assert {"config.json", "model.safetensors", "tokenizer.json", "permprune.json"} <= files
-        assert "gathered.safetensors" not in files
+        assert {"config.json", "packed.safetensors", "tokenizer.json", "permprune.json"} <= files
+        assert not files & {"gathered.safetensors", "model.safetensors"}
         code, stdout, _ = run("verify", packed)
         assert code == 0 and "14 layers hold the pattern" in stdout
         options = ["--data", tiny_text, "--windows", "2", "--length", "16"]
@@ -92,7 +92,7 @@ def test_what_is_refused(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) ->
         save_file(probe | {"input_ids": probe["input_ids"] + 10**6}, folder / "probe.safetensors")
         assert "does not run on the examples" in fails(command, folder, "--out", tmp_path / "again")
         save_file(probe, folder / "probe.safetensors")
-    weights = out / "model.safetensors"
+    weights = out / "packed.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "does not load" in fails("evaluate", out)
     assert "does not load" in fails("unpack", out, "--out", tmp_path / "again")

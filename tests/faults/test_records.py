@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import permprune
-from permprune.checkpoints.io import GATHERED
 from permprune.checkpoints.probe import OUTPUTS, PROBE
 from permprune.checkpoints.record import FORMAT, RECORD, Record, read_record
+from permprune.checkpoints.weight_files import GATHERED
 from permprune.report.run import render
 
 from ..cli.running import fails, run

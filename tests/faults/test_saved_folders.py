@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune.checkpoints.io import GATHERED
 from permprune.checkpoints.patterns import held_patterns
 from permprune.checkpoints.record import RECORD, read_record
+from permprune.checkpoints.weight_files import GATHERED
 
 from ..cli.running import fails, run
 from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, write_pruned, write_source
@@ -301,7 +301,7 @@ def test_a_model_that_was_packed_in_memory_has_its_own_way_to_be_written(
 ) -> None:
     model = permprune.load(pruned["gather"])
     permprune.pack(model, {layer.name: layer.pattern for layer in read_record(pruned["gather"]).layers})
-    with pytest.raises(permprune.PermpruneError, match="packed since it was pruned"):
+    with pytest.raises(permprune.PermpruneError, match="this model is packed"):
         permprune.save(model, tmp_path / "out")
 
 

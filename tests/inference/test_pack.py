@@ -26,6 +26,7 @@ from transformers import (
 
 import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
+from permprune.checkpoints.weight_files import PACKED_WEIGHTS
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack, unpack
 from permprune.kernels.int8 import Int8Linear, Int8Table
@@ -71,7 +72,7 @@ def test_a_packed_model_says_what_the_pruned_one_says(tiny_llama: LlamaForCausal
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(say(loaded, input_ids=TOKENS), found)
     loaded.save_pretrained(tmp_path / "again")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
+    first, second = (load_file(tmp_path / name / PACKED_WEIGHTS) for name in ("packed", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) and first[name].dtype == second[name].dtype for name in first)
     unpack(loaded)
@@ -307,12 +308,12 @@ def _damage_config(**changes: Any) -> Any:
 
 def _damage_blocks(change: Any) -> Any:
     def damage(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / PACKED_WEIGHTS)
         name = "model.layers.1.mlp.down_proj.blocks"
         changed = change(tensors.pop(name))
         if changed is not None:
             tensors[name] = changed
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        save_file(tensors, folder / PACKED_WEIGHTS, {"format": "pt"})
 
     return damage
 
@@ -361,7 +362,7 @@ def test_embedding_and_head_in_int8(tiny_llama: LlamaForCausalLM, tmp_path: Path
     assert_close(found, expected, "int8")
     assert model.get_input_embeddings().values.dtype == torch.int8
     model.save_pretrained(tmp_path / "packed")
-    names = set(load_file(tmp_path / "packed" / "model.safetensors"))
+    names = set(load_file(tmp_path / "packed" / PACKED_WEIGHTS))
     assert {"model.embed_tokens.values", "model.embed_tokens.scale"} <= names
     assert ("lm_head.values" in names) == (not tied) and not any(name.endswith("embed_tokens.weight") for name in names)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers as tf
 
-from permprune.checkpoints.io import GATHERED, load, read_model
+from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import read_record
+from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.jobs.finetune import FineTuning, finetune

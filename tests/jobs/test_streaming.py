@@ -18,8 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from permprune.checkpoints.io import GATHERED, load
+from permprune.checkpoints.io import load
 from permprune.checkpoints.record import read_record
+from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
