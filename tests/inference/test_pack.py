@@ -394,10 +394,9 @@ def test_the_head_is_the_operator_that_torch_knows() -> None:
 
 
 def test_an_int8_head_follows_conversions_of_the_model(tiny_llama: LlamaForCausalLM) -> None:
-    config = copy.deepcopy(tiny_llama.config)
-    config.hidden_size = 64
     for tied in (True, False):
-        config.tie_word_embeddings = tied
+        config = copy.deepcopy(tiny_llama.config)
+        config.hidden_size, config.tie_word_embeddings = 64, tied
         model = LlamaForCausalLM(config).eval()
         pack(model, prune_to(model), dtype="fp32", head="int8")
         found, scale = say(model, input_ids=TOKENS), model.get_input_embeddings().scale.clone()
