@@ -85,9 +85,8 @@ def probe_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], position
     moved = {name: tensor.to(device) for name, tensor in inputs.items()}
     output: Tensor = main_outputs(model(**forward_arguments(model, moved)))[0]
     if output.dim() > 2:
-        output = output[:, [output.shape[1] * place // positions - 1 for place in range(1, positions + 1)]].flatten(
-            0, 1
-        )
+        last = [output.shape[1] * place // positions - 1 for place in range(1, positions + 1)]
+        output = output[:, last].flatten(0, 1)
     return output.float().cpu().contiguous()
 
 
