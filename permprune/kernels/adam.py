@@ -14,6 +14,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import native
+from permprune.kernels.rounding import rounded
 from permprune.kernels.search import unpack_mask
 
 EPSILON = 1e-8
@@ -90,14 +91,4 @@ def _adam_step(
     mean.copy_(first)
     square.copy_(second)
     value = weight[mask].float().sub_((first * rate / (second.sqrt() * root + EPSILON)).flatten())
-    weight[mask] = value if weight.dtype == torch.float32 else _rounded(value, seed)
-
-
-def _rounded(value: Tensor, seed: int) -> Tensor:
-    """Round fp32 numbers to bf16 stochastically, with the random bits of `noise` in adam_kernels.h."""
-    low = 2**32 - 1
-    bits = (seed + torch.arange(value.numel(), device=value.device) * 0x9E3779B9) & low
-    bits = ((bits ^ bits >> 16) * 0x85EBCA6B) & low
-    bits = ((bits ^ bits >> 13) * 0xC2B2AE35) & low
-    noise = ((bits ^ bits >> 16) & 0xFFFF).int() * value.isfinite()
-    return (((value.view(torch.int32) + noise) >> 16) << 16).view(torch.float32).bfloat16()
+    weight[mask] = value if weight.dtype == torch.float32 else rounded(value, seed)

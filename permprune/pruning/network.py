@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from permprune.calibration.fisher import output_fisher
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
+from permprune.kernels.rounding import add_rounded_
 from permprune.losses.loss import Loss, TeacherOutputs
 from permprune.losses.targets import Task
 from permprune.models.activation_checkpointing import recomputed
@@ -35,6 +37,9 @@ COUPLED = 4096
 
 LIGHT = 2
 """How many batches of a pass with gradients make one of a pass without, which holds few activations."""
+
+SPREAD = 0x27D4EB2F
+"""The difference of the seeds of one sum in bf16 and the next."""
 
 SMALL = 1e-6
 """Lower bound for the Fisher information of rows with a covariance, as a share of the mean: less is rounding error."""
@@ -128,14 +133,16 @@ class PrunedNetwork(MaskedLayers):
 
         With `mean`, earlier gradients, the result is the average of both, weighted by the numbers of terms; only the
         `loss` is that of `examples` alone. The tensors of `mean` are overwritten, so that only one gradient of each
-        weight is in memory. Raises `PermpruneError` if the loss has no gradient, or if a layer takes no part in it.
+        weight is in memory. Sums in bf16 are rounded stochastically: the longer a mean, the smaller are the changes by
+        later examples, which rounding to the nearest would lose. Raises `PermpruneError` if the loss has no gradient,
+        or if a layer takes no part in it.
         """
         fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
         sums = {}
         if mean and distributed.adds_once():
             sums = {name: gradient.mul_(mean.count) for name, gradient in mean.stored.items()}
-        total, count = 0.0, 0.0
-        with self._differentiable(), self._summed(sums):
+        total, count, seed = 0.0, 0.0, int(examples.digest[:8], 16)
+        with self._differentiable(), self._summed(sums, seed):
             for part, dense in self._differentiated(examples, loss):
                 with self._output_fisher(fisher, part):
                     value, terms = self._backward(part, loss, dense)
@@ -143,7 +150,7 @@ class PrunedNetwork(MaskedLayers):
         total, count = distributed.total(total, count)
         distributed.add_(list(fisher.values()))
         terms = int(count) + (mean.count if mean else 0)
-        stored = self._collect(sums, terms, bool(_share(examples, self.batch)))
+        stored = self._collect(sums, terms, bool(_share(examples, self.batch)), seed)
         fisher = {name: f * loss.curvature / count for name, f in fisher.items()}
         if mean:
             fisher = {
@@ -211,14 +218,20 @@ class PrunedNetwork(MaskedLayers):
 
         return self._received(hand)
 
-    def _summed(self, sums: dict[str, Tensor]) -> AbstractContextManager[None]:
-        """A context in which each weight's gradient is added to `sums`, by parameter, and freed."""
+    def _summed(self, sums: dict[str, Tensor], seed: int | None = None) -> AbstractContextManager[None]:
+        """A context in which each weight's gradient is added to `sums`, by parameter, and freed.
+
+        With a `seed` sums in bf16 are rounded stochastically.
+        """
+        number = itertools.count(1)
 
         def add(name: str, gradient: Tensor) -> None:
-            if name in sums:
-                sums[name] += gradient
+            if name not in sums:
+                sums[name] = gradient.to(self._gradient_type(gradient)).contiguous()
+            elif seed is not None and sums[name].dtype == torch.bfloat16:
+                add_rounded_(sums[name], gradient, (seed + next(number) * SPREAD) % 2**32)
             else:
-                sums[name] = gradient.to(self._gradient_type(gradient))
+                sums[name] += gradient
 
         return self._received(add)
 
@@ -282,12 +295,13 @@ class PrunedNetwork(MaskedLayers):
         square = self.statistics.one_label_per_example and rows <= COUPLED and distributed.shards() == 1
         return weight.new_zeros((rows, rows) if square else rows, dtype=dtype)
 
-    def _collect(self, sums: dict[str, Tensor], terms: int, asked: bool) -> dict[str, Tensor]:
+    def _collect(self, sums: dict[str, Tensor], terms: int, asked: bool, seed: int | None = None) -> dict[str, Tensor]:
         """Add the sums of gradients of all ranks, and divide them by `terms`, in place; returns them by parameter.
 
         `asked` is whether this rank ran any examples; if so, raises `PermpruneError` for a weight without a gradient.
+        With a `seed`, which is the same on all ranks, sums in bf16 are rounded stochastically.
         """
-        for name, weight in self._parameters().items():
+        for number, (name, weight) in enumerate(self._parameters().items()):
             if name not in sums and asked:
                 raise PermpruneError(
                     f"{name.removesuffix('.weight')} has no effect on the loss: "
@@ -295,8 +309,14 @@ class PrunedNetwork(MaskedLayers):
                 )
             if name not in sums:
                 sums[name] = torch.zeros_like(weight, dtype=self._gradient_type(weight))
-            distributed.add_([sums[name]])
-            sums[name] /= terms
+            own = sums[name]
+            if seed is not None and own.dtype == torch.bfloat16 and distributed.world() > distributed.shards():
+                whole = own.float()
+                distributed.add_([whole])
+                add_rounded_(own.zero_(), whole, (seed - number * SPREAD) % 2**32)
+            else:
+                distributed.add_([own])
+            own /= terms
         return sums
 
     def _parameters(self) -> dict[str, nn.Parameter]:

@@ -135,6 +135,45 @@ def test_orders_are_those_of_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
             torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_divided_rows_follow_bf16_up_to_the_sums_of_gradients() -> None:
+    """Losses are those of one process; gradients differ less than a fifth of what bf16 changes in them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4}
+    whole = LlamaForCausalLM(LlamaConfig(vocab_size=128, num_key_value_heads=2, initializer_range=0.2, **sizes)).eval()
+    tokens = torch.randint(0, 128, (24, 16), generator=torch.Generator().manual_seed(0))
+
+    def measured(precision: str, processes: int) -> tuple[list[float], Tensor]:
+        """The held-out losses of the dense and of the masked model, and all gradients."""
+        config = PruneConfig(length=16, measured=8, held_out=4, precision=precision)
+        plan = plan_run(copy.deepcopy(whole), config, examples=Examples.of(tokens), weights=whole.state_dict())
+
+        def run() -> tuple[list[float], Tensor]:
+            model = divided(whole) if distributed.shards() > 1 else copy.deepcopy(whole)
+            network = measure(
+                dataclasses.replace(plan, layers=prunable_layers(model, plan.pattern)), model, 0.0
+            ).network
+            with network.dense_weights():
+                losses = [network.loss(plan.run.held_out, Objective())]
+            losses.append(network.loss(plan.run.held_out, Objective()))
+            found = network.gradients(plan.run.batch(0, 4), Objective()).weight
+            rows = {layer.name: len(layer.weight) for layer in prunable_layers(whole, plan.pattern)}
+            parts = [sharding.gather(own.contiguous(), rows[name]) for name, own in found.items()]
+            return losses, torch.cat([part.float().flatten() for part in parts])
+
+        if processes == 1:
+            return run()
+        with distributed.dividing_rows():
+            return in_processes(processes, run)[0]
+
+    (wide, exact), (narrow, alone) = measured("fp32", 1), measured("bf16", 1)
+    assert all(abs(a - b) > 1e-4 for a, b in zip(wide, narrow, strict=True))
+    error = (alone - exact).norm()
+    for processes in (2, 3):
+        losses, gradient = measured("bf16", processes)
+        assert losses == narrow
+        assert (gradient - alone).norm() < min(0.2 * error, 0.02 * alone.norm())
+
+
 def test_layers_whose_rows_cannot_be_divided_are_refused() -> None:
     config = LlamaConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_attention_heads=4, num_key_value_heads=1

@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.calibration.statistics import Statistics
+from permprune.checkpoints.origin import Origin, set_origin
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
@@ -21,6 +22,7 @@ from permprune.pruning.masked import MaskedLayers
 from permprune.saliency.obs import OBS
 
 from ..fixtures import make_tiny_llama
+from ..processes import in_processes
 
 WINDOWS = Examples.of(torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0)))
 
@@ -130,6 +132,30 @@ def test_discounted_gradients_have_less_weight_in_a_mean(prepared: Prepared) -> 
     for name, gradient in found.weight.items():
         torch.testing.assert_close(gradient, means[0][name], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(found.fisher[name], means[1][name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_late_windows_count_in_a_long_mean_in_bf16(stored: torch.dtype, ranks: int) -> None:
+    """Of a share that is below half the spacing of bf16 numbers, on average nothing is lost."""
+    dense = make_tiny_llama().to(stored).float()  # type: ignore[arg-type]
+
+    def change() -> float:
+        """The part of the late windows' gradient in the mean, in units of their share of its terms."""
+        model = copy.deepcopy(dense)
+        set_origin(model, Origin("tiny", stored))
+        config = PruneConfig(precision="bf16", measured=4, held_out=2)
+        network = prepare(model, None, config, examples=WINDOWS).network
+        late = network.gradients(WINDOWS[6:10], Objective())
+        early = network.gradients(WINDOWS[:6], Objective())
+        before = {name: gradient.float() for name, gradient in early.stored.items()}
+        wanted = {name: gradient.float() - before[name] for name, gradient in late.stored.items()}
+        found = network.gradients(WINDOWS[6:10], Objective(), dataclasses.replace(early, count=2047 * late.count))
+        assert all(gradient.dtype == torch.bfloat16 for gradient in found.stored.values())
+        moved = sum(float(((found.stored[name] - before[name]) * own).sum()) for name, own in wanted.items())
+        return 2048 * moved / sum(float(own.square().sum()) for own in wanted.values())
+
+    assert in_processes(ranks, change) == pytest.approx([1.0] * ranks, abs=0.1)
 
 
 def test_slopes_of_batches_are_those_of_their_gradients(prepared: Prepared) -> None:
