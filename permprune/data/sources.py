@@ -106,11 +106,11 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     .tsv file, as in those of GLUE. Raises `PermpruneError` if the file has another suffix, cannot be parsed or is
     empty.
     """
-    text = read_text(path).removeprefix("\ufeff")
-    if path.suffix == ".jsonl":
+    text, suffix = read_text(path).removeprefix("\ufeff"), path.suffix.lower()
+    if suffix == ".jsonl":
         rows = [_json_object(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    elif path.suffix in TABLES:
-        tabs = path.suffix == ".tsv"
+    elif suffix in TABLES:
+        tabs = suffix == ".tsv"
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
             columns,

@@ -7,7 +7,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from permprune.data.sources import dataset, looks_like_path, parse_json, parse_name, read_text
+from permprune.data.sources import (
+    LABEL_COLUMNS,
+    dataset,
+    looks_like_path,
+    parse_json,
+    parse_name,
+    read_table,
+    read_text,
+)
 from permprune.errors import PermpruneError
 from permprune.system.imports import on_first_use
 
@@ -16,7 +24,8 @@ with on_first_use(globals()):
     from torch import Tensor
 
     from permprune.examples import Part
-    from permprune.zoo.texts import text_file
+    from permprune.system.progress import log
+from permprune.zoo.texts import text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,6 +37,9 @@ MAX_CHARACTERS = 50_000_000
 POOL = 4
 """With a seed, windows are chosen at random from `POOL` times as many."""
 
+FIELD = "text"
+"""The column of a table with its texts."""
+
 _MARGIN = 64
 
 
@@ -37,8 +49,8 @@ def load_documents(source: str | Path | None, part: Part) -> list[str]:
     `source` is one of
 
     * None: the given `part` of the default text;
-    * a .jsonl file: one document per line, in the field "text";
-    * any other file: a single document;
+    * a .jsonl, .csv or .tsv file: one document per row, in the field "text";
+    * any other file, except for .json: a single document;
     * a `datasets` name, "name", "name:config", "name@split" or "name:config@split", or the folder of a data set: the
       field "text" of each row. The default split is "train" for calibration and "test" for evaluation.
 
@@ -49,7 +61,7 @@ def load_documents(source: str | Path | None, part: Part) -> list[str]:
     path = text_file(part) if source is None else Path(source)
     name, _, _ = parse_name(str(source), part)
     if path.is_file():
-        documents = _read_lines(path) if path.suffix == ".jsonl" else [read_text(path)]
+        documents = _read_file(path)
     elif Path(name).is_dir() or not (isinstance(source, Path) or looks_like_path(name)):
         documents = _read_dataset(str(source), part)
     else:
@@ -131,6 +143,29 @@ def _encode(document: str, tokenizer: PreTrainedTokenizerBase, wanted: int) -> l
         if len(ids) >= wanted + _MARGIN:
             return ids[:wanted]
         characters *= 2
+
+
+def _read_file(path: Path) -> list[str]:
+    match path.suffix.lower():
+        case ".jsonl":
+            return _read_lines(path)
+        case ".csv" | ".tsv":
+            return _read_column(path)
+        case ".json":
+            raise PermpruneError(f'{path} is JSON: write a line {{"text": ...}} for each text, and name it .jsonl')
+        case _:
+            return [read_text(path)]
+
+
+def _read_column(path: Path) -> list[str]:
+    """The column "text" of a table; a warning says so if the table has labels, which models of text have no use for."""
+    rows = read_table(path)
+    if FIELD not in rows[0]:
+        held = ", ".join(map(str, rows[0]))
+        raise PermpruneError(f'{path} has no column "{FIELD}": name one so in its first line, which has {held}')
+    if any(column in rows[0] for column in LABEL_COLUMNS):
+        log.warning('%s has labels, but the model takes none: only its column "%s" is read', path, FIELD)
+    return [row[FIELD] or "" for row in rows]
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 import json
 import logging
+from pathlib import Path
 from random import Random
 
 import datasets
@@ -42,6 +43,26 @@ def test_bad_line_is_named(tmp_path, line):
     file.write_text(file.read_text() + "\n" + line)
     with pytest.raises(PermpruneError, match="line 3"):
         load_documents(file, "calibration")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "A.CSV"])
+def test_a_table_has_its_texts_in_a_column(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    comma = "\t" if name.endswith("tsv") else ","
+    file = tmp_path / name
+    file.write_text(f"number{comma}text\n1{comma}one\n2{comma}two\n")
+    assert load_documents(file, "calibration") == ["one", "two"] and not caplog.records
+    file.write_text(f"text{comma}label\none{comma}yes\ntwo{comma}no\n")
+    assert load_documents(file, "calibration") == ["one", "two"]
+    assert 'has labels, but the model takes none: only its column "text" is read' in caplog.text
+    file.write_text(f"sentence{comma}label\none{comma}yes\n")
+    with pytest.raises(PermpruneError, match='has no column "text": name one so in its first line, which has sentence'):
+        load_documents(file, "calibration")
+
+
+def test_json_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "one"}]')
+    with pytest.raises(PermpruneError, match="is JSON: write a line"):
+        load_documents(tmp_path / "a.json", "calibration")
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl"])
