@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import attached_orders, detach_gathers
@@ -113,11 +114,28 @@ def _head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:
     if head != "int8":
         raise PermpruneError(f'the head cannot be "{head}": give int8, or leave it as it is')
     names = {module: name for name, module in model.named_modules()}
-    embedding, linear = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, linear = _token_table(model), model.get_output_embeddings()
     found = {"embedding": names[embedding]}
     if linear is not None:
         found["tied" if linear.weight is embedding.weight else "linear"] = names[linear]
     return found
+
+
+def _token_table(model: PreTrainedModel) -> nn.Embedding:
+    """The embedding of a model's tokens. Raises `PermpruneError` if it has none, or several that share their weight."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:  # raised by models of sound
+        table = None
+    what = f"the {type(model).__name__}"
+    if not isinstance(table, nn.Embedding):
+        raise PermpruneError(f"{what} reads no tokens, so that no embedding could be int8: leave out --head")
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if sum(module.weight is table.weight for module in tables) > 1:
+        raise PermpruneError(
+            f"encoder and decoder of {what} share an embedding, which cannot be int8: leave out --head"
+        )
+    return table
 
 
 def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -185,6 +185,22 @@ def test_a_translator_is_pruned_on_text_alone(
     assert code == 0, stderr
 
 
+HEADLESS = {
+    "tiny_vit": ("pictures", "the ViTForImageClassification reads no tokens"),
+    "tiny_ctc": ("clips", "the Wav2Vec2ForCTC reads no tokens"),
+    "tiny_t5": ("tiny_text", "encoder and decoder of the T5ForConditionalGeneration share an embedding"),
+}
+
+
+@pytest.mark.parametrize("model", HEADLESS)
+def test_a_head_that_cannot_be_int8(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    data, message = HEADLESS[model]
+    folder, source = request.getfixturevalue(model), request.getfixturevalue(data)
+    shared = ["--calibration", source, "--data", source, *SMALL, "--length", "16", "--permute", "none"]
+    assert run("prune", folder, *shared, "--out", tmp_path / "out")[0] == 0
+    assert message in fails("pack", tmp_path / "out", "--head", "int8", "--out", tmp_path / "packed")
+
+
 def test_compare_shows_the_metric(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     shared = ["--calibration", pictures, "--data", pictures, *SMALL, "--methods", "ria", "--json", figures]
