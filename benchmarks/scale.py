@@ -20,7 +20,7 @@ from rows import Row, add
 
 from permprune.config import PruneConfig
 from permprune.evaluation.result import Result, gap_closed
-from permprune.jobs.fitting import forecast
+from permprune.forecasts.fitting import forecast
 from permprune.jobs.trials import Evaluation, Meter, Trials
 from permprune.permuters.base import Permuter, Round
 from permprune.permuters.registry import permuter

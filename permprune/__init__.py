@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from permprune.evaluation.result import Metric, Result
     from permprune.evaluation.speed import measure_speed
     from permprune.examples import Examples
+    from permprune.forecasts.fitting import forecast
+    from permprune.forecasts.run import Forecast
     from permprune.inference.kv.cache import PrunedCache
     from permprune.inference.kv.config import KVConfig
     from permprune.inference.kv.evaluation import CachedPerplexity
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from permprune.jobs.compare import Comparison, ComparisonRow, compare
     from permprune.jobs.evaluate import evaluate
     from permprune.jobs.finetune import FineTuned, FineTuning, finetune
-    from permprune.jobs.fitting import forecast
-    from permprune.jobs.forecast import Forecast
     from permprune.jobs.inspect import InspectedSpace, inspect
     from permprune.jobs.kv import calibrate_kv, evaluate_kv
     from permprune.jobs.packing import Packed, pack_folder, unpack_folder
@@ -204,8 +204,8 @@ _MODULES = {
     "FineTuned": "jobs.finetune",
     "FineTuning": "jobs.finetune",
     "finetune": "jobs.finetune",
-    "forecast": "jobs.fitting",
-    "Forecast": "jobs.forecast",
+    "forecast": "forecasts.fitting",
+    "Forecast": "forecasts.run",
     "InspectedSpace": "jobs.inspect",
     "inspect": "jobs.inspect",
     "calibrate_kv": "jobs.kv",

@@ -47,7 +47,7 @@ from permprune.checkpoints.origin import origin_of  # noqa: E402
 from permprune.config import PruneConfig  # noqa: E402
 from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
-from permprune.jobs.forecast import _counted  # noqa: E402
+from permprune.forecasts.run import _counted  # noqa: E402
 from permprune.kernels import native  # noqa: E402
 from permprune.models.activations import Activations, Gradients  # noqa: E402
 from permprune.pruning.outline import Outline  # noqa: E402
@@ -87,7 +87,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.fixture
 def unchanged_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that does not fit in a memory limit is made layer by layer; leaner settings would make such models fit."""
-    monkeypatch.setattr("permprune.jobs.fitting._leaner", lambda *_: iter(()))
+    monkeypatch.setattr("permprune.forecasts.fitting._leaner", lambda *_: iter(()))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -152,7 +152,7 @@ def counted_once() -> Iterator[None]:
         return counted[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permprune.jobs.forecast._counted", count_once)
+        patch.setattr("permprune.forecasts.run._counted", count_once)
         yield
 
 

@@ -28,7 +28,7 @@ def plan(
     The options are those of prune. With --memory, settings are chosen that fit in the limit.
     """
 
-    from permprune.jobs.machine import GPUS
+    from permprune.forecasts.machine import GPUS
     from permprune.options import Count, require, require_choice
 
     require("windows", windows, Count)
@@ -37,7 +37,7 @@ def plan(
         require_choice("gpu", gpu, GPUS)
     yield
 
-    from permprune.jobs.fitting import forecast
+    from permprune.forecasts.fitting import forecast
 
     found = forecast(model, config, windows=windows, gpu=gpu, processes=processes)
     cli.write_figures(json, found.to_json())
@@ -46,7 +46,7 @@ def plan(
 
 def show_forecast(model: str, figures: dict[str, Any]) -> None:
     """Print a forecast, `Forecast.to_json`."""
-    from permprune.report.forecast import forecast_notes, peak_table, stages_table
+    from permprune.forecasts.tables import forecast_notes, peak_table, stages_table
 
     cli.show(stages_table(model, figures))
     cli.show(peak_table(figures))

@@ -46,7 +46,7 @@ def prune(
     yield
 
     from permprune.cli.plan import show_forecast
-    from permprune.jobs.fitting import forecast
+    from permprune.forecasts.fitting import forecast
     from permprune.jobs.prune import prune_to_folder
 
     if dry_run:

@@ -23,9 +23,9 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result, gap_closed, metric_named
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
+from permprune.forecasts.fitting import fit_memory
 from permprune.inference.pack import packed_type
 from permprune.jobs.divided import DividedModel
-from permprune.jobs.fitting import fit_memory
 from permprune.jobs.packing import pack_folder
 from permprune.jobs.streaming import DECIDED, NATURAL, Stream
 from permprune.jobs.trials import Evaluation, Meter

@@ -22,6 +22,7 @@ from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import PrunedLayer
 from permprune.coupling.fold import fold_parameter
 from permprune.errors import PermpruneError
+from permprune.forecasts.streamed import streamed_bytes
 from permprune.models.attention import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
@@ -32,11 +33,8 @@ from permprune.permuters.registry import permuter
 from permprune.pipeline import Pruned, beside_natural, new_gathers
 from permprune.plan import Plan
 from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, reorder_columns
-from permprune.saliency.base import Saliency
-from permprune.saliency.obs import OBS
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.files import write_whole
@@ -44,38 +42,8 @@ from permprune.system.progress import log, track
 from permprune.system.resources import gib
 from permprune.system.search_state import Checkpoint, Journal
 
-BATCH = 4
-"""Windows of text per forward pass in the evaluation."""
-
 NATURAL, DECIDED = "natural", "decided"
 """The orders for which the masks are stored: the natural order and the one that was found."""
-
-
-def streamed_bytes(model: nn.Module, outline: Outline, *, metric: Saliency, tokens: int, length: int) -> int:
-    """Estimate the peak bytes of memory of a run that reads the model layer by layer.
-
-    The estimate is the largest of three: the search on the layers that read one tensor, which needs up to 56 bytes per
-    weight, the second moments and what is computed from them (OBS inverts them), and the tensor itself, of this number
-    of `tokens`; the forward pass of these layers; and the forward pass of a part of the model that is not pruned, such
-    as the head, with its outputs for windows of `length` tokens. All experts of a layer are read together, and each may
-    run on all tokens. The tables of `cp`, about 20 MB for up to 2048 channels, are not counted.
-    """
-    needed, square = 0, 32 if isinstance(metric, OBS) else 12
-    for layers in outline.layers_by_input().values():
-        rows, channels = sum(len(layer.weight) for layer in layers), layers[0].weight.shape[1]
-        experts = {layer.owner for layer in layers if layer.expert is not None}
-        beside = sum(4 * p.numel() + 8 * tokens * p.shape[-1] for owner in experts for p in owner.parameters())
-        search = 56 * rows * channels + square * channels**2 + 12 * tokens * channels
-        needed = max(needed, beside + search, beside + 4 * rows * channels + 12 * tokens * (rows + channels))
-    pruned = {layer.parameter for layer in outline.layers}
-    others = [parameter for name, parameter in model.named_parameters() if name not in pruned]
-    outputs = BATCH * length
-    return max(needed, *(6 * (p.numel() + outputs * p.shape[:1].numel()) for p in others))
-
-
-def streamed_masks_bytes(outline: Outline) -> int:
-    """Return the bytes on disk of the masks in both orders, one bit for each weight."""
-    return outline.weights // 4
 
 
 class Stream:

@@ -24,7 +24,7 @@ from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.jobs.fitting import fit_memory
+from permprune.forecasts.fitting import fit_memory
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.streaming import Stream
 from permprune.jobs.trials import Evaluation

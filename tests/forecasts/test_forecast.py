@@ -16,9 +16,9 @@ import permprune
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.jobs.fitting import fit_memory
-from permprune.jobs.forecast import Forecast, _next_token_loss
-from permprune.jobs.machine import GPUS, Machine, Rates, this_machine
+from permprune.forecasts.fitting import fit_memory
+from permprune.forecasts.machine import GPUS, Machine, Rates, this_machine
+from permprune.forecasts.run import Forecast, _next_token_loss
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.trials import Evaluation
 from permprune.losses.objective import Objective
@@ -28,7 +28,7 @@ from permprune.permuters.registry import PERMUTERS
 from permprune.pipeline import prepare
 from permprune.system.resources import Work
 
-from .test_streaming import Held
+from ..jobs.test_streaming import Held
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 5}
 SETTINGS = PruneConfig(length=16, samples=24, precision="fp32")

@@ -17,7 +17,7 @@ from permprune.calibration.statistics import sums_by_pass
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
-from permprune.jobs.machine import Machine
+from permprune.forecasts.machine import Machine
 from permprune.losses.targets import next_token
 from permprune.models.activations import Activations, Gradients, count_activations
 from permprune.models.dummy_inputs import example_inputs

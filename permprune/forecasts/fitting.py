@@ -16,7 +16,8 @@ from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import weight_bytes
-from permprune.jobs.forecast import (
+from permprune.forecasts.machine import Machine, machine_named, this_machine
+from permprune.forecasts.run import (
     EVALUATED,
     EVALUATION_BATCH,
     Forecast,
@@ -25,8 +26,7 @@ from permprune.jobs.forecast import (
     offloaded_bytes,
     program_bytes,
 )
-from permprune.jobs.machine import Machine, machine_named, this_machine
-from permprune.jobs.streaming import streamed_bytes, streamed_masks_bytes
+from permprune.forecasts.streamed import streamed_bytes, streamed_masks_bytes
 from permprune.models.modality import kind_of
 from permprune.models.positions import fitting_length
 from permprune.models.row_shards import require_divisible
@@ -62,8 +62,8 @@ def forecast(
     """Forecast a run of `prune_to_folder`: memory by stage and part, disk space and time.
 
     `name` is a zoo name, a hub id, or a folder, of which only config.json is read. `windows` is the number of windows
-    of the evaluation. `gpu` is the name of a GPU (`permprune.jobs.machine.GPUS`), by default that of this machine, or
-    its CPU. `processes` is the number that `torchrun` starts, by default that of this run. With `config.memory`, a
+    of the evaluation. `gpu` is the name of a GPU (`permprune.forecasts.machine.GPUS`), by default that of this machine,
+    or its CPU. `processes` is the number that `torchrun` starts, by default that of this run. With `config.memory`, a
     limit for each process, the settings are those that `prune_to_folder` would choose; without it, `advice` names
     settings that fit in the memory of the machine, if those given do not. Raises `PermpruneError`, also if no settings
     fit in `config.memory`.
