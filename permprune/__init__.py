@@ -14,7 +14,6 @@ from permprune.system.imports import after_import
 
 if TYPE_CHECKING:
     from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
-    from permprune.checkpoints.hub import push_to_hub
     from permprune.checkpoints.io import load, read_model
     from permprune.checkpoints.record import PrunedLayer, Record
     from permprune.config import PruneConfig
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from permprune.permuters.ria import RIAPermuter
     from permprune.pipeline import Pruned, prune
     from permprune.pruning.folder import save
+    from permprune.pruning.hub import push_to_hub
     from permprune.pruning.masked import LayerMeasure, MaskedLayers
     from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Problem
@@ -168,7 +168,7 @@ _MODULES = {
     "BenchedModel": "checkpoints.benchmark",
     "Benchmark": "checkpoints.benchmark",
     "Speed": "checkpoints.benchmark",
-    "push_to_hub": "checkpoints.hub",
+    "push_to_hub": "pruning.hub",
     "load": "checkpoints.io",
     "read_model": "checkpoints.io",
     "PrunedLayer": "checkpoints.record",

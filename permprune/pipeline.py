@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import Gather, attach_gathers, compose
-from permprune.checkpoints.hub import MESSAGE, push_to_hub
 from permprune.checkpoints.io import write_weights
 from permprune.checkpoints.licence import base_model_of, licence_of
 from permprune.checkpoints.origin import origin_of, set_origin
@@ -44,12 +43,12 @@ from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.allocation import mix
 from permprune.pruning.folder import write_pruned
+from permprune.pruning.hub import MESSAGE, push_to_hub
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places, reorder_columns
-from permprune.report.card import write_card
 from permprune.system.device import compute_device
 from permprune.system.files import atomic_folder
 from permprune.system.out_of_memory import memory_reported
@@ -151,7 +150,6 @@ class Pruned:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, processor)
-            write_card(self.record().to_json(), folder, hub_id=repo_id)
             return push_to_hub(
                 folder,
                 repo_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,8 +15,12 @@ from permprune.report.page import fill
 from permprune.report.run import decision, dense_sentence, measured_rows
 from permprune.report.words import overlap_note
 from permprune.system.files import write_whole
+from permprune.zoo.models import MODELS
 
 CARD = "README.md"
+
+NAMED = re.compile(r'(?:from_pretrained|permprune\.load)\(("(?:[^"\\]|\\.)*")')
+"""The folder in the loading code of a card, quoted."""
 
 FACTS = ("pattern", "mode", "permute", "saliency", "update", "calibration", "samples", "length", "seed")
 """Settings on the card; those that an older record lacks are left out."""
@@ -28,15 +33,17 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
     """
     settings, measured = record["settings"], record["measured"]
     loading, remark = _loading(record, config, source, on_hub)
+    kind = next(iter(config.get("architectures") or ()), "Transformer")
     on = f"Measured on {measured['count']:,} {measured['unit']} of {_name(measured['data'])}." if measured else ""
     body = fill(
         "card.md",
         record=record,
-        title=f"{_name(record['model'])}, {settings['pattern']}",
-        base=record.get("base_model") or _name(record["model"]),
+        title=f"{source if on_hub else _name(record['model'])}, {settings['pattern']}",
+        base=record.get("base_model") or (kind if on_hub and record["model"] not in MODELS else _name(record["model"])),
         decision=decision(record),
         overlap=overlap_note((measured or {}).get("overlap")),
         loading=loading,
+        running=_running(kind, source),
         remark=remark,
         facts=list(_facts(settings)),
         dense=dense_sentence(record.get("dense")),
@@ -46,11 +53,43 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
     return f"---\n{_metadata(record).to_yaml()}\n---\n\n{body}"
 
 
-def write_card(record: Mapping[str, Any], folder: Path, *, hub_id: str | None = None) -> None:
-    """Write the card of a folder that has its config.json; loading code names the folder, or the `hub_id`."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    card = render_card(record, config, hub_id or folder.name, on_hub=hub_id is not None)
+def write_card(record: Mapping[str, Any], folder: Path) -> None:
+    """Write the card of a folder that has its config.json; loading code names the folder."""
+    card = render_card(record, _config(folder), folder.name)
     write_whole(folder / CARD, lambda temporary: temporary.write_text(card, encoding="utf-8"))
+
+
+def hub_card(record: Mapping[str, Any], folder: Path, hub_id: str) -> str | None:
+    """Return the card of a folder for the hub; None if the folder's own card is not as `write_card` wrote it."""
+    path, config = folder / CARD, _config(folder)
+    own = path.read_text(encoding="utf-8") if path.is_file() else ""
+    named = NAMED.search(own)
+    if own and (named is None or own != render_card(record, config, json.loads(named[1]))):
+        return None
+    return render_card(record, config, hub_id, on_hub=True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _running(kind: str, source: str) -> str:
+    """Return code that runs the model that `_loading` loads."""
+    quoted = json.dumps(source, ensure_ascii=False)
+    if not kind.endswith("ForCausalLM"):
+        return (
+            "from transformers import AutoProcessor\n\n"
+            f"processor = AutoProcessor.from_pretrained({quoted})\n\n\n"
+            "def run(*data):  # texts, images or sound\n"
+            '    return model(**processor(*data, return_tensors="pt"))'
+        )
+    return (
+        "from transformers import AutoTokenizer\n\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n"
+        'tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=20)\n'
+        "print(tokenizer.decode(tokens[0]))"
+    )
 
 
 def _metadata(record: Mapping[str, Any]) -> ModelCardData:
@@ -69,13 +108,14 @@ def _loading(record: Mapping[str, Any], config: Mapping[str, Any], source: str, 
         folder = f"snapshot_download({quoted})" if on_hub else quoted
         hub = "from huggingface_hub import snapshot_download\n" if on_hub else ""
         code = f"import permprune\n{hub}\nmodel = permprune.load({folder})"
-        return code, "It reorders channels at run time (gather mode), which plain Transformers does not do."
+        return code, "It reorders channels at run time (gather mode), which needs `pip install permprune`."
     own = [name for name in config.get("auto_map") or () if name.startswith("AutoModel")]
     kind = next(iter([*own, *(config.get("architectures") or ())]), "AutoModel")
     trust = ", trust_remote_code=True" if own else ""
     code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quoted}{trust})"
     if PACKED in record:
-        return f"import permprune  # with it, Transformers loads packed weights\n{code}", ""
+        code = f"import permprune  # with it, Transformers loads packed weights\n{code}"
+        return code, "Its weights are packed, which needs `pip install permprune`."
     return code, "It is a plain checkpoint: the orders are folded into the weights."
 
 

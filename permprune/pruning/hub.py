@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, errors
+from huggingface_hub import CommitOperationAdd, HfApi, errors
 
 from permprune.checkpoints.record import read_record
 from permprune.errors import PermpruneError
+from permprune.report.card import CARD, hub_card
 
 MESSAGE = "Upload a model pruned by permprune"
 
@@ -26,17 +27,21 @@ def push_to_hub(
 ) -> str:
     """Upload a folder that permprune wrote, the whole of it, as one commit; return the address of the repository.
 
+    The card that is uploaded shows how to load the model from the hub; one that you have edited is uploaded as it is.
     The repository is created if it does not exist: `private` or public, or by the organisation's default if None.
     `token` and `endpoint` are those that huggingface_hub is set up with if None (`hf auth login`, `HF_TOKEN`,
     `HF_ENDPOINT`). `revision` is a branch that exists, main by default; `message` is that of the commit. Raises
     `PermpruneError` if the folder is none of permprune's, or if the hub cannot be reached or refuses.
     """
     folder = Path(folder)
-    read_record(folder)
+    card = hub_card(read_record(folder).to_json(), folder, repo_id)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    contents = {name: str(path) for name, path in files.items()} | ({CARD: card.encode()} if card else {})
+    adding = [CommitOperationAdd(name, content) for name, content in contents.items()]
     api = HfApi(endpoint=endpoint, token=token)
     with _reported(repo_id):
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, revision=revision, commit_message=message)
+        api.create_commit(repo.repo_id, adding, revision=revision, commit_message=message)
     return str(repo)
 
 

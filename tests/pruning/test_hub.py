@@ -42,6 +42,18 @@ def test_a_pruned_model_is_pushed_whole(
     assert 'permprune.load(snapshot_download("someone/tiny-2-4"))' in card.text
 
 
+def test_the_card_on_the_hub_does_not_name_the_local_folder(pruned: permprune.Pruned, hub: Hub, tmp_path: Path) -> None:
+    pruned.save_pretrained(tmp_path / "secret-place")
+    folder = (tmp_path / "secret-place").rename(tmp_path / "renamed")
+    permprune.push_to_hub(folder, "someone/tiny-2-4", token=TOKEN, endpoint=hub.endpoint)
+    card = hub.files["README.md"].decode()
+    assert "secret-place" not in card and "renamed" not in card
+    assert "# someone/tiny-2-4, 2:4" in card and "This is `LlamaForCausalLM`, pruned" in card
+    assert 'permprune.load(snapshot_download("someone/tiny-2-4"))' in card and "pip install permprune" in card
+    assert 'AutoTokenizer.from_pretrained("someone/tiny-2-4")' in card and "model.generate(" in card
+    assert "secret-place" in (folder / "README.md").read_text(encoding="utf-8"), "the folder stays as it is"
+
+
 def test_a_written_folder_is_pushed_as_it_is(pruned: permprune.Pruned, hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     pruned.save_pretrained(folder)
@@ -64,6 +76,6 @@ def test_what_cannot_be_uploaded_is_one_line(
         permprune.push_to_hub(folder, "a/b", token=TOKEN, endpoint="http://127.0.0.1:9")
     assert "holds no permprune.json" in fails("push", tmp_path, "a/b")
     assert not hub.files
-    monkeypatch.setattr("permprune.checkpoints.hub.push_to_hub", lambda *args, **options: f"{args[1]} {options}")
+    monkeypatch.setattr("permprune.pruning.hub.push_to_hub", lambda *args, **options: f"{args[1]} {options}")
     code, stdout, _ = run("push", folder, "a/b", "--private")
     assert code == 0 and stdout == "uploaded to a/b {'private': True, 'revision': None}\n"
