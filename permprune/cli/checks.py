@@ -9,8 +9,8 @@ from typing import Any
 
 from permprune.errors import PermpruneError
 
-STDOUT = Path("-")
-"""The value of --json for stdout."""
+STDOUT = (Path("-"), Path("/dev/stdout"))
+"""The values of --json for stdout."""
 
 
 def require_text(options: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ def require_files(options: Mapping[str, Any]) -> None:
     for names, require in checks:
         for name in names:
             for value in given.get(name, ()):
-                if (name, value) != ("json", STDOUT):
+                if name != "json" or value not in STDOUT:
                     try:
                         require(value)
                     except OSError as error:  # for instance of a name that is too long

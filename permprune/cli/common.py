@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -24,6 +23,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from permprune.cli.checks import STDOUT, require_files, require_text
+from permprune.cli.program import Program
 from permprune.config import DEFAULTS, EFFORTS, UNSET, PruneConfig
 from permprune.errors import PermpruneError
 from permprune.options import require_choice
@@ -33,21 +33,6 @@ from permprune.system.progress import console, log
 if TYPE_CHECKING:
     from permprune.evaluation.lm_tasks import TaskList
 
-
-class Program(typer.core.TyperGroup):
-    """The commands; wrong usage is one line on stderr and exit status 2."""
-
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            sys.exit(super().main(*arguments, **{**options, "standalone_mode": False}) or 0)
-        except USAGE as error:
-            if line := _usage(error):
-                print(f"permprune: {line}", file=sys.stderr)
-            sys.exit(2)
-
-
-USAGE: Any = typer.BadParameter.__base__
-"""click's error for wrong usage, of click itself or of the copy in typer."""
 
 app = typer.Typer(
     cls=Program,
@@ -254,12 +239,15 @@ def command(function: Callable[..., Iterator[None]], without: Iterable[str] = ()
 
     @wraps(function)
     def run(**options: Any) -> None:
-        given = dict(options)
-        if options.get("json") == STDOUT:
-            options["json"] = sys.stdout
-        with redirect_stdout(sys.stderr if options.get("json") is sys.stdout else sys.stdout):
-            with _speaking(os.environ.get("RANK", "0") == "0"), _reported(parameters):
+        given, first = dict(options), "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+        streamed = given.get("json") in STDOUT
+        if streamed:
+            options["json"] = sys.stdout if first else None
+        with redirect_stdout(sys.stderr if streamed else sys.stdout):
+            with _speaking(first), _reported(parameters):
                 require_text(given)
+                if streamed and first and options["json"] is None:
+                    raise PermpruneError("stdout is closed: give --json a file")
                 if place:
                     options[place] = prune_config(**{name: options.pop(name) for name in shared})
                 work = function(**options)
@@ -301,21 +289,6 @@ def _reported(parameters: Collection[str]) -> Iterator[None]:
         said = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
         print(f"permprune: {said}", file=sys.stderr)
         raise typer.Exit(2) from None
-
-
-def _usage(error: Any) -> str:
-    """Return the line for an error of click, with the closest option that there is; empty if it is the help."""
-    place = error.ctx.command_path if error.ctx else "permprune"
-    wrong = getattr(error, "option_name", None)
-    if wrong is None or not hasattr(error, "possibilities"):
-        said = error.format_message().rstrip(".")
-        if not said:  # help, which is printed
-            return ""
-        said = f"{said[:1].lower()}{said[1:]}".replace(". Did", ": did")
-        return said if said.endswith("?") else f"{said}: see {place} --help"
-    known = [name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
-    close = get_close_matches(wrong, known, 1)
-    return f"no option {wrong}: " + (f'did you mean "{close[0]}"?' if close else f"see {place} --help")
 
 
 def _quiet_libraries() -> None:

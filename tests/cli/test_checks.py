@@ -5,6 +5,8 @@ import os
 import stat
 import subprocess
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from permprune.options import PACKED
 from permprune.training.weights import TRAINED
 from permprune.zoo.models import MODELS, require_model
 
-from .running import fails, run
+from .running import COMMAND, fails, run
 
 WRONG = {
     "prune smollm2-135m --out out --pattern 4:2": 'pattern "4:2" keeps no or all weights',
@@ -155,14 +157,23 @@ def test_the_program_alone_shows_its_help() -> None:
     assert code == 2 and "Usage" in stdout and not stderr
 
 
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
 def test_json_on_stdout(
-    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "2"]
-    code, stdout, stderr = run("compare", tiny_checkpoint, *options, "--methods", "ria", "--json", "-")
+    code, stdout, stderr = run("compare", tiny_checkpoint, *options, "--methods", "ria", "--json", name)
     assert code == 0 and [row["method"] for row in json.loads(stdout)["rows"]] == ["dense", "none", "ria"]
     assert "perplexity" in stderr and not (tmp_path / "-").exists()
+
+
+def test_json_on_a_closed_stdout(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    stderr = StringIO()
+    with redirect_stderr(stderr), pytest.raises(SystemExit) as ended:
+        COMMAND.main(["evaluate", str(tiny_checkpoint), "--json", "-"], prog_name="permprune")
+    assert (ended.value.code, stderr.getvalue()) == (2, "permprune: stdout is closed: give --json a file\n")
 
 
 def test_files_follow_the_umask(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
