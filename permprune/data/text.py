@@ -18,14 +18,14 @@ from permprune.data.sources import (
 )
 from permprune.errors import PermpruneError
 from permprune.system.imports import on_first_use
+from permprune.system.progress import log
 
 with on_first_use(globals()):
     import torch
     from torch import Tensor
 
     from permprune.examples import Part
-    from permprune.system.progress import log
-from permprune.zoo.texts import text_file
+    from permprune.zoo.texts import text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

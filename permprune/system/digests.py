@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    from transformers import PreTrainedModel
 
 BLOCKS, BLOCK = 64, 1024
 """Of a tensor with more elements than their product, `BLOCKS` evenly spaced runs of `BLOCK` elements are read."""

@@ -39,6 +39,12 @@ print(len(names), *(module for module in {HEAVY!r} if module in sys.modules))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["Examples", "PruneConfig", "load", "evaluate"])
+def test_any_public_name_may_be_imported_first(name: str) -> None:
+    assert python(f"from permprune import {name}; print({name}.__name__)") == name
+
+
+@pytest.mark.slow
 def test_transformers_knows_packed_checkpoints_though_it_was_imported_first() -> None:
     code = """
 import transformers.modeling_utils, permprune
