@@ -7,7 +7,6 @@ NATIVE := hatch_build.py $(wildcard permprune/kernels/csrc/*)
 
 PYTEST := pytest -n auto --dist worksteal
 ONE_THREAD := OMP_NUM_THREADS=1
-SANITIZED := -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
 QUICK := -m "not slow and not network"
 
 .PHONY: demo compare test quick test-oldest asan docs dist supported clean
@@ -40,12 +39,13 @@ quick: $(DEV)
 test-oldest: $(OLDEST)
 	$(ONE_THREAD) build/oldest/bin/$(PYTEST) $(QUICK) -W default --disable-warnings
 
-# The tests of the kernels on a library that AddressSanitizer and UBSan watch, in a copy of the package; gcc builds it.
+# The tests of the kernels on a library that AddressSanitizer watches, in a copy of the package; gcc builds it.
 asan: $(DEV)
 	rm -rf build/asan && mkdir -p build/asan && cp -r permprune tests docs hatch_build.py pyproject.toml build/asan
-	cd build/asan && CC=gcc CFLAGS="$(SANITIZED)" ../../$(BIN)/python hatch_build.py
-	cd build/asan && PYTHONPATH=. LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		$(ONE_THREAD) ../../$(BIN)/pytest tests/kernels tests/inference
+	cd build/asan && CC=gcc CFLAGS="-g -O1 -fsanitize=address" ../../$(BIN)/python hatch_build.py
+	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 $(ONE_THREAD) \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		../../$(BIN)/pytest tests/kernels tests/inference
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

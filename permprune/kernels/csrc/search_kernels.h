@@ -254,7 +254,9 @@ static ALWAYS_INLINE counts kept_lanes(const uint8_t *bits, int lanes)
 /* As f32_to_bf16, in the lower halves of the lanes. */
 static ALWAYS_INLINE counts round_to_bf16(counts bits)
 {
-    const counts rounded = bits + 0x7fff + (bits >> 16 & 1), nan = (bits & 0x7fffffff) > 0x7f800000;
+    typedef uint32_t words __attribute__((vector_size(SIDE * sizeof(uint32_t)))); /* those of NaN would overflow */
+    const counts rounded = (counts)((words)bits + 0x7fff + ((words)bits >> 16 & 1));
+    const counts nan = (bits & 0x7fffffff) > 0x7f800000;
     return ((rounded & ~nan) | ((bits | 0x400000) & nan)) >> 16;
 }
 
