@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 KILLED = """
 import os, pkgutil, signal, sys
 from itertools import count
+import transformers.modeling_utils
 from permprune.__main__ import main
 from permprune.permuters import trust_region_search, tuning
 from permprune.system import search_state
