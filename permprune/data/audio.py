@@ -34,6 +34,7 @@ from permprune.data.sources import (
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Part
 from permprune.models.forward import writes_text
+from permprune.models.generation import decoder_positions
 from permprune.models.processors import Processor, feature_extractor_of, tokenizer_of
 from permprune.models.signature import argument_names
 from permprune.system.progress import log
@@ -99,7 +100,7 @@ def load_speech(
     elif classes is not None:
         tensors["labels"] = classes.tensor([item.label for item in items], [item.name for item in items])
     elif "labels" in taken:
-        tensors["labels"] = _labels(items, processor, model.config)
+        tensors["labels"] = _labels(items, processor, model)
     return tensors
 
 
@@ -131,15 +132,21 @@ def _longest(maker: Any) -> int | None:
     return getattr(maker, "n_samples", None)
 
 
-def _labels(items: list[Item], processor: Processor | None, config: Any) -> Tensor:
-    """The tokens of the transcripts, padded, without the decoder start token, which the model prepends itself."""
+def _labels(items: list[Item], processor: Processor | None, model: PreTrainedModel) -> Tensor:
+    """The tokens of the transcripts, padded, without the decoder start token, which the model prepends itself.
+
+    They are cut at the positions of the model's decoder, with a warning.
+    """
     tokenizer = tokenizer_of(processor)
     for item in items:
         if not isinstance(item.label, str) or not item.label.strip():
             raise PermpruneError(f"{item.name} has no transcript: add one, or remove the file")
     rows = _encoded([item.label.strip() for item in items], tokenizer)
-    start = getattr(config, "decoder_start_token_id", None)
+    start, most = getattr(model.config, "decoder_start_token_id", None), decoder_positions(model)
     rows = [row[int(row[:1] == [start]) :] for row in rows]
+    if long := sum(len(row) > (most or len(row)) for row in rows):
+        log.warning("%d of %d transcripts are longer than the model's %d positions, and are cut", long, len(rows), most)
+        rows = [row[:most] for row in rows]
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, IGNORED)
 
 

@@ -106,10 +106,15 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
     .tsv file, as in those of GLUE. Raises `PermpruneError` if the file has another suffix, cannot be parsed or is
     empty.
     """
-    text, suffix = read_text(path).removeprefix("\ufeff"), path.suffix.lower()
+    suffix = path.suffix.lower()
+    if suffix not in TABLES:
+        raise PermpruneError(
+            f"{path} is not a table: give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file, or the folder of the files"
+        )
+    text = read_text(path).removeprefix("\ufeff")
     if suffix == ".jsonl":
         rows = [_json_object(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    elif suffix in TABLES:
+    else:
         tabs = suffix == ".tsv"
         reader = csv.DictReader(
             io.StringIO(text, newline=""),
@@ -121,8 +126,6 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
             rows = list(reader)
         except csv.Error as error:
             raise PermpruneError(f"{path}, line {reader.line_num}: {error}") from error
-    else:
-        raise PermpruneError(f"{path} is not a table: give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file")
     if not rows:
         raise PermpruneError(f"{path} has no rows: give a table that has some")
     return rows

@@ -84,7 +84,9 @@ def measure_labels(model: nn.Module, examples: Examples, metric: str | None = No
     fitting = {name: one for name, one in METRICS.items() if one.scores == scores}
     if metric is None:
         metric = next(iter(fitting))
-    if labels.dim() != 1 or metric not in fitting:
+    if labels.dim() != 1:
+        raise PermpruneError(f'the metric "{metric}" is one of labels, one for each example: leave it out')
+    if metric not in fitting:
         kind = "one score for each example" if scores else "classes"
         offered = ", ".join(fitting if scores else ["accuracy", *fitting])
         raise PermpruneError(f'the metric "{metric}" does not fit {kind}: choose one of {offered}')

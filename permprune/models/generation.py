@@ -54,14 +54,22 @@ def with_decoder_inputs(model: nn.Module, examples: Examples, batch: int) -> Exa
     return Examples({**examples, "decoder_input_ids": ids, "decoder_attention_mask": mask})
 
 
+def decoder_positions(model: nn.Module) -> int | None:
+    """Return the number of positions of a model's decoder; None without a decoder, or if the config does not tell."""
+    if not is_encoder_decoder(model):
+        return None
+    config: Any = model.config
+    decoder = config.get_text_config(decoder=True)
+    return next((getattr(decoder, name) for name in POSITIONS if hasattr(decoder, name)), None)
+
+
 def generate(model: Any, batch: Examples, length: int) -> Tensor:
     """Generate text for a batch with an encoder-decoder model and greedy search.
 
     At most `length` tokens are generated, fewer if the decoder has fewer positions. Returns padded token ids, int64
     (batch, length).
     """
-    config = model.config.get_text_config(decoder=True)
-    room = next((getattr(config, name) for name in POSITIONS if hasattr(config, name)), length + PROMPT) - PROMPT
+    room = (decoder_positions(model) or length + PROMPT) - PROMPT
     inputs = {name: batch[name] for name in batch if name != "labels" and not name.startswith("decoder_")}
     ids: Tensor = model.generate(
         **typed_inputs(model, inputs), max_new_tokens=min(length, room), do_sample=False, num_beams=1

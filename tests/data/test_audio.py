@@ -187,6 +187,21 @@ def test_transcripts_are_in_the_letters_that_the_tokenizer_knows(
     assert "the tokenizer does not know 2 of the 15 tokens in the transcripts" in caplog.text
 
 
+def test_transcripts_are_cut_at_the_positions(
+    whisper: tuple[PreTrainedModel, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tone(tmp_path / "said" / "a.wav", 0.1)
+    (tmp_path / "said" / "a.txt").write_text("a brisk wind " * 20)
+    found = load_speech(tmp_path / "said", *whisper, "calibration", 9)
+    assert found["labels"].shape == (1, 64) and whisper[0](**found).loss.isfinite()
+    assert "1 of 1 transcripts are longer than the model's 64 positions, and are cut" in caplog.text
+
+
+def test_one_file_of_sound_is_not_a_table(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    with pytest.raises(PermpruneError, match=r"is not a table: give a .* file, or the folder of the files"):
+        load_speech(tone(tmp_path / "a.wav", 0.1), *whisper, "calibration", 9)
+
+
 def test_a_classifier_of_speech_has_classes(ctc: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     config = Wav2Vec2Config(num_hidden_layers=0, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
     model = Wav2Vec2ForSequenceClassification(config)

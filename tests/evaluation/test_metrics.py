@@ -10,7 +10,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.examples import Examples
 
-from ..modalities import images, make, scorer, sentences
+from ..modalities import images, make, scorer, sentences, speech
 
 
 @torch.no_grad()
@@ -71,3 +71,8 @@ def test_metrics_of_another_kind_are_refused() -> None:
         evaluate_model(scorer(), Examples({**sentences(), "labels": torch.rand(12)}), metric="f1")
     with pytest.raises(PermpruneError, match="needs labels"):
         evaluate_model(make("bert"), sentences(labels=False), metric="matthews")
+
+
+def test_metrics_of_labels_are_not_for_transcripts() -> None:
+    with pytest.raises(PermpruneError, match='"f1" is one of labels, one for each example: leave it out'):
+        evaluate_model(make("whisper"), speech(), metric="f1")
