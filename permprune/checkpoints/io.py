@@ -12,10 +12,10 @@ from safetensors.torch import save_model as save_safetensors
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from permprune.checkpoints.companions import copy_companions, fetch_companions
 from permprune.checkpoints.damage import damage, first_line, require_digests
 from permprune.checkpoints.gathers import attach_gathers, has_gathers
-from permprune.checkpoints.licence import fetch_card
-from permprune.checkpoints.origin import Origin, set_origin
+from permprune.checkpoints.origin import Origin, origin_of, set_origin
 from permprune.checkpoints.patterns import recorded_patterns
 from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
@@ -52,7 +52,7 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
     if not Path(source).exists():
-        fetch_card(str(source))
+        fetch_companions(str(source))
     if any((Path(source) / file).exists() for file in (RECORD, GATHERED)):
         model = _load_pruned(name, Path(source), trust_remote_code)
     else:
@@ -174,7 +174,7 @@ def _is_gathered(folder: Path, record: Record) -> bool:
 
 
 def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: torch.dtype, folder: Path) -> None:
-    """Write a model's config, its weights converted to `dtype`, and its processor to `folder`.
+    """Write a model's config, its weights converted to `dtype`, and the files beside them to `folder`.
 
     Weights that need gathers are written under a file name that `from_pretrained` does not find.
     """
@@ -185,8 +185,14 @@ def write_weights(model: PreTrainedModel, processor: Processor | None, dtype: to
             stop_transformers(folder, GATHERED)
         else:
             model.save_pretrained(folder)
+    write_beside(model, processor, folder)
+
+
+def write_beside(model: PreTrainedModel, processor: Processor | None, folder: Path) -> None:
+    """Write a model's processor, and what else is beside the weights that it was read from (`copy_companions`)."""
     if processor is not None:
         processor.save_pretrained(folder)
+    copy_companions(origin_of(model).name, folder)
 
 
 def write_configs(model: PreTrainedModel, folder: Path) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub import metadata_load, try_to_load_from_cache
 from transformers import PreTrainedModel
 from yaml import YAMLError  # type: ignore[import-untyped]
 
@@ -24,12 +22,6 @@ def base_model_of(model: PreTrainedModel, name: str) -> str | None:
     """Return the hub id that a model was read by; None for a folder, a zoo model, or one that was never read."""
     unread = name == type(model).__name__
     return name if HUB_ID.fullmatch(name) and not (unread or name in MODELS or Path(name).exists()) else None
-
-
-def fetch_card(hub_id: str) -> None:
-    """Have the card of a hub id in the cache, if it has one and the hub can be reached."""
-    with suppress(EntryNotFoundError, HfHubHTTPError):  # the model loads without a card
-        hf_hub_download(hub_id, CARD)
 
 
 def licence_of(name: str) -> str | None:

@@ -16,8 +16,17 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from permprune.checkpoints.companions import fetch_companions
 from permprune.checkpoints.damage import require_digests
-from permprune.checkpoints.io import CONFIG, PROCESSOR, WEIGHTS, loading, read_config, write_configs
+from permprune.checkpoints.io import (
+    CONFIG,
+    PROCESSOR,
+    WEIGHTS,
+    loading,
+    read_config,
+    write_beside,
+    write_configs,
+)
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
@@ -166,6 +175,8 @@ def read_offloaded(
     architecture, config = read_config(name, source, trust_remote_code)
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
+    if not Path(source).exists():
+        fetch_companions(str(source))
     options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}
     with loading(name, source, WEIGHTS):
         model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
@@ -214,8 +225,7 @@ def write_offloaded(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             model.save_pretrained(folder, max_shard_size=min(memory // 2, SHARD))
-    if processor is not None:
-        processor.save_pretrained(folder)
+    write_beside(model, processor, folder)
 
 
 def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:

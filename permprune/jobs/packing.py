@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.io import PROCESSOR, load, loading, write_weights
+from permprune.checkpoints.io import PROCESSOR, load, loading, write_beside, write_weights
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import linear_layers
 from permprune.checkpoints.probe import TOLERANCE, Probe, check_outputs, output_difference
@@ -82,8 +82,7 @@ def pack_folder(
 
     def weights(written: Path) -> None:
         model.save_pretrained(written)
-        if processor is not None:
-            processor.save_pretrained(written)
+        write_beside(model, processor, written)
 
     with atomic_folder(out) as written:
         write_pruned(record, measured, weights, written)

@@ -1,0 +1,148 @@
+"""The files beside a checkpoint's weights, which a model that is made from it takes over.
+
+Sentence-Transformers, for example, keeps its pooling, normalisation, prompts and maximum length there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+import torch
+from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+from safetensors.torch import save_file
+
+from permprune.checkpoints.licence import CARD, HUB_ID
+from permprune.checkpoints.record import RECORD
+from permprune.system.progress import log
+from permprune.zoo.models import MODELS, resolve_model
+
+MODULES = "modules.json"
+"""The file in which Sentence-Transformers lists the folders of the modules that follow the transformer."""
+
+WEIGHTS = "*.safetensors *.bin *.pt *.pth *.ckpt *.h5 *.msgpack *.ot *.onnx* *.gguf *.tflite *.npz *.index.json"
+"""Files of weights, in any format."""
+
+CODE = "*.py *.pyc *.so *.pkl *.pickle *.joblib *.npy"
+"""Files that are code, or that can run code when they are read."""
+
+OWN = (RECORD, CARD, "report.html", "kv.json", "adapter_config.json")
+"""Files that describe the weights beside them."""
+
+PICKLED, STORED = "pytorch_model.bin", "model.safetensors"
+
+
+def fetch_companions(hub_id: str) -> None:
+    """Have what `copy_companions` copies of a hub id, and its card, in the cache, if the hub can be reached."""
+    with suppress(OSError, errors.HTTPError):  # type: ignore[attr-defined] # the model loads without them
+        found = HfApi().model_info(hub_id)
+        names = [file.rfilename for file in found.siblings or ()]
+        listed = hf_hub_download(hub_id, MODULES, revision=found.sha) if MODULES in names else None
+        chosen, _ = _choose(names, _modules(Path(listed)) if listed else [])
+        for name in [*chosen, *({CARD} & {*names})]:
+            hf_hub_download(hub_id, name, revision=found.sha)
+
+
+def copy_companions(name: str, folder: Path) -> None:
+    """Copy the files of a checkpoint that are not its weights into the folder of a model that was made from it.
+
+    `name` is a zoo name, a folder or a hub id; of any other name there is nothing to copy. Files that `folder` has are
+    kept. The modules of Sentence-Transformers are copied with their weights, pickled ones as safetensors. A warning
+    names what is left out: code, pickles, links out of the checkpoint, and subfolders with other weights.
+    """
+    source = _folder_of(name)
+    if source is None:
+        return
+    modules = _modules(source / MODULES)
+    files = [path.relative_to(source).as_posix() for path in _files(source)]
+    chosen, left = _choose(files, modules)
+    left = [file for file in left if not (folder / file).exists()]  # custom code that was trusted is there already
+    for module in modules:
+        (folder / module).mkdir(parents=True, exist_ok=True)  # also one without files
+    for file in chosen:
+        path, target = source / file, folder / file
+        if target.exists():
+            continue
+        if not _is_inside(path, source) or not os.access(path, os.R_OK):
+            left.append(file)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.name != PICKLED:
+            shutil.copyfile(path, target)
+        elif f"{Path(file).parent}/{STORED}" not in files and not _convert(path, target.with_name(STORED)):
+            left.append(file)
+    if left:
+        log.warning("not copied from %s, as it is code, a pickle, a link or other weights: %s", name, ", ".join(left))
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder of a checkpoint, in the cache if it is one of the zoo or the hub; None if there is none."""
+    if name in MODELS:
+        return Path(resolve_model(name))
+    if name and (Path(name) / "config.json").is_file():
+        return Path(name)
+    if HUB_ID.fullmatch(name):
+        with suppress(OSError):  # it is not in the cache
+            return Path(snapshot_download(name, local_files_only=True))
+    return None
+
+
+def _files(folder: Path) -> Iterable[Path]:
+    """Every file and link of a folder, in order; links to folders are not followed."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            yield from _files(path)
+        elif path.is_file() or path.is_symlink():
+            yield path
+
+
+def _modules(path: Path) -> list[str]:
+    """The subfolders that a list of modules names; none if it is missing or damaged."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        named = [str(module.get("path")) for module in json.loads(path.read_text(encoding="utf-8"))]
+        relative = [name for name in named if name not in ("", ".") and not {"..", "/"} & {*PurePosixPath(name).parts}]
+        return [name for name in relative if not (path.parent / name).is_symlink()]
+    return []
+
+
+def _choose(files: Iterable[str], modules: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files (relative paths) to copy, and those and the subfolders that are left out and have to be named."""
+    chosen, left = [], []
+    visible = [path for path in map(PurePosixPath, files) if not any(part.startswith(".") for part in path.parts)]
+    inside = {path for path in visible if any(path.is_relative_to(module) for module in modules)}
+    others = {path.parts[0] for path in visible if len(path.parts) > 1 and path not in inside and _is(path, WEIGHTS)}
+    for path in visible:
+        if path in inside and path.name in (PICKLED, STORED):
+            chosen.append(str(path))
+        elif _is(path, CODE):
+            left.append(str(path))
+        elif str(path) not in OWN and not _is(path, WEIGHTS) and (path in inside or path.parts[0] not in others):
+            chosen.append(str(path))
+    return chosen, [*left, *sorted(others)]
+
+
+def _is(path: PurePosixPath, patterns: str) -> bool:
+    return any(fnmatch(path.name.lower(), pattern) for pattern in patterns.split())
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file is in the folder, or, as a link, in the blobs of the hub's cache that the folder is in."""
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    return real.is_file() and (real.is_relative_to(home) or real.is_relative_to(blobs))
+
+
+def _convert(path: Path, target: Path) -> bool:
+    """Write a pickle of plain tensors as safetensors; returns whether it is one."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target)
+    except (pickle.UnpicklingError, RuntimeError, AttributeError, EOFError, ValueError):
+        return False
+    return True
