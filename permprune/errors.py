@@ -21,6 +21,10 @@ class PermpruneError(Exception):
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in characters)
 
 
+class FinalError(PermpruneError):
+    """An error that the same run would end in again: its state is not kept."""
+
+
 def _restored(kind: type[PermpruneError], args: tuple[Any, ...], state: dict[str, Any]) -> PermpruneError:
     error = kind.__new__(kind, *args)
     vars(error).update(state)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import Gather, attach_gathers, compose
-from permprune.checkpoints.io import write_weights
+from permprune.checkpoints.io import load_written, write_weights
 from permprune.checkpoints.licence import base_model_of, licence_of
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
@@ -129,7 +129,7 @@ class Pruned:
         require_patterns(self.model, recorded_patterns(self.model, record.layers))
         weights = partial(write_weights, self.model, processor, origin_of(self.model).dtype)
         with atomic_folder(Path(folder)) as filled:
-            write_pruned(record, self.probe, weights, filled)
+            write_pruned(record, self.probe, weights, filled, load=partial(load_written, self.model))
 
     def push_to_hub(
         self,

@@ -32,6 +32,9 @@ from permprune.system.out_of_memory import memory_reported
 from permprune.zoo.cache import cache_root
 from permprune.zoo.models import resolve_model
 
+WRITTEN = "the written model"
+"""The name in error messages of a model that is checked before its folder appears."""
+
 CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "its weights: "
 """Prefixes of error messages, for the part of a model that does not load."""
 
@@ -136,16 +139,23 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     return _load_pruned(str(folder), Path(folder), trust_remote_code)
 
 
-def _load_pruned(name: str, folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def load_written(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """`load` the folder that a model was just written to, with the class of that model."""
+    return _load_pruned(WRITTEN, folder, like=model)
+
+
+def _load_pruned(
+    name: str, folder: Path, trust_remote_code: bool = False, like: PreTrainedModel | None = None
+) -> PreTrainedModel:
     record = read_record(folder)
     if _is_gathered(folder, record):
         path = folder / GATHERED
-        architecture, config = read_config(name, folder, trust_remote_code)
+        architecture, config = _class_and_config(name, folder, trust_remote_code, like)
         with loading(name, folder, WEIGHTS):
             model = load_whole_file(str(path), architecture, config, path)
         model.eval()
     else:
-        model = _load_plain(name, folder, trust_remote_code)
+        model = _load_plain(name, folder, trust_remote_code, like)
     require_digests(folder, record.digests)
     try:
         recorded_patterns(model, record.layers)
@@ -157,12 +167,24 @@ def _load_pruned(name: str, folder: Path, trust_remote_code: bool) -> PreTrained
     return model
 
 
-def _load_plain(name: str, source: str | Path, trust_remote_code: bool) -> PreTrainedModel:
-    architecture, config = read_config(name, source, trust_remote_code)
+def _load_plain(
+    name: str, source: str | Path, trust_remote_code: bool, like: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    architecture, config = _class_and_config(name, source, trust_remote_code, like)
     with loading(name, source, WEIGHTS):
         model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code)
     model.eval()
     return model
+
+
+def _class_and_config(
+    name: str, source: str | Path, trust_remote_code: bool, like: PreTrainedModel | None
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """As `read_config`, or the classes of the model `like`, whose code runs already."""
+    if like is None:
+        return read_config(name, source, trust_remote_code)
+    with loading(name, source, CONFIG):
+        return type(like), type(like.config).from_pretrained(source)
 
 
 def _is_gathered(folder: Path, record: Record) -> bool:

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
+from accelerate.utils import OffloadedWeightsLoader
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from permprune.checkpoints.companions import fetch_companions
 from permprune.checkpoints.damage import require_digests
+from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import (
     CONFIG,
     PROCESSOR,
     WEIGHTS,
+    WRITTEN,
     loading,
     read_config,
     write_beside,
@@ -177,21 +181,62 @@ def read_offloaded(
         processor = read_processor(source, trust_remote_code)
     if not Path(source).exists():
         fetch_companions(str(source))
-    options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}
     with loading(name, source, WEIGHTS):
-        model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
+        model, weights = _offloaded(name, architecture, config, source, folder, trust_remote_code)
     if (Path(source) / RECORD).exists():
         require_digests(Path(source), read_record(source).digests)
+    dtype = model.dtype
+    set_origin(model, Origin(name, dtype))
+    _convert(model, torch.float32)
+    return model.eval(), processor, dtype, weights
+
+
+def _offloaded(
+    name: str,
+    architecture: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    source: str | Path,
+    folder: Path,
+    trust_remote_code: bool,
+) -> tuple[PreTrainedModel, StoredWeights]:
+    """Load a model without its weights as `load_whole` does, and its weights, of which `folder` gets the fused ones."""
+    options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}
+    model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     remove_hook_from_submodules(model)
     for module in model.modules():
         for buffer, tensor in module.named_buffers(recurse=False):
             setattr(module, buffer, tensor.to(best_device()))
-    dtype = model.dtype
-    set_origin(model, Origin(name, dtype))
-    _convert(model, torch.float32)
-    return model.eval(), processor, dtype, StoredWeights(stored, canonical_names(model))
+    return model, StoredWeights(stored, canonical_names(model))
+
+
+def _gathered(
+    architecture: type[PreTrainedModel], config: PreTrainedConfig, path: Path
+) -> tuple[PreTrainedModel, StoredWeights]:
+    """The same for a file of weights that need gathers."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = architecture._from_config(config)
+    with safe_open(path, "pt") as file:
+        stored = {name: {"safetensors_file": str(path), "weight_name": name} for name in file.keys()}  # noqa: SIM118
+        for name, buffer in model.named_buffers():
+            buffer.data = (file.get_tensor(name) if name in stored else buffer).to(best_device())
+    return model, StoredWeights(OffloadedWeightsLoader(index=stored), canonical_names(model))
+
+
+def load_written_offloaded(model: PreTrainedModel, folder: Path, scratch: Path) -> PreTrainedModel:
+    """Like `load_written`, with weights that are read when the model runs; `scratch` is as in `read_offloaded`."""
+    record, architecture, config = read_record(folder), type(model), type(model.config).from_pretrained(folder)
+    with loading(WRITTEN, folder, WEIGHTS):
+        if record.gathers:
+            loaded, weights = _gathered(architecture, config, folder / GATHERED)
+        else:
+            loaded, weights = _offloaded(WRITTEN, architecture, config, folder, scratch, False)
+    _convert(loaded, torch.float32)
+    attach(loaded, weights)
+    attach_gathers(loaded, record.gathers)
+    loaded.eval()
+    return loaded
 
 
 def attach(model: PreTrainedModel, weights: StoredWeights) -> None:

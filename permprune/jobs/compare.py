@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from permprune.checkpoints.io import write_weights
+from permprune.checkpoints.io import load_written, write_weights
 from permprune.checkpoints.source import ModelSource
 from permprune.config import PruneConfig
 from permprune.data.overlap import warn_of_overlap
@@ -143,6 +143,6 @@ def _write_best(trials: Trials, method: Permuter, result: Comparison, evaluation
     def write() -> None:
         with atomic_folder(work.out, work.scratch) as folder:
             weights = partial(write_weights, pruned.model, trials.processor, trials.stored)
-            write_pruned(record, pruned.probe, weights, folder)
+            write_pruned(record, pruned.probe, weights, folder, load=partial(load_written, pruned.model))
 
     distributed.on_first(write)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.io import PROCESSOR, load, loading, write_beside, write_weights
+from permprune.checkpoints.io import PROCESSOR, load, load_written, loading, write_beside, write_weights
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import linear_layers
 from permprune.checkpoints.probe import TOLERANCE, Probe, check_outputs, output_difference
@@ -85,7 +86,7 @@ def pack_folder(
         write_beside(model, processor, written)
 
     with atomic_folder(out) as written:
-        write_pruned(record, measured, weights, written)
+        write_pruned(record, measured, weights, written, load=partial(load_written, model))
     return Packed(
         weights=Sizes(before[0], after[0]),
         layers=Sizes(before[1], after[1]),
@@ -118,6 +119,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
             dataclasses.replace(probe, tolerance=tolerance),
             lambda made: write_weights(model, processor, model.dtype, made),
             written,
+            load=partial(load_written, model),
         )
 
 

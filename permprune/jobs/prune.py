@@ -12,8 +12,8 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.io import write_weights
-from permprune.checkpoints.offload import read_offloaded, write_offloaded
+from permprune.checkpoints.io import load_written, write_weights
+from permprune.checkpoints.offload import load_written_offloaded, read_offloaded, write_offloaded
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.record import Measured, Record
 from permprune.checkpoints.source import ModelSource, OpenModel, name_of, open_model
@@ -86,7 +86,7 @@ def prune_to_folder(
             done = _prune_streamed(str(model), config, evaluation, work)  # no callbacks: the method has no rounds
         else:
             opened = open_model(model, processor, trust_remote_code=config.trust_remote_code)
-            done = _prune_held(opened, config, evaluation, work, callbacks)
+            done = _prune_held(opened, config, evaluation, work, callbacks, spare=opened.model is not model)
         measured = done.measured
         metric = metric_named(measured.metric)
         record = dataclasses.replace(
@@ -103,7 +103,7 @@ def prune_to_folder(
 
 @dataclasses.dataclass
 class _Done:
-    """A pruned model, its measurements, and the function that writes its weights and processor to a folder.
+    """A pruned model, its measurements, and the functions that write its weights and processor to a folder and load it.
 
     The first process writes; meanwhile the others `serve` the rows that they hold, until the end of `served`.
     """
@@ -112,14 +112,21 @@ class _Done:
     measured: Measured
     seconds: dict[str, float]
     write: Callable[[Path], None]
+    load: Callable[[Path], PreTrainedModel]
     served: Callable[[], AbstractContextManager[None]] = nullcontext
     serve: Callable[[], None] = lambda: None
 
 
 def _prune_held(
-    opened: OpenModel, config: PruneConfig, evaluation: Evaluation, work: WorkFolder, callbacks: Sequence[Callback]
+    opened: OpenModel,
+    config: PruneConfig,
+    evaluation: Evaluation,
+    work: WorkFolder,
+    callbacks: Sequence[Callback],
+    *,
+    spare: bool,
 ) -> _Done:
-    """Prune a model in memory."""
+    """Prune a model in memory; with `spare`, it makes room for the written one when that is loaded to be checked."""
     method = permuter(config.permute)
     model, processor, stored = opened.model, opened.processor, opened.stored
     set_origin(model, origin_of(model))
@@ -130,7 +137,14 @@ def _prune_held(
     found = _search(prepared, processor, evaluation, callbacks)
     pruned = finish(prepared, found.solution, found.natural)
     measured = found.measured(evaluation)
-    return _Done(pruned, measured, found.seconds, lambda folder: write_weights(model, processor, stored, folder))
+
+    def load(folder: Path) -> PreTrainedModel:
+        if spare:
+            model.to("meta")  # type: ignore[arg-type]
+        return load_written(model, folder)
+
+    write = partial(write_weights, model, processor, stored)
+    return _Done(pruned, measured, found.seconds, write, load)
 
 
 @dataclasses.dataclass
@@ -178,7 +192,8 @@ def _prune_divided(
     measured = found.measured(evaluation)
     pruned = model.finish(found.solution, found.natural)
     write = partial(model.write, gathered=bool(pruned.gathers))
-    return _Done(pruned, measured, found.seconds, write, model.collected.served, model.collected.serve)
+    load = partial(load_written_offloaded, model.whole, scratch=work.scratch / "written")
+    return _Done(pruned, measured, found.seconds, write, load, model.collected.served, model.collected.serve)
 
 
 def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work: WorkFolder) -> _Done:
@@ -212,7 +227,8 @@ def _prune_streamed(name: str, config: PruneConfig, evaluation: Evaluation, work
             memory=cast(int, config.memory),
         )
 
-    return _Done(pruned, evaluation.measured(*results, overlap=overlap), seconds, write)
+    load = partial(load_written_offloaded, model, scratch=work.scratch / "written")
+    return _Done(pruned, evaluation.measured(*results, overlap=overlap), seconds, write, load)
 
 
 def _said_overlap(plan: Plan, examples: Examples) -> float:
@@ -226,6 +242,6 @@ def _write(done: _Done, record: Record, work: WorkFolder, pack: str | None) -> N
     """Write the output folder; with `pack`, write the unpacked checkpoint to the work folder first and pack that."""
     out = work.out if pack is None else work.scratch / "pruned"
     with done.served(), atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
-        write_pruned(record, done.pruned.probe, done.write, folder)
+        write_pruned(record, done.pruned.probe, done.write, folder, load=done.load)
     if pack is not None and (dense := pack_folder(out, work.out, dtype=pack).left_dense):
         log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))

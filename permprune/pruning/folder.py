@@ -12,12 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.damage import weight_digests
-from permprune.checkpoints.io import write_weights
+from permprune.checkpoints.io import WRITTEN, load_written, write_weights
 from permprune.checkpoints.origin import Origin, origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
-from permprune.checkpoints.probe import PROBE, Probe, make_probe
+from permprune.checkpoints.probe import PROBE, Probe, check_outputs, make_probe
 from permprune.checkpoints.record import RECORD, Record
-from permprune.errors import PermpruneError
+from permprune.errors import FinalError, PermpruneError
 from permprune.models.forward import computed_in, stored_as
 from permprune.models.layers import is_packed
 from permprune.models.processors import Processor
@@ -59,13 +59,21 @@ def write_model(model: PreTrainedModel, processor: Processor | None, folder: Pat
     inputs = require_probe(origin).inputs
     with stored_as(model, origin.dtype), computed_in(model, torch.float32):
         probe = make_probe(model, inputs)
-    write_pruned(record, probe, weights, folder)
+    write_pruned(record, probe, weights, folder, load=partial(load_written, model))
 
 
-def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object], folder: Path) -> None:
+def write_pruned(
+    record: Record,
+    probe: Probe,
+    weights: Callable[[Path], object],
+    folder: Path,
+    *,
+    load: Callable[[Path], PreTrainedModel],
+) -> None:
     """Write a pruned model to a folder; `weights(folder)` writes its weights and processor.
 
-    The record gets the digests of the written weights.
+    The record gets the digests of the written weights. Then `load(folder)` loads the model, as `load_written`. Raises
+    `FinalError` if its outputs are not those of the probe.
     """
     weights(folder)
     probe.write(folder)
@@ -73,6 +81,12 @@ def write_pruned(record: Record, probe: Probe, weights: Callable[[Path], object]
     write_json(folder / RECORD, values)
     write_report(values, folder / "report.html")
     write_card(values, folder)
+    try:
+        check_outputs(
+            load(folder), probe, f"{WRITTEN}, loaded again,", "it is discarded; report it, or try --mode gather"
+        )
+    except PermpruneError as error:
+        raise FinalError(str(error)) from error
 
 
 def require_probe(origin: Origin) -> Probe:

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from permprune.errors import PermpruneError
+from permprune.errors import FinalError, PermpruneError
 from permprune.system.imports import on_first_use
 from permprune.system.resources import gib
 
@@ -120,19 +120,19 @@ class WorkFolder:
         """A context that creates the folder, or takes over that of an interrupted run, and locks it.
 
         `job` is the name of the command, such as "prune". At the end the folder is removed; if the context raises, a
-        folder with a state is kept. Under `torchrun` the first rank does all this for the others. Raises
-        `PermpruneError` if another run has locked the folder; if it contains files that permprune did not write or the
-        state of another job; if it contains the state of an interrupted run and `resume` is False; and in the cases of
-        `require_absent` and `require_writable`.
+        folder with a state is kept, except for a `FinalError`. Under `torchrun` the first rank does all this for the
+        others. Raises `PermpruneError` if another run has locked the folder; if it contains files that permprune did
+        not write or the state of another job; if it contains the state of an interrupted run and `resume` is False; and
+        in the cases of `require_absent` and `require_writable`.
         """
         lock = FileLock(self.path / LOCK, timeout=0)
         distributed.on_first(lambda: self._open(lock, job, resume))
         try:
             yield self
             distributed.wait()  # until no rank reads from it
-        except BaseException:
+        except BaseException as error:
             if not distributed.rank():
-                self._close(lock, keep=self.holds_state())
+                self._close(lock, keep=self.holds_state() and not isinstance(error, FinalError))
             raise
         distributed.on_first(lambda: self._close(lock, keep=False))
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune.checkpoints.patterns import held_patterns
@@ -100,6 +100,33 @@ def test_a_model_pruned_in_half_precision_is_stored_so(tmp_path: Path, tiny_llam
     done.save_pretrained(tmp_path / "out")
     assert permprune.verify(tmp_path / "out").layers == 14
     assert permprune.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_folder_that_loads_as_another_model_does_not_appear(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plain load builds in another order than the one that was written, for a reason that no analysis knows."""
+    plain = LlamaForCausalLM.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def in_another_order(kind: type[LlamaForCausalLM], *args: Any, **options: Any) -> Any:
+        loaded = plain(kind, *args, **options)
+        if isinstance(loaded, LlamaForCausalLM) and "out" in str(args[0]):
+            weight = loaded.model.layers[0].mlp.down_proj.weight
+            weight.data = weight.data.flip(1)
+        return loaded
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(in_another_order))
+    out = tmp_path / "out"
+    expected = "the written model, loaded again, computes other outputs than the masked model did"
+    code, _, stderr = run("prune", source, *options(source), "--permute", "ria", "--out", out)
+    assert code == 2 and stderr.splitlines()[-1].startswith(f"permprune: {expected}"), stderr
+    model, tokenizer, _ = permprune.read_model(str(source))
+    done = permprune.prune(model, tokenizer, examples=WINDOWS, **SETTINGS)
+    with pytest.raises(permprune.PermpruneError, match=expected):
+        done.save_pretrained(out, tokenizer)
+    with pytest.raises(permprune.PermpruneError, match=expected):
+        permprune.save(done.model, out, tokenizer)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:
