@@ -48,7 +48,7 @@ from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import fold_tables, gather_places, reorder_columns
+from permprune.pruning.stored import fold_tables, gather_places, reorder_columns, reordered_outputs
 from permprune.system.device import compute_device
 from permprune.system.files import atomic_folder
 from permprune.system.out_of_memory import memory_reported
@@ -80,7 +80,8 @@ class Pruned:
     space, int64 (channels,), and `gathers` all reorderings that the model performs at run time. `layers` has, for each
     pruned layer, the share of squared saliency kept and the relative output error, in natural order (`kept_none`,
     `error_none`) and as pruned (`kept`, `error`). `probe` contains random inputs and the model's outputs for them
-    before the orders were folded (`make_probe`). `sample` contains a few weights before and after pruning (see
+    before the orders were folded (`make_probe`). `reordered` are the outputs beside the logits whose channels are in
+    the order of spaces in `tables`, with their names. `sample` contains a few weights before and after pruning (see
     `sample`); it is None if the model was read layer by layer.
     """
 
@@ -91,6 +92,7 @@ class Pruned:
     gathers: list[Gather]
     layers: list[PrunedLayer]
     probe: Probe
+    reordered: dict[str, list[str]]
     sample: dict[str, Any] | None = None
 
     def record(self) -> Record:
@@ -108,6 +110,7 @@ class Pruned:
             "curve": [asdict(point) for point in self.solution.curve],
             "permutations": {space: table.tolist() for space, table in self.tables.items()},
             "gathers": [asdict(gather) for gather in self.gathers],
+            "reordered": {**(before.reordered if before else {}), **self.reordered},
             "dense": asdict(dense_weights(self.model, pruned, self.config.exclude)),
             "sample": self.sample,
             "seconds": {"search": self.solution.seconds},
@@ -261,6 +264,7 @@ def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) 
         gathers=gathers,
         layers=measures,
         probe=probe,
+        reordered=reordered_outputs(prepared.coupling, tables),
         sample=shown,
     )
     set_origin(model, replace(origin_of(model), record=pruned.record(), probe=probe))

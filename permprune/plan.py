@@ -28,6 +28,8 @@ from permprune.models.processors import Processor
 from permprune.models.shallow import Repetition, repetitions, shortened
 from permprune.pattern import Pattern, parse_pattern
 from permprune.permuters.base import Run
+from permprune.permuters.identity import Identity
+from permprune.permuters.registry import permuter
 from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Problem, build_problems
 from permprune.registry import label_of
@@ -105,6 +107,7 @@ def plan_run(
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
     problems = build_problems(coupling, layers, pattern, config.mode)
+    _warn_of_outputs(coupling, problems, config)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), config.mode)
     dtype = DTYPES.get(config.precision) or fast_dtype(device)
     searched = {name: value for name, value in config.identity().items() if name not in FREE}
@@ -120,6 +123,18 @@ def plan_run(
     )
     dense = dense_weights(model, sites, config.exclude)
     return Plan(config, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
+
+
+def _warn_of_outputs(coupling: Coupling, problems: Iterable[Problem], config: PruneConfig) -> None:
+    """Log a warning if the search may reorder channels of what the model returns beside its logits."""
+    reordered = coupling.reordered(problem.space for problem in problems)
+    if reordered and permuter(config.permute).name != Identity.name:
+        log.warning(
+            "beside its logits the model returns %s, whose channels will be in the new order of %s: "
+            "if you read them, use --mode gather",
+            ", ".join(reordered),
+            ", ".join(dict.fromkeys(space for spaces in reordered.values() for space in spaces)),
+        )
 
 
 def outline_model(model: PreTrainedModel, config: PruneConfig) -> Outline:

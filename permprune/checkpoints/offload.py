@@ -182,13 +182,13 @@ def read_offloaded(
     if not Path(source).exists():
         fetch_companions(str(source))
     with loading(name, source, WEIGHTS):
-        model, weights = _offloaded(name, architecture, config, source, folder, trust_remote_code)
+        model, stored = _offloaded(name, architecture, config, source, folder, trust_remote_code)
     if (Path(source) / RECORD).exists():
         require_digests(Path(source), read_record(source).digests)
     dtype = model.dtype
     set_origin(model, Origin(name, dtype))
     _convert(model, torch.float32)
-    return model.eval(), processor, dtype, weights
+    return model.eval(), processor, dtype, StoredWeights(stored, canonical_names(model))
 
 
 def _offloaded(
@@ -198,7 +198,7 @@ def _offloaded(
     source: str | Path,
     folder: Path,
     trust_remote_code: bool,
-) -> tuple[PreTrainedModel, StoredWeights]:
+) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """Load a model without its weights as `load_whole` does, and its weights, of which `folder` gets the fused ones."""
     options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}
     model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
@@ -208,12 +208,12 @@ def _offloaded(
     for module in model.modules():
         for buffer, tensor in module.named_buffers(recurse=False):
             setattr(module, buffer, tensor.to(best_device()))
-    return model, StoredWeights(stored, canonical_names(model))
+    return model, stored
 
 
 def _gathered(
     architecture: type[PreTrainedModel], config: PreTrainedConfig, path: Path
-) -> tuple[PreTrainedModel, StoredWeights]:
+) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """The same for a file of weights that need gathers."""
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = architecture._from_config(config)
@@ -221,7 +221,7 @@ def _gathered(
         stored = {name: {"safetensors_file": str(path), "weight_name": name} for name in file.keys()}  # noqa: SIM118
         for name, buffer in model.named_buffers():
             buffer.data = (file.get_tensor(name) if name in stored else buffer).to(best_device())
-    return model, StoredWeights(OffloadedWeightsLoader(index=stored), canonical_names(model))
+    return model, OffloadedWeightsLoader(index=stored)
 
 
 def load_written_offloaded(model: PreTrainedModel, folder: Path, scratch: Path) -> PreTrainedModel:
@@ -229,11 +229,11 @@ def load_written_offloaded(model: PreTrainedModel, folder: Path, scratch: Path) 
     record, architecture, config = read_record(folder), type(model), type(model.config).from_pretrained(folder)
     with loading(WRITTEN, folder, WEIGHTS):
         if record.gathers:
-            loaded, weights = _gathered(architecture, config, folder / GATHERED)
+            loaded, stored = _gathered(architecture, config, folder / GATHERED)
         else:
-            loaded, weights = _offloaded(WRITTEN, architecture, config, folder, scratch, False)
+            loaded, stored = _offloaded(WRITTEN, architecture, config, folder, scratch, False)
     _convert(loaded, torch.float32)
-    attach(loaded, weights)
+    attach(loaded, StoredWeights(stored, canonical_names(loaded)))
     attach_gathers(loaded, record.gathers)
     loaded.eval()
     return loaded

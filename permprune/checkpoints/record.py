@@ -167,11 +167,12 @@ class Record:
 
     `model` is the name of the dense model. `settings` are the fields of `PruneConfig`, with the permuter as "permute".
     `permutations` are the tables folded into the weights, by space, and `gathers` the permutations that have to be
-    applied at run time. `dense` lists the weights inside the blocks that stayed dense; None if it was not recorded.
-    `bench` is the result of `permprune bench`. `base_model` is the dense model's hub id and `license` its licence, as
-    its card or config states it; None if unknown. `digests` are those of the tensors of the written weights (see
-    `weight_digests`), by name; empty for a model in memory, and in records of earlier releases. Values that were not
-    measured are None. Keys unknown to this version are kept in `extra`.
+    applied at run time. `reordered` are the outputs beside the logits whose channels are in a new order, each with the
+    names of its spaces in `permutations`. `dense` lists the weights inside the blocks that stayed dense; None if it was
+    not recorded. `bench` is the result of `permprune bench`. `base_model` is the dense model's hub id and `license` its
+    licence, as its card or config states it; None if unknown. `digests` are those of the tensors of the written weights
+    (see `weight_digests`), by name; empty for a model in memory, and in records of earlier releases. Values that were
+    not measured are None. Keys unknown to this version are kept in `extra`.
     """
 
     format: Format
@@ -194,6 +195,7 @@ class Record:
     bench: Benchmark | None = None
     base_model: str | None = None
     license: str | None = None
+    reordered: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 

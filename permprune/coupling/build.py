@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from permprune.coupling.axes import Axis, Label, Loop, Occurrence, find, loops, occurrences
+from permprune.coupling.axes import Axis, Label, Loop, Occurrence, find, freeze, loops, occurrences
 from permprune.coupling.sites import UniqueNames, common_prefix, dotted, owner
 from permprune.coupling.space import ChannelSpace, Member, Role
 from permprune.coupling.walk import Walk
@@ -29,8 +29,12 @@ def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[Ch
     Spaces are sorted by the first linear that reads them; spaces in the same input dimension are sorted by stride, so
     the channels of a head come before the heads. `readers` maps (weight, input dimension) to the name of the `Site`
     that the linear reads.
+
+    What the model returns beside its logits (`Walk.outputs`) keeps its order, except for channels that are read at
+    several sites, such as the hidden states of the last layer: to keep them would cost the most important order.
     """
     spots = _parameter_spots(walk)
+    outputs = _outputs(walk, spots, readers)
     blocks = _block_axes(walk, spots)
     rank = {key: position for position, key in enumerate(walk.reads)}
     found = []
@@ -44,7 +48,25 @@ def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[Ch
             found.append((min(reading), atom))
     found.sort(key=lambda entry: entry[0])
     names = UniqueNames()
-    return tuple(_space(walk, atom, spots[atom], blocks[atom], readers, names) for _, atom in found)
+    return tuple(
+        replace(_space(walk, atom, spots[atom], blocks[atom], readers, names), outputs=tuple(outputs.get(atom, ())))
+        for _, atom in found
+    )
+
+
+def _outputs(
+    walk: Walk, spots: Mapping[Axis, Sequence[tuple[str, _Spot]]], readers: Mapping[tuple[str, int], str]
+) -> dict[Axis, dict[str, None]]:
+    """The names of the outputs beside the logits with channels of each atom; atoms read at one site are frozen."""
+    found: dict[Axis, dict[str, None]] = {}
+    for name, label in walk.outputs:
+        for atom in (spot.occurrence.atom for spot in _spots(label) if spot.occurrence.atom in spots):
+            sites = {readers.get((parameter, spot.dim)) for parameter, spot in spots[atom]} - {None}
+            if len(sites) > 1 and not atom.reason:
+                found.setdefault(atom, {})[name] = None
+            else:
+                freeze(atom, f"the model returns it as {name}")
+    return found
 
 
 def _parameter_spots(walk: Walk) -> dict[Axis, list[tuple[str, _Spot]]]:

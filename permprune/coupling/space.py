@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,8 @@ class ChannelSpace:
     A space has `blocks` blocks of `size` channels, and each block has its own permutation. A permutation of a space is
     an int64 table (blocks, size): position i of block b receives the old channel `table[b, i]`. `freedom` is "free" for
     a space of one block, "blocks" for one of several, and "frozen" for one that must not be permuted; `reason` then
-    says why.
+    says why. `outputs` are the names of the tensors beside the logits that the model returns with these channels, and
+    so in their new order.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ChannelSpace:
     freedom: Literal["free", "blocks", "frozen"]
     members: tuple[Member, ...]
     reason: str = ""
+    outputs: tuple[str, ...] = ()
 
     @property
     def readers(self) -> tuple[Member, ...]:
@@ -73,3 +76,12 @@ class Coupling:
 
     spaces: tuple[ChannelSpace, ...]
     sites: tuple[Site, ...]
+
+    def reordered(self, folded: Iterable[str]) -> dict[str, list[str]]:
+        """The outputs beside the logits that have channels of the `folded` spaces, each with the names of these."""
+        found: dict[str, list[str]] = {}
+        names = set(folded)
+        for space in self.spaces:
+            for output in space.outputs if space.name in names else ():
+                found.setdefault(output, []).append(space.name)
+        return found

@@ -8,6 +8,7 @@ import itertools
 import traceback
 import warnings
 from collections.abc import Container, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from permprune.coupling.axes import Label, freeze
 from permprune.coupling.walk import Origin, Walk, fresh, place, writes
 from permprune.errors import PermpruneError
 from permprune.models.experts import BATCHED, implementation
-from permprune.models.forward import forward_arguments, inference, main_outputs
+from permprune.models.forward import forward_arguments, inference, main_outputs, side_outputs
 from permprune.models.layers import canonical_names
 
 
@@ -60,9 +61,11 @@ def trace(model: nn.Module, example: Mapping[str, Tensor]) -> tuple[Walk, Graph]
         elif node in live:
             walk.step(node)
     _freeze_overlaps(walk, model, canonical)
-    for node in _main_outputs(program):
+    output = _output(program)
+    for node in main_outputs(output):
         for axis in walk.label(node) or ():
             freeze(axis, f"the model returns it ({place(node)})")
+    walk.outputs += [(name, label) for name, node in side_outputs(output) if (label := walk.label(node))]
     return walk, program.graph
 
 
@@ -142,9 +145,9 @@ def _freeze_overlaps(walk: Walk, model: nn.Module, canonical: Mapping[str, str])
                 freeze(axis, f"{name} and {other} share memory")
 
 
-def _main_outputs(program: ExportedProgram) -> list[Node]:
+def _output(program: ExportedProgram) -> Any:
+    """What the model returns, with nodes in the places of tensors."""
     results = next(node for node in program.graph.nodes if node.op == "output").args[0]
     spec = program.call_spec.out_spec
     count = spec.num_leaves if spec is not None else 0
-    output = _pytree.tree_unflatten(results[len(results) - count :], spec) if spec is not None else results
-    return [node for node in main_outputs(output) if isinstance(node, Node)]
+    return _pytree.tree_unflatten(results[len(results) - count :], spec) if spec is not None else results

@@ -81,7 +81,8 @@ class Walk:
     names to labels. `origins` maps the nodes that are views of a parameter to their `Origin`. `records` lists every
     label seen, including those of partial results inside an op (a contraction sums over the contracted axis, so its
     partial result lacks it). `reads` maps (weight, input dimension) of each linear to its (activation, linear) nodes,
-    and `writes` holds the (weight, output dimension) of linears, convolutions and embeddings.
+    and `writes` holds the (weight, output dimension) of linears, convolutions and embeddings. `outputs` are the names
+    and labels of what the model returns beside its logits.
     """
 
     labels: dict[Node, Any] = field(default_factory=dict)
@@ -91,6 +92,7 @@ class Walk:
     records: list[Label] = field(default_factory=list)
     reads: dict[tuple[str, int], list[tuple[Node, Node]]] = field(default_factory=dict)
     writes: set[tuple[str, int]] = field(default_factory=set)
+    outputs: list[tuple[str, Label]] = field(default_factory=list)
 
     def step(self, node: Node) -> None:
         """Label one `call_function` node."""

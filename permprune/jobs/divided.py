@@ -22,7 +22,7 @@ from permprune.permuters.registry import permuter
 from permprune.pipeline import Pruned, beside_natural, measure, new_gathers, round_weights
 from permprune.plan import calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure
-from permprune.pruning.stored import fold_tables
+from permprune.pruning.stored import fold_tables, reordered_outputs
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, require_space
 from permprune.system.memory import release_freed_memory
@@ -64,14 +64,16 @@ class DividedModel:
         release_freed_memory()  # of the search: the first process collects whole files
         prepared, network = self.prepared, self.prepared.network
         round_weights([*network.trained.values(), *network.updated.values()], self.stored)
+        tables = fold_tables(prepared.coupling, network.problems, solution.orders)
         pruned = Pruned(
             model=self.whole,
             solution=solution,
             config=prepared.config,
-            tables=fold_tables(prepared.coupling, network.problems, solution.orders),
+            tables=tables,
             gathers=list(new_gathers(prepared.coupling, network.problems, solution.orders, network.layers).values()),
             layers=beside_natural(network.measures(), natural),
             probe=make_probe(prepared.model, short_inputs(prepared.model, prepared.run.held_out)),
+            reordered=reordered_outputs(prepared.coupling, tables),
         )
         layers = {layer.parameter: name for name, layer in network.layers.items()}
         lengths = {name: len(parameter) for name, parameter in self.whole.named_parameters()}

@@ -34,7 +34,7 @@ from permprune.pipeline import Pruned, beside_natural, new_gathers
 from permprune.plan import Plan
 from permprune.pruning.masked import MaskedLayers
 from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import fold_tables, reorder_columns
+from permprune.pruning.stored import fold_tables, reorder_columns, reordered_outputs
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.files import write_whole
@@ -159,15 +159,17 @@ class Stream:
         plan = self.plan
         orders = {problem.name: journal.tensors[problem.name] for problem in problems}
         measures = {row["name"]: PrunedLayer(**row) for site in journal.values.values() for row in site["layers"]}
+        tables = fold_tables(plan.coupling, problems, orders)
         self.weights.edit = self.masked(DECIDED)
         return Pruned(
             model=self.model,
             solution=Solution(orders, math.fsum(site["seconds"] for site in journal.values.values())),
             config=plan.config,
-            tables=fold_tables(plan.coupling, problems, orders),
+            tables=tables,
             gathers=list(new_gathers(plan.coupling, problems, orders, self._layers).values()),
             layers=[measures[layer.name] for layer in plan.layers],
             probe=make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
+            reordered=reordered_outputs(plan.coupling, tables),
         )
 
     def masked(self, order: str) -> Edit:

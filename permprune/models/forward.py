@@ -129,6 +129,26 @@ def main_outputs(output: Any) -> list[Any]:
     return list(_pytree.tree_leaves(output))
 
 
+def side_outputs(output: Any) -> list[tuple[str, Any]]:
+    """The other tensors that a model returns, each with its name, such as "text_model_output.last_hidden_state".
+
+    The entries of a sequence, such as the hidden states of all layers, have one name.
+    """
+    main = {id(leaf) for leaf in main_outputs(output)}
+    return [(name, leaf) for name, leaf in _named("", output) if id(leaf) not in main]
+
+
+def _named(name: str, output: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from _named(f"{name}.{key}".removeprefix("."), value)
+    elif isinstance(output, tuple | list):
+        for value in output:
+            yield from _named(name, value)
+    else:
+        yield name, output
+
+
 def short_inputs(model: PreTrainedModel, examples: Examples) -> dict[str, Tensor]:
     """The model's arguments for two examples, on its device and without attention masks; text is cut to 16 tokens."""
     inputs = model_inputs(model, examples[torch.arange(2) % len(examples)].to(compute_device(model)))

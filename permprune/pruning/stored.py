@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> 
             table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
             table[problem.block] = orders[problem.name]
     return tables
+
+
+def reordered_outputs(coupling: Coupling, tables: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the outputs beside the logits whose channels the folded permutations move (see `Coupling.reordered`)."""
+    natural = {name: torch.arange(table.shape[-1]).expand_as(table) for name, table in tables.items()}
+    return coupling.reordered(name for name, table in tables.items() if not torch.equal(table, natural[name]))
 
 
 def gather_places(site: Site, readers: list[Layer]) -> tuple[str, list[str]]:

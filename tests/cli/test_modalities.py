@@ -181,6 +181,9 @@ def test_a_translator_is_pruned_on_text_alone(
     options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--length", "16", "--permute", "random"]
     code, stdout, stderr = run("prune", source, *options, "--out", out)
     assert code == 0 and "top-1 agreement" in stdout, stderr
+    record = json.loads((out / "permprune.json").read_text())
+    reordered = {} if family == "marian" else {"encoder_last_hidden_state": ["residual"]}
+    assert record["reordered"] == reordered and ("encoder_last_hidden_state" in stderr) == bool(reordered)
     code, _, stderr = run("verify", out)  # loads the folder as Transformers does
     assert code == 0, stderr
 
