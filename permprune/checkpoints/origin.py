@@ -9,8 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import Gather, attach_gathers
-from permprune.checkpoints.probe import Probe
 from permprune.checkpoints.record import Record
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    from permprune.checkpoints.probe import Probe
 
 ATTRIBUTE = "_permprune_origin"
 
