@@ -1,5 +1,8 @@
 """Packed checkpoints for Transformers, through its interface for quantizers: `quant_method: permprune` in config.json.
 
+Transformers imports this module (`after_import`) when any other of the package first needs its models. So modules that
+need them too are imported where they are used.
+
 With permprune imported, `from_pretrained` creates the model without weights, replaces the layers that the config lists
 by `PackedLinear`, and loads the packed tensors like any others; `save_pretrained` writes them again.
 """
@@ -10,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +24,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from permprune.checkpoints.gathers import Gather, attach_gathers
-from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.weight_files import PACKED_WEIGHTS, stop_transformers
 from permprune.errors import PermpruneError
 from permprune.kernels.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
@@ -31,6 +32,9 @@ from permprune.kernels.module import PackedLinear
 from permprune.kernels.plain import use_kernels, use_pytorch
 from permprune.pattern import Pattern
 from permprune.system.huge_pages import move_to_huge_pages
+
+if TYPE_CHECKING:
+    from permprune.checkpoints.gathers import Gather
 
 METHOD = "permprune"
 VERSION = 1
@@ -143,6 +147,9 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from permprune.checkpoints.gathers import attach_gathers
+        from permprune.checkpoints.origin import origin_of, set_origin
+
         for module in model.modules():
             vars(module).pop("save_pretrained", None)
         gathers = _restored_gathers(model)
@@ -171,6 +178,8 @@ def _save_packed(model: PreTrainedModel, folder: str | Path, **options: Any) -> 
 
 def _restored_gathers(model: nn.Module) -> list[Gather]:
     """Return the gathers that became part of a model when it was packed, and undo those of outputs."""
+    from permprune.checkpoints.gathers import Gather
+
     found = []
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and module.order is not None:

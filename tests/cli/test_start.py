@@ -55,6 +55,12 @@ print("permprune" in AUTO_QUANTIZER_MAPPING)
     assert python(code) == "True"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["examples", "models.layers", "checkpoints.origin", "system.digests"])
+def test_any_module_may_be_the_first_that_needs_transformers(module: str) -> None:
+    assert python(f"import permprune.{module}, sys; print('permprune.inference.quantizer' in sys.modules)") == "True"
+
+
 @pytest.mark.parametrize(
     ("command", "names"),
     [
