@@ -26,8 +26,8 @@ from permprune.permuters.base import Permuter, Round
 from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.system.device import best_device, fast_dtype
+from permprune.system.files import gib
 from permprune.system.memory import keep_freed_memory, peak_memory_mb, reset_peak_memory
-from permprune.system.resources import gib
 
 HEAD = "| model | forecast | peak | peak / forecast | peak / checkpoint | seconds a round |\n|---|---|---|---|---|---|"
 

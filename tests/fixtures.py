@@ -47,9 +47,9 @@ from permprune.checkpoints.origin import origin_of  # noqa: E402
 from permprune.config import PruneConfig  # noqa: E402
 from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
+from permprune.forecasts.activations import Activations, Gradients  # noqa: E402
 from permprune.forecasts.run import _counted  # noqa: E402
 from permprune.kernels import native  # noqa: E402
-from permprune.models.activations import Activations, Gradients  # noqa: E402
 from permprune.pruning.outline import Outline  # noqa: E402
 from permprune.report.run import _pictures  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402

@@ -135,12 +135,6 @@ def accumulator_bytes(widths: Iterable[int]) -> int:
     return 4 * sum(map(stored_elements, widths))
 
 
-def moments_bytes(widths: Iterable[int], *, half: bool) -> int:
-    """Return the bytes of the results of `InputMoments` for tensors of these numbers of channels."""
-    widths = list(widths)
-    return 2 * sum(map(stored_elements, widths)) + 4 * sum(widths) if half else accumulator_bytes(widths)
-
-
 def moments_of(x: Float[Tensor, "*positions channels"], site: str, *, half: bool) -> Symmetrics:
     """Return the second moments of activations (..., channels) of any type, as `InputMoments` does for all of them."""
     rows = x.detach().flatten(0, -2).float()

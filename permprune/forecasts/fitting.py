@@ -9,45 +9,29 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
 from permprune.checkpoints.offload import read_shapes, read_skeleton
 from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
-from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.machine import Machine, machine_named, this_machine
-from permprune.forecasts.run import (
-    EVALUATED,
-    EVALUATION_BATCH,
-    Forecast,
-    forecast_held,
-    forward_operations,
-    offloaded_bytes,
-    program_bytes,
-)
-from permprune.forecasts.streamed import streamed_bytes, streamed_masks_bytes
+from permprune.forecasts.run import WINDOWS, Forecast, Subject, forecast_held
+from permprune.forecasts.streamed import forecast_streamed
 from permprune.models.modality import kind_of
-from permprune.models.positions import fitting_length
 from permprune.models.row_shards import require_divisible
 from permprune.options import Count, require
 from permprune.pattern import MIXED
 from permprune.permuters.base import LocalPermuter
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.plan import outline_model
-from permprune.pruning.outline import Outline
 from permprune.registry import label_of
-from permprune.saliency.registry import saliency
 from permprune.system import distributed
+from permprune.system.files import gib
 from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import log
-from permprune.system.resources import Held, Stage, Work, gib
 from permprune.updates.none import NoUpdate
 from permprune.updates.registry import update
 from permprune.zoo.models import resolve_model
-
-WINDOWS = 24
-"""Windows of the evaluation, by default."""
 
 
 @memory_reported()
@@ -102,33 +86,8 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
 
 
 @dataclass(frozen=True)
-class Fitting:
-    """Forecasts of runs with more or less lean settings, of a model on the meta device.
-
-    `windows` is the number of windows of the evaluation, and `stored` the type in which the weights are stored. The run
-    has so many `processes`, all on this machine unless `torchrun` says otherwise.
-    """
-
-    name: str
-    model: PreTrainedModel
-    outline: Outline
-    machine: Machine
-    stored: torch.dtype
-    windows: int = WINDOWS
-    processes: int = 1
-
-    def held(self, config: PruneConfig, shards: int = 1) -> Forecast:
-        """Forecast a run that holds the whole model in memory, or of which each of `shards` processes holds a part."""
-        return forecast_held(
-            self.model,
-            config,
-            self.outline,
-            self.machine,
-            windows=self.windows,
-            stored=self.stored,
-            processes=self.processes,
-            shards=shards,
-        )
+class Fitting(Subject):
+    """Forecasts of runs with more or less lean settings."""
 
     def together(self, config: PruneConfig) -> Forecast:
         """Return the forecast of the run of several processes with the settings given.
@@ -140,12 +99,12 @@ class Fitting:
         if config.shard:
             if fault:
                 raise PermpruneError(fault)
-            return replace(self.held(config, self.processes), advice=self._dividing(""))
-        whole = self.held(config)
+            return replace(forecast_held(self, config, self.processes), advice=self._dividing(""))
+        whole = forecast_held(self, config)
         if config.shard is False or fault or whole.tensors <= self._memory(whole):
             return whole
         needed = f"the whole model would take about {gib(whole.tensors)} in each process: "
-        return replace(self.held(config, self.processes), advice=self._dividing(needed))
+        return replace(forecast_held(self, config, self.processes), advice=self._dividing(needed))
 
     def within(self, config: PruneConfig, memory: int) -> Forecast:
         """Return the forecast of the run with the settings given, or with the first leaner ones that fit.
@@ -172,7 +131,7 @@ class Fitting:
             raise PermpruneError(f"the divided model takes {needed}: raise --memory to that, or start more processes")
         if whole := self._whole(config):
             raise PermpruneError(f"{whole} in memory, which takes {needed}: raise --memory to that")
-        streamed = self._streamed(config)
+        streamed = forecast_streamed(self, config)
         if what := _needs_network(config):
             smaller = f", which takes about {gib(streamed.tensors)}" if streamed.tensors < least.tensors else ""
             raise PermpruneError(
@@ -192,7 +151,7 @@ class Fitting:
 
         If it does not fit in the memory of the machine, `advice` says what would.
         """
-        given = self.held(config)
+        given = forecast_held(self, config)
         memory = self._memory(given)
         if given.tensors <= memory:
             return given
@@ -200,7 +159,7 @@ class Fitting:
         place = f"{self.machine.name} has {gib(memory)} for tensors, which is too little"
         if found is not None:
             return replace(given, advice=f"{place}: {gib(found.tensors)}{_with(config, found.config)} would fit")
-        if not self._whole(config) and (streamed := self._streamed(config)).tensors <= memory:
+        if not self._whole(config) and (streamed := forecast_streamed(self, config)).tensors <= memory:
             local = f" and a permuter that works layer by layer ({_local_permuters()})"
             how = f"--memory {memory // 2**20}MiB{local if _needs_network(config) else ''}"
             return replace(given, advice=f"{place}: {gib(streamed.tensors)} with {how} would fit")
@@ -209,14 +168,16 @@ class Fitting:
     def _leaner(self, config: PruneConfig, shards: int, memory: int) -> tuple[Forecast | None, Forecast]:
         """Return the first run that fits in `memory` bytes, if any, and the one that takes least.
 
-        The runs are the one with the settings given, and then leaner and leaner ones; `shards` is as in `held`.
+        The runs are those with the settings given, and with leaner and leaner ones.
         """
-        given, ladder = self.held(config, shards), list(_leaner(config, self.machine))
-        leanest = [self.held(settings, shards) for settings in ladder if settings.batch == 1 and settings.recompute]
+        given, ladder = forecast_held(self, config, shards), list(_leaner(config, self.machine))
+        leanest = [
+            forecast_held(self, settings, shards) for settings in ladder if settings.batch == 1 and settings.recompute
+        ]
         least = min([given, *leanest], key=lambda found: found.tensors)
         if given.tensors <= memory or least.tensors > memory:
             return (given if given.tensors <= memory else None), least
-        runs = (found for settings in ladder if (found := self.held(settings, shards)).tensors <= memory)
+        runs = (found for settings in ladder if (found := forecast_held(self, settings, shards)).tensors <= memory)
         return next(runs), least
 
     def _memory(self, given: Forecast) -> int:
@@ -255,34 +216,6 @@ class Fitting:
         if (Path(resolve_model(self.name)) / GATHERED).exists():
             return "a model that reorders channels at run time can only be pruned"
         return "a mix of patterns needs all layers" if config.pattern == MIXED else ""
-
-    def _streamed(self, config: PruneConfig) -> Forecast:
-        """Forecast a run that reads the model layer by layer; the time of its search is not known."""
-        model, outline, windows = self.model, self.outline, self.windows
-        length, own = fitting_length(model, config.length), weight_bytes(model, self.stored)
-        tokens = config.shares(config.samples)[0] * length
-        needed = streamed_bytes(model, outline, metric=saliency(config.saliency), tokens=tokens, length=length)
-        part, forward = Held("largest part of the model", needed), forward_operations(model)
-        batches = -(-windows // EVALUATION_BATCH)
-        evaluating = Work(products_fp32=windows * length * forward, stored=batches * own) * EVALUATED
-        return Forecast(
-            config=config,
-            machine=self.machine,
-            stages=(
-                Stage("calibrate", (part,), Work(products=tokens * forward, stored=own)),
-                Stage(f"{permuter(config.permute).name}, layer by layer", (part,), None),
-                Stage("evaluate", (part,), evaluating),
-                Stage("write", (part,), Work(stored=2 * own)),
-            ),
-            disk={
-                "checkpoint": own,
-                "masks": self.processes * streamed_masks_bytes(outline),
-                "experts as fused": self.processes * offloaded_bytes(outline, self.stored),
-            },
-            program=program_bytes(),
-            streamed=True,
-            processes=self.processes,
-        )
 
 
 def _leaner(config: PruneConfig, machine: Machine) -> Iterator[PruneConfig]:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from permprune.forecasts.resources import Work
 from permprune.options import require_choice
 from permprune.pattern import Pattern
 from permprune.system.imports import on_first_use
-from permprune.system.resources import Work
 
 with on_first_use(globals()):
     import torch

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permprune.calibration.moments import accumulator_bytes, moments_bytes
+from permprune.calibration.moments import accumulator_bytes
 from permprune.calibration.statistics import sums_by_pass
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
+from permprune.forecasts.activations import Activations, Gradients, count_activations
+from permprune.forecasts.costs import stages_of, state_bytes
 from permprune.forecasts.machine import Machine
+from permprune.forecasts.resources import Held, Place, Stage, Work
+from permprune.forecasts.workload import Workload
 from permprune.losses.targets import next_token
-from permprune.models.activations import Activations, Gradients, count_activations
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
 from permprune.models.layers import linears_of
@@ -28,11 +31,8 @@ from permprune.models.narrow_weights import end_weights, held_type, is_narrow
 from permprune.models.positions import fitting_length
 from permprune.permuters.registry import permuter
 from permprune.plan import DTYPES, calibration_count, shares_of
-from permprune.pruning.masked import masked_parts
 from permprune.pruning.network import LIGHT
-from permprune.pruning.outline import Outline, Passes, activation_parts
-from permprune.system.resources import Held, Place, Stage, Work
-from permprune.updates.none import NoUpdate
+from permprune.pruning.outline import Outline
 from permprune.updates.registry import update
 
 EVALUATED = 3
@@ -41,6 +41,8 @@ EVALUATED = 3
 EVALUATION_BATCH = 4
 """Windows per forward pass in the evaluation."""
 
+WINDOWS = 24
+"""Windows of the evaluation, by default."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of a batch, by the names of the model's arguments."""
@@ -139,31 +141,39 @@ class Forecast:
         return None if self.machine.device.type == "cpu" else "device"
 
 
-def forecast_held(
-    model: PreTrainedModel,
-    config: PruneConfig,
-    outline: Outline,
-    machine: Machine,
-    *,
-    windows: int,
-    stored: torch.dtype,
-    processes: int = 1,
-    shards: int = 1,
-) -> Forecast:
-    """Forecast a run that holds the whole model in memory; the model given is on the meta device.
+@dataclass(frozen=True)
+class Subject:
+    """What is forecast: runs on a model, which is on the meta device, with any settings.
 
-    `outline` is that of `outline_model`, `windows` the number of windows of the evaluation, and `stored` the type in
-    which the weights are stored. Of `processes` either each holds all rows of the weights, or `shards`, all of them,
-    divide the rows. Raises `PermpruneError`.
+    `outline` is that of `outline_model`, `stored` the type in which the weights are stored, and `windows` the number of
+    windows of the evaluation. The run has so many `processes`, all on this machine unless `torchrun` says otherwise.
     """
-    outline = replace(outline, dtype=held_type(stored), shards=shards)
+
+    name: str
+    model: PreTrainedModel
+    outline: Outline
+    machine: Machine
+    stored: torch.dtype
+    windows: int = WINDOWS
+    processes: int = 1
+
+
+def forecast_held(subject: Subject, config: PruneConfig, shards: int = 1) -> Forecast:
+    """Forecast a run that holds the whole model in memory, or of which each of `shards` processes holds a share.
+
+    In the latter case all processes divide the rows of the weights. Raises `PermpruneError`.
+    """
+    model, machine, stored, processes = subject.model, subject.machine, subject.stored, subject.processes
+    outline = replace(subject.outline, dtype=held_type(stored), shards=shards)
     method, kind = permuter(config.permute), kind_of(model)
     per_window = EXAMPLES_PER_WINDOW[kind]
     dtype, batch = DTYPES.get(config.precision, machine.dtype), config.batch * BATCH_MULTIPLIER[kind]
     counted = partial(_counted, model, outline, config=config, dtype=dtype)
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
     measured, held_out, _ = shares_of(calibration_count(model, config), config, per_window)
-    passes = Passes(
+    run = Workload(
+        outline=outline,
+        threads=machine.threads if shards == 1 else 1,
         forward=forward_operations(model) * gradient.positions / batch / shards,
         batch=batch,
         gradient=gradient,
@@ -177,15 +187,13 @@ def forecast_held(
     whole, own = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     narrow = outline.weights + sum(weight.numel() for weight, _ in end_weights(model)) // shards
     weights = Held("weights", whole - (4 - outline.dtype.itemsize) * narrow)
-    moments = Held("second moments", moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)) // shards)
-    network = (weights, *masked_parts(outline.weights), moments)
-    threads = machine.threads if shards == 1 else 1
-    evaluating = Work(products_fp32=EVALUATED * windows * per_window * passes.forward)
+    network = (weights, Held("masks", outline.weights // 8), Held("second moments", _moments_bytes(outline)))
+    evaluating = Work(products_fp32=EVALUATED * subject.windows * per_window * run.forward)
     stages = [
-        _calibration(config, outline, passes, counted("inputs"), measured).beside([weights]),
-        *(replace(stage.beside(network), limited=True) for stage in method.stages(outline, passes, threads)),
-        *(stage.beside(network) for stage in _updating(config, outline)),
-        Stage("evaluate", activation_parts(evaluation), evaluating).beside(network),
+        _calibration(config, run, counted("inputs"), measured).beside([weights]),
+        *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
+        *(stage.beside(network) for stage in stages_of(update(config.update), run)),
+        Stage("evaluate", evaluation.held, evaluating).beside(network),
     ]
     load = Stage("load", tuple(_loading(whole, own, machine, shards)), Work(stored=own))
     write = Stage("write", (Held("weights", whole), *_writing(own // shards, stored, shards)), Work(stored=own))
@@ -195,7 +203,7 @@ def forecast_held(
         stages=(load, *(_shared(stage, processes // shards) for stage in stages), write),
         disk={
             "checkpoint": own,
-            "states of the search": method.state_bytes(outline),
+            "states of the search": state_bytes(method, outline),
             "experts as fused": shards * offloaded_bytes(outline, stored) if shards > 1 else 0,  # read from disk
         },
         program=program_bytes(),
@@ -312,26 +320,22 @@ def _writing(own: int, stored: torch.dtype, shards: int) -> Iterator[Held]:
         yield Held("weights as stored", own, "host")
 
 
-def _calibration(
-    config: PruneConfig, outline: Outline, passes: Passes, activations: Activations, examples: int
-) -> Stage:
+def _calibration(config: PruneConfig, run: Workload, activations: Activations, examples: int) -> Stage:
     """The pass forward and backward, and further ones forward if not all sums fit in the memory limit."""
+    outline = run.outline
     each = sums_by_pass(outline.widths, None if config.memory is None else config.memory * outline.shards)
     sums = Held("sums of moments", max(accumulator_bytes(widths.values()) for widths in each) // outline.shards)
-    stored = moments_bytes(outline.widths.values(), half=is_narrow(outline.dtype)) // outline.shards
-    moments = Held("second moments", stored if len(each) > 1 else 0)
-    wide = passes.dtype == torch.float32 != outline.dtype and not passes.recompute
+    moments = Held("second moments", _moments_bytes(outline) if len(each) > 1 else 0)
+    wide = run.dtype == torch.float32 != outline.dtype and not run.recompute
     converted = Held("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
-    runs = len(each) + (2 if passes.recompute else 1)
-    products = Work(products_fp32=2 * activations.positions / passes.batch * examples * outline.moments())
-    return Stage(
-        "calibrate",
-        (sums, moments, converted, *activation_parts(activations)),
-        passes.loss_work(runs * examples) + products,
-    )
+    runs = len(each) + (2 if run.recompute else 1)
+    products = Work(products_fp32=2 * activations.positions / run.batch * examples * outline.moments())
+    parts = (sums, moments, converted, *activations.held)
+    return Stage("calibrate", parts, run.loss_work(runs * examples) + products)
 
 
-def _updating(config: PruneConfig, outline: Outline) -> list[Stage]:
-    if isinstance(update(config.update), NoUpdate):
-        return []
-    return [Stage("update", (Held("updated weights", 4 * outline.weights),), None)]
+def _moments_bytes(outline: Outline) -> int:
+    """The bytes of the results of `InputMoments`: correlations in fp16 with their scales if the weights are narrow."""
+    widths = outline.widths.values()
+    total = accumulator_bytes(widths)
+    return (total // 2 + 4 * sum(widths) if is_narrow(outline.dtype) else total) // outline.shards

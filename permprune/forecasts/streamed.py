@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from torch import nn
 
+from permprune.config import PruneConfig
+from permprune.evaluation.size import weight_bytes
+from permprune.forecasts.resources import Held, Stage, Work
+from permprune.forecasts.run import (
+    EVALUATED,
+    EVALUATION_BATCH,
+    Forecast,
+    Subject,
+    forward_operations,
+    offloaded_bytes,
+    program_bytes,
+)
+from permprune.models.positions import fitting_length
+from permprune.permuters.registry import permuter
 from permprune.pruning.outline import Outline
 from permprune.saliency.base import Saliency
 from permprune.saliency.obs import OBS
-
-BATCH = 4
-"""Windows of text per forward pass in the evaluation."""
+from permprune.saliency.registry import saliency
 
 
 def streamed_bytes(model: nn.Module, outline: Outline, *, metric: Saliency, tokens: int, length: int) -> int:
@@ -30,10 +42,34 @@ def streamed_bytes(model: nn.Module, outline: Outline, *, metric: Saliency, toke
         needed = max(needed, beside + search, beside + 4 * rows * channels + 12 * tokens * (rows + channels))
     pruned = {layer.parameter for layer in outline.layers}
     others = [parameter for name, parameter in model.named_parameters() if name not in pruned]
-    outputs = BATCH * length
+    outputs = EVALUATION_BATCH * length
     return max(needed, *(6 * (p.numel() + outputs * p.shape[:1].numel()) for p in others))
 
 
-def streamed_masks_bytes(outline: Outline) -> int:
-    """Return the bytes on disk of the masks in both orders, one bit for each weight."""
-    return outline.weights // 4
+def forecast_streamed(subject: Subject, config: PruneConfig) -> Forecast:
+    """Forecast a run that reads the model layer by layer; the time of its search is not known."""
+    model, outline, windows, processes = subject.model, subject.outline, subject.windows, subject.processes
+    length, own = fitting_length(model, config.length), weight_bytes(model, subject.stored)
+    tokens = config.shares(config.samples)[0] * length
+    needed = streamed_bytes(model, outline, metric=saliency(config.saliency), tokens=tokens, length=length)
+    part, forward = Held("largest part of the model", needed), forward_operations(model)
+    batches = -(-windows // EVALUATION_BATCH)
+    evaluating = Work(products_fp32=windows * length * forward, stored=batches * own) * EVALUATED
+    return Forecast(
+        config=config,
+        machine=subject.machine,
+        stages=(
+            Stage("calibrate", (part,), Work(products=tokens * forward, stored=own)),
+            Stage(f"{permuter(config.permute).name}, layer by layer", (part,), None),
+            Stage("evaluate", (part,), evaluating),
+            Stage("write", (part,), Work(stored=2 * own)),
+        ),
+        disk={
+            "checkpoint": own,
+            "masks": processes * (outline.weights // 4),  # in both orders, one bit for each weight
+            "experts as fused": processes * offloaded_bytes(outline, subject.stored),
+        },
+        program=program_bytes(),
+        streamed=True,
+        processes=processes,
+    )

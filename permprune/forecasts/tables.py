@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from permprune.report.words import duration
-from permprune.system.resources import gib
+from permprune.system.files import gib
 
 
 def stages_table(model: str, figures: dict[str, Any]) -> Table:

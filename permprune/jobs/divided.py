@@ -13,6 +13,7 @@ from permprune.checkpoints.offload import CollectedWeights, attach, read_offload
 from permprune.checkpoints.probe import make_probe
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
+from permprune.forecasts.costs import state_bytes
 from permprune.jobs.streaming import stored_order
 from permprune.models.forward import short_inputs
 from permprune.models.layers import require_finite
@@ -44,7 +45,7 @@ class DividedModel:
         self.whole = copy.deepcopy(model)  # without weights: for the record, and to write
         shown = calibration_examples(model, self.processor, config)
         plan = plan_run(model, config, examples=shown, weights=weights.stored, partial=work.path)
-        states = permuter(config.permute).state_bytes(plan.outline)
+        states = state_bytes(permuter(config.permute), plan.outline)
         distributed.on_first(lambda: require_space(work.out, weight_bytes(self.whole, self.stored) + states))
 
         def load() -> None:

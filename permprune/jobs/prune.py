@@ -23,6 +23,7 @@ from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result, gap_closed, metric_named
 from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples
+from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.fitting import fit_memory
 from permprune.inference.pack import packed_type
 from permprune.jobs.divided import DividedModel
@@ -133,7 +134,7 @@ def _prune_held(
     require_space(work.out, weight_bytes(model, stored))
     prepared = prepare(model, processor, config, partial=work.path)
     prepared.dense.warn()
-    require_space(work.out, weight_bytes(model, stored) + method.state_bytes(prepared.outline))
+    require_space(work.out, weight_bytes(model, stored) + state_bytes(method, prepared.outline))
     found = _search(prepared, processor, evaluation, callbacks)
     pruned = finish(prepared, found.solution, found.natural)
     measured = found.measured(evaluation)

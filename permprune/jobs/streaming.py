@@ -37,9 +37,8 @@ from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, reorder_columns, reordered_outputs
 from permprune.system import distributed
 from permprune.system.device import compute_device
-from permprune.system.files import write_whole
+from permprune.system.files import gib, write_whole
 from permprune.system.progress import log, track
-from permprune.system.resources import gib
 from permprune.system.search_state import Checkpoint, Journal
 
 NATURAL, DECIDED = "natural", "decided"

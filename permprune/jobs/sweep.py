@@ -31,6 +31,7 @@ from permprune.data.overlap import warn_of_overlap
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
+from permprune.forecasts.costs import state_bytes
 from permprune.jobs.swept import OWN, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
 from permprune.jobs.trials import Evaluation, Trials
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
@@ -255,7 +256,7 @@ def fill(job: Job) -> None:
     config = job.config.replace(pattern=job.cells[0].pattern)
     with Trials(job.model, config, evaluation=job.evaluation, processor=job.processor) as trials:
         run, outline = trials.prepared.run, trials.prepared.outline
-        require_space(job.folder, sum(permuter(cell.method).state_bytes(outline) for cell in job.cells))
+        require_space(job.folder, sum(state_bytes(permuter(cell.method), outline) for cell in job.cells))
         distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(trials)))
         _measure_dense(trials, job.folder / DENSE)
         for cell in job.cells:

@@ -22,3 +22,8 @@ def random_parts(count: int, largest: int, generator: torch.Generator) -> list[I
 def part_count(count: int, largest: int) -> int:
     """Return the number of parts into which `random_parts` divides `count` members."""
     return max(1, -(-count // largest))
+
+
+def groups_in(channels: int, m: int) -> int:
+    """Return the number of groups of `m` in a part of at most `channels` channels, which has at least two."""
+    return max(2, channels // m)

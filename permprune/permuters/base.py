@@ -13,7 +13,6 @@ from permprune.pattern import Pattern
 from permprune.registry import label_of
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
-from permprune.system.resources import Stage, Work
 
 with on_first_use(globals()):
     import torch
@@ -22,7 +21,6 @@ with on_first_use(globals()):
     from permprune.examples import Examples
     from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.network import PrunedNetwork
-    from permprune.pruning.outline import Outline, Passes
     from permprune.pruning.problem import Orders, Problem
     from permprune.system import digests, distributed
     from permprune.system.memory import release_freed_memory
@@ -219,17 +217,6 @@ class Permuter(ABC):
         """What ends the search. A solution found under other limits is not reused, but its state can be resumed."""
         return {"minutes": run.minutes, **{name: self.options()[name] for name in self.free}}
 
-    def state_bytes(self, outline: Outline) -> int:
-        """Estimate of the bytes on disk for this search's states; a new state is written beside the previous one."""
-        return 2**20 + 64 * sum(problem.size for problem in outline.problems)
-
-    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        """Return the stages of the search, for forecasts: the memory it holds beside the masked network, and its work.
-
-        `threads` problems are solved at a time, one on each thread. By default nothing is known of the work.
-        """
-        return [Stage(self.name, (), None)]
-
     def _search(self, network: PrunedNetwork, run: Run) -> Solution:
         release_freed_memory()  # of the calibration or of the previous search
         solution = self.search(network, run)
@@ -311,13 +298,6 @@ class LocalPermuter(Permuter):
 
     def limits(self, run: Run) -> dict[str, Any]:
         return super().limits(replace(run, minutes=None))
-
-
-def each_problem_work(outline: Outline, work: Callable[[int, int, int], Work]) -> Work:
-    """Return the sum of `work(channels, rows, m)` over all problems, of which one thread does the largest."""
-    each = [work(problem.size, outline.rows_of(problem), outline.pattern.m) for problem in outline.problems]
-    total, compared = sum(each, Work()), [own.comparisons for own in each]
-    return replace(total, largest=max(compared, default=0.0) / max(sum(compared), 1.0))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from permprune.permuters.identity import Identity
 from permprune.permuters.iterate import Iterative, Search
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
-from permprune.system.resources import Held, Stage
 
 with on_first_use(globals()):
     import torch
@@ -24,8 +23,7 @@ with on_first_use(globals()):
 
     from permprune.matching.assignment import assign
     from permprune.matching.relaxation import gumbel_noise
-    from permprune.pruning.network import PrunedNetwork, gradient_bytes
-    from permprune.pruning.outline import Outline, Passes, activation_parts
+    from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Part, Problem
 
 COST, FIRST, SECOND = "cost/", "first/", "second/"
@@ -66,38 +64,6 @@ class CostMatrixLearner(Iterative):
     def keep(self, score: Tensor, pattern: Pattern) -> Tensor:
         """Return the mask of scores (..., width), which are in stored order."""
         return pattern.mask(score.detach())
-
-    def state_bytes(self, outline: Outline) -> int:
-        return super().state_bytes(outline) + 24 * self._elements(outline)  # C, two moments; twice
-
-    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        costs = Held("cost matrices", 16 * self._elements(outline))  # C, its gradient, two moments
-        own, weights = gradient_bytes(outline, passes.dtype), outline.largest_weights(1)
-        examples = self.examples * passes.examples_per_window
-        checks = math.ceil(self.steps / self.check)
-        relaxed = Held("largest problem's graph", 32 * weights)  # weights, scores, both permuted, kept and put back
-        return [
-            *self.start.stages(outline, passes, threads),
-            Stage(
-                f"{self.name}: gradients",
-                (
-                    *(costs, Held("relaxed weights", 4 * outline.weights), Held("gradients", own)),
-                    *self.teacher_parts(passes, examples),
-                    *activation_parts(passes.gradient),
-                ),
-                passes.gradient_work(examples) * self.steps,
-            ),
-            Stage(f"{self.name}: relaxation", (costs, Held("gradients", 2 * own), relaxed), None),
-            Stage(
-                f"{self.name}: accept",
-                (costs, *self.teacher_parts(passes, 0), *activation_parts(passes.loss)),
-                passes.loss_work(passes.held_out) * (1 + checks),
-            ),
-        ]
-
-    def _elements(self, outline: Outline) -> int:
-        """The elements of all cost matrices."""
-        return sum(problem.size * self.part_size(problem.size, outline.pattern) for problem in outline.problems)
 
     @property
     def total(self) -> int:

@@ -7,13 +7,11 @@ from typing import ClassVar
 
 from permprune.permuters.base import ScorePermuter, Scores
 from permprune.system.imports import on_first_use
-from permprune.system.resources import Stage
 
 with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.pruning.outline import Outline, Passes
     from permprune.pruning.problem import Problem
 
 
@@ -30,9 +28,6 @@ class Identity(ScorePermuter):
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return problem.identity()
 
-    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        return []
-
 
 @dataclass(frozen=True)
 class Random(ScorePermuter):
@@ -46,6 +41,3 @@ class Random(ScorePermuter):
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         return torch.randperm(problem.size, generator=generator)
-
-    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        return []

@@ -13,13 +13,11 @@ from permprune.losses.objective import Objective
 from permprune.permuters.base import TRAINING, CurvePoint, Permuter, Round, Run, Solution
 from permprune.system.imports import on_first_use
 from permprune.system.progress import bar, log
-from permprune.system.resources import Held
 
 with on_first_use(globals()):
     from torch import Tensor
 
     from permprune.pruning.network import PrunedNetwork
-    from permprune.pruning.outline import Passes
     from permprune.system import distributed
     from permprune.system.search_state import State
 
@@ -126,18 +124,6 @@ class Iterative(Permuter):
     @abstractmethod
     def total(self) -> int:
         """The value of `Search.done` at which the search ends."""
-
-    def teacher_parts(self, passes: Passes, examples: int, *, training: bool = False) -> tuple[Held, ...]:
-        """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
-
-        The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are
-        compared as well where few positions have labels (`Objective.for_training`).
-        """
-        if not (as_loss(self.objective).compares_blocks or (training and not passes.labelled)):
-            return ()
-        distances = 8 * passes.gradient.outputs // passes.dtype.itemsize if examples else 0
-        kept = Held("dense model's outputs", passes.teacher_outputs(passes.held_out + examples), "host")
-        return (kept, Held("distances to the dense model", distances))
 
     @abstractmethod
     def begin(self, network: PrunedNetwork, run: Run) -> Search:

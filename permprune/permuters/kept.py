@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from permprune.pattern import Pattern
 from permprune.permuters.base import Scores
 from permprune.system.imports import on_first_use
-from permprune.system.resources import Work
 
 with on_first_use(globals()):
     import torch
@@ -20,7 +19,7 @@ with on_first_use(globals()):
 
     from permprune.kernels.search import add_placement_cost
     from permprune.matching.assignment import assign
-    from permprune.matching.parts import part_count, random_parts
+    from permprune.matching.parts import groups_in, random_parts
     from permprune.pruning.problem import Problem
     from permprune.system import sharding
 
@@ -50,27 +49,6 @@ def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] 
             own *= fisher[part.layer].sqrt()
         first += len(rows)
     return found
-
-
-def stacked_bytes(weights: int) -> int:
-    """Return the bytes of the result of `stacked_scores` for this number of weights."""
-    return 4 * weights
-
-
-def assignment_bytes(threads: int) -> int:
-    """Return the bytes of the matrices that `deal_and_assign` computes from the scores it reads at a time."""
-    return 20 * READ * threads
-
-
-def assignment_work(channels: int, rows: int, m: int) -> Work:
-    """Return the work of `deal_and_assign`: a comparison for each slot, row, and group with each other of its part."""
-    groups = channels // m
-    return Work(comparisons=PASSES * m * groups**2 / part_count(groups, _largest_part(m)) * rows)
-
-
-def _largest_part(m: int) -> int:
-    """Return the largest number of groups that channels are assigned to at a time."""
-    return max(2, PART // m)
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
@@ -125,7 +103,7 @@ def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
     groups = hands.T.contiguous()
     generator = torch.Generator().manual_seed(0)
     for slot in [*range(pattern.m)] * PASSES:
-        for part in random_parts(len(groups), _largest_part(pattern.m), generator):
+        for part in random_parts(len(groups), groups_in(PART, pattern.m), generator):
             free = groups[part, slot]
             others = groups[part][:, torch.arange(pattern.m) != slot].T
             groups[part[assign(-_kept_by_joining(score, free, others, pattern.n))], slot] = free

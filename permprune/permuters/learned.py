@@ -9,10 +9,10 @@ from permprune.losses.loss import Loss, LossFunction
 from permprune.losses.objective import Objective
 from permprune.matching.schedule import Geometric
 from permprune.options import Count, Natural, NonNegative, Share
-from permprune.permuters.quadratic import QuadraticModel, swap_work
+from permprune.pattern import Pattern
+from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
 from permprune.system.imports import on_first_use
-from permprune.system.resources import Held, Stage, Work
 
 with on_first_use(globals()):
     import torch
@@ -21,7 +21,6 @@ with on_first_use(globals()):
     from permprune.matching.assignment import assign
     from permprune.matching.relaxation import gumbel_noise
     from permprune.matching.sinkhorn import sinkhorn
-    from permprune.pruning.outline import Outline, Passes
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Learned(TrustRegion):
 
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor:
         count, m = model.groups.shape
-        parts = self._parts_of(count)
+        parts = count * m // self.part_size(count * m, model.pattern)
         cost = torch.zeros(count * m, count * m // parts) if memory is None else memory.clone()
         for step in range(self.steps):
             slots = torch.randint(m, (count,), generator=generator)
@@ -62,21 +61,10 @@ class Learned(TrustRegion):
                 model.move(at, slots[at], target, gradient)
         return cost
 
-    def state_bytes(self, outline: Outline) -> int:
-        sizes = [(problem.size, problem.size // outline.pattern.m) for problem in outline.problems]
-        return super().state_bytes(outline) + sum(8 * size * size // self._parts_of(count) for size, count in sizes)
-
-    def proposal_work(self, channels: int, rows: int, m: int) -> Work:
-        return swap_work(channels, rows, m) * (self.steps / self._parts_of(channels // m))
-
-    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        sizes = [(problem.size, problem.size // outline.pattern.m) for problem in outline.problems]
-        costs = Held("cost matrices", sum(4 * size * size // self._parts_of(count) for size, count in sizes), "host")
-        return [stage.beside([costs]) for stage in super().stages(outline, passes, threads)]
-
-    def _parts_of(self, count: int) -> int:
-        """Return the number of parts into which `count` groups are split."""
-        return self.groups if count % self.groups == 0 and count > self.groups else 1
+    def part_size(self, size: int, pattern: Pattern) -> int:
+        """Return the number of channels in each part of a problem of `size` channels."""
+        count = size // pattern.m
+        return size // self.groups if count % self.groups == 0 and count > self.groups else size
 
     def _match(self, cost: Tensor, progress: float, generator: torch.Generator) -> Tensor:
         """Return the column of each row in the permutation closest to the noisy Sinkhorn plan."""

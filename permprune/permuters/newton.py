@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from permprune.options import Natural
-from permprune.permuters.quadratic import PART, QuadraticModel, model_bytes, swap_parts, swap_work
+from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.trust_region import TrustRegion
 from permprune.system.imports import on_first_use
-from permprune.system.resources import Work
 
 with on_first_use(globals()):
     import torch
     from torch import Tensor
-
-    from permprune.pruning.outline import Outline
 
 
 @dataclass(frozen=True)
@@ -31,9 +28,3 @@ class Newton(TrustRegion):
     def propose(self, model: QuadraticModel, memory: Tensor | None, generator: torch.Generator) -> Tensor | None:
         model.swap(generator, self.swaps)
         return memory
-
-    def proposal_work(self, channels: int, rows: int, m: int) -> Work:
-        return swap_work(channels, rows, m, swap_parts(channels, m)) * self.swaps
-
-    def model_bytes(self, outline: Outline, threads: int) -> int:
-        return model_bytes(outline, threads, outline.dtype, part=PART)

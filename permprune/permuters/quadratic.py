@@ -23,9 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from permprune.pattern import Pattern
-from permprune.permuters.bundles import BLOCK, Bundle, read_bundles
+from permprune.permuters.bundles import Bundle, read_bundles
 from permprune.system.imports import on_first_use
-from permprune.system.resources import Work
 
 with on_first_use(globals()):
     import torch
@@ -34,9 +33,8 @@ with on_first_use(globals()):
     from permprune.kernels.search import add_placement_cost, pruned_part
     from permprune.matching.assignment import cycles
     from permprune.matching.pairs import pair_up
-    from permprune.matching.parts import part_count, random_parts
+    from permprune.matching.parts import groups_in, random_parts
     from permprune.pruning.masked import MaskedLayers
-    from permprune.pruning.outline import Outline
     from permprune.pruning.problem import Problem
     from permprune.system import sharding
 
@@ -47,46 +45,6 @@ More choice among noisy costs does not make better swaps: SmolLM2-135M, 2:4, fro
 5.89), is at 5.52 after two rounds with parts of 1536 channels, at 5.46 with 768, 5.36 with 384, 5.37 with 128, and 5.32
 with 48, which then falls behind.
 """
-
-
-MOVED = 280
-"""Bytes that a `swap` reads and writes for each weight: in three passes it computes scores and pruned parts, from which
-it takes the placement cost, the gains, and new slopes."""
-
-
-def model_bytes(outline: Outline, threads: int, slopes: torch.dtype, *, part: int | None = None) -> int:
-    """Return the bytes that the models of the largest problems hold, one on each thread.
-
-    These are the slopes, of type `slopes`, and of a block of rows the weights and scores (of a small problem, those of
-    all rows), the pruned parts before and after a step, their difference, and two matrices that are computed from it;
-    and the second moments that one layer reads, with a part of them in another order. Of these, only those inside parts
-    of `part` channels are read, if given.
-    """
-    total, largest = 0, max(outline.rows[layer.name] * layer.weight.shape[1] for layer in outline.layers)
-    for problem in outline.largest(threads):
-        weights = problem.size * outline.rows_of(problem)
-        block = min(weights, largest, BLOCK)
-        total += slopes.itemsize * weights + 20 * block + 8 * (weights if weights <= BLOCK else block)
-        width = max(outline.widths[one.site] for one in problem.parts)
-        total += 6 * width * min(width, part or width)
-    return total
-
-
-def largest_part(m: int) -> int:
-    """Return the largest number of groups that swap with each other."""
-    return max(2, PART // m)
-
-
-def swap_parts(channels: int, m: int) -> int:
-    """Return the number of parts into which `QuadraticModel.swap` divides the groups of a problem."""
-    return part_count(channels // m, largest_part(m))
-
-
-def swap_work(channels: int, rows: int, m: int, parts: int = 1) -> Work:
-    """Return the work of a `swap` inside parts: placement cost, gain of each pair, and change of all slopes, once."""
-    comparisons = (channels // m) ** 2 / parts
-    products = 4 * m * channels + 2 * channels**2 / parts
-    return Work(comparisons=comparisons * rows, products_fp32=products * rows, moved=MOVED * channels * rows)
 
 
 @dataclass(frozen=True)
@@ -167,7 +125,7 @@ class QuadraticModel:
         if not times:
             return
         count, m = self.groups.shape
-        parts = [self._among(groups) for groups in random_parts(count, largest_part(m), generator)]
+        parts = [self._among(groups) for groups in random_parts(count, groups_in(PART, m), generator)]
         drawn = [torch.randint(m, (count,), generator=generator) for _ in range(times)]
         costs = self._costs(parts, drawn[0])
         for slots, following in zip(drawn, [*drawn[1:], None], strict=True):

@@ -7,13 +7,12 @@ from typing import ClassVar
 
 from permprune.losses.objective import Objective
 from permprune.options import Count, Natural
-from permprune.permuters.base import LocalPermuter, Run, Solution, each_problem_work
+from permprune.permuters.base import LocalPermuter, Run, Solution
 from permprune.permuters.bundles import BLOCK
-from permprune.permuters.kept import assignment_work, deal_and_assign, stacked_bytes, stacked_scores
-from permprune.permuters.quadratic import QuadraticModel, model_bytes, swap_parts, swap_work
+from permprune.permuters.kept import deal_and_assign, stacked_scores
+from permprune.permuters.quadratic import QuadraticModel
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log, track
-from permprune.system.resources import Held, Stage, Work
 
 with on_first_use(globals()):
     import torch
@@ -21,7 +20,6 @@ with on_first_use(globals()):
 
     from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.network import PrunedNetwork
-    from permprune.pruning.outline import Outline, Passes, activation_parts
     from permprune.pruning.problem import Orders, Problem
     from permprune.system.distributed import shards
     from permprune.system.search_state import Journal
@@ -80,25 +78,6 @@ class Reconstruction(LocalPermuter):
         model = QuadraticModel.of(network, problem, fisher, order=first)
         model.swap(generator, self.swaps)
         return model.order
-
-    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        def work(channels: int, rows: int, m: int) -> Work:
-            slopes = Work(products_fp32=2 * channels**2 * rows)
-            swaps = swap_work(channels, rows, m, swap_parts(channels, m)) * self.swaps
-            return (assignment_work(channels, rows, m) + slopes + swaps) * self.candidates
-
-        weights, model = outline.largest_weights(threads), model_bytes(outline, threads, torch.float32)
-        scores = stacked_bytes(weights) + 12 * min(weights, threads * BLOCK)  # with the noise of a block
-        held = (Held("largest problem's model", max(scores, model)),)
-        passes_of_loss = 1 + self.shares * (self.candidates - 1)
-        return [
-            Stage(self.name, held, each_problem_work(outline, work)),
-            Stage(
-                f"{self.name}: accept",
-                activation_parts(passes.loss),
-                passes.loss_work(passes_of_loss * passes.held_out),
-            ),
-        ]
 
     def _choose(self, network: PrunedNetwork, run: Run, candidates: list[Orders]) -> Orders:
         """Return the first candidate, except for the runs of problems in which another lowers the held-out loss."""

@@ -1,4 +1,4 @@
-"""End-to-end search in a trust region: its options, and its forecast."""
+"""End-to-end search in a trust region: its options."""
 
 from __future__ import annotations
 
@@ -7,27 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from permprune.options import Count, Natural, Positive, Share
-from permprune.permuters.base import Permuter, Run, each_problem_work
+from permprune.permuters.base import Permuter, Run
 from permprune.permuters.iterate import Iterative, Search
-from permprune.permuters.quadratic import QuadraticModel, model_bytes
+from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.system.imports import on_first_use
-from permprune.system.resources import Held, Stage, Work
 
 with on_first_use(globals()):
     import torch
     from torch import Tensor
 
     from permprune.permuters.trust_region_search import TrustRegionSearch
-    from permprune.permuters.tuning import training_parts
-    from permprune.pruning.network import PrunedNetwork, gradient_bytes
-    from permprune.pruning.outline import Outline, Passes, activation_parts
-
-TRIED = 1.5
-"""Mean number of held-out losses in a round, for forecasts: most steps are accepted or halved once."""
-
-TRIED_SHARES = 3
-"""The same in a round of refinement."""
+    from permprune.pruning.network import PrunedNetwork
 
 
 @dataclass(frozen=True)
@@ -93,57 +84,3 @@ class TrustRegion(Iterative):
     def begin(self, network: PrunedNetwork, run: Run) -> Search:
         self.require_minutes(run.minutes)
         return TrustRegionSearch(self, network, run)
-
-    def state_bytes(self, outline: Outline) -> int:
-        weights = outline.dtype.itemsize * outline.weights if self.tune or self.train else 0
-        training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
-        masks = outline.weights // 8 if self.refine else 0
-        orders = 8 * sum(problem.size for problem in outline.problems) * self.rounds
-        states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written
-        return super().state_bytes(outline) + states + weights + masks  # and the solution
-
-    @abstractmethod
-    def proposal_work(self, channels: int, rows: int, m: int) -> Work:
-        """Return the work of `propose` for a problem of `channels` channels and `rows` weight rows."""
-
-    def model_bytes(self, outline: Outline, threads: int) -> int:
-        """Return the bytes that the models of the largest problems hold (`quadratic.model_bytes`)."""
-        return model_bytes(outline, threads, outline.dtype)
-
-    def stages(self, outline: Outline, passes: Passes, threads: int) -> list[Stage]:
-        start = self.start.stages(outline, passes, threads)
-        examples, own = self.examples * passes.examples_per_window, gradient_bytes(outline, passes.dtype)
-        gradient, model = Held("gradients", own), self.model_bytes(outline, threads)
-
-        def stage(what: str, *parts: Held, work: Work, times: int = self.rounds) -> Stage:
-            return Stage(f"{self.name}: {what}", (*parts, gradient), work * times)
-
-        backward = (*self.teacher_parts(passes, examples), *activation_parts(passes.gradient))
-        if passes.dtype == torch.float32 and not passes.recompute:
-            # until the backward pass; of other types, `passes` counts them
-            backward += (Held("masked weights", 4 * outline.weights),)
-        accept = (*self.teacher_parts(passes, 0), *activation_parts(passes.loss))
-        rounds = [
-            stage("gradients", *backward, work=passes.gradient_work(examples)),
-            stage(
-                "proposals",
-                Held("largest problem's model", model),
-                work=each_problem_work(outline, self.proposal_work),
-            ),
-            stage("accept", *accept, work=passes.loss_work(passes.held_out) * TRIED),
-        ]
-        batch = max(1, examples // 4)
-        training = (*training_parts(outline, passes, batch), *self.teacher_parts(passes, batch, training=True))
-        if not self.rounds:
-            rounds = []
-        elif self.tune:
-            trained_rounds = max(0, self.rounds - self.wait)
-            step = passes.gradient_work(batch) + passes.loss_work(batch)  # of the dense model, for the divergence
-            best = Held("best trained weights", outline.dtype.itemsize * outline.weights)
-            rounds.append(stage("training", *training, best, work=step * (self.tune * trained_rounds / self.rounds)))
-        if self.refine:
-            work = passes.gradient_work(2 * examples) + passes.loss_work(passes.held_out) * TRIED_SHARES
-            rounds.append(stage("refinement", *backward, work=work, times=self.refine))
-        if self.train:
-            rounds.append(Stage(f"{self.name}: training at the end", training, None))
-        return [*start, *rounds]

@@ -14,11 +14,9 @@ from permprune.kernels.adam import adam_step
 from permprune.kernels.search import pack_mask
 from permprune.losses.loss import Loss
 from permprune.permuters.base import WEIGHT, Run
-from permprune.pruning.network import PrunedNetwork, gradient_bytes
-from permprune.pruning.outline import Outline, Passes, activation_parts
+from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import bar, log
-from permprune.system.resources import Held
 from permprune.system.search_state import Resumable, State
 
 BETAS = (0.9, 0.95)
@@ -121,18 +119,6 @@ class KeptWeights:
             mask = self._network.masks[name]
             weight.copy_(torch.where(mask, weight, self._network.weights[name].to(weight.dtype)))
         return self.weights
-
-
-def training_parts(outline: Outline, passes: Passes, examples: int) -> tuple[Held, ...]:
-    """Return what `train_weights` holds with this number of examples in a step."""
-    weights = outline.dtype.itemsize * outline.weights
-    moments = 2 * weights * outline.pattern.n // outline.pattern.m
-    parts = Held("trained weights", weights), Held("Adam's moments", moments), *activation_parts(passes.gradient)
-    return (
-        parts
-        if examples * passes.examples_per_window <= passes.batch
-        else (*parts, Held("gradients", gradient_bytes(outline, passes.dtype)))
-    )
 
 
 def train_weights(

@@ -24,7 +24,6 @@ from permprune.saliency.base import Saliency, Scale
 from permprune.system import distributed, sharding
 from permprune.system.device import autocast_dtype
 from permprune.system.progress import track
-from permprune.system.resources import Held
 
 T = TypeVar("T")
 
@@ -356,11 +355,6 @@ class MaskedLayers:
         for layer in layers:
             layer.part_of(whole).copy_(self._shown(layer.name, whole.dtype))
         return whole
-
-
-def masked_parts(weights: int) -> list[Held]:
-    """Return what `MaskedLayers` holds for this number of weights, beside the layers' own."""
-    return [Held("masks", weights // 8)]
 
 
 def _output_energy(weight: Tensor, moments: Tensor) -> float:

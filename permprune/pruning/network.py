@@ -26,7 +26,6 @@ from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed, sharding
@@ -66,11 +65,6 @@ class Gradients:
     def discounted(self, weight: float) -> Gradients:
         """Return these gradients with this share of their weight in later means."""
         return replace(self, count=round(self.count * weight))
-
-
-def gradient_bytes(outline: Outline, activations: torch.dtype) -> int:
-    """Return the bytes of the gradients of all weights with activations of this type (see `Gradients`)."""
-    return min(activations.itemsize, outline.dtype.itemsize) * outline.weights
 
 
 class PrunedNetwork(MaskedLayers):

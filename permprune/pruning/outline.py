@@ -10,12 +10,10 @@ from functools import cached_property
 import torch
 
 from permprune.calibration.symmetric import stored_elements
-from permprune.models.activations import Activations
 from permprune.models.layers import Layer
 from permprune.models.shallow import Repetition
 from permprune.pattern import Pattern
 from permprune.pruning.problem import Part, Problem
-from permprune.system.resources import Held, Work
 
 
 @dataclass(frozen=True)
@@ -138,41 +136,3 @@ def _shifted(problem: Problem, one: Repetition, by: int) -> Problem:
 
 def _shifted_part(part: Part, one: Repetition, by: int) -> Part:
     return Part(one.shifted(part.layer, by), one.shifted(part.site, by), part.columns)
-
-
-@dataclass(frozen=True)
-class Passes:
-    """The cost of passes of the model: `forward` floating-point operations for an example, and memory for a batch.
-
-    A batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of
-    the weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number
-    of examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts
-    one of the labels, as in text.
-    """
-
-    forward: float
-    batch: int
-    gradient: Activations
-    loss: Activations
-    dtype: torch.dtype
-    held_out: int
-    examples_per_window: int
-    recompute: bool
-    labelled: bool = True
-
-    def teacher_outputs(self, examples: int) -> int:
-        """The bytes of the dense model's block outputs for some examples."""
-        return examples * self.gradient.outputs // self.batch
-
-    def loss_work(self, examples: int) -> Work:
-        """The work of a loss on some examples."""
-        return Work(products=examples * self.forward)
-
-    def gradient_work(self, examples: int) -> Work:
-        """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`."""
-        return Work(products=examples * self.forward * (4 if self.recompute else 3))
-
-
-def activation_parts(activations: Activations) -> tuple[Held, ...]:
-    """The parts of a stage that holds these activations."""
-    return Held("activations", activations.blocks), Held("logits", activations.logits)

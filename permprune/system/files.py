@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 
 from permprune.errors import FinalError, PermpruneError
 from permprune.system.imports import on_first_use
-from permprune.system.resources import gib
 
 with on_first_use(globals()):
     from permprune.system import distributed
@@ -196,6 +195,12 @@ class WorkFolder:
 
     def _entries(self) -> set[str]:
         return {entry.name for entry in self.path.iterdir()}
+
+
+def gib(size: float) -> str:
+    """Format bytes as GiB with three digits: "0.712 GiB", "1,410 GiB"."""
+    value = size / 2**30
+    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.3g} GiB"
 
 
 def require_absent(out: Path) -> None:

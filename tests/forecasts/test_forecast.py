@@ -16,17 +16,17 @@ import permprune
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
+from permprune.forecasts.activations import count_activations
 from permprune.forecasts.fitting import fit_memory
 from permprune.forecasts.machine import GPUS, Machine, Rates, this_machine
+from permprune.forecasts.resources import Work
 from permprune.forecasts.run import Forecast, _next_token_loss
 from permprune.jobs.prune import prune_to_folder
 from permprune.jobs.trials import Evaluation
 from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
-from permprune.models.activations import count_activations
 from permprune.permuters.registry import PERMUTERS
 from permprune.pipeline import prepare
-from permprune.system.resources import Work
 
 from ..jobs.test_streaming import Held
 

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.forecasts.costs import state_bytes
 from permprune.losses.objective import Objective
 from permprune.permuters.newton import Newton
 from permprune.permuters.tuning import BETAS, RISING, Schedule, counted, timed, train_weights
@@ -105,7 +106,7 @@ def test_the_time_of_an_interrupted_training_counts(
     train(prepared, schedule, saved=saved())
     assert [done for done, _ in told] == [0, 1, 2, 3, 3, 4, 5] and 0 < spent < told[4][1] < told[5][1]
     size = (tmp_path / "training.safetensors").stat().st_size
-    plain, tuning = (method.state_bytes(prepared.outline) for method in (Newton(), Newton(tune=1)))
+    plain, tuning = (state_bytes(method, prepared.outline) for method in (Newton(), Newton(tune=1)))
     weights = sum(weight.nbytes for weight in prepared.network.dense.values())
     assert tuning - plain == pytest.approx(2 * size + 3 * weights, abs=2 * 10**4)  # of headers
     assert saved().before > spent and Resumable(Checkpoint(tmp_path, {}), "training", key=4).take() is None

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
+from permprune.forecasts.resources import Held
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.experts import EVENLY, implementation
 from permprune.models.forward import frozen
@@ -42,6 +43,11 @@ class Activations:
     logits: int
     positions: int
     outputs: int
+
+    @property
+    def held(self) -> tuple[Held, ...]:
+        """The parts of a stage that holds these activations."""
+        return Held("activations", self.blocks), Held("logits", self.logits)
 
 
 def count_activations(

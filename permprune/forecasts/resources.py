@@ -50,12 +50,6 @@ class Work:
         return {name: own for name, own in vars(self).items() if name != "largest"}
 
 
-def gib(size: float) -> str:
-    """Format bytes as GiB with three digits: "0.712 GiB", "1,410 GiB"."""
-    value = size / 2**30
-    return f"{value:,.0f} GiB" if value >= 100 else f"{value:.3g} GiB"
-
-
 @dataclass(frozen=True)
 class Stage:
     """A stage of a run: the parts that it holds at its peak, and its work; None if the work is not known.

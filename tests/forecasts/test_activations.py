@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from permprune.forecasts.activations import Gradients, _drop_gradient, _Live, count_activations
 from permprune.losses.cross_entropy import cross_entropy
 from permprune.models.activation_checkpointing import recomputed
-from permprune.models.activations import Gradients, _drop_gradient, _Live, count_activations
 from permprune.models.experts import IN_TURN, implementation
 from permprune.models.layers import block_linears
 from permprune.models.shallow import repetitions

@@ -1,0 +1,261 @@
+"""The costs of permuters and updates, registered by class; those of a base class hold for all that derive from it.
+
+A method without a registered function runs as any other, and its time is not known.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import singledispatch
+
+import torch
+
+from permprune.forecasts.resources import Held, Stage, Work
+from permprune.forecasts.workload import Workload
+from permprune.losses.loss import as_loss
+from permprune.matching.parts import groups_in, part_count
+from permprune.permuters import kept, quadratic
+from permprune.permuters.base import Permuter
+from permprune.permuters.bundles import BLOCK
+from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.permuters.identity import Identity, Random
+from permprune.permuters.iterate import Iterative
+from permprune.permuters.learned import Learned
+from permprune.permuters.newton import Newton
+from permprune.permuters.reconstruction import Reconstruction
+from permprune.permuters.ria import RIAPermuter
+from permprune.permuters.trust_region import TrustRegion
+from permprune.pruning.outline import Outline
+from permprune.updates.base import Update
+from permprune.updates.none import NoUpdate
+
+TRIED = 1.5
+"""Mean number of held-out losses in a round of a trust region: most steps are accepted or halved once."""
+
+TRIED_SHARES = 3
+"""The same in a round of refinement."""
+
+MOVED = 280
+"""Bytes that `QuadraticModel.swap` reads and writes for each weight: in three passes it computes scores and pruned
+parts, from which it takes the placement cost, the gains, and new slopes."""
+
+
+@singledispatch
+def stages_of(method: Permuter | Update, run: Workload) -> list[Stage]:
+    """Return the stages of a search or an update: the memory it holds beside the masked network, and its work.
+
+    By default there is one stage, of which neither is known.
+    """
+    return [Stage(method.name, (), None)]
+
+
+@singledispatch
+def state_bytes(method: Permuter, outline: Outline) -> int:
+    """Estimate of the bytes on disk for the states of a search; a new state is written beside the previous one."""
+    return _solution_bytes(outline)
+
+
+@singledispatch
+def proposals(method: TrustRegion, run: Workload) -> tuple[int, Work | None]:
+    """Return the bytes of the models of the largest problems, and the work of `propose`; by default it is not known."""
+    return model_bytes(run, run.outline.dtype), None
+
+
+@stages_of.register(NoUpdate)
+@stages_of.register(Identity)
+@stages_of.register(Random)
+def _nothing(method: NoUpdate | Identity | Random, run: Workload) -> list[Stage]:
+    return []
+
+
+@stages_of.register(Update)
+def _update(method: Update, run: Workload) -> list[Stage]:
+    return [Stage("update", (Held("updated weights", 4 * run.outline.weights),), None)]
+
+
+@stages_of.register(RIAPermuter)
+def _ria(method: RIAPermuter, run: Workload) -> list[Stage]:
+    scores = 4 * run.outline.largest_weights(run.threads) + 20 * kept.READ * run.threads  # and those of a block
+    return [Stage(method.name, (Held("largest problem's scores", scores),), run.each_problem(assignment_work))]
+
+
+@stages_of.register(Reconstruction)
+def _reconstruction(method: Reconstruction, run: Workload) -> list[Stage]:
+    def work(channels: int, rows: int, m: int) -> Work:
+        slopes = Work(products_fp32=2 * channels**2 * rows)
+        swaps = swap_work(channels, rows, m, quadratic.PART) * method.swaps
+        return (assignment_work(channels, rows, m) + slopes + swaps) * method.candidates
+
+    weights, model = run.outline.largest_weights(run.threads), model_bytes(run, torch.float32)
+    scores = 4 * weights + 12 * min(weights, run.threads * BLOCK)  # with the noise of a block
+    losses = 1 + method.shares * (method.candidates - 1)
+    return [
+        Stage(method.name, (Held("largest problem's model", max(scores, model)),), run.each_problem(work)),
+        Stage(f"{method.name}: accept", run.loss.held, run.loss_work(losses * run.held_out)),
+    ]
+
+
+@stages_of.register(CostMatrixLearner)
+def _cost_matrix(method: CostMatrixLearner, run: Workload) -> list[Stage]:
+    outline, examples = run.outline, method.examples * run.examples_per_window
+    costs = Held("cost matrices", 16 * _elements(method, outline))  # C, its gradient, two moments
+    relaxed = Held("relaxed weights", 4 * outline.weights)
+    gradients = relaxed, Held("gradients", run.gradient_bytes), *_pass(method, run, examples)
+    graph = Held("largest problem's graph", 32 * outline.largest_weights(1))  # both matrices, permuted, and put back
+    losses = run.loss_work(run.held_out) * (1 + math.ceil(method.steps / method.check))
+    return [
+        *stages_of(method.start, run),
+        Stage(f"{method.name}: gradients", (costs, *gradients), run.gradient_work(examples) * method.steps),
+        Stage(f"{method.name}: relaxation", (costs, Held("gradients", 2 * run.gradient_bytes), graph), None),
+        Stage(f"{method.name}: accept", (costs, *_pass(method, run)), losses),
+    ]
+
+
+@state_bytes.register(CostMatrixLearner)
+def _cost_matrix_state(method: CostMatrixLearner, outline: Outline) -> int:
+    return _solution_bytes(outline) + 24 * _elements(method, outline)  # C, two moments; twice
+
+
+@stages_of.register(TrustRegion)
+def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
+    outline, examples = run.outline, method.examples * run.examples_per_window
+    gradients, (model, proposing) = Held("gradients", run.gradient_bytes), proposals(method, run)
+
+    def stage(what: str, *parts: Held, work: Work | None, times: float = method.rounds) -> Stage:
+        return Stage(f"{method.name}: {what}", (*parts, gradients), None if work is None else work * times)
+
+    backward = _pass(method, run, examples)
+    if run.dtype == torch.float32 and not run.recompute:
+        # until the backward pass; of other types, `run.gradient` counts them
+        backward += (Held("masked weights", 4 * outline.weights),)
+    rounds = [
+        stage("gradients", *backward, work=run.gradient_work(examples)),
+        stage("proposals", Held("largest problem's model", model), work=proposing),
+        stage("accept", *_pass(method, run), work=run.loss_work(run.held_out) * TRIED),
+    ]
+    batch = max(1, examples // 4)
+    training = _training(method, run, batch)
+    if not method.rounds:
+        rounds = []
+    elif method.tune:
+        step = run.gradient_work(batch) + run.loss_work(batch)  # of the dense model, for the divergence
+        best = Held("best trained weights", outline.dtype.itemsize * outline.weights)
+        steps = method.tune * max(0, method.rounds - method.wait)
+        rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
+    if method.refine:
+        work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
+        rounds.append(stage("refinement", *backward, work=work, times=method.refine))
+    if method.train:
+        rounds.append(Stage(f"{method.name}: training at the end", training, None))
+    return [*stages_of(method.start, run), *rounds]
+
+
+@state_bytes.register(TrustRegion)
+def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
+    weights = outline.dtype.itemsize * outline.weights if method.tune or method.train else 0
+    training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
+    masks = outline.weights // 8 if method.refine else 0
+    orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
+    states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written
+    return _solution_bytes(outline) + states + weights + masks  # the solution has them, too
+
+
+@proposals.register(Newton)
+def _newton(method: Newton, run: Workload) -> tuple[int, Work]:
+    work = run.each_problem(lambda channels, rows, m: swap_work(channels, rows, m, quadratic.PART) * method.swaps)
+    return model_bytes(run, run.outline.dtype, quadratic.PART), work
+
+
+@proposals.register(Learned)
+def _learned(method: Learned, run: Workload) -> tuple[int, Work]:
+    def work(channels: int, rows: int, m: int) -> Work:
+        part = method.part_size(channels, run.outline.pattern)
+        return swap_work(channels, rows, m) * (method.steps * part / channels)
+
+    return model_bytes(run, run.outline.dtype), run.each_problem(work)
+
+
+@stages_of.register(Learned)
+def _learned_stages(method: Learned, run: Workload) -> list[Stage]:
+    costs = Held("cost matrices", 4 * _elements(method, run.outline), "host")
+    return [stage.beside([costs]) for stage in _trust_region(method, run)]
+
+
+@state_bytes.register(Learned)
+def _learned_state(method: Learned, outline: Outline) -> int:
+    return _trust_region_state(method, outline) + 8 * _elements(method, outline)
+
+
+def _solution_bytes(outline: Outline) -> int:
+    """The bytes of the orders of a solution and of a state."""
+    return 2**20 + 64 * sum(problem.size for problem in outline.problems)
+
+
+def _elements(method: CostMatrixLearner | Learned, outline: Outline) -> int:
+    """The elements of all cost matrices."""
+    return sum(problem.size * method.part_size(problem.size, outline.pattern) for problem in outline.problems)
+
+
+def _pass(method: Iterative, run: Workload, examples: int = 0) -> tuple[Held, ...]:
+    """What a gradient on this number of examples holds, or the accept test."""
+    return (*_teacher(method, run, examples), *(run.gradient if examples else run.loss).held)
+
+
+def _training(method: Iterative, run: Workload, examples: int) -> tuple[Held, ...]:
+    """What `train_weights` holds with this number of examples in a step."""
+    outline = run.outline
+    weights = outline.dtype.itemsize * outline.weights
+    moments = 2 * weights * outline.pattern.n // outline.pattern.m
+    parts = [Held("trained weights", weights), Held("Adam's moments", moments), *run.gradient.held]
+    if examples * run.examples_per_window > run.batch:
+        parts.append(Held("gradients", run.gradient_bytes))
+    return (*parts, *_teacher(method, run, examples, training=True))
+
+
+def _teacher(method: Iterative, run: Workload, examples: int, *, training: bool = False) -> tuple[Held, ...]:
+    """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
+
+    The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are
+    compared as well where few positions have labels (`Objective.for_training`).
+    """
+    if not (as_loss(method.objective).compares_blocks or (training and not run.labelled)):
+        return ()
+    distances = 8 * run.gradient.outputs // run.dtype.itemsize if examples else 0
+    outputs = Held("dense model's outputs", run.teacher_outputs(run.held_out + examples), "host")
+    return (outputs, Held("distances to the dense model", distances))
+
+
+def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> int:
+    """Return the bytes that the quadratic models of the largest problems hold, one on each thread.
+
+    These are the slopes, of type `slopes`, and of a block of rows the weights and scores (of a small problem, those of
+    all rows), the pruned parts before and after a step, their difference, and two matrices that are computed from it;
+    and the second moments that one layer reads, with a part of them in another order. Of these, only those inside parts
+    of `part` channels are read, if given.
+    """
+    outline = run.outline
+    total, largest = 0, max(outline.rows[layer.name] * layer.weight.shape[1] for layer in outline.layers)
+    for problem in outline.largest(run.threads):
+        weights = problem.size * outline.rows_of(problem)
+        block = min(weights, largest, BLOCK)
+        total += slopes.itemsize * weights + 20 * block + 8 * (weights if weights <= BLOCK else block)
+        width = max(outline.widths[one.site] for one in problem.parts)
+        total += 6 * width * min(width, part or width)
+    return total
+
+
+def swap_work(channels: int, rows: int, m: int, part: int | None = None) -> Work:
+    """Return the work of a swap in each group: placement cost, gain of each pair, and change of all slopes, once.
+
+    The groups are divided into parts of at most `part` channels, if it is given.
+    """
+    parts = part_count(channels // m, groups_in(part or channels, m))
+    comparisons = (channels // m) ** 2 / parts
+    products = 4 * m * channels + 2 * channels**2 / parts
+    return Work(comparisons=comparisons * rows, products_fp32=products * rows, moved=MOVED * channels * rows)
+
+
+def assignment_work(channels: int, rows: int, m: int) -> Work:
+    """Return the work of `deal_and_assign`: a comparison for each slot, row, and group with each other of its part."""
+    groups = channels // m
+    return Work(comparisons=kept.PASSES * m * groups**2 / part_count(groups, groups_in(kept.PART, m)) * rows)

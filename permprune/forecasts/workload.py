@@ -1,0 +1,60 @@
+"""What the costs of a run follow from: the layers, the orders, and the passes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from permprune.forecasts.activations import Activations
+from permprune.forecasts.resources import Work
+from permprune.pruning.outline import Outline
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The layers and orders of a run, and the cost of passes of its model.
+
+    `threads` problems are solved at a time, one on each thread. An example takes `forward` floating-point operations. A
+    batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of the
+    weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number of
+    examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts one
+    of the labels, as in text.
+    """
+
+    outline: Outline
+    threads: int
+    forward: float
+    batch: int
+    gradient: Activations
+    loss: Activations
+    dtype: torch.dtype
+    held_out: int
+    examples_per_window: int
+    recompute: bool
+    labelled: bool = True
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The bytes of the gradients of all weights (see `pruning.network.Gradients`)."""
+        return min(self.dtype.itemsize, self.outline.dtype.itemsize) * self.outline.weights
+
+    def teacher_outputs(self, examples: int) -> int:
+        """The bytes of the dense model's block outputs for some examples."""
+        return examples * self.gradient.outputs // self.batch
+
+    def loss_work(self, examples: int) -> Work:
+        """The work of a loss on some examples."""
+        return Work(products=examples * self.forward)
+
+    def gradient_work(self, examples: int) -> Work:
+        """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`."""
+        return Work(products=examples * self.forward * (4 if self.recompute else 3))
+
+    def each_problem(self, work: Callable[[int, int, int], Work]) -> Work:
+        """Return the sum of `work(channels, rows, m)` over all problems, of which one thread does the largest."""
+        outline = self.outline
+        each = [work(problem.size, outline.rows_of(problem), outline.pattern.m) for problem in outline.problems]
+        total, compared = sum(each, Work()), [one.comparisons for one in each]
+        return replace(total, largest=max(compared, default=0.0) / max(sum(compared), 1.0))
