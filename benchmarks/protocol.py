@@ -30,13 +30,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from permprune import Examples, PruneConfig, Result, TaskList, read_model
 from permprune.data.benchmarks import wikitext2
 from permprune.data.text import load_documents, tokenize
+from permprune.engine.held import prepare, update_weights
 from permprune.evaluation.lm_tasks import WIKITEXT, WINDOW, average, cut
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, gap_closed, metric_named
 from permprune.models.processors import tokenizer_of
 from permprune.permuters.base import Round
 from permprune.permuters.registry import permuter
-from permprune.pipeline import prepare, update_weights
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log
 

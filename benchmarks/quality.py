@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from permprune import PruneConfig, read_model
+from permprune.engine.held import prepare, update_weights
+from permprune.engine.measuring import Evaluation, Meter
 from permprune.evaluation.result import gap_closed, metric_named
-from permprune.jobs.trials import Evaluation, Meter
 from permprune.permuters.registry import permuter
-from permprune.pipeline import prepare, update_weights
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.memory import peak_memory_mb, reset_peak_memory

@@ -13,15 +13,19 @@ import dataclasses
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from rows import Row, add
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Held
+from permprune.engine.measuring import Evaluation, Meter
+from permprune.engine.session import Session
 from permprune.evaluation.result import Result, gap_closed
 from permprune.forecasts.fitting import forecast
-from permprune.jobs.trials import Evaluation, Meter, Trials
 from permprune.permuters.base import Permuter, Round
 from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
@@ -76,21 +80,22 @@ def run(model: str, methods: list[Permuter], config: PruneConfig, evaluations: l
     say(f"{model}: forecast {gib(told.host)}, at the peak in stage {told.peak().name}")
     say(f"{model}: {told.seconds}")
     began, rounds = time.monotonic(), list[Round]()
-    with Trials(model, config, evaluation=evaluations[0]) as trials:
-        peaks = [report(f"calibrated in {trials.prepared.seconds:.0f} s")]
-        network = trials.prepared.network
+    with Session(partial(Held.open, model, config), evaluations[0]) as session:
+        weights = cast(Held, session.weights)
+        peaks = [report(f"calibrated in {weights.seconds:.0f} s")]
+        network = weights.network
 
         def follow(round: Round) -> None:
             rounds.append(round)
             peaks.append(report(f"round {round.number}: loss {round.loss:.4f}, {round.seconds:.0f} s"))
 
         with network.dense_weights(), network.autocast():
-            meters = [Meter(trials.prepared.model, trials.processor, evaluation) for evaluation in evaluations]
+            meters = [Meter(weights.model, weights.processor, evaluation) for evaluation in evaluations]
             dense = measured("dense", meters, peaks)
         none: list[Result] = []
         for method in methods:
             reset_peak_memory()
-            method.solve(network, dataclasses.replace(trials.prepared.run, callbacks=(follow,)))
+            method.solve(network, dataclasses.replace(weights.plan.run, callbacks=(follow,)))
             with network.autocast():
                 results = measured(method.name, meters, peaks)
             none = results if method.name == "none" else none

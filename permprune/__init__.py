@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from permprune.coupling.fold import fold, fold_all
     from permprune.coupling.verify import verify_space
     from permprune.coupling.walk import Walk, coupling_rule
+    from permprune.engine.held import prune
+    from permprune.engine.measuring import Evaluation
+    from permprune.engine.pruned import Pruned
     from permprune.errors import PermpruneError
     from permprune.evaluation.dispatch import evaluate_model
     from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
@@ -46,7 +49,6 @@ if TYPE_CHECKING:
     from permprune.jobs.prune import prune_to_folder
     from permprune.jobs.sweep import sweep
     from permprune.jobs.swept import Sweep, SweepRow
-    from permprune.jobs.trials import Evaluation
     from permprune.jobs.verify import Verified, verify
     from permprune.losses.loss import Loss
     from permprune.losses.objective import Objective
@@ -57,7 +59,6 @@ if TYPE_CHECKING:
     from permprune.permuters.newton import Newton
     from permprune.permuters.reconstruction import Reconstruction
     from permprune.permuters.ria import RIAPermuter
-    from permprune.pipeline import Pruned, prune
     from permprune.pruning.folder import save
     from permprune.pruning.hub import push_to_hub
     from permprune.pruning.masked import LayerMeasure, MaskedLayers
@@ -217,7 +218,7 @@ _MODULES = {
     "sweep": "jobs.sweep",
     "Sweep": "jobs.swept",
     "SweepRow": "jobs.swept",
-    "Evaluation": "jobs.trials",
+    "Evaluation": "engine.measuring",
     "Verified": "jobs.verify",
     "verify": "jobs.verify",
     "Loss": "losses.loss",
@@ -235,8 +236,8 @@ _MODULES = {
     "Newton": "permuters.newton",
     "Reconstruction": "permuters.reconstruction",
     "RIAPermuter": "permuters.ria",
-    "Pruned": "pipeline",
-    "prune": "pipeline",
+    "Pruned": "engine.pruned",
+    "prune": "engine.held",
     "save": "pruning.folder",
     "LayerMeasure": "pruning.masked",
     "MaskedLayers": "pruning.masked",

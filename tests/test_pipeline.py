@@ -21,13 +21,14 @@ from permprune.coupling.fold import fold
 from permprune.coupling.space import Coupling
 from permprune.coupling.verify import verify_space
 from permprune.data.text import load_documents, tokenize
+from permprune.engine.held import finish, prepare, prune, update_weights
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import gap_closed
 from permprune.examples import Examples
 from permprune.jobs.compare import compare
 from permprune.jobs.evaluate import evaluate
 from permprune.jobs.prune import prune_to_folder
-from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.losses.objective import Objective
 from permprune.models.activation_checkpointing import recomputing
@@ -35,7 +36,6 @@ from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
 from permprune.permuters.newton import Newton
-from permprune.pipeline import finish, prepare, prune, update_weights
 from permprune.plan import _divide
 from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.registry import SALIENCIES
@@ -78,7 +78,7 @@ def whole_update(monkeypatch: pytest.MonkeyPatch) -> None:
     def take(update: Update, network: PrunedNetwork, examples: Examples, _: Examples) -> None:
         update.run(network, examples)
 
-    monkeypatch.setattr("permprune.pipeline.update_network", take)
+    monkeypatch.setattr("permprune.engine.held.update_network", take)
 
 
 @pytest.mark.slow

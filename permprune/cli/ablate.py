@@ -32,8 +32,8 @@ def ablate(
 ) -> Iterator[None]:
     """Repeat an ablation of the learned permuter on MODEL: vary its loss, its groups or its number of epochs."""
 
+    from permprune.engine.measuring import Evaluation
     from permprune.jobs.ablate import variants
-    from permprune.jobs.trials import Evaluation
 
     methods = variants(study, preset, max(0, config.shares(config.samples)[-1]), epochs=epochs)
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric)

@@ -254,7 +254,7 @@ def command(function: Callable[..., Iterator[None]], without: Iterable[str] = ()
                 next(work, None)
                 require_files(given)
 
-            from permprune.jobs import trials  # noqa: F401 - with it nearly all that a command imports
+            from permprune.engine import held  # noqa: F401 - with it nearly all that a command imports
             from permprune.system import distributed
             from permprune.system.memory import keep_freed_memory
 

@@ -36,7 +36,7 @@ def compare(
 ) -> Iterator[None]:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds and peak memory."""
 
-    from permprune.jobs.trials import Evaluation
+    from permprune.engine.measuring import Evaluation
     from permprune.permuters.registry import permuters
 
     names = [name for name in cli.parts(methods) if name != "dense"]

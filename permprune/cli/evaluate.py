@@ -40,8 +40,8 @@ def evaluate(
     With --tasks, --data is a folder with local files of the tasks.
     """
 
+    from permprune.engine.measuring import Evaluation
     from permprune.evaluation.lm_tasks import evaluate_tasks
-    from permprune.jobs.trials import Evaluation
 
     if kv is not None and (tasks or task_file or metric):
         raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --task-file and --metric")

@@ -68,8 +68,8 @@ def kv(
 ) -> Iterator[None]:
     """Find the channel orders of a pruned key/value cache for MODEL, and measure it."""
 
+    from permprune.engine.measuring import Evaluation
     from permprune.inference.kv.config import KVConfig
-    from permprune.jobs.trials import Evaluation
     from permprune.options import Count, Seed, require
     from permprune.permuters.registry import score_permuter
 

@@ -38,7 +38,7 @@ def prune(
 ) -> Iterator[None]:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
 
-    from permprune.jobs.trials import Evaluation
+    from permprune.engine.measuring import Evaluation
 
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
     if pack is not None:

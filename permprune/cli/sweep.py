@@ -42,8 +42,8 @@ def sweep(
 ) -> Iterator[None]:
     """Measure patterns x methods x budgets on MODEL: quality against size, as a table, a page and a picture."""
 
+    from permprune.engine.measuring import Evaluation
     from permprune.jobs.swept import plan_cells
-    from permprune.jobs.trials import Evaluation
     from permprune.options import Count, require
 
     chosen = cli.task_list(tasks, task_file, task_data, limit)

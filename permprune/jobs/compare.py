@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from permprune.checkpoints.io import load_written, write_weights
-from permprune.checkpoints.source import ModelSource
+from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
-from permprune.data.overlap import warn_of_overlap
+from permprune.engine.held import Held
+from permprune.engine.measuring import Evaluation, Measurement
+from permprune.engine.session import Session
 from permprune.evaluation.result import Metric, gap_closed
 from permprune.evaluation.size import weight_bytes
-from permprune.jobs.trials import Evaluation, Measurement, Trials
+from permprune.jobs.prune import write_pruned_weights
 from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuters
-from permprune.pruning.folder import write_pruned
 from permprune.system import distributed
-from permprune.system.files import WorkFolder, atomic_folder, require_space
+from permprune.system.files import WorkFolder, require_space
 from permprune.system.out_of_memory import memory_reported
 
 FIXED = ("pattern", "saliency", "mode", "update", "seed")
@@ -98,25 +98,25 @@ def compare(
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     with (
         WorkFolder(Path(out)).held("compare", resume=False) if out else nullcontext() as work,
-        Trials(model, config, evaluation=evaluation, processor=processor) as trials,
+        Session(partial(Held.open, model, config, processor), evaluation) as session,
     ):
+        weights = session.weights
         if work:
-            require_space(work.out, weight_bytes(trials.prepared.model, trials.stored))
-        warn_of_overlap(trials.overlap)
-        trials.prepared.dense.warn()
-        measured = [trials.dense, *(trials.run(method, label).measurement for label, method in chosen.items())]
-        metric = trials.dense.result.metric
+            require_space(work.out, weight_bytes(weights.model, weights.stored))
+        overlap, dense = session.overlap, session.dense
+        weights.plan.dense.warn()
+        tried = {label: session.attempt(method, label).measurement for label, method in chosen.items()}
         result = Comparison(
-            model=trials.name,
+            model=name_of(weights.model),
             config=config,
-            metric=metric,
-            overlap=trials.overlap,
-            calibrate_seconds=trials.prepared.seconds,
-            rows=_rows(measured),
+            metric=dense.result.metric,
+            overlap=overlap,
+            calibrate_seconds=weights.seconds,
+            rows=_rows([dense, *tried.values()]),
         )
         announce(result)
         if work:
-            _write_best(trials, chosen[result.best.method], result, evaluation, work)
+            _write_best(session, chosen[result.best.method], tried, result.best.method, work)
     return result
 
 
@@ -129,20 +129,11 @@ def _rows(measured: list[Measurement]) -> list[ComparisonRow]:
     ]
 
 
-def _write_best(trials: Trials, method: Permuter, result: Comparison, evaluation: Evaluation, work: WorkFolder) -> None:
+def _write_best(
+    session: Session, method: Permuter, tried: Mapping[str, Measurement], best: str, work: WorkFolder
+) -> None:
     """Prune the model with the best method and write it to the output folder."""
-    pruned, (dense, none, *_), best = trials.prune(method), result.rows, result.best
-    record = dataclasses.replace(
-        pruned.record(),
-        measured=evaluation.measured(dense.result, none.result, best.result, overlap=result.overlap),
-        gap_closed=best.gap_closed,
-        seconds={"calibrate": result.calibrate_seconds, "search": best.seconds},
-        peak_memory_mb=best.peak_memory_mb,
-    )
-
-    def write() -> None:
-        with atomic_folder(work.out, work.scratch) as folder:
-            weights = partial(write_weights, pruned.model, trials.processor, trials.stored)
-            write_pruned(record, pruned.probe, weights, folder, load=partial(load_written, pruned.model))
-
-    distributed.on_first(write)
+    weights, measured = session.weights, {"none": tried["none"], method.name: tried[best]}
+    weights.plan = dataclasses.replace(weights.plan, config=weights.plan.config.replace(permute=method))
+    pruned, record = session.prune(method, tried=measured)
+    distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work, None))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from permprune.checkpoints.source import ModelSource, open_model
+from permprune.engine.measuring import BATCH, Evaluation, transcriber
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.result import Result
-from permprune.jobs.trials import BATCH, Evaluation, transcriber
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.processors import Processor
 from permprune.system.out_of_memory import memory_reported

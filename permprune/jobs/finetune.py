@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from permprune.checkpoints.source import ModelSource, OpenModel, name_of, open_model
+from permprune.engine.measuring import BATCH
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Result, require_label_metric
-from permprune.jobs.trials import BATCH
 from permprune.losses.objective import Objective
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.options import Count, NonNegative, Positive, Seed, require_choice, require_fields

@@ -16,6 +16,7 @@ from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
+from permprune.engine.measuring import BATCH, Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 from permprune.inference.kv.cache import PrunedCache, attention_layers
@@ -24,7 +25,6 @@ from permprune.inference.kv.config import AUTO, KVConfig, default_pattern, patte
 from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity
 from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
 from permprune.inference.kv.folding import fold_values
-from permprune.jobs.trials import BATCH, Evaluation
 from permprune.models.forward import short_inputs
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor

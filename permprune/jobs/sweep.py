@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -27,13 +28,14 @@ from permprune.checkpoints.offload import read_skeleton
 from permprune.checkpoints.schema import decode, encode
 from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
-from permprune.data.overlap import warn_of_overlap
+from permprune.engine.held import Held
+from permprune.engine.measuring import Evaluation
+from permprune.engine.session import Session
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.jobs.swept import OWN, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
-from permprune.jobs.trials import Evaluation, Trials
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
 from permprune.options import Count, require
@@ -254,31 +256,31 @@ def _begin_worker(threads: int, level: int) -> None:
 def fill(job: Job) -> None:
     """Measure the cells of a job one after the other and write each row as soon as it is measured."""
     config = job.config.replace(pattern=job.cells[0].pattern)
-    with Trials(job.model, config, evaluation=job.evaluation, processor=job.processor) as trials:
-        run, outline = trials.prepared.run, trials.prepared.outline
+    with Session(partial(Held.open, job.model, config, job.processor), job.evaluation) as session:
+        run, outline = session.weights.plan.run, session.weights.plan.outline
         require_space(job.folder, sum(state_bytes(permuter(cell.method), outline) for cell in job.cells))
-        distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(trials)))
-        _measure_dense(trials, job.folder / DENSE)
+        distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(session)))
+        _measure_dense(session, job.folder / DENSE)
         for cell in job.cells:
             if _path(job.folder, cell).exists():
                 continue
             checkpoint = Checkpoint(_states(job, cell), run.checkpoint.settings)
             own = dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint)
-            row = _measured(trials, cell, own)
+            row = _measured(session, cell, own)
             if not distributed.rank():
                 write_sealed(_path(job.folder, cell), encode(row))
 
 
-def _measured(trials: Trials, cell: Cell, run: Run) -> SweepRow:
+def _measured(session: Session, cell: Cell, run: Run) -> SweepRow:
     """Measure one cell."""
-    trial = trials.run(permuter(cell.method), cell.method, run)
-    prepared, layers = trials.prepared, trials.prepared.network.measures()
-    patterns = prepared.network.patterns
+    trial = session.attempt(permuter(cell.method), cell.method, run)
+    network = cast(Held, session.weights).network
+    layers, patterns = network.measures(), network.patterns
     return SweepRow(
         **vars(trial.measurement),
         pattern=cell.pattern,
         minutes=cell.minutes,
-        bytes=model_bytes(prepared.model, prepared.layers, patterns),
+        bytes=model_bytes(session.weights.model, session.weights.plan.layers, patterns),
         layers=dict(sorted(Counter(map(str, patterns.values())).items())),
         kept=math.fsum(layer.kept for layer in layers) / len(layers),
         error=math.fsum(layer.error for layer in layers) / len(layers),
@@ -286,23 +288,23 @@ def _measured(trials: Trials, cell: Cell, run: Run) -> SweepRow:
     )
 
 
-def _data(trials: Trials) -> dict[str, Any]:
-    run, evaluation = trials.prepared.run, trials.measure.examples.digest
+def _data(session: Session) -> dict[str, Any]:
+    plan, evaluation = session.weights.plan, session.measure.examples.digest
+    run = plan.run
     return {name: run.checkpoint.settings[name] for name in (CONFIG, WEIGHTS, *versions())} | {
-        CALIBRATION: [trials.prepared.measured.digest, run.train.digest, run.held_out.digest],
+        CALIBRATION: [plan.measured.digest, run.train.digest, run.held_out.digest],
         "evaluation examples": evaluation,
     }
 
 
-def _measure_dense(trials: Trials, path: Path) -> None:
+def _measure_dense(session: Session, path: Path) -> None:
     """Measure the dense model and write its row to `path`, unless the file exists."""
     known = path.exists()
     distributed.wait()  # until all processes have checked
     if known:
         return
-    warn_of_overlap(trials.overlap)
-    size = model_bytes(trials.prepared.model, [], {})
-    row = DenseRow(**vars(trials.dense), bytes=size, overlap=trials.overlap)
+    size = model_bytes(session.weights.model, [], {})
+    row = DenseRow(overlap=session.overlap, **vars(session.dense), bytes=size)
     if not distributed.rank():
         write_sealed(path, encode(row))
 

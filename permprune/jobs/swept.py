@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation, Measurement
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Metric
-from permprune.jobs.trials import Evaluation, Measurement
 from permprune.options import Positive, require
 from permprune.pattern import parse_pattern
 from permprune.permuters.base import CurvePoint, LocalPermuter

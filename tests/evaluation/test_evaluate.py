@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune.config import PruneConfig
+from permprune.engine.held import prepare, prune
 from permprune.errors import PermpruneError
 from permprune.evaluation.agreement import agreement, dense_outputs
 from permprune.evaluation.classification import accuracy
@@ -16,7 +17,6 @@ from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
-from permprune.pipeline import prepare, prune
 
 from ..modalities import EXAMPLES, draw, images, make, sentences, speech
 

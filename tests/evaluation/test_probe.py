@@ -13,11 +13,11 @@ from transformers import (
     WhisperModel,
 )
 
+from permprune.engine.held import prune
 from permprune.errors import PermpruneError
 from permprune.evaluation.classification import accuracy
 from permprune.evaluation.probe import fit_probe, logistic_regression
 from permprune.examples import Examples
-from permprune.pipeline import prune
 
 from ..modalities import bert_config, draw, make, whisper_config
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from permprune.engine.session import Session
 from permprune.errors import PermpruneError
-from permprune.jobs.trials import Trials
 from permprune.permuters.registry import PERMUTERS
 from permprune.training.loop import Trainer
 
@@ -76,7 +76,7 @@ def test_a_disk_that_is_full_after_training_or_a_sweep_costs_neither(
     cells = ["--patterns", "2:4", "--methods", "random"]
     for command, work, printed, size in (
         (["finetune", *training, "--train", "norms", "--out", out], (Trainer, "_epoch"), "before training", 2**15),
-        (["sweep", *source, *cells, "--out", out], (Trials, "run"), "the least loss of 2 cells", 2**12),
+        (["sweep", *source, *cells, "--out", out], (Session, "attempt"), "the least loss of 2 cells", 2**12),
     ):
         with files_up_to(size):
             code, stdout, stderr = run(*command)

@@ -72,7 +72,7 @@ def test_calibration_says_so(
         monkeypatch.setattr(LlamaMLP, "forward", end)
         return found
 
-    monkeypatch.setattr("permprune.pipeline.plan_run", planned)
+    monkeypatch.setattr("permprune.engine.held.plan_run", planned)
     with pytest.raises(OutOfMemory):
         permprune.prune(tiny_llama, permute="none", examples=WINDOWS)
 
@@ -122,7 +122,7 @@ LIMITED = """
 import re, resource, sys
 from pathlib import Path
 
-import permprune.jobs.trials
+import permprune.engine.measuring
 from tests.cli.running import run
 
 for megabytes in (30, 150):

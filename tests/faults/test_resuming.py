@@ -13,12 +13,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
-from permprune.jobs.trials import Trials
+from permprune.engine.held import Prepared, prepare
+from permprune.engine.session import Session
 from permprune.permuters.base import LocalPermuter, Permuter
 from permprune.permuters.identity import Random
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import PERMUTERS
-from permprune.pipeline import Prepared, prepare
 from permprune.system import search_state as checkpoint
 from permprune.system.files import WorkFolder
 from permprune.system.search_state import Checkpoint
@@ -134,10 +134,10 @@ def test_the_cells_of_another_sweep_are_refused(
     source: list[str], tmp_path: Path, done: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
-    with monkeypatch.context() as patch, interrupted(Trials, "run", 2 if done else 1, patch):
+    with monkeypatch.context() as patch, interrupted(Session, "attempt", 2 if done else 1, patch):
         patch.setattr("permprune.report.tables.sweep_table", stop)
         assert run(*command)[0] == 130
-    with counted(Trials, "run", monkeypatch) as runs:
+    with counted(Session, "attempt", monkeypatch) as runs:
         for what in CHANGES:
             with changed(what, Path(source[0])):
                 assert f"was saved with another {what}: use the same, or remove" in fails(*command, "--resume")
@@ -147,7 +147,7 @@ def test_the_cells_of_another_sweep_are_refused(
 
 def test_a_damaged_file_of_a_sweep_is_named(source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
-    with interrupted(Trials, "run", 1, monkeypatch):
+    with interrupted(Session, "attempt", 1, monkeypatch):
         assert run(*command)[0] == 130
     for name in ("sweep.json", "dense.json", "cells/2-4 none.json"):
         path = tmp_path / "out.partial" / name
@@ -216,7 +216,7 @@ def test_no_hint_is_given_where_nothing_was_found(
     for command, owner, name in (
         (["prune", *source, "--permute", "reconstruction"], PERMUTERS["reconstruction"], "order"),
         (["finetune", *source[:1], "--data", source[2], "--rows", "8", "--length", "16"], Trainer, "_add"),
-        (["compare", *source], Trials, "run"),
+        (["compare", *source], Session, "attempt"),
     ):
         out = [] if command[0] == "compare" else ["--out", tmp_path / "out"]
         with interrupted(owner, name, 0, monkeypatch):

@@ -14,6 +14,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTo
 
 import permprune
 from permprune.config import PruneConfig
+from permprune.engine.held import prepare
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.forecasts.activations import count_activations
@@ -22,11 +24,9 @@ from permprune.forecasts.machine import GPUS, Machine, Rates, this_machine
 from permprune.forecasts.resources import Work
 from permprune.forecasts.run import Forecast, _next_token_loss
 from permprune.jobs.prune import prune_to_folder
-from permprune.jobs.trials import Evaluation
 from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
 from permprune.permuters.registry import PERMUTERS
-from permprune.pipeline import prepare
 
 from ..jobs.test_streaming import Held
 

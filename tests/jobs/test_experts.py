@@ -12,11 +12,11 @@ from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import read_record
 from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.jobs.finetune import FineTuning, finetune
 from permprune.jobs.packing import pack_folder, unpack_folder
 from permprune.jobs.prune import prune_to_folder
-from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.models.layers import block_linears
 from permprune.pattern import Pattern

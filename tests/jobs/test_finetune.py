@@ -12,12 +12,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from permprune.checkpoints.io import load, read_model
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.jobs.evaluate import evaluate
 from permprune.jobs.finetune import FineTuning, _teacher, finetune
 from permprune.jobs.prune import prune_to_folder
-from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.losses.objective import Objective, block_outputs
 from permprune.losses.targets import labelled

@@ -14,13 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune.checkpoints.origin import Origin, set_origin
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.inference.kv.cache import PrunedCache
 from permprune.inference.kv.calibration import ObservedLayer
 from permprune.inference.kv.config import KVConfig
 from permprune.inference.kv.files import read_channels, read_record, weights_of, write_cache
 from permprune.jobs.kv import calibrate_kv, evaluate_kv, find_channels
-from permprune.jobs.trials import Evaluation
 from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter

@@ -22,12 +22,12 @@ from permprune.checkpoints.io import load
 from permprune.checkpoints.record import read_record
 from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
+from permprune.engine.streamed import require_streamable
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.forecasts.fitting import fit_memory
 from permprune.jobs.prune import prune_to_folder
-from permprune.jobs.streaming import Stream
-from permprune.jobs.trials import Evaluation
 from permprune.jobs.verify import verify
 from permprune.permuters.registry import PERMUTERS
 
@@ -214,9 +214,8 @@ def test_damaged_weights_are_refused(
         run(tmp_path / "source", tmp_path / "out", "ria", tiny_text, memory=500_000)
 
 
-def test_images_need_the_model_in_memory(tiny_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_images_need_the_model_in_memory(tiny_llama: LlamaForCausalLM) -> None:
     shown = Examples({"input_ids": torch.ones(1, 4), "pixel_values": torch.ones(1, 3, 4, 4)})
     plan: Any = SimpleNamespace(measured=shown)
-    weights: Any = None
     with pytest.raises(PermpruneError, match="images only calibrate a model in memory: raise --memory"):
-        Stream(tiny_llama, weights, plan, tmp_path, half=False)
+        require_streamable(tiny_llama, plan)

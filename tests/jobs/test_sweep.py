@@ -15,9 +15,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune import Evaluation, PermpruneError, PruneConfig, Result, Sweep, TaskList, Wanda, compare, sweep
+from permprune.engine.session import Session
 from permprune.evaluation.result import PERPLEXITY, TASK_ACCURACY, TOP_1_ACCURACY
 from permprune.jobs.swept import Cell, pareto, plan_cells
-from permprune.jobs.trials import Trials
 from permprune.permuters.registry import PERMUTERS
 
 pytestmark = pytest.mark.slow
@@ -128,16 +128,16 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
     asked = (["2:4", "1:4"], ["random", "newton:rounds=5"])
     whole = run_sweep(setting, tmp_path / "whole", *asked)
     done: list[str] = []
-    original = Trials.run
+    original = Session.attempt
 
-    def counted(self: Trials, *args: Any) -> Any:
+    def counted(self: Session, *args: Any) -> Any:
         if len(done) == 4:
             raise KeyboardInterrupt
         trial = original(self, *args)
         done.append(args[0].name)
         return trial
 
-    monkeypatch.setattr(Trials, "run", counted)
+    monkeypatch.setattr(Session, "attempt", counted)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run_sweep(setting, out, *asked)
@@ -147,7 +147,7 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
     with pytest.raises(PermpruneError, match="another seed"):
         run_sweep((setting[0], setting[1].replace(seed=1), setting[2]), out, *asked, resume=True)
     assert done == ["none", "random", "newton", "none"]
-    monkeypatch.setattr(Trials, "run", lambda self, *args: done.append(args[0].name) or original(self, *args))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Session, "attempt", lambda self, *args: done.append(args[0].name) or original(self, *args))  # type: ignore[func-returns-value]
     assert results(run_sweep(setting, out, *asked, resume=True)) == results(whole)
     assert done[4:] == ["random", "newton"] and not (tmp_path / "out.partial").exists()
 
@@ -167,7 +167,7 @@ def test_a_cell_that_is_not_finite_is_a_row_like_others(
 ) -> None:
     measured = iter([10.0, math.inf, 12.0])
     monkeypatch.setattr(
-        "permprune.jobs.trials.Meter.__call__",
+        "permprune.engine.measuring.Meter.__call__",
         lambda self: Result("t", PERPLEXITY, next(measured), count=60, unit="tokens"),
     )
     rows = run_sweep(setting, tmp_path / "out", ["2:4"], ["ria"]).rows

@@ -8,6 +8,7 @@ from transformers import BartConfig, BartForSequenceClassification, LlamaForCaus
 
 from permprune.calibration.statistics import Statistics, calibrate
 from permprune.config import PruneConfig
+from permprune.engine.held import prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -16,7 +17,6 @@ from permprune.models.forward import padding_of, run_model
 from permprune.models.layers import prunable_layers
 from permprune.models.padding import Padding
 from permprune.pattern import Pattern
-from permprune.pipeline import prepare
 
 from ..modalities import EXAMPLES, draw, images, make, scorer, sentences, speech
 

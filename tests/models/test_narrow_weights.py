@@ -8,13 +8,13 @@ from transformers import LlamaForCausalLM
 
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare, prune
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
 from permprune.models.layers import prunable_layers
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.permuters.newton import Newton
-from permprune.pipeline import Prepared, prepare, prune
 
 from ..fixtures import make_tiny_llama
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import permprune
 from permprune.calibration.symmetric import Symmetric
 from permprune.config import PruneConfig
+from permprune.engine.held import measure
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -20,7 +21,6 @@ from permprune.models.row_shards import load_rows, require_divisible
 from permprune.permuters import kept
 from permprune.permuters.newton import Newton
 from permprune.permuters.ria import RIAPermuter
-from permprune.pipeline import measure
 from permprune.plan import plan_run
 from permprune.system import distributed, sharding
 

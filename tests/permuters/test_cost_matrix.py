@@ -7,13 +7,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.matching.schedule import Geometric
 from permprune.permuters.cost_matrix import CostMatrixLearner, CostMatrixSearch
 from permprune.permuters.identity import Random
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.permllm import PermLLM
-from permprune.pipeline import Prepared, prepare
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
 

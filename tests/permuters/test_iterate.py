@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare, prune
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -16,7 +17,6 @@ from permprune.permuters.base import Permuter, Round
 from permprune.permuters.learned import Learned
 from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
-from permprune.pipeline import Prepared, prepare, prune
 from permprune.system.search_state import Checkpoint
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from permprune.config import PruneConfig
+from permprune.engine.held import finish, prepare, update_weights
 from permprune.losses.objective import Objective
 from permprune.models.forward import run_model
 from permprune.permuters.learned import Learned
@@ -14,7 +15,6 @@ from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
 from permprune.permuters.tuning import counted, train_weights
-from permprune.pipeline import finish, prepare, update_weights
 from permprune.system.search_state import Checkpoint, Resumable
 
 from ..modalities import EXAMPLES, make

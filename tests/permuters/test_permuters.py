@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.loss import Loss
@@ -24,7 +25,6 @@ from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.permuters.trust_region_search import DISCOUNT, TrustRegionSearch
-from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import Gradients
 from permprune.pruning.problem import Orders
 from permprune.system.search_state import Checkpoint

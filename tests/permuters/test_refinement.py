@@ -11,12 +11,12 @@ from transformers import LlamaForCausalLM
 
 import permprune
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.permuters import refinement
 from permprune.permuters.identity import Identity
 from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import Swaps, find_swaps, refine_masks, swapped
-from permprune.pipeline import Prepared, prepare
 from permprune.system.search_state import Checkpoint, Resumable
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))

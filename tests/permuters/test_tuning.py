@@ -10,12 +10,12 @@ from rich.console import Console
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.forecasts.costs import state_bytes
 from permprune.losses.objective import Objective
 from permprune.permuters.newton import Newton
 from permprune.permuters.tuning import BETAS, RISING, Schedule, counted, timed, train_weights
-from permprune.pipeline import Prepared, prepare
 from permprune.system import progress, search_state
 from permprune.system.search_state import Checkpoint, Resumable
 

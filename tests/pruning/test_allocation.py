@@ -8,10 +8,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, finish, prepare
 from permprune.errors import PermpruneError
 from permprune.pattern import TOTAL, Pattern, parse_pattern
 from permprune.permuters.registry import PERMUTERS
-from permprune.pipeline import Prepared, finish, prepare
 from permprune.pruning.allocation import CHOICES, _least, tied
 from permprune.pruning.problem import Part, Problem
 

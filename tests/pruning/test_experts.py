@@ -13,6 +13,7 @@ from permprune.checkpoints.probe import probe_outputs
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.trace import Untraceable
+from permprune.engine.held import Prepared, finish, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -20,7 +21,6 @@ from permprune.losses.targets import next_token
 from permprune.models.layers import Layer, block_linears, prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
-from permprune.pipeline import Prepared, finish, prepare
 from permprune.pruning.problem import build_problems
 from permprune.saliency.registry import SALIENCIES
 from permprune.training.weights import masked

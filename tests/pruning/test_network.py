@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 from permprune.calibration.statistics import Statistics
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -17,7 +18,6 @@ from permprune.losses.targets import next_token
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
-from permprune.pipeline import Prepared, prepare
 from permprune.pruning.masked import MaskedLayers
 from permprune.saliency.obs import OBS
 

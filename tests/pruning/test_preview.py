@@ -4,9 +4,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import finish, prepare
 from permprune.pattern import Pattern
 from permprune.permuters.registry import permuter
-from permprune.pipeline import finish, prepare
 
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 import permprune
 from permprune import Evaluation, Examples, FineTuning, Identity, Newton, PruneConfig
 from permprune.coupling.space import Coupling
+from permprune.engine.held import prepare
 from permprune.inference.pack import pack
 from permprune.permuters.base import Permuter
 from permprune.permuters.cp import CP
@@ -24,7 +25,6 @@ from permprune.permuters.learned import Learned
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pipeline import prepare
 from permprune.saliency.registry import SALIENCIES
 from permprune.updates.registry import UPDATES
 

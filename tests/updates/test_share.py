@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
 from permprune.examples import Examples
 from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherOutputs
 from permprune.permuters.identity import Random
-from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
 from permprune.updates.admm import ADMM
 from permprune.updates.base import Update

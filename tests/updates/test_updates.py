@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
-from permprune.pipeline import Prepared, prepare
 from permprune.pruning.network import PrunedNetwork
 from permprune.updates.admm import ADMM
 from permprune.updates.base import LayerUpdate

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,10 +18,13 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.moments import FEWEST, moments_of, warn_of_rare
 from permprune.calibration.statistics import Statistics
-from permprune.checkpoints.offload import Edit, StoredWeights, attach
+from permprune.checkpoints.offload import Edit, attach, load_written_offloaded, read_offloaded, write_offloaded
 from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import PrunedLayer
+from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
+from permprune.engine.pruned import Pruned, beside_natural, new_gathers
+from permprune.engine.weights import Weights
 from permprune.errors import PermpruneError
 from permprune.forecasts.streamed import streamed_bytes
 from permprune.models.attention import autocast
@@ -28,16 +32,16 @@ from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
 from permprune.models.hooks import hooked
 from permprune.models.layers import Layer, require_finite
-from permprune.permuters.base import LocalPermuter, Solution
+from permprune.models.narrow_weights import is_narrow
+from permprune.permuters.base import LocalPermuter, Permuter, Run, Solution
 from permprune.permuters.registry import permuter
-from permprune.pipeline import Pruned, beside_natural, new_gathers
-from permprune.plan import Plan
-from permprune.pruning.masked import MaskedLayers
+from permprune.plan import Plan, calibration_examples, plan_run
+from permprune.pruning.masked import LayerMeasure, MaskedLayers
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, reorder_columns, reordered_outputs
 from permprune.system import distributed
 from permprune.system.device import compute_device
-from permprune.system.files import gib, write_whole
+from permprune.system.files import WorkFolder, gib, write_whole
 from permprune.system.progress import log, track
 from permprune.system.search_state import Checkpoint, Journal
 
@@ -45,35 +49,99 @@ NATURAL, DECIDED = "natural", "decided"
 """The orders for which the masks are stored: the natural order and the one that was found."""
 
 
-class Stream:
-    """The search for orders on a model whose weights stay on disk.
+def require_streamable(model: nn.Module, plan: Plan) -> None:
+    """Raise `PermpruneError` if a run layer by layer cannot read its examples, or needs more memory than is allowed."""
+    if "pixel_values" in plan.measured:
+        raise PermpruneError("images only calibrate a model in memory: raise --memory, or calibrate on text alone")
+    tokens, length = plan.measured["input_ids"].numel(), plan.config.length
+    needed = streamed_bytes(model, plan.outline, metric=plan.metric, tokens=tokens, length=length)
+    if plan.config.memory is not None and needed > plan.config.memory:
+        raise PermpruneError(
+            f"even layer by layer this model takes about {gib(needed)}: raise --memory to that, or shorten --length"
+        )
 
-    The masks of finished layers are stored in `folder`, one bit per weight, together with the state from which an
-    interrupted run is resumed. With `half` second moments are rounded as in a run that holds the model (`calibrate`).
-    `seconds` is the time that this process spent on searching. Raises `PermpruneError` if pruning layer by layer also
-    needs more memory than the config allows.
+
+class Streamed(Weights):
+    """A model whose weights stay on disk, and are read layer by layer.
+
+    Calibration and search are one forward pass, which the first order that is shown starts; its method is that of the
+    config. The masks of finished layers are stored in `folder`, one bit per weight, together with the state from which
+    an interrupted run is resumed. Raises `PermpruneError` as `require_streamable` does.
     """
 
-    def __init__(self, model: PreTrainedModel, weights: StoredWeights, plan: Plan, folder: Path, *, half: bool) -> None:
-        if "pixel_values" in plan.measured:
-            raise PermpruneError("images only calibrate a model in memory: raise --memory, or calibrate on text alone")
-        tokens = plan.measured["input_ids"].numel()
-        needed = streamed_bytes(model, plan.outline, metric=plan.metric, tokens=tokens, length=plan.config.length)
-        if plan.config.memory is not None and needed > plan.config.memory:
-            raise PermpruneError(
-                f"even layer by layer this model takes about {gib(needed)}: raise --memory to that, or shorten --length"
-            )
-        self.model, self.weights, self.plan, self.folder, self.half = model, weights, plan, folder, half
-        self.seconds = 0.0
-        attach(model, weights)
+    def __init__(self, name: str, config: PruneConfig, work: WorkFolder) -> None:
+        self._started, rank = time.monotonic(), f"rank-{distributed.rank()}"
+        self.model, self.processor, self.stored, self.weights = read_offloaded(
+            name, work.scratch / rank, trust_remote_code=config.trust_remote_code
+        )
+        examples = calibration_examples(self.model, self.processor, config)
+        self.plan = plan_run(self.model, config, examples=examples, weights=self.weights.stored)
+        require_streamable(self.model, self.plan)
+        self.folder, self.half, self.seconds = work.path / rank, is_narrow(self.stored), 0.0
+        self._searched = 0.0  # seconds of this process
+        self._scratch = work.scratch / "written"
+        attach(self.model, self.weights)
 
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        shown, self.weights.edit = self.weights.edit, None
+        try:
+            yield
+        finally:
+            self.weights.edit = shown
+
+    def natural(self) -> list[LayerMeasure]:
+        _, layers = self._solved
+        self.weights.edit = self._masked(NATURAL)
+        return [LayerMeasure(one.name, one.transposed, one.pattern, one.kept_none, one.error_none) for one in layers]
+
+    def search(self, method: Permuter, run: Run) -> Solution:
+        solution, _ = self._solved
+        self.weights.edit = self._masked(DECIDED)
+        return solution
+
+    def update(self) -> None:
+        """Nothing: methods that work layer by layer have no weight update."""
+
+    def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
+        plan, problems = self.plan, [problem for problem in self.plan.problems if problem.name in solution.orders]
+        tables = fold_tables(plan.coupling, problems, solution.orders)
+        pruned = Pruned(
+            model=self.model,
+            solution=solution,
+            config=plan.config,
+            tables=tables,
+            gathers=list(new_gathers(plan.coupling, problems, solution.orders, self._layers).values()),
+            layers=self._solved[1],
+            probe=make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
+            reordered=reordered_outputs(plan.coupling, tables),
+        )
+        masked, ordered = self._masked(DECIDED), stored_order(plan, pruned)
+        self.weights.edit = lambda name, tensor: ordered(name, masked(name, tensor))
+        return pruned
+
+    def write(self, folder: Path, pruned: Pruned) -> None:
+        write_offloaded(
+            self.model,
+            self.processor,
+            self.weights,
+            dtype=self.stored,
+            gathered=bool(pruned.gathers),
+            folder=folder,
+            memory=cast(int, self.plan.config.memory),
+        )
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        return load_written_offloaded(self.model, folder, self._scratch)
+
+    @cached_property
     @torch.no_grad()
-    def solve(self) -> Pruned:
-        """Find the orders of the problems whose layers all read the same tensor; all others keep the natural order.
+    def _solved(self) -> tuple[Solution, list[PrunedLayer]]:
+        """The orders of the problems whose layers all read the same tensor, and what they keep of each layer.
 
-        Calibration is one forward pass of the dense model over all measured examples in one batch. Before the layers
-        that read a tensor run, their problems are solved on that tensor. The loss is not used: `reconstruction` has
-        uniform row weights instead of its Fisher information, and one candidate. Raises `PermpruneError`.
+        All other problems keep the natural order. Calibration is one forward pass of the dense model over all measured
+        examples in one batch. Before the layers that read a tensor run, their problems are solved on that tensor. The
+        loss is not used: `reconstruction` has uniform row weights instead of its Fisher information, and one candidate.
         """
         method = permuter(self.plan.config.permute)
         assert isinstance(method, LocalPermuter)
@@ -81,8 +149,12 @@ class Stream:
         run = replace(self.plan.run, checkpoint=Checkpoint(self.folder, self.plan.run.checkpoint.settings))
         with Journal(method.checkpoint(run), method.name) as journal:
             self._walk(method, problems, journal)
-        found = [problem for numbered in problems.values() for problem in numbered.values()]
-        return self._pruned(found, journal)
+        self.seconds = time.monotonic() - self._started - self._searched
+        sites = journal.values.values()
+        layers = {row["name"]: PrunedLayer(**row) for site in sites for row in site["layers"]}
+        orders = {one.name: journal.tensors[one.name] for numbered in problems.values() for one in numbered.values()}
+        solution = Solution(orders, math.fsum(site["seconds"] for site in sites))
+        return solution, [layers[layer.name] for layer in self.plan.layers]
 
     def _walk(self, method: LocalPermuter, problems: dict[str, dict[int, Problem]], journal: Journal) -> None:
         """Run the model once and solve the problems at each tensor that layers read, except those in the journal."""
@@ -139,7 +211,7 @@ class Stream:
         natural, started = network.measures(), time.monotonic()
         found = network.each_problem(method.solver(network, self.plan.run), None, list(problems))
         seconds = time.monotonic() - started
-        self.seconds += seconds
+        self._searched += seconds
         network.set_orders(found)
         self._keep_masks(network, DECIDED)
         measures = [asdict(layer) for layer in beside_natural(network.measures(), natural)]
@@ -154,24 +226,7 @@ class Stream:
         packed = np.fromfile(self.folder / f"{name}.{order}", np.uint8).reshape(shape[0], -1)
         return torch.from_numpy(np.unpackbits(packed, axis=1, count=shape[1])).bool()
 
-    def _pruned(self, problems: list[Problem], journal: Journal) -> Pruned:
-        plan = self.plan
-        orders = {problem.name: journal.tensors[problem.name] for problem in problems}
-        measures = {row["name"]: PrunedLayer(**row) for site in journal.values.values() for row in site["layers"]}
-        tables = fold_tables(plan.coupling, problems, orders)
-        self.weights.edit = self.masked(DECIDED)
-        return Pruned(
-            model=self.model,
-            solution=Solution(orders, math.fsum(site["seconds"] for site in journal.values.values())),
-            config=plan.config,
-            tables=tables,
-            gathers=list(new_gathers(plan.coupling, problems, orders, self._layers).values()),
-            layers=[measures[layer.name] for layer in plan.layers],
-            probe=make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
-            reordered=reordered_outputs(plan.coupling, tables),
-        )
-
-    def masked(self, order: str) -> Edit:
+    def _masked(self, order: str) -> Edit:
         """Return the edit that applies the masks of the `NATURAL` or the `DECIDED` orders to the weights, in place."""
         layers: dict[str, list[Layer]] = {}
         for layer in self.plan.layers:
@@ -184,11 +239,6 @@ class Stream:
             return tensor
 
         return edit
-
-    def stored(self, pruned: Pruned) -> Edit:
-        """Return the edit that makes the weights to be written: masked, folded, and with gathered columns reordered."""
-        masked, ordered = self.masked(DECIDED), stored_order(self.plan, pruned)
-        return lambda name, tensor: ordered(name, masked(name, tensor))
 
     @property
     def _layers(self) -> dict[str, Layer]:

@@ -1,63 +1,51 @@
-"""The stages of pruning: discover couplings, calibrate, score, permute, prune, update, fold."""
+"""A model whose weights are in memory: its preparation, and its weights during a run."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import reprlib
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import Gather, attach_gathers, compose
 from permprune.checkpoints.io import load_written, write_weights
-from permprune.checkpoints.licence import base_model_of, licence_of
 from permprune.checkpoints.origin import origin_of, set_origin
-from permprune.checkpoints.patterns import recorded_patterns, require_patterns
-from permprune.checkpoints.probe import Probe, check_outputs, make_probe
-from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
+from permprune.checkpoints.probe import make_probe
+from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_all
-from permprune.coupling.space import Coupling
+from permprune.engine.pruned import Pruned, beside_natural, new_gathers
+from permprune.engine.weights import Weights, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
 from permprune.models.attention import autocast
 from permprune.models.forward import computed_in, frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
-from permprune.models.layers import Layer, dense_weights
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.models.processors import Processor
 from permprune.pattern import MIXED
-from permprune.permuters.base import Callback, Solution
+from permprune.permuters.base import Callback, Permuter, Run, Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.allocation import mix
-from permprune.pruning.folder import write_pruned
-from permprune.pruning.hub import MESSAGE, push_to_hub
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
-from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import fold_tables, gather_places, reorder_columns, reordered_outputs
+from permprune.pruning.problem import Orders
+from permprune.pruning.stored import fold_tables, reorder_columns, reordered_outputs
 from permprune.system.device import compute_device
-from permprune.system.files import atomic_folder
 from permprune.system.out_of_memory import memory_reported
 from permprune.updates.registry import update
 from permprune.updates.share import update_network
-from permprune.zoo.models import note
-
-VERSIONED = ("permprune", "torch", "transformers", "scipy", "safetensors")
-"""Packages whose versions the record contains."""
 
 
 @dataclass
@@ -70,98 +58,6 @@ class Prepared(Plan):
     model: PreTrainedModel
     network: PrunedNetwork
     seconds: float
-
-
-@dataclass(kw_only=True)
-class Pruned:
-    """A pruned model whose channels are in stored order, and how it was pruned.
-
-    `solution` is the result of the search and `config` the config of the run. `tables` are the folded permutations by
-    space, int64 (channels,), and `gathers` all reorderings that the model performs at run time. `layers` has, for each
-    pruned layer, the share of squared saliency kept and the relative output error, in natural order (`kept_none`,
-    `error_none`) and as pruned (`kept`, `error`). `probe` contains random inputs and the model's outputs for them
-    before the orders were folded (`make_probe`). `reordered` are the outputs beside the logits whose channels are in
-    the order of spaces in `tables`, with their names. `sample` contains a few weights before and after pruning (see
-    `sample`); it is None if the model was read layer by layer.
-    """
-
-    model: PreTrainedModel
-    solution: Solution
-    config: PruneConfig
-    tables: dict[str, Tensor]
-    gathers: list[Gather]
-    layers: list[PrunedLayer]
-    probe: Probe
-    reordered: dict[str, list[str]]
-    sample: dict[str, Any] | None = None
-
-    def record(self) -> Record:
-        """Return the record of how the model was pruned; fields that `prune` does not measure are None."""
-        origin, pruned = origin_of(self.model), [layer.name for layer in self.layers]
-        name, before = origin.name, origin.record
-        values = {
-            "format": FORMAT,
-            "version": importlib.metadata.version("permprune"),
-            "model": name,
-            "note": note(name),
-            "settings": self.config.to_json(),
-            "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
-            "layers": [asdict(layer) for layer in self.layers],
-            "curve": [asdict(point) for point in self.solution.curve],
-            "permutations": {space: table.tolist() for space, table in self.tables.items()},
-            "gathers": [asdict(gather) for gather in self.gathers],
-            "reordered": {**(before.reordered if before else {}), **self.reordered},
-            "dense": asdict(dense_weights(self.model, pruned, self.config.exclude)),
-            "sample": self.sample,
-            "seconds": {"search": self.solution.seconds},
-            "base_model": before.base_model if before else base_model_of(self.model, name),
-            "license": (before and before.license) or licence_of(name),
-        }
-        return Record.of(values)
-
-    def save_pretrained(self, folder: str | Path, processor: Processor | None = None) -> None:
-        """Write the model to a folder that `load` and `verify` accept, as `prune_to_folder` does.
-
-        The folder contains the config, the weights in the data type in which they were read, the processor, the record,
-        the probe, a report and a model card. `folder` must not exist; it is created when all files are complete. Raises
-        `PermpruneError` if the weights were changed after pruning; use `permprune.save` to write such a model.
-        """
-        record = self.record()
-        trained = "if you have trained it since, write it with permprune.save"
-        check_outputs(self.model, self.probe, "this model", trained)
-        require_patterns(self.model, recorded_patterns(self.model, record.layers))
-        weights = partial(write_weights, self.model, processor, origin_of(self.model).dtype)
-        with atomic_folder(Path(folder)) as filled:
-            write_pruned(record, self.probe, weights, filled, load=partial(load_written, self.model))
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        processor: Processor | None = None,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        endpoint: str | None = None,
-        revision: str | None = None,
-        message: str = MESSAGE,
-    ) -> str:
-        """Write the model to a temporary folder as `save_pretrained` does, and upload it to the Hugging Face Hub.
-
-        The options are as in `permprune.push_to_hub`. The model card shows how to load the model from the Hub. Returns
-        the URL of the repository. Raises `PermpruneError`.
-        """
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "model"
-            self.save_pretrained(folder, processor)
-            return push_to_hub(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                endpoint=endpoint,
-                revision=revision,
-                message=message,
-            )
 
 
 @memory_reported()
@@ -271,14 +167,6 @@ def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) 
     return pruned
 
 
-@torch.no_grad()
-def round_weights(weights: Iterable[Tensor], stored: torch.dtype) -> None:
-    """Round weights in place to the type in which they will be stored, so that what is measured is what is written."""
-    for weight in weights:
-        if weight.is_floating_point():
-            weight.copy_(weight.to(stored))
-
-
 @memory_reported()
 def prune(
     model: PreTrainedModel,
@@ -305,38 +193,67 @@ def prune(
     set_origin(model, origin_of(model))
     prepared = prepare(model, processor, config, examples=examples)
     prepared.dense.warn()
-    update_weights(prepared)
-    natural = prepared.network.measures()
     run = replace(prepared.run, callbacks=tuple(callbacks))
-    solution = permuter(prepared.config.permute).solve(prepared.network, run)
-    update_weights(prepared)
-    return finish(prepared, solution, natural)
+    weights = Held(prepared, processor)
+    natural = weights.natural()
+    solution = weights.search(permuter(config.permute), run)
+    weights.update()
+    return weights.finish(solution, natural)
 
 
-def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) -> list[PrunedLayer]:
-    """Combine the measures of each layer as pruned with those in natural order."""
-    return [
-        PrunedLayer(**asdict(own), kept_none=before.kept, error_none=before.error)
-        for own, before in zip(measures, natural, strict=True)
-    ]
+class Held(Weights):
+    """The weights of a prepared model, in memory.
 
-
-def new_gathers(
-    coupling: Coupling, problems: list[Problem], orders: Orders, layers: Mapping[str, Layer]
-) -> dict[str, Gather]:
-    """Return the gathers that a pruned model needs, by problem; natural orders need none.
-
-    `layers` are the pruned layers by name.
+    A model that is `spare` gives up its weights when what was written is loaded, so that one copy is in memory.
     """
-    sites = {site.name: site for site in coupling.sites}
-    found = {}
-    for problem in problems:
-        order = orders[problem.name]
-        if problem.space or torch.equal(order, problem.identity()):
-            continue
-        output, inputs = gather_places(sites[problem.site], [layers[part.layer] for part in problem.parts])
-        found[problem.name] = Gather(problem.site, output, inputs, order.tolist())
-    return found
+
+    def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
+        self.plan: Prepared = prepared
+        self.network = prepared.network
+        self.model, self.processor, self.stored = prepared.model, processor, origin_of(prepared.model).dtype
+        self.seconds, self.spare = prepared.seconds, spare
+
+    @classmethod
+    def of(cls, opened: OpenModel, config: PruneConfig, partial: Path | None = None, *, spare: bool = False) -> Held:
+        """Prepare a model that is open (see `prepare`)."""
+        set_origin(opened.model, origin_of(opened.model))
+        return cls(prepare(opened.model, opened.processor, config, partial=partial), opened.processor, spare=spare)
+
+    @classmethod
+    def open(cls, source: ModelSource, config: PruneConfig, processor: Processor | None = None) -> Held:
+        """Open a model and prepare it. Raises `PermpruneError`."""
+        return cls.of(open_model(source, processor, trust_remote_code=config.trust_remote_code), config)
+
+    def dense(self) -> AbstractContextManager[None]:
+        return self.network.dense_weights()
+
+    def natural(self) -> list[LayerMeasure]:
+        self.network.set_weights({})
+        self.network.set_orders(self.network.identity())
+        self.network.set_bits({})
+        self.update()
+        return self.network.measures()
+
+    def search(self, method: Permuter, run: Run) -> Solution:
+        return method.solve(self.network, run)
+
+    def update(self) -> None:
+        update_weights(self.plan)
+        round_weights([*self.network.trained.values(), *self.network.updated.values()], self.stored)
+
+    def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
+        return finish(self.plan, solution, natural)
+
+    def write(self, folder: Path, pruned: Pruned) -> None:
+        write_weights(pruned.model, self.processor, self.stored, folder)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        if self.spare:
+            self.model.to("meta")  # type: ignore[arg-type]
+        return load_written(self.model, folder)
+
+    def restore(self) -> None:
+        self.network.restore()
 
 
 @torch.no_grad()

@@ -1,23 +1,16 @@
-"""Evaluation data and measurements, and trials of several methods on one calibrated model."""
+"""Evaluation data, and measurements of models on them."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from permprune.checkpoints.source import ModelSource, open_model
 from permprune.config import PruneConfig
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
-from permprune.evaluation.result import NotFinite, Result, require_label_metric
+from permprune.evaluation.result import Result, require_label_metric
 from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
 from permprune.options import Count, Length, require_fields
-from permprune.permuters.base import Permuter, Run, Solution
 from permprune.system.imports import on_first_use
-from permprune.system.memory import peak_memory_mb, reset_peak_memory
-from permprune.system.progress import log
 
 with on_first_use(globals()):
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +22,6 @@ with on_first_use(globals()):
     from permprune.examples import Examples
     from permprune.models.forward import writes_text
     from permprune.models.processors import Processor, tokenizer_of
-    from permprune.pipeline import Pruned, finish, prepare, update_weights
 
 ANSWERED_ONCE = 32
 """Images or sentences per window of text in the evaluation: many, because each has only one label."""
@@ -150,99 +142,6 @@ class Measurement:
         """Return the measurement as JSON values; the key of the value is the name of the metric."""
         cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
         return {"method": self.method, self.result.metric.name: self.result.value, **cost, **task_figures(self.tasks)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """The solution of a method and its measurement."""
-
-    solution: Solution
-    measurement: Measurement
-
-
-class Trials:
-    """Trials of several methods, one after the other, on one calibrated model.
-
-    `dense` is the measurement of the model before pruning. As a context manager it restores the dense weights of the
-    model at the end, unless the model was pruned (`prune`).
-    """
-
-    def __init__(
-        self,
-        source: ModelSource,
-        config: PruneConfig,
-        *,
-        evaluation: Evaluation,
-        processor: Processor | None = None,
-        partial: Path | None = None,
-    ) -> None:
-        self.tasks = evaluation.tasks.load() if evaluation.tasks else None
-        reset_peak_memory()
-        opened = open_model(source, processor, trust_remote_code=config.trust_remote_code)
-        self.name, self.processor, self.stored = opened.name, opened.processor, opened.stored
-        self.pruned = False
-        self.prepared = prepare(opened.model, opened.processor, config, partial=partial)
-        try:
-            with self.prepared.network.dense_weights():
-                self.measure = Meter(opened.model, opened.processor, evaluation)
-        except BaseException:
-            self.prepared.network.restore()
-            raise
-
-    def __enter__(self) -> Trials:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.pruned:
-            self.prepared.network.restore()
-
-    @cached_property
-    def overlap(self) -> float:
-        """The share of the evaluation data that the calibration data contain."""
-        return self.prepared.overlap(self.measure.examples)
-
-    @cached_property
-    def dense(self) -> Measurement:
-        """The measurement of the dense model."""
-        with self.prepared.network.dense_weights():
-            return self._measurement(DENSE, 0.0)
-
-    def run(self, method: Permuter, label: str, run: Run | None = None) -> Trial:
-        """Search with a method and measure the pruned model; `run` replaces the time limit, seed and data."""
-        reset_peak_memory()
-        solution = method.solve(self.prepared.network, run or self.prepared.run)
-        update_weights(self.prepared)
-        found = self._measurement(label, solution.seconds)
-        result = found.result
-        log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
-        return Trial(solution, found)
-
-    def prune(self, method: Permuter) -> Pruned:
-        """Prune the model with a method that was tried, whose solution is reused, and fold its orders into the weights.
-
-        No method can be tried after that.
-        """
-        prepared, network = self.prepared, self.prepared.network
-        network.set_orders(network.identity())
-        update_weights(prepared)
-        natural = network.measures()
-        solution = method.solve(network, prepared.run)
-        update_weights(prepared)
-        self.pruned = True
-        return finish(dataclasses.replace(prepared, config=prepared.config.replace(permute=method)), solution, natural)
-
-    def _measurement(self, label: str, seconds: float) -> Measurement:
-        """Measure the model with its current weights; a perplexity of a pruned model that is not finite is infinity."""
-        try:
-            result = self.measure()
-        except NotFinite as error:
-            if label == DENSE:
-                raise
-            log.warning("%s: %s", label, error)
-            result = dataclasses.replace(self.dense.result, value=math.inf, stderr=None)
-        peak = peak_memory_mb()
-        tasks = self.tasks(self.prepared.model, self.processor) if self.tasks else []
-        return Measurement(method=label, result=result, seconds=seconds, peak_memory_mb=peak, tasks=tasks)
 
 
 def transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:

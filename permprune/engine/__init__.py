@@ -1,0 +1,1 @@
+"""One run, from the dense model to the pruned one."""

@@ -1,0 +1,120 @@
+"""One run, written once: measure the dense model and the natural order, search, update, measure, finish."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+from permprune.checkpoints.record import Record
+from permprune.data.overlap import warn_of_overlap
+from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
+from permprune.engine.pruned import Pruned
+from permprune.engine.weights import Weights
+from permprune.evaluation.result import NotFinite, gap_closed
+from permprune.permuters.base import Permuter, Run, Solution
+from permprune.system.memory import peak_memory_mb, reset_peak_memory
+from permprune.system.progress import log
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A method that was tried: its solution, and the measurement of the pruned model."""
+
+    solution: Solution
+    measurement: Measurement
+
+
+class Session:
+    """Runs of one or several methods on a calibrated model, measured beside the dense model.
+
+    `open_weights` reads and calibrates the model; the evaluation's tasks are loaded before it is called, and its data
+    before anything is searched. A context manager: it restores the dense weights at the end, unless the model was
+    pruned.
+    """
+
+    def __init__(self, open_weights: Callable[[], Weights], evaluation: Evaluation) -> None:
+        self.evaluation, self.pruned = evaluation, False
+        self.tasks = evaluation.tasks.load() if evaluation.tasks else None
+        reset_peak_memory()
+        self.weights = open_weights()
+        try:
+            with self.weights.dense():
+                self.measure = Meter(self.weights.model, self.weights.processor, evaluation)
+        except BaseException:
+            self.weights.restore()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.pruned:
+            self.weights.restore()
+
+    @cached_property
+    def overlap(self) -> float:
+        """The share of the evaluation data that the calibration data contain; logs a warning if it is large."""
+        share = self.weights.plan.overlap(self.measure.examples)
+        warn_of_overlap(share)
+        return share
+
+    @cached_property
+    def dense(self) -> Measurement:
+        """The measurement of the dense model."""
+        with self.weights.dense():
+            return self._measurement(DENSE, 0.0)
+
+    def attempt(self, method: Permuter, label: str, run: Run | None = None) -> Trial:
+        """Search with a method, update and measure; `run` replaces the time limit, seed and data of the plan."""
+        reset_peak_memory()
+        solution = self.weights.search(method, run or self.weights.plan.run)
+        self.weights.update()
+        found = self._measurement(label, solution.seconds)
+        result = found.result
+        log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
+        return Trial(solution, found)
+
+    def prune(
+        self, method: Permuter, run: Run | None = None, *, tried: Mapping[str, Measurement] | None = None
+    ) -> tuple[Pruned, Record]:
+        """Prune with a method, and put the model in stored order; no method can be tried afterwards.
+
+        `tried` are the measurements of the natural order and of the method by name, if they were tried. The record has
+        what was measured.
+        """
+        weights, known = self.weights, tried or {}
+        natural = weights.natural()
+        dense, overlap = self.dense.result, self.overlap
+        none = known.get("none") or self._measurement("none", 0.0)
+        solution = weights.search(method, run or weights.plan.run)
+        started = time.monotonic()
+        weights.update()
+        updating = time.monotonic() - started
+        found = known.get(method.name) or self._measurement(method.name, solution.seconds)
+        self.pruned = True
+        pruned = weights.finish(solution, natural)
+        values = found.result.value, dense.value, none.result.value
+        record = dataclasses.replace(
+            pruned.record(),
+            measured=self.evaluation.measured(dense, none.result, found.result, overlap=overlap),
+            gap_closed=gap_closed(*values, metric=dense.metric),
+            seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": updating},
+            peak_memory_mb=found.peak_memory_mb,
+        )
+        return pruned, record
+
+    def _measurement(self, label: str, seconds: float) -> Measurement:
+        """Measure the model with its current weights; a perplexity of a pruned model that is not finite is infinity."""
+        try:
+            result = self.measure()
+        except NotFinite as error:
+            if label == DENSE:
+                raise
+            log.warning("%s: %s", label, error)
+            result = dataclasses.replace(self.dense.result, value=math.inf, stderr=None)
+        peak = peak_memory_mb()
+        tasks = self.tasks(self.weights.model, self.weights.processor) if self.tasks else []
+        return Measurement(method=label, result=result, seconds=seconds, peak_memory_mb=peak, tasks=tasks)

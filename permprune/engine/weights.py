@@ -1,0 +1,83 @@
+"""Where the weights of a run are: what a session asks of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from permprune.engine.pruned import Pruned
+from permprune.models.processors import Processor
+from permprune.permuters.base import Permuter, Run, Solution
+from permprune.plan import Plan
+from permprune.pruning.masked import LayerMeasure
+
+
+class Weights(ABC):
+    """The weights of a model that is pruned: in memory, divided among processes, or on disk.
+
+    `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them, and
+    `seconds` the time that the calibration took.
+    """
+
+    model: PreTrainedModel
+    processor: Processor | None
+    stored: torch.dtype
+    plan: Plan
+    seconds: float
+
+    @abstractmethod
+    def dense(self) -> AbstractContextManager[None]:
+        """A context in which the model runs with its dense weights."""
+
+    @abstractmethod
+    def natural(self) -> list[LayerMeasure]:
+        """Show the pruned weights in natural order, with the update of the config; returns the layers' measures."""
+
+    @abstractmethod
+    def search(self, method: Permuter, run: Run) -> Solution:
+        """Find orders with a method, and show the weights that they prune. Raises `PermpruneError`."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Apply the weight update of the config to the weights shown. Raises `PermpruneError`."""
+
+    @abstractmethod
+    def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
+        """Put the weights of a solution, which has to be the one shown, in stored order.
+
+        `natural` are the measures in natural order. Nothing else can be shown afterwards.
+        """
+
+    @abstractmethod
+    def write(self, folder: Path, pruned: Pruned) -> None:
+        """Write the weights in stored order and the processor to a folder. Raises `PermpruneError`."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> PreTrainedModel:
+        """Load what was written to a folder, to check it; nothing can be written afterwards."""
+
+    def restore(self) -> None:  # noqa: B027
+        """Let the model run with its dense weights; nothing else can be shown afterwards. By default nothing."""
+
+    def served(self) -> AbstractContextManager[None]:
+        """A context in which the other processes `serve` this one while it writes; by default nothing."""
+        return nullcontext()
+
+    @property
+    def serve(self) -> Callable[[], None]:
+        """What the other processes do while the first writes."""
+        return lambda: None
+
+
+@torch.no_grad()
+def round_weights(weights: Iterable[Tensor], stored: torch.dtype) -> None:
+    """Round weights in place to the type in which they will be stored, so that what is measured is what is written."""
+    for weight in weights:
+        if weight.is_floating_point():
+            weight.copy_(weight.to(stored))
