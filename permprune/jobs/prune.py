@@ -79,7 +79,7 @@ def prune_to_folder(
             open_weights = partial(Sharded, name, config, work)
         elif fitted is not None and fitted.streamed:
             open_weights = partial(Streamed, name, config, work)
-        session = Session(open_weights, evaluation)
+        session = inside.enter_context(Session(open_weights, evaluation))
         weights = session.weights
         weights.plan.dense.warn()
         run = dataclasses.replace(weights.plan.run, callbacks=tuple(callbacks))
