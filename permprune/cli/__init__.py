@@ -1,7 +1,6 @@
 """The command line, a file for each command of `permprune`."""
 
 from permprune.cli import (  # noqa: F401 - each registers its command
-    ablate,
     bench,
     compare,
     evaluate,

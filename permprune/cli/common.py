@@ -24,9 +24,8 @@ from rich.table import Table
 
 from permprune.cli.checks import STDOUT, require_files, require_text
 from permprune.cli.program import Program
-from permprune.config import DEFAULTS, EFFORTS, UNSET, PruneConfig
+from permprune.config import UNSET, PruneConfig
 from permprune.errors import PermpruneError
-from permprune.options import require_choice
 from permprune.system.interrupts import interruptible
 from permprune.system.progress import console, log
 
@@ -90,15 +89,7 @@ Permute = Annotated[
     str | None,
     typer.Option(help=f"search for the channel order: {METHODS}", show_default="newton, or that of --effort"),
 ]
-Preset = Annotated[
-    str | None,
-    typer.Option(help="paper: the published parameters of the learned permuter", show_default="permprune's own"),
-]
-
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-PRESETS = ("paper",)
-"""The values of --preset."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -131,7 +122,6 @@ def prune_config(
         ),
     ] = None,
     permute: Permute = None,
-    preset: Preset = None,
     pattern: Annotated[
         str,
         typer.Option(help="N:M keeps N of every M consecutive weights; mixed: a pattern for each layer", metavar="N:M"),
@@ -205,7 +195,7 @@ def prune_config(
     """The options of every command that prunes."""
     return PruneConfig(
         effort=effort,
-        permute=_method(permute, preset, effort),
+        permute=UNSET if permute is None else permute,
         pattern=pattern,
         saliency=saliency,
         mode=mode,
@@ -331,17 +321,6 @@ def parse_minutes(text: str) -> float | None:
         return None if text == "none" else float(text)
     except ValueError:
         raise PermpruneError(f"minutes is {text!r}: give a number above 0, or none for no limit") from None
-
-
-def _method(permute: str | None, preset: str | None, effort: str | None) -> Any:
-    """Return the permuter's name, with a preset as "learned-paper:steps=10"; UNSET if neither is given."""
-    if preset is None:
-        return UNSET if permute is None else permute
-    name, *options = (permute or (DEFAULTS | EFFORTS.get(effort or "", {}))["permute"]).split(":")
-    require_choice("preset", preset, PRESETS)
-    if name != "learned":
-        raise PermpruneError(f"--preset {preset} is of the permuter learned: give --permute learned, or leave it out")
-    return ":".join([f"{name}-{preset}", *options])
 
 
 def parts(text: str) -> list[str]:

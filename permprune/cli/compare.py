@@ -14,7 +14,7 @@ from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 
 
-@partial(cli.command, without=("effort", "permute", "preset", "shard"))
+@partial(cli.command, without=("effort", "permute", "shard"))
 def compare(
     model: cli.Model,
     config: PruneConfig,

@@ -32,9 +32,6 @@ def prune(
         ),
     ] = None,
     resume: cli.Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="only forecast memory, disk space and time, as permprune plan does")
-    ] = False,
 ) -> Iterator[None]:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
 
@@ -45,13 +42,8 @@ def prune(
         require_choice("pack", pack, PACKED)
     yield
 
-    from permprune.cli.plan import show_forecast
-    from permprune.forecasts.fitting import forecast
     from permprune.jobs.prune import prune_to_folder
 
-    if dry_run:
-        show_forecast(model, forecast(model, config, windows=windows).to_json())
-        return
     prune_to_folder(model, out, config, evaluation=evaluation, pack=pack, resume=resume, announce=_announce)
     print(f"written to {out} (report.html, permprune.json)")
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from permprune.jobs.swept import Sweep
 
 
-@partial(cli.command, without=("effort", "permute", "preset", "pattern", "minutes", "shard"))
+@partial(cli.command, without=("effort", "permute", "pattern", "minutes", "shard"))
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],

@@ -75,7 +75,6 @@ def test_a_permuter_that_is_given_overrides_that_of_the_effort() -> None:
     config = PruneConfig(effort="hour")
     assert prune_config(effort="hour") == config
     assert prune_config(effort="hour", permute="ria").permute == "ria"
-    assert prune_config(effort="hour", permute="learned:steps=3", preset="paper").permute == "learned-paper:steps=3"
     assert prune_config(effort="hour", permute="ria").samples == config.samples
 
 

@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_work(command: str, out:
     [
         ("compare", "--json"),
         ("compare", "--picture"),
-        *((name, "--json") for name in ("evaluate", "ablate", "finetune")),
+        *((name, "--json") for name in ("evaluate", "finetune")),
     ],
 )
 def test_a_file_that_cannot_be_written_is_said_before_the_work(
@@ -155,7 +155,6 @@ def test_tables_are_printed_before_files_are_written(
         (["evaluate", source[0], "--data", source[4], "--length", "16", *figures], "perplexity"),
         (["compare", *source, "--methods", "random", *figures], "random"),
         (["compare", *source, "--methods", "random", "--picture", tmp_path / "table.png"], "random"),
-        (["ablate", *source, "--study", "epochs", "--epochs", "0", "--preset", "paper", *figures], "0.25 epochs"),
         (["finetune", *training, "--train", "norms", "--out", tmp_path / "out", *figures], "before training"),
     ):
         code, stdout, stderr = run(*command)

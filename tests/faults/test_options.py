@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,6 @@ from permprune import (
     prune_to_folder,
 )
 from permprune.cli.common import parse_bytes
-from permprune.jobs.ablate import variants
 from permprune.losses.objective import Objective
 from permprune.options import numbers_of
 from permprune.permuters.newton import Newton
@@ -104,7 +102,6 @@ def test_a_permuters_name_is_understood_whole() -> None:
         *((["prune", "--seed", text], "seed") for text in ("-1", "9" * 23)),
         *((["prune", "--minutes", text], "minutes") for text in ("-1", "0", "nan", "inf")),
         *((["compare", option, "0"], option[2:]) for option in ("--samples", "--batch", "--windows", "--minutes")),
-        *((["ablate", "--epochs", text], "epochs") for text in ("-1", "nan", "inf")),
         *((["evaluate", option, "0"], option[2:]) for option in ("--windows", "--length")),
         *((["evaluate", "--tasks", "cb", "--limit", text], "limit") for text in ("0", "-1")),
         (["evaluate", "--tasks", "cb", "--few-shot", "-1"], "few_shot"),
@@ -182,7 +179,6 @@ def test_the_objects_refuse_what_the_command_line_refuses() -> None:
         lambda: PruneConfig(mode="luck"),
         lambda: PruneConfig(pattern="24"),
         lambda: Objective(0.0),
-        lambda: variants("loss", "ours", 10, epochs=math.nan),
         lambda: evaluate_model(nn.Linear(2, 2), SHOWN, batch=0),
         lambda: perplexity(nn.Linear(2, 2), SHOWN, batch=0),
         lambda: fit_probe(nn.Linear(2, 2), SHOWN, batch=-1),  # type: ignore[arg-type]
@@ -191,8 +187,3 @@ def test_the_objects_refuse_what_the_command_line_refuses() -> None:
         with pytest.raises(PermpruneError, match=r"give|choose|pattern"):
             make()
     assert Newton(damping=3).damping == 3  # whole numbers are numbers
-
-
-def test_ablations_learn_on_what_is_left_of_few_examples() -> None:
-    few: Any = variants("epochs", "ours", PruneConfig().shares(24)[-1])
-    assert [method.rounds for method in few.values()] == [0, 1, 1, 2, 3]

@@ -125,7 +125,6 @@ def commands(folder: Path, text: Path) -> list[list[str | Path]]:
         ["prune", folder, "--out", folder.with_name("held"), *calibrated],
         ["prune", folder, "--out", folder.with_name("read"), "--permute", "ria", "--memory", "300KB", *calibrated],
         ["compare", folder, "--methods", "none", *calibrated],
-        ["ablate", folder, *calibrated],
         ["sweep", folder, "--out", folder.with_name("swept"), "--methods", "none", "--patterns", "2:4", *calibrated],
         ["inspect", folder],
         ["evaluate", folder, *data, "--windows", "1", "--length", "16"],
