@@ -117,6 +117,7 @@ def test_files_of_a_hub_id_come_from_the_cache(
             link.symlink_to(home / "blobs" / str(number))
     (link.parent / "secret.txt").symlink_to(tmp_path / "secret.txt")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     model, tokenizer, _ = permprune.read_model("someone/encoder")
     permprune.prune(model, tokenizer, **PRUNE).save_pretrained(tmp_path / "out", tokenizer)
     (tmp_path / "out" / "4_Normalize").mkdir(exist_ok=True)  # git and the hub have no empty folders
