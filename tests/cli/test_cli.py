@@ -212,7 +212,7 @@ def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
         (["--calibration", "missing/text.txt"], "no data at missing/text.txt"),
         (["--data", "missing/text.txt"], "no data at missing/text.txt"),
         (["--exclude", "*"], "no linear layer to prune"),
-        (["--length", "1"], "too few"),
+        (["--length", "1"], "length is 1: give a whole number from 2"),
     ],
 )
 def test_bad_input_is_one_line(source: list[str], tmp_path: Path, change: list[str], message: str) -> None:
