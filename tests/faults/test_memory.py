@@ -122,7 +122,8 @@ LIMITED = """
 import re, resource, sys
 from pathlib import Path
 
-import permprune.engine.measuring
+import permprune.engine.held
+import permprune.jobs.evaluate
 from tests.cli.running import run
 
 for megabytes in (30, 150):
