@@ -257,7 +257,7 @@ def test_a_full_disk_loses_nothing(source: list[str], tmp_path: Path, monkeypatc
 
     arguments = ["prune", *source, "--out", tmp_path / "out", "--permute", "newton:rounds=5"]
     with monkeypatch.context() as patch:
-        patch.setattr("permprune.jobs.prune.write_weights", full)
+        patch.setattr("permprune.engine.held.write_weights", full)
         code, _, stderr = run(*arguments)
         assert code == 2 and "No space left on device" in stderr.splitlines()[-1]
     assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not (tmp_path / "out").exists()

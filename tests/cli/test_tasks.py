@@ -64,5 +64,5 @@ def test_what_is_missing_is_one_line(tiny_checkpoint: Path, tmp_path: Path) -> N
     files = write_task_files(tmp_path / "files")
     (files / "superglue/CB/val.jsonl").unlink()
     assert "there is no" in fails("evaluate", tiny_checkpoint, "--tasks", "piqa,cb", "--data", files)
-    assert "no folder" in fails("evaluate", tiny_checkpoint, "--tasks", "piqa", "--data", tmp_path / "none")
+    assert "no data at" in fails("evaluate", tiny_checkpoint, "--tasks", "piqa", "--data", tmp_path / "none")
     assert "train.jsonl" in fails("evaluate", tiny_checkpoint, "--tasks", "piqa", "--data", files, "--few-shot", "1")

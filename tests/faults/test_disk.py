@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_too_little_space_is_said_before_the_work(
 ) -> None:
     usage = collections.namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr("permprune.system.files.shutil.disk_usage", lambda _: usage(2**40, 2**40 - 9999, 9999))
-    monkeypatch.setattr("permprune.jobs.prune.prepare", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr("permprune.jobs.prune.Held", SimpleNamespace(of=lambda *_, **__: pytest.fail("calibrated")))
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("trained"))
     for command in (
         ["prune", *source],
@@ -117,7 +118,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_work(command: str, out:
     (tmp_path / "link").symlink_to("folder")
     (tmp_path / "dangling").symlink_to("nowhere")
     before = sorted(tmp_path.iterdir())
-    line = fails(command, "./no-model", "--out", tmp_path / out)
+    line = fails(command, "smollm2-135m", "--out", tmp_path / out)
     assert any(part in line for part in ("cannot write", "exists already", "there is no folder"))
     assert sorted(tmp_path.iterdir()) == before and not list((tmp_path / "folder").iterdir())
 
@@ -137,7 +138,7 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     out = ["--out", tmp_path / "out"] if command == "finetune" else []
-    line = fails(command, "./no-model", *out, option, tmp_path / path)
+    line = fails(command, "smollm2-135m", *out, option, tmp_path / path)
     assert "cannot write" in line or "is not a file: choose another path" in line
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -166,7 +167,7 @@ def test_a_file_in_the_way_of_a_report_is_said_before_the_work(tmp_path: Path) -
     """The folder for an interrupted run has a name that something else may have."""
     (tmp_path / "out.partial").write_text("mine")
     for command in ("prune", "sweep", "finetune"):
-        said = fails(command, "./no-model", "--out", tmp_path / "out")
+        said = fails(command, "smollm2-135m", "--out", tmp_path / "out")
         assert "out.partial is not a work folder of permprune" in said
     assert (tmp_path / "out.partial").read_text() == "mine"
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_learned_is_refused(encoder: str, tiny_bert: Path, tmp_pa
         finetune(str(tiny_bert), tmp_path / "out", FineTuning(data))
     with pytest.raises(PermpruneError, match="has 3 outputs but the model 2"):
         finetune(encoder, tmp_path / "out", FineTuning(data, teacher=str(tiny_bert)))
-    with pytest.raises(PermpruneError, match="choose all, norms, head"):
+    with pytest.raises(PermpruneError, match="choose one of all, norms, head"):
         finetune(encoder, tmp_path / "out", FineTuning(data, train="some"))
     with pytest.raises(PermpruneError, match="--adapters trains linear layers, --train norms does not"):
         FineTuning(data, train="norms", adapters=4)
