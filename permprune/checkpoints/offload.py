@@ -35,6 +35,7 @@ from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import load_whole, require_buildable, whole_skeleton
+from permprune.errors import PermpruneError
 from permprune.models.layers import canonical_names
 from permprune.models.processors import Processor, read_processor
 from permprune.system import sharding
@@ -204,6 +205,10 @@ def _offloaded(
     model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
+    if rebuilt := sorted({*(getattr(model, "_keys_to_ignore_on_save", None) or ())} - {*stored}):
+        raise PermpruneError(
+            f"{name} cannot be read layer by layer, since its checkpoint does not store {rebuilt[0]}: raise --memory"
+        )
     remove_hook_from_submodules(model)
     for module in model.modules():
         for buffer, tensor in module.named_buffers(recurse=False):
@@ -219,8 +224,10 @@ def _gathered(
         model: PreTrainedModel = architecture._from_config(config)
     with safe_open(path, "pt") as file:
         stored = {name: {"safetensors_file": str(path), "weight_name": name} for name in file.keys()}  # noqa: SIM118
-        for name, buffer in model.named_buffers():
-            buffer.data = (file.get_tensor(name) if name in stored else buffer).to(best_device())
+        for prefix, module in model.named_modules():
+            for buffer, tensor in module.named_buffers(recurse=False):
+                name = f"{prefix}.{buffer}".lstrip(".")
+                setattr(module, buffer, (file.get_tensor(name) if name in stored else tensor).to(best_device()))
     return model, OffloadedWeightsLoader(index=stored)
 
 

@@ -86,7 +86,7 @@ def probe_outputs(model: PreTrainedModel, inputs: Mapping[str, Tensor], position
     output: Tensor = main_outputs(model(**forward_arguments(model, moved)))[0]
     if output.dim() > 2:
         last = [output.shape[1] * place // positions - 1 for place in range(1, positions + 1)]
-        output = output[:, last].flatten(0, 1)
+        output = torch.stack([output[:, place] for place in last], 1).flatten(0, 1)
     return output.float().cpu().contiguous()
 
 

@@ -73,7 +73,7 @@ def computed_in(model: nn.Module, dtype: torch.dtype) -> AbstractContextManager[
 
 @contextmanager
 def _cast(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point()]
+    before = [(tensor, tensor.data) for tensor in tensors if tensor.is_floating_point() and tensor.dtype != dtype]
     try:
         for tensor, data in before:
             tensor.data = data.to(dtype)
