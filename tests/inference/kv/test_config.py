@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from permprune.inference.kv.config import AUTO, DENSE, DTYPES, SHARES, default_pattern, pattern_of
+from permprune.inference.kv.config import AUTO, DENSE, SHARES, default_pattern, pattern_of, stored_type
 from permprune.inference.kv.packing import Channels, Layout, encode
 from permprune.pattern import Pattern
 
@@ -31,7 +31,7 @@ def test_the_default_keeps_what_the_bytes_allow(width: int, dtype: str) -> None:
     pattern, states = default_pattern(width, dtype), torch.randn(1, 1, 1, width)
 
     def share(kept: int) -> float:
-        parts = encode(states, Channels.natural(1, width), Layout(Pattern(kept, width), DTYPES[dtype], signs=True))
+        parts = encode(states, Channels.natural(1, width), Layout(Pattern(kept, width), stored_type(dtype), signs=True))
         return sum(part.nbytes for part in parts.values()) / (2 * width)
 
-    assert share(pattern.n) <= SHARES[DTYPES[dtype]] < share(pattern.n + 1)
+    assert share(pattern.n) <= SHARES[dtype] < share(pattern.n + 1)
