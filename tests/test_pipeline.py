@@ -293,7 +293,7 @@ def test_a_written_folder_loads_and_proves_itself(
         assert plain.exists() and not read_record(out).gathers
     else:
         assert (out / GATHERED).exists() and not plain.exists()
-        with pytest.raises(OSError, match="load them with permprune.load"):
+        with pytest.raises(OSError, match=r"load them with permprune\.load"):
             AutoModelForCausalLM.from_pretrained(out)
 
 
