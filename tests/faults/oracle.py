@@ -163,7 +163,8 @@ class Llama:
         return states * angles.cos() + torch.cat((-second, first), -1) * angles.sin()
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
-        scaled = x * (x.square().mean(-1, keepdim=True) + self.config.get("rms_norm_eps", 1e-6)).rsqrt()
+        mean = x.float().square().mean(-1, keepdim=True).double()  # overflows where the model, in fp32, does
+        scaled = x * (mean + self.config.get("rms_norm_eps", 1e-6)).rsqrt()
         return self._reordered("output", name, scaled * self.tensors[f"{name}.weight"].double())
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
