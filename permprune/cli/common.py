@@ -6,7 +6,6 @@ it makes its settings, by modules that do not import torch or transformers, whic
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import logging
 import os
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+import permprune
 from permprune.cli.checks import STDOUT, require_files, require_text
 from permprune.cli.program import Program
 from permprune.config import UNSET, PruneConfig
@@ -94,7 +94,7 @@ UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(importlib.metadata.version("permprune"))
+        print(permprune.__version__)
         raise typer.Exit
 
 

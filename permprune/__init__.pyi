@@ -1,0 +1,72 @@
+from .checkpoints.benchmark import BenchedModel as BenchedModel, Benchmark as Benchmark, Speed as Speed
+from .checkpoints.io import load as load, read_model as read_model
+from .checkpoints.record import PrunedLayer as PrunedLayer, Record as Record
+from .config import PruneConfig as PruneConfig
+from .coupling.discovery import discover as discover
+from .coupling.fold import fold as fold, fold_all as fold_all
+from .coupling.verify import verify_space as verify_space
+from .coupling.walk import Walk as Walk, coupling_rule as coupling_rule
+from .engine.held import prune as prune
+from .engine.measuring import Evaluation as Evaluation
+from .engine.pruned import Pruned as Pruned
+from .errors import PermpruneError as PermpruneError
+from .evaluation.dispatch import evaluate_model as evaluate_model
+from .evaluation.lm_tasks import TaskList as TaskList, evaluate_tasks as evaluate_tasks
+from .evaluation.perplexity import perplexity as perplexity
+from .evaluation.probe import fit_probe as fit_probe
+from .evaluation.result import Metric as Metric, Result as Result
+from .evaluation.speed import measure_speed as measure_speed
+from .examples import Examples as Examples
+from .forecasts.fitting import forecast as forecast
+from .forecasts.run import Forecast as Forecast
+from .inference.kv.cache import PrunedCache as PrunedCache
+from .inference.kv.config import KVConfig as KVConfig
+from .inference.kv.evaluation import CachedPerplexity as CachedPerplexity
+from .inference.kv.files import KVRecord as KVRecord
+from .inference.pack import pack as pack, unpack as unpack
+from .jobs.bench import bench as bench
+from .jobs.compare import Comparison as Comparison, ComparisonRow as ComparisonRow, compare as compare
+from .jobs.evaluate import evaluate as evaluate
+from .jobs.finetune import FineTuned as FineTuned, FineTuning as FineTuning, finetune as finetune
+from .jobs.inspect import InspectedSpace as InspectedSpace, inspect as inspect
+from .jobs.kv import calibrate_kv as calibrate_kv, evaluate_kv as evaluate_kv
+from .jobs.packing import Packed as Packed, pack_folder as pack_folder, unpack_folder as unpack_folder
+from .jobs.prune import prune_to_folder as prune_to_folder
+from .jobs.sweep import sweep as sweep
+from .jobs.swept import Sweep as Sweep, SweepRow as SweepRow
+from .jobs.verify import Verified as Verified, verify as verify
+from .losses.loss import Loss as Loss
+from .losses.objective import Objective as Objective
+from .pattern import Pattern as Pattern
+from .permuters.base import (
+    LocalPermuter as LocalPermuter,
+    Permuter as Permuter,
+    Round as Round,
+    Run as Run,
+    ScorePermuter as ScorePermuter,
+    Solution as Solution,
+)
+from .permuters.identity import Identity as Identity, Random as Random
+from .permuters.learned import Learned as Learned
+from .permuters.newton import Newton as Newton
+from .permuters.reconstruction import Reconstruction as Reconstruction
+from .permuters.ria import RIAPermuter as RIAPermuter
+from .pruning.folder import save as save
+from .pruning.hub import push_to_hub as push_to_hub
+from .pruning.masked import LayerMeasure as LayerMeasure, MaskedLayers as MaskedLayers
+from .pruning.network import PrunedNetwork as PrunedNetwork
+from .pruning.problem import Problem as Problem
+from .saliency.base import Saliency as Saliency
+from .saliency.magnitude import Magnitude as Magnitude
+from .saliency.obs import OBS as OBS
+from .saliency.ria import RIA as RIA
+from .saliency.wanda import Wanda as Wanda
+from .system.progress import (
+    disable_progress_bars as disable_progress_bars,
+    enable_progress_bars as enable_progress_bars,
+)
+from .updates.admm import ADMM as ADMM
+from .updates.base import LayerUpdate as LayerUpdate, Update as Update
+from .updates.sparsegpt import SparseGPT as SparseGPT
+
+__version__: str
