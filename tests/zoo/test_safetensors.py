@@ -1,7 +1,7 @@
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from permprune.zoo.safetensors import convert
+from permprune.zoo.models import convert_safetensors
 
 
 def test_an_encoder_with_its_tokenizer(tiny_tokenizer, tmp_path):
@@ -12,7 +12,7 @@ def test_an_encoder_with_its_tokenizer(tiny_tokenizer, tmp_path):
     source, folder = tmp_path / "source", tmp_path / "converted"
     model.half().save_pretrained(source)
     tiny_tokenizer.save_pretrained(source)
-    convert([source / name for name in ("config.json", "model.safetensors", "tokenizer.json")], folder)
+    convert_safetensors([source / name for name in ("config.json", "model.safetensors", "tokenizer.json")], folder)
     converted = AutoModel.from_pretrained(folder)
     assert type(converted) is BertModel
     assert converted.dtype == torch.float32
