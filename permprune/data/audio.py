@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial as bind
+from collections.abc import Sequence
 from io import BytesIO
 from math import gcd
 from pathlib import Path
@@ -13,33 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.data.labels import Labels
-from permprune.data.sources import (
-    LABEL_COLUMNS,
-    Item,
-    class_names,
-    class_of,
-    dataset,
-    find_column,
-    find_list,
-    list_files,
-    listed_items,
-    locate,
-    pick_items,
-    pick_rows,
-    read_text,
-    shares_rows,
-    stored_file,
-)
+from permprune.data.items import Item, Medium, Selection, class_of, find_list
+from permprune.data.labels import Labels, row_label
+from permprune.data.sources import LABEL_COLUMNS, locate, read_text
 from permprune.errors import PermpruneError
-from permprune.examples import IGNORED, Part
+from permprune.examples import IGNORED
 from permprune.models.forward import writes_text
 from permprune.models.generation import decoder_positions
 from permprune.models.processors import Processor, feature_extractor_of, tokenizer_of
 from permprune.models.signature import argument_names
 from permprune.system.progress import log
 
-SUFFIXES = (".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav")
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text")
 Samples = np.ndarray[Any, np.dtype[np.float32]]
 Sound = tuple[Samples, int]
@@ -49,16 +33,26 @@ SHORTEST = 0.025
 """The shortest sound in seconds that is used: one frame of a spectrogram, or what a model of waves reads for one."""
 
 
+def open_sound(file: Path | BytesIO, name: str) -> Sound:
+    """Read a sound. Raises `PermpruneError`, which names it `name`, if it is damaged or soundfile is not installed."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise PermpruneError("reading sound needs soundfile: pip install 'permprune[audio]'") from error
+    try:
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise PermpruneError(f"cannot read the sound {name}: remove or repair it") from error
+    return samples.mean(axis=1), rate
+
+
+SOUND = Medium("sound", (".aiff", ".flac", ".mp3", ".ogg", ".opus", ".wav"), columns=("audio",), decode=open_sound)
+
+
 def load_speech(
-    source: str | Path,
-    model: PreTrainedModel,
-    processor: Processor | None,
-    part: Part,
-    count: int,
-    seed: int = 0,
-    shared: bool = False,
+    source: str | Path, model: PreTrainedModel, processor: Processor | None, selection: Selection
 ) -> dict[str, Tensor]:
-    """Load up to `count` randomly chosen utterances, preprocessed by the model's processor.
+    """Load utterances, preprocessed by the model's processor.
 
     Returns `input_features` (count, bands, frames) or `input_values` (count, samples), and `attention_mask` if the
     processor produces one. If the model takes labels, also `labels`: the tokens of the transcripts, int64
@@ -74,18 +68,18 @@ def load_speech(
     * such a table;
     * a `datasets` name as in `load_documents`.
 
-    With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half.
     Raises `PermpruneError` if the source cannot be read, all utterances are too long or too short, or a label is
     missing or unknown to the model.
     """
     maker: Any = feature_extractor_of(processor)
     taken = argument_names(model)
     classes = Labels(model.config) if "labels" in taken and not writes_text(model) else None
+    columns = TEXT_COLUMNS if classes is None else LABEL_COLUMNS
     path = locate(source, "sound")
     if path is None:
-        items = _from_dataset(str(source), classes, part, count, seed, shares_rows(str(source), shared))
+        items = SOUND.rows(str(source), selection, lambda row, _, names: row_label(row, columns, names, classes))
     else:
-        items = pick_items(_from_files(path, classes is not None), path, part, count, seed, shared)
+        items = selection.files(_from_files(path, columns, classes is not None), path)
     items, waves = _heard(items, maker)
     made = maker(
         waves,
@@ -94,7 +88,7 @@ def load_speech(
         return_tensors="pt",
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
-    if part == "calibration" and not any(item.label for item in items):
+    if selection.part == "calibration" and not any(item.label for item in items):
         what = "transcripts" if classes is None else "classes"
         log.info("the sound in %s has no %s: the dense model's outputs are the targets", source, what)
     elif classes is not None:
@@ -166,55 +160,28 @@ def _encoded(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     return rows
 
 
-def _from_files(path: Path, classified: bool) -> list[Item]:
+def _from_files(path: Path, columns: Sequence[str], classified: bool) -> list[Item]:
     if table := find_list(path):
-        return listed_items(table, LABEL_COLUMNS if classified else TEXT_COLUMNS, lambda file: _decode(file, str(file)))
+        return SOUND.listed(table, columns)
     transcripts = {}
     for file in sorted(path.rglob("*.trans.txt")):
         for line in read_text(file).splitlines():
             name, _, text = line.partition(" ")
             transcripts[file.parent / name] = text
     items = []
-    for file in list_files(path, SUFFIXES, "sound"):
+    for file in SOUND.files(path):
         beside = file.with_suffix(".txt")
         label = transcripts.pop(file.with_suffix(""), None)
         if classified:
             label = class_of(file, path)
         elif label is None and beside.is_file():
             label = read_text(beside)
-        items.append(Item(str(file), bind(_decode, file, str(file)), label))
+        items.append(SOUND.item(file, label))
     if transcripts:
         raise PermpruneError(
             f"{next(iter(transcripts))} has a transcript but no sound file: add the file, or remove the transcript"
         )
     return items
-
-
-def _from_dataset(source: str, classes: Labels | None, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
-    items = []
-    with dataset(source, part) as rows:
-        names = class_names(rows)
-        for name, row in pick_rows(rows, part, count, seed, shared):
-            place = f"{source}, {name}"
-            sound = stored_file(row[find_column(row, ("audio",), source)], place)
-            column = next((key for key in (LABEL_COLUMNS if classes else TEXT_COLUMNS) if key in row), "")
-            label = row.get(column)
-            if classes and column in names:
-                label = classes.named(label, names[column])
-            items.append(Item(place, bind(_decode, sound, place), label))
-    return items
-
-
-def _decode(file: Path | BytesIO, name: str) -> Sound:
-    try:
-        import soundfile
-    except ImportError as error:
-        raise PermpruneError("reading sound needs soundfile: pip install 'permprune[audio]'") from error
-    try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (OSError, soundfile.SoundFileError) as error:
-        raise PermpruneError(f"cannot read the sound {name}: remove or repair it") from error
-    return samples.mean(axis=1), rate
 
 
 def _resampled(sound: Sound, wanted: int) -> Samples:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial as bind
 from io import BytesIO
 from pathlib import Path
 
@@ -11,44 +10,38 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.data.labels import Labels
-from permprune.data.sources import (
-    LABEL_COLUMNS,
-    Item,
-    class_names,
-    class_of,
-    dataset,
-    find_column,
-    find_list,
-    list_files,
-    listed_items,
-    locate,
-    pick_items,
-    pick_rows,
-    shares_rows,
-    stored_file,
-)
+from permprune.data.items import Item, Medium, Selection, class_of, find_list
+from permprune.data.labels import Labels, row_label
+from permprune.data.sources import LABEL_COLUMNS, locate
 from permprune.errors import PermpruneError
-from permprune.examples import Part
 from permprune.models.processors import Processor, image_processor_of
 from permprune.models.signature import argument_names, find_config
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-IMAGE_COLUMNS = ("image", "img")
 MODES = {1: "L", 4: "RGBA"}
 """PIL image modes by number of channels; RGB for other numbers."""
 
 
+def open_image(file: Path | BytesIO, name: str) -> Image.Image:
+    """Read an image, rotated by its EXIF data. Raises `PermpruneError`, which names it `name`, if it is damaged."""
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PermpruneError(f"cannot read the image {name}: remove or repair it") from error
+
+
+IMAGES = Medium(
+    "images",
+    suffixes=(".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    columns=("image", "img"),
+    decode=open_image,
+)
+
+
 def load_images(
-    source: str | Path,
-    model: PreTrainedModel,
-    processor: Processor | None,
-    part: Part,
-    count: int,
-    seed: int = 0,
-    shared: bool = False,
+    source: str | Path, model: PreTrainedModel, processor: Processor | None, selection: Selection
 ) -> dict[str, Tensor]:
-    """Load up to `count` randomly chosen images, preprocessed by the model's processor.
+    """Load images, preprocessed by the model's processor.
 
     Returns `pixel_values` (count, channels, height, width) and, if the model takes labels and the source has them,
     `labels` (count,).
@@ -60,7 +53,6 @@ def load_images(
     * such a table;
     * a `datasets` name as in `load_documents`.
 
-    With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half.
     Raises `PermpruneError` if the source cannot be read, a label is unknown to the model, or the preprocessed images
     differ in size.
     """
@@ -69,9 +61,9 @@ def load_images(
     labels = Labels(model.config) if "labels" in taken else None
     path = locate(source, "images")
     if path is None:
-        items = _from_dataset(str(source), labels, part, count, seed, shares_rows(str(source), shared))
+        items = IMAGES.rows(str(source), selection, lambda row, _, names: row_label(row, LABEL_COLUMNS, names, labels))
     else:
-        items = pick_items(_from_files(path), path, part, count, seed, shared)
+        items = selection.files(_from_files(path), path)
     owner = find_config(model.config, "num_channels")
     mode = MODES.get(owner.num_channels if owner else 3, "RGB")
     made = [maker(images=[item.read().convert(mode)], return_tensors="pt") for item in items]
@@ -83,35 +75,8 @@ def load_images(
 
 def _from_files(path: Path) -> list[Item]:
     if table := find_list(path):
-        return listed_items(table, LABEL_COLUMNS, lambda file: open_image(file, str(file)))
-    items = []
-    for file in list_files(path, SUFFIXES, "images"):
-        items.append(Item(str(file), bind(open_image, file, str(file)), class_of(file, path)))
-    return items
-
-
-def _from_dataset(source: str, labels: Labels | None, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
-    with dataset(source, part) as rows:
-        names = class_names(rows)
-        items = []
-        for name, row in pick_rows(rows, part, count, seed, shared):
-            place = f"{source}, {name}"
-            image = stored_file(row[find_column(row, IMAGE_COLUMNS, source)], place)
-            column = next((key for key in LABEL_COLUMNS if key in row), "")
-            label = row.get(column)
-            if labels and column in names:
-                label = labels.named(label, names[column])
-            items.append(Item(place, bind(open_image, image, place), label))
-    return items
-
-
-def open_image(file: Path | BytesIO, name: str) -> Image.Image:
-    """Read an image, rotated by its EXIF data. Raises `PermpruneError`, which names it `name`, if it is damaged."""
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise PermpruneError(f"cannot read the image {name}: remove or repair it") from error
+        return IMAGES.listed(table, LABEL_COLUMNS)
+    return [IMAGES.item(file, class_of(file, path)) for file in IMAGES.files(path)]
 
 
 def _stack(tensors: list[Tensor], items: list[Item]) -> Tensor:

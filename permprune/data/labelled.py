@@ -12,17 +12,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from permprune.data.items import Selection
 from permprune.data.labels import Labels
-from permprune.data.sources import (
-    LABEL_COLUMNS,
-    class_names,
-    dataset,
-    find_column,
-    locate,
-    pick,
-    read_table,
-    shares_rows,
-)
+from permprune.data.sources import LABEL_COLUMNS, class_names, dataset, find_column, locate, read_table
 from permprune.errors import PermpruneError
 from permprune.examples import Part
 from permprune.models.processors import Processor, tokenizer_of
@@ -112,35 +104,28 @@ def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) ->
 
 
 def load_labelled_text(
-    source: str | Path,
-    model: PreTrainedModel,
-    processor: Processor | None,
-    part: Part,
-    count: int,
-    length: int,
-    seed: int = 0,
-    shared: bool = False,
+    source: str | Path, model: PreTrainedModel, processor: Processor | None, selection: Selection, length: int
 ) -> dict[str, Tensor]:
-    """Load up to `count` randomly chosen texts or pairs of texts, tokenized.
+    """Load texts or pairs of texts, tokenized.
 
     Returns `input_ids`, `attention_mask` and other outputs of the tokenizer that the model takes, int64
     (count, tokens), truncated to `length` tokens and padded to the longest. If the model takes labels, also `labels`
     (count,): int64 for classes, fp32 for scores.
 
     `source` is a .tsv, .csv or .jsonl file with columns of texts and labels (e.g. of GLUE), or a `datasets` name or
-    folder as in `load_documents`. With `shared`, the calibration and the evaluation part come from the same source, and
-    each gets a disjoint half; equal texts are in the same half. Raises `PermpruneError` if the source cannot be read, a
-    label is unknown to the model, or the tokenizer has no padding token.
+    folder as in `load_documents`. If the parts share a source, equal texts are in the same half. Raises
+    `PermpruneError` if the source cannot be read, a label is unknown to the model, or the tokenizer has no padding
+    token.
     """
     tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token_id is None:
         raise PermpruneError("texts of several lengths need padding, and the tokenizer has no pad_token: set one")
     taken = argument_names(model)
     labels = Labels(model.config) if "labels" in taken else None
-    path = locate(source, "labelled text")
-    table = read_labelled_text(source, part, labels is not None)
-    halved = shared if path and path.is_file() else shares_rows(str(source), shared)
-    chosen = pick(["\x1f".join(texts) for texts in zip(*table.texts, strict=True)], part, count, seed, halved)
+    table = read_labelled_text(source, selection.part, labels is not None)
+    if not Path(source).is_file():
+        selection = selection.of_data_set(str(source))
+    chosen = selection.indices(["\x1f".join(texts) for texts in zip(*table.texts, strict=True)])
     made = tokenizer(
         *([column[at] for at in chosen] for column in table.texts),
         truncation=True,

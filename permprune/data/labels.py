@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,3 +62,15 @@ class Labels:
         if len(self.names) == 1:
             return number
         return int(number) if number in self.names else None
+
+
+def row_label(
+    row: Mapping[str, Any], columns: Sequence[str], names: Mapping[str, Sequence[str]], labels: Labels | None
+) -> Any:
+    """The label in the first of the `columns` that a data set's row has; None if it has none of them.
+
+    `names` are the names of the classes by column; with `labels`, numbers of classes are converted to their names.
+    """
+    column = next((name for name in columns if name in row), "")
+    label = row.get(column)
+    return labels.named(label, names[column]) if labels and column in names else label

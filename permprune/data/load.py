@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from permprune.data.audio import load_speech
 from permprune.data.images import load_images
+from permprune.data.items import Selection
 from permprune.data.labelled import load_labelled_text
 from permprune.data.pairs import has_images, load_pairs
 from permprune.data.text import load_documents, tokenize
@@ -54,10 +55,11 @@ def load_examples(
     if kind == "images" and source in (None, CIFAR):
         return _zoo_images(model, processor, part, count, seed)
     part = "calibration" if part == "probe" else part
+    selection = Selection(part, count, seed or 0, shared)
     if kind == "text" and has_images(source, part, hub=takes_pairs(model)):
         if not takes_pairs(model):
             raise PermpruneError(f"{source} holds images, and {type(model).__name__} takes none: give text alone")
-        return _known(model, load_pairs(str(source), model, processor, part, count, seed or 0, shared))
+        return _known(model, load_pairs(str(source), model, processor, selection))
     if kind == "text":
         documents = load_documents(source, part)
         length = clipped_length(model, length)
@@ -65,13 +67,12 @@ def load_examples(
         return _known(model, Examples.of(windows))
     if source is None:
         raise PermpruneError(f"there is no default data of {kind} to {_use(part)}: name a file, a folder or a data set")
-    seed = seed or 0
     if kind == "images":
-        return Examples(load_images(source, model, processor, part, count, seed, shared))
+        return Examples(load_images(source, model, processor, selection))
     if kind == "speech":
-        return Examples(load_speech(source, model, processor, part, count, seed, shared))
-    length = clipped_length(model, length)
-    return _known(model, Examples(load_labelled_text(source, model, processor, part, count, length, seed, shared)))
+        return Examples(load_speech(source, model, processor, selection))
+    texts = load_labelled_text(source, model, processor, selection, clipped_length(model, length))
+    return _known(model, Examples(texts))
 
 
 def _known(model: PreTrainedModel, texts: Examples) -> Examples:

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial as bind
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import PreTrainedModel
 
-from permprune.data.images import IMAGE_COLUMNS, SUFFIXES, open_image
-from permprune.data.sources import (
-    FILE_COLUMNS,
-    TABLES,
-    Item,
-    dataset,
-    find_column,
-    find_list,
-    first_row,
-    list_files,
-    listed_files,
-    looks_like_path,
-    parse_name,
-    pick_items,
-    pick_rows,
-    read_text,
-    shares_rows,
-    stored_file,
-)
+from permprune.data.images import IMAGES
+from permprune.data.items import FILE_COLUMNS, Item, Selection, find_list, listed_files
+from permprune.data.sources import TABLES, dataset, find_column, first_row, looks_like_path, parse_name, read_text
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
 from permprune.models.pairs import encode_pair, pair_processor_of
@@ -57,7 +40,7 @@ def has_images(source: str | Path | None, part: Part, *, hub: bool) -> bool:
     if not hub or Path(name).is_file() or (looks_like_path(name) and not Path(name).is_dir()):
         return False
     with dataset(str(source), part) as rows:
-        return bool(set(IMAGE_COLUMNS).intersection(rows.features or next(iter(rows), {})))
+        return bool(set(IMAGES.columns).intersection(rows.features or next(iter(rows), {})))
 
 
 def _images_here(path: Path) -> bool:
@@ -68,21 +51,15 @@ def _images_here(path: Path) -> bool:
     if path.is_dir():
         suffixes = {file.suffix.lower() for file in path.rglob("*")}
         listed = find_list(path) is not None
-        return not suffixes.isdisjoint(SUFFIXES) and (listed or suffixes.isdisjoint(DATA))
+        return not suffixes.isdisjoint(IMAGES.suffixes) and (listed or suffixes.isdisjoint(DATA))
     row = first_row(path) if path.is_file() and path.suffix in TABLES else {}
-    return any(Path(str(row.get(column))).suffix.lower() in SUFFIXES for column in FILE_COLUMNS)
+    return any(Path(str(row.get(column))).suffix.lower() in IMAGES.suffixes for column in FILE_COLUMNS)
 
 
 def load_pairs(
-    source: str | Path,
-    model: PreTrainedModel,
-    processor: Processor | None,
-    part: Part,
-    count: int,
-    seed: int = 0,
-    shared: bool = False,
+    source: str | Path, model: PreTrainedModel, processor: Processor | None, selection: Selection
 ) -> Examples:
-    """Load up to `count` randomly chosen images with texts, as inputs of a vision-language model.
+    """Load images with texts, as inputs of a vision-language model.
 
     The examples have the tensors of the model's processor that the model takes, and "labels": the tokens of the
     answers, and -100 for the prompts, the images and padding. Texts are not cut, as they contain a place for each part
@@ -95,15 +72,14 @@ def load_pairs(
     * a folder with such a table, named metadata or labels, or of images with a caption in a .txt file of the same name;
     * a `datasets` name as in `load_documents`, with a column of images and the same columns of text.
 
-    With `shared`, the calibration and the evaluation part come from the same source, and each gets a disjoint half: all
-    questions about one image are in the same half. Raises `PermpruneError` if the source cannot be read, a text is
-    missing, or the model's processor fails.
+    If the parts share a source, all questions about one image are in the same half. Raises `PermpruneError` if the
+    source cannot be read, a text is missing, or the model's processor fails.
     """
     maker, taken = pair_processor_of(processor), {*argument_names(model), "labels"}
     if _images_here(Path(source)):
-        items = pick_items(_from_files(Path(source)), Path(source), part, count, seed, shared)
+        items = selection.files(_from_files(Path(source)), Path(source))
     else:
-        items = _from_dataset(str(source), part, count, seed, shares_rows(str(source), shared))
+        items = IMAGES.rows(str(source), selection, lambda row, place, _: _pair(row, place))
     return Examples.join([_encoded(item, maker, taken) for item in items])
 
 
@@ -118,29 +94,16 @@ def _encoded(item: Item, processor: Any, taken: set[str]) -> Examples:
 
 def _from_files(path: Path) -> list[Item]:
     if table := find_list(path):
-        files = listed_files(table)
-        pairs = [_pair(row, f"{table}, row {number}") for number, (_, row) in enumerate(files, 1)]
-        named = zip(files, pairs, strict=True)
-        return [Item(str(file), bind(open_image, file, str(file)), pair) for (file, _), pair in named]
+        rows = enumerate(listed_files(table), 1)
+        return [IMAGES.item(file, _pair(row, f"{table}, row {number}")) for number, (file, row) in rows]
     items = []
-    for file in list_files(path, SUFFIXES, "images"):
+    for file in IMAGES.files(path):
         caption = file.with_suffix(".txt")
         if not caption.is_file():
             raise PermpruneError(
                 f"{file} has no text: write it into {caption.name} beside it, or into a metadata.jsonl"
             )
-        pair = _pair({"text": read_text(caption).strip()}, str(caption))
-        items.append(Item(str(file), bind(open_image, file, str(file)), pair))
-    return items
-
-
-def _from_dataset(source: str, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
-    items = []
-    with dataset(source, part) as rows:
-        for name, row in pick_rows(rows, part, count, seed, shared):
-            place = f"{source}, {name}"
-            image = stored_file(row[find_column(row, IMAGE_COLUMNS, source)], place)
-            items.append(Item(place, bind(open_image, image, place), _pair(row, place)))
+        items.append(IMAGES.item(file, _pair({"text": read_text(caption).strip()}, str(caption))))
     return items
 
 

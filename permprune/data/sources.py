@@ -1,19 +1,16 @@
-"""Sources of examples (tables, folders and hub data sets), and the choice of examples for each part."""
+"""Sources of examples: paths, texts, tables and hub data sets."""
 
 from __future__ import annotations
 
 import csv
 import errno
-import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +18,14 @@ from permprune.errors import PermpruneError
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
-    import fsspec
-    import torch
-
     from permprune.examples import Part
 
-BUFFER = 1000
-"""Minimum size, in rows, of the buffer for shuffling a streamed data set."""
-
-ROW = "__row__"
-"""A temporary column for the names of a data set's rows."""
-
 TABLES = (".csv", ".tsv", ".jsonl")
-LISTS = ("labels", "metadata", "transcripts")
-"""Suffixes and names of the tables that list image or audio files and their labels."""
+"""Suffixes of tables."""
 
-FILE_COLUMNS = ("file_name", "file", "filename", "path", "image", "audio")
 LABEL_COLUMNS = ("label", "labels", "gold_label", "score", "class", "is_duplicate", "fine_label")
 
 _PATH_LIKE = re.compile(r"[./~].*|.*\\.*|.*/.*/.*|.*\.(txt|jsonl?|csv|tsv|raw|tokens)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Item:
-    """An example: its name in error messages, a function that reads it, and its label in the source, if any."""
-
-    name: str
-    read: Callable[[], Any]
-    label: Any = None
 
 
 def locate(source: str | Path, what: str) -> Path | None:
@@ -111,13 +88,12 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
         raise PermpruneError(
             f"{path} is not a table: give a {', '.join(TABLES[:-1])} or {TABLES[-1]} file, or the folder of the files"
         )
-    text = read_text(path).removeprefix("\ufeff")
     if suffix == ".jsonl":
-        rows = [_json_object(line, f"{path}, line {n}") for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [row for _, row in read_lines(path)]
     else:
         tabs = suffix == ".tsv"
         reader = csv.DictReader(
-            io.StringIO(text, newline=""),
+            io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""),
             columns,
             delimiter="\t" if tabs else ",",
             quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
@@ -128,6 +104,22 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> list[dict[st
             raise PermpruneError(f"{path}, line {reader.line_num}: {error}") from error
     if not rows:
         raise PermpruneError(f"{path} has no rows: give a table that has some")
+    return rows
+
+
+def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the objects of a .jsonl file, each with its place for error messages: the file and the line.
+
+    Raises `PermpruneError` if a line is not a JSON object.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
+        if line.strip():
+            place = f"{path}, line {number}"
+            row = parse_json(line, place)
+            if not isinstance(row, dict):
+                raise PermpruneError(f"{place}: not a JSON object")
+            rows.append((place, row))
     return rows
 
 
@@ -171,97 +163,6 @@ def find_column(row: Mapping[str, Any], names: Sequence[str], place: str) -> str
     return found
 
 
-def list_files(folder: Path, suffixes: Iterable[str], what: str) -> list[Path]:
-    """All files with these suffixes in a folder and its sub-folders, sorted. Raises `PermpruneError` if none exist."""
-    kinds = set(suffixes)
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in kinds and path.is_file())
-    if not found:
-        raise PermpruneError(f"{folder} holds no {what}: give a folder of {', '.join(sorted(kinds))} files")
-    return found
-
-
-def class_of(file: Path, folder: Path) -> str | None:
-    """The class of a file in a folder with a sub-folder for each class: the sub-folder's name, or None."""
-    *classes, _ = file.relative_to(folder).parts
-    return classes[0] if classes else None
-
-
-def find_list(path: Path) -> Path | None:
-    """The table in a folder that lists its files, or `path` itself if it is a file; None if there is no such table."""
-    if path.is_file():
-        return path
-    return next((file for name in LISTS for kind in TABLES if (file := path / f"{name}{kind}").is_file()), None)
-
-
-def listed_items(table: Path, labels: Sequence[str], read: Callable[[Path], Any]) -> list[Item]:
-    """The examples that a table lists, one per row.
-
-    A row contains the path of a file, relative to the table's folder, in one of `FILE_COLUMNS`, and the label in one of
-    the columns `labels`. `read` loads a file. Raises `PermpruneError` if a column or a file is missing.
-    """
-    files = listed_files(table)
-    label = find_column(files[0][1], labels, str(table))
-    return [Item(str(file), partial(read, file), row.get(label)) for file, row in files]
-
-
-def listed_files(table: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The files that a table lists, each with its row, as for `listed_items`."""
-    rows = read_table(table)
-    column = find_column(rows[0], FILE_COLUMNS, str(table))
-    files = [(table.parent / str(row.get(column)), row) for row in rows]
-    for file, row in files:
-        if not file.is_file():
-            raise PermpruneError(f"{table} lists {row.get(column)}, and there is no such file beside it")
-    return files
-
-
-def pick(keys: Sequence[str], part: Part, count: int, seed: int, shared: bool) -> list[int]:
-    """Choose up to `count` examples of a part at random, and return their indices into `keys`, the examples' names.
-
-    If both parts share the source, each gets a disjoint half of it, determined by the digests of the names and so
-    independent of `seed` and `count`. Raises `PermpruneError` if no example is available or `count` is less than 1.
-    """
-    own = [at for at, key in enumerate(keys) if not shared or _half(key) == part]
-    if not own or count < 1:
-        raise PermpruneError(
-            f"{count} of {len(own)} available examples for {part}: ask for at least 1, and give more data"
-        )
-    order = torch.randperm(len(own), generator=torch.Generator().manual_seed(seed))
-    return [own[at] for at in order[:count].tolist()]
-
-
-def pick_items(items: Sequence[Item], path: Path, part: Part, count: int, seed: int, shared: bool) -> list[Item]:
-    """Like `pick`, for the files of the folder or table `path`; their names are relative to the folder."""
-    folder = path if path.is_dir() else path.parent
-    keys = [Path(os.path.relpath(item.name, folder)).as_posix() for item in items]
-    return [items[at] for at in pick(keys, part, count, seed, shared)]
-
-
-def pick_rows(rows: Any, part: Part, count: int, seed: int, shared: bool) -> list[tuple[str, dict[str, Any]]]:
-    """Like `pick`, for a streamed data set, which is shuffled within a buffer; returns (name, row) pairs."""
-    rows = rows.map(lambda _, at: {ROW: f"row {at}"}, with_indices=True)
-    if shared:
-        rows = rows.filter(lambda row: _half(row[ROW]) == part)
-    rows = rows.shuffle(seed=seed, buffer_size=max(BUFFER, 4 * count))
-    picked = [(row.pop(ROW), row) for row in islice(rows, count)]
-    if not picked:
-        raise PermpruneError(f"the data set has no rows for {part}: give another split of it")
-    return picked
-
-
-def stored_file(cell: Any, place: str) -> io.BytesIO:
-    """Open the image or audio file in a cell of a data set, stored in the cell or at a path or URL.
-
-    Raises `PermpruneError` if the cell contains no file.
-    """
-    if isinstance(cell, dict) and cell.get("bytes"):
-        return io.BytesIO(cell["bytes"])
-    if isinstance(cell, dict) and cell.get("path"):
-        with fsspec.open(cell["path"], "rb") as file:
-            return io.BytesIO(file.read())
-    raise PermpruneError(f"{place} holds no file: give a data set with a column of images or of sound")
-
-
 def parse_name(source: str, part: Part) -> tuple[str, str | None, str]:
     """Split "name:config@split" into name, configuration and split.
 
@@ -271,11 +172,6 @@ def parse_name(source: str, part: Part) -> tuple[str, str | None, str]:
     name, _, split = source.partition("@")
     name, _, config = name.partition(":")
     return name, config or None, split or ("train" if part == "calibration" else "test")
-
-
-def shares_rows(source: str, shared: bool) -> bool:
-    """Whether both parts come from the same rows of a data set: only if it names a split; by default, splits differ."""
-    return shared and "@" in source
 
 
 @contextmanager
@@ -306,14 +202,3 @@ def class_names(rows: Any) -> dict[str, Sequence[str]]:
     """The names of the classes by number, of each column of a data set that holds classes."""
     columns = getattr(rows, "features", None) or {}
     return {column: kind.names for column, kind in columns.items() if getattr(kind, "names", None)}
-
-
-def _half(key: str) -> Part:
-    return "evaluation" if hashlib.sha256(key.encode()).digest()[0] % 2 else "calibration"
-
-
-def _json_object(line: str, place: str) -> dict[str, Any]:
-    row = parse_json(line, place)
-    if not isinstance(row, dict):
-        raise PermpruneError(f"{place}: not a JSON object")
-    return row

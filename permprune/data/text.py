@@ -11,8 +11,8 @@ from permprune.data.sources import (
     LABEL_COLUMNS,
     dataset,
     looks_like_path,
-    parse_json,
     parse_name,
+    read_lines,
     read_table,
     read_text,
 )
@@ -169,20 +169,16 @@ def _read_column(path: Path) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    documents = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        row = parse_json(line, f"{path}, line {number}")
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise PermpruneError(f'{path}, line {number}: not a JSON object with a "text" string')
-        documents.append(row["text"])
-    return documents
+    rows = read_lines(path)
+    for place, row in rows:
+        if not isinstance(row.get(FIELD), str):
+            raise PermpruneError(f'{place}: not a JSON object with a "{FIELD}" string')
+    return [row[FIELD] for _, row in rows]
 
 
 def _read_dataset(source: str, part: Part) -> list[str]:
     with dataset(source, part) as rows:
-        documents = _bounded(row.get("text") for row in rows)
+        documents = _bounded(row.get(FIELD) for row in rows)
     return ["\n\n".join(documents)] if "" in documents else documents
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Wav2Vec2Config, Wav2Vec2ForSequenceCla
 
 from permprune.checkpoints.io import read_model
 from permprune.data.audio import load_speech
+from permprune.data.items import Selection
 from permprune.errors import PermpruneError
 
 TEXTS = {"1-2-0000": "MARIE SIGHED", "1-2-0001": "A BRISK WIND", "1-2-0002": "HAD COME UP"}
@@ -57,7 +58,7 @@ def spoken(found: dict[str, torch.Tensor], processor: Any) -> list[str]:
 
 def test_waves_are_padded_to_the_longest(ctc: tuple[PreTrainedModel, Any], folder: Path) -> None:
     model, processor = ctc
-    found = load_speech(folder, model, processor, "calibration", 9)
+    found = load_speech(folder, model, processor, Selection("calibration", 9))
     assert found.keys() == {"input_values", "attention_mask", "labels"}
     assert found["input_values"].shape == found["attention_mask"].shape == (3, 4800)
     samples = dict(zip(spoken(found, processor), found["attention_mask"].sum(dim=1).tolist(), strict=True))
@@ -68,7 +69,7 @@ def test_waves_are_padded_to_the_longest(ctc: tuple[PreTrainedModel, Any], folde
 
 def test_spectrograms_have_the_length_that_the_model_hears(whisper: tuple[PreTrainedModel, Any], folder: Path) -> None:
     model, processor = whisper
-    found = load_speech(folder, model, processor, "calibration", 9)
+    found = load_speech(folder, model, processor, Selection("calibration", 9))
     assert found.keys() == {"input_features", "labels"}
     assert found["input_features"].shape == (3, 8, 100)
     assert sorted(spoken(found, processor)) == sorted(TEXTS.values())
@@ -78,12 +79,12 @@ def test_spectrograms_have_the_length_that_the_model_hears(whisper: tuple[PreTra
 
 def test_calibration_needs_no_transcripts(whisper: tuple[PreTrainedModel, Any], folder: Path) -> None:
     (folder / "1" / "2" / "1-2.trans.txt").unlink()
-    assert load_speech(folder, *whisper, "calibration", 9).keys() == {"input_features"}
+    assert load_speech(folder, *whisper, Selection("calibration", 9)).keys() == {"input_features"}
     with pytest.raises(PermpruneError, match="has no transcript"):
-        load_speech(folder, *whisper, "evaluation", 9)
+        load_speech(folder, *whisper, Selection("evaluation", 9))
     (folder / "1" / "2" / "1-2.trans.txt").write_text("1-2-0001 A BRISK WIND\n")
     with pytest.raises(PermpruneError, match=r"1-2-000\d.flac has no transcript: add one"):
-        load_speech(folder, *whisper, "calibration", 9)
+        load_speech(folder, *whisper, Selection("calibration", 9))
 
 
 @pytest.mark.parametrize("itself", [False, True])
@@ -97,7 +98,7 @@ def test_a_table_has_transcripts(
     else:
         text = '{"file": "a.wav", "text": "SO, YES"}'
     (tmp_path / "listed" / name).write_text(text)
-    found = load_speech(tmp_path / "listed" / (name if itself else ""), *ctc, "evaluation", 9)
+    found = load_speech(tmp_path / "listed" / (name if itself else ""), *ctc, Selection("evaluation", 9))
     assert found["labels"].tolist() == [ctc[1].tokenizer("SO, YES")["input_ids"]]
 
 
@@ -106,9 +107,9 @@ def test_sound_of_any_rate_is_resampled(
     ctc: tuple[PreTrainedModel, Any], tmp_path: Path, rate: int, channels: int
 ) -> None:
     model, processor = Wav2Vec2Model(Wav2Vec2Config(num_hidden_layers=0)), ctc[1]
-    expected = load_speech(tone(tmp_path / "a" / "a.wav", 0.5).parent, model, processor, "evaluation", 1)
+    expected = load_speech(tone(tmp_path / "a" / "a.wav", 0.5).parent, model, processor, Selection("evaluation", 1))
     other = tone(tmp_path / "b" / "a.wav", 0.5, rate, channels=channels).parent
-    found = load_speech(other, model, processor, "evaluation", 1)
+    found = load_speech(other, model, processor, Selection("evaluation", 1))
     assert found["input_values"].shape == expected["input_values"].shape == (1, 8000)
     inner = slice(200, -200)
     assert torch.allclose(found["input_values"][0, inner], expected["input_values"][0, inner], atol=0.02)
@@ -120,7 +121,7 @@ def test_draws_are_deterministic_and_halves_apart(ctc: tuple[PreTrainedModel, An
     model = Wav2Vec2Model(Wav2Vec2Config(num_hidden_layers=0))
 
     def drawn(part: str, seed: int = 0, shared: bool = True) -> list[int]:
-        found = load_speech(tmp_path / "many", model, ctc[1], part, 20, seed, shared)  # type: ignore[arg-type]
+        found = load_speech(tmp_path / "many", model, ctc[1], Selection(part, 20, seed, shared))  # type: ignore[arg-type]
         assert found.keys() == {"input_values", "attention_mask"}  # this model has nothing to say
         return (found["attention_mask"].sum(dim=1) // 16).tolist()
 
@@ -135,12 +136,12 @@ def test_what_is_too_long_is_left_out(
     for name in ("1-2-0000", "1-2-0001"):
         tone(folder / "1" / "2" / f"{name}.flac", 1.01)
     with caplog.at_level(logging.WARNING, "permprune"):
-        found = load_speech(folder, *whisper, "evaluation", 9)
+        found = load_speech(folder, *whisper, Selection("evaluation", 9))
     assert spoken(found, whisper[1]) == ["HAD COME UP"]
     assert "2 of 3 utterances are not 0.025 to 1 s long, and are left out" in caplog.text
     tone(folder / "1" / "2" / "1-2-0002.flac", 1.01)
     with pytest.raises(PermpruneError, match=r"000\d.flac has 1.01 s, and none of 3 utterances is 0.025 to 1 s long"):
-        load_speech(folder, *whisper, "evaluation", 9)
+        load_speech(folder, *whisper, Selection("evaluation", 9))
 
 
 @pytest.mark.parametrize("samples", [0, 3])
@@ -152,26 +153,26 @@ def test_what_is_too_short_is_left_out(
     short, long = tone(tmp_path / "a" / "short.wav", samples / 8000, 8000), tone(tmp_path / "a" / "long.wav", 0.1)
     for file in (short, long):
         file.with_suffix(".txt").write_text("HAD COME UP")
-    found = load_speech(tmp_path / "a", model, processor, "evaluation", 9)
+    found = load_speech(tmp_path / "a", model, processor, Selection("evaluation", 9))
     assert len(found["labels"]) == 1 and model(**found).loss.isfinite()
     assert "1 of 2 utterances are not 0.025 " in caplog.text
     long.unlink()
     with pytest.raises(PermpruneError, match=r"short\.wav has .* s, and none of 1 utterances is 0.025"):
-        load_speech(tmp_path / "a", model, processor, "evaluation", 9)
+        load_speech(tmp_path / "a", model, processor, Selection("evaluation", 9))
 
 
 def test_samples_that_are_not_finite(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     soundfile.write(tmp_path / "bad" / "a.wav", np.full(8000, np.nan, np.float32), 16_000, subtype="FLOAT")
     with pytest.raises(PermpruneError, match=r"a\.wav has samples that are not finite"):
-        load_speech(tmp_path / "bad", *whisper, "calibration", 9)
+        load_speech(tmp_path / "bad", *whisper, Selection("calibration", 9))
 
 
 def test_a_transcript_may_be_beside_its_sound(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     for number in range(2):
         tone(tmp_path / "said" / f"{number}.wav", 0.1)
         (tmp_path / "said" / f"{number}.txt").write_text(f"it is number {number}\n")
-    found = load_speech(tmp_path / "said", *whisper, "evaluation", 9)
+    found = load_speech(tmp_path / "said", *whisper, Selection("evaluation", 9))
     assert sorted(spoken(found, whisper[1])) == ["it is number 0", "it is number 1"]
 
 
@@ -180,10 +181,10 @@ def test_transcripts_are_in_the_letters_that_the_tokenizer_knows(
 ) -> None:
     tone(tmp_path / "said" / "a.wav", 0.1)
     (tmp_path / "said" / "a.txt").write_text("a brisk wind")
-    assert spoken(load_speech(tmp_path / "said", *ctc, "evaluation", 9), ctc[1]) == ["A BRISK WIND"]
+    assert spoken(load_speech(tmp_path / "said", *ctc, Selection("evaluation", 9)), ctc[1]) == ["A BRISK WIND"]
     assert not caplog.records
     (tmp_path / "said" / "a.txt").write_text("a brisk wind, 2")
-    load_speech(tmp_path / "said", *ctc, "evaluation", 9)
+    load_speech(tmp_path / "said", *ctc, Selection("evaluation", 9))
     assert "the tokenizer does not know 2 of the 15 tokens in the transcripts" in caplog.text
 
 
@@ -192,14 +193,14 @@ def test_transcripts_are_cut_at_the_positions(
 ) -> None:
     tone(tmp_path / "said" / "a.wav", 0.1)
     (tmp_path / "said" / "a.txt").write_text("a brisk wind " * 20)
-    found = load_speech(tmp_path / "said", *whisper, "calibration", 9)
+    found = load_speech(tmp_path / "said", *whisper, Selection("calibration", 9))
     assert found["labels"].shape == (1, 64) and whisper[0](**found).loss.isfinite()
     assert "1 of 1 transcripts are longer than the model's 64 positions, and are cut" in caplog.text
 
 
 def test_one_file_of_sound_is_not_a_table(whisper: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
     with pytest.raises(PermpruneError, match=r"is not a table: give a .* file, or the folder of the files"):
-        load_speech(tone(tmp_path / "a.wav", 0.1), *whisper, "calibration", 9)
+        load_speech(tone(tmp_path / "a.wav", 0.1), *whisper, Selection("calibration", 9))
 
 
 def test_a_classifier_of_speech_has_classes(ctc: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
@@ -207,11 +208,11 @@ def test_a_classifier_of_speech_has_classes(ctc: tuple[PreTrainedModel, Any], tm
     model = Wav2Vec2ForSequenceClassification(config)
     for number in range(4):
         tone(tmp_path / "words" / ("yes" if number % 2 else "No") / f"{number}.wav", 0.1 + number / 100)
-    found = load_speech(tmp_path / "words", model, ctc[1].feature_extractor, "evaluation", 9)
+    found = load_speech(tmp_path / "words", model, ctc[1].feature_extractor, Selection("evaluation", 9))
     samples = found["attention_mask"].sum(dim=1)
     assert torch.equal(found["labels"], (samples // 160 % 2).long())
     (tmp_path / "words" / "metadata.csv").write_text("file_name,label\nNo/0.wav,yes\n")
-    assert load_speech(tmp_path / "words", model, ctc[1], "evaluation", 9)["labels"].tolist() == [1]
+    assert load_speech(tmp_path / "words", model, ctc[1], Selection("evaluation", 9))["labels"].tolist() == [1]
 
 
 def test_a_data_set(ctc: tuple[PreTrainedModel, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +224,7 @@ def test_a_data_set(ctc: tuple[PreTrainedModel, Any], folder: Path, monkeypatch:
     rows = datasets.Dataset.from_dict({"audio": stored, "text": list(TEXTS.values())}).to_iterable_dataset()
     rows = rows.cast_column("audio", datasets.Audio())
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: rows)
-    found = load_speech("name", *ctc, "calibration", 9)
+    found = load_speech("name", *ctc, Selection("calibration", 9))
     samples = dict(zip(spoken(found, ctc[1]), found["attention_mask"].sum(dim=1).tolist(), strict=True))
     assert samples == {TEXTS[name]: round(16_000 * seconds) for name, seconds in SECONDS.items()}
 
@@ -233,23 +234,23 @@ def test_bad_sources_are_one_line(ctc: tuple[PreTrainedModel, Any], folder: Path
     chapter = folder / "1" / "2"
     (tmp_path / "empty").mkdir()
     with pytest.raises(PermpruneError, match="empty holds no sound: give a folder of"):
-        load_speech(tmp_path / "empty", model, processor, "evaluation", 9)
+        load_speech(tmp_path / "empty", model, processor, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="no sound at"):
-        load_speech("./none", model, processor, "evaluation", 9)
+        load_speech("./none", model, processor, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="the model has none"):
-        load_speech(folder, model, None, "evaluation", 9)
+        load_speech(folder, model, None, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="text needs a tokenizer, and the model has none"):
-        load_speech(folder, model, processor.feature_extractor, "evaluation", 9)
+        load_speech(folder, model, processor.feature_extractor, Selection("evaluation", 9))
     tone(chapter / "1-2-0003.flac", 0.1)
     with pytest.raises(PermpruneError, match=r"1-2-0003\.flac has no transcript"):
-        load_speech(folder, model, processor, "evaluation", 9)
+        load_speech(folder, model, processor, Selection("evaluation", 9))
     (chapter / "1-2-0003.flac").unlink()
     (chapter / "1-2-0000.flac").write_bytes(b"no sound")
     with pytest.raises(PermpruneError, match=r"cannot read the sound .*1-2-0000\.flac"):
-        load_speech(folder, model, processor, "evaluation", 9)
+        load_speech(folder, model, processor, Selection("evaluation", 9))
     (chapter / "1-2-0000.flac").unlink()
     with pytest.raises(PermpruneError, match="1-2-0000 has a transcript but no sound file"):
-        load_speech(folder, model, processor, "evaluation", 9)
+        load_speech(folder, model, processor, Selection("evaluation", 9))
 
 
 def test_without_soundfile_it_is_asked_for(
@@ -257,4 +258,4 @@ def test_without_soundfile_it_is_asked_for(
 ) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(PermpruneError, match=r"pip install 'permprune\[audio\]'"):
-        load_speech(folder, *ctc, "evaluation", 9)
+        load_speech(folder, *ctc, Selection("evaluation", 9))

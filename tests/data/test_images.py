@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, PreTrainedModel, ViTConfig, ViTForI
 
 from permprune.checkpoints.io import read_model
 from permprune.data.images import load_images
+from permprune.data.items import Selection
 from permprune.errors import PermpruneError
 from permprune.models.processors import Processor
 
@@ -52,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_sub_folders_are_classes(classifier: Classifier, folder: Path) -> None:
-    found = load_images(folder, *classifier, "calibration", 9)
+    found = load_images(folder, *classifier, Selection("calibration", 9))
     assert by_level(found) == [(10, 0), (20, 0), (200, 2), (220, 2)]
     assert found["pixel_values"].shape == (4, 3, 16, 16)
     assert classifier[0](**found).loss.isfinite()
@@ -68,7 +69,7 @@ def test_a_table_names_classes(classifier: Classifier, folder: Path, name: str, 
         text = "\n".join([",".join(row) for row in [("file", "class"), *rows]])
         text = text.replace(",", "\t") if name.endswith("tsv") else text
     (folder / name).write_text(text)
-    found = load_images(folder / name if itself else folder, *classifier, "calibration", 9)
+    found = load_images(folder / name if itself else folder, *classifier, Selection("calibration", 9))
     assert by_level(found) == [(10, 1), (200, 0)]
 
 
@@ -79,7 +80,7 @@ def test_draws_are_deterministic_and_halves_apart(
         paint(tmp_path / "many" / f"{level:02}.png", 4 * level)
 
     def drawn(part: str, seed: int = 0, shared: bool = True, count: int = 40) -> list[int]:
-        found = load_images(tmp_path / "many", *classifier, part, count, seed, shared)  # type: ignore[arg-type]
+        found = load_images(tmp_path / "many", *classifier, Selection(part, count, seed, shared))  # type: ignore[arg-type]
         return levels(found["pixel_values"])
 
     assert drawn("calibration") == drawn("calibration") != drawn("calibration", seed=1)
@@ -87,17 +88,18 @@ def test_draws_are_deterministic_and_halves_apart(
     assert drawn("evaluation", shared=False, count=3) == drawn("calibration", shared=False, count=5)[:3]
     half = sorted(drawn("calibration"))
     monkeypatch.chdir(tmp_path)
-    assert sorted(levels(load_images("many", *classifier, "calibration", 40, shared=True)["pixel_values"])) == half
+    found = load_images("many", *classifier, Selection("calibration", 40, shared=True))
+    assert sorted(levels(found["pixel_values"])) == half
 
 
 def test_unlabelled_images_have_no_labels(classifier: Classifier, tmp_path: Path) -> None:
     paint(tmp_path / "flat" / "a.png", 7)
-    assert load_images(tmp_path / "flat", *classifier, "evaluation", 1).keys() == {"pixel_values"}
+    assert load_images(tmp_path / "flat", *classifier, Selection("evaluation", 1)).keys() == {"pixel_values"}
 
 
 def test_a_model_without_a_head_gets_no_labels(classifier: Classifier, folder: Path) -> None:
     (folder / "cat").rename(folder / "unheard of")
-    found = load_images(folder, ViTModel(ViTConfig(**SMALL)), classifier[1], "evaluation", 4)
+    found = load_images(folder, ViTModel(ViTConfig(**SMALL)), classifier[1], Selection("evaluation", 4))
     assert found.keys() == {"pixel_values"}
 
 
@@ -105,7 +107,7 @@ def test_a_model_without_a_head_gets_no_labels(classifier: Classifier, folder: P
 def test_images_of_any_mode_become_colour(classifier: Classifier, tmp_path: Path, mode: str) -> None:
     (tmp_path / "modes").mkdir()
     Image.new("RGB", (8, 8)).convert("L").convert(mode).save(tmp_path / "modes" / "a.png")
-    found = load_images(tmp_path / "modes", *classifier, "evaluation", 1)
+    found = load_images(tmp_path / "modes", *classifier, Selection("evaluation", 1))
     assert found["pixel_values"].shape == (1, 3, 16, 16)
 
 
@@ -117,7 +119,7 @@ def test_a_model_of_one_channel_sees_grey(tmp_path: Path) -> None:
     model = ViTForImageClassification(ViTConfig(**SMALL, num_channels=1))
     paint(tmp_path / "grey" / "a.png", 30)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
-    found = load_images(tmp_path / "grey", model, processor, "evaluation", 1)["pixel_values"]
+    found = load_images(tmp_path / "grey", model, processor, Selection("evaluation", 1))["pixel_values"]
     assert found.shape == (1, 1, 16, 16) and levels(found) == [30]
 
 
@@ -128,7 +130,7 @@ def test_a_photograph_stands_upright(classifier: Classifier, tmp_path: Path) -> 
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a right angle
     Image.fromarray(pixels).save(tmp_path / "photo" / "a.png", exif=exif)
-    found = load_images(tmp_path / "photo", *classifier, "evaluation", 1)["pixel_values"]
+    found = load_images(tmp_path / "photo", *classifier, Selection("evaluation", 1))["pixel_values"]
     assert (found[0, :, :8] == 1).all() and (found[0, :, 8:] == -1).all()
 
 
@@ -137,50 +139,50 @@ def test_a_data_set(classifier: Classifier, folder: Path, monkeypatch: pytest.Mo
     kinds = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["owl", "cat"])})
     rows = datasets.Dataset.from_dict({"img": files, "label": [0, 1]}, kinds).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: rows)
-    assert by_level(load_images("name", *classifier, "calibration", 9)) == [(10, 0), (200, 2)]
+    assert by_level(load_images("name", *classifier, Selection("calibration", 9))) == [(10, 0), (200, 2)]
 
 
 def test_a_data_set_without_files_is_refused(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = datasets.Dataset.from_dict({"image": ["words"], "img": ["more"]}).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: rows)
     with pytest.raises(PermpruneError, match="name, row 0 holds no file"):
-        load_images("name", *classifier, "calibration", 9)
+        load_images("name", *classifier, Selection("calibration", 9))
     words = datasets.Dataset.from_dict({"words": ["more"]}).to_iterable_dataset()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_options: words)
     with pytest.raises(PermpruneError, match="name has none of the columns image, img: it has words"):
-        load_images("name", *classifier, "calibration", 9)
+        load_images("name", *classifier, Selection("calibration", 9))
 
 
 def test_what_is_no_image_is_named(classifier: Classifier, folder: Path) -> None:
     (folder / "owl" / "a.bmp").write_bytes(b"BM no image")
     with pytest.raises(PermpruneError, match=r"cannot read the image .*owl/a\.bmp"):
-        load_images(folder, *classifier, "evaluation", 9)
+        load_images(folder, *classifier, Selection("evaluation", 9))
     whole = (folder / "cat" / "a.png").read_bytes()
     (folder / "owl" / "a.bmp").unlink()
     (folder / "cat" / "a.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(PermpruneError, match=r"cannot read the image .*cat/a\.png"):
-        load_images(folder, *classifier, "evaluation", 9)
+        load_images(folder, *classifier, Selection("evaluation", 9))
 
 
 def test_bad_sources_are_one_line(classifier: Classifier, folder: Path, tmp_path: Path) -> None:
     model, processor = classifier
     (tmp_path / "empty").mkdir()
     with pytest.raises(PermpruneError, match=r"empty holds no images: give a folder of \.bmp"):
-        load_images(tmp_path / "empty", model, processor, "evaluation", 9)
+        load_images(tmp_path / "empty", model, processor, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="no images at"):
-        load_images("./none", model, processor, "evaluation", 9)
+        load_images("./none", model, processor, Selection("evaluation", 9))
     with pytest.raises(PermpruneError, match="the model has none"):
-        load_images(folder, model, None, "evaluation", 9)
+        load_images(folder, model, None, Selection("evaluation", 9))
     paint(folder / "a.png", 3)
     with pytest.raises(PermpruneError, match=r"images/a\.png has no label"):
-        load_images(folder, model, processor, "evaluation", 9)
+        load_images(folder, model, processor, Selection("evaluation", 9))
     (folder / "a.png").unlink()
     (folder / "owl").rename(folder / "eagle")
     with pytest.raises(PermpruneError, match='has the label "eagle", which the model does not know: it knows cat, dog'):
-        load_images(folder, model, processor, "evaluation", 9)
+        load_images(folder, model, processor, Selection("evaluation", 9))
     (folder / "labels.csv").write_text("file,label\nnone.png,cat\n")
     with pytest.raises(PermpruneError, match=r"lists none\.png, and there is no such file"):
-        load_images(folder, model, processor, "evaluation", 9)
+        load_images(folder, model, processor, Selection("evaluation", 9))
 
 
 def test_images_of_several_sizes_need_a_size(classifier: Classifier, tmp_path: Path) -> None:
@@ -189,4 +191,4 @@ def test_images_of_several_sizes_need_a_size(classifier: Classifier, tmp_path: P
     Image.new("RGB", (16, 16)).save(tmp_path / "sizes" / "16.png")
     classifier[1].do_resize = False  # type: ignore[union-attr]
     with pytest.raises(PermpruneError, match=r"set a size in the model's preprocessor_config\.json"):
-        load_images(tmp_path / "sizes", *classifier, "evaluation", 2)
+        load_images(tmp_path / "sizes", *classifier, Selection("evaluation", 2))

@@ -8,6 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune.checkpoints.io import read_model
+from permprune.data.items import Selection
 from permprune.data.labelled import load_labelled_text, read_labelled_text
 from permprune.data.labels import Labels
 from permprune.errors import PermpruneError
@@ -33,7 +34,7 @@ def classifier(tiny_bert: Path) -> Classifier:
 def test_every_layout_gives_the_same(classifier: Classifier, tmp_path: Path, name: str) -> None:
     model, tokenizer = classifier
     (tmp_path / name).write_text(LAYOUTS[name])
-    found = load_labelled_text(tmp_path / name, model, tokenizer, "calibration", 9, 20)
+    found = load_labelled_text(tmp_path / name, model, tokenizer, Selection("calibration", 9), 20)
     assert {"input_ids", "attention_mask", "labels"} <= found.keys()
     masks = found["attention_mask"].bool()
     ids = [row[mask].tolist() for row, mask in zip(found["input_ids"], masks, strict=True)]
@@ -48,11 +49,11 @@ def test_pairs_are_joined_and_cut(classifier: Classifier, tmp_path: Path) -> Non
     file.write_text(
         "index\tsentence1\tsentence2\tlabel\n0\tthe order\ta text\tno\n1\ta text of many words\tthe other\tyes\n"
     )
-    found = load_labelled_text(file, model, tokenizer, "evaluation", 2, 100)
+    found = load_labelled_text(file, model, tokenizer, Selection("evaluation", 2), 100)
     first = found["labels"].tolist().index(0)
     mask = found["attention_mask"][first].bool()
     assert found["input_ids"][first][mask].tolist() == tokenizer("the order", "a text")["input_ids"]
-    cut = load_labelled_text(file, model, tokenizer, "evaluation", 2, 5)
+    cut = load_labelled_text(file, model, tokenizer, Selection("evaluation", 2), 5)
     assert {name: tensor.shape[1:] for name, tensor in cut.items() if name != "labels"}["input_ids"] == (5,)
 
 
@@ -64,7 +65,7 @@ def test_draws_are_deterministic_and_halves_apart(classifier: Classifier, tmp_pa
     file.write_text("\n".join(["sentence\tlabel", *rows, *rows]))  # every row twice
 
     def ids(part: str, seed: int = 0, shared: bool = True) -> list[tuple[int, ...]]:
-        found = load_labelled_text(file, model, tokenizer, part, 40, 20, seed, shared)  # type: ignore[arg-type]
+        found = load_labelled_text(file, model, tokenizer, Selection(part, 40, seed, shared), 20)  # type: ignore[arg-type]
         return [tuple(row) for row in found["input_ids"].tolist()]
 
     assert ids("calibration") == ids("calibration") != ids("calibration", seed=1)
@@ -114,14 +115,14 @@ def test_scores_are_real_numbers(classifier: Classifier, tmp_path: Path) -> None
     model = BertForSequenceClassification(BertConfig(num_labels=1, num_hidden_layers=0))
     file = tmp_path / "scores.tsv"
     file.write_text("sentence1\tsentence2\tscore\nthe order\ta text\t3.25\n")
-    found = load_labelled_text(file, model, classifier[1], "evaluation", 1, 20)
+    found = load_labelled_text(file, model, classifier[1], Selection("evaluation", 1), 20)
     assert found["labels"].dtype == torch.float32 and found["labels"].tolist() == [3.25]
 
 
 def test_a_model_without_a_head_gets_no_labels(classifier: Classifier, tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("sentence\tkind\nthe order\tunheard of\n")
     model = BertModel(BertConfig(num_hidden_layers=0))
-    assert "labels" not in load_labelled_text(tmp_path / "a.tsv", model, classifier[1], "evaluation", 1, 20)
+    assert "labels" not in load_labelled_text(tmp_path / "a.tsv", model, classifier[1], Selection("evaluation", 1), 20)
 
 
 @pytest.mark.parametrize(
@@ -140,19 +141,19 @@ def test_a_model_without_a_head_gets_no_labels(classifier: Classifier, tmp_path:
 def test_bad_rows_are_named(classifier: Classifier, tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.tsv").write_text(text)
     with pytest.raises(PermpruneError, match=message):
-        load_labelled_text(tmp_path / "a.tsv", *classifier, "evaluation", 1, 20)
+        load_labelled_text(tmp_path / "a.tsv", *classifier, Selection("evaluation", 1), 20)
 
 
 def test_missing_parts_are_named(classifier: Classifier, tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("sentence\tlabel\nthe order\t1")
     model, tokenizer = classifier
     with pytest.raises(PermpruneError, match="the model has none"):
-        load_labelled_text(tmp_path / "a.tsv", model, None, "evaluation", 1, 20)
+        load_labelled_text(tmp_path / "a.tsv", model, None, Selection("evaluation", 1), 20)
     with pytest.raises(PermpruneError, match="no labelled text at"):
-        load_labelled_text(tmp_path / "b.tsv", model, tokenizer, "evaluation", 1, 20)
+        load_labelled_text(tmp_path / "b.tsv", model, tokenizer, Selection("evaluation", 1), 20)
     tokenizer.pad_token = None
     with pytest.raises(PermpruneError, match="no pad_token"):
-        load_labelled_text(tmp_path / "a.tsv", model, tokenizer, "evaluation", 1, 20)
+        load_labelled_text(tmp_path / "a.tsv", model, tokenizer, Selection("evaluation", 1), 20)
 
 
 def test_a_data_set_names_its_classes(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +162,7 @@ def test_a_data_set_names_its_classes(classifier: Classifier, monkeypatch: pytes
         return datasets.Dataset.from_dict({"text": ["the order"], "label": [0]}, kinds).to_iterable_dataset()
 
     def label() -> list[int]:
-        return load_labelled_text("name@test", *classifier, "evaluation", 1, 20)["labels"].tolist()
+        return load_labelled_text("name@test", *classifier, Selection("evaluation", 1), 20)["labels"].tolist()
 
     for names, number in ((("yes", "no"), 2), (("good", "bad"), 0)):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_args, names=names, **_options: rows(*names))
@@ -174,7 +175,7 @@ def test_a_folder_has_splits(classifier: Classifier, tmp_path: Path) -> None:
     for split, text, label in (("train", "the order", "yes"), ("test", "a text", "no")):
         (folder / f"{split}.csv").write_text(f"sentence,label\n{text},{label}\n")
     for part, number in (("calibration", 2), ("evaluation", 0)):
-        found = load_labelled_text(folder, *classifier, part, 5, 20, shared=True)  # type: ignore[arg-type]
+        found = load_labelled_text(folder, *classifier, Selection(part, 5, shared=True), 20)  # type: ignore[arg-type]
         assert found["labels"].tolist() == [number]
 
 

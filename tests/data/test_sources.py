@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permprune.data.sources import dataset, locate, parse_name, pick, pick_rows, read_table, shares_rows
+from permprune.data.items import Selection
+from permprune.data.sources import dataset, locate, parse_name, read_table
 from permprune.errors import PermpruneError
 
 
@@ -20,7 +21,7 @@ def test_parts_of_one_source_never_overlap(keys: list[str], seeds: tuple[int, in
     found: list[set[str]] = []
     for part, seed, count in zip(("calibration", "evaluation"), seeds, counts, strict=True):
         try:
-            chosen = pick(keys, part, count, seed, shared=True)  # type: ignore[arg-type]
+            chosen = Selection(part, count, seed, shared=True).indices(keys)  # type: ignore[arg-type]
         except PermpruneError:
             chosen = []
         assert len(set(chosen)) == len(chosen) <= count
@@ -30,25 +31,27 @@ def test_parts_of_one_source_never_overlap(keys: list[str], seeds: tuple[int, in
 
 def test_parts_of_one_source_are_all_of_it() -> None:
     keys = [f"name {n}" for n in range(200)]
-    calibration, evaluation = (pick(keys, part, 200, 0, shared=True) for part in ("calibration", "evaluation"))
+    calibration, evaluation = (
+        Selection(part, 200, 0, shared=True).indices(keys) for part in ("calibration", "evaluation")
+    )
     assert sorted(calibration + evaluation) == list(range(200))
     assert min(len(calibration), len(evaluation)) > 70
 
 
 def test_a_draw_depends_on_the_seed_alone() -> None:
     keys = [f"name {n}" for n in range(50)]
-    drawn = pick(keys, "calibration", 10, 0, shared=False)
-    assert drawn == pick(keys, "evaluation", 10, 0, shared=False)
-    assert drawn == pick(keys, "calibration", 30, 0, shared=False)[:10]
-    assert drawn != pick(keys, "calibration", 10, 1, shared=False)
-    assert sorted(pick(keys, "calibration", 99, 0, shared=False)) == list(range(50))
+    drawn = Selection("calibration", 10, 0, shared=False).indices(keys)
+    assert drawn == Selection("evaluation", 10, 0, shared=False).indices(keys)
+    assert drawn == Selection("calibration", 30, 0, shared=False).indices(keys)[:10]
+    assert drawn != Selection("calibration", 10, 1, shared=False).indices(keys)
+    assert sorted(Selection("calibration", 99, 0, shared=False).indices(keys)) == list(range(50))
 
 
 def test_nothing_to_draw_is_refused() -> None:
     with pytest.raises(PermpruneError, match="0 of 1 available examples for calibration"):
-        pick(["a"], "calibration", 0, 0, shared=False)
+        Selection("calibration", 0, 0, shared=False).indices(["a"])
     with pytest.raises(PermpruneError, match="of 0 available examples"):
-        pick([], "calibration", 3, 0, shared=False)
+        Selection("calibration", 3, 0, shared=False).indices([])
 
 
 def stream(rows: int) -> datasets.IterableDataset:
@@ -57,7 +60,7 @@ def stream(rows: int) -> datasets.IterableDataset:
 
 def test_rows_of_a_data_set_are_drawn_likewise() -> None:
     def drawn(part: str, count: int, seed: int, shared: bool) -> list[int]:
-        found = pick_rows(stream(60), part, count, seed, shared)  # type: ignore[arg-type]
+        found = Selection(part, count, seed, shared).rows(stream(60))  # type: ignore[arg-type]
         assert all(name == f"row {row['row']}" for name, row in found)
         return [row["row"] for _, row in found]
 
@@ -67,11 +70,12 @@ def test_rows_of_a_data_set_are_drawn_likewise() -> None:
     assert drawn("calibration", 5, 0, False) == drawn("evaluation", 5, 0, False)
     assert drawn("calibration", 5, 0, False) != list(range(5))
     with pytest.raises(PermpruneError, match="no rows for evaluation"):
-        pick_rows(stream(1).filter(lambda _: False), "evaluation", 5, 0, False)
+        Selection("evaluation", 5).rows(stream(1).filter(lambda _: False))
 
 
 def test_default_splits_share_no_rows() -> None:
-    assert shares_rows("name@test", True) and not shares_rows("name", True) and not shares_rows("name@test", False)
+    both, one = (Selection("calibration", 1, shared=shared) for shared in (True, False))
+    assert [each.of_data_set(name).shared for each in (both, one) for name in ("name@test", "name")] == [1, 0, 0, 0]
     assert parse_name("a/b:c", "calibration") == ("a/b", "c", "train")
     assert parse_name("a/b:c", "evaluation") == ("a/b", "c", "test")
     assert parse_name("a/b@validation", "evaluation") == ("a/b", None, "validation")
