@@ -64,7 +64,7 @@ def convert_safetensors(files: Sequence[Path], folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, trust_remote_code=False).save_pretrained(folder)
 
 
-CONVERTERS = {
+CONVERTERS: dict[str, Callable[[Sequence[Path], Path], None]] = {
     "gguf": convert_gguf,
     "gguf-bf16": convert_gguf_bf16,
     "safetensors": convert_safetensors,
