@@ -3,7 +3,7 @@ INSTALLED := .venv/installed
 DEV := .venv/dev-installed
 DOCS := .venv/docs-installed
 OLDEST := build/oldest/installed
-NATIVE := hatch_build.py $(wildcard permprune/kernels/csrc/*)
+NATIVE := hatch_build.py $(wildcard permprune/kernels/*.[ch] permprune/kernels/*/*.[ch])
 
 PYTEST := pytest -n auto --dist worksteal
 ONE_THREAD := OMP_NUM_THREADS=1
@@ -45,7 +45,7 @@ asan: $(DEV)
 	cd build/asan && CC=gcc CFLAGS="-g -O1 -fsanitize=address" ../../$(BIN)/python hatch_build.py
 	cd build/asan && PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 $(ONE_THREAD) \
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-		../../$(BIN)/pytest tests/kernels tests/inference
+		../../$(BIN)/pytest tests/kernels tests/inference tests/kv
 
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

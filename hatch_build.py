@@ -1,4 +1,4 @@
-"""Compiles `permprune/kernels/csrc` into one shared library: as hatchling's build hook, or `python hatch_build.py`.
+"""Compiles the C code of `permprune/kernels` into one library: as hatchling's build hook, or `python hatch_build.py`.
 
 The compiler is `$CC` where it is set, else Zig's, which comes as a package (`ziglang`), so that no user needs one. Zig
 links against an old C library, so that a wheel built on any Linux runs on every other. `PERMPRUNE_NATIVE=0`, and a
@@ -50,10 +50,11 @@ def supported() -> bool:
 def build() -> Path:
     """Compile the library, and return its path below the root. Raises `SystemExit` when the compiler fails."""
     library = FOLDER / ("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
-    sources = sorted(str(path) for path in (ROOT / FOLDER / "csrc").glob("*.c"))
+    sources = sorted(str(path) for path in (ROOT / FOLDER).rglob("*.c"))
     with tempfile.TemporaryDirectory(dir=ROOT / FOLDER) as scratch:
         made = Path(scratch) / library.name
-        command = [*compiler(), *FLAGS, *CHECKS, *os.environ.get("CFLAGS", "").split(), "-o", str(made), *sources]
+        options = [*FLAGS, *CHECKS, "-I", str(ROOT / FOLDER), *os.environ.get("CFLAGS", "").split()]
+        command = [*compiler(), *options, "-o", str(made), *sources]
         environment = {"ZIG_LOCAL_CACHE_DIR": scratch, "ZIG_GLOBAL_CACHE_DIR": scratch, **os.environ}
         done = subprocess.run(command, env=environment, check=False)
         if done.returncode:

@@ -21,8 +21,8 @@ from rows import add
 from torch import Tensor
 
 from permprune.kernels import native
-from permprune.kernels.layout import Layout
-from permprune.kernels.packed import PackedWeight, quantize
+from permprune.kernels.product.layout import Layout
+from permprune.kernels.product.packed import PackedWeight, quantize
 from permprune.pattern import Pattern
 from permprune.system.huge_pages import in_huge_pages
 

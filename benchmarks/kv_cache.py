@@ -30,15 +30,15 @@ from permprune.data.load import load_examples
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result
 from permprune.examples import Examples
-from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.calibration import ObservedLayer, observe_states
-from permprune.inference.kv.config import DTYPES, KVConfig, default_pattern
-from permprune.inference.kv.evaluation import cached_perplexity
-from permprune.inference.kv.files import LayerChannels
-from permprune.inference.kv.layer import PrunedLayer
-from permprune.inference.kv.packing import TINY, Channels, Parts, encode
-from permprune.inference.kv.tokens import PackedTokens
 from permprune.jobs.kv import find_channels
+from permprune.kv.cache import PrunedCache
+from permprune.kv.calibration import ObservedLayer, observe_states
+from permprune.kv.config import DTYPES, KVConfig, default_pattern
+from permprune.kv.evaluation import cached_perplexity
+from permprune.kv.files import LayerChannels
+from permprune.kv.layer import PrunedLayer
+from permprune.kv.packing import TINY, Channels, Parts, encode
+from permprune.kv.tokens import PackedTokens
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
 

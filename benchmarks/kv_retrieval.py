@@ -28,9 +28,9 @@ from transformers.cache_utils import Cache
 
 from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
-from permprune.inference.kv.attention import use_attention
-from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.files import read_record
+from permprune.kv.attention import use_attention
+from permprune.kv.cache import PrunedCache
+from permprune.kv.files import read_record
 from permprune.models.forward import cache_argument
 from permprune.models.processors import tokenizer_of
 

@@ -25,8 +25,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from permprune.checkpoints.io import read_model
-from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.config import AUTO, KVConfig
+from permprune.kv.cache import PrunedCache
+from permprune.kv.config import AUTO, KVConfig
 from permprune.models.forward import cache_argument
 from permprune.system.memory import release_freed_memory
 

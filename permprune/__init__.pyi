@@ -19,10 +19,6 @@ from .evaluation.speed import measure_speed as measure_speed
 from .examples import Examples as Examples
 from .forecasts.fitting import forecast as forecast
 from .forecasts.run import Forecast as Forecast
-from .inference.kv.cache import PrunedCache as PrunedCache
-from .inference.kv.config import KVConfig as KVConfig
-from .inference.kv.evaluation import CachedPerplexity as CachedPerplexity
-from .inference.kv.files import KVRecord as KVRecord
 from .inference.pack import pack as pack, unpack as unpack
 from .jobs.bench import bench as bench
 from .jobs.compare import Comparison as Comparison, ComparisonRow as ComparisonRow, compare as compare
@@ -35,6 +31,10 @@ from .jobs.prune import prune_to_folder as prune_to_folder
 from .jobs.sweep import sweep as sweep
 from .jobs.swept import Sweep as Sweep, SweepRow as SweepRow
 from .jobs.verify import Verified as Verified, verify as verify
+from .kv.cache import PrunedCache as PrunedCache
+from .kv.config import KVConfig as KVConfig
+from .kv.evaluation import CachedPerplexity as CachedPerplexity
+from .kv.files import KVRecord as KVRecord
 from .losses.loss import Loss as Loss
 from .losses.objective import Objective as Objective
 from .pattern import Pattern as Pattern

@@ -9,7 +9,7 @@ from torch import nn
 from permprune.checkpoints.record import PrunedLayer
 from permprune.checkpoints.schema import Malformed
 from permprune.errors import PermpruneError
-from permprune.kernels.module import PackedLinear
+from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import Layer, linears_of
 from permprune.pattern import Pattern, tightest
 

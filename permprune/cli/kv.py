@@ -69,7 +69,7 @@ def kv(
     """Find the channel orders of a pruned key/value cache for MODEL, and measure it."""
 
     from permprune.engine.measuring import Evaluation
-    from permprune.inference.kv.config import KVConfig
+    from permprune.kv.config import KVConfig
     from permprune.options import Count, Seed, require
     from permprune.permuters.registry import score_permuter
 

@@ -12,8 +12,8 @@ from permprune.checkpoints.gathers import attached_orders, detach_gathers
 from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head, require_head
-from permprune.kernels.module import PackedLinear
-from permprune.kernels.packed import PackedWeight
+from permprune.kernels.product.module import PackedLinear
+from permprune.kernels.product.packed import PackedWeight
 from permprune.models.layers import require_changeable
 from permprune.pattern import Pattern
 

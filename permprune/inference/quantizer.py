@@ -26,10 +26,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from permprune.checkpoints.weight_files import PACKED_WEIGHTS, stop_transformers
 from permprune.errors import PermpruneError
-from permprune.kernels.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
-from permprune.kernels.layout import DTYPES
-from permprune.kernels.module import PackedLinear
-from permprune.kernels.plain import use_kernels, use_pytorch
+from permprune.kernels.product.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
+from permprune.kernels.product.layout import DTYPES
+from permprune.kernels.product.module import PackedLinear
+from permprune.kernels.product.plain import use_kernels, use_pytorch
 from permprune.pattern import Pattern
 from permprune.system.huge_pages import move_to_huge_pages
 

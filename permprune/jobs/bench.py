@@ -22,9 +22,9 @@ from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
 from permprune.evaluation.speed import STEPS, measure_speed
-from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.files import OtherModelError
-from permprune.inference.kv.files import read_record as read_kv
+from permprune.kv.cache import PrunedCache
+from permprune.kv.files import OtherModelError
+from permprune.kv.files import read_record as read_kv
 from permprune.options import Count, require
 from permprune.report.run import write_report
 from permprune.system.device import best_device

@@ -19,12 +19,12 @@ from permprune.data.load import load_examples
 from permprune.engine.measuring import BATCH, Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
-from permprune.inference.kv.cache import PrunedCache, attention_layers
-from permprune.inference.kv.calibration import ObservedLayer, fit_channels, observe_states
-from permprune.inference.kv.config import AUTO, KVConfig, default_pattern, pattern_of
-from permprune.inference.kv.evaluation import CachedPerplexity, cached_perplexity
-from permprune.inference.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
-from permprune.inference.kv.folding import fold_values
+from permprune.kv.cache import PrunedCache, attention_layers
+from permprune.kv.calibration import ObservedLayer, fit_channels, observe_states
+from permprune.kv.config import AUTO, KVConfig, default_pattern, pattern_of
+from permprune.kv.evaluation import CachedPerplexity, cached_perplexity
+from permprune.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
+from permprune.kv.folding import fold_values
 from permprune.models.forward import short_inputs
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor

@@ -26,7 +26,7 @@ from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.fitting import fit_memory
 from permprune.inference.pack import packed_type
 from permprune.jobs.packing import pack_folder
-from permprune.kernels.layout import require_packable
+from permprune.kernels.product.layout import require_packable
 from permprune.models.processors import Processor
 from permprune.pattern import parse_pattern
 from permprune.permuters.base import Callback

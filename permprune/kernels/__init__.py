@@ -1,1 +1,1 @@
-"""Products with packed N:M weights: native CPU kernels, and a reference implementation in PyTorch."""
+"""Native code and Triton kernels: products with packed weights, the search for orders, Adam, and packed attention."""

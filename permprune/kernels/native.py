@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels.layout import BLOCK, FLOATS, Layout
+from permprune.kernels.product.layout import BLOCK, FLOATS, Layout
 from permprune.pattern import Pattern
 
 LIBRARY = Path(__file__).with_name("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
@@ -43,7 +43,7 @@ REASONS = {
     4: "a code does not keep its pattern",
     5: "sizes, types or pointers contradict each other",
 }
-"""What the statuses of the library mean: `enum status` of entry.h."""
+"""What the statuses of the library mean: `enum status` of library.h."""
 
 JOBS = {
     **dict.fromkeys(("mask", "keep", "prune", "place", "apply"), "a step of the search"),

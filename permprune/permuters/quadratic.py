@@ -30,7 +30,7 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.kernels.search import add_placement_cost, pruned_part
+    from permprune.kernels.search.masks import add_placement_cost, pruned_part
     from permprune.matching.assignment import cycles
     from permprune.matching.pairs import pair_up
     from permprune.matching.parts import groups_in, random_parts

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from permprune.kernels.search import pack_mask
+from permprune.kernels.search.masks import pack_mask
 from permprune.losses.loss import Loss
 from permprune.permuters.base import Run
 from permprune.pruning.network import Gradients, PrunedNetwork

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from permprune.examples import Examples
-from permprune.kernels.adam import adam_step
-from permprune.kernels.search import pack_mask
+from permprune.kernels.adam.step import adam_step
+from permprune.kernels.search.masks import pack_mask
 from permprune.losses.loss import Loss
 from permprune.permuters.base import WEIGHT, Run
 from permprune.pruning.network import PrunedNetwork

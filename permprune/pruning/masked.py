@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
-from permprune.kernels.search import apply_mask, kept_sum, pack_mask, unpack_mask, write_mask
+from permprune.kernels.search.masks import apply_mask, kept_sum, pack_mask, unpack_mask, write_mask
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights, computed_type

@@ -16,7 +16,7 @@ from permprune.calibration.fisher import output_fisher
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
-from permprune.kernels.rounding import add_rounded_
+from permprune.kernels.adam.rounding import add_rounded_
 from permprune.losses.loss import Loss, TeacherOutputs
 from permprune.losses.targets import Task
 from permprune.models.activation_checkpointing import recomputed

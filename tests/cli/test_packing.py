@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import permprune
-from permprune.kernels.module import PackedLinear
+from permprune.kernels.product.module import PackedLinear
 
 from .running import fails, run
 

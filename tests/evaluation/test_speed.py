@@ -8,7 +8,7 @@ from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
 from permprune.checkpoints.schema import Malformed, decode
 from permprune.errors import PermpruneError
 from permprune.evaluation.speed import measure_speed
-from permprune.inference.kv.cache import PrunedCache
+from permprune.kv.cache import PrunedCache
 from permprune.report.speed import bench_table, decode_bars, short_name, summary
 
 

@@ -391,8 +391,8 @@ def make_subjects(folder: Path) -> tuple[dict[str, Path], Tensor]:
     from transformers.utils.logging import disable_progress_bar
 
     import permprune
-    from permprune.inference.kv.config import KVConfig
     from permprune.jobs.finetune import FineTuning
+    from permprune.kv.config import KVConfig
 
     from ..fixtures import SENTENCES, make_tiny_llama, make_tiny_tokenizer
 

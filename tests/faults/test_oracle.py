@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import permprune
-from permprune.kernels.packed import PackedWeight
+from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
 
 from .oracle import Llama, decode_blocks, read_tensors, same_tensors

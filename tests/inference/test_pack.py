@@ -29,8 +29,8 @@ from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.checkpoints.weight_files import PACKED_WEIGHTS
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack, unpack
-from permprune.kernels.int8 import Int8Linear, Int8Table
-from permprune.kernels.module import PackedLinear
+from permprune.kernels.product.int8 import Int8Linear, Int8Table
+from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 

@@ -16,11 +16,11 @@ import permprune
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
-from permprune.inference.kv.cache import PrunedCache
-from permprune.inference.kv.calibration import ObservedLayer
-from permprune.inference.kv.config import KVConfig
-from permprune.inference.kv.files import read_channels, read_record, weights_of, write_cache
 from permprune.jobs.kv import calibrate_kv, evaluate_kv, find_channels
+from permprune.kv.cache import PrunedCache
+from permprune.kv.calibration import ObservedLayer
+from permprune.kv.config import KVConfig
+from permprune.kv.files import read_channels, read_record, weights_of, write_cache
 from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter

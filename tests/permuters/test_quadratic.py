@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permprune.kernels.search import pruned_part
+from permprune.kernels.search.masks import pruned_part
 from permprune.matching.assignment import assign
 from permprune.matching.pairs import pair_up
 from permprune.matching.parts import random_parts

@@ -1,0 +1,108 @@
+/* `NAME_step` (rows.h) for any processor. Expects NAME, inside BEGIN_TARGET and END_TARGET. */
+
+enum { SPAN = 64 }; /* channels that are worked on together */
+
+/* The same 16 random bits for a weight and a step, in whatever order weights are worked on (the finalizer of
+ * MurmurHash3 by Austin Appleby, which is in the public domain). */
+static ALWAYS_INLINE uint32_t noise(uint32_t seed, uint32_t index)
+{
+    uint32_t bits = seed + index * 0x9e3779b9u;
+    bits = (bits ^ bits >> 16) * 0x85ebca6bu;
+    bits = (bits ^ bits >> 13) * 0xc2b2ae35u;
+    return (bits ^ bits >> 16) & 0xffff;
+}
+
+/* The lanes of the kept channels among `lanes` from `channel` on, at most SPAN, and how many they are; `bits` are those of
+ * the row. */
+static ALWAYS_INLINE int kept_of_span(const uint8_t *bits, int64_t channel, int lanes, uint8_t *lane)
+{
+    uint64_t left = 0;
+    for (int i = 0; i < lanes; i += 8)
+        left |= (uint64_t)bits[(channel + i) / 8] << (56 - i);
+    if (lanes < SPAN)
+        left &= ~(UINT64_MAX >> lanes);
+    int count = 0;
+    for (; left; left &= ~(UINT64_C(1) << 63 >> lane[count - 1]))
+        lane[count++] = (uint8_t)__builtin_clzll(left);
+    return count;
+}
+
+/* `count` numbers as fp32; the other lanes keep what they have. */
+static ALWAYS_INLINE void read_span(const void *numbers, int64_t at, int count, const int32_t number, float *span)
+{
+    if (number == F32) {
+        memcpy(span, (const float *)numbers + at, (size_t)count * sizeof(float));
+        return;
+    }
+    uint16_t halves[SPAN] = {0};
+    memcpy(halves, (const uint16_t *)numbers + at, (size_t)count * sizeof(uint16_t));
+    for (int i = 0; i < SPAN; i++)
+        span[i] = bf16_to_f32(halves[i]);
+}
+
+static ALWAYS_INLINE void write_span(void *numbers, int64_t at, int count, const int32_t number, const float *span)
+{
+    if (number == F32) {
+        memcpy((float *)numbers + at, span, (size_t)count * sizeof(float));
+        return;
+    }
+    uint16_t halves[SPAN];
+    for (int i = 0; i < SPAN; i++)
+        halves[i] = (uint16_t)((to_bits(span[i]) + 0x7fff + (to_bits(span[i]) >> 16 & 1)) >> 16);
+    memcpy((uint16_t *)numbers + at, halves, (size_t)count * sizeof(uint16_t));
+}
+
+static ALWAYS_INLINE void step_span(const struct stepping *job, float *weight, const float *gradient, float *mean,
+                                    float *square)
+{
+    const float first = job->first, second = job->second, rate = job->rate, root = job->root, least = job->least;
+    for (int i = 0; i < SPAN; i++) {
+        mean[i] = first * mean[i] + (1 - first) * gradient[i];
+        square[i] = second * square[i] + (1 - second) * (gradient[i] * gradient[i]);
+        weight[i] -= rate * mean[i] / (sqrtf(square[i]) * root + least);
+    }
+}
+
+/* Round the weights to bf16 stochastically; those that are not finite stay what they are. */
+static ALWAYS_INLINE void round_span(const float *weight, uint32_t seed, uint32_t slot, uint16_t *rounded)
+{
+    for (int i = 0; i < SPAN; i++) {
+        const uint32_t bits = to_bits(weight[i]), finite = (bits & 0x7f800000) != 0x7f800000;
+        rounded[i] = (uint16_t)((bits + finite * noise(seed, slot + (uint32_t)i)) >> 16);
+    }
+}
+
+static ALWAYS_INLINE void step_row(const struct stepping *job, int64_t row, const int32_t number)
+{
+    const uint8_t *bits = job->bits + row * ((job->width + 7) / 8);
+    float weight[SPAN] = {0}, gradient[SPAN] = {0}, mean[SPAN] = {0}, square[SPAN] = {0};
+    int64_t slot = row * job->kept;
+    const int64_t end = slot + job->kept;
+    for (int64_t channel = 0; channel < job->width; channel += SPAN) {
+        const int64_t at = row * job->width + channel;
+        uint8_t lane[SPAN];
+        uint16_t rounded[SPAN];
+        int count = kept_of_span(bits, channel, job->width - channel < SPAN ? (int)(job->width - channel) : SPAN, lane);
+        if (count > end - slot) /* more bits than moments: the rest stays as it is */
+            count = (int)(end - slot);
+        for (int i = 0; i < count; i++) {
+            weight[i] = read_number(job->weight, at + lane[i], number);
+            gradient[i] = read_number(job->gradient, at + lane[i], number);
+        }
+        read_span(job->mean, slot, count, number, mean);
+        read_span(job->square, slot, count, number, square);
+        step_span(job, weight, gradient, mean, square);
+        write_span(job->mean, slot, count, number, mean);
+        write_span(job->square, slot, count, number, square);
+        if (number == BF16)
+            round_span(weight, job->seed, (uint32_t)slot, rounded);
+        for (int i = 0; i < count; i++)
+            if (number == F32)
+                ((float *)job->weight)[at + lane[i]] = weight[i];
+            else
+                ((uint16_t *)job->weight)[at + lane[i]] = rounded[i];
+        slot += count;
+    }
+}
+
+#include "adam/rows.h"

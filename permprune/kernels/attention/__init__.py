@@ -1,0 +1,1 @@
+"""Packed keys and values, and attention to them."""

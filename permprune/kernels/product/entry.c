@@ -1,0 +1,243 @@
+/* The functions for Python of packed weights: products, the check of codes, and unpacking. */
+#include "library.h"
+#include <stdlib.h>
+
+struct product {
+    const struct job *job;
+    rows_kernel *kernel;
+};
+
+static void multiply_piece(const void *product, int64_t first, int64_t last)
+{
+    const struct product *own = product;
+    own->kernel(own->job, first, last);
+}
+
+/* ---- activations ---- */
+
+static ALWAYS_INLINE void read_row(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
+{
+    const int64_t first = row * weights->width;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = read_number(x, first + weights->order[c], number);
+    else
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = read_number(x, first + c, number);
+    memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
+}
+
+static void read_floats(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
+{
+    switch (number) { /* a separate loop for each type */
+    case F32: read_row(weights, x, row, F32, to); break;
+    case BF16: read_row(weights, x, row, BF16, to); break;
+    default: read_row(weights, x, row, F16, to);
+    }
+}
+
+static void read_pairs(const struct weights *weights, const uint16_t *x, int64_t row, uint16_t *to)
+{
+    x += row * weights->width;
+    if (weights->order)
+        for (int64_t c = 0; c < weights->width; c++)
+            to[c] = x[weights->order[c]];
+    else
+        memcpy(to, x, (size_t)weights->width * sizeof *to);
+    memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
+}
+
+/* Writes row `row` of the activations, of type `number`, to `staged`. `line` has room for a row of floats. */
+static void stage_row(const struct kernels *kernels, const struct weights *weights, const void *x, int64_t row,
+                      int32_t number, int pairs, const struct staged *staged, void *line)
+{
+    int64_t first = row / TILE_BATCH * TILE_BATCH, left = staged->batch - first;
+    int64_t height = left < TILE_BATCH ? left : TILE_BATCH, place = first * weights->count + (row - first);
+    size_t size = (pairs ? 2 : 4) * BLOCK;
+    if (pairs)
+        read_pairs(weights, x, row, line);
+    else
+        read_floats(weights, x, row, number, line);
+    if (weights->number == I8) {
+        kernels->stage_i8(line, weights->count, staged, place, height);
+        return;
+    }
+    for (int64_t n = 0; n < weights->count; n++)
+        memcpy((char *)staged->values + (size_t)(place + n * height) * size, (char *)line + (size_t)n * size, size);
+}
+
+/* ---- activations that are not finite ---- */
+
+static int all_finite(const void *numbers, int64_t count, int32_t number)
+{
+    const uint16_t infinity = number == BF16 ? 0x7f80 : 0x7c00, *halves = numbers;
+    const uint32_t *words = numbers;
+    uint32_t bad = 0;
+    uint16_t bad_halves = 0;
+    if (number == F32)
+        for (int64_t i = 0; i < count; i++)
+            bad |= (words[i] & 0x7f800000) == 0x7f800000;
+    else
+        for (int64_t i = 0; i < count; i++)
+            bad_halves |= (halves[i] & infinity) == infinity;
+    return !bad && !bad_halves;
+}
+
+/* A weight, which is zero where it is pruned. */
+static float weight_at(const struct weights *weights, int64_t row, int64_t channel)
+{
+    const int64_t n = row * weights->count + channel / BLOCK;
+    const char *block = weights->blocks + n * block_bytes(weights), *values = block + header_bytes(weights);
+    int64_t slot = channel % BLOCK;
+    if (weights->kind != PLAIN) {
+        const uint64_t kept = kept_channels(read_code(block), weights->kind), own = kept >> slot & 1;
+        slot = __builtin_popcountll(before(kept, (int)slot));
+        if (!own || slot >= weights->slots)
+            return 0.0f;
+    }
+    if (weights->number != I8)
+        return read_number(values, slot, weights->number);
+    return (float)((const int8_t *)values)[slot] * (weights->kind == PLAIN ? weights->scale[n] : read_scale(block));
+}
+
+/* The products of a row of activations that are not all finite: only those count. Zeros are multiplied, too, as in the
+ * dense product, whichever channels a kernel picks. `line` has room for the row. */
+static void multiply_nonfinite(const struct job *job, const void *x, int64_t row, int32_t number, float *line)
+{
+    const struct weights *weights = job->weights;
+    read_floats(weights, x, row, number, line);
+    for (int64_t to = 0; to < weights->rows; to++) {
+        float sum = 0;
+        for (int64_t c = 0; c < weights->width && sum == sum; c++) /* NaN stays */
+            if (!all_finite(line + c, 1, F32))
+                sum += weight_at(weights, to, c) * line[c];
+        write_output(job, row, to, sum);
+    }
+}
+
+static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
+{
+    if (pairs)
+        return dense ? kernels->dense_pairs : kernels->pairs;
+    return dense ? kernels->dense[number] : kernels->products[number];
+}
+
+/* ---- entries ---- */
+
+/* Whether what is said of a weight contradicts itself: kernels rely on it and on nothing that a block contains. */
+static int weights_are_bad(const struct weights *weights)
+{
+    const int64_t width = weights->width, slots = weights->slots;
+    const int plain = weights->kind == PLAIN, positions = weights->kind == POSITIONS, number = weights->number;
+    return bad_size(weights->rows) || bad_size(width) || weights->count != (width + BLOCK - 1) / BLOCK || slots < 1 ||
+           slots > BLOCK || number < F32 || number > I8 || weights->kind < MASK || weights->kind > PLAIN ||
+           (plain && (width % BLOCK || slots != BLOCK || weights->half)) ||
+           ((positions || weights->half) && slots < BLOCK / 2) || (positions && width % 4) ||
+           (weights->bias && (weights->bias_number < F32 || weights->bias_number > F16)) ||
+           LACKS(weights->rows * width, weights->blocks) ||
+           (plain && number == I8 && LACKS(weights->rows * width, weights->scale));
+}
+
+/* output (batch, rows) = activations (batch, width) x weight^T + bias, both contiguous in memory. The width of PLAIN
+ * weights is a multiple of BLOCK. Returns a `status`. */
+EXPORT int32_t permprune_multiply(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
+                                  void *output, int32_t index, int32_t threads)
+{
+    const struct kernels *kernels = find_kernels(index);
+    if (!kernels)
+        return NO_KERNEL;
+    if (weights_are_bad(weights) || bad_size(batch) || number < F32 || number > F16 ||
+        LACKS(batch * weights->width, activations) || LACKS(batch * weights->rows, output))
+        return BAD_SIZE;
+    if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
+        return BAD_ORDER;
+    int dense = weights->kind == PLAIN;
+    int pairs = weights->number == BF16 && number == BF16 && runs_pairs(index);
+    size_t channels = (size_t)(weights->count * BLOCK), places = (size_t)(batch * weights->count);
+    size_t line = channels * sizeof(float), values = places * BLOCK * sizeof(float);
+    char *memory = aligned_alloc(64, line + values + (places * 2 * sizeof(float) + 63) / 64 * 64);
+    if (!memory)
+        return NO_MEMORY;
+    float *scale = (float *)(memory + line + values);
+    struct staged staged = {memory + line, scale, (int32_t *)(scale + places), batch};
+    for (int64_t row = 0; row < batch; row++)
+        stage_row(kernels, weights, activations, row, number, pairs, &staged, memory);
+    struct job job = {weights, &staged, output, number};
+    struct product product = {&job, choose_kernel(kernels, weights->number, pairs, dense)};
+    deal_rows(&product, multiply_piece, weights->rows, threads);
+    const int64_t row_bytes = weights->width * (number == F32 ? 4 : 2);
+    if (!all_finite(activations, batch * weights->width, number))
+        for (int64_t row = 0; row < batch; row++)
+            if (!all_finite((const char *)activations + row * row_bytes, weights->width, number))
+                multiply_nonfinite(&job, activations, row, number, (float *)memory);
+    free(memory);
+    return DONE;
+}
+
+/* Whether the mask of the channels of some blocks keeps exactly n of every m of the first `width`, and no others. */
+static int keeps_pattern(const struct weights *weights, const char *block, int32_t n, int32_t m)
+{
+    const int64_t size = block_bytes(weights);
+    uint32_t bad = 0;
+    uint64_t waiting = 0; /* the mask of `count` channels that are read but not yet counted */
+    int count = 0;
+    int64_t counted = 0;
+    for (int64_t i = 0; i < weights->count * CODE; i++) {
+        int64_t left = weights->width - i / CODE * BLOCK;
+        uint64_t mask = kept_channels(read_code(block + i / CODE * size), weights->kind);
+        if (weights->kind == POSITIONS && left < BLOCK)
+            mask = before(mask, (int)left); /* the groups after the width keep two channels each, of zeros */
+        waiting |= (mask >> i % CODE * 8 & 255) << count;
+        for (count += 8; count >= m && counted < weights->width; count -= m, counted += m, waiting >>= m)
+            bad |= __builtin_popcountll(before(waiting, m)) != n;
+        if (counted == weights->width) {
+            bad |= waiting != 0;
+            waiting = 0;
+            count = 0;
+        }
+    }
+    return !bad;
+}
+
+/* Whether the positions of every group ascend, and are 0 and 1 after the width. */
+static int positions_ascend(const struct weights *weights, const char *block)
+{
+    const int64_t size = block_bytes(weights);
+    int bad = 0;
+    for (int64_t group = 0; group < weights->count * (BLOCK / 4); group++) {
+        int pair = (int)(read_code(block + group / (BLOCK / 4) * size) >> group % (BLOCK / 4) * 4 & 15);
+        bad |= (pair & 3) >= pair >> 2 || (group * 4 >= weights->width && pair != 4);
+    }
+    return !bad;
+}
+
+/* The first row whose codes do not keep exactly n of every m channels, 0 if m does not fit the weight; -1 if there is none. */
+EXPORT int64_t permprune_check(const struct weights *weights, int32_t n, int32_t m)
+{
+    if (weights_are_bad(weights) || weights->kind == PLAIN || m < 1 || m > BLOCK / 4 || weights->width % m)
+        return 0;
+    const char *block = weights->blocks;
+    for (int64_t row = 0; row < weights->rows; row++, block += weights->count * block_bytes(weights))
+        if (!keeps_pattern(weights, block, n, m) || (weights->kind == POSITIONS && !positions_ascend(weights, block)))
+            return row;
+    return -1;
+}
+
+/* output (last - first, width) = rows `first` to `last` of the weight with its zeros. Returns a `status`. */
+EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, int64_t last, void *output, int32_t number,
+                                int32_t index, int32_t threads)
+{
+    const struct kernels *kernels = find_kernels(index);
+    if (!kernels)
+        return NO_KERNEL;
+    if (weights_are_bad(weights) || weights->kind == PLAIN || number < F32 || number > F16 || first < 0 || last < first ||
+        last > weights->rows || LACKS((last - first) * weights->width, output))
+        return BAD_SIZE;
+    struct weights some = *weights;
+    some.rows = last - first;
+    some.blocks += first * weights->count * block_bytes(weights);
+    struct job job = {&some, NULL, output, number};
+    struct product product = {&job, kernels->unpack[some.number]};
+    deal_rows(&product, multiply_piece, some.rows, threads);
+    return DONE;
+}

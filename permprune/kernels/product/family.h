@@ -1,0 +1,136 @@
+/* The kernels for one pair of number types: `product_KIND` and, if vectors can be stored as floats, `unpack_KIND` for
+ * packed weights, and `dense_KIND` for PLAIN ones.
+ *
+ * Expects KIND; WEIGHT and STAGED, the types of weight and activations in memory; LANES; the types VECTOR and SUM;
+ * LOAD(const STAGED *), a VECTOR; KEPT(const WEIGHT *), the next LANES values, a VECTOR; EXPAND(const WEIGHT *, uint64_t
+ * bits), the next values put where `bits` has ones and zeros between, which may read LANES values; ZERO(),
+ * FMA(SUM, VECTOR, VECTOR) and TOTAL(SUM); and STORE(float *, VECTOR), where the vectors are floats.
+ *
+ * If activations can be picked by an index, also the type INDEX; PICK(VECTOR, INDEX, VECTOR); READ_HALF(const WEIGHT *),
+ * BLOCK / 2 values as a HALF, and PART(HALF, int step), LANES of them; and for each kind of code what pick.h expects:
+ * MASK_PLACES, DECODE_MASK and AT_MASK, and the same of POSITIONS. Then weights that keep half of
+ * each block are multiplied that way; and, if there is also what two_rows_floats.h expects, those with POSITIONS two rows
+ * at a time in batches for which that is faster. Expanding the weight works for any pattern.
+ */
+#define STEPS (BLOCK / LANES)
+#define CHAINS (STEPS < 4 ? 2 : 4)
+
+static ALWAYS_INLINE void PASTE(expand_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS], const char *const *block,
+                                                   int32_t kind, const char *end, const STAGED *x, int first,
+                                                   int chains, const int height, const int batch)
+{
+    uint64_t bits[TILE_ROWS];
+    const WEIGHT *values[TILE_ROWS];
+    WEIGHT room[TILE_ROWS][BLOCK];
+    UNROLLED for (int r = 0; r < height; r++) {
+        bits[r] = kept_channels(read_code(block[r]), kind);
+        values[r] = readable(block[r] + CODE, end, room[r], sizeof(WEIGHT));
+    }
+    UNROLLED for (int step = 0; step < STEPS; step++) {
+        VECTOR w[TILE_ROWS];
+        UNROLLED for (int r = 0; r < height; r++)
+            w[r] = EXPAND(values[r] + __builtin_popcountll(before(bits[r], step * LANES)), bits[r] >> step * LANES);
+        UNROLLED for (int b = 0; b < batch; b++) {
+            VECTOR channels = LOAD(x + b * BLOCK + step * LANES);
+            UNROLLED for (int r = 0; r < height; r++) {
+                SUM *sum = &sums[r][b][(first + step) % chains];
+                *sum = FMA(*sum, w[r], channels);
+            }
+        }
+    }
+}
+
+#define NAME PASTE(expand_, KIND)
+#define HEADER CODE
+#define ADD(sums, block, weights, end, x, first, chains, height, batch)                                                \
+    PASTE(expand_add_, KIND)(sums, block, (weights)->kind, end, x, first, chains, height, batch)
+#include "product/product.h"
+
+static ALWAYS_INLINE void PASTE(dense_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS], const char *const *block,
+                                                  const STAGED *x, int first, int chains, const int height,
+                                                  const int batch)
+{
+    UNROLLED for (int step = 0; step < STEPS; step++) {
+        VECTOR w[TILE_ROWS];
+        UNROLLED for (int r = 0; r < height; r++)
+            w[r] = KEPT((const WEIGHT *)block[r] + step * LANES);
+        UNROLLED for (int b = 0; b < batch; b++) {
+            VECTOR channels = LOAD(x + b * BLOCK + step * LANES);
+            UNROLLED for (int r = 0; r < height; r++) {
+                SUM *sum = &sums[r][b][(first + step) % chains];
+                *sum = FMA(*sum, w[r], channels);
+            }
+        }
+    }
+}
+
+#define NAME PASTE(dense_, KIND)
+#define HEADER 0
+#define ADD(sums, block, weights, end, x, first, chains, height, batch)                                                \
+    ((void)(end), PASTE(dense_add_, KIND)(sums, block, x, first, chains, height, batch))
+#include "product/product.h"
+
+#ifdef PICK
+#define NAME PASTE(mask_, KIND)
+#define PLACES MASK_PLACES
+#define DECODE DECODE_MASK
+#define AT AT_MASK
+#include "product/pick.h"
+
+#define NAME PASTE(positions_, KIND)
+#define PLACES POSITIONS_PLACES
+#define DECODE DECODE_POSITIONS
+#define AT AT_POSITIONS
+#include "product/pick.h"
+#endif
+
+#ifdef PICK_IN_GROUPS
+#include "product/two_rows_floats.h"
+#endif
+
+static void PASTE(product_, KIND)(const struct job *job, int64_t first, int64_t last)
+{
+#ifdef PICK
+    if (job->weights->half) {
+#ifdef PICK_IN_GROUPS
+        if (job->weights->kind == POSITIONS && job->staged->batch > TILE_BATCH)
+            first = PASTE(two_rows_, KIND)(job, first, last);
+#endif
+        if (job->weights->kind == POSITIONS)
+            PASTE(positions_, KIND)(job, first, last);
+        else
+            PASTE(mask_, KIND)(job, first, last);
+        return;
+    }
+#endif
+    PASTE(expand_, KIND)(job, first, last);
+}
+
+#ifdef STORE
+static void PASTE(unpack_, KIND)(const struct job *job, int64_t first, int64_t last)
+{
+    const struct weights *weights = job->weights;
+    const int64_t size = CODE + weights->slots * (int64_t)sizeof(WEIGHT);
+    const char *block = weights->blocks + first * weights->count * size;
+    const char *end = weights->blocks + weights->rows * weights->count * size;
+    WEIGHT room[BLOCK];
+    float line[BLOCK];
+    for (int64_t row = first; row < last; row++)
+        for (int64_t n = 0; n < weights->count; n++, block += size) {
+            uint64_t bits = kept_channels(read_code(block), weights->kind);
+            const WEIGHT *values = readable(block + CODE, end, room, sizeof(WEIGHT));
+            for (int step = 0; step < BLOCK; step += LANES)
+                STORE(line + step, EXPAND(values + __builtin_popcountll(before(bits, step)), bits >> step));
+            write_line(job, row, n * BLOCK, line);
+        }
+}
+#endif
+
+#undef KIND
+#undef WEIGHT
+#undef KEPT
+#undef HALF
+#undef READ_HALF
+#undef PART
+#undef STEPS
+#undef CHAINS

@@ -1,0 +1,174 @@
+"""Triton kernels: matrix products with packed weights for small batches, unpacking, and placement costs of the search.
+
+Triton is part of PyTorch's builds for GPUs. On the CPU, tests run the kernels in Triton's interpreter
+(`TRITON_INTERPRET=1`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from permprune.kernels.product.layout import Layout
+from permprune.kernels.product.packed import PackedWeight
+
+LARGEST_BATCH = 16
+"""The maximum rows of activations in one product, which is the smallest tile of a GPU's matrix units."""
+
+ROWS = 32
+"""Rows of a weight that one Triton program multiplies or unpacks."""
+
+CHANNELS, GROUPS, LINES = 16, 16, 32
+"""Channels and groups per Triton program of `place`, and rows that it processes at a time."""
+
+
+@triton.jit
+def _block(
+    codes, values, scales, row, inside, n, row_bytes, block_bytes, slots,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Return the 64 channels of block `n` of some rows, including zeros, and its scales (1 without).
+
+    No value outside a block is read, even if its code is damaged.
+    """
+    channel = tl.arange(0, 64)
+    start = row * row_bytes + n * block_bytes
+    byte = tl.load(codes + start[:, None] + channel[None, :] // 8, mask=inside[:, None], other=0).to(tl.int32)
+    if POSITIONS:
+        pair = byte >> (channel // 4 % 2 * 4)[None, :]
+        place, second = (channel % 4)[None, :], (pair >> 2) & 3
+        bit = ((place == (pair & 3)) | (place == second)).to(tl.int32)
+        rank = (channel // 4 * 2)[None, :] + (place == second).to(tl.int32)
+    else:
+        bit = (byte >> (channel % 8)[None, :]) & 1
+        rank = tl.cumsum(bit, axis=1) - bit
+    at = ((start + HEADER) // SIZE)[:, None] + rank
+    weight = tl.load(values + at, mask=inside[:, None] & (bit == 1) & (rank < slots), other=0)
+    scale = tl.full((1,), 1.0, tl.float32)
+    if SCALED:
+        scale = tl.load(scales + (start + 8) // 4, mask=inside, other=0)
+    return weight, scale
+
+
+@triton.jit
+def _multiply(
+    x, codes, values, scales, bias, y, batch, rows, width, count, row_bytes, block_bytes, slots,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    NARROW: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    channel, sample = tl.arange(0, 64), tl.arange(0, BATCH)
+    total = tl.zeros((ROWS, BATCH), tl.float32)
+    for n in range(count):
+        weight, scale = _block(
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALED
+        )
+        at = n * 64 + channel
+        shown = (at[:, None] < width) & (sample[None, :] < batch)
+        read = tl.load(x + sample[None, :] * width + at[:, None], mask=shown, other=0)
+        if NARROW:  # both are bf16 or fp16, which matrix units support
+            part = tl.dot(weight, read)
+        else:
+            part = tl.dot(weight.to(tl.float32), read.to(tl.float32), input_precision="ieee")
+        total += part * scale[:, None]
+    if BIASED:
+        total += tl.load(bias + row, mask=inside, other=0).to(tl.float32)[:, None]
+    to = y + sample[None, :] * rows + row[:, None]
+    tl.store(to, total.to(y.dtype.element_ty), mask=inside[:, None] & (sample[None, :] < batch))
+
+
+@triton.jit
+def _unpack(
+    codes, values, scales, weight, rows, width, count, row_bytes, block_bytes, slots,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < rows
+    for n in range(count):
+        part, scale = _block(
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALED
+        )
+        if SCALED:
+            part = part.to(tl.float32) * scale[:, None]
+        at = n * 64 + tl.arange(0, 64)
+        to = weight + row[:, None] * width + at[None, :]
+        tl.store(to, part.to(weight.dtype.element_ty), mask=inside[:, None] & (at[None, :] < width))
+
+
+@triton.jit
+def _place(
+    score, own, threshold, rival, cost, count, rows,
+    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    total = tl.zeros((CHANNELS, GROUPS), tl.float32)
+    for first in range(0, rows, LINES):
+        row = first + tl.arange(0, LINES)
+        at = channel[:, None] * rows + row[None, :]
+        to = group[:, None] * rows + row[None, :]
+        has_channel = (channel < count)[:, None] & (row < rows)[None, :]
+        has_group = (group < count)[:, None] & (row < rows)[None, :]
+        scores = tl.load(score + at, mask=has_channel, other=0)[:, None, :]
+        owns = tl.load(own + at, mask=has_channel, other=0)[:, None, :]
+        limits = tl.load(threshold + to, mask=has_group, other=0)[None, :, :]
+        rivals = tl.load(rival + to, mask=has_group, other=0)[None, :, :]
+        total += tl.sum(tl.where(scores > limits, rivals - owns, 0.0), axis=2)
+    inside = (channel < count)[:, None] & (group < count)[None, :]
+    tl.store(cost + channel[:, None] * count + group[None, :], total, mask=inside)
+
+
+def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + bias, (batch, rows), for contiguous x (batch, width) and a contiguous packed weight.
+
+    batch is at most `LARGEST_BATCH`. The result has the data type of x.
+    """
+    layout, rows = weight.layout, len(weight.blocks)
+    y = x.new_empty(len(x), rows)
+    narrow = x.is_cuda and x.dtype == layout.dtype != torch.float32  # the interpreter multiplies bf16 as integers
+    sizes, kinds = _geometry(layout)
+    _multiply[(triton.cdiv(rows, ROWS),)](
+        x, *_typed(weight), weight.blocks if bias is None else bias, y, len(x), rows, layout.width, *sizes,
+        **kinds, BIASED=bias is not None, NARROW=narrow, BATCH=LARGEST_BATCH, ROWS=ROWS,
+    )  # fmt: skip
+    return y
+
+
+def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the dense weight (rows, width) of type `dtype` for a contiguous packed weight."""
+    layout, rows = weight.layout, len(weight.blocks)
+    dense = torch.empty(rows, layout.width, dtype=dtype, device=weight.blocks.device)
+    sizes, kinds = _geometry(layout)
+    _unpack[(triton.cdiv(rows, ROWS),)](*_typed(weight), dense, rows, layout.width, *sizes, **kinds, ROWS=ROWS)
+    return dense
+
+
+def _typed(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same bytes as codes, as values, and as scales."""
+    blocks = weight.blocks
+    return blocks, blocks.view(weight.layout.dtype), blocks.view(torch.float32)
+
+
+def _geometry(layout: Layout) -> tuple[tuple[int, ...], dict[str, int]]:
+    """Return the sizes that a kernel reads at run time, and those that it is compiled for."""
+    sizes = (layout.count, layout.row_bytes, layout.row_bytes // layout.count, layout.slots)
+    scaled = layout.dtype == torch.int8
+    return sizes, {
+        "HEADER": layout.header, "SIZE": layout.dtype.itemsize, "POSITIONS": layout.positions, "SCALED": scaled,
+    }  # fmt: skip
+
+
+def place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
+    """Return the sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r], as a matrix (c, g).
+
+    All four arguments are fp32 (k, rows), and the result is fp32 (k, k).
+    """
+    count, rows = score.shape
+    cost = score.new_empty(count, count)
+    parts = [part.contiguous() for part in (score, own, threshold, rival)]
+    grid = (triton.cdiv(count, CHANNELS), triton.cdiv(count, GROUPS))
+    _place[grid](*parts, cost, count, rows, CHANNELS=CHANNELS, GROUPS=GROUPS, LINES=LINES)
+    return cost

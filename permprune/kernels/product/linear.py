@@ -1,0 +1,257 @@
+"""y = x W^T for packed weights, as an operator that `torch.compile` and `torch.export` support.
+
+    y = torch.ops.permprune.packed_linear(x, blocks, bias, order, width, n, m, dtype)
+
+Up to `LARGEST_BATCH` rows of activations are multiplied by the packed weight directly. For larger batches the weight is
+unpacked a few rows at a time and multiplied with BLAS. In small batches the activations for int8 weights are rounded to
+int8, with a scale for every 64 channels of a row; in large batches they are not rounded. Rows of activations that are
+not finite give what the dense product with zeros gives, whatever multiplies them.
+
+The weight is frozen: there are gradients for the activations, those of the product without rounding, and the bias.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+from permprune.kernels import native
+from permprune.kernels.product.layout import BLOCK, FLOATS, Layout
+from permprune.kernels.product.packed import PackedWeight
+from permprune.pattern import Pattern
+
+LARGEST_BATCH = 64
+"""Largest number of rows of activations that are multiplied by the packed weight directly."""
+UNPACKED_BYTES = 1 << 24
+"""Bytes of the weight that are unpacked at a time for BLAS: with fewer, BLAS reads the activations too often."""
+
+_kept = threading.local()
+"""The memory of each thread for unpacked rows (see `_tile`)."""
+
+
+@torch.library.custom_op("permprune::packed_linear", mutates_args=())
+def packed_linear(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    width: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return x W^T + bias for activations (..., width), of fp32, bf16 or fp16, and the blocks of a `PackedWeight`.
+
+    The weight is n:m with values stored as `dtype`. `bias` is (rows,); `order`, int64 (width,), is the channel of x
+    that each channel of the weight reads. The result is (..., rows) in the type of x. Raises `PermpruneError` if
+    shapes, types or devices do not match.
+    """
+    layout = Layout(Pattern(n, m), dtype, width)
+    _require_fit(layout, x, blocks, bias, order)
+    if native.available() and x.device.type == "cpu":
+        return multiply_native(native.describe(layout, blocks, bias, order), x, dtype, order, bias)
+    multiply = multiply_gpu if x.is_cuda and has_triton() else multiply_reference
+    return multiply(PackedWeight(layout, blocks), x, bias, order)
+
+
+@packed_linear.register_fake
+def _(
+    x: Tensor,
+    blocks: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    width: int,
+    n: int,
+    m: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    _require_fit(Layout(Pattern(n, m), dtype, width), x, blocks, bias, order)
+    return x.new_empty(*x.shape[:-1], blocks.shape[0])
+
+
+@torch.library.custom_op("permprune::packed_linear_backward", mutates_args=())
+def packed_linear_backward(
+    gradient: Tensor, blocks: Tensor, order: Tensor | None, width: int, n: int, m: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the gradient of the activations, (..., width), for that of the outputs of `packed_linear`, (..., rows).
+
+    Sums are in fp32.
+    """
+    weight, rows = PackedWeight(Layout(Pattern(n, m), dtype, width), blocks), gradient.reshape(-1, len(blocks))
+    total = rows.new_zeros(len(rows), width, dtype=torch.float32)
+    if native.available() and blocks.device.type == "cpu":
+        tiles = _tiles(native.describe(weight.layout, blocks), torch.float32)
+    else:
+        tiles = iter([(slice(None), _unpack(weight, torch.float32))])
+    for part, tile in tiles:
+        total.addmm_(rows[:, part].float(), tile)
+    if order is not None:
+        total = torch.zeros_like(total).index_add_(1, order, total)
+    return total.to(gradient.dtype).view(*gradient.shape[:-1], width)
+
+
+@packed_linear_backward.register_fake
+def _(gradient: Tensor, blocks: Tensor, order: Tensor | None, width: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty(*gradient.shape[:-1], width)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, blocks, bias, order, *ctx.layout = inputs
+    ctx.save_for_backward(blocks, bias, order)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    blocks, bias, order = ctx.saved_tensors
+    x = packed_linear_backward(gradient, blocks, order, *ctx.layout) if ctx.needs_input_grad[0] else None
+    return x, None, bias_gradient(ctx, gradient, bias), *[None] * 5
+
+
+packed_linear.register_autograd(_backward, setup_context=_save)
+
+
+def bias_gradient(ctx: Any, gradient: Tensor, bias: Tensor | None, place: int = 2) -> Tensor | None:
+    """Return the gradient of a bias, (rows,), for that of the outputs; None if argument `place` does not need it."""
+    if bias is None or not ctx.needs_input_grad[place]:
+        return None
+    return gradient.reshape(-1, len(bias)).sum(0, dtype=torch.float32).to(bias.dtype)
+
+
+def multiply_native(
+    weights: native.Weights, x: Tensor, dtype: torch.dtype, order: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`packed_linear` with native kernels; `weights` describes a weight of type `dtype` with this order and bias."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if rows.shape[0] <= LARGEST_BATCH:
+        y = native.multiply(weights, rows)
+    else:
+        y = _multiply_unpacked(weights, rows, dtype, order, bias)
+    return y.view(*x.shape[:-1], weights.rows)
+
+
+def _multiply_unpacked(
+    weights: native.Weights, x: Tensor, dtype: torch.dtype, order: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """`packed_linear` for a large batch, with BLAS and a weight that is unpacked in tiles.
+
+    Products are computed in fp32, unless the weight is stored in the type of x.
+    """
+    exact = x.dtype if x.dtype == dtype else torch.float32
+    channels = (x if order is None else _reorder(x, order)).to(exact)
+    y = torch.empty(x.shape[0], weights.rows, dtype=exact)
+    for part, tile in _tiles(weights, exact):
+        torch.mm(channels, tile.T, out=y[:, part])
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype)
+
+
+def _tiles(weights: native.Weights, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a weight with its zeros, some at a time, which are valid until the next ones."""
+    rows = max(1, UNPACKED_BYTES // (weights.width * dtype.itemsize))
+    memory = _tile(min(rows, weights.rows), weights.width, dtype)
+    for first in range(0, weights.rows, rows):
+        tile = memory[: weights.rows - first]
+        native.unpack(weights, first, tile)
+        yield slice(first, first + rows), tile
+
+
+def _tile(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for unpacked rows, (rows, width), that this thread's next call gets again.
+
+    With memory from the system in every call, its new pages take a seventh of the time of a product in fp32.
+    """
+    numel = rows * width
+    kept: Tensor | None = getattr(_kept, "tile", None)
+    if kept is None or kept.nbytes < numel * dtype.itemsize:
+        _kept.tile = kept = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
+    return kept[: numel * dtype.itemsize].view(dtype).view(rows, width)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; if not, a warning the first time."""
+    if find_spec("triton"):
+        return True
+    warnings.warn("Triton is not installed: packed weights are multiplied by PyTorch, slowly", stacklevel=4)
+    return False
+
+
+def multiply_gpu(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
+    """`packed_linear` with Triton kernels.
+
+    Small batches read the packed weight; larger ones unpack it and multiply with BLAS, in fp32 only if the weight is
+    stored in fp32.
+    """
+    from permprune.kernels.product import gpu  # needs Triton
+
+    rows = x.reshape(-1, x.shape[-1])
+    if order is not None:
+        rows = rows.index_select(1, order)
+    if weight.layout.dtype == torch.int8 and len(rows) <= LARGEST_BATCH:
+        rows = round_to_int8(rows.float())
+    if len(rows) <= gpu.LARGEST_BATCH:
+        y = gpu.multiply(rows.contiguous(), weight, bias)
+    else:
+        exact = torch.float32 if weight.layout.dtype == torch.float32 else rows.dtype
+        y = rows.to(exact) @ _unpack(weight, exact).T
+        y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Tensor | None) -> Tensor:
+    """`packed_linear` in plain PyTorch, on any device; it is slow, because it unpacks the weight in every call."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if order is not None:
+        rows = _reorder(rows, order)
+    if weight.layout.dtype == torch.int8 and 0 < rows.shape[0] <= LARGEST_BATCH:
+        rows = round_to_int8(rows)
+    y = rows @ weight.unpack().T
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+
+
+def _unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the weight with its zeros: on a GPU with Triton, else in plain PyTorch."""
+    if weight.blocks.is_cuda and has_triton():
+        from permprune.kernels.product import gpu
+
+        return gpu.unpack(weight, dtype)
+    return weight.unpack(dtype)
+
+
+def round_to_int8(x: Tensor) -> Tensor:
+    """Round fp32 (batch, width) as the kernels of int8 weights do.
+
+    Each run of 64 channels is rounded to 255 steps from minus its largest magnitude to its largest magnitude; runs with
+    NaN or infinity stay as they are.
+    """
+    blocks = torch.nn.functional.pad(x, (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.full_like(largest, 127) / largest  # "127 / largest" would be 127 times the rounded reciprocal
+    steps = torch.where(largest > 1e-30, blocks * inverse, 0).round()
+    rounded = torch.where(largest.isfinite(), steps * (largest / 127), blocks)
+    return rounded.flatten(1)[:, : x.shape[1]]
+
+
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    if not ((order >= 0) & (order < x.shape[1])).all():
+        raise PermpruneError(f"a channel order names channels outside 0 to {x.shape[1] - 1}: pack the model again")
+    return x.index_select(1, order)
+
+
+def _require_fit(layout: Layout, x: Tensor, blocks: Tensor, bias: Tensor | None, order: Tensor | None) -> None:
+    if x.dtype not in FLOATS or x.dim() == 0 or x.shape[-1] != layout.width:
+        raise PermpruneError(
+            f"activations of shape {tuple(x.shape)} and type {x.dtype} do not fit a packed weight of {layout.width} "
+            f"channels: give (..., {layout.width}) of fp32, bf16 or fp16"
+        )
+    layout.require(blocks, bias, order)

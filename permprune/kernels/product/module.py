@@ -1,0 +1,153 @@
+"""A linear layer whose weight is packed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from permprune.errors import PermpruneError
+from permprune.kernels import native
+from permprune.kernels.product.layout import Layout
+from permprune.kernels.product.linear import multiply_native, packed_linear
+from permprune.kernels.product.packed import PackedWeight
+from permprune.pattern import Pattern
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + bias with a packed weight; replaces an `nn.Linear`, or a `Conv1D` (`transposed`) (see `replaces`).
+
+    `blocks` are those of a `PackedWeight`. If there is an `order`, int64 (width,), channel c of the weight reads
+    channel `order[c]` of x. The weight is frozen; there are gradients for x and, if it requires them, the bias.
+    """
+
+    blocks: Tensor
+    order: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: PackedWeight, bias: Tensor | None = None, order: Tensor | None = None, transposed: bool = False
+    ) -> None:
+        super().__init__()
+        self.layout, self.transposed = weight.layout, transposed
+        self.in_features, self.out_features = weight.layout.width, weight.blocks.shape[0]
+        self.register_buffer("blocks", weight.blocks)
+        self.register_buffer("order", order)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._described: tuple[tuple[Any, ...], native.Weights] | None = None
+
+    @staticmethod
+    @torch.no_grad()
+    def replaces(layer: nn.Module) -> bool:
+        """Whether a layer is one that a `PackedLinear` can replace: it computes what `nn.Linear` or `Conv1D` does.
+
+        A subclass is tried: for random activations of several magnitudes it has to compute the same, apart from
+        rounding. Layers whose weight another module reads (`NonDynamicallyQuantizableLinear`) are not replaced.
+        """
+        if type(layer) in (nn.Linear, Conv1D) or not isinstance(layer, (nn.Linear, Conv1D)):
+            return isinstance(layer, (nn.Linear, Conv1D))
+        if isinstance(layer, NonDynamicallyQuantizableLinear):
+            return False
+        exact = copy.deepcopy(layer).float().eval()
+        weight = exact.weight.data.T if isinstance(exact, Conv1D) else exact.weight.data
+        x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        x = (x * torch.logspace(-3, 5, 5)[:, None]).to(weight.device)
+        expected, forward = F.linear(x, weight, exact.bias), cast(Any, type(exact)).forward  # without hooks
+        try:
+            found = forward(exact, x)
+        except (RuntimeError, TypeError, ValueError):  # it reads something else
+            return False
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        return bool(((found - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all())
+
+    @classmethod
+    def pack(cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, order: Tensor | None = None) -> PackedLinear:
+        """Pack the weight of an `nn.Linear` or `Conv1D`. Raises `PermpruneError` as `PackedWeight.pack` does."""
+        transposed = isinstance(layer, Conv1D)
+        stored: Tensor = layer.weight.data  # type: ignore[union-attr,assignment]
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        packed = PackedWeight.pack(stored.T if transposed else stored, pattern, dtype)
+        return cls(packed, None if bias is None else bias.data, order, transposed)
+
+    @classmethod
+    def empty(cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, ordered: bool = False) -> PackedLinear:
+        """Create a layer with the shapes and types of `pack` on the meta device, to be filled from a checkpoint.
+
+        `ordered` is whether it has a channel order.
+        """
+        transposed = isinstance(layer, Conv1D)
+        stored: Tensor = layer.weight  # type: ignore[assignment]
+        bias: Tensor | None = layer.bias  # type: ignore[assignment]
+        rows, width = reversed(stored.shape) if transposed else stored.shape
+        layout = Layout(pattern, dtype, width)
+
+        def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        weight = PackedWeight(layout, meta(rows, layout.row_bytes, dtype=torch.uint8))
+        return cls(
+            weight,
+            None if bias is None else meta(rows, dtype=bias.dtype),
+            meta(width, dtype=torch.int64) if ordered else None,
+            transposed,
+        )
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight, which shares the layer's blocks."""
+        return PackedWeight(self.layout, self.blocks)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its zeros, in stored order and in the shape of the replaced layer's weight; a new tensor."""
+        dtype = self.layout.dtype
+        unpacked = self.packed.unpack(dtype if dtype.is_floating_point else torch.float32)
+        return unpacked.T if self.transposed else unpacked
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense layer that this one replaces, with its zeros, in type `dtype`; columns in stored order."""
+        weight = self.packed.unpack(dtype)
+        with torch.device("meta"):
+            layer = (
+                Conv1D(self.out_features, self.in_features)
+                if self.transposed
+                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+            )
+        layer.weight = nn.Parameter((weight.T if self.transposed else weight).contiguous())
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.data.to(dtype))
+        return layer.train(self.training)
+
+    def check(self, name: str) -> None:
+        """Raise `PermpruneError` unless the tensors are valid (`PackedWeight.check`) and `order` is a permutation."""
+        self.packed.check(name)
+        if self.order is not None and not self.order.is_meta:
+            every = torch.arange(self.in_features, device=self.order.device)
+            if self.order.shape != every.shape or not torch.equal(self.order.sort().values, every):
+                raise PermpruneError(f"{name} has a channel order that is not a permutation: pack the model again")
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks, bias, order = tensors = self._buffers["blocks"], self._parameters["bias"], self._buffers["order"]
+        trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        if trains or torch.compiler.is_compiling() or not x.is_cpu or not native.available():
+            width, pattern, dtype = self.in_features, self.layout.pattern, self.layout.dtype
+            product: Tensor = packed_linear(x, blocks, bias, order, width, pattern.n, pattern.m, dtype)
+            return product
+        state = self.layout, *map(native.state_of, tensors)
+        if self._described is None or self._described[0] != state:
+            self._described = state, native.describe(self.layout, *tensors)  # type: ignore[arg-type]
+        return multiply_native(self._described[1], x, self.layout.dtype, order, bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without pointers, which cannot be pickled."""
+        return {**self.__dict__, "_described": None}
+
+    def extra_repr(self) -> str:
+        layout = self.layout
+        return f"in_features={layout.width}, out_features={self.out_features}, {layout.pattern}, {layout.dtype}"

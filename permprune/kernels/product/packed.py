@@ -1,0 +1,197 @@
+"""The packed form of an N:M weight: blocks of 64 channels, with the kept values and a code of their channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+from permprune.kernels import native
+from permprune.kernels.product.layout import BLOCK, CODE, Layout, type_name
+from permprune.pattern import Pattern
+
+AT_ONCE = 1 << 24
+"""Number of weights that are packed or unpacked at a time by PyTorch, to bound the memory of intermediate results."""
+DAMAGED = "the file is damaged, pack the model again"
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight (rows, width) that keeps `pattern.n` of every `pattern.m` consecutive weights of a row.
+
+    `blocks` is uint8 (rows, `layout.row_bytes`): the blocks of 64 channels of a row one after the other, so that a
+    product reads memory from front to back. Each block holds 8 bytes of code, in int8 an fp32 scale, and the kept
+    weights in channel order (`Layout`).
+    """
+
+    layout: Layout
+    blocks: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return self.blocks.nbytes
+
+    @classmethod
+    def pack(cls, weight: Tensor, pattern: Pattern, dtype: torch.dtype | None = None) -> PackedWeight:
+        """Pack a floating-point weight (rows, width) whose groups have at most n non-zeros.
+
+        Values are stored as `dtype`, by default the type of the weight. int8 rounds each block of 64 channels of a row
+        to 255 steps from minus its largest magnitude to its largest magnitude. Raises `PermpruneError` as `layout_of`.
+        """
+        layout = cls.layout_of(weight, pattern, dtype or weight.dtype)
+        blocks = torch.empty(weight.shape[0], layout.row_bytes, dtype=torch.uint8, device=weight.device)
+        for rows in _parts(*weight.shape):
+            blocks[rows] = _blocks_of(weight[rows], layout)
+        return cls(layout, blocks)
+
+    @staticmethod
+    def layout_of(weight: Tensor, pattern: Pattern, dtype: torch.dtype) -> Layout:
+        """Return the layout in which a weight can be packed.
+
+        Raises `PermpruneError` if the weight does not hold the pattern, is not finite, or does not fit the dtype.
+        """
+        layout = Layout(pattern, dtype, weight.shape[1])
+        ends = torch.stack(weight.aminmax()) if weight.numel() else weight
+        if not ends.isfinite().all():
+            raise PermpruneError("a weight to pack is NaN or infinite: repair the checkpoint first")
+        if not pattern.holds(weight):
+            raise PermpruneError(f"a weight to pack does not hold {pattern}: prune the model to {pattern} first")
+        if dtype.is_floating_point and not ends.to(dtype).isfinite().all():
+            raise PermpruneError(f"a weight to pack is too large for {type_name(dtype)}: pack as bf16 or fp32")
+        return layout
+
+    def unpack(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weight (rows, width) with its zeros, rounded to `dtype`."""
+        rows, width = self.blocks.shape[0], self.layout.width
+        weight = torch.empty(rows, width, dtype=dtype, device=self.blocks.device)
+        for part in _parts(rows, width):
+            own = PackedWeight(self.layout, self.blocks[part])
+            kept, values, scale = own.kept, own.values.float(), own.scale
+            if scale is not None:
+                values = values * scale.unsqueeze(-1)
+            rank = (kept.cumsum(-1) - 1).clamp_(0, values.shape[-1] - 1)
+            weight[part] = torch.where(kept, values.gather(-1, rank), 0).flatten(1)[:, :width].to(dtype)
+        return weight
+
+    @property
+    def kept(self) -> Tensor:
+        """Which channels of each block are kept: bool (rows, blocks of a row, 64)."""
+        code = self._fields[..., :CODE]
+        if not self.layout.positions:
+            return unpack_bits(code)
+        channels = _positions(code) + torch.arange(BLOCK // 2, device=code.device) // 2 * 4
+        mask = torch.zeros(*code.shape[:2], BLOCK, dtype=torch.bool, device=code.device)
+        mask.scatter_(-1, channels, value=True)
+        return mask
+
+    @property
+    def values(self) -> Tensor:
+        """The values of each block in the stored type, (rows, blocks of a row, slots); a view of `blocks`."""
+        return self._fields[..., self.layout.header :].view(self.layout.dtype)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Of int8, the value of one integer step in each block: fp32 (rows, blocks of a row); a view of `blocks`."""
+        if self.layout.dtype != torch.int8:
+            return None
+        return self._fields[..., CODE : self.layout.header].view(torch.float32).squeeze(-1)
+
+    @property
+    def _fields(self) -> Tensor:
+        return self.blocks.view(len(self.blocks), self.layout.count, -1)
+
+    def check(self, name: str = "a packed weight") -> None:
+        """Raise `PermpruneError` unless shape, type and codes are valid and all values and scales are finite.
+
+        For tensors on the meta device only shape and type are checked.
+        """
+        self.layout.require(self.blocks, name=name)
+        if self.blocks.is_meta:
+            return
+        for what, numbers in (("value", self.values), ("scale", self.scale)):
+            if numbers is not None and numbers.is_floating_point() and not torch.isfinite(numbers).all():
+                raise PermpruneError(f"{name} holds a {what} that is NaN or infinite: {DAMAGED}")
+        row = self._row_off_pattern()
+        if row is not None:
+            raise PermpruneError(f"{name} does not keep {self.layout.pattern} in row {row}: {DAMAGED}")
+
+    def _row_off_pattern(self) -> int | None:
+        """Return the first row whose codes do not keep n of every m channels, or None.
+
+        Channels after the width are not kept; in codes of positions they are the first two of their groups.
+        """
+        layout, blocks = self.layout, self.blocks
+        if native.available() and blocks.device.type == "cpu":
+            return native.row_off_pattern(native.describe(layout, blocks.contiguous()), layout.pattern)
+        kept = self.kept.flatten(1)
+        groups, rest = kept[:, : layout.width].unflatten(1, (-1, layout.pattern.m)), kept[:, layout.width :]
+        bad = (groups.sum(-1) != layout.pattern.n).any(-1)
+        if layout.positions:
+            first, second = _positions(self._fields[..., :CODE]).unflatten(-1, (-1, 2)).unbind(-1)
+            bad |= (first >= second).flatten(1).any(-1)
+            rest = rest != (torch.arange(rest.shape[1], device=rest.device) % 4 < 2)
+        bad |= rest.any(-1)
+        return int(bad.int().argmax()) if bad.any() else None
+
+
+def pack_bits(kept: Tensor) -> Tensor:
+    """Convert bool (..., 8 k) to uint8 (..., k): bit c % 8 of byte c // 8 is set if channel c is kept."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    mask: Tensor = (kept.to(torch.uint8).unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+    return mask
+
+
+def unpack_bits(mask: Tensor) -> Tensor:
+    """Undo `pack_bits`."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits: Tensor = (mask.unsqueeze(-1) >> shifts & 1).bool().flatten(-2)
+    return bits
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return integers from -127 to 127 as fp32 (rows, width), and the scale of each block, (rows, blocks of a row)."""
+    blocks = F.pad(weight, (0, -weight.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1) / 127
+    steps = blocks / scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+    return steps.round().clamp(-127, 127).flatten(1)[:, : weight.shape[1]], scale
+
+
+def _parts(rows: int, width: int) -> Iterator[slice]:
+    """Divide the rows of a weight into parts of about `AT_ONCE` weights."""
+    step = max(1, AT_ONCE // max(1, width))
+    return (slice(first, first + step) for first in range(0, rows, step))
+
+
+def _blocks_of(weight: Tensor, layout: Layout) -> Tensor:
+    """Return the blocks, uint8 (rows, row_bytes), of a weight that holds the pattern."""
+    padding = (0, layout.count * BLOCK - layout.width)
+    kept = F.pad(layout.pattern.mask(weight.abs()), padding)
+    if layout.positions:  # groups after the width keep two channels, too
+        kept[:, layout.width :] = torch.arange(padding[1], device=kept.device) % 4 < 2
+    header: list[Tensor] = []
+    if layout.dtype == torch.int8:
+        weight, scale = quantize(weight.float())
+        header = [scale.contiguous().unsqueeze(-1).view(torch.uint8)]
+    kept, padded = (part.unflatten(1, (-1, BLOCK)) for part in (kept, F.pad(weight, padding)))
+    channels = (~kept).to(torch.uint8).argsort(stable=True, dim=-1)[..., : layout.slots]  # the kept ones first
+    values = torch.where(kept.gather(-1, channels), padded.gather(-1, channels), 0).to(layout.dtype)
+    code = _positions_code(channels % 4) if layout.positions else pack_bits(kept)
+    return torch.cat([code, *header, values.contiguous().view(torch.uint8)], -1).flatten(1)
+
+
+def _positions_code(positions: Tensor) -> Tensor:
+    """Convert positions from 0 to 3, (..., 32), to the codes of blocks, uint8 (..., 8)."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=positions.device)
+    code: Tensor = (positions.to(torch.uint8).unflatten(-1, (-1, 4)) << shifts).sum(-1, dtype=torch.uint8)
+    return code
+
+
+def _positions(code: Tensor) -> Tensor:
+    """Undo `_positions_code`: int64 (..., 32)."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=code.device)
+    return (code.unsqueeze(-1) >> shifts & 3).long().flatten(-2)

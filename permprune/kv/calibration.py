@@ -1,0 +1,147 @@
+"""What a cache is calibrated on: queries, keys and values of every layer with full attention, from forward passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from permprune.examples import Examples
+from permprune.kv.attention import Call, States, attend_plain, verify_attention
+from permprune.kv.cache import attention_layers
+from permprune.kv.packing import LARGEST, SMALLEST, TURNS, Channels, choose_channels
+from permprune.models.forward import cache_argument, frozen, model_inputs
+from permprune.pattern import Pattern
+from permprune.system.device import compute_device
+from permprune.system.progress import track
+
+TOKENS = 2048
+"""Number of tokens of which the keys and values are held."""
+
+VERIFIED = 64
+"""Number of tokens on which the model is compared with itself under permprune's attention."""
+
+ROUNDS = 4
+"""Number of times that levels are fitted to kept channels and amplitudes."""
+
+
+@dataclass
+class ObservedLayer:
+    """The states of one layer: a sample of tokens without the first `skipped` of each example, every `stride`-th."""
+
+    skipped: int
+    stride: int
+    squares: Tensor | None = None
+    """Sums of squares of the queries that read a key/value head, fp64 (heads, width)."""
+
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    centres_keys: bool = True
+    """Whether keys can be stored without their mean: queries need not know it (`Call.ignores_constants`)."""
+
+    def add(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Add the states of new tokens, (batch, heads, tokens, width), after positions are encoded."""
+        batch, heads, _, width = keys.shape
+        squares = query.reshape(batch, heads, -1, width).double().square().sum((0, 2)).cpu()
+        self.squares = squares if self.squares is None else self.squares + squares
+        for states, held in ((keys, self.keys), (values, self.values)):
+            sample = states[:, :, self.skipped :: self.stride].float().cpu()
+            held.append(sample.transpose(0, 1).flatten(1, 2))
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values, fp32 (heads, tokens, width)."""
+        return torch.cat(self.keys, 1), torch.cat(self.values, 1)
+
+    def query_weights(self) -> Tensor:
+        """Return the root mean square of each channel of the queries, relative to the largest of its head."""
+        assert self.squares is not None
+        rms = self.squares.sqrt()
+        return (rms / rms.amax(-1, keepdim=True)).float().clamp_min(1e-4)
+
+
+@torch.inference_mode()
+def observe_states(
+    model: PreTrainedModel, examples: Examples, *, skipped: int = 0, batch: int = 4
+) -> dict[int, ObservedLayer]:
+    """Run a model on examples and return what its layers with full attention read, by number.
+
+    Of each example the first `skipped` tokens, which stay whole, are not held. Raises `PermpruneError` for a model that
+    cannot have a pruned cache (`verify_attention`).
+    """
+    layers, full = attention_layers(model)
+    count, length = examples["input_ids"].shape
+    stride = max(1, math.ceil(count * length / TOKENS))
+    observed = {i: ObservedLayer(skipped, stride) for i in full}
+    device = compute_device(model)
+    with frozen(model):
+        verify_attention(model, examples["input_ids"][:1, :VERIFIED].to(device))
+        for part in track(examples.split(batch), "observing keys and values"):
+            cache = Cache(layers=[_Layer(observed[i]) if i in observed else layers[i] for i in range(len(layers))])
+            model(**model_inputs(model, part.to(device)), **cache_argument(model, cache))
+            layers, _ = attention_layers(model)
+    return observed
+
+
+def fit_channels(
+    states: Tensor, weight: Tensor, order: Tensor, pattern: Pattern | None, mean: Tensor | None = None
+) -> Channels:
+    """Return the channels of an order, with the levels that recover pruned channels with the least error.
+
+    `states` are fp32 (heads, tokens, width), `weight` and `mean`, which is subtracted from them, (heads, width), all in
+    the model's order. Levels and the tokens' amplitudes minimise sum (weight (|state| - amplitude level))^2 over the
+    pruned channels in turns.
+    """
+    weight, mean = weight.gather(1, order), None if mean is None else mean.gather(1, order)
+    channels = Channels(order, weight, 1 / weight, mean)
+    if pattern is None:
+        return channels
+    arranged = channels.centred(channels.arrange(states[None]))
+    size = arranged.abs()
+    for _ in range(ROUNDS):
+        kept, factor = choose_channels(arranged, channels, pattern, turns=TURNS)
+        pruned = (~kept).float()
+        products, squares = (size * factor * pruned).sum(2)[0], (factor.square() * pruned).sum(2)[0]
+        level = torch.where((squares > 0) & (products > 0), products / squares, channels.level)
+        level = level.clamp(SMALLEST, LARGEST)
+        channels = Channels(order, weight, level, mean)
+    return channels
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[misc]
+    """A cache layer that holds nothing, and whose states record what attention reads."""
+
+    def __init__(self, observed: ObservedLayer) -> None:
+        super().__init__()
+        self.observed = observed
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[States, States]:
+        view = _View(self.observed, key_states, value_states)
+        return view, view
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class _View(States):
+    def __init__(self, observed: ObservedLayer, keys: Tensor, values: Tensor) -> None:
+        self.observed, self.keys, self.values = observed, keys, values
+
+    def attend(self, call: Call, module: nn.Module) -> Tensor:
+        self.observed.add(call.query, self.keys, self.values)
+        self.observed.centres_keys &= call.ignores_constants
+        return attend_plain(call, module, self.keys, self.values)

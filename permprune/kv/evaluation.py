@@ -1,0 +1,55 @@
+"""Perplexity of a language model with a pruned cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from permprune.errors import PermpruneError
+from permprune.evaluation.perplexity import perplexity
+from permprune.evaluation.result import Result
+from permprune.examples import Examples
+from permprune.kv.cache import PrunedCache
+from permprune.models.forward import cache_argument
+from permprune.models.positions import positions_of
+
+CHUNK = 512
+"""Number of tokens in a forward pass."""
+
+
+@dataclass(frozen=True)
+class CachedPerplexity:
+    """The perplexity with a cache, and the bytes of the largest cache, pruned and as `DynamicCache` would store it."""
+
+    result: Result
+    nbytes: int
+    dense_nbytes: int
+
+
+def cached_perplexity(
+    model: PreTrainedModel, windows: Examples, cache: Callable[[], PrunedCache], batch: int = 4
+) -> CachedPerplexity:
+    """Measure the perplexity on windows of text that are read through a cache; `cache` makes an empty one.
+
+    Every token but the first of a window is predicted from the tokens before it. With the `exact_window` of a
+    `PrunedCache` those are pruned, except for the window and the sinks, as if the tokens came one by one. Raises
+    `PermpruneError` if the windows are longer than the model's positions, and in the cases of `perplexity`.
+    """
+    most, length = positions_of(model), windows["input_ids"].shape[1]
+    if most is not None and length > most:
+        raise PermpruneError(f"windows of {length} tokens are longer than the model's {most} positions: shorten them")
+    sizes = [(0, 0)]
+
+    def logits_of(model: nn.Module, part: Examples) -> Tensor:
+        held, found = cache(), []
+        for tokens in part["input_ids"].split(CHUNK, 1):
+            found.append(model(input_ids=tokens, **cache_argument(model, held)).logits)
+        sizes.append((held.nbytes, held.dense_nbytes))
+        return torch.cat(found, 1)
+
+    result = perplexity(model, windows, batch, logits_of)
+    return CachedPerplexity(result, *max(sizes))

@@ -1,0 +1,72 @@
+"""The Triton kernels in Triton's interpreter, against PyTorch; on a GPU itself where there is one."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from permprune.kernels.product import gpu
+from permprune.kernels.product.layout import DTYPES
+from permprune.kernels.product.linear import multiply_gpu, multiply_reference
+from permprune.kernels.product.packed import PackedWeight
+from permprune.kernels.search import masks as search
+from permprune.pattern import Pattern
+from tests.kernels.product.test_linear import assert_as_dense, not_finite
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(3, 5)]
+
+
+def packed(pattern: Pattern, dtype: torch.dtype, rows: int, width: int) -> PackedWeight:
+    weight = torch.randn(rows, width, device=DEVICE)
+    return PackedWeight.pack(weight * pattern.mask(weight.abs()), pattern, dtype)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 5, 16, 40, 70])
+def test_products_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype, batch: int) -> None:
+    rows, width = 37, 30 * pattern.m
+    weight = packed(pattern, dtype, rows, width)
+    bias = torch.randn(rows, device=DEVICE)
+    x = torch.randn(batch, width, device=DEVICE).to(torch.float32 if dtype == torch.int8 else dtype)
+    order = torch.randperm(width, device=DEVICE)
+    found, expected = (multiply(weight, x, bias, order) for multiply in (multiply_gpu, multiply_reference))
+    assert found.dtype == x.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-3 * width**0.5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [4, 40, 70])
+def test_activations_that_are_not_finite_give_what_the_dense_product_gives(
+    pattern: Pattern, dtype: torch.dtype, batch: int
+) -> None:
+    weight = packed(pattern, dtype, 41, 30 * pattern.m)
+    x = not_finite(batch, 30 * pattern.m, torch.float32 if dtype == torch.int8 else dtype).to(DEVICE)
+    with np.errstate(invalid="ignore"):  # the interpreter multiplies with numpy
+        found = multiply_gpu(weight, x, None, None)
+    assert_as_dense(found, x, weight.unpack())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_unpacked_weights_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype) -> None:
+    weight = packed(pattern, dtype, 35, 20 * pattern.m)
+    target = torch.float32 if dtype == torch.int8 else dtype
+    found = gpu.unpack(weight, target)
+    assert torch.equal(found, weight.unpack(target))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
+def test_codes_that_lie_read_nothing_outside(pattern: Pattern) -> None:
+    weight = packed(pattern, torch.float32, 4, 128)
+    weight.blocks.unflatten(1, (weight.layout.count, -1))[..., :8] = 255
+    found = gpu.multiply(torch.ones(1, 128, device=DEVICE), weight, None)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (7, 40), (19, 100)])
+def test_placement_costs_are_those_of_pytorch(count: int, rows: int) -> None:
+    parts: list[Tensor] = [torch.randint(4, (count, rows), device=DEVICE).float() for _ in range(4)]
+    torch.testing.assert_close(gpu.place(*parts), search.place_reference(*parts))

@@ -1,0 +1,175 @@
+"""Loading the library, doing without it, and how it is built."""
+
+import ctypes
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from permprune.errors import PermpruneError
+from permprune.kernels import native
+from permprune.kernels.adam.step import Stepping
+from permprune.kernels.attention.native import Attention, States, Unpacking
+from permprune.kernels.attention.packing import Packing
+from permprune.kernels.search import masks as search
+from permprune.pattern import Pattern
+from tests.kernels.product.test_linear import call
+from tests.kernels.product.weights import packed
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """The library is looked for again, here and after the test."""
+    native._library.cache_clear()
+    native._kernels.cache_clear()
+    yield
+    native._library.cache_clear()
+    native._kernels.cache_clear()
+
+
+def test_without_the_library_one_warning_and_the_same_result(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    weight, x = packed(8, 64), torch.randn(3, 64)
+    expected = call(weight, x)
+    native._library.cache_clear()
+    native._kernels.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libpermprune.so")
+    with pytest.warns(UserWarning, match="native kernels do not load") as warned:
+        found = [call(weight, x), call(weight, x)]
+    assert len(warned) == 1
+    assert torch.allclose(found[0], expected, atol=1e-5) and torch.equal(found[0], found[1])
+    assert native.names() == []
+
+
+def test_a_library_that_lacks_functions_is_not_used(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the library were older than the Python code."""
+    monkeypatch.setattr(native, "LIBRARY", Path(torch._C.__file__))
+    with pytest.warns(UserWarning, match="permprune_kernels.*install permprune again"):
+        assert not native.available()
+
+
+def test_kernels_can_be_chosen_by_the_environment(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = packed(8, 64), torch.randn(3, 64)
+    for name in [*native.names(), "torch"]:
+        native._kernels.cache_clear()
+        monkeypatch.setenv(native.FORCED, name)
+        assert native.available() == (name != "torch")
+        assert torch.allclose(call(weight, x), x @ weight.unpack().T, atol=1e-5)
+    native._kernels.cache_clear()
+    monkeypatch.setenv(native.FORCED, "vax")
+    with pytest.raises(PermpruneError, match="PERMPRUNE_KERNELS asks for kernels 'vax'"):
+        call(weight, x)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems may have another OpenMP runtime")
+def test_the_threads_of_torch_are_found() -> None:
+    assert native._parallel_region() is not None
+
+
+@pytest.fixture
+def hook() -> ModuleType:
+    """The build hook of the checkout."""
+    path = Path(__file__).parents[2] / "hatch_build.py"
+    spec = importlib.util.spec_from_file_location("hatch_build", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_compiler_is_a_package_unless_one_is_named(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(hook.sys, "platform", "linux")
+    monkeypatch.setattr(hook.platform, "machine", lambda: "aarch64")
+    assert hook.compiler()[1:5] == ["-m", "ziglang", "cc", "-target"]
+    assert hook.compiler()[5] == "aarch64-linux-gnu.2.17"
+    assert hook.wheel_platform() == "manylinux_2_17_aarch64"
+    monkeypatch.setenv("CC", "ccache gcc")
+    assert hook.compiler() == ["ccache", "gcc"]
+    assert hook.wheel_platform() == "linux_aarch64"
+
+
+def test_systems_without_kernels_get_a_plain_wheel(hook: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hook.sys, "platform", "linux")
+    monkeypatch.setattr(hook.platform, "machine", lambda: "x86_64")
+    assert hook.supported()
+    monkeypatch.setenv("PERMPRUNE_NATIVE", "0")
+    assert not hook.supported()
+    monkeypatch.delenv("PERMPRUNE_NATIVE")
+    monkeypatch.setattr(hook.platform, "machine", lambda: "riscv64")
+    assert not hook.supported()
+
+
+def test_a_compiler_that_fails_is_named(
+    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = tmp_path / hook.FOLDER / native.LIBRARY.name
+    library.parent.mkdir(parents=True)
+    library.write_text("the old one")
+    monkeypatch.setattr(hook, "ROOT", tmp_path)
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(SystemExit, match="set CC to another compiler"):
+        hook.build()
+    assert library.read_text() == "the old one"
+
+
+WRONG: dict[str, int | None] = {
+    "rows": -1, "count": 3, "slots": 65, "number": 4, "kind": 3, "bias_number": 3, "blocks": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_weights_that_contradict_themselves_are_refused(name: str) -> None:
+    weight = packed(8, 64)
+    weights = native.describe(weight.layout, weight.blocks, torch.zeros(8))
+    setattr(weights, name, WRONG[name])
+    with pytest.raises((PermpruneError, RuntimeError), match=r"contradict each other|negative dimension"):
+        native.multiply(weights, torch.randn(2, 64))
+    with pytest.raises(PermpruneError, match=r"contradict each other|cannot be unpacked"):
+        native.unpack(weights, 0, torch.empty(8, 64))
+    assert native.row_off_pattern(weights, Pattern(2, 4)) == 0
+
+
+def test_a_plain_weight_has_no_codes_to_unpack_or_check() -> None:
+    weights = native.describe_plain(torch.randn(8, 64))
+    with pytest.raises(PermpruneError, match="unpacking a weight failed"):
+        native.unpack(weights, 0, torch.empty(8, 64))
+    with pytest.raises(PermpruneError, match="cannot be checked"):
+        native.row_off_pattern(weights, Pattern(2, 4))
+
+
+JOBS: list[tuple[str, ctypes.Structure]] = [
+    ("place", search.Placement(count=-1, n=2, m=4)),
+    ("place", search.Placement(count=1 << 40, n=2, m=4)),
+    ("place", search.Placement(count=1, rows=1, n=2, m=4)),
+    ("place", search.Placement(n=2)),
+    ("mask", search.Masking(rows=1, size=-4, n=2, m=4)),
+    ("mask", search.Masking(rows=1, size=4, n=2, m=0)),
+    ("mask", search.Masking(rows=1, size=4, n=4, m=4)),
+    ("mask", search.Masking(rows=1, size=4, width=4, n=2, m=4)),
+    ("keep", search.Keeping(search.Masking(rows=1, size=4, width=4, n=2, m=4))),
+    ("prune", search.Pruning(rows=-1, count=1, n=2, m=4)),
+    ("apply", search.Applying(rows=1, width=-1)),
+    ("apply", search.Applying(rows=1, width=1, number=2)),
+    ("step", Stepping(rows=1, width=8, kept=9)),
+    ("step", Stepping(rows=1, width=8, kept=4)),
+    ("attend", Attention(batch=1, heads=1, group=1, count=1, length=1)),
+    ("attend", Attention(batch=1, heads=-1)),
+    ("unpack_states", Unpacking(batch=1, heads=1, count=1)),
+    ("unpack_states", Unpacking(States(width=64, kept=64, tokens=1), batch=1, heads=1, count=2)),
+    ("unpack_states", Unpacking(States(width=64, kept=33, kind=3), batch=1, heads=1)),
+    ("unpack_states", Unpacking(States(width=64, kept=0, kind=1), batch=1, heads=1)),
+    ("pack_states", Packing(batch=1, heads=1, count=1)),
+    ("pack_states", Packing(States(width=64, kept=32, kind=3, code_bytes=5), batch=1, heads=1, n=2, m=4)),
+]
+
+
+@pytest.mark.parametrize(("name", "job"), JOBS, ids=lambda value: value if isinstance(value, str) else "")
+def test_jobs_that_contradict_themselves_are_refused(name: str, job: ctypes.Structure) -> None:
+    with pytest.raises(PermpruneError, match="contradict each other"):
+        native.run(name, job)

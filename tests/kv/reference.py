@@ -1,0 +1,125 @@
+"""A cache that keeps every token whole and prunes by itself what each query reads, for comparison."""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from permprune.kernels.attention.codes import MAGNITUDES
+from permprune.kv.attention import Call, States
+from permprune.kv.config import KVConfig, pattern_of
+from permprune.kv.packing import TURNS, Channels, choose_channels
+
+PLAIN = KVConfig("2:4", "2:4", dtype="auto")
+"""Groups of four, and values of the model's type, which a reference can compute as exactly."""
+
+
+def random_channels(heads: int, width: int, *, centred: bool = False) -> Channels:
+    """Channels in a random order, with random weights and levels, and means if `centred`."""
+    order = torch.stack([torch.randperm(width) for _ in range(heads)])
+    mean = torch.randn(heads, width) if centred else None
+    return Channels(order, torch.rand(heads, width) + 0.1, torch.rand(heads, width) + 0.1, mean)
+
+
+def pruned(states: Tensor, channels: Channels, text: str, recovery: str, stored: str = "auto") -> Tensor:
+    """States, (batch, heads, tokens, width), with what a pruned cache reads of them, in the model's order.
+
+    The same channels are kept as in the cache. Values are `stored` as they are, or as "int5".
+    """
+    if channels.mean is not None:
+        mean = torch.zeros_like(channels.mean).scatter_(1, channels.order, channels.mean)[:, None]
+        plain = dataclasses.replace(channels, mean=None)
+        return pruned(states - mean, plain, text, recovery, stored) + mean
+    pattern, result = pattern_of(text, states.shape[-1], stored), torch.zeros_like(states)
+    if pattern is None:
+        return states if stored == "auto" else rounded(states, torch.ones_like(states, dtype=torch.bool))[0]
+    turns = TURNS if recovery == "sign" else 0
+    kept, amplitude = choose_channels(channels.arrange(states), channels, pattern, turns=turns)
+    for head, order in enumerate(channels.order):
+        own, keeps = states[:, head][..., order], kept[:, head]
+        signs = torch.where(own < 0, -1.0, 1.0)  # of zero too: torch.randn gives one in some millions of numbers
+        weight, level = (t[head].expand_as(own) for t in (channels.weight, channels.level))
+        design, target = ((weight * t).masked_fill(keeps, 0) for t in (level, own.abs()))
+        size = (design * target).sum(-1) / (design * design).sum(-1)
+        if stored == "int5":
+            torch.testing.assert_close(size[..., None], amplitude[:, head], rtol=1e-4, atol=1e-5)
+            own, scale = rounded(own, keeps)
+            size = ((2 * amplitude[:, head] / scale).round().clamp(0, 255) * scale / 2)[..., 0]
+        recovered = signs * size[..., None] * level if recovery == "sign" else torch.zeros_like(own)
+        result[:, head][..., order] = torch.where(keeps, own, recovered)
+    return result
+
+
+def rounded(states: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """States as values of five bits, and the scales of the tokens."""
+    scale = (states.abs().masked_fill(~kept, 0).amax(-1, keepdim=True) / 127).bfloat16().float()
+    magnitudes = torch.tensor(MAGNITUDES, dtype=torch.float32)
+    places = ((states.abs() / scale).unsqueeze(-1) - magnitudes).abs().argmin(-1)
+    return torch.where(states < 0, -scale, scale) * magnitudes[places], scale
+
+
+def attend(
+    call: Call, keys: Tensor, values: Tensor, small: tuple[Tensor, Tensor], packed: Tensor, sinks: int
+) -> Tensor:
+    """Attention of queries, of which query i reads the tokens before position `sinks` + packed[i] pruned.
+
+    The first `sinks` tokens of a row that any query reads are not.
+    """
+    group = call.query.shape[1] // keys.shape[1]
+    position = torch.arange(keys.shape[2])
+    first = torch.zeros(len(keys), 1) if call.mask is None else (~call.mask[:, 0, -1]).int().cumprod(1).sum(1)[:, None]
+    later = (position < first) | (position >= first + sinks)
+    outputs = []
+    for i, query in enumerate(call.query.unbind(2)):
+        prune = (later & (position < sinks + packed[i]) & (packed[i] > 0))[:, None, :, None]
+        own = [torch.where(prune, less, full) for less, full in zip(small, (keys, values), strict=True)]
+        own = [states.repeat_interleave(group, 1) for states in own]
+        scores = torch.einsum("bhd,bhtd->bht", query, own[0]) * call.scaling
+        if call.softcap is not None:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        if call.bias is not None:
+            scores = scores + call.bias[:, :, i]
+        if call.mask is None:
+            scores = scores.masked_fill(position > len(position) - call.query.shape[2] + i, -torch.inf)
+        else:
+            scores = scores.masked_fill(~call.mask[:, :, i], -torch.inf)
+        if call.sinks is not None:
+            scores = torch.cat((scores, call.sinks.view(1, -1, 1).expand(len(scores), -1, 1)), 2)
+        shares = scores.softmax(-1).nan_to_num(0.0)[..., : len(position)]
+        outputs.append(torch.einsum("bht,bhtd->bhd", shares, own[1]))
+    return torch.stack(outputs, 1)
+
+
+class ReferenceLayer(DynamicLayer):
+    """A layer of Transformers, whose queries read what those of a `PrunedLayer` would."""
+
+    def __init__(self, config: KVConfig, channels: tuple[Channels, Channels], exact_window: bool = False) -> None:
+        super().__init__()
+        self.config, self.channels, self.exact_window = config, channels, exact_window
+
+    def count(self, tokens: int) -> int:
+        return max(0, (tokens - self.config.sinks - self.config.window) // 8 * 8)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **options: object
+    ) -> tuple[States, States]:
+        past = self.get_seq_length()
+        keys, values = super().update(key_states, value_states)
+        positions = range(past, past + key_states.shape[2])
+        packed = torch.tensor([self.count(p if self.exact_window else past) for p in positions])
+        view = _View(self, keys, values, packed)
+        return view, view
+
+
+class _View(States):
+    def __init__(self, layer: ReferenceLayer, keys: Tensor, values: Tensor, packed: Tensor) -> None:
+        self.layer, self.keys, self.values, self.packed = layer, keys, values, packed
+
+    def attend(self, call: Call, module: nn.Module) -> Tensor:
+        config, channels = self.layer.config, self.layer.channels
+        small = (
+            pruned(self.keys, channels[0], config.keys, config.recovery, config.dtype),
+            pruned(self.values, channels[1], config.values, config.recovery, config.dtype),
+        )
+        return attend(call, self.keys, self.values, small, self.packed, config.sinks)

@@ -1,0 +1,303 @@
+"""The layer of a pruned cache, compared with one that keeps everything whole."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from permprune.errors import PermpruneError
+from permprune.kv.attention import attention
+from permprune.kv.config import KVConfig
+from permprune.kv.layer import PrunedLayer
+from permprune.kv.packing import Channels
+
+from .reference import PLAIN, ReferenceLayer, random_channels
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def call(layer: PrunedLayer | ReferenceLayer, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:
+    """The attention of new tokens, given their queries, keys and values."""
+    query, keys, values = states
+    module = nn.Identity()
+    module.num_key_value_groups = query.shape[1] // keys.shape[1]
+    output: Tensor = attention(module, query, *layer.update(keys, values), mask, **options)[0]
+    return output
+
+
+def random_states(batch: int, heads: int, group: int, tokens: int, widths: tuple[int, int]) -> list[Tensor]:
+    shapes = [(heads * group, widths[0]), (heads, widths[0]), (heads, widths[1])]
+    return [torch.randn(batch, count, tokens, width) for count, width in shapes]
+
+
+def causal_mask(padding: Tensor, past: int, new: int) -> Tensor:
+    """Bool (batch, 1, new, past + new), where each row begins with `padding[row]` tokens that none reads."""
+    position = torch.arange(past + new)
+    mask = position <= torch.arange(past, past + new)[:, None]
+    return mask & (position >= padding[:, None, None, None])
+
+
+configs = st.builds(
+    KVConfig,
+    st.sampled_from(["2:4", "1:4", "3:4", "1:2", "4:8", "5:8", "auto", "dense"]),
+    st.sampled_from(["2:4", "1:4", "1:2", "auto", "dense"]),
+    dtype=st.sampled_from(["auto", "int5"]),
+    recovery=st.sampled_from(["zeros", "sign"]),
+    window=st.integers(0, 20),
+    sinks=st.integers(0, 5),
+)
+
+
+@settings(max_examples=40)
+@given(
+    configs,
+    st.booleans(),
+    st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3)),
+    st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    st.sampled_from([None, 5.0]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_queries_read_what_a_whole_cache_pruned_alike_gives(
+    config: KVConfig,
+    exact: bool,
+    shape: tuple[int, int, int],
+    calls: list[int],
+    softcap: float | None,
+    sinks: bool,
+    padded: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    batch, heads, group = shape
+    centred = softcap is None and not sinks
+    channels = random_channels(heads, 8, centred=centred), random_channels(heads, 16)
+    layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
+    padding = torch.randint(0, 60, (batch,)) if padded else torch.zeros(batch, dtype=torch.int64)
+    past = 0
+    for new in calls:
+        states = random_states(batch, heads, group, new, (8, 16))
+        options = {
+            "softcap": softcap,
+            "s_aux": torch.randn(heads * group) if sinks else None,
+            "position_bias": torch.randn(1, heads * group, new, past + new),
+        }
+        mask = causal_mask(padding, past, new) if padded or past else None
+        found, expected = (call(own, states, mask, **options) for own in (layer, reference))
+        reading = torch.ones(batch, new, dtype=torch.bool) if mask is None else mask[:, 0].any(-1)  # not padding
+        torch.testing.assert_close(found[reading], expected[reading], **CLOSE)
+        past += new
+    assert layer.get_seq_length() == past
+
+
+def test_long_contexts_go_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in (("QUERIES", 7), ("SCORES", 64), ("STATES", 64), ("LEAST_BLOCK", 5)):
+        monkeypatch.setattr(f"permprune.kv.attention.{name}", small)
+    monkeypatch.setattr("permprune.kv.tokens.BLOCK", 3)
+    for exact in (False, True):
+        config, channels = PLAIN.replace(window=5), (random_channels(2, 8), random_channels(2, 8))
+        layer, reference = PrunedLayer(config, *channels, exact), ReferenceLayer(config, channels, exact)
+        past = 0
+        for new in (30, 1, 25):
+            states = random_states(1, 2, 2, new, (8, 8))
+            mask = causal_mask(torch.zeros(1), past, new)
+            torch.testing.assert_close(call(layer, states, mask), call(reference, states, mask), **CLOSE)
+            past += new
+
+
+@settings(max_examples=20)
+@given(configs, st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 2**32))
+def test_an_exact_window_makes_the_calls_indifferent(config: KVConfig, calls: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    channels, total = (random_channels(2, 8, centred=True), random_channels(2, 8)), sum(calls)
+    states = random_states(1, 2, 1, total, (8, 8))
+    whole = PrunedLayer(config, *channels, exact_window=True)
+    expected = call(whole, states, None)
+    layer = PrunedLayer(config, *channels, exact_window=True)
+    past, found = 0, []
+    for new in calls:
+        part = [t[:, :, past : past + new] for t in states]
+        found.append(call(layer, part, causal_mask(torch.zeros(1), past, new)))
+        past += new
+    torch.testing.assert_close(torch.cat(found, 1), expected, **CLOSE)
+
+
+def filled(config: KVConfig, tokens: int, batch: int = 2) -> PrunedLayer:
+    layer = PrunedLayer(config, random_channels(2, 16), random_channels(2, 16))
+    call(layer, random_states(batch, 2, 1, tokens, (16, 16)), None)
+    return layer
+
+
+def read(layer: PrunedLayer) -> Tensor:
+    """What a query reads, for fixed new states."""
+    generator = torch.Generator().manual_seed(1)
+    states = [torch.randn(1, 2, 1, 16, generator=generator).expand(len(layer.keys), -1, -1, -1) for _ in range(3)]
+    return call(layer, states, None)
+
+
+@pytest.mark.parametrize("removed", [1, 5, 30, 59, 60])
+def test_a_crop_keeps_the_first_tokens_as_they_are(removed: int) -> None:
+    config = PLAIN.replace(window=8, sinks=4)
+    layer = filled(config, 60)
+    before = [t.clone() for t in layer.tensors()]
+    layer.crop(0)
+    layer.crop(-removed)
+    left = 60 - removed
+    assert layer.get_seq_length() == left
+    assert layer.packed is not None
+    packed = layer.packed[0].length
+    assert packed == min(max(0, left - 4), 48)
+    assert torch.equal(layer.keys, before[0][:, :, : left - packed])
+    for new in (1, 20):
+        call(layer, random_states(2, 2, 1, new, (16, 16)), causal_mask(torch.zeros(2), layer.get_seq_length(), new))
+    assert layer.get_seq_length() == left + 21
+    with pytest.raises(ValueError, match="negative"):
+        layer.crop(3)
+
+
+def test_rows_of_the_batch_are_selected_and_repeated() -> None:
+    config = PLAIN.replace(window=8)
+    torch.manual_seed(1)
+    expected = read(filled(config, 40))
+    for change, rows in (
+        (lambda layer: layer.reorder_cache(torch.tensor([1, 1])), [1, 1]),
+        (lambda layer: layer.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda layer: layer.batch_select_indices(torch.tensor([1])), [1]),
+    ):
+        torch.manual_seed(1)
+        layer = filled(config, 40)
+        change(layer)
+        torch.testing.assert_close(read(layer), expected[rows], **CLOSE)
+
+
+def test_a_copy_reads_the_same_and_grows_alone() -> None:
+    layer = filled(PLAIN.replace(window=8), 40)
+    twin, changed = copy.deepcopy(layer), copy.deepcopy(layer)
+    expected = read(layer)
+    assert torch.equal(read(copy.deepcopy(twin)), expected)
+    call(changed, random_states(2, 2, 1, 30, (16, 16)), causal_mask(torch.zeros(2), 40, 30))
+    assert torch.equal(read(twin), expected)
+
+
+def test_an_empty_layer_takes_every_change() -> None:
+    layer = PrunedLayer(KVConfig())
+    layer.reset()
+    layer.crop(-3)
+    layer.reorder_cache(torch.tensor([0]))
+    assert layer.get_seq_length() == 0 and layer.dense_nbytes == 0 and not list(layer.tensors())
+
+
+def test_memory_grows_in_steps_and_holds_no_token_twice() -> None:
+    layer = filled(PLAIN.replace(window=16, sinks=4), 500, batch=1)
+    addresses = set()
+    for _ in range(128):
+        call(layer, random_states(1, 2, 1, 1, (16, 16)), None)
+        assert layer.packed is not None
+        addresses.add(layer.packed[0].parts["values"].data_ptr())
+    assert len(addresses) <= 3
+    assert layer.packed[0].length == 608 == layer.packed_count(628)
+    assert layer.packed[0].parts["values"].shape[2] <= 608 + 64
+    assert layer.keys.shape[2] == 20 and layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
+def test_channels_of_another_shape_are_refused() -> None:
+    layer = PrunedLayer(KVConfig(), Channels.natural(2, 8), Channels.natural(2, 16))
+    with pytest.raises(PermpruneError, match="keys of 2 heads of 8 channels, and the model has 2 of 16"):
+        call(layer, random_states(1, 2, 1, 3, (16, 16)), None)
+    with pytest.raises(
+        PermpruneError,
+        match="2:4 does not divide the 6 channels of a head: choose an M that divides 6, or 1:6, the default",
+    ):
+        call(PrunedLayer(PLAIN), random_states(1, 2, 1, 3, (6, 6)), None)
+
+
+def test_keys_without_means_need_scores_that_may_all_change_alike() -> None:
+    layer = PrunedLayer(KVConfig(), random_channels(2, 8, centred=True), random_channels(2, 8))
+    call(layer, random_states(1, 2, 1, 9, (8, 8)), None)
+    with pytest.raises(PermpruneError, match="keys without their means"):
+        call(layer, random_states(1, 2, 1, 1, (8, 8)), None, softcap=5.0)
+
+
+def test_dropout_is_refused() -> None:
+    layer = filled(KVConfig(), 60)
+    with pytest.raises(PermpruneError, match="call model"):
+        call(layer, random_states(2, 2, 1, 1, (16, 16)), None, dropout=0.1)
+
+
+def test_a_model_that_reads_the_cache_by_itself_is_told_so() -> None:
+    keys, _ = PrunedLayer(KVConfig()).update(*random_states(1, 2, 1, 3, (16, 16))[1:])
+    with pytest.raises(PermpruneError, match="attention interface"):
+        torch.matmul(torch.rand(3, 3), keys)  # type: ignore[arg-type]
+
+
+def test_tokens_may_come_in_inference_mode_and_after_it() -> None:
+    layer = PrunedLayer(PLAIN.replace(window=8))
+    states = random_states(2, 2, 1, 30, (16, 16))
+    with torch.inference_mode():
+        call(layer, states, None)
+        layer.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        for _ in range(9):
+            call(layer, [t[:, :, :1] for t in states], None)
+    assert layer.packed is not None and layer.packed[0].length == 24
+
+
+def test_packed_tokens_hold_no_graph() -> None:
+    layer = PrunedLayer(PLAIN.replace(window=8))
+    call(layer, [t.requires_grad_() for t in random_states(2, 2, 1, 30, (16, 16))], None)
+    assert layer.packed is not None and layer.packed[0].length == 16
+    assert not any(part.requires_grad for packed in layer.packed for part in packed.parts.values())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_with_left_padding_the_first_tokens_that_are_read_stay_whole(exact: bool) -> None:
+    torch.manual_seed(0)
+    config, padding = PLAIN.replace(window=8, sinks=4), torch.tensor([0, 3, 16, 38, 50])
+    layer = PrunedLayer(config, random_channels(2, 16), random_channels(2, 16), exact)
+    held: list[list[Tensor]] = []
+    for new in (41, 1, 30, 1):  # the last row begins in the third call
+        past = layer.get_seq_length()
+        held.append(random_states(5, 2, 1, new, (16, 16)))
+        call(layer, held[-1], causal_mask(padding, past, new))
+    keys, values = (torch.cat(parts, 2) for parts in list(zip(*held, strict=True))[1:])
+    for channels, states, whole in zip(layer.channels, (keys, values), (layer.keys, layer.values), strict=True):
+        assert channels is not None
+        for row, first in enumerate(padding.tolist()):
+            expected = channels.arrange(states[row : row + 1, :, first : first + 4])
+            assert torch.equal(whole[row : row + 1, :, :4], expected)
+    layer.crop(-10)
+    layer.reorder_cache(torch.tensor([4, 0]))
+    assert layer.places is not None and layer.places.shape == (2, 63)
+    with pytest.raises(PermpruneError, match="cropped into left padding"):
+        layer.crop(-20)
+    layer.reset()
+    call(layer, random_states(1, 2, 1, 40, (16, 16)), None)
+    assert layer.places is None
+
+
+@settings(max_examples=20)
+@given(configs, st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 2**32))
+def test_a_row_with_left_padding_reads_what_it_reads_alone(
+    config: KVConfig, exact: bool, calls: list[int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    calls = [32, *calls]
+    padding = torch.tensor([8, 0, 24])  # whole steps of packing
+    channels = random_channels(2, 8, centred=True), random_channels(2, 16)
+    layer = PrunedLayer(config, *channels, exact)
+    alone = [PrunedLayer(config, *channels, exact) for _ in padding]
+    past = 0
+    for new in calls:
+        states = random_states(3, 2, 2, new, (8, 16))
+        found = call(layer, states, causal_mask(padding, past, new))
+        for row, first in enumerate(padding.tolist()):
+            skipped = max(0, first - past)
+            own = [t[row : row + 1, :, skipped:] for t in states]
+            mask = causal_mask(torch.zeros(1), past + skipped - first, new - skipped)
+            torch.testing.assert_close(found[row, skipped:], call(alone[row], own, mask)[0], **CLOSE)
+        past += new
