@@ -7,7 +7,7 @@ import enum
 import os
 import reprlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from permprune.errors import PermpruneError
 from permprune.options import (
@@ -24,7 +24,7 @@ from permprune.options import (
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
-    from permprune.pattern import parse_pattern
+    from permprune.pattern import Pattern, parse_pattern
     from permprune.permuters.base import Permuter
     from permprune.permuters.registry import permuter
     from permprune.registry import describe, label_of
@@ -54,6 +54,32 @@ UNSET: Any = _Unset.UNSET
 """The value of these fields if they are left to the effort. `minutes=None`, however, is no time limit."""
 
 
+class PruneSettings(TypedDict, total=False):
+    """The fields of `PruneConfig`, as keywords of the functions that take changes of them."""
+
+    pattern: str
+    saliency: str | Saliency
+    effort: str | None
+    permute: str | Permuter
+    mode: str
+    update: str | Update
+    calibration: str | Sequence[str] | None
+    samples: Count
+    length: Length
+    measured: Count
+    held_out: Count
+    batch: Count
+    recompute: bool
+    precision: str
+    memory: Bytes | None
+    shard: bool | None
+    minutes: Positive | None
+    seed: Seed
+    exclude: tuple[str, ...]
+    shared: bool
+    trust_remote_code: bool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PruneConfig:
     """The settings of a run: the same model, data and config give the same permutations.
@@ -63,38 +89,44 @@ class PruneConfig:
     """
 
     pattern: str = "2:4"
-    """N:M, such as "2:4": N of every M consecutive weights are kept; or "mixed": the pattern differs between layers."""
+    """N:M keeps N of every M consecutive weights; "mixed" gives each layer a pattern of its own."""
 
     saliency: str | Saliency = "wanda"
     """The score of each weight: magnitude, wanda, ria or obs."""
 
     effort: str | None = None
-    """How much work the run does: "seconds" (`ria`), "minutes" (about ten: `newton`, then training of the weights that
-    are kept) or "hour" (the same for an hour, on more windows). It sets `permute`, `samples` and `minutes` unless they
-    are given; `minutes=None` is given, too, and takes back its time limit."""
+    """How much work the run does: seconds (ria), minutes (about ten: newton, then training of the weights that are
+    kept) or hour (the same for an hour, on more windows). It sets `permute`, `samples` and `minutes` unless they are
+    given.
+
+    `minutes=None` is given, too, and takes back the time limit of an effort."""
 
     permute: str | Permuter = UNSET
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
-    newton (the default without an `effort`). `compare` and `sweep` take a list of methods in place of this one."""
+    newton (the default without an effort), with options after the name, such as newton:rounds=6.
+
+    `compare` and `sweep` take a list of methods in place of this one."""
 
     mode: str = "fold"
-    """How orders are stored: "fold" writes them into the weights, which costs nothing at run time; with "gather" every
-    layer that reads the residual stream has its own order, at the cost of one `index_select` each."""
+    """How orders are stored: fold writes them into the weights, at no cost at run time; with gather every layer that
+    reads the residual stream has its own order, which loses less, at the cost of one `index_select` each."""
 
     update: str | Update = "none"
-    """The update of the weights that are kept: "none", "sparsegpt" or "admm", which are applied with the orders
-    found, as far as they lower the loss on the held-out examples."""
+    """The update of the weights that are kept, which compensates for the others: none, sparsegpt or admm.
+
+    It is applied with the orders found, as far as it lowers the loss on the held-out examples."""
 
     calibration: str | Sequence[str] | None = None
-    """The calibration data: a file, a folder or a data set id; None for the default data of the model's kind. Several
-    sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
+    """The data to calibrate on: text, sentences, images or speech in a file or folder, or a data set id; by default the
+    text or the images of the zoo.
+
+    Several sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
 
     samples: Count = UNSET
-    """Windows of text to draw from the calibration data, 192 without an `effort`; several images or sentences count as
-    one window."""
+    """Windows of text to calibrate on, 192 without an effort; 32 sentences or 8 images count as one."""
 
     length: Length = 512
-    """Tokens in a window."""
+    """Tokens in a window of text."""
 
     measured: Count = 24
     """Windows for the statistics (the first of those drawn)."""
@@ -103,27 +135,35 @@ class PruneConfig:
     """Windows on which searches accept or reject a step (the next ones); the rest is for gradients."""
 
     batch: Count = 2
-    """Windows in a batch with gradients; one without, which needs less memory, has twice as many."""
+    """Windows in a batch with gradients; fewer need less memory.
+
+    A batch without gradients, which needs less memory, has twice as many."""
 
     recompute: bool = False
     """Recompute the activations of each block in the backward pass instead of storing them: slower, but less memory."""
 
     precision: str = "auto"
-    """The data type of activations: "fp32", "bf16", or "auto" for the faster of the two."""
+    """The data type of activations: fp32, bf16, or auto for the faster of the two."""
 
     memory: Bytes | None = None
-    """The maximum number of bytes for the statistics of one calibration pass. If a run of `prune_to_folder` would need
-    more than this, leaner settings are chosen, or it reads the model layer by layer from disk."""
+    """The limit of the memory for tensors, such as 8GiB: leaner settings are chosen, or the model is read layer by
+    layer from disk.
+
+    In Python it is a number of bytes. It limits a run of `prune_to_folder`, and elsewhere the statistics of one
+    calibration pass."""
 
     shard: bool | None = None
-    """Whether the processes that `torchrun` starts for `prune_to_folder` divide the rows of the weights among them, or
-    each hold the whole model; None for the latter if it fits in memory."""
+    """Whether the processes that torchrun starts divide the rows of the weights among them, or each hold the whole
+    model, as they do by default if it fits in memory.
+
+    Only those of `prune_to_folder` can divide them."""
 
     minutes: Positive | None = UNSET
-    """The time limit of the search, in minutes. The result then depends on the speed of the machine."""
+    """The time limit of the search, in minutes, or none, the default without an effort. With a limit the result depends
+    on the speed of the machine."""
 
     seed: Seed = 0
-    """Seed of all random numbers."""
+    """Seed of all random numbers: the same one gives the same orders."""
 
     exclude: tuple[str, ...] = ()
     """Globs of the names of layers that are not pruned, such as "*.layers.0.*"."""
@@ -133,10 +173,15 @@ class PruneConfig:
     (`Evaluation.beside` sets it)."""
 
     trust_remote_code: bool = False
-    """Run the Python code of a checkpoint when the model is read by name (`read_model`)."""
+    """Run the Python code that comes with a model, if it needs any.
+
+    It applies to a model that is read by name (`read_model`)."""
 
     given: frozenset[str] = dataclasses.field(init=False, repr=False)
     """Those of the fields that an effort may set that were given instead."""
+
+    parsed_pattern: Pattern = dataclasses.field(init=False, repr=False)
+    """The pattern as N and M; that of "mixed" keeps as many weights as the mix."""
 
     def __post_init__(self) -> None:
         if self.effort is not None:
@@ -144,10 +189,9 @@ class PruneConfig:
         chosen = DEFAULTS | EFFORTS.get(self.effort or "", {})
         left = {name: value for name, value in chosen.items() if getattr(self, name) is UNSET}
         derived = {"given": frozenset(chosen.keys() - left.keys()), "calibration": _sources(self.calibration)}
-        for name, value in {**left, **derived}.items():
+        for name, value in {**left, **derived, "parsed_pattern": parse_pattern(self.pattern)}.items():
             object.__setattr__(self, name, value)
         require_fields(self)
-        parse_pattern(self.pattern)
         saliency(self.saliency)
         permuter(self.permute).require_minutes(self.minutes)
         update(self.update)
@@ -164,7 +208,7 @@ class PruneConfig:
         """Whether this is a source of the calibration data, however its path is written."""
         return _resolved(source) in [own and _resolved(own) for own in self.sources]
 
-    def replace(self, **changes: Any) -> PruneConfig:
+    def replace(self, **changes: Unpack[PruneSettings]) -> PruneConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one.
 
         A new `effort` sets its fields, except for those that are given with it.

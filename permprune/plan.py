@@ -26,7 +26,7 @@ from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor
 from permprune.models.shallow import Repetition, repetitions, shortened
-from permprune.pattern import Pattern, parse_pattern
+from permprune.pattern import Pattern
 from permprune.permuters.base import Run
 from permprune.permuters.identity import Identity
 from permprune.permuters.registry import permuter
@@ -94,7 +94,7 @@ def plan_run(
     The model may be on the meta device, with its weights on disk; `weights` are the model's weights by name, from which
     a digest is computed. `partial` is as in `prepare`. Raises `PermpruneError`.
     """
-    pattern, metric = parse_pattern(config.pattern), saliency(config.saliency)
+    pattern, metric = config.parsed_pattern, saliency(config.saliency)
     layers = prunable_layers(model, pattern, config.exclude)
     device = compute_device(model)
     examples_per_window = EXAMPLES_PER_WINDOW[kind_of(model)]
@@ -142,7 +142,7 @@ def outline_model(model: PreTrainedModel, config: PruneConfig) -> Outline:
 
     Of many equal blocks only the first ones are traced, if the model runs without the others. Raises `PermpruneError`.
     """
-    pattern = parse_pattern(config.pattern)
+    pattern = config.parsed_pattern
     layers, lists = prunable_layers(model, pattern, config.exclude), repetitions(model)
     try:
         found = _outline(model, pattern, config.mode, lists)

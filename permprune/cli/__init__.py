@@ -8,13 +8,13 @@ from permprune.cli import (  # noqa: F401 - each registers its command
     finetune,
     inspect,
     kv,
+    methods,
     pack,
     plan,
     probe,
     prune,
     push,
     sweep,
-    unpack,
     verify,
 )
 from permprune.cli.common import app

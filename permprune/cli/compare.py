@@ -11,6 +11,7 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 
 
@@ -18,11 +19,9 @@ from permprune.errors import PermpruneError
 def compare(
     model: cli.Model,
     config: PruneConfig,
-    methods: Annotated[str, typer.Option(help=f"searches, separated by commas: {cli.METHODS}")] = (
-        "none,ria,reconstruction,newton,learned"
-    ),
+    methods: cli.Methods = ("none,ria,reconstruction,newton,learned"),
     data: cli.Data = None,
-    windows: cli.Windows = 24,
+    windows: cli.Windows = Evaluation.windows,
     metric: cli.Metric = None,
     tasks: cli.Tasks = "",
     task_file: cli.TaskFile = None,
@@ -36,7 +35,6 @@ def compare(
 ) -> Iterator[None]:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds and peak memory."""
 
-    from permprune.engine.measuring import Evaluation
     from permprune.permuters.registry import permuters
 
     names = [name for name in cli.parts(methods) if name != "dense"]

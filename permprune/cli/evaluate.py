@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from permprune.cli import common as cli
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 def evaluate(
     model: cli.Model,
     data: cli.Data = None,
-    windows: cli.Windows = 24,
-    length: cli.Length = 512,
+    windows: cli.Windows = Evaluation.windows,
+    length: cli.Length = Evaluation.length,
     metric: cli.Metric = None,
     tasks: cli.Tasks = "",
     task_file: cli.TaskFile = None,
@@ -40,7 +41,6 @@ def evaluate(
     With --tasks, --data is a folder with local files of the tasks.
     """
 
-    from permprune.engine.measuring import Evaluation
     from permprune.evaluation.lm_tasks import evaluate_tasks
 
     if kv is not None and (tasks or task_file or metric):

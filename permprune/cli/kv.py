@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from permprune.cli import common as cli
+from permprune.cli.settings import option
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
+from permprune.kv.config import KVConfig
+from permprune.options import Count, Seed, require
 
 
-@cli.command
+@partial(cli.command, without=("keys", "values"))
 def kv(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],
+    config: KVConfig,
     pattern: Annotated[
         str,
         typer.Option(
@@ -24,22 +30,8 @@ def kv(
             metavar="N:M",
         ),
     ] = "auto",
-    keys: Annotated[
-        str | None,
-        typer.Option(help="pattern of the keys, or dense", metavar="N:M", show_default="that of --pattern"),
-    ] = None,
-    values: Annotated[
-        str | None,
-        typer.Option(help="pattern of the values, or dense", metavar="N:M", show_default="that of --pattern"),
-    ] = None,
-    recovery: Annotated[
-        str, typer.Option(help="values of pruned channels: zeros, or sign, which stores their signs")
-    ] = "sign",
-    dtype: Annotated[
-        str, typer.Option(help="data type of the kept values: int8, int5, bf16, fp16, fp32, or auto for the model's")
-    ] = "int8",
-    window: Annotated[int, typer.Option(help="number of newest tokens that are not pruned")] = 32,
-    sinks: Annotated[int, typer.Option(help="number of first tokens that are not pruned")] = 4,
+    keys: Annotated[str | None, option(KVConfig, "keys", show_default="that of --pattern")] = None,
+    values: Annotated[str | None, option(KVConfig, "values", show_default="that of --pattern")] = None,
     permute: Annotated[
         str,
         typer.Option(
@@ -48,8 +40,7 @@ def kv(
         ),
     ] = "ria",
     calibration: Annotated[
-        str | None,
-        typer.Option(help="text to calibrate on: a file, or a data set id", show_default="the default data"),
+        str | None, typer.Option(help="the text to calibrate on: a file, or a data set id; by default the zoo's")
     ] = None,
     samples: Annotated[int, typer.Option(help="windows of text to calibrate on")] = 16,
     fold: Annotated[
@@ -60,20 +51,17 @@ def kv(
         ),
     ] = None,
     data: cli.Data = None,
-    windows: cli.Windows = 24,
-    length: cli.Length = PruneConfig.length,
-    seed: Annotated[int, typer.Option(help="random seed: the same one gives the same orders")] = PruneConfig.seed,
+    windows: cli.Windows = Evaluation.windows,
+    length: cli.Length = Evaluation.length,
+    seed: Annotated[int, option(PruneConfig, "seed")] = PruneConfig.seed,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> Iterator[None]:
     """Find the channel orders of a pruned key/value cache for MODEL, and measure it."""
 
-    from permprune.engine.measuring import Evaluation
-    from permprune.kv.config import KVConfig
-    from permprune.options import Count, Seed, require
     from permprune.permuters.registry import score_permuter
 
-    config = KVConfig(keys or pattern, values or pattern, recovery=recovery, dtype=dtype, window=window, sinks=sinks)
+    config = config.replace(keys=keys or pattern, values=values or pattern)
     evaluation = Evaluation(data, windows, length)
     score_permuter(permute)
     require("samples", samples, Count)

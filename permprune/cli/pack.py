@@ -1,4 +1,4 @@
-"""`permprune pack`."""
+"""`permprune pack` and `permprune unpack`."""
 
 from __future__ import annotations
 
@@ -40,4 +40,20 @@ def pack(
     if found.left_dense:
         print(f"left dense, as they have no packed form: {', '.join(found.left_dense)}")
     print(f"outputs on the probe differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
+    print(f"written to {out}")
+
+
+@cli.command
+def unpack(
+    folder: Annotated[Path, typer.Argument(help="a folder with packed weights")],
+    out: Annotated[Path, typer.Option(help="folder for the checkpoint with zeros; must not exist yet")],
+    trust_remote_code: cli.TrustRemoteCode = False,
+) -> Iterator[None]:
+    """Write a packed FOLDER as an ordinary checkpoint, with zeros for the pruned weights."""
+
+    yield
+
+    from permprune.jobs.packing import unpack_folder
+
+    unpack_folder(folder, out, trust_remote_code=trust_remote_code)
     print(f"written to {out}")

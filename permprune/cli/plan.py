@@ -9,13 +9,14 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
 
 
 @cli.command
 def plan(
     model: cli.Model,
     config: PruneConfig,
-    windows: cli.Windows = 24,
+    windows: cli.Windows = Evaluation.windows,
     gpu: Annotated[
         str | None,
         typer.Option(help="a GPU to forecast for: h100, h200, a100 or rtx4090", show_default="this machine"),

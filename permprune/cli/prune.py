@@ -10,6 +10,7 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
 from permprune.options import PACKED, require_choice
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     config: PruneConfig,
     data: cli.Data = None,
-    windows: cli.Windows = 24,
+    windows: cli.Windows = Evaluation.windows,
     metric: cli.Metric = None,
     pack: Annotated[
         str | None,
@@ -34,8 +35,6 @@ def prune(
     resume: cli.Resume = False,
 ) -> Iterator[None]:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
-
-    from permprune.engine.measuring import Evaluation
 
     config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
     if pack is not None:

@@ -11,6 +11,7 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 
 if TYPE_CHECKING:
@@ -25,13 +26,13 @@ def sweep(
     patterns: Annotated[
         str, typer.Option(help="N:M patterns, separated by commas; mixed: a pattern for each layer")
     ] = "1:4,2:4,4:8,2:8,8:16,mixed",
-    methods: Annotated[str, typer.Option(help=f"searches, separated by commas: {cli.METHODS}")] = "none,ria,newton",
+    methods: cli.Methods = "none,ria,newton",
     budgets: Annotated[
         str,
         typer.Option(help="time limits of a search in minutes, separated by commas", show_default="no limit"),
     ] = "",
     data: cli.Data = None,
-    windows: cli.Windows = 24,
+    windows: cli.Windows = Evaluation.windows,
     metric: cli.Metric = None,
     tasks: cli.Tasks = "",
     task_file: cli.TaskFile = None,
@@ -42,7 +43,6 @@ def sweep(
 ) -> Iterator[None]:
     """Measure patterns x methods x budgets on MODEL: quality against size, as a table, a page and a picture."""
 
-    from permprune.engine.measuring import Evaluation
     from permprune.jobs.swept import plan_cells
     from permprune.options import Count, require
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from permprune.checkpoints.io import load_written, write_weights
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
-from permprune.config import PruneConfig
+from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
 from permprune.engine.pruned import Pruned, beside_natural, new_gathers
 from permprune.engine.weights import Weights, round_weights
@@ -175,7 +175,7 @@ def prune(
     *,
     examples: ExampleData | None = None,
     callbacks: Sequence[Callback] = (),
-    **changes: Any,
+    **changes: Unpack[PruneSettings],
 ) -> Pruned:
     """Permute and prune a model in place.
 

@@ -39,13 +39,14 @@ class Evaluation:
     """The data and the metric of an evaluation. Raises `PermpruneError` for numbers out of range."""
 
     source: str | None = None
-    """A file, a folder or a data set id; None for the default data of the model's kind."""
+    """The data to evaluate on: text, sentences, images or speech in a file or folder, or a data set id; by default the
+    text or the images of the zoo."""
 
     windows: Count = 24
-    """Windows of text; 32 images or sentences count as one window."""
+    """Windows of text to evaluate on; 32 sentences or images count as one."""
 
     length: Length = 512
-    """Tokens in a window."""
+    """Tokens in a window of text."""
 
     _: dataclasses.KW_ONLY
 
@@ -53,7 +54,8 @@ class Evaluation:
     """Whether calibration uses the same source: each then gets half of its images, speech or sentences."""
 
     metric: str | None = None
-    """The metric for labels: accuracy, matthews, f1, pearson or spearman; None for the one that fits the labels."""
+    """The metric for labels: accuracy, matthews, f1, pearson or spearman; by default accuracy for classes, pearson for
+    scores."""
 
     tasks: TaskList | None = None
     """Tasks to measure as well in `compare` and `sweep`."""

@@ -51,21 +51,32 @@ _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class TaskList:
-    """Tasks by name, which are "wikitext2" and all tasks of lm-eval, and tasks or groups that `files` define.
-
-    `files` are in lm-eval's YAML, and `names` may repeat what they define; the code that they refer to by `!function`
-    or `class` is run. With a folder `data`, laid out as docs/tasks.md describes, "wikitext2" and the tasks of
-    `permprune.data.benchmarks` are read from there. `limit` bounds the number of examples of each task (of windows for
-    "wikitext2"). `few_shot` is the number of solved examples in each prompt; None takes the number that each task
-    defines, usually 0. Raises `PermpruneError` for numbers out of range.
-    """
+    """Tasks of lm-eval, and those that its files define. Raises `PermpruneError` for numbers out of range."""
 
     names: tuple[str, ...]
+    """Tasks of lm-eval, or wikitext2, separated by commas (docs/tasks.md).
+
+    In Python they are a tuple."""
+
     _: dataclasses.KW_ONLY
+
     data: str | None = None
+    """A folder with local files of the tasks (docs/tasks.md); by default they come from the hub.
+
+    "wikitext2" and the tasks of `permprune.data.benchmarks` are read from it."""
+
     limit: Count | None = None
+    """Examples of each task, by default all.
+
+    Windows of "wikitext2"."""
+
     few_shot: Natural | None = None
+    """Solved examples in each prompt of the tasks, by default as many as each task defines, usually none."""
+
     files: tuple[str, ...] = ()
+    """YAML file of a task or a group of tasks, in the form of lm-eval; the code that it names runs.
+
+    It is named by `!function` or `class`. `names` may repeat what the files define."""
 
     def __post_init__(self) -> None:
         require_fields(self)

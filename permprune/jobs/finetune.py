@@ -75,55 +75,61 @@ ADAPTERS_RATE = 1e-3
 class FineTuning:
     """The options of fine-tuning. Raises `PermpruneError` for numbers out of range."""
 
-    data: str | None
-    """The training data, as in `PruneConfig.calibration`; None for the default data of the model's kind."""
+    data: str | None = None
+    """The data to train on: labelled sentences or images, or text, in a file or folder, or a data set id; by default
+    the text or the images of the zoo."""
 
     _: dataclasses.KW_ONLY
 
     dev: str | None = None
-    """The data to measure each epoch on; None holds out a tenth of the training data, at most 1000 examples."""
+    """The data to measure each epoch on; by default a tenth of the training data, at most 1000 examples."""
 
     train: str = "all"
-    """The parameters to train: "all", "norms" (norms, biases and the head) or "head"."""
+    """The weights to train: all, norms (norms, biases and the head) or head."""
 
     adapters: Count | None = None
-    """The rank of adapters (LoRA) through which the linear layers inside the blocks are trained, with `train` "all".
-    Norms, biases and the head are trained as they are, and embeddings are not. Pruned weights stay zero, and the
-    adapters are merged into the weights at the end. None trains every weight by itself."""
+    """Train linear layers through adapters (LoRA) of this rank, merged at the end, which needs less memory; by default
+    every weight is trained by itself.
+
+    This takes `train` "all". Norms, biases and the head are trained as they are, and embeddings are not. Pruned weights
+    stay zero."""
 
     teacher: ModelSource | None = None
-    """The dense model, by name or in memory. The loss is then the KL divergence from its outputs (for regression, the
-    squared distance) instead of the loss of the labels; for language models it is added to the loss of the tokens.
-    Dropout is off, and the best epoch is the one with the smallest loss on `dev` instead of the best metric."""
+    """The dense model whose outputs replace the labels; a language model learns from its text as well.
+
+    It is given by name or in memory. The loss is then the KL divergence from its outputs (for regression, the squared
+    distance), for language models added to the loss of the tokens. Dropout is off, and the best epoch is the one with
+    the smallest loss on `dev` instead of the best metric."""
 
     hidden: NonNegative | None = None
-    """The weight of the distance between the outputs of the blocks and the teacher's (`Objective.hidden_states`). None
-    chooses it for the data: 0 for text of which every token is predicted, else 20 (`Objective.for_training`)."""
+    """The weight of the distance between the blocks' outputs and the teacher's, relative to their length; by default 0
+    for text that is predicted token by token, else 20 (`Objective.hidden_states`)."""
 
     metric: str | None = None
-    """The metric for labels, as in `Evaluation`."""
+    """The metric for labels: accuracy, matthews, f1, pearson or spearman; by default accuracy for classes, pearson for
+    scores."""
 
     epochs: Count | None = None
-    """Passes over the data: by default 3, or more if the data are small."""
+    """Passes over the data, of which the best is kept; by default 3, up to 20 for small data."""
 
     lr: Positive | None = None
-    """The peak learning rate: by default 5e-5 for all weights (1e-4 for fewer than 50 million; of a language model
-    with a teacher 0.002 times the root mean square of its weights), otherwise 1e-3, also for adapters."""
+    """The peak learning rate; by default 5e-5, 1e-4 below 50 million parameters, 0.002 times the root mean square of
+    the weights for a language model with a teacher, 1e-3 for norms, head and adapters."""
 
     batch: Count | None = None
-    """Examples per step: by default 4 windows of text, or 32 examples of any other kind."""
+    """Examples in a step; by default 32, or 4 windows of text."""
 
     length: Count | None = None
-    """Tokens in a window of text, by default 512; for other texts the maximum number of tokens, by default 128."""
+    """Tokens in an example; by default at most 128, or 512 for windows of text."""
 
     rows: Count | None = None
-    """Examples to draw: by default 256 windows of text, or all examples of any other kind."""
+    """Examples to draw from the data; by default all, or 256 windows of text."""
 
     seed: Seed = 0
-    """Seed of all random numbers; the same seed gives the same weights."""
+    """Seed of all random numbers: the same one gives the same weights."""
 
     trust_remote_code: bool = False
-    """As in `read_model`; also applies to the teacher."""
+    """Run the Python code that comes with the model or its teacher, if they need any."""
 
     def __post_init__(self) -> None:
         require_fields(self)

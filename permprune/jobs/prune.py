@@ -28,7 +28,6 @@ from permprune.inference.pack import packed_type
 from permprune.jobs.packing import pack_folder
 from permprune.kernels.product.layout import require_packable
 from permprune.models.processors import Processor
-from permprune.pattern import parse_pattern
 from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
 from permprune.pruning.folder import write_pruned
@@ -67,7 +66,7 @@ def prune_to_folder(
         reset_peak_memory()
         started = time.monotonic()
         if pack is not None:
-            require_packable(parse_pattern(config.pattern), packed_type(pack))
+            require_packable(config.parsed_pattern, packed_type(pack))
         fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config)
         if fitted is not None:
             config = fitted.config

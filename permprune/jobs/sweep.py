@@ -39,7 +39,6 @@ from permprune.jobs.swept import OWN, Cell, DenseRow, Sweep, SweepRow, pareto, p
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
 from permprune.options import Count, require
-from permprune.pattern import parse_pattern
 from permprune.permuters.base import Run
 from permprune.permuters.registry import permuter
 from permprune.report.sweep import write_sweep
@@ -151,7 +150,7 @@ def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int
         else read_skeleton(str(model), trust_remote_code=config.trust_remote_code)
     )
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
-        prunable_layers(skeleton, parse_pattern(pattern), config.exclude)
+        prunable_layers(skeleton, config.replace(pattern=pattern).parsed_pattern, config.exclude)
     dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # does not list excluded layers
 
 

@@ -40,27 +40,33 @@ class KVConfig:
     """
 
     keys: str = AUTO
-    """The N:M pattern of the keys along the channels of a head; M may be all of the channels. "auto" is
-    `default_pattern`, and "dense" keeps all channels."""
+    """The N:M pattern of the keys along the channels of a head, or dense; auto is one group for the whole head.
+
+    M may be all of the channels. "auto" is `default_pattern`, and "dense" keeps all channels."""
 
     values: str = AUTO
-    """The pattern of the values, likewise."""
+    """The pattern of the values, or dense, or auto."""
 
     _: dataclasses.KW_ONLY
 
     recovery: str = "sign"
-    """What attention reads in place of a pruned channel: "zeros", or "sign": the channel's sign, stored as one bit,
-    times its typical magnitude, times one number for each token and head."""
+    """What attention reads in place of a pruned channel: zeros, or sign, which stores its sign.
+
+    The sign, one bit, is multiplied by the channel's typical magnitude and one number for each token and head."""
 
     dtype: str = "int8"
-    """The type of kept values: "int8" with one scale for each token and head, which loses hardly more than "bf16" at
-    0.6 of its bytes; "int5" likewise, with which fewer bytes keep more channels; "fp32", "bf16", "fp16", or "auto"."""
+    """The type of kept values: int8, int5, bf16, fp16, fp32, or auto for the model's.
+
+    "int8" with one scale for each token and head loses hardly more than "bf16" at 0.6 of its bytes; with "int5" fewer
+    bytes keep more channels."""
 
     window: Natural = 32
-    """The newest tokens, which stay whole. Tokens are packed 8 at a time, so that up to 7 more are whole."""
+    """The newest tokens, which are not pruned.
+
+    Tokens are packed 8 at a time, so that up to 7 more are whole."""
 
     sinks: Natural = 4
-    """The first tokens, which stay whole: attention sinks (Xiao et al. 2024, arXiv 2309.17453)."""
+    """The first tokens, which are not pruned: attention sinks (Xiao et al. 2024, arXiv 2309.17453)."""
 
     def __post_init__(self) -> None:
         require_fields(self)

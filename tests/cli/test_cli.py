@@ -1,13 +1,14 @@
 """The command line, run as a person runs it."""
 
 import dataclasses
-import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from permprune.cli.common import parse_bytes, prune_config
+from permprune.cli.settings import PYTHON_ONLY, options_of, parse_bytes, settings_from
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.jobs.finetune import FineTuning
+from permprune.kv.config import KVConfig
+from permprune.options import numbers_of
 from permprune.permuters.newton import Newton
+from permprune.permuters.registry import PERMUTERS
+from permprune.saliency.registry import SALIENCIES
 from permprune.system.search_state import Checkpoint
+from permprune.updates.registry import UPDATES
 
-from .running import fails, run
+from .running import COMMAND, fails, run
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
 
@@ -118,17 +125,49 @@ def test_a_plan_that_cannot_be_made_is_one_line(tiny_checkpoint: Path, change: l
     assert message in fails("plan", tiny_checkpoint, *change)
 
 
-def test_the_shared_options_are_the_settings() -> None:
-    fields = {field.name for field in dataclasses.fields(PruneConfig)}
-    elsewhere = {"measured", "held_out", "shared", "given"}
-    assert set(inspect.signature(prune_config).parameters) == fields - elsewhere
-    assert prune_config() == PruneConfig()
-    chosen = prune_config(
-        pattern="4:8", memory="1MiB", exclude=["*.o_proj"], update="sparsegpt", batch=2, recompute=True
-    )
-    assert chosen == PruneConfig(
-        pattern="4:8", memory=2**20, exclude=("*.o_proj",), update="sparsegpt", batch=2, recompute=True
-    )
+@pytest.mark.parametrize("settings", [PruneConfig, FineTuning, KVConfig])
+def test_the_options_are_the_settings(settings: type) -> None:
+    offered = options_of(settings)
+    fields = {field.name for field in dataclasses.fields(settings) if field.init}
+    assert offered.keys() == fields - {*PYTHON_ONLY}
+    assert settings_from(settings, {name: option.default for name, option in offered.items()}) == settings()
+
+
+def test_the_values_of_options_become_settings() -> None:
+    values = {"pattern": "4:8", "memory": "1MiB", "exclude": ["*.o_proj"], "calibration": [], "recompute": True}
+    chosen = settings_from(PruneConfig, {**values, "effort": "hour", "minutes": "none", "permute": "ria"})
+    expected = PruneConfig(pattern="4:8", memory=2**20, exclude=("*.o_proj",), recompute=True, effort="hour")
+    assert chosen == expected.replace(permute="ria", minutes=None, effort="hour")
+
+
+def test_first_comes_what_people_need_first() -> None:
+    panels = Counter(option.rich_help_panel for option in COMMAND.commands["prune"].params[1:])
+    assert panels[None] <= 11 and len(panels) == 4  # and --help
+
+
+def test_methods_are_listed_and_explained() -> None:
+    code, stdout, _ = run("methods")
+    assert code == 0 and {*PERMUTERS, *SALIENCIES, *UPDATES, "objective"} <= set(re.findall(r"[\w-]+", stdout))
+    code, stdout, _ = run("methods", "newton")
+    assert code == 0 and all(option in stdout for option in numbers_of(Newton)) and "at most" not in stdout
+    assert "permuter" not in run("methods", "wanda")[1]
+    assert 'did you mean "newton"' in fails("methods", "newtn")
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("prune smol", "smollm2-135m"),
+        ("compare model --methods ria,new", "ria,newton"),
+        ("prune model --update sp", "sparsegpt"),
+        ("verif", "verify"),
+    ],
+)
+def test_the_tab_key_completes_names(typed: str, completed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_PERMPRUNE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"permprune {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+    assert completed in run()[1].split()
 
 
 def test_compare_writes_table_json_and_picture(source: list[str], tmp_path: Path) -> None:
@@ -310,6 +349,5 @@ def test_a_killed_process_resumes_to_the_same_permutations(source: list[str], tm
 def test_bytes() -> None:
     assert parse_bytes("8GiB") == 8 * 2**30
     assert parse_bytes("1.5 MB") == 1_500_000
-    assert parse_bytes(None) is None
     with pytest.raises(PermpruneError):
         parse_bytes("GiB")

@@ -20,7 +20,7 @@ from permprune import (
     perplexity,
     prune_to_folder,
 )
-from permprune.cli.common import parse_bytes
+from permprune.cli.settings import parse_bytes
 from permprune.losses.objective import Objective
 from permprune.options import numbers_of
 from permprune.permuters.newton import Newton

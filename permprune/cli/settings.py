@@ -1,0 +1,131 @@
+"""Options of the command line from the fields of settings, whose docstrings are the help."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+from permprune.cli.completion import completion_of
+from permprune.errors import PermpruneError
+
+T = TypeVar("T")
+
+NAMED = dict.fromkeys(("Permuter", "Saliency", "Update", "ModelSource"), str)
+"""Types of fields that take an object or its name, of which the command line takes the name."""
+
+PYTHON_ONLY = ("measured", "held_out", "shared")
+"""Fields that are no options."""
+
+PANELS = {
+    "Data": ("samples", "length", "windows", "metric", "seed"),
+    "Tasks": ("tasks", "task_file", "task_data", "limit", "few_shot"),
+    "Memory and speed": ("memory", "batch", "recompute", "precision", "shard", "jobs"),
+    "Model and output": ("exclude", "trust_remote_code", "pack", "json", "picture"),
+}
+"""Options that few people need, by their panel in the help."""
+
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """Parse an amount of memory such as "8GiB"; returns bytes. Raises `PermpruneError` unless it is positive."""
+    number = text.rstrip("BGIKMbgikm")
+    try:
+        size = int(float(number) * UNITS[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise PermpruneError(f'"{text}" is not an amount of memory: give one above 0, such as 8GiB or 500MB')
+    return size
+
+
+def parse_minutes(text: str) -> float | None:
+    """Parse a time limit in minutes; "none" is None. Raises `PermpruneError` for a text that is neither."""
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise PermpruneError(f"minutes is {text!r}: give a number above 0, or none for no limit") from None
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {"memory": parse_bytes, "minutes": parse_minutes}
+"""Functions that read the text of an option."""
+
+
+def option(settings: type, name: str, *flags: str, **more: Any) -> Any:
+    """Return a typer option whose help is the first paragraph of the docstring of a field."""
+    text = _field_docs(settings)[name].replace("`", "").rstrip(".")
+    lowered = text if text[:2].isupper() or text[1] == ":" else text[0].lower() + text[1:]
+    return typer.Option(*flags, help=lowered, metavar="N:M" if name in ("pattern", "keys", "values") else None, **more)
+
+
+def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspect.Parameter]:
+    """Return a parameter of a command for each field of settings, but for those in `without`, by name.
+
+    It is None if the option is not given and the field's default is no plain value.
+    """
+    hints, found = get_type_hints(settings, localns=NAMED), {}
+    for field in dataclasses.fields(settings):
+        if field.init and field.name not in PYTHON_ONLY and field.name not in without:
+            default = field.default if isinstance(field.default, bool | int | float | str) else None
+            kind = _option_type(field.name, hints[field.name])
+            offered = option(settings, field.name, *([_flag(field.name)] if default is False else []))
+            if get_origin(kind) is list:
+                offered.help += "; may be repeated"
+            annotation: Any = Annotated[kind if default is not None else kind | None, offered]
+            found[field.name] = inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            )
+    return found
+
+
+def complete_option(name: str, parameter: inspect.Parameter) -> None:
+    """Give the option of a command its panel in the help, and its completion by the Tab key."""
+    (info,) = parameter.annotation.__metadata__
+    info.rich_help_panel = next((panel for panel, names in PANELS.items() if name in names), None)
+    info.autocompletion = completion_of(name)
+
+
+def settings_from(settings: type[T], values: Mapping[str, Any]) -> T:
+    """Return the settings for the values of their options. Raises `PermpruneError` for those that they refuse."""
+    given = {name: value for name, value in values.items() if value not in (None, [])}
+    return settings(
+        **{
+            name: PARSERS[name](value) if name in PARSERS else tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+        }
+    )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _option_type(name: str, hint: Any) -> Any:
+    """The type of an option: text where it is parsed here, a list for a field that takes several texts."""
+    kinds = get_args(hint) or (hint,)
+    if name in PARSERS:
+        return str
+    if any(get_origin(kind) in (tuple, Sequence) for kind in (hint, *kinds)):
+        return list[str]
+    return next(kind for kind in kinds if kind in (bool, int, float, str))
+
+
+@cache
+def _field_docs(settings: type) -> dict[str, str]:
+    """Return the first paragraph of the docstring of each field of a dataclass, on one line."""
+    module = ast.parse(inspect.getsource(sys.modules[settings.__module__]))
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    return {
+        field.target.id: " ".join(doc.value.value.partition("\n\n")[0].split())
+        for field, doc in pairwise(classes[settings.__name__].body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant) and isinstance(doc.value.value, str)
+    }
