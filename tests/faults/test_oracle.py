@@ -11,7 +11,7 @@ import permprune
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
 
-from .oracle import Llama, decode_blocks, read_tensors, same_tensors
+from .fuzz.oracle import Llama, decode_blocks, read_tensors, same_tensors
 from .pruned import WINDOWS, logits, write_pruned, write_source
 
 
