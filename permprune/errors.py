@@ -1,4 +1,4 @@
-"""What permprune says when it cannot go on."""
+"""Exceptions raised by permprune."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ class PermpruneError(Exception):
 
 class FinalError(PermpruneError):
     """An error that the same run would end in again: its state is not kept."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the message of an error in one line; the name of its type if it has no message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if isinstance(error, KeyError):
+        return f"unknown key {lines[0]}"
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _restored(kind: type[PermpruneError], args: tuple[Any, ...], state: dict[str, Any]) -> PermpruneError:

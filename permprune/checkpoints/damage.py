@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from permprune.checkpoints.probe import PROBE
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.system.digests import digest_of
 
 INDEX = "model.safetensors.index.json"
@@ -77,14 +77,6 @@ def require_digests(folder: Path, digests: Mapping[str, str]) -> None:
             f"{folder}: {changed[0]} is not as permprune wrote it{more}: copy the folder again; if you trained it, "
             "do so after permprune.load, and write it with permprune.save"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an error in one line; the name of its type if it has no message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if isinstance(error, KeyError):
-        return f"unknown key {lines[0]}"
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _index_damage(content: Any, folder: Path) -> str | None:

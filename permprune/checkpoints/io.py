@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from permprune.checkpoints.companions import copy_companions, fetch_companions
-from permprune.checkpoints.damage import damage, first_line, require_digests
+from permprune.checkpoints.damage import damage, require_digests
 from permprune.checkpoints.gathers import attach_gathers, has_gathers
 from permprune.checkpoints.origin import Origin, origin_of, set_origin
 from permprune.checkpoints.patterns import recorded_patterns
@@ -23,7 +23,7 @@ from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_cl
 from permprune.checkpoints.schema import Malformed
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import load_whole, load_whole_file, require_fewer_layers
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
 from permprune.models.processors import Processor, read_processor

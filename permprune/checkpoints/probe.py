@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.models.dummy_inputs import random_like
 from permprune.models.forward import computed_in, forward_arguments, main_outputs
+from permprune.models.hooks import attached
 from permprune.models.layers import is_packed
 from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
@@ -98,8 +99,7 @@ def read_probe(folder: Path, stored: torch.dtype) -> Probe:
     except FileNotFoundError:
         raise PermpruneError(f"{folder} lacks {PROBE}: {ADVICE}") from None
     except (OSError, SafetensorError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PermpruneError(f"{path} is damaged ({reason}): {ADVICE}") from error
+        raise PermpruneError(f"{path} is damaged ({first_line(error)}): {ADVICE}") from error
     if (outputs := tensors.pop(OLD_OUTPUTS, None)) is not None:
         rounding = 8 * torch.finfo(stored).eps if stored.itemsize < 4 else 0.0
         tolerance: Tensor | None = (rounding * outputs.abs().max()).clamp(min=1e-4) if outputs.numel() else None
@@ -136,8 +136,7 @@ def output_difference(model: PreTrainedModel, probe: Probe, what: str) -> float:
         with nullcontext() if is_packed(model) else computed_in(model, torch.float32):
             outputs = probe_outputs(model, probe.inputs, max(1, len(probe.outputs) // max(1, rows)))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PermpruneError(f"the model does not run on the examples of {PROBE} ({reason})") from error
+        raise PermpruneError(f"the model does not run on the examples of {PROBE} ({first_line(error)})") from error
     if outputs.shape != probe.outputs.shape:
         shapes = tuple(outputs.shape), tuple(probe.outputs.shape)
         raise PermpruneError(f"{what} has outputs of shape {shapes[0]}, and {PROBE} {shapes[1]}: {ADVICE}")
@@ -153,9 +152,5 @@ def _rounded(model: nn.Module) -> Iterator[None]:
         return output.bfloat16().to(output.dtype) if narrow else output
 
     modules = [module for module in model.modules() if not any(module.children())]
-    handles = [module.register_forward_hook(rounded) for module in modules]
-    try:
+    with attached(module.register_forward_hook(rounded) for module in modules):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

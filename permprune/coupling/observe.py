@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from permprune.coupling.sites import UniqueNames, common_prefix, dotted, owner
 from permprune.coupling.space import Coupling, Site
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import forward_arguments, inference
+from permprune.models.hooks import attached
 from permprune.models.layers import Layer
 
 
@@ -28,19 +29,17 @@ def observe(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[La
         read.append((layer.parameter, args[0] if layer.reads_input else inside))
 
     observed = {layer.parameter: layer for layer in layers}.values()
-    hooks = [layer.owner.register_forward_pre_hook(partial(note, layer)) for layer in observed]
     try:
-        with inference(model):
+        with (
+            attached(layer.owner.register_forward_pre_hook(partial(note, layer)) for layer in observed),
+            inference(model),
+        ):
             model(**forward_arguments(model, example))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(
-            f"the model can be neither traced nor run on the calibration data ({reason}): "
+            f"the model can be neither traced nor run on the calibration data ({first_line(error)}): "
             "raise --memory if it is read layer by layer, else check that it runs"
         ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
     return Coupling((), tuple(_sites(read)))
 
 

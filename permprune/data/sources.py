@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
@@ -192,9 +192,8 @@ def dataset(source: str, part: Part) -> Iterator[Any]:
     except PermpruneError:
         raise
     except Exception as error:  # datasets passes on errors of any type from its readers, fsspec and the network
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise PermpruneError(
-            f'"{name}" is not a file here, and its split "{split}" does not load as a data set: {reason}'
+            f'"{name}" is not a file here, and its split "{split}" does not load as a data set: {first_line(error)}'
         ) from error
 
 

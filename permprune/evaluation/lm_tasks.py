@@ -16,7 +16,7 @@ from typing import Any
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.data.benchmarks import SOURCES, wikitext2
 from permprune.data.sources import read_text
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
 from permprune.options import Count, Natural, require_fields
 from permprune.system.imports import on_first_use
@@ -130,9 +130,9 @@ class TaskList:
         except PermpruneError:
             raise
         except Exception as error:  # lm-eval and datasets raise whatever their readers and the network raise
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise PermpruneError(
-                f"{', '.join([*names, *self.files])}: {reason}; --data FOLDER reads local files of some tasks"
+                f"{', '.join([*names, *self.files])}: {first_line(error)}; "
+                "--data FOLDER reads local files of some tasks"
             ) from error
         return list(loaded.values())
 

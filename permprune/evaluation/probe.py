@@ -21,6 +21,7 @@ from permprune.evaluation.classification import share
 from permprune.evaluation.result import TOP_1_ACCURACY, Result
 from permprune.examples import Examples
 from permprune.models.forward import frozen, run_model
+from permprune.models.hooks import attached
 from permprune.models.signature import argument_names
 from permprune.options import Count, Seed, require
 from permprune.system.device import compute_device
@@ -162,27 +163,23 @@ def _mapped(config: PreTrainedConfig, kind: Any) -> PreTrainedConfig:
 def _head_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> tuple[str, Tensor]:
     """Return the name of the linear layer that computes the logits, and its inputs, fp32 (count, features) on CPU."""
     calls: list[tuple[str, Tensor, Tensor]] = []
-    handles = [
+    hooks = [
         module.register_forward_hook(lambda _, args, output, name=name: calls.append((name, args[0], output)))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    found: list[tuple[str, Tensor]] = []
-    try:
-        with frozen(model):
-            for part in track(examples.split(batch), "features"):
-                calls.clear()
-                logits = run_model(model, part.to(compute_device(model))).logits
-                found += [(name, x) for name, x, y in calls if y is logits or y.data_ptr() == logits.data_ptr()]
-    finally:
-        for handle in handles:
-            handle.remove()
-    names = {name for name, _ in found}
-    if len(names) != 1 or any(x.dim() != 2 for _, x in found):
+    features: list[tuple[str, Tensor]] = []
+    with attached(hooks), frozen(model):
+        for part in track(examples.split(batch), "features"):
+            calls.clear()
+            logits = run_model(model, part.to(compute_device(model))).logits
+            features += [(name, x) for name, x, y in calls if y is logits or y.data_ptr() == logits.data_ptr()]
+    names = {name for name, _ in features}
+    if len(names) != 1 or any(x.dim() != 2 for _, x in features):
         raise PermpruneError(
             "no linear layer gives the logits of an example: give a classifier, or a model without a head"
         )
-    return names.pop(), torch.cat([x.float().cpu() for _, x in found])
+    return names.pop(), torch.cat([x.float().cpu() for _, x in features])
 
 
 def _resized(model: PreTrainedModel, name: str, classes: int) -> nn.Linear:

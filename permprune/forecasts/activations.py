@@ -20,6 +20,7 @@ from permprune.forecasts.resources import Held
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.experts import EVENLY, implementation
 from permprune.models.forward import frozen
+from permprune.models.hooks import attached
 from permprune.models.layers import block_linears, blocks
 from permprune.models.shallow import Repetition, shortened
 
@@ -149,13 +150,9 @@ class _Live(TorchDispatchMode):
             begins = starts_graph and not x.requires_grad and torch.is_grad_enabled()
             return (x.detach().requires_grad_(), *args[1:]) if begins else None
 
-        handles = [hook for block in self.blocks for hook in self._watch(block)]
-        handles += [layer.register_forward_pre_hook(read) for layer in layers]
-        try:
+        hooks = [hook for block in self.blocks for hook in self._watch(block)]
+        with attached([*hooks, *(layer.register_forward_pre_hook(read) for layer in layers)]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _watch(self, block: nn.Module) -> list[Any]:
         def enter(_block: nn.Module, _args: Any) -> None:

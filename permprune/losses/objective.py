@@ -20,6 +20,7 @@ with on_first_use(globals()):
     from permprune.losses import targets
     from permprune.losses.targets import Imitation, Task
     from permprune.models.forward import padding_of
+    from permprune.models.hooks import attached
     from permprune.models.layers import blocks
     from permprune.models.padding import Padding
 
@@ -148,12 +149,8 @@ def block_outputs(model: nn.Module, padding: Padding) -> Iterator[list[Tensor]]:
     def keep(block: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
         outputs.append(padding.real(output if isinstance(output, Tensor) else output[0], module=block))
 
-    handles = [block.register_forward_hook(keep) for block in blocks(model)]
-    try:
+    with attached(block.register_forward_hook(keep) for block in blocks(model)):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _smooth_l1(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:

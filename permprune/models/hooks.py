@@ -26,6 +26,17 @@ After = Callable[[Layer, Tensor, Routed | None, Tensor], None]
 
 
 @contextmanager
+def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Context manager: the hooks are removed at its end."""
+    hooks = list(hooks)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def hooked(
     layers: Iterable[Layer], *, before: Before | None = None, after: After | None = None, whole: Whole = routed_only
 ) -> Iterator[None]:
@@ -34,19 +45,15 @@ def hooked(
     Experts run one after the other, on all tokens where `whole` says so (see `run_in_turn`). With `after`, a layer that
     does not return a tensor raises `PermpruneError`.
     """
-    handles, layers = [], list(layers)
+    hooks, layers = [], list(layers)
     for layer in layers:
         if before is not None:
-            handles.append(layer.module.register_forward_pre_hook(partial(_before, layer, before)))
+            hooks.append(layer.module.register_forward_pre_hook(partial(_before, layer, before)))
         if after is not None:
-            handles.append(layer.module.register_forward_hook(partial(_after, layer, after)))
+            hooks.append(layer.module.register_forward_hook(partial(_after, layer, after)))
     matrices = [layer.module for layer in layers if isinstance(layer.module, ExpertMatrix)]
-    try:
-        with run_in_turn([matrix.experts for matrix in matrices], whole):
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with attached(hooks), run_in_turn([matrix.experts for matrix in matrices], whole):
+        yield
 
 
 def replaced_while_running(

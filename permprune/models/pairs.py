@@ -10,7 +10,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.examples import IGNORED
 from permprune.models.forward import is_causal_lm
 from permprune.models.processors import Processor
@@ -55,8 +55,7 @@ def encode_pair(processor: Any, image: Image, prompt: str, answer: str) -> dict[
         special = {"add_special_tokens": False} if own and text.startswith(own) else {}
         made = processor(text=[text], images=[[image]], return_tensors="pt", **special)
     except (jinja2.TemplateError, ValueError, TypeError, IndexError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PermpruneError(f"the model's processor fails on an image with text: {reason}") from error
+        raise PermpruneError(f"the model's processor fails on an image with text: {first_line(error)}") from error
     tensors: dict[str, Tensor] = {name: value for name, value in made.items() if isinstance(value, Tensor)}
     return {**tensors, "labels": _answer_labels(tensors["input_ids"], processor.tokenizer, asked, text)}
 

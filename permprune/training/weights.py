@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
+from permprune.models.hooks import attached
 from permprune.models.layers import Layer, blocks, ends_of
 
 TRAINED = ("all", "norms", "head")
@@ -70,9 +71,5 @@ def masked(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
     for layer in map(linears.__getitem__, layers):
         mask = masks.setdefault(layer.parameter, torch.zeros_like(layer.stored, dtype=torch.bool))
         layer.part_of(mask).copy_(layer.weight == 0)
-    handles = [model.get_parameter(name).register_hook(keep(mask)) for name, mask in masks.items()]
-    try:
+    with attached(model.get_parameter(name).register_hook(keep(mask)) for name, mask in masks.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -22,6 +22,7 @@ with on_first_use(globals()):
     from permprune.calibration.moments import InputMoments
     from permprune.examples import Examples
     from permprune.models.forward import frozen, padding_of
+    from permprune.models.hooks import attached
     from permprune.models.layers import Layer, blocks
     from permprune.pruning.network import PrunedNetwork
 
@@ -95,14 +96,17 @@ class LayerUpdate(Update):
             if not waiting:
                 raise _AllUpdated
 
-        handles = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
         bar = track(waiting.copy(), self.name)
-        try:
-            with torch.no_grad(), closing(bar), suppress(_AllUpdated), frozen(network.model), network.autocast():
-                network.task(network.model, shown)
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
+        with (
+            attached(hooks),
+            torch.no_grad(),
+            closing(bar),
+            suppress(_AllUpdated),
+            frozen(network.model),
+            network.autocast(),
+        ):
+            network.task(network.model, shown)
 
     def _layer(self, network: PrunedNetwork, name: str, moments: Tensor, order: Tensor, mask: Tensor | None) -> Tensor:
         try:
