@@ -55,21 +55,20 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
     `dense_outputs` if both are the same module with other weights. Raises `PermpruneError` if no task fits the
     examples.
     """
-    answers = dense if isinstance(dense, DenseOutputs) else dense_outputs(dense, examples, batch)
+    if not isinstance(dense, DenseOutputs):
+        dense = dense_outputs(dense, examples, batch)
     device = compute_device(model)
-    same, distance, count, kinds = 0, 0.0, 0, 0
+    same, distance, count = 0, 0.0, 0
     with frozen(model):
-        parts = distributed.share(answers.examples.split(answers.batch))
-        for part, expected in zip(track(parts, "agreement"), answers.predictions, strict=True):
-            predictions = answers.task(model, part.to(device))
+        parts = distributed.share(dense.examples.split(dense.batch))
+        for part, expected in zip(track(parts, "agreement"), dense.predictions, strict=True):
+            predictions = dense.task(model, part.to(device))
             distance, count = distance + float(predictions.distance(expected)), count + predictions.terms
             if isinstance(predictions, Predictions):
                 same += int((predictions.logits.argmax(-1).cpu() == expected.argmax(-1)).sum())
-    if variances := getattr(answers.task, "variances", None):
-        kinds = len(variances)
     same_total, distance, total = distributed.total(same, distance, count)
-    if kinds:
-        return [Result("imitation", FEATURE_ERROR, distance / total / kinds, count=int(total))]
+    if variances := getattr(dense.task, "variances", None):
+        return [Result("imitation", FEATURE_ERROR, distance / total / len(variances), count=int(total))]
     return [
         share("imitation", TOP_1_AGREEMENT, right=same_total, count=total),
         Result("imitation", KL_DIVERGENCE, distance / total, count=int(total)),

@@ -25,8 +25,8 @@ def accuracy(model: nn.Module, examples: Examples, batch: int = 32) -> list[Resu
     device = compute_device(model)
     first, five, count, classes = 0, 0, 0, 0
     with frozen(model):
-        for part in track(distributed.share(batches(examples, batch)), "accuracy"):
-            predictions = labelled(model, part.to(device))
+        for inputs in track(distributed.share(batches(examples, batch)), "accuracy"):
+            predictions = labelled(model, inputs.to(device))
             assert predictions.labels is not None
             classes = predictions.logits.shape[-1]
             right = predictions.logits.topk(min(5, classes)).indices == predictions.labels[:, None]

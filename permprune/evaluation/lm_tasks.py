@@ -112,14 +112,12 @@ class TaskList:
         except ImportError as error:
             raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
         local = self.data is not None
-        own = (
-            set(names) <= SOURCES.keys() if local else not names
-        )  # without `own` lm-eval lists all its tasks, which takes half a minute
+        known = set(names) <= SOURCES.keys() if local else not names
         try:
             with _quiet():
                 manager = TaskManager(
                     include_path=str(LOCAL) if local else None,
-                    include_defaults=not own or any(map(_is_group, self.files)),
+                    include_defaults=not known or any(map(_is_group, self.files)),  # takes half a minute
                     metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
                 )
                 if unknown := [name for name in names if name not in manager.all_tasks]:  # else taken as paths
@@ -158,18 +156,22 @@ class LoadedTasks:
         tokenizer = tokenizer_of(processor)
         results = self._harness(model, tokenizer) if self.tasks else []
         if self.text is not None:
-            windows = cut(self.text, tokenizer, min(WINDOW, _reach(model)))[: self.chosen.limit]
+            windows = cut(self.text, tokenizer, min(WINDOW, positions_of(model) or WINDOW))[: self.chosen.limit]
             results.append(dataclasses.replace(perplexity(model, windows, batch=1), task=WIKITEXT))
         return results
 
     def _harness(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Result]:
         from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
 
-        tasks = {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks}
+        tasks = {
+            "tasks": {task.task_name: _with_shots(task, self.chosen.few_shot) for task in self.tasks},
+            "groups": {},
+        }
         with _quiet(), evaluating(model):
-            reader = _reader(model, tokenizer)
-            found: Any = evaluate(reader, {"tasks": tasks, "groups": {}}, limit=self.chosen.limit, log_samples=False)
-        return [result for name in found["n-samples"] for result in _results(name, found)]
+            wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=BATCH)
+            figures: Any = evaluate(wrapped, tasks, limit=self.chosen.limit, log_samples=False)
+        return [result for name in figures["n-samples"] for result in _results(name, figures)]
 
 
 @memory_reported()
@@ -191,13 +193,13 @@ def evaluate_tasks(
 
 def average(results: Sequence[Result]) -> Result | None:
     """Return the unweighted mean accuracy ("acc") of tasks and its standard error; None if no task has an accuracy."""
-    own = [result for result in results if result.metric == TASK_ACCURACY]
-    if not own:
+    scored = [result for result in results if result.metric == TASK_ACCURACY]
+    if not scored:
         return None
-    errors = [result.stderr for result in own if result.stderr is not None]
-    error = math.hypot(*errors) / len(own) if len(errors) == len(own) else None
-    mean = math.fsum(result.value for result in own) / len(own)
-    return Result("average", TASK_ACCURACY, mean, count=len(own), stderr=error, unit="tasks")
+    errors = [result.stderr for result in scored if result.stderr is not None]
+    error = math.hypot(*errors) / len(scored) if len(errors) == len(scored) else None
+    mean = math.fsum(result.value for result in scored) / len(scored)
+    return Result("average", TASK_ACCURACY, mean, count=len(scored), stderr=error, unit="tasks")
 
 
 def task_figures(results: Sequence[Result]) -> dict[str, Any]:
@@ -233,18 +235,13 @@ def _is_group(file: str) -> bool:
     return re.search(r"^group\s*:", read_text(Path(file)), re.MULTILINE) is not None
 
 
-def _reach(model: PreTrainedModel) -> int:
-    """Return the largest number of tokens that a model can read at once."""
-    return positions_of(model) or WINDOW
-
-
-def _results(task: str, found: Mapping[str, Any]) -> Iterator[Result]:
-    """Yield the metrics of a task in what lm-eval returns.
+def _results(task: str, returned: Mapping[str, Any]) -> Iterator[Result]:
+    """Yield the metrics of a task in what lm-eval returned.
 
     The keys of its figures are "metric,filter" and "metric_stderr,filter".
     """
-    figures, directions = found["results"][task], found["higher_is_better"].get(task, {})
-    count = found["n-samples"][task]["effective"]
+    figures, directions = returned["results"][task], returned["higher_is_better"].get(task, {})
+    count = returned["n-samples"][task]["effective"]
     for key, value in figures.items():
         metric, comma, kind = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
@@ -268,29 +265,6 @@ def _with_shots(task: Any, few_shot: int | None) -> Any:
         task.set_config(key="num_fewshot", value=few_shot if few_shot is not None else defined or 0)
     task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return task
-
-
-def _reader(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Wrap the model for lm-eval, with `BATCH` prompts at a time and without progress bars."""
-    from lm_eval.models.huggingface import HFLM
-
-    class Reader(HFLM):  # type: ignore[misc]
-        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood(requests, disable_tqdm)
-
-        def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
-
-        def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> Any:
-            return super().generate_until(requests, disable_tqdm)
-
-    return Reader(
-        pretrained=model,
-        backend="causal",
-        tokenizer=deepcopy(tokenizer),
-        batch_size=BATCH,
-        trust_remote_code=False,
-    )
 
 
 @contextmanager

@@ -103,21 +103,20 @@ def _predict(model: nn.Module, examples: Examples, scores: bool, batch: int) -> 
     device = compute_device(model)
     right, predictions = examples["labels"].cpu().double(), torch.zeros(len(examples), dtype=torch.float64)
     with frozen(model):
-        for at in track(distributed.share(by_length(examples, batch)), "evaluating"):
-            part = examples[at].trimmed().to(device)
-            found: Any = (scored if scores else labelled)(model, part)
-            answer = found.logits.argmax(-1) if isinstance(found, Predictions) else found.values[:, 0]
-            predictions[at] = answer.double().cpu()
+        for places in track(distributed.share(by_length(examples, batch)), "evaluating"):
+            outputs: Any = (scored if scores else labelled)(model, examples[places].trimmed().to(device))
+            predicted = outputs.logits.argmax(-1) if isinstance(outputs, Predictions) else outputs.values[:, 0]
+            predictions[places] = predicted.double().cpu()
     distributed.add_([predictions])
     return right, predictions
 
 
-def _result(task: str, own: LabelMetric, right: Any, predictions: Any) -> Result:
+def _result(task: str, metric: LabelMetric, right: Any, predictions: Any) -> Result:
     error = None
     if len(right) > 1:  # something to resample
         draws = stats.bootstrap(
             (right, predictions),
-            own.measure,
+            metric.measure,
             paired=True,
             vectorized=False,
             n_resamples=RESAMPLES,
@@ -125,4 +124,4 @@ def _result(task: str, own: LabelMetric, right: Any, predictions: Any) -> Result
             rng=0,
         )
         error = float(draws.standard_error)
-    return Result(task, own.metric, own.measure(right, predictions), count=len(right), stderr=error)
+    return Result(task, metric.metric, metric.measure(right, predictions), count=len(right), stderr=error)

@@ -42,14 +42,14 @@ def perplexity(
     device = compute_device(model)
     nll, counts = torch.zeros(2, len(examples), dtype=torch.float64)
     with frozen(model):
-        for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "perplexity"):
-            part = examples[at].to(device)
-            labels = part["labels"] if is_encoder_decoder(model) else next_labels(part)
-            logits = (logits_of or compute_logits)(model, part)[:, : labels.shape[1]]
+        for places in track(distributed.share(torch.arange(len(examples)).split(batch)), "perplexity"):
+            inputs = examples[places].to(device)
+            labels = inputs["labels"] if is_encoder_decoder(model) else next_labels(inputs)
+            logits = (logits_of or compute_logits)(model, inputs)[:, : labels.shape[1]]
             logits = logits.converted() if isinstance(logits, Projected) else logits
             losses = [_loss(logits[window], tokens) for window, tokens in enumerate(labels)]
-            nll[at] = torch.tensor(losses, dtype=torch.float64)
-            counts[at] = labels.ne(IGNORED).sum(1).double().cpu()
+            nll[places] = torch.tensor(losses, dtype=torch.float64)
+            counts[places] = labels.ne(IGNORED).sum(1).double().cpu()
     distributed.add_([nll, counts])
     if not counts.any():
         raise PermpruneError("the text has no tokens to predict: give longer windows, or labels that are not masked")

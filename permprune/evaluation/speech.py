@@ -37,12 +37,12 @@ def word_error_rate(
     wrong, words = torch.zeros(2, len(examples), dtype=torch.float64)
     longest = 2 * examples["labels"].shape[1]
     with frozen(model):
-        for at in track(distributed.share(torch.arange(len(examples)).split(batch)), "word error rate"):
-            part = examples[at].to(device)
-            spoken = _ctc_text(model, part) if is_ctc(model) else generate(model, part, longest)
-            texts = zip(_texts(part["labels"], tokenizer), _texts(spoken, tokenizer), strict=True)
-            for place, (right, own) in zip(at.tolist(), texts, strict=True):
-                wrong[place], words[place] = _errors(right, own, jiwer.process_words)
+        for places in track(distributed.share(torch.arange(len(examples)).split(batch)), "word error rate"):
+            inputs = examples[places].to(device)
+            spoken = _ctc_text(model, inputs) if is_ctc(model) else generate(model, inputs, longest)
+            texts = zip(_texts(inputs["labels"], tokenizer), _texts(spoken, tokenizer), strict=True)
+            for place, (reference, written) in zip(places.tolist(), texts, strict=True):
+                wrong[place], words[place] = _errors(reference, written, jiwer.process_words)
     distributed.add_([wrong, words])
     if not words.any():
         raise PermpruneError("the transcripts have no words: give labels that the tokenizer can read")
@@ -53,12 +53,12 @@ def word_error_rate(
     )
 
 
-def _errors(right: str, own: str, process_words: Callable[[str, str], Any]) -> tuple[int, int]:
-    """Return (wrong, missing and extra words of `own`, all words of `right`) by jiwer's `process_words`."""
-    if not right:
-        return len(own.split()), 0
-    found = process_words(right, own)
-    return found.substitutions + found.deletions + found.insertions, len(right.split())
+def _errors(reference: str, written: str, process_words: Callable[[str, str], Any]) -> tuple[int, int]:
+    """Return (wrong, missing and extra words of `written`, all words of `reference`) by jiwer's `process_words`."""
+    if not reference:
+        return len(written.split()), 0
+    counted = process_words(reference, written)
+    return counted.substitutions + counted.deletions + counted.insertions, len(reference.split())
 
 
 def _ctc_text(model: Any, batch: Examples) -> Tensor:

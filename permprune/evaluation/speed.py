@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from permprune.checkpoints.benchmark import Speed
 from permprune.errors import PermpruneError
-from permprune.models.forward import is_causal_lm
+from permprune.models.forward import cache_argument, is_causal_lm
 from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
@@ -64,10 +64,8 @@ def _next_token(model: Any, ids: Tensor, cache: Cache) -> Tensor:
 
     `cache` contains the keys and values of the tokens before `ids`; those of `ids` are added.
     """
-    names = argument_names(model)
-    kept = {"cache" if "cache" in names else "past_key_values": cache}  # the name depends on the release
-    last = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-    logits: Tensor = model(ids, use_cache=True, **kept, **last).logits
+    last = {"logits_to_keep": 1} if "logits_to_keep" in argument_names(model) else {}
+    logits: Tensor = model(ids, **cache_argument(model, cache), **last).logits
     return logits[:, -1:].argmax(-1)
 
 

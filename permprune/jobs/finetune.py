@@ -36,7 +36,7 @@ with on_first_use(globals()):
     from permprune.data.load import load_examples
     from permprune.data.overlap import overlap, warn_of_overlap
     from permprune.evaluation.dispatch import evaluate_model, has_targets
-    from permprune.evaluation.probe import with_head
+    from permprune.evaluation.linear_probe import with_head
     from permprune.evaluation.size import weight_bytes
     from permprune.examples import Examples
     from permprune.losses.targets import Imitation, Task, choose_task
