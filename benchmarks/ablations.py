@@ -17,7 +17,7 @@ from permprune.losses.objective import Objective
 from permprune.permuters.base import Permuter
 from permprune.permuters.learned import Learned
 from permprune.permuters.paper import LearnedPaper
-from permprune.report.tables import comparison_table
+from permprune.report.comparison import comparison_table
 from permprune.system.progress import console
 
 OBJECTIVES = {

@@ -47,8 +47,7 @@ def compare(
 
     from permprune.jobs.compare import Comparison
     from permprune.jobs.compare import compare as run
-    from permprune.report.comparison import write_comparison
-    from permprune.report.tables import comparison_table
+    from permprune.report.comparison import comparison_table, write_comparison
 
     def announce(result: Comparison) -> None:
         figures = result.to_json()

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from permprune.pattern import Pattern
 from permprune.report.pictures import layer_kinds
-from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, bare, figure, save
+from permprune.report.style import BLUE, ORANGE, WIDTH, bare, figure, legend, styled
 
 Record = Mapping[str, Any]
 
@@ -25,7 +26,8 @@ FAINT = 0.06
 """The opacity of the lowest value, so that its cell is still visible."""
 
 
-def kept_saliency(layers: Sequence[Record], kind: Format = "svg") -> bytes:
+@styled
+def kept_saliency(layers: Sequence[Record]) -> Figure:
     """Draw the share of the squared saliency that the mask keeps, in natural order and as permuted.
 
     Rows are the kinds of linear layers, columns the layers.
@@ -40,17 +42,17 @@ def kept_saliency(layers: Sequence[Record], kind: Format = "svg") -> bytes:
     panels = picture.subplots(2, 1, sharex=True)
     for axes, grid, title in zip(panels, (before, after), ("natural order", "permuted"), strict=True):
         cells = axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=low, vmax=high, edgecolors="none")
-        axes.set_title(title, loc="left", pad=3, color=GRAY, fontsize=9)
+        axes.set_title(title)
         _rows(axes, list(kinds))
     _columns(panels[1], before.shape[1])
     bar = picture.colorbar(cells, ax=panels, aspect=30, pad=0.02, format=FuncFormatter(lambda x, _: f"{x:.0%}"))
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.tick_params(colors=GRAY, labelsize=8, length=3)
     bar.locator = MaxNLocator(4)
-    return save(picture, kind)
+    return picture
 
 
-def patterns(layers: Sequence[Record], kind: Format = "svg") -> bytes:
+@styled
+def patterns(layers: Sequence[Record]) -> Figure:
     """Draw the pattern of each layer, with a stronger colour for denser patterns.
 
     Rows are the kinds of linear layers, columns the layers.
@@ -66,29 +68,30 @@ def patterns(layers: Sequence[Record], kind: Format = "svg") -> bytes:
     _columns(axes, grid.shape[1])
     found = sorted({layer["pattern"] for layer in layers}, key=lambda text: Pattern.parse(text).density)
     handles = [Patch(facecolor=_ramp(BLUE)(Pattern.parse(text).density / most), label=text) for text in found]
-    picture.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=8, labelcolor=GRAY)
-    return save(picture, kind)
+    legend(picture, handles, 6)
+    return picture
 
 
-def sample(found: Record, kind: Format = "svg") -> bytes:
+@styled
+def sample(cells: Record) -> Figure:
     """Draw a few weights of a layer in natural order and as permuted: kept ones blue, pruned ones orange."""
     picture = figure(WIDTH, 3.4)
     panels = picture.subplots(2, 1)
     for axes, key, title in zip(panels, ("natural", "permuted"), ("natural order", "permuted"), strict=True):
-        score, kept = (np.array(found[key][what]) for what in ("score", "kept"))
+        score, kept = (np.array(cells[key][what]) for what in ("score", "kept"))
         colors = np.where(kept[:, :, None] > 0, to_rgba(BLUE), to_rgba(ORANGE))
         colors[:, :, 3] = FAINT + (1 - FAINT) * score / 100
-        gap = np.arange(score.shape[1]) // found["m"] * 0.35
+        gap = np.arange(score.shape[1]) // cells["m"] * 0.35
         for column, offset in enumerate(gap):
             strip = [column + offset, column + offset + 1]
             axes.pcolormesh(strip, np.arange(len(score) + 1), colors[:, column : column + 1], edgecolors="none")
         bare(axes)
         axes.invert_yaxis()
         axes.set_aspect("equal")
-        axes.set_title(title, loc="left", pad=3, color=GRAY, fontsize=9)
+        axes.set_title(title)
     handles = [Patch(facecolor=color, label=label) for color, label in ((BLUE, "kept"), (ORANGE, "pruned"))]
-    picture.legend(handles=handles, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=GRAY)
-    return save(picture, kind)
+    legend(picture, handles, 2)
+    return picture
 
 
 def _grid(kinds: Mapping[str, Sequence[tuple[int, float, float]]], place: int) -> np.ndarray:
@@ -111,14 +114,12 @@ def _rows(axes: Axes, names: Sequence[str]) -> None:
     bare(axes)
     shown = [name if len(name) <= NAME else f"…{name[1 - NAME :]}" for name in names]
     axes.set_yticks([row + 0.5 for row in range(len(names))], shown)
-    axes.tick_params(axis="y", labelleft=True, colors=GRAY, labelsize=8, length=0)
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)
+    axes.tick_params(axis="y", labelleft=True)
     axes.invert_yaxis()
 
 
 def _columns(axes: Axes, count: int) -> None:
     step = max(1, math.ceil(count / 8))
     axes.set_xticks([place + 0.5 for place in range(0, count, step)], [str(place) for place in range(0, count, step)])
-    axes.tick_params(axis="x", labelbottom=True, colors=GRAY, labelsize=8, length=0)
-    axes.set_xlabel("layer", color=GRAY, fontsize=9)
+    axes.tick_params(axis="x", labelbottom=True)
+    axes.set_xlabel("layer")

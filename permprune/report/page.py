@@ -8,7 +8,9 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from matplotlib.figure import Figure
 
+from permprune.report.style import save
 from permprune.report.words import count, fine_percent
 
 Shown = tuple[str, str, str]
@@ -20,9 +22,9 @@ def fill(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
-def shown(title: str, text: str, svg: bytes) -> Shown:
+def shown(title: str, text: str, picture: Figure) -> Shown:
     """Return a picture for a page, with the SVG as a data URI."""
-    return title, text, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
+    return title, text, f"data:image/svg+xml;base64,{base64.b64encode(save(picture)).decode('ascii')}"
 
 
 def _unbroken(text: str) -> str:

@@ -10,12 +10,11 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from permprune.evaluation.result import metric_named
-from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, Format, figure, quiet, save
-from permprune.report.words import better, duration, number, percent
+from permprune.report import style
+from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, figure, legend, styled
+from permprune.report.words import better, number
 
 Record = Mapping[str, Any]
 Points = list[tuple[int, float, float]]
@@ -23,12 +22,37 @@ Points = list[tuple[int, float, float]]
 COLUMNS = 2
 
 
-def output_error(layers: Sequence[Record], kind: Format = "svg") -> bytes:
-    """Draw the squared error of each layer's output relative to the output, in natural order and as permuted."""
-    return _by_kind(layers, "error_none", "error", kind)
+@styled
+def output_error(layers: Sequence[Record]) -> Figure:
+    """Draw the squared error of each layer's output relative to the output, in natural order and as permuted.
+
+    Each kind of linear layer has a panel of its own; all panels have the same scale.
+    """
+    kinds = layer_kinds(layers, "error_none", "error")
+    rows = math.ceil(len(kinds) / COLUMNS)
+    picture = figure(WIDTH, 0.75 + 1.15 * rows)
+    grid = list(picture.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, (name, points) in zip(grid, kinds.items(), strict=False):
+        index, first, second = (list(column) for column in zip(*points, strict=True))
+        axes.fill_between(index, first, second, color=BLUE, alpha=0.18, linewidth=0)
+        marker = {"marker": "o" if len(index) == 1 else "", "markersize": 3}
+        axes.plot(index, first, color=ORANGE, linewidth=1.1, linestyle=(0, (4, 1.5)), label="natural order", **marker)
+        axes.plot(index, second, color=BLUE, linewidth=1.5, label="permuted", **marker)
+        axes.set_title(name if len(name) <= 30 else f"…{name[-29:]}")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="y")
+    for axes in grid[len(kinds) :]:
+        axes.set_visible(False)
+    for axes in grid[len(kinds) - COLUMNS : len(kinds)]:
+        axes.tick_params(labelbottom=True)
+    picture.supxlabel("layer", fontsize=9)
+    legend(picture, grid[0].get_legend_handles_labels()[0], 2)
+    return picture
 
 
-def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
+@styled
+def learning_curve(curve: Sequence[Record]) -> Figure:
     """Draw the held-out loss over time; rejected rounds are crosses, or triangles at the top if off the scale."""
     kept = [point for point in curve if point["kept"] and math.isfinite(point["loss"])]
     rejected = [point for point in curve if not point["kept"]]
@@ -48,12 +72,13 @@ def learning_curve(curve: Sequence[Record], kind: Format = "svg") -> bytes:
             axes.plot(seconds, heights, marker, color=ORANGE, markersize=6, clip_on=False, label=label)
     axes.set_xlabel("seconds of search")
     axes.set_ylabel("held-out loss")
-    quiet(axes)
-    picture.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8, labelcolor=GRAY)
-    return save(picture, kind)
+    axes.grid(axis="y")
+    legend(picture, axes.get_legend_handles_labels()[0], 3)
+    return picture
 
 
-def epochs(curve: Sequence[Record], metric: str, dense: float | None, kind: Format = "svg") -> bytes:
+@styled
+def epochs(curve: Sequence[Record], metric: str, dense: float | None) -> Figure:
     """Draw a metric before training and after each epoch, with a line at the dense model's value if that is given."""
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
@@ -64,65 +89,28 @@ def epochs(curve: Sequence[Record], metric: str, dense: float | None, kind: Form
     metric_axis(axes, "y", metric, values if dense is None else [*values, dense])
     if dense is not None:
         dense_line(axes, dense)
-    quiet(axes)
-    return save(picture, kind)
+    axes.grid(axis="y")
+    return picture
 
 
 def dense_line(axes: Axes, value: float) -> None:
     """Draw a horizontal line at the value of the dense model."""
     axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
-    axes.annotate(
-        "dense", (1.0, value), (3, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-        va="center", color=GRAY, fontsize=8,
-    )  # fmt: skip
+    place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    axes.annotate("dense", (1.0, value), (3, 0), **place, va="center", fontsize=8)
 
 
-def bars(dense: float, none: float, pruned: float, metric: str, method: str, kind: Format = "svg") -> bytes:
+@styled
+def bars(dense: float, none: float, pruned: float, metric: str, method: str) -> Figure:
     """Draw bars of three values of a metric: dense, pruned in natural order, and pruned as permuted by `method`."""
-    labels = ["dense", "pruned,\nnatural order", f"pruned,\n{method}"]
+    names = ["dense", "pruned,\nnatural order", f"pruned,\n{method}"]
     values = [dense, none, pruned]
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
     lengths = [value if math.isfinite(value) else 0.0 for value in values]
-    drawn = axes.barh(range(3), lengths, color=[GRAY, ORANGE, BLUE], height=0.62)
-    axes.bar_label(drawn, [number(value) for value in values], padding=4, color=GRAY, fontsize=9)
-    axes.set_yticks(range(3), labels)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.15 * max(lengths) or 1.0)
+    style.bars(axes, names, lengths, [number(value) for value in values], [GRAY, ORANGE, BLUE])
     axes.set_xlabel(f"{metric} ({better(metric)})")
-    quiet(axes, "x")
-    axes.tick_params(axis="y", length=0)
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)
-    return save(picture, kind)
-
-
-def comparison(rows: Sequence[Record], metric: str, title: str = "", kind: Format = "svg") -> bytes:
-    """Draw a metric by method, the best first, with columns for the share of the gap closed and the time.
-
-    Perplexities are on a log scale.
-    """
-    sign = -1 if metric_named(metric).higher_is_better else 1
-    ordered = sorted(rows, key=lambda row: sign * row[metric] if math.isfinite(row[metric]) else math.inf)
-    picture = figure(7.4, 1.3 + 0.34 * len(ordered))
-    axes, margin = picture.subplots(1, 2, sharey=True, width_ratios=(3, 1.35))
-    margin.axis("off")
-    metric_axis(axes, "x", metric, [row[metric] for row in ordered])
-    axes.set_ylim(len(ordered) - 0.4, -0.6)
-    _cells(margin, -0.8, [metric, "gap closed", "time"])
-    for place, row in enumerate(ordered):
-        color = {"dense": GRAY, "none": ORANGE}.get(row["method"], BLUE)
-        axes.plot(row[metric], place, color=color, marker="o", markersize=8)
-        _cells(margin, place, [number(row[metric]), percent(row["gap_closed"]), duration(row["seconds"])])
-    axes.set_yticks(range(len(ordered)), [row["method"] for row in ordered])
-    quiet(axes, "both")
-    axes.tick_params(axis="y", length=0, labelsize=9)
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)
-    if title:
-        heading = picture.suptitle(title, x=0.01, ha="left", color=GRAY, fontsize=10)
-        heading.set_parse_math(False)
-    return save(picture, kind)
+    return picture
 
 
 def metric_axis(axes: Axes, side: Literal["x", "y"], metric: str, values: Sequence[float]) -> None:
@@ -169,48 +157,6 @@ def _short_names(paths: list[str]) -> dict[str, str]:
     return names
 
 
-def _by_kind(layers: Sequence[Record], before: str, after: str, kind: Format) -> bytes:
-    """Draw a small panel for each kind of linear layer; all panels have the same scale."""
-    kinds = layer_kinds(layers, before, after)
-    rows = math.ceil(len(kinds) / COLUMNS)
-    picture = figure(WIDTH, 0.75 + 1.15 * rows)
-    grid = list(picture.subplots(rows, COLUMNS, sharex=True, sharey=True, squeeze=False).flat)
-    for axes, (name, points) in zip(grid, kinds.items(), strict=False):
-        index, first, second = (list(column) for column in zip(*points, strict=True))
-        axes.fill_between(index, first, second, color=BLUE, alpha=0.18, linewidth=0)
-        marker = "o" if len(index) == 1 else ""
-        axes.plot(index, first, color=ORANGE, linewidth=1.1, linestyle=(0, (4, 1.5)), marker=marker, markersize=3)
-        axes.plot(index, second, color=BLUE, linewidth=1.5, marker=marker, markersize=3)
-        title = name if len(name) <= 30 else f"…{name[-29:]}"
-        axes.set_title(title, loc="left", pad=3, color=GRAY, fontsize=9, parse_math=False)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        axes.yaxis.set_major_locator(MaxNLocator(4))
-        quiet(axes)
-    for axes in grid[len(kinds) :]:
-        axes.set_visible(False)
-    for axes in grid[len(kinds) - COLUMNS : len(kinds)]:
-        axes.tick_params(labelbottom=True)
-    _by_kind_labels(picture)
-    return save(picture, kind)
-
-
-def _by_kind_labels(picture: Figure) -> None:
-    picture.supxlabel("layer", color=GRAY, fontsize=9)
-    handles = [
-        Line2D([], [], color=ORANGE, linewidth=1.1, linestyle=(0, (4, 1.5))),
-        Line2D([], [], color=BLUE, linewidth=1.5),
-    ]
-    labels = ["natural order", "permuted"]
-    picture.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=GRAY)
-
-
-def _cells(axes: Axes, height: float, cells: list[str]) -> None:
-    """Write three right-aligned cells at a height in data units."""
-    for place, cell in zip((0.3, 0.7, 1.0), cells, strict=True):
-        transform = axes.get_yaxis_transform()
-        axes.text(place, height, cell, transform=transform, ha="right", va="center", color=GRAY, fontsize=9)
-
-
 def _plain_ticks(axis: Axis) -> None:
     """Set ticks at 1, 2 and 5 times the powers of ten, or evenly spaced ones if the range is too short for these."""
     low, high = axis.get_view_interval()
@@ -222,6 +168,3 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_ticks(ticks)
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-__all__ = ["bars", "comparison", "dense_line", "layer_kinds", "learning_curve", "metric_axis", "output_error"]

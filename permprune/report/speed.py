@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from rich.table import Table
 
-from permprune.report.style import BLUE, GRAY, WIDTH, Format, figure, quiet, save
+from permprune.report.style import BLUE, GRAY, WIDTH, bars, figure, styled, write_png
 from permprune.report.words import number
-from permprune.system.files import write_whole
 
 Figures = Mapping[str, Any]
 """A benchmark as JSON values (`Benchmark.to_json`)."""
@@ -78,36 +77,21 @@ def summary(figures: Figures, row: Mapping[str, Any]) -> str:
     )
 
 
-def decode_bars(figures: Figures, kind: Format = "svg") -> bytes:
-    """Draw bar charts of the generated tokens per second of each model, of the first and of the last measurement.
-
-    Returns the contents of an image file of type `kind`.
-    """
+@styled
+def decode_bars(figures: Figures) -> Figure:
+    """Draw bar charts of the generated tokens per second of each model, of the first and of the last measurement."""
     rows = figures["rows"]
     places = sorted({0, len(rows[0]["speeds"]) - 1})
     picture = figure(WIDTH, len(places) * (1.0 + 0.4 * len(rows)))
     for place, axes in zip(places, picture.subplots(len(places), squeeze=False)[:, 0], strict=True):
-        _draw_bars(axes, rows, place)
-    return save(picture, kind)
-
-
-def _draw_bars(axes: Axes, rows: Sequence[Mapping[str, Any]], place: int) -> None:
-    """Draw the bars of one batch size and context length, the `place`-th."""
-    values = [decoding(row["speeds"][place]) for row in rows]
-    drawn = axes.barh(range(len(rows)), values, color=[GRAY if row["dense"] else BLUE for row in rows], height=0.62)
-    axes.bar_label(drawn, [number(value) for value in values], padding=4, color=GRAY, fontsize=9)
-    axes.set_yticks(range(len(rows)), [short_name(row["name"]) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.2 * max(values))
-    own = rows[0]["speeds"][place]
-    axes.set_xlabel(f"tokens/s at batch {own['batch']}, context {own['context']}")
-    quiet(axes, "x")
-    axes.tick_params(axis="y", length=0)
-    for label in axes.get_yticklabels():
-        label.set_parse_math(False)
+        values = [decoding(row["speeds"][place]) for row in rows]
+        colors = [GRAY if row["dense"] else BLUE for row in rows]
+        bars(axes, [short_name(row["name"]) for row in rows], values, [number(value) for value in values], colors)
+        first = rows[0]["speeds"][place]
+        axes.set_xlabel(f"tokens/s at batch {first['batch']}, context {first['context']}")
+    return picture
 
 
 def write_bench(figures: Figures, path: Path) -> None:
     """Write the charts of a benchmark to `path` as PNG. Raises `PermpruneError` if it cannot be written."""
-    picture = decode_bars(figures, "png")
-    write_whole(path, lambda temporary: temporary.write_bytes(picture))
+    write_png(decode_bars(figures), path)

@@ -6,11 +6,17 @@ The colours are those of Okabe & Ito, lightened or darkened until each stands ou
 from __future__ import annotations
 
 import io
-from typing import Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from permprune.system.files import write_whole
 
 Format = Literal["svg", "png"]
 
@@ -27,36 +33,66 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 WIDTH = 4.4
 """Width of a picture in inches: its text stays legible when a page shrinks it to the width of a phone."""
 
+_RC: dict[str, Any] = {
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GRAY),
+    **dict.fromkeys(("axes.labelsize", "axes.titlesize"), 9),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
+    **dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 3),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
+    "axes.titlelocation": "left",
+    "axes.titlepad": 3,
+    "axes.facecolor": "none",
+    "axes.axisbelow": True,
+    "grid.color": GRAY,
+    "grid.alpha": 0.22,
+    "grid.linewidth": 0.6,
+    "svg.hashsalt": "permprune",
+    "svg.fonttype": "path",
+}
+
+styled = matplotlib.rc_context(_RC)
+"""A decorator of functions that draw in this style."""
+
 
 def figure(width: float, height: float) -> Figure:
     """Return an empty figure of this size in inches, which uses no global state of matplotlib."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def quiet(axes: Axes, grid: Literal["x", "y", "both"] = "y") -> None:
-    """Make axes gray and remove their box, and draw a faint grid."""
-    axes.patch.set_visible(False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GRAY)
-    axes.tick_params(which="both", colors=GRAY, labelsize=8, length=3)
-    axes.grid(axis=grid, color=GRAY, alpha=0.22, linewidth=0.6)
-    axes.set_axisbelow(True)
-    for label in (axes.xaxis.label, axes.yaxis.label, axes.title):
-        label.set_color(GRAY)
-        label.set_fontsize(9)
-
-
 def bare(axes: Axes) -> None:
-    """Remove the box, the ticks and the background of axes."""
-    axes.patch.set_visible(False)
+    """Remove the box and the ticks of axes."""
     axes.spines[:].set_visible(False)
     axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
 
 
-def save(picture: Figure, kind: Format) -> bytes:
+def legend(picture: Figure, handles: Sequence[Line2D | Patch], columns: int, **options: Any) -> None:
+    """Draw a legend above a picture's axes."""
+    picture.legend(handles=handles, loc="outside upper left", ncols=columns, **options)
+
+
+def bars(
+    axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str], colors: Sequence[str]
+) -> None:
+    """Draw horizontal bars, the first at the top, each with its name at the axis and a text at its end."""
+    drawn = axes.barh(range(len(names)), values, color=colors, height=0.62)
+    axes.bar_label(drawn, texts, padding=4, fontsize=9)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * max(values) or 1.0)
+    axes.grid(axis="x")
+    axes.tick_params(axis="y", length=0)
+
+
+@styled
+def save(picture: Figure, kind: Format = "svg") -> bytes:
     """Return the bytes of the file; the same picture always gives the same bytes."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context({"svg.hashsalt": "permprune", "svg.fonttype": "path"}):
-        picture.savefig(buffer, format=kind, dpi=200, transparent=True, metadata=metadata)
+    picture.savefig(buffer, format=kind, dpi=200, transparent=True, metadata=metadata)
     return buffer.getvalue()
+
+
+def write_png(picture: Figure, path: Path) -> None:
+    """Write a picture as PNG. Raises `PermpruneError` if it cannot be written."""
+    content = save(picture, "png")
+    write_whole(path, lambda temporary: temporary.write_bytes(content))

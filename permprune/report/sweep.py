@@ -12,6 +12,7 @@ from typing import Any
 
 from permprune.evaluation.result import metric_named
 from permprune.report.page import Shown, fill, shown
+from permprune.report.style import write_png
 from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import (
     NONE,
@@ -59,9 +60,9 @@ def render_sweep(result: Result) -> str:
 
 def write_sweep(result: Result, folder: Path) -> None:
     """Write report.html and pareto.png to a folder. Raises `PermpruneError` if they cannot be written."""
-    page, picture = render_sweep(result), pareto(result, _values(result), "png")
+    page, picture = render_sweep(result), pareto(result, _values(result))
     write_whole(folder / "report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
-    write_whole(folder / "pareto.png", lambda temporary: temporary.write_bytes(picture))
+    write_png(picture, folder / "pareto.png")
 
 
 def sweep_decision(result: Result) -> str:
@@ -146,6 +147,3 @@ def _groups(result: Result) -> list[tuple[str, list[dict[str, str]]]]:
             heading += ": " + ", ".join(f"{count(held, 'layer')} {own}" for own, held in layers.items())
         found.append((heading, [_cells(row, result) for row in rows]))
     return found
-
-
-__all__ = ["render_sweep", "sweep_decision", "write_sweep"]

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from permprune.evaluation.result import metric_named
 from permprune.report.pictures import dense_line, metric_axis
-from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, Format, figure, quiet, save
+from permprune.report.style import GRAY, MARKERS, PALETTE, WIDTH, figure, legend, styled
 
 Result = Mapping[str, Any]
 
@@ -29,14 +29,15 @@ COLUMNS = 4
 """Number of columns of a legend."""
 
 
-def pareto(result: Result, values: Sequence[str], kind: Format = "svg") -> bytes:
+@styled
+def pareto(result: Result, values: Sequence[str]) -> Figure:
     """Draw `values`, the metric and `SCORE`, of every cell against its size, each in a panel of its own."""
     colors, markers = _keys(result)
     picture = figure(WIDTH * len(values), 3.6)
     for axes, value in zip(picture.subplots(1, len(values), squeeze=False).flat, values, strict=True):
         _against_size(axes, result, value)
     _legend(picture, colors, markers)
-    return save(picture, kind)
+    return picture
 
 
 def _against_size(axes: Axes, result: Result, value: str) -> None:
@@ -59,10 +60,11 @@ def _against_size(axes: Axes, result: Result, value: str) -> None:
     axes.set_xlabel("size, share of the dense model (smaller is better)")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0%}"))
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    quiet(axes, "both")
+    axes.grid()
 
 
-def minutes(result: Result, kind: Format = "svg") -> bytes:
+@styled
+def minutes(result: Result) -> Figure:
     """Draw the metric of every cell against the time of its search, with a line at the best so far for each pattern."""
     metric = result["metric"]
     rows = _finite(result, metric)
@@ -72,21 +74,21 @@ def minutes(result: Result, kind: Format = "svg") -> bytes:
     axes = picture.subplots()
     axes.set_xscale("log")
     for pattern, marker in markers.items():
-        own = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: float(row["seconds"]))
-        best = [sign * min(sign * row[metric] for row in own[: end + 1]) for end in range(len(own))]
-        seconds = [max(1.0, row["seconds"]) for row in own]
+        found = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: float(row["seconds"]))
+        best = [sign * min(sign * row[metric] for row in found[: end + 1]) for end in range(len(found))]
+        seconds = [max(1.0, row["seconds"]) for row in found]
         axes.plot(seconds, best, color=GRAY, linewidth=0.8, drawstyle="steps-post", zorder=1)
-        for row, at in zip(own, seconds, strict=True):
-            axes.plot(at, row[metric], color=colors[row["method"]], marker=marker, markersize=6)
+        for row, second in zip(found, seconds, strict=True):
+            axes.plot(second, row[metric], color=colors[row["method"]], marker=marker, markersize=6)
     _dense(axes, result, metric)
     axes.set_xlabel("time of the search (log scale)")
     low, high = axes.get_xlim()
-    ticks = {at: label for at, label in TICKS.items() if low <= at <= high}
+    ticks = {seconds: label for seconds, label in TICKS.items() if low <= seconds <= high}
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.xaxis.set_minor_locator(NullLocator())
-    quiet(axes, "both")
+    axes.grid()
     _legend(picture, colors, markers)
-    return save(picture, kind)
+    return picture
 
 
 def _finite(result: Result, value: str) -> list[Mapping[str, Any]]:
@@ -113,25 +115,11 @@ def _legend(picture: Figure, colors: Mapping[str, str], markers: Mapping[str, st
     """Draw a legend of methods by colour and of patterns by marker, in separate rows."""
     lines = [Line2D([], [], color=color, linewidth=4, label=name) for name, color in colors.items()]
     shapes = [Line2D([], [], color=GRAY, marker=shape, linestyle="", label=name) for name, shape in markers.items()]
+    blank = Line2D([], [], linestyle="", label=" ")
     rows = [
-        [*kind[start : start + COLUMNS], *(_blank() for _ in range(start + COLUMNS - len(kind)))]
+        [*kind[start : start + COLUMNS], *[blank] * (start + COLUMNS - len(kind))]
         for kind in (lines, shapes)
         for start in range(0, len(kind), COLUMNS)
     ]
-    legend = picture.legend(
-        handles=[handle for column in zip(*rows, strict=True) for handle in column],
-        loc="outside upper left",
-        ncols=COLUMNS,
-        frameon=False,
-        fontsize=8,
-        labelcolor=GRAY,
-        handlelength=1.2,
-        columnspacing=1.2,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def _blank() -> Line2D:
-    """An empty entry of the legend."""
-    return Line2D([], [], linestyle="", label=" ")
+    handles = [handle for column in zip(*rows, strict=True) for handle in column]
+    legend(picture, handles, COLUMNS, handlelength=1.2, columnspacing=1.2)

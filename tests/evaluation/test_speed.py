@@ -10,6 +10,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.speed import measure_speed
 from permprune.kv.cache import PrunedCache
 from permprune.report.speed import bench_table, decode_bars, short_name, summary
+from permprune.report.style import save
 
 
 def test_a_prompt_is_read_once_and_tokens_follow_one_by_one(tiny_llama: LlamaForCausalLM) -> None:
@@ -93,7 +94,7 @@ def test_a_summary_is_beside_the_best_dense_model_of_each_figure() -> None:
 def test_the_table_and_the_picture_have_every_model() -> None:
     figures = benchmark().to_json()
     assert bench_table(figures).row_count == 6
-    picture = decode_bars(figures).decode()
+    picture = save(decode_bars(figures)).decode()
     assert all(name in picture for name in ("llama (fp32)", "llama (bf16)", "packed"))
     assert "batch 1, context 128" in picture and "batch 8, context 128" in picture
 

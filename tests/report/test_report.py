@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from permprune.report import maps, pictures
 from permprune.report.comparison import comparison_title, write_comparison
 from permprune.report.run import decision, render, write_report
+from permprune.report.style import Format, save
 from permprune.report.words import duration, number, percent, with_error
 
 from .pages import Page, assert_svg
@@ -231,23 +232,24 @@ def test_everything_in_a_record_is_escaped() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["svg", "png"])
-def test_every_picture_is_a_whole_file(kind: pictures.Format) -> None:
+def test_every_picture_is_a_whole_file(kind: Format) -> None:
     drawn = [
-        maps.kept_saliency(LAYERS, kind),
-        maps.patterns(MIXED, kind),
-        maps.sample(RECORD["sample"], kind),
-        pictures.output_error(LAYERS, kind),
-        pictures.learning_curve(CURVE, kind),
-        pictures.bars(30.1, 175.7, float("inf"), "perplexity", "newton", kind),
-        pictures.comparison(ROWS, "perplexity", "a_model with $ signs $", kind),
+        maps.kept_saliency(LAYERS),
+        maps.patterns(MIXED),
+        maps.sample(RECORD["sample"]),
+        pictures.output_error(LAYERS),
+        pictures.learning_curve(CURVE),
+        pictures.bars(30.1, 175.7, float("inf"), "perplexity", "newton"),
+        pictures.bars(0.9, 0.5, 0.7, "top-1 accuracy", "a_method with $ signs $"),
     ]
-    for picture in drawn:
+    files = [save(picture, kind) for picture in drawn]
+    for picture in files:
         if kind == "svg":
             assert_svg(picture)
         else:
             assert picture.startswith(PNG)
             assert picture.endswith(b"IEND\xaeB`\x82")
-    assert len(set(drawn)) == len(drawn)
+    assert len(set(files)) == len(files)
 
 
 def test_the_same_record_gives_the_same_page(rendered: str) -> None:
@@ -273,7 +275,7 @@ def test_no_two_kinds_share_a_label(paths: set[tuple[str, ...]]) -> None:
 
 def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:
     write_report(RECORD, tmp_path / "report.html")
-    write_comparison({**COMPARED, "rows": ROWS}, tmp_path / "compare.png")
+    write_comparison({**COMPARED, "model": "a_model with $ signs $", "rows": ROWS}, tmp_path / "compare.png")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == rendered
     assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.png", "report.html"]
