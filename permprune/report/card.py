@@ -32,8 +32,9 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
     Licence and base model are named where the record has them. Values of the record are escaped.
     """
     settings, measured = record["settings"], record["measured"]
-    loading, remark = _loading(record, config, source, on_hub)
-    kind = next(iter(config.get("architectures") or ()), "Transformer")
+    architectures = config.get("architectures") or ()
+    kind = next(iter(architectures), "Transformer")
+    own_classes = [name for name in config.get("auto_map") or () if name.startswith("AutoModel")]
     on = f"Measured on {measured['count']:,} {measured['unit']} of {_name(measured['data'])}." if measured else ""
     body = fill(
         "card.md",
@@ -42,9 +43,12 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         base=record.get("base_model") or (kind if on_hub and record["model"] not in MODELS else _name(record["model"])),
         decision=decision(record),
         overlap=overlap_note((measured or {}).get("overlap")),
-        loading=loading,
-        running=_running(kind, source),
-        remark=remark,
+        on_hub=on_hub,
+        source=json.dumps(source, ensure_ascii=False),
+        packed=PACKED in record,
+        loader=next(iter([*own_classes, *architectures]), "AutoModel"),
+        has_code=bool(own_classes),
+        writes_text=kind.endswith("ForCausalLM"),
         facts=list(_facts(settings)),
         dense=dense_sentence(record.get("dense")),
         table=measured_rows(record),
@@ -74,24 +78,6 @@ def _config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _running(kind: str, source: str) -> str:
-    """Return code that runs the model that `_loading` loads."""
-    quoted = json.dumps(source, ensure_ascii=False)
-    if not kind.endswith("ForCausalLM"):
-        return (
-            "from transformers import AutoProcessor\n\n"
-            f"processor = AutoProcessor.from_pretrained({quoted})\n\n\n"
-            "def run(*data):  # texts, images or sound\n"
-            '    return model(**processor(*data, return_tensors="pt"))'
-        )
-    return (
-        "from transformers import AutoTokenizer\n\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n"
-        'tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=20)\n'
-        "print(tokenizer.decode(tokens[0]))"
-    )
-
-
 def _metadata(record: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         base_model=record.get("base_model"),
@@ -99,24 +85,6 @@ def _metadata(record: Mapping[str, Any]) -> ModelCardData:
         library_name="permprune" if record["gathers"] else "transformers",
         tags=["permprune", "pruning", "sparsity", record["settings"]["pattern"]],
     )
-
-
-def _loading(record: Mapping[str, Any], config: Mapping[str, Any], source: str, on_hub: bool) -> tuple[str, str]:
-    """Return code that loads the model, and a remark on it."""
-    quoted = json.dumps(source, ensure_ascii=False)
-    if record["gathers"]:
-        folder = f"snapshot_download({quoted})" if on_hub else quoted
-        hub = "from huggingface_hub import snapshot_download\n" if on_hub else ""
-        code = f"import permprune\n{hub}\nmodel = permprune.load({folder})"
-        return code, "It reorders channels at run time (gather mode), which needs `pip install permprune`."
-    own = [name for name in config.get("auto_map") or () if name.startswith("AutoModel")]
-    kind = next(iter([*own, *(config.get("architectures") or ())]), "AutoModel")
-    trust = ", trust_remote_code=True" if own else ""
-    code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quoted}{trust})"
-    if PACKED in record:
-        code = f"import permprune  # with it, Transformers loads packed weights\n{code}"
-        return code, "Its weights are packed, which needs `pip install permprune`."
-    return code, "It is a plain checkpoint: the orders are folded into the weights."
 
 
 def _facts(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
