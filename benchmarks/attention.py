@@ -9,7 +9,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from permprune.models.attention import BlockwiseAttention
+from permprune.models.autocast import BlockwiseAttention
 
 SHAPES = {
     "SmolLM2-135M, 4 windows of 512 tokens": (4, 9, 3, 512, 64, True),

@@ -20,7 +20,7 @@ from permprune import read_model
 from permprune.calibration.moments import InputMoments
 from permprune.data.text import load_documents, tokenize
 from permprune.examples import Examples
-from permprune.models.attention import autocast
+from permprune.models.autocast import autocast
 from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import prunable_layers
 from permprune.models.processors import tokenizer_of

@@ -16,7 +16,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
 from permprune.losses.targets import Features, Predictions, Task
 from permprune.models.activation_checkpointing import recomputed
-from permprune.models.attention import autocast
+from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of
 from permprune.models.hooks import hooked

@@ -99,13 +99,13 @@ def _read_sixes(path: Path) -> list[list[str]]:
     return [lines[at : at + 6] for at in range(0, len(lines), 6)]
 
 
-def _read_beside(path: Path, labels: Path) -> list[tuple[Row, str]]:
+def _read_beside(path: Path, labels: Path) -> list[Row]:
     rows, right = read_table(path), read_text(labels).split()
     if len(rows) != len(right):
         raise PermpruneError(
             f"{path} has {len(rows)} records and {labels} {len(right)} labels: give a label for each record"
         )
-    return list(zip(rows, right, strict=True))
+    return [{**row, "label": label} for row, label in zip(rows, right, strict=True)]
 
 
 def _arc(record: Row) -> Row:
@@ -134,38 +134,25 @@ def _hellaswag(record: list[str]) -> Row:
     return {"query": context, "choices": endings, "label": range(4)[int(right)]}
 
 
-def _piqa(record: tuple[Row, str]) -> Row:
-    row, right = record
-    return {**{key: row[key] for key in ("goal", "sol1", "sol2")}, "label": range(2)[int(right)]}
+def _labelled(*columns: str, label: Callable[[Any], int] = int) -> Callable[[Row], Row]:
+    """Return a function that takes these columns of a record, and the column "label" converted by `label`."""
+    return lambda record: {**{name: record[name] for name in columns}, "label": label(record["label"])}
 
 
-def _boolq(record: Row) -> Row:
-    return {"passage": record["passage"], "question": record["question"], "label": int(record["label"])}
-
-
-def _rte(record: Row) -> Row:
-    right = {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}[record["label"]]
-    return {"sentence1": record["sentence1"], "sentence2": record["sentence2"], "label": right}
-
-
-def _cb(record: Row) -> Row:
-    right = ("entailment", "contradiction", "neutral").index(record["label"])
-    return {"premise": record["premise"], "hypothesis": record["hypothesis"], "label": right}
-
-
-def _wic(record: Row) -> Row:
-    shown = {key: record[key] for key in ("sentence1", "sentence2", "start1", "end1")}
-    return {**shown, "label": int(record["label"])}
-
+_PIQA = _labelled("goal", "sol1", "sol2", label=lambda label: range(2)[int(label)])
+_BOOLQ = _labelled("passage", "question")
+_RTE = _labelled("sentence1", "sentence2", label={"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}.__getitem__)
+_CB = _labelled("premise", "hypothesis", label=("entailment", "contradiction", "neutral").index)
+_WIC = _labelled("sentence1", "sentence2", "start1", "end1")
 
 SOURCES = {
     "arc_easy": Source(("zeroshot/ARC-Easy.{}.json",), "test", _read_json, _arc),
     "arc_challenge": Source(("zeroshot/ARC-Challenge.{}.json",), "test", _read_json, _arc),
-    "boolq": Source(("superglue/BoolQ/{}.jsonl",), "val", read_table, _boolq),
+    "boolq": Source(("superglue/BoolQ/{}.jsonl",), "val", read_table, _BOOLQ),
     "hellaswag": Source(("zeroshot/hellaswag_{}_full.txt",), "val", _read_sixes, _hellaswag),
-    "piqa": Source(("zeroshot/piqa.{}.jsonl", "zeroshot/piqa.{}-labels.lst"), "valid", _read_beside, _piqa),
-    "rte": Source(("glue/RTE/{}.tsv",), "dev", read_table, _rte),
-    "cb": Source(("superglue/CB/{}.jsonl",), "val", read_table, _cb),
-    "wic": Source(("superglue/WiC/{}.jsonl",), "val", read_table, _wic),
+    "piqa": Source(("zeroshot/piqa.{}.jsonl", "zeroshot/piqa.{}-labels.lst"), "valid", _read_beside, _PIQA),
+    "rte": Source(("glue/RTE/{}.tsv",), "dev", read_table, _RTE),
+    "cb": Source(("superglue/CB/{}.jsonl",), "val", read_table, _CB),
+    "wic": Source(("superglue/WiC/{}.jsonl",), "val", read_table, _WIC),
 }
 """The tasks by their names in lm-eval."""

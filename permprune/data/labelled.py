@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.data.items import Selection
-from permprune.data.labels import Labels
+from permprune.data.labels import Labels, as_number
 from permprune.data.sources import LABEL_COLUMNS, class_names, dataset, find_column, locate, read_table
 from permprune.errors import PermpruneError
 from permprune.examples import Part
@@ -74,7 +74,7 @@ class LabelledTexts:
         classes.
         """
         labels = {str(label) for label in self.labels}
-        numbers = {label: number for label in labels if (number := _number(label)) is not None}
+        numbers = {label: number for label in labels if (number := as_number(label)) is not None}
         if len(numbers) == len(labels) and not all(number.is_integer() for number in numbers.values()):
             return None
         found = list(self.names or sorted(labels, key=lambda label: (numbers.get(label, 0.0), label)))
@@ -154,19 +154,12 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
     first = list(rows[0])
     if len(first) == len(COLA) and first[1] in ("0", "1"):
         return read_table(path, COLA)
-    if len(first) >= len(STS) and _number(first[4]) is not None:
+    if len(first) >= len(STS) and as_number(first[4]) is not None:
         return read_table(path, STS)
     found = [WORD_IN_TEXT.fullmatch(str(row.get("text"))) for row in rows]
     if all(found):
         return [{**row, **match.groupdict()} for row, match in zip(rows, found, strict=True) if match]
     return rows
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _from_dataset(source: str, part: Part) -> tuple[list[dict[str, Any]], Mapping[str, Sequence[str]]]:

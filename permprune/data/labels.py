@@ -55,13 +55,18 @@ class Labels:
         return names[label] if known and isinstance(label, int) and 0 <= label < len(names) else label
 
     def _number(self, text: str) -> float | None:
-        try:
-            number = float(text)
-        except ValueError:
-            return None
-        if len(self.names) == 1:
+        number = as_number(text)
+        if number is None or len(self.names) == 1:
             return number
         return int(number) if number in self.names else None
+
+
+def as_number(text: str) -> float | None:
+    """The number that a text is; None if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def row_label(

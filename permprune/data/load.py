@@ -66,7 +66,8 @@ def load_examples(
         windows = tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True, apart=apart)
         return _known(model, Examples.of(windows))
     if source is None:
-        raise PermpruneError(f"there is no default data of {kind} to {_use(part)}: name a file, a folder or a data set")
+        use = "calibrate" if part == "calibration" else "evaluate"
+        raise PermpruneError(f"there is no default data of {kind} to {use} on: name a file, a folder or a data set")
     if kind == "images":
         return Examples(load_images(source, model, processor, selection))
     if kind == "speech":
@@ -89,10 +90,6 @@ def _known(model: PreTrainedModel, texts: Examples) -> Examples:
     return texts
 
 
-def _use(part: Part) -> str:
-    return "calibrate on" if part == "calibration" else "evaluate on"
-
-
 def _zoo_images(
     model: PreTrainedModel, processor: Processor | None, part: zoo.ImagePart, count: int, seed: int | None
 ) -> Examples:
@@ -106,7 +103,7 @@ def _zoo_images(
     if seed is not None:
         chosen = torch.randperm(len(held.labels), generator=torch.Generator().manual_seed(seed))
     chosen = chosen[:count]
-    pictures = [Image.fromarray(held.pixels[at]) for at in chosen]
+    pictures = [Image.fromarray(held.pixels[index]) for index in chosen]
     tensors = {"pixel_values": maker(images=pictures, return_tensors="pt")["pixel_values"]}
     if "labels" in argument_names(model) and model.config.num_labels == len(zoo.CLASSES):
         tensors["labels"] = torch.from_numpy(held.labels)[chosen]

@@ -177,18 +177,15 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_dataset(source: str, part: Part) -> list[str]:
-    with dataset(source, part) as rows:
-        documents = _bounded(row.get(FIELD) for row in rows)
-    return ["\n\n".join(documents)] if "" in documents else documents
-
-
-def _bounded(texts: Iterable[object]) -> list[str]:
     documents, characters = [], 0
-    for text in texts:
-        if not isinstance(text, str):
-            raise PermpruneError('the data set has no field "text" of strings: save the text as a file and give that')
-        documents.append(text)
-        characters += len(text)
-        if characters >= MAX_CHARACTERS:
-            break
-    return documents
+    with dataset(source, part) as rows:
+        for row in rows:
+            if not isinstance(text := row.get(FIELD), str):
+                raise PermpruneError(
+                    f'the data set has no field "{FIELD}" of strings: save the text as a file and give that'
+                )
+            documents.append(text)
+            characters += len(text)
+            if characters >= MAX_CHARACTERS:
+                break
+    return ["\n\n".join(documents)] if "" in documents else documents

@@ -26,7 +26,7 @@ from permprune.engine.weights import Weights, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.losses.targets import choose_task
-from permprune.models.attention import autocast
+from permprune.models.autocast import autocast
 from permprune.models.forward import computed_in, frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of

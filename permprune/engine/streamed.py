@@ -27,7 +27,7 @@ from permprune.engine.pruned import Pruned, beside_natural, new_gathers
 from permprune.engine.weights import Weights
 from permprune.errors import PermpruneError
 from permprune.forecasts.streamed import streamed_bytes
-from permprune.models.attention import autocast
+from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
 from permprune.models.hooks import hooked

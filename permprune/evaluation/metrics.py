@@ -48,23 +48,21 @@ def _f1(right: Any, predictions: Any) -> float:
     return float(f1_score(right, predictions, labels=classes, average="macro", zero_division=0.0))
 
 
-def _pearson(right: Any, predictions: Any) -> float:
-    return float(stats.pearsonr(right, predictions).statistic) if _vary(right, predictions) else 0.0
+def _correlation(measure: Callable[[Any, Any], Any]) -> Callable[[Any, Any], float]:
+    """A function of scipy that returns a correlation as its `statistic`, as a metric."""
 
+    def correlation(right: Any, predictions: Any) -> float:
+        constant = any(np.ptp(array) == 0 for array in (right, predictions))
+        return 0.0 if constant else float(measure(right, predictions).statistic)
 
-def _spearman(right: Any, predictions: Any) -> float:
-    return float(stats.spearmanr(right, predictions).statistic) if _vary(right, predictions) else 0.0
-
-
-def _vary(*arrays: Any) -> bool:
-    return all(np.ptp(array) > 0 for array in arrays)
+    return correlation
 
 
 METRICS: Mapping[str, LabelMetric] = {
     "matthews": LabelMetric(MATTHEWS, _matthews),
     "f1": LabelMetric(F1, _f1),
-    "pearson": LabelMetric(PEARSON, _pearson, scores=True),
-    "spearman": LabelMetric(SPEARMAN, _spearman, scores=True),
+    "pearson": LabelMetric(PEARSON, _correlation(stats.pearsonr), scores=True),
+    "spearman": LabelMetric(SPEARMAN, _correlation(stats.spearmanr), scores=True),
 }
 """The metrics of classes, besides accuracy, and of scores, by the names that `--metric` takes.
 

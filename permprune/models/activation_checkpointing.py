@@ -10,7 +10,7 @@ from functools import partial, update_wrapper
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from permprune.models.attention import BlockwiseAttention
+from permprune.models.autocast import BlockwiseAttention
 from permprune.models.layers import blocks
 
 _again = ContextVar("again", default=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import (
     AutoFeatureExtractor,
@@ -19,6 +19,8 @@ from transformers import (
 from permprune.errors import PermpruneError
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
+
+T = TypeVar("T")
 
 TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model")
 OTHER_FILES = ("*processor_config.json",)
@@ -59,29 +61,21 @@ def _try_text(processor: Processor) -> None:
 
 def tokenizer_of(processor: Processor | None) -> PreTrainedTokenizerBase:
     """The tokenizer of a processor, or the processor itself if it is one. Raises `PermpruneError` if there is none."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise PermpruneError("text needs a tokenizer, and the model has none: save one into its folder, or give one")
-    return tokenizer
+    return _part(processor, "tokenizer", PreTrainedTokenizerBase, "text needs a tokenizer")
 
 
 def image_processor_of(processor: Processor | None) -> BaseImageProcessor:
-    """The image processor of a processor, or the processor itself if it is one.
-
-    Raises `PermpruneError` if there is none.
-    """
-    found = getattr(processor, "image_processor", processor)
-    if not isinstance(found, BaseImageProcessor):
-        raise PermpruneError("images need an image processor, and the model has none: save or give one")
-    return found
+    """The image processor of a processor, or the processor itself, as `tokenizer_of`."""
+    return _part(processor, "image_processor", BaseImageProcessor, "images need an image processor")
 
 
 def feature_extractor_of(processor: Processor | None) -> FeatureExtractionMixin:
-    """The feature extractor of a processor, or the processor itself if it is one.
+    """The feature extractor of a processor, or the processor itself, as `tokenizer_of`."""
+    return _part(processor, "feature_extractor", FeatureExtractionMixin, "sound needs a feature extractor")
 
-    Raises `PermpruneError` if there is none.
-    """
-    found = getattr(processor, "feature_extractor", processor)
-    if not isinstance(found, FeatureExtractionMixin):
-        raise PermpruneError("sound needs a feature extractor, and the model has none: save or give one")
-    return found
+
+def _part(processor: Processor | None, attribute: str, kind: type[T], needed: str) -> T:
+    part = getattr(processor, attribute, processor)
+    if not isinstance(part, kind):
+        raise PermpruneError(f"{needed}, and the model has none: save one into its folder, or give one")
+    return part

@@ -20,7 +20,7 @@ from permprune.kernels.adam.rounding import add_rounded_
 from permprune.losses.loss import Loss, TeacherOutputs
 from permprune.losses.targets import Task
 from permprune.models.activation_checkpointing import recomputed
-from permprune.models.attention import autocast
+from permprune.models.autocast import autocast
 from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights

@@ -16,7 +16,7 @@ from permprune.evaluation.result import Result
 from permprune.examples import Examples, batches, by_length
 from permprune.losses.loss import Loss
 from permprune.losses.targets import Task
-from permprune.models.attention import autocast
+from permprune.models.autocast import autocast
 from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
 from permprune.system.device import fast_dtype, random_states, set_random_states
 from permprune.system.progress import log, track

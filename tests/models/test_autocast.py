@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from permprune.models import attention
+from permprune.models import autocast as module
 from permprune.models.activation_checkpointing import recomputed
-from permprune.models.attention import BlockwiseAttention, autocast
+from permprune.models.autocast import BlockwiseAttention, autocast
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,7 @@ def test_blocks_give_the_result_and_gradients_of_float64(
     )
     exact = [x.detach().double().requires_grad_() for x in inputs]
     with pytest.MonkeyPatch.context() as patch, BlockwiseAttention():
-        patch.setattr(attention, "SCORES", at_once)
+        patch.setattr(module, "SCORES", at_once)
         result = F.scaled_dot_product_attention(*inputs, is_causal=is_causal, enable_gqa=True, scale=0.3)
     expected = F.scaled_dot_product_attention(*exact, is_causal=is_causal, enable_gqa=True, scale=0.3)
     assert result.dtype == torch.bfloat16
@@ -73,7 +73,7 @@ def test_other_calls_go_to_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("not a call for blocks")
 
-    monkeypatch.setattr(attention, "_attend", refuse)
+    monkeypatch.setattr(module, "_Attention", refuse)
     dtype = torch.float32 if case == "fp32" else torch.bfloat16
     query, key, value = tensors((1, 2, 4, 8), (1, 2, 6, 8), (1, 2, 6, 8), dtype=dtype)
     if case == "three dimensions":

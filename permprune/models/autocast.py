@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on a CPU, in blocks that stay in the processor's cache."""
+"""Autocast to bfloat16: attention in blocks that stay in the processor's cache."""
 
 from __future__ import annotations
 
@@ -48,12 +48,11 @@ class BlockwiseAttention(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _runs_in_blocks(*args, **kwargs):
-            return _attend(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = _attend(*args, **kwargs) if func is F.scaled_dot_product_attention else None
+        return func(*args, **kwargs) if result is None else result
 
 
-def _runs_in_blocks(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,26 +61,15 @@ def _runs_in_blocks(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> bool:
+) -> Tensor | None:
+    """The attention's result (batch, heads, queries, channels of a value), bfloat16; None for calls of other kinds."""
     if attn_mask is not None or dropout_p or query.device.type != "cpu" or query.dim() != 4:
-        return False
-    dtype = autocast_dtype(query.device) or query.dtype
-    heads_match = query.shape[1] == key.shape[1] or enable_gqa
-    return dtype == torch.bfloat16 and heads_match and (not is_causal or query.shape[2] == key.shape[2])
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The attention's result (batch, heads, queries, channels of a value), bfloat16."""
+        return None
     batch, heads, length, width = query.shape
+    heads_match = heads == key.shape[1] or enable_gqa
+    dtype = autocast_dtype(query.device) or query.dtype
+    if dtype != torch.bfloat16 or not heads_match or (is_causal and length != key.shape[2]):
+        return None
     scaled = query * (width**-0.5 if scale is None else scale)  # before rounding to bfloat16
     groups = (batch * key.shape[1], heads // key.shape[1], length, width)
     grouped = [scaled.reshape(groups), key.flatten(0, 1), value.flatten(0, 1)]
@@ -99,9 +87,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
         result = query.new_empty((*query.shape[:3], value.shape[-1]))
-        for at, part, seen in _blocks(query, key, is_causal):
-            probabilities = _probabilities(query[at, :, part], key[at, :seen], is_causal)
-            result[at, :, part] = torch.bmm(probabilities, value[at, :seen]).view_as(result[at, :, part])
+        for heads, queries, seen in _blocks(query, key, is_causal):
+            probabilities = _probabilities(query[heads, :, queries], key[heads, :seen], is_causal)
+            block = result[heads, :, queries]
+            block.copy_(torch.bmm(probabilities, value[heads, :seen]).view_as(block))
         ctx.save_for_backward(query, key, value)
         ctx.is_causal = is_causal
         return result
@@ -111,15 +100,15 @@ class _Attention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
         of_key, of_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key, value))  # sums over the blocks
-        for at, part, seen in _blocks(query, key, ctx.is_causal):
-            keys, own = key[at, :seen], query[at, :, part]
-            probabilities = _probabilities(own, keys, ctx.is_causal)
-            arriving = gradient[at, :, part].flatten(1, 2)
-            of_value[at, :seen] += torch.bmm(probabilities.mT, arriving)
-            of_probabilities = torch.bmm(arriving, value[at, :seen].mT)
+        for heads, queries, seen in _blocks(query, key, ctx.is_causal):
+            keys, block = key[heads, :seen], query[heads, :, queries]
+            probabilities = _probabilities(block, keys, ctx.is_causal)
+            of_output = gradient[heads, :, queries].flatten(1, 2)
+            of_value[heads, :seen] += torch.bmm(probabilities.mT, of_output)
+            of_probabilities = torch.bmm(of_output, value[heads, :seen].mT)
             of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
-            of_query[at, :, part] = torch.bmm(of_scores, keys).view_as(own)
-            of_key[at, :seen] += torch.bmm(of_scores.mT, own.flatten(1, 2))
+            of_query[heads, :, queries] = torch.bmm(of_scores, keys).view_as(block)
+            of_key[heads, :seen] += torch.bmm(of_scores.mT, block.flatten(1, 2))
         return of_query, of_key.to(key.dtype), of_value.to(value.dtype), None
 
 
