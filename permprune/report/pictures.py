@@ -96,7 +96,7 @@ def epochs(curve: Sequence[Record], metric: str, dense: float | None) -> Figure:
 def dense_line(axes: Axes, value: float) -> None:
     """Draw a horizontal line at the value of the dense model."""
     axes.axhline(value, color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
-    place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+    place: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
     axes.annotate("dense", (1.0, value), (3, 0), **place, va="center", fontsize=8)
 
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from permprune.system.files import write_whole
 
@@ -33,7 +32,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 WIDTH = 4.4
 """Width of a picture in inches: its text stays legible when a page shrinks it to the width of a phone."""
 
-_RC: dict[str, Any] = {
+_RC: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), GRAY),
     **dict.fromkeys(("axes.labelsize", "axes.titlesize"), 9),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8),
@@ -65,7 +64,7 @@ def bare(axes: Axes) -> None:
     axes.tick_params(which="both", length=0, labelbottom=False, labelleft=False)
 
 
-def legend(picture: Figure, handles: Sequence[Line2D | Patch], columns: int, **options: Any) -> None:
+def legend(picture: Figure, handles: Sequence[Artist], columns: int, **options: Any) -> None:
     """Draw a legend above a picture's axes."""
     picture.legend(handles=handles, loc="outside upper left", ncols=columns, **options)
 
