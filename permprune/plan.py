@@ -36,12 +36,10 @@ from permprune.registry import label_of
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency
 from permprune.system import distributed
-from permprune.system.device import compute_device, fast_dtype
+from permprune.system.device import compute_device, dtype_named, fast_dtype
 from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 LARGE_WINDOWS = 768
 """The most windows of images or speech that an effort draws: they take up to a thousand times the memory of text."""
@@ -109,7 +107,7 @@ def plan_run(
     problems = build_problems(coupling, layers, pattern, config.mode)
     _warn_of_outputs(coupling, problems, config)
     log.info("%d layers to prune, %d orders to choose (%s mode)", len(layers), len(problems), config.mode)
-    dtype = DTYPES.get(config.precision) or fast_dtype(device)
+    dtype = dtype_named(config.precision) or fast_dtype(device)
     searched = {name: value for name, value in config.identity().items() if name not in FREE}
     searched |= {**model_digests(model, weights.items()), CALIBRATION: measured.digest, **versions()}
     distributed.require_same(searched)

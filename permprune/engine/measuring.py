@@ -8,7 +8,7 @@ from typing import Any
 from permprune.config import PruneConfig
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
 from permprune.evaluation.result import Result, require_label_metric
-from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
+from permprune.models.modality import EVALUATION_WINDOWS, EXAMPLES_PER_WINDOW, evaluation_batch, kind_of
 from permprune.options import Count, Length, require_fields
 from permprune.system.imports import on_first_use
 
@@ -26,10 +26,6 @@ with on_first_use(globals()):
 ANSWERED_ONCE = 32
 """Images or sentences per window of text in the evaluation: many, because each has only one label."""
 
-BATCH = 4
-"""Windows of text per forward pass in the evaluation; `BATCH_MULTIPLIER` examples of another kind count as one."""
-
-
 DENSE = "dense"
 """The label of the model before pruning."""
 
@@ -42,7 +38,7 @@ class Evaluation:
     """The data to evaluate on: text, sentences, images or speech in a file or folder, or a data set id; by default the
     text or the images of the zoo."""
 
-    windows: Count = 24
+    windows: Count = EVALUATION_WINDOWS
     """Windows of text to evaluate on; 32 sentences or images count as one."""
 
     length: Length = 512
@@ -114,7 +110,7 @@ class Meter:
         self.model, self.examples = model, evaluation.examples(model, processor)
         self.tokenizer = transcriber(model, processor)
         self.answers = None if has_targets(model, self.examples) else dense_outputs(model, self.examples)
-        self.batch, self.metric = BATCH * BATCH_MULTIPLIER[kind_of(model)], evaluation.metric
+        self.batch, self.metric = evaluation_batch(model), evaluation.metric
 
     def __call__(self) -> Result:
         dense, batch, metric = self.answers, self.batch, self.metric

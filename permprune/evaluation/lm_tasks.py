@@ -18,6 +18,7 @@ from permprune.data.benchmarks import SOURCES, wikitext2
 from permprune.data.sources import read_text
 from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
+from permprune.models.modality import EVALUATION_BATCH
 from permprune.options import Count, Natural, require_fields
 from permprune.system.imports import on_first_use
 from permprune.system.out_of_memory import memory_reported
@@ -41,9 +42,6 @@ WINDOW = 2048
 
 LOCAL = Path(__file__).parent / "local_tasks"
 """lm-eval's tasks, reading local files; the folder can also be given to lm-eval itself as --include_path."""
-
-BATCH = 4
-"""Number of prompts that run at a time."""
 
 _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
 """Matches file names; the names of tasks have no path separator and do not end in .yaml."""
@@ -169,7 +167,7 @@ class LoadedTasks:
             "groups": {},
         }
         with _quiet(), evaluating(model):
-            wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=BATCH)
+            wrapped = HFLM(model, backend="causal", tokenizer=deepcopy(tokenizer), batch_size=EVALUATION_BATCH)
             figures: Any = evaluate(wrapped, tasks, limit=self.chosen.limit, log_samples=False)
         return [result for name in figures["n-samples"] for result in _results(name, figures)]
 

@@ -15,9 +15,9 @@ from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.forecasts.machine import Machine, machine_named, this_machine
-from permprune.forecasts.run import WINDOWS, Forecast, Subject, forecast_held
+from permprune.forecasts.run import Forecast, Subject, forecast_held
 from permprune.forecasts.streamed import forecast_streamed
-from permprune.models.modality import kind_of
+from permprune.models.modality import EVALUATION_WINDOWS, kind_of
 from permprune.models.row_shards import require_divisible
 from permprune.options import Count, require
 from permprune.pattern import MIXED
@@ -39,7 +39,7 @@ def forecast(
     name: str,
     config: PruneConfig | None = None,
     *,
-    windows: int = WINDOWS,
+    windows: int = EVALUATION_WINDOWS,
     gpu: str | None = None,
     processes: Count | None = None,
 ) -> Forecast:

@@ -26,23 +26,24 @@ from permprune.losses.targets import next_token
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
 from permprune.models.layers import linears_of
-from permprune.models.modality import BATCH_MULTIPLIER, EXAMPLES_PER_WINDOW, kind_of
+from permprune.models.modality import (
+    BATCH_MULTIPLIER,
+    EVALUATION_BATCH,
+    EVALUATION_WINDOWS,
+    EXAMPLES_PER_WINDOW,
+    kind_of,
+)
 from permprune.models.narrow_weights import end_weights, held_type, is_narrow
 from permprune.models.positions import fitting_length
 from permprune.permuters.registry import permuter
-from permprune.plan import DTYPES, calibration_count, shares_of
+from permprune.plan import calibration_count, shares_of
 from permprune.pruning.network import LIGHT
 from permprune.pruning.outline import Outline
+from permprune.system.device import dtype_named
 from permprune.updates.registry import update
 
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
-
-EVALUATION_BATCH = 4
-"""Windows per forward pass in the evaluation."""
-
-WINDOWS = 24
-"""Windows of the evaluation, by default."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of a batch, by the names of the model's arguments."""
@@ -154,7 +155,7 @@ class Subject:
     outline: Outline
     machine: Machine
     stored: torch.dtype
-    windows: int = WINDOWS
+    windows: int = EVALUATION_WINDOWS
     processes: int = 1
 
 
@@ -167,7 +168,7 @@ def forecast_held(subject: Subject, config: PruneConfig, shards: int = 1) -> For
     outline = replace(subject.outline, dtype=held_type(stored), shards=shards)
     method, kind = permuter(config.permute), kind_of(model)
     per_window = EXAMPLES_PER_WINDOW[kind]
-    dtype, batch = DTYPES.get(config.precision, machine.dtype), config.batch * BATCH_MULTIPLIER[kind]
+    dtype, batch = dtype_named(config.precision) or machine.dtype, config.batch * BATCH_MULTIPLIER[kind]
     counted = partial(_counted, model, outline, config=config, dtype=dtype)
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
     measured, held_out, _ = shares_of(calibration_count(model, config), config, per_window)

@@ -9,13 +9,13 @@ from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.resources import Held, Stage, Work
 from permprune.forecasts.run import (
     EVALUATED,
-    EVALUATION_BATCH,
     Forecast,
     Subject,
     forward_operations,
     offloaded_bytes,
     program_bytes,
 )
+from permprune.models.modality import EVALUATION_BATCH
 from permprune.models.positions import fitting_length
 from permprune.permuters.registry import permuter
 from permprune.pruning.outline import Outline

@@ -15,17 +15,16 @@ from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.models.layers import require_changeable
+from permprune.options import PACKED
 from permprune.pattern import Pattern
-
-NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-"""The types of packed values, by their names for `pack`."""
+from permprune.system.device import dtype_named
 
 
 def packed_type(name: str) -> torch.dtype:
     """Return the type of packed values with this name. Raises `PermpruneError` if there is none."""
-    if name not in NAMES:
-        raise PermpruneError(f'weights cannot be packed as "{name}": choose {", ".join(NAMES)}')
-    return NAMES[name]
+    if (dtype := dtype_named(name)) is None:
+        raise PermpruneError(f'weights cannot be packed as "{name}": choose {", ".join(PACKED)}')
+    return dtype
 
 
 def pack(

@@ -27,7 +27,7 @@ from permprune.kv.files import OtherModelError
 from permprune.kv.files import read_record as read_kv
 from permprune.options import Count, require
 from permprune.report.run import write_report
-from permprune.system.device import best_device
+from permprune.system.device import best_device, dtype_named
 from permprune.system.files import write_json
 from permprune.system.progress import console, log, track
 from permprune.system.workers import without_main, worker_context
@@ -37,8 +37,6 @@ DENSE = ("fp32", "bf16")
 
 END = "end"
 """The request that ends a process."""
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +196,7 @@ def _load(entry: _Entry) -> PreTrainedModel:
         nn.Module.to(model, best_device())
         return model
     model, _, stored = read_model(entry.source, trust_remote_code=entry.trust_remote_code)
-    nn.Module.to(model, stored if entry.dtype is None else DTYPES[entry.dtype])
+    nn.Module.to(model, stored if entry.dtype is None else dtype_named(entry.dtype))
     return model
 
 

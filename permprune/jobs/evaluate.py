@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from permprune.checkpoints.source import ModelSource, open_model
-from permprune.engine.measuring import BATCH, Evaluation, transcriber
+from permprune.engine.measuring import Evaluation, transcriber
 from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.result import Result
-from permprune.models.modality import BATCH_MULTIPLIER, kind_of
+from permprune.models.modality import evaluation_batch
 from permprune.models.processors import Processor
 from permprune.system.out_of_memory import memory_reported
 
@@ -27,5 +27,5 @@ def evaluate(
     evaluation = evaluation or Evaluation()
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     examples = evaluation.examples(opened.model, opened.processor)
-    tokenizer, batch = transcriber(opened.model, opened.processor), BATCH * BATCH_MULTIPLIER[kind_of(opened.model)]
+    tokenizer, batch = transcriber(opened.model, opened.processor), evaluation_batch(opened.model)
     return evaluate_model(opened.model, examples, tokenizer, batch=batch, metric=evaluation.metric)[0]

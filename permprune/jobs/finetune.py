@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from permprune.checkpoints.source import ModelSource, OpenModel, name_of, open_model
-from permprune.engine.measuring import BATCH
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Result, require_label_metric
 from permprune.losses.objective import Objective
-from permprune.models.modality import BATCH_MULTIPLIER, kind_of
+from permprune.models.modality import evaluation_batch, kind_of
 from permprune.options import Count, NonNegative, Positive, Seed, require_choice, require_fields
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.imports import on_first_use
@@ -144,7 +143,7 @@ class FineTuning:
 
     def training(self, model: PreTrainedModel, count: int) -> Training:
         """Return the settings of the training loop for a model and `count` training examples."""
-        batch = self.batch or BATCH * BATCH_MULTIPLIER[kind_of(model)]
+        batch = self.batch or evaluation_batch(model)
         epochs = self.epochs or min(max(Training.epochs, round(STEPS * batch / count)), MOST_EPOCHS)
         return Training(epochs, self.lr or self._rate(model), batch, seed=self.seed)
 
@@ -254,7 +253,7 @@ def _finetune(
     examples, held_out = options.examples(model, processor)
     if options.dev is not None:
         warn_of_overlap(overlap([examples], held_out), "training")
-    batch = BATCH * BATCH_MULTIPLIER[kind_of(model)]
+    batch = evaluation_batch(model)
     if not has_targets(model, examples):
         raise PermpruneError("the data have no labels: give data with labels")
     task = choose_task(model, examples, batch)

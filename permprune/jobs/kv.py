@@ -16,7 +16,7 @@ from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
-from permprune.engine.measuring import BATCH, Evaluation
+from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 from permprune.kv.cache import PrunedCache, attention_layers
@@ -26,6 +26,7 @@ from permprune.kv.evaluation import CachedPerplexity, cached_perplexity
 from permprune.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
 from permprune.kv.folding import fold_values
 from permprune.models.forward import short_inputs
+from permprune.models.modality import EVALUATION_BATCH
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor
 from permprune.options import Count, Seed, require
@@ -90,7 +91,7 @@ def calibrate_kv(
         calibration, opened.model, opened.processor, part="calibration", count=samples, length=length, seed=seed
     )
     started = time.monotonic()
-    observed = observe_states(opened.model, examples, skipped=config.sinks, batch=BATCH)
+    observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
     config = _with_patterns(config, observed)
     channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
     if fold is not None:
@@ -195,8 +196,10 @@ def _kept(score: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
 def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evaluation: Evaluation) -> Measurement:
     """Measure the perplexity with the dense and with the pruned cache."""
     model, windows = opened.model, evaluation.examples(opened.model, opened.processor)
-    dense = perplexity(model, windows, BATCH)
-    found = cached_perplexity(model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), BATCH)
+    dense = perplexity(model, windows, EVALUATION_BATCH)
+    found = cached_perplexity(
+        model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), EVALUATION_BATCH
+    )
     return Measurement(
         data=evaluation.source or "default data",
         length=windows["input_ids"].shape[1],
@@ -229,4 +232,4 @@ def evaluate_kv(
     def empty() -> PrunedCache:
         return PrunedCache(opened.model, cache.config, cache.channels, exact_window=True)
 
-    return cached_perplexity(opened.model, windows, empty, BATCH)
+    return cached_perplexity(opened.model, windows, empty, EVALUATION_BATCH)

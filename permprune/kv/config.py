@@ -15,6 +15,7 @@ with on_first_use(globals()):
 
     from permprune.kernels.attention import codes
     from permprune.kernels.attention.native import part_sizes
+    from permprune.system.device import dtype_named
 
 AUTO = "auto"
 """The pattern that is chosen by the width of the heads (`default_pattern`)."""
@@ -83,8 +84,7 @@ class KVConfig:
 
 def stored_type(name: str) -> torch.dtype | None:
     """Return the type of kept values with a name of `DTYPES`; None for "auto"."""
-    floats = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return {"auto": None, **floats, "int8": torch.int8, "int5": codes.INT5}[name]
+    return codes.INT5 if name == "int5" else dtype_named(name)
 
 
 def pattern_of(text: str, width: int, dtype: str = KVConfig.dtype) -> Pattern | None:

@@ -21,6 +21,17 @@ EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "images": 8,
 BATCH_MULTIPLIER: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
 """Number of examples in a batch for each window of text that the batch size counts."""
 
+EVALUATION_WINDOWS = 24
+"""Windows of the evaluation, by default."""
+
+EVALUATION_BATCH = 4
+"""Windows of text, or prompts, of a forward pass in the evaluation."""
+
+
+def evaluation_batch(model: PreTrainedModel) -> int:
+    """Return the number of examples of a forward pass in the evaluation."""
+    return EVALUATION_BATCH * BATCH_MULTIPLIER[kind_of(model)]
+
 
 def kind_of(model: PreTrainedModel) -> Kind:
     """The kind of input that a model takes: windows of text, sentences with one label each, images, or speech."""

@@ -7,6 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+"""Types of tensors, by the names that options give them."""
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """Return the type of tensors with a name of `NAMED`; None for any other name, such as "auto"."""
+    return NAMED.get(name)
+
 
 def fast_dtype(device: torch.device) -> torch.dtype:
     """Return the activation type with the fastest products on this device that needs no loss scaling: bf16 or fp32."""

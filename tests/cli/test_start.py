@@ -9,7 +9,7 @@ import pytest
 from permprune.config import PruneConfig
 from permprune.evaluation.dispatch import ACCURACY
 from permprune.evaluation.metrics import METRICS
-from permprune.inference.pack import NAMES
+from permprune.options import PACKED
 from permprune.permuters.registry import PERMUTERS
 from permprune.saliency.registry import SALIENCIES
 from permprune.training.weights import TRAINED
@@ -69,7 +69,7 @@ def test_any_module_may_be_the_first_that_needs_transformers(module: str) -> Non
         ("prune", [ACCURACY, *METRICS]),
         ("prune", [*UPDATES]),
         ("finetune", [*TRAINED]),
-        ("pack", [*NAMES]),
+        ("pack", [*PACKED]),
     ],
 )
 def test_help_names_every_choice(command: str, names: list[str]) -> None:
