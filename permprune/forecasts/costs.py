@@ -14,10 +14,11 @@ from permprune.forecasts.resources import Held, Stage, Work
 from permprune.forecasts.workload import Workload
 from permprune.losses.loss import as_loss
 from permprune.matching.parts import groups_in, part_count
-from permprune.permuters import kept, quadratic
+from permprune.permuters import cp, kept, quadratic
 from permprune.permuters.base import Permuter
 from permprune.permuters.bundles import BLOCK
 from permprune.permuters.cost_matrix import CostMatrixLearner
+from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity, Random
 from permprune.permuters.iterate import Iterative
 from permprune.permuters.learned import Learned
@@ -79,6 +80,16 @@ def _ria(method: RIAPermuter, run: Workload) -> list[Stage]:
     return [Stage(method.name, (Held("largest problem's scores", scores),), run.each_problem(assignment_work))]
 
 
+@stages_of.register(CP)
+def _cp(method: CP, run: Workload) -> list[Stage]:
+    outline = run.outline
+    scores = Held("largest problem's scores", 4 * outline.largest_weights(run.threads))
+    tables = sum(
+        pairs_bytes(problem.size, outline.pattern.m, method.triples) for problem in outline.largest(run.threads)
+    )
+    return [Stage(method.name, (scores, Held("tables of pairs", tables)), None)]
+
+
 @stages_of.register(Reconstruction)
 def _reconstruction(method: Reconstruction, run: Workload) -> list[Stage]:
     def work(channels: int, rows: int, m: int) -> Work:
@@ -133,7 +144,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         stage("proposals", Held("largest problem's model", model), work=proposing),
         stage("accept", *_pass(method, run), work=run.loss_work(run.held_out) * TRIED),
     ]
-    batch = max(1, examples // 4)
+    batch = max(1, method.examples // 4) * run.examples_per_window
     training = _training(method, run, batch)
     if not method.rounds:
         rounds = []
@@ -202,12 +213,12 @@ def _pass(method: Iterative, run: Workload, examples: int = 0) -> tuple[Held, ..
 
 
 def _training(method: Iterative, run: Workload, examples: int) -> tuple[Held, ...]:
-    """What `train_weights` holds with this number of examples in a step."""
+    """What `train_weights` holds with this number of examples in a step; gradients only if they are several batches."""
     outline = run.outline
     weights = outline.dtype.itemsize * outline.weights
     moments = 2 * weights * outline.pattern.n // outline.pattern.m
     parts = [Held("trained weights", weights), Held("Adam's moments", moments), *run.gradient.held]
-    if examples * run.examples_per_window > run.batch:
+    if examples > run.batch:
         parts.append(Held("gradients", run.gradient_bytes))
     return (*parts, *_teacher(method, run, examples, training=True))
 
@@ -242,6 +253,20 @@ def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> 
         width = max(outline.widths[one.site] for one in problem.parts)
         total += 6 * width * min(width, part or width)
     return total
+
+
+def pairs_bytes(channels: int, m: int, triples: bool) -> int:
+    """Return the bytes of the tables of `cp`: the groups, gain and choice of each pair, and of an escape the last two.
+
+    `cp.CHUNK` groups at a time are compared with all others, for every way to exchange channels. With `triples` the
+    tables are those of all pairs of channels, and of all partitions of three groups.
+    """
+    groups, pairs = channels // m, math.comb(channels, 2)
+    if channels > cp.WIDE:
+        return 0
+    exchanges = sum(math.comb(m, count) ** 2 for count in ((1, 2) if m == 4 else (1,)))
+    tables = 48 * groups**2 + 16 * cp.CHUNK * groups * exchanges
+    return max(tables, 8 * pairs**2 + 16 * 5775 * math.comb(groups, 3)) if triples else tables
 
 
 def swap_work(channels: int, rows: int, m: int, part: int | None = None) -> Work:

@@ -79,8 +79,8 @@ def test_only_the_proposals_of_a_trust_region_are_unknown_without_a_cost(tiny_ch
     assert [name for name, seconds in found.items() if seconds is None] == ["idle: proposals"]
 
 
-@pytest.mark.parametrize("name", [name for name in PERMUTERS if name != "cp"])
-def test_every_method_but_cp_has_a_registered_cost(name: str) -> None:
+@pytest.mark.parametrize("name", PERMUTERS)
+def test_every_method_has_a_registered_cost(name: str) -> None:
     method = PERMUTERS[name]
     assert stages_of.dispatch(method) is not stages_of.dispatch(Permuter)
     if issubclass(method, TrustRegion):

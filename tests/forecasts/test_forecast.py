@@ -74,7 +74,7 @@ def test_the_parts_are_the_tensors_of_a_run(tiny_llama: LlamaForCausalLM, tiny_c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["none", "ria", "reconstruction", "newton:rounds=2"])
+@pytest.mark.parametrize("method", ["none", "ria", "cp:escapes=1", "reconstruction", "newton:rounds=2"])
 def test_the_peak_is_within_15_percent(
     method: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -125,6 +125,15 @@ def test_training_holds_hidden_states_where_few_positions_have_labels(
     assert "dense model's outputs" not in parts(config_folder)
     for model in (tiny_vit, tiny_whisper):
         assert parts(model)["dense model's outputs"] > 0
+
+
+def test_training_holds_gradients_where_a_step_has_several_batches(config_folder: Path, tiny_vit: Path) -> None:
+    """A step has a quarter of the 8 windows of a gradient; 8 images are a window, in a step as in a batch."""
+    for model in (config_folder, tiny_vit):
+        for batch, held in ((1, 2), (2, 1)):  # those of the search as well
+            found = permprune.forecast(str(model), SETTINGS.replace(permute="newton:tune=2", batch=batch))
+            (stage,) = [one for one in found.stages if one.name == "newton: training"]
+            assert [part.name for part in stage.parts].count("gradients") == held
 
 
 def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> None:
