@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
+from permprune.cli.settings import parts
 from permprune.errors import PermpruneError
 
 
@@ -71,6 +72,6 @@ def bench(
 def _numbers(name: str, text: str) -> list[int]:
     """Parse whole numbers separated by commas. Raises `PermpruneError` for anything else."""
     try:
-        return [int(part) for part in cli.parts(text)]
+        return [int(part) for part in parts(text)]
     except ValueError:
         raise PermpruneError(f'--{name} is "{text}": give whole numbers, separated by commas') from None

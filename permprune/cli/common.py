@@ -42,14 +42,6 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="a zoo name such as smollm2-135m, a folder, or a hub id")]
 Folder = Annotated[Path, typer.Argument(help="a folder that permprune wrote")]
-Data = Annotated[str | None, option(Evaluation, "source")]
-Windows = Annotated[int, option(Evaluation, "windows")]
-Length = Annotated[int, option(Evaluation, "length")]
-Metric = Annotated[str | None, option(Evaluation, "metric")]
-Tasks = Annotated[str, option(TaskList, "names", show_default="none")]
-TaskFile = Annotated[list[str] | None, option(TaskList, "files")]
-TaskData = Annotated[str | None, option(TaskList, "data")]
-Limit = Annotated[int | None, option(TaskList, "limit")]
 Methods = Annotated[
     str, typer.Option(help="searches, separated by commas, with options as in newton:rounds=6 (see permprune methods)")
 ]
@@ -86,11 +78,12 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
     """Register a command; `PermpruneError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
 
     A parameter whose type is a dataclass stands for the options of its fields (`options_of`), except for those in
-    `without`. Before anything slow is imported, the function runs up to its `yield`, and its inputs and outputs are
-    looked for. A function without one has then done its work.
+    `without`; several may share an option. Before anything slow is imported, the function runs up to its `yield`, and
+    its inputs and outputs are looked for. A function without one has then done its work.
     """
+    own = inspect.signature(function, eval_str=True).parameters
     parameters, settings = dict[str, inspect.Parameter](), dict[str, tuple[type, Collection[str]]]()
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+    for name, parameter in own.items():
         offered = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)}
         kind = parameter.annotation
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -111,9 +104,11 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
                 require_text(given)
                 if streamed and first and options["json"] is None:
                     raise PermpruneError("stdout is closed: give --json a file")
-                for name, (kind, fields) in settings.items():
-                    options[name] = settings_from(kind, {field: options.pop(field) for field in fields})
-                work = function(**options)
+                made: dict[str, Any] = {
+                    name: settings_from(kind, {option: given[option] for option in offered})
+                    for name, (kind, offered) in settings.items()
+                }
+                work = function(**{name: made[name] if name in made else options[name] for name in own})
                 if work is None:
                     return
                 next(work, None)
@@ -175,18 +170,12 @@ def _speaking(speaks: bool) -> Iterator[None]:
         yield
 
 
-def parts(text: str) -> list[str]:
-    """Split a list such as "a, b" at its commas; empty parts are left out."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def task_list(
-    names: str, files: list[str] | None, data: str | None, limit: int | None, few_shot: int | None = None
-) -> TaskList | None:
-    """Return the tasks that the options name; None if they name none."""
-    if not names and not files:
-        return None
-    return TaskList(tuple(parts(names)), data=data, limit=limit, few_shot=few_shot, files=tuple(files or ()))
+def beside(
+    config: PruneConfig, evaluation: Evaluation, tasks: TaskList | None = None
+) -> tuple[PruneConfig, Evaluation]:
+    """Return the config and the evaluation of a run (`Evaluation.beside`), with the tasks if there are any."""
+    tasks = tasks if tasks and (tasks.names or tasks.files) else None
+    return Evaluation.beside(config, evaluation.source, evaluation.windows, metric=evaluation.metric, tasks=tasks)
 
 
 def show(table: Table) -> None:

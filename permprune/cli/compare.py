@@ -10,23 +10,20 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
+from permprune.cli.settings import parts
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
+from permprune.evaluation.lm_tasks import TaskList
 
 
-@partial(cli.command, without=("effort", "permute", "shard"))
+@partial(cli.command, without=("effort", "permute", "shard", "few_shot"))
 def compare(
     model: cli.Model,
     config: PruneConfig,
+    evaluation: Evaluation,
+    tasks: TaskList,
     methods: cli.Methods = ("none,ria,reconstruction,newton,learned"),
-    data: cli.Data = None,
-    windows: cli.Windows = Evaluation.windows,
-    metric: cli.Metric = None,
-    tasks: cli.Tasks = "",
-    task_file: cli.TaskFile = None,
-    task_data: cli.TaskData = None,
-    limit: cli.Limit = None,
     out: Annotated[
         Path | None, typer.Option(help="folder for the checkpoint of the best method; must not exist yet")
     ] = None,
@@ -37,10 +34,9 @@ def compare(
 
     from permprune.permuters.registry import permuters
 
-    names = [name for name in cli.parts(methods) if name != "dense"]
-    chosen = cli.task_list(tasks, task_file, task_data, limit)
-    config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
-    if not cli.parts(methods):
+    names = [name for name in parts(methods) if name != "dense"]
+    config, evaluation = cli.beside(config, evaluation, tasks)
+    if not parts(methods):
         raise PermpruneError("--methods names no search: give at least one")
     permuters(names)
     yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,26 +13,19 @@ import typer
 from permprune.cli import common as cli
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
+from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
 
 if TYPE_CHECKING:
     from permprune.evaluation.result import Result
 
 
-@cli.command
+@partial(cli.command, without=("task_data",))
 def evaluate(
     model: cli.Model,
-    data: cli.Data = None,
-    windows: cli.Windows = Evaluation.windows,
-    length: cli.Length = Evaluation.length,
-    metric: cli.Metric = None,
-    tasks: cli.Tasks = "",
-    task_file: cli.TaskFile = None,
-    limit: cli.Limit = None,
+    evaluation: Evaluation,
+    tasks: TaskList,
     kv: Annotated[
         Path | None, typer.Option(help="folder that permprune kv wrote: measures perplexity with that pruned cache")
-    ] = None,
-    few_shot: Annotated[
-        int | None, typer.Option(help="solved examples in each prompt of the tasks", show_default="each task's own")
     ] = None,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
@@ -41,21 +35,18 @@ def evaluate(
     With --tasks, --data is a folder with local files of the tasks.
     """
 
-    from permprune.evaluation.lm_tasks import evaluate_tasks
-
-    if kv is not None and (tasks or task_file or metric):
+    tasks = dataclasses.replace(tasks, data=evaluation.source)
+    if kv is not None and (tasks.names or tasks.files or evaluation.metric):
         raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --task-file and --metric")
-    chosen = cli.task_list(tasks, task_file, data, limit, few_shot)
-    evaluation = Evaluation(data, windows, length, metric=metric)
     yield
 
     from permprune.jobs.evaluate import evaluate as run
     from permprune.jobs.kv import evaluate_kv
     from permprune.report.tables import tasks_table
 
-    if chosen:
-        results = evaluate_tasks(model, chosen, trust_remote_code=trust_remote_code)
-        figures = {"model": model, **dataclasses.asdict(chosen), "results": [result.to_json() for result in results]}
+    if tasks.names or tasks.files:
+        results = evaluate_tasks(model, tasks, trust_remote_code=trust_remote_code)
+        figures = {"model": model, **dataclasses.asdict(tasks), "results": [result.to_json() for result in results]}
         cli.show(tasks_table(model, results))
         cli.write_figures(json, figures)
         return

@@ -17,11 +17,12 @@ from permprune.kv.config import KVConfig
 from permprune.options import Count, Seed, require
 
 
-@partial(cli.command, without=("keys", "values"))
+@partial(cli.command, without=("keys", "values", "metric"))
 def kv(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],
     config: KVConfig,
+    evaluation: Evaluation,
     pattern: Annotated[
         str,
         typer.Option(
@@ -50,9 +51,6 @@ def kv(
             "which is then for that copy, need not reorder them; must not exist yet"
         ),
     ] = None,
-    data: cli.Data = None,
-    windows: cli.Windows = Evaluation.windows,
-    length: cli.Length = Evaluation.length,
     seed: Annotated[int, option(PruneConfig, "seed")] = PruneConfig.seed,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
@@ -62,7 +60,6 @@ def kv(
     from permprune.permuters.registry import score_permuter
 
     config = config.replace(keys=keys or pattern, values=values or pattern)
-    evaluation = Evaluation(data, windows, length)
     score_permuter(permute)
     require("samples", samples, Count)
     require("seed", seed, Seed)
@@ -79,7 +76,7 @@ def kv(
         permute=permute,
         calibration=calibration,
         samples=samples,
-        length=length,
+        length=evaluation.length,
         seed=seed,
         fold=fold,
         evaluation=evaluation,

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
+from permprune.options import Count, require, require_choice
+from permprune.system.files import gib
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    from permprune.report.words import duration
 
 
-@cli.command
+@partial(cli.command, without=("data", "metric"))
 def plan(
     model: cli.Model,
     config: PruneConfig,
-    windows: cli.Windows = Evaluation.windows,
+    evaluation: Evaluation,
     gpu: Annotated[
         str | None,
         typer.Option(help="a GPU to forecast for: h100, h200, a100 or rtx4090", show_default="this machine"),
@@ -30,9 +38,7 @@ def plan(
     """
 
     from permprune.forecasts.machine import GPUS
-    from permprune.options import Count, require, require_choice
 
-    require("windows", windows, Count)
     require("processes", processes, Count)
     if gpu is not None:
         require_choice("gpu", gpu, GPUS)
@@ -40,16 +46,53 @@ def plan(
 
     from permprune.forecasts.fitting import forecast
 
-    found = forecast(model, config, windows=windows, gpu=gpu, processes=processes)
-    cli.write_figures(json, found.to_json())
-    show_forecast(model, found.to_json())
-
-
-def show_forecast(model: str, figures: dict[str, Any]) -> None:
-    """Print a forecast, `Forecast.to_json`."""
-    from permprune.forecasts.tables import forecast_notes, peak_table, stages_table
-
-    cli.show(stages_table(model, figures))
-    cli.show(peak_table(figures))
+    found = forecast(model, config, windows=evaluation.windows, gpu=gpu, processes=processes)
+    figures = found.to_json()
+    cli.write_figures(json, figures)
+    cli.show(_stages(model, figures))
+    cli.show(_peak(figures))
     for note in forecast_notes(figures):
         print(note)
+
+
+def _stages(model: str, figures: dict[str, Any]) -> Table:
+    """Return a table of the stages of a forecast, `Forecast.to_json`."""
+    settings = figures["settings"]
+    how = "layer by layer" if figures["streamed"] else f"{settings['mode']} mode"
+    if (processes := figures["processes"]) > 1:
+        how += f", one of {processes} processes" + (" that divide the weights" if figures["shards"] > 1 else "")
+    title = f"{model}, {settings['pattern']} with {settings['permute']}, {how}, on {figures['machine']}"
+    table = Table("stage", title=title)
+    for column in ("tensors", "time"):
+        table.add_column(column, justify="right")
+    for stage in figures["stages"]:
+        table.add_row(stage["name"], gib(stage["bytes"]), duration(stage["seconds"]))
+    return table
+
+
+def _peak(figures: dict[str, Any]) -> Table:
+    """Return a table of the parts of the stage that needs the most memory."""
+    stage = max(figures["stages"], key=lambda stage: stage["bytes"])
+    table = Table("part", title=f"memory at the peak, {stage['name']}")
+    table.add_column("memory", justify="right")
+    for part in stage["parts"]:
+        if part["bytes"]:
+            table.add_row(part["name"], gib(part["bytes"]))
+    table.add_row("program", gib(figures["program"]))
+    return table
+
+
+def forecast_notes(figures: dict[str, Any]) -> list[str]:
+    """Return the totals of a forecast and what it assumes, one sentence each."""
+    host, device = f"{gib(figures['host'])} of host memory", figures["device"]
+    notes = [f"peak: {host}" if device is None else f"peak: {gib(device)} of device memory, {host}"]
+    written = ", ".join(f"{name} {gib(size)}" for name, size in figures["disk"].items() if size)
+    notes.append(f"disk: {gib(sum(figures['disk'].values()))} ({written})")
+    known = [stage["seconds"] for stage in figures["stages"]]
+    more = ", without the stages whose time is not known" if None in known else ""
+    notes.append(
+        f"time: about {duration(sum(filter(None, known)))}{more}; an estimate, from rates and operation counts"
+    )
+    if figures["advice"]:
+        notes.append(figures["advice"])
+    return [*notes, *(f"assumed: {sentence}" for sentence in figures["assumed"])]

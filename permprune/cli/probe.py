@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
+from permprune.cli.settings import parts
 from permprune.errors import PermpruneError
 
 
@@ -37,7 +38,7 @@ def probe(
 
     from permprune.options import Count, require
 
-    names = [] if classes is None else cli.parts(classes)
+    names = [] if classes is None else parts(classes)
     if classes is not None and len(names) < 2:
         raise PermpruneError(f"--classes has {len(names)} of them: give two or more, separated by commas")
     require("windows", windows, Count)

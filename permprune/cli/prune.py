@@ -22,9 +22,7 @@ def prune(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the pruned checkpoint; must not exist yet")],
     config: PruneConfig,
-    data: cli.Data = None,
-    windows: cli.Windows = Evaluation.windows,
-    metric: cli.Metric = None,
+    evaluation: Evaluation,
     pack: Annotated[
         str | None,
         typer.Option(
@@ -36,7 +34,7 @@ def prune(
 ) -> Iterator[None]:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
 
-    config, evaluation = Evaluation.beside(config, data, windows, metric=metric)
+    config, evaluation = cli.beside(config, evaluation)
     if pack is not None:
         require_choice("pack", pack, PACKED)
     yield

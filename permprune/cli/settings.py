@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,7 +14,6 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from permprune.cli.completion import completion_of
 from permprune.errors import PermpruneError
 
 T = TypeVar("T")
@@ -21,7 +21,15 @@ T = TypeVar("T")
 NAMED = dict.fromkeys(("Permuter", "Saliency", "Update", "ModelSource"), str)
 """Types of fields that take an object or its name, of which the command line takes the name."""
 
-PYTHON_ONLY = ("measured", "held_out", "shared")
+RENAMED = {
+    ("Evaluation", "source"): "data",
+    ("TaskList", "names"): "tasks",
+    ("TaskList", "data"): "task_data",
+    ("TaskList", "files"): "task_file",
+}
+"""Options that have another name than the field."""
+
+PYTHON_ONLY = ("measured", "held_out", "shared", "tasks")
 """Fields that are no options."""
 
 PANELS = {
@@ -31,6 +39,17 @@ PANELS = {
     "Model and output": ("exclude", "trust_remote_code", "pack", "json", "picture"),
 }
 """Options that few people need, by their panel in the help."""
+
+NAMES = {
+    **dict.fromkeys(("model", "teacher", "dense"), "zoo.models:MODELS"),
+    **dict.fromkeys(("permute", "methods"), "permuters.registry:PERMUTERS"),
+    "saliency": "saliency.registry:SALIENCIES",
+    "update": "updates.registry:UPDATES",
+    "effort": "config:EFFORTS",
+    "mode": "options:MODES",
+    "precision": "config:PRECISIONS",
+}
+"""The module and the variable with the names that an option or argument may have; the Tab key completes them."""
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -55,7 +74,12 @@ def parse_minutes(text: str) -> float | None:
         raise PermpruneError(f"minutes is {text!r}: give a number above 0, or none for no limit") from None
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {"memory": parse_bytes, "minutes": parse_minutes}
+def parts(text: str) -> tuple[str, ...]:
+    """Split a list such as "a, b" at its commas; empty parts are left out."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {"memory": parse_bytes, "minutes": parse_minutes, "tasks": parts}
 """Functions that read the text of an option."""
 
 
@@ -67,21 +91,22 @@ def option(settings: type, name: str, *flags: str, **more: Any) -> Any:
 
 
 def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspect.Parameter]:
-    """Return a parameter of a command for each field of settings, but for those in `without`, by name.
+    """Return a parameter of a command for each field of settings, but for the options in `without`, by name.
 
     It is None if the option is not given and the field's default is no plain value.
     """
     hints, found = get_type_hints(settings, localns=NAMED), {}
-    for field in dataclasses.fields(settings):
-        if field.init and field.name not in PYTHON_ONLY and field.name not in without:
+    for name, field in _options(settings).items():
+        if name not in without:
             default = field.default if isinstance(field.default, bool | int | float | str) else None
-            kind = _option_type(field.name, hints[field.name])
-            offered = option(settings, field.name, *([_flag(field.name)] if default is False else []))
+            kind = _option_type(name, hints[field.name])
+            flags = [f"--{name.replace('_', '-')}"] if default is False else []  # without one for the opposite
+            offered = option(settings, field.name, *flags)
             if get_origin(kind) is list:
                 offered.help += "; may be repeated"
             annotation: Any = Annotated[kind if default is not None else kind | None, offered]
-            found[field.name] = inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+            found[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
             )
     return found
 
@@ -90,22 +115,32 @@ def complete_option(name: str, parameter: inspect.Parameter) -> None:
     """Give the option of a command its panel in the help, and its completion by the Tab key."""
     (info,) = parameter.annotation.__metadata__
     info.rich_help_panel = next((panel for panel, names in PANELS.items() if name in names), None)
-    info.autocompletion = completion_of(name)
+    module, _, registry = NAMES.get(name, "").partition(":")
+
+    def complete(incomplete: str) -> list[str]:
+        before = "".join(incomplete.rpartition(",")[:2])  # a list of names
+        return [before + known for known in getattr(importlib.import_module(f"permprune.{module}"), registry)]
+
+    info.autocompletion = complete if module else None
 
 
 def settings_from(settings: type[T], values: Mapping[str, Any]) -> T:
     """Return the settings for the values of their options. Raises `PermpruneError` for those that they refuse."""
     given = {name: value for name, value in values.items() if value not in (None, [])}
-    return settings(
-        **{
-            name: PARSERS[name](value) if name in PARSERS else tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()
-        }
-    )
+    fields = {name: field for name, field in _options(settings).items() if name in given}
+    return settings(**{field.name: _value(name, given[name]) for name, field in fields.items()})
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def _value(name: str, given: Any) -> Any:
+    if name in PARSERS:
+        return PARSERS[name](given)
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _options(settings: type) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields that are options, by the names of these."""
+    fields = [field for field in dataclasses.fields(settings) if field.init and field.name not in PYTHON_ONLY]
+    return {RENAMED.get((settings.__name__, field.name), field.name): field for field in fields}
 
 
 def _option_type(name: str, hint: Any) -> Any:

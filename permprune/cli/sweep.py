@@ -10,19 +10,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from permprune.cli import common as cli
+from permprune.cli.settings import parts
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
+from permprune.evaluation.lm_tasks import TaskList
 
 if TYPE_CHECKING:
     from permprune.jobs.swept import Sweep
 
 
-@partial(cli.command, without=("effort", "permute", "pattern", "minutes", "shard"))
+@partial(cli.command, without=("effort", "permute", "pattern", "minutes", "shard", "few_shot"))
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],
     config: PruneConfig,
+    evaluation: Evaluation,
+    tasks: TaskList,
     patterns: Annotated[
         str, typer.Option(help="N:M patterns, separated by commas; mixed: a pattern for each layer")
     ] = "1:4,2:4,4:8,2:8,8:16,mixed",
@@ -31,13 +35,6 @@ def sweep(
         str,
         typer.Option(help="time limits of a search in minutes, separated by commas", show_default="no limit"),
     ] = "",
-    data: cli.Data = None,
-    windows: cli.Windows = Evaluation.windows,
-    metric: cli.Metric = None,
-    tasks: cli.Tasks = "",
-    task_file: cli.TaskFile = None,
-    task_data: cli.TaskData = None,
-    limit: cli.Limit = None,
     jobs: Annotated[int, typer.Option(help="patterns to work on at the same time, each in its own process")] = 1,
     resume: cli.Resume = False,
 ) -> Iterator[None]:
@@ -46,9 +43,8 @@ def sweep(
     from permprune.jobs.swept import plan_cells
     from permprune.options import Count, require
 
-    chosen = cli.task_list(tasks, task_file, task_data, limit)
-    config, evaluation = Evaluation.beside(config, data, windows, metric=metric, tasks=chosen)
-    cells = cli.parts(patterns), cli.parts(methods), _minutes(budgets)
+    config, evaluation = cli.beside(config, evaluation, tasks)
+    cells = parts(patterns), parts(methods), _minutes(budgets)
     plan_cells(*cells)
     require("jobs", jobs, Count)
     yield
@@ -82,6 +78,6 @@ def announce(result: Sweep) -> None:
 
 def _minutes(budgets: str) -> list[float]:
     try:
-        return [float(budget) for budget in cli.parts(budgets)]
+        return [float(budget) for budget in parts(budgets)]
     except ValueError:
         raise PermpruneError(f'--budgets is "{budgets}": give minutes separated by commas, such as 5,20') from None

@@ -51,8 +51,8 @@ _FILE = re.compile(r"[/\\]|\.ya?ml$", re.IGNORECASE)
 class TaskList:
     """Tasks of lm-eval, and those that its files define. Raises `PermpruneError` for numbers out of range."""
 
-    names: tuple[str, ...]
-    """Tasks of lm-eval, or wikitext2, separated by commas (docs/tasks.md).
+    names: tuple[str, ...] = ()
+    """Tasks of lm-eval, or wikitext2, separated by commas (docs/tasks.md); by default none.
 
     In Python they are a tuple."""
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import permprune
+from permprune.cli.plan import forecast_notes
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import proposals, stages_of, state_bytes
 from permprune.forecasts.resources import Held, Stage, Work
 from permprune.forecasts.run import Forecast
-from permprune.forecasts.tables import forecast_notes
 from permprune.forecasts.workload import Workload
 from permprune.permuters.base import LocalPermuter, Permuter
 from permprune.permuters.newton import Newton
