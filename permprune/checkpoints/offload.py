@@ -108,7 +108,7 @@ class CollectedWeights(StoredWeights):
 
     def __getitem__(self, name: str) -> Tensor:
         name = self.canonical.get(name, name)
-        sharding.tell(name)
+        sharding.broadcast_name(name)
         whole = self._collected(name)
         assert whole is not None  # on the first process
         return whole if self.edit is None else self.edit(name, whole)
@@ -119,11 +119,11 @@ class CollectedWeights(StoredWeights):
         try:
             yield
         finally:
-            sharding.tell(None)
+            sharding.broadcast_name(None)
 
     def serve(self) -> None:
         """Send the rows of this process whenever the first process asks for them, until the end of `served`."""
-        while (name := sharding.tell(None)) is not None:
+        while (name := sharding.broadcast_name(None)) is not None:
             self._collected(name)
 
     def _collected(self, name: str) -> Tensor | None:

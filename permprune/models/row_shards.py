@@ -4,19 +4,25 @@ A linear layer computes the outputs of its own rows, and the outputs of all proc
 module reads the whole tensor. In the backward pass the gradients of the inputs are summed (Shoeybi et al. 2019, arXiv
 1909.08053, section 3, the column-parallel layer with gathered outputs). Weights are never exchanged. All processes run
 the same batches at the same time.
+
+What is exchanged follows from the layouts of `torch.distributed.tensor`. Parameters are plain tensors of a process's
+rows, not DTensors as `parallelize_module` would make them: docs/architecture.md says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from permprune.errors import PermpruneError
 from permprune.models.layers import ROWS, Layer
 from permprune.system import sharding
+from permprune.system.device import best_device
 from permprune.system.distributed import shards
 
 ReadRows = Callable[[str, slice], Tensor]
@@ -38,29 +44,26 @@ def load_rows(model: nn.Module, read: ReadRows) -> None:
 
     Other parameters, and those that other modules use as well, are held whole. Raises whatever `read` raises.
     """
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for module, _, parameter in _parameters(model):
-        owners.setdefault(parameter, []).append(module)
-    divided = {one for one, users in owners.items() if all(map(_is_divisible, users))}
-    divided = {one for one in divided if sharding.leaves_none_out(len(one), shards())}
+    mesh = init_device_mesh(best_device().type, (shards(),))
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, []).append(module)
+    divided = {
+        parameter
+        for parameter, modules in users.items()
+        if all(map(_is_divisible, modules)) and sharding.leaves_none_out(len(parameter), shards())
+    }
     loaded: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in model.named_modules():
         if _is_divisible(module) and module.weight in divided:
-            _divide(module, len(module.weight))  # type: ignore[arg-type]
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                if parameter not in loaded:
-                    rows = sharding.own_rows(len(parameter)) if parameter in divided else slice(None)
-                    own = read(f"{name}.{attribute}".removeprefix("."), rows)
-                    loaded[parameter] = nn.Parameter(own, requires_grad=False)
-                module._parameters[attribute] = loaded[parameter]
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield module, name, parameter
+            _divide(module, len(module.weight), mesh)  # type: ignore[arg-type]
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if parameter not in loaded:
+                rows = sharding.own_rows(len(parameter)) if parameter in divided else slice(None)
+                weight = read(f"{name}.{attribute}".removeprefix("."), rows)
+                loaded[parameter] = nn.Parameter(weight, requires_grad=False)
+            module._parameters[attribute] = loaded[parameter]
 
 
 def _is_divisible(module: nn.Module) -> bool:
@@ -68,52 +71,40 @@ def _is_divisible(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, nn.Embedding)
 
 
-def _divide(module: nn.Linear | nn.Embedding, rows: int) -> None:
+def _divide(module: nn.Linear | nn.Embedding, rows: int, mesh: DeviceMesh) -> None:
     """Let a module that has `rows` rows run with those of this process."""
-    setattr(module, ROWS, (sharding.own_rows(rows), rows))
+    held = sharding.own_rows(rows)
+    setattr(module, ROWS, (held, rows))
     if isinstance(module, nn.Linear):
-        module.register_forward_pre_hook(lambda _, args: (_Copied.apply(args[0]), *args[1:]))  # type: ignore[no-untyped-call]
-        module.register_forward_hook(lambda _, __, output: _Gathered.apply(output, rows))  # type: ignore[no-untyped-call]
+        module.register_forward_pre_hook(lambda _, args: (_with_summed_gradient(args[0], mesh), *args[1:]))
+        module.register_forward_hook(lambda _, __, output: _on_all(output, Shard(-1), rows, mesh))
         return
     module.padding_idx = None  # it only matters to gradients, and may be the row of another process
-    own, elsewhere = sharding.own_rows(rows), list[Tensor]()
+    elsewhere = list[Tensor]()
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids = args[0] - own.start
-        elsewhere.append((ids < 0) | (ids >= own.stop - own.start))
+        ids = args[0] - held.start
+        elsewhere.append((ids < 0) | (ids >= held.stop - held.start))
         return (ids.masked_fill(elsewhere[-1], 0), *args[1:])
 
     def leave(_: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        found = output.masked_fill(elsewhere.pop()[..., None], 0)
-        sharding.add_(found)
-        return found
+        return _on_all(output.masked_fill(elsewhere.pop()[..., None], 0), Partial(), output.shape[-1], mesh)
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
 
 
-class _Copied(torch.autograd.Function):
-    """The input, which all processes have; its gradient is the sum of those with respect to each process's outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone(memory_format=torch.contiguous_format)
-        sharding.add_(total)
-        return total
+def _with_summed_gradient(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Return a tensor that all processes have; its gradient is the sum of those of the processes."""
+    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
 
 
-class _Gathered(torch.autograd.Function):
-    """The outputs of all rows, given those of the own ones; all processes compute the same gradient of them."""
+def _on_all(output: Tensor, placement: Placement, width: int, mesh: DeviceMesh) -> Tensor:
+    """Return what outputs of processes are together, (..., width): their sum, or one beside the other.
 
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, rows: int) -> Tensor:
-        ctx.rows = rows
-        return sharding.gather(output, rows, -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0][..., sharding.own_rows(ctx.rows)], None
+    All processes compute the same gradient of it.
+    """
+    shape = torch.Size((*output.shape[:-1], width))
+    stride = torch.empty(shape, device="meta").stride()
+    parts = DTensor.from_local(output, mesh, [placement], run_check=False, shape=shape, stride=stride)
+    return parts.redistribute(placements=[Replicate()]).to_local()

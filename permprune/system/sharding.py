@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from permprune.system import distributed
-from permprune.system.distributed import connected, shards
+from permprune.system.distributed import shards
 
 
-def own_rows(rows: int, process: int | None = None) -> slice:
-    """Return the rows, of so many, that a process holds, by default this one."""
-    process, size = distributed.rank() if process is None else process, _most(rows)
-    return slice(0, rows) if shards() == 1 else slice(min(process * size, rows), min((process + 1) * size, rows))
+def own_rows(rows: int) -> slice:
+    """Return the rows, of so many, that this process holds."""
+    process, most = distributed.rank() if shards() > 1 else 0, -(-rows // shards())
+    return slice(min(process * most, rows), min((process + 1) * most, rows))
 
 
 def leaves_none_out(rows: int, processes: int) -> bool:
@@ -29,9 +29,8 @@ def leaves_none_out(rows: int, processes: int) -> bool:
 def add_(*tensors: Tensor) -> None:
     """Replace each tensor, a sum over the rows of this process, by the sum over all rows."""
     if shards() > 1:
-        with connected():
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def total(*numbers: float) -> tuple[float, ...]:
@@ -43,55 +42,27 @@ def total(*numbers: float) -> tuple[float, ...]:
     return tuple(sums.tolist())
 
 
-def gather(part: Tensor, rows: int, dim: int = 0) -> Tensor:
-    """Return the whole of a tensor of which each process has its own rows along `dim`; on every process."""
+def gather_on_first(held: Tensor, rows: int) -> Tensor | None:
+    """Return to the first process the whole of a tensor of which each process holds some rows; to the others None."""
     if shards() == 1:
-        return part
-    own = _padded(part, rows, dim)
-    parts = [torch.empty_like(own) for _ in range(shards())]
-    with connected():
-        dist.all_gather(parts, own)
-    return torch.cat(parts, dim).narrow(dim, 0, rows)
-
-
-def gather_on_first(part: Tensor, rows: int) -> Tensor | None:
-    """Like `gather` along the first dimension, for the first process; the others return None."""
-    if shards() == 1:
-        return part
-    own = _padded(part, rows, 0)
-    whole = None if distributed.rank() else own.new_empty(shards() * len(own), *own.shape[1:])
-    with connected():
-        dist.gather(own, None if whole is None else [*whole.chunk(shards())])
+        return held
+    lacking = -(-rows // shards()) - len(held)  # all processes send as many rows
+    sent = torch.cat([held, held.new_zeros(lacking, *held.shape[1:])])
+    whole = None if distributed.rank() else sent.new_empty(shards() * len(sent), *sent.shape[1:])
+    dist.gather(sent, None if whole is None else [*whole.chunk(shards())])
     return None if whole is None else whole[:rows]
 
 
 def broadcast(tensor: Tensor, owner: int) -> Tensor:
     """Return the tensor of one process, on every process; those of the others are overwritten."""
     if shards() > 1:
-        with connected():
-            dist.broadcast(tensor, owner)
+        dist.broadcast(tensor, owner)
     return tensor
 
 
-def tell(text: str | None) -> str | None:
-    """Return what the first process tells; the argument of the others is ignored."""
-    told = [text]
+def broadcast_name(name: str | None) -> str | None:
+    """Return the name that the first process gives; those of the others are ignored."""
+    names = [name]
     if shards() > 1:
-        with connected():
-            dist.broadcast_object_list(told)
-    return told[0]
-
-
-def _most(rows: int) -> int:
-    """The largest number of rows of a process."""
-    return -(-rows // shards())
-
-
-def _padded(part: Tensor, rows: int, dim: int) -> Tensor:
-    """A contiguous copy of a part, or the part, with zeros for the rows that it lacks: all processes send as many."""
-    lacking = _most(rows) - part.shape[dim]
-    if not lacking:
-        return part.contiguous()
-    shape = [*part.shape]
-    shape[dim] = lacking
-    return torch.cat([part, part.new_zeros(shape)], dim)
+        dist.broadcast_object_list(names)
+    return names[0]
