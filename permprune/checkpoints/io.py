@@ -28,7 +28,7 @@ from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
-from permprune.system.out_of_memory import memory_reported
+from permprune.system.failures import failures_reported
 from permprune.zoo.cache import cache_root
 from permprune.zoo.models import resolve_model
 
@@ -39,7 +39,7 @@ CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "it
 """Prefixes of error messages, for the part of a model that does not load."""
 
 
-@memory_reported()
+@failures_reported()
 def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Processor | None, torch.dtype]:
     """Load a model in fp32 (on the GPU if there is one), its processor, and the dtype of the stored weights.
 
@@ -128,7 +128,7 @@ def loading(name: str, source: str | Path, part: str) -> Iterator[None]:
         raise PermpruneError(f"{name} does not load: {fault}{cure}") from error
 
 
-@memory_reported()
+@failures_reported()
 def load(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a pruned model from a folder that permprune wrote, and attach its gathers if it has any.
 

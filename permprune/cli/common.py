@@ -143,7 +143,7 @@ def _reported(parameters: Collection[str]) -> Iterator[None]:
     try:
         yield
     except PermpruneError as error:
-        from permprune.system.out_of_memory import OutOfMemory
+        from permprune.system.failures import OutOfMemory
 
         said = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
         print(f"permprune: {said}", file=sys.stderr)

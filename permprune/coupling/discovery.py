@@ -10,10 +10,10 @@ from permprune.coupling.build import build_spaces
 from permprune.coupling.sites import find_sites
 from permprune.coupling.space import Coupling
 from permprune.coupling.trace import trace
-from permprune.system.out_of_memory import memory_reported
+from permprune.system.failures import failures_reported
 
 
-@memory_reported()
+@failures_reported()
 def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:
     """Trace a model and return its channel spaces and sites.
 

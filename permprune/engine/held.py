@@ -43,7 +43,7 @@ from permprune.pruning.preview import sample
 from permprune.pruning.problem import Orders
 from permprune.pruning.stored import fold_tables, reorder_columns, reordered_outputs
 from permprune.system.device import compute_device
-from permprune.system.out_of_memory import memory_reported
+from permprune.system.failures import failures_reported
 from permprune.updates.registry import update
 from permprune.updates.share import update_network
 
@@ -60,7 +60,7 @@ class Prepared(Plan):
     seconds: float
 
 
-@memory_reported()
+@failures_reported()
 def prepare(
     model: PreTrainedModel,
     processor: Processor | None,
@@ -167,7 +167,7 @@ def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) 
     return pruned
 
 
-@memory_reported()
+@failures_reported()
 def prune(
     model: PreTrainedModel,
     processor: Processor | None = None,

@@ -15,12 +15,12 @@ from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
 from permprune.models.forward import is_causal_lm, is_ctc, writes_text
 from permprune.options import Count, require
-from permprune.system.out_of_memory import memory_reported
+from permprune.system.failures import failures_reported
 
 ACCURACY = "accuracy"
 
 
-@memory_reported()
+@failures_reported()
 def evaluate_model(
     model: nn.Module,
     examples: Examples,

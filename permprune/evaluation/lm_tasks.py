@@ -20,8 +20,8 @@ from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.result import TASK_ACCURACY, Metric, Result
 from permprune.models.modality import EVALUATION_BATCH
 from permprune.options import Count, Natural, require_fields
+from permprune.system.failures import failures_reported
 from permprune.system.imports import on_first_use
-from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console
 
 with on_first_use(globals()):
@@ -172,7 +172,7 @@ class LoadedTasks:
         return [result for name in figures["n-samples"] for result in _results(name, figures)]
 
 
-@memory_reported()
+@failures_reported()
 def evaluate_tasks(
     model: ModelSource, tasks: TaskList, processor: Processor | None = None, *, trust_remote_code: bool = False
 ) -> list[Result]:

@@ -26,15 +26,15 @@ from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.plan import outline_model
 from permprune.registry import label_of
 from permprune.system import distributed
+from permprune.system.failures import failures_reported
 from permprune.system.files import gib
-from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import log
 from permprune.updates.none import NoUpdate
 from permprune.updates.registry import update
 from permprune.zoo.models import resolve_model
 
 
-@memory_reported()
+@failures_reported()
 def forecast(
     name: str,
     config: PruneConfig | None = None,

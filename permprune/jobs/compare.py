@@ -21,8 +21,8 @@ from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuters
 from permprune.system import distributed
+from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, require_space
-from permprune.system.out_of_memory import memory_reported
 
 FIXED = ("pattern", "saliency", "mode", "update", "seed")
 """Fields of the config that the JSON file of a comparison contains."""
@@ -75,7 +75,7 @@ class Comparison:
         }
 
 
-@memory_reported()
+@failures_reported()
 def compare(
     model: ModelSource,
     methods: Sequence[str | Permuter] | Mapping[str, str | Permuter],

@@ -8,10 +8,10 @@ from permprune.evaluation.dispatch import evaluate_model
 from permprune.evaluation.result import Result
 from permprune.models.modality import evaluation_batch
 from permprune.models.processors import Processor
-from permprune.system.out_of_memory import memory_reported
+from permprune.system.failures import failures_reported
 
 
-@memory_reported()
+@failures_reported()
 def evaluate(
     model: ModelSource,
     evaluation: Evaluation | None = None,

@@ -15,9 +15,9 @@ from permprune.evaluation.result import Result, require_label_metric
 from permprune.losses.objective import Objective
 from permprune.models.modality import evaluation_batch, kind_of
 from permprune.options import Count, NonNegative, Positive, Seed, require_choice, require_fields
+from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.imports import on_first_use
-from permprune.system.out_of_memory import memory_reported
 
 with on_first_use(globals()):
     import torch
@@ -213,7 +213,7 @@ class FineTuned:
         }
 
 
-@memory_reported()
+@failures_reported()
 def finetune(
     model: ModelSource,
     out: str | Path,

@@ -16,7 +16,7 @@ from permprune.coupling.discovery import discover
 from permprune.coupling.verify import verify_space
 from permprune.models.dummy_inputs import example_inputs, read_example
 from permprune.models.processors import Processor
-from permprune.system.out_of_memory import memory_reported
+from permprune.system.failures import failures_reported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class InspectedSpace:
     difference: float | None = None
 
 
-@memory_reported()
+@failures_reported()
 def inspect(
     model: ModelSource,
     processor: Processor | None = None,

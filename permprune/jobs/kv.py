@@ -35,14 +35,14 @@ from permprune.permuters.base import ScorePermuter
 from permprune.permuters.registry import score_permuter
 from permprune.pruning.folder import write_model
 from permprune.pruning.problem import Part, Problem
+from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_writable
-from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import track
 
 SIDES = ("keys", "values")
 
 
-@memory_reported()
+@failures_reported()
 def calibrate_kv(
     model: ModelSource,
     out: str | Path,

@@ -19,8 +19,8 @@ from permprune.inference.pack import pack, unpack
 from permprune.models.layers import merged
 from permprune.models.processors import Processor, read_processor
 from permprune.pruning.folder import require_probe, write_pruned
+from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
-from permprune.system.out_of_memory import memory_reported
 
 SLACK = 2.0
 """The tolerance of packed weights, relative to the difference that was measured when they were packed."""
@@ -50,7 +50,7 @@ class Packed:
     largest: float
 
 
-@memory_reported()
+@failures_reported()
 def pack_folder(
     folder: str | Path,
     out: str | Path,
@@ -96,7 +96,7 @@ def pack_folder(
     )
 
 
-@memory_reported()
+@failures_reported()
 def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> None:
     """Write the packed checkpoint in `folder` to the folder `out` as an unpacked one, with its zeros and gathers.
 

@@ -16,11 +16,11 @@ from permprune.models.layers import require_changeable
 from permprune.models.processors import Processor
 from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model
+from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
-from permprune.system.out_of_memory import memory_reported
 
 
-@memory_reported()
+@failures_reported()
 def probe(
     model: ModelSource,
     out: str | Path,

@@ -32,13 +32,13 @@ from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
 from permprune.pruning.folder import write_pruned
 from permprune.system import distributed
+from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
-from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import log
 
 
-@memory_reported()
+@failures_reported()
 def prune_to_folder(
     model: ModelSource,
     out: str | Path,

@@ -44,9 +44,9 @@ from permprune.permuters.registry import permuter
 from permprune.report.sweep import write_sweep
 from permprune.system import distributed
 from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
+from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
 from permprune.system.memory import keep_freed_memory
-from permprune.system.out_of_memory import memory_reported
 from permprune.system.progress import console, log, track
 from permprune.system.search_state import Checkpoint, require_same
 from permprune.system.workers import without_main, worker_context
@@ -83,7 +83,7 @@ class Job:
     asked: dict[str, Any]
 
 
-@memory_reported()
+@failures_reported()
 def sweep(
     model: ModelSource,
     out: str | Path,

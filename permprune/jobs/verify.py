@@ -15,7 +15,7 @@ from permprune.checkpoints.record import Record
 from permprune.errors import PermpruneError
 from permprune.models.layers import DenseWeights, dense_weights
 from permprune.pruning.folder import require_probe
-from permprune.system.out_of_memory import memory_reported
+from permprune.system.failures import failures_reported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Verified:
     dense: DenseWeights
 
 
-@memory_reported()
+@failures_reported()
 def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Verified:
     """Check that the stored weights of every layer are N:M sparse and that the outputs are those of the masked model.
 

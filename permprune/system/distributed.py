@@ -22,9 +22,9 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from permprune.errors import PermpruneError
+from permprune.system.failures import ENDED
 from permprune.system.imports import on_first_use
 from permprune.system.memory import release_freed_memory
-from permprune.system.out_of_memory import is_out_of_memory
 
 with on_first_use(globals()):
     import torch
@@ -33,9 +33,6 @@ with on_first_use(globals()):
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-ENDED = "another process of this run has ended: see what it printed, then repeat the command with --resume"
-"""What a process prints before it ends because another one has."""
 
 _state = {"divided": False}
 
@@ -65,7 +62,7 @@ def processes() -> Iterator[None]:
     else:
         dist.init_process_group("gloo")
     try:
-        with _ending_when_told():
+        with _ending_on_sigterm():
             yield
     finally:
         dist.destroy_process_group()
@@ -89,20 +86,19 @@ def shards() -> int:
 
 def share(items: Sequence[T]) -> Sequence[T]:
     """Return the items of this rank: every `world()`-th one, starting with item `rank()`."""
-    return items if _alike() else items[rank() :: world()]
+    return items if _same_examples() else items[rank() :: world()]
 
 
 def add_(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over the ranks' shares of the examples."""
-    if not _alike():
-        with connected():
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+    if not _same_examples():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def adds_once() -> bool:
     """Whether this rank is the one that adds what `add_` is to count once."""
-    return _alike() or not rank()
+    return _same_examples() or not rank()
 
 
 def total(*numbers: float) -> tuple[float, ...]:
@@ -110,11 +106,10 @@ def total(*numbers: float) -> tuple[float, ...]:
     if not _running():
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64)
-    with connected():
-        if _alike():  # of the same examples: decisions must not differ by the rounding of kernels
-            dist.broadcast(sums, 0)
-        else:
-            dist.all_reduce(sums)
+    if _same_examples():  # of the same examples: decisions must not differ by the rounding of kernels
+        dist.broadcast(sums, 0)
+    else:
+        dist.all_reduce(sums)
     return tuple(sums.tolist())
 
 
@@ -123,19 +118,20 @@ def mean(number: float) -> float:
     return sum(gathered(number)) / world()
 
 
-def merge(found: dict[str, T]) -> dict[str, T]:
+def merge(results: dict[str, T]) -> dict[str, T]:
     """Return the union of the results of the ranks' shares; they must be picklable, and tensors on the CPU."""
-    return found if _alike() else {key: value for part in gathered(found) for key, value in part.items()}
+    if _same_examples():
+        return results
+    return {key: value for of_rank in gathered(results) for key, value in of_rank.items()}
 
 
-def gathered(own: T) -> list[T]:
+def gathered(value: T) -> list[T]:
     """Return the values of all ranks, which must be picklable."""
     if not _running():
-        return [own]
-    parts: list[Any] = [None] * world()
-    with connected():
-        dist.all_gather_object(parts, own)
-    return parts
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def require_same(settings: Mapping[str, Any]) -> None:
@@ -183,90 +179,76 @@ def on_first(function: Callable[[], R], others: Callable[[], None] = lambda: Non
     """
     if not _running():
         return function()
-    answer: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if rank():
         others()
     else:
-        try:
-            answer[0] = function()
-        except PermpruneError as error:
-            answer[1] = error
-    with connected():
-        dist.broadcast_object_list(answer)
-    value, failure = answer
-    if failure is not None:
-        raise failure
-    return value  # type: ignore[no-any-return]
+        outcome[:] = _outcome(function)
+    dist.broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result  # type: ignore[no-any-return]
 
 
 def on_all(function: Callable[[], R]) -> R:
     """Call the function on every rank and return its own result; a `PermpruneError` of one rank is raised on all."""
-    result, failure = None, None
-    try:
-        result = function()
-    except PermpruneError as error:
-        failure = error
-    for found in gathered(failure):
-        if found is not None:
-            raise found
+    result, error = _outcome(function)
+    for other in gathered(error):
+        if other is not None:
+            raise other
     return result  # type: ignore[return-value]
 
 
 def wait() -> None:
     """Wait until every rank has made this call."""
     if _running():
-        with connected():
-            dist.barrier()
+        dist.barrier()
 
 
-@contextmanager
-def connected() -> Iterator[None]:
-    """A context for collective operations; raises `PermpruneError` if another process has ended.
-
-    An error that memory has run out is left as it is.
-    """
+def _outcome(function: Callable[[], R]) -> tuple[R | None, PermpruneError | None]:
+    """Call a function; returns its result and the `PermpruneError` that it raised."""
     try:
-        yield
-    except RuntimeError as error:  # of any backend: torch has no class of errors for lost connections
-        if is_out_of_memory(error):
-            raise
-        raise PermpruneError(ENDED) from error
+        return function(), None
+    except PermpruneError as error:
+        return None, error
 
 
 def _running() -> bool:
     return "torch.distributed" in sys.modules and dist.is_available() and dist.is_initialized()
 
 
-def _alike() -> bool:
+def _same_examples() -> bool:
     """Whether all ranks have the same examples: there is one, or they divide rows."""
     return not _running() or _state["divided"]
 
 
 @contextmanager
-def _ending_when_told() -> Iterator[None]:
+def _ending_on_sigterm() -> Iterator[None]:
     """A context in which SIGTERM ends this process at once, also while it waits for others; the first rank says why.
 
     Python runs signal handlers only between its own instructions, but writes the signal's number to a file at once.
     """
-    told, teller = os.pipe()
-    os.set_blocking(teller, False)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
     def wait_for_signal() -> None:
-        while (number := os.read(told, 1)) != bytes([signal.SIGTERM]):
+        while (number := os.read(reader, 1)) != bytes([signal.SIGTERM]):
             if not number:
                 return
         if not rank():
             os.write(2, f"permprune: {ENDED}\n".encode())
         os._exit(128 + signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = Thread(target=wait_for_signal, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.set_wakeup_fd(before[1])
-        os.close(teller)
+        signal.signal(signal.SIGTERM, handler)
+        signal.set_wakeup_fd(wakeup)
+        os.close(writer)
         thread.join()
-        os.close(told)
+        os.close(reader)

@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import permprune
 from permprune.coupling.trace import Untraceable
 from permprune.plan import plan_run
+from permprune.system.failures import OutOfMemory
 from permprune.system.files import WriteError
-from permprune.system.out_of_memory import OutOfMemory
 
 from ..cli.running import fails, run
 

@@ -11,8 +11,8 @@ import torch
 
 from permprune.errors import PermpruneError
 from permprune.system import distributed
+from permprune.system.failures import OutOfMemory, failures_reported
 from permprune.system.files import WorkFolder
-from permprune.system.out_of_memory import OutOfMemory, memory_reported
 
 from ..cli.running import run
 from ..processes import in_processes
@@ -140,12 +140,23 @@ def test_ranks_that_differ_are_refused_and_an_error_of_one_is_raised_on_all() ->
     distributed.require_same({"seed": 0})
 
 
-def test_a_lost_connection_is_one_line() -> None:
-    with pytest.raises(PermpruneError) as raised, distributed.connected():
-        raise RuntimeError("[gloo/transport/tcp/pair.cc:549] Connection closed by peer [127.0.0.1]:59271")
-    assert str(raised.value).startswith("another process of this run has ended: see what it printed")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:549] Connection closed by peer [127.0.0.1]:59271"),
+        torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:94, remote process exited"),
+    ],
+)
+def test_a_lost_connection_is_one_line(error: RuntimeError) -> None:
+    with pytest.raises(PermpruneError, match="another process of this run has ended"), failures_reported():
+        raise error
+
+
+def test_another_error_of_torch_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="invalid shape"), failures_reported():
+        raise RuntimeError("invalid shape")
 
 
 def test_memory_that_runs_out_in_a_collective_operation_is_said_to() -> None:
-    with pytest.raises(OutOfMemory, match="out of memory"), memory_reported(), distributed.connected():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+    with pytest.raises(OutOfMemory, match="out of memory"), failures_reported():
+        raise torch.distributed.DistBackendError("NCCL error: unhandled cuda error, out of memory")

@@ -1,8 +1,9 @@
-"""Errors for running out of memory, with advice."""
+"""Failures of the system as errors of permprune: memory that runs out, and other processes that end."""
 
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -29,6 +30,10 @@ ADVICE: Mapping[str, str] = {
 """Advice by option that reduces the memory of a command; for commands without one the advice is a larger machine."""
 
 
+ENDED = "another process of this run has ended: see what it printed, then repeat the command with --resume"
+"""What a process prints before it ends because another one has."""
+
+
 class OutOfMemory(PermpruneError):
     """Raised if memory runs out; `peak` is the largest resident memory so far, in MiB, or None if it is unknown."""
 
@@ -52,12 +57,25 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error of a collective operation means that another process has ended."""
+    by_its_class = isinstance(error, getattr(sys.modules.get("torch.distributed"), "DistError", ()))
+    return by_its_class or (isinstance(error, RuntimeError) and "gloo/" in str(error))  # which has no class of errors
+
+
 @contextmanager
-def memory_reported() -> Iterator[None]:
-    """A context or decorator that raises `OutOfMemory` in place of any error which means that memory ran out."""
+def failures_reported() -> Iterator[None]:
+    """A context or decorator that raises a `PermpruneError` in place of errors that mean a failure of the system.
+
+    If memory ran out that is `OutOfMemory`.
+    """
     try:
         yield
     except Exception as error:
-        if isinstance(error, OutOfMemory) or not is_out_of_memory(error):
+        if isinstance(error, OutOfMemory):
             raise
-        raise OutOfMemory(peak_memory_mb()) from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(peak_memory_mb()) from error
+        if is_lost_connection(error):
+            raise PermpruneError(ENDED) from error
+        raise
