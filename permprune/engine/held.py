@@ -14,14 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from permprune.calibration.statistics import calibrate
-from permprune.checkpoints.gathers import Gather, attach_gathers, compose
+from permprune.checkpoints.gathers import attach_gathers, compose
 from permprune.checkpoints.io import load_written, write_weights
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
-from permprune.engine.pruned import Pruned, beside_natural, new_gathers
+from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, stored_form
 from permprune.engine.weights import Weights, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
@@ -40,8 +40,7 @@ from permprune.pruning.allocation import mix
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
-from permprune.pruning.problem import Orders
-from permprune.pruning.stored import fold_tables, reorder_columns, reordered_outputs
+from permprune.pruning.stored import reorder_columns
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
 from permprune.updates.registry import update
@@ -138,32 +137,24 @@ def update_weights(prepared: Prepared) -> None:
 
 
 def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
-    """Fold the orders of a solution into the current weights of the network, which has to have this solution.
+    """Put the orders of a solution, which the network has to have, into the model, with the network's current weights.
 
     `natural` are the network's measures in natural order. `prepared` must not be used afterwards.
     """
-    model, network = prepared.model, prepared.network
+    model, network, origin = prepared.model, prepared.network, origin_of(prepared.model)
     measures = beside_natural(network.measures(), natural)
     shown = sample(network, measures)
     network.write()
-    round_weights(model.parameters(), origin_of(model).dtype)
+    round_weights(model.parameters(), origin.dtype)
     with computed_in(model, torch.float32):
         probe = make_probe(model, short_inputs(model, prepared.run.held_out))
-    tables = fold_tables(prepared.coupling, network.problems, solution.orders)
-    fold_all(model, tables, prepared.coupling)
-    gathers = _gather(prepared, solution.orders)
-    pruned = Pruned(
-        model=model,
-        solution=solution,
-        config=prepared.config,
-        tables=tables,
-        gathers=gathers,
-        layers=measures,
-        probe=probe,
-        reordered=reordered_outputs(prepared.coupling, tables),
-        sample=shown,
-    )
-    set_origin(model, replace(origin_of(model), record=pruned.record(), probe=probe))
+    pruned = stored_form(prepared, model, solution, layers=measures, probe=probe, sample=shown)
+    fold_all(model, pruned.tables, prepared.coupling)
+    for layer, order in gathered_layers(prepared, solution.orders).values():
+        layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
+    attach_gathers(model, pruned.gathers)
+    pruned.gathers = compose(origin.gathers, pruned.gathers)
+    set_origin(model, replace(origin, record=pruned.record(), probe=probe))
     return pruned
 
 
@@ -254,16 +245,3 @@ class Held(Weights):
 
     def restore(self) -> None:
         self.network.restore()
-
-
-@torch.no_grad()
-def _gather(prepared: Prepared, orders: Orders) -> list[Gather]:
-    """Reorder the columns of every gathered layer and attach the gathers; returns all gathers of the model."""
-    layers = prepared.network.layers
-    found = new_gathers(prepared.coupling, prepared.problems, orders, layers)
-    for problem in prepared.problems:
-        if problem.name in found:
-            for layer in {layers[part.layer].parameter: layers[part.layer] for part in problem.parts}.values():
-                layer.stored.copy_(reorder_columns(layer.stored, layer, orders[problem.name]))
-    attach_gathers(prepared.model, list(found.values()))
-    return compose(origin_of(prepared.model).gathers, found.values())

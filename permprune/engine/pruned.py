@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,20 +16,22 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.gathers import Gather
 from permprune.checkpoints.io import load_written, write_weights
 from permprune.checkpoints.licence import base_model_of, licence_of
+from permprune.checkpoints.offload import Edit
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
 from permprune.checkpoints.probe import Probe, check_outputs
 from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
 from permprune.config import PruneConfig
-from permprune.coupling.space import Coupling
+from permprune.coupling.fold import fold_parameter
 from permprune.models.layers import Layer, dense_weights
 from permprune.models.processors import Processor
 from permprune.permuters.base import Solution
+from permprune.plan import Plan
 from permprune.pruning.folder import write_pruned
-from permprune.pruning.hub import MESSAGE, push_to_hub
+from permprune.pruning.hub import push_to_hub
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import gather_places
+from permprune.pruning.stored import fold_tables, gather_places, reorder_columns, reordered_outputs
 from permprune.system.files import atomic_folder
 from permprune.zoo.models import note
 
@@ -100,57 +101,85 @@ class Pruned:
         with atomic_folder(Path(folder)) as filled:
             write_pruned(record, self.probe, weights, filled, load=partial(load_written, self.model))
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        processor: Processor | None = None,
-        *,
-        private: bool | None = None,
-        token: str | None = None,
-        endpoint: str | None = None,
-        revision: str | None = None,
-        message: str = MESSAGE,
-    ) -> str:
+    def push_to_hub(self, repo_id: str, processor: Processor | None = None, **options: Any) -> str:
         """Write the model to a temporary folder as `save_pretrained` does, and upload it to the Hugging Face Hub.
 
-        The options are as in `permprune.push_to_hub`. The model card shows how to load the model from the Hub. Returns
-        the URL of the repository. Raises `PermpruneError`.
+        The options are those of `permprune.push_to_hub`. The model card shows how to load the model from the Hub.
+        Returns the URL of the repository. Raises `PermpruneError`.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, processor)
-            return push_to_hub(
-                folder,
-                repo_id,
-                private=private,
-                token=token,
-                endpoint=endpoint,
-                revision=revision,
-                message=message,
-            )
+            return push_to_hub(folder, repo_id, **options)
+
+
+def stored_form(
+    plan: Plan,
+    model: PreTrainedModel,
+    solution: Solution,
+    *,
+    layers: list[PrunedLayer],
+    probe: Probe,
+    sample: dict[str, Any] | None = None,
+) -> Pruned:
+    """Return a solution in the form in which it is stored: permutations to fold, and gathers.
+
+    Problems without an order keep their natural one. The other arguments are fields of the result.
+    """
+    tables = fold_tables(plan.coupling, plan.problems, solution.orders)
+    return Pruned(
+        model=model,
+        solution=solution,
+        config=plan.config,
+        tables=tables,
+        gathers=_gathers(plan, solution.orders),
+        layers=layers,
+        probe=probe,
+        reordered=reordered_outputs(plan.coupling, tables),
+        sample=sample,
+    )
+
+
+def gathered_layers(plan: Plan, orders: Orders) -> dict[str, tuple[Layer, Tensor]]:
+    """Return the layers that read gathered channels, each with its order, by parameter."""
+    layers = {layer.name: layer for layer in plan.layers}
+    return {
+        layers[part.layer].parameter: (layers[part.layer], orders[problem.name])
+        for problem in _gathered_problems(plan, orders)
+        for part in problem.parts
+    }
+
+
+def stored_order(plan: Plan, pruned: Pruned) -> Edit:
+    """Return the edit that puts the channels of masked weights in stored order: folded, or reordered for gathers."""
+    gathered = gathered_layers(plan, pruned.solution.orders)
+
+    def edit(name: str, tensor: Tensor) -> Tensor:
+        fold_parameter(name, tensor, pruned.tables, plan.coupling)
+        return reorder_columns(tensor, *gathered[name]) if name in gathered else tensor
+
+    return edit
 
 
 def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) -> list[PrunedLayer]:
     """Combine the measures of each layer as pruned with those in natural order."""
     return [
-        PrunedLayer(**asdict(own), kept_none=before.kept, error_none=before.error)
-        for own, before in zip(measures, natural, strict=True)
+        PrunedLayer(**asdict(layer), kept_none=before.kept, error_none=before.error)
+        for layer, before in zip(measures, natural, strict=True)
     ]
 
 
-def new_gathers(
-    coupling: Coupling, problems: list[Problem], orders: Orders, layers: Mapping[str, Layer]
-) -> dict[str, Gather]:
-    """Return the gathers that a pruned model needs, by problem; natural orders need none.
+def _gathered_problems(plan: Plan, orders: Orders) -> list[Problem]:
+    """Return the problems that need a gather: those that cannot be folded, with another order than the natural one."""
+    problems = [problem for problem in plan.problems if not problem.space and problem.name in orders]
+    return [problem for problem in problems if not torch.equal(orders[problem.name], problem.identity())]
 
-    `layers` are the pruned layers by name.
-    """
-    sites = {site.name: site for site in coupling.sites}
-    found = {}
-    for problem in problems:
-        order = orders[problem.name]
-        if problem.space or torch.equal(order, problem.identity()):
-            continue
+
+def _gathers(plan: Plan, orders: Orders) -> list[Gather]:
+    sites = {site.name: site for site in plan.coupling.sites}
+    layers = {layer.name: layer for layer in plan.layers}
+    gathers = []
+    for problem in _gathered_problems(plan, orders):
         output, inputs = gather_places(sites[problem.site], [layers[part.layer] for part in problem.parts])
-        found[problem.name] = Gather(problem.site, output, inputs, order.tolist())
-    return found
+        gathers.append(Gather(problem.site, output, inputs, orders[problem.name].tolist()))
+    return gathers

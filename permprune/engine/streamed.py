@@ -14,17 +14,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from permprune.calibration.moments import FEWEST, moments_of, warn_of_rare
 from permprune.calibration.statistics import Statistics
-from permprune.checkpoints.offload import Edit, attach, load_written_offloaded, read_offloaded, write_offloaded
+from permprune.checkpoints.offload import Edit, attach, read_offloaded
 from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.record import PrunedLayer
 from permprune.config import PruneConfig
-from permprune.coupling.fold import fold_parameter
-from permprune.engine.pruned import Pruned, beside_natural, new_gathers
-from permprune.engine.weights import Weights
+from permprune.engine.pruned import Pruned, beside_natural, stored_form, stored_order
+from permprune.engine.weights import Offloaded
 from permprune.errors import PermpruneError
 from permprune.forecasts.streamed import streamed_bytes
 from permprune.models.autocast import autocast
@@ -38,7 +36,6 @@ from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure, MaskedLayers
 from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import fold_tables, reorder_columns, reordered_outputs
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.files import WorkFolder, gib, write_whole
@@ -61,7 +58,7 @@ def require_streamable(model: nn.Module, plan: Plan) -> None:
         )
 
 
-class Streamed(Weights):
+class Streamed(Offloaded):
     """A model whose weights stay on disk, and are read layer by layer.
 
     Calibration and search are one forward pass, which the first order that is shown starts; its method is that of the
@@ -79,7 +76,7 @@ class Streamed(Weights):
         require_streamable(self.model, self.plan)
         self.folder, self.half, self.seconds = work.path / rank, is_narrow(self.stored), 0.0
         self._searched = 0.0  # seconds of this process
-        self._scratch = work.scratch / "written"
+        self.scratch, self.memory = work.scratch / "written", cast(int, config.memory)
         attach(self.model, self.weights)
 
     @contextmanager
@@ -104,35 +101,11 @@ class Streamed(Weights):
         """Nothing: methods that work layer by layer have no weight update."""
 
     def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
-        plan, problems = self.plan, [problem for problem in self.plan.problems if problem.name in solution.orders]
-        tables = fold_tables(plan.coupling, problems, solution.orders)
-        pruned = Pruned(
-            model=self.model,
-            solution=solution,
-            config=plan.config,
-            tables=tables,
-            gathers=list(new_gathers(plan.coupling, problems, solution.orders, self._layers).values()),
-            layers=self._solved[1],
-            probe=make_probe(self.model, short_inputs(self.model, plan.run.held_out)),
-            reordered=reordered_outputs(plan.coupling, tables),
-        )
-        masked, ordered = self._masked(DECIDED), stored_order(plan, pruned)
+        probe = make_probe(self.model, short_inputs(self.model, self.plan.run.held_out))
+        pruned = stored_form(self.plan, self.model, solution, layers=self._solved[1], probe=probe)
+        masked, ordered = self._masked(DECIDED), stored_order(self.plan, pruned)
         self.weights.edit = lambda name, tensor: ordered(name, masked(name, tensor))
         return pruned
-
-    def write(self, folder: Path, pruned: Pruned) -> None:
-        write_offloaded(
-            self.model,
-            self.processor,
-            self.weights,
-            dtype=self.stored,
-            gathered=bool(pruned.gathers),
-            folder=folder,
-            memory=cast(int, self.plan.config.memory),
-        )
-
-    def load(self, folder: Path) -> PreTrainedModel:
-        return load_written_offloaded(self.model, folder, self._scratch)
 
     @cached_property
     @torch.no_grad()
@@ -240,11 +213,6 @@ class Streamed(Weights):
 
         return edit
 
-    @property
-    def _layers(self) -> dict[str, Layer]:
-        """The layers to prune, by name."""
-        return {layer.name: layer for layer in self.plan.layers}
-
     def _local(self) -> dict[str, dict[int, Problem]]:
         """Return the problems (by number) whose layers all read the same tensor, by site in the order of execution.
 
@@ -284,23 +252,6 @@ class Streamed(Weights):
             saliency=self.plan.metric,
             patterns=dict.fromkeys(uniform, self.plan.pattern),
         )
-
-
-def stored_order(plan: Plan, pruned: Pruned) -> Edit:
-    """Return the edit that puts the channels of masked weights in stored order: folded, or reordered for gathers."""
-    layers = {layer.name: layer for layer in plan.layers}
-    gathered = {
-        layers[part.layer].parameter: (layers[part.layer], pruned.solution.orders[problem.name])
-        for problem in plan.problems
-        if not problem.space and problem.name in pruned.solution.orders
-        for part in problem.parts
-    }
-
-    def edit(name: str, tensor: Tensor) -> Tensor:
-        fold_parameter(name, tensor, pruned.tables, plan.coupling)
-        return reorder_columns(tensor, *gathered[name]) if name in gathered else tensor
-
-    return edit
 
 
 class _AllDecided(Exception):

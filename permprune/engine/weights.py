@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.offload import StoredWeights, load_written_offloaded, write_offloaded
 from permprune.engine.pruned import Pruned
 from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter, Run, Solution
@@ -66,13 +67,38 @@ class Weights(ABC):
         """Let the model run with its dense weights; nothing else can be shown afterwards. By default nothing."""
 
     def served(self) -> AbstractContextManager[None]:
-        """A context in which the other processes `serve` this one while it writes; by default nothing."""
+        """A context of the first process in which the others `serve` it while it writes; by default nothing."""
         return nullcontext()
 
-    @property
-    def serve(self) -> Callable[[], None]:
-        """What the other processes do while the first writes."""
-        return lambda: None
+    def serve(self) -> None:  # noqa: B027
+        """Help the first process to write, until it has ended; by default nothing."""
+
+
+class Offloaded(Weights):
+    """Weights of which one at a time is in memory when they are written, or loaded to check what was written.
+
+    `weights` are those to write. At most half of `memory` bytes of them are held at a time. What is loaded may need
+    temporary files in the folder `scratch`.
+    """
+
+    weights: StoredWeights
+    memory: int
+    scratch: Path
+
+    @torch.no_grad()
+    def write(self, folder: Path, pruned: Pruned) -> None:
+        write_offloaded(
+            pruned.model,
+            self.processor,
+            self.weights,
+            dtype=self.stored,
+            gathered=bool(pruned.gathers),
+            folder=folder,
+            memory=self.memory,
+        )
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        return load_written_offloaded(self.model, folder, self.scratch)
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ from permprune.pruning.problem import Orders, Problem
 
 
 def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
-    """Return the permutations to fold, by space: int64 (blocks, size); blocks without a problem keep their order."""
+    """Return the permutations to fold, by space: int64 (blocks, size); blocks without an order keep the natural one."""
     tables: dict[str, Tensor] = {}
     sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
     for problem in problems:
-        if problem.space:
+        if problem.space and problem.name in orders:
             blocks, size = sizes[problem.space]
             table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
             table[problem.block] = orders[problem.name]
