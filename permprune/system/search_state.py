@@ -6,9 +6,10 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,6 +25,8 @@ EVERY, SLOW = 30.0, 1.6
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and values that JSON can hold."""
+
+T = TypeVar("T")
 
 
 class Checkpoint:
@@ -54,6 +57,19 @@ class Checkpoint:
         }
         write_whole(self.folder / f"{name}.safetensors", lambda temporary: save_file(copies, temporary, metadata))
 
+    def save_object(self, name: str, value: Any) -> None:
+        """Save a dataclass object as it is (see `as_state`), on the first rank; otherwise as `save`."""
+        if self.saves():
+            self.save(name, *as_state(value))
+
+    def load_object(self, name: str, kind: type[T]) -> T | None:
+        """Return the object of the dataclass `kind` that was saved last, or None; raises `PermpruneError` as `load`."""
+        state = self.load(name)
+        try:
+            return None if state is None else from_state(kind, state)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise self._damaged(name) from error
+
     def saves(self, every_rank: bool = False) -> bool:
         """Return whether this rank saves states."""
         return self.folder is not None and (every_rank or not distributed.rank())
@@ -75,17 +91,20 @@ class Checkpoint:
                 metadata = file.metadata()
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             saved, values, digest = (metadata[key] for key in ("settings", "values", "digest"))
-            settings, found = json.loads(saved), json.loads(values)
+            settings, loaded = json.loads(saved), json.loads(values)
             if digest != digest_of(sorted(tensors.items())):
                 raise ValueError("the digest differs")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise PermpruneError(f"{path} is damaged: remove it, and --resume computes it again") from error
+            raise self._damaged(name) from error
         require_same(path, settings, self.settings)
-        return tensors, found
+        return tensors, loaded
 
     def names(self, prefix: str) -> list[str]:
         """Return the names of the saved states that start with `prefix`."""
         return [] if self.folder is None else sorted(path.stem for path in self.folder.glob(f"{prefix}*.safetensors"))
+
+    def _damaged(self, name: str) -> PermpruneError:
+        return PermpruneError(f"{self.folder}/{name}.safetensors is damaged: remove it, and --resume computes it again")
 
 
 class Resumable:
@@ -98,11 +117,11 @@ class Resumable:
 
     def __init__(self, checkpoint: Checkpoint, name: str, key: Any = None, *, every_rank: bool = False) -> None:
         self.checkpoint, self.name, self.key, self.every_rank = checkpoint, name, key, every_rank
-        self._found: State | None = None
+        self._loaded: State | None = None
         self.before, self._slow = 0.0, False
         saved = checkpoint.load(name)
         if saved is not None and saved[1]["key"] == key:
-            self._found, self.before = (saved[0], saved[1]["own"]), saved[1]["seconds"]
+            self._loaded, self.before = (saved[0], saved[1]["own"]), saved[1]["seconds"]
         self._started = self._saved = time.monotonic()
 
     @property
@@ -112,8 +131,8 @@ class Resumable:
 
     def take(self) -> State | None:
         """Return the state that was loaded, or None; a second call returns None, so that it is freed."""
-        found, self._found = self._found, None
-        return found
+        state, self._loaded = self._loaded, None
+        return state
 
     def offer(self, state: Callable[[], State]) -> None:
         """Save the state that `state` returns, if it is time to. Raises `PermpruneError` if it cannot be written."""
@@ -124,8 +143,8 @@ class Resumable:
         """Save the state that `state` returns. Raises `PermpruneError` if it cannot be written."""
         if self.checkpoint.saves(self.every_rank):
             began = time.monotonic()
-            tensors, own = state()
-            values = {"key": self.key, "seconds": self.seconds, "own": own}
+            tensors, values = state()
+            values = {"key": self.key, "seconds": self.seconds, "own": values}
             self.checkpoint.save(self.name, tensors, values, self.every_rank)
             self._saved = time.monotonic()
             self._slow = self._saved - began > EVERY / 20
@@ -140,8 +159,8 @@ class Journal(Resumable):
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         super().__init__(checkpoint, f"{name}.rank-{distributed.rank()}", every_rank=True)
-        self._own: State = self.take() or ({}, {})
-        self.tensors, self.values = dict(self._own[0]), dict(self._own[1])
+        self._of_rank: State = self.take() or ({}, {})
+        self.tensors, self.values = dict(self._of_rank[0]), dict(self._of_rank[1])
         for file in checkpoint.names(f"{name}.rank-"):
             if file != self.name and (saved := checkpoint.load(file)):
                 self.tensors |= saved[0]
@@ -151,10 +170,10 @@ class Journal(Resumable):
     def add(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
         """Add results. Raises `PermpruneError` if they cannot be written."""
         with self._lock:
-            for kept_tensors, kept_values in ((self.tensors, self.values), self._own):
+            for kept_tensors, kept_values in ((self.tensors, self.values), self._of_rank):
                 kept_tensors.update(tensors)
                 kept_values.update(values or {})
-            self.offer(lambda: self._own)
+            self.offer(lambda: self._of_rank)
 
     def __enter__(self) -> Journal:
         return self
@@ -162,13 +181,60 @@ class Journal(Resumable):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if any(self._own):
-            self.save(lambda: self._own)
+        if any(self._of_rank):
+            self.save(lambda: self._of_rank)
 
 
-def require_same(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise `PermpruneError` if the settings saved at `path` differ from `own`, naming those that do."""
-    if other := sorted(key for key in saved.keys() | own.keys() if saved.get(key) != own.get(key)):
+def as_state(value: Any) -> State:
+    """Return a dataclass object as a state: its tensors, by their paths in the object, and its other values.
+
+    It may have other dataclass objects, dicts with keys that are strings, lists and tuples, and in them tensors and
+    values that JSON can hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
+
+    def plain(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            shared = value.untyped_storage().data_ptr() in memory  # which a file of safetensors cannot hold
+            tensors[path] = value.clone() if shared else value
+            memory.add(value.untyped_storage().data_ptr())
+            return None
+        if is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name), f"{path}/{field.name}") for field in fields(value)}
+        if isinstance(value, dict):
+            return {key: plain(item, f"{path}/{key}") for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{path}/{number}") for number, item in enumerate(value)]
+        return value
+
+    return tensors, plain(value, "")
+
+
+def from_state(kind: type[T], state: State) -> T:
+    """Return the object of the dataclass `kind` that `as_state` returned as `state`, by the hints of its fields."""
+    tensors, values = state
+
+    def restored(hint: Any, value: Any, path: str) -> Any:
+        if path in tensors:
+            return tensors[path]
+        if isinstance(hint, type) and is_dataclass(hint):
+            hints = get_type_hints(hint)
+            return hint(**{name: restored(hints[name], item, f"{path}/{name}") for name, item in value.items()})
+        origin, of = get_origin(hint), get_args(hint)
+        if origin is dict:
+            return {key: restored(of[1], item, f"{path}/{key}") for key, item in value.items()}
+        if origin in (list, tuple):
+            return origin(restored(of[0], item, f"{path}/{number}") for number, item in enumerate(value))
+        return value
+
+    restored_object: T = restored(kind, values, "")
+    return restored_object
+
+
+def require_same(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise `PermpruneError` if the settings saved at `path` differ from those `given`, naming those that do."""
+    if other := sorted(key for key in saved.keys() | given.keys() if saved.get(key) != given.get(key)):
         raise PermpruneError(
             f"{path} was saved with another {', '.join(other)}: use the same, or remove {path.parent} and start again"
         )
