@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import singledispatch
+from typing import Any
 
 import torch
 
@@ -207,12 +208,12 @@ def _elements(method: CostMatrixLearner | Learned, outline: Outline) -> int:
     return sum(problem.size * method.part_size(problem.size, outline.pattern) for problem in outline.problems)
 
 
-def _pass(method: Iterative, run: Workload, examples: int = 0) -> tuple[Held, ...]:
+def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Held, ...]:
     """What a gradient on this number of examples holds, or the accept test."""
     return (*_teacher(method, run, examples), *(run.gradient if examples else run.loss).held)
 
 
-def _training(method: Iterative, run: Workload, examples: int) -> tuple[Held, ...]:
+def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Held, ...]:
     """What `train_weights` holds with this number of examples in a step; gradients only if they are several batches."""
     outline = run.outline
     weights = outline.dtype.itemsize * outline.weights
@@ -223,7 +224,7 @@ def _training(method: Iterative, run: Workload, examples: int) -> tuple[Held, ..
     return (*parts, *_teacher(method, run, examples, training=True))
 
 
-def _teacher(method: Iterative, run: Workload, examples: int, *, training: bool = False) -> tuple[Held, ...]:
+def _teacher(method: Iterative[Any], run: Workload, examples: int, *, training: bool = False) -> tuple[Held, ...]:
     """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
 
     The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are

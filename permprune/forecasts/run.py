@@ -101,7 +101,7 @@ class Forecast:
         found = {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
         if self.config.minutes is None:
             return found
-        limit, share = 60 * self.config.minutes, permuter(self.config.permute).searching
+        limit, share = 60 * self.config.minutes, permuter(self.config.permute).search_share
         limited = {stage.name: found[stage.name] for stage in self.stages if stage.limited}
         known = sum(filter(None, limited.values()))
         searched = min(known, limit * share)

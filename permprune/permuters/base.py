@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol
 
 from permprune.errors import PermpruneError
@@ -21,13 +21,10 @@ with on_first_use(globals()):
     from permprune.examples import Examples
     from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.network import PrunedNetwork
-    from permprune.pruning.problem import Orders, Problem
+    from permprune.pruning.problem import Problem
     from permprune.system import digests, distributed
     from permprune.system.memory import release_freed_memory
     from permprune.system.search_state import Checkpoint, Journal
-
-ORDER, WEIGHT, BITS = "order/", "weight/", "bits/"
-"""Prefixes of orders, of trained weights and of refined masks among the tensors of a saved solution."""
 
 TRAINING = ".training"
 """What follows the name of a search in the name of the state of its training."""
@@ -56,12 +53,20 @@ class Solution:
     it chose others than the scores do (`MaskedLayers.bits`). `stopped` is whether a callback ended the search.
     """
 
-    orders: Orders
+    orders: dict[str, Tensor]
     seconds: float
     curve: tuple[CurvePoint, ...] = ()
     weights: dict[str, Tensor] = field(default_factory=dict)
     bits: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
+
+
+@dataclass(frozen=True)
+class SavedSolution:
+    """A solution on disk, and what may have ended its search early."""
+
+    solution: Solution
+    limits: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,10 @@ class Run:
     examples_per_window: int = 1
     solved: dict[tuple[object, ...], Solution] = field(default_factory=dict, compare=False)
 
-    def decides(self) -> tuple[object, ...]:
-        """The fields of the run that the result of a search depends on."""
-        return tuple(getattr(self, own.name) for own in fields(self) if own.compare)
+    @property
+    def cache_key(self) -> tuple[object, ...]:
+        """The fields of the run that the result of a search depends on; examples are compared by identity."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.compare)
 
     def notify(self, round: Round) -> bool:
         """Call the callbacks, on the first rank only; returns whether one of them returned True."""
@@ -156,47 +162,36 @@ class Permuter(ABC):
     free: ClassVar[tuple[str, ...]] = ()
     """Options that may change when an interrupted search is resumed, such as the number of rounds."""
 
+    timed: ClassVar[bool] = True
+    """Whether a time limit can end the search."""
+
     def __post_init__(self) -> None:
         require_fields(self)
-
-    def solve(self, network: PrunedNetwork, run: Run) -> Solution:
-        """Return the solution and apply it to the network; search only if it was not found before.
-
-        It is looked up in `run.solved`, and then among the solutions that an interrupted run saved.
-        """
-        key = self.key(network, run)
-        if key not in run.solved:
-            network.set_weights({})
-            network.set_bits({})
-            run.solved[key] = self._recall(network, run) or self._search(network, run)
-        solution = run.solved[key]
-        network.set_weights(solution.weights)
-        network.set_orders(solution.orders)
-        network.set_bits(solution.bits)
-        return solution
-
-    @property
-    def divides_rows(self) -> bool:
-        """Whether it works where each process holds only some rows of the weights (`permprune.system.sharding`)."""
-        return False
 
     @abstractmethod
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         """Find orders. The network may have any orders at first, and has the dense weights."""
 
     @property
-    def searching(self) -> float:
+    def divides_rows(self) -> bool:
+        """Whether it works where each process holds only some rows of the weights (`permprune.system.sharding`)."""
+        return False
+
+    @property
+    def search_share(self) -> float:
         """The share of a time limit in which the method searches for orders; in the rest it trains weights."""
         return 1.0
 
     def require_minutes(self, minutes: float | None) -> None:
         """Raise `PermpruneError` if the method divides a time limit, but `minutes` is None."""
-        if self.searching < 1 and minutes is None:
+        if self.search_share < 1 and minutes is None:
             raise PermpruneError(f"{label_of(self)} trains for a share of a time limit: give --minutes")
 
-    def key(self, network: PrunedNetwork, run: Run) -> tuple[object, ...]:
-        """Everything that the solution depends on; networks and examples are compared by identity."""
-        return (self, network, *run.decides())
+    def options(self) -> dict[str, Any]:
+        """The permuter's options, as values that JSON can hold."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = (bool, int, float, str, type(None))
+        return {name: value if isinstance(value, plain) else described(value) for name, value in values.items()}
 
     def checkpoint(self, run: Run) -> Checkpoint:
         """The checkpoint for the states of this search; its settings are everything that the states depend on."""
@@ -204,48 +199,40 @@ class Permuter(ABC):
             return run.checkpoint
         options = {name: value for name, value in self.options().items() if name not in self.free}
         examples = [run.checkpoint.settings.get(digests.CALIBRATION), run.train.digest, run.held_out.digest]
-        own = {"seed": run.seed, digests.CALIBRATION: examples, **options}
-        return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **own})
+        searched = {"seed": run.seed, digests.CALIBRATION: examples, **options}
+        return Checkpoint(run.checkpoint.folder, {**run.checkpoint.settings, **searched})
 
-    def options(self) -> dict[str, Any]:
-        """The permuter's options, as values that JSON can hold."""
-        found = {own.name: getattr(self, own.name) for own in fields(self)}
-        plain = (bool, int, float, str, type(None))
-        return {name: value if isinstance(value, plain) else described(value) for name, value in found.items()}
+    def solve(self, network: PrunedNetwork, run: Run) -> Solution:
+        """Return the solution and apply it to the network; search only if it was not found before.
 
-    def limits(self, run: Run) -> dict[str, Any]:
-        """What ends the search. A solution found under other limits is not reused, but its state can be resumed."""
-        return {"minutes": run.minutes, **{name: self.options()[name] for name in self.free}}
-
-    def _search(self, network: PrunedNetwork, run: Run) -> Solution:
-        release_freed_memory()  # of the calibration or of the previous search
-        solution = self.search(network, run)
-        tensors = {ORDER + name: order for name, order in solution.orders.items()}
-        tensors |= {WEIGHT + name: weight for name, weight in solution.weights.items()}
-        tensors |= {BITS + name: bits for name, bits in solution.bits.items()}
-        curve = [astuple(point) for point in solution.curve]
-        values = {"limits": self.limits(run), "seconds": solution.seconds, "curve": curve}
-        if not solution.stopped:
-            checkpoint = self.checkpoint(run)
-            checkpoint.save(f"{self.name}.found", tensors, values)
-            checkpoint.remove(self.name + TRAINING)
+        It is looked up in `run.solved`, and then among the solutions that an interrupted run saved.
+        """
+        run = run if self.timed else replace(run, minutes=None)
+        key = (self, network, *run.cache_key)
+        if key not in run.solved:
+            network.set_weights({})
+            network.set_bits({})
+            run.solved[key] = self._saved_solution(network, run)
+        solution = run.solved[key]
+        network.set_weights(solution.weights)
+        network.set_orders(solution.orders)
+        network.set_bits(solution.bits)
         return solution
 
-    def _recall(self, network: PrunedNetwork, run: Run) -> Solution | None:
-        """Return the solution that an interrupted run saved, if it was found under the same limits."""
-        saved = self.checkpoint(run).load(f"{self.name}.found")
-        if saved is None or saved[1]["limits"] != self.limits(run):
-            return None
-        tensors, values = saved
-        log.info("%s: solution loaded from the interrupted run", self.name)
-        orders, weights, bits = (
-            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            for prefix in (ORDER, WEIGHT, BITS)
-        )
-        weights = {name: weight.to(network.layers[name].weight) for name, weight in weights.items()}
-        bits = {name: mask.to(network.layers[name].weight.device) for name, mask in bits.items()}
-        curve = tuple(CurvePoint(*point) for point in values["curve"])
-        return Solution(orders, values["seconds"], curve, weights, bits)
+    def _saved_solution(self, network: PrunedNetwork, run: Run) -> Solution:
+        """Return the solution that an interrupted run saved under the same limits; otherwise search, and save it."""
+        limits = {"minutes": run.minutes, **{name: self.options()[name] for name in self.free}}
+        checkpoint, file = self.checkpoint(run), f"{self.name}.found"
+        saved = checkpoint.load_object(file, SavedSolution)
+        if saved is not None and saved.limits == limits:
+            log.info("%s: solution loaded from the interrupted run", self.name)
+            return saved.solution
+        release_freed_memory()  # of the calibration or of the previous search
+        solution = self.search(network, run)
+        if not solution.stopped:
+            checkpoint.save_object(file, SavedSolution(solution, limits))
+            checkpoint.remove(self.name + TRAINING)
+        return solution
 
 
 class Scores(Protocol):
@@ -267,6 +254,8 @@ class Scores(Protocol):
 @dataclass(frozen=True)
 class LocalPermuter(Permuter):
     """A permuter that solves each problem independently of the others."""
+
+    timed: ClassVar[bool] = False
 
     @abstractmethod
     def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:
@@ -292,12 +281,6 @@ class LocalPermuter(Permuter):
     def solver(self, network: MaskedLayers, run: Run) -> Callable[[int, Problem], Tensor]:
         """Return a function of (number, problem) that calls `order` with a generator seeded by the number."""
         return lambda number, problem: self.order(network, problem, run.generator(number))
-
-    def key(self, network: PrunedNetwork, run: Run) -> tuple[object, ...]:
-        return super().key(network, replace(run, minutes=None))
-
-    def limits(self, run: Run) -> dict[str, Any]:
-        return super().limits(replace(run, minutes=None))
 
 
 @dataclass(frozen=True)

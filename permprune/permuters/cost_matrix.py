@@ -4,34 +4,58 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from permprune.matching.schedule import Epsilon, Geometric
 from permprune.options import Count, Natural, NonNegative
 from permprune.pattern import Pattern
-from permprune.permuters.base import ORDER, Permuter, Run, Solution
+from permprune.permuters.base import Permuter
 from permprune.permuters.identity import Identity
-from permprune.permuters.iterate import Iterative, Search
+from permprune.permuters.iterate import Iterative, Landscape, SearchState
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
 
 with on_first_use(globals()):
     import torch
     from torch import Tensor
+    from torch.optim.adamw import adamw
 
     from permprune.matching.assignment import assign
     from permprune.matching.relaxation import gumbel_noise
-    from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Part, Problem
 
-COST, FIRST, SECOND = "cost/", "first/", "second/"
-"""Prefixes of costs and of AdamW's moments among the tensors of a state."""
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""AdamW's betas and epsilon, those of PyTorch."""
 
 
 @dataclass(frozen=True)
-class CostMatrixLearner(Iterative):
+class TrainedCost:
+    """The costs C of a problem, (parts, channels, positions), and AdamW's moments; a step changes them in place.
+
+    `order` is that in which the channels were split into parts.
+    """
+
+    order: Tensor
+    cost: Tensor
+    first: Tensor
+    second: Tensor
+
+    def to(self, device: torch.device) -> TrainedCost:
+        """Return the same on a device; the order stays where it is."""
+        return TrainedCost(self.order, *(matrix.to(device) for matrix in (self.cost, self.first, self.second)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostMatrixState(SearchState):
+    """The state of a `CostMatrixLearner`: the best orders so far, and the costs in training."""
+
+    costs: dict[str, TrainedCost]
+
+
+@dataclass(frozen=True)
+class CostMatrixLearner(Iterative[CostMatrixState]):
     """Train C, the cost of each channel at each position, with AdamW; the weights of the network stay frozen.
 
     The channels are split into parts of equal size, in the order that `start` finds, with one cost matrix for each
@@ -42,6 +66,8 @@ class CostMatrixLearner(Iterative):
     is evaluated on the held-out examples, and the best one is kept.
     """
 
+    unit: ClassVar[str] = "step"
+    state: ClassVar[type[SearchState]] = CostMatrixState
     start: Permuter = Identity()
     steps: Natural = 60
     examples: Count = 4
@@ -69,139 +95,105 @@ class CostMatrixLearner(Iterative):
     def total(self) -> int:
         return self.steps
 
-    def begin(self, network: PrunedNetwork, run: Run) -> Search:
-        return CostMatrixSearch(self, network, run)
+    def init(self, landscape: Landscape) -> CostMatrixState:
+        network, start = landscape.network, self.start.solve(landscape.network, landscape.run)
+        costs = {}
+        for problem in network.problems:
+            size = self.part_size(problem.size, network.pattern_of(problem))
+            apart = 1 - torch.eye(size, device=network.device)
+            cost = (self.margin * apart).repeat(problem.size // size, 1, 1)
+            moments = torch.zeros_like(cost), torch.zeros_like(cost)
+            costs[problem.name] = TrainedCost(start.orders[problem.name], cost, *moments)
+        loss = landscape.held_out_loss()
+        state = CostMatrixState(orders=start.orders, best=loss, seconds=start.seconds, costs=costs)
+        return state.record(loss, kept=True)
 
+    def step(self, landscape: Landscape, state: CostMatrixState) -> CostMatrixState:
+        """Train the costs up to the next check, and keep their exact assignment if its held-out loss is the lowest."""
+        costs = {name: trained.to(landscape.network.device) for name, trained in state.costs.items()}
+        state = replace(state, costs=costs)
+        for _ in range(min(self.check - state.number % self.check, self.steps - state.number)):
+            state = self._descend(landscape, state)
+        orders = {}
+        for name, trained in state.costs.items():
+            channels = trained.order.view(len(trained.cost), -1)
+            orders[name] = channels.gather(1, assign(trained.cost).argsort(-1).cpu()).flatten()
+        landscape.network.set_orders(orders)
+        loss = landscape.held_out_loss()
+        kept = loss < state.best
+        best = loss if kept else state.best
+        log.info("%s step %d: held-out loss %.4f, best %.4f", self.name, state.number, loss, best)
+        if not kept:
+            return state.record(loss, kept, moved=0)
+        moved = sum(not torch.equal(order, state.orders[name]) for name, order in orders.items())
+        return state.record(loss, kept, moved=moved, best=loss, orders=orders)
 
-class CostMatrixSearch(Search):
-    """The training of the costs; a round is `check` steps, followed by an evaluation of the exact assignment.
-
-    `costs` are C by problem, (parts, channels, positions); `starts` are the orders in which the channels were split,
-    and `orders` the best orders so far.
-    """
-
-    unit: ClassVar[str] = "step"
-
-    def __init__(self, method: CostMatrixLearner, network: PrunedNetwork, run: Run) -> None:
-        super().__init__(method, network, run)
-        self.method = method
-        start = method.start.solve(network, run)
-        self.starts = self.orders = start.orders
-        self.seconds = start.seconds
-        self.costs: dict[str, Tensor] = {}
-
-    def start(self) -> None:
-        for problem in self.network.problems:
-            size = self.method.part_size(problem.size, self.network.pattern_of(problem))
-            apart = 1 - torch.eye(size, device=self._device(problem))
-            self.costs[problem.name] = (self.method.margin * apart).repeat(problem.size // size, 1, 1)
-        self.optimizer = self._optimizer()
-        self.best = self.held_out_loss()
-        self.record(self.best, kept=True)
-
-    def step(self) -> int:
-        for _ in range(min(self.method.check - self.done % self.method.check, self.method.steps - self.done)):
-            self._descend()
-        return self._try()
-
-    def end(self) -> Solution:
-        self.network.set_orders(self.orders)
-        return Solution(self.orders, self.seconds, tuple(self.curve))
-
-    def tensors(self) -> dict[str, Tensor]:
-        found = {ORDER + name: order for name, order in self.orders.items()}
-        for name, cost in self.costs.items():
-            moments = self.optimizer.state[cost]
-            found |= {
-                COST + name: cost.detach(),
-                FIRST + name: moments["exp_avg"],
-                SECOND + name: moments["exp_avg_sq"],
-            }
-        return found
-
-    def values(self) -> dict[str, Any]:
-        return {}
-
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        problems = self.network.problems
-        self.orders = {problem.name: tensors[ORDER + problem.name] for problem in problems}
-        self.costs = {problem.name: tensors[COST + problem.name].to(self._device(problem)) for problem in problems}
-        self.optimizer = self._optimizer()
-        for name, cost in self.costs.items():
-            self.optimizer.state[cost] = {
-                "step": torch.tensor(float(self.done)),
-                "exp_avg": tensors[FIRST + name].to(cost),
-                "exp_avg_sq": tensors[SECOND + name].to(cost),
-            }
-
-    def _descend(self) -> None:
-        """Make one step of AdamW; the network's orders and weights are restored."""
-        batch = self.run.batch(self.done, self.method.examples)
+    def _descend(self, landscape: Landscape, state: CostMatrixState) -> CostMatrixState:
+        """Make one step of AdamW."""
+        gradients = self.gradients(landscape, state)
+        trained = [state.costs[name] for name in gradients]
+        rate = self.learning_rate * (1 + math.cos(math.pi * state.number / self.steps)) / 2
         with torch.no_grad():
-            self.network.show(self._shown())
-        slope = self.network.gradients(batch, self.loss).weight
-        self.network.set_orders({})
-        for _, cost, shown in self._prune():
-            cost.grad = None
-            pairs = [(weight, slope[part.layer][:, columns].float()) for part, columns, weight in shown]
-            torch.autograd.backward([weight for weight, _ in pairs], [gradient for _, gradient in pairs])
-        rate = self.method.learning_rate * (1 + math.cos(math.pi * self._progress())) / 2
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.done += 1
+            adamw(
+                [each.cost for each in trained],
+                list(gradients.values()),
+                [each.first for each in trained],
+                [each.second for each in trained],
+                [],
+                [torch.tensor(float(state.number)) for _ in trained],
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=rate,
+                weight_decay=self.weight_decay,
+                eps=EPSILON,
+                maximize=False,
+            )
+        return replace(state, number=state.number + 1)
 
-    def _shown(self) -> dict[str, Tensor]:
+    def gradients(self, landscape: Landscape, state: CostMatrixState) -> dict[str, Tensor]:
+        """Return the gradients of the loss with respect to the costs, by problem, on the examples of the next step."""
+        network = landscape.network
+        with torch.no_grad():
+            network.show(self.relaxed_weights(landscape, state))
+        slopes = landscape.gradients(state.number, self.examples).weight
+        network.set_orders({})  # the relaxed weights are not shown any more
+        gradients = {}
+        for problem, cost, relaxed in self._relaxed(landscape, state):
+            weights = [weight for _, _, weight in relaxed]
+            given = [slopes[part.layer][:, columns].float() for part, columns, _ in relaxed]
+            torch.autograd.backward(weights, given)
+            assert cost.grad is not None
+            gradients[problem.name] = cost.grad
+        return gradients
+
+    def relaxed_weights(self, landscape: Landscape, state: CostMatrixState) -> dict[str, Tensor]:
         """Return the weights of the relaxed network, by layer, in the network's own order."""
-        found: dict[str, Tensor] = {}
-        for _, _, shown in self._prune():
-            for part, columns, weight in shown:
-                if part.layer not in found:
-                    found[part.layer] = self.network.shown[part.layer].float()
-                found[part.layer][:, columns] = weight
-        return found
+        weights: dict[str, Tensor] = {}
+        for _, _, relaxed in self._relaxed(landscape, state):
+            for part, columns, weight in relaxed:
+                if part.layer not in weights:
+                    weights[part.layer] = landscape.network.shown[part.layer].float()
+                weights[part.layer][:, columns] = weight
+        return weights
 
-    def _prune(self) -> Iterator[tuple[Problem, Tensor, list[tuple[Part, Tensor, Tensor]]]]:
+    def _relaxed(
+        self, landscape: Landscape, state: CostMatrixState
+    ) -> Iterator[tuple[Problem, Tensor, list[tuple[Part, Tensor, Tensor]]]]:
         """Yield (problem, cost, [(part, its columns, their weights permuted, pruned and permuted back)])."""
-        method, network = self.method, self.network
-        epsilon = method.epsilon(self._progress())
+        network, epsilon = landscape.network, self.epsilon(state.number / self.steps)
         for index, problem in enumerate(network.problems):
-            cost = self.costs[problem.name]
-            noise = gumbel_noise(cost.shape, method.noise, self.run.generator(self.done, 3, index)).to(cost)
-            plan = method.relax(cost + noise, epsilon)
-            shown = []
+            trained = state.costs[problem.name]
+            cost = trained.cost.detach().requires_grad_(True)
+            noise = gumbel_noise(cost.shape, self.noise, landscape.run.generator(state.number, 3, index)).to(cost)
+            plan = self.relax(cost + noise, epsilon)
+            relaxed = []
             for part in problem.parts:
-                columns = part.columns[self.starts[problem.name]]
+                columns = part.columns[trained.order]
                 weight, score = (
                     matrix[part.layer][:, columns].float().unflatten(1, (len(plan), -1)).transpose(0, 1) @ plan
                     for matrix in (network.dense, network.scores)
                 )
-                back = (weight * method.keep(score, network.pattern_of(problem))) @ plan.mT
-                shown.append((part, columns, back.transpose(0, 1).flatten(1)))
-            yield problem, cost, shown
-
-    def _try(self) -> int:
-        """Keep the exact assignment of the costs if its held-out loss is the lowest; returns how many orders change."""
-        orders = {}
-        for name, cost in self.costs.items():
-            channels = self.starts[name].view(len(cost), -1)
-            orders[name] = channels.gather(1, assign(cost).argsort(-1).cpu()).flatten()
-        self.network.set_orders(orders)
-        loss = self.held_out_loss()
-        kept, moved = loss < self.best, 0
-        if kept:
-            moved = sum(not torch.equal(order, self.orders[name]) for name, order in orders.items())
-            self.best, self.orders = loss, orders
-        self.record(loss, kept)
-        log.info("%s step %d: held-out loss %.4f, best %.4f", self.name, self.done, loss, self.best)
-        return moved
-
-    def _progress(self) -> float:
-        return self.done / self.method.steps
-
-    def _device(self, problem: Problem) -> torch.device:
-        return self.network.dense[problem.parts[0].layer].device
-
-    def _optimizer(self) -> torch.optim.AdamW:
-        for cost in self.costs.values():
-            cost.requires_grad_(True)
-        return torch.optim.AdamW(self.costs.values(), self.method.learning_rate, weight_decay=self.method.weight_decay)
+                back = (weight * self.keep(score, network.pattern_of(problem))) @ plan.mT
+                relaxed.append((part, columns, back.transpose(0, 1).flatten(1)))
+            yield problem, cost, relaxed

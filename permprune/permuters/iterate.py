@@ -1,12 +1,16 @@
-"""The loop that all iterative searches share: start or resume, run the rounds, and return the result."""
+"""Iterative searches as values: `init` returns a state, `step` the next one, until it is `done`.
+
+The state is all that the rest of the search depends on. It is saved after each step as it is, so that a search that is
+resumed continues as if it had not been interrupted.
+"""
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, replace
-from typing import Any, ClassVar
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from permprune.losses.loss import Loss, LossFunction, TeacherOutputs, as_loss
 from permprune.losses.objective import Objective
@@ -17,102 +21,100 @@ from permprune.system.progress import bar, log
 with on_first_use(globals()):
     from torch import Tensor
 
-    from permprune.pruning.network import PrunedNetwork
+    from permprune.pruning.network import Gradients, PrunedNetwork
     from permprune.system import distributed
-    from permprune.system.search_state import State
 
 
-class Search(ABC):
-    """The state of an iterative search on a network, whose masks follow the current orders.
+TOLERANCE = 1e-4
+"""The held-out loss must fall by more than this, in nats, for a round to be kept."""
 
-    `done` is the number of rounds (or steps, if a round has several) so far, and `best` the held-out loss of the best
-    orders so far. `seconds` is the time of the start and of all rounds, including those of interrupted runs. `loss` is
-    the objective, adapted to the data (`Loss.suited`). `curve` contains the recorded losses.
+
+@dataclass
+class Landscape:
+    """The loss of a pruned network on the data of a run, as a function of the orders and weights that it shows.
+
+    `loss` is the objective of the search, adapted to the data (`Loss.suited`). `mean` may hold what can be computed
+    again: a mean of gradients, and the orders that it belongs to.
     """
 
-    unit: ClassVar[str] = "round"
+    network: PrunedNetwork
+    run: Run
+    loss: Loss
+    mean: tuple[object, Gradients] | None = None
 
-    def __init__(self, method: Iterative, network: PrunedNetwork, run: Run) -> None:
-        self.name, self.network, self.run = method.name, network, run
-        self.checkpoint = method.checkpoint(run)
-        self.loss = as_loss(method.objective).suited(network.task, network.statistics.one_label_per_example)
-        self.done, self.best, self.seconds = 0, float("inf"), 0.0
-        self.curve: list[CurvePoint] = []
-        self._since, self._timed = time.monotonic(), 0
-        self.teacher_outputs: list[TeacherOutputs] | None = None
+    @classmethod
+    def of(cls, network: PrunedNetwork, run: Run, objective: Loss | LossFunction) -> Landscape:
+        """Return the landscape of an objective, which is adapted to the network's task."""
+        return cls(network, run, as_loss(objective).suited(network.task, network.statistics.one_label_per_example))
 
-    @abstractmethod
-    def start(self) -> None:
-        """Set the initial orders, set `best` to their held-out loss, and record it."""
-
-    @abstractmethod
-    def step(self) -> int:
-        """Run one round, increase `done`, and record the loss; returns the number of orders that changed."""
-
-    @property
-    def limit(self) -> float:
-        """The seconds after which no other round begins."""
-        minutes = self.run.minutes
-        return float("inf") if minutes is None else 60 * minutes
-
-    @property
-    def midway(self) -> bool:
-        """Whether the last round is to be continued, because an interrupted run saved a state within it."""
-        return False
-
-    def finish(self) -> None:  # noqa: B027
-        """Do what follows the last round, unless a callback ended the search; by default nothing."""
-
-    @abstractmethod
-    def end(self) -> Solution:
-        """Return the result."""
-
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the state from which an interrupted search is resumed."""
-
-    @abstractmethod
-    def values(self) -> dict[str, Any]:
-        """Return the other values of the state as JSON values, without those that every search has."""
-
-    @abstractmethod
-    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Restore a state from the results of `tensors` and `values`."""
+    @cached_property
+    def teacher_outputs(self) -> list[TeacherOutputs] | None:
+        """The dense model's outputs for the held-out examples, if the loss needs them."""
+        return self.network.compute_teacher_outputs(self.run.held_out, self.loss)
 
     def held_out_loss(self) -> float:
-        """Return the loss of the network with its current weights on the held-out examples."""
+        """Return the loss on the held-out examples."""
         return self.network.loss(self.run.held_out, self.loss, self.teacher_outputs)
 
-    def record(self, loss: float, kept: bool, stage: str = "search") -> None:
-        """Add a point to the curve; `count_seconds` sets its time."""
-        self.curve.append(CurvePoint(self.done, loss, kept, self.seconds, stage))
+    def gradients(self, number: int, examples: int, mean: Gradients | None = None) -> Gradients:
+        """Return the gradients on batch `number` of so many examples, averaged with `mean`, which is overwritten."""
+        return self.network.gradients(self.run.batch(number, examples), self.loss, mean)
 
-    def wait(self) -> None:
-        """Leave out the time since it was last counted."""
-        self._since, self._timed = time.monotonic(), len(self.curve)
 
-    def count_seconds(self) -> None:
-        """Add the time since the last call, or since `wait`, to `seconds` and to the points recorded since."""
-        self.seconds += distributed.mean(time.monotonic() - self._since)
-        self.curve[self._timed :] = [replace(point, seconds=self.seconds) for point in self.curve[self._timed :]]
-        self.wait()
+@dataclass(frozen=True, kw_only=True)
+class SearchState:
+    """The state of a search after a step.
 
-    def save(self) -> None:
-        """Save the state from which an interrupted search is resumed."""
-        self.count_seconds()
-        curve = [astuple(point) for point in self.curve]
-        values = {"done": self.done, "best": self.best, "seconds": self.seconds, "curve": curve}
-        self.checkpoint.save(self.name, self.tensors(), {**values, "own": self.values()})
-        if not self.midway:
-            self.checkpoint.remove(self.name + TRAINING)
+    Attributes:
+        orders: The best orders so far.
+        best: Their loss on the held-out examples, the lowest so far.
+        weights: The weights that are masked, by layer, if the search trained them.
+        number: Rounds (or steps, if a round has several) made so far.
+        moved: Number of orders that the last round changed.
+        midway: Whether the last round is not over: another step belongs to it.
+        seconds: Seconds of the start and of all rounds so far, including those of interrupted runs.
+        curve: The losses recorded so far.
+    """
+
+    orders: dict[str, Tensor]
+    best: float
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    number: int = 0
+    moved: int = 0
+    midway: bool = False
+    seconds: float = 0.0
+    curve: tuple[CurvePoint, ...] = ()
+
+    def show(self, network: PrunedNetwork) -> None:
+        """Let the network run with the weights and the orders of this state."""
+        network.set_weights(self.weights)
+        network.set_orders(self.orders)
+
+    def record(self, loss: float, kept: bool, stage: str = "search", **changes: Any) -> Self:
+        """Return this state with another point on the curve, and with other `changes`."""
+        point = CurvePoint(self.number, loss, kept, self.seconds, stage)
+        return replace(self, curve=(*self.curve, point), **changes)
+
+    def after(self, seconds: float, points: int) -> Self:
+        """Return this state with so many seconds more, at which the curve's points after the first `points` end."""
+        total = self.seconds + seconds
+        recorded = (replace(point, seconds=total) for point in self.curve[points:])
+        return replace(self, seconds=total, curve=(*self.curve[:points], *recorded))
+
+
+S = TypeVar("S", bound=SearchState)
 
 
 @dataclass(frozen=True)
-class Iterative(Permuter):
+class Iterative(Permuter, Generic[S]):
     """A permuter that searches in rounds and saves its state after each.
 
     `objective` is the loss to minimise: an `Objective`, or a function of the model and a batch (`LossFunction`).
     """
+
+    unit: ClassVar[str] = "round"
+    state: ClassVar[type[SearchState]]
+    """The type of its states."""
 
     objective: Loss | LossFunction = Objective()
 
@@ -123,55 +125,74 @@ class Iterative(Permuter):
     @property
     @abstractmethod
     def total(self) -> int:
-        """The value of `Search.done` at which the search ends."""
+        """The number of rounds (or steps) after which the search ends."""
 
     @abstractmethod
-    def begin(self, network: PrunedNetwork, run: Run) -> Search:
-        """Create a search on this network."""
+    def init(self, landscape: Landscape) -> S:
+        """Return the first state, with the loss of its orders on the curve."""
+
+    @abstractmethod
+    def step(self, landscape: Landscape, state: S) -> S:
+        """Return the next state, with the loss of what was tried on the curve."""
+
+    def done(self, landscape: Landscape, state: S) -> bool:
+        """Whether no other step follows."""
+        return not state.midway and (state.number >= self.total or state.seconds > self.time_limit(landscape.run))
+
+    def finish(self, landscape: Landscape, state: S) -> Solution:
+        """Return the solution, after what follows the last round."""
+        return Solution(state.orders, state.seconds, state.curve, state.weights)
+
+    def time_limit(self, run: Run) -> float:
+        """The seconds after which no other round begins."""
+        return float("inf") if run.minutes is None else 60 * run.minutes * self.search_share
 
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
-        search = self.begin(network, run)
-        search.teacher_outputs = network.compute_teacher_outputs(run.held_out, search.loss)
-        stopped = not self._resume(search) and self._notify(search, 0)
-        with bar(self.name, self.total, search.done) as advance:
-            while not stopped and (search.midway or (search.done < self.total and search.seconds <= search.limit)):
-                search.wait()
-                moved = search.step()
-                search.save()
-                advance(search.done, f"{self.name}: held-out loss {search.best:.4f}")
-                stopped = self._notify(search, moved)
-        if stopped:
-            log.info("%s was stopped by a callback after %s %d", self.name, search.unit, search.done)
-        else:
-            search.wait()
-            search.finish()
-        return replace(search.end(), stopped=stopped)
+        self.require_minutes(run.minutes)
+        landscape = Landscape.of(network, run, self.objective)
+        return iterate(self, landscape)
 
-    def _resume(self, search: Search) -> bool:
-        """Resume from the state of an interrupted run if there is one, else start; returns whether it resumed."""
-        saved: State | None = search.checkpoint.load(self.name)
-        if saved is None:
-            search.start()
-            return False
-        tensors, values = saved
-        search.done, search.best, search.seconds = values["done"], values["best"], values["seconds"]
-        search.curve = [CurvePoint(*point) for point in values["curve"]]
-        search.restore(tensors, values["own"])
-        log.info("%s resumes after %s %d", self.name, search.unit, search.done)
-        return True
 
-    def _notify(self, search: Search, moved: int) -> bool:
-        """Call the callbacks with the last round; returns whether one of them requests to stop the search."""
-        last, problems = search.curve[-1], len(search.network.problems)
-        told = Round(
-            method=self.name,
-            number=search.done,
-            total=self.total,
-            loss=last.loss,
-            best=search.best,
-            kept=last.kept,
-            moved=moved,
-            problems=problems,
-            seconds=search.seconds,
-        )
-        return search.run.notify(told)
+def iterate(method: Iterative[S], landscape: Landscape) -> Solution:
+    """Run a search from the state that an interrupted run saved, or else from the start.
+
+    Callbacks are called after each round and at the start; if one stops the search, its last state is the solution.
+    """
+    run, checkpoint = landscape.run, method.checkpoint(landscape.run)
+    state = cast(S | None, checkpoint.load_object(method.name, method.state))
+    if state is not None:
+        log.info("%s resumes after %s %d", method.name, method.unit, state.number)
+        stopped = False
+    else:
+        state = method.init(landscape)
+        stopped = run.notify(_round(method, landscape, state))
+    with bar(method.name, method.total, state.number) as advance:
+        while not stopped and not method.done(landscape, state):
+            began, points = time.monotonic(), len(state.curve)
+            state = method.step(landscape, state)
+            state = state.after(distributed.mean(time.monotonic() - began), points)
+            checkpoint.save_object(method.name, state)
+            if state.midway:
+                continue
+            checkpoint.remove(method.name + TRAINING)
+            advance(state.number, f"{method.name}: held-out loss {state.best:.4f}")
+            stopped = run.notify(_round(method, landscape, state))
+    if stopped:
+        log.info("%s was stopped by a callback after %s %d", method.name, method.unit, state.number)
+        return Solution(state.orders, state.seconds, state.curve, state.weights, stopped=True)
+    return method.finish(landscape, state)
+
+
+def _round(method: Iterative[S], landscape: Landscape, state: S) -> Round:
+    """What callbacks are given."""
+    return Round(
+        method=method.name,
+        number=state.number,
+        total=method.total,
+        loss=state.curve[-1].loss,
+        best=state.best,
+        kept=state.curve[-1].kept,
+        moved=state.moved,
+        problems=len(landscape.network.problems),
+        seconds=state.seconds,
+    )

@@ -14,20 +14,17 @@ are considered, of which those with the largest predicted gain are made, as many
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from permprune.kernels.search.masks import pack_mask
-from permprune.losses.loss import Loss
-from permprune.permuters.base import Run
+from permprune.permuters.iterate import Landscape, S
 from permprune.pruning.network import Gradients, PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import log, track
-from permprune.system.search_state import Resumable, State
+from permprune.system.search_state import Resumable
 
 DAMPING = 1500.0
 """The damping of the first round: the swaps of a round are thousands, in all layers, and act together. It is divided by
@@ -134,59 +131,51 @@ def swapped(network: PrunedNetwork, swaps: dict[str, Swaps], least: float) -> di
     return bits
 
 
-def refine_masks(
-    network: PrunedNetwork,
-    run: Run,
-    loss: Loss,
-    held_out: Callable[[], float],
-    best: float,
-    *,
-    rounds: int,
-    examples: int,
-    saved: Resumable,
-) -> Iterator[tuple[float, float]]:
-    """Refine the masks of a network; yields the loss on held-out text and the seconds after each of `rounds` rounds.
+def refine_masks(landscape: Landscape, state: S, *, rounds: int, examples: int, limit: float, saved: Resumable) -> S:
+    """Refine the masks of a network, which shows `state`, until the search has taken `limit` seconds.
 
-    Round i takes its gradient on batch i of `examples` training examples. `held_out` computes the loss, which is `best`
-    at first; it does not rise, as a round without a gain changes nothing. The state is saved in `saved` after each
-    round, and refinement continues from the state found there, unless it has more rounds.
+    Round i takes its gradient on batch i of `examples` training examples. A round without a gain changes nothing.
+    Progress is saved in `saved` after each round, and refinement continues from the progress found there, unless it has
+    more rounds. Returns the state with the loss and the seconds after each round.
     """
-    damping, done = DAMPING, list[tuple[float, float]]()
-    tensors, values = saved.take() or ({}, {"done": []})
+    network, before = landscape.network, state.seconds
+
+    def record(state: S, loss: float, seconds: float) -> S:
+        return replace(state, seconds=before + seconds).record(loss, loss < state.best, "refinement", best=loss)
+
+    damping, made = DAMPING, list[tuple[float, float]]()
+    bits, values = saved.take() or ({}, {"done": []})
     if 0 < len(values["done"]) <= rounds:
-        network.set_bits({name: bits.to(network.layers[name].weight.device) for name, bits in tensors.items()})
-        damping, done = values["damping"], [(loss, seconds) for loss, seconds in values["done"]]
-        yield from done
-        best = done[-1][0]
-    for number in track(range(len(done), rounds), "refining masks"):
-        gradients = network.gradients(run.batch(number, examples), loss)
+        network.set_bits(bits)
+        damping, made = values["damping"], [(loss, seconds) for loss, seconds in values["done"]]
+        for loss, seconds in made:
+            state = record(state, loss, seconds)
+    for number in track(range(len(made), rounds), "refining masks"):
+        if state.seconds > limit:
+            break
+        gradients = landscape.gradients(number, examples)
         with torch.no_grad():
             swaps = all_swaps(network, gradients, damping)
         del gradients
-        share, best = _try_shares(network, swaps, held_out, best)
-        made = round(share * sum(len(own.change) for own in swaps.values()))
-        log.info("refinement %d: held-out loss %.4f after %d swaps", number, best, made)
+        share, loss = _try_shares(landscape, swaps, state.best)
+        count = round(share * sum(len(own.change) for own in swaps.values()))
+        log.info("refinement %d: held-out loss %.4f after %d swaps", number, loss, count)
         damping = damping / EASING if share == 1 else damping * EASING if share == 0 else damping
-        done.append((best, distributed.mean(saved.seconds)))
-        saved.save(partial(_state, network, damping, done))
-        yield done[-1]
+        made.append((loss, distributed.mean(saved.seconds)))
+        state = record(state, *made[-1])
+        saved.save(lambda damping=damping: (network.bits, {"damping": damping, "done": made}))  # type: ignore[misc]
+    return state
 
 
-def _state(network: PrunedNetwork, damping: float, done: list[tuple[float, float]]) -> State:
-    """The state after a round: masks, the damping of the next round, and the loss and the seconds after each so far."""
-    return network.bits, {"damping": damping, "done": done}
-
-
-def _try_shares(
-    network: PrunedNetwork, swaps: dict[str, Swaps], held_out: Callable[[], float], best: float
-) -> tuple[float, float]:
+def _try_shares(landscape: Landscape, swaps: dict[str, Swaps], best: float) -> tuple[float, float]:
     """Make the share of the swaps that lowers the loss most; returns the share, which may be 0, and the loss."""
     changes = torch.cat([own.change for own in swaps.values()]).sort().values
+    network = landscape.network
     before, chosen, kept, share = network.bits, network.bits, 0.0, 1.0
     for _ in range(TRIED if len(changes) else 0):
         network.set_bits(before)
         network.set_bits(swapped(network, swaps, float(changes[max(0, round(share * len(changes)) - 1)])))
-        if (loss := held_out()) < best:
+        if (loss := landscape.held_out_loss()) < best:
             best, chosen, kept = loss, network.bits, share
         elif kept:
             break

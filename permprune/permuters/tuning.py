@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import fmean
 
 import torch
@@ -13,7 +14,8 @@ from permprune.examples import Examples
 from permprune.kernels.adam.step import adam_step
 from permprune.kernels.search.masks import pack_mask
 from permprune.losses.loss import Loss
-from permprune.permuters.base import WEIGHT, Run
+from permprune.permuters.base import Run
+from permprune.permuters.iterate import TOLERANCE, Landscape, S
 from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import bar, log
@@ -25,8 +27,8 @@ BETAS = (0.9, 0.95)
 RISING = 0.1
 """The share of the steps in which the learning rate rises from 0."""
 
-MOMENTS, GENERATOR = "moments/", "generator"
-"""The prefix of Adam's moments, and the name of the generator's state, among the tensors of a saved training."""
+WEIGHT, MOMENTS, GENERATOR = "weight/", "moments/", "generator"
+"""The prefixes of weights and Adam's moments, and the name of the generator's state, in a saved training."""
 
 LOGGED = 10
 """The number of steps whose mean loss is logged."""
@@ -121,6 +123,29 @@ class KeptWeights:
         return self.weights
 
 
+def train_further(
+    landscape: Landscape, state: S, schedule: Schedule, *, first: int, examples: int, rate: float, saved: Resumable
+) -> tuple[S, bool]:
+    """Train the weights of a state (see `train_weights`), and keep them if the held-out loss falls.
+
+    Returns the state, with the loss of the trained weights on the curve, and whether they were kept. The network shows
+    the state.
+    """
+    network, loss = landscape.network, landscape.loss.for_training(landscape.network.task)
+    state = replace(state, seconds=state.seconds + saved.before)
+    weights = train_weights(
+        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, saved=saved
+    )
+    network.set_weights(weights)
+    held_out = landscape.held_out_loss()
+    kept = held_out < state.best - TOLERANCE
+    state = state.record(held_out, kept, "training")
+    if kept:
+        return replace(state, best=held_out, weights=weights), True
+    network.set_weights(state.weights)
+    return state, False
+
+
 def train_weights(
     network: PrunedNetwork,
     run: Run,
@@ -139,7 +164,7 @@ def train_weights(
     weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call. The
     state is offered to `saved` after each step and saved at the end; training continues from the state found there.
     """
-    own = network.trained
+    before = network.trained
     kept = KeptWeights(network, run.generator(first, examples), saved.take())
     if kept.steps:
         log.info("training resumes after step %d", kept.steps)
@@ -153,8 +178,8 @@ def train_weights(
                     "give more calibration data, or a larger --samples",
                     windows,
                 )
-            own_rate = rate * min(place / RISING, (1 - place) / (1 - RISING))
-            losses.append(kept.step(run.batch(first + kept.steps, examples), loss, own_rate))
+            scheduled = rate * min(place / RISING, (1 - place) / (1 - RISING))
+            losses.append(kept.step(run.batch(first + kept.steps, examples), loss, scheduled))
             advance(round(100 * place), f"training: loss {losses[-1]:.4f}, % of the schedule")
             saved.offer(kept.state)
             if len(losses) == LOGGED:
@@ -162,5 +187,5 @@ def train_weights(
                 losses.clear()
     saved.save(kept.state)
     weights = kept.with_pruned()
-    network.set_weights(own)
+    network.set_weights(before)
     return weights

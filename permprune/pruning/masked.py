@@ -220,12 +220,15 @@ class MaskedLayers:
                     if part.layer == name:
                         write_mask(mask, score, part.columns[orders[problem.name]], pattern)
             self._bits[name] = pack_mask(mask)
-        self._bits |= bits
+        self._bits |= {name: mask.to(self.layers[name].weight.device) for name, mask in bits.items()}
         self._refined = set(bits)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers."""
-        self.trained = dict(weights)
+        """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers.
+
+        They are converted to the types of the dense weights, and moved to their devices.
+        """
+        self.trained = {name: weight.to(self.layers[name].weight) for name, weight in weights.items()}
         self.updated.clear()
 
     def blocks(self, part: Part, spans: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:

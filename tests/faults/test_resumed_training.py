@@ -27,12 +27,12 @@ import os, pkgutil, signal, sys
 from itertools import count
 import transformers.modeling_utils
 from permprune.__main__ import main
-from permprune.permuters import trust_region_search, tuning
+from permprune.permuters import trust_region, tuning
 from permprune.system import search_state
 
 place, last, *sys.argv[1:] = sys.argv[1:]
 search_state.EVERY, calls = 0.0, count(1)
-trust_region_search.timed = lambda seconds: tuning.counted(6)
+trust_region.timed = lambda seconds: tuning.counted(6)
 owner, name = place.rsplit(".", 1)
 owner = pkgutil.resolve_name(owner)
 original = getattr(owner, name)
@@ -98,7 +98,7 @@ def test_a_killed_training_of_a_search_continues(
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
     command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train" in method else [])]
-    monkeypatch.setattr("permprune.permuters.trust_region_search.timed", lambda _: counted(6))
+    monkeypatch.setattr("permprune.permuters.trust_region.timed", lambda _: counted(6))
     every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
     code, _, stderr = run(*command, "--out", whole)
     assert code == 0, stderr

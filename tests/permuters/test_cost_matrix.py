@@ -10,8 +10,9 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.matching.schedule import Geometric
-from permprune.permuters.cost_matrix import CostMatrixLearner, CostMatrixSearch
+from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.identity import Random
+from permprune.permuters.iterate import Landscape
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.permllm import PermLLM
 
@@ -29,30 +30,29 @@ def test_the_gradient_of_a_cost_is_that_of_the_loss(prepared: Prepared) -> None:
     network, run = prepared.network, prepared.run
     still = LearnedPaper(noise=0.0, examples=4, learning_rate=0.0, objective=Objective())
     method = dataclasses.replace(still, epsilon=Geometric(0.5, 0.5), margin=3.0)
-    search = CostMatrixSearch(method, network, run)
-    search.start()
-    search._descend()
-    cost = search.costs[network.problems[0].name]
-    direction = 0.1 * cost.grad / cost.grad.abs().max()
+    landscape = Landscape(network, run, Objective())
+    state = method.init(landscape)
+    name = network.problems[0].name
+    gradient, cost = method.gradients(landscape, state)[name], state.costs[name].cost
+    direction = 0.1 * gradient / gradient.abs().max()
     losses = []
     for sign in (1, -1):
-        search.done = 0
         with torch.no_grad():
             cost += sign * direction
-            network.show(search._shown())
+            network.show(method.relaxed_weights(landscape, state))
             losses.append(network.loss(run.train[:4], Objective()))
             cost -= sign * direction
-    assert float((cost.grad * direction).sum()) == pytest.approx((losses[0] - losses[1]) / 2, rel=0.05)
+    assert float((gradient * direction).sum()) == pytest.approx((losses[0] - losses[1]) / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("method", [LearnedPaper(), PermLLM()])
 def test_hard_plans_show_the_masks_of_their_orders(prepared: Prepared, method: CostMatrixLearner) -> None:
     network, run = prepared.network, prepared.run
     method = dataclasses.replace(method, start=Random(), noise=0.0, margin=50.0)
-    search = CostMatrixSearch(method, network, run)
-    search.start()
+    landscape = Landscape(network, run, Objective())
+    state = method.init(landscape)
     with torch.no_grad():
-        for name, weight in search._shown().items():
+        for name, weight in method.relaxed_weights(landscape, state).items():
             torch.testing.assert_close(weight, network.shown[name], rtol=1e-5, atol=1e-6)
 
 

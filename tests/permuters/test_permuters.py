@@ -1,6 +1,7 @@
 """All permuters on one tiny model: orders, repeatability, and what each promises to lower."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from permprune.losses.objective import Objective
 from permprune.permuters.base import Permuter, Solution
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.cp import CP
-from permprune.permuters.damping import LEAST_SLOPE
+from permprune.permuters.iterate import Landscape
 from permprune.permuters.learned import Learned
 from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import TrustRegion
-from permprune.permuters.trust_region_search import DISCOUNT, TrustRegionSearch
+from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion, TrustRegionState, slopes_along
 from permprune.pruning.network import Gradients
 from permprune.pruning.problem import Orders
 from permprune.system.search_state import Checkpoint
@@ -249,50 +249,66 @@ def test_a_search_that_starts_from_another_does_not_repeat_it(
     assert solution.seconds >= found.seconds
 
 
-def begun(prepared: Prepared, name: str, damping: float) -> tuple[TrustRegionSearch, Gradients]:
-    """A search that has found where to begin, and taken its first gradient there."""
+def begun(prepared: Prepared, name: str, damping: float) -> tuple[TrustRegion, Landscape, TrustRegionState]:
+    """A method, and a search by it that has found where to begin."""
     method = dataclasses.replace(permuter(name), damping=damping, examples=4)
     assert isinstance(method, TrustRegion)
-    search = TrustRegionSearch(method, prepared.network, prepared.run)
-    search.start()
-    return search, search._gradients()
+    landscape = Landscape.of(prepared.network, prepared.run, method.objective)
+    return method, landscape, method.init(landscape)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["newton", "learned"])
-def test_no_step_is_foretold_to_gain_more_than_the_loss(tiny_llama: LlamaForCausalLM, name: str) -> None:
-    search, gradients = begun(ready(tiny_llama), name, damping=15.0)
+def test_no_step_is_predicted_to_gain_more_than_the_loss(tiny_llama: LlamaForCausalLM, name: str) -> None:
+    method, landscape, state = begun(ready(tiny_llama), name, damping=15.0)
+    gradients = method.gradients(landscape, state)
 
-    def predicted() -> float:
-        return sum(proposal.change for proposal in search._proposals(gradients).values())
+    def predicted(best: float) -> tuple[float, set[float]]:
+        proposals, damping = method.proposals(landscape, dataclasses.replace(state, best=best), gradients)
+        return sum(proposal.predicted_change for proposal in proposals.values()), set(damping.values())
 
-    search.best = 1e9
-    first = predicted()
-    assert set(search.damping.of.values()) == {15.0} and first < 0
-    search.best = -first / 3
-    assert first / 3 <= predicted() < 0
-    (damping,) = set(search.damping.of.values())
-    assert damping > 15.0
+    first, damping = predicted(1e9)
+    assert damping == {15.0} and first < 0
+    change, (factor,) = predicted(-first / 3)
+    assert first / 3 <= change < 0 and factor > 15.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", [0, 2])
+def test_a_step_depends_on_nothing_but_the_state(tiny_llama: LlamaForCausalLM, tune: int) -> None:
+    prepared = ready(tiny_llama)
+    method = Newton(rounds=4, examples=4, tune=tune)
+    landscape = Landscape.of(prepared.network, prepared.run, method.objective)
+    states = [method.init(landscape)]
+    while not method.done(landscape, states[-1]):
+        states.append(method.step(landscape, states[-1]))
+    for before, after in itertools.pairwise(states):
+        again = method.step(landscape, before)
+        assert same(again.orders, after.orders) and same(again.weights, after.weights)
+        assert [point.loss for point in again.curve] == [point.loss for point in after.curve]
+        assert (again.damping, again.slopes, again.rate) == (after.damping, after.slopes, after.rate)
 
 
 def test_earlier_gradients_count_less_after_each_step_and_not_after_the_first(
     tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search, _ = begun(ready(tiny_llama), "newton", damping=15.0)
-    gradients, counts = search.network.gradients, list[int | None]()
+    method, landscape, state = begun(ready(tiny_llama), "newton", damping=15.0)
+    gradients, counts = landscape.network.gradients, list[int | None]()
 
     def counted(examples: Examples, loss: Loss, mean: Gradients | None = None) -> Gradients:
         counts.append(mean and mean.count)
         return gradients(examples, loss, mean)
 
-    monkeypatch.setattr(search.network, "gradients", counted)
+    monkeypatch.setattr(landscape.network, "gradients", counted)
     for kept in (True, True, True, False, True):
-        monkeypatch.setattr(search, "held_out_loss", lambda change=-0.01 if kept else 0.01: search.best + change)
-        assert bool(search.step()) == kept
-    own = search.method.examples * (WINDOWS.shape[1] - 1)
-    once = round(DISCOUNT * own)
-    twice = round(DISCOUNT * (own + once))
-    assert counts == [None, 0, once, twice, own + twice]
+        best = state.best
+        monkeypatch.setattr(landscape, "held_out_loss", lambda loss=best + (-0.01 if kept else 0.01): loss)
+        state = method.step(landscape, state)
+        assert bool(state.moved) == kept
+    each = method.examples * (WINDOWS.shape[1] - 1)
+    once = round(DISCOUNT * each)
+    twice = round(DISCOUNT * (each + once))
+    assert counts == [None, 0, once, twice, each + twice]
 
 
 @pytest.mark.slow
@@ -302,19 +318,21 @@ def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again
 ) -> None:
     prepared = ready(tiny_llama)
     network = prepared.network
-    search, gradients = begun(prepared, name, damping=0.01)
+    method, landscape, state = begun(prepared, name, damping=0.01)
     network.set_orders(network.identity())
-    proposals = search._proposals(gradients)
-    slopes = search._slopes(network.identity(), {own: p.order for own, p in proposals.items()}, gradients)
-    losses = iter([search.best + 1e3, search.best - 1])
+    state = dataclasses.replace(state, orders=network.current())
+    gradients = method.gradients(landscape, state)
+    proposals, before = method.proposals(landscape, state, gradients)
+    orders = {name: proposal.order for name, proposal in proposals.items()}
+    slopes = slopes_along(network, network.identity(), orders, gradients)
+    losses = iter([state.best + 1e3, state.best - 1])
     monkeypatch.setattr(network, "slopes", lambda *_: {own: -2 * slope for own, slope in slopes.items()})
     monkeypatch.setattr(network, "loss", lambda *_: next(losses))
-    before = dict(search.damping.of)
-    _, _, loss = search._step(gradients)
-    assert loss == search.best - 1 and next(losses, None) is None
+    trial = method.trial(landscape, dataclasses.replace(state, damping=before), gradients)
+    assert trial.loss == state.best - 1 and next(losses, None) is None
     moving = {own for own, slope in slopes.items() if slope < -LEAST_SLOPE}
     assert moving
-    for own, damping in search.damping.of.items():
+    for own, damping in trial.damping.items():
         assert damping == pytest.approx(before[own] * (3 if own in moving else 1))
 
 

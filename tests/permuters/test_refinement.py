@@ -15,12 +15,13 @@ from permprune.engine.held import Prepared, prepare
 from permprune.losses.objective import Objective
 from permprune.permuters import refinement
 from permprune.permuters.identity import Identity
+from permprune.permuters.iterate import Landscape, SearchState
 from permprune.permuters.newton import Newton
 from permprune.permuters.refinement import Swaps, find_swaps, refine_masks, swapped
 from permprune.system.search_state import Checkpoint, Resumable
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
-UNSAVED = Resumable(Checkpoint(None, {}), "refinement")
+BRIEF = {"rounds": 2, "examples": 16, "limit": 60.0, "saved": Resumable(Checkpoint(None, {}), "refinement")}
 METHOD = Newton(rounds=1, examples=8, refine=2, start=Identity())
 
 
@@ -77,26 +78,26 @@ def test_rounds_lower_the_loss_and_keep_the_pattern(
     prepared: Prepared, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(refinement, "DAMPING", 10.0)
-    network, run, before = prepared.network, prepared.run, prepared.network.bits
-
-    def held_out() -> float:
-        return network.loss(run.held_out, Objective())
-
-    first = held_out()
+    network, before = prepared.network, prepared.network.bits
+    landscape = Landscape(network, prepared.run, Objective())
+    first = landscape.held_out_loss()
+    state = SearchState(orders=network.current(), best=first)
     with caplog.at_level(logging.INFO, logger="permprune"):
-        *_, (found, _) = refine_masks(network, run, Objective(), held_out, first, rounds=3, examples=16, saved=UNSAVED)
-    assert found < first - 1e-3 and held_out() == pytest.approx(found, abs=1e-6) and groups_follow(prepared)
+        best = refine_masks(landscape, state, **{**BRIEF, "rounds": 3}).best
+    assert best < first - 1e-3 and landscape.held_out_loss() == pytest.approx(best, abs=1e-6)
+    assert groups_follow(prepared)
     assert len([line for line in caplog.messages if "swaps" in line]) == 3
     network.set_bits({})  # those of the scores
     assert all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
 
 
-def test_the_loss_cannot_rise(prepared: Prepared) -> None:
+def test_the_loss_cannot_rise(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     network, before = prepared.network, prepared.network.bits
-    found = refine_masks(network, prepared.run, Objective(), lambda: 9.0, 8.0, rounds=2, examples=8, saved=UNSAVED)
-    assert [loss for loss, _ in found] == [8.0, 8.0] and all(
-        torch.equal(bits, before[name]) for name, bits in network.bits.items()
-    )
+    landscape = Landscape(network, prepared.run, Objective())
+    monkeypatch.setattr(landscape, "held_out_loss", lambda: 9.0)
+    refined = refine_masks(landscape, SearchState(orders=network.current(), best=8.0), **BRIEF)
+    assert [point.loss for point in refined.curve] == [8.0, 8.0]
+    assert all(torch.equal(bits, before[name]) for name, bits in network.bits.items())
 
 
 def test_swaps_exchange_weights(prepared: Prepared) -> None:
