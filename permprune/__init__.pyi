@@ -65,6 +65,8 @@ from .system.progress import (
     disable_progress_bars as disable_progress_bars,
     enable_progress_bars as enable_progress_bars,
 )
+from .training.peft import lora_on_packed as lora_on_packed, merge_adapters as merge_adapters
+from .training.zeros import KeepPattern as KeepPattern, keep_pattern as keep_pattern
 from .updates.admm import ADMM as ADMM
 from .updates.base import LayerUpdate as LayerUpdate, Update as Update
 from .updates.sparsegpt import SparseGPT as SparseGPT

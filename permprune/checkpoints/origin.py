@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import Gather, attach_gathers
-from permprune.checkpoints.record import Record
-from permprune.system.imports import on_first_use
-
-with on_first_use(globals()):
-    from permprune.checkpoints.probe import Probe
+from permprune.checkpoints.patterns import linear_layers
+from permprune.checkpoints.probe import PROBE, Probe, read_probe
+from permprune.checkpoints.record import RECORD, Record, read_record
+from permprune.models.layers import is_packed
+from permprune.system.progress import log
 
 ATTRIBUTE = "_permprune_origin"
 
@@ -38,9 +39,28 @@ class Origin:
 
 
 def origin_of(model: PreTrainedModel) -> Origin:
-    """The `Origin` of a model; for a model that permprune has not loaded, one made from its config and its dtype."""
+    """The `Origin` of a model; for a model that permprune has not loaded, one made from its config and its dtype.
+
+    If plain Transformers has loaded it from a folder with a record, that is read.
+    """
     known: Origin | None = vars(model).get(ATTRIBUTE)
-    return known or Origin(model.config.name_or_path or type(model).__name__, model.dtype)
+    if known is None:
+        name = model.config.name_or_path or type(model).__name__
+        known = Origin(name, model.dtype, *_recorded(model, Path(name)))
+        if known.record:
+            set_origin(model, known)
+    return known
+
+
+def _recorded(model: PreTrainedModel, folder: Path) -> tuple[Record | None, Probe | None]:
+    """Return the record and the probe of the folder that a model was read from, if it has them."""
+    if is_packed(model) or not (folder / RECORD).is_file():
+        return None, None
+    record = read_record(folder)
+    if not linear_layers(model).keys() >= {layer.name for layer in record.layers}:
+        log.warning("%s is not used: it names layers that a %s does not have", folder / RECORD, type(model).__name__)
+        return None, None
+    return record, read_probe(folder, model.dtype) if (folder / PROBE).exists() else None
 
 
 def set_origin(model: PreTrainedModel, origin: Origin) -> None:

@@ -25,7 +25,7 @@ with on_first_use(globals()):
     from transformers import PreTrainedModel
 
     from permprune.checkpoints.origin import origin_of
-    from permprune.checkpoints.patterns import Patterns, held_patterns, recorded_patterns, require_patterns
+    from permprune.checkpoints.patterns import Patterns, require_patterns
     from permprune.checkpoints.probe import check_outputs
     from permprune.checkpoints.record import Optimised
     from permprune.checkpoints.schema import decode
@@ -47,7 +47,8 @@ with on_first_use(globals()):
     from permprune.system.search_state import Checkpoint
     from permprune.training.adapters import adapted
     from permprune.training.loop import Epoch, Trainer, Training
-    from permprune.training.weights import masked, trained_weights, weight_scale
+    from permprune.training.weights import trained_weights, weight_scale
+    from permprune.training.zeros import KeptZeros, patterns_of
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 """The share of the data that is held out to measure each epoch if `dev` is None, and the maximum number of examples."""
@@ -249,7 +250,7 @@ def _finetune(
     model, processor = opened.model, opened.processor
     if origin_of(model).record is None:
         model = _with_head(model, options)
-    patterns = _patterns(model)
+    patterns = patterns_of(model)
     examples, held_out = options.examples(model, processor)
     if options.dev is not None:
         warn_of_overlap(overlap([examples], held_out), "training")
@@ -318,7 +319,7 @@ def _trained(model: PreTrainedModel, patterns: Patterns, options: FineTuning) ->
     """A context in which pruned weights stay zero; it returns the parameters to train, by name."""
     adapting = [] if options.adapters is None else block_linears(model)
     inside = {layer.name for layer in adapting}
-    with masked(model, [name for name in patterns if name not in inside]):
+    with KeptZeros(model, [name for name in patterns if name not in inside]):
         if options.adapters is None:
             yield trained_weights(model, options.train)
         else:
@@ -337,17 +338,6 @@ def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         return with_head(model, classes or ["score"])
-
-
-def _patterns(model: PreTrainedModel) -> Patterns:
-    """Return the N:M patterns that the layers have to keep: those in the record and those that the weights satisfy.
-
-    Raises `PermpruneError` if the weights of a layer do not satisfy the pattern in the record.
-    """
-    record, held = origin_of(model).record, held_patterns(model)
-    recorded = recorded_patterns(model, record.layers) if record else {}
-    require_patterns(model, recorded)
-    return recorded | held
 
 
 def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, task: Task) -> PreTrainedModel | None:

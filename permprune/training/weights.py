@@ -1,19 +1,15 @@
-"""The choice of the weights to train, and keeping pruned weights at zero."""
+"""The choice of the weights to train."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from statistics import median
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
-from permprune.models.hooks import attached
 from permprune.models.layers import Layer, blocks, ends_of
 
 TRAINED = ("all", "norms", "head")
@@ -55,21 +51,3 @@ def weight_scale(layers: Iterable[Layer]) -> float:
         return float(weight.float().norm()) / math.sqrt(max(1, int(weight.count_nonzero())))
 
     return median(scale(layer.weight.detach()) for layer in layers)
-
-
-@contextmanager
-def masked(model: nn.Module, layers: Iterable[str]) -> Iterator[None]:
-    """A context in which the weights of these layers that are zero on entry get no gradient.
-
-    An optimiser that is created inside keeps them at zero.
-    """
-
-    def keep(mask: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda gradient: gradient.masked_fill(mask, 0.0)
-
-    linears, masks = linear_layers(model), dict[str, Tensor]()
-    for layer in map(linears.__getitem__, layers):
-        mask = masks.setdefault(layer.parameter, torch.zeros_like(layer.stored, dtype=torch.bool))
-        layer.part_of(mask).copy_(layer.weight == 0)
-    with attached(model.get_parameter(name).register_hook(keep(mask)) for name, mask in masks.items()):
-        yield

@@ -31,6 +31,7 @@ RUN = [
     "start",
     "how-to/evaluate",
     "how-to/extend",
+    "how-to/fine-tune",
     "how-to/gpu",
     "how-to/kv-cache",
     "how-to/large-models",
@@ -81,6 +82,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default:.*is_gradient_checkpointing:FutureWarning", "default:.*pin_memory")  # PEFT
 @pytest.mark.parametrize("name", RUN)
 def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = "\n".join(fenced(DOCS / f"{name}.md", "python"))
@@ -88,6 +90,9 @@ def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixt
         source = source.replace(real, tiny)
     if name == "start":  # its folder comes from the command line
         assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
+    if name == "how-to/fine-tune":
+        assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
+        assert run("pack", "pruned", "--out", "packed")[0] == 0
     if name == "how-to/vision-language":
         write_pairs(folder / "photos", 6)
         for part in qwen():

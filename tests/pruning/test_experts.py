@@ -23,7 +23,7 @@ from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
 from permprune.pruning.problem import build_problems
 from permprune.saliency.registry import SALIENCIES
-from permprune.training.weights import masked
+from permprune.training.zeros import KeptZeros
 
 from ..experts import FAMILIES, make, written_by
 
@@ -268,7 +268,7 @@ def test_training_keeps_the_zeros_of_experts() -> None:
         layer.stored.zero_()
         layer.weight[:, ::2] = 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with masked(model, [name]):
+    with KeptZeros(model, [name]):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
     assert (layer.weight[:, 1::2] == 0).all() and (layer.weight[:, ::2] != 1).any()

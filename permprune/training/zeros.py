@@ -1,0 +1,118 @@
+"""Pruned weights stay zero, whoever trains the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedModel, TrainerCallback
+
+from permprune.checkpoints.origin import origin_of
+from permprune.checkpoints.patterns import Patterns, held_patterns, linear_layers, recorded_patterns, require_patterns
+from permprune.errors import PermpruneError
+from permprune.models.layers import is_packed
+
+
+class KeptZeros:
+    """Keeps the weights of layers that are zero now at zero, until `close` or the end of the context.
+
+    Their gradients are set to zero, so that they count in no norm and no moment, and after each step of a
+    `torch.optim.Optimizer` they are set to zero themselves, because momentum or noise moves weights without a gradient.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str]) -> None:
+        linears, masks = linear_layers(model), dict[str, Tensor]()
+        for layer in map(linears.__getitem__, layers):
+            mask = masks.setdefault(layer.parameter, torch.zeros_like(layer.stored, dtype=torch.bool))
+            layer.part_of(mask).copy_(layer.weight == 0)
+        self._model, self._masks = model, masks
+        by_parameter = {model.get_parameter(name): mask for name, mask in masks.items()}
+
+        def keep(mask: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda gradient: gradient.masked_fill(mask.to(gradient.device), 0.0)
+
+        def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            with torch.no_grad():
+                for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                    if (mask := by_parameter.get(parameter)) is not None:
+                        parameter.masked_fill_(mask.to(parameter.device), 0.0)
+
+        self._handles = [parameter.register_hook(keep(mask)) for parameter, mask in by_parameter.items()]
+        self._handles.append(register_optimizer_step_post_hook(after_step))
+
+    def close(self) -> None:
+        """Stop. Raises `PermpruneError` if a weight is not zero any more, because something replaced the parameters."""
+        self._remove()
+        for name, mask in self._masks.items():
+            if self._model.get_parameter(name).detach()[mask].any():
+                raise PermpruneError(
+                    f"pruned weights of {name} are not zero any more: train it without FSDP and DeepSpeed, which"
+                    " replace the parameters of the model"
+                )
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> KeptZeros:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._remove()
+
+
+def keep_pattern(model: PreTrainedModel) -> KeptZeros:
+    """Keep pruned weights at zero while other code trains the model, with any optimizer of `torch.optim`'s base class.
+
+    The layers are those that the model's record lists and those whose weights satisfy an N:M pattern now. Call it
+    before the first step; the result is a context manager, or ends with `close`. Weights of packed layers are frozen
+    anyway. Raises `PermpruneError` if no layer has a pattern, if one does not hold that of the record any more, and if
+    the model has adapters of PEFT.
+    """
+    if any(name.rpartition(".")[2] == "base_layer" for name, _ in model.named_modules()):
+        raise PermpruneError(
+            "the model has adapters of PEFT, which leave its weights as they are: train them, then give the model to"
+            " permprune.merge_adapters"
+        )
+    patterns = patterns_of(model)
+    if not patterns:
+        count = len(linear_layers(model))
+        raise PermpruneError(f"none of the {count} linear layers of this model has an N:M pattern: prune it first")
+    return KeptZeros(model, [] if is_packed(model) else patterns)
+
+
+def patterns_of(model: PreTrainedModel) -> Patterns:
+    """Return the N:M patterns that the layers have to keep: those in the record and those that the weights satisfy.
+
+    Raises `PermpruneError` if the weights of a layer do not satisfy the pattern in the record.
+    """
+    record, held = origin_of(model).record, held_patterns(model)
+    recorded = recorded_patterns(model, record.layers) if record else {}
+    require_patterns(model, recorded)
+    return recorded | held
+
+
+class KeepPattern(TrainerCallback):
+    """Keeps pruned weights at zero in a `Trainer` of Transformers or TRL: `Trainer(..., callbacks=[KeepPattern()])`.
+
+    As `keep_pattern`; the zeros are checked at the end of the training.
+    """
+
+    def __init__(self) -> None:
+        self.kept: KeptZeros | None = None
+
+    def on_train_begin(self, *_: Any, **trained: Any) -> None:
+        self.kept = keep_pattern(trained["model"])
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.kept is not None:
+            self.kept.close()
+            self.kept = None
