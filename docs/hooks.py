@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,11 @@ from mkdocs.structure.files import File, Files
 from permprune.cli import app
 
 ROOT_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Show the version in the header."""
+    config.site_name = f"{config.site_name} {importlib.metadata.version('permprune')}"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

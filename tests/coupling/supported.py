@@ -21,6 +21,9 @@ from permprune.models.layers import block_linears, dense_weights
 from .coupling_models import FAMILIES, Example, randomised
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
+SHOWN = [name for name in FAMILIES if (family := name.partition(",")[0]) == name or family not in FAMILIES]
+"""The families of the page: without variants of others."""
+
 KINDS = ("d_ff", "head channels", "heads", "residual")
 
 HEAD = """# Supported models
@@ -138,7 +141,7 @@ def row(name: str) -> str:
 def page() -> str:
     versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
     head = HEAD.format(**versions, kinds=" | ".join(KINDS), columns="---:|" * len(KINDS))
-    return head + "".join(f"{row(name)}\n" for name in FAMILIES)
+    return head + "".join(f"{row(name)}\n" for name in SHOWN)
 
 
 def families(text: str) -> list[str]:
