@@ -186,10 +186,10 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if self.effort is not None:
             require_choice("effort", self.effort, EFFORTS)
-        chosen = DEFAULTS | EFFORTS.get(self.effort or "", {})
-        left = {name: value for name, value in chosen.items() if getattr(self, name) is UNSET}
-        derived = {"given": frozenset(chosen.keys() - left.keys()), "calibration": _sources(self.calibration)}
-        for name, value in {**left, **derived, "parsed_pattern": parse_pattern(self.pattern)}.items():
+        by_effort = DEFAULTS | EFFORTS.get(self.effort or "", {})
+        values = {name: value for name, value in by_effort.items() if getattr(self, name) is UNSET}
+        values |= {"given": frozenset(by_effort.keys() - values.keys()), "calibration": _sources(self.calibration)}
+        for name, value in {**values, "parsed_pattern": parse_pattern(self.pattern)}.items():
             object.__setattr__(self, name, value)
         require_fields(self)
         saliency(self.saliency)
@@ -201,20 +201,19 @@ class PruneConfig:
     @property
     def sources(self) -> tuple[str | None, ...]:
         """The sources of the calibration data; None stands for the default data."""
-        given = self.calibration
-        return (given,) if given is None or isinstance(given, str) else tuple(given)
+        return self.calibration if isinstance(self.calibration, tuple) else (self.calibration,)
 
     def reads(self, source: str) -> bool:
         """Whether this is a source of the calibration data, however its path is written."""
-        return _resolved(source) in [own and _resolved(own) for own in self.sources]
+        return _resolved(source) in [_resolved(known) for known in self.sources if known is not None]
 
     def replace(self, **changes: Unpack[PruneSettings]) -> PruneConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one.
 
         A new `effort` sets its fields, except for those that are given with it.
         """
-        left = DEFAULTS.keys() - (() if "effort" in changes else self.given)
-        return replace_fields(self, {**dict.fromkeys(left, UNSET), **changes}, "there is no setting")
+        by_effort = DEFAULTS.keys() - (() if "effort" in changes else self.given)
+        return replace_fields(self, {**dict.fromkeys(by_effort, UNSET), **changes}, "there is no setting")
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON values: names as given, objects as the names that describe them (`label_of`)."""
@@ -241,7 +240,8 @@ class PruneConfig:
         """
         wanted = examples_per_window * (self.measured + self.held_out)
         share = min(1.0, count / (2 * wanted))
-        measured, held_out = (max(1, int(share * examples_per_window * own)) for own in (self.measured, self.held_out))
+        windows = self.measured, self.held_out
+        measured, held_out = (max(1, int(share * examples_per_window * number)) for number in windows)
         return [measured, held_out, count - measured - held_out]
 
 
@@ -249,13 +249,13 @@ def _sources(given: object) -> str | tuple[str, ...] | None:
     """Return one source of calibration data as it is, and several as a tuple. Raises `PermpruneError` for others."""
     if given is None or isinstance(given, str):
         return given
-    found = tuple(given) if isinstance(given, Sequence) else ()
-    if not found or not all(isinstance(source, str) for source in found):
+    sources = tuple(given) if isinstance(given, Sequence) else ()
+    if not sources or not all(isinstance(source, str) for source in sources):
         raise PermpruneError(f"calibration is {reprlib.repr(given)}: give a file, a folder or a data set id, or a list")
-    resolved = [_resolved(source) for source in found]
-    if twice := next((source for at, source in enumerate(found) if resolved[at] in resolved[:at]), None):
+    resolved = [_resolved(source) for source in sources]
+    if twice := next((source for i, source in enumerate(sources) if resolved[i] in resolved[:i]), None):
         raise PermpruneError(f"calibration names {twice} twice: give it once")
-    return found[0] if len(found) == 1 else found
+    return sources[0] if len(sources) == 1 else sources
 
 
 def _resolved(source: str) -> str:

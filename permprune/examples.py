@@ -67,7 +67,7 @@ class Examples:
 
     @classmethod
     def _read(cls, batches: Iterable[Mapping[str, Tensor]], most: int | None) -> Examples:
-        found: list[Examples] = []
+        parts: list[Examples] = []
         count = 0
         for batch in batches:
             if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) for value in batch.values()):
@@ -75,13 +75,13 @@ class Examples:
                     f"a calibration batch is {type(batch).__name__}: give dicts of tensors by the names of the "
                     "model's arguments"
                 )
-            found.append(cls({name: tensor.cpu() for name, tensor in batch.items()}))
-            count += len(found[-1])
+            parts.append(cls({name: tensor.cpu() for name, tensor in batch.items()}))
+            count += len(parts[-1])
             if most is not None and count >= most:
                 break
-        if not found:
+        if not parts:
             raise PermpruneError("the calibration has no batches: give an iterable that can be read again")
-        return cls.join(found)[:most]
+        return cls.join(parts)[:most]
 
     @classmethod
     def join(cls, parts: list[Examples]) -> Examples:
@@ -108,23 +108,23 @@ class Examples:
         return cls.join(parts)[turns.argsort(stable=True)]
 
     @overload
-    def __getitem__(self, at: str) -> Tensor: ...
+    def __getitem__(self, key: str) -> Tensor: ...
     @overload
-    def __getitem__(self, at: slice | Tensor) -> Examples: ...
-    def __getitem__(self, at: str | slice | Tensor) -> Tensor | Examples:
+    def __getitem__(self, key: slice | Tensor) -> Examples: ...
+    def __getitem__(self, key: str | slice | Tensor) -> Tensor | Examples:
         """Return the tensor of that name, or the examples at these positions (a slice, or int64 indices)."""
-        if isinstance(at, str):
-            return self._tensors[at]
-        rows = {name: own[at] for name, own in self._rows.items()}
-        return Examples({name: tensor[self._places(name, at)] for name, tensor in self._tensors.items()}, rows)
+        if isinstance(key, str):
+            return self._tensors[key]
+        rows = {name: counts[key] for name, counts in self._rows.items()}
+        return Examples({name: tensor[self._places(name, key)] for name, tensor in self._tensors.items()}, rows)
 
-    def _places(self, name: str, at: slice | Tensor) -> slice | Tensor:
+    def _places(self, name: str, positions: slice | Tensor) -> slice | Tensor:
         """The rows of the tensor of that name that belong to examples."""
         if name not in self._rows:
-            return at
+            return positions
         rows = self._rows[name]
         spans = torch.arange(int(rows.sum())).split(rows.tolist())
-        return torch.cat([spans[example] for example in torch.arange(len(rows))[at].tolist()] or [rows[:0]])
+        return torch.cat([spans[example] for example in torch.arange(len(rows))[positions].tolist()] or [rows[:0]])
 
     def __len__(self) -> int:
         name, tensor = next(iter(self._tensors.items()))
@@ -223,7 +223,7 @@ def batches(examples: Examples, batch: int) -> list[Examples]:
     """Split the examples into batches of `batch`; padded texts are sorted by length and trimmed in each batch."""
     if examples.get("attention_mask") is None:
         return examples.split(batch)
-    return [examples[at].trimmed() for at in by_length(examples, batch)]
+    return [examples[positions].trimmed() for positions in by_length(examples, batch)]
 
 
 def by_length(examples: Examples, batch: int, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -237,8 +237,8 @@ def by_length(examples: Examples, batch: int, generator: torch.Generator | None 
     if generator is None:
         return list(lengths.argsort(stable=True).split(batch))
     runs = torch.randperm(len(examples), generator=generator).split(SORTED * batch)
-    found = [own for run in runs for own in run[lengths[run].argsort(stable=True)].split(batch)]
-    return [found[at] for at in torch.randperm(len(found), generator=generator).tolist()]
+    sorted_batches = [one for run in runs for one in run[lengths[run].argsort(stable=True)].split(batch)]
+    return [sorted_batches[i] for i in torch.randperm(len(sorted_batches), generator=generator).tolist()]
 
 
 ExampleData = Examples | Mapping[str, Tensor] | Tensor | Iterable[Mapping[str, Tensor]]

@@ -78,11 +78,11 @@ class Number:
         """Return the `Number` for an annotation; None if it is neither bool nor one of the types above."""
         optional = type(None) in get_args(hint)
         if optional:
-            hint = next(part for part in get_args(hint) if part is not type(None))
+            hint = next(kind for kind in get_args(hint) if kind is not type(None))
         if hint is bool:
             return cls(bool, None, optional)
-        if get_origin(hint) is Annotated and isinstance(found := hint.__metadata__[0], Range):
-            return cls(hint.__origin__, found, optional)
+        if get_origin(hint) is Annotated and isinstance(valid := hint.__metadata__[0], Range):
+            return cls(hint.__origin__, valid, optional)
         return None
 
     def __contains__(self, value: object) -> bool:
@@ -95,6 +95,11 @@ class Number:
         if self.range is None:
             return "true or false"
         return f"a {'whole ' if self.kind is int else ''}number {self.range}"
+
+    def require(self, name: str, value: object) -> None:
+        """Raise `PermpruneError` unless the value called `name` is accepted."""
+        if value not in self:
+            raise PermpruneError(f"{name} is {reprlib.repr(value)}: give {self}")
 
     def from_text(self, text: str) -> object:
         """Parse a value, which may be out of range; returns the text itself if it cannot be parsed."""
@@ -120,8 +125,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def numbers_of(options: type) -> dict[str, Number]:
     """Return the numeric fields of a dataclass, by name."""
     hints = get_type_hints(options, include_extras=True)
-    found = {field.name: Number.of(hints[field.name]) for field in fields(options)}
-    return {name: number for name, number in found.items() if number is not None}
+    numbers = {field.name: Number.of(hints[field.name]) for field in fields(options)}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def replace_fields(options: T, changes: Mapping[str, Any], unknown: str) -> T:
@@ -146,16 +151,11 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 def require_fields(options: Any) -> None:
     """Raise `PermpruneError` for the first field of a dataclass object that is out of range."""
     for name, number in numbers_of(type(options)).items():
-        _require(name, getattr(options, name), number)
+        number.require(name, getattr(options, name))
 
 
 def require(name: str, value: object, hint: Any) -> None:
     """Raise `PermpruneError` unless `value` is valid for the annotation `hint`, such as `Count`."""
     number = Number.of(hint)
     assert number is not None, f"{hint} is not a number"
-    _require(name, value, number)
-
-
-def _require(name: str, value: object, number: Number) -> None:
-    if value not in number:
-        raise PermpruneError(f"{name} is {reprlib.repr(value)}: give {number}")
+    number.require(name, value)

@@ -129,14 +129,12 @@ def ranks(score: Num[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"] | UIn
         shape = [-1 if place == dim % score.dim() else 1 for place in range(score.dim())]
         count = torch.arange(len(members), device=score.device).view(shape).expand_as(order)
         return torch.empty_like(order).scatter_(dim, order, count)
-    found = []
-    for i, own in enumerate(members):
-        before = torch.zeros_like(own, dtype=torch.uint8)
+    larger = [torch.zeros_like(score, dtype=torch.uint8) for score in members]
+    for i, score in enumerate(members):
         for j, other in enumerate(members):
             if j != i:
-                before += other >= own if j < i else other > own
-        found.append(before)
-    return torch.stack(found, dim)
+                larger[i] += other >= score if j < i else other > score
+    return torch.stack(larger, dim)
 
 
 MIXED = "mixed"

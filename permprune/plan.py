@@ -100,7 +100,7 @@ def plan_run(
         windows = len(examples) // examples_per_window
         log.info("effort %s: %s on %d windows", config.effort, label_of(config.permute), windows)
     config = config.replace(length=clipped_length(model, config.length))
-    measured, held_out, train = _divide(examples, config, examples_per_window)
+    measured, held_out, train = examples.split(shares_of(len(examples), config, examples_per_window))
     coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
@@ -140,16 +140,16 @@ def outline_model(model: PreTrainedModel, config: PruneConfig) -> Outline:
 
     Of many equal blocks only the first ones are traced, if the model runs without the others. Raises `PermpruneError`.
     """
-    pattern = config.parsed_pattern
-    layers, lists = prunable_layers(model, pattern, config.exclude), repetitions(model)
+    pattern, lists = config.parsed_pattern, repetitions(model)
+    layers = prunable_layers(model, pattern, config.exclude)
     try:
-        found = _outline(model, pattern, config.mode, lists)
+        outline = _outline(model, pattern, config.mode, lists)
     except Untraceable:
         if not lists:
             raise
         lists = []
-        found = _outline(model, pattern, config.mode, lists)
-    return found.repeat(lists).of(layers)
+        outline = _outline(model, pattern, config.mode, lists)
+    return outline.repeat(lists).of(layers)
 
 
 def _outline(model: PreTrainedModel, pattern: Pattern, mode: str, lists: Sequence[Repetition]) -> Outline:
@@ -214,11 +214,6 @@ def calibration_examples(model: PreTrainedModel, processor: Processor | None, co
         for source in config.sources
     ]
     return Examples.interleave(parts)[:count]
-
-
-def _divide(examples: Examples, config: PruneConfig, examples_per_window: int) -> list[Examples]:
-    """Divide the examples between statistics, held-out loss and gradients. Raises `PermpruneError` as `shares_of`."""
-    return examples.split(shares_of(len(examples), config, examples_per_window))
 
 
 def shares_of(count: int, config: PruneConfig, examples_per_window: int) -> list[int]:

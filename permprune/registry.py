@@ -36,10 +36,10 @@ def method_of(given: str | T, kind: type[T], known: Mapping[str, type[T]]) -> T:
     if name not in known:
         raise PermpruneError(f'unknown {word} "{name}": {nearest(name, known)}')
     method = known[name]()
-    own, weights = _read_options(name, changes, method)
+    options, weights = _read_options(name, changes, method)
     if weights:
-        own["objective"] = dataclasses.replace(_objective(method), **weights)
-    return dataclasses.replace(method, **own)  # type: ignore[type-var]
+        options["objective"] = dataclasses.replace(_objective(method), **weights)
+    return dataclasses.replace(method, **options)  # type: ignore[type-var]
 
 
 def describe(method: Any) -> str:
@@ -63,9 +63,9 @@ def _changes(method: Any) -> Iterator[tuple[str, str]]:
         if value == default:
             continue
         if field.name == "objective" and type(value) is type(default) and dataclasses.is_dataclass(value):
-            for own in dataclasses.fields(value):
-                if getattr(value, own.name) != getattr(default, own.name):
-                    yield own.name, _text(getattr(value, own.name))
+            for name, weight in vars(value).items():
+                if weight != getattr(default, name):
+                    yield name, _text(weight)
         else:
             yield field.name, _text(value)
 
@@ -107,8 +107,8 @@ def _read_options(name: str, changes: list[str], method: Any) -> tuple[dict[str,
             advice = f"give numbers for {known}" if known else "it has none"
             raise PermpruneError(f'"{change}" is not an option of {name}: {advice}')
         chosen[option] = numbers_of(type(holders[option]))[option].from_text(text)
-    own = {option: value for option, value in chosen.items() if holders[option] is method}
-    return own, {option: value for option, value in chosen.items() if option not in own}
+    options = {option: value for option, value in chosen.items() if holders[option] is method}
+    return options, {option: value for option, value in chosen.items() if option not in options}
 
 
 def _named(method: T) -> T:

@@ -98,19 +98,19 @@ class Forecast:
         If the rounds of a search need more than their share of a time limit, all its stages are shortened alike.
         Training takes what is left of the limit.
         """
-        found = {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
+        times = {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
         if self.config.minutes is None:
-            return found
+            return times
         limit, share = 60 * self.config.minutes, permuter(self.config.permute).search_share
-        limited = {stage.name: found[stage.name] for stage in self.stages if stage.limited}
+        limited = {stage.name: times[stage.name] for stage in self.stages if stage.limited}
         known = sum(filter(None, limited.values()))
         searched = min(known, limit * share)
         for name, seconds in limited.items():
             if seconds is not None:
-                found[name] = seconds * searched / max(known, 1e-9)
+                times[name] = seconds * searched / max(known, 1e-9)
             elif share < 1:
-                found[name] = limit - searched
-        return found
+                times[name] = limit - searched
+        return times
 
     def to_json(self) -> dict[str, Any]:
         """The forecast as JSON values; bytes and seconds."""

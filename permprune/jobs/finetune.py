@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +164,16 @@ class FineTuning:
         Raises `PermpruneError` if the data cannot be read or are too few to hold out a part.
         """
         text = kind_of(model) == "text"
-        length = self.length or (512 if text else 128)
-        rows = self.rows or (256 if text else EVERYTHING)
-        shown = load_examples(
-            self.data, model, processor, part="calibration", count=rows, length=length, seed=self.seed
-        )
+        rows, length = self.rows or (256 if text else EVERYTHING), self.length or (512 if text else 128)
+        load = partial(load_examples, model=model, processor=processor, length=length)
+        train = load(self.data, part="calibration", count=rows, seed=self.seed)
         if self.dev is not None:
-            dev = load_examples(self.dev, model, processor, part="evaluation", count=EVERYTHING, length=length, seed=0)
-            return shown, dev
-        held_out = min(max(1, round(HELD_OUT * len(shown))), MOST_HELD_OUT)
-        if len(shown) <= held_out:
-            raise PermpruneError(f"{len(shown)} example to train on: give more data")
-        dev, rest = shown.split([held_out, len(shown) - held_out])
-        return rest, dev
+            return train, load(self.dev, part="evaluation", count=EVERYTHING, seed=0)
+        held_out = min(max(1, round(HELD_OUT * len(train))), MOST_HELD_OUT)
+        if len(train) <= held_out:
+            raise PermpruneError(f"{len(train)} example to train on: give more data")
+        dev, train = train.split([held_out, len(train) - held_out])
+        return train, dev
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -222,7 +220,7 @@ def finetune(
     *,
     processor: Processor | None = None,
     resume: bool = False,
-    announce: Callable[[FineTuned], None] = lambda found: None,
+    announce: Callable[[FineTuned], None] = lambda result: None,
 ) -> FineTuned:
     """Fine-tune a model and write it to the folder `out`; a pruned model keeps its record.
 
@@ -267,8 +265,8 @@ def _finetune(
         if options.hidden is not None:
             objective = dataclasses.replace(objective, hidden_states=options.hidden)
 
-    def measure(shown: PreTrainedModel = model) -> Result:
-        return evaluate_model(shown, held_out, batch=batch, metric=options.metric)[0]
+    def measure(measured: PreTrainedModel = model) -> Result:
+        return evaluate_model(measured, held_out, batch=batch, metric=options.metric)[0]
 
     identity = {
         "model": opened.name,
@@ -298,7 +296,7 @@ def _finetune(
         )
         curve = trainer.fit(examples)
     require_patterns(model, patterns)
-    found = FineTuned(
+    result = FineTuned(
         model=model,
         options=options,
         training=trainer.training,
@@ -308,23 +306,24 @@ def _finetune(
         dense=None if teacher is None else measure(teacher).value,
         curve=curve,
     )
-    announce(found)
+    announce(result)
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
-        write_model(model, processor, folder, optimised=decode(Optimised, found.to_json()), bench=None)
-    return found
+        write_model(model, processor, folder, optimised=decode(Optimised, result.to_json()), bench=None)
+    return result
 
 
 @contextmanager
 def _trained(model: PreTrainedModel, patterns: Patterns, options: FineTuning) -> Iterator[dict[str, nn.Parameter]]:
     """A context in which pruned weights stay zero; it returns the parameters to train, by name."""
-    adapting = [] if options.adapters is None else block_linears(model)
-    inside = {layer.name for layer in adapting}
-    with KeptZeros(model, [name for name in patterns if name not in inside]):
-        if options.adapters is None:
+    if options.adapters is None:
+        with KeptZeros(model, patterns):
             yield trained_weights(model, options.train)
-        else:
-            with adapted(model, adapting, options.adapters, options.seed) as adapters:
-                yield trained_weights(model, "norms") | adapters
+        return
+    layers = block_linears(model)
+    names = {layer.name for layer in layers}
+    unadapted = [name for name in patterns if name not in names]
+    with KeptZeros(model, unadapted), adapted(model, layers, options.adapters, options.seed) as adapters:
+        yield trained_weights(model, "norms") | adapters
 
 
 def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
@@ -350,12 +349,12 @@ def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, ta
         return None
     opened = open_model(options.teacher, trust_remote_code=options.trust_remote_code)
     teacher = opened.model
-    part = examples[:1].trimmed()
+    first = examples[:1].trimmed()
     with torch.no_grad():
-        own, dense = (task(one, part.to(one.device)).kept().shape for one in (model, teacher))
-    if own != dense:
+        student_shape, shape = (task(one, first.to(one.device)).kept().shape for one in (model, teacher))
+    if student_shape != shape:
         raise PermpruneError(
-            f"{opened.name} has {dense[-1]} outputs but the model {own[-1]}: give the dense model as teacher"
+            f"{opened.name} has {shape[-1]} outputs but the model {student_shape[-1]}: give the dense model as teacher"
         )
     record = origin_of(model).record
     if tables := {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}:

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
 from permprune.forecasts.costs import state_bytes
-from permprune.jobs.swept import OWN, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
+from permprune.jobs.swept import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
 from permprune.options import Count, require
@@ -63,7 +64,7 @@ CELLS = "cells"
 
 AGAIN, ANEW = "remove it, and --resume measures it again", "remove its folder and start again"
 
-FREE = (*OWN, "batch", "recompute")
+FREE = (*CELL_FIELDS, "batch", "recompute")
 """Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""
 
 
@@ -120,9 +121,11 @@ def sweep(
         distributed.on_first(lambda: _require_sound(work.path, cells, asked))
         missing = [cell for cell in cells if not _path(work.path, cell).exists()]
         distributed.wait()  # until all processes have checked
-        groups = _by_pattern(missing) or [cells[:1]]  # at least one cell, to check that the data are the same
-        own = config.replace(minutes=None)
-        _fill([Job(model, processor, own, evaluation, tuple(group), work.path, asked) for group in groups], jobs)
+        unlimited = config.replace(minutes=None)
+        groups = groupby(missing or cells[:1], lambda cell: cell.pattern)  # one cell checks that the data are the same
+        _run(
+            [Job(model, processor, unlimited, evaluation, tuple(group), work.path, asked) for _, group in groups], jobs
+        )
         dense, rows = _rows(cells, work.path)
         name = name_of(model)
         result = Sweep(model=name, note=note(name), config=config, evaluation=evaluation, dense=dense, rows=rows)
@@ -186,26 +189,20 @@ def _path(partial: Path, cell: Cell) -> Path:
     return partial / CELLS / f"{cell.name}.json"
 
 
-def _by_pattern(cells: list[Cell]) -> list[list[Cell]]:
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        found.setdefault(cell.pattern, []).append(cell)
-    return list(found.values())
-
-
-def _fill(work: list[Job], jobs: int) -> None:
-    if jobs == 1 or len(work) < 2:
-        for job in work:
-            fill(job)
+def _run(jobs: list[Job], workers: int) -> None:
+    """Run jobs in this process, or in worker processes if there are several of both."""
+    if workers == 1 or len(jobs) < 2:
+        for job in jobs:
+            run_job(job)
         return
-    scripted = _require_importable(work, jobs)
-    threads = max(1, torch.get_num_threads() // jobs)
+    scripted = _require_importable(jobs, workers)
+    threads = max(1, torch.get_num_threads() // workers)
     context = worker_context(__name__)
-    pool = ProcessPoolExecutor(jobs, context, _begin_worker, (threads, log.level))
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (threads, log.level))
     try:
         with nullcontext() if scripted else without_main():  # a process starts when a job is submitted
-            futures = [pool.submit(fill, job) for job in work]
-        for future in track(as_completed(futures), "patterns", len(work)):
+            futures = [pool.submit(run_job, job) for job in jobs]
+        for future in track(as_completed(futures), "patterns", len(jobs)):
             future.result()
     except BaseException as error:
         for process in [*(pool._processes or {}).values()]:  # public from Python 3.14 on, as `terminate_workers`
@@ -221,16 +218,16 @@ def _fill(work: list[Job], jobs: int) -> None:
         pool.shutdown(cancel_futures=True)
 
 
-def _require_importable(work: list[Job], jobs: int) -> bool:
+def _require_importable(jobs: list[Job], workers: int) -> bool:
     """Return whether the jobs contain something that the caller's script defines.
 
     Raises `PermpruneError` if they cannot be pickled, as for a method that is not defined in a module.
     """
     try:
-        return b"__main__" in pickle.dumps(work)
+        return b"__main__" in pickle.dumps(jobs)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         raise PermpruneError(
-            f"{jobs} jobs need methods that can be imported ({error}): define them in a module, or use one job"
+            f"{workers} jobs need methods that can be imported ({error}): define them in a module, or use one job"
         ) from error
 
 
@@ -252,7 +249,7 @@ def _begin_worker(threads: int, level: int) -> None:
     log.setLevel(level)
 
 
-def fill(job: Job) -> None:
+def run_job(job: Job) -> None:
     """Measure the cells of a job one after the other and write each row as soon as it is measured."""
     config = job.config.replace(pattern=job.cells[0].pattern)
     with Session(partial(Held.open, job.model, config, job.processor), job.evaluation) as session:
@@ -264,13 +261,12 @@ def fill(job: Job) -> None:
             if _path(job.folder, cell).exists():
                 continue
             checkpoint = Checkpoint(_states(job, cell), run.checkpoint.settings)
-            own = dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint)
-            row = _measured(session, cell, own)
+            row = _row(session, cell, dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint))
             if not distributed.rank():
                 write_sealed(_path(job.folder, cell), encode(row))
 
 
-def _measured(session: Session, cell: Cell, run: Run) -> SweepRow:
+def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
     """Measure one cell."""
     trial = session.attempt(permuter(cell.method), cell.method, run)
     network = cast(Held, session.weights).network
@@ -288,11 +284,11 @@ def _measured(session: Session, cell: Cell, run: Run) -> SweepRow:
 
 
 def _data(session: Session) -> dict[str, Any]:
-    plan, evaluation = session.weights.plan, session.measure.examples.digest
-    run = plan.run
+    """Return the digests of the model and of all data."""
+    plan, run = session.weights.plan, session.weights.plan.run
     return {name: run.checkpoint.settings[name] for name in (CONFIG, WEIGHTS, *versions())} | {
         CALIBRATION: [plan.measured.digest, run.train.digest, run.held_out.digest],
-        "evaluation examples": evaluation,
+        "evaluation examples": session.measure.examples.digest,
     }
 
 
@@ -310,17 +306,17 @@ def _measure_dense(session: Session, path: Path) -> None:
 
 def _states(job: Job, cell: Cell) -> Path:
     """Return the folder of the states of a cell's search; a new one starts as a copy of the next smaller budget's."""
-    own = job.folder / "states" / cell.name
+    states = job.folder / "states" / cell.name
     smaller = [
         other
-        for other in (job.folder / "states").glob(f"{dataclasses.replace(cell, minutes=None).name} *")
+        for other in states.parent.glob(f"{dataclasses.replace(cell, minutes=None).name} *")
         if other.is_dir() and (cell.minutes is None or _minutes(other) < cell.minutes)
     ]
-    if smaller and not own.exists() and not distributed.rank():
-        with atomic_folder(own) as copied:
+    if smaller and not states.exists() and not distributed.rank():
+        with atomic_folder(states) as copied:
             shutil.copytree(max(smaller, key=_minutes), copied, dirs_exist_ok=True)
     distributed.wait()
-    return own
+    return states
 
 
 def _minutes(states: Path) -> float:
@@ -333,12 +329,12 @@ def _rows(cells: list[Cell], partial: Path) -> tuple[DenseRow, list[SweepRow]]:
     Sets the fields of the rows that depend on other rows: `gap_closed`, `size`, `front` and `score_front`.
     """
     dense: DenseRow = decode(DenseRow, read_sealed(partial / DENSE, AGAIN))
-    rows: list[SweepRow] = [_read(_path(partial, cell)) for cell in cells]
+    rows = [_read(_path(partial, cell)) for cell in cells]
     metric, none = dense.result.metric, {row.pattern: row.result.value for row in rows if row.method == "none"}
     front = pareto([(row.bytes, row.result.value) for row in rows], metric)
     scores = [(row.bytes, row.score.value) for row in rows if row.score]
     score_front: Sequence[bool | None] = pareto(scores, TASK_SCORE) if scores else [None] * len(rows)
-    found = [
+    return dense, [
         dataclasses.replace(
             row,
             gap_closed=gap_closed(row.result.value, dense.result.value, none[row.pattern], metric=metric),
@@ -348,7 +344,6 @@ def _rows(cells: list[Cell], partial: Path) -> tuple[DenseRow, list[SweepRow]]:
         )
         for row, best, scored in zip(rows, front, score_front, strict=True)
     ]
-    return dense, found
 
 
 def _read(path: Path) -> SweepRow:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from permprune.checkpoints.schema import encode
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation, Measurement
 from permprune.errors import PermpruneError
@@ -16,7 +17,7 @@ from permprune.pattern import parse_pattern
 from permprune.permuters.base import CurvePoint, LocalPermuter
 from permprune.permuters.registry import permuter
 
-OWN = ("pattern", "permute", "minutes")
+CELL_FIELDS = ("pattern", "permute", "minutes")
 """Fields of the config that differ between cells."""
 
 
@@ -78,22 +79,10 @@ class SweepRow(Measurement):
 
     def to_json(self) -> dict[str, Any]:
         """Return the row as JSON values."""
-        score_front = {} if self.score_front is None else {"score_front": self.score_front}
-        return {
-            "pattern": self.pattern,
-            **super().to_json(),
-            "minutes": self.minutes,
-            "stderr": self.result.stderr,
-            "bytes": self.bytes,
-            "layers": self.layers,
-            "kept": self.kept,
-            "error": self.error,
-            "curve": [dataclasses.asdict(point) for point in self.curve],
-            "gap_closed": self.gap_closed,
-            "size": self.size,
-            "front": self.front,
-            **score_front,
-        }
+        names = ("bytes", "layers", "kept", "error", "curve", "gap_closed", "size", "front")
+        values = {"pattern": self.pattern, **super().to_json(), "minutes": self.minutes, "stderr": self.result.stderr}
+        values |= {name: encode(getattr(self, name)) for name in names}
+        return values if self.score_front is None else values | {"score_front": self.score_front}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,11 +121,11 @@ class Sweep:
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of figures.json."""
-        result, given = self.dense.result, self.config.to_json()
+        result, settings = self.dense.result, self.config.to_json()
         return {
             "model": self.model,
             "note": self.note,
-            "settings": {name: value for name, value in given.items() if name not in OWN},
+            "settings": {name: value for name, value in settings.items() if name not in CELL_FIELDS},
             "measured": {
                 "data": self.evaluation.source or "default data",
                 "metric": self.metric.name,
@@ -158,6 +147,6 @@ def pareto(points: Sequence[tuple[float, float]], metric: Metric) -> list[bool]:
     sign = -1 if metric.higher_is_better else 1
     costs = [(size, sign * value) for size, value in points]
     return [
-        math.isfinite(own[1]) and not any(other[0] <= own[0] and other[1] <= own[1] and other != own for other in costs)
-        for own in costs
+        math.isfinite(loss) and not any(a <= size and b <= loss and (a, b) != (size, loss) for a, b in costs)
+        for size, loss in costs
     ]
