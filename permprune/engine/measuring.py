@@ -8,7 +8,7 @@ from typing import Any
 from permprune.config import PruneConfig
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
 from permprune.evaluation.result import Result, require_label_metric
-from permprune.models.modality import EVALUATION_WINDOWS, EXAMPLES_PER_WINDOW, evaluation_batch, kind_of
+from permprune.models.modality import EVALUATION_WINDOWS, evaluation_batch, evaluation_count, kind_of
 from permprune.options import Count, Length, require_fields
 from permprune.system.imports import on_first_use
 
@@ -22,9 +22,6 @@ with on_first_use(globals()):
     from permprune.examples import Examples
     from permprune.models.forward import writes_text
     from permprune.models.processors import Processor, tokenizer_of
-
-ANSWERED_ONCE = 32
-"""Images or sentences per window of text in the evaluation: many, because each has only one label."""
 
 DENSE = "dense"
 """The label of the model before pruning."""
@@ -77,7 +74,7 @@ class Evaluation:
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
         """Load the examples to measure a model on. Raises `PermpruneError` if they cannot be read."""
-        count = self.windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
+        count = evaluation_count(model, self.windows)
         return load_examples(
             self.source, model, processor, part="evaluation", count=count, length=self.length, shared=self.shared
         )

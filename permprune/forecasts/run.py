@@ -31,6 +31,7 @@ from permprune.models.modality import (
     EVALUATION_BATCH,
     EVALUATION_WINDOWS,
     EXAMPLES_PER_WINDOW,
+    evaluation_count,
     kind_of,
 )
 from permprune.models.narrow_weights import end_weights, held_type, is_narrow
@@ -189,7 +190,7 @@ def forecast_held(subject: Subject, config: PruneConfig, shards: int = 1) -> For
     narrow = outline.weights + sum(weight.numel() for weight, _ in end_weights(model)) // shards
     weights = Held("weights", whole - (4 - outline.dtype.itemsize) * narrow)
     network = (weights, Held("masks", outline.weights // 8), Held("second moments", _moments_bytes(outline)))
-    evaluating = Work(products_fp32=EVALUATED * subject.windows * per_window * run.forward)
+    evaluating = Work(products_fp32=EVALUATED * evaluation_count(model, subject.windows) * run.forward)
     stages = [
         _calibration(config, run, counted("inputs"), measured).beside([weights]),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),

@@ -8,11 +8,11 @@ from pathlib import Path
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.data.load import load_examples
-from permprune.engine.measuring import ANSWERED_ONCE
 from permprune.evaluation.linear_probe import fit_probe, with_head
 from permprune.evaluation.result import Result
 from permprune.evaluation.size import weight_bytes
 from permprune.models.layers import require_changeable
+from permprune.models.modality import ANSWERED_ONCE
 from permprune.models.processors import Processor
 from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model

@@ -28,6 +28,15 @@ EVALUATION_BATCH = 4
 """Windows of text, or prompts, of a forward pass in the evaluation."""
 
 
+ANSWERED_ONCE = 32
+"""Examples with one label each, such as images, for a window of text in the evaluation: many, to measure as well."""
+
+
+def evaluation_count(model: PreTrainedModel, windows: int) -> int:
+    """Return the number of examples that so many windows of the evaluation are."""
+    return windows * (ANSWERED_ONCE if EXAMPLES_PER_WINDOW[kind_of(model)] > 1 else 1)
+
+
 def evaluation_batch(model: PreTrainedModel) -> int:
     """Return the number of examples of a forward pass in the evaluation."""
     return EVALUATION_BATCH * BATCH_MULTIPLIER[kind_of(model)]

@@ -21,7 +21,7 @@ from permprune.examples import Examples
 from permprune.forecasts.activations import count_activations
 from permprune.forecasts.fitting import fit_memory
 from permprune.forecasts.machine import GPUS, Machine, Rates, this_machine
-from permprune.forecasts.resources import Work
+from permprune.forecasts.resources import Stage, Work
 from permprune.forecasts.run import Forecast, _next_token_loss
 from permprune.jobs.prune import prune_to_folder
 from permprune.losses.objective import Objective
@@ -50,14 +50,22 @@ def config_folder(tmp_path: Path) -> Path:
     return tmp_path / "config"
 
 
-def bytes_of(forecast: Forecast, stage: str) -> dict[str, int]:
+def forecast(source: Path, *, gpu: str | None = None, processes: int | None = None, **changes: Any) -> Forecast:
+    return permprune.forecast(str(source), SETTINGS.replace(**changes), gpu=gpu, processes=processes)
+
+
+def stage_of(found: Forecast, name: str) -> Stage:
+    (stage,) = [one for one in found.stages if one.name == name]
+    return stage
+
+
+def bytes_of(found: Forecast, stage: str) -> dict[str, int]:
     """The bytes of a stage by part."""
-    (found,) = [one for one in forecast.stages if one.name == stage]
-    return {part.name: part.bytes for part in found.parts}
+    return {part.name: part.bytes for part in stage_of(found, stage).parts}
 
 
 def test_the_parts_are_the_tensors_of_a_run(tiny_llama: LlamaForCausalLM, tiny_checkpoint: Path) -> None:
-    found = permprune.forecast(str(tiny_checkpoint), SETTINGS.replace(permute="newton:rounds=1"))
+    found = forecast(tiny_checkpoint, permute="newton:rounds=1")
     parts = bytes_of(found, "newton: proposals")
     ids = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
     network = prepare(tiny_llama, None, SETTINGS, examples=permprune.Examples.of(ids)).network
@@ -90,7 +98,7 @@ def test_the_peak_is_within_15_percent(
 
 @pytest.mark.parametrize("method", PERMUTERS)
 def test_every_method_is_forecast(config_folder: Path, method: str) -> None:
-    found = permprune.forecast(str(config_folder), SETTINGS.replace(permute=method), gpu="h100")
+    found = forecast(config_folder, gpu="h100", permute=method)
     names = [stage.name for stage in found.stages]
     assert names[:2] == ["load", "calibrate"] and names[-2:] == ["evaluate", "write"]
     assert len(names) == len(set(names))
@@ -108,7 +116,7 @@ def test_models_of_every_kind_are_forecast(fixture: str, request: pytest.Fixture
 
 def test_rounds_before_training_are_not_counted_as_training(config_folder: Path) -> None:
     def training(method: str) -> float:
-        found = permprune.forecast(str(config_folder), SETTINGS.replace(permute=method), gpu="h100")
+        found = forecast(config_folder, gpu="h100", permute=method)
         return found.seconds["newton: training"] or 0.0
 
     every = training("newton:rounds=4:tune=2")
@@ -120,7 +128,7 @@ def test_training_holds_hidden_states_where_few_positions_have_labels(
     config_folder: Path, tiny_vit: Path, tiny_whisper: Path
 ) -> None:
     def parts(model: Path) -> dict[str, int]:
-        return bytes_of(permprune.forecast(str(model), SETTINGS.replace(permute="newton:tune=2")), "newton: training")
+        return bytes_of(forecast(model, permute="newton:tune=2"), "newton: training")
 
     assert "dense model's outputs" not in parts(config_folder)
     for model in (tiny_vit, tiny_whisper):
@@ -131,15 +139,21 @@ def test_training_holds_gradients_where_a_step_has_several_batches(config_folder
     """A step has a quarter of the 8 windows of a gradient; 8 images are a window, in a step as in a batch."""
     for model in (config_folder, tiny_vit):
         for batch, held in ((1, 2), (2, 1)):  # those of the search as well
-            found = permprune.forecast(str(model), SETTINGS.replace(permute="newton:tune=2", batch=batch))
-            (stage,) = [one for one in found.stages if one.name == "newton: training"]
-            assert [part.name for part in stage.parts].count("gradients") == held
+            found = forecast(model, permute="newton:tune=2", batch=batch)
+            parts = stage_of(found, "newton: training").parts
+            assert [part.name for part in parts].count("gradients") == held
+
+
+def test_the_evaluation_counts_its_examples(tiny_vit: Path) -> None:
+    found = forecast(tiny_vit, permute="newton:rounds=1", samples=192)
+    tried, evaluated = stage_of(found, "newton: accept").work, stage_of(found, "evaluate").work
+    assert tried and evaluated  # one and a half times on 8 windows of 8 images; three times on 24 windows of 32
+    assert evaluated.products_fp32 / (3 * 24 * 32) == pytest.approx(tried.products / (1.5 * 8 * 8))
 
 
 def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> None:
     def seconds(method: str, minutes: float | None) -> tuple[float, float | None]:
-        settings = SETTINGS.replace(permute=method, minutes=minutes)
-        found = permprune.forecast(str(config_folder), settings, gpu="h100").seconds
+        found = forecast(config_folder, gpu="h100", permute=method, minutes=minutes).seconds
         searched = [own or 0.0 for name, own in found.items() if name in ("newton: gradients", "newton: accept")]
         return sum(searched), found.get("newton: training at the end")
 
@@ -153,11 +167,11 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
 
 
 def test_only_the_config_is_read(config_folder: Path) -> None:
-    found = permprune.forecast(str(config_folder), SETTINGS, gpu="h100")
+    found = forecast(config_folder, gpu="h100")
     assert found.assumed == ("2 of the 5 blocks in model.layers were traced: the others equal one of them in shape",)
     half = json.loads((config_folder / "config.json").read_text())
     (config_folder / "config.json").write_text(json.dumps({**half, "dtype": "bfloat16"}))
-    other = permprune.forecast(str(config_folder), SETTINGS, gpu="h100")
+    other = forecast(config_folder, gpu="h100")
     assert 2 * other.disk["checkpoint"] == found.disk["checkpoint"]
     wide, narrow = (bytes_of(one, "newton: proposals") for one in (found, other))
     assert narrow["weights"] < 0.7 * wide["weights"] and 2 * narrow["gradients"] == wide["gradients"]
@@ -195,21 +209,21 @@ def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
 
 
 def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
-    config = SETTINGS.replace(permute="newton:rounds=1")
-    whole = permprune.forecast(str(config_folder), config, processes=2)
+    run = partial(forecast, config_folder, processes=2)
+    whole = run(permute="newton:rounds=1")
     assert (whole.processes, whole.shards, whole.advice) == (2, 1, "")
     parts = bytes_of(whole, "newton: proposals")
-    forced = permprune.forecast(str(config_folder), config.replace(shard=True), processes=2)
+    forced = run(permute="newton:rounds=1", shard=True)
     assert forced.shards == 2 and forced.advice == "the 2 processes divide the rows of the weights"
     divided = bytes_of(forced, "newton: proposals")
     for part in ("weights", "masks", "second moments", "gradients"):
         assert divided[part] == pytest.approx(parts[part] / 2, rel=0.01)
-    least = permprune.forecast(str(config_folder), config.replace(batch=1, recompute=True)).tensors
-    found = permprune.forecast(str(config_folder), config.replace(memory=least - 1), processes=2)
+    least = forecast(config_folder, permute="newton:rounds=1", batch=1, recompute=True).tensors
+    found = run(permute="newton:rounds=1", memory=least - 1)
     assert found.shards == 2 and found.tensors < least
     assert "in each process: the 2 processes divide the rows of the weights" in found.advice
     with pytest.raises(PermpruneError, match="raise --memory"):
-        permprune.forecast(str(config_folder), config.replace(memory=least - 1, shard=False), processes=2)
+        run(permute="newton:rounds=1", memory=least - 1, shard=False)
     for settings, fault in (
         ({"permute": "cp"}, "permuter cp needs all rows of a layer: choose one of none, random, ria"),
         ({"permute": "newton:train=0.5", "minutes": 9.0}, "permuter newton:train=0.5 needs .*, without training"),
@@ -218,19 +232,18 @@ def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
         ({"pattern": "mixed"}, "leave --shard out"),
     ):
         with pytest.raises(PermpruneError, match=fault):
-            permprune.forecast(str(config_folder), config.replace(**settings, shard=True), processes=2)
+            run(**{"permute": "newton:rounds=1", **settings}, shard=True)
     with pytest.raises(PermpruneError, match="one process has nothing to divide: start several with torchrun"):
-        permprune.forecast(str(config_folder), config.replace(shard=True))
+        forecast(config_folder, permute="newton:rounds=1", shard=True)
 
 
 def test_a_run_layer_by_layer_is_forecast(config_folder: Path) -> None:
-    config = SETTINGS.replace(permute="ria")
-    memory = permprune.forecast(str(config_folder), config.replace(batch=1, recompute=True)).tensors - 1
-    found = permprune.forecast(str(config_folder), config.replace(memory=memory))
+    memory = forecast(config_folder, permute="ria", batch=1, recompute=True).tensors - 1
+    found = forecast(config_folder, permute="ria", memory=memory)
     assert found.streamed and found.tensors <= memory
     assert "pruned layer by layer" in found.advice
     assert found.disk["masks"] == 5 * (4 * 128**2 + 3 * 128 * 256) // 4
-    four = permprune.forecast(str(config_folder), config.replace(memory=memory, shard=False), processes=4)
+    four = forecast(config_folder, permute="ria", memory=memory, shard=False, processes=4)
     assert four.streamed and four.processes == 4 and four.disk == found.disk | {"masks": 4 * found.disk["masks"]}
 
 
@@ -254,7 +267,7 @@ def test_a_config_with_millions_of_layers_is_refused(config_folder: Path) -> Non
     path = config_folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 10**7}))
     with pytest.raises(PermpruneError, match="its config: num_hidden_layers is 10000000"):
-        permprune.forecast(str(config_folder), SETTINGS)
+        forecast(config_folder)
 
 
 def test_time_follows_the_rates() -> None:
