@@ -22,7 +22,7 @@ from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_class, write_code
 from permprune.checkpoints.schema import Malformed
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
-from permprune.checkpoints.weights import load_whole, load_whole_file, require_fewer_layers
+from permprune.checkpoints.weights import Checkpoint, require_fewer_layers
 from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
@@ -50,16 +50,13 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
     with `trust_remote_code`. Raises `PermpruneError` if a part does not load, or if the checkpoint's weights do not
     match its config.json.
     """
-    source = resolve_model(name)
-    read_config(name, source, trust_remote_code)  # first: if the hub has no such model, this fails after one request
-    with loading(name, source, PROCESSOR):
-        processor = read_processor(source, trust_remote_code)
-    if not Path(source).exists():
-        fetch_companions(str(source))
-    if any((Path(source) / file).exists() for file in (RECORD, GATHERED)):
-        model = _load_pruned(name, Path(source), trust_remote_code)
+    checkpoint, processor = open_checkpoint(name, trust_remote_code)
+    folder = Path(checkpoint.source)
+    if any((folder / file).exists() for file in (RECORD, GATHERED)):
+        model = _load_pruned(checkpoint, read_record(folder))
     else:
-        model = _load_plain(name, source, trust_remote_code)
+        with loading(name, folder, WEIGHTS):
+            model = checkpoint.load()
         set_origin(model, Origin(name, model.dtype))
     stored = model.dtype
     if not is_packed(model):
@@ -68,10 +65,22 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
     return model.eval(), processor, stored
 
 
-def read_config(
-    name: str, source: str | Path, trust_remote_code: bool = False
-) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """The model class and the config of the checkpoint at `source`, a folder or hub id.
+def open_checkpoint(name: str, trust_remote_code: bool = False) -> tuple[Checkpoint, Processor | None]:
+    """Read a model's config and its processor, and have the files beside its weights in the cache.
+
+    `name` is that of `read_model`. Raises `PermpruneError` if a part does not load.
+    """
+    source = resolve_model(name)
+    checkpoint = read_config(name, source, trust_remote_code)  # first: without a model this fails after one request
+    with loading(name, source, PROCESSOR):
+        processor = read_processor(source, trust_remote_code)
+    if not Path(source).exists():
+        fetch_companions(str(source))
+    return checkpoint, processor
+
+
+def read_config(name: str, source: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """Read the model class and the config of the checkpoint at `source`, a folder or hub id.
 
     The class is the one named in the config's `architectures`, or the one without a head if none is named. With
     `trust_remote_code`, the checkpoint's own class is used if it comes with code. `name` is the model's name in error
@@ -80,28 +89,29 @@ def read_config(
     with loading(name, source, CONFIG):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         require_fewer_layers(config, source)
-        if trust_remote_code and (own := code_class(config, source)):
-            return own, config
-        found = _named_class(name, config)
-        kind = found.config_class
-        if kind is not None and not isinstance(config, kind):  # config of a composite model that contains this one
-            config = kind.from_pretrained(source)
-        return found, config
+        architecture = code_class(config, source) if trust_remote_code else None
+        if architecture is None:
+            architecture = _named_class(name, config)
+            kind = architecture.config_class
+            if kind is not None and not isinstance(config, kind):  # config of a composite model that contains this one
+                config = kind.from_pretrained(source)
+        return Checkpoint(name, source, architecture, config, trust_remote_code)
 
 
 def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The Transformers class that a config names. Raises `PermpruneError` if there is no such class."""
     match config.architectures:
         case [str(named), *_]:
-            found = getattr(transformers, named, None)
+            architecture = getattr(transformers, named, None)
         case None | []:
             named = f"model without a head of type {config.model_type}"
-            found = transformers.MODEL_MAPPING.get(type(config), None)
-            found = found[0] if isinstance(found, tuple) else found
+            architecture = transformers.MODEL_MAPPING.get(type(config), None)
+            architecture = architecture[0] if isinstance(architecture, tuple) else architecture
         case other:
             raise PermpruneError(f"{name} does not load: architectures in its config is {other!r}, not a list of names")
-    if isinstance(found, type) and issubclass(found, PreTrainedModel) and found is not PreTrainedModel:
-        return found
+    is_model = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
+    if is_model and architecture is not PreTrainedModel:
+        return architecture
     if has_code_class(config):
         raise PermpruneError(f"{name} does not load: {UNTRUSTED}")
     raise PermpruneError(f"{name} holds a {named}, which Transformers {transformers.__version__} does not have")
@@ -136,26 +146,26 @@ def load(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedMo
     again. Custom code of a checkpoint runs only with `trust_remote_code`. Raises `PermpruneError` if the folder does
     not contain a model written by permprune, or if its weights are not those that permprune wrote.
     """
-    return _load_pruned(str(folder), Path(folder), trust_remote_code)
+    record = read_record(folder)
+    return _load_pruned(read_config(str(folder), Path(folder), trust_remote_code), record)
 
 
 def load_written(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """`load` the folder that a model was just written to, with the class of that model."""
-    return _load_pruned(WRITTEN, folder, like=model)
+    return _load_pruned(written_checkpoint(model, folder), read_record(folder))
 
 
-def _load_pruned(
-    name: str, folder: Path, trust_remote_code: bool = False, like: PreTrainedModel | None = None
-) -> PreTrainedModel:
-    record = read_record(folder)
-    if _is_gathered(folder, record):
-        path = folder / GATHERED
-        architecture, config = _class_and_config(name, folder, trust_remote_code, like)
-        with loading(name, folder, WEIGHTS):
-            model = load_whole_file(str(path), architecture, config, path)
-        model.eval()
-    else:
-        model = _load_plain(name, folder, trust_remote_code, like)
+def written_checkpoint(model: PreTrainedModel, folder: Path) -> Checkpoint:
+    """The checkpoint that a model was just written to, with the class of that model, whose code runs already."""
+    with loading(WRITTEN, folder, CONFIG):
+        return Checkpoint(WRITTEN, folder, type(model), type(model.config).from_pretrained(folder))
+
+
+def _load_pruned(checkpoint: Checkpoint, record: Record) -> PreTrainedModel:
+    folder = Path(checkpoint.source)
+    gathered = _is_gathered(folder, record)
+    with loading(checkpoint.name, folder, WEIGHTS):
+        model = checkpoint.load_file(folder / GATHERED) if gathered else checkpoint.load()
     require_digests(folder, record.digests)
     try:
         recorded_patterns(model, record.layers)
@@ -163,28 +173,8 @@ def _load_pruned(
     except Malformed as error:
         raise PermpruneError(f"{folder / RECORD} does not fit the model: {error}") from error
     probe = read_probe(folder, model.dtype) if (folder / PROBE).exists() else None
-    set_origin(model, Origin(name, model.dtype, record, probe))
+    set_origin(model, Origin(checkpoint.name, model.dtype, record, probe))
     return model
-
-
-def _load_plain(
-    name: str, source: str | Path, trust_remote_code: bool, like: PreTrainedModel | None = None
-) -> PreTrainedModel:
-    architecture, config = _class_and_config(name, source, trust_remote_code, like)
-    with loading(name, source, WEIGHTS):
-        model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code)
-    model.eval()
-    return model
-
-
-def _class_and_config(
-    name: str, source: str | Path, trust_remote_code: bool, like: PreTrainedModel | None
-) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
-    """As `read_config`, or the classes of the model `like`, whose code runs already."""
-    if like is None:
-        return read_config(name, source, trust_remote_code)
-    with loading(name, source, CONFIG):
-        return type(like), type(like.config).from_pretrained(source)
 
 
 def _is_gathered(folder: Path, record: Record) -> bool:

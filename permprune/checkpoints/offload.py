@@ -16,28 +16,28 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from accelerate.utils import OffloadedWeightsLoader
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from permprune.checkpoints.companions import fetch_companions
 from permprune.checkpoints.damage import require_digests
 from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import (
     CONFIG,
-    PROCESSOR,
     WEIGHTS,
     WRITTEN,
     loading,
+    open_checkpoint,
     read_config,
     write_beside,
     write_configs,
+    written_checkpoint,
 )
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
-from permprune.checkpoints.weights import load_whole, require_buildable, whole_skeleton
+from permprune.checkpoints.weights import Checkpoint, require_buildable
 from permprune.errors import PermpruneError
 from permprune.models.layers import canonical_names
-from permprune.models.processors import Processor, read_processor
+from permprune.models.processors import Processor
 from permprune.system import sharding
 from permprune.system.device import best_device
 from permprune.zoo.models import resolve_model
@@ -96,15 +96,15 @@ class StoredWeights(Mapping[str, Tensor]):
 class CollectedWeights(StoredWeights):
     """Weights of which each process holds some rows, each collected when the first process accesses it.
 
-    `own(name)` returns the rows that this process holds of a parameter, and the number of all its rows; a parameter
+    `rows_of(name)` returns the rows that this process holds of a parameter, and the number of all its rows; a parameter
     that is not divided is returned whole. The other processes have to `serve` meanwhile.
     """
 
     def __init__(
-        self, names: Iterable[str], canonical: Mapping[str, str], own: Callable[[str], tuple[Tensor, int]]
+        self, names: Iterable[str], canonical: Mapping[str, str], rows_of: Callable[[str], tuple[Tensor, int]]
     ) -> None:
         super().__init__(dict.fromkeys(names, torch.empty(0)), canonical)
-        self.own = own
+        self.rows_of = rows_of
 
     def __getitem__(self, name: str) -> Tensor:
         name = self.canonical.get(name, name)
@@ -127,8 +127,8 @@ class CollectedWeights(StoredWeights):
             self._collected(name)
 
     def _collected(self, name: str) -> Tensor | None:
-        part, rows = self.own(name)
-        return part.clone() if len(part) == rows else sharding.gather_on_first(part, rows)
+        rows, count = self.rows_of(name)
+        return rows.clone() if len(rows) == count else sharding.gather_on_first(rows, count)
 
 
 def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -138,11 +138,10 @@ def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedMo
     the checkpoint's weights do not match its config.json.
     """
     source = resolve_model(name)
-    architecture, config = read_config(name, source, trust_remote_code)
+    checkpoint = read_config(name, source, trust_remote_code)
     with loading(name, source, WEIGHTS):
-        if not (Path(source) / GATHERED).exists():
-            return whole_skeleton(name, architecture, config, source, trust_remote_code=trust_remote_code)[0]
-        return _without_weights(architecture, config)[0]
+        gathered = (Path(source) / GATHERED).exists()
+        return checkpoint.without_weights()[0] if gathered else checkpoint.skeleton()
 
 
 def read_shapes(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, torch.dtype]:
@@ -151,20 +150,10 @@ def read_shapes(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrain
     `name` and `trust_remote_code` are those of `read_model`. Raises `PermpruneError` if the config is not usable.
     """
     source = resolve_model(name)
-    architecture, config = read_config(name, source, trust_remote_code)
+    checkpoint = read_config(name, source, trust_remote_code)
     with loading(name, source, CONFIG):
-        require_buildable(config)
-        return _without_weights(architecture, config)
-
-
-def _without_weights(
-    architecture: type[PreTrainedModel], config: PreTrainedConfig
-) -> tuple[PreTrainedModel, torch.dtype]:
-    with torch.device("meta"):
-        model: PreTrainedModel = architecture._from_config(config)
-    dtype = model.dtype
-    model.to("meta")  # type: ignore[arg-type]  # some parameters are created on the CPU whatever the default device
-    return model.eval(), dtype
+        require_buildable(checkpoint.config)
+        return checkpoint.without_weights()
 
 
 def read_offloaded(
@@ -176,38 +165,27 @@ def read_offloaded(
     experts, are written to `folder` in the converted form. `name` and `trust_remote_code` are those of `read_model`.
     Raises `PermpruneError` if the model does not load or has no safetensors files.
     """
-    source = resolve_model(name)
-    architecture, config = read_config(name, source, trust_remote_code)
-    with loading(name, source, PROCESSOR):
-        processor = read_processor(source, trust_remote_code)
-    if not Path(source).exists():
-        fetch_companions(str(source))
+    checkpoint, processor = open_checkpoint(name, trust_remote_code)
+    source = Path(checkpoint.source)
     with loading(name, source, WEIGHTS):
-        model, stored = _offloaded(name, architecture, config, source, folder, trust_remote_code)
-    if (Path(source) / RECORD).exists():
-        require_digests(Path(source), read_record(source).digests)
+        model, stored = _offloaded(checkpoint, folder)
+    if (source / RECORD).exists():
+        require_digests(source, read_record(source).digests)
     dtype = model.dtype
     set_origin(model, Origin(name, dtype))
     _convert(model, torch.float32)
     return model.eval(), processor, dtype, StoredWeights(stored, canonical_names(model))
 
 
-def _offloaded(
-    name: str,
-    architecture: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    source: str | Path,
-    folder: Path,
-    trust_remote_code: bool,
-) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
-    """Load a model without its weights as `load_whole` does, and its weights, of which `folder` gets the fused ones."""
-    options = {"device_map": {"": "disk"}, "offload_folder": str(folder), "use_safetensors": True}
-    model = load_whole(name, architecture, config, source, trust_remote_code=trust_remote_code, **options)
+def _offloaded(checkpoint: Checkpoint, folder: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+    """Load a model without its weights, as `Checkpoint.load` does, and its weights; `folder` gets the fused ones."""
+    model = checkpoint.load(device_map={"": "disk"}, offload_folder=str(folder), use_safetensors=True)
     hooks: list[Any] = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     if rebuilt := sorted({*(getattr(model, "_keys_to_ignore_on_save", None) or ())} - {*stored}):
         raise PermpruneError(
-            f"{name} cannot be read layer by layer, since its checkpoint does not store {rebuilt[0]}: raise --memory"
+            f"{checkpoint.name} cannot be read layer by layer, since its checkpoint does not store {rebuilt[0]}: "
+            "raise --memory"
         )
     remove_hook_from_submodules(model)
     for module in model.modules():
@@ -216,12 +194,10 @@ def _offloaded(
     return model, stored
 
 
-def _gathered(
-    architecture: type[PreTrainedModel], config: PreTrainedConfig, path: Path
-) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+def _gathered(checkpoint: Checkpoint, path: Path) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
     """The same for a file of weights that need gathers."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = architecture._from_config(config)
+        model: PreTrainedModel = checkpoint.architecture._from_config(checkpoint.config)
     with safe_open(path, "pt") as file:
         stored = {name: {"safetensors_file": str(path), "weight_name": name} for name in file.keys()}  # noqa: SIM118
         for prefix, module in model.named_modules():
@@ -233,12 +209,12 @@ def _gathered(
 
 def load_written_offloaded(model: PreTrainedModel, folder: Path, scratch: Path) -> PreTrainedModel:
     """Like `load_written`, with weights that are read when the model runs; `scratch` is as in `read_offloaded`."""
-    record, architecture, config = read_record(folder), type(model), type(model.config).from_pretrained(folder)
+    record, checkpoint = read_record(folder), written_checkpoint(model, folder)
     with loading(WRITTEN, folder, WEIGHTS):
         if record.gathers:
-            loaded, stored = _gathered(architecture, config, folder / GATHERED)
+            loaded, stored = _gathered(checkpoint, folder / GATHERED)
         else:
-            loaded, stored = _offloaded(WRITTEN, architecture, config, folder, scratch, False)
+            loaded, stored = _offloaded(checkpoint, scratch)
     _convert(loaded, torch.float32)
     attach(loaded, StoredWeights(stored, canonical_names(loaded)))
     attach_gathers(loaded, record.gathers)

@@ -39,6 +39,97 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Checkpoint:
+    """The files of a model, and how they are read.
+
+    `name` is the model's name in messages, `source` a folder or a hub id, and `architecture` and `config` what its
+    config.json says. Custom code of the checkpoint runs only with `trust_remote_code`.
+    """
+
+    name: str
+    source: str | Path
+    architecture: type[PreTrainedModel]
+    config: PreTrainedConfig
+    trust_remote_code: bool = False
+
+    def load(self, **options: Any) -> PreTrainedModel:
+        """Load the model with `from_pretrained` after checking that the checkpoint has all of its weights.
+
+        `options` are passed to `from_pretrained`. Logs a warning if modules of the checkpoint are left out because the
+        model does not have them. Raises `PermpruneError` if the weights do not match (see `Differences.require_none`);
+        errors from Transformers are not caught.
+        """
+        skeleton, options, left_out = self._checked_skeleton(options)
+        if left_out:
+            log.warning("%s: a %s has no place for %s, left out", self.name, type(skeleton).__name__, _named(left_out))
+        model: PreTrainedModel = self._from_pretrained(**options)
+        return model.eval()
+
+    def skeleton(self) -> PreTrainedModel:
+        """Load the model on the meta device, reading only the names and shapes of its weights.
+
+        Raises the same errors as `load`.
+        """
+        return self._checked_skeleton({})[0]
+
+    def load_file(self, path: Path) -> PreTrainedModel:
+        """Like `load`, from a single safetensors file with the weights under the names of the model's state dict.
+
+        Raises `PermpruneError` if the weights do not match; errors from safetensors are not caught.
+        """
+        with safe_open(path, "pt") as file:
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        pooler = {} if any(map(POOLER.search, stored)) else _without_pooler(self.architecture)
+        dtype = self.config.dtype or torch.float32
+        model: PreTrainedModel = self.architecture._from_config(self.config, dtype=dtype, **pooler)
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        shapes = {key: (shape, expected[key]) for key, shape in stored.items() if expected.get(key, shape) != shape}
+        missing, unexpected = ((), ()) if shapes else load_model(model, path, strict=False)
+        Differences(missing, unexpected, shapes).require_none(str(path), model)
+        return model.eval()
+
+    def without_weights(self) -> tuple[PreTrainedModel, torch.dtype]:
+        """Build the model on the meta device from its config alone; returns it and the type that its weights have."""
+        with torch.device("meta"):
+            model: PreTrainedModel = self.architecture._from_config(self.config)
+        dtype = model.dtype
+        model.to("meta")  # type: ignore[arg-type]  # some parameters are created on the CPU whatever the default device
+        return model.eval(), dtype
+
+    def _checked_skeleton(self, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any], list[str]]:
+        """Return the skeleton, the options with which `load` loads the model, and the tensors that are left out.
+
+        If the checkpoint lacks the model's pooler (in BERT, ViT and others), the model is built without it, since its
+        weights would be random.
+        """
+        model, differences = self._dry_run(options)
+        if any(map(POOLER.search, differences.missing)) and (pooler := _without_pooler(self.architecture)):
+            options = {**options, **pooler}
+            model, differences = self._dry_run(options)
+        return model, options, differences.require_none(self.name, model)
+
+    def _dry_run(self, options: Mapping[str, Any]) -> tuple[PreTrainedModel, Differences]:
+        """Load the model on the meta device; returns it and the differences from its checkpoint."""
+        dry = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with _report() as lines:
+            try:
+                model, info = self._from_pretrained(**{**options, **dry})
+            except RuntimeError as error:
+                if "CONVERSION" not in str(error):
+                    raise
+                fused = [line.split("|")[0].strip() for line in lines if "| CONVERSION" in line]
+                raise PermpruneError(
+                    f"{self.name} does not load: the checkpoint lacks parts of {_named(fused)}, or they differ in shape"
+                ) from error
+        shapes = {key: (tuple(stored), tuple(expected)) for key, stored, expected in info["mismatched_keys"]}
+        return model, Differences(info["missing_keys"], info["unexpected_keys"], shapes)
+
+    def _from_pretrained(self, **options: Any) -> Any:
+        options = {"config": self.config, "dtype": "auto", "trust_remote_code": self.trust_remote_code, **options}
+        return self.architecture.from_pretrained(self.source, **options)
+
+
+@dataclass(frozen=True)
 class Differences:
     """Differences between the weights of a checkpoint and those of its model.
 
@@ -46,19 +137,9 @@ class Differences:
     `shapes` maps names to (shape in the checkpoint, shape in the model) where the two differ.
     """
 
-    missing: Sequence[str]
-    unexpected: Sequence[str]
+    missing: Iterable[str]
+    unexpected: Iterable[str]
     shapes: Mapping[str, tuple[Shape, Shape]]
-
-    @classmethod
-    def of(
-        cls, missing: Iterable[str], unexpected: Iterable[str], shapes: Mapping[str, tuple[Shape, Shape]]
-    ) -> Differences:
-        """Create it with the names in natural order (layers.2 before layers.10)."""
-        keys = sorted(shapes, key=_numbered)
-        return cls(
-            sorted(missing, key=_numbered), sorted(unexpected, key=_numbered), {key: shapes[key] for key in keys}
-        )
 
     def require_none(self, name: str, model: nn.Module) -> list[str]:
         """Raise `PermpruneError` if there are differences; the message counts them and names the first few.
@@ -67,71 +148,22 @@ class Differences:
         or another tower, if they are not within the repeated blocks; the names of their tensors are returned. `name` is
         the checkpoint's name in the message.
         """
-        missing = [key for key in self.missing if not TRAINING_ONLY.search(key)]
-        unexpected = [key for key in self.unexpected if not OBSOLETE.search(key)]
+        missing = sorted((key for key in self.missing if not TRAINING_ONLY.search(key)), key=_numbered)
+        unexpected = sorted((key for key in self.unexpected if not OBSOLETE.search(key)), key=_numbered)
         modules = {_pattern(module) for module, _ in model.named_modules()}
-        parts = [key for key in unexpected if _is_apart(key, modules)]
+        left_out = [key for key in unexpected if _is_apart(key, modules)]
         faults = []
         if missing:
             faults.append(f"the checkpoint lacks {_named(missing)}")
         if self.shapes:
-            shown = [f"{key} {stored} instead of {own}" for key, (stored, own) in self.shapes.items()]
+            shapes = [(key, *self.shapes[key]) for key in sorted(self.shapes, key=_numbered)]
+            shown = [f"{key} {stored} instead of {expected}" for key, stored, expected in shapes]
             faults.append(f"the checkpoint has other shapes than config.json for {_named(shown)}")
-        if others := [key for key in unexpected if key not in parts]:
+        if others := [key for key in unexpected if key not in left_out]:
             faults.append(f"the {type(model).__name__} of config.json has no place for {_named(others)}")
         if faults:
             raise PermpruneError(f"{name} does not load: {'; '.join(faults)}")
-        return parts
-
-
-def load_whole(
-    name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, source: str | Path, **options: Any
-) -> PreTrainedModel:
-    """Load a model with `architecture.from_pretrained` after checking that the checkpoint has all of its weights.
-
-    `name` is the checkpoint's name in messages; `options` are passed to `from_pretrained`. Logs a warning if modules of
-    the checkpoint are left out because the model does not have them. Raises `PermpruneError` if the weights do not
-    match (see `Differences.require_none`); errors from Transformers are not caught.
-    """
-    skeleton, options, parts = whole_skeleton(name, architecture, config, source, **options)
-    if parts:
-        log.warning("%s: a %s has no place for %s, left out", name, type(skeleton).__name__, _named(parts))
-    model: PreTrainedModel = architecture.from_pretrained(source, config=config, dtype="auto", **options)
-    return model
-
-
-def whole_skeleton(
-    name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, source: str | Path, **options: Any
-) -> tuple[PreTrainedModel, dict[str, Any], list[str]]:
-    """Load a model on the meta device, reading only the names and shapes of its weights.
-
-    Returns the model, the options with which `load_whole` loads it, and the names of the tensors that are left out. If
-    the checkpoint lacks the model's pooler (in BERT, ViT and others), the model is built without it, since its weights
-    would be random. Raises the same errors as `load_whole`.
-    """
-    model, found = _dry_run(name, architecture, config, source, options)
-    if any(map(POOLER.search, found.missing)) and (pooler := without_pooler(architecture)):
-        options |= pooler
-        model, found = _dry_run(name, architecture, config, source, options)
-    return model, options, found.require_none(name, model)
-
-
-def load_whole_file(
-    name: str, architecture: type[PreTrainedModel], config: PreTrainedConfig, path: Path
-) -> PreTrainedModel:
-    """Like `load_whole`, from a single safetensors file with the weights under the names of the model's state dict.
-
-    Raises `PermpruneError` if the weights do not match; errors from safetensors are not caught.
-    """
-    with safe_open(path, "pt") as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    pooler = {} if any(map(POOLER.search, stored)) else without_pooler(architecture)
-    model: PreTrainedModel = architecture._from_config(config, dtype=config.dtype or torch.float32, **pooler)
-    own = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    shapes = {key: (shape, own[key]) for key, shape in stored.items() if own.get(key, shape) != shape}
-    missing, unexpected = ((), ()) if shapes else load_model(model, path, strict=False)
-    Differences.of(missing, unexpected, shapes).require_none(name, model)
-    return model
+        return left_out
 
 
 def require_fewer_layers(config: PreTrainedConfig, source: str | Path) -> None:
@@ -164,33 +196,9 @@ def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
             yield name, value
 
 
-def without_pooler(architecture: type[nn.Module]) -> dict[str, bool]:
+def _without_pooler(architecture: type[nn.Module]) -> dict[str, bool]:
     """The keyword argument that builds `architecture` without its pooler; empty if it has no such argument."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(architecture).parameters else {}
-
-
-def _dry_run(
-    name: str,
-    architecture: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    source: str | Path,
-    options: Mapping[str, Any],
-) -> tuple[PreTrainedModel, Differences]:
-    """Load the model on the meta device; returns it and the differences from its checkpoint."""
-    reader: Any = architecture
-    dry = {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _report() as lines:
-        try:
-            model, found = reader.from_pretrained(source, config=config, dtype="auto", **{**options, **dry})
-        except RuntimeError as error:
-            if "CONVERSION" not in str(error):
-                raise
-            fused = [line.split("|")[0].strip() for line in lines if "| CONVERSION" in line]
-            raise PermpruneError(
-                f"{name} does not load: the checkpoint lacks parts of {_named(fused)}, or they differ in shape"
-            ) from error
-    shapes = {key: (tuple(stored), tuple(own)) for key, stored, own in found["mismatched_keys"]}
-    return model, Differences.of(found["missing_keys"], found["unexpected_keys"], shapes)
 
 
 @contextmanager
