@@ -37,11 +37,11 @@ def output_fisher(
         total, gradient = fisher[layer.name], gradient[..., layer.rows]
         if kept is None:
             rows = gradient if mask is None else gradient[mask]
-            found = rows.flatten(0, -2).float().square().sum(0)
+            information = rows.flatten(0, -2).float().square().sum(0)
             total = total if total.dim() == 1 else total.diagonal()
         else:
-            found = (row_fisher if total.dim() == 1 else row_covariance)(kept(), gradient, mask)
-        total += found.to(total)
+            information = (row_fisher if total.dim() == 1 else row_covariance)(kept(), gradient, mask)
+        total += information.to(total)
 
     def forward(layer: Layer, inputs: Tensor, routed: Routed | None, output: Tensor) -> None:
         if output.requires_grad:
@@ -100,7 +100,7 @@ def _examples(inputs: Tensor, gradient: Tensor, mask: Tensor | None) -> tuple[Te
     Returns them and the mean |x|^2 of each example, (examples,).
     """
     dtype = torch.bfloat16 if gradient.dtype == torch.bfloat16 else torch.float32
-    x, g = (part.flatten(1, -2).to(dtype) for part in (inputs, gradient))
+    x, g = (tensor.flatten(1, -2).to(dtype) for tensor in (inputs, gradient))
     shown = torch.ones(x.shape[:2], device=x.device) if mask is None else mask.flatten(1)
     squares = (x.float().square().sum(-1) * shown).sum(1) / shown.sum(1).clamp_min(1)
     return x, g * shown[..., None].to(dtype), squares.clamp_min(1e-30)
@@ -118,7 +118,7 @@ def _gradient_norms(x: Tensor, g: Tensor) -> Tensor:
         return (g * (x @ x.mT @ g)).sum(1).clamp_min(0)
     count = max(1, BLOCK // (channels * rows))
     pairs = zip(x.split(count), g.split(count), strict=True)
-    return torch.cat([torch.bmm(slope.mT, own).float().square().sum(2) for own, slope in pairs])
+    return torch.cat([torch.bmm(gradient.mT, inputs).float().square().sum(2) for inputs, gradient in pairs])
 
 
 def _keep(tensor: Tensor) -> Callable[[], Tensor]:

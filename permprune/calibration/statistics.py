@@ -127,9 +127,9 @@ class _Pass:
     def forward(self, readers: dict[str, Layer], whole: bool = False) -> Symmetrics:
         """Return the second moments of the readers' inputs, by site; `whole` is that of `InputMoments`."""
         inputs = InputMoments(readers, half=self.half, whole=whole)
-        for _, part in self._batches():
-            with inputs.observe(padding_of(self.model, part)):
-                self._outputs(part)
+        for _, examples in self._batches():
+            with inputs.observe(padding_of(self.model, examples)):
+                self._outputs(examples)
         return inputs.result()
 
     def differentiated(
@@ -137,14 +137,14 @@ class _Pass:
     ) -> tuple[Symmetrics, float]:
         """Like `forward`, with a backward pass that accumulates `fisher`. Returns (moments, number of terms)."""
         inputs, terms = InputMoments(readers, half=self.half), 0.0
-        for number, part in self._batches():
-            padding = padding_of(self.model, part)
+        for number, examples in self._batches():
+            padding = padding_of(self.model, examples)
             with (
                 inputs.observe(padding),
                 output_fisher(layers, fisher, one_label_per_example=one_label_per_example, padding=padding),
             ):
-                outputs = self._outputs(part)
-                with autocast(part.device, self.dtype, blocks=False):
+                outputs = self._outputs(examples)
+                with autocast(examples.device, self.dtype, blocks=False):
                     loss = outputs.fisher_loss(self._generator(number))
                 if not torch.isfinite(loss):
                     raise PermpruneError(
@@ -156,13 +156,13 @@ class _Pass:
 
     def _batches(self) -> Iterator[tuple[int, Examples]]:
         device = compute_device(self.model)
-        for number, part in track(self.parts, "calibrating"):
-            yield number, part.to(device)
+        for number, examples in track(self.parts, "calibrating"):
+            yield number, examples.to(device)
 
-    def _outputs(self, part: Examples) -> Predictions | Features:
+    def _outputs(self, examples: Examples) -> Predictions | Features:
         # in blocks the squared gradients of keys are less exact: by up to 0.25 in a layer, 0.09 with torch's attention
-        with autocast(part.device, self.dtype, blocks=False):
-            return self.task(self.model, part)
+        with autocast(examples.device, self.dtype, blocks=False):
+            return self.task(self.model, examples)
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed((self.seed * 2**20 + number) % 2**63)

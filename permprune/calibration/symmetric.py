@@ -66,19 +66,19 @@ class Symmetric:
 
     def dense(self) -> Float[Tensor, "size size"]:
         """Return the whole matrix as a new tensor, fp32 (size, size); if processes divide it, on all at once."""
-        found = self.strips[0].new_empty(self.size, self.size, dtype=torch.float32)
+        matrix = self.strips[0].new_empty(self.size, self.size, dtype=torch.float32)
         for i, (span, strip) in enumerate(zip(_spans(self.size), self.strips, strict=True)):
-            own = len(strip) > 0
-            whole = strip if own else strip.new_empty(span.stop - span.start, self.size - span.start)
-            found[span, span.start :] = sharding.broadcast(whole, _owner(i))
+            is_held = len(strip) > 0
+            whole = strip if is_held else strip.new_empty(span.stop - span.start, self.size - span.start)
+            matrix[span, span.start :] = sharding.broadcast(whole, _owner(i))
             if self.diagonal is not None:
                 root = self.diagonal.sqrt()
-                found[span, span.start :] *= root[span, None]
-                found[span, span.start :] *= root[span.start :]
-            found[span.stop :, span] = found[span, span.stop :].T
+                matrix[span, span.start :] *= root[span, None]
+                matrix[span, span.start :] *= root[span.start :]
+            matrix[span.stop :, span] = matrix[span, span.stop :].T
         if self.diagonal is not None:
-            found.diagonal().copy_(self.diagonal)
-        return found
+            matrix.diagonal().copy_(self.diagonal)
+        return matrix
 
     def block(self, channels: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
         """Return the rows and columns of some channels as a new tensor, fp32 (n, n).
@@ -86,40 +86,40 @@ class Symmetric:
         The elements are those of `dense`; of what is stored, only the rows of these channels are read. If processes
         divide the matrix, all call this at once.
         """
-        ascending, at = channels.sort()
+        ascending, places = channels.sort()
         if not torch.equal(ascending, channels):
-            back = at.argsort()
+            back = places.argsort()
             return self.block(ascending)[back][:, back]
         if len(channels) == self.size:
             return self.dense()
-        found = self.strips[0].new_zeros(len(channels), len(channels), dtype=torch.float32)
+        matrix = self.strips[0].new_zeros(len(channels), len(channels), dtype=torch.float32)
         root = None if self.diagonal is None else self.diagonal[channels].sqrt()
         ends = torch.searchsorted(channels, torch.tensor([span.stop for span in _spans(self.size)])).tolist()
         first = 0
         for number, (strip, last) in enumerate(zip(self.strips, ends, strict=True)):
             within = channels - number * STRIP
             if len(strip):
-                found[first:last, first:] = strip[within[first:last]][:, within[first:]]
+                matrix[first:last, first:] = strip[within[first:last]][:, within[first:]]
                 if root is not None:
-                    found[first:last, first:] *= root[first:last, None]
-                    found[first:last, first:] *= root[first:]
-                found[last:, first:last] = found[first:last, last:].T
+                    matrix[first:last, first:] *= root[first:last, None]
+                    matrix[first:last, first:] *= root[first:]
+                matrix[last:, first:last] = matrix[first:last, last:].T
             first = last
-        sharding.add_(found)
+        sharding.add_(matrix)
         if self.diagonal is not None:
-            found.diagonal().copy_(self.diagonal[channels])
-        return found
+            matrix.diagonal().copy_(self.diagonal[channels])
+        return matrix
 
     def main_diagonal(self) -> Float[Tensor, " size"]:
         """Return the diagonal, fp32 (size,); if processes divide the matrix, on all at once."""
         if self.diagonal is not None:
             return self.diagonal
-        found = self.strips[0].new_zeros(self.size)
+        diagonal = self.strips[0].new_zeros(self.size)
         for span, strip in zip(_spans(self.size), self.strips, strict=True):
             if len(strip):
-                found[span] = strip.diagonal()
-        sharding.add_(found)
-        return found
+                diagonal[span] = strip.diagonal()
+        sharding.add_(diagonal)
+        return diagonal
 
     def correlations(self) -> Symmetric:
         """Return the matrix stored as correlations in fp16; it must be positive semi-definite."""

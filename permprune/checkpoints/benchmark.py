@@ -81,7 +81,7 @@ class Benchmark:
     rows: list[BenchedModel]
 
     def __post_init__(self) -> None:
-        cells = {tuple((own.batch, own.context) for own in row.speeds) for row in self.rows}
+        cells = {tuple((speed.batch, speed.context) for speed in row.speeds) for row in self.rows}
         if not any(row.dense for row in self.rows) or len(cells) != 1 or not cells.pop():
             raise Malformed("rows must have a dense model, and speeds of the same batches and contexts")
 
@@ -91,7 +91,8 @@ class Benchmark:
             {
                 **dataclasses.asdict(row),
                 "speeds": [
-                    {**dataclasses.asdict(own), "prefill": own.prefill, "decode": own.decode} for own in row.speeds
+                    {**dataclasses.asdict(speed), "prefill": speed.prefill, "decode": speed.decode}
+                    for speed in row.speeds
                 ],
             }
             for row in self.rows

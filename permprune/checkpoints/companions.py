@@ -41,12 +41,12 @@ PICKLED, STORED = "pytorch_model.bin", "model.safetensors"
 def fetch_companions(hub_id: str) -> None:
     """Have what `copy_companions` copies of a hub id, and its card, in the cache, if the hub can be reached."""
     with suppress(OSError, errors.HTTPError):  # type: ignore[attr-defined] # the model loads without them
-        found = HfApi().model_info(hub_id)
-        names = [file.rfilename for file in found.siblings or ()]
-        listed = hf_hub_download(hub_id, MODULES, revision=found.sha) if MODULES in names else None
+        info = HfApi().model_info(hub_id)
+        names = [file.rfilename for file in info.siblings or ()]
+        listed = hf_hub_download(hub_id, MODULES, revision=info.sha) if MODULES in names else None
         chosen, _ = _choose(names, _modules(Path(listed)) if listed else [])
         for name in [*chosen, *({CARD} & {*names})]:
-            hf_hub_download(hub_id, name, revision=found.sha)
+            hf_hub_download(hub_id, name, revision=info.sha)
 
 
 def copy_companions(name: str, folder: Path) -> None:

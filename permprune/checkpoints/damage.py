@@ -69,8 +69,8 @@ def require_digests(folder: Path, digests: Mapping[str, str]) -> None:
 
     A record without digests, of an earlier release, and a folder without weights are not compared.
     """
-    found = weight_digests(folder) if digests else {}
-    changed = [name for name in {**digests, **found} if digests.get(name) != found.get(name)] if found else []
+    present = weight_digests(folder) if digests else {}
+    changed = [name for name in {**digests, **present} if digests.get(name) != present.get(name)] if present else []
     if changed:
         more = f", as are {len(changed) - 1} other tensors" if len(changed) > 1 else ""
         raise PermpruneError(

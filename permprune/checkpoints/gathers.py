@@ -115,8 +115,8 @@ def attached_orders(model: nn.Module) -> dict[Place, Tensor]:
 
 def detach_gathers(model: nn.Module) -> dict[Place, Tensor]:
     """Remove the gathers, without which the weights compute other outputs, and return their permutations by place."""
-    found = attached_orders(model)
-    for side, name in found:
+    orders = attached_orders(model)
+    for side, name in orders:
         module = model.get_submodule(name)
         del module._buffers[BUFFERS[side]]
         hooks: Any = module._forward_hooks if side == "output" else module._forward_pre_hooks
@@ -124,7 +124,7 @@ def detach_gathers(model: nn.Module) -> dict[Place, Tensor]:
             del hooks[key]
     for module in model.modules():
         vars(module).pop("save_pretrained", None)
-    return found
+    return orders
 
 
 def _attach(module: nn.Module, side: Side, name: str, order: Tensor) -> None:

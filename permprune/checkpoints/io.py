@@ -102,16 +102,15 @@ def _named_class(name: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The Transformers class that a config names. Raises `PermpruneError` if there is no such class."""
     match config.architectures:
         case [str(named), *_]:
-            architecture = getattr(transformers, named, None)
+            kind = getattr(transformers, named, None)
         case None | []:
             named = f"model without a head of type {config.model_type}"
-            architecture = transformers.MODEL_MAPPING.get(type(config), None)
-            architecture = architecture[0] if isinstance(architecture, tuple) else architecture
+            kind = transformers.MODEL_MAPPING.get(type(config), None)
+            kind = kind[0] if isinstance(kind, tuple) else kind
         case other:
             raise PermpruneError(f"{name} does not load: architectures in its config is {other!r}, not a list of names")
-    is_model = isinstance(architecture, type) and issubclass(architecture, PreTrainedModel)
-    if is_model and architecture is not PreTrainedModel:
-        return architecture
+    if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind is not PreTrainedModel:
+        return kind
     if has_code_class(config):
         raise PermpruneError(f"{name} does not load: {UNTRUSTED}")
     raise PermpruneError(f"{name} holds a {named}, which Transformers {transformers.__version__} does not have")

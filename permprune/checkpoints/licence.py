@@ -42,8 +42,8 @@ def _file(name: str, file: str) -> Path | None:
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
-    found = try_to_load_from_cache(name, file) if HUB_ID.fullmatch(name) else None
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(name, file) if HUB_ID.fullmatch(name) else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _card_licence(path: Path) -> object:

@@ -89,8 +89,8 @@ class StoredWeights(Mapping[str, Tensor]):
         if "safetensors_file" not in place:
             return self.stored[name][rows].to(best_device(), torch.float32, copy=True)
         with safe_open(place["safetensors_file"], "pt") as file:
-            found: Tensor = file.get_slice(place.get("weight_name", name))[rows]
-            return found.to(best_device(), torch.float32, copy=True)
+            tensor: Tensor = file.get_slice(place.get("weight_name", name))[rows]
+            return tensor.to(best_device(), torch.float32, copy=True)
 
 
 class CollectedWeights(StoredWeights):

@@ -30,8 +30,8 @@ def recorded_patterns(model: nn.Module, layers: Iterable[PrunedLayer]) -> Patter
 
 def held_patterns(model: nn.Module) -> Patterns:
     """The sparsest pattern (see `tightest`) that each linear layer's weights satisfy; dense layers are left out."""
-    found = {name: tightest(layer.weight) for name, layer in linear_layers(model).items()}
-    return {name: pattern for name, pattern in found.items() if pattern}
+    patterns = {name: tightest(layer.weight) for name, layer in linear_layers(model).items()}
+    return {name: pattern for name, pattern in patterns.items() if pattern}
 
 
 def require_patterns(model: nn.Module, patterns: Patterns) -> None:
@@ -44,9 +44,9 @@ def require_patterns(model: nn.Module, patterns: Patterns) -> None:
 
 def linear_layers(model: nn.Module) -> dict[str, Layer]:
     """All linear layers of a model by name, whether pruned, packed or dense."""
-    found = {}
+    linears = {}
     for name, module in model.named_modules():
         packed = isinstance(module, PackedLinear)
         layers = [Layer(name, module, module.transposed)] if packed else linears_of(name, module)
-        found.update({layer.name: layer for layer in layers})
-    return found
+        linears.update({layer.name: layer for layer in layers})
+    return linears

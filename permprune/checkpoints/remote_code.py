@@ -19,9 +19,9 @@ def code_class(config: PreTrainedConfig, source: str | Path) -> type[PreTrainedM
     Runs the code. Saving a model of this class writes the code next to the weights.
     """
     for kind, reference in _classes(config).items():
-        found: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(source))
-        found.register_for_auto_class(kind)
-        return add_generation_mixin_to_remote_model(found)  # type: ignore[no-any-return]
+        architecture: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(source))
+        architecture.register_for_auto_class(kind)
+        return add_generation_mixin_to_remote_model(architecture)  # type: ignore[no-any-return]
     return None
 
 

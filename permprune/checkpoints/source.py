@@ -47,8 +47,8 @@ def open_model(
         return OpenModel(source, processor, origin.dtype, origin.name)
     if not isinstance(source, str | Path):
         raise PermpruneError(f"a {type(source).__name__} is not a model: give a name, a folder or a PreTrainedModel")
-    model, own, stored = read_model(str(source), trust_remote_code=trust_remote_code)
-    return OpenModel(model, own if processor is None else processor, stored, str(source))
+    model, own_processor, stored = read_model(str(source), trust_remote_code=trust_remote_code)
+    return OpenModel(model, own_processor if processor is None else processor, stored, str(source))
 
 
 def name_of(source: ModelSource) -> str:

@@ -62,8 +62,8 @@ class Checkpoint:
         skeleton, options, left_out = self._checked_skeleton(options)
         if left_out:
             log.warning("%s: a %s has no place for %s, left out", self.name, type(skeleton).__name__, _named(left_out))
-        model: PreTrainedModel = self._from_pretrained(**options)
-        return model.eval()
+        model: PreTrainedModel = self._from_pretrained(**options).eval()
+        return model
 
     def skeleton(self) -> PreTrainedModel:
         """Load the model on the meta device, reading only the names and shapes of its weights.
@@ -81,12 +81,12 @@ class Checkpoint:
             stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
         pooler = {} if any(map(POOLER.search, stored)) else _without_pooler(self.architecture)
         dtype = self.config.dtype or torch.float32
-        model: PreTrainedModel = self.architecture._from_config(self.config, dtype=dtype, **pooler)
+        model: PreTrainedModel = self.architecture._from_config(self.config, dtype=dtype, **pooler).eval()
         expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
         shapes = {key: (shape, expected[key]) for key, shape in stored.items() if expected.get(key, shape) != shape}
         missing, unexpected = ((), ()) if shapes else load_model(model, path, strict=False)
         Differences(missing, unexpected, shapes).require_none(str(path), model)
-        return model.eval()
+        return model
 
     def without_weights(self) -> tuple[PreTrainedModel, torch.dtype]:
         """Build the model on the meta device from its config alone; returns it and the type that its weights have."""

@@ -37,7 +37,7 @@ def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[Ch
     outputs = _outputs(walk, spots, readers)
     blocks = _block_axes(walk, spots)
     rank = {key: position for position, key in enumerate(walk.reads)}
-    found = []
+    ranked = []
     for atom, places in spots.items():
         reading = [
             (rank[parameter, spot.dim], spot.occurrence.stride)
@@ -45,12 +45,12 @@ def build_spaces(walk: Walk, readers: Mapping[tuple[str, int], str]) -> tuple[Ch
             if (parameter, spot.dim) in rank
         ]
         if reading:
-            found.append((min(reading), atom))
-    found.sort(key=lambda entry: entry[0])
+            ranked.append((min(reading), atom))
+    ranked.sort(key=lambda entry: entry[0])
     names = UniqueNames()
     return tuple(
         replace(_space(walk, atom, spots[atom], blocks[atom], readers, names), outputs=tuple(outputs.get(atom, ())))
-        for _, atom in found
+        for _, atom in ranked
     )
 
 
@@ -58,15 +58,15 @@ def _outputs(
     walk: Walk, spots: Mapping[Axis, Sequence[tuple[str, _Spot]]], readers: Mapping[tuple[str, int], str]
 ) -> dict[Axis, dict[str, None]]:
     """The names of the outputs beside the logits with channels of each atom; atoms read at one site are frozen."""
-    found: dict[Axis, dict[str, None]] = {}
+    names: dict[Axis, dict[str, None]] = {}
     for name, label in walk.outputs:
         for atom in (spot.occurrence.atom for spot in _spots(label) if spot.occurrence.atom in spots):
             sites = {readers.get((parameter, spot.dim)) for parameter, spot in spots[atom]} - {None}
             if len(sites) > 1 and not atom.reason:
-                found.setdefault(atom, {})[name] = None
+                names.setdefault(atom, {})[name] = None
             else:
                 freeze(atom, f"the model returns it as {name}")
-    return found
+    return names
 
 
 def _parameter_spots(walk: Walk) -> dict[Axis, list[tuple[str, _Spot]]]:
@@ -174,7 +174,7 @@ def _positions(label: Label, spot: _Spot, blocks: Sequence[Axis]) -> tuple[tuple
         and any(loop.axis in blocks and loop.axis not in beside for loop in loops(axis))
     ]
     dims = tuple(sorted([spot.dim, *elsewhere]))
-    own = Loop(spot.occurrence.atom, spot.occurrence.stride)
+    atom_loop = Loop(spot.occurrence.atom, spot.occurrence.stride)
     offset, stride, around = 0, 1, []
     for dim in reversed(dims):
         axis = label[dim]
@@ -182,14 +182,14 @@ def _positions(label: Label, spot: _Spot, blocks: Sequence[Axis]) -> tuple[tuple
         if dim == spot.dim:
             offset = spot.occurrence.offset * stride
             inner = spot.occurrence.siblings
-            own = Loop(own.axis, own.stride * stride)
+            atom_loop = Loop(atom_loop.axis, atom_loop.stride * stride)
         else:
             inner = loops(axis)
         around += [Loop(loop.axis, loop.stride * stride) for loop in inner]
         stride *= axis.size
     chosen = [next(loop for loop in around if loop.axis is block) for block in blocks]
     copies = sorted((loop for loop in around if loop not in chosen), key=lambda loop: -loop.stride)
-    grid = _run(chosen)[:, None, None] + _run(copies)[None, :, None] + _run([own])[None, None, :]
+    grid = _run(chosen)[:, None, None] + _run(copies)[None, :, None] + _run([atom_loop])[None, None, :]
     return dims, grid + offset
 
 

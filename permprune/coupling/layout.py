@@ -251,11 +251,11 @@ def _gather(walk: Walk, node: Node) -> Any:
     bound = arguments(node)
     label, index = walk.label(bound["self"]) or (), walk.label(bound["index"]) or ()
     reason = f"order matters to {place(node)}"
-    for dim, (own, other) in enumerate(zip(label, index, strict=True)):
-        if dim == bound["dim"] % len(label) or own is None or other is None:
-            freeze(own, reason)
+    for dim, (axis, index_axis) in enumerate(zip(label, index, strict=True)):
+        if dim == bound["dim"] % len(label) or axis is None or index_axis is None:
+            freeze(axis, reason)
         else:
-            unify(own, other, reason)
+            unify(axis, index_axis, reason)
     return index
 
 

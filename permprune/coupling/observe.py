@@ -49,9 +49,9 @@ def _sites(read: Sequence[tuple[str, Tensor]]) -> list[Site]:
     readers: dict[int, dict[str, Tensor]] = {}
     for name, tensor in read:
         readers.setdefault(id(tensor), {})[name] = tensor
-    for found in readers.values():
-        joined = [group for group in groups if group.keys() & found.keys()]
-        merged = {name: tensor for group in [*joined, found] for name, tensor in group.items()}
+    for weights in readers.values():
+        joined = [group for group in groups if group.keys() & weights.keys()]
+        merged = {name: tensor for group in [*joined, weights] for name, tensor in group.items()}
         groups = [group for group in groups if group not in joined] + [merged]
     names, sites = UniqueNames(), []
     for group in groups:

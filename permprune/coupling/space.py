@@ -79,9 +79,9 @@ class Coupling:
 
     def reordered(self, folded: Iterable[str]) -> dict[str, list[str]]:
         """The outputs beside the logits that have channels of the `folded` spaces, each with the names of these."""
-        found: dict[str, list[str]] = {}
+        outputs: dict[str, list[str]] = {}
         names = set(folded)
         for space in self.spaces:
             for output in space.outputs if space.name in names else ():
-                found.setdefault(output, []).append(space.name)
-        return found
+                outputs.setdefault(output, []).append(space.name)
+        return outputs

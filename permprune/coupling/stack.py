@@ -51,8 +51,8 @@ class Stack(Composite):
         if pieces is None:
             raise AssertionError(f"{node} takes no piece of its stack")
         whole = op_name(node) in ("select", "unbind")
-        found = [self._piece(start, stop, drop=whole) for start, stop in pieces]
-        return found if isinstance(node.meta["val"], (list, tuple)) else found[0]
+        taken = [self._piece(start, stop, drop=whole) for start, stop in pieces]
+        return taken if isinstance(node.meta["val"], (list, tuple)) else taken[0]
 
     def _piece(self, start: int, stop: int, drop: bool) -> Label:
         label = self.labels[self.bounds.index(start)]
@@ -69,13 +69,13 @@ def stacked(walk: Walk, node: Node, label: Label) -> Stack | None:
             if axis and pieces and len(pieces) > 1 and all(a[1] <= b[0] for a, b in itertools.pairwise(pieces)):
                 points = sorted({0, shape[dim], *itertools.chain(*pieces)})
                 reason = f"indices regrouped by {place(node)}"
-                found = _split(axis, shape[first:last], dim - first, points, reason)
-                if found is None:
+                piece_labels = _split(axis, shape[first:last], dim - first, points, reason)
+                if piece_labels is None:
                     return None
                 front, back = fresh(shape[:first]), fresh(shape[last:])
                 _match(label[:source], front, reason)
                 _match(label[source + 1 :], back, reason)
-                return Stack(dim, tuple(points), tuple((*front, *piece, *back) for piece in found))
+                return Stack(dim, tuple(points), tuple((*front, *piece, *back) for piece in piece_labels))
     return None
 
 
@@ -92,9 +92,9 @@ def _split(axis: Axis, shape: Sequence[int], dim: int, points: Sequence[int], re
     _match([halves[0]], outside, reason)
     sizes = [stop - start for start, stop in itertools.pairwise(points)]
     labels = []
-    for size, part in zip(sizes, segments(halves[1], [size * inner for size in sizes], reason), strict=True):
+    for size, segment in zip(sizes, segments(halves[1], [size * inner for size in sizes], reason), strict=True):
         inside = fresh((size, *shape[dim + 1 :]))
-        _match([part], inside, reason)
+        _match([segment], inside, reason)
         labels.append((*outside, *inside))
     return labels
 

@@ -142,8 +142,8 @@ class Walk:
 
     def label(self, value: Any) -> Label | None:
         """The label of an op's argument; None if it is not a single tensor."""
-        found = self.labels.get(value) if isinstance(value, Node) else None
-        return found if isinstance(found, tuple) else None
+        label = self.labels.get(value) if isinstance(value, Node) else None
+        return label if isinstance(label, tuple) else None
 
     def read(self, weight: Any, dim: int, source: Node, reader: Node) -> None:
         """Record that `reader` contracts dimension `dim` of a weight with the last dimension of `source`."""
@@ -178,7 +178,7 @@ def looked_up(label: Label) -> Label:
     for axis in label:
         for lookup in find(axis).lookups if axis else ():
             keys.setdefault(find(lookup.axis), set()).add(id(lookup.key))
-    return tuple(axis for axis, found in keys.items() if len(found) == 1)
+    return tuple(axis for axis, ids in keys.items() if len(ids) == 1)
 
 
 def fresh(shape: Sequence[int], reason: str = "") -> Label:
@@ -300,8 +300,8 @@ def segments(axis: Axis | None, sizes: Sequence[int], reason: str) -> list[Axis 
     if pieces is None:
         freeze(axis, reason)
         return list(fresh(sizes, reason))
-    found = iter(pieces)
-    return [next(found) if size else Axis(0, reason) for size in sizes]
+    remaining = iter(pieces)
+    return [next(remaining) if size else Axis(0, reason) for size in sizes]
 
 
 def replace(label: Label, dim: int, axis: Axis | None) -> Label:

@@ -106,7 +106,7 @@ def _heard(items: list[Item], maker: Any) -> tuple[list[Item], list[Samples]]:
     rate, longest = maker.sampling_rate, _longest(maker)
     waves = [_resampled(item.read(), rate) for item in items]
     limits = f"{SHORTEST:g} s or longer" if longest is None else f"{SHORTEST:g} to {longest / rate:g} s long"
-    kept = [at for at, wave in enumerate(waves) if SHORTEST * rate <= len(wave) <= (longest or len(wave))]
+    kept = [index for index, wave in enumerate(waves) if SHORTEST * rate <= len(wave) <= (longest or len(wave))]
     if not kept:
         raise PermpruneError(
             f"{items[0].name} has {len(waves[0]) / rate:.3g} s, and none of {len(items)} utterances is {limits}, "
@@ -115,10 +115,10 @@ def _heard(items: list[Item], maker: Any) -> tuple[list[Item], list[Samples]]:
     if len(kept) < len(items):
         left_out = len(items) - len(kept)
         log.warning("%d of %d utterances are not %s, and are left out", left_out, len(items), limits)
-    for at in kept:
-        if not np.isfinite(waves[at]).all():
-            raise PermpruneError(f"the sound {items[at].name} has samples that are not finite: remove or repair it")
-    return [items[at] for at in kept], [waves[at] for at in kept]
+    for index in kept:
+        if not np.isfinite(waves[index]).all():
+            raise PermpruneError(f"the sound {items[index].name} has samples that are not finite: remove or repair it")
+    return [items[index] for index in kept], [waves[index] for index in kept]
 
 
 def _longest(maker: Any) -> int | None:

@@ -96,7 +96,7 @@ def _read_json(path: Path) -> list[Any]:
 
 def _read_sixes(path: Path) -> list[list[str]]:
     lines = read_text(path).removesuffix("\n").split("\n")
-    return [lines[at : at + 6] for at in range(0, len(lines), 6)]
+    return [lines[start : start + 6] for start in range(0, len(lines), 6)]
 
 
 def _read_beside(path: Path, labels: Path) -> list[Row]:
@@ -110,14 +110,14 @@ def _read_beside(path: Path, labels: Path) -> list[Row]:
 
 def _arc(record: Row) -> Row:
     """Extract the question and the choices from an instruction of LLM-Adapters (Hu et al. 2023)."""
-    found = _ARC.fullmatch(record["instruction"])
-    if found is None:
+    parsed = _ARC.fullmatch(record["instruction"])
+    if parsed is None:
         raise ValueError("no question with answers in the instruction")
-    texts = re.split(r" Answer\d+: ", found[2])
+    texts = re.split(r" Answer\d+: ", parsed[2])
     labels = [str(number) for number in range(1, len(texts) + 1)]
     key = record["answer"].removeprefix("answer")
     labels.index(key)
-    return {"question": found[1], "choices": {"text": texts, "label": labels}, "answerKey": key}
+    return {"question": parsed[1], "choices": {"text": texts, "label": labels}, "answerKey": key}
 
 
 def _hellaswag(record: list[str]) -> Row:
@@ -130,7 +130,7 @@ def _hellaswag(record: list[str]) -> Row:
     if len(endings) != 4:
         raise ValueError(f"{len(endings)} endings")
     if not context.endswith("."):
-        context = _OPEN.sub(lambda found: found[1] + found[2].capitalize(), context)
+        context = _OPEN.sub(lambda match: match[1] + match[2].capitalize(), context)
     return {"query": context, "choices": endings, "label": range(4)[int(right)]}
 
 

@@ -115,10 +115,10 @@ class Medium:
 
     def files(self, folder: Path) -> list[Path]:
         """All files of the kind in a folder and its sub-folders, sorted. Raises `PermpruneError` if none exist."""
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
-        if not found:
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
+        if not paths:
             raise PermpruneError(f"{folder} holds no {self.name}: give a folder of {', '.join(self.suffixes)} files")
-        return found
+        return paths
 
     def listed(self, table: Path, labels: Sequence[str]) -> list[Item]:
         """The examples that a table lists (`listed_files`), with their labels in the first of the columns `labels`."""

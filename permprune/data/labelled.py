@@ -77,10 +77,10 @@ class LabelledTexts:
         numbers = {label: number for label in labels if (number := as_number(label)) is not None}
         if len(numbers) == len(labels) and not all(number.is_integer() for number in numbers.values()):
             return None
-        found = list(self.names or sorted(labels, key=lambda label: (numbers.get(label, 0.0), label)))
-        if len(found) < 2:
-            raise PermpruneError(f"{self.source} has {len(found)} classes: give data with labels of two or more")
-        return found
+        classes = list(self.names or sorted(labels, key=lambda label: (numbers.get(label, 0.0), label)))
+        if len(classes) < 2:
+            raise PermpruneError(f"{self.source} has {len(classes)} classes: give data with labels of two or more")
+        return classes
 
 
 def read_labelled_text(source: str | Path, part: Part, labelled: bool = True) -> LabelledTexts:
@@ -127,7 +127,7 @@ def load_labelled_text(
         selection = selection.of_data_set(str(source))
     chosen = selection.indices(["\x1f".join(texts) for texts in zip(*table.texts, strict=True)])
     made = tokenizer(
-        *([column[at] for at in chosen] for column in table.texts),
+        *([column[index] for index in chosen] for column in table.texts),
         truncation=True,
         max_length=min(length, tokenizer.model_max_length),
         padding=True,
@@ -135,10 +135,10 @@ def load_labelled_text(
     )
     tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
     if labels:
-        found = [table.labels[at] for at in chosen]
+        classes = [table.labels[index] for index in chosen]
         if table.names:
-            found = [labels.named(label, table.names) for label in found]
-        tensors["labels"] = labels.tensor(found, [f"{source}, row {at + 1}" for at in chosen])
+            classes = [labels.named(label, table.names) for label in classes]
+        tensors["labels"] = labels.tensor(classes, [f"{source}, row {index + 1}" for index in chosen])
     return tensors
 
 
@@ -156,9 +156,9 @@ def _from_file(path: Path) -> list[dict[str, Any]]:
         return read_table(path, COLA)
     if len(first) >= len(STS) and as_number(first[4]) is not None:
         return read_table(path, STS)
-    found = [WORD_IN_TEXT.fullmatch(str(row.get("text"))) for row in rows]
-    if all(found):
-        return [{**row, **match.groupdict()} for row, match in zip(rows, found, strict=True) if match]
+    matches = [WORD_IN_TEXT.fullmatch(str(row.get("text"))) for row in rows]
+    if all(matches):
+        return [{**row, **match.groupdict()} for row, match in zip(rows, matches, strict=True) if match]
     return rows
 
 

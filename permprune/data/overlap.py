@@ -31,8 +31,8 @@ def overlap(calibration: Sequence[Examples], evaluation: Examples) -> float:
     if not inputs:
         return 0.0
     if inputs == ["input_ids"] and "attention_mask" not in evaluation:
-        return _covered([part["input_ids"].cpu() for part in calibration], evaluation["input_ids"].cpu())
-    known = {digest for part in calibration for digest in _digests(part, inputs)}
+        return _covered([examples["input_ids"].cpu() for examples in calibration], evaluation["input_ids"].cpu())
+    known = {digest for examples in calibration for digest in _digests(examples, inputs)}
     return sum(digest in known for digest in _digests(evaluation, inputs)) / len(evaluation)
 
 
@@ -44,13 +44,13 @@ def warn_of_overlap(share: float, other: str = "calibration") -> None:
 
 def _covered(calibration: list[Tensor], windows: Tensor) -> float:
     """The fraction of the tokens of windows (count, length) in a run that occurs in the calibration windows."""
-    span = min(SPAN, *(part.shape[1] for part in (*calibration, windows)))
+    span = min(SPAN, *(windowed.shape[1] for windowed in (*calibration, windows)))
     weights = torch.randint(-(2**63), 2**63 - 1, (span,), generator=torch.Generator().manual_seed(0))
-    known = torch.cat([_run_hashes(part, weights).flatten() for part in calibration]).unique()
-    found = torch.isin(_run_hashes(windows, weights), known)
+    known = torch.cat([_run_hashes(windowed, weights).flatten() for windowed in calibration]).unique()
+    shared = torch.isin(_run_hashes(windows, weights), known)
     covered = torch.zeros_like(windows, dtype=torch.bool)
     for place in range(span):
-        covered[:, place : place + found.shape[1]] |= found
+        covered[:, place : place + shared.shape[1]] |= shared
     return float(covered.double().mean())
 
 
@@ -68,7 +68,7 @@ def _run_hashes(windows: Tensor, weights: Tensor) -> Tensor:
 
 def _digests(examples: Examples, names: Sequence[str]) -> list[bytes]:
     """A digest of the tensors `names` of each example, without padding."""
-    found = []
+    digests = []
     for example in examples.split(1):
         mask = example.get("attention_mask")
         digest = hashlib.blake2b(digest_size=16)
@@ -81,5 +81,5 @@ def _digests(examples: Examples, names: Sequence[str]) -> list[bytes]:
             elif name == "input_values":  # a waveform, padded with zeros
                 tensor = tensor[:, : tensor.shape[1] - int(tensor[0].flip(0).eq(0).long().cumprod(0).sum())]
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        found.append(digest.digest())
-    return found
+        digests.append(digest.digest())
+    return digests

@@ -156,11 +156,11 @@ def parse_json(text: str, place: str) -> Any:
 
 def find_column(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
     """The first of the columns `names` that a row has. Raises `PermpruneError` if it has none of them."""
-    found = next((name for name in names if name in row), None)
-    if found is None:
+    column = next((name for name in names if name in row), None)
+    if column is None:
         held = ", ".join(str(name) for name in row)
         raise PermpruneError(f"{place} has none of the columns {', '.join(names)}: it has {held}")
-    return found
+    return column
 
 
 def parse_name(source: str, part: Part) -> tuple[str, str | None, str]:

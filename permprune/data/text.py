@@ -99,16 +99,16 @@ def tokenize(
     generator = torch.Generator().manual_seed(seed or 0)
     order = range(len(documents)) if seed is None else torch.randperm(len(documents), generator=generator).tolist()
     start = _start(tokenizer)
-    own = length - len(start)
-    wanted = count * own * (1 if seed is None else POOL)
+    step = length - len(start)
+    wanted = count * step * (1 if seed is None else POOL)
     ids = list(islice(_stream([documents[i] for i in order], tokenizer, wanted), wanted))
-    available = len(ids) // own
+    available = len(ids) // step
     if fewer:
         count = max(1, min(count, available))
     if available < count:
         held = f"{available} windows" if available else f"{len(ids)} tokens"
         raise PermpruneError(f"the text has {held} but {count} windows of {length} tokens are wanted: give more text")
-    windows = torch.tensor(ids[: available * own], dtype=torch.int64).view(available, own)
+    windows = torch.tensor(ids[: available * step], dtype=torch.int64).view(available, step)
     windows = torch.cat([torch.tensor(start, dtype=torch.int64).expand(available, -1), windows], 1)
     if seed is None:
         return windows[:count]

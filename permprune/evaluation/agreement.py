@@ -42,8 +42,8 @@ def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> Dense
     examples = examples.to(compute_device(model))
     with frozen(model):
         task = choose_task(model, examples, batch)
-        parts = track(distributed.share(examples.split(batch)), "running the dense model")
-        return DenseOutputs(examples, task, [task(model, part).kept() for part in parts], batch)
+        batches = track(distributed.share(examples.split(batch)), "running the dense model")
+        return DenseOutputs(examples, task, [task(model, inputs).kept() for inputs in batches], batch)
 
 
 @torch.inference_mode()
@@ -61,8 +61,8 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
     same, distance, count = 0, 0.0, 0
     with frozen(model):
         parts = distributed.share(dense.examples.split(dense.batch))
-        for part, expected in zip(track(parts, "agreement"), dense.predictions, strict=True):
-            predictions = dense.task(model, part.to(device))
+        for inputs, expected in zip(track(parts, "agreement"), dense.predictions, strict=True):
+            predictions = dense.task(model, inputs.to(device))
             distance, count = distance + float(predictions.distance(expected)), count + predictions.terms
             if isinstance(predictions, Predictions):
                 same += int((predictions.logits.argmax(-1).cpu() == expected.argmax(-1)).sum())

@@ -130,8 +130,8 @@ def _headed(model: PreTrainedModel, classes: int) -> PreTrainedModel:
     config = _mapped(model.config, kind)
     config.num_labels = classes
     headed: PreTrainedModel = kind.from_config(config, dtype=model.dtype, trust_remote_code=False)
-    prefix, own = f"{headed.base_model_prefix}.", model.state_dict(keep_vars=True)
-    shared = {key: own[name] for key in headed.state_dict() if (name := key.removeprefix(prefix)) in own}
+    prefix, weights = f"{headed.base_model_prefix}.", model.state_dict(keep_vars=True)
+    shared = {key: weights[name] for key in headed.state_dict() if (name := key.removeprefix(prefix)) in weights}
     missing = {key.partition(".")[0] for key in headed.state_dict().keys() - shared.keys()}
     if len(missing) != 1:
         raise PermpruneError(
@@ -150,10 +150,10 @@ def _mapped(config: PreTrainedConfig, kind: Any) -> PreTrainedConfig:
     if type(config) in known:
         return type(config).from_dict(config.to_dict())
     for whole in known:
-        for name, part in whole.sub_configs.items():
-            if part is type(config):
-                found: PreTrainedConfig = whole(**{name: config.to_dict()})
-                return found
+        for name, nested in whole.sub_configs.items():
+            if nested is type(config):
+                mapped: PreTrainedConfig = whole(**{name: config.to_dict()})
+                return mapped
     raise PermpruneError(
         f"Transformers has no {kind.__name__} with a {type(config).__name__}: give a model with a head"
     )
@@ -170,9 +170,9 @@ def _head_inputs(model: PreTrainedModel, examples: Examples, batch: int) -> tupl
     ]
     features: list[tuple[str, Tensor]] = []
     with attached(hooks), frozen(model):
-        for part in track(examples.split(batch), "features"):
+        for inputs in track(examples.split(batch), "features"):
             calls.clear()
-            logits = run_model(model, part.to(compute_device(model))).logits
+            logits = run_model(model, inputs.to(compute_device(model))).logits
             features += [(name, x) for name, x, y in calls if y is logits or y.data_ptr() == logits.data_ptr()]
     names = {name for name, _ in features}
     if len(names) != 1 or any(x.dim() != 2 for _, x in features):

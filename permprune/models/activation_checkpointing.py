@@ -25,14 +25,14 @@ def recomputed(model: nn.Module, active: bool = True) -> Iterator[None]:
     inside it fire again during the recomputation, which they can detect with `recomputing`. Does nothing if `active` is
     False.
     """
-    own = {block: vars(block).get("forward") for block in blocks(model)} if active else {}
-    for block in own:
+    replaced = {block: vars(block).get("forward") for block in blocks(model)} if active else {}
+    for block in replaced:
         again = partial(checkpoint, block.forward, use_reentrant=False, context_fn=_contexts)
         block.forward = update_wrapper(again, block.forward)
     try:
         yield
     finally:
-        for block, forward in own.items():
+        for block, forward in replaced.items():
             del block.forward
             if forward is not None:
                 block.forward = forward

@@ -187,19 +187,19 @@ def random_like(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[st
     Token ids are ordinary tokens of the model's vocabulary, except where `inputs` have a special one. Floating-point
     tensors are uniform noise in the range of the given ones. Other tensors, such as the sizes of images, are kept.
     """
-    generator, found = torch.Generator().manual_seed(0), {}
+    generator, tensors = torch.Generator().manual_seed(0), {}
     for name, tensor in inputs.items():
         if name in ("input_ids", "decoder_input_ids"):
             config = model.config.get_text_config(decoder=name != "input_ids")
             words = _words(model.config, getattr(config, "vocab_size", None) or int(tensor.max()) + 1)
             drawn = words[torch.randint(len(words), tensor.shape, generator=generator)].to(tensor)
-            found[name] = torch.where(torch.isin(tensor, words.to(tensor.device)), drawn, tensor)
+            tensors[name] = torch.where(torch.isin(tensor, words.to(tensor.device)), drawn, tensor)
         elif tensor.is_floating_point():
             noise = torch.rand(tensor.shape, generator=generator).to(tensor)
-            found[name] = torch.lerp(tensor.min(), tensor.max(), noise)
+            tensors[name] = torch.lerp(tensor.min(), tensor.max(), noise)
         else:
-            found[name] = tensor
-    return found
+            tensors[name] = tensor
+    return tensors
 
 
 def _words(config: PreTrainedConfig, vocabulary: int) -> Tensor:
@@ -245,8 +245,8 @@ def _with_placeholders(model: PreTrainedModel, example: dict[str, Tensor], token
         ) from error
     ids, longest = example["input_ids"], max(map(len, features))
     rows = []
-    for own, text in zip(features, ids, strict=True):
-        rows.append(torch.cat([text.new_full((len(own),), token), text[:1].expand(longest - len(own)), text]))
+    for image, text in zip(features, ids, strict=True):
+        rows.append(torch.cat([text.new_full((len(image),), token), text[:1].expand(longest - len(image)), text]))
     return torch.stack(rows)
 
 

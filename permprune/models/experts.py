@@ -65,8 +65,8 @@ class ExpertMatrix(nn.Module):
     @property
     def parameter(self) -> nn.Parameter:
         """The 3-D parameter that holds the matrix."""
-        found: nn.Parameter = getattr(self.experts.module, self.attribute)
-        return found
+        parameter: nn.Parameter = getattr(self.experts.module, self.attribute)
+        return parameter
 
     def forward(self, x: Tensor, routed: Routed, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Return the outputs (rows, outputs); `weight` is the matrix and `bias` its bias."""

@@ -104,10 +104,10 @@ def typed_inputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Te
         return dict(inputs)
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
-    own = [
+    dtypes = [
         p.dtype for name, p in model.named_parameters() if p.is_floating_point() and kept.isdisjoint(name.split("."))
     ]
-    dtype = max(own, key=lambda one: one.itemsize, default=torch.float32)
+    dtype = max(dtypes, key=lambda one: one.itemsize, default=torch.float32)
     return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
 
 

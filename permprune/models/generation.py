@@ -38,13 +38,13 @@ def with_decoder_inputs(model: nn.Module, examples: Examples, batch: int) -> Exa
     not depend on their number.
     """
     device = compute_device(model)
-    found: dict[str, Tensor] = {}
+    texts_by_place: dict[str, Tensor] = {}
     with frozen(model):
         places = distributed.share(torch.arange(len(examples)).split(batch))
-        for at in track(places, "transcribing"):
-            written = generate(model, examples[at].to(device), LENGTH).cpu()
-            found |= {str(place): ids for place, ids in zip(at.tolist(), written, strict=True)}
-    texts = [ids for _, ids in sorted(distributed.merge(found).items(), key=lambda item: int(item[0]))]
+        for batch_places in track(places, "transcribing"):
+            written = generate(model, examples[batch_places].to(device), LENGTH).cpu()
+            texts_by_place |= {str(place): ids for place, ids in zip(batch_places.tolist(), written, strict=True)}
+    texts = [ids for _, ids in sorted(distributed.merge(texts_by_place).items(), key=lambda item: int(item[0]))]
     config: Any = model.config
     padded = torch.nn.utils.rnn.pad_sequence(texts, True, config.pad_token_id or 0)
     start = torch.full((len(padded), 1), config.decoder_start_token_id)

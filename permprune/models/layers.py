@@ -76,8 +76,8 @@ class Layer:
     @property
     def stored(self) -> nn.Parameter:
         """The parameter that holds the weight."""
-        found = self.module.parameter if isinstance(self.module, ExpertMatrix) else self.module.weight
-        return found  # type: ignore[return-value]
+        parameter = self.module.parameter if isinstance(self.module, ExpertMatrix) else self.module.weight
+        return parameter  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
@@ -101,8 +101,8 @@ class Layer:
 
     def part_of(self, stored: Tensor) -> Tensor:
         """The layer's part of a tensor of the parameter's shape, as (rows, channels); it shares memory with it."""
-        own = stored if self.expert is None else stored[self.expert]
-        return own.T if self.transposed else own
+        matrix = stored if self.expert is None else stored[self.expert]
+        return matrix.T if self.transposed else matrix
 
     def input_of(self, site: str) -> str:
         """The name of what the layer reads of the tensor `site`: of an expert's matrix, the tokens of that expert."""
@@ -115,17 +115,17 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     These are the elements of the outermost `ModuleList`s and `Sequential`s that have at least two elements, each of
     which contains a linear.
     """
-    found: list[nn.Module] = []
+    repeated: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1 and all(map(_has_linear, child)):
-                found.extend(child)
+                repeated.extend(child)
             else:
                 visit(child)
 
     visit(model)
-    return found
+    return repeated
 
 
 def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] = ()) -> list[Layer]:
@@ -159,12 +159,12 @@ def block_linears(model: nn.Module) -> list[Layer]:
 
 def ends_of(model: nn.Module) -> list[nn.Module]:
     """Return the embedding table and the output layer of a Transformer, those of the two that it has."""
-    found = []
+    ends = []
     if isinstance(model, PreTrainedModel):
         for end in (model.get_input_embeddings, model.get_output_embeddings):
             with suppress(NotImplementedError):  # raised by models of audio, which have no table
-                found.append(end())
-    return [module for module in found if module is not None]
+                ends.append(end())
+    return [module for module in ends if module is not None]
 
 
 def linears_of(name: str, module: nn.Module) -> list[Layer]:
@@ -219,7 +219,7 @@ def dense_weights(model: nn.Module, pruned: Iterable[str], exclude: Iterable[str
                 continue
             total += parameter.numel()
             parts = [layer.name for layer in layers if layer.parameter == name] or [owner]
-            left = [part for part in parts if part not in pruned and not any(fnmatch(part, glob) for glob in exclude)]
+            left = [one for one in parts if one not in pruned and not any(fnmatch(one, glob) for glob in exclude)]
             if left:
                 dense[name] = parameter.numel() * len(left) // len(parts)
     return DenseWeights(sum(dense.values()) / total if total else 0.0, merged(dense))

@@ -29,12 +29,12 @@ def end_weights(model: nn.Module) -> list[tuple[nn.Parameter, list[nn.Module]]]:
 
     Subclasses are left out: their code may read the type of the weights.
     """
-    found: dict[int, tuple[nn.Parameter, list[nn.Module]]] = {}
+    weights: dict[int, tuple[nn.Parameter, list[nn.Module]]] = {}
     for module in ends_of(model):
         if type(module) in (nn.Embedding, nn.Linear):
             weight = module.get_parameter("weight")
-            found.setdefault(id(weight), (weight, []))[1].append(module)
-    return list(found.values())
+            weights.setdefault(id(weight), (weight, []))[1].append(module)
+    return list(weights.values())
 
 
 class NarrowWeights:

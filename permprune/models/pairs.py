@@ -51,8 +51,8 @@ def encode_pair(processor: Any, image: Image, prompt: str, answer: str) -> dict[
         else:
             asked = "\n".join([processor.image_token, *([prompt] if prompt else []), ""])
             text = asked + answer
-        own = processor.tokenizer.bos_token
-        special = {"add_special_tokens": False} if own and text.startswith(own) else {}
+        start = processor.tokenizer.bos_token
+        special = {"add_special_tokens": False} if start and text.startswith(start) else {}
         made = processor(text=[text], images=[[image]], return_tensors="pt", **special)
     except (jinja2.TemplateError, ValueError, TypeError, IndexError) as error:
         raise PermpruneError(f"the model's processor fails on an image with text: {first_line(error)}") from error
@@ -65,15 +65,15 @@ def _answer_labels(ids: Tensor, tokenizer: PreTrainedTokenizerBase, asked: str, 
 
     All image tokens are at the beginning, so that the answer's tokens are counted from the end.
     """
-    before, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (asked, text))
+    before, whole = (tokenizer(passage, add_special_tokens=False)["input_ids"] for passage in (asked, text))
     common = 0
     while common < min(len(before), len(whole)) and before[common] == whole[common]:
         common += 1
     answer = torch.tensor(whole[common:])
     ends = [len(whole) - common + extra for extra in (0, 1)]  # the tokenizer may add an end of text
-    found = [at for at in ends if at and torch.equal(ids[0, len(ids[0]) - at :][: len(answer)], answer)]
-    if not len(answer) or not found:
+    lengths = [size for size in ends if size and torch.equal(ids[0, len(ids[0]) - size :][: len(answer)], answer)]
+    if not len(answer) or not lengths:
         raise PermpruneError("the model's processor gives an answer no tokens of its own: check its chat template")
     labels = ids.clone()
-    labels[:, : -found[0]] = IGNORED
+    labels[:, : -lengths[0]] = IGNORED
     return labels

@@ -35,8 +35,8 @@ class Repetition:
 
     def number_of(self, name: str) -> int | None:
         """The number of the block in which a module or parameter lies; None if it is in no block of this list."""
-        found = re.match(rf"{re.escape(self.name)}\.(\d+)(\.|$)", name)
-        return int(found[1]) if found else None
+        match = re.match(rf"{re.escape(self.name)}\.(\d+)(\.|$)", name)
+        return int(match[1]) if match else None
 
     def shifted(self, name: str, by: int) -> str:
         """The name of the module or parameter at the same place `by` blocks later; names outside stay as they are."""
@@ -53,15 +53,15 @@ class Repetition:
 def repetitions(model: nn.Module) -> list[Repetition]:
     """Find the lists of blocks whose first ones represent the rest: up to `TWICE` blocks of each kind remain."""
     inside = {id(block) for block in blocks(model)}
-    found = []
+    lists = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) and all(id(block) in inside for block in module):
             kinds = [_kind(block) for block in module]
             kept = _prefix(kinds)
             last = {kind: number for number, kind in enumerate(kinds[:kept])}
             if kept < len(kinds):
-                found.append(Repetition(name, kept, tuple(last[kind] for kind in kinds[kept:])))
-    return found
+                lists.append(Repetition(name, kept, tuple(last[kind] for kind in kinds[kept:])))
+    return lists
 
 
 @contextmanager

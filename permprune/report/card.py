@@ -66,16 +66,16 @@ def write_card(record: Mapping[str, Any], folder: Path) -> None:
 def hub_card(record: Mapping[str, Any], folder: Path, hub_id: str) -> str | None:
     """Return the card of a folder for the hub; None if the folder's own card is not as `write_card` wrote it."""
     path, config = folder / CARD, _config(folder)
-    own = path.read_text(encoding="utf-8") if path.is_file() else ""
-    named = NAMED.search(own)
-    if own and (named is None or own != render_card(record, config, json.loads(named[1]))):
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    named = NAMED.search(card)
+    if card and (named is None or card != render_card(record, config, json.loads(named[1]))):
         return None
     return render_card(record, config, hub_id, on_hub=True)
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return found
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _metadata(record: Mapping[str, Any]) -> ModelCardData:

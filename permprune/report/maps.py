@@ -66,8 +66,8 @@ def patterns(layers: Sequence[Record]) -> Figure:
     axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=0.0, vmax=most, edgecolors="none")
     _rows(axes, list(kinds))
     _columns(axes, grid.shape[1])
-    found = sorted({layer["pattern"] for layer in layers}, key=lambda text: Pattern.parse(text).density)
-    handles = [Patch(facecolor=_ramp(BLUE)(Pattern.parse(text).density / most), label=text) for text in found]
+    names = sorted({layer["pattern"] for layer in layers}, key=lambda text: Pattern.parse(text).density)
+    handles = [Patch(facecolor=_ramp(BLUE)(Pattern.parse(text).density / most), label=text) for text in names]
     legend(picture, handles, 6)
     return picture
 

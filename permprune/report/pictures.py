@@ -130,14 +130,14 @@ def layer_kinds(layers: Sequence[Record], before: str, after: str) -> dict[str, 
     The kind is the last part of a layer's name, or as many parts as distinguish it from other kinds. The index is the
     first number in the name. Linear layers with the same kind and index, such as experts, are averaged.
     """
-    found: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    values: dict[str, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for layer in layers:
         parts = layer["name"].split(".")
         index = next((int(part) for part in parts if part.isdecimal()), 0)
         path = ".".join(part for part in parts if not part.isdecimal())
-        found[path][index].append((layer[before], layer[after]))
-    labels = _short_names(list(found))
-    return {labels[path]: [_mean(index, found[path][index]) for index in sorted(found[path])] for path in found}
+        values[path][index].append((layer[before], layer[after]))
+    labels = _short_names(list(values))
+    return {labels[path]: [_mean(index, values[path][index]) for index in sorted(values[path])] for path in values}
 
 
 def _mean(index: int, pairs: list[tuple[float, float]]) -> tuple[int, float, float]:

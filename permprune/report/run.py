@@ -65,9 +65,9 @@ def _pruned(record: Mapping[str, Any]) -> str:
     if measured is None:
         return f"{run}: {_error_clause(record)}the network was not measured."
     none = None if method == NONE else measured["none"]
-    found = run + outcome(measured["metric"], measured["pruned"], measured["dense"], none)
+    sentence = run + outcome(measured["metric"], measured["pruned"], measured["dense"], none)
     gap = "" if method == NONE else _gap(record["gap_closed"])
-    return f"{found}{gap}."
+    return f"{sentence}{gap}."
 
 
 def _then_trained(record: Mapping[str, Any]) -> str:
@@ -123,43 +123,43 @@ def _stages(curve: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str
         gains.setdefault(point.get("stage", "search"), []).append(best - point["loss"] if point["kept"] else 0.0)
         best = point["loss"] if point["kept"] else best
     rows = [
-        (name, str(len(own)), str(sum(map(bool, own))), f"\N{MINUS SIGN}{math.fsum(own):.3f}")
-        for name, own in gains.items()
+        (name, str(len(lowered)), str(sum(map(bool, lowered))), f"\N{MINUS SIGN}{math.fsum(lowered):.3f}")
+        for name, lowered in gains.items()
     ]
     return [("start", "", "", f"{curve[0]['loss']:.3f}"), *rows, ("end", "", "", f"{best:.3f}")]
 
 
 def _pictures(record: Mapping[str, Any]) -> list[Shown]:
-    found: list[Shown] = []
+    drawn: list[Shown] = []
     if (measured := record["measured"]) is not None:
         values = (measured["dense"], measured["none"], measured["pruned"])
         picture = pictures.bars(*values, measured["metric"], record["settings"]["permute"])
         text = f"{measured['count']:,} {measured['unit']} of {measured['data']}."
-        found.append(shown(measured["metric"].capitalize(), text, picture))
+        drawn.append(shown(measured["metric"].capitalize(), text, picture))
     if record["curve"]:
         text = "Each round is kept only if the loss on held-out calibration data falls."
-        found.append(shown("Search", text, pictures.learning_curve(record["curve"])))
+        drawn.append(shown("Search", text, pictures.learning_curve(record["curve"])))
     if optimised := record.get("optimised"):
         picture = pictures.epochs(optimised["curve"], optimised["metric"], optimised.get("dense"))
-        found.append(shown("Optimised", _optimised(optimised), picture))
+        drawn.append(shown("Optimised", _optimised(optimised), picture))
     if figures := record.get("bench"):
-        found.append(shown("Speed", _speed(figures), decode_bars(figures)))
+        drawn.append(shown("Speed", _speed(figures), decode_bars(figures)))
     if layers := record["layers"]:
         text = "Share of the squared saliency that the mask keeps, layer by layer. Higher is better."
-        found.append(shown("Kept saliency", text, maps.kept_saliency(layers)))
+        drawn.append(shown("Kept saliency", text, maps.kept_saliency(layers)))
         text = "Squared error of each layer's output, relative to the output. Lower is better."
-        found.append(shown("Output error", text, pictures.output_error(layers)))
+        drawn.append(shown("Output error", text, pictures.output_error(layers)))
         if len({layer["pattern"] for layer in layers}) > 1:
             text = "Layers that affect the loss more keep more weights; layers that share an order share a pattern."
-            found.append(shown("Pattern of each layer", text, maps.patterns(layers)))
+            drawn.append(shown("Pattern of each layer", text, maps.patterns(layers)))
     if sample := record["sample"]:
         text = (
             f"A few weights of {sample['layer']}, in groups of {sample['m']}: stronger colors are more salient. "
             f"In total it keeps {fine_percent(sample['kept_none'])} of its saliency in natural order, "
             f"{fine_percent(sample['kept'])} as permuted."
         )
-        found.append(shown("What the order changes", text, maps.sample(sample)))
-    return found
+        drawn.append(shown("What the order changes", text, maps.sample(sample)))
+    return drawn
 
 
 def _speed(figures: Mapping[str, Any]) -> str:

@@ -36,14 +36,14 @@ def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the cells of the columns `TITLES`, with one row for each batch size and context length."""
     return [
         (
-            str(own["batch"]),
-            str(own["context"]),
-            number(own["batch"] * own["context"] / own["first_token"]),
-            f"{1000 * own['first_token']:,.0f} ms",
-            number(decoding(own)),
-            f"{own['cache'] / 1e6:,.1f}" if own.get("cache") else "",
+            str(speed["batch"]),
+            str(speed["context"]),
+            number(speed["batch"] * speed["context"] / speed["first_token"]),
+            f"{1000 * speed['first_token']:,.0f} ms",
+            number(decoding(speed)),
+            f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else "",
         )
-        for own in speeds
+        for speed in speeds
     ]
 
 
@@ -68,9 +68,9 @@ def summary(figures: Figures, row: Mapping[str, Any]) -> str:
     cache, least = row["speeds"][-1].get("cache"), min(other["speeds"][-1].get("cache", 0) for other in dense)
     cached = f", with {cache / least:.2f} of its cache" if cache and least and cache != least else ""
     speeds = []
-    for place, own in enumerate(row["speeds"]):
+    for place, speed in enumerate(row["speeds"]):
         fastest = max(decoding(other["speeds"][place]) for other in dense)
-        speeds.append(f"{decoding(own) / fastest:.2f} at batch {own['batch']}, context {own['context']}")
+        speeds.append(f"{decoding(speed) / fastest:.2f} at batch {speed['batch']}, context {speed['context']}")
     return (
         f"{row['bytes'] / smallest:.2f} of the size of the smallest dense model{cached}; times the decoding speed of "
         f"the fastest: {'; '.join(speeds)}"

@@ -74,11 +74,11 @@ def sweep_decision(result: Result) -> str:
     none = next(row for row in rows if row["pattern"] == best["pattern"] and row["method"] == NONE)
     run = way(best["pattern"], best["method"], result["settings"]["update"])
     beside = None if best["method"] == NONE else none[metric]
-    found = outcome(metric, best[metric], result["dense"][metric], beside)
+    sentence = outcome(metric, best[metric], result["dense"][metric], beside)
     whole = result["dense"].get(SCORE)
     score = f", {percent(best[SCORE] / whole)} of the dense {SCORE_NAME}" if whole else ""
     least = f"the least loss of {count(len(rows), 'cell')}, at {percent(best['size'])} of the dense size"
-    return f"{run}{found}{score}, {least}."
+    return f"{run}{sentence}{score}, {least}."
 
 
 def _values(result: Result) -> list[str]:
@@ -88,11 +88,11 @@ def _values(result: Result) -> list[str]:
 
 def _pictures(result: Result) -> list[Shown]:
     line = "A line joins the cells to which no other is superior in both size and quality."
-    found = []
+    drawn = []
     for value in _values(result):
         name, on = (SCORE_NAME, _tasks(result)) if value == SCORE else (value, _data(result))
-        found.append(shown(f"Size against {name}", f"{on}. {line}", pareto(result, [value])))
-    return [*found, shown("What time buys", "The line of a pattern is the best found so far.", minutes(result))]
+        drawn.append(shown(f"Size against {name}", f"{on}. {line}", pareto(result, [value])))
+    return [*drawn, shown("What time buys", "The line of a pattern is the best found so far.", minutes(result))]
 
 
 def _data(result: Result) -> str:
@@ -140,10 +140,10 @@ def _groups(result: Result) -> list[tuple[str, list[dict[str, str]]]]:
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault(row["pattern"], []).append(row)
-    found = []
+    headed = []
     for pattern, rows in groups.items():
         heading = f"{pattern}, {fine_percent(rows[0]['size'])} of the dense size"
         if len(layers := rows[0]["layers"]) > 1:
-            heading += ": " + ", ".join(f"{count(held, 'layer')} {own}" for own, held in layers.items())
-        found.append((heading, [_cells(row, result) for row in rows]))
-    return found
+            heading += ": " + ", ".join(f"{count(held, 'layer')} {kind}" for kind, held in layers.items())
+        headed.append((heading, [_cells(row, result) for row in rows]))
+    return headed

@@ -74,11 +74,11 @@ def minutes(result: Result) -> Figure:
     axes = picture.subplots()
     axes.set_xscale("log")
     for pattern, marker in markers.items():
-        found = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: float(row["seconds"]))
-        best = [sign * min(sign * row[metric] for row in found[: end + 1]) for end in range(len(found))]
-        seconds = [max(1.0, row["seconds"]) for row in found]
+        cells = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: float(row["seconds"]))
+        best = [sign * min(sign * row[metric] for row in cells[: end + 1]) for end in range(len(cells))]
+        seconds = [max(1.0, row["seconds"]) for row in cells]
         axes.plot(seconds, best, color=GRAY, linewidth=0.8, drawstyle="steps-post", zorder=1)
-        for row, second in zip(found, seconds, strict=True):
+        for row, second in zip(cells, seconds, strict=True):
             axes.plot(second, row[metric], color=colors[row["method"]], marker=marker, markersize=6)
     _dense(axes, result, metric)
     axes.set_xlabel("time of the search (log scale)")

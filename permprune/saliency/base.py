@@ -32,10 +32,10 @@ class Scale:
 
         `weight` are the weights of these `rows` and `channels` of the layer, each a slice or int64 indices.
         """
-        size, own = weight.float().abs(), self.channels[:, channels]
+        size, factors = weight.float().abs(), self.channels[:, channels]
         if self.rows is None:
-            return size.mul_(own[0])
-        products = [row[:, None] * channel for row, channel in zip(self.rows[rows].T, own, strict=True)]
+            return size.mul_(factors[0])
+        products = [row[:, None] * channel for row, channel in zip(self.rows[rows].T, factors, strict=True)]
         return size.mul_(sum(products[1:], products[0]))
 
 
@@ -64,8 +64,8 @@ class Saliency(ABC):
 
     def scale_of(self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]) -> Scale:
         """Return `scale` as a `Scale`."""
-        found = self.scale(weight, moments)
-        return found if isinstance(found, Scale) else Scale(found[None])
+        scale = self.scale(weight, moments)
+        return scale if isinstance(scale, Scale) else Scale(scale[None])
 
     def score(
         self, weight: Float[Tensor, "rows channels"], moments: Float[Tensor, "channels channels"]

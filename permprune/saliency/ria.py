@@ -35,5 +35,5 @@ class RIA(Saliency):
         size, norm = weight.float().abs(), root_mean_square(moments) ** self.power
         sums = [size.sum(dim) for dim in (0, 1)]
         sharding.add_(sums[0])
-        columns, rows = (1 / own.clamp_min(TINY) for own in sums)
+        columns, rows = (1 / total.clamp_min(TINY) for total in sums)
         return Scale(torch.stack([columns * norm, norm]), torch.stack([torch.ones_like(rows), rows], 1))

@@ -131,12 +131,12 @@ class Trainer:
             set_random_states(random)
             log.info("epoch %d resumes after step %d of %d", number, self.position.step, len(runs))
         began = time.monotonic() - self.position.seconds
-        for at in track(runs[self.position.step :], f"epoch {number}"):
+        for batch in track(runs[self.position.step :], f"epoch {number}"):
             done = self.position
             step = (number - 1) * len(runs) + done.step
             for group in self.optimizer.param_groups:
                 group["lr"] = self.training.rate_at(step, self.training.epochs * len(runs))
-            loss, terms = self._loss(examples[at].trimmed())
+            loss, terms = self._loss(examples[batch].trimmed())
             if not torch.isfinite(loss):
                 raise PermpruneError(f"the loss is not finite in epoch {number}: give a smaller --lr")
             (loss / terms).backward()
@@ -152,24 +152,24 @@ class Trainer:
         """The device of the weights."""
         return next(iter(self.weights.values())).device
 
-    def _loss(self, part: Examples) -> tuple[Tensor, int]:
+    def _loss(self, examples: Examples) -> tuple[Tensor, int]:
         """Return (summed loss with its graph, number of terms) of a batch."""
         device = self.device
-        part, dtype = part.to(device), fast_dtype(device)
+        examples, dtype = examples.to(device), fast_dtype(device)
         with autocast(device, dtype):
             teacher_outputs = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    teacher_outputs = self.loss.compute_teacher_outputs(self.teacher, part, self.task)
-            return self.loss(self.model, part, self.task, teacher_outputs)
+                    teacher_outputs = self.loss.compute_teacher_outputs(self.teacher, examples, self.task)
+            return self.loss(self.model, examples, self.task, teacher_outputs)
 
     @torch.no_grad()
     def _held_out_loss(self) -> float | None:
         """The mean loss on the held-out examples; None if there are none."""
         if self.held_out is None:
             return None
-        found = [self._loss(part) for part in batches(self.held_out, self.training.batch)]
-        return sum(float(loss) for loss, _ in found) / sum(terms for _, terms in found)
+        losses = [self._loss(examples) for examples in batches(self.held_out, self.training.batch)]
+        return sum(float(loss) for loss, _ in losses) / sum(terms for _, terms in losses)
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -235,7 +235,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in now.items():
                 self.weights[name].copy_(tensor)
-        for kind, own in kinds.items():
-            for name, tensor in own.items():
+        for kind, moments in kinds.items():
+            for name, tensor in moments.items():
                 self.optimizer.state[self.weights[name]][kind] = tensor.to(self.device)
         return random

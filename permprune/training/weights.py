@@ -34,14 +34,14 @@ def trained_weights(model: PreTrainedModel, kind: str) -> dict[str, nn.Parameter
         for p in module.parameters()
         if id(p) not in inside | tokens
     }
-    found = {
+    chosen = {
         name: p
         for name, p in model.named_parameters()
         if kind == "all" or id(p) in head or (kind == "norms" and p.dim() == 1)
     }
-    if not found:
+    if not chosen:
         raise PermpruneError("the model has no head: give --train all, or norms")
-    return found
+    return chosen
 
 
 def weight_scale(layers: Iterable[Layer]) -> float:

@@ -122,7 +122,7 @@ class _AllUpdated(Exception):
 def _layers_by_block(network: PrunedNetwork) -> dict[nn.Module, list[Layer]]:
     """Return the pruned layers of each repeated block; the layers of a module shared by blocks belong to the first."""
     block_of = {module: block for block in reversed(blocks(network.model)) for module in block.modules()}
-    found: dict[nn.Module, list[Layer]] = {}
+    layers: dict[nn.Module, list[Layer]] = {}
     for layer in network.layers.values():
-        found.setdefault(block_of[layer.owner], []).append(layer)
-    return found
+        layers.setdefault(block_of[layer.owner], []).append(layer)
+    return layers

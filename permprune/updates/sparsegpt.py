@@ -50,8 +50,8 @@ class SparseGPT(LayerUpdate):
         width = max(1, self.block // pattern.m) * pattern.m
         for start in range(0, len(columns), width):
             stop = min(start + width, len(columns))
-            own = None if keep is None else keep[start:stop]
-            errors = _sweep(columns[start:stop], factor[start:stop, start:stop], pattern, own)
+            kept = None if keep is None else keep[start:stop]
+            errors = _sweep(columns[start:stop], factor[start:stop, start:stop], pattern, kept)
             columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         pruned = torch.empty_like(weight)
         pruned[:, order] = columns.T
@@ -70,9 +70,9 @@ def _sweep(columns: Tensor, factor: Tensor, pattern: Pattern, mask: Tensor | Non
         group = columns[start:stop]
         keep = pattern.mask_groups(group.abs() / scale[start:stop], 0) if mask is None else mask[start:stop]
         for i in range(pattern.m):
-            own, dropped = start + i, ~keep[i]
-            torch.mul(group[i] / scale[own], dropped, out=errors[own])
+            column, dropped = start + i, ~keep[i]
+            torch.mul(group[i] / scale[column], dropped, out=errors[column])
             group[i].masked_fill_(dropped, 0)
-            group[i + 1 :].addr_(factor[own, own + 1 : stop], errors[own], alpha=-1)
+            group[i + 1 :].addr_(factor[column, column + 1 : stop], errors[column], alpha=-1)
         columns[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return errors

@@ -116,21 +116,21 @@ def _string(stream: IO[bytes]) -> str:
 
 
 def _layers(variables: dict[str, NDArray[Any]], stack: str) -> int:
-    return len({found[0] for name in variables if (found := re.match(rf"{stack}/layer_\d+", name))})
+    return len({match[0] for name in variables if (match := re.match(rf"{stack}/layer_\d+", name))})
 
 
 def _weights(variables: dict[str, NDArray[Any]]) -> dict[str, Tensor]:
     """The parameters in fp32 under their names in Transformers; variables that hold settings are left out."""
     weights = {}
     for name, array in variables.items():
-        found = re.fullmatch(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)", name)
-        if not found:
+        match = re.fullmatch(r"(encoder|decoder)/(?:layer_(\d+)/)?(.+)/(\w+)", name)
+        if not match:
             continue
-        stack, layer, module, parameter = found.groups()
+        stack, layer, module, parameter = match.groups()
         parent = f"model.{stack}." + (f"layers.{layer}." if layer else "")
         targets = MODULES[module]
-        for target, part in zip(targets, np.split(array, len(targets)), strict=True):
-            weights[f"{parent}{target}.{PARAMETERS[parameter]}"] = torch.from_numpy(part.astype(np.float32))
+        for target, piece in zip(targets, np.split(array, len(targets)), strict=True):
+            weights[f"{parent}{target}.{PARAMETERS[parameter]}"] = torch.from_numpy(piece.astype(np.float32))
     weights["proj_out.weight"] = weights["model.decoder.embed_tokens.weight"]
     return {name: weight for name, weight in weights.items() if not name.endswith("k_proj.bias")}  # it is zero
 

@@ -125,8 +125,8 @@ def _write(kind: type[PreTrainedModel], config: PreTrainedConfig, weights: dict[
     Raises `PermpruneError` if the names do not match those of the installed release.
     """
     loaded: Any = kind.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
-    model, found = loaded
-    wrong = found["missing_keys"] | found["unexpected_keys"]
+    model, info = loaded
+    wrong = info["missing_keys"] | info["unexpected_keys"]
     if wrong:
         raise PermpruneError(
             f"this release of transformers has different weights ({min(wrong)}): install another release"
