@@ -18,10 +18,10 @@ import torch
 from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
 from safetensors.torch import save_file
 
-from permprune.checkpoints.licence import CARD, HUB_ID
+from permprune.checkpoints.licence import CARD
 from permprune.checkpoints.record import RECORD
 from permprune.system.progress import log
-from permprune.zoo.models import MODELS, resolve_model
+from permprune.zoo.models import HUB_ID, MODELS, resolve_model
 
 MODULES = "modules.json"
 """The file in which Sentence-Transformers lists the folders of the modules that follow the transformer."""

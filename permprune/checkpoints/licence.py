@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from huggingface_hub import metadata_load, try_to_load_from_cache
@@ -11,11 +10,9 @@ from transformers import PreTrainedModel
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from permprune.system.progress import log
-from permprune.zoo.models import MODELS
+from permprune.zoo.models import HUB_ID, MODELS
 
 CARD = "README.md"
-
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def base_model_of(model: PreTrainedModel, name: str) -> str | None:

@@ -20,7 +20,7 @@ from torch.utils import _pytree
 from permprune.coupling import arithmetic, constants, layout  # noqa: F401 - some for the rules that they register
 from permprune.coupling.axes import Label, freeze
 from permprune.coupling.walk import Origin, Walk, fresh, place, writes
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
 from permprune.models.experts import BATCHED, implementation
 from permprune.models.forward import forward_arguments, inference, main_outputs, side_outputs
 from permprune.models.layers import canonical_names
@@ -81,10 +81,11 @@ def _export(model: nn.Module, example: Mapping[str, Tensor]) -> ExportedProgram:
         except PermpruneError:
             raise
         except Exception as error:
-            message = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_of_the_model(frame.filename)]
             line = f"{frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else "an unknown line"
-            raise Untraceable(f"cannot trace the model on {', '.join(example)} ({message} at {line})") from error
+            raise Untraceable(
+                f"cannot trace the model on {', '.join(example)} ({first_line(error)} at {line})"
+            ) from error
 
 
 def _is_of_the_model(file: str) -> bool:

@@ -28,7 +28,7 @@ with on_first_use(globals()):
     from permprune.checkpoints.origin import origin_of
     from permprune.checkpoints.patterns import Patterns, require_patterns
     from permprune.checkpoints.probe import check_outputs
-    from permprune.checkpoints.record import Optimised
+    from permprune.checkpoints.record import Epoch, Optimised
     from permprune.checkpoints.schema import decode
     from permprune.coupling.discovery import discover
     from permprune.coupling.fold import fold_all
@@ -47,7 +47,7 @@ with on_first_use(globals()):
     from permprune.system import digests, distributed
     from permprune.system.search_state import Checkpoint
     from permprune.training.adapters import adapted
-    from permprune.training.loop import Epoch, Trainer, Training
+    from permprune.training.loop import Trainer, Training
     from permprune.training.weights import trained_weights, weight_scale
     from permprune.training.zeros import KeptZeros, patterns_of
 

@@ -55,7 +55,7 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
     needed = {name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     if model.main_input_name in maker.known:
         needed.add(model.main_input_name)
-    made = {name: tensor for name in maker.known if name in parameters and (tensor := maker.make(name)) is not None}
+    made = {name: tensor for name in maker.known if name in parameters and (tensor := maker.known[name]()) is not None}
     if {"input_features", "input_values"} <= made.keys() - needed:
         del made["input_values"]
     if missing := sorted(needed - made.keys()):
@@ -96,9 +96,9 @@ def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 class _Maker:
-    """Creates arguments of a model's forward by name, from its config.
+    """Functions that create arguments of a model's forward from its config, by name (`known`).
 
-    `make` returns None if the config lacks the necessary fields. Labels and optional masks are not needed for tracing.
+    They return None if the config lacks the necessary fields. Labels and optional masks are not needed for tracing.
     """
 
     def __init__(self, config: PreTrainedConfig, processor: object, parameters: Container[str]) -> None:
@@ -112,9 +112,6 @@ class _Maker:
             "input_features": self._features,
             "input_values": self._wave,
         }
-
-    def make(self, name: str) -> Tensor | None:
-        return self.known[name]()
 
     def _ids(self, config: PreTrainedConfig) -> Tensor | None:
         """Random ordinary tokens, ending with the end-of-sequence token.

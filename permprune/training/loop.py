@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from permprune.checkpoints.record import Epoch
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Result
 from permprune.examples import Examples, batches, by_length
@@ -53,21 +54,6 @@ class Training:
         """Return the learning rate of step number `step`, counted from 0, of `steps` steps."""
         rising = max(1, round(self.warmup * steps))
         return self.rate * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The results after `epoch` epochs; epoch 0 is the model before training.
-
-    `loss` is the mean training loss of the last epoch (None for epoch 0), `value` the measured metric, `seconds` the
-    total time of training so far, and `held_out` the mean loss on held-out examples, if there are any.
-    """
-
-    epoch: int
-    loss: float | None
-    value: float
-    seconds: float
-    held_out: float | None = None
 
 
 @dataclass(frozen=True)

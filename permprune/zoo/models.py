@@ -90,7 +90,7 @@ def _read_entries() -> dict[str, ZooModel]:
 
 MODELS = _read_entries()
 
-_HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
+HUB_ID = re.compile(r"([\w-][\w.-]*/)?[\w-][\w.-]*")
 
 
 def note(name: str) -> str | None:
@@ -124,7 +124,7 @@ def require_model(name: str) -> None:
     if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise PermpruneError(f"{name} holds no config.json: give a folder that save_pretrained wrote")
-    elif not _HUB_ID.fullmatch(name):
+    elif not HUB_ID.fullmatch(name):
         known = ", ".join(MODELS)
         raise PermpruneError(
             f'no folder "{name}": give an existing folder, a hub id such as owner/name, or one of {known}'

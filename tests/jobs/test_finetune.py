@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from permprune.checkpoints.io import load, read_model
+from permprune.checkpoints.record import Epoch
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
@@ -22,7 +23,7 @@ from permprune.jobs.verify import verify
 from permprune.losses.objective import Objective, block_outputs
 from permprune.losses.targets import labelled
 from permprune.models.forward import padding_of
-from permprune.training.loop import Epoch, Trainer
+from permprune.training.loop import Trainer
 
 pytestmark = pytest.mark.slow
 
