@@ -93,7 +93,8 @@ def _block_axes(walk: Walk, atoms: Iterable[Axis]) -> dict[Axis, list[Axis]]:
     """
     wanted = set(atoms)
     common: dict[Axis, dict[Axis, None]] = {}
-    labels = {_signature(label): label for label in itertools.chain(walk.records, walk.parameters.values())}
+    every = itertools.chain(walk.records, walk.parameters.values())
+    labels = {tuple(0 if axis is None else id(find(axis)) for axis in label): label for label in every}
     for label in labels.values():
         for spot in _spots(label):
             atom = spot.occurrence.atom
@@ -105,10 +106,6 @@ def _block_axes(walk: Walk, atoms: Iterable[Axis]) -> dict[Axis, list[Axis]]:
             else:
                 common[atom] = beside
     return {atom: [] if atom.reason else list(common[atom]) for atom in wanted}
-
-
-def _signature(label: Label) -> tuple[int, ...]:
-    return tuple(0 if axis is None else id(find(axis)) for axis in label)
 
 
 def _companions(label: Label, spot: _Spot) -> dict[Axis, None]:

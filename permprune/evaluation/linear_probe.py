@@ -38,7 +38,7 @@ HELD_OUT = 0.2
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """A model with a fitted classifier, and the penalty; `result` is the held-out accuracy before the final fit."""
 
     model: PreTrainedModel
@@ -46,7 +46,7 @@ class Probe:
     penalty: float
 
 
-def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, seed: int = 0) -> Probe:
+def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, seed: int = 0) -> LinearProbe:
     """Fit the linear layer that computes a model's logits, by multinomial logistic regression with an L2 penalty.
 
     `examples` have "labels" (count,), classes from 0 on. If the model has such a layer, that layer is changed in place.
@@ -79,7 +79,7 @@ def fit_probe(model: PreTrainedModel, examples: Examples, *, batch: int = 32, se
     log.info(
         "probe: %d of %d held-out examples are classified correctly with penalty %g", right[best], len(held_out), best
     )
-    return Probe(model, share("linear probe", TOP_1_ACCURACY, right=right[best], count=len(held_out)), best)
+    return LinearProbe(model, share("linear probe", TOP_1_ACCURACY, right=right[best], count=len(held_out)), best)
 
 
 def logistic_regression(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ class TaskList:
         if distributed.world() > 1:
             raise PermpruneError("tasks can only be measured by one process: evaluate without torchrun")
         text = wikitext2(Path(self.data) if self.data else None) if WIKITEXT in self.names else None
-        defined = {WIKITEXT, *(name for file in self.files for name in _names_in(file))}
+        defined = {WIKITEXT, *(name for file in self.files for _, name in _definitions(file))}
         known = [name for name in dict.fromkeys(self.names) if name not in defined]
         return LoadedTasks(self, text, self._load(known) if known or self.files else [])
 
@@ -111,11 +111,12 @@ class TaskList:
             raise PermpruneError(f"tasks need lm-eval ({error}): pip install 'permprune[tasks]'") from error
         local = self.data is not None
         known = set(names) <= SOURCES.keys() if local else not names
+        has_group = any(kind == "group" for file in self.files for kind, _ in _definitions(file))
         try:
             with _quiet():
                 manager = TaskManager(
                     include_path=str(LOCAL) if local else None,
-                    include_defaults=not known or any(map(_is_group, self.files)),  # takes half a minute
+                    include_defaults=not known or has_group,  # takes half a minute
                     metadata={"data": self.data, "few_shot": self.few_shot or 0} if local else None,
                 )
                 if unknown := [name for name in names if name not in manager.all_tasks]:  # else taken as paths
@@ -223,14 +224,9 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     return ids[: count * length].view(count, length)
 
 
-def _names_in(file: str) -> list[str]:
-    """Return the names of the task or group that a file defines."""
-    return re.findall(r"^(?:task|group)\s*:\s*[\"']?([^\s\"'#]+)", read_text(Path(file)), re.MULTILINE)
-
-
-def _is_group(file: str) -> bool:
-    """Whether a task file defines a group, which may contain other tasks by name."""
-    return re.search(r"^group\s*:", read_text(Path(file)), re.MULTILINE) is not None
+def _definitions(file: str) -> list[tuple[str, str]]:
+    """Return what a task file defines, as ("task" or "group", name); a group may contain other tasks by name."""
+    return re.findall(r"^(task|group)\s*:\s*[\"']?([^\s\"'#]+)", read_text(Path(file)), re.MULTILINE)
 
 
 def _results(task: str, returned: Mapping[str, Any]) -> Iterator[Result]:

@@ -12,8 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from permprune.report import style
-from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, figure, legend, styled
+from permprune.report.style import BLUE, GRAY, ORANGE, WIDTH, figure, horizontal_bars, legend, styled
 from permprune.report.words import better, number
 
 Record = Mapping[str, Any]
@@ -108,7 +107,7 @@ def bars(dense: float, none: float, pruned: float, metric: str, method: str) -> 
     picture = figure(WIDTH, 2.5)
     axes = picture.subplots()
     lengths = [value if math.isfinite(value) else 0.0 for value in values]
-    style.bars(axes, names, lengths, [number(value) for value in values], [GRAY, ORANGE, BLUE])
+    horizontal_bars(axes, names, lengths, [number(value) for value in values], [GRAY, ORANGE, BLUE])
     axes.set_xlabel(f"{metric} ({better(metric)})")
     return picture
 

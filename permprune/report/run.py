@@ -189,8 +189,8 @@ def _spaces(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the rows of the table of permutations: name; storage; blocks; channels of a block; share that moved."""
     orders = [(name, "folded", table) for name, table in record["permutations"].items()]
     orders += [(gather["site"], "gather", [gather["order"]]) for gather in record["gathers"]]
-    return [(name, how, f"{len(table):,}", f"{len(table[0]):,}", percent(_moved(table))) for name, how, table in orders]
-
-
-def _moved(table: list[list[int]]) -> float:
-    return fmean(place != channel for block in table for place, channel in enumerate(block))
+    moved = [fmean(place != channel for block in table for place, channel in enumerate(block)) for *_, table in orders]
+    return [
+        (name, how, f"{len(table):,}", f"{len(table[0]):,}", percent(share))
+        for (name, how, table), share in zip(orders, moved, strict=True)
+    ]

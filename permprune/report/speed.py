@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from permprune.report.style import BLUE, GRAY, WIDTH, bars, figure, styled, write_png
+from permprune.report.style import BLUE, GRAY, WIDTH, figure, horizontal_bars, styled, write_png
 from permprune.report.words import number
 
 Figures = Mapping[str, Any]
@@ -86,7 +86,9 @@ def decode_bars(figures: Figures) -> Figure:
     for place, axes in zip(places, picture.subplots(len(places), squeeze=False)[:, 0], strict=True):
         values = [decoding(row["speeds"][place]) for row in rows]
         colors = [GRAY if row["dense"] else BLUE for row in rows]
-        bars(axes, [short_name(row["name"]) for row in rows], values, [number(value) for value in values], colors)
+        horizontal_bars(
+            axes, [short_name(row["name"]) for row in rows], values, [number(value) for value in values], colors
+        )
         first = rows[0]["speeds"][place]
         axes.set_xlabel(f"tokens/s at batch {first['batch']}, context {first['context']}")
     return picture

@@ -69,7 +69,7 @@ def legend(picture: Figure, handles: Sequence[Artist], columns: int, **options: 
     picture.legend(handles=handles, loc="outside upper left", ncols=columns, **options)
 
 
-def bars(
+def horizontal_bars(
     axes: Axes, names: Sequence[str], values: Sequence[float], texts: Sequence[str], colors: Sequence[str]
 ) -> None:
     """Draw horizontal bars, the first at the top, each with its name at the axis and a text at its end."""

@@ -54,7 +54,9 @@ def split(reviews: Iterable[str]) -> dict[Part, list[str]]:
     parts: dict[Part, list[str]] = {"calibration": [], "evaluation": []}
     for number, review in enumerate(distinct.values()):
         parts["evaluation" if number // RUN % 5 == 4 else "calibration"].append(review)
-    return {part: sorted(texts, key=_digest) for part, texts in parts.items()}
+    return {
+        part: sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest()) for part, texts in parts.items()
+    }
 
 
 def _build(folder: Path) -> None:
@@ -70,7 +72,3 @@ def _build(folder: Path) -> None:
 def _plain(review: str) -> str:
     """Replace HTML line breaks by newlines."""
     return re.sub(r"[ \t]*<br\s*/?>[ \t]*", "\n", review).strip()
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
