@@ -119,8 +119,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
-            is_list = isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1
-            if is_list and all(any(isinstance(m, (nn.Linear, Conv1D)) for m in block.modules()) for block in child):
+            if isinstance(child, (nn.ModuleList, nn.Sequential)) and len(child) > 1 and all(map(_has_linear, child)):
                 repeated.extend(child)
             else:
                 visit(child)
@@ -267,6 +266,10 @@ def require_finite(layer: Layer) -> None:
     """Raise `PermpruneError` if the layer's weight contains NaN or infinity."""
     if not torch.isfinite(layer.weight).all():
         raise PermpruneError(f"{layer.name} holds NaN or infinite weights: repair the checkpoint before pruning")
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(m, (nn.Linear, Conv1D)) for m in module.modules())
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
