@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from permprune.checkpoints.benchmark import Speed
 from permprune.errors import PermpruneError
-from permprune.models.forward import cache_argument, is_causal_lm
+from permprune.models.forward import cache_argument, evaluating, is_causal_lm
 from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
@@ -42,13 +42,13 @@ def measure_speed(
     generator, device = torch.Generator().manual_seed(seed), compute_device(model)
     vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
-    runner: Any = model.eval()
     held = DynamicCache(config=model.config) if cache is None else cache()
-    began = _now(device)
-    token = _next_token(runner, prompt, held)
-    read = _now(device)
-    for _ in range(steps):
-        token = _next_token(runner, token, held)
+    with evaluating(model):
+        began = _now(device)
+        token = _next_token(model, prompt, held)
+        read = _now(device)
+        for _ in range(steps):
+            token = _next_token(model, token, held)
     return Speed(batch, context, read - began, (_now(device) - read) / steps, cache_bytes(held))
 
 

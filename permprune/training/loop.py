@@ -18,6 +18,7 @@ from permprune.examples import Examples, batches, by_length
 from permprune.losses.loss import Loss
 from permprune.losses.targets import Task
 from permprune.models.autocast import autocast
+from permprune.models.forward import frozen
 from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
 from permprune.system.device import fast_dtype, random_states, set_random_states
 from permprune.system.progress import log, track
@@ -161,19 +162,17 @@ class Trainer:
     def _training(self) -> Iterator[None]:
         """A context for training: only the trained weights require gradients, and dropout is on without a teacher.
 
-        Random states are restored afterwards.
+        Random states, and the mode of each module, are restored afterwards.
         """
-        wanted = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.requires_grad_(False).train(self.teacher is None)
-        for weight in self.weights.values():
-            weight.requires_grad_(True)
-        try:
-            with torch.random.fork_rng():
-                yield
-        finally:
-            self.model.requires_grad_(False).eval()
-            for parameter in wanted:
-                parameter.requires_grad_(True)
+        with frozen(self.model):
+            self.model.train(self.teacher is None)
+            for weight in self.weights.values():
+                weight.requires_grad_(True)
+            try:
+                with torch.random.fork_rng():
+                    yield
+            finally:
+                self.model.requires_grad_(False).eval()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         flat = [weight for weight in self.weights.values() if weight.dim() < 2]

@@ -16,7 +16,8 @@ from permprune.report.style import save
 def test_a_prompt_is_read_once_and_tokens_follow_one_by_one(tiny_llama: LlamaForCausalLM) -> None:
     shapes: list[tuple[int, ...]] = []
     tiny_llama.model.embed_tokens.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-    speed = measure_speed(tiny_llama, batch=3, context=20, steps=4)
+    speed = measure_speed(tiny_llama.train(), batch=3, context=20, steps=4)
+    assert all(module.training for module in tiny_llama.modules())
     assert shapes == [(3, 20)] + [(3, 1)] * 4
     assert (speed.batch, speed.context) == (3, 20) and speed.first_token > 0 and speed.next_token > 0
 

@@ -54,6 +54,14 @@ def test_classes_are_learned_the_same_twice() -> None:
         assert torch.equal(one, other) and one.requires_grad
 
 
+def test_each_module_keeps_its_mode() -> None:
+    model = make("bert").train()
+    next(model.children()).eval()
+    modes = [module.training for module in model.modules()]
+    trainer(model, Training(epochs=1, batch=8)).fit(numbered())
+    assert [module.training for module in model.modules()] == modes and len({*modes}) == 2
+
+
 @pytest.mark.slow
 def test_scores_are_learned() -> None:
     curve = trainer(scorer(), Training(epochs=8, rate=3e-3, batch=8), task=scored).fit(numbered(scores=True))
