@@ -26,7 +26,7 @@ from permprune.kv.cache import PrunedCache
 from permprune.kv.files import OtherModelError
 from permprune.kv.files import read_record as read_kv
 from permprune.options import Count, require
-from permprune.report.run import write_report
+from permprune.report.run import REPORT, write_report
 from permprune.system.device import best_device, dtype_named
 from permprune.system.files import write_json
 from permprune.system.progress import console, log, track
@@ -112,7 +112,7 @@ def report(found: Benchmark, folder: str | Path) -> None:
         return
     values = dataclasses.replace(read_record(folder), bench=found).to_json()
     write_json(folder / RECORD, values)
-    write_report(values, folder / "report.html")
+    write_report(values, folder / REPORT)
 
 
 def _require_numbers(**numbers: Sequence[int]) -> None:

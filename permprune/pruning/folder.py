@@ -22,7 +22,7 @@ from permprune.models.forward import computed_in, stored_as
 from permprune.models.layers import is_packed
 from permprune.models.processors import Processor
 from permprune.report.card import write_card
-from permprune.report.run import write_report
+from permprune.report.run import REPORT, write_report
 from permprune.system.files import atomic_folder, write_json
 
 
@@ -79,7 +79,7 @@ def write_pruned(
     probe.write(folder)
     values = dataclasses.replace(record, digests=weight_digests(folder)).to_json()
     write_json(folder / RECORD, values)
-    write_report(values, folder / "report.html")
+    write_report(values, folder / REPORT)
     write_card(values, folder)
     try:
         check_outputs(

@@ -26,6 +26,8 @@ from permprune.report.words import (
 )
 from permprune.system.files import write_whole
 
+REPORT = "report.html"
+
 
 def render(record: Mapping[str, Any]) -> str:
     """Render the page for the contents of a permprune.json. Everything from the record is escaped."""

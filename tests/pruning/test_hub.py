@@ -1,5 +1,6 @@
 """Folders are uploaded whole, to a stub of the hub."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def test_the_card_on_the_hub_does_not_name_the_local_folder(pruned: permprune.Pr
     assert 'permprune.load(snapshot_download("someone/tiny-2-4"))' in card and "pip install permprune" in card
     assert 'AutoTokenizer.from_pretrained("someone/tiny-2-4")' in card and "model.generate(" in card
     assert "secret-place" in (folder / "README.md").read_text(encoding="utf-8"), "the folder stays as it is"
+
+
+def test_what_is_pushed_names_no_folder_of_the_machine(
+    tiny_checkpoint: Path, tiny_text: Path, hub: Hub, tmp_path: Path
+) -> None:
+    evaluation = permprune.Evaluation(str(tiny_text), 2, 16)
+    config = permprune.PruneConfig(permute="none", calibration=str(tiny_text), length=16, samples=24)
+    permprune.prune_to_folder(str(tiny_checkpoint), tmp_path / "out", config, evaluation=evaluation)
+    permprune.push_to_hub(tmp_path / "out", "someone/tiny-2-4", token=TOKEN, endpoint=hub.endpoint)
+    record = json.loads(hub.files["permprune.json"])
+    assert record["model"] == tiny_checkpoint.name and record["settings"]["calibration"] == tiny_text.name
+    assert record["measured"]["data"] == tiny_text.name
+    assert [name for name, content in hub.files.items() if tmp_path.name.encode() in content] == []
+    assert tiny_checkpoint.name.encode() in hub.files["report.html"]
+    assert str(tiny_checkpoint) in (tmp_path / "out" / "permprune.json").read_text(encoding="utf-8")
 
 
 def test_a_written_folder_is_pushed_as_it_is(pruned: permprune.Pruned, hub: Hub, tmp_path: Path) -> None:
