@@ -67,13 +67,16 @@ def make_probe(model: PreTrainedModel, like: Mapping[str, Tensor]) -> Probe:
     """Create a probe with the current outputs of a model that computes in fp32.
 
     Its inputs are random, with the shapes of `like` (see `random_like`). The tolerance is a share (`MARGIN`) of what
-    rounding the outputs of all modules to bf16 changes.
+    rounding the outputs of all modules to bf16 changes in finite outputs.
     """
     inputs = {name: tensor.cpu().contiguous() for name, tensor in random_like(model, like).items()}
     outputs = probe_outputs(model, inputs)
     with _rounded(model):
-        rounding = float((probe_outputs(model, inputs) - outputs).abs().max())
-    return Probe(inputs, outputs, max(MARGIN * rounding, 1e-6 * float(outputs.abs().max())))
+        rounded = probe_outputs(model, inputs)
+    rounding, scale = largest_difference(
+        outputs, torch.where(rounded.isfinite() & outputs.isfinite(), rounded, outputs)
+    )
+    return Probe(inputs, outputs, max(MARGIN * rounding, 1e-6 * scale))
 
 
 @torch.inference_mode()
@@ -140,7 +143,21 @@ def output_difference(model: PreTrainedModel, probe: Probe, what: str) -> float:
     if outputs.shape != probe.outputs.shape:
         shapes = tuple(outputs.shape), tuple(probe.outputs.shape)
         raise PermpruneError(f"{what} has outputs of shape {shapes[0]}, and {PROBE} {shapes[1]}: {ADVICE}")
-    return float((outputs - probe.outputs).abs().max())
+    return largest_difference(probe.outputs, outputs)[0]
+
+
+def largest_difference(old: Tensor, new: Tensor) -> tuple[float, float]:
+    """Return the largest absolute difference and the largest absolute value in `old`, both over finite values.
+
+    The difference is infinite if the two tensors are not finite at the same positions.
+    """
+    if old.numel() == 0:
+        return 0.0, 0.0
+    finite = torch.isfinite(old)
+    if not torch.equal(finite, torch.isfinite(new)):
+        return float("inf"), 0.0
+    old, new = (torch.where(finite, value, 0).double() for value in (old, new))
+    return float((old - new).abs().max()), float(old.abs().max())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from permprune.checkpoints.probe import largest_difference
 from permprune.coupling.fold import fold, inverse
 from permprune.coupling.space import ChannelSpace
 from permprune.errors import PermpruneError
@@ -36,7 +37,7 @@ def verify_space(
         fold(model, space, inverse(table))
     worst = 0.0
     for old, new in zip(before, after, strict=True):
-        difference, scale = _difference(old, new)
+        difference, scale = largest_difference(old, new)
         bound = max(tolerance, 8 * torch.finfo(old.dtype).eps) * scale if old.is_floating_point() else 0.0
         if not difference <= bound:
             raise PermpruneError(
@@ -59,17 +60,3 @@ def _outputs(model: nn.Module, example: Mapping[str, Tensor]) -> list[Tensor]:
     with inference(model):
         output = model(**forward_arguments(model, example))
     return [leaf.clone() for leaf in main_outputs(output) if isinstance(leaf, Tensor)]
-
-
-def _difference(old: Tensor, new: Tensor) -> tuple[float, float]:
-    """The largest absolute difference and the largest absolute output, both over finite outputs.
-
-    The difference is infinite if the two tensors are not finite at the same positions.
-    """
-    if old.numel() == 0:
-        return 0.0, 0.0
-    finite = torch.isfinite(old)
-    if not torch.equal(finite, torch.isfinite(new)):
-        return float("inf"), 0.0
-    old, new = (torch.where(finite, value, 0).double() for value in (old, new))
-    return float((old - new).abs().max()), float(old.abs().max())

@@ -72,10 +72,10 @@ class Session:
         reset_peak_memory()
         solution = self.weights.search(method, run or self.weights.plan.run)
         self.weights.update()
-        found = self._measurement(label, solution.seconds)
-        result = found.result
+        measurement = self._measurement(label, solution.seconds)
+        result = measurement.result
         log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
-        return Trial(solution, found)
+        return Trial(solution, measurement)
 
     def prune(
         self, method: Permuter, run: Run | None = None, *, tried: Mapping[str, Measurement] | None = None
@@ -93,16 +93,16 @@ class Session:
         started = time.monotonic()
         weights.update()
         updating = time.monotonic() - started
-        found = known.get(method.name) or self._measurement(method.name, solution.seconds)
+        measured = {**known, "none": none}.get(method.name) or self._measurement(method.name, solution.seconds)
         self.pruned = True
         pruned = weights.finish(solution, natural)
-        values = found.result.value, dense.value, none.result.value
+        values = measured.result.value, dense.value, none.result.value
         record = dataclasses.replace(
             pruned.record(),
-            measured=self.evaluation.measured(dense, none.result, found.result, overlap=overlap),
+            measured=self.evaluation.measured(dense, none.result, measured.result, overlap=overlap),
             gap_closed=gap_closed(*values, metric=dense.metric),
             seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": updating},
-            peak_memory_mb=found.peak_memory_mb,
+            peak_memory_mb=measured.peak_memory_mb,
         )
         return pruned, record
 

@@ -28,7 +28,7 @@ def sample(network: MaskedLayers, measures: Sequence[PrunedLayer]) -> dict[str, 
     scores, pattern = network.scores[name], network.patterns[name]
     stored = network.stored_columns()[name].to(scores.device)
     count = min(CHANNELS, scores.shape[1]) // pattern.m * pattern.m or pattern.m
-    energy = scores[torch.linspace(0, len(scores) - 1, min(ROWS, len(scores))).long()].square()
+    energy = scores[torch.linspace(0, len(scores) - 1, min(ROWS, len(scores))).long()].double().square()
     high = energy.quantile(0.98).clamp_min(1e-30)
 
     def part(columns: Tensor) -> dict[str, list[list[int]]]:

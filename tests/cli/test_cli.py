@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune.cli.settings import PYTHON_ONLY, options_of, parse_bytes, settings_from
 from permprune.config import PruneConfig
@@ -52,6 +53,26 @@ def test_prune_verify_evaluate(source: list[str], tiny_text: Path, tmp_path: Pat
     assert {"task", "metric", "value", "tokens"} <= found.keys()
     record = json.loads((out / "permprune.json").read_text())
     assert found["value"] == pytest.approx(record["measured"]["pruned"], rel=1e-4)
+
+
+def test_a_pruned_model_that_overflows_is_written(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Queries and keys are large, and cancel each other until one of three weights is pruned."""
+    with torch.no_grad():
+        tiny_llama.model.embed_tokens.weight[:, 1:3] = tiny_llama.model.embed_tokens.weight[:, :1]
+        attention = tiny_llama.model.layers[0].self_attn
+        for linear in (attention.q_proj, attention.k_proj):
+            linear.weight[:, :3] = torch.tensor([2.0, -1.0, -1.0]) * 2.0**66
+    model, out = tmp_path / "model", tmp_path / "out"
+    tiny_llama.save_pretrained(model)
+    tiny_tokenizer.save_pretrained(model)
+    options = ["--calibration", tiny_text, "--data", tiny_text, *SMALL, "--permute", "none", "--precision", "fp32"]
+    code, stdout, stderr = run("prune", model, *options, "--exclude", "*.layers.1.*", "--out", out)
+    assert code == 0 and "perplexity not finite against" in stdout and stderr.count("overflow") == 1
+    assert json.loads((out / "permprune.json").read_text())["measured"]["pruned"] is None
+    code, stdout, _ = run("verify", out)
+    assert code == 0 and "7 layers hold the pattern" in stdout
 
 
 @pytest.mark.slow
