@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rows import add
-from torch import Tensor
+from torch import Tensor, nn
 
 from permprune.kernels import native
 from permprune.kernels.product.layout import Layout
 from permprune.kernels.product.packed import PackedWeight, quantize
 from permprune.pattern import Pattern
-from permprune.system.huge_pages import in_huge_pages
+from permprune.system.huge_pages import move_to_huge_pages
 
 Product = Callable[[Tensor], Tensor]
 
@@ -107,7 +107,10 @@ def cycle(products: list[Product]) -> Product:
 
 def _native(numbers: Tensor, kernels: str, layout: Layout | None = None, scale: Tensor | None = None) -> Product:
     """The product of a weight of its own copy, which lies where permprune puts weights when it loads a model."""
-    numbers = in_huge_pages(numbers)
+    held = nn.Module()
+    held.register_buffer("numbers", numbers.clone())
+    move_to_huge_pages(held)
+    numbers = held.numbers
     described = native.describe(layout, numbers) if layout else native.describe_plain(numbers, scale)
     return lambda x, _owner=(numbers, scale): native.multiply(described, x, kernels)  # type: ignore[misc]
 

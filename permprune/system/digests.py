@@ -25,7 +25,7 @@ CONFIG, WEIGHTS, CALIBRATION = "model config", "model weights", "calibration exa
 ROUNDED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The types of `rounded_digests`."""
 
-MOVING = ("_name_or_path", "transformers_version")
+ORIGIN = ("_name_or_path", "transformers_version")
 """Entries of a config that describe its origin, not the model."""
 
 
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 def model_digests(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     """Return digests of a model's class and config, and of its named weights; large weights are sampled (`BLOCKS`)."""
     config = {"class": type(model).__name__, **model.config.to_dict()}
-    text = json.dumps(_still(config), sort_keys=True, default=str)
+    text = json.dumps(_without_origin(config), sort_keys=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     return {CONFIG: digest, WEIGHTS: digest_of((name, _sampled(tensor)) for name, tensor in weights)}
 
@@ -56,11 +56,11 @@ def rounded_digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of the names, types, shapes and values of tensors, on any device."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in tensors:
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _sampled(tensor: Tensor) -> Tensor:
@@ -72,8 +72,8 @@ def _sampled(tensor: Tensor) -> Tensor:
     return flat
 
 
-def _still(value: Any) -> Any:
-    """Return a config without the entries that change when a checkpoint is moved."""
+def _without_origin(value: Any) -> Any:
+    """Return a config without the entries that describe its origin, which change when a checkpoint is moved."""
     if isinstance(value, dict):
-        return {str(key): _still(item) for key, item in value.items() if key not in MOVING}
-    return [_still(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): _without_origin(item) for key, item in value.items() if key not in ORIGIN}
+    return [_without_origin(item) for item in value] if isinstance(value, list | tuple) else value

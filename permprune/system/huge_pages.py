@@ -7,6 +7,7 @@ on x86-64, cover 512 times as much (`benchmarks/inference.py`). Linux gives them
 
 from __future__ import annotations
 
+import itertools
 import mmap
 from collections.abc import Sequence
 
@@ -25,52 +26,47 @@ def move_to_huge_pages(model: nn.Module) -> None:
     Parameters stay the same objects, and tensors that share memory still do; those of which others are a part are left
     where they are. Does nothing for models smaller than a huge page, or where the system has none to give.
     """
-    found: dict[int, list[Tensor]] = {}
+    by_storage: dict[int, list[Tensor]] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and tensor.is_contiguous():
-            found.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-    whole = {at: own for at, own in found.items() if all(0 < t.nbytes == t.untyped_storage().nbytes() for t in own)}
-    room = _room([own[0].nbytes for own in whole.values()])
-    if room is None:
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    sizes = {
+        address: tensors[0].nbytes
+        for address, tensors in by_storage.items()
+        if all(0 < tensor.nbytes == tensor.untyped_storage().nbytes() for tensor in tensors)
+    }
+    allocated = _allocate([*sizes.values()])
+    if allocated is None:
         return
-    memory, starts = room
-    places = dict(zip(whole, starts, strict=True))
+    memory, starts = allocated
+    places = dict(zip(sizes, starts, strict=True))
+
+    def moved(tensor: Tensor) -> Tensor | None:
+        start = places.get(tensor.untyped_storage().data_ptr())
+        if start is None:
+            return None
+        new = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        return new.view(tensor.shape).copy_(tensor)
+
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            if (start := places.get(parameter.untyped_storage().data_ptr())) is not None:
-                parameter.data = _tensor_at(memory, start, parameter).copy_(parameter.data)
+            if (data := moved(parameter.data)) is not None:
+                parameter.data = data
         for name, buffer in module._buffers.items():  # a new tensor: as a view, a buffer would keep its old memory
-            if buffer is not None and (start := places.get(buffer.untyped_storage().data_ptr())) is not None:
-                module._buffers[name] = _tensor_at(memory, start, buffer).copy_(buffer)
+            if buffer is not None and (data := moved(buffer)) is not None:
+                module._buffers[name] = data
 
 
-def in_huge_pages(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor on the CPU in huge pages, or an ordinary one where there are none."""
-    room = _room([tensor.nbytes])
-    if room is None:
-        return tensor.clone()
-    memory, (start,) = room
-    return _tensor_at(memory, start, tensor).copy_(tensor)
-
-
-def _tensor_at(memory: mmap.mmap, start: int, like: Tensor) -> Tensor:
-    """Return a tensor of the same shape and type as another in some memory."""
-    return torch.frombuffer(memory, dtype=like.dtype, count=like.numel(), offset=start).view(like.shape)
-
-
-def _room(sizes: Sequence[int]) -> tuple[mmap.mmap, list[int]] | None:
+def _allocate(sizes: Sequence[int]) -> tuple[mmap.mmap, list[int]] | None:
     """Return memory for tensors of these sizes in bytes, and where each begins; None if huge pages would not help."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or sum(sizes) < HUGE:
         return None
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += -(-size // ALIGNMENT) * ALIGNMENT
-    memory = mmap.mmap(-1, total + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    memory = mmap.mmap(-1, sum(aligned) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         memory.madvise(advice)
     except OSError:  # a kernel without huge pages
         return None
     first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE
-    return memory, [first + start for start in starts]
+    return memory, [*itertools.accumulate(aligned[:-1], initial=first)]

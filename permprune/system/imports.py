@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -111,22 +111,11 @@ class _Watch(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(spec.loader, self.wanted)
+            execute = spec.loader.exec_module
+
+            def execute_both(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module(self.wanted)
+
+            spec.loader.exec_module = execute_both  # type: ignore[method-assign]
         return spec
-
-
-class _Then(Loader):
-    """Loads a module with its own loader, and then imports another module."""
-
-    def __init__(self, loader: Loader, wanted: str) -> None:
-        self.loader, self.wanted = loader, wanted
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__loader__ = self.loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        importlib.import_module(self.wanted)
