@@ -37,7 +37,7 @@ class Workload:
 
     @property
     def gradient_bytes(self) -> int:
-        """The bytes of the gradients of all weights (see `pruning.network.Gradients`)."""
+        """The bytes of the gradients of all weights (see `pruning.gradients.Gradients`)."""
         return min(self.dtype.itemsize, self.outline.dtype.itemsize) * self.outline.weights
 
     def teacher_outputs(self, examples: int) -> int:

@@ -21,7 +21,8 @@ from permprune.system.progress import bar, log
 with on_first_use(globals()):
     from torch import Tensor
 
-    from permprune.pruning.network import Gradients, PrunedNetwork
+    from permprune.pruning.gradients import Gradients
+    from permprune.pruning.network import PrunedNetwork
     from permprune.system import distributed
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from permprune.kernels.search.masks import pack_mask
 from permprune.permuters.iterate import Landscape, S
-from permprune.pruning.network import Gradients, PrunedNetwork
+from permprune.pruning.gradients import Gradients
+from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import log, track
 from permprune.system.search_state import Resumable

@@ -23,7 +23,8 @@ with on_first_use(globals()):
 
     from permprune.permuters.refinement import refine_masks
     from permprune.permuters.tuning import Schedule, counted, timed, train_further
-    from permprune.pruning.network import Gradients, PrunedNetwork
+    from permprune.pruning.gradients import Gradients
+    from permprune.pruning.network import PrunedNetwork
     from permprune.pruning.problem import Orders, Problem
     from permprune.system import distributed
     from permprune.system.search_state import Resumable

@@ -14,7 +14,8 @@ from permprune.losses.targets import Predictions, Task, next_token
 from permprune.models.activation_checkpointing import recomputed, recomputing
 from permprune.models.layers import Layer, blocks, prunable_layers
 from permprune.pattern import Pattern
-from permprune.pruning.network import Gradients, PrunedNetwork
+from permprune.pruning.gradients import Gradients
+from permprune.pruning.network import PrunedNetwork
 from permprune.saliency.wanda import Wanda
 
 from ..fixtures import make_tiny_llama

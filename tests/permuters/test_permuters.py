@@ -25,7 +25,7 @@ from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion, TrustRegionState, slopes_along
-from permprune.pruning.network import Gradients
+from permprune.pruning.gradients import Gradients
 from permprune.pruning.problem import Orders
 from permprune.system.search_state import Checkpoint
 

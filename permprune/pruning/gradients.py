@@ -1,0 +1,130 @@
+"""Gradients of the weights of layers, collected from backward passes one parameter at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from permprune.errors import PermpruneError
+from permprune.kernels.adam.rounding import add_rounded_
+from permprune.models.activation_checkpointing import recomputed
+from permprune.models.forward import frozen
+from permprune.system import distributed
+
+SEED_STEP = 0x27D4EB2F
+"""The difference of the seeds of one sum in bf16 and the next."""
+
+Parameters = Mapping[str, nn.Parameter]
+"""Parameters of a model by name."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of the mean loss over some examples at the current masks, by layer.
+
+    `weight[layer]` is dLoss/dW_eff (rows, channels), of the narrower of two types: that of activations, and that of the
+    weight as it is held. `fisher[layer]` (rows,) is the Fisher information as in `Statistics`, averaged over the
+    `count` terms of this loss and multiplied by the loss's `curvature`. `loss` is the mean loss. If each example has
+    one label, `covariance[layer]` (rows, rows) is the `row_covariance` of layers that are not too wide; its diagonal is
+    `fisher`. `stored` are the gradients of the parameters, whose memory those in `weight` share.
+    """
+
+    weight: dict[str, Tensor]
+    fisher: dict[str, Tensor]
+    loss: float
+    count: int
+    covariance: dict[str, Tensor] = field(default_factory=dict)
+    stored: dict[str, Tensor] = field(default_factory=dict)
+
+    def discounted(self, weight: float) -> Gradients:
+        """Return these gradients with this share of their weight in later means."""
+        return replace(self, count=round(self.count * weight))
+
+
+@contextmanager
+def differentiable(model: nn.Module, parameters: Parameters, recompute: bool) -> Iterator[None]:
+    """A context in which backward passes give these parameters gradients, and no others.
+
+    `recompute` turns on activation checkpointing.
+    """
+    with frozen(model), recomputed(model, recompute):
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+
+
+@contextmanager
+def received(parameters: Parameters, receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """A context in which `receive` gets the name and the gradient of each parameter from a batch's backward pass.
+
+    It comes as soon as it is known, and the parameter does not keep it.
+    """
+
+    def hand(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = cast(Tensor, parameter.grad), None
+        receive(name, gradient)
+
+    with ExitStack() as hooks:
+        for name, parameter in parameters.items():
+            hooks.callback(parameter.register_post_accumulate_grad_hook(partial(hand, name)).remove)
+        yield
+
+
+class GradientSums:
+    """The sums of gradients over batches and ranks, by the names of the parameters in `sums`.
+
+    They are kept in the narrower of the parameter's type and `dtype`, that of activations. With a `seed`, which is the
+    same on all ranks, sums in bf16 are rounded stochastically.
+    """
+
+    def __init__(self, parameters: Parameters, dtype: torch.dtype, seed: int | None = None) -> None:
+        self.parameters, self.dtype, self.seed = parameters, dtype, seed
+        self.sums: dict[str, Tensor] = {}
+        self._added = itertools.count(1)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a batch's gradient of a parameter."""
+        if name not in self.sums:
+            self.sums[name] = gradient.to(self._type_of(gradient)).contiguous()
+        elif self.seed is not None and self.sums[name].dtype == torch.bfloat16:
+            add_rounded_(self.sums[name], gradient, (self.seed + next(self._added) * SEED_STEP) % 2**32)
+        else:
+            self.sums[name] += gradient
+
+    def mean(self, terms: int, ran: bool) -> dict[str, Tensor]:
+        """Add the sums of all ranks, divide them by `terms`, in place, and return them.
+
+        `ran` is whether this rank ran any examples; if so, raises `PermpruneError` for a parameter without a gradient.
+        """
+        for number, (name, parameter) in enumerate(self.parameters.items()):
+            if name not in self.sums:
+                if ran:
+                    raise PermpruneError(
+                        f"{name.removesuffix('.weight')} has no effect on the loss: "
+                        "exclude it, or calibrate with inputs that use it"
+                    )
+                self.sums[name] = torch.zeros_like(parameter, dtype=self._type_of(parameter))
+            total = self.sums[name]
+            rounded = self.seed is not None and total.dtype == torch.bfloat16
+            if rounded and distributed.world() > distributed.shards():
+                exact = total.float()
+                distributed.add_([exact])
+                add_rounded_(total.zero_(), exact, (cast(int, self.seed) - number * SEED_STEP) % 2**32)
+            else:
+                distributed.add_([total])
+            total /= terms
+        return self.sums
+
+    def _type_of(self, weight: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype.itemsize < weight.dtype.itemsize else weight.dtype
