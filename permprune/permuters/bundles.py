@@ -14,7 +14,6 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     from torch import Tensor
 
-    from permprune.calibration.symmetric import Symmetrics
     from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.problem import Part, Problem
 
@@ -62,33 +61,29 @@ def read_bundles(
     covariance: dict[str, Tensor] | None,
 ) -> list[Bundle]:
     """Return the bundles of a problem; the arguments are those of `QuadraticModel.of`."""
-    places: dict[tuple[str, int], list[Part]] = {}
+    parts_by_input: dict[tuple[str, int], list[Part]] = {}
     for part in problem.parts:
-        places.setdefault((part.site, int(part.columns[0])), []).append(part)
+        parts_by_input.setdefault((part.site, int(part.columns[0])), []).append(part)
     small = problem.size * sum(network.row_count(part.layer) for part in problem.parts) <= BLOCK
-    bundles = []
-    for parts in places.values():
-        known = covariance or {}
-        coupled = all(part.layer in known for part in parts)
+
+    def bundle(parts: list[Part]) -> Bundle:
+        moments, site, columns = network.statistics.moments, parts[0].site, parts[0].columns
+        correlated = covariance is not None and all(part.layer in covariance for part in parts)
         rows = [
             _rows(
                 network,
                 part,
                 fisher[part.layer],
                 gradient=None if gradient is None else gradient[part.layer],
-                covariance=known[part.layer] if coupled else None,
+                covariance=covariance[part.layer] if covariance is not None and correlated else None,
                 small=small,
             )
             for part in parts
         ]
-        moments, site, columns = network.statistics.moments, parts[0].site, parts[0].columns
-        block = partial(_block_of, moments, site, columns)
-        bundles.append(Bundle(block, moments.main_diagonal(site)[columns], rows))
-    return bundles
+        diagonal = moments.main_diagonal(site)[columns]
+        return Bundle(lambda channels: moments.block(site, columns[channels]), diagonal, rows)
 
-
-def _block_of(moments: Symmetrics, site: str, columns: Tensor, channels: Tensor) -> Tensor:
-    return moments.block(site, columns[channels])
+    return [bundle(parts) for parts in parts_by_input.values()]
 
 
 def _rows(
@@ -112,14 +107,10 @@ def _rows(
         for span, (weight, score) in zip(spans, network.blocks(part, spans), strict=True):
             yield weight.mul_(root[span]), score
 
-    held = list(read()) if small else None
-
     slopes = []
     if gradient is not None:
-        own = gradient[:, part.span]
-        slopes = [(own[span].float() / -root[span, None]).T.contiguous().to(own.dtype) for span in spans]
-    return Rows(
-        read if held is None else partial(iter, held),
-        slopes,
-        None if covariance is None else covariance / root[:, None] / root,
-    )
+        columns = gradient[:, part.span]
+        slopes = [(columns[span].float() / -root[span, None]).T.contiguous().to(columns.dtype) for span in spans]
+    blocks = list(read()) if small else None
+    correlations = None if covariance is None else covariance / root[:, None] / root
+    return Rows(read if blocks is None else partial(iter, blocks), slopes, correlations)

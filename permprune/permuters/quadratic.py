@@ -39,17 +39,13 @@ with on_first_use(globals()):
     from permprune.system import sharding
 
 PART = 256
-"""The largest number of channels that swap with each other; those of wider problems are divided at random.
-
-More choice among noisy costs does not make better swaps: SmolLM2-135M, 2:4, from the natural order (held-out loss
-5.89), is at 5.52 after two rounds with parts of 1536 channels, at 5.46 with 768, 5.36 with 384, 5.37 with 128, and 5.32
-with 48, which then falls behind.
-"""
+"""The largest number of channels that swap with each other; those of wider problems are divided at random. Chosen by
+ablation, see docs/results/ablations.md."""
 
 
 @dataclass(frozen=True)
-class Among:
-    """Groups that move among themselves: their positions, and their channels, both in ascending order.
+class Pool:
+    """Groups that exchange channels: their positions, and their channels, both in ascending order.
 
     `index` selects the channels: a slice, which makes no copy, if they are all channels.
     """
@@ -57,6 +53,22 @@ class Among:
     groups: Tensor
     channels: Tensor
     index: slice | Tensor
+
+    def submatrices(self, bundle: Bundle, sets: Tensor) -> Tensor:
+        """Return the second moments of sets of the pool's channels, (sets, k, k); `sets` is int64 (sets, k)."""
+        places = torch.searchsorted(self.channels, sets)
+        return bundle.moments(self.channels)[places[:, :, None], places[:, None, :]]
+
+    def product(self, bundle: Bundle, changed: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a function that multiplies the pool's rows of a matrix (channels, rows) by their second moments.
+
+        Rows of the matrix are zero except where `changed`, bool (channels,), is True.
+        """
+        moments, places = bundle.moments(self.channels), changed[self.channels].nonzero().flatten()
+        if 2 * len(places) >= len(self.channels):
+            return lambda move: moments @ move[self.index]
+        columns, channels = moments[places].T, self.channels[places]
+        return lambda move: columns @ move[channels]
 
 
 @dataclass(frozen=True)
@@ -99,10 +111,15 @@ class QuadraticModel:
         independent.
         """
         bundles = read_bundles(network, problem, fisher, gradient, covariance)
-        shown = network.orders.get(problem.name, problem.identity()) if order is None else order
-        model = cls(bundles, shown, network.pattern_of(problem), damping)
+        if order is None:
+            order = network.orders.get(problem.name, problem.identity())
+        model = cls(bundles, order, network.pattern_of(problem), damping)
         if gradient is None:
-            model._set_local_slopes()
+            for bundle in bundles:
+                moments = bundle.moments(torch.arange(problem.size))
+                for rows in bundle.rows:
+                    errors = (pruned_part(weight, score, model.groups, model.pattern) for weight, score in rows.read())
+                    rows.slopes += [moments @ error for error in errors]
         return model
 
     @property
@@ -118,83 +135,82 @@ class QuadraticModel:
         model by at least half the sum of their single gains, again computed exactly; otherwise the better half of them
         is tried, and so on. Correlated channels overshoot if all of them move.
 
-        If there are more than `PART` channels, the groups are first divided into parts at random, and swap only inside
-        their part. The model then leaves out the interaction of channels in different parts, as it leaves out that of
+        If there are more than `PART` channels, the groups are first divided into pools at random, and swap only inside
+        their pool. The model then leaves out the interaction of channels in different pools, as it leaves out that of
         different problems.
         """
         if not times:
             return
         count, m = self.groups.shape
-        parts = [self._among(groups) for groups in random_parts(count, groups_in(PART, m), generator)]
+        pools = [self._pool(groups) for groups in random_parts(count, groups_in(PART, m), generator)]
         drawn = [torch.randint(m, (count,), generator=generator) for _ in range(times)]
-        costs = self._costs(parts, drawn[0])
-        for slots, following in zip(drawn, [*drawn[1:], None], strict=True):
-            each = [part.groups[pair_up(cost + cost.T)] for part, cost in zip(parts, costs, strict=True)]
-            pairs = torch.cat(each)
-            at = torch.arange(len(pairs))
+        costs = self._costs(pools, drawn[0])
+        for slots, next_slots in zip(drawn, [*drawn[1:], None], strict=True):
+            pairs_by_pool = [pool.groups[pair_up(cost + cost.T)] for pool, cost in zip(pools, costs, strict=True)]
+            pairs = torch.cat(pairs_by_pool)
+            every = torch.arange(len(pairs))
             i, j = slots[pairs].T
             channels = self.groups[pairs].flatten(1)
-            first, second = channels[at, i].clone(), channels[at, m + j].clone()
-            channels[at, i], channels[at, m + j] = second, first
+            first, second = channels[every, i].clone(), channels[every, m + j].clone()
+            channels[every, i], channels[every, m + j] = second, first
             swapped = channels.view(-1, 2, m)
-            gain = self._gains(
-                self.groups.index_put((pairs,), swapped), parts, channels.split([len(own) for own in each])
-            )
+            sets = channels.split([len(pairs) for pairs in pairs_by_pool])
+            gain = self._gains(self.groups.index_put((pairs,), swapped), pools, sets)
             ranked = gain.argsort()
             candidates = [
                 (self.groups.index_put((pairs[chosen],), swapped[chosen]), float(gain[chosen].sum()) / 2)
                 for chosen in _better_halves(ranked[gain[ranked] < -1e-12])
             ]
-            costs = self._take_first(candidates, parts, following)
+            costs = self._take_first(candidates, pools, next_slots)
 
-    def placement_cost(self, at: Tensor, slots: Tensor) -> Tensor:
+    def placement_cost(self, free: Tensor, slots: Tensor) -> Tensor:
         """Return the cost of moving the channel in the free slot of each group (row) to that of each group (column).
 
-        `at` and `slots` are int64 (k,): slot slots[i] of group at[i] is free. Returns (k, k) with zeros on the
+        `free` and `slots` are int64 (k,): slot slots[i] of group free[i] is free. Returns (k, k) with zeros on the
         diagonal: the change of the model if the other members stay, without the cross terms between moving channels. As
         only one slot of a group is free, the score that a new member must exceed and the weight that it displaces are
         known exactly for every row; this is the counterfactual gradient with respect to a permutation matrix.
         """
-        free = torch.zeros(len(self.groups), dtype=torch.int64).index_put_((at,), slots)
-        return self._costs([self._among(at)], free)[0]
+        slot_of = torch.zeros(len(self.groups), dtype=torch.int64).index_put_((free,), slots)
+        return self._costs([self._pool(free)], slot_of)[0]
 
-    def move(self, at: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
-        """Move the free channel of each group at[i] to group at[target[i]], as far as this lowers the model.
+    def move(self, free: Tensor, slots: Tensor, target: Tensor, cost: Tensor) -> None:
+        """Move the free channel of each group free[i] to group free[target[i]], as far as this lowers the model.
 
         The cycles of `target` can be moved independently of each other. Those whose total `cost` is negative are tried
         together, with the exact change of the model; if it does not fall, the better half of them is tried, then the
         better quarter, and so on.
         """
-        gain = cost[torch.arange(len(at)), target]
+        gain = cost[torch.arange(len(free)), target]
         cycle = cycles(target)
-        total = gain.new_zeros(len(at)).index_add_(0, cycle, gain)
+        total = gain.new_zeros(len(free)).index_add_(0, cycle, gain)
         ranked, candidates = total.argsort(), []
         for chosen in _better_halves(ranked[total[ranked] < -1e-12]):
             moving = torch.isin(cycle, chosen).nonzero().flatten()
             groups, to = self.groups.clone(), target[moving]
-            groups[at[to], slots[to]] = self.groups[at[moving], slots[moving]]
+            groups[free[to], slots[to]] = self.groups[free[moving], slots[moving]]
             candidates.append((groups, -1e-12))
-        self._take_first(candidates, [self._among(torch.arange(len(self.groups)))], None)
+        self._take_first(candidates, [self._pool(torch.arange(len(self.groups)))], None)
 
-    def _among(self, groups: Tensor) -> Among:
+    def _pool(self, groups: Tensor) -> Pool:
         channels = self.groups[groups].flatten().sort().values
-        return Among(groups, channels, slice(None) if len(channels) == self.groups.numel() else channels)
+        return Pool(groups, channels, slice(None) if len(channels) == self.groups.numel() else channels)
 
     def _take_first(
-        self, candidates: list[tuple[Tensor, float]], parts: list[Among], slots: Tensor | None
+        self, candidates: list[tuple[Tensor, float]], pools: list[Pool], slots: Tensor | None
     ) -> list[Tensor]:
         """Move to the first of the candidates (groups, enough) that changes the model by at most `enough`, if any.
 
-        Channels move inside `parts`. Most often the first candidate is taken. The change of the model follows from the
+        Channels move inside `pools`. Most often the first candidate is taken. The change of the model follows from the
         slopes at the end of the step, so the model moves to each candidate, and moves on from there. Returns the
-        placement costs of each part at the new groups with these slots free, if there are any.
+        placement costs of each pool at the new groups with these slots free, if there are any.
         """
         start, before = self.groups, self.change
         for groups, enough in candidates:
-            costs = self._shift(groups, parts, slots)
+            costs = self._shift(groups, pools, slots)
             if self.change - before <= enough:
                 return costs
-        costs = self._shift(start, parts, slots)
+        costs = self._shift(start, pools, slots)
         self.change = before
         return costs
 
@@ -204,53 +220,53 @@ class QuadraticModel:
                 error = pruned_part(weight, score, self.groups, self.pattern)
                 yield Block(weight, score, slope, error, rows.coupled)
 
-    def _gains(self, groups: Tensor, parts: list[Among], sets: Sequence[Tensor]) -> Tensor:
+    def _gains(self, groups: Tensor, pools: list[Pool], sets: Sequence[Tensor]) -> Tensor:
         """Return the change of the model by each set's move to its places in `groups`, alone: fp64 (sets,).
 
-        `sets` are those of each part, int64 (sets, k): the channels of the groups that a set changes. No group is
+        `sets` are those of each pool, int64 (sets, k): the channels of the groups that a set changes. No group is
         changed by two sets.
         """
         channels = torch.cat(list(sets))
         gain = torch.zeros(len(channels), dtype=torch.float64)
         for bundle in self.bundles:
-            among = torch.cat([_submatrices(bundle, part, own) for part, own in zip(parts, sets, strict=True)])
+            moments = torch.cat([pool.submatrices(bundle, inside) for pool, inside in zip(pools, sets, strict=True)])
             for block in self._blocks(bundle):
                 move = pruned_part(block.weight, block.score, groups, self.pattern).sub_(block.error)
-                own = move[channels.flatten()].view(*channels.shape, -1)
-                products = torch.bmm(block.coupled(own), own.mT).mul_(among).sum((1, 2))
+                moves = move[channels.flatten()].view(*channels.shape, -1)
+                products = torch.bmm(block.coupled(moves), moves.mT).mul_(moments).sum((1, 2))
                 linear = move.mul_(block.slope).sum(1)[channels].sum(1)
                 gain += linear.add_(products, alpha=self.damping / 2).cpu()
         sharding.add_(gain)
         return gain
 
-    def _shift(self, groups: Tensor, parts: list[Among], slots: Tensor | None) -> list[Tensor]:
+    def _shift(self, groups: Tensor, pools: list[Pool], slots: Tensor | None) -> list[Tensor]:
         """Move to other groups: update slopes and `change`; returns the placement costs there as `_take_first`."""
         changed = torch.zeros(groups.numel(), dtype=torch.bool)
         changed[groups[(groups != self.groups).any(1)].flatten()] = True
         if not changed.any():
-            return [] if slots is None else self._costs(parts, slots)
-        costs = [] if slots is None else _no_costs(parts)
+            return [] if slots is None else self._costs(pools, slots)
+        costs = [] if slots is None else _no_costs(pools)
         change = 0.0
         for bundle in self.bundles:
-            fields = [_field(bundle, part, changed) for part in parts]
+            products = [pool.product(bundle, changed) for pool in pools]
             for block in self._blocks(bundle):
                 error = pruned_part(block.weight, block.score, groups, self.pattern)
                 move = error - block.error
-                field = block.coupled(_joined(parts, fields, move)).mul_(self.damping)
+                field = block.coupled(_joined(pools, products, move)).mul_(self.damping)
                 block.slope.add_(field)
                 change += float((move * block.slope).sum() - field.mul_(move).sum() / 2)
                 if slots is not None:
-                    self._add_costs(costs, bundle, block, error, groups=groups, parts=parts, slots=slots)
+                    self._add_costs(costs, bundle, block, error, groups=groups, pools=pools, slots=slots)
         self.change += sharding.total(change)[0]
         self.groups = groups
         return _from_diagonal(costs)
 
-    def _costs(self, parts: list[Among], slots: Tensor) -> list[Tensor]:
-        """Return the `placement_cost` of each part; `slots` are the free slots of all groups, int64 (groups,)."""
-        costs = _no_costs(parts)
+    def _costs(self, pools: list[Pool], slots: Tensor) -> list[Tensor]:
+        """Return the `placement_cost` of each pool; `slots` are the free slots of all groups, int64 (groups,)."""
+        costs = _no_costs(pools)
         for bundle in self.bundles:
             for block in self._blocks(bundle):
-                self._add_costs(costs, bundle, block, block.error, groups=self.groups, parts=parts, slots=slots)
+                self._add_costs(costs, bundle, block, block.error, groups=self.groups, pools=pools, slots=slots)
         return _from_diagonal(costs)
 
     def _add_costs(
@@ -261,30 +277,18 @@ class QuadraticModel:
         error: Tensor,
         *,
         groups: Tensor,
-        parts: list[Among],
+        pools: list[Pool],
         slots: Tensor,
     ) -> None:
         slope, curvature = block.slope.to(block.weight.dtype), self.damping / 2 * bundle.diagonal
-        for cost, part in zip(costs, parts, strict=True):
+        for cost, pool in zip(costs, pools, strict=True):
             add_placement_cost(
-                cost,
-                block.score,
-                block.weight,
-                slope,
-                error,
+                *(cost, block.score, block.weight, slope, error),
                 curvature=curvature,
-                groups=groups[part.groups],
-                slots=slots[part.groups],
+                groups=groups[pool.groups],
+                slots=slots[pool.groups],
                 pattern=self.pattern,
             )
-
-    def _set_local_slopes(self) -> None:
-        """Set the slopes to those of the local model, H E."""
-        for bundle in self.bundles:
-            moments = bundle.moments(torch.arange(self.groups.numel()))
-            for rows in bundle.rows:
-                for weight, score in rows.read():
-                    rows.slopes.append(moments @ pruned_part(weight, score, self.groups, self.pattern))
 
 
 def _better_halves(ranked: Tensor) -> Iterator[Tensor]:
@@ -294,8 +298,8 @@ def _better_halves(ranked: Tensor) -> Iterator[Tensor]:
         ranked = ranked[: len(ranked) // 2]
 
 
-def _no_costs(parts: list[Among]) -> list[Tensor]:
-    return [torch.zeros(len(part.groups), len(part.groups), dtype=torch.float64) for part in parts]
+def _no_costs(pools: list[Pool]) -> list[Tensor]:
+    return [torch.zeros(len(pool.groups), len(pool.groups), dtype=torch.float64) for pool in pools]
 
 
 def _from_diagonal(costs: list[Tensor]) -> list[Tensor]:
@@ -304,29 +308,11 @@ def _from_diagonal(costs: list[Tensor]) -> list[Tensor]:
     return [(cost - cost.diagonal()[:, None]).float() for cost in costs]
 
 
-def _submatrices(bundle: Bundle, part: Among, sets: Tensor) -> Tensor:
-    """Return the second moments of each set of channels, (sets, k, k), all of a part; `sets` is int64 (sets, k)."""
-    at = torch.searchsorted(part.channels, sets)
-    return bundle.moments(part.channels)[at[:, :, None], at[:, None, :]]
-
-
-def _field(bundle: Bundle, part: Among, changed: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a function that multiplies a part's rows of a matrix (channels, rows) by their second moments.
-
-    Rows of the matrix are zero except where `changed`, bool (channels,), is True.
-    """
-    moments, at = bundle.moments(part.channels), changed[part.channels].nonzero().flatten()
-    if 2 * len(at) >= len(part.channels):
-        return lambda move: moments @ move[part.index]
-    moments, channels = moments[at].T, part.channels[at]
-    return lambda move: moments @ move[channels]
-
-
-def _joined(parts: list[Among], fields: list[Callable[[Tensor], Tensor]], move: Tensor) -> Tensor:
-    """Return the fields of all parts, (channels, rows)."""
-    if len(parts) == 1:
-        return fields[0](move)
-    found = torch.empty_like(move)
-    for part, field in zip(parts, fields, strict=True):
-        found[part.index] = field(move)
-    return found
+def _joined(pools: list[Pool], products: list[Callable[[Tensor], Tensor]], move: Tensor) -> Tensor:
+    """Return the products of all pools, (channels, rows)."""
+    if len(pools) == 1:
+        return products[0](move)
+    joined = torch.empty_like(move)
+    for pool, product in zip(pools, products, strict=True):
+        joined[pool.index] = product(move)
+    return joined
