@@ -84,17 +84,17 @@ def search(
         )
     if len(score) > WIDE:
         return _swap_at_random(score, groups, pattern, generator)
-    sets: _Sets = _Pairs(score, groups, pattern)
+    sets: Sets = Pairs(score, groups, pattern)
     sets.descend()
     for _ in range(escapes):
         sets.escape(generator)
     if triples:
-        sets = _Triples(score, sets.groups, pattern)
+        sets = Triples(score, sets.groups, pattern)
         sets.descend()
     return sets.groups
 
 
-class _Sets(ABC):
+class Sets(ABC):
     """All sets of a few groups, with the largest gain in kept score from regrouping the channels of each set.
 
     `sets` is int64 (count, k), the groups of each set. A row of `partitions`, (partitions, k * m), lists the positions
@@ -134,11 +134,11 @@ class _Sets(ABC):
         """Shuffle the channels of a few groups and descend; if this does not keep more score, restore everything."""
         before = self.groups, self.kept, self.gain, self.choice
         self.groups, self.kept, self.gain, self.choice = (x.clone() for x in before)
-        at = torch.randperm(len(self.groups), generator=generator)[:SHUFFLED]
-        channels = self.groups[at].flatten()
-        self.groups[at] = channels[torch.randperm(len(channels), generator=generator)].view(len(at), -1)
-        self.kept[at] = kept_score(self.score, self.groups[at], self.pattern)
-        self.refresh(at)
+        shuffled = torch.randperm(len(self.groups), generator=generator)[:SHUFFLED]
+        channels = self.groups[shuffled].flatten()
+        self.groups[shuffled] = channels[torch.randperm(len(channels), generator=generator)].view(len(shuffled), -1)
+        self.kept[shuffled] = kept_score(self.score, self.groups[shuffled], self.pattern)
+        self.refresh(shuffled)
         self.descend()
         if self.kept.sum() <= before[1].sum():
             self.groups, self.kept, self.gain, self.choice = before
@@ -149,14 +149,14 @@ class _Sets(ABC):
         ranked = gaining[self.gain[gaining].argsort(descending=True, stable=True)]
         used: set[int] = set()
         picked = []
-        for at, groups in zip(ranked.tolist(), self.sets[ranked].tolist(), strict=True):
+        for number, groups in zip(ranked.tolist(), self.sets[ranked].tolist(), strict=True):
             if used.isdisjoint(groups):
                 used.update(groups)
-                picked.append(at)
+                picked.append(number)
         return torch.tensor(picked, dtype=torch.int64)
 
 
-class _Pairs(_Sets):
+class Pairs(Sets):
     """Sets of two groups, which exchange one channel each, or, if m is 4, one or two channels each.
 
     `given` and `rest` list, for each number of exchanged channels, the subsets of positions that are given away and the
@@ -184,36 +184,36 @@ class _Pairs(_Sets):
         gain[:, changed] = 0.0
         left = torch.ones(count, dtype=torch.bool)  # a pair is computed once, and stored at [a, b] or [b, a] only
         for chunk in changed.sort().values.split(CHUNK):
-            among = left.nonzero().flatten()
-            at = torch.searchsorted(among, chunk)
-            best, which = self._gains(among, at)
-            best[:, at] = best[:, at].triu(1)
-            gain[chunk[:, None], among] = best
-            choice[chunk[:, None], among] = which
+            others = left.nonzero().flatten()
+            places = torch.searchsorted(others, chunk)
+            best, which = self._gains(others, places)
+            best[:, places] = best[:, places].triu(1)
+            gain[chunk[:, None], others] = best
+            choice[chunk[:, None], others] = which
             left[chunk] = False
 
-    def _gains(self, among: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the largest gain of each group among[at] (row) with each of `among` (column), and its partition."""
-        shapes = [(len(at), len(given), len(among), len(given)) for given in self.given]
+    def _gains(self, others: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest gain of each group others[places] (row) with each of `others` (column), and its choice."""
+        shapes = [(len(places), len(given), len(others), len(given)) for given in self.given]
         after = [torch.zeros(shape, dtype=torch.float64, device=self.score.device) for shape in shapes]
         for block in self.score.split(ROWS, 1):
-            members = block[self.groups[among]]
+            members = block[self.groups[others]]
             for total, given, rest in zip(after, self.given, self.rest, strict=True):
                 gave, stay = (descending(members[:, some].unbind(2), self.pattern.n) for some in (given, rest))
-                mine = self._join(stay, at, gave).view_as(total)
-                total += mine
+                regrouped = self._join(stay, places, gave).view_as(total)
+                total += regrouped
                 # if half is given away, what stays is what another exchange gives away: the table has both groups
                 halved = 2 * given.shape[1] == self.pattern.m
-                total += mine.flip(1, 3) if halved else self._join(gave, at, stay).view_as(total)
+                total += regrouped.flip(1, 3) if halved else self._join(gave, places, stay).view_as(total)
         best, which = torch.cat([total.transpose(1, 2).flatten(2) for total in after], 2).max(2)
-        return best.cpu() - self.kept[among[at], None] - self.kept[among], which.cpu()
+        return best.cpu() - self.kept[others[places], None] - self.kept[others], which.cpu()
 
-    def _join(self, x: list[Tensor], at: Tensor, y: list[Tensor]) -> Tensor:
-        """The score that lists of x of the groups `at` keep with lists of y; all are (groups, subsets, rows)."""
-        return union_kept([t[at].flatten(0, 1) for t in x], [t.flatten(0, 1) for t in y], self.pattern.n)
+    def _join(self, x: list[Tensor], places: Tensor, y: list[Tensor]) -> Tensor:
+        """The score that lists of x of the groups at `places` keep with lists of y; all are (groups, subsets, rows)."""
+        return union_kept([t[places].flatten(0, 1) for t in x], [t.flatten(0, 1) for t in y], self.pattern.n)
 
 
-class _Triples(_Sets):
+class Triples(Sets):
     """Sets of three groups of 4, with all 5775 partitions of their channels."""
 
     def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern) -> None:
@@ -226,12 +226,12 @@ class _Triples(_Sets):
         return super().channels(sets).sort(1).values
 
     def refresh(self, changed: Tensor) -> None:
-        at = torch.isin(self.sets, changed).any(1).nonzero().flatten()
-        a, b, c, d = self.channels(self.sets[at]).T[self.fours].unbind(1)
+        stale = torch.isin(self.sets, changed).any(1).nonzero().flatten()
+        a, b, c, d = self.channels(self.sets[stale]).T[self.fours].unbind(1)
         kept = self.table[self.pair[a, b], self.pair[c, d]]
         first, second, third = self.thirds.T
-        most, self.choice[at] = kept[first].add_(kept[second]).add_(kept[third]).max(0)
-        self.gain[at] = most - self.kept[self.sets[at]].sum(1)
+        most, self.choice[stale] = kept[first].add_(kept[second]).add_(kept[third]).max(0)
+        self.gain[stale] = most - self.kept[self.sets[stale]].sum(1)
 
 
 @cache

@@ -39,16 +39,16 @@ PASSES = 2
 def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
     """Return the scores of all weights of a problem, (channels, rows); rows are multiplied by sqrt(fisher) if given."""
     total = sum(network.row_count(part.layer) for part in problem.parts)
-    found, first = torch.empty(0), 0
+    scores, first = torch.empty(0), 0
     for part in problem.parts:
         rows = network.scores[part.layer][:, part.span]
         if not first:
-            found = rows.new_empty(problem.size, total)
-        own = found[:, first : first + len(rows)].copy_(rows.T)
+            scores = rows.new_empty(problem.size, total)
+        stacked = scores[:, first : first + len(rows)].copy_(rows.T)
         if fisher is not None:
-            own *= fisher[part.layer].sqrt()
+            stacked *= fisher[part.layer].sqrt()
         first += len(rows)
-    return found
+    return scores
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
@@ -103,10 +103,10 @@ def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
     groups = hands.T.contiguous()
     generator = torch.Generator().manual_seed(0)
     for slot in [*range(pattern.m)] * PASSES:
-        for part in random_parts(len(groups), groups_in(PART, pattern.m), generator):
-            free = groups[part, slot]
-            others = groups[part][:, torch.arange(pattern.m) != slot].T
-            groups[part[assign(-_kept_by_joining(score, free, others, pattern.n))], slot] = free
+        for pool in random_parts(len(groups), groups_in(PART, pattern.m), generator):
+            free = groups[pool, slot]
+            others = groups[pool][:, torch.arange(pattern.m) != slot].T
+            groups[pool[assign(-_kept_by_joining(score, free, others, pattern.n))], slot] = free
     return groups.flatten()
 
 
@@ -122,11 +122,11 @@ def _kept_by_joining(score: Tensor, free: Tensor, others: Tensor, n: int) -> Ten
     for block in score.split(max(1, READ // (2 * count)), 1):
         limit = descending(block[others], n)[-1]
         # scores above the highest limit add the same to all groups: clipped, so that they cost no precision
-        own = torch.cat([block[free].minimum(limit.amax(0)), limit])
+        scores = torch.cat([block[free].minimum(limit.amax(0)), limit])
         add_placement_cost(
             gain,
-            *(own, own, torch.full_like(own, -1), torch.zeros_like(own)),
-            curvature=own.new_zeros(2 * count),
+            *(scores, scores, torch.full_like(scores, -1), torch.zeros_like(scores)),
+            curvature=scores.new_zeros(2 * count),
             groups=pairs,
             slots=torch.zeros(count, dtype=torch.int64),
             pattern=Pattern(1, 2),

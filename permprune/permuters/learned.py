@@ -52,13 +52,13 @@ class Learned(TrustRegion):
         cost = torch.zeros(count * m, count * m // parts) if memory is None else memory.clone()
         for step in range(self.steps):
             slots = torch.randint(m, (count,), generator=generator)
-            for at in torch.arange(count).chunk(parts):
-                rows = model.groups[at, slots[at]][:, None]
-                columns = ((at - at[0]) * m + slots[at])[None, :]
-                gradient = model.placement_cost(at, slots[at])
+            for free in torch.arange(count).chunk(parts):
+                rows = model.groups[free, slots[free]][:, None]
+                columns = ((free - free[0]) * m + slots[free])[None, :]
+                gradient = model.placement_cost(free, slots[free])
                 cost[rows, columns] = self.decay * cost[rows, columns] + gradient
                 target = self._match(cost[rows, columns], step / max(1, self.steps - 1), generator)
-                model.move(at, slots[at], target, gradient)
+                model.move(free, slots[free], target, gradient)
         return cost
 
     def part_size(self, size: int, pattern: Pattern) -> int:

@@ -9,6 +9,7 @@ from permprune.losses.objective import Objective
 from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution
 from permprune.permuters.bundles import BLOCK
+from permprune.permuters.iterate import Landscape
 from permprune.permuters.kept import deal_and_assign, stacked_scores
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.system.imports import on_first_use
@@ -55,24 +56,22 @@ class Reconstruction(LocalPermuter):
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         def solve(number: int, problem: Problem) -> Tensor:
             """Return the orders of all candidates, int64 (candidates, size)."""
-            generators = [run.generator(number, candidate) for candidate in range(self.candidates)]
-            return torch.stack(
-                [
-                    self.order(network, problem, generator, JITTER if candidate else 0.0)
-                    for candidate, generator in enumerate(generators)
-                ]
-            )
+            orders = []
+            for candidate in range(self.candidates):
+                generator = run.generator(number, candidate)
+                orders.append(self.order(network, problem, generator, JITTER if candidate else 0.0))
+            return torch.stack(orders)
 
         with Journal(self.checkpoint(run), self.name) as journal:
-            found = self.each(network, journal, solve)
+            solved = self.each(network, journal, solve)
             names = [problem.name for problem in network.problems]  # the same order for any number of processes
-            candidates = [{name: found[name][i] for name in names} for i in range(self.candidates)]
+            candidates = [{name: solved[name][i] for name in names} for i in range(self.candidates)]
             return Solution(self._choose(network, run, candidates), journal.seconds)
 
     def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator, jitter: float = 0.0) -> Tensor:
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square_()
-        _add_noise(energy, jitter, generator, *_places(network, problem))
+        _add_noise(energy, jitter, generator, network, problem)
         first = deal_and_assign(energy, network.pattern_of(problem))
         del energy  # as large as the problem
         model = QuadraticModel.of(network, problem, fisher, order=first)
@@ -81,35 +80,32 @@ class Reconstruction(LocalPermuter):
 
     def _choose(self, network: PrunedNetwork, run: Run, candidates: list[Orders]) -> Orders:
         """Return the first candidate, except for the runs of problems in which another lowers the held-out loss."""
-        best = candidates[0]
+        landscape, best = Landscape(network, run, Objective()), candidates[0]
         network.set_orders(best)
-        teacher_outputs = network.compute_teacher_outputs(run.held_out, Objective())
-        least = network.loss(run.held_out, Objective(), teacher_outputs)
+        least = landscape.held_out_loss()
         problems = list(best)
         for share in track(torch.arange(len(problems)).chunk(self.shares), "choosing candidates"):
             for other in candidates[1:]:
                 tried = best | {problems[i]: other[problems[i]] for i in share.tolist()}
                 network.set_orders(tried)
-                loss = network.loss(run.held_out, Objective(), teacher_outputs)
+                loss = landscape.held_out_loss()
                 if loss < least:
                     best, least = tried, loss
         log.info("%s: held-out loss %.4f", self.name, least)
         return best
 
 
-def _add_noise(energy: Tensor, jitter: float, generator: torch.Generator, rows: int, own: slice | Tensor) -> None:
+def _add_noise(
+    energy: Tensor, jitter: float, generator: torch.Generator, network: MaskedLayers, problem: Problem
+) -> None:
     """Multiply energies, (channels, rows), by random numbers, 1 with a standard deviation of `jitter`.
 
-    The numbers are drawn for all `rows`, as all processes have to draw the same; `own` are those of this process.
+    They are drawn for the rows of all processes, as these have to draw the same.
     """
-    for block in energy.split(max(1, BLOCK // rows)):
-        block *= 1 + jitter * torch.randn(len(block), rows, generator=generator)[:, own].to(block)
-
-
-def _places(network: MaskedLayers, problem: Problem) -> tuple[int, slice | Tensor]:
-    """Return the number of rows that follow a problem's order, and which of them this process holds."""
-    count, own = 0, []
+    count, held = 0, []
     for layer in (network.layers[part.layer] for part in problem.parts):
-        own.append(torch.arange(count, count + layer.row_count)[layer.rows])
+        held.append(torch.arange(count, count + layer.row_count)[layer.rows])
         count += layer.row_count
-    return count, torch.cat(own) if shards() > 1 else slice(None)
+    rows = torch.cat(held) if shards() > 1 else slice(None)
+    for block in energy.split(max(1, BLOCK // count)):
+        block *= 1 + jitter * torch.randn(len(block), count, generator=generator)[:, rows].to(block)

@@ -65,19 +65,20 @@ def find_swaps(network: PrunedNetwork, name: str, gradients: Gradients, damping:
     columns = network.stored_columns()[name].view(-1, pattern.m).to(moments.device)
     energy = moments[columns[:, :, None], columns[:, None, :]].to(weight.device)  # of each group
     columns = columns.to(weight.device)
-    found = []
+    swaps = []
     for rows in torch.arange(len(weight), device=weight.device).split(max(1, GROUPS_AT_ONCE // len(columns))):
         members = mask[rows][:, columns].to(torch.int8).argsort(dim=-1, descending=True, stable=True)  # kept ones first
         places = (rows[:, None, None] * weight.shape[1] + columns).gather(-1, members)
-        own = weight.flatten()[places].float()
-        slope = gradients.weight[name].flatten()[places].float() * own
+        values = weight.flatten()[places].float()
+        slope = gradients.weight[name].flatten()[places].float() * values
         fisher = gradients.fisher[name][rows, None].float()
         pair, change = _best_pairs(
-            own, slope, members, energy, n=pattern.n, fisher=fisher, damping=damping, terms=gradients.count
+            values, slope, members, energy, n=pattern.n, fisher=fisher, damping=damping, terms=gradients.count
         )
-        at = (change < 0).nonzero(as_tuple=True)
-        found.append((places[(*at, pair[at][:, 0])], places[(*at, pair[at][:, 1])], change[at]))
-    return Swaps(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        gaining = (change < 0).nonzero(as_tuple=True)
+        kept, pruned = pair[gaining].unbind(1)
+        swaps.append((places[(*gaining, kept)], places[(*gaining, pruned)], change[gaining]))
+    return Swaps(*(torch.cat(blocks) for blocks in zip(*swaps, strict=True)))
 
 
 def _best_pairs(
@@ -100,10 +101,10 @@ def _best_pairs(
     best = weight.new_zeros(weight.shape[:2])
     one, other = (members.new_zeros(weight.shape[:2]) for _ in range(2))
     for k, p in itertools.product(range(n), range(n, weight.shape[-1])):
-        own = torch.stack([-weight[..., k], weight[..., p]], -1)
-        at = torch.stack([members[..., k], members[..., p]], -1)
-        blocks = energy[group[..., None, None], at[..., None], at[..., None, :]]
-        curvature = fisher * torch.einsum("rgi,rgij,rgj->rg", own, blocks, own).clamp_min(0)
+        step = torch.stack([-weight[..., k], weight[..., p]], -1)
+        pair = torch.stack([members[..., k], members[..., p]], -1)
+        moments = energy[group[..., None, None], pair[..., None], pair[..., None, :]]
+        curvature = fisher * torch.einsum("rgi,rgij,rgj->rg", step, moments, step).clamp_min(0)
         linear = slope[..., p] - slope[..., k]
         change = linear + damping / 2 * curvature
         better = (change < best) & (linear < -SIGNIFICANT * (curvature / terms).sqrt())
@@ -115,19 +116,19 @@ def _best_pairs(
 def all_swaps(network: PrunedNetwork, gradients: Gradients, damping: float) -> dict[str, Swaps]:
     """Return `find_swaps` of every layer, by name."""
     names = list(network.layers)
-    found = distributed.each(lambda name: find_swaps(network, name, gradients, damping), names, network.device)
-    return dict(zip(names, found, strict=True))
+    swaps = distributed.each(lambda name: find_swaps(network, name, gradients, damping), names, network.device)
+    return dict(zip(names, swaps, strict=True))
 
 
 def swapped(network: PrunedNetwork, swaps: dict[str, Swaps], least: float) -> dict[str, Tensor]:
     """Return the network's masks, packed, after the swaps whose predicted change is at most `least`."""
     bits = network.bits
-    for name, own in swaps.items():
-        chosen = own.change <= least
+    for name, of_layer in swaps.items():
+        chosen = of_layer.change <= least
         if chosen.any():
             mask = network.masks[name]
-            mask.view(-1)[own.kept[chosen]] = False
-            mask.view(-1)[own.pruned[chosen]] = True
+            mask.view(-1)[of_layer.kept[chosen]] = False
+            mask.view(-1)[of_layer.pruned[chosen]] = True
             bits[name] = pack_mask(mask)
     return bits
 
@@ -159,7 +160,7 @@ def refine_masks(landscape: Landscape, state: S, *, rounds: int, examples: int, 
             swaps = all_swaps(network, gradients, damping)
         del gradients
         share, loss = _try_shares(landscape, swaps, state.best)
-        count = round(share * sum(len(own.change) for own in swaps.values()))
+        count = round(share * sum(len(of_layer.change) for of_layer in swaps.values()))
         log.info("refinement %d: held-out loss %.4f after %d swaps", number, loss, count)
         damping = damping / EASING if share == 1 else damping * EASING if share == 0 else damping
         made.append((loss, distributed.mean(saved.seconds)))
@@ -170,7 +171,7 @@ def refine_masks(landscape: Landscape, state: S, *, rounds: int, examples: int, 
 
 def _try_shares(landscape: Landscape, swaps: dict[str, Swaps], best: float) -> tuple[float, float]:
     """Make the share of the swaps that lowers the loss most; returns the share, which may be 0, and the loss."""
-    changes = torch.cat([own.change for own in swaps.values()]).sort().values
+    changes = torch.cat([of_layer.change for of_layer in swaps.values()]).sort().values
     network = landscape.network
     before, chosen, kept, share = network.bits, network.bits, 0.0, 1.0
     for _ in range(TRIED if len(changes) else 0):

@@ -42,7 +42,7 @@ def mix(
     errors = {layer.name: _errors(layer, sites[layer.name], statistics, saliency) for layer in layers}
     sizes = {layer.name: layer.weight.numel() for layer in layers}
     groups = tied(list(sizes), problems)
-    chosen = _least(
+    chosen = least_error(
         np.array([np.sum([errors[name] for name in group], axis=0) for group in groups]),
         np.array([sum(sizes[name] for name in group) for group in groups]),
     )
@@ -71,7 +71,7 @@ def _errors(layer: Layer, site: str, statistics: Statistics, saliency: Saliency)
     return [left(pattern.mask(score)) for pattern in CHOICES]
 
 
-def _least(errors: np.ndarray, sizes: np.ndarray) -> list[int]:
+def least_error(errors: np.ndarray, sizes: np.ndarray) -> list[int]:
     """Return the choice of each group that minimises the sum of `errors` (groups, choices) within the budget.
 
     `sizes` (groups,) are numbers of weights.
@@ -81,7 +81,7 @@ def _least(errors: np.ndarray, sizes: np.ndarray) -> list[int]:
     scaled = errors * (1e6 / max(errors.sum(), 1e-300))  # the solver's absolute tolerance is 1e-6
     one_each = LinearConstraint(np.kron(np.eye(len(sizes)), np.ones(len(CHOICES))), 1, 1)
     budget = LinearConstraint(kept.reshape(1, -1), ub=float(sizes.sum() // unit * TOTAL.n))
-    found = milp(scaled.flatten(), integrality=1, bounds=Bounds(0, 1), constraints=[one_each, budget])
-    if found.x is None:
-        raise PermpruneError(f"no mix of patterns was found ({found.message}): take one pattern, as {TOTAL}")
-    return [int(choice) for choice in found.x.reshape(kept.shape).argmax(1)]
+    solved = milp(scaled.flatten(), integrality=1, bounds=Bounds(0, 1), constraints=[one_each, budget])
+    if solved.x is None:
+        raise PermpruneError(f"no mix of patterns was found ({solved.message}): take one pattern, as {TOTAL}")
+    return [int(choice) for choice in solved.x.reshape(kept.shape).argmax(1)]

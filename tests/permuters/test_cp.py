@@ -74,7 +74,9 @@ def most_gain(score: Tensor, groups: Tensor, pattern: Pattern) -> float:
 
 def test_two_groups_of_4_have_35_partitions_and_three_have_5775() -> None:
     assert len(all_ways(2, 4)) == 35
-    found = {frozenset(frozenset(four) for four in row) for row in cp._thirds()[0][cp._thirds()[1]].tolist()}
+    score, pattern = random_score(12, 5, 0), Pattern(2, 4)
+    partitions = cp.Triples(score, natural(score, pattern), pattern).partitions.view(-1, 3, 4)
+    found = {frozenset(frozenset(four) for four in row) for row in partitions.tolist()}
     assert found == {frozenset(map(frozenset, ways)) for ways in all_ways(3, 4).tolist()}
     assert len(found) == 5775
 
@@ -89,7 +91,7 @@ def test_two_groups_of_4_have_35_partitions_and_three_have_5775() -> None:
 def test_pair_gains_are_those_of_all_partitions(pattern: Pattern, count: int, rows: int, seed: int) -> None:
     score = random_score(count * pattern.m, rows, seed)
     order = torch.randperm(len(score), generator=torch.Generator().manual_seed(seed))
-    sets = cp._Pairs(score, order.view(count, pattern.m), pattern)
+    sets = cp.Pairs(score, order.view(count, pattern.m), pattern)
     gain = sets.gain.view(count, count)
     assert (gain * gain.T == 0).all()  # each pair stands once
     for a, b in combinations(range(count), 2):
@@ -102,7 +104,7 @@ def test_pair_gains_are_those_of_all_partitions(pattern: Pattern, count: int, ro
         assert gained == pytest.approx(float(sets.gain[at]), abs=1e-6 * rows)
 
 
-@pytest.mark.parametrize("kind", [cp._Pairs, cp._Triples])
+@pytest.mark.parametrize("kind", [cp.Pairs, cp.Triples])
 def test_gains_after_moves_are_those_of_a_fresh_start(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cp, "CHUNK", 3)
     pattern, score = Pattern(2, 4), random_score(40, 70, 0)
@@ -113,7 +115,7 @@ def test_gains_after_moves_are_those_of_a_fresh_start(kind: type, monkeypatch: p
     fresh = kind(score, sets.groups, pattern)
     assert not torch.equal(sets.groups, natural(score, pattern))
     torch.testing.assert_close(sets.kept, fresh.kept)
-    if kind is cp._Pairs:  # which of its two groups a pair lists first depends on the moves
+    if kind is cp.Pairs:  # which of its two groups a pair lists first depends on the moves
         kept, anew = (x.gain.clamp_min(0).view(10, 10) for x in (sets, fresh))
         torch.testing.assert_close(kept + kept.T, anew + anew.T, atol=1e-4, rtol=0)
     else:
@@ -149,7 +151,7 @@ def test_triples_end_where_no_three_groups_gain_and_keep_no_less(n: int) -> None
 
 def test_escapes_never_lose_and_often_gain() -> None:
     pattern, score = Pattern(2, 4), random_score(48, 60, 1)
-    sets = cp._Pairs(score, natural(score, pattern), pattern)
+    sets = cp.Pairs(score, natural(score, pattern), pattern)
     sets.descend()
     generator = torch.Generator().manual_seed(0)
     history = [float(sets.kept.sum())]
@@ -185,7 +187,7 @@ def test_channels_that_tie_do_not_keep_the_search_going() -> None:
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(4, 8)], ids=str)
 def test_wide_problems_take_random_swaps_that_gain(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cp, "WIDE", 8 * pattern.m)
-    monkeypatch.setattr(cp, "_Pairs", None)
+    monkeypatch.setattr(cp, "Pairs", None)
     score = random_score(9 * pattern.m, 50, 0)
     kept = []
     for rounds in (0, 1, 2, 4, 100):

@@ -12,7 +12,7 @@ from permprune.engine.held import Prepared, finish, prepare
 from permprune.errors import PermpruneError
 from permprune.pattern import TOTAL, Pattern, parse_pattern
 from permprune.permuters.registry import PERMUTERS
-from permprune.pruning.allocation import CHOICES, _least, tied
+from permprune.pruning.allocation import CHOICES, least_error, tied
 from permprune.pruning.problem import Part, Problem
 
 from ..permuters.test_permuters import brief
@@ -53,7 +53,7 @@ def test_the_choice_is_the_best_within_the_budget(seed: int) -> None:
         return errors[range(6), choices].sum() if within else np.inf
 
     best = min(cost(choices) for choices in itertools.product(range(3), repeat=6))
-    assert cost(tuple(_least(errors, sizes))) == pytest.approx(best, rel=1e-4)
+    assert cost(tuple(least_error(errors, sizes))) == pytest.approx(best, rel=1e-4)
 
 
 def test_layers_that_share_an_order_are_tied() -> None:
