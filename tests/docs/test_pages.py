@@ -35,6 +35,7 @@ RUN = [
     "how-to/gpu",
     "how-to/kv-cache",
     "how-to/large-models",
+    "how-to/onnx",
     "how-to/train",
     "how-to/vision-language",
 ]
@@ -82,7 +83,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default:.*is_gradient_checkpointing:FutureWarning", "default:.*pin_memory")  # PEFT
+@pytest.mark.filterwarnings("default:.*is_gradient_checkpointing", "default:.*pin_memory")  # of PEFT and the Trainer
 @pytest.mark.parametrize("name", RUN)
 def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = "\n".join(fenced(DOCS / f"{name}.md", "python"))
@@ -90,7 +91,7 @@ def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixt
         source = source.replace(real, tiny)
     if name == "start":  # its folder comes from the command line
         assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
-    if name == "how-to/fine-tune":
+    if name in ("how-to/fine-tune", "how-to/onnx"):
         assert run("prune", *TINY, "--out", "pruned", "--permute", "ria")[0] == 0
         assert run("pack", "pruned", "--out", "packed")[0] == 0
     if name == "how-to/vision-language":

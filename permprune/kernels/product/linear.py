@@ -73,6 +73,8 @@ def _(
     m: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        raise PermpruneError("packed layers have no ONNX form: export the model after permprune.unpack(model)")
     _require_fit(Layout(Pattern(n, m), dtype, width), x, blocks, bias, order)
     return x.new_empty(*x.shape[:-1], blocks.shape[0])
 
