@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.cli.settings import parts
-from permprune.errors import PermpruneError
+from permprune.cli.settings import numbers_in
+from permprune.options import Count
 
 
 @cli.command
@@ -21,10 +21,10 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option(help="batch sizes in sequences, separated by commas")] = "1,8,32",
     context: Annotated[str, typer.Option(help="prompt lengths in tokens, separated by commas")] = "128,2048",
-    steps: Annotated[int, typer.Option(help="tokens to generate in each measurement")] = 16,
-    turns: Annotated[int, typer.Option(help="times to repeat each measurement; the shortest time counts")] = 3,
+    steps: Annotated[Count, typer.Option(help="tokens to generate in each measurement")] = 16,
+    turns: Annotated[Count, typer.Option(help="times to repeat each measurement; the shortest time counts")] = 3,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of each model", show_default="as many as PyTorch uses")
+        Count | None, typer.Option(help="CPU threads of each model", show_default="as many as PyTorch uses")
     ] = None,
     kv: Annotated[
         Path | None, typer.Option(help="folder that permprune kv wrote: measures models with that pruned cache too")
@@ -35,18 +35,14 @@ def bench(
 ) -> Iterator[None]:
     """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their reports."""
 
-    from permprune.options import Count, require
-
-    batches, contexts = _numbers("batch", batch), _numbers("context", context)
-    for name, number in (("steps", steps), ("turns", turns), ("threads", 1 if threads is None else threads)):
-        require(name, number, Count)
+    batches, contexts = numbers_in("batch", batch, int), numbers_in("context", context, int)
     yield
 
     from permprune.jobs.bench import bench as run
     from permprune.jobs.bench import report
     from permprune.report.speed import bench_table, summary, write_bench
 
-    found = run(
+    benchmark = run(
         folders,
         dense=dense,
         batches=batches,
@@ -57,7 +53,7 @@ def bench(
         kv=kv,
         trust_remote_code=trust_remote_code,
     )
-    figures = found.to_json()
+    figures = benchmark.to_json()
     cli.show(bench_table(figures))
     for row in figures["rows"]:
         if not row["dense"]:
@@ -66,12 +62,4 @@ def bench(
     if picture is not None:
         write_bench(figures, picture)
     for folder in folders:
-        report(found, folder)
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    """Parse whole numbers separated by commas. Raises `PermpruneError` for anything else."""
-    try:
-        return [int(part) for part in parts(text)]
-    except ValueError:
-        raise PermpruneError(f'--{name} is "{text}": give whole numbers, separated by commas') from None
+        report(benchmark, folder)

@@ -30,6 +30,7 @@ from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList
+from permprune.options import Number
 from permprune.system.interrupts import interruptible
 from permprune.system.progress import console, log
 
@@ -78,8 +79,9 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
     """Register a command; `PermpruneError` becomes one line on stderr and exit status 2, Ctrl-C exit status 130.
 
     A parameter whose type is a dataclass stands for the options of its fields (`options_of`), except for those in
-    `without`; several may share an option. Before anything slow is imported, the function runs up to its `yield`, and
-    its inputs and outputs are looked for. A function without one has then done its work.
+    `without`; several may share an option. Numbers have to be in the range of their type, such as `Count`. Before
+    anything slow is imported, the function runs up to its `yield`, and its inputs and outputs are looked for. A
+    function without one has then done its work.
     """
     own = inspect.signature(function, eval_str=True).parameters
     parameters, settings = dict[str, inspect.Parameter](), dict[str, tuple[type, Collection[str]]]()
@@ -92,6 +94,8 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
         parameters |= offered
     for name, parameter in parameters.items():
         complete_option(name, parameter)
+    hints = {name: parameter.annotation for name, parameter in parameters.items()}
+    numbers = {name: Number.of(hint) or Number.of(hint.__origin__) for name, hint in hints.items()}
 
     @wraps(function)
     def run(**options: Any) -> None:
@@ -108,6 +112,9 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
                     name: settings_from(kind, {option: given[option] for option in offered})
                     for name, (kind, offered) in settings.items()
                 }
+                for name, number in numbers.items():
+                    if number is not None:
+                        number.require(name, given[name])
                 work = function(**{name: made[name] if name in made else options[name] for name in own})
                 if work is None:
                     return
@@ -132,7 +139,7 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
                     raise typer.Exit(130) from None
 
     run.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
-    run.__annotations__ = {name: parameter.annotation for name, parameter in parameters.items()}
+    run.__annotations__ = hints
     app.command()(run)
     return run
 

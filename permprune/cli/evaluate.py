@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,9 +14,6 @@ from permprune.cli import common as cli
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
-
-if TYPE_CHECKING:
-    from permprune.evaluation.result import Result
 
 
 @partial(cli.command, without=("task_data",))
@@ -43,6 +40,7 @@ def evaluate(
     from permprune.jobs.evaluate import evaluate as run
     from permprune.jobs.kv import evaluate_kv
     from permprune.report.tables import tasks_table
+    from permprune.report.words import result_text
 
     if tasks.names or tasks.files:
         results = evaluate_tasks(model, tasks, trust_remote_code=trust_remote_code)
@@ -51,18 +49,12 @@ def evaluate(
         cli.write_figures(json, figures)
         return
     if kv is not None:
-        found = evaluate_kv(model, kv, evaluation, trust_remote_code=trust_remote_code)
-        print(f"{_said(found.result)}; cache {found.nbytes / 1e6:.1f} MB, dense {found.dense_nbytes / 1e6:.1f} MB")
-        sizes = {"cache_bytes": found.nbytes, "dense_cache_bytes": found.dense_nbytes}
-        cli.write_figures(json, {**found.result.to_json(), **sizes})
+        cached = evaluate_kv(model, kv, evaluation, trust_remote_code=trust_remote_code)
+        sizes = {"cache_bytes": cached.nbytes, "dense_cache_bytes": cached.dense_nbytes}
+        pruned, dense = (f"{size / 1e6:.1f} MB" for size in sizes.values())
+        print(f"{result_text(cached.result)}; cache {pruned}, dense {dense}")
+        cli.write_figures(json, {**cached.result.to_json(), **sizes})
         return
     result = run(model, evaluation, trust_remote_code=trust_remote_code)
-    print(_said(result))
+    print(result_text(result))
     cli.write_figures(json, result.to_json())
-
-
-def _said(result: Result) -> str:
-    from permprune.report.words import number
-
-    error = "" if result.stderr is None else f" ± {number(result.stderr)}"
-    return f"{result.metric} {number(result.value)}{error} on {result.count} {result.unit}"

@@ -25,16 +25,14 @@ def finetune(
 
     yield
 
-    found = run(model, out, options, resume=resume, announce=announce)
+    trained = run(model, out, options, resume=resume, announce=announce)
     print(f"written to {out}")
-    cli.write_figures(json, found.to_json())
+    cli.write_figures(json, trained.to_json())
 
 
-def announce(found: FineTuned) -> None:
+def announce(trained: FineTuned) -> None:
     """Print the result of training."""
-    from permprune.report.words import number, with_error
+    from permprune.report.words import number, result_text
 
-    result = found.result
-    beside = "" if found.dense is None else f", {number(found.dense)} of the teacher"
-    value = f"{result.metric} {with_error(result.value, result.stderr)} on {result.count} {result.unit}"
-    print(f"{value}, {number(found.before)} before training{beside}")
+    beside = "" if trained.dense is None else f", {number(trained.dense)} of the teacher"
+    print(f"{result_text(trained.result)}, {number(trained.before)} before training{beside}")

@@ -14,7 +14,7 @@ from permprune.cli.settings import option
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.kv.config import KVConfig
-from permprune.options import Count, Seed, require
+from permprune.options import Count, Seed
 
 
 @partial(cli.command, without=("keys", "values", "metric"))
@@ -43,7 +43,7 @@ def kv(
     calibration: Annotated[
         str | None, typer.Option(help="the text to calibrate on: a file, or a data set id; by default the zoo's")
     ] = None,
-    samples: Annotated[int, typer.Option(help="windows of text to calibrate on")] = 16,
+    samples: Annotated[Count, typer.Option(help="windows of text to calibrate on")] = 16,
     fold: Annotated[
         Path | None,
         typer.Option(
@@ -51,7 +51,7 @@ def kv(
             "which is then for that copy, need not reorder them; must not exist yet"
         ),
     ] = None,
-    seed: Annotated[int, option(PruneConfig, "seed")] = PruneConfig.seed,
+    seed: Annotated[Seed, option(PruneConfig, "seed")] = PruneConfig.seed,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> Iterator[None]:
@@ -61,8 +61,6 @@ def kv(
 
     config = config.replace(keys=keys or pattern, values=values or pattern)
     score_permuter(permute)
-    require("samples", samples, Count)
-    require("seed", seed, Seed)
     yield
 
     from permprune.checkpoints.schema import encode

@@ -12,7 +12,7 @@ from rich.table import Table
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
-from permprune.options import Count, require, require_choice
+from permprune.options import Count, require_choice
 from permprune.system.files import gib
 from permprune.system.imports import on_first_use
 
@@ -29,7 +29,7 @@ def plan(
         str | None,
         typer.Option(help="a GPU to forecast for: h100, h200, a100 or rtx4090", show_default="this machine"),
     ] = None,
-    processes: Annotated[int, typer.Option(help="processes that torchrun starts; memory is that of each")] = 1,
+    processes: Annotated[Count, typer.Option(help="processes that torchrun starts; memory is that of each")] = 1,
     json: cli.Json = None,
 ) -> Iterator[None]:
     """Forecast the memory by part, the disk space and the time of pruning MODEL, from its config alone.
@@ -39,15 +39,13 @@ def plan(
 
     from permprune.forecasts.machine import GPUS
 
-    require("processes", processes, Count)
     if gpu is not None:
         require_choice("gpu", gpu, GPUS)
     yield
 
     from permprune.forecasts.fitting import forecast
 
-    found = forecast(model, config, windows=evaluation.windows, gpu=gpu, processes=processes)
-    figures = found.to_json()
+    figures = forecast(model, config, windows=evaluation.windows, gpu=gpu, processes=processes).to_json()
     cli.write_figures(json, figures)
     cli.show(_stages(model, figures))
     cli.show(_peak(figures))

@@ -11,6 +11,7 @@ import typer
 from permprune.cli import common as cli
 from permprune.cli.settings import parts
 from permprune.errors import PermpruneError
+from permprune.options import Count
 
 
 @cli.command
@@ -31,17 +32,14 @@ def probe(
             show_default="those of CIFAR-10",
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(help="windows of data to use, of 32 examples each")] = 128,
+    windows: Annotated[Count, typer.Option(help="windows of data to use, of 32 examples each")] = 128,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> Iterator[None]:
     """Fit a linear classifier on what MODEL computes of images or sentences; its other weights do not change."""
 
-    from permprune.options import Count, require
-
     names = [] if classes is None else parts(classes)
     if classes is not None and len(names) < 2:
         raise PermpruneError(f"--classes has {len(names)} of them: give two or more, separated by commas")
-    require("windows", windows, Count)
     yield
 
     from permprune.jobs.probe import probe as run

@@ -17,6 +17,7 @@ import typer
 from permprune.errors import PermpruneError
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 NAMED = dict.fromkeys(("Permuter", "Saliency", "Update", "ModelSource"), str)
 """Types of fields that take an object or its name, of which the command line takes the name."""
@@ -79,6 +80,15 @@ def parts(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def numbers_in(option: str, text: str, kind: type[N]) -> list[N]:
+    """Parse a list of numbers, such as "5,20". Raises `PermpruneError` for anything else."""
+    try:
+        return [kind(part) for part in parts(text)]
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise PermpruneError(f'--{option} is "{text}": give {what}, separated by commas') from None
+
+
 PARSERS: dict[str, Callable[[str], Any]] = {"memory": parse_bytes, "minutes": parse_minutes, "tasks": parts}
 """Functions that read the text of an option."""
 
@@ -113,7 +123,7 @@ def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspe
 
 def complete_option(name: str, parameter: inspect.Parameter) -> None:
     """Give the option of a command its panel in the help, and its completion by the Tab key."""
-    (info,) = parameter.annotation.__metadata__
+    info = parameter.annotation.__metadata__[-1]
     info.rich_help_panel = next((panel for panel, names in PANELS.items() if name in names), None)
     module, _, registry = NAMES.get(name, "").partition(":")
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.cli.settings import parts
+from permprune.cli.settings import numbers_in, parts
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
-from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList
+from permprune.options import Count
 
 if TYPE_CHECKING:
     from permprune.jobs.swept import Sweep
@@ -35,18 +35,16 @@ def sweep(
         str,
         typer.Option(help="time limits of a search in minutes, separated by commas", show_default="no limit"),
     ] = "",
-    jobs: Annotated[int, typer.Option(help="patterns to work on at the same time, each in its own process")] = 1,
+    jobs: Annotated[Count, typer.Option(help="patterns to work on at the same time, each in its own process")] = 1,
     resume: cli.Resume = False,
 ) -> Iterator[None]:
     """Measure patterns x methods x budgets on MODEL: quality against size, as a table, a page and a picture."""
 
     from permprune.jobs.swept import plan_cells
-    from permprune.options import Count, require
 
     config, evaluation = cli.beside(config, evaluation, tasks)
-    cells = parts(patterns), parts(methods), _minutes(budgets)
+    cells = parts(patterns), parts(methods), numbers_in("budgets", budgets, float)
     plan_cells(*cells)
-    require("jobs", jobs, Count)
     yield
 
     from permprune.jobs.sweep import sweep as run
@@ -74,10 +72,3 @@ def announce(result: Sweep) -> None:
     figures = result.to_json()
     cli.show(sweep_table(figures))
     print(sweep_decision(figures))
-
-
-def _minutes(budgets: str) -> list[float]:
-    try:
-        return [float(budget) for budget in parts(budgets)]
-    except ValueError:
-        raise PermpruneError(f'--budgets is "{budgets}": give minutes separated by commas, such as 5,20') from None

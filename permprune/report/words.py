@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from permprune.data.overlap import QUOTED
-from permprune.evaluation.result import metric_named
+from permprune.evaluation.result import Result, metric_named
 from permprune.pattern import MIXED
 
 DASH = "\N{EN DASH}"
@@ -43,6 +43,11 @@ def with_error(value: float, error: float | None) -> str:
     if error > 0:
         digits = max(0, min(digits, 1 - math.floor(math.log10(error))))
     return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+
+
+def result_text(result: Result) -> str:
+    """Return a result as text: perplexity 44.77 ± 0.90 on 1200 tokens."""
+    return f"{result.metric} {with_error(result.value, result.stderr)} on {result.count} {result.unit}"
 
 
 def percent(share: float | None) -> str:
