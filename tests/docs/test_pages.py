@@ -83,7 +83,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default:.*is_gradient_checkpointing", "default:.*pin_memory")  # of PEFT and the Trainer
+@pytest.mark.filterwarnings("default")  # of PEFT, the Trainer and the ONNX exporter
 @pytest.mark.parametrize("name", RUN)
 def test_python_examples_run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = "\n".join(fenced(DOCS / f"{name}.md", "python"))
