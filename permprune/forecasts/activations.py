@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
-from permprune.forecasts.resources import Held
+from permprune.forecasts.resources import Memory
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.experts import EVENLY, implementation
 from permprune.models.forward import frozen
@@ -46,9 +46,9 @@ class Activations:
     outputs: int
 
     @property
-    def held(self) -> tuple[Held, ...]:
+    def parts(self) -> tuple[Memory, ...]:
         """The parts of a stage that holds these activations."""
-        return Held("activations", self.blocks), Held("logits", self.logits)
+        return Memory("activations", self.blocks), Memory("logits", self.logits)
 
 
 def count_activations(
@@ -69,29 +69,29 @@ def count_activations(
     run: each counts as the one that it equals. Tokens are spread evenly over experts.
     """
     with shortened(model, lists):
-        own = copy.deepcopy(model)
-    with frozen(own), implementation(EVENLY, own.modules()), _without_packed_sequences():
+        fake = copy.deepcopy(model)
+    with frozen(fake), implementation(EVENLY, fake.modules()), _without_packed_sequences():
         mode = FakeTensorMode()
-        layers = block_linears(own)
-        _make_fake(own, mode, {id(layer.stored): held for layer in layers})
+        layers = block_linears(fake)
+        _make_fake(fake, mode, {id(layer.stored): held for layer in layers})
         if gradients == "weights":
             for stored in {id(layer.stored): layer.stored for layer in layers}.values():
                 stored.requires_grad_(True).register_post_accumulate_grad_hook(_drop_gradient)
-        live = _Live(own)
+        live = _Live(fake)
         with (
             mode,
             live,
             torch.set_grad_enabled(gradients != "none"),
-            recomputed(own, recompute),
+            recomputed(fake, recompute),
             live.watching({layer.owner for layer in layers}, gradients == "inputs"),
         ):
             # masked weights are no leaves of the graph, of which alone autocast keeps copies for further use
             with torch.autocast(CPU.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
-                loss = run(own)
+                loss = run(fake)
             if gradients != "none":
                 loss.backward()
         live.leave_head()
-        copies = [own.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
+        copies = [fake.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
         growth, outputs = (sum(found.get(block, 0) for block in copies) for found in (live.growth, live.outputs))
     logits = live.head - live.before_head if live.head == live.peak else 0
     return Activations(
@@ -188,12 +188,12 @@ def _without_packed_sequences() -> Iterator[None]:
     It looks for several sequences in a row. Without data it cannot tell, and would make a mask of all pairs of
     positions.
     """
-    found = masking_utils.find_packed_sequence_indices
+    original = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda position_ids: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        masking_utils.find_packed_sequence_indices = original
 
 
 def _drop_gradient(weight: Tensor) -> None:
@@ -217,9 +217,11 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode, types: Mapping[int, torch
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found = fake(parameter)
+                replacement = fake(parameter)
                 made[id(parameter)] = module._parameters[name] = (
-                    found if isinstance(found, nn.Parameter) else nn.Parameter(found, requires_grad=False)
+                    replacement
+                    if isinstance(replacement, nn.Parameter)
+                    else nn.Parameter(replacement, requires_grad=False)
                 )
         for name, buffer in module._buffers.items():
             if buffer is not None:

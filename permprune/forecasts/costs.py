@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from permprune.forecasts.resources import Held, Stage, Work
+from permprune.forecasts.resources import Memory, Stage, Work
 from permprune.forecasts.workload import Workload
 from permprune.losses.loss import as_loss
 from permprune.matching.parts import groups_in, part_count
@@ -72,23 +72,23 @@ def _nothing(method: NoUpdate | Identity | Random, run: Workload) -> list[Stage]
 
 @stages_of.register(Update)
 def _update(method: Update, run: Workload) -> list[Stage]:
-    return [Stage("update", (Held("updated weights", 4 * run.outline.weights),), None)]
+    return [Stage("update", (Memory("updated weights", 4 * run.outline.weights),), None)]
 
 
 @stages_of.register(RIAPermuter)
 def _ria(method: RIAPermuter, run: Workload) -> list[Stage]:
     scores = 4 * run.outline.largest_weights(run.threads) + 20 * kept.READ * run.threads  # and those of a block
-    return [Stage(method.name, (Held("largest problem's scores", scores),), run.each_problem(assignment_work))]
+    return [Stage(method.name, (Memory("largest problem's scores", scores),), run.each_problem(assignment_work))]
 
 
 @stages_of.register(CP)
 def _cp(method: CP, run: Workload) -> list[Stage]:
     outline = run.outline
-    scores = Held("largest problem's scores", 4 * outline.largest_weights(run.threads))
+    scores = Memory("largest problem's scores", 4 * outline.largest_weights(run.threads))
     tables = sum(
         pairs_bytes(problem.size, outline.pattern.m, method.triples) for problem in outline.largest(run.threads)
     )
-    return [Stage(method.name, (scores, Held("tables of pairs", tables)), None)]
+    return [Stage(method.name, (scores, Memory("tables of pairs", tables)), None)]
 
 
 @stages_of.register(Reconstruction)
@@ -102,23 +102,23 @@ def _reconstruction(method: Reconstruction, run: Workload) -> list[Stage]:
     scores = 4 * weights + 12 * min(weights, run.threads * BLOCK)  # with the noise of a block
     losses = 1 + method.shares * (method.candidates - 1)
     return [
-        Stage(method.name, (Held("largest problem's model", max(scores, model)),), run.each_problem(work)),
-        Stage(f"{method.name}: accept", run.loss.held, run.loss_work(losses * run.held_out)),
+        Stage(method.name, (Memory("largest problem's model", max(scores, model)),), run.each_problem(work)),
+        Stage(f"{method.name}: accept", run.loss.parts, run.loss_work(losses * run.held_out)),
     ]
 
 
 @stages_of.register(CostMatrixLearner)
 def _cost_matrix(method: CostMatrixLearner, run: Workload) -> list[Stage]:
     outline, examples = run.outline, method.examples * run.examples_per_window
-    costs = Held("cost matrices", 16 * _elements(method, outline))  # C, its gradient, two moments
-    relaxed = Held("relaxed weights", 4 * outline.weights)
-    gradients = relaxed, Held("gradients", run.gradient_bytes), *_pass(method, run, examples)
-    graph = Held("largest problem's graph", 32 * outline.largest_weights(1))  # both matrices, permuted, and put back
+    costs = Memory("cost matrices", 16 * _elements(method, outline))  # C, its gradient, two moments
+    relaxed = Memory("relaxed weights", 4 * outline.weights)
+    gradients = relaxed, Memory("gradients", run.gradient_bytes), *_pass(method, run, examples)
+    graph = Memory("largest problem's graph", 32 * outline.largest_weights(1))  # both matrices, permuted, and put back
     losses = run.loss_work(run.held_out) * (1 + math.ceil(method.steps / method.check))
     return [
         *stages_of(method.start, run),
         Stage(f"{method.name}: gradients", (costs, *gradients), run.gradient_work(examples) * method.steps),
-        Stage(f"{method.name}: relaxation", (costs, Held("gradients", 2 * run.gradient_bytes), graph), None),
+        Stage(f"{method.name}: relaxation", (costs, Memory("gradients", 2 * run.gradient_bytes), graph), None),
         Stage(f"{method.name}: accept", (costs, *_pass(method, run)), losses),
     ]
 
@@ -131,18 +131,18 @@ def _cost_matrix_state(method: CostMatrixLearner, outline: Outline) -> int:
 @stages_of.register(TrustRegion)
 def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     outline, examples = run.outline, method.examples * run.examples_per_window
-    gradients, (model, proposing) = Held("gradients", run.gradient_bytes), proposals(method, run)
+    gradients, (model, proposing) = Memory("gradients", run.gradient_bytes), proposals(method, run)
 
-    def stage(what: str, *parts: Held, work: Work | None, times: float = method.rounds) -> Stage:
+    def stage(what: str, *parts: Memory, work: Work | None, times: float = method.rounds) -> Stage:
         return Stage(f"{method.name}: {what}", (*parts, gradients), None if work is None else work * times)
 
     backward = _pass(method, run, examples)
     if run.dtype == torch.float32 and not run.recompute:
         # until the backward pass; of other types, `run.gradient` counts them
-        backward += (Held("masked weights", 4 * outline.weights),)
+        backward += (Memory("masked weights", 4 * outline.weights),)
     rounds = [
         stage("gradients", *backward, work=run.gradient_work(examples)),
-        stage("proposals", Held("largest problem's model", model), work=proposing),
+        stage("proposals", Memory("largest problem's model", model), work=proposing),
         stage("accept", *_pass(method, run), work=run.loss_work(run.held_out) * TRIED),
     ]
     batch = max(1, method.examples // 4) * run.examples_per_window
@@ -151,7 +151,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         rounds = []
     elif method.tune:
         step = run.gradient_work(batch) + run.loss_work(batch)  # of the dense model, for the divergence
-        best = Held("best trained weights", outline.dtype.itemsize * outline.weights)
+        best = Memory("best trained weights", outline.dtype.itemsize * outline.weights)
         steps = method.tune * max(0, method.rounds - method.wait)
         rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
     if method.refine:
@@ -189,7 +189,7 @@ def _learned(method: Learned, run: Workload) -> tuple[int, Work]:
 
 @stages_of.register(Learned)
 def _learned_stages(method: Learned, run: Workload) -> list[Stage]:
-    costs = Held("cost matrices", 4 * _elements(method, run.outline), "host")
+    costs = Memory("cost matrices", 4 * _elements(method, run.outline), "host")
     return [stage.beside([costs]) for stage in _trust_region(method, run)]
 
 
@@ -208,23 +208,23 @@ def _elements(method: CostMatrixLearner | Learned, outline: Outline) -> int:
     return sum(problem.size * method.part_size(problem.size, outline.pattern) for problem in outline.problems)
 
 
-def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Held, ...]:
+def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Memory, ...]:
     """What a gradient on this number of examples holds, or the accept test."""
-    return (*_teacher(method, run, examples), *(run.gradient if examples else run.loss).held)
+    return (*_teacher(method, run, examples), *(run.gradient if examples else run.loss).parts)
 
 
-def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Held, ...]:
+def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Memory, ...]:
     """What `train_weights` holds with this number of examples in a step; gradients only if they are several batches."""
     outline = run.outline
     weights = outline.dtype.itemsize * outline.weights
     moments = 2 * weights * outline.pattern.n // outline.pattern.m
-    parts = [Held("trained weights", weights), Held("Adam's moments", moments), *run.gradient.held]
+    parts = [Memory("trained weights", weights), Memory("Adam's moments", moments), *run.gradient.parts]
     if examples > run.batch:
-        parts.append(Held("gradients", run.gradient_bytes))
+        parts.append(Memory("gradients", run.gradient_bytes))
     return (*parts, *_teacher(method, run, examples, training=True))
 
 
-def _teacher(method: Iterative[Any], run: Workload, examples: int, *, training: bool = False) -> tuple[Held, ...]:
+def _teacher(method: Iterative[Any], run: Workload, examples: int, *, training: bool = False) -> tuple[Memory, ...]:
     """The dense model's outputs that the search holds: those for the accept test, and for `examples` of a gradient.
 
     The distances of a batch are computed in fp32, of both models' outputs. In `training` the blocks' outputs are
@@ -233,8 +233,8 @@ def _teacher(method: Iterative[Any], run: Workload, examples: int, *, training: 
     if not (as_loss(method.objective).compares_blocks or (training and not run.labelled)):
         return ()
     distances = 8 * run.gradient.outputs // run.dtype.itemsize if examples else 0
-    outputs = Held("dense model's outputs", run.teacher_outputs(run.held_out + examples), "host")
-    return (outputs, Held("distances to the dense model", distances))
+    outputs = Memory("dense model's outputs", run.teacher_outputs(run.held_out + examples), "host")
+    return (outputs, Memory("distances to the dense model", distances))
 
 
 def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> int:

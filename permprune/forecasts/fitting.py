@@ -77,12 +77,12 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
         fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, processes=processes)
         return fitting.together(config) if config.memory is None else fitting.within(config, config.memory)
 
-    found = distributed.on_first(decide)
-    if found.advice:
-        log.warning("%s", found.advice)
-    elif found.processes > 1:
-        log.info("each of the %d processes holds the whole model, and runs a share of the batches", found.processes)
-    return found
+    chosen = distributed.on_first(decide)
+    if chosen.advice:
+        log.warning("%s", chosen.advice)
+    elif (count := chosen.processes) > 1:
+        log.info("each of the %d processes holds the whole model, and runs a share of the batches", count)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,16 @@ class Fitting(Subject):
         fault = self._undivided(config)
         if config.shard and fault:
             raise PermpruneError(fault)
-        found, least = self._leaner(config, 1, memory)
-        if found is not None and not config.shard:
-            options = _options(config, found.config)
-            return replace(found, advice=f"to stay within the memory limit: {options}" if options else "")
+        fitting, least = self._leaner(config, 1, memory)
+        if fitting is not None and not config.shard:
+            options = _options(config, fitting.config)
+            return replace(fitting, advice=f"to stay within the memory limit: {options}" if options else "")
         needed = f"about {gib(least.tensors)}{_with(config, least.config)}"
         if not fault and config.shard is not False:
-            found, least = self._leaner(config, self.processes, memory)
-            if found is not None:
+            fitting, least = self._leaner(config, self.processes, memory)
+            if fitting is not None:
                 whole = "" if config.shard else f"the whole model would take {needed} in each process: "
-                return replace(found, advice=self._dividing(whole) + _with(config, found.config))
+                return replace(fitting, advice=self._dividing(whole) + _with(config, fitting.config))
             needed = f"about {gib(least.tensors)} in each process, where they divide it{_with(config, least.config)}"
         if config.shard:
             raise PermpruneError(f"the divided model takes {needed}: raise --memory to that, or start more processes")
@@ -155,10 +155,10 @@ class Fitting(Subject):
         memory = self._memory(given)
         if given.tensors <= memory:
             return given
-        found, least = self._leaner(config, 1, memory)
+        fitting, least = self._leaner(config, 1, memory)
         place = f"{self.machine.name} has {gib(memory)} for tensors, which is too little"
-        if found is not None:
-            return replace(given, advice=f"{place}: {gib(found.tensors)}{_with(config, found.config)} would fit")
+        if fitting is not None:
+            return replace(given, advice=f"{place}: {gib(fitting.tensors)}{_with(config, fitting.config)} would fit")
         if not self._whole(config) and (streamed := forecast_streamed(self, config)).tensors <= memory:
             local = f" and a permuter that works layer by layer ({_local_permuters()})"
             how = f"--memory {memory // 2**20}MiB{local if _needs_network(config) else ''}"
@@ -174,10 +174,10 @@ class Fitting(Subject):
         leanest = [
             forecast_held(self, settings, shards) for settings in ladder if settings.batch == 1 and settings.recompute
         ]
-        least = min([given, *leanest], key=lambda found: found.tensors)
+        least = min([given, *leanest], key=lambda fitting: fitting.tensors)
         if given.tensors <= memory or least.tensors > memory:
             return (given if given.tensors <= memory else None), least
-        runs = (found for settings in ladder if (found := forecast_held(self, settings, shards)).tensors <= memory)
+        runs = (fitting for settings in ladder if (fitting := forecast_held(self, settings, shards)).tensors <= memory)
         return next(runs), least
 
     def _memory(self, given: Forecast) -> int:
@@ -232,14 +232,10 @@ def _leaner(config: PruneConfig, machine: Machine) -> Iterator[PruneConfig]:
 
 def _options(given: PruneConfig, chosen: PruneConfig) -> str:
     """The options that lead from one config to another."""
-    options = []
-    if chosen.batch != given.batch:
-        options.append(f"--batch {chosen.batch}")
-    if chosen.recompute != given.recompute:
-        options.append("--recompute")
-    if chosen.precision != given.precision:
-        options.append(f"--precision {chosen.precision}")
-    return " ".join(options)
+    options = {
+        "batch": f"--batch {chosen.batch}", "recompute": "--recompute", "precision": f"--precision {chosen.precision}",
+    }  # fmt: skip
+    return " ".join(text for name, text in options.items() if getattr(chosen, name) != getattr(given, name))
 
 
 def _with(given: PruneConfig, chosen: PruneConfig) -> str:

@@ -60,9 +60,9 @@ class Machine:
     @cached_property
     def rates(self) -> Rates:
         """The rates that forecasts assume."""
-        measured = self.sheet is None
-        found = self.sheet or _measure(self.device, self.dtype)
-        return Rates(*((OF_MEASURED if measured else OF_SHEET) * rate for rate in vars(found).values()))
+        share = OF_MEASURED if self.sheet is None else OF_SHEET
+        rates = self.sheet or _measure(self.device, self.dtype)
+        return Rates(*(share * rate for rate in vars(rates).values()))
 
     def seconds(self, work: Work) -> float:
         """Return the time that work takes, with the comparisons of the largest problem on one thread."""
@@ -81,8 +81,8 @@ def this_machine() -> Machine:
     device = best_device()
     if device.type == "cpu":
         return Machine("this machine", device, fast_dtype(device), torch.get_num_threads())
-    found = torch.cuda.get_device_properties(device)
-    return Machine(found.name, device, fast_dtype(device), memory=found.total_memory)
+    properties = torch.cuda.get_device_properties(device)
+    return Machine(properties.name, device, fast_dtype(device), memory=properties.total_memory)
 
 
 def _gpu(name: str, *, bf16: float, fp32: float, gib: int, bandwidth: float) -> Machine:

@@ -11,7 +11,7 @@ Place = Literal["device", "host"]
 
 
 @dataclass(frozen=True)
-class Held:
+class Memory:
     """Bytes of memory that a stage holds, by name and place."""
 
     name: str
@@ -41,13 +41,13 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         """The work of both; `largest` is 0."""
-        return Work(**{name: own + vars(other)[name] for name, own in self._amounts().items()})
+        return Work(**{name: amount + vars(other)[name] for name, amount in self._amounts().items()})
 
     def __mul__(self, factor: float) -> Work:
-        return Work(**{name: own * factor for name, own in self._amounts().items()}, largest=self.largest)
+        return Work(**{name: amount * factor for name, amount in self._amounts().items()}, largest=self.largest)
 
     def _amounts(self) -> dict[str, float]:
-        return {name: own for name, own in vars(self).items() if name != "largest"}
+        return {name: amount for name, amount in vars(self).items() if name != "largest"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Stage:
     """
 
     name: str
-    parts: tuple[Held, ...]
+    parts: tuple[Memory, ...]
     work: Work | None = field(default_factory=Work)
     limited: bool = False
 
@@ -66,6 +66,6 @@ class Stage:
         """The bytes of its parts, at one place or in all."""
         return sum(part.bytes for part in self.parts if place in (None, part.place))
 
-    def beside(self, held: Iterable[Held]) -> Stage:
+    def beside(self, others: Iterable[Memory]) -> Stage:
         """The stage with other parts that are held all the time."""
-        return replace(self, parts=(*held, *self.parts))
+        return replace(self, parts=(*others, *self.parts))

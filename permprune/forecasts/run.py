@@ -20,7 +20,7 @@ from permprune.examples import Examples
 from permprune.forecasts.activations import Activations, Gradients, count_activations
 from permprune.forecasts.costs import stages_of, state_bytes
 from permprune.forecasts.machine import Machine
-from permprune.forecasts.resources import Held, Place, Stage, Work
+from permprune.forecasts.resources import Memory, Place, Stage, Work
 from permprune.forecasts.workload import Workload
 from permprune.losses.targets import next_token
 from permprune.models.dummy_inputs import example_inputs
@@ -186,25 +186,29 @@ def forecast_held(subject: Subject, config: PruneConfig, shards: int = 1) -> For
         recompute=config.recompute,
         labelled=kind == "text",
     )
-    whole, own = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
+    whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     narrow = outline.weights + sum(weight.numel() for weight, _ in end_weights(model)) // shards
-    weights = Held("weights", whole - (4 - outline.dtype.itemsize) * narrow)
-    network = (weights, Held("masks", outline.weights // 8), Held("second moments", _moments_bytes(outline)))
+    weights = Memory("weights", whole - (4 - outline.dtype.itemsize) * narrow)
+    network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
     evaluating = Work(products_fp32=EVALUATED * evaluation_count(model, subject.windows) * run.forward)
     stages = [
         _calibration(config, run, counted("inputs"), measured).beside([weights]),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
         *(stage.beside(network) for stage in stages_of(update(config.update), run)),
-        Stage("evaluate", evaluation.held, evaluating).beside(network),
+        Stage("evaluate", evaluation.parts, evaluating).beside(network),
     ]
-    load = Stage("load", tuple(_loading(whole, own, machine, shards)), Work(stored=own))
-    write = Stage("write", (Held("weights", whole), *_writing(own // shards, stored, shards)), Work(stored=own))
+    load = Stage("load", tuple(_loading(whole, checkpoint, machine, shards)), Work(stored=checkpoint))
+    written = (Memory("weights", whole), *_writing(checkpoint // shards, stored, shards))
     return Forecast(
         config=config,
         machine=machine,
-        stages=(load, *(_shared(stage, processes // shards) for stage in stages), write),
+        stages=(
+            load,
+            *(_shared(stage, processes // shards) for stage in stages),
+            Stage("write", written, Work(stored=checkpoint)),
+        ),
         disk={
-            "checkpoint": own,
+            "checkpoint": checkpoint,
             "states of the search": state_bytes(method, outline),
             "experts as fused": shards * offloaded_bytes(outline, stored) if shards > 1 else 0,  # read from disk
         },
@@ -304,35 +308,35 @@ def _zeros(shapes: Shapes) -> dict[str, Tensor]:
     }
 
 
-def _loading(weights: int, stored: int, machine: Machine, shards: int) -> Iterator[Held]:
+def _loading(weights: int, stored: int, machine: Machine, shards: int) -> Iterator[Memory]:
     """What `read_model` holds: the checkpoint, converted parameter by parameter, on the host and then on the device.
 
     Processes that divide rows read their own, parameter by parameter.
     """
     if shards == 1:
-        yield Held("checkpoint", stored, "host")
-    yield Held("weights", weights)
+        yield Memory("checkpoint", stored, "host")
+    yield Memory("weights", weights)
     if machine.device.type != "cpu" and shards == 1:
-        yield Held("weights on the host", weights, "host")
+        yield Memory("weights on the host", weights, "host")
 
 
-def _writing(own: int, stored: torch.dtype, shards: int) -> Iterator[Held]:
+def _writing(checkpoint: int, stored: torch.dtype, shards: int) -> Iterator[Memory]:
     """What `write_weights` holds: all weights in the type in which they are stored; of divided weights, one file."""
     if stored != torch.float32 or shards > 1:
-        yield Held("weights as stored", own, "host")
+        yield Memory("weights as stored", checkpoint, "host")
 
 
 def _calibration(config: PruneConfig, run: Workload, activations: Activations, examples: int) -> Stage:
     """The pass forward and backward, and further ones forward if not all sums fit in the memory limit."""
     outline = run.outline
     each = sums_by_pass(outline.widths, None if config.memory is None else config.memory * outline.shards)
-    sums = Held("sums of moments", max(accumulator_bytes(widths.values()) for widths in each) // outline.shards)
-    moments = Held("second moments", _moments_bytes(outline) if len(each) > 1 else 0)
+    sums = Memory("sums of moments", max(accumulator_bytes(widths.values()) for widths in each) // outline.shards)
+    moments = Memory("second moments", _moments_bytes(outline) if len(each) > 1 else 0)
     wide = run.dtype == torch.float32 != outline.dtype and not run.recompute
-    converted = Held("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
+    converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
     runs = len(each) + (2 if run.recompute else 1)
     products = Work(products_fp32=2 * activations.positions / run.batch * examples * outline.moments())
-    parts = (sums, moments, converted, *activations.held)
+    parts = (sums, moments, converted, *activations.parts)
     return Stage("calibrate", parts, run.loss_work(runs * examples) + products)
 
 

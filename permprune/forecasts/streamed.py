@@ -6,7 +6,7 @@ from torch import nn
 
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
-from permprune.forecasts.resources import Held, Stage, Work
+from permprune.forecasts.resources import Memory, Stage, Work
 from permprune.forecasts.run import (
     EVALUATED,
     Forecast,
@@ -49,23 +49,23 @@ def streamed_bytes(model: nn.Module, outline: Outline, *, metric: Saliency, toke
 def forecast_streamed(subject: Subject, config: PruneConfig) -> Forecast:
     """Forecast a run that reads the model layer by layer; the time of its search is not known."""
     model, outline, windows, processes = subject.model, subject.outline, subject.windows, subject.processes
-    length, own = fitting_length(model, config.length), weight_bytes(model, subject.stored)
+    length, checkpoint = fitting_length(model, config.length), weight_bytes(model, subject.stored)
     tokens = config.shares(config.samples)[0] * length
     needed = streamed_bytes(model, outline, metric=saliency(config.saliency), tokens=tokens, length=length)
-    part, forward = Held("largest part of the model", needed), forward_operations(model)
+    largest, forward = Memory("largest part of the model", needed), forward_operations(model)
     batches = -(-windows // EVALUATION_BATCH)
-    evaluating = Work(products_fp32=windows * length * forward, stored=batches * own) * EVALUATED
+    evaluating = Work(products_fp32=windows * length * forward, stored=batches * checkpoint) * EVALUATED
     return Forecast(
         config=config,
         machine=subject.machine,
         stages=(
-            Stage("calibrate", (part,), Work(products=tokens * forward, stored=own)),
-            Stage(f"{permuter(config.permute).name}, layer by layer", (part,), None),
-            Stage("evaluate", (part,), evaluating),
-            Stage("write", (part,), Work(stored=2 * own)),
+            Stage("calibrate", (largest,), Work(products=tokens * forward, stored=checkpoint)),
+            Stage(f"{permuter(config.permute).name}, layer by layer", (largest,), None),
+            Stage("evaluate", (largest,), evaluating),
+            Stage("write", (largest,), Work(stored=2 * checkpoint)),
         ),
         disk={
-            "checkpoint": own,
+            "checkpoint": checkpoint,
             "masks": processes * (outline.weights // 4),  # in both orders, one bit for each weight
             "experts as fused": processes * offloaded_bytes(outline, subject.stored),
         },

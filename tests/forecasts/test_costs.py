@@ -13,7 +13,7 @@ import permprune
 from permprune.cli.plan import forecast_notes
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import proposals, stages_of, state_bytes
-from permprune.forecasts.resources import Held, Stage, Work
+from permprune.forecasts.resources import Memory, Stage, Work
 from permprune.forecasts.run import Forecast
 from permprune.forecasts.workload import Workload
 from permprune.permuters.base import LocalPermuter, Permuter
@@ -95,9 +95,9 @@ def test_a_cost_can_be_registered(tiny_checkpoint: Path) -> None:
 
     @stages_of.register(Counted)
     def _(method: Counted, run: Workload) -> list[Stage]:
-        return [Stage("counted", (Held("scores", 1234),), Work(moved=run.outline.weights))]
+        return [Stage("counted", (Memory("scores", 1234),), Work(moved=run.outline.weights))]
 
     found = forecast(tiny_checkpoint, Counted())
     (stage,) = [one for one in found.stages if one.name == "counted"]
-    assert Held("scores", 1234) in stage.parts
+    assert Memory("scores", 1234) in stage.parts
     assert (found.seconds["counted"] or 0) > 0
