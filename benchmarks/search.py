@@ -24,7 +24,7 @@ from permprune.checkpoints.io import read_model
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.permuters.cp import search
-from permprune.permuters.kept import deal_and_assign, kept_score
+from permprune.permuters.kept import kept_score, ria_order
 
 PATTERN = Pattern(2, 4)
 PUBLISHED = {
@@ -42,7 +42,7 @@ def cp(escapes: int, triples: bool = False) -> Callable[[Tensor], Tensor]:
 
 
 METHODS: dict[str, Callable[[Tensor], Tensor]] = {
-    "deal + assignments (ria)": lambda score: deal_and_assign(score, PATTERN),
+    "deal + assignments (ria)": lambda score: ria_order(score, PATTERN),
     "cp, no escapes": cp(0),
     "cp, 100 escapes": cp(100),
     "cp, 300 escapes": cp(300),

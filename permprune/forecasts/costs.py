@@ -282,6 +282,6 @@ def swap_work(channels: int, rows: int, m: int, part: int | None = None) -> Work
 
 
 def assignment_work(channels: int, rows: int, m: int) -> Work:
-    """Return the work of `deal_and_assign`: a comparison for each slot, row, and group with each other of its part."""
+    """Return the work of `ria_order`: a comparison for each slot, row, and group with each other of its part."""
     groups = channels // m
     return Work(comparisons=kept.PASSES * m * groups**2 / part_count(groups, groups_in(kept.PART, m)) * rows)

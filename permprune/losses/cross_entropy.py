@@ -71,17 +71,22 @@ class _Losses(torch.autograd.Function):
         of_target: float,
     ) -> Tensor:
         slope = torch.empty_like(values) if ctx.needs_input_grad[0] else None
-        own, dense = _converted(logits, target)
-        projected = own if isinstance(own, Projected) else None
-        whole = projected is None and not isinstance(dense, Projected)
+        logits, target = _converted(logits, target)
+        projected = logits if isinstance(logits, Projected) else None
+        whole = projected is None and not isinstance(target, Projected)
         losses = [values.new_zeros((), dtype=torch.float32)]
         for rows in _chunks(len(values), len(values) if whole else PROJECTED):
-            found, wanted = _rows(own, rows), None if dense is None else _rows(dense, rows)
-            gradient = None if slope is None else slope[rows] if projected is None else found
-            known = None if labels is None else labels[rows]
-            losses += _chunk_losses(found, known, wanted, gradient, of_labels=of_labels, of_target=of_target)
+            chunk = _rows(logits, rows)
+            losses += _chunk_losses(
+                chunk,
+                None if labels is None else labels[rows],
+                None if target is None else _rows(target, rows),
+                None if slope is None else slope[rows] if projected is None else chunk,
+                of_labels=of_labels,
+                of_target=of_target,
+            )
             if projected is not None and slope is not None:
-                slope[rows] = found @ projected.weight
+                slope[rows] = chunk @ projected.weight
         if slope is not None:
             ctx.save_for_backward(slope)
         return torch.stack(losses).sum()
@@ -105,34 +110,34 @@ def _chunk_losses(
 
     `slope` may be `logits`, which are then overwritten.
     """
-    for at in _chunks(len(logits), max(1, AT_ONCE // logits.shape[1])):
-        own = logits[at].log_softmax(1, dtype=torch.float32)
-        terms = torch.arange(len(own), device=own.device)
+    for rows in _chunks(len(logits), max(1, AT_ONCE // logits.shape[1])):
+        log_shares = logits[rows].log_softmax(1, dtype=torch.float32)
+        terms = torch.arange(len(log_shares), device=log_shares.device)
         if labels is not None:
-            yield -of_labels * own[terms, labels[at]].sum()
+            yield -of_labels * log_shares[terms, labels[rows]].sum()
         if target is not None:
-            wanted = target[at].log_softmax(1, dtype=torch.float32)
-            shares = wanted.exp()
-            yield of_target * torch.dot(shares.flatten(), wanted.sub_(own).flatten())
+            target_log_shares = target[rows].log_softmax(1, dtype=torch.float32)
+            target_shares = target_log_shares.exp()
+            yield of_target * torch.dot(target_shares.flatten(), target_log_shares.sub_(log_shares).flatten())
         if slope is None:
             continue
-        own.exp_().mul_(of_labels + of_target)
+        gradient = log_shares.exp_().mul_(of_labels + of_target)
         if target is not None:
-            own.sub_(shares, alpha=of_target)
+            gradient.sub_(target_shares, alpha=of_target)
         if labels is not None:
-            own[terms, labels[at]] -= of_labels
-        slope[at] = own
+            gradient[terms, labels[rows]] -= of_labels
+        slope[rows] = gradient
 
 
 def _converted(logits: Logits, target: Logits | None) -> tuple[Logits, Logits | None]:
     """The same, with weights in the type of the hidden states; a weight that both share is converted once."""
     if not isinstance(logits, Projected):
         return logits, target.converted() if isinstance(target, Projected) else target
-    own = logits.converted()
+    converted = logits.converted()
     if not isinstance(target, Projected):
-        return own, target
+        return converted, target
     shared = target.weight is logits.weight and target.hidden.dtype == logits.hidden.dtype
-    return own, replace(own, hidden=target.hidden) if shared else target.converted()
+    return converted, replace(converted, hidden=target.hidden) if shared else target.converted()
 
 
 def _rows(logits: Logits, rows: slice) -> Tensor:

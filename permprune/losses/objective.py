@@ -136,8 +136,8 @@ class Objective(Loss):
         if self.hidden_states:
             losses.append(self.hidden_states * terms * _relative_distance(outputs, dense))
         if self.cosine:
-            own, target = outputs[-1].float(), dense[-1].to(outputs[-1].device).float()
-            losses.append(self.cosine * (1 - F.cosine_similarity(own, target, dim=-1)).sum())
+            last, target = outputs[-1].float(), dense[-1].to(outputs[-1].device).float()
+            losses.append(self.cosine * (1 - F.cosine_similarity(last, target, dim=-1)).sum())
         return losses
 
 
@@ -156,7 +156,7 @@ def block_outputs(model: nn.Module, padding: Padding) -> Iterator[list[Tensor]]:
 def _smooth_l1(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     """The Smooth-L1 distance between pairs of tensors of any shape, summed over all elements."""
     pairs = zip(outputs, dense, strict=True)
-    losses = [F.smooth_l1_loss(own.float(), target.to(own.device).float(), reduction="sum") for own, target in pairs]
+    losses = [F.smooth_l1_loss(x.float(), target.to(x.device).float(), reduction="sum") for x, target in pairs]
     return torch.stack(losses).sum()
 
 
@@ -166,9 +166,9 @@ def _relative_distance(outputs: list[Tensor], dense: list[Tensor]) -> Tensor:
     A vector of `dense` near 0 counts as one of a thousandth of the mean squared length, so that it does not dominate.
     """
     distances = []
-    for own, target in zip(outputs, dense, strict=True):
-        wanted = target.to(own.device).float()
-        length = wanted.square().sum(-1)
+    for output, target in zip(outputs, dense, strict=True):
+        expected = target.to(output.device).float()
+        length = expected.square().sum(-1)
         length = length.clamp_min((1e-3 * length.mean()).clamp_min(1e-12))
-        distances.append(((own.float() - wanted).square().sum(-1) / length).mean())
+        distances.append(((output.float() - expected).square().sum(-1) / length).mean())
     return torch.stack(distances).mean()

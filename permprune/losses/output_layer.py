@@ -95,7 +95,11 @@ def _output_layer(model: nn.Module) -> nn.Linear | None:
         head = model.get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         return None
-    if type(head) is not nn.Linear or "forward" in vars(head) or any(own.requires_grad for own in head.parameters()):
+    if (
+        type(head) is not nn.Linear
+        or "forward" in vars(head)
+        or any(weight.requires_grad for weight in head.parameters())
+    ):
         return None
     return head
 

@@ -230,17 +230,17 @@ class Imitation:
         logits = getattr(first, "logits", None)
         if logits is not None and logits.dim() in (2, 3) and logits.shape[-1] > 1:
             return cls()
-        known = FEATURES if logits is None else (SCORES,) if logits.shape[-1] == 1 else ()
-        names = [name for name in known if getattr(first, name, None) is not None]
+        outputs = FEATURES if logits is None else (SCORES,) if logits.shape[-1] == 1 else ()
+        names = [name for name in outputs if getattr(first, name, None) is not None]
         if not names:
             raise PermpruneError("the model returns neither logits of classes nor features: give examples with labels")
         sums = {name: _Sums(first[name].shape[-1]) for name in names}
-        for part in distributed.share(examples.split(batch)):
-            own = part.to(device)
-            output, padding = run_model(model, own), padding_of(model, own)
+        for share in distributed.share(examples.split(batch)):
+            shown = share.to(device)
+            output, padding = run_model(model, shown), padding_of(model, shown)
             for name in names:
                 sums[name].add(padding.real(output[name]))
-        return cls({name: found.variance() for name, found in sums.items()})
+        return cls({name: total.variance() for name, total in sums.items()})
 
 
 class _Sums:

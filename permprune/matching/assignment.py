@@ -29,10 +29,10 @@ def cycles(permutation: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     step = permutation.tolist()
     label = [-1] * len(step)
     for start in range(len(step)):
-        at = start
-        while label[at] < 0:
-            label[at] = start
-            at = step[at]
+        element = start
+        while label[element] < 0:
+            label[element] = start
+            element = step[element]
     return torch.tensor(label, device=permutation.device)
 
 

@@ -19,7 +19,7 @@ def pair_up(cost: Float[Tensor, "n n"]) -> Int[Tensor, "pairs 2"]:
     smaller index of each pair first. Raises `PermpruneError` if the matrix is not square or a cost is not finite.
     """
     require_costs(cost)
-    left, found = torch.arange(len(cost), device=cost.device), []
+    left, pairs_of_step = torch.arange(len(cost), device=cost.device), []
     while len(left) > 1:
         open_costs = cost[left][:, left].fill_diagonal_(torch.inf)
         best = open_costs.argmin(1)
@@ -28,8 +28,8 @@ def pair_up(cost: Float[Tensor, "n n"]) -> Int[Tensor, "pairs 2"]:
         if not len(first):  # a cycle of equal costs
             first = open_costs.amin(1).argmin()[None]
         pairs = torch.stack([first, best[first]], 1)
-        found.append(left[pairs].sort(1).values)
+        pairs_of_step.append(left[pairs].sort(1).values)
         keep = torch.ones_like(left, dtype=torch.bool)
         keep[pairs.flatten()] = False
         left = left[keep]
-    return torch.cat(found) if found else left.new_zeros(0, 2)
+    return torch.cat(pairs_of_step) if pairs_of_step else left.new_zeros(0, 2)

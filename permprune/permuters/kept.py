@@ -87,14 +87,13 @@ def union_kept(x: list[Tensor], y: list[Tensor], n: int) -> Tensor:
     return total
 
 
-def deal_and_assign(score: Tensor, pattern: Pattern) -> Tensor:
-    """Search the order that keeps the most score: deal the channels to groups, then reassign them slot by slot.
+def ria_order(score: Tensor, pattern: Pattern) -> Tensor:
+    """Search the order that keeps the most score (Zhang et al. 2024, "Plug-and-Play", section 3.2).
 
     Channels sorted by total score are dealt to the groups, in alternating direction. Then, for one slot after the
-    other, the channels in that slot are assigned to the groups so that they keep the most score (Zhang et al. 2024,
-    "Plug-and-Play", section 3.2); this is done `PASSES` times. If there are more than `PART` channels, the groups are
-    divided into parts at random, for each slot anew, and channels are assigned to the groups of their part. `score` is
-    (channels, rows); returns int64 (channels,).
+    other, the channels in that slot are assigned to the groups so that they keep the most score; this is done `PASSES`
+    times. If there are more than `PART` channels, the groups are divided into parts at random, for each slot anew, and
+    channels are assigned to the groups of their part. `score` is (channels, rows); returns int64 (channels,).
     """
     total = score.sum(1)
     sharding.add_(total)

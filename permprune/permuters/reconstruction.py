@@ -10,7 +10,7 @@ from permprune.options import Count, Natural
 from permprune.permuters.base import LocalPermuter, Run, Solution
 from permprune.permuters.bundles import BLOCK
 from permprune.permuters.iterate import Landscape
-from permprune.permuters.kept import deal_and_assign, stacked_scores
+from permprune.permuters.kept import ria_order, stacked_scores
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log, track
@@ -72,7 +72,7 @@ class Reconstruction(LocalPermuter):
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square_()
         _add_noise(energy, jitter, generator, network, problem)
-        first = deal_and_assign(energy, network.pattern_of(problem))
+        first = ria_order(energy, network.pattern_of(problem))
         del energy  # as large as the problem
         model = QuadraticModel.of(network, problem, fisher, order=first)
         model.swap(generator, self.swaps)

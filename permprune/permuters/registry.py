@@ -40,5 +40,4 @@ def permuters(methods: Sequence[str | Permuter] | Mapping[str, str | Permuter]) 
     """Return permuters by their labels in tables: the keys of a mapping, or the labels of the methods (`label_of`)."""
     if isinstance(methods, Mapping):
         return {label: permuter(method) for label, method in methods.items()}
-    found = [(permuter(method), method) for method in methods]
-    return {label_of(method): made for made, method in found}
+    return {label_of(method): made for made, method in [(permuter(method), method) for method in methods]}

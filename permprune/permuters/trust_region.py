@@ -24,8 +24,7 @@ with on_first_use(globals()):
     from permprune.permuters.refinement import refine_masks
     from permprune.permuters.tuning import Schedule, counted, timed, train_further
     from permprune.pruning.gradients import Gradients
-    from permprune.pruning.network import PrunedNetwork
-    from permprune.pruning.problem import Orders, Problem
+    from permprune.pruning.problem import Problem
     from permprune.system import distributed
     from permprune.system.search_state import Resumable
 
@@ -194,7 +193,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         gradients = self.gradients(landscape, state)
         visits = (*state.visits[:-1], Visit(state.orders, (*state.visits[-1].rounds, state.number)))
         if state.slopes:
-            ends = slopes_along(network, state.visits[-2].orders, state.orders, gradients)
+            ends = network.slopes_along(state.visits[-2].orders, state.orders, gradients.weight)
             state = replace(state, damping=damping_after_slopes(state.damping, state.slopes, ends))
         trial = self.trial(landscape, state, gradients)
         loss, moved = accepted_part(landscape, state, trial)
@@ -248,7 +247,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         for attempt in range(ATTEMPTS):
             proposals, damping = self.proposals(landscape, state, gradients)
             orders = {name: proposal.order for name, proposal in proposals.items()}
-            slopes = slopes_along(network, before, orders, gradients)
+            slopes = network.slopes_along(before, orders, gradients.weight)
             network.set_orders(orders)
             loss, slope = landscape.held_out_loss(), sum(slopes.values())
             if attempt == ATTEMPTS - 1 or slope > -TOLERANCE or turning_point(slope, loss - state.best) >= FAR:
@@ -336,13 +335,6 @@ def accepted_part(landscape: Landscape, state: TrustRegionState, trial: Trial) -
         loss = landscape.held_out_loss()
         share /= 2
     return loss, moved
-
-
-def slopes_along(network: PrunedNetwork, before: Orders, after: Orders, gradients: Gradients) -> dict[str, float]:
-    """Return the slope of the loss along the step between two sets of orders, by problem (see `MaskedLayers.slope`)."""
-    return network.each_problem(
-        lambda _, problem: network.slope(problem, before[problem.name], after[problem.name], gradients.weight), None
-    )
 
 
 def turning_point(slope: float, change: float) -> float:

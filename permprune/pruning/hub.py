@@ -73,8 +73,8 @@ def _reported(repo_id: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
         advice = "log in with `hf auth login`, or give a token that may write there" if status in (401, 403) else ""
-        said = error.server_message or _line(error)
-        raise PermpruneError(f"the hub refuses {repo_id} ({status}): {said}{advice and f'; {advice}'}") from error
+        message = error.server_message or _line(error)
+        raise PermpruneError(f"the hub refuses {repo_id} ({status}): {message}{advice and f'; {advice}'}") from error
     except errors.HTTPError as error:  # type: ignore[attr-defined] # of httpx, in whichever release the hub's client has
         raise PermpruneError(f"cannot reach the hub for {repo_id}: {_line(error)}") from error
 

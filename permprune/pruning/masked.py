@@ -166,9 +166,9 @@ class MaskedLayers:
         if distributed.shards() == 1:  # otherwise all ranks solve the same problem at a time
             numbered.sort(key=weights)
         mine = distributed.share(numbered)
-        found = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.layers.values())).weight.device)
-        shown = track(found, label, len(mine)) if label else found
-        return distributed.merge({problem.name: solved for (_, problem), solved in zip(mine, shown, strict=True)})
+        results = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.layers.values())).weight.device)
+        tracked = track(results, label, len(mine)) if label else results
+        return distributed.merge({problem.name: result for (_, problem), result in zip(mine, tracked, strict=True)})
 
     def stored_columns(self) -> dict[str, Tensor]:
         """Return each layer's columns in the order in which they will be stored, int64 (channels,).
@@ -243,27 +243,34 @@ class MaskedLayers:
             return matrix.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
         for rows in spans:
-            own = transposed(dense[rows])
-            score = self.scales[part.layer].score(own.T, rows, part.span).T
-            yield own if trained is None else transposed(trained[rows]), score
+            weight = transposed(dense[rows])
+            score = self.scales[part.layer].score(weight.T, rows, part.span).T
+            yield weight if trained is None else transposed(trained[rows]), score
 
-    def slope(self, problem: Problem, before: Tensor, after: Tensor, gradient: dict[str, Tensor]) -> float:
-        """Return the directional derivative of the loss along the step from one order of a problem to another.
+    def slopes_along(self, before: Orders, after: Orders, gradient: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the directional derivative of the loss along the step between two sets of orders, by problem.
 
         `gradient[layer]` is dLoss/dW_eff (rows, channels). With the gradient at the start of the step, the result is
         the first-order prediction of the change of the loss. With the gradient at its end, a negative result means that
         a longer step would lower the loss further, a positive one that the step was too long.
         """
-        own = (self.part_slope(part, before, after, gradient[part.layer]) for part in problem.parts)
-        return sharding.total(sum(own))[0]
+
+        def slope(_: int, problem: Problem) -> float:
+            orders = before[problem.name], after[problem.name]
+            return sharding.total(sum(self.part_slope(part, *orders, gradient[part.layer]) for part in problem.parts))[
+                0
+            ]
+
+        return self.each_problem(slope, None)
 
     def part_slope(self, part: Part, before: Tensor, after: Tensor, gradient: Tensor) -> float:
-        """Return what the rows of a part of a problem add to its `slope`; `gradient` is that of the part's layer."""
+        """Return what the rows of a part add to the slope of its problem; `gradient` is that of the part's layer."""
         if torch.equal(before, after):
             return 0.0
-        dense, weight, own = (x[:, part.span] for x in (self.dense[part.layer], self.weights[part.layer], gradient))
+        matrices = self.dense[part.layer], self.weights[part.layer], gradient
+        dense, weight, slope = (matrix[:, part.span] for matrix in matrices)
         score = self.scales[part.layer].score(dense, channels=part.span)
-        values, pattern = (weight.float(), own.float()), self.patterns[part.layer]
+        values, pattern = (weight.float(), slope.float()), self.patterns[part.layer]
         return kept_sum(score, *values, after, pattern) - kept_sum(score, *values, before, pattern)
 
     def show(self, weights: Mapping[str, Tensor]) -> None:
@@ -296,7 +303,7 @@ class MaskedLayers:
 
     def measures(self) -> list[LayerMeasure]:
         """Compare each layer with its current weights to the dense layer."""
-        found = []
+        measures = []
         for name, layer in self.layers.items():
             dense, shown, energy = self.dense[name], self.shown[name], self.scores[name].square_()
             moments = self.statistics.moments[self.sites[name]]
@@ -305,8 +312,8 @@ class MaskedLayers:
             if name not in self._energies:  # a product as large as a pass over many tokens
                 self._energies[name] = max(_output_energy(dense, moments), 1e-30)
             error = _output_energy(dense - shown, moments) / self._energies[name]
-            found.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
-        return found
+            measures.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
+        return measures
 
     def _scale(self, name: str, saliency: Saliency) -> Scale:
         try:
@@ -336,11 +343,11 @@ class MaskedLayers:
         layers: dict[str, list[Layer]] = {}
         for layer in self.layers.values():
             layers.setdefault(layer.parameter, []).append(layer)
-        own = weakref.ref(self)  # the model must not keep a network alive that is not used any more
+        reference = weakref.ref(self)  # the model must not keep a network alive that is not used any more
         for parameter, parts in layers.items():
 
             def shown(stored: nn.Parameter, parts: list[Layer] = parts) -> Tensor | None:
-                network = own()
+                network = reference()
                 return None if network is None else network._stored(parts, stored)
 
             attribute = parameter.rpartition(".")[2]

@@ -147,8 +147,8 @@ class PrunedNetwork(MaskedLayers):
     def slopes(self, examples: Examples, loss: Loss, before: Orders, after: Orders) -> dict[str, float]:
         """Return the slope of the mean loss over `examples` at the current weights, by problem, over all ranks.
 
-        The slope is along the step between two sets of orders, as `slope` computes it from gradients. The gradient of a
-        weight is freed as soon as its contribution to the slope is known.
+        The slope is along the step between two sets of orders (see `slopes_along`). The gradient of a weight is freed
+        as soon as its contribution to the slope is known.
         """
         parts: dict[str, list[tuple[str, Part]]] = {}
         for problem in self.problems:

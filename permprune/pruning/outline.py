@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,10 +61,10 @@ class Outline:
 
     def layers_by_input(self) -> dict[str, list[Layer]]:
         """Return the layers by what they read, in the order of `layers`."""
-        found: dict[str, list[Layer]] = {}
+        readers: dict[str, list[Layer]] = {}
         for layer in self.layers:
-            found.setdefault(self.sites[layer.name], []).append(layer)
-        return found
+            readers.setdefault(self.sites[layer.name], []).append(layer)
+        return readers
 
     def moments(self) -> int:
         """The number of elements that are stored of the second moments of all tensors that layers read."""
@@ -76,9 +76,9 @@ class Outline:
         `layers` remain those of the blocks that were traced.
         """
         sites, problems = dict(self.sites), list(self.problems)
-        for one in lists:
-            sites |= _repeated_sites(sites, one)
-            problems = _repeated_problems(problems, one)
+        for repetition in lists:
+            sites |= _repeated_sites(sites, repetition)
+            problems = _repeated_problems(problems, repetition)
         return Outline(self.pattern, self.layers, sites, problems, lists)
 
     def of(self, layers: Iterable[Layer]) -> Outline:
@@ -93,46 +93,39 @@ class Outline:
         return Outline(self.pattern, used, sites, [problem for problem in problems if problem.parts], self.repeated)
 
 
-def _repeated_sites(sites: Mapping[str, str], one: Repetition) -> dict[str, str]:
-    found = {}
+def _repeated_sites(sites: Mapping[str, str], repetition: Repetition) -> dict[str, str]:
+    repeated = {}
     for layer, site in sites.items():
-        number = one.number_of(layer)
-        for by in one.copies(number) if number is not None else ():
-            found[one.shifted(layer, by)] = one.shifted(site, by)
-    return found
+        number = repetition.number_of(layer)
+        for by in repetition.copies(number) if number is not None else ():
+            repeated[repetition.shifted(layer, by)] = repetition.shifted(site, by)
+    return repeated
 
 
-def _repeated_problems(problems: Iterable[Problem], one: Repetition) -> list[Problem]:
+def _repeated_problems(problems: Iterable[Problem], repetition: Repetition) -> list[Problem]:
     """Copy problems inside a block for each block that equals it, left out of the trace.
 
     Problems that span blocks get the parts of the blocks that were left out.
     """
-    found = []
+
+    def shifted(part: Part, by: int) -> Part:
+        return Part(repetition.shifted(part.layer, by), repetition.shifted(part.site, by), part.columns)
+
+    repeated = []
     for problem in problems:
-        numbers = {one.number_of(part.layer) for part in problem.parts}
-        found.append(problem)
+        numbers = {repetition.number_of(part.layer) for part in problem.parts}
         if len(numbers) == 1 and None not in numbers:
-            (number,) = numbers
-            found += [_shifted(problem, one, by) for by in one.copies(number or 0)]
+            repeated.append(problem)
+            for by in repetition.copies(numbers.pop() or 0):
+                name, space, site = (
+                    repetition.shifted(text, by) for text in (problem.name, problem.space, problem.site)
+                )
+                parts = tuple(shifted(part, by) for part in problem.parts)
+                repeated.append(dataclasses.replace(problem, name=name, parts=parts, space=space, site=site))
             continue
-        parts = list(problem.parts)
+        parts = problem.parts
         for number in sorted(number for number in numbers if number is not None):
-            own = [part for part in problem.parts if one.number_of(part.layer) == number]
-            parts += [_shifted_part(part, one, by) for by in one.copies(number) for part in own]
-        found[-1] = dataclasses.replace(problem, parts=tuple(parts))
-    return found
-
-
-def _shifted(problem: Problem, one: Repetition, by: int) -> Problem:
-    move: Callable[[str], str] = lambda name: one.shifted(name, by)  # noqa: E731
-    return dataclasses.replace(
-        problem,
-        name=move(problem.name),
-        parts=tuple(_shifted_part(part, one, by) for part in problem.parts),
-        space=move(problem.space),
-        site=move(problem.site),
-    )
-
-
-def _shifted_part(part: Part, one: Repetition, by: int) -> Part:
-    return Part(one.shifted(part.layer, by), one.shifted(part.site, by), part.columns)
+            in_block = [part for part in problem.parts if repetition.number_of(part.layer) == number]
+            parts += tuple(shifted(part, by) for by in repetition.copies(number) for part in in_block)
+        repeated.append(dataclasses.replace(problem, parts=parts))
+    return repeated

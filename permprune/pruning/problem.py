@@ -75,13 +75,13 @@ def build_problems(coupling: Coupling, layers: list[Layer], pattern: Pattern, mo
     covered: set[str] = set()
     for space in coupling.spaces:
         sites = {reader.site for reader in space.readers if reader.parameter in pruned}
-        found = _space_problems(space, pruned, pattern)
-        if space.freedom == "frozen" and found and mode == "fold":
+        of_space = _space_problems(space, pruned, pattern)
+        if space.freedom == "frozen" and of_space and mode == "fold":
             log.warning("%s keeps its order: %s", space.name, space.reason)
         if space.freedom == "frozen" or (mode == "gather" and len(sites) > 1):
             continue
-        covered.update(part.layer for problem in found for part in problem.parts)
-        problems += found
+        covered.update(part.layer for problem in of_space for part in problem.parts)
+        problems += of_space
     if mode == "gather":
         sites_by_reader = [_site_problem(site, pruned, covered, pattern) for site in coupling.sites]
         problems += [problem for problem in sites_by_reader if problem]
@@ -118,9 +118,9 @@ def _columns(reader: Member, block: int, layers: list[Layer]) -> list[tuple[Laye
 
 
 def _site_problem(site: Site, pruned: dict[str, list[Layer]], covered: set[str], pattern: Pattern) -> Problem | None:
-    found = [layer for parameter in site.readers for layer in pruned.get(parameter, []) if layer.name not in covered]
-    layers = [layer for layer in found if layer.reads_input]
-    if len(layers) < len(found):
+    readers = [layer for parameter in site.readers for layer in pruned.get(parameter, []) if layer.name not in covered]
+    layers = [layer for layer in readers if layer.reads_input]
+    if len(layers) < len(readers):
         log.warning("%s keeps its order: no module of the model reads it, so that no gather can reorder it", site.name)
     if not layers or not pattern.divides(site.size) or site.size == pattern.m:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from permprune.matching.parts import random_parts
 from permprune.pattern import Pattern
-from permprune.permuters.kept import ROWS, deal_and_assign, descending, kept_score, union_kept
+from permprune.permuters.kept import ROWS, descending, kept_score, ria_order, union_kept
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2), Pattern(5, 8)]
 
@@ -65,14 +65,14 @@ def best_assignments(score: Tensor, pattern: Pattern, largest: int = 4) -> Tenso
 @pytest.mark.parametrize("seed", range(3))
 def test_ria_makes_the_best_assignment_of_each_slot(pattern: Pattern, seed: int) -> None:
     score = random(4 * pattern.m, 2 * ROWS + 5, seed=seed).square()
-    assert torch.equal(deal_and_assign(score, pattern), best_assignments(score, pattern).flatten())
+    assert torch.equal(ria_order(score, pattern), best_assignments(score, pattern).flatten())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_ria_assigns_inside_random_parts_of_wide_problems(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.permuters.kept.PART", 2 * pattern.m)
     score = random(4 * pattern.m, 2 * ROWS + 5).square()
-    assert torch.equal(deal_and_assign(score, pattern), best_assignments(score, pattern, largest=2).flatten())
+    assert torch.equal(ria_order(score, pattern), best_assignments(score, pattern, largest=2).flatten())
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e6, 1e9])
@@ -81,6 +81,6 @@ def test_huge_channels_do_not_blur_where_others_go(scale: float, seed: int) -> N
     pattern = Pattern(2, 4)
     score = random(16, 400, seed=seed)
     score[:3] *= scale
-    found, best = deal_and_assign(score, pattern).view(4, 4), best_assignments(score.double(), pattern)
+    found, best = ria_order(score, pattern).view(4, 4), best_assignments(score.double(), pattern)
     kept, most = (float(kept_score(score.double(), groups, pattern).sum()) for groups in (found, best))
     assert kept == pytest.approx(most, abs=1e-3, rel=0)

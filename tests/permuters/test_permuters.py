@@ -24,7 +24,7 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion, TrustRegionState, slopes_along
+from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion, TrustRegionState
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.problem import Orders
 from permprune.system.search_state import Checkpoint
@@ -324,7 +324,7 @@ def test_a_step_much_too_far_damps_each_problem_by_its_slopes_and_is_taken_again
     gradients = method.gradients(landscape, state)
     proposals, before = method.proposals(landscape, state, gradients)
     orders = {name: proposal.order for name, proposal in proposals.items()}
-    slopes = slopes_along(network, network.identity(), orders, gradients)
+    slopes = network.slopes_along(network.identity(), orders, gradients.weight)
     losses = iter([state.best + 1e3, state.best - 1])
     monkeypatch.setattr(network, "slopes", lambda *_: {own: -2 * slope for own, slope in slopes.items()})
     monkeypatch.setattr(network, "loss", lambda *_: next(losses))
