@@ -84,9 +84,9 @@ class Pattern:
         `score` is (rows, width) and `order`, a permutation of the columns, int64 (width,). Returns a bool tensor (rows,
         width) with the columns in the original order of `score`. Raises `PermpruneError` as `mask` does.
         """
-        found = torch.empty_like(score, dtype=torch.bool)
-        found[:, order] = self.mask(score[:, order])
-        return found
+        mask = torch.empty_like(score, dtype=torch.bool)
+        mask[:, order] = self.mask(score[:, order])
+        return mask
 
     def mask_groups(self, score: Num[Tensor, "*shape"], dim: int) -> Bool[Tensor, "*shape"]:
         """Return the mask of scores that are already grouped: dimension `dim` has the m members of each group.

@@ -83,9 +83,9 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
     anything slow is imported, the function runs up to its `yield`, and its inputs and outputs are looked for. A
     function without one has then done its work.
     """
-    own = inspect.signature(function, eval_str=True).parameters
+    arguments = inspect.signature(function, eval_str=True).parameters
     parameters, settings = dict[str, inspect.Parameter](), dict[str, tuple[type, Collection[str]]]()
-    for name, parameter in own.items():
+    for name, parameter in arguments.items():
         offered = {name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)}
         kind = parameter.annotation
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
@@ -115,7 +115,7 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
                 for name, number in numbers.items():
                     if number is not None:
                         number.require(name, given[name])
-                work = function(**{name: made[name] if name in made else options[name] for name in own})
+                work = function(**{name: made[name] if name in made else options[name] for name in arguments})
                 if work is None:
                     return
                 next(work, None)
@@ -152,8 +152,8 @@ def _reported(parameters: Collection[str]) -> Iterator[None]:
     except PermpruneError as error:
         from permprune.system.failures import OutOfMemory
 
-        said = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
-        print(f"permprune: {said}", file=sys.stderr)
+        message = OutOfMemory(error.peak, parameters) if isinstance(error, OutOfMemory) else error
+        print(f"permprune: {message}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 

@@ -37,11 +37,11 @@ def methods(name: Annotated[str | None, typer.Argument(help="a method such as ne
                 table.add_row(one, kind, " ".join(summary.split()), " ".join(numbers_of(method)))
         cli.show(table)
         return
-    found = {kind: registry[name] for kind, registry in known.items() if name in registry}
-    if not found:
+    matching = {kind: registry[name] for kind, registry in known.items() if name in registry}
+    if not matching:
         names = dict.fromkeys(one for registry in known.values() for one in registry)
         raise PermpruneError(f'there is no method "{name}": {nearest(name, names)}')
-    for kind, method in found.items():
+    for kind, method in matching.items():
         _show_method(f"{kind} {name}", method)
 
 

@@ -32,14 +32,14 @@ def pack(
 
     from permprune.jobs.packing import pack_folder
 
-    found = pack_folder(folder, out, dtype=dtype, head=head, trust_remote_code=trust_remote_code)
+    packed = pack_folder(folder, out, dtype=dtype, head=head, trust_remote_code=trust_remote_code)
     layers, weights = (
-        f"{sizes.packed / 1e6:.1f} MB, dense {sizes.dense / 1e6:.1f} MB" for sizes in (found.layers, found.weights)
+        f"{sizes.packed / 1e6:.1f} MB, dense {sizes.dense / 1e6:.1f} MB" for sizes in (packed.layers, packed.weights)
     )
     print(f"pruned layers: {layers}; all weights: {weights}")
-    if found.left_dense:
-        print(f"left dense, as they have no packed form: {', '.join(found.left_dense)}")
-    print(f"outputs on the probe differ by at most {found.difference:.2g} (the largest is {found.largest:.2g})")
+    if packed.left_dense:
+        print(f"left dense, as they have no packed form: {', '.join(packed.left_dense)}")
+    print(f"outputs on the probe differ by at most {packed.difference:.2g} (the largest is {packed.largest:.2g})")
     print(f"written to {out}")
 
 

@@ -30,11 +30,11 @@ def _usage(error: Any) -> str:
     place = error.ctx.command_path if error.ctx else "permprune"
     wrong = getattr(error, "option_name", None)
     if wrong is None or not hasattr(error, "possibilities"):
-        said = error.format_message().rstrip(".")
-        if not said:  # help, which is printed
+        text = error.format_message().rstrip(".")
+        if not text:  # help, which is printed
             return ""
-        said = f"{said[:1].lower()}{said[1:]}".replace(". Did", ": did")
-        return said if said.endswith("?") else f"{said}: see {place} --help"
+        text = f"{text[:1].lower()}{text[1:]}".replace(". Did", ": did")
+        return text if text.endswith("?") else f"{text}: see {place} --help"
     known = [name for parameter in error.ctx.command.params for name in (*parameter.opts, *parameter.secondary_opts)]
     close = get_close_matches(wrong, known, 1)
     return f"no option {wrong}: " + (f'did you mean "{close[0]}"?' if close else f"see {place} --help")

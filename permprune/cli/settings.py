@@ -105,7 +105,7 @@ def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspe
 
     It is None if the option is not given and the field's default is no plain value.
     """
-    hints, found = get_type_hints(settings, localns=NAMED), {}
+    hints, parameters = get_type_hints(settings, localns=NAMED), {}
     for name, field in _options(settings).items():
         if name not in without:
             default = field.default if isinstance(field.default, bool | int | float | str) else None
@@ -115,10 +115,10 @@ def options_of(settings: type, without: Collection[str] = ()) -> dict[str, inspe
             if get_origin(kind) is list:
                 offered.help += "; may be repeated"
             annotation: Any = Annotated[kind if default is not None else kind | None, offered]
-            found[name] = inspect.Parameter(
+            parameters[name] = inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
             )
-    return found
+    return parameters
 
 
 def complete_option(name: str, parameter: inspect.Parameter) -> None:

@@ -18,8 +18,10 @@ def verify(
 
     from permprune.jobs.verify import verify as run
 
-    found = run(folder, trust_remote_code=trust_remote_code)
-    print(f"{found.layers} layers hold the pattern in stored order")
-    if dense := str(found.dense):
+    verified = run(folder, trust_remote_code=trust_remote_code)
+    print(f"{verified.layers} layers hold the pattern in stored order")
+    if dense := str(verified.dense):
         print(dense)
-    print(f"the checkpoint loads; its outputs differ by at most {found.difference:.1e} from those of the masked model")
+    print(
+        f"the checkpoint loads; its outputs differ by at most {verified.difference:.1e} from those of the masked model"
+    )

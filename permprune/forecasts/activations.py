@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 """The device of the fake tensors: its kernels for attention keep as much as those of GPUs."""
 
 Gradients = Literal["none", "inputs", "weights"]
-"""What a backward pass gives gradients to: nothing (there is none), the layers' inputs, or their weights as well."""
+"""The tensors with gradients in a pass: none (there is no backward pass), the layers' inputs, or their weights too."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def count_activations(
                 loss.backward()
         live.leave_head()
         copies = [fake.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
-        growth, outputs = (sum(found.get(block, 0) for block in copies) for found in (live.growth, live.outputs))
+        growth, outputs = (sum(sizes.get(block, 0) for block in copies) for sizes in (live.growth, live.outputs))
     logits = live.head - live.before_head if live.head == live.peak else 0
     return Activations(
         blocks=live.peak - logits + growth,

@@ -209,12 +209,12 @@ def _elements(method: CostMatrixLearner | Learned, outline: Outline) -> int:
 
 
 def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Memory, ...]:
-    """What a gradient on this number of examples holds, or the accept test."""
+    """The memory of a gradient on this number of examples, or of the accept test."""
     return (*_teacher(method, run, examples), *(run.gradient if examples else run.loss).parts)
 
 
 def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Memory, ...]:
-    """What `train_weights` holds with this number of examples in a step; gradients only if they are several batches."""
+    """The memory of `train_weights` with this number of examples in a step: gradients only for several batches."""
     outline = run.outline
     weights = outline.dtype.itemsize * outline.weights
     moments = 2 * weights * outline.pattern.n // outline.pattern.m

@@ -145,7 +145,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is forecast: runs on a model, which is on the meta device, with any settings.
+    """The subject of forecasts: runs on a model, which is on the meta device, with any settings.
 
     `outline` is that of `outline_model`, `stored` the type in which the weights are stored, and `windows` the number of
     windows of the evaluation. The run has so many `processes`, all on this machine unless `torchrun` says otherwise.
@@ -309,7 +309,7 @@ def _zeros(shapes: Shapes) -> dict[str, Tensor]:
 
 
 def _loading(weights: int, stored: int, machine: Machine, shards: int) -> Iterator[Memory]:
-    """What `read_model` holds: the checkpoint, converted parameter by parameter, on the host and then on the device.
+    """The memory of `read_model`: the checkpoint, converted parameter by parameter, on the host and then on the device.
 
     Processes that divide rows read their own, parameter by parameter.
     """
@@ -321,7 +321,7 @@ def _loading(weights: int, stored: int, machine: Machine, shards: int) -> Iterat
 
 
 def _writing(checkpoint: int, stored: torch.dtype, shards: int) -> Iterator[Memory]:
-    """What `write_weights` holds: all weights in the type in which they are stored; of divided weights, one file."""
+    """The memory of `write_weights`: all weights in the type in which they are stored; of divided weights, one file."""
     if stored != torch.float32 or shards > 1:
         yield Memory("weights as stored", checkpoint, "host")
 

@@ -1,4 +1,4 @@
-"""What the costs of a run follow from: the layers, the orders, and the passes of the model."""
+"""The layers, the orders and the passes of the model, from which the costs of a run follow."""
 
 from __future__ import annotations
 

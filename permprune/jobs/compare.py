@@ -120,13 +120,11 @@ def compare(
     return result
 
 
-def _rows(measured: list[Measurement]) -> list[ComparisonRow]:
+def _rows(measurements: list[Measurement]) -> list[ComparisonRow]:
     """Add `gap_closed` to the measurements; the first is that of the dense model, the second of no permutation."""
-    dense, none, metric = measured[0].result.value, measured[1].result.value, measured[0].result.metric
-    return [
-        ComparisonRow(**vars(found), gap_closed=gap_closed(found.result.value, dense, none, metric=metric))
-        for found in measured
-    ]
+    dense, none = (measurement.result for measurement in measurements[:2])
+    closed = partial(gap_closed, dense=dense.value, none=none.value, metric=dense.metric)
+    return [ComparisonRow(**vars(row), gap_closed=closed(row.result.value)) for row in measurements]
 
 
 def _write_best(

@@ -61,22 +61,19 @@ def inspect(
         network = copy.deepcopy(network) if network is model else network
         network.double()
     batch = _example(example, network, opened.processor)
-    found = []
-    for space in discover(network, batch).spaces:
-        moved = verify and space.freedom != "frozen"
-        found.append(
-            InspectedSpace(
-                name=space.name,
-                size=space.size,
-                blocks=space.blocks,
-                freedom=space.freedom,
-                reason=space.reason,
-                members=len(space.members),
-                readers=len(space.readers),
-                difference=verify_space(network, space, batch) if moved else None,
-            )
+    return [
+        InspectedSpace(
+            name=space.name,
+            size=space.size,
+            blocks=space.blocks,
+            freedom=space.freedom,
+            reason=space.reason,
+            members=len(space.members),
+            readers=len(space.readers),
+            difference=verify_space(network, space, batch) if verify and space.freedom != "frozen" else None,
         )
-    return found
+        for space in discover(network, batch).spaces
+    ]
 
 
 def _example(

@@ -39,15 +39,15 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
     `model` is a folder that permprune wrote, which is loaded, or a model in memory from `prune` or `load`.
     `trust_remote_code` is as in `read_model`. Raises `PermpruneError` for the first check that fails.
     """
-    shown = model if isinstance(model, PreTrainedModel) else load(model, trust_remote_code=trust_remote_code)
-    origin = origin_of(shown)
+    loaded = model if isinstance(model, PreTrainedModel) else load(model, trust_remote_code=trust_remote_code)
+    origin = origin_of(loaded)
     if origin.record is None:
         raise PermpruneError("permprune did not prune this model: give one returned by prune or load, or a folder")
-    patterns = recorded_patterns(shown, origin.record.layers)
-    require_patterns(shown, patterns)
-    what = "this model" if shown is model else str(model)
-    difference = check_outputs(shown, require_probe(origin), what)
-    return Verified(len(patterns), difference, origin.record.dense or _dense(shown, origin.record))
+    patterns = recorded_patterns(loaded, origin.record.layers)
+    require_patterns(loaded, patterns)
+    what = "this model" if loaded is model else str(model)
+    difference = check_outputs(loaded, require_probe(origin), what)
+    return Verified(len(patterns), difference, origin.record.dense or _dense(loaded, origin.record))
 
 
 def _dense(model: PreTrainedModel, record: Record) -> DenseWeights:
