@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from permprune import Examples, PruneConfig, Result, TaskList, read_model
 from permprune.data.benchmarks import wikitext2
 from permprune.data.text import load_documents, tokenize
-from permprune.engine.held import prepare, update_weights
+from permprune.engine.held import Held, prepare
 from permprune.evaluation.lm_tasks import WIKITEXT, WINDOW, average, cut
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import TASK_ACCURACY, gap_closed, metric_named
@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace, config: PruneConfig, methods: list[str]
             run = dataclasses.replace(prepared.run, callbacks=(curve,))
             solution = permuter(method).solve(prepared.network, run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(curve.spent()), "curve": curve.points}
-            update_weights(prepared)
+            Held(prepared, None).update()
             yield method, score() | cost | {"peak": round(peak_memory_mb() or 0)}
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from permprune import PruneConfig, read_model
-from permprune.engine.held import prepare, update_weights
+from permprune.engine.held import Held, prepare
 from permprune.engine.measuring import Evaluation, Meter
 from permprune.evaluation.result import gap_closed, metric_named
 from permprune.permuters.registry import permuter
@@ -127,7 +127,7 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
             began = time.process_time()
             solution = permuter(method).solve(prepared.network, prepared.run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(time.process_time() - began)}
-            update_weights(prepared)
+            Held(prepared, None).update()
             found, _ = score()
             none = none or found
             gap = {

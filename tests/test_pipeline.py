@@ -21,7 +21,7 @@ from permprune.coupling.fold import fold
 from permprune.coupling.space import Coupling
 from permprune.coupling.verify import verify_space
 from permprune.data.text import load_documents, tokenize
-from permprune.engine.held import finish, prepare, prune, update_weights
+from permprune.engine.held import Held, prepare, prune
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import gap_closed
@@ -52,7 +52,7 @@ def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCaus
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
+    pruned = Held(prepared, None).finish(solution, natural)
     torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert [row.error_none for row in pruned.layers] == [row.error for row in natural]
     for layer in prunable_layers(pruned.model, Pattern.parse(pattern)):
@@ -102,7 +102,7 @@ def test_an_update_leaves_the_searches_after_it_alone(tiny_llama: LlamaForCausal
     prepared = prepare(tiny_llama, None, PruneConfig(update="sparsegpt", precision="fp32"), examples=WINDOWS)
     network, method = prepared.network, Newton(rounds=2, examples=2)
     alone = method.search(network, prepared.run)
-    update_weights(prepared)
+    Held(prepared, None).update()
     assert all(not torch.equal(own, network.dense[name] * network.masks[name]) for name, own in network.shown.items())
     after = method.search(network, dataclasses.replace(prepared.run, solved={}))
     assert [point.loss for point in after.curve] == [point.loss for point in alone.curve]
@@ -143,7 +143,7 @@ def test_a_gather_leaves_what_dense_layers_read_as_it_is(tiny_llama: LlamaForCau
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
+    pruned = Held(prepared, None).finish(solution, natural)
     torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert {bool(gather.output) for gather in pruned.gathers} == {False, True}
 
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_traced_is_pruned_in_gather_mode(
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
+    pruned = Held(prepared, None).finish(solution, natural)
     torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert len(pruned.gathers) == 8 and not pruned.tables
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
@@ -208,7 +208,7 @@ def test_an_op_without_a_rule_keeps_what_it_touches_in_order_and_the_rest_moves(
     natural = prepared.network.measures()
     solution = Random().solve(prepared.network, prepared.run)
     masked = probe_outputs(tiny_llama, {"input_ids": WINDOWS})
-    pruned = finish(prepared, solution, natural)
+    pruned = Held(prepared, None).finish(solution, natural)
     torch.testing.assert_close(probe_outputs(pruned.model, {"input_ids": WINDOWS}), masked, rtol=0, atol=1e-5)
     assert all(Pattern(2, 4).holds(layer.weight) for layer in prunable_layers(pruned.model, Pattern(2, 4)))
 

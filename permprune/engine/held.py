@@ -131,33 +131,6 @@ def measure(plan: Plan, model: PreTrainedModel, started: float) -> Prepared:
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
 
-def update_weights(prepared: Prepared) -> None:
-    """Apply the config's weight update with the current orders of the network. Raises `PermpruneError`."""
-    update_network(update(prepared.config.update), prepared.network, prepared.measured, prepared.run.held_out)
-
-
-def finish(prepared: Prepared, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
-    """Put the orders of a solution, which the network has to have, into the model, with the network's current weights.
-
-    `natural` are the network's measures in natural order. `prepared` must not be used afterwards.
-    """
-    model, network, origin = prepared.model, prepared.network, origin_of(prepared.model)
-    measures = beside_natural(network.measures(), natural)
-    shown = sample(network, measures)
-    network.write()
-    round_weights(model.parameters(), origin.dtype)
-    with computed_in(model, torch.float32):
-        probe = make_probe(model, short_inputs(model, prepared.run.held_out))
-    pruned = stored_form(prepared, model, solution, layers=measures, probe=probe, sample=shown)
-    fold_all(model, pruned.tables, prepared.coupling)
-    for layer, order in gathered_layers(prepared, solution.orders).values():
-        layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
-    attach_gathers(model, pruned.gathers)
-    pruned.gathers = compose(origin.gathers, pruned.gathers)
-    set_origin(model, replace(origin, record=pruned.record(), probe=probe))
-    return pruned
-
-
 @failures_reported()
 def prune(
     model: PreTrainedModel,
@@ -229,11 +202,25 @@ class Held(Weights):
         return method.solve(self.network, run)
 
     def update(self) -> None:
-        update_weights(self.plan)
+        update_network(update(self.plan.config.update), self.network, self.plan.measured, self.plan.run.held_out)
         round_weights([*self.network.trained.values(), *self.network.updated.values()], self.stored)
 
     def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
-        return finish(self.plan, solution, natural)
+        plan, model, network, origin = self.plan, self.model, self.network, origin_of(self.model)
+        measures = beside_natural(network.measures(), natural)
+        shown = sample(network, measures)
+        network.write()
+        round_weights(model.parameters(), self.stored)
+        with computed_in(model, torch.float32):
+            probe = make_probe(model, short_inputs(model, plan.run.held_out))
+        pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
+        fold_all(model, pruned.tables, plan.coupling)
+        for layer, order in gathered_layers(plan, solution.orders).values():
+            layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
+        attach_gathers(model, pruned.gathers)
+        pruned.gathers = compose(origin.gathers, pruned.gathers)
+        set_origin(model, replace(origin, record=pruned.record(), probe=probe))
+        return pruned
 
     def write(self, folder: Path, pruned: Pruned) -> None:
         write_weights(pruned.model, self.processor, self.stored, folder)

@@ -106,11 +106,11 @@ class Meter:
     def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
         self.model, self.examples = model, evaluation.examples(model, processor)
         self.tokenizer = transcriber(model, processor)
-        self.answers = None if has_targets(model, self.examples) else dense_outputs(model, self.examples)
+        self.dense = None if has_targets(model, self.examples) else dense_outputs(model, self.examples)
         self.batch, self.metric = evaluation_batch(model), evaluation.metric
 
     def __call__(self) -> Result:
-        dense, batch, metric = self.answers, self.batch, self.metric
+        dense, batch, metric = self.dense, self.batch, self.metric
         return evaluate_model(self.model, self.examples, self.tokenizer, dense=dense, batch=batch, metric=metric)[0]
 
 

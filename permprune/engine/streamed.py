@@ -182,13 +182,13 @@ class Streamed(Offloaded):
         network = self._network(site, layers, list(problems.values()), x)
         self._keep_masks(network, NATURAL)
         natural, started = network.measures(), time.monotonic()
-        found = network.each_problem(method.solver(network, self.plan.run), None, list(problems))
+        orders = network.each_problem(method.solver(network, self.plan.run), None, list(problems))
         seconds = time.monotonic() - started
         self._searched += seconds
-        network.set_orders(found)
+        network.set_orders(orders)
         self._keep_masks(network, DECIDED)
         measures = [asdict(layer) for layer in beside_natural(network.measures(), natural)]
-        return found, {site: {"layers": measures, "seconds": seconds}}
+        return orders, {site: {"layers": measures, "seconds": seconds}}
 
     def _keep_masks(self, network: MaskedLayers, order: str) -> None:
         for name, mask in network.masks.items():
@@ -218,7 +218,7 @@ class Streamed(Offloaded):
 
         Logs a warning for every other problem.
         """
-        found: dict[str, dict[int, Problem]] = {site: {} for site in dict.fromkeys(self.plan.sites.values())}
+        local: dict[str, dict[int, Problem]] = {site: {} for site in dict.fromkeys(self.plan.sites.values())}
         for number, problem in enumerate(self.plan.problems):
             site, *others = {part.site for part in problem.parts}
             if others:
@@ -226,8 +226,8 @@ class Streamed(Offloaded):
                     "%s keeps its natural order: it is read by layers that are not in memory together", problem.name
                 )
             else:
-                found[site][number] = problem
-        return found
+                local[site][number] = problem
+        return local
 
     def _network(self, site: str, layers: list[Layer], problems: list[Problem], x: Tensor) -> MaskedLayers:
         """Return a masked network of these layers only, with copies of their weights.
@@ -239,8 +239,8 @@ class Streamed(Offloaded):
         for layer in layers:
             module = nn.Module()
             # experts are in memory while one of them runs, and the forward pass goes on with the dense weights
-            own = self.weights[layer.parameter] if layer.expert is None else layer.stored[layer.expert].clone()
-            module.weight = nn.Parameter(own, requires_grad=False)
+            weight = self.weights[layer.parameter] if layer.expert is None else layer.stored[layer.expert].clone()
+            module.weight = nn.Parameter(weight, requires_grad=False)
             held.append(replace(layer, module=module))
             require_finite(held[-1])
         uniform = {layer.name: layer.weight.new_ones(len(layer.weight)) for layer in held}

@@ -174,9 +174,9 @@ class WorkFolder:
         path, text = self.path / MARKER, f"permprune {job}\n"
         if not self.holds_state():
             write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-        elif (found := path.read_text(encoding="utf-8", errors="replace")) != text:
+        elif (marked := path.read_text(encoding="utf-8", errors="replace")) != text:
             raise PermpruneError(
-                f"{self.path} belongs to an interrupted {found.strip()}: finish or remove it, or choose another --out"
+                f"{self.path} belongs to an interrupted {marked.strip()}: finish or remove it, or choose another --out"
             )
 
     def _close(self, lock: FileLock, keep: bool) -> None:

@@ -202,7 +202,7 @@ def test_a_solution_is_not_sought_twice(
     """Neither that of the search, nor that of the one from whose orders it starts."""
     command, method = ["prune", *source, "--permute", name, "--out", tmp_path / "out"], PERMUTERS[name.split(":")[0]]
     with monkeypatch.context() as patch:
-        patch.setattr("permprune.engine.held.finish", stop)
+        patch.setattr("permprune.engine.held.Held.finish", stop)
         code, _, stderr = run(*command)
     assert code == 130 and "--resume" in stderr
     with monkeypatch.context() as patch:
@@ -231,7 +231,7 @@ def test_more_minutes_or_rounds_go_on_from_the_state(
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert run("prune", *source, "--permute", "newton:rounds=2", "--out", whole)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("permprune.engine.held.finish", stop)
+        patch.setattr("permprune.engine.held.Held.finish", stop)
         assert run("prune", *source, "--permute", "newton:rounds=1", "--minutes", "9", "--out", out)[0] == 130
     assert run("prune", *source, "--permute", "newton:rounds=2", "--out", out, "--resume")[0] == 0
     assert orders(whole) == orders(out)

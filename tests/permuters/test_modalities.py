@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from permprune.config import PruneConfig
-from permprune.engine.held import finish, prepare, update_weights
+from permprune.engine.held import Held, prepare
 from permprune.losses.objective import Objective
 from permprune.models.forward import run_model
 from permprune.permuters.learned import Learned
@@ -54,7 +54,7 @@ def test_permuters_find_orders_that_repeat_and_fold(data: str, mode: str) -> Non
     natural = network.measures()
     with torch.no_grad():
         masked = run_model(model, examples[:2])[0]
-    pruned = finish(prepared, solution, natural)
+    pruned = Held(prepared, None).finish(solution, natural)
     with torch.no_grad():
         torch.testing.assert_close(run_model(pruned.model, examples[:2])[0], masked, rtol=0, atol=1e-4)
 
@@ -116,7 +116,7 @@ def test_divergence_curves_as_the_squares_of_labels_say() -> None:
 def test_sparsegpt_lowers_the_output_errors(data: str) -> None:
     prepared = prepare(make(data), None, PruneConfig(update="sparsegpt", **SETTINGS), examples=dict(**EXAMPLES[data]()))
     before = prepared.network.measures()
-    update_weights(prepared)
+    Held(prepared, None).update()
     assert sum(row.error for row in prepared.network.measures()) < sum(row.error for row in before)
 
 

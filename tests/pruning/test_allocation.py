@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
-from permprune.engine.held import Prepared, finish, prepare
+from permprune.engine.held import Held, Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.pattern import TOTAL, Pattern, parse_pattern
 from permprune.permuters.registry import PERMUTERS
@@ -85,7 +85,7 @@ def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str
     prepared = ready(tiny_llama, mode="gather")
     network, patterns = prepared.network, prepared.network.patterns
     natural = network.measures()
-    pruned = finish(prepared, brief(method).solve(network, prepared.run), natural)
+    pruned = Held(prepared, None).finish(brief(method).solve(network, prepared.run), natural)
     assert [Pattern.parse(row.pattern) for row in pruned.layers] == list(patterns.values())
     for name, layer in network.layers.items():
         assert patterns[name].holds(layer.weight)

@@ -13,7 +13,7 @@ from permprune.checkpoints.probe import probe_outputs
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.trace import Untraceable
-from permprune.engine.held import Prepared, finish, prepare
+from permprune.engine.held import Held, Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.objective import Objective
@@ -51,7 +51,7 @@ def test_random_orders_keep_the_outputs_and_leave_two_of_every_four(family: str,
     solution = Random().solve(prepared.network, prepared.run)
     ids = {"input_ids": written_by(family)[:16]}
     expected = probe_outputs(prepared.model, ids)
-    pruned = finish(prepared, solution, natural)
+    pruned = Held(prepared, None).finish(solution, natural)
     torch.testing.assert_close(probe_outputs(pruned.model, ids), expected, rtol=1e-4, atol=1e-4)
     weights = fused(pruned.model)
     assert weights and len(weights) == 2 * sum("down_proj" in name for name in weights)
@@ -231,7 +231,7 @@ def test_an_excluded_expert_stays_dense_and_follows_the_orders_of_the_others(
         solution = Random().solve(prepared.network, prepared.run)
         ids = {"input_ids": written_by("mixtral")[:16]}
         expected = probe_outputs(prepared.model, ids)
-        pruned = finish(prepared, solution, natural)
+        pruned = Held(prepared, None).finish(solution, natural)
         torch.testing.assert_close(probe_outputs(pruned.model, ids), expected, rtol=1e-4, atol=1e-4)
         for weight in fused(pruned.model).values():
             assert (weight[1] != 0).all()

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.config import PruneConfig
-from permprune.engine.held import finish, prepare
+from permprune.engine.held import Held, prepare
 from permprune.pattern import Pattern
 from permprune.permuters.registry import permuter
 
@@ -18,7 +18,7 @@ def test_the_layer_that_gains_most_is_shown_in_both_orders(tiny_llama: LlamaForC
     natural = network.measures()
     solution = permuter("ria").solve(network, prepared.run)
     columns, found = network.stored_columns(), dict(network.scores)
-    pruned = finish(prepared, solution, natural)
+    pruned = Held(prepared, None).finish(solution, natural)
     shown = pruned.sample
     assert shown is not None
     gains = {row.name: row.kept - row.kept_none for row in pruned.layers}
