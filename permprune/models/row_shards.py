@@ -12,7 +12,7 @@ rows, not DTensors as `parallelize_module` would make them: docs/architecture.md
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from permprune.errors import PermpruneError
 from permprune.models.layers import ROWS, Layer
 from permprune.system import sharding
-from permprune.system.device import best_device
+from permprune.system.device import compute_device
 from permprune.system.distributed import shards
 
 ReadRows = Callable[[str, slice], Tensor]
@@ -44,29 +44,31 @@ def load_rows(model: nn.Module, read: ReadRows) -> None:
 
     Other parameters, and those that other modules use as well, are held whole. Raises whatever `read` raises.
     """
-    mesh = init_device_mesh(best_device().type, (shards(),))
-    users: dict[nn.Parameter, list[nn.Module]] = {}
+    users: dict[Tensor, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(parameter, []).append(module)
+    divisible = [module for module in model.modules() if _is_divisible(module)]
     divided = {
-        parameter
-        for parameter, modules in users.items()
-        if all(map(_is_divisible, modules)) and sharding.leaves_none_out(len(parameter), shards())
+        module: len(module.weight)
+        for module in divisible
+        if all(map(_is_divisible, users[module.weight])) and sharding.leaves_none_out(len(module.weight), shards())
     }
     loaded: dict[nn.Parameter, nn.Parameter] = {}
     for name, module in model.named_modules():
-        if _is_divisible(module) and module.weight in divided:
-            _divide(module, len(module.weight), mesh)  # type: ignore[arg-type]
         for attribute, parameter in module.named_parameters(recurse=False):
             if parameter not in loaded:
-                rows = sharding.own_rows(len(parameter)) if parameter in divided else slice(None)
+                is_divided = divided.keys() >= {*users[parameter]}
+                rows = sharding.own_rows(len(parameter)) if is_divided else slice(None)
                 weight = read(f"{name}.{attribute}".removeprefix("."), rows)
                 loaded[parameter] = nn.Parameter(weight, requires_grad=False)
             module._parameters[attribute] = loaded[parameter]
+    mesh = init_device_mesh(compute_device(model).type, (shards(),))
+    for divided_module, length in divided.items():
+        _divide(divided_module, length, mesh)
 
 
-def _is_divisible(module: nn.Module) -> bool:
+def _is_divisible(module: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
     """Whether a module only multiplies by its weight, or looks rows up; subclasses may do something else."""
     return type(module) in (nn.Linear, nn.Embedding)
 

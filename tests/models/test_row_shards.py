@@ -75,6 +75,25 @@ def test_outputs_and_gradients_are_those_of_the_whole_model(
         torch.testing.assert_close(torch.cat([rows[name] for _, rows, _ in found]), gradient, rtol=1e-5, atol=1e-6)
 
 
+def test_a_weight_that_another_module_reads_is_whole_and_so_is_the_bias_beside_it() -> None:
+    class Scaled(torch.nn.Embedding):
+        pass
+
+    whole = torch.nn.Sequential(Scaled(6, 4), torch.nn.Linear(4, 6))
+    whole[1].weight = whole[0].weight
+    ids = torch.arange(6)[None]
+
+    def run() -> tuple[Tensor, int]:
+        model = copy.deepcopy(whole).to("meta")
+        model[1].weight = model[0].weight
+        load_rows(model, lambda name, rows: whole.get_parameter(name).data[rows].clone())
+        return model(ids), sum(parameter.numel() for parameter in model.parameters())
+
+    with distributed.dividing_rows():
+        for outputs, size in in_processes(2, run):
+            assert torch.equal(outputs, whole(ids)) and size == 6 * 4 + 6
+
+
 def test_a_divided_matrix_is_the_whole_one() -> None:
     rows = torch.randn(40, 700)
 
