@@ -16,14 +16,17 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from permprune.errors import PermpruneError
 from permprune.models.layers import ROWS, Layer
 from permprune.system import sharding
 from permprune.system.device import compute_device
 from permprune.system.distributed import shards
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):  # some builds of torch lack them
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 ReadRows = Callable[[str, slice], Tensor]
 """(name of a parameter, rows) -> these rows of it, fp32."""
