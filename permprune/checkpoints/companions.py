@@ -1,6 +1,7 @@
-"""The files beside a checkpoint's weights, which a model that is made from it takes over.
+"""What a model that is made from a checkpoint takes over from it: the files beside the weights, and the licence.
 
-Sentence-Transformers, for example, keeps its pooling, normalisation, prompts and maximum length there.
+Sentence-Transformers, for example, keeps its pooling, normalisation, prompts and maximum length in such files. Base
+model and licence are only what the checkpoint's own card, its config or its zoo entry states.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import torch
-from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    errors,
+    hf_hub_download,
+    metadata_load,
+    snapshot_download,
+)
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from yaml import YAMLError  # type: ignore[import-untyped]
 
-from permprune.checkpoints.licence import CARD
 from permprune.checkpoints.record import RECORD
 from permprune.system.progress import log
 from permprune.zoo.models import HUB_ID, MODELS, resolve_model
+
+CARD = "README.md"
 
 MODULES = "modules.json"
 """The file in which Sentence-Transformers lists the folders of the modules that follow the transformer."""
@@ -85,12 +95,11 @@ def _folder_of(name: str) -> Path | None:
     """The folder of a checkpoint, in the cache if it is one of the zoo or the hub; None if there is none."""
     if name in MODELS:
         return Path(resolve_model(name))
-    if name and (Path(name) / "config.json").is_file():
-        return Path(name)
-    if HUB_ID.fullmatch(name):
+    folder = Path(name) if name else None
+    if HUB_ID.fullmatch(name) and not Path(name).is_dir():
         with suppress(OSError):  # it is not in the cache
-            return Path(snapshot_download(name, local_files_only=True))
-    return None
+            folder = Path(snapshot_download(name, local_files_only=True))
+    return folder if folder and (folder / "config.json").is_file() else None
 
 
 def _files(folder: Path) -> Iterable[Path]:
@@ -146,3 +155,31 @@ def _convert(path: Path, target: Path) -> bool:
     except (pickle.UnpicklingError, RuntimeError, AttributeError, EOFError, ValueError):
         return False
     return True
+
+
+def base_model_of(model: PreTrainedModel, name: str) -> str | None:
+    """Return the hub id that a model was read by; None for a folder, a zoo model, or one that was never read."""
+    unread = name == type(model).__name__
+    return name if HUB_ID.fullmatch(name) and not (unread or name in MODELS or Path(name).exists()) else None
+
+
+def licence_of(name: str) -> str | None:
+    """Return the licence that a model's card or config.json states, as the hub spells it; None if neither does.
+
+    `name` is a zoo name, a folder or a hub id. The card of a hub id is the one in the cache; no request is made.
+    """
+    stated: object = None
+    if name in MODELS:
+        stated = MODELS[name].license
+    elif folder := _folder_of(name):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # the model was loaded with it
+        stated = _card_licence(folder / CARD) or (config.get("license") if isinstance(config, dict) else None)
+    return stated.lower().removeprefix("licenseref-") if isinstance(stated, str) else None
+
+
+def _card_licence(path: Path) -> object:
+    try:
+        return (metadata_load(path) or {}).get("license") if path.is_file() else None
+    except (OSError, ValueError, YAMLError) as error:
+        log.warning("%s: its metadata cannot be read, so its licence is not known (%s)", path, error)
+        return None

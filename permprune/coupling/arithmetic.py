@@ -202,18 +202,7 @@ def _softmax(walk: Walk, node: Node) -> Any:
 
 
 @coupling_rule(
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "prod",
-    "all",
-    "any",
-    "var",
-    "std",
-    "logsumexp",
-    "linalg_vector_norm",
-    "norm",
+    "sum", "mean", "amax", "amin", "prod", "all", "any", "var", "std", "logsumexp", "linalg_vector_norm", "norm"
 )
 def _reduce(walk: Walk, node: Node) -> Any:
     bound = arguments(node)

@@ -176,17 +176,7 @@ def _stack(walk: Walk, node: Node) -> Any:
 
 
 @coupling_rule(
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "flip",
-    "roll",
-    "sort",
-    "argsort",
-    "topk",
-    "argmax",
-    "argmin",
-    "index_select",
+    "cumsum", "cumprod", "logcumsumexp", "flip", "roll", "sort", "argsort", "topk", "argmax", "argmin", "index_select"
 )
 def _ordered(walk: Walk, node: Node) -> Any:
     bound = arguments(node)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.data.items import Item, Medium, Selection, class_of, find_list
-from permprune.data.labels import Labels, row_label
+from permprune.data.items import Item, Labels, Medium, Selection, class_of, find_list, row_label
 from permprune.data.sources import LABEL_COLUMNS, locate, read_text
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED

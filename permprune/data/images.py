@@ -10,8 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.data.items import Item, Medium, Selection, class_of, find_list
-from permprune.data.labels import Labels, row_label
+from permprune.data.items import Item, Labels, Medium, Selection, class_of, find_list, row_label
 from permprune.data.sources import LABEL_COLUMNS, locate
 from permprune.errors import PermpruneError
 from permprune.models.processors import Processor, image_processor_of

@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.data.items import Selection
-from permprune.data.labels import Labels, as_number
+from permprune.data.items import Labels, Selection, as_number
 from permprune.data.sources import LABEL_COLUMNS, class_names, dataset, find_column, locate, read_table
 from permprune.errors import PermpruneError
 from permprune.examples import Part

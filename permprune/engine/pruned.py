@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.companions import base_model_of, licence_of
 from permprune.checkpoints.gathers import Gather
 from permprune.checkpoints.io import load_written, write_weights
-from permprune.checkpoints.licence import base_model_of, licence_of
 from permprune.checkpoints.offload import Edit
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from permprune.evaluation.classification import share
+from permprune.evaluation.metrics import share
 from permprune.evaluation.result import FEATURE_ERROR, KL_DIVERGENCE, TOP_1_AGREEMENT, Result
 from permprune.examples import Examples
 from permprune.losses.targets import Predictions, Task, choose_task

@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.agreement import DenseOutputs, agreement
-from permprune.evaluation.classification import accuracy
-from permprune.evaluation.metrics import measure_labels
+from permprune.evaluation.metrics import accuracy, measure_labels
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate

@@ -17,7 +17,7 @@ from transformers import (
 
 from permprune.checkpoints.origin import carry_over
 from permprune.errors import PermpruneError
-from permprune.evaluation.classification import share
+from permprune.evaluation.metrics import share
 from permprune.evaluation.result import TOP_1_ACCURACY, Result
 from permprune.examples import Examples
 from permprune.models.forward import frozen, run_model

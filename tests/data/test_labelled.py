@@ -8,9 +8,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from permprune.checkpoints.io import read_model
-from permprune.data.items import Selection
+from permprune.data.items import Labels, Selection
 from permprune.data.labelled import load_labelled_text, read_labelled_text
-from permprune.data.labels import Labels
 from permprune.errors import PermpruneError
 from permprune.models.processors import tokenizer_of
 

@@ -12,8 +12,8 @@ from permprune.config import PruneConfig
 from permprune.engine.held import prepare, prune
 from permprune.errors import PermpruneError
 from permprune.evaluation.agreement import agreement, dense_outputs
-from permprune.evaluation.classification import accuracy
 from permprune.evaluation.dispatch import evaluate_model
+from permprune.evaluation.metrics import accuracy
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples

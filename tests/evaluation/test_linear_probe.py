@@ -15,8 +15,8 @@ from transformers import (
 
 from permprune.engine.held import prune
 from permprune.errors import PermpruneError
-from permprune.evaluation.classification import accuracy
 from permprune.evaluation.linear_probe import fit_probe, logistic_regression
+from permprune.evaluation.metrics import accuracy
 from permprune.examples import Examples
 
 from ..modalities import bert_config, draw, make, whisper_config

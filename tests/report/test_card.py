@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune.checkpoints.licence import base_model_of, licence_of
+from permprune.checkpoints.companions import base_model_of, licence_of
 from permprune.checkpoints.record import Record
 from permprune.report.card import render_card
 
