@@ -239,7 +239,7 @@ def write_offloaded(
 ) -> None:
     """Like `write_weights`, for a model whose weights are on disk.
 
-    `gathered` tells whether the weights need gathers. At most half of `memory` bytes of weights are held in memory at a
+    `gathered` is whether the weights need gathers. At most half of `memory` bytes of weights are held in memory at a
     time, or a single tensor if it is larger.
     """
     _convert(model, dtype)

@@ -23,7 +23,7 @@ FORMAT = 1
 """The format version that is written, and the newest that can be read. New keys with defaults do not change it."""
 
 PACKED = "packed"
-"""The key of what the record of packed weights says of them: `dtype`, `head`, and the `gathers` that they contain."""
+"""The key of the entry for packed weights: their `dtype` and `head`, and the `gathers` that they contain."""
 
 ADVICE = "copy it again, or prune the model again"
 

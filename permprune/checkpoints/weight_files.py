@@ -12,7 +12,7 @@ CURES = {
     GATHERED: "these weights reorder channels at run time - load them with permprune.load",
     PACKED_WEIGHTS: "these weights are packed - import permprune before you load them",
 }
-"""What the error of plain Transformers says in place of a file's name."""
+"""The text in place of a file's name in the error that plain Transformers raises."""
 
 
 def stop_transformers(folder: Path, weights: str) -> None:

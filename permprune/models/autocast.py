@@ -30,9 +30,9 @@ def autocast(device: torch.device, dtype: torch.dtype, *, blocks: bool = True) -
 class BlockwiseAttention(TorchFunctionMode):
     """Computes `scaled_dot_product_attention` in bfloat16 on a CPU block by block; other calls run as they are.
 
-    Both passes take 0.6 to 0.8 of the time of torch's own kernel, because bf16 matrix products do the work
-    (`benchmarks/attention.py`). Scores are rounded to bfloat16: gradients of keys can be less exact than torch's. Calls
-    with an arbitrary mask or dropout, and causal calls with numbers of queries and keys that differ, go to torch.
+    It is faster than torch's kernel, because bf16 matrix products do the work (`benchmarks/attention.py`). Scores are
+    rounded to bfloat16, so that gradients of keys can be less exact than torch's. Calls with an arbitrary mask or
+    dropout, and causal calls with numbers of queries and keys that differ, go to torch.
     """
 
     @classmethod

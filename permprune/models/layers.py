@@ -254,7 +254,7 @@ def is_packed(model: nn.Module) -> bool:
 def require_changeable(model: nn.Module) -> None:
     """Raise `PermpruneError` if the model's weights are packed or quantized, and so cannot be changed.
 
-    A model without weights has no quantizer yet: its config tells.
+    A model without weights has no quantizer yet: there the config is looked at.
     """
     if is_packed(model) or getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise PermpruneError(
