@@ -60,8 +60,8 @@ def weight_digests(folder: Path) -> dict[str, str]:
         paths = sorted(path for path in folder.glob("*.safetensors") if path.name != PROBE)
         files = [opened.enter_context(safe_open(path, "pt")) for path in paths]
         named = [(file, name) for file in files for name in file.keys()]  # noqa: SIM118 (no mapping)
-        found = threads.map(lambda at: digest_of([(at[1], at[0].get_tensor(at[1]))]), named)
-        return {name: digest for (_, name), digest in zip(named, found, strict=True)}
+        digests = threads.map(lambda entry: digest_of([(entry[1], entry[0].get_tensor(entry[1]))]), named)
+        return {name: digest for (_, name), digest in zip(named, digests, strict=True)}
 
 
 def require_digests(folder: Path, digests: Mapping[str, str]) -> None:

@@ -36,11 +36,11 @@ def decode(kind: Any, value: object, where: str = "") -> Any:
     if kind in _SCALARS:
         return _SCALARS[kind](value, where)
     if origin is Annotated:
-        found = decode(arguments[0], value, where)
-        finite = not isinstance(found, float) or math.isfinite(found)
-        if finite and found not in arguments[1]:
-            raise Malformed(f"{where} is {reprlib.repr(found)}: it must be {arguments[1]}")
-        return found
+        decoded = decode(arguments[0], value, where)
+        finite = not isinstance(decoded, float) or math.isfinite(decoded)
+        if finite and decoded not in arguments[1]:
+            raise Malformed(f"{where} is {reprlib.repr(decoded)}: it must be {arguments[1]}")
+        return decoded
     if origin in (Union, UnionType):
         return _decode_union(arguments, value, where)
     if origin is list:
@@ -89,17 +89,17 @@ def _decode_union(kinds: tuple[Any, ...], value: object, where: str) -> Any:
 
 
 def _decode_fields(kind: Any, value: Mapping[str, Any], where: str) -> Any:
-    hints, found = _hints(kind), {}
+    hints, values = _hints(kind), {}
     for field in dataclasses.fields(kind):
         required = field.default is field.default_factory is dataclasses.MISSING
         if field.name == EXTRA:
-            found[EXTRA] = {key: item for key, item in value.items() if key not in hints}
+            values[EXTRA] = {key: item for key, item in value.items() if key not in hints}
         elif field.name in value:
-            found[field.name] = decode(hints[field.name], value[field.name], dotted(where, field.name))
+            values[field.name] = decode(hints[field.name], value[field.name], dotted(where, field.name))
         elif required:
             raise Malformed(f"{where or 'it'} lacks {field.name}")
     try:
-        return kind(**found)
+        return kind(**values)
     except Malformed as error:  # raised by the dataclass's own checks, which do not know the path
         raise Malformed(f"{where}: {error}" if where else str(error)) from None
 
@@ -125,12 +125,12 @@ def _number(value: object, where: str) -> float:
 
 
 def _text(value: object, where: str) -> str:
-    found: str = _expect(str, "a text", value, where)
+    text: str = _expect(str, "a text", value, where)
     try:
-        found.encode()
+        text.encode()
     except UnicodeEncodeError:
         raise Malformed(f"{where} holds half a character (a lone surrogate)") from None
-    return found
+    return text
 
 
 _SCALARS: dict[Any, Callable[[Any, str], Any]] = {

@@ -57,7 +57,7 @@ class NarrowWeights:
         self._release.atexit = False
         if not is_narrow(stored):
             return
-        owners = Counter(id(own) for module in model.modules() for own in module._parameters.values())
+        owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())  # their code reads the type of the weights
         for name, layer in {layer.parameter: layer for layer in layers}.items():
             parameter = layer.stored

@@ -30,11 +30,6 @@ from permprune.system.files import write_whole
 
 Result = Mapping[str, Any]
 
-SIZE = (
-    "Size is theoretical: 16 bits for each weight that is kept or never pruned, and for each group of M weights "
-    "ceil(log2(binomial(M, N))) bits that say which N are kept; for 2:4 the 4 bits that hardware stores."
-)
-
 
 def render_sweep(result: Result) -> str:
     """Render the page for the contents of a sweep's figures.json. Everything in it is escaped."""
@@ -53,7 +48,6 @@ def render_sweep(result: Result) -> str:
         front=[_cells(row, result) for row in sorted(_front(result), key=lambda row: float(row["size"]))],
         groups=_groups(result),
         pictures=_pictures(result),
-        size=SIZE,
         settings=result["settings"],
     )
 
