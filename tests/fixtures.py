@@ -94,7 +94,7 @@ def unchanged_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def pictureless() -> Iterator[None]:
     """Reports without pictures, which take longer to draw than such small models to prune."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permprune.report.run._pictures", lambda _: [])
+        patch.setattr("permprune.report.run._pictures", lambda _: {})
         yield
 
 

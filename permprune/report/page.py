@@ -13,18 +13,15 @@ from matplotlib.figure import Figure
 from permprune.report.style import save
 from permprune.report.words import count, fine_percent
 
-Shown = tuple[str, str, str]
-"""A picture on a page: its title, its description, and the SVG as a data URI."""
-
 
 def fill(template: str, **values: Any) -> str:
     """Render a template with these values; in HTML all of them are escaped."""
     return _environment().get_template(template).render(values)
 
 
-def shown(title: str, text: str, picture: Figure) -> Shown:
-    """Return a picture for a page, with the SVG as a data URI."""
-    return title, text, f"data:image/svg+xml;base64,{base64.b64encode(save(picture)).decode('ascii')}"
+def data_uri(picture: Figure) -> str:
+    """Return a picture as a data URI with its SVG."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(save(picture)).decode('ascii')}"
 
 
 def _unbroken(text: str) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from permprune.models.layers import DenseWeights
 from permprune.report import maps, pictures
-from permprune.report.page import Shown, fill, shown
+from permprune.report.page import data_uri, fill
 from permprune.report.speed import decode_bars, short_name, summary
 from permprune.report.words import (
     NONE,
-    count,
     duration,
     fine_percent,
     number,
@@ -44,6 +45,7 @@ def render(record: Mapping[str, Any]) -> str:
         stages=_stages(record["curve"]),
         dense=dense_sentence(record.get("dense")),
         pictures=_pictures(record),
+        speeds=_speeds(record.get("bench")),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
         spaces=_spaces(record),
     )
@@ -131,54 +133,31 @@ def _stages(curve: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str
     return [("start", "", "", f"{curve[0]['loss']:.3f}"), *rows, ("end", "", "", f"{best:.3f}")]
 
 
-def _pictures(record: Mapping[str, Any]) -> list[Shown]:
-    drawn: list[Shown] = []
+def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the pictures of what a record has, as data URIs by the names that the page has for them."""
+    drawn: dict[str, Figure] = {}
     if (measured := record["measured"]) is not None:
         values = (measured["dense"], measured["none"], measured["pruned"])
-        picture = pictures.bars(*values, measured["metric"], record["settings"]["permute"])
-        text = f"{measured['count']:,} {measured['unit']} of {measured['data']}."
-        drawn.append(shown(measured["metric"].capitalize(), text, picture))
+        drawn["measured"] = pictures.bars(*values, measured["metric"], record["settings"]["permute"])
     if record["curve"]:
-        text = "Each round is kept only if the loss on held-out calibration data falls."
-        drawn.append(shown("Search", text, pictures.learning_curve(record["curve"])))
+        drawn["search"] = pictures.learning_curve(record["curve"])
     if optimised := record.get("optimised"):
-        picture = pictures.epochs(optimised["curve"], optimised["metric"], optimised.get("dense"))
-        drawn.append(shown("Optimised", _optimised(optimised), picture))
+        drawn["optimised"] = pictures.epochs(optimised["curve"], optimised["metric"], optimised.get("dense"))
     if figures := record.get("bench"):
-        drawn.append(shown("Speed", _speed(figures), decode_bars(figures)))
+        drawn["speed"] = decode_bars(figures)
     if layers := record["layers"]:
-        text = "Share of the squared saliency that the mask keeps, layer by layer. Higher is better."
-        drawn.append(shown("Kept saliency", text, maps.kept_saliency(layers)))
-        text = "Squared error of each layer's output, relative to the output. Lower is better."
-        drawn.append(shown("Output error", text, pictures.output_error(layers)))
+        drawn["saliency"], drawn["error"] = maps.kept_saliency(layers), pictures.output_error(layers)
         if len({layer["pattern"] for layer in layers}) > 1:
-            text = "Layers that affect the loss more keep more weights; layers that share an order share a pattern."
-            drawn.append(shown("Pattern of each layer", text, maps.patterns(layers)))
+            drawn["patterns"] = maps.patterns(layers)
     if sample := record["sample"]:
-        text = (
-            f"A few weights of {sample['layer']}, in groups of {sample['m']}: stronger colors are more salient. "
-            f"In total it keeps {fine_percent(sample['kept_none'])} of its saliency in natural order, "
-            f"{fine_percent(sample['kept'])} as permuted."
-        )
-        drawn.append(shown("What the order changes", text, maps.sample(sample)))
-    return drawn
+        drawn["sample"] = maps.sample(sample)
+    return {name: data_uri(picture) for name, picture in drawn.items()}
 
 
-def _speed(figures: Mapping[str, Any]) -> str:
-    """Describe a benchmark: every checkpoint of its run beside the dense model."""
-    rows = [row for row in figures["rows"] if not row["dense"]]
-    sentences = [f"{short_name(row['name'])}: {summary(figures, row)}." for row in rows]
-    return f"On {figures['threads']} threads of the {figures['device']}. {' '.join(sentences)}"
-
-
-def _optimised(optimised: Mapping[str, Any]) -> str:
-    """Describe the training after pruning."""
-    what = {"all": "the weights that are kept", "norms": "norms, biases and the head", "head": "the head"}
-    return (
-        f"Training {what[optimised['train']]} on {count(optimised['examples'], 'example')} after pruning, measured on "
-        f"{optimised['count']:,} {optimised['unit']} held out. The best epoch was kept; all other figures on this "
-        "page were measured before training."
-    )
+def _speeds(figures: Mapping[str, Any] | None) -> list[str]:
+    """Return a sentence for each checkpoint of a benchmark, which compares it to the dense model."""
+    rows = [row for row in figures["rows"] if not row["dense"]] if figures else []
+    return [f"{short_name(row['name'])}: {summary(figures or {}, row)}." for row in rows]
 
 
 def dense_sentence(weights: Mapping[str, Any] | None) -> str:

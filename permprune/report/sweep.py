@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from permprune.evaluation.result import metric_named
-from permprune.report.page import Shown, fill, shown
+from permprune.report.page import data_uri, fill
 from permprune.report.style import write_png
 from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import (
@@ -80,13 +80,14 @@ def _values(result: Result) -> list[str]:
     return [result["metric"], *([SCORE] if SCORE in result["dense"] else [])]
 
 
-def _pictures(result: Result) -> list[Shown]:
+def _pictures(result: Result) -> list[tuple[str, str, str]]:
+    """Return the title, the description and the data URI of each picture."""
     line = "A line joins the cells to which no other is superior in both size and quality."
     drawn = []
     for value in _values(result):
         name, on = (SCORE_NAME, _tasks(result)) if value == SCORE else (value, _data(result))
-        drawn.append(shown(f"Size against {name}", f"{on}. {line}", pareto(result, [value])))
-    return [*drawn, shown("What time buys", "The line of a pattern is the best found so far.", minutes(result))]
+        drawn.append((f"Size against {name}", f"{on}. {line}", data_uri(pareto(result, [value]))))
+    return [*drawn, ("What time buys", "The line of a pattern is the best found so far.", data_uri(minutes(result)))]
 
 
 def _data(result: Result) -> str:

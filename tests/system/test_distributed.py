@@ -58,7 +58,7 @@ import permprune.report.run
 from permprune.cli import app
 from permprune.system import distributed
 
-permprune.report.run._pictures = lambda _: []
+permprune.report.run._pictures = lambda _: {}
 folder = Path(sys.argv[1])
 codes = []
 with distributed.processes():
