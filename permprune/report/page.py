@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib.figure import Figure
 
 from permprune.report.style import save
-from permprune.report.words import count, fine_percent
+from permprune.report.words import count, duration, fine_percent, number, percent, with_error
 
 
 def fill(template: str, **values: Any) -> str:
@@ -51,5 +51,6 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(percent=fine_percent, unbroken=_unbroken, code=_code, plain=_plain)
-    environment.globals.update(count=count)
+    texts = {"count": count, "duration": duration, "number": number, "whole_percent": percent, "with_error": with_error}
+    environment.globals.update(texts)
     return environment

@@ -17,14 +17,11 @@ from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import (
     NONE,
     count,
-    duration,
     fine_percent,
-    number,
     outcome,
     overlap_note,
     percent,
     way,
-    with_error,
 )
 from permprune.system.files import write_whole
 
@@ -43,9 +40,8 @@ def render_sweep(result: Result) -> str:
         note=result["note"],
         overlap=overlap_note(result["measured"]["overlap"]),
         metric=metric,
-        dense=number(dense[metric]),
-        dense_score=_score(dense),
-        front=[_cells(row, result) for row in sorted(_front(result), key=lambda row: float(row["size"]))],
+        dense=dense,
+        front=sorted(_front(result), key=lambda row: float(row["size"])),
         groups=_groups(result),
         pictures=_pictures(result),
         settings=result["settings"],
@@ -107,28 +103,8 @@ def _front(result: Result) -> list[Mapping[str, Any]]:
     return [row for row in result["rows"] if row["front"]]
 
 
-def _cells(row: Mapping[str, Any], result: Result) -> dict[str, str]:
-    """Format the entries of a row."""
-    budget = "" if row["minutes"] is None else f", {row['minutes']:g}\N{NO-BREAK SPACE}min"
-    return {
-        "pattern": row["pattern"],
-        "method": row["method"] + budget,
-        "value": with_error(row[result["metric"]], row["stderr"]),
-        "gap": percent(row["gap_closed"]),
-        "score": _score(row),
-        "time": duration(row["seconds"]),
-        "size": fine_percent(row["size"]),
-        "front": "yes" if row["front"] else "",
-    }
-
-
-def _score(row: Mapping[str, Any]) -> str:
-    """Format the mean score on tasks; "" if none were measured."""
-    return with_error(row["score"], row["score_stderr"]) if "score" in row else ""
-
-
-def _groups(result: Result) -> list[tuple[str, list[dict[str, str]]]]:
-    """Group the rows by pattern, as (heading, formatted rows).
+def _groups(result: Result) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Group the rows by pattern, as (heading, rows).
 
     The heading is the pattern's name and size, and for a mix the number of layers with each pattern.
     """
@@ -140,5 +116,5 @@ def _groups(result: Result) -> list[tuple[str, list[dict[str, str]]]]:
         heading = f"{pattern}, {fine_percent(rows[0]['size'])} of the dense size"
         if len(layers := rows[0]["layers"]) > 1:
             heading += ": " + ", ".join(f"{count(held, 'layer')} {kind}" for kind, held in layers.items())
-        headed.append((heading, [_cells(row, result) for row in rows]))
+        headed.append((heading, rows))
     return headed
