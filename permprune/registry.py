@@ -22,12 +22,15 @@ def method_of(given: str | T, kind: type[T], known: Mapping[str, type[T]]) -> T:
     """Return the method for a name such as "newton:rounds=6"; an object of type `kind` is returned unchanged.
 
     `known` are the methods by name. Options are separated by colons, as in "newton:rounds=6:distillation=1e-5"; each is
-    a numeric field of the method or of its objective. Raises `PermpruneError` for an unknown name, an unknown option,
-    and a value that is invalid for the option (see `permprune.options`).
+    a numeric field of the method or of its objective. Raises `PermpruneError` for an unknown name, an unknown option, a
+    value that is invalid for the option (see `permprune.options`), and an object without the `name` that tables,
+    records and states need.
     """
     word = kind.__name__.lower()
     if isinstance(given, kind):
-        return _named(given)
+        if not isinstance(getattr(given, "name", None), str):
+            raise PermpruneError(f'{type(given).__name__} has no name: give its class one, as name = "mine"')
+        return given
     if not isinstance(given, str):
         forgotten = isinstance(given, type) and issubclass(given, kind)  # the class, without parentheses
         made = f"{given.__name__}()" if forgotten else f"{kind.__name__} object"  # type: ignore[attr-defined]
@@ -109,10 +112,3 @@ def _read_options(name: str, changes: list[str], method: Any) -> tuple[dict[str,
         chosen[option] = numbers_of(type(holders[option]))[option].from_text(text)
     options = {option: value for option, value in chosen.items() if holders[option] is method}
     return options, {option: value for option, value in chosen.items() if option not in options}
-
-
-def _named(method: T) -> T:
-    """Return the method; raises `PermpruneError` if it has no `name`, which tables, records and states need."""
-    if not isinstance(getattr(method, "name", None), str):
-        raise PermpruneError(f'{type(method).__name__} has no name: give its class one, as name = "mine"')
-    return method

@@ -19,8 +19,8 @@ from permprune.errors import PermpruneError
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
-NAMED = dict.fromkeys(("Permuter", "Saliency", "Update", "ModelSource"), str)
-"""Types of fields that take an object or its name, of which the command line takes the name."""
+NAMED = dict.fromkeys(("Permuter", "Saliency", "Update", "ModelSource", "Pattern"), str)
+"""Types of objects of which the command line takes the name; they are not imported for that."""
 
 RENAMED = {
     ("Evaluation", "source"): "data",
