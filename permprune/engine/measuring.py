@@ -15,7 +15,6 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from permprune.checkpoints.record import Measured
     from permprune.data.load import load_examples
     from permprune.evaluation.agreement import dense_outputs
     from permprune.evaluation.dispatch import evaluate_model, has_targets
@@ -77,22 +76,6 @@ class Evaluation:
         count = evaluation_count(model, self.windows)
         return load_examples(
             self.source, model, processor, part="evaluation", count=count, length=self.length, shared=self.shared
-        )
-
-    def measured(self, dense: Result, none: Result, pruned: Result, *, overlap: float) -> Measured:
-        """Return the record's entry for the results of the dense model, no permutation and the pruned model.
-
-        `overlap` is the share of the evaluation data that the calibration data contain.
-        """
-        return Measured(
-            data=self.source or "default data",
-            metric=dense.metric.name,
-            dense=dense.value,
-            none=none.value,
-            pruned=pruned.value,
-            count=dense.count,
-            unit=dense.unit,
-            overlap=overlap,
         )
 
 

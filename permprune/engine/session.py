@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from permprune.checkpoints.record import Record
+from permprune.checkpoints.record import Measured, Record
 from permprune.data.overlap import warn_of_overlap
 from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
 from permprune.engine.pruned import Pruned
@@ -17,14 +17,6 @@ from permprune.evaluation.result import NotFinite, gap_closed
 from permprune.permuters.base import Permuter, Run, Solution
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """A method that was tried: its solution, and the measurement of the pruned model."""
-
-    solution: Solution
-    measurement: Measurement
 
 
 class Session:
@@ -67,15 +59,15 @@ class Session:
         with self.weights.dense():
             return self._measurement(DENSE, 0.0)
 
-    def attempt(self, method: Permuter, label: str, run: Run | None = None) -> Trial:
-        """Search with a method, update and measure; `run` replaces the time limit, seed and data of the plan."""
+    def attempt(self, method: Permuter, label: str, run: Run | None = None) -> tuple[Solution, Measurement]:
+        """Search with a method, update, and measure the pruned model; `run` replaces that of the plan."""
         reset_peak_memory()
         solution = self.weights.search(method, run or self.weights.plan.run)
         self.weights.update()
         measurement = self._measurement(label, solution.seconds)
         result = measurement.result
         log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
-        return Trial(solution, measurement)
+        return solution, measurement
 
     def prune(
         self, method: Permuter, run: Run | None = None, *, tried: Mapping[str, Measurement] | None = None
@@ -96,11 +88,20 @@ class Session:
         measured = {**known, "none": none}.get(method.name) or self._measurement(method.name, solution.seconds)
         self.pruned = True
         pruned = weights.finish(solution, natural)
-        values = measured.result.value, dense.value, none.result.value
+        value, value_none = measured.result.value, none.result.value
         record = dataclasses.replace(
             pruned.record(),
-            measured=self.evaluation.measured(dense, none.result, measured.result, overlap=overlap),
-            gap_closed=gap_closed(*values, metric=dense.metric),
+            measured=Measured(
+                data=self.evaluation.source or "default data",
+                metric=dense.metric.name,
+                dense=dense.value,
+                none=value_none,
+                pruned=value,
+                count=dense.count,
+                unit=dense.unit,
+                overlap=overlap,
+            ),
+            gap_closed=gap_closed(value, dense.value, value_none, metric=dense.metric),
             seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": updating},
             peak_memory_mb=measured.peak_memory_mb,
         )

@@ -105,7 +105,7 @@ def compare(
             require_space(work.out, weight_bytes(weights.model, weights.stored))
         overlap, dense = session.overlap, session.dense
         weights.plan.dense.warn()
-        tried = {label: session.attempt(method, label).measurement for label, method in chosen.items()}
+        tried = {label: session.attempt(method, label)[1] for label, method in chosen.items()}
         result = Comparison(
             model=name_of(weights.model),
             config=config,

@@ -268,18 +268,18 @@ def run_job(job: Job) -> None:
 
 def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
     """Measure one cell."""
-    trial = session.attempt(permuter(cell.method), cell.method, run)
+    solution, measurement = session.attempt(permuter(cell.method), cell.method, run)
     network = cast(Held, session.weights).network
     layers, patterns = network.measures(), network.patterns
     return SweepRow(
-        **vars(trial.measurement),
+        **vars(measurement),
         pattern=cell.pattern,
         minutes=cell.minutes,
         bytes=model_bytes(session.weights.model, session.weights.plan.layers, patterns),
         layers=dict(sorted(Counter(map(str, patterns.values())).items())),
         kept=math.fsum(layer.kept for layer in layers) / len(layers),
         error=math.fsum(layer.error for layer in layers) / len(layers),
-        curve=list(trial.solution.curve),
+        curve=list(solution.curve),
     )
 
 
