@@ -62,7 +62,7 @@ def load_rows(model: nn.Module, read: ReadRows) -> None:
         for attribute, parameter in module.named_parameters(recurse=False):
             if parameter not in loaded:
                 is_divided = divided.keys() >= {*users[parameter]}
-                rows = sharding.own_rows(len(parameter)) if is_divided else slice(None)
+                rows = sharding.local_rows(len(parameter)) if is_divided else slice(None)
                 weight = read(f"{name}.{attribute}".removeprefix("."), rows)
                 loaded[parameter] = nn.Parameter(weight, requires_grad=False)
             module._parameters[attribute] = loaded[parameter]
@@ -78,8 +78,8 @@ def _is_divisible(module: nn.Module) -> TypeGuard[nn.Linear | nn.Embedding]:
 
 def _divide(module: nn.Linear | nn.Embedding, rows: int, mesh: DeviceMesh) -> None:
     """Let a module that has `rows` rows run with those of this process."""
-    held = sharding.own_rows(rows)
-    setattr(module, ROWS, (held, rows))
+    local = sharding.local_rows(rows)
+    setattr(module, ROWS, (local, rows))
     if isinstance(module, nn.Linear):
         module.register_forward_pre_hook(lambda _, args: (_with_summed_gradient(args[0], mesh), *args[1:]))
         module.register_forward_hook(lambda _, __, output: _on_all(output, Shard(-1), rows, mesh))
@@ -88,8 +88,8 @@ def _divide(module: nn.Linear | nn.Embedding, rows: int, mesh: DeviceMesh) -> No
     elsewhere = list[Tensor]()
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids = args[0] - held.start
-        elsewhere.append((ids < 0) | (ids >= held.stop - held.start))
+        ids = args[0] - local.start
+        elsewhere.append((ids < 0) | (ids >= local.stop - local.start))
         return (ids.masked_fill(elsewhere[-1], 0), *args[1:])
 
     def leave(_: nn.Module, _args: Any, output: Tensor) -> Tensor:

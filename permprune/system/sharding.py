@@ -15,7 +15,7 @@ from permprune.system import distributed
 from permprune.system.distributed import shards
 
 
-def own_rows(rows: int) -> slice:
+def local_rows(rows: int) -> slice:
     """Return the rows, of so many, that this process holds."""
     process, most = distributed.rank() if shards() > 1 else 0, -(-rows // shards())
     return slice(min(process * most, rows), min((process + 1) * most, rows))
@@ -44,8 +44,6 @@ def total(*numbers: float) -> tuple[float, ...]:
 
 def gather_on_first(held: Tensor, rows: int) -> Tensor | None:
     """Return to the first process the whole of a tensor of which each process holds some rows; to the others None."""
-    if shards() == 1:
-        return held
     lacking = -(-rows // shards()) - len(held)  # all processes send as many rows
     sent = torch.cat([held, held.new_zeros(lacking, *held.shape[1:])])
     whole = None if distributed.rank() else sent.new_empty(shards() * len(sent), *sent.shape[1:])
