@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +22,13 @@ from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_class, write_code
 from permprune.checkpoints.schema import Malformed
+from permprune.checkpoints.sentence_transformers import pooling_at, require_pooling
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import Checkpoint, require_fewer_layers
 from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
+from permprune.models.pooling import POOLING
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
 from permprune.system.failures import failures_reported
@@ -95,6 +98,10 @@ def read_config(name: str, source: str | Path, trust_remote_code: bool = False) 
             kind = architecture.config_class
             if kind is not None and not isinstance(config, kind):  # config of a composite model that contains this one
                 config = kind.from_pretrained(source)
+        headless = "labels" not in inspect.signature(architecture.forward).parameters
+        if headless and (pooling := getattr(config, POOLING, None) or pooling_at(name, source)):
+            require_pooling(name, pooling)
+            setattr(config, POOLING, pooling)
         return Checkpoint(name, source, architecture, config, trust_remote_code)
 
 

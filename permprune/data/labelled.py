@@ -116,29 +116,35 @@ def load_labelled_text(
     `PermpruneError` if the source cannot be read, a label is unknown to the model, or the tokenizer has no padding
     token.
     """
-    tokenizer = tokenizer_of(processor)
-    if tokenizer.pad_token_id is None:
-        raise PermpruneError("texts of several lengths need padding, and the tokenizer has no pad_token: set one")
     taken = argument_names(model)
     labels = Labels(model.config) if "labels" in taken else None
     table = read_labelled_text(source, selection.part, labels is not None)
     if not Path(source).is_file():
         selection = selection.of_data_set(str(source))
     chosen = selection.indices(["\x1f".join(texts) for texts in zip(*table.texts, strict=True)])
-    made = tokenizer(
-        *([column[index] for index in chosen] for column in table.texts),
-        truncation=True,
-        max_length=min(length, tokenizer.model_max_length),
-        padding=True,
-        return_tensors="pt",
-    )
-    tensors: dict[str, Tensor] = {name: tensor for name, tensor in made.items() if name in taken}
+    tensors = tokenized(model, processor, [[column[index] for index in chosen] for column in table.texts], length)
     if labels:
         classes = [table.labels[index] for index in chosen]
         if table.names:
             classes = [labels.named(label, table.names) for label in classes]
         tensors["labels"] = labels.tensor(classes, [f"{source}, row {index + 1}" for index in chosen])
     return tensors
+
+
+def tokenized(
+    model: PreTrainedModel, processor: Processor | None, columns: Sequence[list[str]], length: int
+) -> dict[str, Tensor]:
+    """Return what the tokenizer makes of texts, or of pairs in two columns, as far as the model takes it.
+
+    The tensors are int64 (texts, tokens), cut at `length` tokens and padded to the longest. Raises `PermpruneError` if
+    the tokenizer has no padding token.
+    """
+    tokenizer = tokenizer_of(processor)
+    if tokenizer.pad_token_id is None:
+        raise PermpruneError("texts of several lengths need padding, and the tokenizer has no pad_token: set one")
+    taken, most = argument_names(model), min(length, tokenizer.model_max_length)
+    made = tokenizer(*columns, truncation=True, max_length=most, padding=True, return_tensors="pt")
+    return {name: tensor for name, tensor in made.items() if name in taken}
 
 
 def _texts(rows: list[dict[str, Any]], column: str, source: str) -> list[str]:

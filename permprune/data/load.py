@@ -13,6 +13,7 @@ from permprune.data.images import load_images
 from permprune.data.items import Selection
 from permprune.data.labelled import load_labelled_text
 from permprune.data.pairs import has_images, load_pairs
+from permprune.data.sentences import load_sentences
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
@@ -41,15 +42,15 @@ def load_examples(
 ) -> Examples:
     """Load up to `count` examples as inputs of the model, with labels if both the source and the model have them.
 
-    `source` is a source of `load_documents`, `load_labelled_text`, `load_images` or `load_speech`, depending on
-    `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images. None is the default text, or
-    for an image model the zoo's images, which are also named "cifar10". Text is cut into windows of `length` tokens, or
-    of as many as the model has positions, if these are fewer. Windows and the zoo's images are the first ones, or
-    chosen at random if a `seed` is given; other examples are always chosen at random. With a `seed`, the first `apart`
-    windows of a text are of other documents than the rest (see `tokenize`). With `shared`, the calibration and the
-    evaluation part come from the same source. `part` "probe" is a separate part of the zoo's images for training linear
-    probes; for other sources it is the calibration part. Raises `PermpruneError` if the source cannot be read or does
-    not fit the model.
+    `source` is a source of `load_documents`, `load_labelled_text`, `load_sentences`, `load_images` or `load_speech`,
+    depending on `kind_of(model)`, or of `load_pairs` for a vision-language model if it contains images. None is the
+    default text, or for an image model the zoo's images, which are also named "cifar10". Text is cut into windows of
+    `length` tokens, or of as many as the model has positions, if these are fewer. Windows and the zoo's images are the
+    first ones, or chosen at random if a `seed` is given; other examples are always chosen at random. With a `seed`, the
+    first `apart` windows of a text are of other documents than the rest (see `tokenize`). With `shared`, the
+    calibration and the evaluation part come from the same source. `part` "probe" is a separate part of the zoo's images
+    for training linear probes; for other sources it is the calibration part. Raises `PermpruneError` if the source
+    cannot be read or does not fit the model.
     """
     kind = kind_of(model)
     if kind == "images" and source in (None, CIFAR):
@@ -65,6 +66,9 @@ def load_examples(
         length = clipped_length(model, length)
         windows = tokenize(documents, tokenizer_of(processor), length, count, seed, fewer=True, apart=apart)
         return _known(model, Examples.of(windows))
+    if kind == "embeddings":
+        length = clipped_length(model, length)
+        return _known(model, Examples(load_sentences(source, model, processor, selection, length)))
     if source is None:
         use = "calibrate" if part == "calibration" else "evaluate"
         raise PermpruneError(f"there is no default data of {kind} to {use} on: name a file, a folder or a data set")

@@ -25,7 +25,7 @@ from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, sto
 from permprune.engine.weights import Weights, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
-from permprune.losses.targets import choose_task
+from permprune.losses.choice import choose_task
 from permprune.models.autocast import autocast
 from permprune.models.forward import computed_in, frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from permprune.evaluation.embeddings import embedding_agreement
 from permprune.evaluation.metrics import share
 from permprune.evaluation.result import FEATURE_ERROR, KL_DIVERGENCE, TOP_1_AGREEMENT, Result
 from permprune.examples import Examples
-from permprune.losses.targets import Predictions, Task, choose_task
+from permprune.losses.choice import choose_task
+from permprune.losses.embeddings import Embedding, embed_all
+from permprune.losses.targets import Predictions, Task
 from permprune.models.forward import frozen
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.system import distributed
@@ -22,7 +25,7 @@ from permprune.system.progress import track
 class DenseOutputs:
     """A dense model's outputs for this process's batches of examples, on the CPU, with their task and batch size.
 
-    The `examples` have an input for the model's decoder.
+    The `examples` have an input for the model's decoder. Of a sentence encoder they are the embeddings of all examples.
     """
 
     examples: Examples
@@ -42,6 +45,8 @@ def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> Dense
     examples = examples.to(compute_device(model))
     with frozen(model):
         task = choose_task(model, examples, batch)
+        if isinstance(task, Embedding):
+            return DenseOutputs(examples, task, [embed_all(model, examples, task.pooling, batch)], batch)
         batches = track(distributed.share(examples.split(batch)), "running the dense model")
         return DenseOutputs(examples, task, [task(model, inputs).kept() for inputs in batches], batch)
 
@@ -51,12 +56,17 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
     """Measure the share of predictions that equal the dense model's, and the mean KL divergence from it, in nats.
 
     Predictions are those of every example, or of every token that is not padding. For a model without a head, the
-    result is the mean squared distance of the features, relative to their variance. `dense` is the dense model, or its
+    result is the mean squared distance of the features, relative to their variance, and for a sentence encoder that of
+    `embedding_agreement`. `dense` is the dense model, or its
     `dense_outputs` if both are the same module with other weights. Raises `PermpruneError` if no task fits the
     examples.
     """
     if not isinstance(dense, DenseOutputs):
         dense = dense_outputs(dense, examples, batch)
+    if isinstance(dense.task, Embedding):
+        with frozen(model):
+            own = embed_all(model, dense.examples, dense.task.pooling, dense.batch)
+        return embedding_agreement(own, dense.predictions[0])
     device = compute_device(model)
     same, distance, count = 0, 0.0, 0
     with frozen(model):

@@ -7,12 +7,14 @@ from transformers import PreTrainedTokenizerBase
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.agreement import DenseOutputs, agreement
+from permprune.evaluation.embeddings import pair_similarity
 from permprune.evaluation.metrics import accuracy, measure_labels
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
 from permprune.models.forward import is_causal_lm, is_ctc, writes_text
+from permprune.models.pooling import pooling_of
 from permprune.options import Count, require
 from permprune.system.failures import failures_reported
 
@@ -33,11 +35,14 @@ def evaluate_model(
 
     With `dense`, the agreement with that model is measured. Otherwise the metric depends on the model and the labels:
     word error rate for speech, whose labels the `tokenizer` decodes; perplexity for language models; accuracy for
-    classes; correlation for scores; or `metric`, if it is given (one of `METRICS`). The model runs on `batch` examples
-    at a time. Raises `PermpruneError` if nothing can be measured.
+    classes; correlation for scores, with which a sentence encoder's similarities of pairs are compared; or `metric`, if
+    it is given (one of `METRICS`). The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can
+    be measured.
     """
     require("batch", batch, Count)
     labels = examples.get("labels")
+    if labels is not None and (pooling := pooling_of(model)):  # type: ignore[arg-type]
+        return pair_similarity(model, examples, pooling, metric, batch)
     if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):
         if labels is None:
             raise PermpruneError(f'the metric "{metric}" needs labels: give examples that have them')

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,9 +130,19 @@ def measure_labels(model: nn.Module, examples: Examples, metric: str | None = No
         raise PermpruneError(f'the metric "{metric}" does not fit {kind}: choose one of {offered}')
     counted = examples[labels.ne(IGNORED).nonzero()[:, 0]]
     right, predictions = (x.numpy() for x in _predict(model, counted, scores, batch))
-    names = sorted(fitting, key=lambda name: name != metric) if scores else [metric]
-    task = "regression" if scores else "classification"
-    return [_result(task, fitting[name], right, predictions) for name in names]
+    if scores:
+        return _measured("regression", sorted(fitting, key=lambda name: name != metric), right, predictions)
+    return _measured("classification", [metric], right, predictions)
+
+
+def correlations(task: str, scores: Tensor, predictions: Tensor, *, first: str) -> list[Result]:
+    """Measure the correlations of predictions with scores, both fp64 (count,); the metric `first` comes first."""
+    names = sorted((name for name, one in METRICS.items() if one.scores), key=lambda name: name != first)
+    return _measured(task, names, scores.numpy(), predictions.numpy())
+
+
+def _measured(task: str, names: Iterable[str], right: Any, predictions: Any) -> list[Result]:
+    return [_result(task, METRICS[name], right, predictions) for name in names]
 
 
 @torch.inference_mode()

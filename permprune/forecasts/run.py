@@ -254,7 +254,7 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, proc
         yield f"{one.kept} of the {one.total} blocks in {one.name} were traced: the others equal one of them in shape"
     if any(layer.expert is not None for layer in outline.layers):
         yield "tokens are spread evenly over the experts"
-    if kind_of(model) == "sentences":
+    if kind_of(model) in ("sentences", "embeddings"):
         yield "every sentence has --length tokens"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"

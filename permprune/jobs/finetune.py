@@ -35,11 +35,13 @@ with on_first_use(globals()):
     from permprune.data.labelled import read_labelled_text
     from permprune.data.load import load_examples
     from permprune.data.overlap import overlap, warn_of_overlap
+    from permprune.evaluation.agreement import dense_outputs
     from permprune.evaluation.dispatch import evaluate_model, has_targets
     from permprune.evaluation.linear_probe import with_head
     from permprune.evaluation.size import weight_bytes
     from permprune.examples import Examples
-    from permprune.losses.targets import Imitation, Task, choose_task
+    from permprune.losses.choice import choose_task
+    from permprune.losses.targets import Imitation, Task
     from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
     from permprune.models.layers import block_linears, require_changeable
     from permprune.models.processors import Processor
@@ -253,7 +255,8 @@ def _finetune(
     if options.dev is not None:
         warn_of_overlap(overlap([examples], held_out), "training")
     batch = evaluation_batch(model)
-    if not has_targets(model, examples):
+    imitates = kind_of(model) == "embeddings"
+    if not has_targets(model, examples) and not imitates:
         raise PermpruneError("the data have no labels: give data with labels")
     task = choose_task(model, examples, batch)
     if isinstance(task, Imitation) and options.teacher is None:
@@ -265,8 +268,10 @@ def _finetune(
         if options.hidden is not None:
             objective = dataclasses.replace(objective, hidden_states=options.hidden)
 
+    dense = None if has_targets(model, held_out) else dense_outputs(teacher or model, held_out, batch)
+
     def measure(measured: PreTrainedModel = model) -> Result:
-        return evaluate_model(measured, held_out, batch=batch, metric=options.metric)[0]
+        return evaluate_model(measured, held_out, dense=dense, batch=batch, metric=options.metric)[0]
 
     identity = {
         "model": opened.name,
@@ -329,9 +334,12 @@ def _trained(model: PreTrainedModel, patterns: Patterns, options: FineTuning) ->
 def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
     """Return a text encoder with a head for the labels of the data, which is new if the model has none.
 
-    Any other model is returned unchanged, as is every model if `options.data` is None.
+    A sentence encoder with a teacher, which learns embeddings, and any other model are returned unchanged, as is every
+    model if `options.data` is None.
     """
-    if kind_of(model) != "text" or is_causal_lm(model) or is_encoder_decoder(model) or options.data is None:
+    kind, writes = kind_of(model), is_causal_lm(model) or is_encoder_decoder(model)
+    imitates = kind == "embeddings" and options.teacher is not None
+    if kind not in ("text", "embeddings") or writes or imitates or options.data is None:
         return model
     classes = read_labelled_text(options.data, "calibration").classes()
     with torch.random.fork_rng():

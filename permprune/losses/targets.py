@@ -1,6 +1,6 @@
 """Tasks: what a model predicts for a batch, and the targets of its predictions.
 
-The task is chosen by the names of the examples' tensors and by what the model returns (`choose_task`).
+`permprune.losses.choice` chooses the task.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy, divergence
 from permprune.losses.output_layer import Logits, Projected, compute_logits
-from permprune.models.forward import is_causal_lm, is_ctc, is_encoder_decoder, padding_of, run_model
+from permprune.models.forward import is_encoder_decoder, padding_of, run_model
 from permprune.models.padding import Padding
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -234,7 +234,7 @@ class Imitation:
         names = [name for name in outputs if getattr(first, name, None) is not None]
         if not names:
             raise PermpruneError("the model returns neither logits of classes nor features: give examples with labels")
-        sums = {name: _Sums(first[name].shape[-1]) for name in names}
+        sums = {name: Sums(first[name].shape[-1]) for name in names}
         for share in distributed.share(examples.split(batch)):
             shown = share.to(device)
             output, padding = run_model(model, shown), padding_of(model, shown)
@@ -243,13 +243,14 @@ class Imitation:
         return cls({name: total.variance() for name, total in sums.items()})
 
 
-class _Sums:
+class Sums:
     """Accumulates the variance of features over positions."""
 
     def __init__(self, channels: int) -> None:
         self.count, self.square, self.total = 0.0, 0.0, torch.zeros(channels, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
+        """Add features (..., channels)."""
         rows = x.flatten(0, -2).double()
         self.count += len(rows)
         self.square += float(rows.square().sum())
@@ -277,21 +278,3 @@ def _scaled(x: Tensor, variance: float, padding: Padding) -> Tensor:
     weight = values.new_ones(values.shape[:2]) if mask is None else mask.to(values)
     scale = (weight / weight.sum(1, keepdim=True) / max(variance, 1e-30)).sqrt()
     return (values * scale[..., None]).flatten(1)
-
-
-def choose_task(model: nn.Module, examples: Examples, batch: int) -> Task:
-    """Choose the task for examples; the dense model may run on `batch` of them at a time.
-
-    If there are labels, classes or scores, they are the targets. Otherwise a causal language model predicts the next
-    token of text, and any other model reproduces the dense model's outputs (`Imitation`), as do models of CTC, whose
-    transcripts give no frame a label. Raises `PermpruneError` if the model and the examples do not fit any task.
-    """
-    labels = examples.get("labels")
-    if labels is None or is_ctc(model):
-        return next_token if is_causal_lm(model) and "input_ids" in examples else Imitation.of(model, examples, batch)
-    if labels.is_floating_point():
-        scored(model, examples[:1].to(compute_device(model)))
-        return scored
-    if not labels.ne(IGNORED).any():
-        raise PermpruneError(f"all labels of the measured examples are {IGNORED}: give some that count, or none")
-    return next_token if is_causal_lm(model) and labels.dim() == 2 else labelled

@@ -1,4 +1,4 @@
-"""The kind of input that a model takes: text, labelled sentences, images or speech."""
+"""The kind of input that a model takes: text, sentences to label or to embed, images or speech."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ with on_first_use(globals()):
     from transformers import PreTrainedModel
 
     from permprune.models.forward import is_causal_lm
+    from permprune.models.pooling import pooling_of
     from permprune.models.signature import argument_names
 
-Kind = Literal["text", "sentences", "images", "speech"]
+Kind = Literal["text", "sentences", "embeddings", "images", "speech"]
 
 
-EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "images": 8, "speech": 1}
+EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "embeddings": 32, "images": 8, "speech": 1}
 """Examples that replace one window of text: a window gives many predictions, a sentence or an image only one."""
 
-BATCH_MULTIPLIER: dict[Kind, int] = {"text": 1, "sentences": 8, "images": 8, "speech": 1}
+BATCH_MULTIPLIER: dict[Kind, int] = {"text": 1, "sentences": 8, "embeddings": 8, "images": 8, "speech": 1}
 """Number of examples in a batch for each window of text that the batch size counts."""
 
 EVALUATION_WINDOWS = 24
@@ -43,10 +44,12 @@ def evaluation_batch(model: PreTrainedModel) -> int:
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
-    """The kind of input that a model takes: windows of text, sentences with one label each, images, or speech."""
+    """The kind of input that a model takes: windows of text, sentences that it labels or embeds, images, or speech."""
     if model.main_input_name == "pixel_values":
         return "images"
     if model.main_input_name in ("input_features", "input_values"):
         return "speech"
+    if pooling_of(model):
+        return "embeddings"
     classifies = "labels" in argument_names(model) and model.get_output_embeddings() is None
     return "sentences" if classifies and not is_causal_lm(model) else "text"

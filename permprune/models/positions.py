@@ -31,7 +31,7 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 def fitting_length(model: PreTrainedModel, length: int) -> int:
     """Return `length`, or the positions of a model of text if they are fewer."""
-    most = positions_of(model) if kind_of(model) in ("text", "sentences") else None
+    most = positions_of(model) if kind_of(model) in ("text", "sentences", "embeddings") else None
     return length if most is None else min(length, most)
 
 

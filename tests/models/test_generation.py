@@ -5,7 +5,8 @@ import torch
 from permprune.config import PruneConfig
 from permprune.engine.held import prepare
 from permprune.examples import Examples
-from permprune.losses.targets import Imitation, choose_task
+from permprune.losses.choice import choose_task
+from permprune.losses.targets import Imitation
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 
 from ..modalities import images, make, speech

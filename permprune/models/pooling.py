@@ -1,0 +1,58 @@
+"""Sentence encoders: how the states of tokens become the embedding of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from permprune.models.signature import argument_names
+
+POOLING = "sentence_pooling"
+"""The field of a config that names the pooling of a sentence encoder, one of `POOLINGS`."""
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    weights = mask[..., None].to(states)
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def _first(states: Tensor, mask: Tensor) -> Tensor:
+    return states[torch.arange(len(states), device=states.device), mask.int().argmax(1)]
+
+
+def _last(states: Tensor, mask: Tensor) -> Tensor:
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return states[torch.arange(len(states), device=states.device), (positions * mask).argmax(1)]
+
+
+def _max(states: Tensor, mask: Tensor) -> Tensor:
+    return states.masked_fill(~mask[..., None], -torch.inf).amax(1)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": _mean,
+    "cls": _first,
+    "max": _max,
+    "lasttoken": _last,
+}
+"""Functions of states (batch, length, channels) and a bool mask (batch, length), False at padding, by the names that
+Sentence-Transformers gives them."""
+
+
+def pooling_of(model: PreTrainedModel) -> str | None:
+    """Return the pooling of a sentence encoder; None for other models, and for encoders that got a head."""
+    pooling: str | None = getattr(getattr(model, "config", None), POOLING, None)
+    if pooling is None:
+        return None
+    has_head = model.get_output_embeddings() is not None or "labels" in argument_names(model)
+    return None if has_head else pooling
+
+
+def embeddings(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """Pool states (batch, length, channels) to embeddings of length 1, fp32 (batch, channels)."""
+    real = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask.bool()
+    return F.normalize(POOLINGS[pooling](states.float(), real), dim=1)

@@ -1,0 +1,184 @@
+"""Sentence encoders are pruned, trained and measured by their embeddings."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+import permprune
+from permprune.evaluation.embeddings import embedding_agreement
+from permprune.losses.choice import choose_task
+from permprune.losses.embeddings import Embedding, Embeddings
+from permprune.models.modality import kind_of
+from permprune.models.pooling import POOLING, embeddings
+
+from .cli.running import run
+from .fixtures import BLOCK, SENTENCES
+
+FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
+
+
+def write_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, pooling: dict[str, object]) -> Path:
+    """A folder of Sentence-Transformers with a random encoder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(**BLOCK, vocab_size=128), add_pooling_layer=False).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>", pad_token="</s>", model_max_length=64
+    ).save_pretrained(folder)
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (path, kind) in enumerate(kinds.items())
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **pooling}))
+    return folder
+
+
+@pytest.fixture
+def encoder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    return write_encoder(tmp_path / "encoder", tiny_tokenizer, {FLAGS["mean"]: True})
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    words = sorted({word for sentence in SENTENCES for word in sentence.split()})
+    generator = np.random.default_rng(0)
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(" ".join(generator.choice(words, generator.integers(3, 12))) for _ in range(200)))
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, texts: Path) -> Path:
+    lines = texts.read_text().splitlines()
+    path = tmp_path / "pairs.tsv"
+    rows = [
+        f"{one}\t{two}\t{number % 6}.5" for number, (one, two) in enumerate(zip(lines[:40], lines[40:80], strict=True))
+    ]
+    path.write_text("\n".join(["sentence1\tsentence2\tscore", *rows]))
+    return path
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "lasttoken"])
+def test_poolings_are_those_of_the_formulas(pooling: str) -> None:
+    states = torch.randn(3, 5, 4)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    for row, kept, found in zip(states, mask.bool(), embeddings(states, mask, pooling), strict=True):
+        real = row[kept]
+        pooled = {"mean": real.mean(0), "cls": real[0], "max": real.amax(0), "lasttoken": real[-1]}[pooling]
+        torch.testing.assert_close(found, pooled / pooled.norm())
+
+
+@pytest.mark.parametrize(
+    ("config", "pooling"),
+    [*(({flag: True, "pooling_mode_mean_sqrt_len_tokens": False}, mode) for mode, flag in FLAGS.items()),
+     ({"pooling_mode": "lasttoken"}, "lasttoken")],
+)  # fmt: skip
+def test_the_pooling_is_read_from_the_folder(
+    config: dict[str, object], pooling: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, _, _ = permprune.read_model(str(write_encoder(tmp_path / "encoder", tiny_tokenizer, config)))
+    assert kind_of(model) == "embeddings" and getattr(model.config, POOLING) == pooling
+
+
+@pytest.mark.parametrize("config", [{"pooling_mode": "magic"}, {"pooling_mode_weightedmean_tokens": True}, {}])
+def test_an_unknown_pooling_is_one_line(
+    config: dict[str, object], tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = write_encoder(tmp_path / "encoder", tiny_tokenizer, config)
+    status, _, error = run("evaluate", str(folder))
+    assert status == 2 and "pools tokens in a way that is not known" in error and error.count("\n") == 1
+
+
+def test_the_loss_compares_cosines_and_similarities() -> None:
+    generator = torch.Generator().manual_seed(0)
+    own, dense = (F.normalize(torch.randn(6, 8, generator=generator), dim=1) for _ in range(2))
+    cosines = 2 * (1 - (own * dense).sum(1)).sum()
+    similarities = (own @ own.T - dense @ dense.T).square().sum() / 6
+    torch.testing.assert_close(Embeddings(own).distance(dense), cosines + similarities)
+    assert Embeddings(own).distance(own) == 0
+
+
+def test_metrics_are_those_of_the_definitions() -> None:
+    generator = torch.Generator().manual_seed(1)
+    dense = F.normalize(torch.randn(40, 8, generator=generator), dim=1)
+    own = F.normalize(dense + 0.2 * torch.randn(40, 8, generator=generator), dim=1)
+    found = {result.metric.name: result.value for result in embedding_agreement(own, dense)}
+    one, other = (x.double().numpy() for x in (own, dense))
+    assert found["cosine similarity"] == pytest.approx((one * other).sum(1).mean())
+    nearest = [
+        [sorted((j for j in range(40) if j != i), key=lambda j: -(x[i] @ x[j])) for i in range(40)]
+        for x in (one, other)
+    ]
+    agree = np.mean([mine[0] == theirs[0] for mine, theirs in zip(*nearest, strict=True)])
+    assert found["nearest neighbour agreement"] == pytest.approx(agree)
+    shared = np.mean([len({*mine[:10]} & {*theirs[:10]}) / 10 for mine, theirs in zip(*nearest, strict=True)])
+    assert found["ten nearest neighbours agreement"] == pytest.approx(shared)
+    upper = np.triu_indices(40, 1)
+    ranks = stats.spearmanr((one @ one.T)[upper], (other @ other.T)[upper]).statistic
+    assert found["Spearman correlation of similarities"] == pytest.approx(ranks, abs=1e-4)
+    assert all(result.value == pytest.approx(1.0) for result in embedding_agreement(dense, dense))
+
+
+def test_pairs_with_scores_are_correlated(encoder: Path, pairs: Path) -> None:
+    result = permprune.evaluate(str(encoder), permprune.Evaluation(str(pairs)))
+    assert result.metric.name == "Spearman correlation" and result.count == 40
+    model, tokenizer, _ = permprune.read_model(str(encoder))
+    rows = [line.split("\t") for line in pairs.read_text().splitlines()[1:]]
+
+    def embed(column: int) -> torch.Tensor:
+        batch = tokenizer([row[column] for row in rows], padding=True, return_tensors="pt")
+        batch.pop("token_type_ids", None)
+        with torch.no_grad():
+            return embeddings(model(**batch).last_hidden_state, batch["attention_mask"], "mean")
+
+    similarities = (embed(0) * embed(1)).sum(1)
+    expected = stats.spearmanr(similarities, [float(row[2]) for row in rows]).statistic
+    assert result.value == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(permprune.PermpruneError, match="choose spearman, or pearson"):
+        permprune.evaluate(str(encoder), permprune.Evaluation(str(pairs), metric="f1"))
+
+
+def test_a_score_that_is_no_number_is_named(encoder: Path, pairs: Path) -> None:
+    pairs.write_text(pairs.read_text().replace("0.5", "similar", 1))
+    with pytest.raises(permprune.PermpruneError, match=r"row 1 has 'similar'"):
+        permprune.evaluate(str(encoder), permprune.Evaluation(str(pairs)))
+
+
+def test_the_task_follows_from_the_model(encoder: Path) -> None:
+    model, tokenizer, _ = permprune.read_model(str(encoder))
+    batch = permprune.Examples({**tokenizer(SENTENCES[:4], padding=True, return_tensors="pt")})
+    task = choose_task(model, batch, 2)
+    assert isinstance(task, Embedding) and 0 < task.variance < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_an_encoder_is_pruned_trained_packed_and_measured(
+    mode: str, encoder: Path, texts: Path, pairs: Path, tmp_path: Path
+) -> None:
+    data = ["--calibration", str(texts), "--data", str(texts), "--samples", "4", "--windows", "2", "--length", "16"]
+    pruned, trained, packed = (tmp_path / name for name in ("pruned", "trained", "packed"))
+    method = ["--permute", "newton:rounds=2", "--mode", mode]
+    status, printed, error = run("prune", str(encoder), *data, *method, "--out", str(pruned))
+    assert status == 0, error
+    assert "cosine similarity" in printed
+    measured = json.loads((pruned / "permprune.json").read_text())["measured"]
+    assert measured["dense"] == pytest.approx(1.0) and measured["pruned"] < 1 - 1e-6
+    assert (pruned / "modules.json").exists() and (pruned / "1_Pooling" / "config.json").exists()
+    options = ["--teacher", str(encoder), "--data", str(texts), "--epochs", "3", "--lr", "1e-4", "--length", "16"]
+    status, printed, error = run("finetune", str(pruned), *options, "--out", str(trained))
+    assert status == 0, error
+    optimised = json.loads((trained / "permprune.json").read_text())["optimised"]
+    assert optimised["metric"] == "cosine similarity" and optimised["after"] > optimised["before"]
+    assert run("pack", str(trained), "--dtype", "fp32", "--out", str(packed))[0] == 0
+    values = [permprune.evaluate(str(folder), permprune.Evaluation(str(pairs))).value for folder in (trained, packed)]
+    assert values[0] == pytest.approx(values[1], abs=1e-3)
