@@ -7,9 +7,9 @@ NATIVE := hatch_build.py $(wildcard permprune/kernels/*.[ch] permprune/kernels/*
 
 PYTEST := pytest -n auto --dist worksteal
 ONE_THREAD := OMP_NUM_THREADS=1
-QUICK := -m "not slow and not network"
+QUICK := -m "not slow"
 
-.PHONY: demo compare test quick test-oldest asan docs dist supported clean
+.PHONY: demo compare test test-all test-oldest asan docs dist supported clean
 
 MODEL := smollm2-135m
 
@@ -24,16 +24,15 @@ compare: $(INSTALLED)
 	mkdir -p demo
 	$(BIN)/permprune --verbose compare $(MODEL) --minutes 5 --json demo/long.json --picture demo/long.png
 
+test: CHOSEN := $(QUICK)
+
 # Types are checked beside the tests, which at times leave a core idle.
-test: $(DEV)
+test test-all: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@$(BIN)/mypy permprune & types=$$!; \
-	$(ONE_THREAD) $(BIN)/$(PYTEST); tests=$$?; \
+	$(ONE_THREAD) $(BIN)/$(PYTEST) $(CHOSEN); tests=$$?; \
 	wait $$types && exit $$tests
-
-quick: $(DEV)
-	$(ONE_THREAD) $(BIN)/$(PYTEST) $(QUICK)
 
 # What the oldest direct dependencies and the newest indirect ones warn each other of is no error here.
 test-oldest: $(OLDEST)
