@@ -29,7 +29,7 @@ from .jobs.kv import calibrate_kv as calibrate_kv, evaluate_kv as evaluate_kv
 from .jobs.packing import Packed as Packed, pack_folder as pack_folder, unpack_folder as unpack_folder
 from .jobs.prune import prune_to_folder as prune_to_folder
 from .jobs.sweep import sweep as sweep
-from .jobs.swept import Sweep as Sweep, SweepRow as SweepRow
+from .jobs.sweep_cells import Sweep as Sweep, SweepRow as SweepRow
 from .jobs.verify import Verified as Verified, verify as verify
 from .kv.cache import PrunedCache as PrunedCache
 from .kv.config import KVConfig as KVConfig

@@ -17,7 +17,7 @@ from permprune.evaluation.lm_tasks import TaskList
 from permprune.options import Count
 
 if TYPE_CHECKING:
-    from permprune.jobs.swept import Sweep
+    from permprune.jobs.sweep_cells import Sweep
 
 
 @partial(cli.command, without=("effort", "permute", "pattern", "minutes", "shard", "few_shot"))
@@ -40,7 +40,7 @@ def sweep(
 ) -> Iterator[None]:
     """Measure patterns x methods x budgets on MODEL: quality against size, as a table, a page and a picture."""
 
-    from permprune.jobs.swept import plan_cells
+    from permprune.jobs.sweep_cells import plan_cells
 
     config, evaluation = cli.beside(config, evaluation, tasks)
     cells = parts(patterns), parts(methods), numbers_in("budgets", budgets, float)

@@ -36,7 +36,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
 from permprune.forecasts.costs import state_bytes
-from permprune.jobs.swept import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
+from permprune.jobs.sweep_cells import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
 from permprune.options import Count, require

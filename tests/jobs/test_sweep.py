@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from permprune import Evaluation, PermpruneError, PruneConfig, Result, Sweep, TaskList, Wanda, compare, sweep
 from permprune.engine.session import Session
 from permprune.evaluation.result import PERPLEXITY, TASK_ACCURACY, TOP_1_ACCURACY
-from permprune.jobs.swept import Cell, pareto, plan_cells
+from permprune.jobs.sweep_cells import Cell, pareto, plan_cells
 from permprune.permuters.registry import PERMUTERS
 
 pytestmark = pytest.mark.slow
