@@ -28,8 +28,7 @@ from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.outline import Outline
-from permprune.updates.base import Update
-from permprune.updates.none import NoUpdate
+from permprune.updates.base import NoUpdate, Update
 
 TRIED = 1.5
 """Mean number of held-out losses in a round of a trust region: most steps are accepted or halved once."""

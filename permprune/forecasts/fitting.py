@@ -29,7 +29,7 @@ from permprune.system import distributed
 from permprune.system.failures import failures_reported
 from permprune.system.files import gib
 from permprune.system.progress import log
-from permprune.updates.none import NoUpdate
+from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 from permprune.zoo.models import resolve_model
 

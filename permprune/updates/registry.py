@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from permprune.registry import method_of
 from permprune.updates.admm import ADMM
-from permprune.updates.base import Update
-from permprune.updates.none import NoUpdate
+from permprune.updates.base import NoUpdate, Update
 from permprune.updates.sparsegpt import SparseGPT
 
 UPDATES: dict[str, type[Update]] = {method.name: method for method in (NoUpdate, SparseGPT, ADMM)}

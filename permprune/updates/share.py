@@ -11,8 +11,7 @@ from permprune.examples import Examples
 from permprune.losses.objective import Objective
 from permprune.pruning.network import PrunedNetwork
 from permprune.system.progress import log
-from permprune.updates.base import Update
-from permprune.updates.none import NoUpdate
+from permprune.updates.base import NoUpdate, Update
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """The shares that are tried of an update that keeps the network's masks."""

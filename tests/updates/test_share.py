@@ -14,8 +14,7 @@ from permprune.losses.objective import ONE_LABEL_DIVERGENCE, Objective, TeacherO
 from permprune.permuters.identity import Random
 from permprune.pruning.network import PrunedNetwork
 from permprune.updates.admm import ADMM
-from permprune.updates.base import Update
-from permprune.updates.none import NoUpdate
+from permprune.updates.base import NoUpdate, Update
 from permprune.updates.share import SHARES, update_network
 from permprune.updates.sparsegpt import SparseGPT
 

@@ -15,8 +15,7 @@ from permprune.pattern import Pattern
 from permprune.permuters.identity import Random
 from permprune.pruning.network import PrunedNetwork
 from permprune.updates.admm import ADMM
-from permprune.updates.base import LayerUpdate
-from permprune.updates.none import NoUpdate
+from permprune.updates.base import LayerUpdate, NoUpdate
 from permprune.updates.registry import UPDATES, update
 from permprune.updates.sparsegpt import SparseGPT
 
