@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from permprune.models.modality import kind_of
 from permprune.system.progress import log
 
-_TOLD: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_WARNED: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 """The models of which `clipped_length` has logged a warning."""
 
 
@@ -38,7 +38,7 @@ def fitting_length(model: PreTrainedModel, length: int) -> int:
 def clipped_length(model: PreTrainedModel, length: int) -> int:
     """Return `fitting_length`; a warning says once for each model if it is less than `length`."""
     fitting = fitting_length(model, length)
-    if fitting < length and model not in _TOLD:
-        _TOLD.add(model)
+    if fitting < length and model not in _WARNED:
+        _WARNED.add(model)
         log.warning("the model has %d positions: the length is %d tokens in place of %d", fitting, fitting, length)
     return fitting
