@@ -47,6 +47,7 @@ from .permuters.base import (
     Solution as Solution,
 )
 from .permuters.identity import Identity as Identity, Random as Random
+from .permuters.iterate import Iterative as Iterative, Landscape as Landscape, SearchState as SearchState
 from .permuters.learned import Learned as Learned
 from .permuters.newton import Newton as Newton
 from .permuters.reconstruction import Reconstruction as Reconstruction

@@ -14,7 +14,7 @@ from permprune.calibration.moments import InputMoments, accumulator_bytes, warn_
 from permprune.calibration.symmetric import Symmetrics
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
-from permprune.losses.targets import Features, Predictions, Task
+from permprune.losses.targets import Outputs, Task
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
@@ -69,7 +69,7 @@ def calibrate(
     activation checkpointing (`recomputed`); both bound the memory of activations and do not change the result. `memory`
     is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. With
     `half` the second moments are stored as correlations in fp16 (`Symmetric`); they are read as fp32. `seed` is that of
-    the labels that are drawn at random if there are none (`Predictions.fisher_loss`); they are the same for
+    the labels that are drawn at random if there are none (`Outputs.fisher_loss`); they are the same for
     any number of processes. Raises `PermpruneError` if a loss or a statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
@@ -159,7 +159,7 @@ class _Pass:
         for number, examples in track(self.parts, "calibrating"):
             yield number, examples.to(device)
 
-    def _outputs(self, examples: Examples) -> Predictions | Features:
+    def _outputs(self, examples: Examples) -> Outputs:
         # not in blocks, where the squared gradients of keys are less exact
         with autocast(examples.device, self.dtype, blocks=False):
             return self.task(self.model, examples)

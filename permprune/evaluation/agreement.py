@@ -48,7 +48,7 @@ def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> Dense
         if isinstance(task, Embedding):
             return DenseOutputs(examples, task, [embed_all(model, examples, task.pooling, batch)], batch)
         batches = track(distributed.share(examples.split(batch)), "running the dense model")
-        return DenseOutputs(examples, task, [task(model, inputs).kept() for inputs in batches], batch)
+        return DenseOutputs(examples, task, [task(model, inputs).target() for inputs in batches], batch)
 
 
 @torch.inference_mode()

@@ -359,7 +359,7 @@ def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, ta
     teacher = opened.model
     first = examples[:1].trimmed()
     with torch.no_grad():
-        student_shape, shape = (task(one, first.to(one.device)).kept().shape for one in (model, teacher))
+        student_shape, shape = (task(one, first.to(one.device)).target().shape for one in (model, teacher))
     if student_shape != shape:
         raise PermpruneError(
             f"{opened.name} has {shape[-1]} outputs but the model {student_shape[-1]}: give the dense model as teacher"

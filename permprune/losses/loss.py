@@ -29,8 +29,8 @@ else:
 class TeacherOutputs:
     """The dense model's outputs for one batch, on the CPU, as far as a loss needs them.
 
-    `predictions` is what `kept_briefly` of the task's predictions returns, or None; `block_outputs` are the outputs of
-    the repeated blocks, without padding.
+    `predictions` is the `lazy_target` of the task's outputs, or None; `block_outputs` are the outputs of the repeated
+    blocks, without padding.
     """
 
     predictions: Logits | None

@@ -106,9 +106,9 @@ class Objective(Loss):
     def compute_teacher_outputs(self, model: nn.Module, batch: Examples, task: Task) -> TeacherOutputs:
         with block_outputs(model, padding_of(model, batch)) as outputs:
             predictions = task(model, batch)
-        kept = outputs if self.compares_blocks else outputs[-1:] if self.cosine else []
-        dense = predictions.kept_briefly() if self._compares_predictions(task) else None
-        return TeacherOutputs(dense, [output.cpu() for output in kept])
+        compared = outputs if self.compares_blocks else outputs[-1:] if self.cosine else []
+        target = predictions.lazy_target() if self._compares_predictions(task) else None
+        return TeacherOutputs(target, [output.cpu() for output in compared])
 
     def __call__(
         self, model: nn.Module, batch: Examples, task: Task, teacher_outputs: TeacherOutputs | None
@@ -116,14 +116,10 @@ class Objective(Loss):
         with block_outputs(model, padding_of(model, batch)) as outputs:
             predictions = task(model, batch)
         dense = teacher_outputs or TeacherOutputs(None, [])
-        divergence = self.divergence if teacher_outputs is not None else 0.0
+        divergence = self.divergence or 0.0 if teacher_outputs is not None else 0.0
         losses = []
-        if self.task and divergence:
-            losses.append(predictions.distilled_loss(dense.predictions, task=self.task, divergence=divergence))
-        elif self.task:
-            losses.append(self.task * predictions.loss(dense.predictions))
-        elif divergence:
-            losses.append(divergence * predictions.distance(dense.predictions))
+        if self.task or divergence:
+            losses.append(predictions.weighted_loss(dense.predictions, task=self.task, divergence=divergence))
         if teacher_outputs is not None:
             losses += self._distances(outputs, dense.block_outputs, predictions.terms)
         return torch.stack(losses).sum(), predictions.terms

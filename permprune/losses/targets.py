@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -27,12 +28,51 @@ SCORES = "logits"
 """The output of a regression model: one score for each example."""
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Class predictions for a batch: logits (terms, classes) with their graph, and the target `labels` (terms,).
+class Outputs(ABC):
+    """A model's outputs for a batch, with their graph. Without labels the dense model's outputs are the targets.
 
-    `given` are the logits, or what they are projected from. Without labels the dense model's predictions are the
-    targets.
+    Losses are summed over the terms. `dense` is what `target` or `lazy_target` returned for the dense model's outputs.
+    """
+
+    @property
+    @abstractmethod
+    def terms(self) -> int:
+        """The number of terms of the loss."""
+
+    @abstractmethod
+    def loss(self, dense: Logits | None = None) -> Tensor:
+        """The loss of the labels, or without labels the distance to `dense`."""
+
+    @abstractmethod
+    def distance(self, dense: Logits | None) -> Tensor:
+        """The distance to the dense model's outputs."""
+
+    @abstractmethod
+    def target(self) -> Tensor:
+        """The target for `distance`, if these are the dense model's outputs, on the CPU."""
+
+    def lazy_target(self) -> Logits:
+        """As `target`, but valid only as long as the dense model's output layer does not change."""
+        return self.target()
+
+    def weighted_loss(self, dense: Logits | None, *, task: float, divergence: float) -> Tensor:
+        """The sum of `loss` and `distance` with these weights, of which one may be 0."""
+        if not divergence:
+            return task * self.loss(dense)
+        distance = divergence * self.distance(dense)
+        return task * self.loss(dense) + distance if task else distance
+
+    @abstractmethod
+    def fisher_loss(self, generator: torch.Generator) -> Tensor:
+        """A loss whose expected squared gradient is the diagonal of the Fisher information."""
+
+
+@dataclass(frozen=True)
+class Predictions(Outputs):
+    """Class predictions: logits (terms, classes), and the target `labels` (terms,).
+
+    `given` are the logits, or what they are projected from. The loss is the cross-entropy with the labels, the distance
+    the KL divergence from the dense model's predictions.
     """
 
     given: Logits
@@ -45,50 +85,32 @@ class Predictions:
 
     @property
     def terms(self) -> int:
-        """The number of terms of the loss."""
         return len(self.given)
 
     def loss(self, dense: Logits | None = None) -> Tensor:
-        """Cross-entropy with the labels, or without labels the distance to `dense`; summed over the terms.
-
-        `dense` is what `kept` or `kept_briefly` returned for the dense model's predictions.
-        """
-        if self.labels is not None:
-            return cross_entropy(self.given, self.labels)
-        return self.distance(dense)
-
-    def kept(self) -> Tensor:
-        """The target for `distance`, from the dense model, (terms, classes) on the CPU.
-
-        It consists of the logits if they have 16 bits, else of the log-probabilities in fp16.
-        """
-        logits = self.logits.detach()
-        return (logits if logits.dtype.itemsize == 2 else logits.float().log_softmax(-1).half()).cpu()
-
-    def kept_briefly(self) -> Logits:
-        """As `kept`, but valid only as long as the dense model's output layer does not change.
-
-        Of projected logits it holds what they are projected from.
-        """
-        return self.given.detach().to(torch.device("cpu")) if isinstance(self.given, Projected) else self.kept()
+        return self.distance(dense) if self.labels is None else cross_entropy(self.given, self.labels)
 
     def distance(self, dense: Logits | None) -> Tensor:
-        """KL divergence from the dense model's predictions (see `kept`), summed over the terms."""
         assert dense is not None
         return divergence(self.given, dense.to(self._device))
 
-    def distilled_loss(self, dense: Logits | None, *, task: float, divergence: float) -> Tensor:
-        """The sum of `loss` and `distance` with these weights."""
-        if self.labels is None or dense is None:
-            return task * self.loss(dense) + divergence * self.distance(dense)
+    def target(self) -> Tensor:
+        """The logits if they have 16 bits, else the log-probabilities in fp16, (terms, classes)."""
+        logits = self.logits.detach()
+        return (logits if logits.dtype.itemsize == 2 else logits.float().log_softmax(-1).half()).cpu()
+
+    def lazy_target(self) -> Logits:
+        """Of projected logits what they are projected from, which is valid as long as the output layer is the same."""
+        return self.given.detach().to(torch.device("cpu")) if isinstance(self.given, Projected) else self.target()
+
+    def weighted_loss(self, dense: Logits | None, *, task: float, divergence: float) -> Tensor:
+        if self.labels is None or dense is None or not (task and divergence):
+            return super().weighted_loss(dense, task=task, divergence=divergence)
         weights = {"label_weight": task, "divergence_weight": divergence}
         return distilled_cross_entropy(self.given, self.labels, dense.to(self._device), **weights)
 
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
-        """A loss, summed over the terms, whose expected squared gradient is the diagonal of the Fisher information.
-
-        This is the cross-entropy with the labels, or without labels with labels drawn from the predicted distribution.
-        """
+        """The cross-entropy with the labels, or without labels with labels drawn from the predicted distribution."""
         if self.labels is not None:
             return self.loss()
         bounds = self.logits.detach().float().softmax(-1).cumsum(-1)
@@ -102,12 +124,12 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Features:
-    """The features of a model without a head, or the scores of a regression model, for a batch.
+class Features(Outputs):
+    """The features of a model without a head, or the scores of a regression model.
 
-    `values` is (terms, numbers) with their graph; a term is an example. Features are scaled so that the squares of an
-    example's numbers sum to about 1 for each kind of feature. `labels`, (terms, 1), are the target scores; without
-    labels the dense model's values are the targets.
+    `values` is (terms, numbers); a term is an example. Features are scaled so that the squares of an example's numbers
+    sum to about 1 for each kind of feature. `labels`, (terms, 1), are the target scores. The loss and the distance are
+    squared distances.
     """
 
     values: Tensor
@@ -115,27 +137,18 @@ class Features:
 
     @property
     def terms(self) -> int:
-        """The number of terms of the loss, one for each example."""
         return len(self.values)
 
     def loss(self, dense: Logits | None = None) -> Tensor:
-        """Squared distance to the labels, or without labels to `dense`, what `kept` returned for the dense model."""
         return self.distance(dense if self.labels is None else self.labels)
 
-    def kept(self) -> Tensor:
-        """The target for `distance`, from the dense model: the values (terms, numbers), fp32 on the CPU."""
-        return self.values.float().cpu()
-
-    kept_briefly = kept
-
     def distance(self, dense: Logits | None) -> Tensor:
-        """Squared distance to the dense model's values, summed over the terms."""
         assert isinstance(dense, Tensor)
         return (self.values - dense.to(self.values)).square().sum()
 
-    def distilled_loss(self, dense: Logits | None, *, task: float, divergence: float) -> Tensor:
-        """The sum of `loss` and `distance` with these weights."""
-        return task * self.loss(dense) + divergence * self.distance(dense)
+    def target(self) -> Tensor:
+        """The values (terms, numbers), fp32."""
+        return self.values.float().cpu()
 
     def fisher_loss(self, generator: torch.Generator) -> Tensor:
         """A random projection whose expected squared gradient is the Gauss-Newton diagonal of the distance."""
@@ -143,7 +156,7 @@ class Features:
         return 2**0.5 * (signs * self.values).sum()
 
 
-Task = Callable[[nn.Module, Examples], Predictions | Features]
+Task = Callable[[nn.Module, Examples], Outputs]
 """(model, batch) -> the model's predictions or features for the batch."""
 
 
@@ -211,7 +224,7 @@ class Imitation:
 
     variances: Mapping[str, float] | None = None
 
-    def __call__(self, model: nn.Module, batch: Examples) -> Predictions | Features:
+    def __call__(self, model: nn.Module, batch: Examples) -> Outputs:
         """Return the logits of every example or position that is not padding, or the features of every example."""
         output, padding = run_model(model, batch), padding_of(model, batch)
         if self.variances is None:

@@ -114,7 +114,7 @@ class Iterative(Permuter, Generic[S]):
     """
 
     unit: ClassVar[str] = "round"
-    state: ClassVar[type[SearchState]]
+    state: ClassVar[type[SearchState]] = SearchState
     """The type of its states."""
 
     objective: Loss | LossFunction = Objective()

@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_those_of_the_logits(
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
             target = plain_logits(teacher)
-            dense = next_token(teacher, examples()).kept_briefly()
+            dense = next_token(teacher, examples()).lazy_target()
         assert isinstance(dense, Projected) and not dense.hidden.requires_grad
         torch.testing.assert_close(dense.whole(), target, **close)
         logits, found = plain_logits(model), next_token(model, examples())
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_those_of_the_logits(
             (divergence(logits, target), found.distance(dense)),
             (
                 distilled_cross_entropy(logits, labels, target, label_weight=0.3, divergence_weight=2.0),
-                found.distilled_loss(dense, task=0.3, divergence=2.0),
+                found.weighted_loss(dense, task=0.3, divergence=2.0),
             ),
             (divergence(logits, target), divergence(logits, dense)),
             (divergence(logits, target), divergence(next_token(model, examples()).given, target)),

@@ -76,7 +76,7 @@ def test_scores_cost_their_squared_error_and_have_a_gaussian_fisher_information(
     said = scored(model, data)
     logits = model(**sentences(labels=False)).logits[:, 0]
     assert said.loss().item() == pytest.approx((logits - labels).square().sum().item(), rel=1e-5)
-    assert said.distance(said.kept()).item() == 0
+    assert said.distance(said.target()).item() == 0
     drawn = [torch.autograd.grad(scored(model, data).fisher_loss(torch.Generator().manual_seed(n)),
              model.classifier.bias)[0].item() ** 2 for n in range(400)]  # fmt: skip
     assert sum(drawn) / 400 == pytest.approx(2 * 12, rel=0.2)  # twice the squared slope of each score
@@ -219,7 +219,7 @@ def test_features_are_told_apart_by_their_variance() -> None:
     model, examples = make("headless"), images(labels=False)
     task = choose_task(model, examples, 5)
     assert isinstance(task, Imitation) and task.variances is not None and len(task.variances) == 2
-    said = task(model, examples).kept()
+    said = task(model, examples).target()
     assert Features(said).distance(said) == 0
     pooled = said[:, :32]  # the first of the two kinds
     away = Features(pooled.mean(0).expand_as(pooled)).distance(pooled) / len(pooled)
@@ -230,4 +230,4 @@ def test_features_are_told_apart_by_their_variance() -> None:
 def test_predictions_are_compared_by_divergence() -> None:
     own, dense = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     expected = F.kl_div(own.log_softmax(-1), dense.log_softmax(-1), reduction="sum", log_target=True)
-    assert float(Predictions(own).loss(Predictions(dense).kept())) == pytest.approx(float(expected), rel=1e-2)
+    assert float(Predictions(own).loss(Predictions(dense).target())) == pytest.approx(float(expected), rel=1e-2)
