@@ -162,7 +162,7 @@ class Permuter(ABC):
     free: ClassVar[tuple[str, ...]] = ()
     """Options that may change when an interrupted search is resumed, such as the number of rounds."""
 
-    timed: ClassVar[bool] = True
+    time_limited: ClassVar[bool] = True
     """Whether a time limit can end the search."""
 
     def __post_init__(self) -> None:
@@ -207,7 +207,7 @@ class Permuter(ABC):
 
         It is looked up in `run.solved`, and then among the solutions that an interrupted run saved.
         """
-        run = run if self.timed else replace(run, minutes=None)
+        run = run if self.time_limited else replace(run, minutes=None)
         key = (self, network, *run.cache_key)
         if key not in run.solved:
             network.set_weights({})
@@ -255,7 +255,7 @@ class Scores(Protocol):
 class LocalPermuter(Permuter):
     """A permuter that solves each problem independently of the others."""
 
-    timed: ClassVar[bool] = False
+    time_limited: ClassVar[bool] = False
 
     @abstractmethod
     def order(self, network: MaskedLayers, problem: Problem, generator: torch.Generator) -> Tensor:

@@ -188,7 +188,7 @@ def test_swaps_in_several_pairs_keep_error_and_slope_consistent(pattern):
 
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 1.0])
-def test_swaps_in_several_pairs_are_foretold_exactly_and_never_raise_the_model(pattern, mean, coupled):
+def test_swaps_in_several_pairs_are_predicted_exactly_and_never_raise_the_model(pattern, mean, coupled):
     """Channels with a large common mean carry much the same: what gains alone overshoots where all of them move."""
     model = build(6, pattern, seed=2, mean=mean, coupled=coupled)
     value, generator = Reference(model), torch.Generator().manual_seed(2)
