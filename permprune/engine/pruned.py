@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -142,12 +143,8 @@ def stored_form(
 
 def gathered_layers(plan: Plan, orders: Orders) -> dict[str, tuple[Layer, Tensor]]:
     """Return the layers that read gathered channels, each with its order, by parameter."""
-    layers = {layer.name: layer for layer in plan.layers}
-    return {
-        layers[part.layer].parameter: (layers[part.layer], orders[problem.name])
-        for problem in _gathered_problems(plan, orders)
-        for part in problem.parts
-    }
+    gathered = _gathered_problems(plan, orders)
+    return {layer.parameter: (layer, orders[problem.name]) for problem, layers in gathered for layer in layers}
 
 
 def stored_order(plan: Plan, pruned: Pruned) -> Edit:
@@ -169,17 +166,18 @@ def beside_natural(measures: list[LayerMeasure], natural: list[LayerMeasure]) ->
     ]
 
 
-def _gathered_problems(plan: Plan, orders: Orders) -> list[Problem]:
-    """Return the problems that need a gather: those that cannot be folded, with another order than the natural one."""
-    problems = [problem for problem in plan.problems if not problem.space and problem.name in orders]
-    return [problem for problem in problems if not torch.equal(orders[problem.name], problem.identity())]
+def _gathered_problems(plan: Plan, orders: Orders) -> Iterator[tuple[Problem, list[Layer]]]:
+    """Yield the problems that cannot be folded and have another order than the natural one, each with its layers."""
+    layers = {layer.name: layer for layer in plan.layers}
+    for problem in plan.problems:
+        order = orders.get(problem.name)
+        if not problem.space and order is not None and not torch.equal(order, problem.identity()):
+            yield problem, [layers[part.layer] for part in problem.parts]
 
 
 def _gathers(plan: Plan, orders: Orders) -> list[Gather]:
     sites = {site.name: site for site in plan.coupling.sites}
-    layers = {layer.name: layer for layer in plan.layers}
-    gathers = []
-    for problem in _gathered_problems(plan, orders):
-        output, inputs = gather_places(sites[problem.site], [layers[part.layer] for part in problem.parts])
-        gathers.append(Gather(problem.site, output, inputs, orders[problem.name].tolist()))
-    return gathers
+    return [
+        Gather(problem.site, *gather_places(sites[problem.site], layers), orders[problem.name].tolist())
+        for problem, layers in _gathered_problems(plan, orders)
+    ]
