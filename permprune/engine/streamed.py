@@ -25,6 +25,7 @@ from permprune.engine.pruned import Pruned, beside_natural, stored_form, stored_
 from permprune.engine.weights import Offloaded
 from permprune.errors import PermpruneError
 from permprune.forecasts.streamed import streamed_bytes
+from permprune.kernels.search.masks import pack_mask, unpack_mask
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
@@ -192,12 +193,12 @@ class Streamed(Offloaded):
 
     def _keep_masks(self, network: MaskedLayers, order: str) -> None:
         for name, mask in network.masks.items():
-            packed = np.packbits(mask.cpu().numpy(), axis=1).tobytes()
+            packed = pack_mask(mask.cpu()).numpy().tobytes()
             write_whole(self.folder / f"{name}.{order}", partial(Path.write_bytes, data=packed))
 
     def _mask(self, name: str, order: str, shape: torch.Size) -> Tensor:
         packed = np.fromfile(self.folder / f"{name}.{order}", np.uint8).reshape(shape[0], -1)
-        return torch.from_numpy(np.unpackbits(packed, axis=1, count=shape[1])).bool()
+        return unpack_mask(torch.from_numpy(packed), shape[1])
 
     def _masked(self, order: str) -> Edit:
         """Return the edit that applies the masks of the `NATURAL` or the `DECIDED` orders to the weights, in place."""

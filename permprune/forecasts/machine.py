@@ -60,9 +60,11 @@ class Machine:
     @cached_property
     def rates(self) -> Rates:
         """The rates that forecasts assume."""
-        share = OF_MEASURED if self.sheet is None else OF_SHEET
-        rates = self.sheet or _measure(self.device, self.dtype)
-        return Rates(*(share * rate for rate in vars(rates).values()))
+        if self.sheet is not None:
+            return Rates(*(OF_SHEET * rate for rate in vars(self.sheet).values()))
+        products, fp32 = (_product_rate(dtype, self.device) for dtype in (self.dtype, torch.float32))
+        measured = (products, fp32, _comparison_rate(self.device), _memory_rate(self.device))
+        return Rates(*(OF_MEASURED * rate for rate in measured))
 
     def seconds(self, work: Work) -> float:
         """Return the time that work takes, with the comparisons of the largest problem on one thread."""
@@ -112,15 +114,6 @@ def machine_named(name: str | None) -> Machine:
         return this_machine()
     require_choice("gpu", name, GPUS)
     return GPUS[name]()
-
-
-def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    return Rates(
-        products=_product_rate(dtype, device),
-        products_fp32=_product_rate(torch.float32, device),
-        comparisons=_comparison_rate(device),
-        moved=_memory_rate(device),
-    )
 
 
 def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
