@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import shlex
 import subprocess
 import sys
@@ -50,11 +51,13 @@ def supported() -> bool:
 def build() -> Path:
     """Compile the library, and return its path below the root. Raises `SystemExit` when the compiler fails."""
     library = FOLDER / ("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
-    sources = sorted(str(path) for path in (ROOT / FOLDER).rglob("*.c"))
-    with tempfile.TemporaryDirectory(dir=ROOT / FOLDER) as scratch:
+    folder = ROOT / FOLDER
+    sources = sorted(str(path) for path in folder.rglob("*.c"))
+    digest = runpy.run_path(str(folder / "sources.py"))["digest"](folder)
+    defined = ["-I", str(folder), f'-DPERMPRUNE_SOURCES="{digest}"', *os.environ.get("CFLAGS", "").split()]
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / library.name
-        options = [*FLAGS, *CHECKS, "-I", str(ROOT / FOLDER), *os.environ.get("CFLAGS", "").split()]
-        command = [*compiler(), *options, "-o", str(made), *sources]
+        command = [*compiler(), *FLAGS, *CHECKS, *defined, "-o", str(made), *sources]
         environment = {"ZIG_LOCAL_CACHE_DIR": scratch, "ZIG_GLOBAL_CACHE_DIR": scratch, **os.environ}
         done = subprocess.run(command, env=environment, check=False)
         if done.returncode:

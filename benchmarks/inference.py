@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from rows import add
 from torch import Tensor, nn
 
-from permprune.kernels import native
+from permprune.kernels import library
+from permprune.kernels.product import native
 from permprune.kernels.product.layout import Layout
 from permprune.kernels.product.packed import PackedWeight, quantize
 from permprune.pattern import Pattern
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--kernels", choices=native.names(), default=native.names()[0])
+    parser.add_argument("--kernels", choices=library.names(), default=library.names()[0])
     parser.add_argument("--rows", type=Path, help="file of figures, one JSON object a line")
     options = parser.parse_args()
     print(f"{options.kernels}, {options.pattern}, {options.outputs} x {options.inputs}, ms\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import permprune
-from permprune.kernels import native
+from permprune.kernels import library
 
 Row = dict[str, Any]
 
@@ -27,7 +27,7 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {native.names()[0]}"
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {library.names()[0]}"
 
 
 def add(path: Path | None, cell: Row, measured: Row) -> None:

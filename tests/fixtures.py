@@ -49,7 +49,7 @@ from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
 from permprune.forecasts.activations import Activations, Gradients  # noqa: E402
 from permprune.forecasts.run import _counted  # noqa: E402
-from permprune.kernels import native  # noqa: E402
+from permprune.kernels import library  # noqa: E402
 from permprune.pruning.outline import Outline  # noqa: E402
 from permprune.report.run import _pictures  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402
@@ -75,13 +75,13 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[*native.names(), "torch"])
+@pytest.fixture(params=[*library.names(), "torch"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The native kernels of each instruction set of this processor in turn, then PyTorch instead of them."""
-    native._kernels.cache_clear()
-    monkeypatch.setenv(native.FORCED, request.param)
+    library.chosen.cache_clear()
+    monkeypatch.setenv(library.FORCED, request.param)
     yield request.param
-    native._kernels.cache_clear()
+    library.chosen.cache_clear()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     import torch
 
-    from permprune.kernels.search.masks import add_placement_cost
+    from permprune.kernels.search.placement import add_placement_cost
     from permprune.system.device import best_device, fast_dtype
 
 OF_SHEET, OF_MEASURED = 0.5, 0.6

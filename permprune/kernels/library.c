@@ -1,4 +1,4 @@
-/* The kernels and their names, threads, and the check of places. */
+/* The kernels and their names, the structures that Python fills in, threads, and the check of places. */
 #include "library.h"
 #include <stdatomic.h>
 
@@ -12,25 +12,26 @@ static const struct kernels *const all_kernels[] = {
 };
 enum { KERNELS = sizeof all_kernels / sizeof *all_kernels };
 
-/* Whether kernels run here. The answer is kept: in a virtual machine each look at the processor's features traps. */
-static int answer(_Atomic signed char *kept, int (*question)(void))
+/* What `test` returns; it is called once: in a virtual machine each look at the processor's features traps. */
+static int cached(_Atomic signed char *result, int (*test)(void))
 {
-    signed char found = *kept;
-    if (!found)
-        *kept = found = question() ? 1 : -1;
-    return found > 0;
+    if (!*result)
+        *result = test() ? 1 : -1;
+    return *result > 0;
 }
 
 static int runs(int32_t index)
 {
-    static _Atomic signed char kept[KERNELS];
-    return index >= 0 && index < KERNELS && answer(&kept[index], all_kernels[index]->runs_here);
+    static _Atomic signed char results[KERNELS];
+    if (index < 0 || index >= KERNELS)
+        return 0;
+    return !all_kernels[index]->runs_here || cached(&results[index], all_kernels[index]->runs_here);
 }
 
 int runs_pairs(int32_t index)
 {
-    static _Atomic signed char kept[KERNELS];
-    return all_kernels[index]->pairs && answer(&kept[index], all_kernels[index]->pairs_run_here);
+    static _Atomic signed char results[KERNELS];
+    return all_kernels[index]->pairs && cached(&results[index], all_kernels[index]->pairs_run_here);
 }
 
 const struct kernels *find_kernels(int32_t index) { return runs(index) ? all_kernels[index] : NULL; }
@@ -43,6 +44,17 @@ EXPORT const char *permprune_kernels(int32_t index)
     return runs(index) ? all_kernels[index]->name : "";
 }
 
+/* The declaration of structure number `index`, those in it first; NULL after the last. */
+EXPORT const char *permprune_structure(int32_t index)
+{
+    static const char *const texts[] = {weights_text, mask_text,   keep_text,          prune_text,       place_text, apply_text,
+                                        step_text,    states_text, attend_text, unpack_states_text, pack_states_text};
+    return index >= 0 && index < (int32_t)(sizeof texts / sizeof *texts) ? texts[index] : NULL;
+}
+
+/* The digest of the sources from which the library was built (hatch_build.py). */
+EXPORT const char *permprune_sources(void) { return PERMPRUNE_SOURCES; }
+
 /* ---- threads: those of the OpenMP runtime that torch has loaded; a second pool would compete for the cores ---- */
 
 typedef void parallel_region(void (*body)(void *), void *data, unsigned threads, unsigned flags);
@@ -51,8 +63,8 @@ static parallel_region *parallel;
 
 struct pieces {
     const void *job;
-    piece_kernel *kernel;
-    int64_t last, piece;
+    kernel *function;
+    int64_t count, piece;
     _Atomic int64_t next;
 };
 
@@ -61,27 +73,21 @@ static void take_pieces(void *data)
     struct pieces *pieces = data;
     for (;;) {
         int64_t first = atomic_fetch_add(&pieces->next, pieces->piece);
-        if (first >= pieces->last)
+        if (first >= pieces->count)
             return;
-        int64_t stop = first + pieces->piece;
-        pieces->kernel(pieces->job, first, stop < pieces->last ? stop : pieces->last);
+        pieces->function(pieces->job, first, smaller(first + pieces->piece, pieces->count));
     }
 }
 
-void deal(const void *job, piece_kernel *kernel, int64_t count, int64_t unit, int32_t threads)
+void run_in_pieces(const void *job, kernel *function, int64_t count, int64_t unit, int32_t threads)
 {
     if (threads <= 1 || !parallel) {
-        kernel(job, 0, count);
+        function(job, 0, count);
         return;
     }
     int64_t piece = count / (threads * 4) / unit * unit;
-    struct pieces pieces = {job, kernel, count, piece < unit ? unit : piece, 0};
+    struct pieces pieces = {job, function, count, piece < unit ? unit : piece, 0};
     parallel(take_pieces, &pieces, (unsigned)threads, 0);
-}
-
-void deal_rows(const void *job, piece_kernel *kernel, int64_t count, int32_t threads)
-{
-    deal(job, kernel, count, TILE_ROWS, threads);
 }
 
 EXPORT void permprune_use_threads_of(void *gomp_parallel) { parallel = (parallel_region *)gomp_parallel; }

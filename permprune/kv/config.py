@@ -14,7 +14,7 @@ with on_first_use(globals()):
     import torch
 
     from permprune.kernels.attention import codes
-    from permprune.kernels.attention.native import part_sizes
+    from permprune.kernels.attention.states import part_sizes
     from permprune.system.device import dtype_named
 
 AUTO = "auto"

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
-from permprune.kernels.attention.native import WIDEST, Queries, Side
+from permprune.kernels import library
+from permprune.kernels.attention.native import Queries, Side
 from permprune.kernels.attention.native import attend as attend_native
+from permprune.kernels.attention.states import WIDEST
 from permprune.kernels.product.layout import FLOATS
 from permprune.kernels.product.linear import has_triton
 from permprune.kv.attention import Call, Segment, Source, States, Sums, attend, attend_plain, masked
@@ -263,7 +264,7 @@ class _View(Source, States):
         """Return whether the native kernel computes this: a few queries on the CPU that read the same packed tokens."""
         types = {call.query.dtype, *(states.dtype for states in self.whole)}
         packed = not self.before or all(own.native_states() is not None for own in self.packed)
-        on_cpu = call.query.device.type == "cpu" and native.available()
+        on_cpu = call.query.device.type == "cpu" and library.available()
         return on_cpu and packed and types <= set(FLOATS) and self._is_decoding(call)
 
     def _runs_triton(self, call: Call) -> bool:

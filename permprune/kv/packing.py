@@ -32,8 +32,7 @@ from permprune.kernels.attention.codes import (
     unpack_code,
     unpack_magnitudes,
 )
-from permprune.kernels.attention.native import SCALED
-from permprune.kernels.attention.packing import pack, packs
+from permprune.kernels.attention.states import SCALED, pack, packs
 from permprune.kernels.product.packed import unpack_bits
 from permprune.pattern import Pattern
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from permprune.kernels import native
-from permprune.kernels.attention.native import NUMBERS, WIDEST, PackedStates
+from permprune.kernels import library
+from permprune.kernels.attention.states import NUMBERS, WIDEST, PackedStates
 from permprune.kernels.product.layout import FLOATS
 from permprune.kv.packing import Channels, Layout, Parts, decode, encode
 
@@ -63,7 +63,7 @@ class PackedTokens:
         if self._states is None and self.parts:
             values, width = self.parts["values"], self.channels.shape[1]
             runs = values.device.type == "cpu" and values.dtype in NUMBERS and width <= WIDEST
-            if runs and native.available():
+            if runs and library.available():
                 self._states = PackedStates(self.parts, self.channels.level, self.layout.pattern)
         return self._states
 

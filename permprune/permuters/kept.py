@@ -17,7 +17,7 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.kernels.search.masks import add_placement_cost
+    from permprune.kernels.search.placement import add_placement_cost
     from permprune.matching.assignment import assign
     from permprune.matching.parts import groups_in, random_parts
     from permprune.pruning.problem import Problem

@@ -30,7 +30,8 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.kernels.search.masks import add_placement_cost, pruned_part
+    from permprune.kernels.search.masks import pruned_weights
+    from permprune.kernels.search.placement import add_placement_cost
     from permprune.matching.assignment import cycles
     from permprune.matching.pairs import pair_up
     from permprune.matching.parts import groups_in, random_parts
@@ -118,7 +119,7 @@ class QuadraticModel:
             for bundle in bundles:
                 moments = bundle.moments(torch.arange(problem.size))
                 for rows in bundle.rows:
-                    errors = (pruned_part(weight, score, model.groups, model.pattern) for weight, score in rows.read())
+                    errors = (pruned_weights(weight, score, model.groups, model.pattern) for weight, score in rows.read())
                     rows.slopes += [moments @ error for error in errors]
         return model
 
@@ -217,7 +218,7 @@ class QuadraticModel:
     def _blocks(self, bundle: Bundle) -> Iterator[Block]:
         for rows in bundle.rows:
             for (weight, score), slope in zip(rows.read(), rows.slopes, strict=True):
-                error = pruned_part(weight, score, self.groups, self.pattern)
+                error = pruned_weights(weight, score, self.groups, self.pattern)
                 yield Block(weight, score, slope, error, rows.coupled)
 
     def _gains(self, groups: Tensor, pools: list[Pool], sets: Sequence[Tensor]) -> Tensor:
@@ -231,7 +232,7 @@ class QuadraticModel:
         for bundle in self.bundles:
             moments = torch.cat([pool.submatrices(bundle, inside) for pool, inside in zip(pools, sets, strict=True)])
             for block in self._blocks(bundle):
-                move = pruned_part(block.weight, block.score, groups, self.pattern).sub_(block.error)
+                move = pruned_weights(block.weight, block.score, groups, self.pattern).sub_(block.error)
                 moves = move[channels.flatten()].view(*channels.shape, -1)
                 products = torch.bmm(block.coupled(moves), moves.mT).mul_(moments).sum((1, 2))
                 linear = move.mul_(block.slope).sum(1)[channels].sum(1)
@@ -250,7 +251,7 @@ class QuadraticModel:
         for bundle in self.bundles:
             products = [pool.product(bundle, changed) for pool in pools]
             for block in self._blocks(bundle):
-                error = pruned_part(block.weight, block.score, groups, self.pattern)
+                error = pruned_weights(block.weight, block.score, groups, self.pattern)
                 move = error - block.error
                 field = block.coupled(_joined(pools, products, move)).mul_(self.damping)
                 block.slope.add_(field)

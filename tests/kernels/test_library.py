@@ -2,20 +2,19 @@
 
 import ctypes
 import importlib.util
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
-from permprune.kernels.adam.step import Stepping
-from permprune.kernels.attention.native import Attention, States, Unpacking
-from permprune.kernels.attention.packing import Packing
-from permprune.kernels.search import masks as search
+from permprune.kernels import library, sources
+from permprune.kernels.product import native
 from permprune.pattern import Pattern
 from tests.kernels.product.test_linear import call
 from tests.kernels.product.weights import packed
@@ -24,11 +23,11 @@ from tests.kernels.product.weights import packed
 @pytest.fixture
 def fresh() -> Iterator[None]:
     """The library is looked for again, here and after the test."""
-    native._library.cache_clear()
-    native._kernels.cache_clear()
+    library.load.cache_clear()
+    library.chosen.cache_clear()
     yield
-    native._library.cache_clear()
-    native._kernels.cache_clear()
+    library.load.cache_clear()
+    library.chosen.cache_clear()
 
 
 def test_without_the_library_one_warning_and_the_same_result(
@@ -36,39 +35,39 @@ def test_without_the_library_one_warning_and_the_same_result(
 ) -> None:
     weight, x = packed(8, 64), torch.randn(3, 64)
     expected = call(weight, x)
-    native._library.cache_clear()
-    native._kernels.cache_clear()
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libpermprune.so")
+    library.load.cache_clear()
+    library.chosen.cache_clear()
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libpermprune.so")
     with pytest.warns(UserWarning, match="native kernels do not load") as warned:
         found = [call(weight, x), call(weight, x)]
     assert len(warned) == 1
     assert torch.allclose(found[0], expected, atol=1e-5) and torch.equal(found[0], found[1])
-    assert native.names() == []
+    assert library.names() == []
 
 
 def test_a_library_that_lacks_functions_is_not_used(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the library were older than the Python code."""
-    monkeypatch.setattr(native, "LIBRARY", Path(torch._C.__file__))
+    monkeypatch.setattr(library, "LIBRARY", Path(torch._C.__file__))
     with pytest.warns(UserWarning, match="permprune_kernels.*install permprune again"):
-        assert not native.available()
+        assert not library.available()
 
 
 def test_kernels_can_be_chosen_by_the_environment(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = packed(8, 64), torch.randn(3, 64)
-    for name in [*native.names(), "torch"]:
-        native._kernels.cache_clear()
-        monkeypatch.setenv(native.FORCED, name)
-        assert native.available() == (name != "torch")
+    for name in [*library.names(), "torch"]:
+        library.chosen.cache_clear()
+        monkeypatch.setenv(library.FORCED, name)
+        assert library.available() == (name != "torch")
         assert torch.allclose(call(weight, x), x @ weight.unpack().T, atol=1e-5)
-    native._kernels.cache_clear()
-    monkeypatch.setenv(native.FORCED, "vax")
+    library.chosen.cache_clear()
+    monkeypatch.setenv(library.FORCED, "vax")
     with pytest.raises(PermpruneError, match="PERMPRUNE_KERNELS asks for kernels 'vax'"):
         call(weight, x)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems may have another OpenMP runtime")
 def test_the_threads_of_torch_are_found() -> None:
-    assert native._parallel_region() is not None
+    assert library._parallel_region() is not None
 
 
 @pytest.fixture
@@ -108,14 +107,15 @@ def test_systems_without_kernels_get_a_plain_wheel(hook: ModuleType, monkeypatch
 def test_a_compiler_that_fails_is_named(
     hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    library = tmp_path / hook.FOLDER / native.LIBRARY.name
-    library.parent.mkdir(parents=True)
-    library.write_text("the old one")
+    built = tmp_path / hook.FOLDER / library.LIBRARY.name
+    built.parent.mkdir(parents=True)
+    built.write_text("the old one")
+    shutil.copy(Path(sources.__file__), built.parent)
     monkeypatch.setattr(hook, "ROOT", tmp_path)
     monkeypatch.setenv("CC", "false")
     with pytest.raises(SystemExit, match="set CC to another compiler"):
         hook.build()
-    assert library.read_text() == "the old one"
+    assert built.read_text() == "the old one"
 
 
 WRONG: dict[str, int | None] = {
@@ -143,33 +143,56 @@ def test_a_plain_weight_has_no_codes_to_unpack_or_check() -> None:
         native.row_off_pattern(weights, Pattern(2, 4))
 
 
-JOBS: list[tuple[str, ctypes.Structure]] = [
-    ("place", search.Placement(count=-1, n=2, m=4)),
-    ("place", search.Placement(count=1 << 40, n=2, m=4)),
-    ("place", search.Placement(count=1, rows=1, n=2, m=4)),
-    ("place", search.Placement(n=2)),
-    ("mask", search.Masking(rows=1, size=-4, n=2, m=4)),
-    ("mask", search.Masking(rows=1, size=4, n=2, m=0)),
-    ("mask", search.Masking(rows=1, size=4, n=4, m=4)),
-    ("mask", search.Masking(rows=1, size=4, width=4, n=2, m=4)),
-    ("keep", search.Keeping(search.Masking(rows=1, size=4, width=4, n=2, m=4))),
-    ("prune", search.Pruning(rows=-1, count=1, n=2, m=4)),
-    ("apply", search.Applying(rows=1, width=-1)),
-    ("apply", search.Applying(rows=1, width=1, number=2)),
-    ("step", Stepping(rows=1, width=8, kept=9)),
-    ("step", Stepping(rows=1, width=8, kept=4)),
-    ("attend", Attention(batch=1, heads=1, group=1, count=1, length=1)),
-    ("attend", Attention(batch=1, heads=-1)),
-    ("unpack_states", Unpacking(batch=1, heads=1, count=1)),
-    ("unpack_states", Unpacking(States(width=64, kept=64, tokens=1), batch=1, heads=1, count=2)),
-    ("unpack_states", Unpacking(States(width=64, kept=33, kind=3), batch=1, heads=1)),
-    ("unpack_states", Unpacking(States(width=64, kept=0, kind=1), batch=1, heads=1)),
-    ("pack_states", Packing(batch=1, heads=1, count=1)),
-    ("pack_states", Packing(States(width=64, kept=32, kind=3, code_bytes=5), batch=1, heads=1, n=2, m=4)),
+PATTERN = {"n": 2, "m": 4}
+JOBS: list[tuple[str, dict[str, Any]]] = [
+    ("place", {**PATTERN, "count": -1}),
+    ("place", {**PATTERN, "count": 1 << 40}),
+    ("place", {**PATTERN, "count": 1, "rows": 1}),
+    ("place", {"n": 2}),
+    ("mask", {**PATTERN, "rows": 1, "size": -4}),
+    ("mask", {"rows": 1, "size": 4, "n": 2, "m": 0}),
+    ("mask", {"rows": 1, "size": 4, "n": 4, "m": 4}),
+    ("mask", {**PATTERN, "rows": 1, "size": 4, "width": 4}),
+    ("keep", {"masking": {**PATTERN, "rows": 1, "size": 4, "width": 4}}),
+    ("prune", {**PATTERN, "rows": -1, "count": 1}),
+    ("apply", {"rows": 1, "width": -1}),
+    ("apply", {"rows": 1, "width": 1, "number": 2}),
+    ("step", {"rows": 1, "width": 8, "kept": 9}),
+    ("step", {"rows": 1, "width": 8, "kept": 4}),
+    ("attend", {"batch": 1, "heads": 1, "group": 1, "count": 1, "length": 1}),
+    ("attend", {"batch": 1, "heads": -1}),
+    ("unpack_states", {"batch": 1, "heads": 1, "count": 1}),
+    ("unpack_states", {"states": {"width": 64, "kept": 64, "tokens": 1}, "batch": 1, "heads": 1, "count": 2}),
+    ("unpack_states", {"states": {"width": 64, "kept": 33, "kind": 3}, "batch": 1, "heads": 1}),
+    ("unpack_states", {"states": {"width": 64, "kept": 0, "kind": 1}, "batch": 1, "heads": 1}),
+    ("pack_states", {"batch": 1, "heads": 1, "count": 1}),
+    (
+        "pack_states",
+        {**PATTERN, "states": {"width": 64, "kept": 32, "kind": 3, "code_bytes": 5}, "batch": 1, "heads": 1},
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "job"), JOBS, ids=lambda value: value if isinstance(value, str) else "")
-def test_jobs_that_contradict_themselves_are_refused(name: str, job: ctypes.Structure) -> None:
+@pytest.mark.parametrize(("name", "members"), JOBS, ids=lambda value: value if isinstance(value, str) else "")
+def test_jobs_that_contradict_themselves_are_refused(name: str, members: dict[str, Any]) -> None:
     with pytest.raises(PermpruneError, match="contradict each other"):
-        native.run(name, job)
+        library.run(name, **members)
+
+
+def test_structures_are_those_of_the_library() -> None:
+    order = torch.arange(4), torch.arange(8)
+    job = library.structure(
+        "attend", packed=({"width": 4}, {"width": 8}), order=order, query_stride=(1, 2, 3), scaling=0.5
+    )
+    assert [states.width for states in job.packed] == [4, 8] and list(job.query_stride) == [1, 2, 3]
+    assert list(job.order) == [tensor.data_ptr() for tensor in order]
+    assert (job.scaling, job.softcap, job.mask) == (0.5, 0.0, None)
+    assert ctypes.sizeof(job) == 4 * 96 + 8 * (2 + 6 + 9 + 8) + 2 * 4 + 2 * 4 + 8
+    with pytest.raises(TypeError, match="struct mask of the native library has no colour"):
+        library.structure("mask", colour=1)
+
+
+def test_a_library_of_older_sources_is_not_used(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "digest", lambda folder: "new")
+    with pytest.warns(UserWarning, match="older than their sources.*hatch_build"):
+        assert not library.available()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from permprune.kernels import native
+from permprune.kernels import library
 from permprune.kernels.attention import gpu
 from permprune.kv.attention import attention
 from permprune.kv.config import KVConfig
@@ -20,10 +20,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def no_native_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
-    native._kernels.cache_clear()
-    monkeypatch.setenv(native.FORCED, "torch")
+    library.chosen.cache_clear()
+    monkeypatch.setenv(library.FORCED, "torch")
     yield
-    native._kernels.cache_clear()
+    library.chosen.cache_clear()
 
 
 def output(config: KVConfig, states: list[Tensor], mask: Tensor | None, **options: Any) -> Tensor:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
 from permprune.kernels.attention.codes import INT5
-from permprune.kernels.attention.native import SCALED, PackedStates, Queries, Side, attend
+from permprune.kernels.attention.native import Queries, Side, attend
+from permprune.kernels.attention.states import SCALED, PackedStates
 from permprune.kv.attention import attention
 from permprune.kv.config import KVConfig, pattern_of
 from permprune.kv.layer import PrunedLayer
@@ -34,11 +35,11 @@ def select(monkeypatch: pytest.MonkeyPatch) -> Iterator[Select]:
     """A function that selects kernels, or "torch"."""
 
     def choose(name: str) -> None:
-        native._kernels.cache_clear()
-        monkeypatch.setenv(native.FORCED, name)
+        library.chosen.cache_clear()
+        monkeypatch.setenv(library.FORCED, name)
 
     yield choose
-    native._kernels.cache_clear()
+    library.chosen.cache_clear()
 
 
 def packed(
@@ -49,7 +50,7 @@ def packed(
     return encode(torch.randn(2, 2, 37, width), channels, layout), channels, layout
 
 
-@pytest.mark.parametrize("kernel", native.names())
+@pytest.mark.parametrize("kernel", library.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("text", [*PATTERNS, "auto", "5:8"])
 @pytest.mark.parametrize("width", [64, 72, 128])
@@ -68,7 +69,7 @@ def test_states_are_unpacked_as_by_pytorch(
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("kernel", native.names())
+@pytest.mark.parametrize("kernel", library.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [8, 72, 128, 256])
 def test_states_are_packed_as_by_pytorch(select: Select, kernel: str, dtype: torch.dtype, width: int) -> None:
@@ -106,7 +107,7 @@ def guarded(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor)
 
 
-@pytest.mark.parametrize("kernel", native.names())
+@pytest.mark.parametrize("kernel", library.names())
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("text", [*PATTERNS, "auto", "5:8"])
 def test_nothing_is_read_beyond_the_tensors(select: Select, kernel: str, dtype: torch.dtype, text: str) -> None:
@@ -169,13 +170,13 @@ def test_attention_is_that_of_pytorch(
         "position_bias": torch.randn(1, heads * group, new, past + new) if biased else None,
     }
     found = {}
-    for name in ("torch", *native.names()):
+    for name in ("torch", *library.names()):
         select("torch")
         layer = PrunedLayer(config, *channels)
         query(layer, first, None)
         select(name)
         found[name] = query(layer, then, mask, **call)
-    for name in native.names():
+    for name in library.names():
         torch.testing.assert_close(found[name], found["torch"], rtol=CLOSE[dtype], atol=CLOSE[dtype])
 
 

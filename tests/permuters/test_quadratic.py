@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from permprune.kernels.search.masks import pruned_part
+from permprune.kernels.search.masks import pruned_weights
 from permprune.matching.assignment import assign
 from permprune.matching.pairs import pair_up
 from permprune.matching.parts import random_parts
@@ -167,7 +167,7 @@ def test_local_model_is_the_output_error(pattern):
         for bundle in model.bundles:
             for rows in bundle.rows:
                 for weight, score in rows.read():
-                    error = pruned_part(weight, score, model.groups, pattern)
+                    error = pruned_weights(weight, score, model.groups, pattern)
                     total += float((error * (moments_of(bundle) @ error)).sum()) / 2
         return total
 

@@ -59,7 +59,7 @@ def traced_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both devices run the same operators: native code, which runs on the CPU alone, rounds sums in another way."""
-    monkeypatch.setattr("permprune.kernels.native.available", lambda: False)
+    monkeypatch.setattr("permprune.kernels.library.available", lambda: False)
 
 
 @pytest.fixture

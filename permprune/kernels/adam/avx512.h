@@ -1,10 +1,5 @@
-/* `NAME_step` (rows.h) with AVX-512: 16 channels of a row at a time, with the same bits as a result. Channels that
- * the mask does not keep are computed as well, and not written. Expects NAME, inside BEGIN_TARGET and END_TARGET. */
-#include <immintrin.h>
-
-typedef float lanes __attribute__((vector_size(64)));
-
-enum { LANES = 16 };
+/* The kernel of adam.h with AVX-512: LINE channels of a row at a time, with the same bits as a result. Channels that the
+ * mask does not keep are computed as well, and not written. */
 
 static ALWAYS_INLINE __m512i widened(__m256i halves) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16); }
 
@@ -13,7 +8,7 @@ static ALWAYS_INLINE __m256i upper_halves(__m512i numbers)
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(numbers, 16));
 }
 
-/* The numbers whose lanes are in `there`, which are LANES numbers if `whole`. */
+/* The numbers whose lanes are in `there`, which are LINE numbers if `whole`. */
 static ALWAYS_INLINE lanes read_lanes(const void *numbers, int64_t at, __mmask16 there, const int whole,
                                       const int32_t number)
 {
@@ -24,7 +19,7 @@ static ALWAYS_INLINE lanes read_lanes(const void *numbers, int64_t at, __mmask16
     return (lanes)widened(whole ? _mm256_loadu_si256(halves) : _mm256_maskz_loadu_epi16(there, halves));
 }
 
-/* Write the lanes in `keep`: of bf16 the upper halves. The others keep what they have; if LANES numbers are there, that is
+/* Write the lanes in `keep`: of bf16 the upper halves. The others keep what they have; if LINE numbers are there, that is
  * written again, because masked stores of 16 bits are slow. */
 static ALWAYS_INLINE void write_lanes(void *numbers, int64_t at, __mmask16 keep, const int whole, const int32_t number,
                                       __m512i bits)
@@ -78,8 +73,8 @@ static ALWAYS_INLINE __m512i randomly_raised(__m512i bits, __m512i noise)
     return _mm512_mask_add_epi32(bits, finite, bits, noise);
 }
 
-/* A step for the channels in `keep` among LANES; `whole` is whether all of them, and as many moments, are in the row. */
-static ALWAYS_INLINE void step_lanes(const struct stepping *job, int64_t at, int64_t slot, __mmask16 keep, const int whole,
+/* A step for the channels in `keep` among LINE; `whole` is whether all of them, and as many moments, are in the row. */
+static ALWAYS_INLINE void step_lanes(const struct step *job, int64_t at, int64_t slot, __mmask16 keep, const int whole,
                                      const int32_t number)
 {
     const float one = job->first, two = job->second;
@@ -98,7 +93,7 @@ static ALWAYS_INLINE void step_lanes(const struct stepping *job, int64_t at, int
     write_lanes(job->weight, at, keep, whole, number, raised);
 }
 
-/* The kept channels among `LANES` from `channel` on, the first one in the lowest bit; `bits` are those of the row. */
+/* The kept channels among `LINE` from `channel` on, the first one in the lowest bit; `bits` are those of the row. */
 static ALWAYS_INLINE __mmask16 kept_of_lanes(const uint8_t *bits, int64_t channel, int64_t width)
 {
     uint32_t both = bits[channel / 8];
@@ -107,19 +102,19 @@ static ALWAYS_INLINE __mmask16 kept_of_lanes(const uint8_t *bits, int64_t channe
     both = (both & 0xf0f0) >> 4 | (both & 0x0f0f) << 4;
     both = (both & 0xcccc) >> 2 | (both & 0x3333) << 2;
     both = (both & 0xaaaa) >> 1 | (both & 0x5555) << 1;
-    return (__mmask16)(width - channel < LANES ? both & ((1u << (width - channel)) - 1) : both);
+    return (__mmask16)(width - channel < LINE ? both & ((1u << (width - channel)) - 1) : both);
 }
 
-static ALWAYS_INLINE void step_row(const struct stepping *job, int64_t row, const int32_t number)
+static ALWAYS_INLINE void step_row(const struct step *job, int64_t row, const int32_t number)
 {
     const uint8_t *bits = job->bits + row * ((job->width + 7) / 8);
     int64_t slot = row * job->kept;
     const int64_t end = slot + job->kept;
-    for (int64_t channel = 0; channel < job->width; channel += LANES) {
+    for (int64_t channel = 0; channel < job->width; channel += LINE) {
         __mmask16 keep = kept_of_lanes(bits, channel, job->width);
         if (__builtin_popcount(keep) > end - slot) /* more bits than moments: the rest stays as it is */
             keep = (__mmask16)_pdep_u32((1u << (end - slot)) - 1, keep);
-        if (channel + LANES <= job->width && slot + LANES <= end)
+        if (channel + LINE <= job->width && slot + LINE <= end)
             step_lanes(job, row * job->width + channel, slot, keep, 1, number);
         else
             step_lanes(job, row * job->width + channel, slot, keep, 0, number);
@@ -127,4 +122,4 @@ static ALWAYS_INLINE void step_row(const struct stepping *job, int64_t row, cons
     }
 }
 
-#include "adam/rows.h"
+#define HAS_STEP_ROW

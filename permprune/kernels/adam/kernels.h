@@ -1,5 +1,6 @@
-/* `NAME_step` (rows.h) for any processor. Expects NAME, inside BEGIN_TARGET and END_TARGET. */
+/* The kernel of adam.h, inside BEGIN_TARGET and END_TARGET; for any processor unless HAS_STEP_ROW is defined. */
 
+#if !defined(HAS_STEP_ROW)
 enum { SPAN = 64 }; /* channels that are worked on together */
 
 /* The same 16 random bits for a weight and a step, in whatever order weights are worked on (the finalizer of
@@ -52,7 +53,7 @@ static ALWAYS_INLINE void write_span(void *numbers, int64_t at, int count, const
     memcpy((uint16_t *)numbers + at, halves, (size_t)count * sizeof(uint16_t));
 }
 
-static ALWAYS_INLINE void step_span(const struct stepping *job, float *weight, const float *gradient, float *mean,
+static ALWAYS_INLINE void step_span(const struct step *job, float *weight, const float *gradient, float *mean,
                                     float *square)
 {
     const float first = job->first, second = job->second, rate = job->rate, root = job->root, least = job->least;
@@ -72,7 +73,7 @@ static ALWAYS_INLINE void round_span(const float *weight, uint32_t seed, uint32_
     }
 }
 
-static ALWAYS_INLINE void step_row(const struct stepping *job, int64_t row, const int32_t number)
+static ALWAYS_INLINE void step_row(const struct step *job, int64_t row, const int32_t number)
 {
     const uint8_t *bits = job->bits + row * ((job->width + 7) / 8);
     float weight[SPAN] = {0}, gradient[SPAN] = {0}, mean[SPAN] = {0}, square[SPAN] = {0};
@@ -104,5 +105,14 @@ static ALWAYS_INLINE void step_row(const struct stepping *job, int64_t row, cons
         slot += count;
     }
 }
+#endif
 
-#include "adam/rows.h"
+static void step_rows(const void *own, int64_t first, int64_t last)
+{
+    const struct step *job = own;
+    for (int64_t row = first; row < last; row++)
+        if (job->number == F32)
+            step_row(job, row, F32);
+        else
+            step_row(job, row, BF16);
+}

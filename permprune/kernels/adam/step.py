@@ -6,31 +6,18 @@ up to the rounding of fp32.
 
 from __future__ import annotations
 
-import ctypes
 import math
 
 import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
 from permprune.kernels.adam.rounding import rounded
 from permprune.kernels.search.masks import unpack_mask
 
 EPSILON = 1e-8
 """Adam's epsilon, which is added to the root of the second moment."""
-
-
-class Stepping(ctypes.Structure):
-    """`struct stepping` of search.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "gradient", "bits", "mean", "square")),
-        *((name, ctypes.c_int64) for name in ("rows", "width", "kept")),
-        *((name, ctypes.c_float) for name in ("rate", "first", "second", "root", "least")),
-        ("seed", ctypes.c_uint32),
-        ("number", ctypes.c_int32),
-    )
 
 
 def adam_step(
@@ -63,13 +50,28 @@ def adam_step(
     first, second = betas
     rate, root = rate / (1 - first**step), 1 / math.sqrt(1 - second**step)
     contiguous = all(tensor.is_contiguous() and tensor.is_cpu for tensor in (*tensors, bits))
-    if not (contiguous and native.available()):
+    if not (contiguous and library.available()):
         _adam_step(weight, gradient, bits, mean, square, rate=rate, root=root, betas=betas, seed=seed)
         return
-    pointers = [part.data_ptr() for part in (weight, gradient, bits, mean, square)]
-    numbers = rate, first, second, root, EPSILON
-    stepping = Stepping(*pointers, *weight.shape, kept, *numbers, seed, native.NUMBERS[weight.dtype])
-    native.run("step", stepping, weight.numel())
+    library.run(
+        "step",
+        weight.numel(),
+        weight=weight,
+        gradient=gradient,
+        bits=bits,
+        mean=mean,
+        square=square,
+        rows=len(weight),
+        width=weight.shape[1],
+        kept=kept,
+        rate=rate,
+        first=first,
+        second=second,
+        root=root,
+        least=EPSILON,
+        seed=seed,
+        number=library.NUMBERS[weight.dtype],
+    )
 
 
 def _adam_step(

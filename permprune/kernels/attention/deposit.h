@@ -2,7 +2,7 @@
 #ifndef PERMPRUNE_DEPOSIT_H
 #define PERMPRUNE_DEPOSIT_H
 
-#include "product/packed.h"
+#include "numbers.h"
 
 /* Successive bits at the ones of `places`. */
 static ALWAYS_INLINE uint64_t deposit(uint64_t bits, uint64_t places)

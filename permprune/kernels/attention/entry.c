@@ -1,5 +1,4 @@
 /* The functions for Python of the pruned cache: attention, packing and unpacking of states. */
-#include "attention/cache.h"
 #include "library.h"
 
 /* Whether `states` contradict themselves, or have fewer than `tokens` tokens. */
@@ -21,18 +20,16 @@ static int states_are_bad(const struct states *states, int64_t tokens)
            (signed_channels && LACKS(states->tokens, states->signs)) || (recovers && !states->level);
 }
 
-static int number_is_bad(int32_t number) { return number < F32 || number > F16; }
-
 /* The output of attention, (batch, count, heads * group, width). */
-ENTRY(attend, attention)
+ENTRY(attend)
 {
-    struct attention own = *job;
+    struct attend own = *job;
     const int64_t heads = own.batch * own.heads, whole = own.length - own.packed_tokens;
     int32_t bad = 0;
     own.bad = &bad;
     if (bad_size(own.batch) || bad_size(own.heads) || bad_size(heads) || bad_size(own.group) || bad_size(own.count) ||
         bad_size(own.length) || bad_size(own.packed_tokens) || own.before < 0 || own.before > whole ||
-        own.parts != (own.length + PART_TOKENS - 1) / PART_TOKENS || number_is_bad(own.number) ||
+        own.parts != (own.length + PART_TOKENS - 1) / PART_TOKENS || !is_float(own.number) ||
         LACKS(heads * own.group * own.count, own.query, own.output) ||
         LACKS(heads * own.group * own.count * own.parts, own.partial))
         return BAD_SIZE;
@@ -45,36 +42,36 @@ ENTRY(attend, attention)
             if (places_are_bad(own.order[side] + head * width, width, width))
                 return BAD_ORDER;
     }
-    deal(&own, kernels->cache->attend, heads * own.parts, 1, threads);
-    deal(&own, kernels->cache->combine, heads, 1, 1);
+    run_in_pieces(&own, kernels->attend, heads * own.parts, 1, threads);
+    run_in_pieces(&own, kernels->combine, heads, 1, 1);
     return bad ? BAD_CODE : DONE;
 }
 
 /* Some packed tokens as numbers, (batch * heads, count, width). */
-ENTRY(unpack_states, unpacking)
+ENTRY(unpack_states)
 {
-    struct unpacking own = *job;
+    struct unpack_states own = *job;
     const int64_t heads = own.batch * own.heads;
     int32_t bad = 0;
     own.bad = &bad;
     if (bad_size(own.batch) || bad_size(own.heads) || bad_size(heads) || bad_size(own.first) || bad_size(own.count) ||
-        number_is_bad(own.number) || states_are_bad(&own.states, heads * (own.first + own.count)) ||
+        !is_float(own.number) || states_are_bad(&own.states, heads * (own.first + own.count)) ||
         LACKS(heads * own.count, own.output))
         return BAD_SIZE;
-    deal(&own, kernels->cache->unpack, heads, 1, threads);
+    run_in_pieces(&own, kernels->unpack_states, heads, 1, threads);
     return bad ? BAD_CODE : DONE;
 }
 
 /* Pack states. */
-ENTRY(pack_states, packing)
+ENTRY(pack_states)
 {
     const struct states *states = &job->states;
     const int64_t n = job->n, m = job->m, heads = job->batch * job->heads;
     if (bad_size(job->batch) || bad_size(job->heads) || bad_size(heads) || bad_size(job->count) ||
-        number_is_bad(job->number) || states_are_bad(states, heads * job->count) || states->kind == EVERY || n < 1 ||
+        !is_float(job->number) || states_are_bad(states, heads * job->count) || states->kind == EVERY || n < 1 ||
         n >= m || states->width % m || states->kept != states->width / m * n || (states->kind != BITS && m != 4) ||
-        LACKS(heads * job->count, job->from, job->weight, states->level))
+        LACKS(heads * job->count, job->numbers, job->weight, states->level))
         return BAD_SIZE;
-    deal(job, kernels->cache->pack, heads, 1, threads);
+    run_in_pieces(job, kernels->pack_states, heads, 1, threads);
     return DONE;
 }

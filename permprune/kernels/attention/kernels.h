@@ -1,8 +1,4 @@
-/* `NAME_cache`: the kernels of cache.h. Expects, inside BEGIN_TARGET and END_TARGET, NAME and the functions that
- * unpack.h needs. */
-#include <float.h>
-#include <math.h>
-
+/* The kernels of attention.h, inside BEGIN_TARGET and END_TARGET. Expects the functions that unpack.h needs. */
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT ON
 #endif
@@ -12,9 +8,9 @@
 
 static ALWAYS_INLINE lanes spread(float value) { return value - (lanes){0}; }
 
-static ALWAYS_INLINE lanes select_lanes(numbers chosen, lanes from, lanes other)
+static ALWAYS_INLINE lanes select_lanes(int_lanes chosen, lanes from, lanes other)
 {
-    return (lanes)(((numbers)from & chosen) | ((numbers)other & ~chosen));
+    return (lanes)(((int_lanes)from & chosen) | ((int_lanes)other & ~chosen));
 }
 
 /* ---- scores and sums ---- */
@@ -76,8 +72,8 @@ static ALWAYS_INLINE lanes exponential(lanes x)
     sum = sum * rest + 1.6666665459e-1f;
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * (rest * rest) + rest + 1.0f;
-    const lanes power = (lanes)(((numbers)moved << 23) + 0x3f800000);
-    return (lanes)((numbers)(sum * power) & ~(numbers)(x < -87.0f));
+    const lanes power = (lanes)(((int_lanes)moved << 23) + 0x3f800000);
+    return (lanes)((int_lanes)(sum * power) & ~(int_lanes)(x < -87.0f));
 }
 
 static ALWAYS_INLINE float exponential_of(float x) { return exponential(spread(x))[0]; }
@@ -86,14 +82,14 @@ static ALWAYS_INLINE float exponential_of(float x) { return exponential(spread(x
 static ALWAYS_INLINE lanes cap(lanes score, float limit)
 {
     const lanes x = score / limit;
-    const numbers sign = (numbers)x & INT32_MIN;
-    const lanes small = exponential(-2.0f * (lanes)((numbers)x & INT32_MAX));
-    return (lanes)((numbers)(limit * (1.0f - small) / (1.0f + small)) | sign);
+    const int_lanes sign = (int_lanes)x & INT32_MIN;
+    const lanes small = exponential(-2.0f * (lanes)((int_lanes)x & INT32_MAX));
+    return (lanes)((int_lanes)(limit * (1.0f - small) / (1.0f + small)) | sign);
 }
 
 /* A head, a part of its tokens, and some of its rows of queries: row r is query r % count of head r / count of a group. */
 struct rows {
-    const struct attention *attention;
+    const struct attend *attention;
     int64_t batch, head, first, count;
     float query[ROWS * WIDEST], sum[ROWS * WIDEST], score[ROWS * TOKENS], line[TOKENS * WIDEST];
     float level[2][WIDEST];
@@ -108,7 +104,7 @@ static int64_t offset_of(const struct rows *rows, int64_t row, const int64_t *st
 
 static void start_rows(struct rows *rows)
 {
-    const struct attention *job = rows->attention;
+    const struct attend *job = rows->attention;
     const int64_t width = job->packed[0].width, stride = lines_of(width);
     const int64_t *order = job->order[0] + rows->head * width;
     memset(rows->query, 0, (size_t)(rows->count * stride) * sizeof(float));
@@ -125,7 +121,7 @@ static void start_rows(struct rows *rows)
 /* Adds biases and masks to the scores of a row for `count` tokens from `position` on; those after them become -infinity. */
 static ALWAYS_INLINE void mask_scores(const struct rows *rows, int64_t row, int64_t position, int64_t count, float *score)
 {
-    const struct attention *job = rows->attention;
+    const struct attend *job = rows->attention;
     if (job->softcap > 0)
         for (int t = 0; t < TOKENS; t += LINE)
             store_line(score + t, cap(load_line(score + t), job->softcap));
@@ -196,7 +192,7 @@ static ALWAYS_INLINE void add_values(struct rows *rows, int64_t count, int64_t s
 /* Reads at most TOKENS tokens from `position` on, before `stop`; returns how many. */
 static int64_t read_tokens(struct rows *rows, int64_t position, int64_t stop, int *good)
 {
-    const struct attention *job = rows->attention;
+    const struct attend *job = rows->attention;
     const int64_t packed_stop = job->before + job->packed_tokens, head = rows->batch * job->heads + rows->head;
     const int packed = position >= job->before && position < packed_stop;
     const struct states *states = packed ? job->packed : job->whole;
@@ -220,9 +216,9 @@ static int64_t read_tokens(struct rows *rows, int64_t position, int64_t stop, in
     return count;
 }
 
-static void PASTE(NAME, _attend)(const void *attention, int64_t first, int64_t last)
+static void attend(const void *own, int64_t first, int64_t last)
 {
-    const struct attention *job = attention;
+    const struct attend *job = own;
     const int64_t height = job->group * job->count, width = job->packed[1].width, stride = lines_of(width);
     struct rows rows;
     int good = 1;
@@ -251,9 +247,9 @@ static void PASTE(NAME, _attend)(const void *attention, int64_t first, int64_t l
         report_bad(job->bad);
 }
 
-static void PASTE(NAME, _combine)(const void *attention, int64_t first, int64_t last)
+static void combine(const void *own, int64_t first, int64_t last)
 {
-    const struct attention *job = attention;
+    const struct attend *job = own;
     const int64_t height = job->group * job->count, width = job->packed[1].width, size = width + 2;
     float sum[WIDEST];
     for (int64_t task = first; task < last; task++)
@@ -279,9 +275,9 @@ static void PASTE(NAME, _combine)(const void *attention, int64_t first, int64_t 
         }
 }
 
-static void PASTE(NAME, _unpack)(const void *unpacking, int64_t first, int64_t last)
+static void unpack_states(const void *own, int64_t first, int64_t last)
 {
-    const struct unpacking *job = unpacking;
+    const struct unpack_states *job = own;
     const int64_t width = job->states.width, stride = lines_of(width);
     float level[WIDEST], line[TOKENS * WIDEST], unit[TOKENS];
     int good = 1;
@@ -300,6 +296,3 @@ static void PASTE(NAME, _unpack)(const void *unpacking, int64_t first, int64_t l
     if (!good)
         report_bad(job->bad);
 }
-
-const struct cache_kernels PASTE(NAME, _cache) = {PASTE(NAME, _attend), PASTE(NAME, _combine), PASTE(NAME, _unpack),
-                                                PASTE(NAME, _pack)};

@@ -75,15 +75,15 @@ static ALWAYS_INLINE void select_many(const int32_t *score, int32_t *pruned, int
 }
 
 /* Chooses the channels with the largest | |state| - amplitude * level | * weight, and finds the amplitude for the others. */
-static ALWAYS_INLINE void choose(struct token *token, const struct packing *job, int recovers)
+static ALWAYS_INLINE void choose(struct token *token, const struct pack_states *job, int recovers)
 {
     const int64_t width = job->states.width, m = job->m;
-    const numbers positive = (numbers){0} + INT32_MAX, infinite = (numbers){0} + 0x7f800000;
+    const int_lanes positive = (int_lanes){0} + INT32_MAX, infinite = (int_lanes){0} + 0x7f800000;
     for (int64_t c = 0; c < width; c += LINE) {
         const lanes error = load_line(token->magnitude + c) - load_line(token->level + c) * token->amplitude;
-        const numbers score = (numbers)(error * load_line(token->weight + c)) & positive;
-        const numbers beyond = score > infinite; /* NaN is kept */
-        const numbers shown = (score & ~beyond) | (infinite & beyond);
+        const int_lanes score = (int_lanes)(error * load_line(token->weight + c)) & positive;
+        const int_lanes beyond = score > infinite; /* NaN is kept */
+        const int_lanes shown = (score & ~beyond) | (infinite & beyond);
         memcpy(token->score + c, &shown, sizeof shown);
     }
     for (int64_t c = 0; c < width; c += m)
@@ -95,11 +95,11 @@ static ALWAYS_INLINE void choose(struct token *token, const struct packing *job,
         return;
     lanes product = {0}, square = {0};
     for (int64_t c = 0; c < width; c += LINE) {
-        numbers pruned;
+        int_lanes pruned;
         memcpy(&pruned, token->pruned + c, sizeof pruned);
         const lanes squared = load_line(token->squared + c);
-        product += (lanes)((numbers)(load_line(token->magnitude + c) * squared) & pruned);
-        square += (lanes)((numbers)(load_line(token->level + c) * squared) & pruned);
+        product += (lanes)((int_lanes)(load_line(token->magnitude + c) * squared) & pruned);
+        square += (lanes)((int_lanes)(load_line(token->level + c) * squared) & pruned);
     }
     token->amplitude = total_of(product) / total_of(square);
 }
@@ -179,9 +179,9 @@ static void write_token(const struct token *token, const struct states *states, 
         write_number((void *)states->amplitude, index, number, token->amplitude);
 }
 
-static void PASTE(NAME, _pack)(const void *packing, int64_t first, int64_t last)
+static void pack_states(const void *own, int64_t first, int64_t last)
 {
-    const struct packing *job = packing;
+    const struct pack_states *job = own;
     const int64_t width = job->states.width;
     struct token token;
     memset(&token, 0, sizeof token);
@@ -194,7 +194,7 @@ static void PASTE(NAME, _pack)(const void *packing, int64_t first, int64_t last)
         }
         for (int64_t index = 0; index < job->count; index++) {
             for (int64_t c = 0; c < width; c++) {
-                token.state[c] = read_number(job->from, at + index * job->stride[2] + c, job->number);
+                token.state[c] = read_number(job->numbers, at + index * job->stride[2] + c, job->number);
                 token.magnitude[c] = fabsf(token.state[c]);
             }
             token.amplitude = 0;

@@ -3,26 +3,17 @@
  *     lanes unpack_line(const char *from, const int number, uint32_t bits, lanes rest)
  *         successive numbers at the ones of `bits`, and the lanes of `rest` elsewhere; may read LINE numbers
  *     void unpack_block(float *to, const char *from, const int number, uint64_t mask, const lanes *rest)
- *         the same for four lines, where HAS_BLOCKS is defined; may read 64 numbers
+ *         the same for four lines; may read 64 numbers
  *     void unpack_signed_block(float *to, const char *from, int64_t first, uint64_t mask, const lanes *rest, uint64_t signs)
  *         likewise of `magnitudes`, whose places are from number `first` of `from` on, negated, as is `rest`, at the ones of
  *         `signs`
  *     lanes flip(lanes values, uint32_t bits)
- *         negates the lanes at the ones of `bits`
+ *         negates the lanes at the ones of `bits`; this one and the two before only where HAS_BLOCKS is defined
  *     bytes look_up(const uint8_t *table, bytes places)
  *         the entries of a table of LINE
  *     uint64_t deposit(uint64_t bits, uint64_t places), uint64_t deposit_pairs(uint64_t bits, uint64_t places)
  *         successive bits at the ones of `places`, of which each four have two for the second
  */
-static ALWAYS_INLINE lanes load_line(const float *from)
-{
-    lanes line;
-    memcpy(&line, from, sizeof line);
-    return line;
-}
-
-static ALWAYS_INLINE void store_line(float *to, lanes line) { memcpy(to, &line, sizeof line); }
-
 static ALWAYS_INLINE int64_t lines_of(int64_t width) { return (width + LINE - 1) / LINE * LINE; }
 
 /* Eight bytes from `from` on. Near the end of an array, `inside` is 0, and those after `end` are zero. */
@@ -92,6 +83,12 @@ static ALWAYS_INLINE float read_amplitude(const struct states *states, int64_t t
 }
 
 #if !defined(HAS_BLOCKS)
+static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
+{
+    const int_lanes places = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16};
+    return (lanes)((int_lanes)values ^ (((int32_t)bits - (int_lanes){0}) << places & INT32_MIN));
+}
+
 static ALWAYS_INLINE void unpack_block(float *to, const char *from, const int number, uint64_t mask, const lanes *rest)
 {
     UNROLLED for (int i = 0; i < 4; i++, mask >>= LINE) {

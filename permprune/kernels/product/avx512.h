@@ -1,40 +1,217 @@
-/* How AVX-512 reads codes; to be included where the instructions may be used. */
-enum { OR_AND = 0xf8 }; /* of ternarylogic: a | (b & c) */
+/* Products with AVX-512. */
+#include "product/avx512_codes.h"
 
-/* The channels that a mask keeps, in the first 32 bytes. */
-static ALWAYS_INLINE __m512i channels_of(uint64_t mask)
+static ALWAYS_INLINE __m256i load_16(const uint16_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+
+static ALWAYS_INLINE __m256i half_of(__m512i v, int upper)
 {
-    static const uint8_t counting[64] __attribute__((aligned(64))) = {
-        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
-        22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
-        44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
-    return _mm512_maskz_compress_epi8(mask, _mm512_load_si512(counting));
+    return upper ? _mm512_extracti64x4_epi64(v, 1) : _mm512_castsi512_si256(v);
 }
 
-/* Some positions of two bits, the lowest of each lane of `shifted`, plus the first channel of each lane's group. */
-static ALWAYS_INLINE __m512i add_groups(__m512i shifted, __m512i three, __m512i groups)
+static ALWAYS_INLINE __m512 widen_bf16(__m256i v)
 {
-    return _mm512_ternarylogic_epi64(groups, shifted, three, OR_AND);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
 }
 
-/* ---- for two_rows.h: of each 128 bits, the lower 64 belong to the first row, the upper to the second ---- */
-
-static ALWAYS_INLINE __m512i two_codes(const char *first, const char *second)
+/* The channels of lanes 16 step to 16 step + 15 of the kept ones, among the 32 channels from 32 step on: the positions in
+ * their groups of four, to which each pair of lanes adds the first channel of its group. Only the lowest five bits
+ * count. */
+static ALWAYS_INLINE __m512i positions(uint64_t code, int step)
 {
-    return _mm512_mask_set1_epi64(_mm512_set1_epi64((int64_t)read_code(first)), 0xaa, (int64_t)read_code(second));
+    const __m512i fields = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i groups = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    __m512i shifted = _mm512_multishift_epi64_epi8(fields, _mm512_set1_epi64((int64_t)(code >> 32 * step)));
+    return add_groups(shifted, _mm512_set1_epi32(3), groups);
 }
 
-/* The lower or upper halves of two vectors, 64 bits of each in turns. */
-static ALWAYS_INLINE __m512i alternate(__m512i first, __m512i second, int upper)
+static ALWAYS_INLINE __m512i masked(__m512i channels, int step)
 {
-    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
-    const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-    return _mm512_permutex2var_epi64(first, upper ? high : low, second);
+    return _mm512_cvtepu8_epi32(step ? _mm512_extracti32x4_epi32(channels, 1) : _mm512_castsi512_si128(channels));
 }
 
-enum { SECOND_ROW = 0xcccc }; /* lanes of 32 bits */
-
-static ALWAYS_INLINE float total_of_row(__m512 sum, int row)
+/* What two rows keep of the groups of 16 channels: in each lane of 128 bits, a group, two positions of the first row and
+ * two of the second, of which only the lowest two bits count. */
+static ALWAYS_INLINE __m512i index_in_groups(__m512i codes, int step)
 {
-    return _mm512_mask_reduce_add_ps((__mmask16)(row ? SECOND_ROW : ~SECOND_ROW), sum);
+    const __m512i fields = _mm512_setr_epi32(0, 2, 0, 2, 4, 6, 4, 6, 8, 10, 8, 10, 12, 14, 12, 14);
+    return _mm512_multishift_epi64_epi8(_mm512_add_epi32(fields, _mm512_set1_epi32(16 * step)), codes);
 }
+
+static ALWAYS_INLINE __m512 alternate_floats(__m512 first, __m512 second, int upper)
+{
+    return _mm512_castsi512_ps(alternate(_mm512_castps_si512(first), _mm512_castps_si512(second), upper));
+}
+
+#define STAGED float
+#define LANES 16
+#define VECTOR __m512
+#define SUM __m512
+#define LOAD(p) _mm512_loadu_ps(p)
+#define STORE(p, v) _mm512_storeu_ps(p, v)
+#define EXPAND(p, bits) _mm512_maskz_expand_ps((__mmask16)(bits), KEPT(p))
+#define ZERO() _mm512_setzero_ps()
+#define FMA(sum, w, x) _mm512_fmadd_ps(w, x, sum)
+#define TOTAL(sum) _mm512_reduce_add_ps(sum)
+#define INDEX __m512i
+#define PICK(low, index, high) _mm512_permutex2var_ps(low, index, high)
+#define MASK_PLACES __m512i
+#define DECODE_MASK(code) channels_of(code)
+#define AT_MASK(places, step) masked(places, step)
+#define POSITIONS_PLACES uint64_t
+#define DECODE_POSITIONS(code) (code)
+#define AT_POSITIONS(places, step) positions(places, step)
+#define CODES __m512i
+#define TWO_CODES(first, second) two_codes(first, second)
+#define INDEX_IN_GROUPS(codes, step) index_in_groups(codes, step)
+#define PICK_IN_GROUPS(channels, index) _mm512_permutevar_ps(channels, index)
+#define ALTERNATE(first, second, half) alternate_floats(first, second, half)
+#define TOTAL_OF_ROW(sum, row) total_of_row(sum, row)
+
+#define KIND f32
+#define WEIGHT float
+#define KEPT(p) _mm512_loadu_ps(p)
+#define HALF const float *
+#define READ_HALF(p) (p)
+#define PART(half, step) KEPT((half) + (step) * LANES)
+#include "product/family.h"
+
+#define KIND bf16
+#define WEIGHT uint16_t
+#define KEPT(p) widen_bf16(load_16(p))
+#define HALF __m512i
+#define READ_HALF(p) _mm512_loadu_si512(p)
+#define PART(half, step) widen_bf16(half_of(half, step))
+#include "product/family.h"
+
+#define KIND f16
+#define WEIGHT uint16_t
+#define KEPT(p) _mm512_cvtph_ps(load_16(p))
+#define HALF __m512i
+#define READ_HALF(p) _mm512_loadu_si512(p)
+#define PART(half, step) _mm512_cvtph_ps(half_of(half, step))
+#include "product/family.h"
+
+#undef VECTOR
+#undef LOAD
+#undef SUM
+#undef ZERO
+#undef SCALE
+#undef TOTAL
+
+/* ---- int8, half of it kept: unsigned |w| by signed x sign(w), on the 32 channels that are picked ---- */
+
+typedef struct {
+    __m256i w;
+    __m512i index; /* of the channel of each byte of w; the upper half is undefined */
+} half_block;
+
+static ALWAYS_INLINE __m256i load_32(const char *bytes) { return _mm256_loadu_si256((const __m256i *)bytes); }
+
+/* The upper half is undefined. Clang's own cast copies something there. */
+static ALWAYS_INLINE __m512i as_lower_half(__m256i v)
+{
+#if defined(__clang__)
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, -1, -1, -1, -1);
+#else
+    return _mm512_castsi256_si512(v);
+#endif
+}
+
+static ALWAYS_INLINE half_block read_half(const char *block)
+{
+    const __m256i fields = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40,
+                                            42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
+    const __m256i groups = _mm256_setr_epi8(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28, 32, 32, 36, 36, 40,
+                                            40, 44, 44, 48, 48, 52, 52, 56, 56, 60, 60);
+    __m256i shifted = _mm256_multishift_epi64_epi8(fields, _mm256_set1_epi64x((int64_t)read_code(block)));
+    __m256i index = _mm256_ternarylogic_epi64(groups, shifted, _mm256_set1_epi8(3), OR_AND);
+    return (half_block){load_32(block + HEADER_I8), as_lower_half(index)};
+}
+
+static ALWAYS_INLINE __m256i dot_half(half_block half, __m512i x)
+{
+    __m256i picked = _mm512_castsi512_si256(_mm512_permutexvar_epi8(half.index, x));
+    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_abs_epi8(half.w), _mm256_sign_epi8(picked, half.w));
+}
+
+static ALWAYS_INLINE float total_half(__m256 sum)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+#define VECTOR __m512i
+#define LOAD(p) _mm512_loadu_si512(p)
+
+#define SUM __m256
+#define ZERO() _mm256_setzero_ps()
+#define DOT(shift, w, x) ((void)(shift), dot_half(w, x))
+#define SCALE(sum, count, w_scale, x_scale)                                                                            \
+    _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
+#define TOTAL(sum) total_half(sum)
+#define NAME half_i8
+#define HEADER HEADER_I8
+#define SCALE_OF(weights, block, number) read_scale(block)
+#define FACTORS half_block
+#define READ(block, kind, end, room) ((void)(end), (void)(room), read_half(block))
+#include "product/product_i8.h"
+#define HALF_I8
+
+#undef SUM
+#undef ZERO
+#undef DOT
+#undef SCALE
+#undef TOTAL
+
+/* ---- int8, two rows that keep half: the activations, plus 128, are unsigned, and `shift` makes up for that ---- */
+
+typedef struct {
+    __m512i w, index;
+    __m512i shift; /* -128 times the sum of each four of w */
+    __m512 scale;
+} two_blocks;
+
+/* In each lane of 128 bits, four groups: eight channels of the first row and eight of the second. */
+static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second)
+{
+#define FIELDS(bit) bit, bit + 2, bit + 4, bit + 6, bit + 8, bit + 10, bit + 12, bit + 14
+    static const uint8_t fields[64] __attribute__((aligned(64))) = {FIELDS(0),  FIELDS(0),  FIELDS(16), FIELDS(16),
+                                                                    FIELDS(32), FIELDS(32), FIELDS(48), FIELDS(48)};
+#undef FIELDS
+    const __m512i groups = _mm512_set4_epi32(0x0c0c0808, 0x04040000, 0x0c0c0808, 0x04040000);
+    const __m512i ones = _mm512_set1_epi8(-1), three = _mm512_set1_epi8(3);
+    __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(fields), two_codes(first, second));
+    __m512i w = alternate(as_lower_half(load_32(first + HEADER_I8)), as_lower_half(load_32(second + HEADER_I8)), 0);
+    return (two_blocks){
+        .w = w,
+        .index = add_groups(shifted, three, groups),
+        /* 128 x (-w - 1), plus 128, of four each */
+        .shift = _mm512_dpbusd_epi32(_mm512_set1_epi32(4 * 128), _mm512_set1_epi8(-128), _mm512_xor_si512(w, ones)),
+        .scale = _mm512_mask_blend_ps(SECOND_ROW, _mm512_set1_ps(read_scale(first)), _mm512_set1_ps(read_scale(second))),
+    };
+}
+
+static ALWAYS_INLINE __m512 add_dot(__m512 sum, two_blocks two, __m512i x, float scale)
+{
+    __m512i picked = _mm512_shuffle_epi8(_mm512_xor_si512(x, _mm512_set1_epi8(-128)), two.index);
+    __m512 product = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(two.shift, picked, two.w));
+    return _mm512_fmadd_ps(_mm512_mul_ps(product, _mm512_set1_ps(scale)), two.scale, sum);
+}
+
+#define SUM __m512
+#define ZERO() _mm512_setzero_ps()
+#define TWO_BLOCKS two_blocks
+#define READ_TWO(first, second) read_two(first, second)
+#define ADD_DOT(sum, two, x, scale) add_dot(sum, two, x, scale)
+#include "product/two_rows_i8.h"
+
+/* ---- int8, any pattern ---- */
+
+#define TOTAL(sum) _mm512_reduce_add_ps(sum)
+#define EXPAND_BLOCK(p, bits) _mm512_maskz_expand_epi8(bits, LOAD(p))
+#define FACTOR(w) _mm512_xor_si512(w, _mm512_set1_epi8(-128))
+#define DOT(shift, w, x) _mm512_dpbusd_epi32(_mm512_zextsi128_si512(_mm_cvtsi32_si128(shift)), w, x)
+#define SCALE(sum, count, w_scale, x_scale)                                                                            \
+    _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(count), _mm512_set1_ps(x_scale)), _mm512_set1_ps(w_scale), sum)
+#include "product/family_i8.h"

@@ -1,15 +1,13 @@
 /* AVX512-BF16: products of pairs of bf16, added in fp32. Wherever it is, so are VBMI, VBMI2 and VNNI, except on Cooper Lake. */
 #if defined(__x86_64__)
-#include "product/packed.h"
-#include "product/two_rows.h"
-#include "x86.h"
+#include "library.h"
 #include <immintrin.h>
 
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512bf16,avx2,fma,bmi,bmi2,popcnt")
 
-#include "product/avx512.h"
+#include "product/avx512_codes.h"
 
-/* The channels of the 32 kept ones: see `positions` in avx512.c. Only the lowest six bits count. */
+/* The channels of the 32 kept ones: see `positions` in avx512.h. Only the lowest six bits count. */
 static ALWAYS_INLINE __m512i positions(uint64_t code)
 {
     static const uint16_t groups[32] __attribute__((aligned(64))) = {0,  0,  4,  4,  8,  8,  12, 12, 16, 16, 20,
@@ -70,9 +68,9 @@ static ALWAYS_INLINE __m512i index_in_groups(__m512i codes, int step)
 
 END_TARGET
 
-void avx512_pairs(const struct job *job, int64_t first, int64_t last) { product_pairs(job, first, last); }
+kernel avx512_pairs, avx512_dense_pairs;
 
-void avx512_dense_pairs(const struct job *job, int64_t first, int64_t last) { dense_pairs(job, first, last); }
+void avx512_pairs(const void *job, int64_t first, int64_t last) { product_pairs(job, first, last); }
 
-int avx512_pairs_run_here(void) { return has_avx512_bf16(); }
+void avx512_dense_pairs(const void *job, int64_t first, int64_t last) { dense_pairs(job, first, last); }
 #endif

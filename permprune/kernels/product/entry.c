@@ -1,17 +1,5 @@
 /* The functions for Python of packed weights: products, the check of codes, and unpacking. */
 #include "library.h"
-#include <stdlib.h>
-
-struct product {
-    const struct job *job;
-    rows_kernel *kernel;
-};
-
-static void multiply_piece(const void *product, int64_t first, int64_t last)
-{
-    const struct product *own = product;
-    own->kernel(own->job, first, last);
-}
 
 /* ---- activations ---- */
 
@@ -102,7 +90,7 @@ static float weight_at(const struct weights *weights, int64_t row, int64_t chann
 
 /* The products of a row of activations that are not all finite: only those count. Zeros are multiplied, too, as in the
  * dense product, whichever channels a kernel picks. `line` has room for the row. */
-static void multiply_nonfinite(const struct job *job, const void *x, int64_t row, int32_t number, float *line)
+static void multiply_nonfinite(const struct product *job, const void *x, int64_t row, int32_t number, float *line)
 {
     const struct weights *weights = job->weights;
     read_floats(weights, x, row, number, line);
@@ -115,7 +103,7 @@ static void multiply_nonfinite(const struct job *job, const void *x, int64_t row
     }
 }
 
-static rows_kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
+static kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
 {
     if (pairs)
         return dense ? kernels->dense_pairs : kernels->pairs;
@@ -133,7 +121,7 @@ static int weights_are_bad(const struct weights *weights)
            slots > BLOCK || number < F32 || number > I8 || weights->kind < MASK || weights->kind > PLAIN ||
            (plain && (width % BLOCK || slots != BLOCK || weights->half)) ||
            ((positions || weights->half) && slots < BLOCK / 2) || (positions && width % 4) ||
-           (weights->bias && (weights->bias_number < F32 || weights->bias_number > F16)) ||
+           (weights->bias && !is_float(weights->bias_number)) ||
            LACKS(weights->rows * width, weights->blocks) ||
            (plain && number == I8 && LACKS(weights->rows * width, weights->scale));
 }
@@ -146,12 +134,11 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     const struct kernels *kernels = find_kernels(index);
     if (!kernels)
         return NO_KERNEL;
-    if (weights_are_bad(weights) || bad_size(batch) || number < F32 || number > F16 ||
+    if (weights_are_bad(weights) || bad_size(batch) || !is_float(number) ||
         LACKS(batch * weights->width, activations) || LACKS(batch * weights->rows, output))
         return BAD_SIZE;
     if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
         return BAD_ORDER;
-    int dense = weights->kind == PLAIN;
     int pairs = weights->number == BF16 && number == BF16 && runs_pairs(index);
     size_t channels = (size_t)(weights->count * BLOCK), places = (size_t)(batch * weights->count);
     size_t line = channels * sizeof(float), values = places * BLOCK * sizeof(float);
@@ -162,9 +149,9 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     struct staged staged = {memory + line, scale, (int32_t *)(scale + places), batch};
     for (int64_t row = 0; row < batch; row++)
         stage_row(kernels, weights, activations, row, number, pairs, &staged, memory);
-    struct job job = {weights, &staged, output, number};
-    struct product product = {&job, choose_kernel(kernels, weights->number, pairs, dense)};
-    deal_rows(&product, multiply_piece, weights->rows, threads);
+    struct product job = {weights, &staged, output, number};
+    kernel *function = choose_kernel(kernels, weights->number, pairs, weights->kind == PLAIN);
+    run_in_pieces(&job, function, weights->rows, TILE_ROWS, threads);
     const int64_t row_bytes = weights->width * (number == F32 ? 4 : 2);
     if (!all_finite(activations, batch * weights->width, number))
         for (int64_t row = 0; row < batch; row++)
@@ -230,14 +217,13 @@ EXPORT int32_t permprune_unpack(const struct weights *weights, int64_t first, in
     const struct kernels *kernels = find_kernels(index);
     if (!kernels)
         return NO_KERNEL;
-    if (weights_are_bad(weights) || weights->kind == PLAIN || number < F32 || number > F16 || first < 0 || last < first ||
+    if (weights_are_bad(weights) || weights->kind == PLAIN || !is_float(number) || first < 0 || last < first ||
         last > weights->rows || LACKS((last - first) * weights->width, output))
         return BAD_SIZE;
     struct weights some = *weights;
     some.rows = last - first;
     some.blocks += first * weights->count * block_bytes(weights);
-    struct job job = {&some, NULL, output, number};
-    struct product product = {&job, kernels->unpack[some.number]};
-    deal_rows(&product, multiply_piece, some.rows, threads);
+    struct product job = {&some, NULL, output, number};
+    run_in_pieces(&job, kernels->unpack[some.number], some.rows, TILE_ROWS, threads);
     return DONE;
 }

@@ -88,9 +88,10 @@ static ALWAYS_INLINE void PASTE(dense_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS]
 #include "product/two_rows_floats.h"
 #endif
 
-static void PASTE(product_, KIND)(const struct job *job, int64_t first, int64_t last)
+static void PASTE(product_, KIND)(const void *own, int64_t first, int64_t last)
 {
 #ifdef PICK
+    const struct product *job = own;
     if (job->weights->half) {
 #ifdef PICK_IN_GROUPS
         if (job->weights->kind == POSITIONS && job->staged->batch > TILE_BATCH)
@@ -103,12 +104,13 @@ static void PASTE(product_, KIND)(const struct job *job, int64_t first, int64_t 
         return;
     }
 #endif
-    PASTE(expand_, KIND)(job, first, last);
+    PASTE(expand_, KIND)(own, first, last);
 }
 
 #ifdef STORE
-static void PASTE(unpack_, KIND)(const struct job *job, int64_t first, int64_t last)
+static void PASTE(unpack_, KIND)(const void *own, int64_t first, int64_t last)
 {
+    const struct product *job = own;
     const struct weights *weights = job->weights;
     const int64_t size = CODE + weights->slots * (int64_t)sizeof(WEIGHT);
     const char *block = weights->blocks + first * weights->count * size;

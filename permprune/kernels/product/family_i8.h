@@ -1,5 +1,4 @@
-/* The kernels of int8, `stage_i8`, `product_i8`, `unpack_i8` and `dense_i8`, and ALL_KERNELS, once family.h has made those
- * of floats.
+/* The kernels of int8, `stage_i8`, `product_i8`, `unpack_i8` and `dense_i8`, once family.h has made those of floats.
  *
  * Expects the types VECTOR (BLOCK int8, and nothing else) and SUM (float lanes); LOAD(const int8_t *), a VECTOR;
  * EXPAND_BLOCK(const int8_t *, uint64_t bits), the next values put where `bits` has ones and zeros between;
@@ -56,9 +55,10 @@ static void stage_i8(const float *line, int64_t count, const struct staged *stag
         staged->scale[place] = quantize_block(line, values + place * BLOCK, staged->shift + place);
 }
 
-static void product_i8(const struct job *job, int64_t first, int64_t last)
+static void product_i8(const void *own, int64_t first, int64_t last)
 {
 #ifdef HALF_I8
+    const struct product *job = own;
     if (job->weights->kind == POSITIONS) {
         if (job->staged->batch > 1)
             first = two_rows_i8(job, first, last);
@@ -66,11 +66,12 @@ static void product_i8(const struct job *job, int64_t first, int64_t last)
         return;
     }
 #endif
-    expand_i8_blocks(job, first, last);
+    expand_i8_blocks(own, first, last);
 }
 
-static void unpack_i8(const struct job *job, int64_t first, int64_t last)
+static void unpack_i8(const void *own, int64_t first, int64_t last)
 {
+    const struct product *job = own;
     const struct weights *weights = job->weights;
     const int64_t size = HEADER_I8 + weights->slots;
     const char *block = weights->blocks + first * weights->count * size;
@@ -87,9 +88,3 @@ static void unpack_i8(const struct job *job, int64_t first, int64_t last)
             write_line(job, row, n * BLOCK, line);
         }
 }
-
-#define ALL_KERNELS                                                                                                   \
-    .stage_i8 = stage_i8,                                                                                              \
-    .products = {[F32] = product_f32, [BF16] = product_bf16, [F16] = product_f16, [I8] = product_i8},                  \
-    .dense = {[F32] = dense_f32, [BF16] = dense_bf16, [F16] = dense_f16, [I8] = dense_i8},                             \
-    .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8}

@@ -1,4 +1,4 @@
-"""Triton kernels: matrix products with packed weights for small batches, unpacking, and placement costs of the search.
+"""Triton kernels: matrix products with packed weights for small batches, and unpacking.
 
 Triton is part of PyTorch's builds for GPUs. On the CPU, tests run the kernels in Triton's interpreter
 (`TRITON_INTERPRET=1`).
@@ -19,9 +19,6 @@ LARGEST_BATCH = 16
 
 ROWS = 32
 """Rows of a weight that one Triton program multiplies or unpacks."""
-
-CHANNELS, GROUPS, LINES = 16, 16, 32
-"""Channels and groups per Triton program of `place`, and rows that it processes at a time."""
 
 
 @triton.jit
@@ -98,29 +95,6 @@ def _unpack(
         tl.store(to, part.to(weight.dtype.element_ty), mask=inside[:, None] & (at[None, :] < width))
 
 
-@triton.jit
-def _place(
-    score, own, threshold, rival, cost, count, rows,
-    CHANNELS: tl.constexpr, GROUPS: tl.constexpr, LINES: tl.constexpr,
-):  # fmt: skip
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    total = tl.zeros((CHANNELS, GROUPS), tl.float32)
-    for first in range(0, rows, LINES):
-        row = first + tl.arange(0, LINES)
-        at = channel[:, None] * rows + row[None, :]
-        to = group[:, None] * rows + row[None, :]
-        has_channel = (channel < count)[:, None] & (row < rows)[None, :]
-        has_group = (group < count)[:, None] & (row < rows)[None, :]
-        scores = tl.load(score + at, mask=has_channel, other=0)[:, None, :]
-        owns = tl.load(own + at, mask=has_channel, other=0)[:, None, :]
-        limits = tl.load(threshold + to, mask=has_group, other=0)[None, :, :]
-        rivals = tl.load(rival + to, mask=has_group, other=0)[None, :, :]
-        total += tl.sum(tl.where(scores > limits, rivals - owns, 0.0), axis=2)
-    inside = (channel < count)[:, None] & (group < count)[None, :]
-    tl.store(cost + channel[:, None] * count + group[None, :], total, mask=inside)
-
-
 def multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Return x W^T + bias, (batch, rows), for contiguous x (batch, width) and a contiguous packed weight.
 
@@ -159,16 +133,3 @@ def _geometry(layout: Layout) -> tuple[tuple[int, ...], dict[str, int]]:
     return sizes, {
         "HEADER": layout.header, "SIZE": layout.dtype.itemsize, "POSITIONS": layout.positions, "SCALED": scaled,
     }  # fmt: skip
-
-
-def place(score: Tensor, own: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
-    """Return the sum over rows r of rival[g, r] - own[c, r] where score[c, r] > threshold[g, r], as a matrix (c, g).
-
-    All four arguments are fp32 (k, rows), and the result is fp32 (k, k).
-    """
-    count, rows = score.shape
-    cost = score.new_empty(count, count)
-    parts = [part.contiguous() for part in (score, own, threshold, rival)]
-    grid = (triton.cdiv(count, CHANNELS), triton.cdiv(count, GROUPS))
-    _place[grid](*parts, cost, count, rows, CHANNELS=CHANNELS, GROUPS=GROUPS, LINES=LINES)
-    return cost

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
+from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, FLOATS
 from permprune.kernels.product.linear import LARGEST_BATCH, bias_gradient, round_to_int8
 from permprune.kernels.product.packed import quantize
@@ -33,7 +34,7 @@ def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -
     """
     _require_fit(x, values, scale)
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= LARGEST_BATCH and native.available() and x.device.type == "cpu":
+    if len(rows) <= LARGEST_BATCH and library.available() and x.device.type == "cpu":
         y = native.multiply(native.describe_plain(values, scale), rows.contiguous())
     else:
         rounded = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows.float()

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
+from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, FLOATS, Layout
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
@@ -56,7 +57,7 @@ def packed_linear(
     """
     layout = Layout(Pattern(n, m), dtype, width)
     _require_fit(layout, x, blocks, bias, order)
-    if native.available() and x.device.type == "cpu":
+    if library.available() and x.device.type == "cpu":
         return multiply_native(native.describe(layout, blocks, bias, order), x, dtype, order, bias)
     multiply = multiply_gpu if x.is_cuda and has_triton() else multiply_reference
     return multiply(PackedWeight(layout, blocks), x, bias, order)
@@ -89,7 +90,7 @@ def packed_linear_backward(
     """
     weight, rows = PackedWeight(Layout(Pattern(n, m), dtype, width), blocks), gradient.reshape(-1, len(blocks))
     total = rows.new_zeros(len(rows), width, dtype=torch.float32)
-    if native.available() and blocks.device.type == "cpu":
+    if library.available() and blocks.device.type == "cpu":
         tiles = _tiles(native.describe(weight.layout, blocks), torch.float32)
     else:
         tiles = iter([(slice(None), _unpack(weight, torch.float32))])

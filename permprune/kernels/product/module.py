@@ -12,7 +12,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
+from permprune.kernels.product import native
 from permprune.kernels.product.layout import Layout
 from permprune.kernels.product.linear import multiply_native, packed_linear
 from permprune.kernels.product.packed import PackedWeight
@@ -135,7 +136,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         blocks, bias, order = tensors = self._buffers["blocks"], self._parameters["bias"], self._buffers["order"]
         trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
-        if trains or torch.compiler.is_compiling() or not x.is_cpu or not native.available():
+        if trains or torch.compiler.is_compiling() or not x.is_cpu or not library.available():
             width, pattern, dtype = self.in_features, self.layout.pattern, self.layout.dtype
             product: Tensor = packed_linear(x, blocks, bias, order, width, pattern.n, pattern.m, dtype)
             return product

@@ -17,30 +17,7 @@
 #ifndef PERMPRUNE_PACKED_H
 #define PERMPRUNE_PACKED_H
 
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-
-#define PASTE_(a, b) a##b
-#define PASTE(a, b) PASTE_(a, b)
-/* The functions between BEGIN_TARGET and END_TARGET use instructions that not every processor has. */
-#define STRING_(...) #__VA_ARGS__
-#define PRAGMA(...) _Pragma(STRING_(__VA_ARGS__))
-#if defined(__clang__)
-#define BEGIN_TARGET(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
-#define END_TARGET PRAGMA(clang attribute pop)
-#else
-#define BEGIN_TARGET(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
-#define END_TARGET PRAGMA(GCC pop_options)
-#endif
-
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-/* Before a loop with a constant count: sums in an array stay in registers only if the loop is unrolled early. */
-#if defined(__clang__)
-#define UNROLLED PRAGMA(clang loop unroll(full))
-#else
-#define UNROLLED PRAGMA(GCC unroll 16)
-#endif
+#include "numbers.h"
 
 enum { BLOCK = 64 };     /* channels of a block */
 enum { CODE = 8 };       /* bytes of a code */
@@ -48,11 +25,9 @@ enum { HEADER_I8 = 12 }; /* bytes of a code and a scale */
 enum { TILE_ROWS = 4 };  /* rows of the weight that a tile multiplies at once */
 enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at once */
 
-enum number { F32, BF16, F16, I8, NUMBERS };
 enum kind { MASK, POSITIONS, PLAIN };
 
-/* The same members, in the same order, as `Weights` in native.py. */
-struct weights {
+STRUCTURE(weights, {
     const char *blocks;
     const float *scale;   /* of PLAIN I8: (rows, blocks of a row) */
     const void *bias;     /* (rows,) or NULL */
@@ -63,7 +38,7 @@ struct weights {
     int32_t number, bias_number;
     int32_t kind;
     int32_t half; /* whether each 32 channels that start at a multiple of 32 keep exactly 16, those after the width excepted */
-};
+})
 
 /* Activations as the kernels read them: groups of TILE_BATCH rows (the last may be smaller), and in a group, for each
  * block, the channels of each row in turn, with zeros after the width. */
@@ -74,99 +49,14 @@ struct staged {
     int64_t batch;
 };
 
-struct job {
+struct product {
     const struct weights *weights;
     const struct staged *staged;
     void *output; /* (batch, rows); (rows, width) to unpack */
     int32_t output_number;
 };
 
-typedef void rows_kernel(const struct job *job, int64_t first, int64_t last);
-
-struct search_kernels; /* search/search.h */
-struct cache_kernels;  /* attention/cache.h */
-
-/* The kernels of one instruction set, by the type of the weight: `products`; `dense`, the same for PLAIN weights; and
- * `unpack`, which writes the weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an
- * instruction, else it is NULL. `stage_i8` rounds a row of activations for int8 weights (family_i8.h). */
-struct kernels {
-    const char *name;
-    const struct search_kernels *search;
-    const struct cache_kernels *cache;
-    int (*runs_here)(void);
-    void (*stage_i8)(const float *line, int64_t count, const struct staged *staged, int64_t place, int64_t apart);
-    rows_kernel *products[NUMBERS];
-    rows_kernel *dense[NUMBERS];
-    rows_kernel *unpack[NUMBERS];
-    int (*pairs_run_here)(void);
-    rows_kernel *pairs, *dense_pairs;
-};
-
-extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
-rows_kernel avx512_pairs, avx512_dense_pairs;
-int avx512_pairs_run_here(void);
-
-static ALWAYS_INLINE float from_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static ALWAYS_INLINE uint32_t to_bits(float value)
-{
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-static ALWAYS_INLINE float bf16_to_f32(uint16_t value) { return from_bits((uint32_t)value << 16); }
-
-static ALWAYS_INLINE uint16_t f32_to_bf16(float value)
-{
-    uint32_t bits = to_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000)
-        return (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static ALWAYS_INLINE float f16_to_f32(uint16_t value)
-{
-    uint32_t sign = (uint32_t)(value & 0x8000) << 16, magnitude = value & 0x7fff;
-    if (magnitude >= 0x7c00)
-        return from_bits(sign | 0x7f800000 | magnitude << 13);
-    return from_bits(sign | to_bits(from_bits(magnitude << 13) * 0x1p112f)); /* exact for subnormals too */
-}
-
-static ALWAYS_INLINE uint16_t f32_to_f16(float value)
-{
-    uint32_t bits = to_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000)
-        return (uint16_t)(sign | 0x7e00);
-    if (magnitude >= 0x47800000)
-        return (uint16_t)(sign | 0x7c00);
-    if (magnitude < 0x38800000) /* subnormal: the float adder rounds to multiples of 2^-24 */
-        return (uint16_t)(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)));
-    return (uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13);
-}
-
-static ALWAYS_INLINE float read_number(const void *numbers, int64_t index, int32_t number)
-{
-    if (number == F32)
-        return ((const float *)numbers)[index];
-    uint16_t bits = ((const uint16_t *)numbers)[index];
-    return number == BF16 ? bf16_to_f32(bits) : f16_to_f32(bits);
-}
-
-static ALWAYS_INLINE void write_number(void *numbers, int64_t index, int32_t number, float value)
-{
-    if (number == F32)
-        ((float *)numbers)[index] = value;
-    else
-        ((uint16_t *)numbers)[index] = number == BF16 ? f32_to_bf16(value) : f32_to_f16(value);
-}
-
-static ALWAYS_INLINE void write_output(const struct job *job, int64_t batch, int64_t row, float sum)
+static ALWAYS_INLINE void write_output(const struct product *job, int64_t batch, int64_t row, float sum)
 {
     const struct weights *weights = job->weights;
     if (weights->bias)
@@ -216,7 +106,7 @@ static ALWAYS_INLINE uint64_t kept_channels(uint64_t code, int32_t kind)
 }
 
 /* Some floats of a row of the unpacked weight. */
-static ALWAYS_INLINE void write_line(const struct job *job, int64_t row, int64_t channel, const float *line)
+static ALWAYS_INLINE void write_line(const struct product *job, int64_t row, int64_t channel, const float *line)
 {
     const int64_t left = job->weights->width - channel, to = row * job->weights->width + channel;
     const int count = left < BLOCK ? (int)left : BLOCK;
@@ -253,7 +143,7 @@ static ALWAYS_INLINE const void *readable(const void *from, const void *end, voi
  *
  * The tile has `height` rows, the first at `tile` and each `apart` bytes after the one before; a group has at most `most`
  * activations. The step multiplies group number `group` by block number `n`, of `size` bytes, of each row. */
-static ALWAYS_INLINE void fetch_ahead(const struct job *job, const char *tile, int64_t apart, int64_t size, int height,
+static ALWAYS_INLINE void fetch_ahead(const struct product *job, const char *tile, int64_t apart, int64_t size, int height,
                                       int64_t most, int64_t group, int64_t n)
 {
     const int64_t groups = (job->staged->batch + most - 1) / most, count = job->weights->count;
@@ -279,11 +169,11 @@ static ALWAYS_INLINE int64_t rows_apart(int64_t left, int height) { return (left
         row += ((height) - 1) * apart;                                                                                 \
     }
 
-/* Divides the rows into tiles of TILE_ROWS, or of ALONE for one row of activations, and the rest one by one, and the
- * activations into groups of TILE_BATCH. The size of each tile is a compile-time constant. */
-#define DEAL_TILES(NAME, TILE, ALONE) DEAL_TILES_(NAME, TILE, ALONE)
-#define DEAL_TILES_(NAME, TILE, ALONE)                                                                                 \
-    static ALWAYS_INLINE void NAME##_groups(const struct job *job, int64_t row, int64_t apart, const int height)       \
+/* Defines a kernel NAME that divides the rows into tiles of TILE_ROWS, or of ALONE for one row of activations, and the rest
+ * one by one, and the activations into groups of TILE_BATCH. The size of each tile is a compile-time constant. */
+#define DEFINE_TILED(NAME, TILE, ALONE) DEFINE_TILED_(NAME, TILE, ALONE)
+#define DEFINE_TILED_(NAME, TILE, ALONE)                                                                               \
+    static ALWAYS_INLINE void NAME##_groups(const struct product *job, int64_t row, int64_t apart, const int height)   \
     {                                                                                                                  \
         const int64_t batch = job->staged->batch;                                                                      \
         for (int64_t group = 0; group * TILE_BATCH < batch; group++)                                                   \
@@ -294,8 +184,9 @@ static ALWAYS_INLINE int64_t rows_apart(int64_t left, int height) { return (left
             default: TILE(job, row, apart, group, height, 4);                                                          \
             }                                                                                                          \
     }                                                                                                                  \
-    static void NAME(const struct job *job, int64_t first, int64_t last)                                               \
+    static void NAME(const void *own, int64_t first, int64_t last)                                                     \
     {                                                                                                                  \
+        const struct product *job = own;                                                                               \
         int64_t row = first;                                                                                           \
         if (job->staged->batch > 1)                                                                                    \
             FOR_TILES(TILE_ROWS, NAME##_groups(job, row, apart, TILE_ROWS))                                            \

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
+from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, CODE, Layout, type_name
 from permprune.pattern import Pattern
 
@@ -126,7 +127,7 @@ class PackedWeight:
         Channels after the width are not kept; in codes of positions they are the first two of their groups.
         """
         layout, blocks = self.layout, self.blocks
-        if native.available() and blocks.device.type == "cpu":
+        if library.available() and blocks.device.type == "cpu":
             return native.row_off_pattern(native.describe(layout, blocks.contiguous()), layout.pattern)
         kept = self.kept.flatten(1)
         groups, rest = kept[:, : layout.width].unflatten(1, (-1, layout.pattern.m)), kept[:, layout.width :]

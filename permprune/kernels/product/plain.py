@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
+from permprune.kernels.product import native
 from permprune.kernels.product.layout import BLOCK, FLOATS
 from permprune.kernels.product.linear import LARGEST_BATCH
 
@@ -65,7 +66,7 @@ def use_pytorch(model: nn.Module) -> None:
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     plain = weight.dtype in FLOATS and weight.shape[1] % BLOCK == 0 and weight.is_contiguous()
-    if not (plain and 0 < len(rows) <= LARGEST_BATCH and weight.device.type == "cpu" and native.available()):
+    if not (plain and 0 < len(rows) <= LARGEST_BATCH and weight.device.type == "cpu" and library.available()):
         return F.linear(x, weight, bias)
     y = native.multiply(native.describe_plain(weight), rows.contiguous())
     if bias is not None:

@@ -6,7 +6,7 @@
  */
 #define TILE PASTE(NAME, _tile)
 
-static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart, int64_t group, const int height,
+static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t apart, int64_t group, const int height,
                                const int batch)
 {
     const struct weights *weights = job->weights;
@@ -47,7 +47,7 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart
         }
 }
 
-DEAL_TILES(NAME, TILE, 1)
+DEFINE_TILED(NAME, TILE, 1)
 
 #undef TILE
 #undef NAME

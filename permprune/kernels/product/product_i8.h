@@ -6,7 +6,7 @@
  */
 #define TILE PASTE(NAME, _tile)
 
-static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart, int64_t group, const int height,
+static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t apart, int64_t group, const int height,
                                const int batch)
 {
     const struct weights *weights = job->weights;
@@ -44,7 +44,7 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart
             write_output(job, group * TILE_BATCH + b, row + r * apart, TOTAL(sums[r][b]));
 }
 
-DEAL_TILES(NAME, TILE, 2) /* two rows share what is read of the activations */
+DEFINE_TILED(NAME, TILE, 2) /* two rows share what is read of the activations */
 
 #undef TILE
 #undef NAME

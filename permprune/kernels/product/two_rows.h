@@ -22,10 +22,10 @@ static ALWAYS_INLINE int64_t wide_place(int64_t pair, int64_t count, int64_t n, 
     return second + n * (batch - TILE_BATCH) + b - TILE_BATCH;
 }
 
-/* As DEAL_TILES, but the rest of the rows is left: NAME returns the first of them. */
-#define DEAL_WIDE_TILES(NAME, TILE) DEAL_WIDE_TILES_(NAME, TILE)
-#define DEAL_WIDE_TILES_(NAME, TILE)                                                                                   \
-    static ALWAYS_INLINE void NAME##_groups(const struct job *job, int64_t row, int64_t apart)                         \
+/* As DEFINE_TILED, but the rest of the rows is left: NAME returns the first of them. */
+#define DEFINE_WIDE_TILED(NAME, TILE) DEFINE_WIDE_TILED_(NAME, TILE)
+#define DEFINE_WIDE_TILED_(NAME, TILE)                                                                                 \
+    static ALWAYS_INLINE void NAME##_groups(const struct product *job, int64_t row, int64_t apart)                     \
     {                                                                                                                  \
         const int64_t batch = job->staged->batch;                                                                      \
         for (int64_t pair = 0; pair * WIDE_BATCH < batch; pair++)                                                      \
@@ -40,7 +40,7 @@ static ALWAYS_INLINE int64_t wide_place(int64_t pair, int64_t count, int64_t n, 
             default: TILE(job, row, apart, pair, 8);                                                                   \
             }                                                                                                          \
     }                                                                                                                  \
-    static int64_t NAME(const struct job *job, int64_t first, int64_t last)                                            \
+    static int64_t NAME(const struct product *job, int64_t first, int64_t last)                                        \
     {                                                                                                                  \
         int64_t row = first;                                                                                           \
         FOR_TILES(TILE_ROWS, NAME##_groups(job, row, apart))                                                           \

@@ -7,7 +7,7 @@
  */
 #define TILE PASTE(two_rows_tile_, KIND)
 
-static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart, int64_t pair, const int batch)
+static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t apart, int64_t pair, const int batch)
 {
     const struct weights *weights = job->weights;
     const int64_t count = weights->count, size = CODE + weights->slots * (int64_t)sizeof(WEIGHT);
@@ -48,6 +48,6 @@ static ALWAYS_INLINE void TILE(const struct job *job, int64_t row, int64_t apart
             write_output(job, pair * WIDE_BATCH + b, row + r * apart, TOTAL_OF_ROW(sums[r / 2][b], r % 2));
 }
 
-DEAL_WIDE_TILES(PASTE(two_rows_, KIND), TILE)
+DEFINE_WIDE_TILED(PASTE(two_rows_, KIND), TILE)
 
 #undef TILE

@@ -4,7 +4,7 @@
  * READ_TWO(const char *, const char *), two blocks, as TWO_BLOCKS; and ADD_DOT(SUM, TWO_BLOCKS, VECTOR x, float scale),
  * which adds their products with x, times `scale` and their own scales.
  */
-static ALWAYS_INLINE void two_rows_i8_tile(const struct job *job, int64_t row, int64_t apart, int64_t pair, const int batch)
+static ALWAYS_INLINE void two_rows_i8_tile(const struct product *job, int64_t row, int64_t apart, int64_t pair, const int batch)
 {
     const struct weights *weights = job->weights;
     const int64_t count = weights->count, size = HEADER_I8 + weights->slots;
@@ -35,4 +35,4 @@ static ALWAYS_INLINE void two_rows_i8_tile(const struct job *job, int64_t row, i
             write_output(job, pair * WIDE_BATCH + b, row + r * apart, TOTAL_OF_ROW(sums[r / 2][b], r % 2));
 }
 
-DEAL_WIDE_TILES(two_rows_i8, two_rows_i8_tile)
+DEFINE_WIDE_TILED(two_rows_i8, two_rows_i8_tile)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
 from permprune.kernels.adam.step import adam_step
 from permprune.kernels.search.masks import pack_mask
 
@@ -44,7 +44,7 @@ def test_pytorch_takes_the_same_steps(dtype: torch.dtype, monkeypatch: pytest.Mo
     start, gradients = torch.randn(33, 150, generator=generator), torch.randn(3, 33, 150, generator=generator)
     found = []
     for runs in (True, False):
-        monkeypatch.setattr(native, "available", lambda runs=runs: runs)
+        monkeypatch.setattr(library, "available", lambda runs=runs: runs)
         weight, mean, square = start.to(dtype), *torch.zeros(2, 33, 70, dtype=dtype)
         for step, gradient in enumerate(gradients.to(dtype), 1):
             adam_step(weight, gradient, pack_mask(mask), mean, square, step=step, rate=0.01, betas=BETAS, seed=step)
@@ -67,15 +67,15 @@ def test_every_kernel_gives_the_same_bits(
     start, gradients = torch.randn(5, width, generator=generator), torch.randn(3, 5, width, generator=generator)
     start[0, 0], gradients[1, 2, 0] = float("inf"), float("nan")
     found = []
-    for name in native.names():
-        monkeypatch.setenv(native.FORCED, name)
-        native._kernels.cache_clear()
+    for name in library.names():
+        monkeypatch.setenv(library.FORCED, name)
+        library.chosen.cache_clear()
         tensors = start.to(dtype), *torch.zeros(2, 5, kept, dtype=dtype)
         for step, gradient in enumerate(gradients.to(dtype), 1):
             weight, mean, square = tensors
             adam_step(weight, gradient, pack_mask(mask), mean, square, step=step, rate=0.01, betas=BETAS, seed=step)
         found.append(tensors)
-    native._kernels.cache_clear()
+    library.chosen.cache_clear()
     for other in found[1:]:
         assert all(
             torch.equal(one.nan_to_num(9.0), two.nan_to_num(9.0)) for one, two in zip(found[0], other, strict=True)

@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from permprune.kernels.product import gpu
 from permprune.kernels.product.layout import DTYPES
 from permprune.kernels.product.linear import multiply_gpu, multiply_reference
 from permprune.kernels.product.packed import PackedWeight
-from permprune.kernels.search import masks as search
 from permprune.pattern import Pattern
 from tests.kernels.product.test_linear import assert_as_dense, not_finite
 
@@ -64,9 +62,3 @@ def test_codes_that_lie_read_nothing_outside(pattern: Pattern) -> None:
     weight.blocks.unflatten(1, (weight.layout.count, -1))[..., :8] = 255
     found = gpu.multiply(torch.ones(1, 128, device=DEVICE), weight, None)
     assert torch.isfinite(found).all()
-
-
-@pytest.mark.parametrize(("count", "rows"), [(1, 1), (7, 40), (19, 100)])
-def test_placement_costs_are_those_of_pytorch(count: int, rows: int) -> None:
-    parts: list[Tensor] = [torch.randint(4, (count, rows), device=DEVICE).float() for _ in range(4)]
-    torch.testing.assert_close(gpu.place(*parts), search.place_reference(*parts))

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
+from permprune.kernels.product import native
 from permprune.kernels.product.int8 import dequantize, int8_linear
 from permprune.kernels.product.layout import DTYPES, FLOATS
 from permprune.kernels.product.linear import (
@@ -25,7 +26,7 @@ from permprune.pattern import Pattern
 from tests.kernels.product.test_packed import PATTERNS
 from tests.kernels.product.weights import packed, sparse
 
-KERNELS = native.names()
+KERNELS = library.names()
 PRECISION = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Of results of each type, beside the largest one; bf16 by bf16 also rounds inside."""
 
@@ -150,7 +151,7 @@ def test_pytorch_gives_the_same_where_there_are_no_kernels(
     weight = packed(24, 320, dtype=dtype)
     x, bias, order = torch.randn(batch, 320), torch.randn(24), torch.randperm(320)
     expected = call(weight, x, bias, order)
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     found = call(weight, x, bias, order)
     assert_near(found, expected.double())
     assert torch.equal(found, multiply_reference(weight, x, bias, order))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels import native
+from permprune.kernels import library
 from permprune.kernels.product.layout import DTYPES
 from permprune.kernels.product.packed import PackedWeight, pack_bits, unpack_bits
 from permprune.pattern import Pattern
@@ -139,7 +139,7 @@ def _damages() -> dict[str, tuple[PackedWeight, str]]:
 @pytest.mark.parametrize("by", ["native", "torch"])
 def test_damage_is_found(damage: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if by == "torch":
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(library, "available", lambda: False)
     weight, words = _damages()[damage]
     with pytest.raises(PermpruneError, match=words):
         weight.check()
@@ -149,6 +149,6 @@ def test_damage_is_found(damage: str, by: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("by", ["native", "torch"])
 def test_nothing_is_found_in_a_good_weight(pattern: str, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if by == "torch":
-        monkeypatch.setattr(native, "available", lambda: False)
+        monkeypatch.setattr(library, "available", lambda: False)
     for groups in (1, 17, 64):
         packed(4, groups * Pattern.parse(pattern).m, pattern).check()

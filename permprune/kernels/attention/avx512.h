@@ -1,19 +1,10 @@
-/* The kernels of the pruned cache, for processors with AVX-512. */
-#if defined(__x86_64__)
-#include "attention/cache.h"
-#include <immintrin.h>
-
-BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,fma,f16c,bmi,bmi2,popcnt")
-
+/* Attention with AVX-512, after product/avx512.h. */
 static ALWAYS_INLINE __m512 read_line(const char *from, const int number)
 {
     switch (number) {
     case F32: return _mm512_loadu_ps(from);
-    case BF16: {
-        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-    }
-    case F16: return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+    case BF16: return widen_bf16(load_16((const uint16_t *)from));
+    case F16: return _mm512_cvtph_ps(load_16((const uint16_t *)from));
     default: return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
     }
 }
@@ -46,17 +37,14 @@ static ALWAYS_INLINE void unpack_block(float *to, const char *from, const int nu
     }
     UNROLLED for (int i = 0; i < 4; i++) {
         const __mmask16 bits = (__mmask16)(mask >> i * LINE);
-        const __m512i own = half[i / 2];
-        const __m256i two = i % 2 ? _mm512_extracti64x4_epi64(own, 1) : _mm512_castsi512_si256(own);
+        const __m256i two = half_of(half[i / 2], i % 2);
         __m512 line = (__m512)rest[i];
         switch (number) {
         case F32:
             line = _mm512_mask_expand_ps(line, bits, _mm512_loadu_ps(from));
             from += __builtin_popcount(bits) * 4;
             break;
-        case BF16:
-            line = _mm512_mask_mov_ps(line, bits, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(two), 16)));
-            break;
+        case BF16: line = _mm512_mask_mov_ps(line, bits, widen_bf16(two)); break;
         case F16: line = _mm512_mask_cvtph_ps(line, bits, two); break;
         default: line = _mm512_mask_cvtepi32_ps(line, bits, _mm512_cvtepi8_epi32(quarter_of(all, i)));
         }
@@ -99,8 +87,4 @@ static ALWAYS_INLINE uint64_t deposit(uint64_t bits, uint64_t places) { return _
 static ALWAYS_INLINE uint64_t deposit_pairs(uint64_t bits, uint64_t places) { return _pdep_u64(bits, places); }
 
 #define HAS_BLOCKS
-#define NAME avx512
 #include "attention/kernels.h"
-
-END_TARGET
-#endif

@@ -1,19 +1,10 @@
-/* AVX2 with FMA and F16C, as every x86-64 server and desktop since 2015 has them. */
-#if defined(__x86_64__)
-#include "attention/cache.h"
-#include "product/expand_table.h"
-#include "product/packed.h"
-#include "search/search.h"
-#include "x86.h"
-#include <immintrin.h>
+/* Products with AVX2. */
 
-BEGIN_TARGET("avx2,fma,f16c,popcnt")
-
-/* Moves successive lanes to the positions of the ones in `bits`, with zeros between. */
-static ALWAYS_INLINE __m256 expand(__m256 kept, uint64_t bits)
+/* Moves successive lanes to the positions of the ones in `bits`, with those of `rest` between. */
+static ALWAYS_INLINE __m256 expand(__m256 kept, uint64_t bits, __m256 rest)
 {
     __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)expand_bytes[bits & 255]));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(kept, index), _mm256_setzero_ps(), _mm256_castsi256_ps(index));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(kept, index), rest, _mm256_castsi256_ps(index));
 }
 
 static ALWAYS_INLINE __m256 widen_bf16(const uint16_t *p)
@@ -35,7 +26,7 @@ static ALWAYS_INLINE float total(__m256 sum)
 #define SUM __m256
 #define LOAD(p) _mm256_loadu_ps(p)
 #define STORE(p, v) _mm256_storeu_ps(p, v)
-#define EXPAND(p, bits) expand(KEPT(p), bits)
+#define EXPAND(p, bits) expand(KEPT(p), bits, ZERO())
 #define ZERO() _mm256_setzero_ps()
 #define FMA(sum, w, x) _mm256_fmadd_ps(w, x, sum)
 #define TOTAL(sum) total(sum)
@@ -96,8 +87,3 @@ static ALWAYS_INLINE __m256i dot_i8(block_i8 w, block_i8 x)
 #define SCALE(sum, count, w_scale, x_scale)                                                                            \
     _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #include "product/family_i8.h"
-
-END_TARGET
-
-const struct kernels avx2_kernels = {.name = "avx2", .search = &avx2_search, .cache = &avx2_cache, .runs_here = has_avx2, ALL_KERNELS};
-#endif

@@ -1,10 +1,4 @@
-/* The kernels of the pruned cache, for every processor. */
-#include "attention/cache.h"
-#include "attention/deposit.h"
-
-#undef UNROLLED
-#define UNROLLED /* the code would be several times as large */
-
+/* Attention in plain C. */
 static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint32_t bits, lanes rest)
 {
     for (int lane = 0, kept = 0; lane < LINE; lane++)
@@ -22,12 +16,4 @@ static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
     return places;
 }
 
-static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
-{
-    for (int lane = 0; lane < LINE; lane++)
-        values[lane] = bits >> lane & 1 ? -values[lane] : values[lane];
-    return values;
-}
-
-#define NAME portable
 #include "attention/kernels.h"

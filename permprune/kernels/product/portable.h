@@ -1,11 +1,4 @@
-/* Plain C with vectors of four floats, for every processor. */
-#include "attention/cache.h"
-#include "product/packed.h"
-#include "search/search.h"
-
-#undef UNROLLED
-#define UNROLLED /* the code would be several times as large */
-
+/* Products in plain C, with vectors of four floats. */
 typedef float vector __attribute__((vector_size(16)));
 
 /* Moves successive values to the positions of the ones in four bits, with zeros between. */
@@ -105,7 +98,3 @@ static ALWAYS_INLINE int32_t dot_i8(const block_i8 *w, const block_i8 *x)
 #define SCALE(sum, count, w_scale, x_scale) ((sum) + (float)(count) * (x_scale) * (w_scale))
 #define TOTAL(sum) (sum)
 #include "product/family_i8.h"
-
-static int runs_here(void) { return 1; }
-
-const struct kernels portable_kernels = {.name = "portable", .search = &portable_search, .cache = &portable_cache, .runs_here = runs_here, ALL_KERNELS};

@@ -1,11 +1,17 @@
-/* NEON, which every aarch64 processor has. */
-#if defined(__aarch64__)
-#include "product/expand_table.h"
-#include "attention/cache.h"
-#include "product/packed.h"
-#include "search/search.h"
-#include "product/expand_neon.h"
-#include <arm_neon.h>
+/* Products with NEON. */
+/* For four bits of a mask, the index of the byte of the kept values for each byte of four channels; 255 means none. */
+static uint8_t expand_lanes[16][16];
+
+__attribute__((constructor)) static void fill_expand_lanes(void)
+{
+    for (int bits = 0; bits < 16; bits++)
+        for (int channel = 0, value = 0; channel < 4; channel++) {
+            int kept = bits >> channel & 1;
+            for (int byte = 0; byte < 4; byte++)
+                expand_lanes[bits][4 * channel + byte] = (uint8_t)(kept ? 4 * value + byte : 255);
+            value += kept;
+        }
+}
 
 static ALWAYS_INLINE float32x4_t expand(float32x4_t kept, uint64_t bits)
 {
@@ -76,8 +82,3 @@ static ALWAYS_INLINE int32x4_t dot_i8(block_i8 w, block_i8 x)
 #define DOT(shift, w, x) dot_i8(w, x)
 #define SCALE(sum, count, w_scale, x_scale) vfmaq_n_f32(sum, vmulq_n_f32(vcvtq_f32_s32(count), x_scale), w_scale)
 #include "product/family_i8.h"
-
-static int runs_here(void) { return 1; }
-
-const struct kernels neon_kernels = {.name = "neon", .search = &portable_search, .cache = &neon_cache, .runs_here = runs_here, ALL_KERNELS};
-#endif

@@ -1,22 +1,19 @@
-/* Attention of a few queries to the pruned cache of a layer: the definitions that all kernels share. kernels.h has
- * the kernels, for each instruction set. */
-#ifndef PERMPRUNE_CACHE_H
-#define PERMPRUNE_CACHE_H
+/* Attention of a few queries to the pruned cache of a layer: the definitions that all kernels share. kernels.h has the
+ * kernels, for each instruction set. */
+#ifndef PERMPRUNE_ATTENTION_H
+#define PERMPRUNE_ATTENTION_H
 
-#include "product/packed.h"
+#include "numbers.h"
 
-enum { LINE = 16 };          /* channels that are unpacked side by side */
 enum { WIDEST = 256 };       /* most channels of a head */
 enum { TOKENS = 32 };        /* tokens that are unpacked at a time */
 enum { FAR = 64 };           /* so many tokens before the end of an array, more can be read than a token has */
 enum { PART_TOKENS = 512 };  /* tokens of a part: the parts of a head are added up afterwards */
 enum { ROWS = 16 };          /* rows of queries that read the tokens together */
 
-typedef float lanes __attribute__((vector_size(LINE * sizeof(float))));
-typedef int32_t numbers __attribute__((vector_size(LINE * sizeof(int32_t))));
 typedef uint8_t bytes __attribute__((vector_size(LINE)));
 
-/* Types of kept values are those of packed.h, and I5: places of `magnitudes`, two in a byte, beside a sign for each
+/* Types of kept values are those of numbers.h, and I5: places of `magnitudes`, two in a byte, beside a sign for each
  * channel, kept or pruned. I8 and I5 have a scale for each token and head. */
 enum { I5 = NUMBERS };
 
@@ -29,8 +26,8 @@ static const float between[LINE - 1] = {1.5f, 5.5f, 10.5f, 16.5f, 23.5f, 31, 39.
 enum channels { EVERY, BITS, ONE_OF_4, TWO_OF_4, THREE_OF_4 };
 
 /* Keys or values of `tokens` tokens, one head after the other. Each part is an array with an entry for each token, as
- * permprune/kv/packing.py describes them. The same members, in the same order, as `States` in attention.py. */
-struct states {
+ * permprune/kv/packing.py describes them. */
+STRUCTURE(states, {
     const char *values;     /* (kept,), numbers of type `number`; of I5 two in a byte */
     const uint8_t *code;    /* `code_bytes`, NULL for EVERY */
     const uint8_t *signs;   /* `sign_bytes`: of the pruned channels, NULL without amplitudes; of I5 of all channels */
@@ -39,12 +36,12 @@ struct states {
     const float *level;     /* (heads, width), or NULL without amplitudes */
     int64_t tokens, width, kept, code_bytes, sign_bytes;
     int32_t number, kind;
-};
+})
 
 /* Queries (batch, heads * group, count, width) that read `length` tokens each: `before` whole ones, then `packed` packed
  * ones, then whole ones. Index 0 of a pair is for keys, 1 for values. Strides are those of the dimensions before the
- * last, in numbers. The same members, in the same order, as `Attention` in attention.py. */
-struct attention {
+ * last, in numbers. */
+STRUCTURE(attend, {
     struct states packed[2], whole[2]; /* tokens are batch * heads * those for which a head has memory */
     const int64_t *order[2];           /* (heads, width): stored channel c is channel order[c] of queries and output */
     const void *query;
@@ -59,37 +56,28 @@ struct attention {
     float scaling, softcap; /* 0: scores are not capped */
     int32_t number, causal; /* the type of queries and output; whether a query reads no token after its own */
     int32_t *bad;           /* becomes 1 if a code keeps another number of channels than `kept` */
-};
+})
 
-/* Some packed states as floats. The same members, in the same order, as `Unpacking` in attention.py. */
-struct unpacking {
+/* Some packed states as floats. */
+STRUCTURE(unpack_states, {
     struct states states;
     void *output; /* (batch * heads, count, width) of type `number` */
     int64_t batch, heads, first, count;
     int32_t number;
     int32_t *bad;
-};
+})
 
 /* States to pack: (batch, heads, count, width) of type `number`, with the strides of the dimensions before the last. Of
- * each group of m channels, n are kept. The same members, in the same order, as `Packing` in cache_packing.py. */
-struct packing {
+ * each group of m channels, n are kept. */
+STRUCTURE(pack_states, {
     struct states states; /* what is written: batch * heads * count tokens; with levels in any case */
-    const void *from;
+    const void *numbers;
     const float *weight; /* (heads, width), by which errors are multiplied */
     int64_t stride[3];
     int64_t batch, heads, count, n, m;
     int64_t turns; /* in which kept channels and amplitudes are fitted to each other */
     int32_t number;
-};
-
-struct cache_kernels {
-    void (*attend)(const void *attention, int64_t first, int64_t last);  /* of (batch, heads, parts) */
-    void (*combine)(const void *attention, int64_t first, int64_t last); /* of (batch, heads) */
-    void (*unpack)(const void *unpacking, int64_t first, int64_t last);  /* of (batch * heads) */
-    void (*pack)(const void *packing, int64_t first, int64_t last);      /* of (batch * heads) */
-};
-
-extern const struct cache_kernels avx512_cache, avx2_cache, neon_cache, portable_cache;
+})
 
 static ALWAYS_INLINE void report_bad(int32_t *bad) { __atomic_store_n(bad, 1, __ATOMIC_RELAXED); }
 
@@ -100,7 +88,5 @@ static ALWAYS_INLINE int64_t value_bytes(int64_t count, int number)
 {
     return number == I5 ? (count + 1) / 2 : count * (number == I8 ? 1 : number == F32 ? 4 : 2);
 }
-
-static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #endif

@@ -1,10 +1,4 @@
-/* The kernels of the pruned cache, for aarch64. */
-#if defined(__aarch64__)
-#include "attention/cache.h"
-#include "attention/deposit.h"
-#include "product/expand_neon.h"
-#include <arm_neon.h>
-
+/* Attention with NEON, after product/neon.h. */
 static ALWAYS_INLINE float32x4_t read_quarter(const char *from, const int number)
 {
     switch (number) {
@@ -33,12 +27,4 @@ static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
     return (bytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
 }
 
-static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
-{
-    const numbers places = {31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17, 16};
-    return (lanes)((numbers)values ^ (((int32_t)bits - (numbers){0}) << places & INT32_MIN));
-}
-
-#define NAME neon
 #include "attention/kernels.h"
-#endif

@@ -1,0 +1,136 @@
+"""Checked calls of the native functions for packed weights."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from permprune.errors import PermpruneError
+from permprune.kernels import library
+from permprune.kernels.library import NUMBERS
+from permprune.kernels.product.layout import BLOCK, FLOATS, Layout
+from permprune.pattern import Pattern
+
+Weights = Any
+"""A `weights` structure of the library: pointers, which are valid while the tensors stay in place."""
+
+_MASK, _POSITIONS, _PLAIN = range(3)
+
+
+def describe(layout: Layout, blocks: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Weights:
+    """Return the tensors of a packed weight as the library reads them.
+
+    Raises `PermpruneError` if the tensors do not match (`Layout.require`), or if one is not contiguous or not on the
+    CPU.
+    """
+    layout.require(blocks, bias, order)
+    for tensor in (blocks, bias, order):
+        if tensor is not None and not (tensor.is_contiguous() and tensor.device.type == "cpu"):
+            raise PermpruneError("a packed weight has to be contiguous and on the CPU for native kernels")
+    n, m = layout.pattern.n, layout.pattern.m
+    return library.structure(
+        "weights",
+        blocks=blocks,
+        bias=bias,
+        order=order,
+        rows=blocks.shape[0],
+        width=layout.width,
+        count=layout.count,
+        slots=layout.slots,
+        number=NUMBERS[layout.dtype],
+        bias_number=0 if bias is None else NUMBERS[bias.dtype],
+        kind=_POSITIONS if layout.positions else _MASK,
+        half=2 * n == m and BLOCK // 2 % m == 0,
+    )
+
+
+def state_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Return all that `describe` reads of a tensor: while it is the same, so is the description."""
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_cpu
+
+
+def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
+    """Describe a weight that keeps everything, values (rows, width), for int8 tables and as a baseline in benchmarks.
+
+    `scale` is fp32 (rows, width / 64), for int8 only. Raises `PermpruneError` unless the width is a multiple of 64 and
+    the tensors are contiguous and match.
+    """
+    rows, width = values.shape
+    tensors = [values] if scale is None else [values, scale]
+    if width % BLOCK or not all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors):
+        raise PermpruneError(f"a plain weight has to be contiguous, on the CPU, and of a width that {BLOCK} divides")
+    if (scale is None) == (values.dtype == torch.int8) or values.dtype not in NUMBERS:
+        raise PermpruneError(f"a plain weight of {values.dtype} needs {'a scale' if scale is None else 'no scale'}")
+    if scale is not None and (scale.dtype != torch.float32 or tuple(scale.shape) != (rows, width // BLOCK)):
+        raise PermpruneError(f"a plain weight has a scale of shape {tuple(scale.shape)} and type {scale.dtype}")
+    return library.structure(
+        "weights",
+        blocks=values,
+        scale=scale,
+        rows=rows,
+        width=width,
+        count=width // BLOCK,
+        slots=BLOCK,
+        number=NUMBERS[values.dtype],
+        kind=_PLAIN,
+    )
+
+
+def multiply(weights: Weights, x: Tensor, kernels: str | None = None) -> Tensor:
+    """Return x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16, in the type of x: (batch, rows).
+
+    `kernels` is one of `library.names()`, by default the best. Raises `PermpruneError` for other input.
+    """
+    functions, index = library.require(kernels)
+    # The weights that the last product read have displaced torch from the processor's cache: each call of it here takes
+    # about 10 us, ten times as long as in a loop of its own.
+    shape = x.shape
+    if x.dtype not in FLOATS or len(shape) != 2 or shape[1] != weights.width:
+        raise PermpruneError(
+            f"activations of shape {tuple(shape)} and type {x.dtype} do not fit a packed weight of "
+            f"{weights.width} channels: give (batch, {weights.width}) of fp32, bf16 or fp16"
+        )
+    if not (x.is_contiguous() and x.is_cpu):
+        raise PermpruneError("activations have to be contiguous and on the CPU for native kernels")
+    batch = shape[0]
+    output = x.new_empty(batch, weights.rows)
+    if not output.numel():
+        return output
+    threads = library.threads(batch * weights.rows * weights.count * weights.slots)
+    status = functions.permprune_multiply(
+        ctypes.byref(weights), x.data_ptr(), NUMBERS[x.dtype], batch, output.data_ptr(), index, threads
+    )
+    if status == 3:
+        raise PermpruneError(f"a channel order names channels outside 0 to {weights.width - 1}: pack the model again")
+    library.require_done(status, f"a product of {batch} rows with a packed weight")
+    return output
+
+
+def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = None) -> None:
+    """Write rows of the weight with its zeros, from `first` on, to `output`.
+
+    `output` is a contiguous (rows, width) of fp32, bf16 or fp16. Raises `PermpruneError` if it does not fit.
+    """
+    functions, index = library.require(kernels)
+    rows, width = output.shape
+    fits = output.dtype in FLOATS and output.is_contiguous() and output.device.type == "cpu"
+    if not fits or width != weights.width or not 0 <= first <= weights.rows - rows:
+        raise PermpruneError(f"{rows} rows of a packed weight from {first} on cannot be unpacked to {output.dtype}")
+    written = output.data_ptr(), NUMBERS[output.dtype]
+    threads = library.threads(output.numel())
+    status = functions.permprune_unpack(ctypes.byref(weights), first, first + rows, *written, index, threads)
+    library.require_done(status, "unpacking a weight")
+
+
+def row_off_pattern(weights: Weights, pattern: Pattern) -> int | None:
+    """Return the first row of a packed weight whose codes do not keep the pattern, or None."""
+    functions, _ = library.require()
+    if weights.kind == _PLAIN:
+        raise PermpruneError("the codes of this weight cannot be checked by native kernels")
+    row: int = functions.permprune_check(ctypes.byref(weights), pattern.n, pattern.m)
+    return None if row < 0 else row
