@@ -84,10 +84,10 @@ def _packable(
     linears = linear_layers(model)
     layers: dict[str, Pattern] = {}
     dense: list[str] = []
-    for name, given in patterns.items():
+    for name, text in patterns.items():
         if name not in linears:
             raise PermpruneError(f"the model has no linear layer {name}: give the patterns of its own layers")
-        layer, pattern = linears[name], Pattern.parse(given)
+        layer, pattern = linears[name], Pattern.parse(text)
         if layer.expert is None and PackedLinear.replaces(layer.owner):
             try:
                 PackedWeight.layout_of(layer.weight, pattern, dtype)
@@ -114,10 +114,10 @@ def _head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:
         raise PermpruneError(f'the head cannot be "{head}": give int8, or leave it as it is')
     names = {module: name for name, module in model.named_modules()}
     embedding, linear = _token_table(model), model.get_output_embeddings()
-    found = {"embedding": names[embedding]}
+    parts = {"embedding": names[embedding]}
     if linear is not None:
-        found["tied" if linear.weight is embedding.weight else "linear"] = names[linear]
-    return found
+        parts["tied" if linear.weight is embedding.weight else "linear"] = names[linear]
+    return parts
 
 
 def _token_table(model: PreTrainedModel) -> nn.Embedding:

@@ -104,12 +104,12 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         for name, text in config.layers.items():
-            own, layer = _find(model, name)
+            path, layer = _find(model, name)
             if not isinstance(layer, (nn.Linear, Conv1D)):
                 raise PermpruneError(f"{name} is packed in the checkpoint but a {type(layer).__name__} in the model")
             pattern = Pattern.parse(text)
             packed = PackedLinear.empty(layer, pattern, config.stored, name in config.ordered)  # type: ignore[arg-type]
-            model.set_submodule(own, packed)
+            model.set_submodule(path, packed)
         for name, width in config.reordered.items():
             _, module = _find(model, name)
             reorder_output(module, torch.empty(width, dtype=torch.int64, device="meta"))
@@ -180,15 +180,15 @@ def _restored_gathers(model: nn.Module) -> list[Gather]:
     """Return the gathers that became part of a model when it was packed, and undo those of outputs."""
     from permprune.checkpoints.gathers import Gather
 
-    found = []
+    gathers = []
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and module.order is not None:
-            found.append(Gather(name, "", [name], module.order.tolist()))
+            gathers.append(Gather(name, "", [name], module.order.tolist()))
         elif (order := module._buffers.pop(ORDER, None)) is not None:
-            found.append(Gather(name, name, [], order.tolist()))
+            gathers.append(Gather(name, name, [], order.tolist()))
             for key in [key for key, hook in module._forward_hooks.items() if hook is _reorder]:
                 del module._forward_hooks[key]
-    return found
+    return gathers
 
 
 def _unpack_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -231,10 +231,10 @@ def replace_head(model: PreTrainedModel, head: Mapping[str, str], dtype: torch.d
     for part, (_, int8) in TABLES.items():
         if part not in head:
             continue
-        own, layer = _find(model, head[part])
+        path, layer = _find(model, head[part])
         options = {"dtype": dtype} if part == "embedding" else {"bias": layer.bias}
         build = int8.empty if layer.weight.is_meta else int8.pack
-        model.set_submodule(own, build(layer.weight.data, **options))  # type: ignore[arg-type]
+        model.set_submodule(path, build(layer.weight.data, **options))  # type: ignore[arg-type]
     if "tied" in head:
         _, table = _find(model, head["embedding"])
         model.set_submodule(_find(model, head["tied"])[0], TiedHead(table))  # type: ignore[arg-type]

@@ -100,17 +100,17 @@ def bench(
         rows = []
         for at, (entry, server) in enumerate(zip(entries, servers, strict=True)):
             size, resident = _ask(server, None)
-            own = [speeds[*cell, at] for cell in cells]
-            rows.append(BenchedModel(entry.name, entry.dense, size, resident, own))
+            measured = [speeds[*cell, at] for cell in cells]
+            rows.append(BenchedModel(entry.name, entry.dense, size, resident, measured))
     return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
 
 
-def report(found: Benchmark, folder: str | Path) -> None:
+def report(benchmark: Benchmark, folder: str | Path) -> None:
     """Add the benchmark to the record and the report of a folder; a folder without a record is left unchanged."""
     folder = Path(folder)
     if not (folder / RECORD).exists():
         return
-    values = dataclasses.replace(read_record(folder), bench=found).to_json()
+    values = dataclasses.replace(read_record(folder), bench=benchmark).to_json()
     write_json(folder / RECORD, values)
     write_report(values, folder / REPORT)
 
@@ -144,26 +144,26 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
     processes = []
     try:
         for entry in track(entries, "loading", len(entries)):
-            own, other = context.Pipe()
+            connection, other = context.Pipe()
             process = context.Process(target=_serve, args=(other, entry), daemon=True)
             with without_main():
                 process.start()
             other.close()
             processes.append(process)
             try:
-                _receive(own)
+                _receive(connection)
             except OtherModelError as error:
                 refused[entry.name] = error
                 continue
             served.append(entry)
-            servers.append(own)
+            servers.append(connection)
         if refused and not any(entry.kv for entry in served):
             raise next(iter(refused.values()))
         for name, reason in refused.items():
             log.warning("%s is not measured: %s", name, reason)
         yield served, servers
-        for own in servers:
-            own.send(END)
+        for server in servers:
+            server.send(END)
         for process in processes:
             process.join()
     finally:
@@ -179,14 +179,14 @@ def _ask(server: Connection, question: tuple[int, int, int] | None) -> Any:
 
 def _receive(server: Connection) -> Any:
     try:
-        answer = server.recv()
+        reply = server.recv()
     except EOFError:
         raise PermpruneError(
             "a process of the benchmark died, perhaps because memory ran out: measure fewer models, or smaller batches"
         ) from None
-    if isinstance(answer, PermpruneError):
-        raise answer
-    return answer
+    if isinstance(reply, PermpruneError):
+        raise reply
+    return reply
 
 
 def _load(entry: _Entry) -> PreTrainedModel:

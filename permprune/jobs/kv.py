@@ -141,9 +141,9 @@ def find_channels(
     """
     generator = torch.Generator().manual_seed(seed)
     shares: dict[str, list[Tensor]] = {side: [] for side in SIDES}
-    found: LayerChannels = {}
+    channels: LayerChannels = {}
     for number in track(sorted(observed), "ordering channels"):
-        layer, own = observed[number], []
+        layer, sides = observed[number], []
         for side, states in zip(SIDES, layer.states(), strict=True):
             pattern = pattern_of(getattr(config, side), states.shape[2], config.dtype)
             weight = layer.query_weights() if side == "keys" else torch.ones(states.shape[0], states.shape[2])
@@ -157,10 +157,10 @@ def find_channels(
                 if side == "keys" or order_values:
                     order = torch.stack([_order(head, pattern, method, generator) for head in score])
                 shares[side].append(torch.stack([_kept(score, o, pattern) for o in (natural, order)]))
-            own.append(fit_channels(states, weight, order, pattern, mean))
-        found[number] = own[0], own[1]
+            sides.append(fit_channels(states, weight, order, pattern, mean))
+        channels[number] = sides[0], sides[1]
     kept = {side: Kept(*torch.stack(pairs).mean(0).tolist()) for side, pairs in shares.items() if pairs}
-    return found, kept
+    return channels, kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evalu
     """Measure the perplexity with the dense and with the pruned cache."""
     model, windows = opened.model, evaluation.examples(opened.model, opened.processor)
     dense = perplexity(model, windows, EVALUATION_BATCH)
-    found = cached_perplexity(
+    cached = cached_perplexity(
         model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), EVALUATION_BATCH
     )
     return Measurement(
@@ -205,9 +205,9 @@ def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evalu
         length=windows["input_ids"].shape[1],
         count=dense.count,
         dense=dense.value,
-        pruned=found.result.value,
-        dense_bytes=found.dense_nbytes,
-        pruned_bytes=found.nbytes,
+        pruned=cached.result.value,
+        dense_bytes=cached.dense_nbytes,
+        pruned_bytes=cached.nbytes,
     )
 
 

@@ -139,7 +139,8 @@ def _read(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Proce
 def _sizes(model: PreTrainedModel, names: set[str]) -> tuple[int, int]:
     """Return the bytes of all tensors of a model, tied ones counted once, and the bytes of the named layers."""
     layers = [layer for name, layer in linear_layers(model).items() if name in names]
-    modules = [layer.module.state_dict().values() for layer in layers if layer.expert is None]
-    own = [tensor for tensors in modules for tensor in tensors]
-    own += [layer.weight for layer in layers if layer.expert is not None]
-    return stored_bytes(model), sum(tensor.nbytes for tensor in own)
+    tensors = [layer.weight for layer in layers if layer.expert is not None]
+    for layer in layers:
+        if layer.expert is None:
+            tensors += layer.module.state_dict().values()
+    return stored_bytes(model), sum(tensor.nbytes for tensor in tensors)

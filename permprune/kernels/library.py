@@ -98,8 +98,8 @@ def structure(name: str, **members: Any) -> Any:
 
 def require(kernels: str | None = None) -> tuple[ctypes.CDLL, int]:
     """Return `chosen`. Raises `PermpruneError` where native kernels are not available."""
-    if found := chosen(kernels):
-        return found
+    if selected := chosen(kernels):
+        return selected
     raise PermpruneError("native kernels are not available here")
 
 

@@ -117,7 +117,7 @@ def default_pattern(width: int, dtype: str = KVConfig.dtype) -> Pattern:
 
     def size(kept: int) -> int:
         parts = part_sizes(stored, width, Pattern(kept, width), recovers=True)
-        return sum(count * own.itemsize for count, own in parts.values())
+        return sum(count * stored.itemsize for count, stored in parts.values())
 
     fitting = (n for n in range(2, width) if size(n) <= 2 * width * SHARES[name])
     return Pattern(max(fitting, default=1), width)

@@ -45,11 +45,11 @@ def cached_perplexity(
     sizes = [(0, 0)]
 
     def logits_of(model: nn.Module, part: Examples) -> Tensor:
-        held, found = cache(), []
+        pruned, logits = cache(), []
         for tokens in part["input_ids"].split(CHUNK, 1):
-            found.append(model(input_ids=tokens, **cache_argument(model, held)).logits)
-        sizes.append((held.nbytes, held.dense_nbytes))
-        return torch.cat(found, 1)
+            logits.append(model(input_ids=tokens, **cache_argument(model, pruned)).logits)
+        sizes.append((pruned.nbytes, pruned.dense_nbytes))
+        return torch.cat(logits, 1)
 
     result = perplexity(model, windows, batch, logits_of)
     return CachedPerplexity(result, *max(sizes))

@@ -119,16 +119,11 @@ def weights_of(model: PreTrainedModel) -> dict[str, str]:
 def write_cache(folder: Path, channels: LayerChannels, record: KVRecord) -> None:
     """Write the files into an existing folder. Raises `PermpruneError` if they cannot be written."""
     tensors = {
-        f"layers.{number}.{side}.{name}": tensor.contiguous()
+        f"layers.{number}.{side}.{name}": tensor.to(dtype).contiguous()
         for number, pair in channels.items()
-        for side, own in zip(("keys", "values"), pair, strict=True)
-        for name, tensor in (
-            ("order", own.order.to(torch.int32)),
-            ("weight", own.weight),
-            ("level", own.level),
-            ("mean", own.mean),
-        )
-        if tensor is not None
+        for side, channels_of_side in zip(("keys", "values"), pair, strict=True)
+        for name, dtype in DTYPES.items()
+        if (tensor := getattr(channels_of_side, name)) is not None
     }
     write_whole(folder / TENSORS, lambda path: save_file(tensors, path))
     write_json(folder / RECORD, encode(dataclasses.replace(record, contents=_contents(record.config, tensors))))

@@ -27,17 +27,17 @@ def fold_values(model: PreTrainedModel, channels: LayerChannels, example: Mappin
     coupling = discover(model, example)
     tables = {_space(model, coupling, i, values).name: values.order for i, (_, values) in channels.items()}
     fold_all(model, tables, coupling)
-    return {i: (keys, _in_place(values)) for i, (keys, values) in channels.items()}
-
-
-def _in_place(values: Channels) -> Channels:
-    return dataclasses.replace(values, order=torch.arange(values.shape[1]).expand(values.shape).contiguous())
+    folded = {}
+    for i, (keys, values) in channels.items():
+        heads, width = values.shape
+        folded[i] = keys, dataclasses.replace(values, order=torch.arange(width).repeat(heads, 1))
+    return folded
 
 
 def _space(model: PreTrainedModel, coupling: Coupling, number: int, values: Channels) -> ChannelSpace:
     """Return the space of a layer's value channels: inside its attention, with a block for each head, and read."""
-    inside = tuple(f"{name}." for name, own in model.named_modules() if getattr(own, "layer_idx", None) == number)
-    found = [
+    inside = tuple(f"{name}." for name, module in model.named_modules() if getattr(module, "layer_idx", None) == number)
+    spaces = [
         space
         for space in coupling.spaces
         if (space.blocks, space.size) == values.shape
@@ -45,9 +45,9 @@ def _space(model: PreTrainedModel, coupling: Coupling, number: int, values: Chan
         and space.readers
         and all(member.parameter.startswith(inside) for member in space.members)
     ]
-    if len(found) != 1:
+    if len(spaces) != 1:
         raise PermpruneError(
             f"the order of the values of layer {number} cannot be folded, since the model's graph does not show which "
             "weights write and read them: leave out --fold"
         )
-    return found[0]
+    return spaces[0]

@@ -69,9 +69,9 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Allocate for states of this type and shape. Raises `PermpruneError` if the channels have another shape."""
         self.dtype, self.device = key_states.dtype, key_states.device
         packed = []
-        for name, states, given in zip(("keys", "values"), (key_states, value_states), self.channels, strict=True):
+        for name, states, channels in zip(("keys", "values"), (key_states, value_states), self.channels, strict=True):
             shape = states.shape[1], states.shape[3]
-            channels = Channels.natural(*shape) if given is None else given
+            channels = channels or Channels.natural(*shape)
             if channels.shape != shape:
                 raise PermpruneError(
                     f"the cache is for {name} of {channels.shape[0]} heads of {channels.shape[1]} channels, and the "
@@ -94,7 +94,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self.packed is not None
         past, new = self.get_seq_length(), (key_states, value_states)
         channels = [packed.channels for packed in self.packed]
-        arranged = [own.centred(own.arrange(states)) for own, states in zip(channels, new, strict=True)]
+        arranged = [side.centred(side.arrange(states)) for side, states in zip(channels, new, strict=True)]
         whole = [torch.cat(pair, 2) for pair in zip((self.keys, self.values), arranged, strict=True)]
         count, before = past + key_states.shape[2], self.packed[0].length
         if self.places is not None:
@@ -152,8 +152,8 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.places = self.places[:, :left]
             if (self.places >= left).any():
                 raise PermpruneError("the cache is cropped into left padding: make a new one")
-        for own in self.packed:
-            own.truncate(packed)
+        for tokens in self.packed:
+            tokens.truncate(packed)
         self.keys, self.values = (states[:, :, : left - packed].clone() for states in (self.keys, self.values))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -263,7 +263,7 @@ class _View(Source, States):
     def _runs_native(self, call: Call) -> bool:
         """Return whether the native kernel computes this: a few queries on the CPU that read the same packed tokens."""
         types = {call.query.dtype, *(states.dtype for states in self.whole)}
-        packed = not self.before or all(own.native_states() is not None for own in self.packed)
+        packed = not self.before or all(tokens.native_states() is not None for tokens in self.packed)
         on_cpu = call.query.device.type == "cpu" and library.available()
         return on_cpu and packed and types <= set(FLOATS) and self._is_decoding(call)
 
@@ -332,14 +332,14 @@ class _View(Source, States):
             yield Segment(0, keys[:, :, :sinks], values[:, :, :sinks])
         for start in range(0, most, size):
             stop = min(start + size, most)
-            own = [packed.read(start, stop, keys.dtype) for packed in self.packed]
+            states = [packed.read(start, stop, keys.dtype) for packed in self.packed]
             visible = torch.arange(start, stop, device=keys.device) < limits if stop > least else None
-            yield Segment(sinks + start, own[0], own[1], visible)
+            yield Segment(sinks + start, states[0], states[1], visible)
         for start in range(least, self.length - sinks, size):
             at, stop = sinks + start - self.before, min(start + size, self.length - sinks)
-            own = [states[:, :, at : at + stop - start] for states in self.whole]
+            states = [side[:, :, at : at + stop - start] for side in self.whole]
             visible = torch.arange(start, stop, device=keys.device) >= limits if start < most else None
-            yield Segment(sinks + start, own[0], own[1], visible)
+            yield Segment(sinks + start, states[0], states[1], visible)
 
     def _reads_packed(self, position: int) -> int:
         """Return how many packed tokens a query reads."""

@@ -119,7 +119,9 @@ class QuadraticModel:
             for bundle in bundles:
                 moments = bundle.moments(torch.arange(problem.size))
                 for rows in bundle.rows:
-                    errors = (pruned_weights(weight, score, model.groups, model.pattern) for weight, score in rows.read())
+                    errors = (
+                        pruned_weights(weight, score, model.groups, model.pattern) for weight, score in rows.read()
+                    )
                     rows.slopes += [moments @ error for error in errors]
         return model
 

@@ -28,6 +28,6 @@ def add_rounded_(total: Tensor, value: Tensor, seed: int) -> None:
     `seed`, from 0 to 2**32 - 1, has to differ from call to call.
     """
     size = CHUNK.get(total.device.type, 2**24)
-    parts = zip(total.view(-1).split(size), value.reshape(-1).split(size), strict=True)
-    for number, (own, more) in enumerate(parts):
-        own.copy_(rounded(own.float().add_(more), (seed + number * size * STEP) % 2**32))
+    chunks = zip(total.view(-1).split(size), value.reshape(-1).split(size), strict=True)
+    for number, (sums, values) in enumerate(chunks):
+        sums.copy_(rounded(sums.float().add_(values), (seed + number * size * STEP) % 2**32))

@@ -87,9 +87,9 @@ def _adam_step(
     seed: int,
 ) -> None:
     mask = unpack_mask(bits, weight.shape[1])
-    own = gradient[mask].float().view_as(mean)
-    first = mean.float().mul_(betas[0]).add_(own, alpha=1 - betas[0])
-    second = square.float().mul_(betas[1]).addcmul_(own, own, value=1 - betas[1])
+    kept = gradient[mask].float().view_as(mean)
+    first = mean.float().mul_(betas[0]).add_(kept, alpha=1 - betas[0])
+    second = square.float().mul_(betas[1]).addcmul_(kept, kept, value=1 - betas[1])
     mean.copy_(first)
     square.copy_(second)
     value = weight[mask].float().sub_((first * rate / (second.sqrt() * root + EPSILON)).flatten())

@@ -54,10 +54,10 @@ class Packed:
         kind = 0
         if self.pattern is not None:
             kind = 1 + self.pattern.n if self.pattern in PLANES else 1
-        found = {"KIND": kind, "SIGNS": "amplitude" in self.parts, "SCALED": "scale" in self.parts}
-        found["INT5"] = self.parts["values"].dtype == INT5
-        found["WIDTH"] = max(SMALLEST, triton.next_power_of_2(self.level.shape[-1]))
-        return {f"{side}_{name}": value for name, value in found.items()}
+        arguments = {"KIND": kind, "SIGNS": "amplitude" in self.parts, "SCALED": "scale" in self.parts}
+        arguments["INT5"] = self.parts["values"].dtype == INT5
+        arguments["WIDTH"] = max(SMALLEST, triton.next_power_of_2(self.level.shape[-1]))
+        return {f"{side}_{name}": value for name, value in arguments.items()}
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def _attend(
     head, part, row, channel = line % heads, tl.program_id(1), tl.arange(0, ROWS), tl.arange(0, K_WIDTH)
     used = row < rows
     shown = used[:, None] & (channel[None, :] < k_width)
-    own = tl.load(query + (line * rows + row)[:, None] * k_width + channel[None, :], mask=shown, other=0)
+    queries = tl.load(query + (line * rows + row)[:, None] * k_width + channel[None, :], mask=shown, other=0)
     largest = tl.full((ROWS,), -3.4028234663852886e38, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     result = tl.zeros((ROWS, V_WIDTH), tl.float32)
@@ -142,7 +142,7 @@ def _attend(
             k_values, k_code, k_signs, k_amplitude, k_scale, k_level, line * k_capacity + position, inside, head,
             k_width, k_kept, k_size, k_code_bytes, k_sign_bytes, K_KIND, K_SIGNS, K_SCALED, K_INT5, K_WIDTH,
         )  # fmt: skip
-        score = tl.dot(own, tl.trans(keys), input_precision="ieee")
+        score = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if CAPPED:
             small = tl.exp(-2 * tl.abs(score / softcap))
             score = tl.where(score < 0, -softcap, softcap) * (1 - small) / (1 + small)

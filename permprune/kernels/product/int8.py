@@ -38,8 +38,8 @@ def int8_linear(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -
         y = native.multiply(native.describe_plain(values, scale), rows.contiguous())
     else:
         rounded = round_to_int8(rows.float()) if len(rows) <= LARGEST_BATCH else rows.float()
-        parts = zip(values.split(ROWS), scale.split(ROWS), strict=True)
-        y = torch.cat([rounded @ dequantize(own, factor).T for own, factor in parts], -1).to(x.dtype)
+        tiles = (dequantize(*tile) for tile in zip(values.split(ROWS), scale.split(ROWS), strict=True))
+        y = torch.cat([rounded @ tile.T for tile in tiles], -1).to(x.dtype)
     if bias is not None:
         y = (y + bias).to(x.dtype)
     return y.view(*x.shape[:-1], len(values))
@@ -59,8 +59,8 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     values, scale, bias = ctx.saved_tensors
     x = None
     if ctx.needs_input_grad[0]:
-        parts = zip(gradient.split(ROWS, -1), values.split(ROWS), scale.split(ROWS), strict=True)
-        x = sum(part.float() @ dequantize(own, factor) for part, own, factor in parts)
+        tiles = zip(gradient.split(ROWS, -1), values.split(ROWS), scale.split(ROWS), strict=True)
+        x = sum(rows.float() @ dequantize(integers, steps) for rows, integers, steps in tiles)
     return None if x is None else x.to(gradient.dtype), None, None, bias_gradient(ctx, gradient, bias, 3)
 
 

@@ -60,12 +60,12 @@ class PackedLinear(nn.Module):
         x = (x * torch.logspace(-3, 5, 5)[:, None]).to(weight.device)
         expected, forward = F.linear(x, weight, exact.bias), cast(Any, type(exact)).forward  # without hooks
         try:
-            found = forward(exact, x)
+            result = forward(exact, x)
         except (RuntimeError, TypeError, ValueError):  # it reads something else
             return False
-        if not isinstance(found, Tensor) or found.shape != expected.shape:
+        if not isinstance(result, Tensor) or result.shape != expected.shape:
             return False
-        return bool(((found - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all())
+        return bool(((result - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all())
 
     @classmethod
     def pack(cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, order: Tensor | None = None) -> PackedLinear:

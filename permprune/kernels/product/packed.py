@@ -70,13 +70,13 @@ class PackedWeight:
         """Return the weight (rows, width) with its zeros, rounded to `dtype`."""
         rows, width = self.blocks.shape[0], self.layout.width
         weight = torch.empty(rows, width, dtype=dtype, device=self.blocks.device)
-        for part in _parts(rows, width):
-            own = PackedWeight(self.layout, self.blocks[part])
-            kept, values, scale = own.kept, own.values.float(), own.scale
+        for lines in _parts(rows, width):
+            some = PackedWeight(self.layout, self.blocks[lines])
+            kept, values, scale = some.kept, some.values.float(), some.scale
             if scale is not None:
                 values = values * scale.unsqueeze(-1)
             rank = (kept.cumsum(-1) - 1).clamp_(0, values.shape[-1] - 1)
-            weight[part] = torch.where(kept, values.gather(-1, rank), 0).flatten(1)[:, :width].to(dtype)
+            weight[lines] = torch.where(kept, values.gather(-1, rank), 0).flatten(1)[:, :width].to(dtype)
         return weight
 
     @property
