@@ -51,7 +51,14 @@ def adam_step(
     rate, root = rate / (1 - first**step), 1 / math.sqrt(1 - second**step)
     contiguous = all(tensor.is_contiguous() and tensor.is_cpu for tensor in (*tensors, bits))
     if not (contiguous and library.available()):
-        _adam_step(weight, gradient, bits, mean, square, rate=rate, root=root, betas=betas, seed=seed)
+        mask = unpack_mask(bits, weight.shape[1])
+        kept_gradient = gradient[mask].float().view_as(mean)
+        new_mean = mean.float().mul_(first).add_(kept_gradient, alpha=1 - first)
+        new_square = square.float().mul_(second).addcmul_(kept_gradient, kept_gradient, value=1 - second)
+        mean.copy_(new_mean)
+        square.copy_(new_square)
+        value = weight[mask].float().sub_((new_mean * rate / (new_square.sqrt() * root + EPSILON)).flatten())
+        weight[mask] = value if weight.dtype == torch.float32 else rounded(value, seed)
         return
     library.run(
         "step",
@@ -72,25 +79,3 @@ def adam_step(
         seed=seed,
         number=library.NUMBERS[weight.dtype],
     )
-
-
-def _adam_step(
-    weight: Tensor,
-    gradient: Tensor,
-    bits: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    *,
-    rate: float,
-    root: float,
-    betas: tuple[float, float],
-    seed: int,
-) -> None:
-    mask = unpack_mask(bits, weight.shape[1])
-    kept = gradient[mask].float().view_as(mean)
-    first = mean.float().mul_(betas[0]).add_(kept, alpha=1 - betas[0])
-    second = square.float().mul_(betas[1]).addcmul_(kept, kept, value=1 - betas[1])
-    mean.copy_(first)
-    square.copy_(second)
-    value = weight[mask].float().sub_((first * rate / (second.sqrt() * root + EPSILON)).flatten())
-    weight[mask] = value if weight.dtype == torch.float32 else rounded(value, seed)

@@ -201,10 +201,25 @@ static ALWAYS_INLINE __m512 add_dot(__m512 sum, two_blocks two, __m512i x, float
 
 #define SUM __m512
 #define ZERO() _mm512_setzero_ps()
-#define TWO_BLOCKS two_blocks
+
+static ALWAYS_INLINE void add_two_i8(SUM sums[][WIDE_BATCH], const two_blocks *two, const char *const *block,
+                                     const struct product *job, int64_t pair, int64_t n, const int batch)
+{
+    (void)block;
+    UNROLLED for (int b = 0; b < batch; b++) {
+        const int64_t place = wide_place(pair, job->weights->count, n, b, batch);
+        VECTOR channels = LOAD((const int8_t *)job->staged->values + place * BLOCK);
+        UNROLLED for (int p = 0; p < PAIRS; p++)
+            sums[p][b] = add_dot(sums[p][b], two[p], channels, job->staged->scale[place]);
+    }
+}
+
+#define NAME two_rows_i8
+#define BYTES(weights) (HEADER_I8 + (weights)->slots)
+#define TWO two_blocks
 #define READ_TWO(first, second) read_two(first, second)
-#define ADD_DOT(sum, two, x, scale) add_dot(sum, two, x, scale)
-#include "product/two_rows_i8.h"
+#define ADD_TWO add_two_i8
+#include "product/two_rows.h"
 
 /* ---- int8, any pattern ---- */
 

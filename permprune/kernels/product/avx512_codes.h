@@ -1,6 +1,4 @@
 /* How AVX-512 reads codes, inside BEGIN_TARGET and END_TARGET. */
-#include "product/two_rows.h"
-
 enum { OR_AND = 0xf8 }; /* of ternarylogic: a | (b & c) */
 
 /* The channels that a mask keeps, in the first 32 bytes. */

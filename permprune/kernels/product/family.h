@@ -9,8 +9,12 @@
  * If activations can be picked by an index, also the type INDEX; PICK(VECTOR, INDEX, VECTOR); READ_HALF(const WEIGHT *),
  * BLOCK / 2 values as a HALF, and PART(HALF, int step), LANES of them; and for each kind of code what pick.h expects:
  * MASK_PLACES, DECODE_MASK and AT_MASK, and the same of POSITIONS. Then weights that keep half of
- * each block are multiplied that way; and, if there is also what two_rows_floats.h expects, those with POSITIONS two rows
- * at a time in batches for which that is faster. Expanding the weight works for any pattern.
+ * each block are multiplied that way. Expanding the weight works for any pattern.
+ *
+ * If PICK_IN_GROUPS(VECTOR, INDEX) is defined, those with POSITIONS are multiplied two rows at a time (two_rows.h) in batches
+ * for which that is faster. Expects then TWO_CODES(const char *, const char *), the codes of two blocks, a CODES;
+ * INDEX_IN_GROUPS(CODES, int step), the INDEX of what both keep of the channels of vector `step`; ALTERNATE(VECTOR, VECTOR,
+ * int half), one half of two vectors of kept values, in the same order; and TOTAL_OF_ROW.
  */
 #define STEPS (BLOCK / LANES)
 #define CHAINS (STEPS < 4 ? 2 : 4)
@@ -85,7 +89,33 @@ static ALWAYS_INLINE void PASTE(dense_add_, KIND)(SUM sums[][TILE_BATCH][CHAINS]
 #endif
 
 #ifdef PICK_IN_GROUPS
-#include "product/two_rows_floats.h"
+static ALWAYS_INLINE void PASTE(add_two_, KIND)(SUM sums[][WIDE_BATCH], const CODES *codes, const char *const *block,
+                                                const struct product *job, int64_t pair, int64_t n, const int batch)
+{
+    UNROLLED for (int step = 0; step < STEPS; step++) {
+        VECTOR w[PAIRS];
+        INDEX index[PAIRS];
+        UNROLLED for (int p = 0; p < PAIRS; p++) {
+            const int64_t kept = CODE + step / 2 * LANES * (int64_t)sizeof(WEIGHT);
+            w[p] = ALTERNATE(KEPT((const WEIGHT *)(block[2 * p] + kept)),
+                             KEPT((const WEIGHT *)(block[2 * p + 1] + kept)), step % 2);
+            index[p] = INDEX_IN_GROUPS(codes[p], step);
+        }
+        UNROLLED for (int b = 0; b < batch; b++) {
+            const int64_t place = wide_place(pair, job->weights->count, n, b, batch) * BLOCK + step * LANES;
+            VECTOR channels = LOAD((const STAGED *)job->staged->values + place);
+            UNROLLED for (int p = 0; p < PAIRS; p++)
+                sums[p][b] = FMA(sums[p][b], w[p], PICK_IN_GROUPS(channels, index[p]));
+        }
+    }
+}
+
+#define NAME PASTE(two_rows_, KIND)
+#define BYTES(weights) (CODE + (weights)->slots * (int64_t)sizeof(WEIGHT))
+#define TWO CODES
+#define READ_TWO(first, second) TWO_CODES(first, second)
+#define ADD_TWO PASTE(add_two_, KIND)
+#include "product/two_rows.h"
 #endif
 
 static void PASTE(product_, KIND)(const void *own, int64_t first, int64_t last)

@@ -25,6 +25,10 @@ enum { HEADER_I8 = 12 }; /* bytes of a code and a scale */
 enum { TILE_ROWS = 4 };  /* rows of the weight that a tile multiplies at once */
 enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at once */
 
+/* Of the tiles of two_rows.h: */
+enum { WIDE_BATCH = 2 * TILE_BATCH }; /* rows of the activations that a tile multiplies at once: two groups of staged ones */
+enum { PAIRS = TILE_ROWS / 2 };       /* of rows of the weight */
+
 enum kind { MASK, POSITIONS, PLAIN };
 
 STRUCTURE(weights, {
@@ -136,6 +140,16 @@ static ALWAYS_INLINE const void *readable(const void *from, const void *end, voi
     if (left > 0)
         memcpy(room, from, (size_t)left);
     return room;
+}
+
+/* The place among the staged blocks of block `n` of row `b` of the activations of a tile: of pair `pair` of groups, in which
+ * there are `batch` rows. */
+static ALWAYS_INLINE int64_t wide_place(int64_t pair, int64_t count, int64_t n, int b, const int batch)
+{
+    const int64_t first = pair * WIDE_BATCH * count, second = first + TILE_BATCH * count;
+    if (b < TILE_BATCH)
+        return first + n * (batch < TILE_BATCH ? batch : TILE_BATCH) + b;
+    return second + n * (batch - TILE_BATCH) + b - TILE_BATCH;
 }
 
 /* With several groups of activations, the rows of a tile are read from memory for the first group and from the cache for

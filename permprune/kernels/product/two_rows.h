@@ -1,50 +1,66 @@
-/* What the kernels of two_rows_floats.h and two_rows_i8.h share: 2:4 weights in batches, two rows of the weight at a time.
+/* y = x W^T for 2:4 weights in batches, two rows of the weight at a time: NAME, a kernel for whole tiles of rows, which
+ * returns the first of the rows that are left.
  *
  * A shuffle within groups of four channels is cheaper than `PICK`, which chooses from two vectors, and fills all its
  * lanes: of the four results of a group, two are what one row keeps, and two what another row keeps. The two rows share a
  * vector of sums, so that with the same registers a tile has twice the activations: it decodes the weight half as often.
+ *
+ * Expects NAME; BYTES(weights), those of a block; SUM, ZERO, and TOTAL_OF_ROW(SUM, int row), of row 0 or 1;
+ * READ_TWO(const char *, const char *), what is read of two blocks, a TWO; and ADD_TWO(sums, two, block, job, pair, n,
+ * batch), which adds the products of a block of each row with block `n` of the activations to the sums.
  */
-#ifndef PERMPRUNE_TWO_ROWS_H
-#define PERMPRUNE_TWO_ROWS_H
-
-#include "product/packed.h"
-
-enum { WIDE_BATCH = 2 * TILE_BATCH }; /* rows of the activations that a tile multiplies at once: two groups of staged ones */
-enum { PAIRS = TILE_ROWS / 2 };       /* of rows of the weight */
-
-/* The place among the staged blocks of block `n` of row `b` of the activations of a tile: of pair `pair` of groups, in which
- * there are `batch` rows. */
-static ALWAYS_INLINE int64_t wide_place(int64_t pair, int64_t count, int64_t n, int b, const int batch)
+static ALWAYS_INLINE void PASTE(NAME, _tile)(const struct product *job, int64_t row, int64_t apart, int64_t pair,
+                                             const int batch)
 {
-    const int64_t first = pair * WIDE_BATCH * count, second = first + TILE_BATCH * count;
-    if (b < TILE_BATCH)
-        return first + n * (batch < TILE_BATCH ? batch : TILE_BATCH) + b;
-    return second + n * (batch - TILE_BATCH) + b - TILE_BATCH;
+    const struct weights *weights = job->weights;
+    const int64_t count = weights->count, size = BYTES(weights);
+    const char *const tile = weights->blocks + row * count * size;
+    const char *block[TILE_ROWS];
+    SUM sums[PAIRS][WIDE_BATCH];
+    UNROLLED for (int r = 0; r < TILE_ROWS; r++)
+        block[r] = tile + r * apart * count * size;
+    UNROLLED for (int p = 0; p < PAIRS; p++)
+        UNROLLED for (int b = 0; b < batch; b++)
+            sums[p][b] = ZERO();
+    for (int64_t n = 0; n < count; n++) {
+        TWO two[PAIRS];
+        fetch_ahead(job, tile, apart * count * size, size, TILE_ROWS, WIDE_BATCH, pair, n);
+        UNROLLED for (int p = 0; p < PAIRS; p++)
+            two[p] = READ_TWO(block[2 * p], block[2 * p + 1]);
+        ADD_TWO(sums, two, block, job, pair, n, batch);
+        UNROLLED for (int r = 0; r < TILE_ROWS; r++)
+            block[r] += size;
+    }
+    UNROLLED for (int r = 0; r < TILE_ROWS; r++)
+        UNROLLED for (int b = 0; b < batch; b++)
+            write_output(job, pair * WIDE_BATCH + b, row + r * apart, TOTAL_OF_ROW(sums[r / 2][b], r % 2));
 }
 
-/* As DEFINE_TILED, but the rest of the rows is left: NAME returns the first of them. */
-#define DEFINE_WIDE_TILED(NAME, TILE) DEFINE_WIDE_TILED_(NAME, TILE)
-#define DEFINE_WIDE_TILED_(NAME, TILE)                                                                                 \
-    static ALWAYS_INLINE void NAME##_groups(const struct product *job, int64_t row, int64_t apart)                     \
-    {                                                                                                                  \
-        const int64_t batch = job->staged->batch;                                                                      \
-        for (int64_t pair = 0; pair * WIDE_BATCH < batch; pair++)                                                      \
-            switch (batch - pair * WIDE_BATCH) {                                                                       \
-            case 1: TILE(job, row, apart, pair, 1); break;                                                             \
-            case 2: TILE(job, row, apart, pair, 2); break;                                                             \
-            case 3: TILE(job, row, apart, pair, 3); break;                                                             \
-            case 4: TILE(job, row, apart, pair, 4); break;                                                             \
-            case 5: TILE(job, row, apart, pair, 5); break;                                                             \
-            case 6: TILE(job, row, apart, pair, 6); break;                                                             \
-            case 7: TILE(job, row, apart, pair, 7); break;                                                             \
-            default: TILE(job, row, apart, pair, 8);                                                                   \
-            }                                                                                                          \
-    }                                                                                                                  \
-    static int64_t NAME(const struct product *job, int64_t first, int64_t last)                                        \
-    {                                                                                                                  \
-        int64_t row = first;                                                                                           \
-        FOR_TILES(TILE_ROWS, NAME##_groups(job, row, apart))                                                           \
-        return row;                                                                                                    \
-    }
+static ALWAYS_INLINE void PASTE(NAME, _groups)(const struct product *job, int64_t row, int64_t apart)
+{
+    const int64_t batch = job->staged->batch;
+    for (int64_t pair = 0; pair * WIDE_BATCH < batch; pair++)
+        switch (batch - pair * WIDE_BATCH) {
+        case 1: PASTE(NAME, _tile)(job, row, apart, pair, 1); break;
+        case 2: PASTE(NAME, _tile)(job, row, apart, pair, 2); break;
+        case 3: PASTE(NAME, _tile)(job, row, apart, pair, 3); break;
+        case 4: PASTE(NAME, _tile)(job, row, apart, pair, 4); break;
+        case 5: PASTE(NAME, _tile)(job, row, apart, pair, 5); break;
+        case 6: PASTE(NAME, _tile)(job, row, apart, pair, 6); break;
+        case 7: PASTE(NAME, _tile)(job, row, apart, pair, 7); break;
+        default: PASTE(NAME, _tile)(job, row, apart, pair, 8);
+        }
+}
 
-#endif
+static int64_t NAME(const struct product *job, int64_t first, int64_t last)
+{
+    int64_t row = first;
+    FOR_TILES(TILE_ROWS, PASTE(NAME, _groups)(job, row, apart))
+    return row;
+}
+
+#undef NAME
+#undef BYTES
+#undef TWO
+#undef READ_TWO
+#undef ADD_TWO
