@@ -13,13 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from permprune.errors import FinalError, PermpruneError
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
+    from filelock import FileLock, Timeout
+
     from permprune.system import distributed
 
 MARKER, LOCK, SCRATCH = ".permprune", ".lock", "scratch"
@@ -124,7 +125,7 @@ class WorkFolder:
         not write or the state of another job; if it contains the state of an interrupted run and `resume` is False; and
         in the cases of `require_absent` and `require_writable`.
         """
-        lock = FileLock(self.path / LOCK, timeout=0)
+        lock = FileLock(self.path / LOCK, timeout=0)  # from here on `Timeout` is imported as well
         distributed.on_first(lambda: self._open(lock, job, resume))
         try:
             yield self

@@ -6,7 +6,10 @@ import ctypes
 import sys
 from pathlib import Path
 
-import psutil
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    import psutil
 
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 """Options of glibc's `mallopt`."""
