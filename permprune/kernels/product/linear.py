@@ -64,18 +64,8 @@ def packed_linear(
 
 
 @packed_linear.register_fake
-def _(
-    x: Tensor,
-    blocks: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    width: int,
-    n: int,
-    m: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    if torch.onnx.is_in_onnx_export():
-        raise PermpruneError("packed layers have no ONNX form: export the model after permprune.unpack(model)")
+def _(x: Tensor, blocks: Tensor, bias: Tensor | None, order: Tensor | None, width: int, *stored: Any) -> Tensor:
+    n, m, dtype = stored
     _require_fit(Layout(Pattern(n, m), dtype, width), x, blocks, bias, order)
     return x.new_empty(*x.shape[:-1], blocks.shape[0])
 
@@ -102,7 +92,7 @@ def packed_linear_backward(
 
 
 @packed_linear_backward.register_fake
-def _(gradient: Tensor, blocks: Tensor, order: Tensor | None, width: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
+def _(gradient: Tensor, blocks: Tensor, order: Tensor | None, width: int, *_: Any) -> Tensor:
     return gradient.new_empty(*gradient.shape[:-1], width)
 
 
