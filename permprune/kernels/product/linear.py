@@ -65,6 +65,8 @@ def packed_linear(
 
 @packed_linear.register_fake
 def _(x: Tensor, blocks: Tensor, bias: Tensor | None, order: Tensor | None, width: int, *stored: Any) -> Tensor:
+    if torch.onnx.is_in_onnx_export():
+        raise PermpruneError("packed layers have no ONNX form: export the model after permprune.unpack(model)")
     n, m, dtype = stored
     _require_fit(Layout(Pattern(n, m), dtype, width), x, blocks, bias, order)
     return x.new_empty(*x.shape[:-1], blocks.shape[0])
