@@ -211,14 +211,10 @@ class MaskedLayers:
         An order that changes afterwards sets the masks of its columns by the scores again.
         """
         self.updated.clear()
-        orders = self.current()
+        stored = self.stored_columns()
         for name in self._refined - bits.keys():
-            score, pattern = self.scores[name], self.patterns[name]
-            mask = pattern.mask(score)
-            for problem in self.problems:
-                for part in problem.parts:
-                    if part.layer == name:
-                        write_mask(mask, score, part.columns[orders[problem.name]], pattern)
+            mask = self.masks[name]
+            write_mask(mask, self.scores[name], stored[name], self.patterns[name])
             self._bits[name] = pack_mask(mask)
         self._bits |= {name: mask.to(self.layers[name].weight.device) for name, mask in bits.items()}
         self._refined = set(bits)
@@ -257,9 +253,8 @@ class MaskedLayers:
 
         def slope(_: int, problem: Problem) -> float:
             orders = before[problem.name], after[problem.name]
-            return sharding.total(sum(self.part_slope(part, *orders, gradient[part.layer]) for part in problem.parts))[
-                0
-            ]
+            slopes = (self.part_slope(part, *orders, gradient[part.layer]) for part in problem.parts)
+            return sharding.total(sum(slopes))[0]
 
         return self.each_problem(slope, None)
 
