@@ -65,8 +65,8 @@ def agreement(model: nn.Module, examples: Examples, dense: nn.Module | DenseOutp
         dense = dense_outputs(dense, examples, batch)
     if isinstance(dense.task, Embedding):
         with frozen(model):
-            own = embed_all(model, dense.examples, dense.task.pooling, dense.batch)
-        return embedding_agreement(own, dense.predictions[0])
+            pruned = embed_all(model, dense.examples, dense.task.pooling, dense.batch)
+        return embedding_agreement(pruned, dense.predictions[0])
     device = compute_device(model)
     same, distance, count = 0, 0.0, 0
     with frozen(model):

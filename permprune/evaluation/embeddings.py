@@ -17,28 +17,29 @@ MOST = 4096
 """The number of texts whose neighbours and similarities are compared: their pairs are in memory."""
 
 
-def embedding_agreement(own: Tensor, dense: Tensor) -> list[Result]:
+def embedding_agreement(pruned: Tensor, dense: Tensor) -> list[Result]:
     """Compare embeddings with the dense model's of the same texts, both of length 1, fp32 (texts, channels).
 
     Returns the mean cosine similarity; the share of texts with the same nearest neighbour, and the share of their ten
     nearest that are the same, among at most `MOST` of the texts; and Spearman's correlation of all similarities.
     """
-    cosines = (own * dense).sum(1).double()
-    count = len(own)
+    cosines = (pruned * dense).sum(1).double()
+    count = len(pruned)
     error = float(cosines.std() / count**0.5) if count > 1 else None
     results = [Result("imitation", COSINE, float(cosines.mean()), count=count, stderr=error)]
-    own, dense = own[:MOST], dense[:MOST]
-    if len(own) < 3:
+    pruned, dense = pruned[:MOST], dense[:MOST]
+    if len(pruned) < 3:
         return results
-    mine, theirs = (x @ x.T - 2 * torch.eye(len(x)) for x in (own, dense))
-    same = mine.argmax(1) == theirs.argmax(1)
-    results.append(Result("imitation", NEAREST, float(same.double().mean()), count=len(own)))
-    k = min(10, len(own) - 1)
-    sets = [torch.zeros_like(x, dtype=torch.bool).scatter_(1, x.topk(k).indices, True) for x in (mine, theirs)]
-    results.append(Result("imitation", NEAREST_TEN, float((sets[0] & sets[1]).sum()) / (k * len(own)), count=len(own)))
-    pairs = torch.triu_indices(len(own), len(own), 1)
-    ranks = stats.spearmanr(*(x[pairs[0], pairs[1]].numpy() for x in (mine, theirs))).statistic
-    return [*results, Result("imitation", SIMILARITIES, float(ranks), count=len(own))]
+    similar, expected = (x @ x.T - 2 * torch.eye(len(x)) for x in (pruned, dense))
+    same = similar.argmax(1) == expected.argmax(1)
+    results.append(Result("imitation", NEAREST, float(same.double().mean()), count=len(pruned)))
+    k = min(10, len(pruned) - 1)
+    sets = [torch.zeros_like(x, dtype=torch.bool).scatter_(1, x.topk(k).indices, True) for x in (similar, expected)]
+    shared = float((sets[0] & sets[1]).sum()) / (k * len(pruned))
+    results.append(Result("imitation", NEAREST_TEN, shared, count=len(pruned)))
+    pairs = torch.triu_indices(len(pruned), len(pruned), 1)
+    ranks = stats.spearmanr(*(x[pairs[0], pairs[1]].numpy() for x in (similar, expected))).statistic
+    return [*results, Result("imitation", SIMILARITIES, float(ranks), count=len(pruned))]
 
 
 def pair_similarity(model: nn.Module, examples: Examples, pooling: str, metric: str | None, batch: int) -> list[Result]:
