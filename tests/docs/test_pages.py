@@ -32,6 +32,8 @@ RUN = [
     "how-to/embeddings",
     "how-to/evaluate",
     "how-to/extend",
+    "how-to/extend-coupling",
+    "how-to/extend-permuter",
     "how-to/fine-tune",
     "how-to/gpu",
     "how-to/kv-cache",
