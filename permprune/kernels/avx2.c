@@ -9,6 +9,7 @@
 #include <math.h>
 
 BEGIN_TARGET("avx2,fma,f16c,popcnt")
+#include "lines.h"
 #include "product/avx2.h"
 #include "search/kernels.h"
 #include "adam/kernels.h"

@@ -7,6 +7,7 @@
 #include <math.h>
 
 BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c,bmi,bmi2,popcnt")
+#include "lines.h"
 #include "product/avx512.h"
 #include "search/kernels.h"
 #include "adam/avx512.h"

@@ -7,6 +7,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "lines.h"
 #include "product/neon.h"
 #include "search/kernels.h"
 #include "adam/kernels.h"

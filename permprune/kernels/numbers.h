@@ -44,15 +44,6 @@ enum number { F32, BF16, F16, I8, NUMBERS };
 
 static ALWAYS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-static ALWAYS_INLINE lanes load_line(const float *from)
-{
-    lanes line;
-    memcpy(&line, from, sizeof line);
-    return line;
-}
-
-static ALWAYS_INLINE void store_line(float *to, lanes line) { memcpy(to, &line, sizeof line); }
-
 static ALWAYS_INLINE float from_bits(uint32_t bits)
 {
     float value;

@@ -7,6 +7,7 @@
 #undef UNROLLED
 #define UNROLLED /* the code would be several times as large */
 
+#include "lines.h"
 #include "product/portable.h"
 #include "search/kernels.h"
 #include "adam/kernels.h"
