@@ -21,7 +21,7 @@ from permprune.permuters.refinement import Swaps, find_swaps, refine_masks, swap
 from permprune.system.search_state import Checkpoint, Resumable
 
 WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
-BRIEF = {"rounds": 2, "examples": 16, "limit": 60.0, "saved": Resumable(Checkpoint(None, {}), "refinement")}
+BRIEF = {"rounds": 2, "examples": 16, "limit": float("inf"), "saved": Resumable(Checkpoint(None, {}), "refinement")}
 METHOD = Newton(rounds=1, examples=8, refine=2, start=Identity())
 
 
