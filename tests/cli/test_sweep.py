@@ -57,7 +57,7 @@ def test_a_sweep_of_images(fixture: str, request: pytest.FixtureRequest, tmp_pat
 
 def test_bad_input_is_one_line(source: list[str], tmp_path: Path) -> None:
     out = ["--out", tmp_path / "out"]
-    assert '--budgets is "short": give minutes' in fails("sweep", *source, *out, "--budgets", "short")
+    assert '--budgets is "short": give numbers' in fails("sweep", *source, *out, "--budgets", "short")
     assert "which 5 does not divide" in fails("sweep", *source, *out, "--patterns", "2:4,2:5")
     code, _, stderr = run("sweep", *source, *out, "--pattern", "2:4")
     assert code == 2 and "no option --pattern" in stderr
