@@ -1,4 +1,9 @@
-from .checkpoints.benchmark import BenchedModel as BenchedModel, Benchmark as Benchmark, Speed as Speed
+from .checkpoints.benchmark import (
+    BenchedModel as BenchedModel,
+    Benchmark as Benchmark,
+    Speed as Speed,
+    Throughput as Throughput,
+)
 from .checkpoints.io import load as load, read_model as read_model
 from .checkpoints.record import PrunedLayer as PrunedLayer, Record as Record
 from .config import PruneConfig as PruneConfig

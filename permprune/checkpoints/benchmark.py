@@ -49,6 +49,30 @@ class Speed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Throughput:
+    """The speed of a model that does not continue text: an encoder, or a model of images or speech.
+
+    Attributes:
+        batch: Number of inputs that are read in parallel.
+        context: Number of tokens of each text; 0 for images and speech.
+        seconds: Seconds for the batch; a model that transcribes writes a fixed number of tokens in them.
+    """
+
+    batch: Count
+    context: Annotated[int, Range(0, 2**40)]
+    seconds: Duration
+
+    @property
+    def items(self) -> float:
+        """Inputs per second."""
+        return self.batch / self.seconds
+
+    def fastest(self, other: Throughput | None) -> Throughput:
+        """Return the faster one of this measurement and `other`; this one if `other` is None."""
+        return self if other is None or self.seconds <= other.seconds else other
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchedModel:
     """The measurements of one model.
 
@@ -58,14 +82,14 @@ class BenchedModel:
         dense: Whether it is the dense model with a dense cache.
         bytes: Bytes of all tensors of the model, tied ones counted once.
         resident: Resident memory of the model's process after the measurements in bytes, including PyTorch itself.
-        speeds: The speed at each batch size and context length.
+        speeds: The speed at each batch size and context length; those of all models are of the same type.
     """
 
     name: str
     dense: bool
     bytes: Bytes
     resident: Bytes
-    speeds: list[Speed]
+    speeds: list[Throughput | Speed]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +97,7 @@ class Benchmark:
     """The result of `bench`: one row per model, the dense model first.
 
     `threads` is the number of threads of each process and `device` is "CPU" or "GPU". Raises `Malformed` if no row is
-    that of a dense model, or if the rows differ in batch sizes and context lengths or have none.
+    that of a dense model, or if the rows differ in batch sizes, context lengths and type of speeds, or have none.
     """
 
     threads: Count
@@ -81,20 +105,19 @@ class Benchmark:
     rows: list[BenchedModel]
 
     def __post_init__(self) -> None:
-        cells = {tuple((speed.batch, speed.context) for speed in row.speeds) for row in self.rows}
+        cells = {tuple((type(speed), speed.batch, speed.context) for speed in row.speeds) for row in self.rows}
         if not any(row.dense for row in self.rows) or len(cells) != 1 or not cells.pop():
             raise Malformed("rows must have a dense model, and speeds of the same batches and contexts")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the benchmark as JSON values, including tokens per second."""
+        """Return the benchmark as JSON values, including tokens or inputs per second."""
         rows = [
-            {
-                **dataclasses.asdict(row),
-                "speeds": [
-                    {**dataclasses.asdict(speed), "prefill": speed.prefill, "decode": speed.decode}
-                    for speed in row.speeds
-                ],
-            }
-            for row in self.rows
+            {**dataclasses.asdict(row), "speeds": [_with_rates(speed) for speed in row.speeds]} for row in self.rows
         ]
         return {"threads": self.threads, "device": self.device, "rows": rows}
+
+
+def _with_rates(speed: Throughput | Speed) -> dict[str, Any]:
+    if isinstance(speed, Throughput):
+        return {**dataclasses.asdict(speed), "items": speed.items}
+    return {**dataclasses.asdict(speed), "prefill": speed.prefill, "decode": speed.decode}

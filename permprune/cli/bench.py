@@ -19,8 +19,19 @@ def bench(
     dense: Annotated[
         str | None, typer.Option(help="the dense model", show_default="the one in the first folder's record")
     ] = None,
-    batch: Annotated[str, typer.Option(help="batch sizes in sequences, separated by commas")] = "1,8,32",
-    context: Annotated[str, typer.Option(help="prompt lengths in tokens, separated by commas")] = "128,2048",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="batch sizes, separated by commas", show_default="1,8,32, and 128 of a model that generates nothing"
+        ),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(
+            help="lengths of prompts or texts in tokens, separated by commas",
+            show_default="128,2048; 128 of a model that generates nothing",
+        ),
+    ] = None,
     steps: Annotated[Count, typer.Option(help="tokens to generate in each measurement")] = 16,
     turns: Annotated[Count, typer.Option(help="times to repeat each measurement; the shortest time counts")] = 3,
     threads: Annotated[
@@ -35,7 +46,8 @@ def bench(
 ) -> Iterator[None]:
     """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their reports."""
 
-    batches, contexts = numbers_in("batch", batch, int), numbers_in("context", context, int)
+    batches = None if batch is None else numbers_in("batch", batch, int)
+    contexts = None if context is None else numbers_in("context", context, int)
     yield
 
     from permprune.jobs.bench import bench as run

@@ -1,9 +1,9 @@
-"""Measure how fast a causal language model reads a prompt and generates tokens."""
+"""Measure how fast a causal language model generates tokens, and how fast other models read their inputs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,86 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from permprune.checkpoints.benchmark import Speed
+from permprune.checkpoints.benchmark import Speed, Throughput
 from permprune.errors import PermpruneError
-from permprune.models.forward import cache_argument, evaluating, is_causal_lm
+from permprune.examples import Examples
+from permprune.models.dummy_inputs import example_inputs, random_like
+from permprune.models.forward import cache_argument, evaluating, forward_arguments, is_causal_lm
+from permprune.models.generation import generate, needs_decoder_inputs
+from permprune.models.modality import kind_of
+from permprune.models.positions import fitting_length
 from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
 STEPS = 16
 """Default number of tokens that are generated to measure the time per token."""
+
+BATCHES, CONTEXTS = (1, 8, 32), (128, 2048)
+"""Default batch sizes, and prompt lengths in tokens, of a causal language model."""
+
+INPUTS, TOKENS = (1, 8, 32, 128), (128,)
+"""Default batch sizes, and lengths of texts in tokens, of other models."""
+
+
+def cells(
+    model: PreTrainedModel, batches: Sequence[int] | None = None, contexts: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """Return the batch sizes and context lengths at which `measure` is called; None stands for the model's defaults.
+
+    Texts have as many tokens as the model has positions, at most; the context of images and speech is 0.
+    """
+    generates = is_causal_lm(model)
+    batches = batches or (BATCHES if generates else INPUTS)
+    contexts = contexts or (CONTEXTS if generates else TOKENS)
+    if not generates:
+        reads = kind_of(model) not in ("images", "speech")
+        contexts = sorted({fitting_length(model, context) for context in contexts}) if reads else [0]
+    return [(batch, context) for context in contexts for batch in batches]
+
+
+def measure(
+    model: PreTrainedModel,
+    *,
+    batch: int,
+    context: int,
+    steps: int = STEPS,
+    cache: Callable[[], Cache] | None = None,
+) -> Speed | Throughput:
+    """Measure a causal language model with `measure_speed`, and others with `measure_throughput`."""
+    if is_causal_lm(model) or cache is not None:
+        return measure_speed(model, batch=batch, context=context, steps=steps, cache=cache)
+    return measure_throughput(model, batch=batch, context=context, steps=steps)
+
+
+@torch.inference_mode()
+def measure_throughput(model: PreTrainedModel, *, batch: int, context: int = 0, steps: int = STEPS) -> Throughput:
+    """Measure the time of a forward pass of a model on `batch` random inputs, once.
+
+    Texts have `context` tokens. Of an encoder-decoder model that writes text, as those of speech do, the time includes
+    `steps` tokens that are generated greedily. Raises `PermpruneError` if the inputs cannot be made.
+    """
+    inputs, device = _inputs(model, batch, context), compute_device(model)
+    with evaluating(model):
+        began = _now(device)
+        if needs_decoder_inputs(model, inputs):
+            generate(model, inputs, steps, at_least=steps)
+        else:
+            model(**forward_arguments(model, {**inputs}))
+        return Throughput(batch, context, _now(device) - began)
+
+
+def _inputs(model: PreTrainedModel, batch: int, context: int) -> Examples:
+    """Random inputs, one row or image for each of the batch, and texts of `context` tokens unless it is 0."""
+    made = example_inputs(model)
+    if needs_decoder_inputs(model, Examples({name: made[name] for name in made if not name.startswith("decoder_")})):
+        made = {name: tensor for name, tensor in made.items() if not name.startswith("decoder_")}
+    example = Examples(made)
+    many = Examples.join([example] * -(-batch // len(example)))[:batch]
+    if not context:
+        return many
+    first, last = many["input_ids"][:, :1], many["input_ids"][:, -1:]  # a word, and the token that ends a text
+    ids = torch.cat([first.expand(-1, context - 1), last], 1)
+    return Examples({**many, **random_like(model, {"input_ids": ids})})
 
 
 @torch.inference_mode()

@@ -16,12 +16,12 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
+from permprune.checkpoints.benchmark import BenchedModel, Benchmark
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
-from permprune.evaluation.speed import STEPS, measure_speed
+from permprune.evaluation.speed import STEPS, cells, measure
 from permprune.kv.cache import PrunedCache
 from permprune.kv.files import OtherModelError
 from permprune.kv.files import read_record as read_kv
@@ -65,24 +65,26 @@ def bench(
     folders: Sequence[str | Path],
     *,
     dense: str | None = None,
-    batches: Sequence[int] = (1, 8, 32),
-    contexts: Sequence[int] = (128, 2048),
+    batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
     steps: int = STEPS,
     turns: int = 3,
     threads: int | None = None,
     kv: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Benchmark:
-    """Benchmark checkpoints of causal language models against the dense model in fp32 and bf16.
+    """Benchmark checkpoints against the dense model in fp32 and bf16.
 
     `dense` is the name of the dense model, by default the one in the record of the first folder. Every combination of
-    `batches` (sequences) and `contexts` (tokens of the prompt) is measured, with `steps` generated tokens. Each model
+    `batches` and `contexts` (tokens of a prompt or text) is measured; the defaults are those of `evaluation.speed`. A
+    causal language model generates `steps` tokens (`Speed`); others read a batch of inputs (`Throughput`). Each model
     is loaded in its own process. The processes are measured one at a time, in `turns` rounds, and the shortest time of
     the rounds is reported. `threads` is the number of threads of each process, by default PyTorch's. With `kv`, a
     folder that `permprune kv` wrote, those of the dense model in bf16 and the checkpoints that it was made for are
     measured with that pruned cache too; a warning names the others. Raises `PermpruneError`.
     """
-    _require_numbers(batches=batches, contexts=contexts, steps=[steps], turns=[turns])
+    given = {"batches": batches, "contexts": contexts, "steps": [steps], "turns": [turns]}
+    _require_numbers(**{name: numbers for name, numbers in given.items() if numbers is not None})
     threads = threads or torch.get_num_threads()
     require("threads", threads, Count)
     entries = [_Entry(dense or _dense_of(folders), dtype, threads, trust_remote_code) for dtype in DENSE]
@@ -90,17 +92,17 @@ def bench(
     if kv is not None:
         read_kv(Path(kv))
         entries += [dataclasses.replace(entry, kv=str(kv)) for entry in entries if entry.dtype in ("bf16", None)]
-    cells = [(batch, context) for context in contexts for batch in batches]
-    speeds: dict[tuple[int, int, int], Speed] = {}
+    speeds: dict[tuple[int, int, int], Any] = {}
     with _served(entries) as (entries, servers):
-        order = [(cell, at) for cell in cells for _ in range(turns) for at in range(len(servers))]
+        measured_at: list[tuple[int, int]] = _ask(servers[0], (batches, contexts))
+        order = [(cell, at) for cell in measured_at for _ in range(turns) for at in range(len(servers))]
         for cell, at in track(order, "measuring", len(order)):
-            speed: Speed = _ask(servers[at], (*cell, steps))
+            speed = _ask(servers[at], (*cell, steps))
             speeds[*cell, at] = speed.fastest(speeds.get((*cell, at)))
         rows = []
         for at, (entry, server) in enumerate(zip(entries, servers, strict=True)):
             size, resident = _ask(server, None)
-            measured = [speeds[*cell, at] for cell in cells]
+            measured = [speeds[*cell, at] for cell in measured_at]
             rows.append(BenchedModel(entry.name, entry.dense, size, resident, measured))
     return Benchmark(threads, "GPU" if torch.cuda.is_available() else "CPU", rows)
 
@@ -172,7 +174,7 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
             process.join()
 
 
-def _ask(server: Connection, question: tuple[int, int, int] | None) -> Any:
+def _ask(server: Connection, question: tuple[Any, ...] | None) -> Any:
     server.send(question)
     return _receive(server)
 
@@ -203,9 +205,9 @@ def _load(entry: _Entry) -> PreTrainedModel:
 def _serve(pipe: Connection, entry: _Entry) -> None:
     """Load a model and answer the requests that arrive through the pipe.
 
-    The answer to (batch, context, steps) is the model's `Speed`; the answer to None is a pair of the bytes of its
-    tensors and the resident memory of the process in bytes; `END` ends the process. A `PermpruneError` is sent as the
-    answer and ends the process.
+    The answer to (batches, contexts) are the model's `cells`; that to (batch, context, steps) is its speed; that to
+    None is a pair of the bytes of its tensors and the resident memory of the process in bytes; `END` ends the process.
+    A `PermpruneError` is sent as the answer and ends the process.
     """
     console.quiet = True
     transformers.utils.logging.disable_progress_bar()
@@ -222,8 +224,10 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
                 return
             if question is None:
                 pipe.send((stored_bytes(model), psutil.Process().memory_info().rss))
+            elif len(question) == 2:
+                pipe.send(cells(model, *question))
             else:
                 batch, context, steps = question
-                pipe.send(measure_speed(model, batch=batch, context=context, steps=steps, cache=cache))
+                pipe.send(measure(model, batch=batch, context=context, steps=steps, cache=cache))
     except PermpruneError as error:
         pipe.send(error)

@@ -63,15 +63,16 @@ def decoder_positions(model: nn.Module) -> int | None:
     return next((getattr(decoder, name) for name in POSITIONS if hasattr(decoder, name)), None)
 
 
-def generate(model: Any, batch: Examples, length: int) -> Tensor:
+def generate(model: Any, batch: Examples, length: int, *, at_least: int = 0) -> Tensor:
     """Generate text for a batch with an encoder-decoder model and greedy search.
 
-    At most `length` tokens are generated, fewer if the decoder has fewer positions. Returns padded token ids, int64
-    (batch, length).
+    At most `length` tokens are generated, fewer if the decoder has fewer positions, and no text ends before it has
+    `at_least` tokens. Returns padded token ids, int64 (batch, length).
     """
     room = (decoder_positions(model) or length + PROMPT) - PROMPT
     inputs = {name: batch[name] for name in batch if name != "labels" and not name.startswith("decoder_")}
+    least = {"min_new_tokens": min(at_least, room)} if at_least else {}
     ids: Tensor = model.generate(
-        **typed_inputs(model, inputs), max_new_tokens=min(length, room), do_sample=False, num_beams=1
+        **typed_inputs(model, inputs), max_new_tokens=min(length, room), do_sample=False, num_beams=1, **least
     )
     return ids

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from permprune.models.layers import DenseWeights
 from permprune.report import maps, pictures
 from permprune.report.page import data_uri, fill
-from permprune.report.speed import decode_bars, short_name, summary
+from permprune.report.speed import short_name, speed_bars, summary
 from permprune.report.words import (
     NONE,
     duration,
@@ -144,7 +144,7 @@ def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
     if optimised := record.get("optimised"):
         drawn["optimised"] = pictures.epochs(optimised["curve"], optimised["metric"], optimised.get("dense"))
     if figures := record.get("bench"):
-        drawn["speed"] = decode_bars(figures)
+        drawn["speed"] = speed_bars(figures)
     if layers := record["layers"]:
         drawn["saliency"], drawn["error"] = maps.kept_saliency(layers), pictures.output_error(layers)
         if len({layer["pattern"] for layer in layers}) > 1:

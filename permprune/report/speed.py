@@ -15,14 +15,16 @@ from permprune.report.words import number
 Figures = Mapping[str, Any]
 """A benchmark as JSON values (`Benchmark.to_json`)."""
 
-TITLES = ("batch", "context", "prefill", "first token", "decode", "cache MB")
+GENERATION = ("batch", "context", "prefill tokens/s", "first token", "decode tokens/s", "cache MB")
+READING = ("batch", "context", "items/s", "a batch")
 
 
 def bench_table(figures: Figures) -> Table:
-    """Return a table for the terminal: speeds in tokens per second, the time to the first token in milliseconds."""
-    table = Table(title=f"{figures['threads']} threads of the {figures['device']}; prefill and decode in tokens/s")
+    """Return a table for the terminal: speeds in tokens or inputs per second, times in milliseconds."""
+    table = Table(title=f"{figures['threads']} threads of the {figures['device']}")
     table.add_column("model", overflow="fold")
-    for title in ("MB", "resident MB", *TITLES):
+    titles = GENERATION if generates(figures["rows"][0]["speeds"]) else READING
+    for title in ("MB", "resident MB", *titles):
         table.add_column(title, justify="right")
     for row in figures["rows"]:
         table.add_section()
@@ -32,24 +34,44 @@ def bench_table(figures: Figures) -> Table:
     return table
 
 
+def generates(speeds: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the speeds are those of models that generate text (`Speed`), not `Throughput`."""
+    return "next_token" in speeds[0]
+
+
 def speed_cells(speeds: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the cells of the columns `TITLES`, with one row for each batch size and context length."""
+    """Return the cells of the columns `GENERATION` or `READING`, with one row for each batch size and context."""
+    if not generates(speeds):
+        return [
+            (
+                str(speed["batch"]),
+                str(speed["context"] or ""),
+                number(rate(speed)),
+                f"{1000 * speed['seconds']:,.1f} ms",
+            )
+            for speed in speeds
+        ]
     return [
         (
             str(speed["batch"]),
             str(speed["context"]),
             number(speed["batch"] * speed["context"] / speed["first_token"]),
             f"{1000 * speed['first_token']:,.0f} ms",
-            number(decoding(speed)),
+            number(rate(speed)),
             f"{speed['cache'] / 1e6:,.1f}" if speed.get("cache") else "",
         )
         for speed in speeds
     ]
 
 
-def decoding(speed: Mapping[str, Any]) -> float:
-    """Return the generated tokens per second, over all sequences."""
-    return float(speed["batch"] / speed["next_token"])
+def rate(speed: Mapping[str, Any]) -> float:
+    """Return the generated tokens per second, over all sequences, or the inputs per second."""
+    return float(speed["batch"] / speed["next_token" if "next_token" in speed else "seconds"])
+
+
+def cell_name(speed: Mapping[str, Any]) -> str:
+    """Return the batch size and context length of a speed, as text."""
+    return f"batch {speed['batch']}" + (f", context {speed['context']}" if speed["context"] else "")
 
 
 def short_name(name: str) -> str:
@@ -58,7 +80,7 @@ def short_name(name: str) -> str:
 
 
 def summary(figures: Figures, row: Mapping[str, Any]) -> str:
-    """Compare a checkpoint to the smallest and the fastest dense model, as text: size, cache, and decoding speed.
+    """Compare a checkpoint to the smallest and the fastest dense model, as text: size, cache, and speed.
 
     `row` is the checkpoint's row of `figures`. The cache is that of the last measurement, and left out if it takes as
     many bytes as the smallest of a dense model.
@@ -69,31 +91,32 @@ def summary(figures: Figures, row: Mapping[str, Any]) -> str:
     cached = f", with {cache / least:.2f} of its cache" if cache and least and cache != least else ""
     speeds = []
     for place, speed in enumerate(row["speeds"]):
-        fastest = max(decoding(other["speeds"][place]) for other in dense)
-        speeds.append(f"{decoding(speed) / fastest:.2f} at batch {speed['batch']}, context {speed['context']}")
+        fastest = max(rate(other["speeds"][place]) for other in dense)
+        speeds.append(f"{rate(speed) / fastest:.2f} at {cell_name(speed)}")
+    what = "decoding speed" if generates(row["speeds"]) else "speed"
     return (
-        f"{row['bytes'] / smallest:.2f} of the size of the smallest dense model{cached}; times the decoding speed of "
+        f"{row['bytes'] / smallest:.2f} of the size of the smallest dense model{cached}; times the {what} of "
         f"the fastest: {'; '.join(speeds)}"
     )
 
 
 @styled
-def decode_bars(figures: Figures) -> Figure:
-    """Draw bar charts of the generated tokens per second of each model, of the first and of the last measurement."""
+def speed_bars(figures: Figures) -> Figure:
+    """Draw bar charts of the tokens or inputs per second of each model, of the first and of the last measurement."""
     rows = figures["rows"]
     places = sorted({0, len(rows[0]["speeds"]) - 1})
     picture = figure(WIDTH, len(places) * (1.0 + 0.4 * len(rows)))
     for place, axes in zip(places, picture.subplots(len(places), squeeze=False)[:, 0], strict=True):
-        values = [decoding(row["speeds"][place]) for row in rows]
+        values = [rate(row["speeds"][place]) for row in rows]
         colors = [GRAY if row["dense"] else BLUE for row in rows]
         horizontal_bars(
             axes, [short_name(row["name"]) for row in rows], values, [number(value) for value in values], colors
         )
-        first = rows[0]["speeds"][place]
-        axes.set_xlabel(f"tokens/s at batch {first['batch']}, context {first['context']}")
+        speeds = rows[0]["speeds"]
+        axes.set_xlabel(f"{'tokens' if generates(speeds) else 'items'}/s at {cell_name(speeds[place])}")
     return picture
 
 
 def write_bench(figures: Figures, path: Path) -> None:
     """Write the charts of a benchmark to `path` as PNG. Raises `PermpruneError` if it cannot be written."""
-    write_png(decode_bars(figures), path)
+    write_png(speed_bars(figures), path)

@@ -56,6 +56,16 @@ def test_packed_weights_are_written_measured_and_shown(tiny_checkpoint: Path, ti
     assert read_record(tmp_path / "zeros").bench is None
 
 
+@pytest.mark.slow
+def test_models_that_generate_nothing_are_measured_in_inputs_a_second(tiny_vit: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "bench.json"
+    small = ("--batch", "1,3", "--turns", "1", "--threads", "1", "--json", figures)
+    _, said, _ = run("bench", tiny_vit, "--dense", tiny_vit, *small)
+    assert "items/s" in said and f"{tiny_vit}: 2.00 of the size" in said
+    for row in json.loads(figures.read_text())["rows"]:
+        assert [(speed["batch"], speed["context"]) for speed in row["speeds"]] == [(1, 0), (3, 0)]
+
+
 def test_numbers_and_folders_that_are_none_are_refused(tiny_checkpoint: Path) -> None:
     assert "give whole numbers, separated by commas" in fails("bench", tiny_checkpoint, "--batch", "1,x")
     assert "batches is 0" in fails("bench", tiny_checkpoint, "--batch", "0")

@@ -2,15 +2,23 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, DynamicCache, LlamaForCausalLM
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DynamicCache,
+    LlamaForCausalLM,
+)
 
-from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed
+from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed, Throughput
 from permprune.checkpoints.schema import Malformed, decode
 from permprune.errors import PermpruneError
-from permprune.evaluation.speed import measure_speed
+from permprune.evaluation.speed import cells, measure, measure_speed
 from permprune.kv.cache import PrunedCache
-from permprune.report.speed import bench_table, decode_bars, short_name, summary
+from permprune.report.speed import bench_table, short_name, speed_bars, summary
 from permprune.report.style import save
+
+from .. import modalities
 
 
 def test_a_prompt_is_read_once_and_tokens_follow_one_by_one(tiny_llama: LlamaForCausalLM) -> None:
@@ -62,6 +70,36 @@ def test_models_that_write_nothing_are_refused() -> None:
         measure_speed(model, batch=1, context=4)
 
 
+@pytest.mark.parametrize(
+    ("name", "contexts", "passes"),
+    [("vit", [0], [5]), ("bert", [16, 32], [5]), ("whisper", [0], [5] * 3)],
+)
+def test_other_models_read_a_batch_and_speech_is_transcribed(name: str, contexts: list[int], passes: list[int]) -> None:
+    model = modalities.make(name)
+    assert cells(model, [1, 5], [16, 9000, 9001]) == [(batch, context) for context in contexts for batch in (1, 5)]
+    assert len(cells(model)) == 4
+    sizes: list[int] = []
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    speed = measure(model, batch=5, context=contexts[0], steps=3)
+    assert isinstance(speed, Throughput) and speed.items > 0
+    assert (speed.batch, speed.context, sizes) == (5, contexts[0], passes)
+
+
+def test_speeds_of_inputs_are_shown_and_survive_json() -> None:
+    rows = [
+        BenchedModel(name, name == "a", size, 9, [Throughput(1, 0, seconds), Throughput(8, 0, 4 * seconds)])
+        for name, size, seconds in (("a", 200, 0.4), ("out/b", 100, 0.2))
+    ]
+    figures = Benchmark(1, "CPU", rows).to_json()
+    assert decode(Benchmark, figures) == Benchmark(1, "CPU", rows)
+    assert "2.00 at batch 1; 2.00 at batch 8" in summary(figures, figures["rows"][1])
+    assert figures["rows"][1]["speeds"][1]["items"] == 10
+    assert bench_table(figures).row_count == 4 and "items/s at batch 8" in save(speed_bars(figures)).decode()
+    with pytest.raises(Malformed):
+        Benchmark(1, "CPU", [rows[0], BenchedModel("b", False, 1, 9, [Speed(1, 0, 1, 1), Speed(8, 0, 1, 1)])])
+
+
 def benchmark() -> Benchmark:
     dense = [
         BenchedModel("llama (fp32)", True, 400, 9, [Speed(1, 128, 0.5, 0.1), Speed(8, 128, 4.0, 0.2)]),
@@ -95,7 +133,7 @@ def test_a_summary_is_beside_the_best_dense_model_of_each_figure() -> None:
 def test_the_table_and_the_picture_have_every_model() -> None:
     figures = benchmark().to_json()
     assert bench_table(figures).row_count == 6
-    picture = save(decode_bars(figures)).decode()
+    picture = save(speed_bars(figures)).decode()
     assert all(name in picture for name in ("llama (fp32)", "llama (bf16)", "packed"))
     assert "batch 1, context 128" in picture and "batch 8, context 128" in picture
 
