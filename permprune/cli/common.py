@@ -32,7 +32,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList
 from permprune.options import Number
 from permprune.system.interrupts import interruptible
-from permprune.system.progress import console, log
+from permprune.system.progress import console, log, working
 
 app = typer.Typer(
     cls=Program,
@@ -121,15 +121,18 @@ def command(function: Callable[..., Iterator[None] | None], without: Collection[
                 next(work, None)
                 require_files(given)
 
-            from permprune.engine import held  # noqa: F401 - with it nearly all that a command imports
-            from permprune.system import distributed
-            from permprune.system.memory import keep_freed_memory
+            with _speaking(first), working(f"{function.__name__}: importing PyTorch"):
+                log.info("importing PyTorch")
+                from permprune.engine import held  # noqa: F401 - with it nearly all that a command imports
+                from permprune.system import distributed
+                from permprune.system.memory import keep_freed_memory
 
             _quiet_libraries()
             keep_freed_memory()
             with interruptible(), distributed.processes(), _speaking(distributed.rank() == 0), _reported(parameters):
                 try:
-                    next(work, None)
+                    with working(function.__name__):
+                        next(work, None)
                 except KeyboardInterrupt:
                     from permprune.system.files import WorkFolder
 

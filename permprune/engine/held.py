@@ -43,6 +43,8 @@ from permprune.pruning.preview import sample
 from permprune.pruning.stored import reorder_columns
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
+from permprune.system.progress import stage
+from permprune.system.stages import CALIBRATE, NATURAL
 from permprune.updates.registry import update
 from permprune.updates.share import update_network
 
@@ -93,6 +95,7 @@ def prepare(
 
 def measure(plan: Plan, model: PreTrainedModel, started: float) -> Prepared:
     """Calibrate the model of a plan, and mask its weights in natural order; the preparation `started` at this time."""
+    stage(CALIBRATE)
     config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
@@ -192,6 +195,7 @@ class Held(Weights):
         return self.network.dense_weights()
 
     def natural(self) -> list[LayerMeasure]:
+        stage(NATURAL)
         self.network.set_weights({})
         self.network.set_orders(self.network.identity())
         self.network.set_bits({})
@@ -199,6 +203,7 @@ class Held(Weights):
         return self.network.measures()
 
     def search(self, method: Permuter, run: Run) -> Solution:
+        stage(method.stages[0])
         return method.solve(self.network, run)
 
     def update(self) -> None:

@@ -15,8 +15,9 @@ from permprune.engine.pruned import Pruned
 from permprune.engine.weights import Weights
 from permprune.evaluation.result import NotFinite, gap_closed
 from permprune.permuters.base import Permuter, Run, Solution
+from permprune.system import stages
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
-from permprune.system.progress import log
+from permprune.system.progress import log, stage
 
 
 class Session:
@@ -56,6 +57,7 @@ class Session:
     @cached_property
     def dense(self) -> Measurement:
         """The measurement of the dense model."""
+        stage(stages.DENSE)
         with self.weights.dense():
             return self._measurement(DENSE, 0.0)
 
@@ -63,7 +65,9 @@ class Session:
         """Search with a method, update, and measure the pruned model; `run` replaces that of the plan."""
         reset_peak_memory()
         solution = self.weights.search(method, run or self.weights.plan.run)
+        stage(stages.UPDATE)
         self.weights.update()
+        stage(stages.MEASURE)
         measurement = self._measurement(label, solution.seconds)
         result = measurement.result
         log.info("%s: %s %.4g after %.0f s", method.name, result.metric, result.value, solution.seconds)
@@ -78,15 +82,18 @@ class Session:
         what was measured.
         """
         weights, known = self.weights, tried or {}
-        natural = weights.natural()
         dense, overlap = self.dense.result, self.overlap
+        natural = weights.natural()
         none = known.get("none") or self._measurement("none", 0.0)
         solution = weights.search(method, run or weights.plan.run)
         started = time.monotonic()
+        stage(stages.UPDATE)
         weights.update()
         updating = time.monotonic() - started
+        stage(stages.MEASURE)
         measured = {**known, "none": none}.get(method.name) or self._measurement(method.name, solution.seconds)
         self.pruned = True
+        stage(stages.WRITE)
         pruned = weights.finish(solution, natural)
         value, value_none = measured.result.value, none.result.value
         record = dataclasses.replace(

@@ -37,10 +37,10 @@ from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure, MaskedLayers
 from permprune.pruning.problem import Orders, Problem
-from permprune.system import distributed
+from permprune.system import distributed, stages
 from permprune.system.device import compute_device
 from permprune.system.files import WorkFolder, gib, write_whole
-from permprune.system.progress import log, track
+from permprune.system.progress import log, stage, track
 from permprune.system.search_state import Checkpoint, Journal
 
 NATURAL, DECIDED = "natural", "decided"
@@ -90,6 +90,7 @@ class Streamed(Offloaded):
 
     def natural(self) -> list[LayerMeasure]:
         _, layers = self._solved
+        stage(stages.NATURAL)
         self.weights.edit = self._masked(NATURAL)
         return [LayerMeasure(one.name, one.transposed, one.pattern, one.kept_none, one.error_none) for one in layers]
 
@@ -138,6 +139,7 @@ class Streamed(Offloaded):
         waiting = {site: readers[site] for site in problems if site not in known}
         if not waiting:
             return
+        stage(method.stages[0])
 
         def reach(layer: Layer, x: Tensor, routed: Routed | None) -> None:
             site = plan.sites[layer.name]

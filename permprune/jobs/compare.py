@@ -14,6 +14,7 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Held
 from permprune.engine.measuring import Evaluation, Measurement
 from permprune.engine.session import Session
+from permprune.engine.stages import stages_of_attempts
 from permprune.evaluation.result import Metric, gap_closed
 from permprune.evaluation.size import weight_bytes
 from permprune.jobs.prune import write_pruned_weights
@@ -23,6 +24,8 @@ from permprune.permuters.registry import permuters
 from permprune.system import distributed
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, require_space
+from permprune.system.progress import stages
+from permprune.system.stages import WRITE
 
 FIXED = ("pattern", "saliency", "mode", "update", "seed")
 """Fields of the config that the JSON file of a comparison contains."""
@@ -98,6 +101,7 @@ def compare(
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     with (
         WorkFolder(Path(out)).held("compare", resume=False) if out else nullcontext() as work,
+        stages(*stages_of_attempts(chosen.values(), config), *([WRITE] if out else [])),
         Session(partial(Held.open, model, config, processor), evaluation) as session,
     ):
         weights = session.weights

@@ -9,9 +9,12 @@ from permprune.evaluation.result import Result
 from permprune.models.modality import evaluation_batch
 from permprune.models.processors import Processor
 from permprune.system.failures import failures_reported
+from permprune.system.progress import stage, stages
+from permprune.system.stages import MEASURE, READ
 
 
 @failures_reported()
+@stages(READ, MEASURE)
 def evaluate(
     model: ModelSource,
     evaluation: Evaluation | None = None,
@@ -27,5 +30,6 @@ def evaluate(
     evaluation = evaluation or Evaluation()
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     examples = evaluation.examples(opened.model, opened.processor)
+    stage(MEASURE)
     tokenizer, batch = transcriber(opened.model, opened.processor), evaluation_batch(opened.model)
     return evaluate_model(opened.model, examples, tokenizer, batch=batch, metric=evaluation.metric)[0]

@@ -19,6 +19,8 @@ from permprune.options import Count, NonNegative, Positive, Seed, require_choice
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.imports import on_first_use
+from permprune.system.progress import stage, stages
+from permprune.system.stages import MEASURE, READ, TRAIN, WRITE
 
 with on_first_use(globals()):
     import torch
@@ -215,6 +217,7 @@ class FineTuned:
 
 
 @failures_reported()
+@stages(READ, TRAIN, MEASURE, WRITE)
 def finetune(
     model: ModelSource,
     out: str | Path,
@@ -299,7 +302,9 @@ def _finetune(
             teacher=teacher,
             held_out=None if teacher is None else held_out,
         )
+        stage(TRAIN)
         curve = trainer.fit(examples)
+    stage(MEASURE)
     require_patterns(model, patterns)
     result = FineTuned(
         model=model,
@@ -312,6 +317,7 @@ def _finetune(
         curve=curve,
     )
     announce(result)
+    stage(WRITE)
     with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
         write_model(model, processor, folder, optimised=decode(Optimised, result.to_json()), bench=None)
     return result

@@ -37,12 +37,14 @@ from permprune.pruning.folder import write_model
 from permprune.pruning.problem import Part, Problem
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_writable
-from permprune.system.progress import track
+from permprune.system.progress import stage, stages, track
+from permprune.system.stages import CALIBRATE, MEASURE, READ, WRITE
 
 SIDES = ("keys", "values")
 
 
 @failures_reported()
+@stages(READ, CALIBRATE, MEASURE, WRITE)
 def calibrate_kv(
     model: ModelSource,
     out: str | Path,
@@ -90,6 +92,7 @@ def calibrate_kv(
     examples = load_examples(
         calibration, opened.model, opened.processor, part="calibration", count=samples, length=length, seed=seed
     )
+    stage(CALIBRATE)
     started = time.monotonic()
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
     config = _with_patterns(config, observed)
@@ -99,6 +102,7 @@ def calibrate_kv(
             raise PermpruneError(f"values of the pattern {config.values} need no order: leave out --fold")
         channels = fold_values(opened.model, channels, short_inputs(opened.model, examples))
     seconds = time.monotonic() - started
+    stage(MEASURE)
     record = KVRecord(
         format=1,
         permprune=importlib.metadata.version("permprune"),
@@ -112,6 +116,7 @@ def calibrate_kv(
         measured=_measure(opened, config, channels, evaluation),
         weights=weights_of(opened.model),
     )
+    stage(WRITE)
     if fold is not None:
         with atomic_folder(Path(fold)) as folder:
             write_model(opened.model, opened.processor, folder)
@@ -211,6 +216,7 @@ def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evalu
     )
 
 
+@stages(READ, MEASURE)
 def evaluate_kv(
     model: ModelSource,
     folder: str | Path,
@@ -227,6 +233,7 @@ def evaluate_kv(
     evaluation = evaluation or Evaluation()
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     cache = PrunedCache.from_pretrained(folder, opened.model)  # refused before the data are read
+    stage(MEASURE)
     windows = evaluation.examples(opened.model, opened.processor)
 
     def empty() -> PrunedCache:

@@ -21,6 +21,8 @@ from permprune.models.processors import Processor, read_processor
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
+from permprune.system.progress import stage, stages
+from permprune.system.stages import PACK, READ, WRITE
 
 SLACK = 2.0
 """The tolerance of packed weights, relative to the difference that was measured when they were packed."""
@@ -51,6 +53,7 @@ class Packed:
 
 
 @failures_reported()
+@stages(READ, PACK, WRITE)
 def pack_folder(
     folder: str | Path,
     out: str | Path,
@@ -72,6 +75,7 @@ def pack_folder(
         raise PermpruneError(f"{folder} is packed already: unpack it first, or pack the folder that it was made from")
     model, processor, probe = _read(folder, trust_remote_code)
     require_space(out, weight_bytes(model))
+    stage(PACK)
     patterns = {row.name: row.pattern for row in record.layers}
     before = _sizes(model, set(patterns))
     dense = pack(model, patterns, dtype=dtype, head=head)
@@ -85,6 +89,7 @@ def pack_folder(
         model.save_pretrained(written)
         write_beside(model, processor, written)
 
+    stage(WRITE)
     with atomic_folder(out) as written:
         write_pruned(record, measured, weights, written, load=partial(load_written, model))
     return Packed(
@@ -97,6 +102,7 @@ def pack_folder(
 
 
 @failures_reported()
+@stages(READ, "unpack", WRITE)
 def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: bool = False) -> None:
     """Write the packed checkpoint in `folder` to the folder `out` as an unpacked one, with its zeros and gathers.
 
@@ -109,10 +115,12 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     if PACKED not in record.extra:
         raise PermpruneError(f"{folder} is not packed: give a folder with packed weights")
     model, processor, probe = _read(folder, trust_remote_code)
+    stage("unpack")
     unpack(model)
     difference = check_outputs(model, probe, f"the unpacked {folder}")
     tolerance = max(record.extra[PACKED].get(TOLERANCE, probe.tolerance), SLACK * difference)
     require_space(out, weight_bytes(model))
+    stage(WRITE)
     with atomic_folder(out) as written:
         write_pruned(
             record.unpacked(),

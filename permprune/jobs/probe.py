@@ -18,9 +18,12 @@ from permprune.options import Count, require
 from permprune.pruning.folder import require_probe, write_model
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
+from permprune.system.progress import stage, stages
+from permprune.system.stages import READ, TRAIN, WRITE
 
 
 @failures_reported()
+@stages(READ, TRAIN, WRITE)
 def probe(
     model: ModelSource,
     out: str | Path,
@@ -48,10 +51,12 @@ def probe(
     headed = with_head(opened.model, classes)
     if (origin := origin_of(headed)).record:
         require_probe(origin)
+    stage(TRAIN)
     count = windows * ANSWERED_ONCE
     fitted = fit_probe(headed, load_examples(source, headed, opened.processor, part="probe", count=count))
     # The record's measurements are those of the model with another head.
     unmeasured = {"measured": None, "gap_closed": None, "optimised": None, "bench": None}
+    stage(WRITE)
     with atomic_folder(out) as folder:
         write_model(fitted.model, opened.processor, folder, **unmeasured)
     return fitted.result

@@ -19,6 +19,7 @@ from permprune.engine.measuring import Evaluation
 from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
 from permprune.engine.sharded import Sharded
+from permprune.engine.stages import stages_of_pruning
 from permprune.engine.streamed import Streamed
 from permprune.engine.weights import Weights
 from permprune.evaluation.size import weight_bytes
@@ -35,7 +36,8 @@ from permprune.system import distributed
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
-from permprune.system.progress import log
+from permprune.system.progress import log, stage, stages
+from permprune.system.stages import PACK
 
 
 @failures_reported()
@@ -73,11 +75,13 @@ def prune_to_folder(
             require_space(work.out, sum(fitted.disk.values()))
         name = str(model)
         open_weights: Callable[[], Weights] = partial(_held, model, config, processor, work)
+        streamed = fitted is not None and fitted.streamed
         if fitted is not None and fitted.shards > 1:
             inside.enter_context(distributed.dividing_rows())
             open_weights = partial(Sharded, name, config, work)
-        elif fitted is not None and fitted.streamed:
+        elif streamed:
             open_weights = partial(Streamed, name, config, work)
+        inside.enter_context(stages(*stages_of_pruning(config, streamed=streamed, packed=pack is not None)))
         session = inside.enter_context(Session(open_weights, evaluation))
         weights = session.weights
         weights.plan.dense.warn()
@@ -105,5 +109,8 @@ def write_pruned_weights(weights: Weights, pruned: Pruned, record: Record, work:
     out = work.out if pack is None else work.scratch / "pruned"
     with weights.served(), atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_pruned(record, pruned.probe, partial(weights.write, pruned=pruned), folder, load=weights.load)
-    if pack is not None and (dense := pack_folder(out, work.out, dtype=pack).left_dense):
+    if pack is None:
+        return
+    stage(PACK)
+    if dense := pack_folder(out, work.out, dtype=pack).left_dense:
         log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))

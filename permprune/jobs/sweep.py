@@ -32,6 +32,7 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Held
 from permprune.engine.measuring import Evaluation
 from permprune.engine.session import Session
+from permprune.engine.stages import stages_of_attempts
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
@@ -48,7 +49,7 @@ from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
 from permprune.system.memory import keep_freed_memory
-from permprune.system.progress import console, log, track
+from permprune.system.progress import console, log, stages, track
 from permprune.system.search_state import Checkpoint, require_same
 from permprune.system.workers import without_main, worker_context
 from permprune.zoo.models import note
@@ -82,6 +83,11 @@ class Job:
     cells: tuple[Cell, ...]
     folder: Path
     asked: dict[str, Any]
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of the job, in the words that are shown."""
+        return stages_of_attempts((permuter(cell.method) for cell in self.cells), self.config)
 
 
 @failures_reported()
@@ -192,8 +198,9 @@ def _path(partial: Path, cell: Cell) -> Path:
 def _run(jobs: list[Job], workers: int) -> None:
     """Run jobs in this process, or in worker processes if there are several of both."""
     if workers == 1 or len(jobs) < 2:
-        for job in jobs:
-            run_job(job)
+        with stages(*(name for job in jobs for name in job.stages)):
+            for job in jobs:
+                run_job(job)
         return
     scripted = _require_importable(jobs, workers)
     threads = max(1, torch.get_num_threads() // workers)

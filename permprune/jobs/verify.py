@@ -16,6 +16,8 @@ from permprune.errors import PermpruneError
 from permprune.models.layers import DenseWeights, dense_weights
 from permprune.pruning.folder import require_probe
 from permprune.system.failures import failures_reported
+from permprune.system.progress import stage, stages
+from permprune.system.stages import CHECK, READ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Verified:
 
 
 @failures_reported()
+@stages(READ, CHECK)
 def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = False) -> Verified:
     """Check that the stored weights of every layer are N:M sparse and that the outputs are those of the masked model.
 
@@ -40,6 +43,7 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
     `trust_remote_code` is as in `read_model`. Raises `PermpruneError` for the first check that fails.
     """
     loaded = model if isinstance(model, PreTrainedModel) else load(model, trust_remote_code=trust_remote_code)
+    stage(CHECK)
     origin = origin_of(loaded)
     if origin.record is None:
         raise PermpruneError("permprune did not prune this model: give one returned by prune or load, or a folder")

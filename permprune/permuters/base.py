@@ -173,6 +173,11 @@ class Permuter(ABC):
         """Find orders. The network may have any orders at first, and has the dense weights."""
 
     @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of a run that the search makes, in the words that are shown; the first begins with `solve`."""
+        return (self.name,)
+
+    @property
     def divides_rows(self) -> bool:
         """Whether it works where each process holds only some rows of the weights (`permprune.system.sharding`)."""
         return False

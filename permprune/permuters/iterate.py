@@ -16,7 +16,7 @@ from permprune.losses.loss import Loss, LossFunction, TeacherOutputs, as_loss
 from permprune.losses.objective import Objective
 from permprune.permuters.base import TRAINING, CurvePoint, Permuter, Round, Run, Solution
 from permprune.system.imports import on_first_use
-from permprune.system.progress import bar, log
+from permprune.system.progress import bar, log, stage
 
 with on_first_use(globals()):
     from torch import Tensor
@@ -128,6 +128,15 @@ class Iterative(Permuter, Generic[S]):
     def total(self) -> int:
         """The number of rounds (or steps) after which the search ends."""
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        start, rounds = self.stage("start"), self.stage(f"{self.unit}s")
+        return (start, rounds) if self.total else (start,)
+
+    def stage(self, what: str) -> str:
+        """The name of a stage of this search."""
+        return f"{self.name}, {what}"
+
     @abstractmethod
     def init(self, landscape: Landscape) -> S:
         """Return the first state, with the loss of its orders on the curve."""
@@ -167,6 +176,7 @@ def iterate(method: Iterative[S], landscape: Landscape) -> Solution:
     else:
         state = method.init(landscape)
         stopped = run.notify(_round(method, landscape, state))
+    stage(method.stage(f"{method.unit}s"))
     with bar(method.name, method.total, state.number) as advance:
         while not stopped and not method.done(landscape, state):
             began, points = time.monotonic(), len(state.curve)

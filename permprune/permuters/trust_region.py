@@ -15,7 +15,7 @@ from permprune.permuters.iterate import TOLERANCE, Iterative, Landscape, SearchS
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.system.imports import on_first_use
-from permprune.system.progress import log
+from permprune.system.progress import log, stage
 
 with on_first_use(globals()):
     import torch
@@ -147,6 +147,11 @@ class TrustRegion(Iterative[TrustRegionState]):
     @property
     def divides_rows(self) -> bool:
         return not (self.tune or self.train or self.refine) and self.start.divides_rows
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        after = {"refinement": self.refine, "training": self.train}
+        return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))
 
     @property
     def total(self) -> int:
@@ -292,11 +297,13 @@ class TrustRegion(Iterative[TrustRegionState]):
         landscape.mean = None
         state.show(landscape.network)
         if self.refine:
+            stage(self.stage("refinement"))
             saved = Resumable(self.checkpoint(landscape.run), f"{self.name}.refinement", state.number)
             limit, examples = self.time_limit(landscape.run), 2 * self.examples
             state = refine_masks(landscape, state, rounds=self.refine, examples=examples, limit=limit, saved=saved)
         bits = landscape.network.bits if self.refine else {}
         if self.train and landscape.run.minutes is not None:
+            stage(self.stage("training"))
             began, points = time.monotonic(), len(state.curve)
             schedule = timed(60 * landscape.run.minutes - state.seconds)
             state, _ = self._train(landscape, state, schedule, first=0)

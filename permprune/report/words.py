@@ -7,6 +7,7 @@ import math
 from permprune.data.overlap import QUOTED
 from permprune.evaluation.result import Result, metric_named
 from permprune.pattern import MIXED
+from permprune.system import stages
 
 DASH = "\N{EN DASH}"
 
@@ -77,16 +78,8 @@ def overlap_note(share: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format a duration: in seconds up to two minutes, then in minutes, then in hours; a dash for None."""
-    if seconds is None:
-        return DASH
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    """Format a duration in seconds, minutes or hours; a dash for None."""
+    return DASH if seconds is None else stages.duration(seconds)
 
 
 def way(pattern: str, method: str, update: str) -> str:

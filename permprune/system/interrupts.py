@@ -40,5 +40,7 @@ def leaving_on_interrupt() -> Iterator[None]:
 
 
 def _leave(*_: object) -> None:
-    os.write(2, b"permprune: interrupted\n")
+    # a line of progress may stand there, with the cursor hidden
+    shown = b"\r\x1b[2K\x1b[?25h" if os.isatty(2) else b""
+    os.write(2, shown + b"permprune: interrupted\n")
     os._exit(130)

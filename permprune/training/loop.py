@@ -21,7 +21,7 @@ from permprune.models.autocast import autocast
 from permprune.models.forward import frozen
 from permprune.options import Count, NonNegative, Positive, Seed, Share, require_fields
 from permprune.system.device import fast_dtype, random_states, set_random_states
-from permprune.system.progress import log, track
+from permprune.system.progress import bar, log
 from permprune.system.search_state import Checkpoint, Resumable, State
 
 STATE, BEST = "training", "training.best"
@@ -99,18 +99,26 @@ class Trainer:
         del state
         if not self.curve:
             self._add(0, None, 0.0)
-        for number in range(len(self.curve), self.training.epochs + 1):
-            with self._training():
-                self._epoch(examples, number, random)
-            done, self.position, random = self.position, Position(), {}
-            self._add(number, done.loss / done.terms, self.curve[-1].seconds + done.seconds)
+        steps = -(-len(examples) // self.training.batch)
+        begun = steps * (len(self.curve) - 1) + self.position.step
+        with bar("training", steps * self.training.epochs, begun) as advance:
+            for number in range(len(self.curve), self.training.epochs + 1):
+                with self._training():
+                    self._epoch(examples, number, random, advance)
+                done, self.position, random = self.position, Position(), {}
+                self._add(number, done.loss / done.terms, self.curve[-1].seconds + done.seconds)
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(self.best[name])
         return self.curve
 
-    def _epoch(self, examples: Examples, number: int, random: dict[str, Tensor]) -> None:
-        """Train for the rest of a pass over the examples, from `position` and its `random` states."""
+    def _epoch(
+        self, examples: Examples, number: int, random: dict[str, Tensor], advance: Callable[[int, str], None]
+    ) -> None:
+        """Train for the rest of a pass over the examples, from `position` and its `random` states.
+
+        `advance` is called with the steps of all passes so far.
+        """
         seed = (self.training.seed * 2**20 + number) % 2**63
         torch.manual_seed(seed)
         runs = by_length(examples, self.training.batch, torch.Generator().manual_seed(seed))
@@ -118,7 +126,7 @@ class Trainer:
             set_random_states(random)
             log.info("epoch %d resumes after step %d of %d", number, self.position.step, len(runs))
         began = time.monotonic() - self.position.seconds
-        for batch in track(runs[self.position.step :], f"epoch {number}"):
+        for batch in runs[self.position.step :]:
             done = self.position
             step = (number - 1) * len(runs) + done.step
             for group in self.optimizer.param_groups:
@@ -133,6 +141,7 @@ class Trainer:
             total, count = done.loss + float(loss.detach()), done.terms + terms
             self.position = Position(done.step + 1, total, count, time.monotonic() - began)
             self.saved.offer(self._state)
+            advance(step + 1, f"epoch {number}: loss {total / count:.4g}")
 
     @property
     def device(self) -> torch.device:
