@@ -144,26 +144,27 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         stage("proposals", Memory("largest problem's model", model), work=proposing),
         stage("accept", *_pass(method, run), work=run.loss_work(run.held_out) * TRIED),
     ]
-    batch = max(1, method.examples // 4) * run.examples_per_window
+    batch = method.step_examples * run.examples_per_window
     training = _training(method, run, batch)
+    step = run.gradient_work(batch) + run.loss_work(batch)  # of the dense model, for the divergence
     if not method.rounds:
         rounds = []
     elif method.tune:
-        step = run.gradient_work(batch) + run.loss_work(batch)  # of the dense model, for the divergence
         best = Memory("best trained weights", outline.dtype.itemsize * outline.weights)
         steps = method.tune * max(0, method.rounds - method.wait)
         rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
     if method.refine:
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
         rounds.append(stage("refinement", *backward, work=work, times=method.refine))
-    if method.train:
-        rounds.append(Stage(f"{method.name}: training at the end", training, None))
+    if method.trains_at_end:
+        counted = step * method.train_steps if method.train_steps else None
+        rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
     return [*stages_of(method.start, run), *rounds]
 
 
 @state_bytes.register(TrustRegion)
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
-    weights = outline.dtype.itemsize * outline.weights if method.tune or method.train else 0
+    weights = outline.dtype.itemsize * outline.weights if method.tune or method.trains_at_end else 0
     training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
     masks = outline.weights // 8 if method.refine else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds

@@ -54,13 +54,14 @@ class Work:
 class Stage:
     """A stage of a run: the parts that it holds at its peak, and its work; None if the work is not known.
 
-    `limited` is whether the time limit of a run covers it.
+    `limited` is whether the time limit of a run covers it, and `last` whether it may take all that is left of it.
     """
 
     name: str
     parts: tuple[Memory, ...]
     work: Work | None = field(default_factory=Work)
     limited: bool = False
+    last: bool = False
 
     def bytes(self, place: Place | None = None) -> int:
         """The bytes of its parts, at one place or in all."""

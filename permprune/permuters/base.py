@@ -113,6 +113,7 @@ class Run:
         callbacks: Called in this order after each round of an iterative search.
         checkpoint: Where searches save their states.
         examples_per_window: Number of examples that count as one: an image has one label, a window of text hundreds.
+        passes: Passes over `train` of which the user knows: training warns of further ones.
         solved: Cache of solutions, so that a search that starts from another permuter's orders does not repeat that
             one. Different runs may share it, because a solution's key contains everything that it depends on.
     """
@@ -124,6 +125,7 @@ class Run:
     callbacks: tuple[Callback, ...] = field(default=(), compare=False)
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None, {}), compare=False)
     examples_per_window: int = 1
+    passes: int = field(default=1, compare=False)
     solved: dict[tuple[object, ...], Solution] = field(default_factory=dict, compare=False)
 
     @property

@@ -22,7 +22,7 @@ with on_first_use(globals()):
     from torch import Tensor
 
     from permprune.permuters.refinement import refine_masks
-    from permprune.permuters.tuning import Schedule, counted, timed, train_further
+    from permprune.permuters.tuning import Schedule, counted, first_ended, timed, train_further
     from permprune.pruning.gradients import Gradients
     from permprune.pruning.problem import Problem
     from permprune.system import distributed
@@ -40,6 +40,9 @@ and forgets them; chosen by ablation, see docs/results/ablations.md."""
 
 LEAST_SLOPE = 1e-5
 """A problem's slopes are treated as noise if the predicted change of the loss is smaller than this, in nats."""
+
+TRAINED = 0.7
+"""The share of a time limit that is left to a training of a number of steps."""
 
 STILL = 1e-3
 """A problem counts as unmoved if its predicted change of the loss is below this share of the mean."""
@@ -120,11 +123,12 @@ class TrustRegion(Iterative[TrustRegionState]):
     With `refine` as many rounds follow in which masks change at the orders found (see `refinement`); each takes its
     gradient on twice as many examples.
 
-    With `train` the remaining weights are trained once, in the same way, after the last round and until the time limit
-    of the run is over: `train` is the share of that limit in which no round begins.
+    With `train_steps` the remaining weights are trained once, in the same way, for so many steps after the last round.
+    With `train` they are trained until the time limit of the run is over; `train` is the share of that limit in which
+    no round begins (0.7 if only the steps are given). Given both, or steps and a limit, what ends first ends training.
     """
 
-    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "train")
+    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "train", "train_steps")
     state: ClassVar[type[SearchState]] = TrustRegionState
     start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: Natural = 16
@@ -134,6 +138,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     wait: Natural = 0
     refine: Natural = 0
     train: Share = 0.0
+    train_steps: Natural = 0
     rate: Positive = 2e-3
 
     @abstractmethod
@@ -146,11 +151,11 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def divides_rows(self) -> bool:
-        return not (self.tune or self.train or self.refine) and self.start.divides_rows
+        return not (self.tune or self.trains_at_end or self.refine) and self.start.divides_rows
 
     @property
     def stages(self) -> tuple[str, ...]:
-        after = {"refinement": self.refine, "training": self.train}
+        after = {"refinement": self.refine, "training": self.trains_at_end}
         return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))
 
     @property
@@ -158,8 +163,22 @@ class TrustRegion(Iterative[TrustRegionState]):
         return self.rounds
 
     @property
+    def trains_at_end(self) -> bool:
+        """Whether weights are trained after the last round."""
+        return bool(self.train or self.train_steps)
+
+    @property
     def search_share(self) -> float:
-        return 1 - self.train
+        return 1 - (self.train or (TRAINED if self.train_steps else 0.0))
+
+    @property
+    def step_examples(self) -> int:
+        """The windows of a step of training."""
+        return max(1, self.examples // 4)
+
+    def require_minutes(self, minutes: float | None) -> None:
+        if not self.train_steps:
+            super().require_minutes(minutes)
 
     def init(self, landscape: Landscape) -> TrustRegionState:
         """Start from the orders of `start`, or from the natural ones if their held-out loss is lower."""
@@ -302,11 +321,12 @@ class TrustRegion(Iterative[TrustRegionState]):
             limit, examples = self.time_limit(landscape.run), 2 * self.examples
             state = refine_masks(landscape, state, rounds=self.refine, examples=examples, limit=limit, saved=saved)
         bits = landscape.network.bits if self.refine else {}
-        if self.train and landscape.run.minutes is not None:
+        if self.trains_at_end:
             stage(self.stage("training"))
-            began, points = time.monotonic(), len(state.curve)
-            schedule = timed(60 * landscape.run.minutes - state.seconds)
-            state, _ = self._train(landscape, state, schedule, first=0)
+            began, points, minutes = time.monotonic(), len(state.curve), landscape.run.minutes
+            schedules = [counted(self.train_steps)] if self.train_steps else []
+            schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
+            state, _ = self._train(landscape, state, first_ended(*schedules), first=0)
             state = state.after(distributed.mean(time.monotonic() - began), points)
         return replace(super().finish(landscape, state), bits=bits)
 
@@ -316,9 +336,8 @@ class TrustRegion(Iterative[TrustRegionState]):
         """Train the remaining weights (see `train_further`); gradients at other weights do not count any more."""
         # each training follows more points of the curve
         saved = Resumable(self.checkpoint(landscape.run), self.name + TRAINING, len(state.curve))
-        examples = max(1, self.examples // 4)
         state, kept = train_further(
-            landscape, state, schedule, first=first, examples=examples, rate=state.rate, saved=saved
+            landscape, state, schedule, first=first, examples=self.step_examples, rate=state.rate, saved=saved
         )
         result = "kept" if kept else "rejected"
         log.info("%s: held-out loss %.4f after training, %s", self.name, state.curve[-1].loss, result)

@@ -56,6 +56,16 @@ def timed(seconds: float) -> Schedule:
     return place
 
 
+def first_ended(*schedules: Schedule) -> Schedule:
+    """Return the schedule that is at the furthest place of several, and ends with the first of them."""
+
+    def place(done: int, spent: float) -> float | None:
+        places = [schedule(done, spent) for schedule in schedules]
+        return None if None in places else max(filter(None, places), default=0.0)
+
+    return place
+
+
 class KeptWeights:
     """The kept weights of a network in training with Adam, with moments of these weights only.
 
@@ -172,7 +182,7 @@ def train_weights(
     losses: list[float] = []
     with bar("training, % of the schedule", 100) as advance:
         while (place := schedule(kept.steps, distributed.mean(saved.seconds if kept.steps else 0.0))) is not None:
-            if windows // examples == first + kept.steps:
+            if run.passes * windows // examples == first + kept.steps:
                 log.warning(
                     "training starts over after %d windows, which it fits better than other data from here on: "
                     "give more calibration data, or a larger --samples",

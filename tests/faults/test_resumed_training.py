@@ -81,6 +81,7 @@ LAYERS = 14
     [
         ("fp32", "newton:rounds=2:tune=4:refine=2", ADAM, 6 * LAYERS + 5),  # in the third step of the second round
         ("bf16", "newton:rounds=1:tune=3:train=0.5", ADAM, (3 + 4) * LAYERS + 5),  # in the fifth step after the rounds
+        ("fp32", "newton:rounds=1:train_steps=6", ADAM, 3 * LAYERS + 5),
         ("fp32", "learned:rounds=1:refine=3", "permprune.permuters.refinement.all_swaps", 3),
     ],
 )
@@ -97,7 +98,7 @@ def test_a_killed_training_of_a_search_continues(
         LlamaForCausalLM.from_pretrained(tiny_checkpoint).bfloat16().save_pretrained(tiny_checkpoint)
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
-    command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train" in method else [])]
+    command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train=" in method else [])]
     monkeypatch.setattr("permprune.permuters.trust_region.timed", lambda _: counted(6))
     every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
     code, _, stderr = run(*command, "--out", whole)

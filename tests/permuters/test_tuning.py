@@ -15,7 +15,7 @@ from permprune.errors import PermpruneError
 from permprune.forecasts.costs import state_bytes
 from permprune.losses.objective import Objective
 from permprune.permuters.newton import Newton
-from permprune.permuters.tuning import BETAS, RISING, Schedule, counted, timed, train_weights
+from permprune.permuters.tuning import BETAS, RISING, Schedule, counted, first_ended, timed, train_weights
 from permprune.system import progress, search_state
 from permprune.system.search_state import Checkpoint, Resumable
 
@@ -85,6 +85,12 @@ def test_the_steps_of_a_time_end_before_it_is_over() -> None:
     assert timed(-1.0)(0, 0.0) is None
 
 
+def test_the_first_end_of_two_schedules_is_approached() -> None:
+    both = first_ended(counted(4), timed(13.0))
+    steps = [(0, 0.0), (1, 1.0), (2, 4.0), (3, 10.0)]
+    assert [both(*step) for step in steps] == [1 / 8, 3 / 8, 5 / 8, None] and both(4, 0.0) is None
+
+
 def test_the_time_of_an_interrupted_training_counts(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,6 +133,24 @@ def test_training_takes_what_the_rounds_leave_of_the_time(prepared: Prepared, mo
     assert any(not torch.equal(weight, prepared.network.dense[name]) for name, weight in solution.weights.items())
     short = method.solve(prepared.network, dataclasses.replace(run, minutes=1e-9))
     assert [point.stage for point in short.curve] == ["search", "training"] and limits[1] < 0
+
+
+def test_a_training_of_a_number_of_steps_keeps_a_time_limit(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[float] = []
+    place = "permprune.permuters.trust_region.timed"
+    monkeypatch.setattr(place, lambda seconds: limits.append(seconds) or counted(2))
+    steps, trained = [], prepared.network.take_gradients
+    monkeypatch.setattr(prepared.network, "take_gradients", lambda *given: steps.append(1) or trained(*given))
+    for minutes, made in ((None, 3), (2.0, 2)):
+        steps.clear()
+        method = Newton(rounds=1, train_steps=3)
+        solution = method.solve(prepared.network, dataclasses.replace(prepared.run, minutes=minutes))
+        assert len(steps) == made and [point.stage for point in solution.curve] == ["search", "search", "training"]
+    assert 100 < limits[0] <= 120 and Newton(train_steps=3).search_share == pytest.approx(0.3)
+    assert Newton(train=0.9, train_steps=3).search_share == pytest.approx(0.1)
+    PruneConfig(permute="newton:train=0.9:train_steps=3")  # without a limit only the steps count
 
 
 def test_training_at_the_end_needs_a_time_limit(prepared: Prepared) -> None:
