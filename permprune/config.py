@@ -35,15 +35,11 @@ with on_first_use(globals()):
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
-EFFORTS: dict[str, dict[str, Any]] = {
-    "seconds": {"permute": "ria"},
-    "minutes": {"permute": "newton:train=0.7", "minutes": 8.0},
-    "hour": {"permute": "newton:train=0.9", "samples": 3072, "minutes": 55.0},
-}
-"""The fields that each effort sets."""
+EFFORTS = ("order", "minutes", "hour")
+"""How much work a run may do (`permprune.forecasts.efforts`)."""
 
-DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192, "minutes": None}
-"""The values without an effort of the fields that efforts may set."""
+DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192}
+"""The values without an effort of the fields that efforts set."""
 
 
 class _Unset(enum.Enum):
@@ -51,7 +47,7 @@ class _Unset(enum.Enum):
 
 
 UNSET: Any = _Unset.UNSET
-"""The value of these fields if they are left to the effort. `minutes=None`, however, is no time limit."""
+"""The value of these fields if they are left to the effort."""
 
 
 class PruneSettings(TypedDict, total=False):
@@ -95,15 +91,14 @@ class PruneConfig:
     """The score of each weight: magnitude, wanda, ria or obs."""
 
     effort: str | None = None
-    """How much work the run does: seconds (ria), minutes (about ten: newton, then training of the weights that are
-    kept) or hour (the same for an hour, on more windows). It sets `permute`, `samples` and `minutes` unless they are
-    given.
+    """How much work the run does: order (a search, no weight changes), minutes (a search, then training of the weights
+    that are kept; the default of prune unless `permute` is given) or hour (about six times as much).
 
-    `minutes=None` is given, too, and takes back the time limit of an effort."""
+    It sets `permute` by the size of the model, and `samples` unless they are given."""
 
     permute: str | Permuter = UNSET
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
-    newton (the default without an effort), with options after the name, such as newton:rounds=6.
+    newton, with options after the name, such as newton:rounds=6; by default what the effort sets.
 
     `compare` and `sweep` take a list of methods in place of this one."""
 
@@ -123,7 +118,8 @@ class PruneConfig:
     Several sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
 
     samples: Count = UNSET
-    """Windows of text to calibrate on, 192 without an effort; 32 sentences or 8 images count as one."""
+    """Windows of text to calibrate on, by default 192, or what the effort needs; 32 sentences or 8 images count as
+    one."""
 
     length: Length = 512
     """Tokens in a window of text."""
@@ -158,9 +154,9 @@ class PruneConfig:
 
     Only those of `prune_to_folder` can divide them."""
 
-    minutes: Positive | None = UNSET
-    """The time limit of the search, in minutes, or none, the default without an effort. With a limit the result depends
-    on the speed of the machine."""
+    minutes: Positive | None = None
+    """The time limit of search and training, in minutes, or none. If it ends them, the result depends on the speed of
+    the machine."""
 
     seed: Seed = 0
     """Seed of all random numbers: the same one gives the same orders."""
@@ -186,9 +182,8 @@ class PruneConfig:
     def __post_init__(self) -> None:
         if self.effort is not None:
             require_choice("effort", self.effort, EFFORTS)
-        by_effort = DEFAULTS | EFFORTS.get(self.effort or "", {})
-        values = {name: value for name, value in by_effort.items() if getattr(self, name) is UNSET}
-        values |= {"given": frozenset(by_effort.keys() - values.keys()), "calibration": _sources(self.calibration)}
+        values = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is UNSET}
+        values |= {"given": frozenset(DEFAULTS.keys() - values.keys()), "calibration": _sources(self.calibration)}
         for name, value in {**values, "parsed_pattern": parse_pattern(self.pattern)}.items():
             object.__setattr__(self, name, value)
         require_fields(self)
@@ -203,6 +198,13 @@ class PruneConfig:
         """The sources of the calibration data; None stands for the default data."""
         return self.calibration if isinstance(self.calibration, tuple) else (self.calibration,)
 
+    def require_one_choice(self) -> None:
+        """Raise `PermpruneError` if both an effort and a permuter are given."""
+        if self.effort is not None and "permute" in self.given:
+            raise PermpruneError(
+                f"effort {self.effort} chooses the search, and so does {label_of(self.permute)}: give one of them"
+            )
+
     def reads(self, source: str) -> bool:
         """Whether this is a source of the calibration data, however its path is written."""
         return _resolved(source) in [_resolved(known) for known in self.sources if known is not None]
@@ -210,7 +212,7 @@ class PruneConfig:
     def replace(self, **changes: Unpack[PruneSettings]) -> PruneConfig:
         """Return a copy with other values. Raises `PermpruneError` for an unknown field, with the closest known one.
 
-        A new `effort` sets its fields, except for those that are given with it.
+        With a new `effort`, its fields are left to it, except for those that are given with it.
         """
         by_effort = DEFAULTS.keys() - (() if "effort" in changes else self.given)
         return replace_fields(self, {**dict.fromkeys(by_effort, UNSET), **changes}, "there is no setting")

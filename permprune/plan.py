@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from permprune.examples import Examples
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import short_inputs
 from permprune.models.layers import DenseWeights, Layer, block_linears, dense_weights, prunable_layers
-from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
+from permprune.models.modality import EXAMPLES_PER_WINDOW, Kind, kind_of
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor
 from permprune.models.shallow import Repetition, repetitions, shortened
@@ -30,9 +32,10 @@ from permprune.pattern import Pattern
 from permprune.permuters.base import Run
 from permprune.permuters.identity import Identity
 from permprune.permuters.registry import permuter
+from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Problem, build_problems
-from permprune.registry import label_of
+from permprune.registry import describe
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency
 from permprune.system import distributed
@@ -41,11 +44,11 @@ from permprune.system.digests import CALIBRATION, model_digests, versions
 from permprune.system.progress import log
 from permprune.system.search_state import Checkpoint
 
-LARGE_WINDOWS = 768
-"""The most windows of images or speech that an effort draws: they take up to a thousand times the memory of text."""
-
 FREE = ("effort", "permute", "minutes", "update", "batch", "recompute", "shard")
 """Fields of the config that may change before an interrupted search is resumed."""
+
+PASSES = 20
+"""The most passes over images, sentences or speech that the training of an effort makes; over text it makes one."""
 
 
 @dataclass
@@ -93,14 +96,14 @@ def plan_run(
     a digest is computed. `partial` is as in `prepare`. Raises `PermpruneError`.
     """
     pattern, metric = config.parsed_pattern, saliency(config.saliency)
+    if config.effort is not None and "permute" not in config.given:
+        raise PermpruneError(f"effort {config.effort} chooses the search of prune alone: leave it out")
     layers = prunable_layers(model, pattern, config.exclude)
-    device = compute_device(model)
-    examples_per_window = EXAMPLES_PER_WINDOW[kind_of(model)]
-    if config.effort is not None:
-        windows = len(examples) // examples_per_window
-        log.info("effort %s: %s on %d windows", config.effort, label_of(config.permute), windows)
+    device, kind = compute_device(model), kind_of(model)
+    examples_per_window = EXAMPLES_PER_WINDOW[kind]
     config = config.replace(length=clipped_length(model, config.length))
     measured, held_out, train = examples.split(shares_of(len(examples), config, examples_per_window))
+    config, passes = _within_data(config, kind, max(1, len(train) // examples_per_window))
     coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
@@ -118,9 +121,34 @@ def plan_run(
         config.minutes,
         checkpoint=Checkpoint(partial, searched),
         examples_per_window=examples_per_window,
+        passes=passes,
     )
     dense = dense_weights(model, sites, config.exclude)
     return Plan(config, pattern, metric, dtype, coupling, layers, problems, sites, dense, measured, run)
+
+
+def _within_data(config: PruneConfig, kind: Kind, windows: int) -> tuple[PruneConfig, int]:
+    """Return the config with no more steps of training than the data suffice for, if an effort set them.
+
+    Returns the passes over the `windows` to train on as well, of which a warning tells if there are several, or if the
+    steps are fewer.
+    """
+    method = permuter(config.permute)
+    if config.effort is None or not isinstance(method, TrustRegion) or not method.train_steps:
+        return config, 1
+    wanted, most = method.train_steps, (1 if kind == "text" else PASSES) * windows // method.step_examples
+    steps = min(wanted, max(1, most))
+    passes = math.ceil(steps * method.step_examples / windows)
+    if steps < wanted or passes > 1:
+        fewer = f", in {steps} steps in place of {wanted}" if steps < wanted else ""
+        often = "once" if passes == 1 else f"up to {passes} times"
+        log.warning(
+            "there are %d windows to train on: training sees each %s%s; more calibration data would help",
+            windows,
+            often,
+            fewer,
+        )
+    return config.replace(permute=describe(dataclasses.replace(method, train_steps=steps))), passes
 
 
 def _warn_of_outputs(coupling: Coupling, problems: Iterable[Problem], config: PruneConfig) -> None:
@@ -178,14 +206,8 @@ def _couple(model: PreTrainedModel, example: dict[str, Tensor], layers: list[Lay
 
 
 def calibration_count(model: PreTrainedModel, config: PruneConfig) -> int:
-    """Return the number of examples that correspond to `config.samples` windows.
-
-    A number that is not given is one for text; it is at most `LARGE_WINDOWS` for images and speech.
-    """
-    kind, windows = kind_of(model), config.samples
-    if "samples" not in config.given and kind in ("images", "speech"):
-        windows = min(windows, LARGE_WINDOWS)
-    return windows * EXAMPLES_PER_WINDOW[kind]
+    """Return the number of examples that correspond to `config.samples` windows."""
+    return config.samples * EXAMPLES_PER_WINDOW[kind_of(model)]
 
 
 def calibration_examples(model: PreTrainedModel, processor: Processor | None, config: PruneConfig) -> Examples:

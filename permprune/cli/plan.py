@@ -37,6 +37,7 @@ def plan(
     The options are those of prune. With --memory, settings are chosen that fit in the limit.
     """
 
+    config.require_one_choice()
     from permprune.forecasts.machine import GPUS
 
     if gpu is not None:

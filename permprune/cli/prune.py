@@ -34,6 +34,7 @@ def prune(
 ) -> Iterator[None]:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
 
+    config.require_one_choice()
     config, evaluation = cli.beside(config, evaluation)
     if pack is not None:
         require_choice("pack", pack, PACKED)

@@ -67,14 +67,6 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def parse_minutes(text: str) -> float | None:
-    """Parse a time limit in minutes; "none" is None. Raises `PermpruneError` for a text that is neither."""
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise PermpruneError(f"minutes is {text!r}: give a number above 0, or none for no limit") from None
-
-
 def parts(text: str) -> tuple[str, ...]:
     """Split a list such as "a, b" at its commas; empty parts are left out."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -89,7 +81,7 @@ def numbers_in(option: str, text: str, kind: type[N]) -> list[N]:
         raise PermpruneError(f'--{option} is "{text}": give {what}, separated by commas') from None
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {"memory": parse_bytes, "minutes": parse_minutes, "tasks": parts}
+PARSERS: dict[str, Callable[[str], Any]] = {"memory": parse_bytes, "tasks": parts}
 """Functions that read the text of an option."""
 
 

@@ -25,6 +25,7 @@ from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, sto
 from permprune.engine.weights import Weights, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
+from permprune.forecasts.efforts import resolve
 from permprune.losses.choice import choose_task
 from permprune.models.autocast import autocast
 from permprune.models.forward import computed_in, frozen, short_inputs
@@ -86,7 +87,7 @@ def prepare(
         shown = calibration_examples(model, processor, config)
     else:
         shown = Examples.of(examples, calibration_count(model, config))
-        config = replace(config, calibration=f"{len(shown)} examples given in Python")
+        config = config.replace(calibration=f"{len(shown)} examples given in Python")
     if needs_decoder_inputs(model, shown):
         shown = with_decoder_inputs(model, shown, config.batch * BATCH_MULTIPLIER[kind_of(model)])
     plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
@@ -147,23 +148,24 @@ def prune(
     """Permute and prune a model in place.
 
     `processor` is the tokenizer of a language model, or the processor of images or audio. `config` holds the settings;
-    `changes` replace fields of it, for example `pattern="2:4", permute=Newton(rounds=6)`. `examples` replace the
-    config's calibration data: `Examples`, a dict of tensors, token ids (count, length), or an iterable of dicts such as
-    a `DataLoader`, of which at most `samples` windows are read. `callbacks` are called after every round of an
-    iterative search (see `Round`). In gather mode the index selections are attached to the model, after any that it
-    already has. Raises `PermpruneError`, also for an unknown field.
+    `changes` replace fields of it, for example `pattern="2:4", permute=Newton(rounds=6)`. Unless they give a permuter,
+    the effort does, by default "minutes", which trains the weights that are kept; with effort="order" none changes.
+    `examples` replace the config's calibration data: `Examples`, a dict of tensors, token ids (count, length), or an
+    iterable of dicts such as a `DataLoader`, of which at most `samples` windows are read. `callbacks` are called after
+    every round of an iterative search (see `Round`). In gather mode the index selections are attached to the model,
+    after any that it already has. Raises `PermpruneError`, also for an unknown field.
     """
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):
         raise PermpruneError(f"the config is {reprlib.repr(config)}: give a PruneConfig, or its fields as keywords")
-    config = config.replace(**changes)
+    config = resolve(model, config.replace(**changes))
     set_origin(model, origin_of(model))
     prepared = prepare(model, processor, config, examples=examples)
     prepared.dense.warn()
     run = replace(prepared.run, callbacks=tuple(callbacks))
     weights = Held(prepared, processor)
     natural = weights.natural()
-    solution = weights.search(permuter(config.permute), run)
+    solution = weights.search(permuter(prepared.config.permute), run)
     weights.update()
     return weights.finish(solution, natural)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from transformers import masking_utils
 
 from permprune.forecasts.resources import Memory
@@ -27,23 +28,32 @@ from permprune.models.shallow import Repetition, shortened
 CPU = torch.device("cpu")
 """The device of the fake tensors: its kernels for attention keep as much as those of GPUs."""
 
+OPERATIONS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+"""The floating-point operations of products, convolutions and attention, by operator."""
+
 Gradients = Literal["none", "inputs", "weights"]
 """The tensors with gradients in a pass: none (there is no backward pass), the layers' inputs, or their weights too."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of the tensors that live at the peak of a pass over one batch.
+    """Bytes of the tensors that live at the peak of a pass over one batch, and the operations of the pass.
 
     `logits` are those of the model's head and the loss, if the peak is there, and `blocks` all others. `positions` is
     the number of positions, such as tokens, of all examples together that the first linear layer reads, and `outputs`
-    are the bytes of the outputs of all blocks.
+    are the bytes of the outputs of all blocks. `operations` are floating-point operations of products, convolutions and
+    attention (`OPERATIONS`), forward and, with gradients, backward.
     """
 
     blocks: int
     logits: int
     positions: int
     outputs: int
+    operations: float = 0.0
 
     @property
     def parts(self) -> tuple[Memory, ...]:
@@ -61,7 +71,7 @@ def count_activations(
     lists: Sequence[Repetition] = (),
     held: torch.dtype = torch.float32,
 ) -> Activations:
-    """Count the bytes of the tensors that a pass of a model makes; the model is on the meta device and not changed.
+    """Count what a pass of a model makes and computes; the model, which may be on the meta device, is not changed.
 
     `run(model)` makes a batch on the CPU, runs the model on it and returns the loss, or any output if there is no
     backward pass. Weights are fp32, and those of the layers have type `held`. They are not part of the result, nor are
@@ -69,7 +79,8 @@ def count_activations(
     run: each counts as the one that it equals. Tokens are spread evenly over experts.
     """
     with shortened(model, lists):
-        fake = copy.deepcopy(model)
+        parameters = {id(one): nn.Parameter(one.detach().to("meta"), one.requires_grad) for one in model.parameters()}
+        fake = copy.deepcopy(model, {**parameters, **{id(one): one.to("meta") for one in model.buffers()}})
     with frozen(fake), implementation(EVENLY, fake.modules()), _without_packed_sequences():
         mode = FakeTensorMode()
         layers = block_linears(fake)
@@ -93,12 +104,14 @@ def count_activations(
         live.leave_head()
         copies = [fake.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
         growth, outputs = (sum(sizes.get(block, 0) for block in copies) for sizes in (live.growth, live.outputs))
+        left_out = sum(live.computed.get(block, 0) for block in copies)
     logits = live.head - live.before_head if live.head == live.peak else 0
     return Activations(
         blocks=live.peak - logits + growth,
         logits=logits,
         positions=live.positions,
         outputs=sum(live.outputs.values()) + outputs,
+        operations=live.operations + left_out * (1 if gradients == "none" else 4 if recompute else 3),
     )
 
 
@@ -106,13 +119,15 @@ class _Live(TorchDispatchMode):
     """Counts the bytes of the tensors that operations inside make and that are alive, without those of the model.
 
     `now` are the bytes at present and `peak` the most so far. `growth` are the bytes that remain of each block after it
-    has run forward, and `outputs` those of its output. `head` is the peak from the end of the last block until its
+    has run forward, and `outputs` those of its output. `operations` is as in `Activations`, and `computed` are those of
+    each block forward. `head` is the peak from the end of the last block until its
     output has a gradient, and `before_head` are the bytes at its beginning. `positions` is as in `Activations`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.blocks, self.growth, self.outputs = blocks(model), dict[nn.Module, int](), dict[nn.Module, int]()
+        self.operations, self.computed = 0.0, dict[nn.Module, float]()
         self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self.now = self.peak = self.head = self.before_head = self.positions = 0
         self._sizes: dict[int, int] = {}
@@ -122,6 +137,8 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._end_block()
         result = function(*args, **(kwargs or {}))
+        if (count := OPERATIONS.get(function._overloadpacket)) is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
@@ -158,11 +175,12 @@ class _Live(TorchDispatchMode):
         def enter(_block: nn.Module, _args: Any) -> None:
             self._end_block()
             self.leave_head()  # operations between two blocks are not part of the head
-            self.growth[block] = -self.now
+            self.growth[block], self.computed[block] = -self.now, -self.operations
 
         def leave(_block: nn.Module, _args: Any, output: Any) -> None:
             first = output if isinstance(output, Tensor) else output[0]
             self._left, self.outputs[block] = block, first.nbytes
+            self.computed[block] += self.operations
             if first.requires_grad and block is self.blocks[-1]:
                 first.register_hook(lambda _gradient: self.leave_head())
 

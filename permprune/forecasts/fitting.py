@@ -14,6 +14,7 @@ from permprune.checkpoints.offload import read_shapes, read_skeleton
 from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
+from permprune.forecasts.efforts import resolve
 from permprune.forecasts.machine import Machine, machine_named, this_machine
 from permprune.forecasts.run import Forecast, Subject, forecast_held
 from permprune.forecasts.streamed import forecast_streamed
@@ -55,6 +56,7 @@ def forecast(
     config, processes = config or PruneConfig(), distributed.world() if processes is None else processes
     require("processes", processes, Count)
     model, stored = read_shapes(name, trust_remote_code=config.trust_remote_code)
+    config = resolve(model, config)
     outline, machine = outline_model(model, config), machine_named(gpu)
     fitting = Fitting(name, model, outline, machine, windows=windows, stored=stored, processes=processes)
     if config.memory is not None:

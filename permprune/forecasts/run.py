@@ -25,12 +25,12 @@ from permprune.forecasts.workload import Workload
 from permprune.losses.targets import next_token
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
-from permprune.models.layers import linears_of
 from permprune.models.modality import (
     BATCH_MULTIPLIER,
     EVALUATION_BATCH,
     EVALUATION_WINDOWS,
     EXAMPLES_PER_WINDOW,
+    Kind,
     evaluation_count,
     kind_of,
 )
@@ -45,6 +45,9 @@ from permprune.updates.registry import update
 
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
+
+TYPICAL: dict[Kind, int] = {"sentences": 64, "embeddings": 64, "speech": 64}
+"""The tokens that are assumed of a sentence and of a transcript, where they determine the work and not the memory."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of a batch, by the names of the model's arguments."""
@@ -97,20 +100,20 @@ class Forecast:
         """The time of each stage; None where it is not known.
 
         If the rounds of a search need more than their share of a time limit, all its stages are shortened alike.
-        Training takes what is left of the limit.
+        Training takes what is left of the limit, unless its steps need less.
         """
         times = {stage.name: None if stage.work is None else self.machine.seconds(stage.work) for stage in self.stages}
         if self.config.minutes is None:
             return times
         limit, share = 60 * self.config.minutes, permuter(self.config.permute).search_share
-        limited = {stage.name: times[stage.name] for stage in self.stages if stage.limited}
-        known = sum(filter(None, limited.values()))
+        rounds = {stage.name: times[stage.name] for stage in self.stages if stage.limited and not stage.last}
+        known = sum(filter(None, rounds.values()))
         searched = min(known, limit * share)
-        for name, seconds in limited.items():
-            if seconds is not None:
-                times[name] = seconds * searched / max(known, 1e-9)
-            elif share < 1:
-                times[name] = limit - searched
+        times |= {name: own and own * searched / max(known, 1e-9) for name, own in rounds.items()}
+        for stage in self.stages:
+            if stage.last:
+                needed = times[stage.name]
+                times[stage.name] = limit - searched if needed is None else min(needed, limit - searched)
         return times
 
     def to_json(self) -> dict[str, Any]:
@@ -176,7 +179,7 @@ def forecast_held(subject: Subject, config: PruneConfig, shards: int = 1) -> For
     run = Workload(
         outline=outline,
         threads=machine.threads if shards == 1 else 1,
-        forward=forward_operations(model) * gradient.positions / batch / shards,
+        forward=example_operations(model, config, outline) / shards,
         batch=batch,
         gradient=gradient,
         loss=counted("none", batch=LIGHT * config.batch),
@@ -236,14 +239,13 @@ def program_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def forward_operations(model: nn.Module) -> float:
-    """Return the floating-point operations of the model's linear layers for one position: two for each weight.
+def example_operations(model: PreTrainedModel, config: PruneConfig, outline: Outline | None = None) -> float:
+    """Return the floating-point operations of the model forward for one example of `TYPICAL` length.
 
-    Of experts, those count that a position is routed to. Attention, which adds 4 * length operations for each channel
-    of its heads and block, is left out.
+    The model may be on the meta device. Of the blocks that the outline found to be equal, only the first ones are run.
     """
-    layers = [layer for name, module in model.named_modules() for layer in linears_of(name, module)]
-    return 2 * sum(layer.weight.numel() * layer.share_of_tokens for layer in layers)
+    shapes = _shapes(model, 1, min(config.length, TYPICAL.get(kind_of(model), config.length)))
+    return _run(model, shapes, lists=outline.repeated if outline else ()).operations
 
 
 def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, processes: int) -> Iterator[str]:
@@ -255,7 +257,7 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, proc
     if any(layer.expert is not None for layer in outline.layers):
         yield "tokens are spread evenly over the experts"
     if kind_of(model) in ("sentences", "embeddings"):
-        yield "every sentence has --length tokens"
+        yield f"sentences have --length tokens in memory, and {TYPICAL['sentences']} on average"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
 
@@ -270,19 +272,36 @@ def _counted(
     batch: int | None = None,
 ) -> Activations:
     """Count the activations of a batch of this many windows, by default `config.batch`."""
-    count = (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)]
-    length = fitting_length(model, config.length)
-    shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
-    shapes |= {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
-    return count_activations(
+    return _run(
         model,
-        _next_token_loss(shapes) if is_causal_lm(model) and shapes.keys() == {"input_ids"} else _output_sum(shapes),
+        _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length),
         gradients=gradients,
         dtype=dtype,
         recompute=config.recompute and gradients != "none",
         lists=outline.repeated,
         held=outline.dtype if gradients == "inputs" and dtype == outline.dtype else torch.float32,
     )
+
+
+def _shapes(model: PreTrainedModel, count: int, length: int) -> Shapes:
+    """The shapes of a batch of `count` examples, of texts with `length` tokens."""
+    length = fitting_length(model, length)
+    shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
+    return shapes | {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
+
+
+def _run(
+    model: PreTrainedModel,
+    shapes: Shapes,
+    *,
+    gradients: Gradients = "none",
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Activations:
+    """Count what a pass over a batch makes and computes."""
+    text = is_causal_lm(model) and shapes.keys() == {"input_ids"}
+    run = _next_token_loss(shapes) if text else _output_sum(shapes)
+    return count_activations(model, run, gradients=gradients, dtype=dtype, **settings)
 
 
 def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:

@@ -11,7 +11,7 @@ from permprune.forecasts.run import (
     EVALUATED,
     Forecast,
     Subject,
-    forward_operations,
+    example_operations,
     offloaded_bytes,
     program_bytes,
 )
@@ -52,7 +52,7 @@ def forecast_streamed(subject: Subject, config: PruneConfig) -> Forecast:
     length, checkpoint = fitting_length(model, config.length), weight_bytes(model, subject.stored)
     tokens = config.shares(config.samples)[0] * length
     needed = streamed_bytes(model, outline, metric=saliency(config.saliency), tokens=tokens, length=length)
-    largest, forward = Memory("largest part of the model", needed), forward_operations(model)
+    largest, forward = Memory("largest part of the model", needed), example_operations(model, config, outline) / length
     batches = -(-windows // EVALUATION_BATCH)
     evaluating = Work(products_fp32=windows * length * forward, stored=batches * checkpoint) * EVALUATED
     return Forecast(

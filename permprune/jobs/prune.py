@@ -11,6 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.offload import read_shapes
 from permprune.checkpoints.record import Record
 from permprune.checkpoints.source import ModelSource, name_of, open_model
 from permprune.config import PruneConfig
@@ -24,6 +25,7 @@ from permprune.engine.streamed import Streamed
 from permprune.engine.weights import Weights
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
+from permprune.forecasts.efforts import resolve
 from permprune.forecasts.fitting import fit_memory
 from permprune.inference.pack import packed_type
 from permprune.jobs.packing import pack_folder
@@ -69,6 +71,7 @@ def prune_to_folder(
         started = time.monotonic()
         if pack is not None:
             require_packable(config.parsed_pattern, packed_type(pack))
+        config = resolve(model if isinstance(model, PreTrainedModel) else _shapes(model, config), config)
         fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config)
         if fitted is not None:
             config = fitted.config
@@ -86,12 +89,17 @@ def prune_to_folder(
         weights = session.weights
         weights.plan.dense.warn()
         run = dataclasses.replace(weights.plan.run, callbacks=tuple(callbacks))
-        pruned, record = session.prune(permuter(config.permute), run)
+        pruned, record = session.prune(permuter(weights.plan.config.permute), run)
         seconds = {**record.seconds, "total": time.monotonic() - started}
         record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
         announce(record)
         distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work, pack), others=weights.serve)
     return record
+
+
+def _shapes(name: str | Path, config: PruneConfig) -> PreTrainedModel:
+    """The model without its weights, from its config alone."""
+    return read_shapes(str(name), trust_remote_code=config.trust_remote_code)[0]
 
 
 def _held(model: ModelSource, config: PruneConfig, processor: Processor | None, work: WorkFolder) -> Held:

@@ -28,8 +28,10 @@ LINES = {
 def test_a_line_of_text(message: str, option: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     other = {"--calibration": "--data", "--data": "--calibration"}[option]
     (tmp_path / "bad.jsonl").write_text(GOOD + LINES[message] + "\n")
-    data = [option, tmp_path / "bad.jsonl", other, tiny_text, "--length", "16", "--samples", "24", "--windows", "4"]
-    assert f"bad.jsonl, line 2: {message}" in fails("prune", tiny_checkpoint, *data, "--out", tmp_path / "out")
+    data = [option, tmp_path / "bad.jsonl", other, tiny_text, "--permute", "ria", "--samples", "24", "--windows", "4"]
+    assert f"bad.jsonl, line 2: {message}" in fails(
+        "prune", tiny_checkpoint, *data, "--length", "16", "--out", tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()
 
 

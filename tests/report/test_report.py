@@ -15,6 +15,7 @@ from permprune.report.run import decision, render, write_report
 from permprune.report.style import Format, save
 from permprune.report.words import duration, number, percent, with_error
 
+from ..records import record_of
 from .pages import Page, assert_svg
 
 pytestmark = pytest.mark.usefixtures("with_pictures")
@@ -312,3 +313,16 @@ def test_numbers_read_well() -> None:
         "2.5 h",
         "\N{EN DASH}",
     ]
+
+
+def test_the_report_tells_what_each_stage_of_the_search_brought() -> None:
+    losses = [("search", 3.9, True), ("search", 3.5, True), ("search", 4.0, False), ("training", 3.25, True)]
+    curve = [
+        {"round": number, "loss": loss, "kept": kept, "seconds": 1.0, "stage": stage}
+        for number, (stage, loss, kept) in enumerate(losses)
+    ]
+    page = render(record_of(curve=curve).to_json())
+    rows = [("start", "", "", "3.900"), ("search", "2", "1", "\N{MINUS SIGN}0.400")]
+    for name, *others in (*rows, ("training", "1", "1", "\N{MINUS SIGN}0.250"), ("end", "", "", "3.250")):
+        assert f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in others) in page
+    assert "What each stage brought" not in render(record_of().to_json())

@@ -1,0 +1,73 @@
+"""Efforts: how many rounds of search and steps of training a run makes, and on how many windows, from its work alone.
+
+An effort is a number of floating-point operations. Divided by those of the model for one window they give the rounds
+and the steps, so that the same seed gives the same model on every machine; the time follows, and is forecast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from permprune.config import PruneConfig
+from permprune.forecasts.costs import TRIED
+from permprune.forecasts.run import example_operations
+from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
+from permprune.permuters.newton import Newton
+from permprune.system.progress import log
+
+DEFAULT = "minutes"
+"""The effort of `prune` if neither an effort nor a permuter is given."""
+
+ROUNDS = 1, 16
+"""The fewest and the most rounds: further ones gain little (docs/results/ablations.md)."""
+
+STEPS = 16, 2000
+"""The fewest and the most steps of training; its learning rate rises in a tenth of them."""
+
+LARGE_WINDOWS = 768
+"""The most windows of images or speech that are drawn: they take up to a thousand times the memory of text."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """The `operations` of a run, and the share of them in which it searches; it trains weights with the others."""
+
+    operations: float
+    search: float
+
+
+EFFORTS = {"order": Effort(6e13, 1.0), "minutes": Effort(6e13, 0.25), "hour": Effort(3.6e14, 0.1)}
+"""The efforts by name (`config.EFFORTS`)."""
+
+
+def resolve(model: PreTrainedModel, config: PruneConfig) -> PruneConfig:
+    """Return the config of a run on a model, with the permuter and the windows that its effort sets.
+
+    A config with a permuter is returned as it is; one without an effort has the `DEFAULT`. The model may be on the meta
+    device: only shapes count. Raises `PermpruneError` if both are given.
+    """
+    config.require_one_choice()
+    if "permute" in config.given:
+        return config
+    name = config.effort or DEFAULT
+    effort, method, kind = EFFORTS[name], Newton(), kind_of(model)
+    windows = effort.operations / (example_operations(model, config) * EXAMPLES_PER_WINDOW[kind])
+    a_round = 3 * method.examples + TRIED * config.held_out  # passes of a window
+    a_step = 4 * method.step_examples  # with the dense model's
+    rounds = _within(ROUNDS, effort.search * windows / a_round)
+    steps = _within(STEPS, (windows - rounds * a_round) / a_step) if effort.search < 1 else 0
+    training = f":train_steps={steps}" if steps else ""
+    needed = max(rounds * method.examples, steps * method.step_examples)
+    if kind in ("images", "speech"):
+        needed = min(needed, LARGE_WINDOWS)
+    samples = config.samples if "samples" in config.given else config.measured + config.held_out + needed
+    resolved = config.replace(effort=name, permute=f"{method.name}:rounds={rounds}{training}", samples=samples)
+    log.info("effort %s: %s on %d windows", name, resolved.permute, resolved.samples)
+    return resolved
+
+
+def _within(limits: tuple[int, int], number: float) -> int:
+    least, most = limits
+    return max(least, min(most, round(number)))
