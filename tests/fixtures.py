@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Transformers imports Triton: its own functions are interpreted, too
 
 from hypothesis import settings
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -44,14 +44,18 @@ from .shapes import check_shapes
 check_shapes()  # before the package's other modules import the functions
 
 from permprune.checkpoints.origin import origin_of  # noqa: E402
+from permprune.checkpoints.record import read_record  # noqa: E402
 from permprune.config import PruneConfig  # noqa: E402
 from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
 from permprune.forecasts.activations import Activations, Gradients  # noqa: E402
 from permprune.forecasts.run import _counted  # noqa: E402
+from permprune.jobs.speeds import add_speeds  # noqa: E402
 from permprune.kernels import library  # noqa: E402
 from permprune.pruning.outline import Outline  # noqa: E402
 from permprune.report.run import _pictures  # noqa: E402
+from permprune.showcase.base import NotShown  # noqa: E402
+from permprune.showcase.choice import showing_of  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402
 
 logging.getLogger("torch.__trace").propagate = True  # else pytest attaches a handler, and torch describes each trace
@@ -104,6 +108,28 @@ def with_pictures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.report.run._pictures", _pictures)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unshown() -> Iterator[None]:
+    """Runs without examples and speeds, which take longer than to prune such small models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permprune.showcase.shown.showing_of", _nothing_shown)
+        patch.setattr("permprune.jobs.prune.add_speeds", lambda folder, *_, **__: read_record(folder))
+        patch.setattr("permprune.jobs.compare.add_speeds", lambda folder, *_, **__: read_record(folder))
+        yield
+
+
+def _nothing_shown(*_: Any) -> NoReturn:
+    raise NotShown("the tests leave them out")
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs with examples and speeds."""
+    monkeypatch.setattr("permprune.showcase.shown.showing_of", showing_of)
+    monkeypatch.setattr("permprune.jobs.prune.add_speeds", add_speeds)
+    monkeypatch.setattr("permprune.jobs.compare.add_speeds", add_speeds)
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +213,7 @@ def tiny_llama() -> LlamaForCausalLM:
 def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer of at most 128 tokens that knows the letters of `SENTENCES`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     trainer = trainers.BpeTrainer(vocab_size=128, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(

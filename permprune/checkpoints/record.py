@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from permprune.checkpoints.benchmark import Benchmark
 from permprune.checkpoints.gathers import Gather, Order
 from permprune.checkpoints.schema import Malformed, decode, encode
+from permprune.checkpoints.showcase import Showcase
 from permprune.errors import PermpruneError
 from permprune.models.layers import DenseWeights
 from permprune.options import Range, Share
@@ -171,8 +172,9 @@ class Record:
     names of its spaces in `permutations`. `dense` lists the weights inside the blocks that stayed dense; None if it was
     not recorded. `bench` is the result of `permprune bench`. `base_model` is the dense model's hub id and `license` its
     licence, as its card or config states it; None if unknown. `digests` are those of the tensors of the written weights
-    (see `weight_digests`), by name; empty for a model in memory, and in records of earlier releases. Values that were
-    not measured are None. Keys unknown to this version are kept in `extra`.
+    (see `weight_digests`), by name; empty for a model in memory, and in records of earlier releases. `showcase` has the
+    dense and the pruned models side by side. Values that were not measured are None. Keys unknown to this version are
+    kept in `extra`.
     """
 
     format: Format
@@ -197,6 +199,7 @@ class Record:
     license: str | None = None
     reordered: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    showcase: Showcase | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import IO, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.logging import RichHandler
-from rich.table import Table
 
 import permprune
 from permprune.cli.checks import STDOUT, require_files, require_text
@@ -185,12 +184,37 @@ def beside(
 ) -> tuple[PruneConfig, Evaluation]:
     """Return the config and the evaluation of a run (`Evaluation.beside`), with the tasks if there are any."""
     tasks = tasks if tasks and (tasks.names or tasks.files) else None
-    return Evaluation.beside(config, evaluation.source, evaluation.windows, metric=evaluation.metric, tasks=tasks)
+    return Evaluation.beside(
+        config,
+        evaluation.source,
+        evaluation.windows,
+        metric=evaluation.metric,
+        tasks=tasks,
+        shown=evaluation.shown,
+    )
 
 
-def show(table: Table) -> None:
-    """Print a table, as wide as it needs if the output is not a terminal."""
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+def show(*tables: RenderableType) -> None:
+    """Print tables, as wide as they need if the output is not a terminal."""
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    for table in tables:
+        console.print(table)
+
+
+def show_written(folder: Path) -> None:
+    """Print the examples and the figures of a run, and what to do with the folder that it wrote."""
+    from permprune.checkpoints.record import read_record
+    from permprune.report.card import next_steps
+    from permprune.report.showcase import examples_shown, side_table, titles
+    from permprune.system import distributed
+
+    if distributed.rank():  # its machine may not have the folder
+        return
+    record = read_record(folder).to_json()
+    if shown := record["showcase"]:
+        show("", examples_shown(shown, titles(record["settings"]["pattern"])), "", side_table(record))
+    print(f"\nwritten to {folder} (report.html, permprune.json). Next:\n")
+    print(next_steps(record, folder))
 
 
 def write_figures(target: Path | IO[str] | None, figures: object) -> None:

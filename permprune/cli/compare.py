@@ -44,6 +44,7 @@ def compare(
     from permprune.jobs.compare import Comparison
     from permprune.jobs.compare import compare as run
     from permprune.report.comparison import comparison_table, write_comparison
+    from permprune.report.showcase import examples_shown, titles
 
     def announce(result: Comparison) -> None:
         figures = result.to_json()
@@ -51,7 +52,9 @@ def compare(
         cli.write_figures(json, figures)
         if picture is not None:
             write_comparison(figures, picture)
+        if out is None:
+            cli.show("", examples_shown(figures["showcase"], titles(config.pattern, result.best.method)))
 
-    best = run(model, names, config, evaluation=evaluation, out=out, announce=announce).best
+    run(model, names, config, evaluation=evaluation, out=out, announce=announce)
     if out is not None:
-        print(f"{best.method} written to {out} (report.html, permprune.json)")
+        cli.show_written(out)

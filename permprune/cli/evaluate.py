@@ -16,7 +16,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
 
 
-@partial(cli.command, without=("task_data",))
+@partial(cli.command, without=("task_data", "examples"))
 def evaluate(
     model: cli.Model,
     evaluation: Evaluation,

@@ -17,7 +17,7 @@ from permprune.kv.config import KVConfig
 from permprune.options import Count, Seed
 
 
-@partial(cli.command, without=("keys", "values", "metric"))
+@partial(cli.command, without=("keys", "values", "metric", "examples"))
 def kv(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],

@@ -20,7 +20,7 @@ with on_first_use(globals()):
     from permprune.report.words import duration
 
 
-@partial(cli.command, without=("data", "metric"))
+@partial(cli.command, without=("data", "metric", "examples"))
 def plan(
     model: cli.Model,
     config: PruneConfig,

@@ -43,7 +43,7 @@ def prune(
     from permprune.jobs.prune import prune_to_folder
 
     prune_to_folder(model, out, config, evaluation=evaluation, pack=pack, resume=resume, announce=_announce)
-    print(f"written to {out} (report.html, permprune.json)")
+    cli.show_written(out)
 
 
 def _announce(record: Record) -> None:

@@ -24,6 +24,7 @@ NAMED = dict.fromkeys(("Permuter", "Saliency", "Update", "ModelSource", "Pattern
 
 RENAMED = {
     ("Evaluation", "source"): "data",
+    ("Evaluation", "shown"): "examples",
     ("TaskList", "names"): "tasks",
     ("TaskList", "data"): "task_data",
     ("TaskList", "files"): "task_file",
@@ -34,7 +35,7 @@ PYTHON_ONLY = ("measured", "held_out", "shared", "tasks")
 """Fields that are no options."""
 
 PANELS = {
-    "Data": ("samples", "length", "windows", "metric", "seed"),
+    "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
     "Tasks": ("tasks", "task_file", "task_data", "limit", "few_shot"),
     "Memory and speed": ("memory", "batch", "recompute", "precision", "shard", "jobs"),
     "Model and output": ("exclude", "trust_remote_code", "pack", "json", "picture"),

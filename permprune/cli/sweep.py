@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from permprune.jobs.sweep_cells import Sweep
 
 
-@partial(cli.command, without=("effort", "permute", "pattern", "minutes", "shard", "few_shot"))
+@partial(cli.command, without=("effort", "permute", "pattern", "minutes", "shard", "few_shot", "examples"))
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],

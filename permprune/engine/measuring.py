@@ -9,7 +9,7 @@ from permprune.config import PruneConfig
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
 from permprune.evaluation.result import Result, require_label_metric
 from permprune.models.modality import EVALUATION_WINDOWS, evaluation_batch, evaluation_count, kind_of
-from permprune.options import Count, Length, require_fields
+from permprune.options import Count, Length, Natural, require_fields
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
@@ -52,6 +52,10 @@ class Evaluation:
     tasks: TaskList | None = None
     """Tasks to measure as well in `compare` and `sweep`."""
 
+    shown: Natural = 3
+    """Examples for which the answers of the dense and the pruned models are shown, 0 for none; four times as many if
+    the answers are classes."""
+
     def __post_init__(self) -> None:
         require_fields(self)
         require_label_metric(self.metric)
@@ -65,10 +69,11 @@ class Evaluation:
         *,
         metric: str | None = None,
         tasks: TaskList | None = None,
+        shown: int = 3,
     ) -> tuple[PruneConfig, Evaluation]:
         """Return the config and the evaluation of a run; `shared` is set in both if they name the same source."""
         shared = source is not None and config.reads(source)
-        evaluation = cls(source, windows, config.length, shared=shared, metric=metric, tasks=tasks)
+        evaluation = cls(source, windows, config.length, shared=shared, metric=metric, tasks=tasks, shown=shown)
         return config.replace(shared=shared), evaluation
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
@@ -102,7 +107,8 @@ class Measurement:
     """The result of the model with a method, or without pruning ("dense"), and the cost of the method.
 
     `seconds` is the time of the search including its start. `peak_memory_mb` is the peak memory of the process in MiB,
-    None if the system does not report it. `tasks` are the scores on the requested tasks.
+    None if the system does not report it. `tasks` are the scores on the requested tasks, and `answers` the model's
+    answers to the examples that are shown.
     """
 
     method: str
@@ -110,6 +116,7 @@ class Measurement:
     seconds: float
     peak_memory_mb: float | None
     tasks: list[Result] = dataclasses.field(default_factory=list)
+    answers: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def score(self) -> Result | None:

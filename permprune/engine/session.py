@@ -8,13 +8,19 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
+import torch
+
 from permprune.checkpoints.record import Measured, Record
+from permprune.checkpoints.showcase import SIDES, Showcase, Side
 from permprune.data.overlap import warn_of_overlap
 from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
 from permprune.engine.pruned import Pruned
 from permprune.engine.weights import Weights
 from permprune.evaluation.result import NotFinite, gap_closed
+from permprune.evaluation.size import weight_bytes
+from permprune.inference.pack import packed_bytes
 from permprune.permuters.base import Permuter, Run, Solution
+from permprune.showcase.shown import Shown
 from permprune.system import stages
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log, stage
@@ -35,7 +41,10 @@ class Session:
         self.weights = open_weights()
         try:
             with self.weights.dense():
-                self.measure = Meter(self.weights.model, self.weights.processor, evaluation)
+                model, processor = self.weights.model, self.weights.processor
+                self.measure = Meter(model, processor, evaluation)
+                examples, reason = self.measure.examples, self.weights.unanswering
+                self.shown = Shown(model, processor, examples, evaluation.shown, reason=reason)
         except BaseException:
             self.weights.restore()
             raise
@@ -111,8 +120,25 @@ class Session:
             gap_closed=gap_closed(value, dense.value, value_none, metric=dense.metric),
             seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": updating},
             peak_memory_mb=measured.peak_memory_mb,
+            showcase=self.beside(none, measured, pruned),
         )
         return pruned, record
+
+    def beside(self, none: Measurement, measured: Measurement, pruned: Pruned | None = None) -> Showcase:
+        """Return the dense model, the one pruned in natural order and another side by side.
+
+        Without the `pruned` model there are no bytes of packed weights.
+        """
+        model = self.weights.model if pruned is None else pruned.model
+        stored = weight_bytes(model, self.weights.stored)
+        sizes: list[int | None] = [None, None, None]
+        if pruned is not None:
+            patterns = {layer.name: layer.pattern for layer in pruned.layers}
+            packed = [packed_bytes(model, patterns, gathers) for gathers in ((), pruned.gathers)]
+            sizes = [weight_bytes(model, torch.bfloat16), *packed]
+        answers = [self.dense.answers, none.answers, measured.answers]
+        sides = [Side(stored, size) for size in sizes]
+        return self.shown.beside(dict(zip(SIDES, answers, strict=True)), dict(zip(SIDES, sides, strict=True)))
 
     def _measurement(self, label: str, seconds: float) -> Measurement:
         """Measure the model with its current weights; a perplexity of a pruned model that is not finite is infinity."""
@@ -125,4 +151,11 @@ class Session:
             result = dataclasses.replace(self.dense.result, value=math.inf, stderr=None)
         peak = peak_memory_mb()
         tasks = self.tasks(self.weights.model, self.weights.processor) if self.tasks else []
-        return Measurement(method=label, result=result, seconds=seconds, peak_memory_mb=peak, tasks=tasks)
+        return Measurement(
+            method=label,
+            result=result,
+            seconds=seconds,
+            peak_memory_mb=peak,
+            tasks=tasks,
+            answers=self.shown.answers(),
+        )

@@ -37,6 +37,7 @@ class Sharded(Offloaded, Held):
     """
 
     weights: CollectedWeights
+    unanswering = "the weights were divided among processes"
 
     def __init__(self, name: str, config: PruneConfig, work: WorkFolder) -> None:
         started, folder = time.monotonic(), work.scratch / f"rank-{distributed.rank()}"

@@ -67,6 +67,8 @@ class Streamed(Offloaded):
     an interrupted run is resumed. Raises `PermpruneError` as `require_streamable` does.
     """
 
+    unanswering = "the model was read layer by layer"
+
     def __init__(self, name: str, config: PruneConfig, work: WorkFolder) -> None:
         self._started, rank = time.monotonic(), f"rank-{distributed.rank()}"
         self.model, self.processor, self.stored, self.weights = read_offloaded(

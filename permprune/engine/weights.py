@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ class Weights(ABC):
     """The weights of a model that is pruned: in memory, divided among processes, or on disk.
 
     `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them, and
-    `seconds` the time that the calibration took.
+    `seconds` the time that the calibration took. `unanswering` says why the model cannot answer examples one token
+    after the other; it is empty if it can.
     """
+
+    unanswering: ClassVar[str] = ""
 
     model: PreTrainedModel
     processor: Processor | None

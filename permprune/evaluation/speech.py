@@ -38,9 +38,7 @@ def word_error_rate(
     longest = 2 * examples["labels"].shape[1]
     with frozen(model):
         for places in track(distributed.share(torch.arange(len(examples)).split(batch)), "word error rate"):
-            inputs = examples[places].to(device)
-            spoken = _ctc_text(model, inputs) if is_ctc(model) else generate(model, inputs, longest)
-            texts = zip(_texts(inputs["labels"], tokenizer), _texts(spoken, tokenizer), strict=True)
+            texts = transcribed(model, examples[places].to(device), tokenizer, longest)
             for place, (reference, written) in zip(places.tolist(), texts, strict=True):
                 wrong[place], words[place] = _errors(reference, written, jiwer.process_words)
     distributed.add_([wrong, words])
@@ -51,6 +49,17 @@ def word_error_rate(
     return Result(
         "speech recognition", WORD_ERROR_RATE, float(value), count=int(words.sum()), stderr=spread, unit="words"
     )
+
+
+def transcribed(
+    model: nn.Module, inputs: Examples, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> list[tuple[str, str]]:
+    """Return the transcript of each utterance and what the model writes for it, both normalised.
+
+    A decoder writes at most `longest` tokens.
+    """
+    spoken = _ctc_text(model, inputs) if is_ctc(model) else generate(model, inputs, longest)
+    return list(zip(_texts(inputs["labels"], tokenizer), _texts(spoken, tokenizer), strict=True))
 
 
 def _errors(reference: str, written: str, process_words: Callable[[str, str], Any]) -> tuple[int, int]:

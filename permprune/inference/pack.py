@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.gathers import attached_orders, detach_gathers
+from permprune.checkpoints.gathers import BUFFERS, Gather, attached_orders, detach_gathers
 from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head, require_head
+from permprune.kernels.product.layout import LARGEST_GROUP, Layout
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.models.layers import require_changeable
@@ -104,6 +105,34 @@ def _packable(
             f"{name} has a channel order but cannot be packed: give its pattern, or prune in fold mode"
         )
     return layers, dense
+
+
+def packed_bytes(
+    model: nn.Module, patterns: Mapping[str, Pattern | str], gathers: Iterable[Gather] = (), *, dtype: str = "bf16"
+) -> int | None:
+    """Return the bytes of the tensors of a model that `pack` would make, from the shapes of `model` alone.
+
+    `patterns` and `dtype` are as in `pack`; `gathers` are those of the pruned model, which need not be attached.
+    Returns None if no layer can be packed.
+    """
+    stored, linears = packed_type(dtype), linear_layers(model)
+    kept: torch.dtype = model.dtype if stored == torch.int8 else stored  # type: ignore[assignment]
+    item = kept.itemsize
+    total = sum(parameter.numel() for parameter in model.parameters()) * item
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and name not in BUFFERS.values():
+                total += buffer.numel() * (item if buffer.is_floating_point() else buffer.dtype.itemsize)
+    total += sum(len(gather.places) * len(gather.order) * torch.int64.itemsize for gather in gathers)
+    packable, saved = False, 0
+    for name, text in patterns.items():
+        layer, pattern = linears[name], Pattern.parse(text)
+        if layer.expert is None and PackedLinear.replaces(layer.owner):
+            if pattern.m > LARGEST_GROUP:
+                return None
+            packable, (rows, width) = True, layer.weight.shape
+            saved += rows * (width * item - Layout(pattern, stored, width).row_bytes)
+    return total - saved if packable else None
 
 
 def _head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from permprune.checkpoints.showcase import Showcase
 from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
 from permprune.engine.held import Held
@@ -18,6 +21,7 @@ from permprune.engine.stages import stages_of_attempts
 from permprune.evaluation.result import Metric, gap_closed
 from permprune.evaluation.size import weight_bytes
 from permprune.jobs.prune import write_pruned_weights
+from permprune.jobs.speeds import add_speeds
 from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuters
@@ -50,6 +54,7 @@ class Comparison:
     """The result of `compare`: a row for the dense model, one for no permutation, and one for each method.
 
     All rows are measured by `metric`. `overlap` is the share of the evaluation data that the calibration data contain.
+    `showcase` has the dense model, no permutation and the best method side by side.
     """
 
     model: str
@@ -58,12 +63,12 @@ class Comparison:
     overlap: float
     calibrate_seconds: float
     rows: list[ComparisonRow]
+    showcase: Showcase
 
     @property
     def best(self) -> ComparisonRow:
         """The row of the best method, which may be no permutation; the first row if several are equally good."""
-        sign = 1 if self.metric.higher_is_better else -1
-        return max(self.rows[1:], key=lambda row: sign * row.result.value)
+        return _best(self.rows[1:])
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as JSON values."""
@@ -75,6 +80,7 @@ class Comparison:
             "metric": self.metric.name,
             "overlap": self.overlap,
             "rows": [row.to_json() for row in self.rows],
+            "showcase": dataclasses.asdict(self.showcase),
         }
 
 
@@ -110,18 +116,27 @@ def compare(
         overlap, dense = session.overlap, session.dense
         weights.plan.dense.warn()
         tried = {label: session.attempt(method, label)[1] for label, method in chosen.items()}
+        rows = _rows([dense, *tried.values()])
         result = Comparison(
             model=name_of(weights.model),
             config=config,
             metric=dense.result.metric,
             overlap=overlap,
             calibrate_seconds=weights.seconds,
-            rows=_rows([dense, *tried.values()]),
+            rows=rows,
+            showcase=session.beside(tried["none"], _best(rows[1:])),
         )
         announce(result)
         if work:
             _write_best(session, chosen[result.best.method], tried, result.best.method, work)
+    if out and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
+        add_speeds(Path(out), str(model), trust_remote_code=config.trust_remote_code)
     return result
+
+
+def _best(rows: Sequence[ComparisonRow]) -> ComparisonRow:
+    sign = 1 if rows[0].result.metric.higher_is_better else -1
+    return max(rows, key=lambda row: sign * row.result.value)
 
 
 def _rows(measurements: list[Measurement]) -> list[ComparisonRow]:

@@ -83,7 +83,8 @@ def pack_folder(
     difference = output_difference(model, probe, str(folder))
     kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head, TOLERANCE: probe.tolerance}
     measured = dataclasses.replace(probe, tolerance=max(probe.tolerance, SLACK * difference))
-    record = dataclasses.replace(record, gathers=[], bench=None, extra={**record.extra, PACKED: kept})
+    shown = record.showcase and record.showcase.resized(after[0])
+    record = dataclasses.replace(record, gathers=[], bench=None, showcase=shown, extra={**record.extra, PACKED: kept})
 
     def weights(written: Path) -> None:
         model.save_pretrained(written)

@@ -29,6 +29,7 @@ from permprune.forecasts.efforts import resolve
 from permprune.forecasts.fitting import fit_memory
 from permprune.inference.pack import packed_type
 from permprune.jobs.packing import pack_folder
+from permprune.jobs.speeds import add_speeds
 from permprune.kernels.product.layout import require_packable
 from permprune.models.processors import Processor
 from permprune.permuters.base import Callback
@@ -65,7 +66,39 @@ def prune_to_folder(
     anything is written to `out`. Returns the record. Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
-    with WorkFolder(Path(out)).held("prune", resume) as work, ExitStack() as inside:
+    record, runs = _prune(
+        model,
+        Path(out),
+        config,
+        evaluation=evaluation,
+        processor=processor,
+        pack=pack,
+        resume=resume,
+        callbacks=callbacks,
+        announce=announce,
+    )
+    if runs and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
+        record = add_speeds(Path(out), str(model), trust_remote_code=config.trust_remote_code)
+    return record
+
+
+def _prune(
+    model: ModelSource,
+    out: Path,
+    config: PruneConfig,
+    *,
+    evaluation: Evaluation,
+    processor: Processor | None,
+    pack: str | None,
+    resume: bool,
+    callbacks: Sequence[Callback],
+    announce: Callable[[Record], None],
+) -> tuple[Record, bool]:
+    """Prune a model and write its folder, as `prune_to_folder`, and free it.
+
+    Returns the record, and whether the models run in the memory of one process.
+    """
+    with WorkFolder(out).held("prune", resume) as work, ExitStack() as inside:
         distributed.require_same({"model": name_of(model), **config.to_json(), **vars(evaluation), "pack": pack})
         reset_peak_memory()
         started = time.monotonic()
@@ -94,7 +127,7 @@ def prune_to_folder(
         record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
         announce(record)
         distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work, pack), others=weights.serve)
-    return record
+    return record, not weights.unanswering
 
 
 def _shapes(name: str | Path, config: PruneConfig) -> PreTrainedModel:

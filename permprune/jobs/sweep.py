@@ -259,7 +259,9 @@ def _begin_worker(threads: int, level: int) -> None:
 def run_job(job: Job) -> None:
     """Measure the cells of a job one after the other and write each row as soon as it is measured."""
     config = job.config.replace(pattern=job.cells[0].pattern)
-    with Session(partial(Held.open, job.model, config, job.processor), job.evaluation) as session:
+    with Session(
+        partial(Held.open, job.model, config, job.processor), dataclasses.replace(job.evaluation, shown=0)
+    ) as session:
         run, outline = session.weights.plan.run, session.weights.plan.outline
         require_space(job.folder, sum(state_bytes(permuter(cell.method), outline) for cell in job.cells))
         distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(session)))

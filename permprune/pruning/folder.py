@@ -77,16 +77,24 @@ def write_pruned(
     """
     weights(folder)
     probe.write(folder)
-    values = dataclasses.replace(record, digests=weight_digests(folder)).to_json()
-    write_json(folder / RECORD, values)
-    write_report(values, folder / REPORT)
-    write_card(values, folder)
+    write_record(dataclasses.replace(record, digests=weight_digests(folder)), folder)
     try:
         check_outputs(
             load(folder), probe, f"{WRITTEN}, loaded again,", "it is discarded; report it, or try --mode gather"
         )
     except PermpruneError as error:
         raise FinalError(str(error)) from error
+
+
+def write_record(record: Record, folder: Path) -> None:
+    """Write the record of a folder that has its weights and its config, and the pages that show it.
+
+    Raises `PermpruneError` if one of them cannot be written.
+    """
+    values = record.to_json()
+    write_json(folder / RECORD, values)
+    write_report(values, folder / REPORT)
+    write_card(values, folder)
 
 
 def require_probe(origin: Origin) -> Probe:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from permprune.checkpoints.record import PACKED
 from permprune.report.page import fill
 from permprune.report.run import decision, dense_sentence, measured_rows
+from permprune.report.showcase import answers, plain, speed_note, titles
 from permprune.report.words import overlap_note
 from permprune.system.files import write_whole
 from permprune.zoo.models import MODELS
@@ -31,10 +32,8 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
 
     Licence and base model are named where the record has them. Values of the record are escaped.
     """
-    settings, measured = record["settings"], record["measured"]
-    architectures = config.get("architectures") or ()
-    kind = next(iter(architectures), "Transformer")
-    own_classes = [name for name in config.get("auto_map") or () if name.startswith("AutoModel")]
+    settings, measured, shown = record["settings"], record["measured"], record.get("showcase")
+    kind = next(iter(config.get("architectures") or ()), "Transformer")
     on = f"Measured on {measured['count']:,} {measured['unit']} of {_name(measured['data'])}." if measured else ""
     body = fill(
         "card.md",
@@ -46,15 +45,50 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         on_hub=on_hub,
         source=json.dumps(source, ensure_ascii=False),
         packed=PACKED in record,
-        loader=next(iter([*own_classes, *architectures]), "AutoModel"),
-        has_code=bool(own_classes),
+        loading=loading_code(record, config, source, on_hub=on_hub),
         writes_text=kind.endswith("ForCausalLM"),
         facts=list(_facts(settings)),
         dense=dense_sentence(record.get("dense")),
         table=measured_rows(record),
-        measured=on,
+        measured=" ".join(filter(None, (on, speed_note(record)))),
+        titles=titles(settings["pattern"]),
+        shown=shown,
+        examples=[(one, map(plain, answers(shown, one))) for one in shown["examples"]] if shown else [],
     )
     return f"---\n{_metadata(record).to_yaml()}\n---\n\n{body}"
+
+
+def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: str, *, on_hub: bool = False) -> str:
+    """Return Python code that loads the model of a permprune.json and a config.json from `source`.
+
+    `source` is the folder or, if the model is `on_hub`, its id there.
+    """
+    name = json.dumps(source, ensure_ascii=False)
+    if record["gathers"]:
+        lines = ["import permprune"]
+        if on_hub:
+            lines.append("from huggingface_hub import snapshot_download")
+            name = f"snapshot_download({name})"
+        return "\n".join([*lines, "", f"model = permprune.load({name})"])
+    own_classes = [one for one in config.get("auto_map") or () if one.startswith("AutoModel")]
+    loader = next(iter([*own_classes, *(config.get("architectures") or ())]), "AutoModel")
+    trusted = ", trust_remote_code=True" if own_classes else ""
+    lines = ["import permprune  # with it, Transformers loads packed weights"] if PACKED in record else []
+    lines += [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({name}{trusted})"]
+    return "\n".join(lines)
+
+
+def next_steps(record: Mapping[str, Any], folder: Path) -> str:
+    """Return what to do with a folder that was just written: commands, and the code that loads it."""
+    code = loading_code(record, _config(folder), str(folder)).replace("\n\n", "\n")
+    return "\n".join(
+        [
+            f"permprune verify {folder}  # N:M in stored order, and the outputs of the masked model",
+            f"permprune bench {folder}   # speed, size and memory beside the dense model",
+            "",
+            *code.splitlines(),
+        ]
+    )
 
 
 def write_card(record: Mapping[str, Any], folder: Path) -> None:

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from permprune.models.layers import DenseWeights
 from permprune.report import maps, pictures
 from permprune.report.page import data_uri, fill
+from permprune.report.showcase import Piece, answers, side_rows, speed_note, titles
 from permprune.report.speed import short_name, speed_bars, summary
 from permprune.report.words import (
     NONE,
     duration,
     fine_percent,
-    number,
     outcome,
     overlap_note,
     percent,
@@ -42,6 +42,10 @@ def render(record: Mapping[str, Any]) -> str:
         trained=_then_trained(record),
         overlap=overlap_note((record["measured"] or {}).get("overlap")),
         table=measured_rows(record),
+        titles=titles(record["settings"]["pattern"]),
+        speed_note=speed_note(record),
+        shown=record.get("showcase"),
+        examples=_examples(record.get("showcase")),
         stages=_stages(record["curve"]),
         dense=dense_sentence(record.get("dense")),
         pictures=_pictures(record),
@@ -99,11 +103,8 @@ def _error_clause(record: Mapping[str, Any]) -> str:
 
 
 def measured_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Return the rows of the table of results: name; dense; pruned in natural order; pruned as permuted."""
-    rows: list[tuple[str, ...]] = []
-    if (measured := record["measured"]) is not None:
-        rows.append((measured["metric"], *(number(measured[key]) for key in ("dense", "none", "pruned"))))
-        rows.append(("gap closed", "", "", percent(record["gap_closed"])))
+    """Return the rows of the table of results: `side_rows`, and what pruning did to the layers."""
+    rows = side_rows(record)
     if layers := record["layers"]:
         kept, error = (
             [fine_percent(fmean(layer[key] for layer in layers)) for key in keys]
@@ -112,6 +113,11 @@ def measured_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(("kept saliency, mean", "100 %", kept[0], kept[1]))
         rows.append(("output error, mean", "0 %", error[0], error[1]))
     return rows
+
+
+def _examples(shown: Mapping[str, Any] | None) -> list[tuple[Mapping[str, Any], list[list[Piece]]]]:
+    """Return the examples of a record, each with the answers to it."""
+    return [(example, answers(shown, example)) for example in shown["examples"]] if shown else []
 
 
 def _stages(curve: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:

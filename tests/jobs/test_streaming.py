@@ -101,6 +101,7 @@ def test_a_gathered_model_is_the_same_held_or_streamed(
     streamed = run(deep, tmp_path / "streamed", method, tiny_text, **settings, memory=2 * LIMIT)
     for key in ("permutations", "gathers", "layers"):
         assert streamed[key] == held[key]
+    assert "layer by layer" in streamed["showcase"]["note"]
     for key in ("dense", "none", "pruned"):
         assert streamed["measured"][key] == pytest.approx(held["measured"][key], rel=1e-5)
     assert verify(tmp_path / "streamed").layers == 49

@@ -1,0 +1,86 @@
+"""The speed of a pruned model beside the dense one, measured in a few seconds at the end of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from permprune.checkpoints.benchmark import Speed
+from permprune.checkpoints.io import load, read_model
+from permprune.checkpoints.record import PACKED, Record, read_record
+from permprune.checkpoints.showcase import Side
+from permprune.errors import first_line
+from permprune.evaluation.speed import cells, measure
+from permprune.models.forward import is_causal_lm
+from permprune.models.modality import kind_of
+from permprune.pruning.folder import write_record
+from permprune.system.device import best_device, dtype_named
+from permprune.system.progress import log
+
+TYPES = ("fp32", "bf16")
+"""The data types in which the dense model is measured: the faster one counts."""
+
+FEW, STEPS = 4, 16
+"""Generated tokens: a few to find the faster data type, then those that count."""
+
+TURNS = 2
+"""How often each speed that counts is measured; the highest is reported."""
+
+INPUTS, TOKENS = 8, 128
+"""Inputs of a batch, and tokens of a text, for models that do not generate."""
+
+
+def add_speeds(folder: Path, dense: str, *, trust_remote_code: bool = False) -> Record:
+    """Measure the dense model and the one in a folder, one after the other, and write their speeds into its record.
+
+    `dense` is the name of the dense model, which runs in the data type in which it is faster; so does the pruned model,
+    unless it is packed. Returns the record. A model that cannot be measured leaves it as it was, with a warning.
+    """
+    record = read_record(folder)
+    if record.showcase is None:
+        return record
+    try:
+        model, _, _ = read_model(dense, trust_remote_code=trust_remote_code)
+        rates = {name: _rate(nn.Module.to(model, dtype_named(name)), FEW) for name in TYPES}
+        fastest = max(rates, key=rates.__getitem__)
+        sides = dict(record.showcase.sides)
+        sides["dense"] = _measured(nn.Module.to(model, dtype_named(fastest)), sides["dense"], fastest)
+        unit = "tokens/s" if is_causal_lm(model) else f"{_read_by(model)}/s"
+        del model
+        pruned = nn.Module.to(load(folder, trust_remote_code=trust_remote_code), best_device())
+        if PACKED in record.extra:
+            _rate(pruned, FEW)  # the first calls are slower
+            fastest = f"{record.extra[PACKED]['dtype']}, packed"
+        else:
+            nn.Module.to(pruned, dtype_named(fastest))
+        sides["pruned"] = _measured(pruned, sides["pruned"], fastest)
+    except Exception as error:  # a model's own code can raise any type, and what was written is complete
+        log.warning("the speed was not measured: %s", first_line(error))
+        return record
+    device = "GPU" if best_device().type == "cuda" else "CPU"
+    shown = dataclasses.replace(record.showcase, sides=sides, unit=unit, threads=torch.get_num_threads(), device=device)
+    record = dataclasses.replace(record, showcase=shown)
+    write_record(record, folder)
+    return record
+
+
+def _measured(model: PreTrainedModel, side: Side, dtype: str) -> Side:
+    """Return a side with the speed of its model, which is in this data type."""
+    return dataclasses.replace(side, speed=max(_rate(model, STEPS) for _ in range(TURNS)), dtype=dtype)
+
+
+def _rate(model: PreTrainedModel, steps: int) -> float:
+    """The tokens that a language model generates in a second, one at a time, or the inputs that another reads."""
+    generates = is_causal_lm(model)
+    ((batch, context),) = cells(model, [1 if generates else INPUTS], [steps if generates else TOKENS])
+    speed = measure(model, batch=batch, context=context, steps=steps)
+    return speed.decode if isinstance(speed, Speed) else speed.items
+
+
+def _read_by(model: PreTrainedModel) -> str:
+    """What a model reads, in the plural."""
+    return {"images": "images", "speech": "sounds"}.get(kind_of(model), "texts")

@@ -1,0 +1,65 @@
+"""The examples of a run, and the answers of the models to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
+from permprune.checkpoints.showcase import Example, Showcase, Side
+from permprune.errors import first_line
+from permprune.examples import Examples
+from permprune.models.processors import Processor
+from permprune.showcase.base import NotShown, Showing
+from permprune.showcase.choice import showing_of
+from permprune.system.progress import log
+
+
+class Shown:
+    """Up to `count` examples of an evaluation for a person to judge, and what a model answers to them.
+
+    Nothing that a model, its code or its tokenizer raises here ends a run: there are no examples then, and a sentence
+    says why. `reason` is such a sentence for a run whose models cannot answer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, processor: Processor | None, examples: Examples, count: int, *, reason: str = ""
+    ) -> None:
+        self._showing: Showing | None = None
+        self._reason = reason or ("" if count else "none were asked for")
+        if not self._reason:
+            with self._guarded():
+                self._showing = showing_of(model, processor, examples, count)
+
+    def answers(self) -> list[str]:
+        """Return the answers of the model with its current weights, one for each example."""
+        answers: list[str] = []
+        if self._showing is not None:
+            with self._guarded():
+                answers = self._showing()
+        return answers
+
+    def beside(self, answers: Mapping[str, Sequence[str]], sides: dict[str, Side]) -> Showcase:
+        """Return the examples with the answers of several models, by name, and what else is known of these."""
+        showing = self._showing
+        if showing is None:
+            return Showcase("", f"No examples are shown: {self._reason}.", [], sides)
+        examples = [
+            Example(given, {name: texts[place] for name, texts in answers.items()}, expected, picture)
+            for place, (given, expected, picture) in enumerate(
+                zip(showing.given, showing.expected, showing.pictures, strict=True)
+            )
+        ]
+        return Showcase(showing.kind, showing.note, examples, sides)
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """A context in which any error means that nothing is shown, and is logged unless it was to be expected."""
+        try:
+            yield
+        except NotShown as error:
+            self._showing, self._reason = None, str(error)
+        except Exception as error:  # a model's own code, its `generate` or its tokenizer can raise any type
+            self._showing, self._reason = None, first_line(error)
+            log.warning("no examples are shown: %s", self._reason)
