@@ -24,6 +24,7 @@ from permprune.options import (
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
+    from permprune.models.pooling import pooling_asked
     from permprune.pattern import Pattern, parse_pattern
     from permprune.permuters.base import Permuter
     from permprune.permuters.registry import permuter
@@ -73,6 +74,7 @@ class PruneSettings(TypedDict, total=False):
     seed: Seed
     exclude: tuple[str, ...]
     shared: bool
+    task: str | None
     trust_remote_code: bool
 
 
@@ -168,10 +170,13 @@ class PruneConfig:
     """Whether the evaluation uses the same source: each then gets half of its images, speech or sentences
     (`Evaluation.beside` sets it)."""
 
-    trust_remote_code: bool = False
-    """Run the Python code that comes with a model, if it needs any.
+    task: str | None = None
+    """What the model is for, if its files do not say: embedding, with the pooling as in embedding:pooling=cls.
 
-    It applies to a model that is read by name (`read_model`)."""
+    It applies to a model that is read by name (`read_model`), as does `trust_remote_code`."""
+
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a model, if it needs any."""
 
     given: frozenset[str] = dataclasses.field(init=False, repr=False)
     """Those of the fields that an effort may set that were given instead."""
@@ -190,6 +195,7 @@ class PruneConfig:
         saliency(self.saliency)
         permuter(self.permute).require_minutes(self.minutes)
         update(self.update)
+        pooling_asked(self.task)
         require_choice("mode", self.mode, MODES)
         require_choice("precision", self.precision, PRECISIONS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,13 +21,12 @@ from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
 from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_class, write_code
 from permprune.checkpoints.schema import Malformed
-from permprune.checkpoints.sentence_transformers import pooling_at, require_pooling
+from permprune.checkpoints.sentence_transformers import encoder_class, write_modules
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import Checkpoint, require_fewer_layers
 from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
-from permprune.models.pooling import POOLING
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
 from permprune.system.failures import failures_reported
@@ -43,17 +41,20 @@ CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "it
 
 
 @failures_reported()
-def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Processor | None, torch.dtype]:
+def read_model(
+    name: str, *, task: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Processor | None, torch.dtype]:
     """Load a model in fp32 (on the GPU if there is one), its processor, and the dtype of the stored weights.
 
     Packed models keep the types in which they are stored.
 
     `name` is a zoo name, a folder (dense or written by permprune) or a hub id. The processor is a tokenizer, an image
-    processor, a feature extractor or a combination; None if the folder has none. Custom code of a checkpoint runs only
-    with `trust_remote_code`. Raises `PermpruneError` if a part does not load, or if the checkpoint's weights do not
-    match its config.json.
+    processor, a feature extractor or a combination; None if the folder has none. With the `task` "embedding", or
+    "embedding:pooling=cls", the model is read as a sentence encoder, as one with the files of Sentence-Transformers is
+    without it. Custom code of a checkpoint runs only with `trust_remote_code`. Raises `PermpruneError` if a part does
+    not load, or if the checkpoint's weights do not match its config.json.
     """
-    checkpoint, processor = open_checkpoint(name, trust_remote_code)
+    checkpoint, processor = open_checkpoint(name, trust_remote_code, task)
     folder = Path(checkpoint.source)
     if any((folder / file).exists() for file in (RECORD, GATHERED)):
         model = _load_pruned(checkpoint, read_record(folder))
@@ -68,13 +69,16 @@ def read_model(name: str, *, trust_remote_code: bool = False) -> tuple[PreTraine
     return model.eval(), processor, stored
 
 
-def open_checkpoint(name: str, trust_remote_code: bool = False) -> tuple[Checkpoint, Processor | None]:
+def open_checkpoint(
+    name: str, trust_remote_code: bool = False, task: str | None = None
+) -> tuple[Checkpoint, Processor | None]:
     """Read a model's config and its processor, and have the files beside its weights in the cache.
 
-    `name` is that of `read_model`. Raises `PermpruneError` if a part does not load.
+    `name` and `task` are those of `read_model`. Raises `PermpruneError` if a part does not load.
     """
     source = resolve_model(name)
-    checkpoint = read_config(name, source, trust_remote_code)  # first: without a model this fails after one request
+    # First: without a model this fails after one request.
+    checkpoint = read_config(name, source, trust_remote_code, task)
     with loading(name, source, PROCESSOR):
         processor = read_processor(source, trust_remote_code)
     if not Path(source).exists():
@@ -82,11 +86,12 @@ def open_checkpoint(name: str, trust_remote_code: bool = False) -> tuple[Checkpo
     return checkpoint, processor
 
 
-def read_config(name: str, source: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+def read_config(name: str, source: str | Path, trust_remote_code: bool = False, task: str | None = None) -> Checkpoint:
     """Read the model class and the config of the checkpoint at `source`, a folder or hub id.
 
     The class is the one named in the config's `architectures`, or the one without a head if none is named. With
-    `trust_remote_code`, the checkpoint's own class is used if it comes with code. `name` is the model's name in error
+    `trust_remote_code`, the checkpoint's own class is used if it comes with code. A sentence encoder, which files of
+    the checkpoint or the `task` make one, is read without a head (`encoder_class`). `name` is the model's name in error
     messages. Raises `PermpruneError` if Transformers has no such class, or the config is invalid.
     """
     with loading(name, source, CONFIG):
@@ -98,10 +103,7 @@ def read_config(name: str, source: str | Path, trust_remote_code: bool = False) 
             kind = architecture.config_class
             if kind is not None and not isinstance(config, kind):  # config of a composite model that contains this one
                 config = kind.from_pretrained(source)
-        headless = "labels" not in inspect.signature(architecture.forward).parameters
-        if headless and (pooling := getattr(config, POOLING, None) or pooling_at(name, source)):
-            require_pooling(name, pooling)
-            setattr(config, POOLING, pooling)
+        architecture = encoder_class(architecture, config, name=name, source=source, task=task)
         return Checkpoint(name, source, architecture, config, trust_remote_code)
 
 
@@ -211,6 +213,7 @@ def write_beside(model: PreTrainedModel, processor: Processor | None, folder: Pa
     if processor is not None:
         processor.save_pretrained(folder)
     copy_companions(origin_of(model).name, folder)
+    write_modules(model, folder)
 
 
 def write_configs(model: PreTrainedModel, folder: Path) -> None:

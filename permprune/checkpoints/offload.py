@@ -131,41 +131,43 @@ class CollectedWeights(StoredWeights):
         return rows.clone() if len(rows) == count else sharding.gather_on_first(rows, count)
 
 
-def read_skeleton(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def read_skeleton(name: str, *, task: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a model without its weights, on the meta device.
 
-    `name` and `trust_remote_code` are those of `read_model`. Raises `PermpruneError` if the model does not load, or if
-    the checkpoint's weights do not match its config.json.
+    The arguments are those of `read_model`. Raises `PermpruneError` if the model does not load, or if the checkpoint's
+    weights do not match its config.json.
     """
     source = resolve_model(name)
-    checkpoint = read_config(name, source, trust_remote_code)
+    checkpoint = read_config(name, source, trust_remote_code, task)
     with loading(name, source, WEIGHTS):
         gathered = (Path(source) / GATHERED).exists()
         return checkpoint.without_weights()[0] if gathered else checkpoint.skeleton()
 
 
-def read_shapes(name: str, *, trust_remote_code: bool = False) -> tuple[PreTrainedModel, torch.dtype]:
+def read_shapes(
+    name: str, *, task: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, torch.dtype]:
     """Load a model without its weights, on the meta device, and the dtype of the weights, from its config alone.
 
-    `name` and `trust_remote_code` are those of `read_model`. Raises `PermpruneError` if the config is not usable.
+    The arguments are those of `read_model`. Raises `PermpruneError` if the config is not usable.
     """
     source = resolve_model(name)
-    checkpoint = read_config(name, source, trust_remote_code)
+    checkpoint = read_config(name, source, trust_remote_code, task)
     with loading(name, source, CONFIG):
         require_buildable(checkpoint.config)
         return checkpoint.without_weights()
 
 
 def read_offloaded(
-    name: str, folder: Path, *, trust_remote_code: bool = False
+    name: str, folder: Path, *, task: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Processor | None, torch.dtype, StoredWeights]:
     """Like `read_model`, but the model's parameters are on the meta device, and its weights are returned separately.
 
     The model can run after `attach(model, weights)`. Weights that Transformers converts when loading, such as fused
-    experts, are written to `folder` in the converted form. `name` and `trust_remote_code` are those of `read_model`.
-    Raises `PermpruneError` if the model does not load or has no safetensors files.
+    experts, are written to `folder` in the converted form. The other arguments are those of `read_model`. Raises
+    `PermpruneError` if the model does not load or has no safetensors files.
     """
-    checkpoint, processor = open_checkpoint(name, trust_remote_code)
+    checkpoint, processor = open_checkpoint(name, trust_remote_code, task)
     source = Path(checkpoint.source)
     with loading(name, source, WEIGHTS):
         model, stored = _offloaded(checkpoint, folder)

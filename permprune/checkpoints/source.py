@@ -35,19 +35,23 @@ class OpenModel:
 
 
 def open_model(
-    source: ModelSource, processor: Processor | None = None, *, trust_remote_code: bool = False
+    source: ModelSource,
+    processor: Processor | None = None,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
 ) -> OpenModel:
     """The model that a source stands for: read (`read_model`), or as it is.
 
-    `processor` is that of a model in memory; of a model that is read it takes the place of its own. Raises
-    `PermpruneError`.
+    `processor` is that of a model in memory; of a model that is read it takes the place of its own. `task` is that of
+    `read_model`, for a model that is read. Raises `PermpruneError`.
     """
     if isinstance(source, PreTrainedModel):
         origin = origin_of(source)
         return OpenModel(source, processor, origin.dtype, origin.name)
     if not isinstance(source, str | Path):
         raise PermpruneError(f"a {type(source).__name__} is not a model: give a name, a folder or a PreTrainedModel")
-    model, own_processor, stored = read_model(str(source), trust_remote_code=trust_remote_code)
+    model, own_processor, stored = read_model(str(source), task=task, trust_remote_code=trust_remote_code)
     return OpenModel(model, own_processor if processor is None else processor, stored, str(source))
 
 

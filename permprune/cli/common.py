@@ -46,6 +46,7 @@ Methods = Annotated[
     str, typer.Option(help="searches, separated by commas, with options as in newton:rounds=6 (see permprune methods)")
 ]
 TrustRemoteCode = Annotated[bool, option(PruneConfig, "trust_remote_code", "--trust-remote-code")]
+Task = Annotated[str | None, option(PruneConfig, "task", "--task")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
 Json = Annotated[
     Path | None,

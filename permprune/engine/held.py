@@ -191,7 +191,9 @@ class Held(Weights):
     @classmethod
     def open(cls, source: ModelSource, config: PruneConfig, processor: Processor | None = None) -> Held:
         """Open a model and prepare it. Raises `PermpruneError`."""
-        return cls.of(open_model(source, processor, trust_remote_code=config.trust_remote_code), config)
+        return cls.of(
+            open_model(source, processor, task=config.task, trust_remote_code=config.trust_remote_code), config
+        )
 
     def dense(self) -> AbstractContextManager[None]:
         return self.network.dense_weights()

@@ -41,7 +41,9 @@ class Sharded(Offloaded, Held):
 
     def __init__(self, name: str, config: PruneConfig, work: WorkFolder) -> None:
         started, folder = time.monotonic(), work.scratch / f"rank-{distributed.rank()}"
-        model, processor, stored, weights = read_offloaded(name, folder, trust_remote_code=config.trust_remote_code)
+        model, processor, stored, weights = read_offloaded(
+            name, folder, task=config.task, trust_remote_code=config.trust_remote_code
+        )
         self.whole = copy.deepcopy(model)  # without weights: for the record, and to write
         examples = calibration_examples(model, processor, config)
         plan = plan_run(model, config, examples=examples, weights=weights.stored, partial=work.path)

@@ -72,7 +72,7 @@ class Streamed(Offloaded):
     def __init__(self, name: str, config: PruneConfig, work: WorkFolder) -> None:
         self._started, rank = time.monotonic(), f"rank-{distributed.rank()}"
         self.model, self.processor, self.stored, self.weights = read_offloaded(
-            name, work.scratch / rank, trust_remote_code=config.trust_remote_code
+            name, work.scratch / rank, task=config.task, trust_remote_code=config.trust_remote_code
         )
         examples = calibration_examples(self.model, self.processor, config)
         self.plan = plan_run(self.model, config, examples=examples, weights=self.weights.stored)

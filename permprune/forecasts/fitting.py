@@ -55,7 +55,7 @@ def forecast(
     """
     config, processes = config or PruneConfig(), distributed.world() if processes is None else processes
     require("processes", processes, Count)
-    model, stored = read_shapes(name, trust_remote_code=config.trust_remote_code)
+    model, stored = read_shapes(name, task=config.task, trust_remote_code=config.trust_remote_code)
     config = resolve(model, config)
     outline, machine = outline_model(model, config), machine_named(gpu)
     fitting = Fitting(name, model, outline, machine, windows=windows, stored=stored, processes=processes)
@@ -74,7 +74,7 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
         return None
 
     def decide() -> Forecast:
-        model = read_skeleton(name, trust_remote_code=config.trust_remote_code)
+        model = read_skeleton(name, task=config.task, trust_remote_code=config.trust_remote_code)
         outline, processes = outline_model(model, config), distributed.world()
         fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, processes=processes)
         return fitting.together(config) if config.memory is None else fitting.within(config, config.memory)

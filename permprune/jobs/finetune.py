@@ -15,6 +15,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.result import Result, require_label_metric
 from permprune.losses.objective import Objective
 from permprune.models.modality import evaluation_batch, kind_of
+from permprune.models.pooling import pooling_asked
 from permprune.options import Count, NonNegative, Positive, Seed, require_choice, require_fields
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
@@ -133,12 +134,17 @@ class FineTuning:
     seed: Seed = 0
     """Seed of all random numbers: the same one gives the same weights."""
 
+    task: str | None = None
+    """What the model and its teacher are for, if their files do not say: embedding, with the pooling as in
+    embedding:pooling=cls."""
+
     trust_remote_code: bool = False
     """Run the Python code that comes with the model or its teacher, if they need any."""
 
     def __post_init__(self) -> None:
         require_fields(self)
         require_label_metric(self.metric)
+        pooling_asked(self.task)
         require_choice("train", self.train, RATES)
         if self.adapters is not None and self.train != "all":
             raise PermpruneError(f"--adapters trains linear layers, --train {self.train} does not: give one of the two")
@@ -240,7 +246,7 @@ def finetune(
     if options.teacher is not None and options.teacher is model:
         raise PermpruneError("the teacher is the model to be trained: give a copy of the dense model")
     with WorkFolder(Path(out)).held("finetune", resume) as work:
-        opened = open_model(model, processor, trust_remote_code=options.trust_remote_code)
+        opened = open_model(model, processor, task=options.task, trust_remote_code=options.trust_remote_code)
         require_changeable(opened.model)
         if opened.model is not model and (origin := origin_of(opened.model)).record:  # it was read from a folder
             check_outputs(opened.model, require_probe(origin), opened.name)
@@ -361,7 +367,7 @@ def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, ta
     """
     if options.teacher is None:
         return None
-    opened = open_model(options.teacher, trust_remote_code=options.trust_remote_code)
+    opened = open_model(options.teacher, task=options.task, trust_remote_code=options.trust_remote_code)
     teacher = opened.model
     first = examples[:1].trimmed()
     with torch.no_grad():

@@ -137,7 +137,7 @@ def _shapes(name: str | Path, config: PruneConfig) -> PreTrainedModel:
 
 def _held(model: ModelSource, config: PruneConfig, processor: Processor | None, work: WorkFolder) -> Held:
     """Open and calibrate a model that is held in memory."""
-    opened = open_model(model, processor, trust_remote_code=config.trust_remote_code)
+    opened = open_model(model, processor, task=config.task, trust_remote_code=config.trust_remote_code)
     needed = weight_bytes(opened.model, opened.stored)
     require_space(work.out, needed)
     held = Held.of(opened, config, work.path, spare=opened.model is not model)

@@ -156,7 +156,7 @@ def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int
     skeleton = (
         model
         if isinstance(model, PreTrainedModel)
-        else read_skeleton(str(model), trust_remote_code=config.trust_remote_code)
+        else read_skeleton(str(model), task=config.task, trust_remote_code=config.trust_remote_code)
     )
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
         prunable_layers(skeleton, config.replace(pattern=pattern).parsed_pattern, config.exclude)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel
+from permprune.errors import PermpruneError
+from permprune.options import nearest
+from permprune.system.imports import on_first_use
 
-from permprune.models.signature import argument_names
+with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
+    from transformers import PreTrainedModel
+
+    from permprune.models.signature import argument_names
+
+TASK = "embedding"
+"""The task of a sentence encoder, by the name that it is asked for."""
 
 POOLING = "sentence_pooling"
 """The field of a config that names the pooling of a sentence encoder, one of `POOLINGS`."""
@@ -41,6 +49,22 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Functions of states (batch, length, channels) and a bool mask (batch, length), False at padding, by the names that
 Sentence-Transformers gives them."""
+
+
+def pooling_asked(task: str | None) -> str | None:
+    """Return the pooling that a task names: "embedding:pooling=cls"; "" if it names none, and None without a task.
+
+    Raises `PermpruneError` for another task, and for a pooling that is not one of `POOLINGS`.
+    """
+    if task is None:
+        return None
+    name, colon, option = task.partition(":")
+    key, _, pooling = option.partition("=")
+    if name != TASK or (colon and key != "pooling"):
+        raise PermpruneError(f'the task is "{task}": give {TASK}, or {TASK}:pooling={"|".join(POOLINGS)}')
+    if colon and pooling not in POOLINGS:
+        raise PermpruneError(f'unknown pooling "{pooling}": {nearest(pooling, POOLINGS)}')
+    return pooling
 
 
 def pooling_of(model: PreTrainedModel) -> str | None:
