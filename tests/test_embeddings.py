@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from torch.nn import functional as F
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune.evaluation.embeddings import embedding_agreement
@@ -23,14 +23,20 @@ from .fixtures import BLOCK, SENTENCES
 FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
 
 
-def write_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, pooling: dict[str, object]) -> Path:
-    """A folder of Sentence-Transformers with a random encoder."""
+def write_plain(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A folder with a random encoder that has a head for masked tokens, as many published ones."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        BertModel(BertConfig(**BLOCK, vocab_size=128), add_pooling_layer=False).save_pretrained(folder)
+        BertForMaskedLM(BertConfig(**BLOCK, vocab_size=128)).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>", pad_token="</s>", model_max_length=64
     ).save_pretrained(folder)
+    return folder
+
+
+def write_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, pooling: dict[str, object]) -> Path:
+    """A folder of Sentence-Transformers with a random encoder."""
+    write_plain(folder, tokenizer)
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [
         {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -45,6 +51,11 @@ def write_encoder(folder: Path, tokenizer: PreTrainedTokenizerFast, pooling: dic
 @pytest.fixture
 def encoder(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     return write_encoder(tmp_path / "encoder", tiny_tokenizer, {FLAGS["mean"]: True})
+
+
+@pytest.fixture
+def plain(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    return write_plain(tmp_path / "plain", tiny_tokenizer)
 
 
 @pytest.fixture
@@ -96,6 +107,67 @@ def test_an_unknown_pooling_is_one_line(
     folder = write_encoder(tmp_path / "encoder", tiny_tokenizer, config)
     status, _, error = run("evaluate", str(folder))
     assert status == 2 and "pools tokens in a way that is not known" in error and error.count("\n") == 1
+
+
+def refused(*arguments: object) -> str:
+    """The line with which a command is refused, after any warnings."""
+    status, _, error = run(*map(str, arguments))
+    *_, line = error.splitlines()
+    assert status == 2 and line.startswith("permprune: ")
+    return line
+
+
+def test_what_cannot_be_embedded_or_measured_is_one_line(
+    encoder: Path, plain: Path, texts: Path, tmp_path: Path
+) -> None:
+    assert "embedding:pooling=cls" in refused("evaluate", plain, "--task", "embedding", "--data", texts)
+    assert "by mean" in refused("evaluate", encoder, "--task", "embedding:pooling=max", "--data", texts)
+    assert "mean" in refused("prune", encoder, "--task", "embedding:pooling=man", "--out", tmp_path / "out")
+    assert "translation" in refused("finetune", encoder, "--task", "translation", "--out", tmp_path / "out")
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("sentence1\tsentence2\n" + "the text\tis short\n" * 4)
+    assert "scores" in refused("evaluate", encoder, "--data", pairs)
+
+
+def test_an_encoder_is_compared_with_the_dense_one(encoder: Path, texts: Path, pairs: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    for data, first in ((texts, []), (pairs, ["Spearman correlation", "Pearson correlation"])):
+        options = ["--dense", str(encoder), "--data", str(data), "--windows", "1", "--json", str(figures)]
+        status, printed, error = run("evaluate", str(encoder), *options)
+        assert status == 0, error
+        written = json.loads(figures.read_text())
+        names = [written["metric"], *(other["metric"] for other in written["others"])]
+        assert names == [
+            *first,
+            "cosine similarity",
+            "nearest neighbour agreement",
+            "ten nearest neighbours agreement",
+            "Spearman correlation of similarities",
+        ]
+        assert len(printed.splitlines()) == len(names)
+
+
+def test_another_size_of_embeddings_is_refused() -> None:
+    with pytest.raises(permprune.PermpruneError, match="4 channels"):
+        embedding_agreement(torch.ones(3, 8), torch.ones(3, 4))
+
+
+@pytest.mark.slow
+def test_a_plain_encoder_that_is_asked_for_is_written_for_sentence_transformers(
+    plain: Path, texts: Path, tmp_path: Path
+) -> None:
+    data = ["--calibration", str(texts), "--data", str(texts), "--samples", "4", "--windows", "1", "--length", "16"]
+    task = ["--task", "embedding:pooling=cls", "--permute", "ria"]
+    status, _, error = run("prune", str(plain), *data, *task, "--out", str(tmp_path / "out"))
+    assert status == 0, error
+    assert run("pack", str(tmp_path / "out"), "--dtype", "fp32", "--out", str(tmp_path / "packed"))[0] == 0
+    for folder in (tmp_path / "out", tmp_path / "packed"):
+        paths = [module["path"] for module in json.loads((folder / "modules.json").read_text())]
+        assert paths == ["", "1_Pooling", "2_Normalize"]
+        pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+        assert pooling["pooling_mode_cls_token"] and not pooling["pooling_mode_mean_tokens"]
+        assert pooling["word_embedding_dimension"] == 32
+        assert kind_of(permprune.read_model(str(folder))[0]) == "embeddings"
 
 
 def test_the_loss_compares_cosines_and_similarities() -> None:

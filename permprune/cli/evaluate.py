@@ -14,6 +14,7 @@ from permprune.cli import common as cli
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
+from permprune.models.pooling import pooling_asked
 
 
 @partial(cli.command, without=("task_data", "examples"))
@@ -24,25 +25,34 @@ def evaluate(
     kv: Annotated[
         Path | None, typer.Option(help="folder that permprune kv wrote: measures perplexity with that pruned cache")
     ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="zoo name, folder or hub id of the dense model: measures the agreement with it")
+    ] = None,
+    task: cli.Task = None,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
 ) -> Iterator[None]:
     """Measure perplexity, accuracy or word error rate of MODEL, dense or pruned, or with --tasks its scores on tasks.
 
-    With --tasks, --data is a folder with local files of the tasks.
+    With --dense a model is compared with another: a sentence encoder by embeddings, neighbours and similarities. With
+    --tasks, --data is a folder with local files of the tasks.
     """
 
     tasks = dataclasses.replace(tasks, data=evaluation.source)
-    if kv is not None and (tasks.names or tasks.files or evaluation.metric):
-        raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --task-file and --metric")
+    pooling_asked(task)
+    scored = tasks.names or tasks.files
+    if kv is not None and (scored or evaluation.metric or dense or task):
+        raise PermpruneError("--kv measures perplexity on text: leave out --tasks, --metric, --dense and the like")
+    if scored and (dense or task):
+        raise PermpruneError("--tasks scores language models: leave out --dense and --task")
     yield
 
-    from permprune.jobs.evaluate import evaluate as run
+    from permprune.jobs.evaluate import evaluate_all
     from permprune.jobs.kv import evaluate_kv
     from permprune.report.tables import tasks_table
     from permprune.report.words import result_text
 
-    if tasks.names or tasks.files:
+    if scored:
         results = evaluate_tasks(model, tasks, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(tasks), "results": [result.to_json() for result in results]}
         cli.show(tasks_table(model, results))
@@ -55,6 +65,8 @@ def evaluate(
         print(f"{result_text(cached.result)}; cache {pruned}, dense {dense}")
         cli.write_figures(json, {**cached.result.to_json(), **sizes})
         return
-    result = run(model, evaluation, trust_remote_code=trust_remote_code)
-    print(result_text(result))
-    cli.write_figures(json, result.to_json())
+    first, *others = evaluate_all(model, evaluation, dense=dense, task=task, trust_remote_code=trust_remote_code)
+    for result in (first, *others):
+        print(result_text(result))
+    more = {"others": [result.to_json() for result in others]} if others else {}
+    cli.write_figures(json, {**first.to_json(), **more})

@@ -14,6 +14,7 @@ from permprune.data.sources import TABLES
 from permprune.data.text import load_documents
 from permprune.errors import PermpruneError
 from permprune.models.processors import Processor
+from permprune.system.progress import log
 
 
 def load_sentences(
@@ -51,7 +52,8 @@ def _table(source: str, selection: Selection) -> tuple[list[list[str]], list[obj
         return table.texts, []
     try:
         return table.texts, read_labelled_text(source, selection.part).labels
-    except PermpruneError:  # pairs without labels
+    except PermpruneError:
+        log.info("%s has pairs of texts without scores: each text counts by itself", source)
         return table.texts, []
 
 

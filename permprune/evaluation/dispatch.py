@@ -33,16 +33,22 @@ def evaluate_model(
 ) -> list[Result]:
     """Measure a model on examples; the most important result comes first.
 
-    With `dense`, the agreement with that model is measured. Otherwise the metric depends on the model and the labels:
+    With `dense`, the agreement with that model is measured, of a sentence encoder beside what follows from labels.
+    Otherwise the metric depends on the model and the labels:
     word error rate for speech, whose labels the `tokenizer` decodes; perplexity for language models; accuracy for
     classes; correlation for scores, with which a sentence encoder's similarities of pairs are compared; or `metric`, if
     it is given (one of `METRICS`). The model runs on `batch` examples at a time. Raises `PermpruneError` if nothing can
     be measured.
     """
     require("batch", batch, Count)
-    labels = examples.get("labels")
-    if labels is not None and (pooling := pooling_of(model)):  # type: ignore[arg-type]
-        return pair_similarity(model, examples, pooling, metric, batch)
+    labels, pooling = examples.get("labels"), pooling_of(model)  # type: ignore[arg-type]
+    if pooling and labels is None and dense is None:
+        raise PermpruneError(
+            "the texts have no scores: give pairs of texts with a column score, or the dense model to compare with"
+        )
+    if pooling and labels is not None:
+        results = pair_similarity(model, examples, pooling, metric, batch)
+        return results if dense is None else results + agreement(model, examples, dense, batch=batch)
     if metric not in (None, ACCURACY) or (labels is not None and labels.is_floating_point()):
         if labels is None:
             raise PermpruneError(f'the metric "{metric}" needs labels: give examples that have them')

@@ -22,7 +22,13 @@ def embedding_agreement(pruned: Tensor, dense: Tensor) -> list[Result]:
 
     Returns the mean cosine similarity; the share of texts with the same nearest neighbour, and the share of their ten
     nearest that are the same, among at most `MOST` of the texts; and Spearman's correlation of all similarities.
+    Raises `PermpruneError` if the numbers of channels differ.
     """
+    if pruned.shape != dense.shape:
+        raise PermpruneError(
+            f"the dense model has embeddings of {dense.shape[1]} channels, the model of {pruned.shape[1]}: "
+            "give the model that it was pruned from"
+        )
     cosines = (pruned * dense).sum(1).double()
     count = len(pruned)
     error = float(cosines.std() / count**0.5) if count > 1 else None

@@ -27,9 +27,29 @@ def evaluate(
     `model` is a name, a folder, or a model in memory with its `processor`. `trust_remote_code` is as in `read_model`.
     Raises `PermpruneError`, for example if the data have no labels. Use `evaluate_model` for examples in memory.
     """
+    return evaluate_all(model, evaluation, processor, trust_remote_code=trust_remote_code)[0]
+
+
+@failures_reported()
+def evaluate_all(
+    model: ModelSource,
+    evaluation: Evaluation | None = None,
+    processor: Processor | None = None,
+    *,
+    dense: ModelSource | None = None,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[Result]:
+    """Evaluate a model as `evaluate` does, and return all metrics, the most important first.
+
+    With `dense` these are the agreement with that model, and of a sentence encoder those of labels as well. `task` is
+    as in `read_model`.
+    """
     evaluation = evaluation or Evaluation()
-    opened = open_model(model, processor, trust_remote_code=trust_remote_code)
+    opened = open_model(model, processor, task=task, trust_remote_code=trust_remote_code)
     examples = evaluation.examples(opened.model, opened.processor)
     stage(MEASURE)
     tokenizer, batch = transcriber(opened.model, opened.processor), evaluation_batch(opened.model)
-    return evaluate_model(opened.model, examples, tokenizer, batch=batch, metric=evaluation.metric)[0]
+    other = None if dense is None else open_model(dense, task=task, trust_remote_code=trust_remote_code).model
+    metric = evaluation.metric
+    return evaluate_model(opened.model, examples, tokenizer, dense=other, batch=batch, metric=metric)
