@@ -25,7 +25,10 @@ PLACE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DO
 Row = dict[str, Any]
 
 LISTS = json.loads(Path(__file__).with_name("lists.json").read_text(encoding="utf-8"))
-"""Tables with a line for each row: the file of the rows, the heads, and the cells, empty where a row has no value."""
+"""Tables with a line for each row: the file of the rows, the heads, and the cells, empty where a row has no value.
+
+`where` are the values of the rows that are shown, if not all are.
+"""
 
 
 class Fields(dict[str, Any]):
@@ -48,7 +51,9 @@ def filled(template: str, row: Row) -> str:
 
 def listed(name: str) -> str:
     own = LISTS[name]
+    shown = own.get("where", {})
     found = [row for row in rows(own["rows"]) if row.get("table", name) == name]
+    found = [row for row in found if all(row[key] in values for key, values in shown.items())]
     cells = re.split(r" ?\| ", own["cells"])
     return markdown(own["heads"], ([filled(cell, row) for cell in cells] for row in found))
 

@@ -39,14 +39,13 @@ this page.
 - **residual**: channels that are read in several places, all in one order. If a grouped convolution reads them as well,
   there is one space within its groups and one of whole groups.
 
-Each number counts spaces. "Difference" is the largest change of an output, relative to the largest output, when each
-space alone and then all spaces together are permuted at random. Models are in float64; if the difference is not near
-1e-16, the model's own code computes norms in float32.
+Each number counts spaces. "Difference" is the largest change of an output in float64, relative to the largest output, when each
+space alone and then all together are permuted at random; if it is not near 1e-16, the model's own code computes norms in
+float32.
 
 "Pruned" is the share of the weights inside the repeated blocks that lie in pruned layers. The matrices of each expert
-are layers of their own; experts that do not run through Transformers' interface for experts stay dense (Llama 4), and
-so do routers, kernels of convolutions and state matrices. Embeddings, biases and norms are not counted. Every run names
-the weights that stay dense, and so does `verify` for a folder.
+are layers of their own; routers, kernels of convolutions, state matrices and the experts of Llama 4 stay dense. Embeddings,
+biases and norms are not counted. Every run names the weights that stay dense, and so does `verify` for a folder.
 
 | family | class | pruned | {kinds} | difference | frozen |
 |---|---|---:|{columns}---:|---|

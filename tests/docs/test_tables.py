@@ -34,7 +34,7 @@ def test_the_check_fails_where_a_figure_differs(monkeypatch: pytest.MonkeyPatch,
     tables = runpy.run_path(str(FIGURES / "tables.py"))
     page = tmp_path / "docs" / "results" / "page.md"
     page.parent.mkdir(parents=True)
-    page.write_text("<!-- table: rate -->\n| 1 |\n<!-- end table -->\n", encoding="utf-8")
+    page.write_text("<!-- table: engines -->\n| 1 |\n<!-- end table -->\n", encoding="utf-8")
     monkeypatch.setitem(tables["main"].__globals__, "pages", lambda: [page])
     monkeypatch.setitem(tables["main"].__globals__, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["tables.py", "--check"])
@@ -42,7 +42,7 @@ def test_the_check_fails_where_a_figure_differs(monkeypatch: pytest.MonkeyPatch,
         tables["main"]()
     monkeypatch.setattr(sys, "argv", ["tables.py"])
     tables["main"]()
-    assert "| 0.002 | 4.386 |" in page.read_text(encoding="utf-8")
+    assert "| llama.cpp Q4_0, dense | 92 | 140.4 | 1.24 |" in page.read_text(encoding="utf-8")
 
 
 def test_dense_smollm2_has_one_perplexity_on_each_text() -> None:
