@@ -130,7 +130,7 @@ def compare(
         if work:
             _write_best(session, chosen[result.best.method], tried, result.best.method, work)
     if out and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
-        add_speeds(Path(out), str(model), trust_remote_code=config.trust_remote_code)
+        add_speeds(Path(out), str(model), config)
     return result
 
 

@@ -78,7 +78,7 @@ def prune_to_folder(
         announce=announce,
     )
     if runs and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
-        record = add_speeds(Path(out), str(model), trust_remote_code=config.trust_remote_code)
+        record = add_speeds(Path(out), str(model), config)
     return record
 
 

@@ -13,6 +13,7 @@ from permprune.checkpoints.benchmark import Speed
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import PACKED, Record, read_record
 from permprune.checkpoints.showcase import Side
+from permprune.config import PruneConfig
 from permprune.errors import first_line
 from permprune.evaluation.speed import cells, measure
 from permprune.models.forward import is_causal_lm
@@ -34,24 +35,26 @@ INPUTS, TOKENS = 8, 128
 """Inputs of a batch, and tokens of a text, for models that do not generate."""
 
 
-def add_speeds(folder: Path, dense: str, *, trust_remote_code: bool = False) -> Record:
+def add_speeds(folder: Path, dense: str, config: PruneConfig) -> Record:
     """Measure the dense model and the one in a folder, one after the other, and write their speeds into its record.
 
-    `dense` is the name of the dense model, which runs in the data type in which it is faster; so does the pruned model,
-    unless it is packed. Returns the record. A model that cannot be measured leaves it as it was, with a warning.
+    `dense` is the name of the dense model of a run with this config. It runs in the data type in which it is faster,
+    and so does the pruned model, unless it is packed. Returns the record. A model that cannot be measured leaves it as
+    it was, with a warning.
     """
-    record = read_record(folder)
+    record, trusted = read_record(folder), config.trust_remote_code
     if record.showcase is None:
         return record
+    log.info("measuring the speed of the dense and of the pruned model")
     try:
-        model, _, _ = read_model(dense, trust_remote_code=trust_remote_code)
+        model, _, _ = read_model(dense, task=config.task, trust_remote_code=trusted)
         rates = {name: _rate(nn.Module.to(model, dtype_named(name)), FEW) for name in TYPES}
         fastest = max(rates, key=rates.__getitem__)
         sides = dict(record.showcase.sides)
         sides["dense"] = _measured(nn.Module.to(model, dtype_named(fastest)), sides["dense"], fastest)
         unit = "tokens/s" if is_causal_lm(model) else f"{_read_by(model)}/s"
         del model
-        pruned = nn.Module.to(load(folder, trust_remote_code=trust_remote_code), best_device())
+        pruned = nn.Module.to(load(folder, trust_remote_code=trusted), best_device())
         if PACKED in record.extra:
             _rate(pruned, FEW)  # the first calls are slower
             fastest = f"{record.extra[PACKED]['dtype']}, packed"
