@@ -22,6 +22,7 @@ from permprune.checkpoints.damage import require_digests
 from permprune.checkpoints.gathers import attach_gathers
 from permprune.checkpoints.io import (
     CONFIG,
+    PROCESSOR,
     WEIGHTS,
     WRITTEN,
     loading,
@@ -36,8 +37,10 @@ from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import Checkpoint, require_buildable
 from permprune.errors import PermpruneError
+from permprune.models.dummy_inputs import processed_size
 from permprune.models.layers import canonical_names
-from permprune.models.processors import Processor
+from permprune.models.modality import kind_of
+from permprune.models.processors import Processor, read_processor
 from permprune.system import sharding
 from permprune.system.device import best_device
 from permprune.zoo.models import resolve_model
@@ -156,6 +159,18 @@ def read_shapes(
     with loading(name, source, CONFIG):
         require_buildable(checkpoint.config)
         return checkpoint.without_weights()
+
+
+def read_size(name: str, model: PreTrainedModel, *, trust_remote_code: bool = False) -> tuple[int, int] | None:
+    """Return the height and width of the images that a model reads, from its processor; None if it reads others.
+
+    `name` and `trust_remote_code` are those of `read_model`. Raises `PermpruneError` if the processor does not load.
+    """
+    if kind_of(model) != "images":
+        return None
+    source = resolve_model(name)
+    with loading(name, source, PROCESSOR):
+        return processed_size(read_processor(source, trust_remote_code))
 
 
 def read_offloaded(

@@ -82,16 +82,25 @@ def _peak(figures: dict[str, Any]) -> Table:
 
 
 def forecast_notes(figures: dict[str, Any]) -> list[str]:
-    """Return the totals of a forecast and what it assumes, one sentence each."""
+    """Return what will run, the totals of a forecast, and what it assumes, one sentence each."""
     host, device = f"{gib(figures['host'])} of host memory", figures["device"]
     notes = [f"peak: {host}" if device is None else f"peak: {gib(device)} of device memory, {host}"]
     written = ", ".join(f"{name} {gib(size)}" for name, size in figures["disk"].items() if size)
     notes.append(f"disk: {gib(sum(figures['disk'].values()))} ({written})")
-    known = [stage["seconds"] for stage in figures["stages"]]
-    more = ", without the stages whose time is not known" if None in known else ""
-    notes.append(
-        f"time: about {duration(sum(filter(None, known)))}{more}; an estimate, from rates and operation counts"
-    )
+    notes.append(intention(figures))
     if figures["advice"]:
         notes.append(figures["advice"])
     return [*notes, *(f"assumed: {sentence}" for sentence in figures["assumed"])]
+
+
+def intention(figures: dict[str, Any]) -> str:
+    """Return what a run will do, whether weights change, and how long it takes, from `Forecast.to_json`."""
+    settings, changes = figures["settings"], figures["changes"]
+    effort = f"effort {settings['effort']}: " if settings["effort"] else ""
+    kept = "the weights that are kept stay as they are"
+    if changes:
+        kept = f"{changes} changes the weights that are kept (--effort order: none)"
+    known = [stage["seconds"] for stage in figures["stages"]]
+    more = ", and the stages whose time is not known" if None in known else ""
+    time = f"about {duration(sum(filter(None, known)))} on {figures['machine']}{more}"
+    return f"{effort}{settings['permute']} on {settings['samples']} windows; {kept}; {time}"

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from permprune.cli import common as cli
+from permprune.cli.plan import intention
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.options import PACKED, require_choice
 
 if TYPE_CHECKING:
     from permprune.checkpoints.record import Record
+    from permprune.forecasts.run import Forecast
 
 
 @cli.command
@@ -42,8 +44,14 @@ def prune(
 
     from permprune.jobs.prune import prune_to_folder
 
-    prune_to_folder(model, out, config, evaluation=evaluation, pack=pack, resume=resume, announce=_announce)
+    prune_to_folder(
+        model, out, config, evaluation=evaluation, pack=pack, resume=resume, begin=_begin, announce=_announce
+    )
     cli.show_written(out)
+
+
+def _begin(forecast: Forecast) -> None:
+    print(intention(forecast.to_json()))
 
 
 def _announce(record: Record) -> None:

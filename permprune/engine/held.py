@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import reprlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -28,6 +28,7 @@ from permprune.examples import ExampleData, Examples
 from permprune.forecasts.efforts import resolve
 from permprune.losses.choice import choose_task
 from permprune.models.autocast import autocast
+from permprune.models.dummy_inputs import processed_size
 from permprune.models.forward import computed_in, frozen, short_inputs
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
@@ -70,13 +71,14 @@ def prepare(
     *,
     examples: ExampleData | None = None,
     partial: Path | None = None,
+    planned: Callable[[Plan], object] = lambda plan: None,
 ) -> Prepared:
     """Discover the couplings, calibrate the model, and mask its weights in natural order.
 
     `processor` is the tokenizer of a language model, or the processor of images or audio. `examples` replace the
     config's calibration data, as in `prune`. If they lack text for a decoder, the decoder reads the text that the dense
-    model generates. `partial` is a folder in which the searches save their state. Raises `PermpruneError` for a config,
-    data or a model that cannot be used.
+    model generates. `partial` is a folder in which the searches save their state. `planned` is called with the plan
+    before the calibration. Raises `PermpruneError` for a config, data or a model that cannot be used.
     """
     if config.shard:
         raise PermpruneError(
@@ -91,6 +93,7 @@ def prepare(
     if needs_decoder_inputs(model, shown):
         shown = with_decoder_inputs(model, shown, config.batch * BATCH_MULTIPLIER[kind_of(model)])
     plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
+    planned(plan)
     return measure(plan, model, started)
 
 
@@ -158,7 +161,7 @@ def prune(
     config = PruneConfig() if config is None else config
     if not isinstance(config, PruneConfig):
         raise PermpruneError(f"the config is {reprlib.repr(config)}: give a PruneConfig, or its fields as keywords")
-    config = resolve(model, config.replace(**changes))
+    config = resolve(model, config.replace(**changes), processed_size(processor))
     set_origin(model, origin_of(model))
     prepared = prepare(model, processor, config, examples=examples)
     prepared.dense.warn()
@@ -183,10 +186,10 @@ class Held(Weights):
         self.seconds, self.spare = prepared.seconds, spare
 
     @classmethod
-    def of(cls, opened: OpenModel, config: PruneConfig, partial: Path | None = None, *, spare: bool = False) -> Held:
-        """Prepare a model that is open (see `prepare`)."""
+    def of(cls, opened: OpenModel, config: PruneConfig, *, spare: bool = False, **settings: Any) -> Held:
+        """Prepare a model that is open (see `prepare`, which takes the `settings`)."""
         set_origin(opened.model, origin_of(opened.model))
-        return cls(prepare(opened.model, opened.processor, config, partial=partial), opened.processor, spare=spare)
+        return cls(prepare(opened.model, opened.processor, config, **settings), opened.processor, spare=spare)
 
     @classmethod
     def open(cls, source: ModelSource, config: PruneConfig, processor: Processor | None = None) -> Held:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from permprune.config import PruneConfig
+from permprune.forecasts.run import EVALUATED, Forecast
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuter
 from permprune.system.stages import CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, UPDATE, WRITE
@@ -23,6 +24,29 @@ def stages_of_pruning(config: PruneConfig, *, streamed: bool, packed: bool) -> l
 def stages_of_attempts(methods: Iterable[Permuter], config: PruneConfig) -> list[str]:
     """The stages of a session that attempts methods one after the other."""
     return [READ, CALIBRATE, DENSE, *(name for one in methods for name in (*_searched(one, config), MEASURE))]
+
+
+def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ...]]:
+    """Return the seconds of the stages of `Session.prune`, as far as known, and those that a time limit may end."""
+    method, seconds = permuter(forecast.config.permute), dict(forecast.seconds)
+    each = None if (evaluating := seconds.pop("evaluate")) is None else evaluating / EVALUATED
+    found: dict[str, float | None] = dict.fromkeys((DENSE, NATURAL, MEASURE), each)
+    for name, stage in (("load", READ), ("calibrate", CALIBRATE), ("update", UPDATE), ("write", WRITE)):
+        found[stage] = seconds.pop(name, 0.0)
+    for name, own in seconds.items():
+        stage, before = _stage_of(method, name), found.get(_stage_of(method, name), 0.0)
+        found[stage] = None if own is None or before is None else before + own
+    return found, method.stages if forecast.config.minutes else ()
+
+
+def _stage_of(method: Permuter, name: str) -> str:
+    """The stage of a search that a stage of its forecast belongs to."""
+    start, *others = method.stages
+    after, _, what = name.partition(": ")
+    if after != method.name or not others:
+        return start
+    named = [stage for stage in others[1:] if what.startswith(stage.rpartition(", ")[2]) and what != "training"]
+    return named[0] if named else others[0]
 
 
 def _searched(method: Permuter, config: PruneConfig) -> list[str]:

@@ -164,7 +164,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
 
 @state_bytes.register(TrustRegion)
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
-    weights = outline.dtype.itemsize * outline.weights if method.tune or method.trains_at_end else 0
+    weights = outline.dtype.itemsize * outline.weights if method.trains else 0
     training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
     masks = outline.weights // 8 if method.refine else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import TRIED
-from permprune.forecasts.run import example_operations
+from permprune.forecasts.run import example_pass
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.permuters.newton import Newton
 from permprune.system.progress import log
@@ -42,18 +42,18 @@ EFFORTS = {"order": Effort(6e13, 1.0), "minutes": Effort(6e13, 0.25), "hour": Ef
 """The efforts by name (`config.EFFORTS`)."""
 
 
-def resolve(model: PreTrainedModel, config: PruneConfig) -> PruneConfig:
+def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] | None = None) -> PruneConfig:
     """Return the config of a run on a model, with the permuter and the windows that its effort sets.
 
     A config with a permuter is returned as it is; one without an effort has the `DEFAULT`. The model may be on the meta
-    device: only shapes count. Raises `PermpruneError` if both are given.
+    device: only shapes count, with images of this `size` (`processed_size`). Raises `PermpruneError` if both are given.
     """
     config.require_one_choice()
     if "permute" in config.given:
         return config
     name = config.effort or DEFAULT
     effort, method, kind = EFFORTS[name], Newton(), kind_of(model)
-    windows = effort.operations / (example_operations(model, config) * EXAMPLES_PER_WINDOW[kind])
+    windows = effort.operations / (example_pass(model, config, size=size).operations * EXAMPLES_PER_WINDOW[kind])
     a_round = 3 * method.examples + TRIED * config.held_out  # passes of a window
     a_step = 4 * method.step_examples  # with the dense model's
     rounds = _within(ROUNDS, effort.search * windows / a_round)

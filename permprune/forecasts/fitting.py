@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from permprune.checkpoints.offload import read_shapes, read_skeleton
+from permprune.checkpoints.offload import read_shapes, read_size, read_skeleton
 from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
@@ -56,9 +56,10 @@ def forecast(
     config, processes = config or PruneConfig(), distributed.world() if processes is None else processes
     require("processes", processes, Count)
     model, stored = read_shapes(name, task=config.task, trust_remote_code=config.trust_remote_code)
-    config = resolve(model, config)
+    size = read_size(name, model, trust_remote_code=config.trust_remote_code)
+    config = resolve(model, config, size)
     outline, machine = outline_model(model, config), machine_named(gpu)
-    fitting = Fitting(name, model, outline, machine, windows=windows, stored=stored, processes=processes)
+    fitting = Fitting(name, model, outline, machine, windows=windows, stored=stored, processes=processes, size=size)
     if config.memory is not None:
         return fitting.within(config, config.memory)
     return fitting.together(config) if processes > 1 or config.shard else fitting.advised(config)
@@ -76,7 +77,8 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
     def decide() -> Forecast:
         model = read_skeleton(name, task=config.task, trust_remote_code=config.trust_remote_code)
         outline, processes = outline_model(model, config), distributed.world()
-        fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, processes=processes)
+        size = read_size(name, model, trust_remote_code=config.trust_remote_code)
+        fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, processes=processes, size=size)
         return fitting.together(config) if config.memory is None else fitting.within(config, config.memory)
 
     chosen = distributed.on_first(decide)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 from permprune.forecasts.resources import Work
 from permprune.options import require_choice
@@ -62,9 +62,7 @@ class Machine:
         """The rates that forecasts assume."""
         if self.sheet is not None:
             return Rates(*(OF_SHEET * rate for rate in vars(self.sheet).values()))
-        products, fp32 = (_product_rate(dtype, self.device) for dtype in (self.dtype, torch.float32))
-        measured = (products, fp32, _comparison_rate(self.device), _memory_rate(self.device))
-        return Rates(*(OF_MEASURED * rate for rate in measured))
+        return _measured_rates(self.device, self.dtype, torch.get_num_threads())
 
     def seconds(self, work: Work) -> float:
         """Return the time that work takes, with the comparisons of the largest problem on one thread."""
@@ -76,6 +74,14 @@ class Machine:
             + work.moved / rates.moved
             + work.stored / DISK
         )
+
+
+@cache
+def _measured_rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
+    """The rates of this machine with so many threads, which PyTorch has."""
+    products, fp32 = (_product_rate(kind, device) for kind in (dtype, torch.float32))
+    measured = (products, fp32, _comparison_rate(device), _memory_rate(device))
+    return Rates(*(OF_MEASURED * rate for rate in measured))
 
 
 def this_machine() -> Machine:
@@ -150,14 +156,17 @@ def _memory_rate(device: torch.device) -> float:
 
 
 def _calls_a_second(call: Callable[[], object], device: torch.device) -> float:
+    """Measure how often a call could be made in a second; the fastest counts, whatever else the machine does."""
+
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
     call()
-    count, started = 0, now()
-    while (spent := now() - started) < MEASURED:
+    times, before, started = list[float](), now(), now()
+    while before - started < MEASURED or not times:
         call()
-        count += 1
-    return count / spent
+        times.append((after := now()) - before)
+        before = after
+    return 1 / min(times)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -36,11 +36,13 @@ from permprune.models.modality import (
 )
 from permprune.models.narrow_weights import end_weights, held_type, is_narrow
 from permprune.models.positions import fitting_length
+from permprune.models.shallow import Repetition
 from permprune.permuters.registry import permuter
 from permprune.plan import calibration_count, shares_of
 from permprune.pruning.network import LIGHT
 from permprune.pruning.outline import Outline
 from permprune.system.device import dtype_named
+from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 
 EVALUATED = 3
@@ -116,6 +118,14 @@ class Forecast:
                 times[stage.name] = limit - searched if needed is None else min(needed, limit - searched)
         return times
 
+    @property
+    def changes(self) -> str | None:
+        """What changes the weights that are kept: "training", the name of an update, or None if nothing does."""
+        change = update(self.config.update)
+        if permuter(self.config.permute).trains:
+            return "training"
+        return None if isinstance(change, NoUpdate) else change.name
+
     def to_json(self) -> dict[str, Any]:
         """The forecast as JSON values; bytes and seconds."""
         return {
@@ -124,6 +134,7 @@ class Forecast:
             "streamed": self.streamed,
             "processes": self.processes,
             "shards": self.shards,
+            "changes": self.changes,
             "host": self.host,
             "device": self.device,
             "program": self.program,
@@ -152,6 +163,7 @@ class Subject:
 
     `outline` is that of `outline_model`, `stored` the type in which the weights are stored, and `windows` the number of
     windows of the evaluation. The run has so many `processes`, all on this machine unless `torchrun` says otherwise.
+    `size` are the height and width of images, if they are not those of the model's config.
     """
 
     name: str
@@ -161,25 +173,35 @@ class Subject:
     stored: torch.dtype
     windows: int = EVALUATION_WINDOWS
     processes: int = 1
+    size: tuple[int, int] | None = None
 
 
-def forecast_held(subject: Subject, config: PruneConfig, shards: int = 1) -> Forecast:
+def forecast_held(
+    subject: Subject, config: PruneConfig, shards: int = 1, *, example: Activations | None = None
+) -> Forecast:
     """Forecast a run that holds the whole model in memory, or of which each of `shards` processes holds a share.
 
-    In the latter case all processes divide the rows of the weights. Raises `PermpruneError`.
+    In the latter case all processes divide the rows of the weights. With `example`, a pass over one example of the
+    data, only the time is forecast, without the memory of activations. Raises `PermpruneError`.
     """
     model, machine, stored, processes = subject.model, subject.machine, subject.stored, subject.processes
     outline = replace(subject.outline, dtype=held_type(stored), shards=shards)
     method, kind = permuter(config.permute), kind_of(model)
     per_window = EXAMPLES_PER_WINDOW[kind]
     dtype, batch = dtype_named(config.precision) or machine.dtype, config.batch * BATCH_MULTIPLIER[kind]
-    counted = partial(_counted, model, outline, config=config, dtype=dtype)
+    counted: Callable[..., Activations] = partial(
+        _counted, model, outline, config=config, dtype=dtype, size=subject.size
+    )
+    if example is None:
+        example = example_pass(model, config, size=subject.size, lists=outline.repeated)
+    else:
+        counted = _uncounted
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
     measured, held_out, _ = shares_of(calibration_count(model, config), config, per_window)
     run = Workload(
         outline=outline,
         threads=machine.threads if shards == 1 else 1,
-        forward=example_operations(model, config, outline) / shards,
+        forward=example.operations / shards,
         batch=batch,
         gradient=gradient,
         loss=counted("none", batch=LIGHT * config.batch),
@@ -195,7 +217,7 @@ def forecast_held(subject: Subject, config: PruneConfig, shards: int = 1) -> For
     network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
     evaluating = Work(products_fp32=EVALUATED * evaluation_count(model, subject.windows) * run.forward)
     stages = [
-        _calibration(config, run, counted("inputs"), measured).beside([weights]),
+        _calibration(config, run, counted("inputs"), measured, example.positions).beside([weights]),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
         *(stage.beside(network) for stage in stages_of(update(config.update), run)),
         Stage("evaluate", evaluation.parts, evaluating).beside(network),
@@ -239,13 +261,20 @@ def program_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def example_operations(model: PreTrainedModel, config: PruneConfig, outline: Outline | None = None) -> float:
-    """Return the floating-point operations of the model forward for one example of `TYPICAL` length.
+def example_pass(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    *,
+    shown: Shapes | None = None,
+    size: tuple[int, int] | None = None,
+    lists: Sequence[Repetition] = (),
+) -> Activations:
+    """Count what the model computes forward for one example, of the shapes `shown` or of `TYPICAL` length.
 
-    The model may be on the meta device. Of the blocks that the outline found to be equal, only the first ones are run.
+    The model may be on the meta device. `size` is as in `Subject`, and blocks in `lists` are not run.
     """
-    shapes = _shapes(model, 1, min(config.length, TYPICAL.get(kind_of(model), config.length)))
-    return _run(model, shapes, lists=outline.repeated if outline else ()).operations
+    shapes = _shapes(model, 1, min(config.length, TYPICAL.get(kind_of(model), config.length)), size)
+    return _run(model, {name: (shown or {}).get(name, shape) for name, shape in shapes.items()}, lists=lists)
 
 
 def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, processes: int) -> Iterator[str]:
@@ -270,11 +299,12 @@ def _counted(
     config: PruneConfig,
     dtype: torch.dtype,
     batch: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Activations:
     """Count the activations of a batch of this many windows, by default `config.batch`."""
     return _run(
         model,
-        _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length),
+        _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length, size),
         gradients=gradients,
         dtype=dtype,
         recompute=config.recompute and gradients != "none",
@@ -283,10 +313,12 @@ def _counted(
     )
 
 
-def _shapes(model: PreTrainedModel, count: int, length: int) -> Shapes:
-    """The shapes of a batch of `count` examples, of texts with `length` tokens."""
+def _shapes(model: PreTrainedModel, count: int, length: int, size: tuple[int, int] | None) -> Shapes:
+    """The shapes of a batch of `count` examples, of texts with `length` tokens and of images of this size."""
     length = fitting_length(model, length)
     shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
+    if size and len(image := shapes.get("pixel_values", ())) == 4:
+        shapes["pixel_values"] = (*image[:2], *size)
     return shapes | {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
 
 
@@ -302,6 +334,10 @@ def _run(
     text = is_causal_lm(model) and shapes.keys() == {"input_ids"}
     run = _next_token_loss(shapes) if text else _output_sum(shapes)
     return count_activations(model, run, gradients=gradients, dtype=dtype, **settings)
+
+
+def _uncounted(*_: object, **__: object) -> Activations:
+    return Activations(blocks=0, logits=0, positions=0, outputs=0)
 
 
 def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
@@ -345,8 +381,11 @@ def _writing(checkpoint: int, stored: torch.dtype, shards: int) -> Iterator[Memo
         yield Memory("weights as stored", checkpoint, "host")
 
 
-def _calibration(config: PruneConfig, run: Workload, activations: Activations, examples: int) -> Stage:
-    """The pass forward and backward, and further ones forward if not all sums fit in the memory limit."""
+def _calibration(config: PruneConfig, run: Workload, activations: Activations, examples: int, positions: int) -> Stage:
+    """The pass forward and backward, and further ones forward if not all sums fit in the memory limit.
+
+    Each of the `examples` has so many positions.
+    """
     outline = run.outline
     each = sums_by_pass(outline.widths, None if config.memory is None else config.memory * outline.shards)
     sums = Memory("sums of moments", max(accumulator_bytes(widths.values()) for widths in each) // outline.shards)
@@ -354,7 +393,7 @@ def _calibration(config: PruneConfig, run: Workload, activations: Activations, e
     wide = run.dtype == torch.float32 != outline.dtype and not run.recompute
     converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
     runs = len(each) + (2 if run.recompute else 1)
-    products = Work(products_fp32=2 * activations.positions / run.batch * examples * outline.moments())
+    products = Work(products_fp32=2 * positions * examples * outline.moments())
     parts = (sums, moments, converted, *activations.parts)
     return Stage("calibrate", parts, run.loss_work(runs * examples) + products)
 

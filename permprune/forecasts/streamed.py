@@ -11,7 +11,7 @@ from permprune.forecasts.run import (
     EVALUATED,
     Forecast,
     Subject,
-    example_operations,
+    example_pass,
     offloaded_bytes,
     program_bytes,
 )
@@ -52,7 +52,8 @@ def forecast_streamed(subject: Subject, config: PruneConfig) -> Forecast:
     length, checkpoint = fitting_length(model, config.length), weight_bytes(model, subject.stored)
     tokens = config.shares(config.samples)[0] * length
     needed = streamed_bytes(model, outline, metric=saliency(config.saliency), tokens=tokens, length=length)
-    largest, forward = Memory("largest part of the model", needed), example_operations(model, config, outline) / length
+    example = example_pass(model, config, lists=outline.repeated)
+    largest, forward = Memory("largest part of the model", needed), example.operations / length
     batches = -(-windows // EVALUATION_BATCH)
     evaluating = Work(products_fp32=windows * length * forward, stored=batches * checkpoint) * EVALUATED
     return Forecast(

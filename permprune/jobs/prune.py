@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.offload import read_shapes
+from permprune.checkpoints.offload import read_shapes, read_size
 from permprune.checkpoints.record import Record
 from permprune.checkpoints.source import ModelSource, name_of, open_model
 from permprune.config import PruneConfig
@@ -20,20 +20,24 @@ from permprune.engine.measuring import Evaluation
 from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
 from permprune.engine.sharded import Sharded
-from permprune.engine.stages import stages_of_pruning
+from permprune.engine.stages import expected, stages_of_pruning
 from permprune.engine.streamed import Streamed
 from permprune.engine.weights import Weights
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.efforts import resolve
 from permprune.forecasts.fitting import fit_memory
+from permprune.forecasts.planned import forecast_plan
+from permprune.forecasts.run import Forecast
 from permprune.inference.pack import packed_type
 from permprune.jobs.packing import pack_folder
 from permprune.jobs.speeds import add_speeds
 from permprune.kernels.product.layout import require_packable
+from permprune.models.dummy_inputs import processed_size
 from permprune.models.processors import Processor
 from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
+from permprune.plan import Plan
 from permprune.pruning.folder import write_pruned
 from permprune.system import distributed
 from permprune.system.failures import failures_reported
@@ -54,6 +58,7 @@ def prune_to_folder(
     pack: str | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    begin: Callable[[Forecast], None] = lambda forecast: None,
     announce: Callable[[Record], None] = lambda record: None,
 ) -> Record:
     """Permute, prune, update, fold, measure, and write the checkpoint, its record and its report to the folder `out`.
@@ -62,8 +67,9 @@ def prune_to_folder(
     then limits only the statistics. Of the processes that `torchrun` starts each holds the whole model, or they divide
     the rows of its weights (`config.shard`). With `pack`, a `dtype` of `permprune.pack`, the weights are written
     packed. Until the run is complete, all files including the state of the search are in `out`.partial. With `resume`
-    the search continues from its last state. `callbacks` are as in `prune`. `announce` is called with the record before
-    anything is written to `out`. Returns the record. Raises `PermpruneError`.
+    the search continues from its last state. `callbacks` are as in `prune`. `begin` is called with the forecast of the
+    run before the calibration, and `announce` with the record before anything is written to `out`. Returns the record.
+    Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     record, runs = _prune(
@@ -75,6 +81,7 @@ def prune_to_folder(
         pack=pack,
         resume=resume,
         callbacks=callbacks,
+        begin=begin,
         announce=announce,
     )
     if runs and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
@@ -92,6 +99,7 @@ def _prune(
     pack: str | None,
     resume: bool,
     callbacks: Sequence[Callback],
+    begin: Callable[[Forecast], None],
     announce: Callable[[Record], None],
 ) -> tuple[Record, bool]:
     """Prune a model and write its folder, as `prune_to_folder`, and free it.
@@ -104,20 +112,29 @@ def _prune(
         started = time.monotonic()
         if pack is not None:
             require_packable(config.parsed_pattern, packed_type(pack))
-        config = resolve(model if isinstance(model, PreTrainedModel) else _shapes(model, config), config)
+        config = resolve(*_shapes(model, processor, config))
         fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config)
         if fitted is not None:
             config = fitted.config
             require_space(work.out, sum(fitted.disk.values()))
-        name = str(model)
-        open_weights: Callable[[], Weights] = partial(_held, model, config, processor, work)
-        streamed = fitted is not None and fitted.streamed
+        name, streamed = str(model), fitted is not None and fitted.streamed
+        shown = inside.enter_context(stages(*stages_of_pruning(config, streamed=streamed, packed=pack is not None)))
+
+        def forecast(found: Forecast) -> None:
+            shown.expect(*expected(found))
+            begin(found)
+
+        def planned(opened: PreTrainedModel, plan: Plan) -> None:
+            forecast(forecast_plan(opened, plan, evaluation.windows))
+
+        if fitted is not None and (streamed or fitted.shards > 1):
+            forecast(fitted)
+        open_weights: Callable[[], Weights] = partial(_held, model, config, processor, work, planned)
         if fitted is not None and fitted.shards > 1:
             inside.enter_context(distributed.dividing_rows())
             open_weights = partial(Sharded, name, config, work)
         elif streamed:
             open_weights = partial(Streamed, name, config, work)
-        inside.enter_context(stages(*stages_of_pruning(config, streamed=streamed, packed=pack is not None)))
         session = inside.enter_context(Session(open_weights, evaluation))
         weights = session.weights
         weights.plan.dense.warn()
@@ -130,17 +147,29 @@ def _prune(
     return record, not weights.unanswering
 
 
-def _shapes(name: str | Path, config: PruneConfig) -> PreTrainedModel:
-    """The model without its weights, from its config alone."""
-    return read_shapes(str(name), trust_remote_code=config.trust_remote_code)[0]
+def _shapes(
+    model: ModelSource, processor: Processor | None, config: PruneConfig
+) -> tuple[PreTrainedModel, PruneConfig, tuple[int, int] | None]:
+    """The arguments of `resolve`: of a model that is read, from its config alone."""
+    if isinstance(model, PreTrainedModel):
+        return model, config, processed_size(processor)
+    shapes, _ = read_shapes(str(model), task=config.task, trust_remote_code=config.trust_remote_code)
+    return shapes, config, read_size(str(model), shapes, trust_remote_code=config.trust_remote_code)
 
 
-def _held(model: ModelSource, config: PruneConfig, processor: Processor | None, work: WorkFolder) -> Held:
+def _held(
+    model: ModelSource,
+    config: PruneConfig,
+    processor: Processor | None,
+    work: WorkFolder,
+    planned: Callable[[PreTrainedModel, Plan], None],
+) -> Held:
     """Open and calibrate a model that is held in memory."""
     opened = open_model(model, processor, task=config.task, trust_remote_code=config.trust_remote_code)
     needed = weight_bytes(opened.model, opened.stored)
     require_space(work.out, needed)
-    held = Held.of(opened, config, work.path, spare=opened.model is not model)
+    ready = partial(planned, opened.model)
+    held = Held.of(opened, config, spare=opened.model is not model, partial=work.path, planned=ready)
     require_space(work.out, needed + state_bytes(permuter(config.permute), held.plan.outline))
     return held
 

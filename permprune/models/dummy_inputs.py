@@ -133,7 +133,7 @@ class _Maker:
 
     def _pixels(self) -> Tensor | None:
         owner = find_config(self.config, "image_size")
-        size = owner.image_size if owner else _processed_size(self.processor)
+        size = owner.image_size if owner else processed_size(self.processor)
         if size is None:
             return None
         if isinstance(size, dict):
@@ -215,7 +215,7 @@ def _words(config: PreTrainedConfig, vocabulary: int) -> Tensor:
     return ordinary.nonzero().flatten() if ordinary.any() else torch.arange(vocabulary)
 
 
-def _processed_size(processor: object) -> tuple[int, int] | None:
+def processed_size(processor: object) -> tuple[int, int] | None:
     """Height and width of the images that a processor produces; None if it does not define them."""
     processor = getattr(processor, "image_processor", processor)
     for name in ("crop_size", "size"):

@@ -185,6 +185,11 @@ class Permuter(ABC):
         return False
 
     @property
+    def trains(self) -> bool:
+        """Whether the method changes weights that are kept."""
+        return False
+
+    @property
     def search_share(self) -> float:
         """The share of a time limit in which the method searches for orders; in the rest it trains weights."""
         return 1.0

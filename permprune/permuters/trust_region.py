@@ -151,7 +151,7 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def divides_rows(self) -> bool:
-        return not (self.tune or self.trains_at_end or self.refine) and self.start.divides_rows
+        return not (self.trains or self.refine) and self.start.divides_rows
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -161,6 +161,10 @@ class TrustRegion(Iterative[TrustRegionState]):
     @property
     def total(self) -> int:
         return self.rounds
+
+    @property
+    def trains(self) -> bool:
+        return bool(self.tune) or self.trains_at_end
 
     @property
     def trains_at_end(self) -> bool:

@@ -18,6 +18,7 @@ from permprune.config import DEFAULTS
 from permprune.config import EFFORTS as NAMES
 from permprune.engine.held import prepare
 from permprune.forecasts import efforts
+from permprune.forecasts.activations import Activations
 from permprune.forecasts.efforts import EFFORTS, ROUNDS, STEPS, Effort, resolve
 from permprune.permuters.newton import Newton
 from permprune.permuters.registry import permuter
@@ -32,7 +33,8 @@ WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 def chosen(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, windows: float, **settings: object) -> Newton:
     """The method of a run whose work is that of so many windows forward."""
-    monkeypatch.setattr(efforts, "example_operations", lambda *_: 6e13 / windows)
+    example = Activations(0, 0, 1, 0, operations=6e13 / windows)
+    monkeypatch.setattr(efforts, "example_pass", lambda *_, **__: example)
     method = permuter(resolve(model, PruneConfig(**settings)).permute)  # type: ignore[arg-type]
     assert isinstance(method, Newton)
     return method
@@ -91,7 +93,7 @@ def test_prune_trains_unless_it_is_told_otherwise(tiny_llama: LlamaForCausalLM) 
 
 
 def test_windows_are_drawn_for_one_pass(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(efforts, "example_operations", lambda *_: 1.0)
+    monkeypatch.setattr(efforts, "example_pass", lambda *_, **__: Activations(0, 0, 1, 0, operations=1.0))
     config = PruneConfig(effort="hour")
     assert resolve(tiny_llama, config).samples == 24 + 8 + 2 * STEPS[1]
     assert resolve(make("bert"), config).samples == 24 + 8 + 2 * STEPS[1]
