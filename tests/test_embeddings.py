@@ -20,6 +20,10 @@ from permprune.models.pooling import POOLING, embeddings
 from .cli.running import run
 from .fixtures import BLOCK, SENTENCES
 
+NEIGHBOURS = [
+    "nearest neighbour agreement", "ten nearest neighbours agreement", "Spearman correlation of similarities",
+]  # fmt: skip
+
 FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "max": "pooling_mode_max_tokens"}
 
 
@@ -137,13 +141,7 @@ def test_an_encoder_is_compared_with_the_dense_one(encoder: Path, texts: Path, p
         assert status == 0, error
         written = json.loads(figures.read_text())
         names = [written["metric"], *(other["metric"] for other in written["others"])]
-        assert names == [
-            *first,
-            "cosine similarity",
-            "nearest neighbour agreement",
-            "ten nearest neighbours agreement",
-            "Spearman correlation of similarities",
-        ]
+        assert names == [*first, "cosine similarity", *NEIGHBOURS]
         assert len(printed.splitlines()) == len(names)
 
 
@@ -245,6 +243,9 @@ def test_an_encoder_is_pruned_trained_packed_and_measured(
     assert "cosine similarity" in printed
     measured = json.loads((pruned / "permprune.json").read_text())["measured"]
     assert measured["dense"] == pytest.approx(1.0) and measured["pruned"] < 1 - 1e-6
+    assert [other["metric"] for other in measured["others"]] == NEIGHBOURS
+    assert all(name in printed for name in NEIGHBOURS)
+    assert all(other["dense"] == pytest.approx(1.0) for other in measured["others"])
     assert (pruned / "modules.json").exists() and (pruned / "1_Pooling" / "config.json").exists()
     options = ["--teacher", str(encoder), "--data", str(texts), "--epochs", "3", "--lr", "1e-4", "--length", "16"]
     status, printed, error = run("finetune", str(pruned), *options, "--out", str(trained))

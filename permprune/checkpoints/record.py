@@ -77,6 +77,16 @@ class Round:
 
 
 @dataclasses.dataclass(frozen=True)
+class Other:
+    """Another metric of what was measured, with its values for the same three models."""
+
+    metric: str
+    dense: Value
+    none: Value
+    pruned: Value
+
+
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """The value of a metric for the dense model, the model pruned without a permutation, and the pruned model.
 
@@ -92,6 +102,7 @@ class Measured:
     count: Count
     unit: str
     overlap: Share | None = None
+    others: list[Other] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
         _check_metric(self.metric, [self.dense, self.none, self.pruned])

@@ -97,9 +97,10 @@ class Meter:
         self.dense = None if has_targets(model, self.examples) else dense_outputs(model, self.examples)
         self.batch, self.metric = evaluation_batch(model), evaluation.metric
 
-    def __call__(self) -> Result:
+    def __call__(self) -> list[Result]:
+        """Measure the model; the result that counts comes first."""
         dense, batch, metric = self.dense, self.batch, self.metric
-        return evaluate_model(self.model, self.examples, self.tokenizer, dense=dense, batch=batch, metric=metric)[0]
+        return evaluate_model(self.model, self.examples, self.tokenizer, dense=dense, batch=batch, metric=metric)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,14 +108,15 @@ class Measurement:
     """The result of the model with a method, or without pruning ("dense"), and the cost of the method.
 
     `seconds` is the time of the search including its start. `peak_memory_mb` is the peak memory of the process in MiB,
-    None if the system does not report it. `tasks` are the scores on the requested tasks, and `answers` the model's
-    answers to the examples that are shown.
+    None if the system does not report it. `others` are other metrics of the same predictions, `tasks` the scores on the
+    requested tasks, and `answers` the model's answers to the examples that are shown.
     """
 
     method: str
     result: Result
     seconds: float
     peak_memory_mb: float | None
+    others: list[Result] = dataclasses.field(default_factory=list)
     tasks: list[Result] = dataclasses.field(default_factory=list)
     answers: list[str] = dataclasses.field(default_factory=list)
 
@@ -126,7 +128,8 @@ class Measurement:
     def to_json(self) -> dict[str, Any]:
         """Return the measurement as JSON values; the key of the value is the name of the metric."""
         cost = {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
-        return {"method": self.method, self.result.metric.name: self.result.value, **cost, **task_figures(self.tasks)}
+        values = {result.metric.name: result.value for result in (self.result, *self.others)}
+        return {"method": self.method, **values, **cost, **task_figures(self.tasks)}
 
 
 def transcriber(model: PreTrainedModel, processor: Processor | None) -> PreTrainedTokenizerBase | None:

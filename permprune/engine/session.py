@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from permprune.checkpoints.record import Measured, Record
+from permprune.checkpoints.record import Measured, Other, Record
 from permprune.checkpoints.showcase import SIDES, Showcase, Side
 from permprune.data.overlap import warn_of_overlap
 from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
@@ -116,6 +116,7 @@ class Session:
                 count=dense.count,
                 unit=dense.unit,
                 overlap=overlap,
+                others=_others(self.dense, none, measured),
             ),
             gap_closed=gap_closed(value, dense.value, value_none, metric=dense.metric),
             seconds={"calibrate": weights.seconds, "search": solution.seconds, "update": updating},
@@ -143,12 +144,12 @@ class Session:
     def _measurement(self, label: str, seconds: float) -> Measurement:
         """Measure the model with its current weights; a perplexity of a pruned model that is not finite is infinity."""
         try:
-            result = self.measure()
+            result, *others = self.measure()
         except NotFinite as error:
             if label == DENSE:
                 raise
             log.warning("%s: %s", label, error)
-            result = dataclasses.replace(self.dense.result, value=math.inf, stderr=None)
+            result, others = dataclasses.replace(self.dense.result, value=math.inf, stderr=None), []
         peak = peak_memory_mb()
         tasks = self.tasks(self.weights.model, self.weights.processor) if self.tasks else []
         return Measurement(
@@ -156,6 +157,14 @@ class Session:
             result=result,
             seconds=seconds,
             peak_memory_mb=peak,
+            others=others,
             tasks=tasks,
             answers=self.shown.answers(),
         )
+
+
+def _others(*measurements: Measurement) -> list[Other]:
+    """The other metrics of the dense model, of the natural order and of the pruned model, as far as all are finite."""
+    values = [{result.metric.name: result.value for result in one.others} for one in measurements]
+    names = [name for name in values[0] if all(math.isfinite(held.get(name, math.inf)) for held in values)]
+    return [Other(name, *(held[name] for held in values)) for name in names]

@@ -42,7 +42,8 @@ def side_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the rows of the table of models: name; dense; pruned in natural order; pruned by permprune."""
     rows: list[tuple[str, ...]] = []
     if (measured := record["measured"]) is not None:
-        rows.append((measured["metric"], *(number(measured[key]) for key in SIDES)))
+        for one in (measured, *measured.get("others", ())):
+            rows.append((one["metric"], *(number(one[key]) for key in SIDES)))
         rows.append(("gap closed", "", "", percent(record["gap_closed"])))
     if (shown := record.get("showcase")) is not None:
         sides = [shown["sides"].get(side) or {} for side in SIDES]
