@@ -18,13 +18,15 @@ Rate = Annotated[float, Range(0, 1e12, open=True)]
 class Example:
     """An example of the evaluation data, and the answers to it, by the names of `SIDES`.
 
-    `expected` is the right answer, None if there is none. `picture` is a thumbnail, a JPEG file in base64.
+    `expected` is the right answer, None if there is none. `picture` is a thumbnail of an image, a JPEG file in base64,
+    and `pictures` are those of answers that are images.
     """
 
     given: str
     answers: dict[str, str]
     expected: str | None = None
     picture: str | None = None
+    pictures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

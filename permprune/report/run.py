@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from permprune.checkpoints.showcase import SIDES
 from permprune.models.layers import DenseWeights
 from permprune.report import maps, pictures
 from permprune.report.page import data_uri, fill
@@ -45,6 +46,7 @@ def render(record: Mapping[str, Any]) -> str:
         titles=titles(record["settings"]["pattern"]),
         speed_note=speed_note(record),
         shown=record.get("showcase"),
+        sides=SIDES,
         examples=_examples(record.get("showcase")),
         stages=_stages(record["curve"]),
         dense=dense_sentence(record.get("dense")),

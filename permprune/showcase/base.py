@@ -20,7 +20,7 @@ class Showing(ABC):
     """Examples that a model can answer, one answer each.
 
     `given` are the examples as text, `expected` the right answers and `pictures` their thumbnails, as in `Example`;
-    None where there is none. `note` says how answers come about.
+    None where there is none. `note` says how answers come about. `gallery` has thumbnails of answers that are images.
     """
 
     kind: ClassVar[Kind]
@@ -28,11 +28,12 @@ class Showing(ABC):
     given: list[str]
     expected: list[str | None]
     pictures: list[str | None]
+    gallery: dict[str, str]
 
     def __init__(self, given: list[str], note: str, expected: Sequence[str | None] | None = None) -> None:
         self.given, self.note = given, note
         self.expected = list(expected) if expected else [None] * len(given)
-        self.pictures = [None] * len(given)
+        self.pictures, self.gallery = [None] * len(given), {}
 
     @abstractmethod
     def __call__(self) -> list[str]:

@@ -9,9 +9,10 @@ from permprune.examples import Examples
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, writes_text
 from permprune.models.modality import kind_of
 from permprune.models.processors import Processor, image_processor_of, tokenizer_of
+from permprune.models.signature import argument_names
 from permprune.showcase.base import NotShown, Showing, spread, text_of
 from permprune.showcase.classes import Classes, Scores
-from permprune.showcase.neighbours import Neighbours
+from permprune.showcase.neighbours import ImageNeighbours, SentenceNeighbours
 from permprune.showcase.pictures import thumbnail
 from permprune.showcase.texts import answers_about_images, continuations, outputs
 from permprune.showcase.transcripts import Transcripts
@@ -28,6 +29,8 @@ def showing_of(model: PreTrainedModel, processor: Processor | None, examples: Ex
     """
     match kind_of(model):
         case "images":
+            if "labels" not in argument_names(model):
+                return ImageNeighbours(model, processor, examples, count)
             return _images(model, processor, examples, STRIP * count)
         case "speech" if writes_text(model):
             if "labels" not in examples:
@@ -37,7 +40,7 @@ def showing_of(model: PreTrainedModel, processor: Processor | None, examples: Ex
             shown = examples[: STRIP * count]
             return Classes(model, shown, [f"sound {number}" for number in range(1, len(shown) + 1)])
         case "embeddings":
-            return Neighbours(model, tokenizer_of(processor), examples, count)
+            return SentenceNeighbours(model, tokenizer_of(processor), examples, count)
         case "sentences":
             shown, tokenizer = examples[: STRIP * count].trimmed(), tokenizer_of(processor)
             kind = Scores if model.config.num_labels == 1 else Classes

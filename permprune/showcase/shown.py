@@ -45,12 +45,11 @@ class Shown:
         showing = self._showing
         if showing is None:
             return Showcase("", f"No examples are shown: {self._reason}.", [], sides)
-        examples = [
-            Example(given, {name: texts[place] for name, texts in answers.items()}, expected, picture)
-            for place, (given, expected, picture) in enumerate(
-                zip(showing.given, showing.expected, showing.pictures, strict=True)
-            )
-        ]
+        examples = []
+        for place, given in enumerate(showing.given):
+            texts = {name: several[place] for name, several in answers.items()}
+            drawn = {name: showing.gallery[text] for name, text in texts.items() if text in showing.gallery}
+            examples.append(Example(given, texts, showing.expected[place], showing.pictures[place], drawn))
         return Showcase(showing.kind, showing.note, examples, sides)
 
     @contextmanager

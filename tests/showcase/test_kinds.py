@@ -108,7 +108,7 @@ def test_classes_of_texts(tiny_bert: Path, tiny_tokenizer: PreTrainedTokenizerFa
     assert all(float(answer) for answer in answered(scores))
 
 
-def test_classes_of_images_have_thumbnails(tiny_vit: Path, shown: None) -> None:
+def test_classes_of_images_have_thumbnails(tiny_vit: Path) -> None:
     model, processor, _ = read_model(str(tiny_vit))
     red = Image.new("RGB", (16, 16), (255, 0, 0))
     pixels = processor(images=[red] * 6, return_tensors="pt")["pixel_values"]  # type: ignore[operator,misc]
@@ -117,9 +117,16 @@ def test_classes_of_images_have_thumbnails(tiny_vit: Path, shown: None) -> None:
     picture = Image.open(BytesIO(base64.b64decode(showing.pictures[0] or "")))
     seen = picture.getpixel((8, 8))
     assert isinstance(seen, tuple) and seen[0] > 240 and max(seen[1:]) < 15
-    headless = ViTModel(ViTConfig(**BLOCK, image_size=16, patch_size=4))
-    showed = Shown(headless, processor, Examples({"pixel_values": pixels}), 1)
-    assert showed.answers() == [] and "ViTModel" in showed.beside({}, {}).note
+
+
+def test_images_have_neighbours(tiny_vit: Path, shown: None) -> None:
+    _, processor, _ = read_model(str(tiny_vit))
+    model = ViTModel(ViTConfig(**BLOCK, image_size=16, patch_size=4)).eval()
+    pixels = torch.rand(6, 3, 16, 16)
+    showed = Shown(model, processor, Examples({"pixel_values": torch.cat([pixels, pixels[:3]])}), 3)
+    made = showed.beside({"dense": showed.answers()}, {})
+    assert [one.answers["dense"] for one in made.examples] == ["image 7", made.examples[1].answers["dense"], "image 1"]
+    assert made.examples[0].pictures["dense"] == made.examples[0].picture == made.examples[2].pictures["dense"]
 
 
 @pytest.mark.parametrize("folder", ["tiny_whisper", "tiny_ctc"])

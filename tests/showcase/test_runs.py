@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from permprune.checkpoints.record import Record, read_record
 from permprune.checkpoints.showcase import SIDES, Showcase
 from permprune.jobs.packing import pack_folder
-from permprune.report.run import measured_rows
+from permprune.report.run import measured_rows, render
 from permprune.report.showcase import SIGNS, answers, examples_shown, plain
 from permprune.report.words import DASH
 
@@ -119,3 +119,6 @@ def test_records_keep_what_is_shown() -> None:
     assert ("MB", "4.00", DASH, DASH) in measured_rows(record.to_json())
     assert ("images/s", "10.00", DASH, DASH) in measured_rows(record.to_json())
     assert examples_shown(shown, ["dense", "plain", "permprune"]).renderables
+    shown["examples"][0] |= {"picture": "QUJD", "pictures": {"none": "REVG"}}
+    page = render(record_of(showcase={**shown, "sides": sides}).to_json())
+    assert page.count("base64,QUJD") == page.count("base64,REVG") == 1
