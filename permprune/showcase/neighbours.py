@@ -86,8 +86,11 @@ class ImageNeighbours(Neighbours):
         return F.normalize(torch.cat(parts), dim=1)
 
     def _features(self, output: Any) -> Tensor:
-        whole = next((value for name in FEATURES if (value := getattr(output, name, None)) is not None), None)
-        if whole is None and (states := getattr(output, "last_hidden_state", None)) is None:
+        values: Tensor | None = next(
+            (value for name in FEATURES if (value := getattr(output, name, None)) is not None), None
+        )
+        if values is None and isinstance(states := getattr(output, "last_hidden_state", None), Tensor):
+            values = states.flatten(1, -2).mean(1)
+        if values is None:
             raise NotShown(f"a {type(self.model).__name__} gives an image no features")
-        values: Tensor = states.flatten(1, -2).mean(1) if whole is None else whole
         return values.flatten(1).float().cpu()
