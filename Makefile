@@ -9,7 +9,7 @@ PYTEST := pytest -n auto --dist worksteal
 ONE_THREAD := OMP_NUM_THREADS=1
 QUICK := -m "not slow"
 
-.PHONY: demo compare test test-all test-oldest asan docs dist supported clean
+.PHONY: demo compare recipes test test-all test-oldest asan docs dist supported clean
 
 MODEL := smollm2-135m
 
@@ -23,6 +23,14 @@ demo: $(INSTALLED)
 compare: $(INSTALLED)
 	mkdir -p demo
 	$(BIN)/permprune --verbose compare $(MODEL) --minutes 5 --json demo/long.json --picture demo/long.png
+
+# Hours of one thread; DATA holds the files that benchmarks/recipes.py names, ONLY names some of the recipes.
+DATA := data
+
+recipes: $(DEV)
+	$(BIN)/python benchmarks/recipes.py --data $(DATA) --work build/recipes --rows docs/results/recipes.jsonl \
+		$(if $(ONLY),--only $(ONLY))
+	$(BIN)/python docs/figures/tables.py
 
 test: CHOSEN := $(QUICK)
 

@@ -1,4 +1,4 @@
-"""Write the tables of docs/results/, docs/index.md and README.md from the committed rows.
+"""Write the tables of docs/results/, docs/recipes/, docs/index.md and README.md from the committed rows.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end table -->`.
 
@@ -9,6 +9,7 @@ python docs/figures/tables.py --check    # exit status 1 if a page differs from 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import re
@@ -157,20 +158,82 @@ def readme() -> str:
     return markdown(f"{PROTOCOL_HEADS} | core-minutes", lines)
 
 
+RECIPES = {
+    "smollm2-135m": ("small language model", "SmolLM2-135M", "language-model"),
+    "qwen2.5-coder-1.5b": ("language model of 1 to 2 B", "Qwen2.5-Coder-1.5B", "large-language-model"),
+    "minilm-l6": ("sentence embeddings", "MiniLM-L6", "embeddings"),
+    "minilm-sst2": ("text classifier", "MiniLM-L6 on SST-2", "text-classifier"),
+    "vit-s14": ("image classifier", "ViT-S/14 on CIFAR-10", "image-classifier"),
+    "clip-vit-b16": ("image classifier", "CLIP ViT-B/16 on CIFAR-10", "image-classifier"),
+    "whisper-tiny-en": ("speech recognition", "Whisper tiny.en", "speech"),
+}
+"""The kind of each recipe, its model, and its page."""
+
+MODELS_OF_RECIPES = ("dense", "plain", "pruned")
+
+
 def home() -> str:
-    """What search and training reach at 2:4, a line for each model."""
-    dense, none = (rows("protocol.jsonl", method=method)[0] for method in ("dense", "none"))
-    best = min(rows("training.jsonl", table="trained", mode="fold"), key=lambda row: row["nll_wikitext2"])
-    values = perplexity(dense, "wikitext2"), perplexity(none, "wikitext2"), math.exp(best["nll_wikitext2"])
-    lines: list[Sequence[object]] = [
-        ["SmolLM2-135M", "perplexity of WikiText-2", *(f"{value:.1f}" for value in values)]
-    ]
-    means = glue("2:4", summary=True).splitlines()[2].split(" | ")
-    lines.append(["MiniLM-L6", "mean of GLUE and SuperGLUE", *(means[at].split(" ± ")[0] for at in (1, 2, 5))])
-    last = {row["model"]: row for row in rows("training.jsonl", table="models-trained")}
-    for row in last.values():
-        lines.append([row["model"], row["metric"], *(f"{row[name]:.1%}" for name in ("dense", "none", "value"))])
-    return markdown("model | measured | dense | plain 2:4 | search, then training", lines)
+    """A line for each recipe: the first of its measures, its minutes, bytes and speed."""
+    lines = []
+    for name, (kind, model, page) in RECIPES.items():
+        link = f"[{kind}](recipes/{page}.md)"
+        for row in rows("recipes.jsonl", recipe=name):
+            measure, (first, *_), sizes = row["measures"][0], row["speeds"], row["bytes"]
+            values = [reading(measure, measure[one]) for one in MODELS_OF_RECIPES]
+            speed = f"{first['pruned'] / first['dense']:.2f}"
+            size = f"{sizes['pruned'] / 1e6:.0f}, {sizes['dense'] / 1e6:.0f}"
+            lines.append([link, model, measure["title"], *values, f"{row['minutes']:.0f}", size, speed])
+        if not rows("recipes.jsonl", recipe=name):
+            lines.append([link, model, *earlier(model)])
+    heads = "kind | model | measured | dense | plain 2:4 | pruned | core-minutes | MB, pruned and dense | speed / dense"
+    return markdown(heads, lines)
+
+
+def earlier(model: str, results: str = "results") -> list[str]:
+    """The cells of a model whose recipe has no row yet: those of an earlier run, if there is one."""
+    if model == "SmolLM2-135M":
+        dense, none = (rows("protocol.jsonl", method=method)[0] for method in ("dense", "none"))
+        best = min(rows("training.jsonl", table="trained", mode="fold"), key=lambda row: row["nll_wikitext2"])
+        values = perplexity(dense, "wikitext2"), perplexity(none, "wikitext2"), math.exp(best["nll_wikitext2"])
+        cells, source = [f"{value:.1f}" for value in values], "protocol.md"
+        return [f"perplexity, WikiText-2 ([earlier run]({results}/{source}))", *cells, f"{best['minutes']}", "", ""]
+    found = [row for row in rows("training.jsonl", table="models-trained") if row["model"] in model]
+    if not found:
+        return ["not measured yet", *[""] * 6]
+    row = min(found, key=lambda row: abs(row["dense"] - row["value"]))
+    cells, source = [f"{row[name]:.1%}" for name in ("dense", "none", "value")], "models.md"
+    return [f"{row['metric']} ([earlier run]({results}/{source}))", *cells, f"{row['minutes']:.0f}", "", ""]
+
+
+def reading(measure: Row, value: float) -> str:
+    """A value of a measure: a share in percent, a perplexity or a correlation as it is."""
+    return f"{value:.1%}" if measure["unit"] == "share" else f"{value:.{1 if measure['unit'] == 'perplexity' else 3}f}"
+
+
+def recipes(page: str) -> str:
+    """The measures, bytes and speeds of the recipes of a page, and what they cost."""
+    lines: list[Sequence[object]] = []
+    for name, (_, model, own) in RECIPES.items():
+        found = rows("recipes.jsonl", recipe=name) if own == page else []
+        for row in found:
+            for measure in row["measures"]:
+                values = [reading(measure, measure[one]) for one in MODELS_OF_RECIPES]
+                lines.append([model, measure["title"], *values])
+            dense, pruned = (f"{row['bytes'][one] / 1e6:.0f}" for one in ("dense", "pruned"))
+            lines.append([model, "MB (dense: bf16)", dense, "", pruned])
+            for speed in row["speeds"]:
+                ratio = f"{speed['pruned'] / speed['dense']:.2f}"
+                lines.append([model, f"speed ({row['speed']}), batch {speed['batch']}", "1", "", ratio])
+            lines.append([model, "core-minutes; peak memory, GB", "", "", cost(row)])
+        if own == page and not found:
+            measure, *values, minutes, _, _ = earlier(model, "../results")
+            lines.append([model, measure, *values])
+            lines += [[model, "core-minutes", "", "", minutes]] if minutes else []
+    return markdown("model | measured | dense | plain 2:4 | pruned", lines)
+
+
+def cost(row: Row) -> str:
+    return f"{row['minutes']:.0f}; {row['peak_memory_mb'] * 2**20 / 1e9:.1f}"
 
 
 def zero_shot() -> str:
@@ -277,6 +340,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "glue-2-4": lambda: glue("2:4"),
     "glue-4-8": lambda: glue("4:8", summary=True),
     "kv-rivals": kv_rivals,
+    **{f"recipe-{page}": functools.partial(recipes, page) for _, _, page in RECIPES.values()},
 }
 """The other tables."""
 
@@ -291,7 +355,12 @@ def table(name: str) -> str:
 
 
 def pages() -> list[Path]:
-    return [*sorted(RESULTS.glob("*.md")), ROOT / "docs" / "index.md", ROOT / "README.md"]
+    folders = RESULTS, ROOT / "docs" / "recipes"
+    return [
+        *(page for folder in folders for page in sorted(folder.glob("*.md"))),
+        ROOT / "docs" / "index.md",
+        ROOT / "README.md",
+    ]
 
 
 def main() -> None:

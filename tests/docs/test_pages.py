@@ -217,3 +217,14 @@ def test_notebooks_run(name: str) -> None:
 def test_the_tests_of_each_promise_exist() -> None:
     named = re.findall(r"`(tests/[^`]*)`", (DOCS / "guarantees.md").read_text(encoding="utf-8"))
     assert len(named) > 10 and [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2-135m", "qwen2.5-coder-1.5b", "minilm-l6", "minilm-sst2", "vit-s14", "whisper-tiny-en"]
+)
+def test_a_recipe_is_measured_by_the_command_of_its_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    recipe = runpy.run_path(str(ROOT / "benchmarks" / "recipes.py"))["RECIPES"][name]
+    _, _, page = runpy.run_path(str(DOCS / "figures" / "tables.py"))["RECIPES"][name]
+    found = [sorted(command) for command in commands(DOCS / "recipes" / f"{page}.md")]
+    assert sorted(["prune", recipe.model, *recipe.prune.split(), *recipe.data.split(), "--out", "pruned"]) in found

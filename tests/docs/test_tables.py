@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "docs" / "figures"
 BENCHMARKS = ROOT / "benchmarks"
 TABLES = runpy.run_path(str(FIGURES / "tables.py"))
-PAGES = [*sorted((ROOT / "docs" / "results").glob("*.md")), ROOT / "docs" / "index.md", ROOT / "README.md"]
+PAGES = TABLES["pages"]()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -27,7 +27,7 @@ def test_every_table_is_on_one_page_and_every_file_of_rows_is_shown() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert sorted(re.findall(r"<!-- table: ([\w-]+) -->", text)) == sorted([*TABLES["LISTS"], *TABLES["TABLES"]])
     rows = {path.name for path in (ROOT / "docs" / "results").rglob("*.json*")}
-    assert rows == set(re.findall(r"\((?:sweeps/)?([\w-]+\.jsonl?)\)", text))
+    assert rows == set(re.findall(r"\((?:[\w./-]+/)?([\w-]+\.jsonl?)\)", text))
 
 
 def test_the_check_fails_where_a_figure_differs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
