@@ -120,8 +120,8 @@ class PruneConfig:
     Several sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
 
     samples: Count = UNSET
-    """Windows of text to calibrate on, by default 192, or what the effort needs; 32 sentences or 8 images count as
-    one."""
+    """Windows of text to calibrate on, by default 192, or what the effort needs; 32 sentences, or 8 images or texts to
+    embed, count as one."""
 
     length: Length = 512
     """Tokens in a window of text."""

@@ -20,7 +20,7 @@ from permprune.coupling.trace import Untraceable
 from permprune.data.load import load_examples
 from permprune.data.overlap import overlap
 from permprune.errors import PermpruneError
-from permprune.examples import Examples
+from permprune.examples import Examples, by_length
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import short_inputs
 from permprune.models.layers import DenseWeights, Layer, block_linears, dense_weights, prunable_layers
@@ -103,6 +103,9 @@ def plan_run(
     examples_per_window = EXAMPLES_PER_WINDOW[kind]
     config = config.replace(length=clipped_length(model, config.length))
     measured, held_out, train = examples.split(shares_of(len(examples), config, examples_per_window))
+    if kind == "embeddings":  # in batches of similar length, which have little padding
+        order = by_length(train, config.batch * examples_per_window, torch.Generator().manual_seed(config.seed))
+        train = train[torch.cat(order)]
     config, passes = _within_data(config, kind, max(1, len(train) // examples_per_window))
     coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
     sites = _sites(coupling, layers)

@@ -156,6 +156,9 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     if method.refine:
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
         rounds.append(stage("refinement", *backward, work=work, times=method.refine))
+    if method.compensate:
+        updated = Memory("updated weights", 4 * outline.weights)
+        rounds.append(stage("compensation", updated, *_pass(method, run), work=run.loss_work(4 * examples), times=1))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
         rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
@@ -166,7 +169,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     weights = outline.dtype.itemsize * outline.weights if method.trains else 0
     training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
-    masks = outline.weights // 8 if method.refine else 0
+    masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
     states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written
     return _solution_bytes(outline) + states + weights + masks  # the solution has them, too

@@ -59,6 +59,8 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     rounds = _within(ROUNDS, effort.search * windows / a_round)
     steps = _within(STEPS, (windows - rounds * a_round) / a_step) if effort.search < 1 else 0
     training = f":train_steps={steps}" if steps else ""
+    if kind == "embeddings" and steps:
+        training = f":compensate=true{training}"
     needed = max(rounds * method.examples, steps * method.step_examples)
     if kind in ("images", "speech"):
         needed = min(needed, LARGE_WINDOWS)

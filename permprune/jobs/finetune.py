@@ -109,7 +109,7 @@ class FineTuning:
 
     hidden: NonNegative | None = None
     """The weight of the distance between the blocks' outputs and the teacher's, relative to their length; by default 0
-    for text that is predicted token by token, else 20 (`Objective.hidden_states`)."""
+    for text that is predicted token by token, 4 for embeddings, else 20 (`Objective.hidden_states`)."""
 
     metric: str | None = None
     """The metric for labels: accuracy, matthews, f1, pearson or spearman; by default accuracy for classes, pearson for

@@ -18,6 +18,7 @@ with on_first_use(globals()):
 
     from permprune.examples import Examples
     from permprune.losses import targets
+    from permprune.losses.embeddings import Embedding
     from permprune.losses.targets import Imitation, Task
     from permprune.models.forward import padding_of
     from permprune.models.hooks import attached
@@ -29,6 +30,9 @@ ONE_LABEL_DIVERGENCE = 3.0
 
 TRAINED_HIDDEN_STATES = 20.0
 """The weight of `Objective.hidden_states` in training where most positions have no label."""
+
+EMBEDDED_HIDDEN_STATES = 4.0
+"""The same for embeddings, which tell more of the states than a label does."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Objective(Loss):
         Images have one label, and speech few tokens for 1500 frames: there the hidden states tell far more than the
         labels. For the next token of text, which every position predicts, they tell nothing more.
         """
-        hidden_states = self.hidden_states or (0.0 if task is targets.next_token else TRAINED_HIDDEN_STATES)
+        of_kind = EMBEDDED_HIDDEN_STATES if isinstance(task, Embedding) else TRAINED_HIDDEN_STATES
+        hidden_states = self.hidden_states or (0.0 if task is targets.next_token else of_kind)
         return replace(self, divergence=1.0, hidden_states=hidden_states)
 
     @property

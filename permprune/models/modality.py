@@ -16,8 +16,11 @@ with on_first_use(globals()):
 Kind = Literal["text", "sentences", "embeddings", "images", "speech"]
 
 
-EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "embeddings": 32, "images": 8, "speech": 1}
-"""Examples that replace one window of text: a window gives many predictions, a sentence or an image only one."""
+EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "embeddings": 8, "images": 8, "speech": 1}
+"""Examples that replace one window of text: a window gives many predictions, a sentence or an image only one.
+
+An embedding tells more than a label: fewer are needed, and with fewer in a step there are more steps.
+"""
 
 BATCH_MULTIPLIER: dict[Kind, int] = {"text": 1, "sentences": 8, "embeddings": 8, "images": 8, "speech": 1}
 """Number of examples in a batch for each window of text that the batch size counts."""

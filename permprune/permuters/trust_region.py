@@ -21,6 +21,7 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
+    from permprune.permuters.compensation import compensate
     from permprune.permuters.refinement import refine_masks
     from permprune.permuters.tuning import Schedule, counted, first_ended, timed, train_further
     from permprune.pruning.gradients import Gradients
@@ -123,12 +124,14 @@ class TrustRegion(Iterative[TrustRegionState]):
     With `refine` as many rounds follow in which masks change at the orders found (see `refinement`); each takes its
     gradient on twice as many examples.
 
+    With `compensate` a layer-wise update follows, which chooses masks of its own (see `compensation`).
+
     With `train_steps` the remaining weights are trained once, in the same way, for so many steps after the last round.
     With `train` they are trained until the time limit of the run is over; `train` is the share of that limit in which
     no round begins (0.7 if only the steps are given). Given both, or steps and a limit, what ends first ends training.
     """
 
-    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "train", "train_steps")
+    free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "compensate", "train", "train_steps")
     state: ClassVar[type[SearchState]] = TrustRegionState
     start: Permuter = Reconstruction(swaps=3, candidates=1)
     rounds: Natural = 16
@@ -137,6 +140,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     tune: Natural = 0
     wait: Natural = 0
     refine: Natural = 0
+    compensate: bool = False
     train: Share = 0.0
     train_steps: Natural = 0
     rate: Positive = 2e-3
@@ -151,11 +155,11 @@ class TrustRegion(Iterative[TrustRegionState]):
 
     @property
     def divides_rows(self) -> bool:
-        return not (self.trains or self.refine) and self.start.divides_rows
+        return not (self.trains or self.refine or self.compensate) and self.start.divides_rows
 
     @property
     def stages(self) -> tuple[str, ...]:
-        after = {"refinement": self.refine, "training": self.trains_at_end}
+        after = {"refinement": self.refine, "compensation": self.compensate, "training": self.trains_at_end}
         return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))
 
     @property
@@ -316,7 +320,7 @@ class TrustRegion(Iterative[TrustRegionState]):
         return proposals, damping
 
     def finish(self, landscape: Landscape, state: TrustRegionState) -> Solution:
-        """Refine the masks and train the weights, if asked for."""
+        """Refine the masks, compensate and train the weights, if asked for."""
         landscape.mean = None
         state.show(landscape.network)
         if self.refine:
@@ -324,7 +328,12 @@ class TrustRegion(Iterative[TrustRegionState]):
             saved = Resumable(self.checkpoint(landscape.run), f"{self.name}.refinement", state.number)
             limit, examples = self.time_limit(landscape.run), 2 * self.examples
             state = refine_masks(landscape, state, rounds=self.refine, examples=examples, limit=limit, saved=saved)
-        bits = landscape.network.bits if self.refine else {}
+        if self.compensate:
+            stage(self.stage("compensation"))
+            began, points = time.monotonic(), len(state.curve)
+            state = compensate(landscape, state, examples=4 * self.examples)
+            state = state.after(distributed.mean(time.monotonic() - began), points)
+        bits = landscape.network.bits if self.refine or self.compensate else {}
         if self.trains_at_end:
             stage(self.stage("training"))
             began, points, minutes = time.monotonic(), len(state.curve), landscape.run.minutes

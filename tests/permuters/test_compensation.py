@@ -1,0 +1,61 @@
+"""Compensation between the search and the training."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune.config import PruneConfig
+from permprune.engine.held import Prepared, prepare
+from permprune.losses.objective import Objective
+from permprune.permuters.identity import Identity
+from permprune.permuters.newton import Newton
+from permprune.updates.admm import ADMM
+
+WINDOWS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(1))
+METHOD = Newton(
+    rounds=1, examples=4, start=Identity(), compensate=True, objective=Objective(task=0, divergence=1)
+)  # the dense model's outputs, which a random model has no better ones than
+
+
+@pytest.fixture
+def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
+    config = PruneConfig(mode="gather", precision="fp32", measured=6, held_out=4)
+    found = prepare(tiny_llama, None, config, examples=WINDOWS)
+    # what is learned is measured
+    return dataclasses.replace(found, run=dataclasses.replace(found.run, held_out=found.run.train))
+
+
+def test_the_weights_are_those_of_the_update_with_its_own_masks(prepared: Prepared) -> None:
+    network, run = prepared.network, prepared.run
+    solution = METHOD.solve(network, run)
+    assert [point.stage for point in solution.curve] == ["search", "search", "compensation"]
+    assert solution.curve[-1].kept and solution.curve[-1].loss < solution.curve[-2].loss
+    found = {name: weight.clone() for name, weight in network.shown.items()}
+    network.set_bits({})
+    network.set_weights({})
+    ADMM().run(network, run.batch(0, 16))
+    for name, weight in network.updated.items():
+        torch.testing.assert_close(found[name], weight)
+        columns = network.stored_columns()[name]
+        assert (found[name][:, columns].unflatten(1, (-1, 4)).ne(0).sum(-1) <= 2).all()
+
+
+def test_it_is_taken_back_if_the_loss_rises(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dataclasses.replace(METHOD, compensate=False).solve(prepared.network, prepared.run)
+    shown = {name: weight.clone() for name, weight in prepared.network.shown.items()}
+    monkeypatch.setattr(ADMM, "apply", lambda *arguments: torch.ones_like(arguments[1]))
+    after = METHOD.solve(prepared.network, prepared.run)
+    assert not after.curve[-1].kept and after.curve[-1].loss > before.curve[-1].loss
+    assert all(torch.equal(weight, shown[name]) for name, weight in prepared.network.shown.items())
+
+
+def test_training_follows_with_the_masks_of_the_update(prepared: Prepared) -> None:
+    network = prepared.network
+    METHOD.solve(network, prepared.run)
+    masks = {name: mask.clone() for name, mask in network.masks.items()}
+    trained = dataclasses.replace(METHOD, train_steps=3).solve(network, prepared.run)
+    assert [point.stage for point in trained.curve][-2:] == ["compensation", "training"]
+    assert all(torch.equal(mask, masks[name]) for name, mask in network.masks.items())
+    assert trained.bits
