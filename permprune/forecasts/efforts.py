@@ -56,11 +56,11 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     windows = effort.operations / (example_pass(model, config, size=size).operations * EXAMPLES_PER_WINDOW[kind])
     a_round = 3 * method.examples + TRIED * config.held_out  # passes of a window
     a_step = 4 * method.step_examples  # with the dense model's
-    rounds = _within(ROUNDS, effort.search * windows / a_round)
+    compensated = kind == "embeddings" and effort.search < 1  # by masks of its own, which further rounds hardly improve
+    rounds = _within(ROUNDS, 0 if compensated else effort.search * windows / a_round)
     steps = _within(STEPS, (windows - rounds * a_round) / a_step) if effort.search < 1 else 0
-    training = f":train_steps={steps}" if steps else ""
-    if kind == "embeddings" and steps:
-        training = f":compensate=true{training}"
+    training = ":compensate=true" if compensated else ""
+    training += f":train_steps={steps}" if steps else ""
     needed = max(rounds * method.examples, steps * method.step_examples)
     if kind in ("images", "speech"):
         needed = min(needed, LARGE_WINDOWS)
