@@ -15,10 +15,9 @@ MODEL := smollm2-135m
 
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
-	$(BIN)/permprune --verbose compare $(MODEL) --methods ria,newton:rounds=2 --length 128 \
-		--out demo/pruned --json demo/compare.json --picture demo/compare.png
+	$(BIN)/permprune --verbose prune $(MODEL) --permute newton:rounds=1:train_steps=80 --minutes 1.7 --length 128 \
+		--windows 16 --pack bf16 --out demo/pruned
 	$(BIN)/permprune verify demo/pruned
-	$(BIN)/python examples/generate.py "$$($(BIN)/permprune fetch $(MODEL))" demo/pruned
 
 compare: $(INSTALLED)
 	mkdir -p demo
