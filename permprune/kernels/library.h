@@ -18,12 +18,14 @@ typedef void kernel(const void *job, int64_t first, int64_t last);
  *
  * Products are by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the
  * weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an instruction, else it is NULL.
- * `stage_i8` rounds a row of activations for int8 weights (product/family_i8.h). */
+ * `spread` and `many` multiply many rows of activations. `stage_i8` rounds a row of activations for int8 weights (product/family_i8.h). */
 struct kernels {
     const char *name;
     int (*runs_here)(void); /* NULL where they always do */
     void (*stage_i8)(const float *line, int64_t count, const struct staged *staged, int64_t place, int64_t apart);
     kernel *products[NUMBERS], *dense[NUMBERS], *unpack[NUMBERS]; /* of rows of the weight */
+    kernel *spread, *many; /* of tiles of tokens; of chunks of rows: see product/many.h */
+    int64_t lanes, vectors; /* numbers of a vector, and the most vectors of a tile */
     int (*pairs_run_here)(void);
     kernel *pairs, *dense_pairs;
     kernel *mask, *keep, *apply, *step;         /* of rows */
@@ -39,6 +41,7 @@ struct kernels {
     .products = {[F32] = product_f32, [BF16] = product_bf16, [F16] = product_f16, [I8] = product_i8},                  \
     .dense = {[F32] = dense_f32, [BF16] = dense_bf16, [F16] = dense_f16, [I8] = dense_i8},                             \
     .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8},                        \
+    .spread = spread_tokens, .many = multiply_tokens, .lanes = LANES, .vectors = MOST_VECTORS,                        \
     .mask = mask_rows, .keep = keep_rows, .apply = apply_rows, .step = step_rows, .prune = prune_groups,               \
     .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states,                     \
     .pack_states = pack_states

@@ -132,6 +132,17 @@ def chosen(kernels: str | None = None) -> tuple[ctypes.CDLL, int] | None:
     raise PermpruneError(f"{FORCED} asks for kernels {forced!r}, which do not run here: choose {choices}")
 
 
+def best() -> tuple[str, bool]:
+    """Return the name of the kernels in use, and whether they multiply pairs of bf16 numbers."""
+    return _traits(require()[1])
+
+
+@cache
+def _traits(index: int) -> tuple[str, bool]:
+    library, _ = require()
+    return dict(_running(library))[index], bool(library.permprune_runs_pairs(index))
+
+
 @cache
 def load() -> ctypes.CDLL | None:
     """Load the library; returns None, with a warning, if it is missing, does not load, or is older than its sources."""
@@ -165,9 +176,11 @@ def _declare(library: ctypes.CDLL) -> None:
     declared: dict[str, tuple[Any, list[Any]]] = {
         "kernels": (text, [number]),
         "structure": (text, [number]),
+        "runs_pairs": (number, [number]),
         "sources": (text, []),
         "use_threads_of": (None, [pointer]),
         "multiply": (number, [pointer, pointer, number, size, pointer, number, number]),
+        "multiply_many": (number, [pointer, pointer, number, size, pointer, pointer, size, number, number]),
         "unpack": (number, [pointer, size, size, pointer, number, number, number]),
         "check": (size, [pointer, number, number]),
         **dict.fromkeys(JOBS, (number, [pointer, number, number])),

@@ -20,6 +20,8 @@ static ALWAYS_INLINE float total(__m256 sum)
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+#include "product/turn_8.h"
+
 #define STAGED float
 #define LANES 8
 #define VECTOR __m256
@@ -45,6 +47,11 @@ static ALWAYS_INLINE float total(__m256 sum)
 #define WEIGHT uint16_t
 #define KEPT(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #include "product/family.h"
+
+#define WIDEN_F16(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
+#define SPREAD(p) _mm256_broadcast_ss(p)
+#define TURN_8(from, apart, to, to_apart) turn_8(from, apart, to, to_apart)
+#include "product/many.h"
 
 #undef VECTOR
 #undef LOAD

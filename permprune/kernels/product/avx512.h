@@ -91,6 +91,12 @@ static ALWAYS_INLINE __m512 alternate_floats(__m512 first, __m512 second, int up
 #define PART(half, step) _mm512_cvtph_ps(half_of(half, step))
 #include "product/family.h"
 
+#define WIDEN_F16(p) _mm512_cvtph_ps(load_16(p))
+#define SPREAD(p) _mm512_set1_ps(*(p))
+#define TURN_8(from, apart, to, to_apart) turn_8(from, apart, to, to_apart)
+#include "product/turn_8.h"
+#include "product/many.h"
+
 #undef VECTOR
 #undef LOAD
 #undef SUM

@@ -3,25 +3,10 @@
 
 /* ---- activations ---- */
 
-static ALWAYS_INLINE void read_row(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
-{
-    const int64_t first = row * weights->width;
-    if (weights->order)
-        for (int64_t c = 0; c < weights->width; c++)
-            to[c] = read_number(x, first + weights->order[c], number);
-    else
-        for (int64_t c = 0; c < weights->width; c++)
-            to[c] = read_number(x, first + c, number);
-    memset(to + weights->width, 0, (size_t)(weights->count * BLOCK - weights->width) * sizeof *to);
-}
-
 static void read_floats(const struct weights *weights, const void *x, int64_t row, int32_t number, float *to)
 {
-    switch (number) { /* a separate loop for each type */
-    case F32: read_row(weights, x, row, F32, to); break;
-    case BF16: read_row(weights, x, row, BF16, to); break;
-    default: read_row(weights, x, row, F16, to);
-    }
+    for (int64_t n = 0; n < weights->count; n++)
+        read_block(weights, x, row, n, number, to + n * BLOCK);
 }
 
 static void read_pairs(const struct weights *weights, const uint16_t *x, int64_t row, uint16_t *to)
@@ -103,6 +88,16 @@ static void multiply_nonfinite(const struct product *job, const void *x, int64_t
     }
 }
 
+/* Replaces the products of the rows of activations that are not finite. `line` has room for a row. */
+static void correct_nonfinite(const struct product *job, const void *activations, int32_t number, float *line)
+{
+    const int64_t width = job->weights->width, batch = job->staged->batch, row_bytes = width * (number == F32 ? 4 : 2);
+    if (!all_finite(activations, batch * width, number))
+        for (int64_t row = 0; row < batch; row++)
+            if (!all_finite((const char *)activations + row * row_bytes, width, number))
+                multiply_nonfinite(job, activations, row, number, line);
+}
+
 static kernel *choose_kernel(const struct kernels *kernels, int32_t number, int pairs, int dense)
 {
     if (pairs)
@@ -126,6 +121,13 @@ static int weights_are_bad(const struct weights *weights)
            (plain && number == I8 && LACKS(weights->rows * width, weights->scale));
 }
 
+static int product_is_bad(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
+                          const void *output)
+{
+    return weights_are_bad(weights) || bad_size(batch) || !is_float(number) ||
+           LACKS(batch * weights->width, activations) || LACKS(batch * weights->rows, output);
+}
+
 /* output (batch, rows) = activations (batch, width) x weight^T + bias, both contiguous in memory. The width of PLAIN
  * weights is a multiple of BLOCK. Returns a `status`. */
 EXPORT int32_t permprune_multiply(const struct weights *weights, const void *activations, int32_t number, int64_t batch,
@@ -134,8 +136,7 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     const struct kernels *kernels = find_kernels(index);
     if (!kernels)
         return NO_KERNEL;
-    if (weights_are_bad(weights) || bad_size(batch) || !is_float(number) ||
-        LACKS(batch * weights->width, activations) || LACKS(batch * weights->rows, output))
+    if (product_is_bad(weights, activations, number, batch, output))
         return BAD_SIZE;
     if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
         return BAD_ORDER;
@@ -152,12 +153,36 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     struct product job = {weights, &staged, output, number};
     kernel *function = choose_kernel(kernels, weights->number, pairs, weights->kind == PLAIN);
     run_in_pieces(&job, function, weights->rows, TILE_ROWS, threads);
-    const int64_t row_bytes = weights->width * (number == F32 ? 4 : 2);
-    if (!all_finite(activations, batch * weights->width, number))
-        for (int64_t row = 0; row < batch; row++)
-            if (!all_finite((const char *)activations + row * row_bytes, weights->width, number))
-                multiply_nonfinite(&job, activations, row, number, (float *)memory);
+    correct_nonfinite(&job, activations, number, (float *)memory);
     free(memory);
+    return DONE;
+}
+
+/* The same for many rows of activations (many.h), in `memory` of `bytes` bytes: there has to be room for TILES tiles, in whole
+ * blocks of floats, and for a row. PLAIN weights have no such kernel. */
+EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void *activations, int32_t number,
+                                       int64_t batch, void *output, void *memory, int64_t bytes, int32_t index,
+                                       int32_t threads)
+{
+    const struct kernels *kernels = find_kernels(index);
+    if (!kernels)
+        return NO_KERNEL;
+    if (product_is_bad(weights, activations, number, batch, output) || weights->kind == PLAIN)
+        return BAD_SIZE;
+    if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
+        return BAD_ORDER;
+    const int64_t tokens = kernels->lanes * kernels->vectors, chunks = (weights->rows + CHUNK - 1) / CHUNK;
+    const int64_t channels = weights->count * BLOCK, lines = smaller(batch + kernels->lanes, TILES * tokens) * channels;
+    if (bytes < (lines + channels) * (int64_t)sizeof(float) || LACKS(bytes, memory) || (uintptr_t)memory % 64)
+        return BAD_SIZE;
+    struct staged staged = {memory, NULL, NULL, batch};
+    struct many job = {{weights, &staged, output, number}, activations, (batch + tokens - 1) / tokens, 0, 0};
+    for (; job.first < job.tiles; job.first = job.last) {
+        job.last = smaller(job.first + TILES, job.tiles);
+        run_in_pieces(&job, kernels->spread, job.last - job.first, 1, threads);
+        run_in_pieces(&job, kernels->many, chunks, 1, threads);
+    }
+    correct_nonfinite(&job.product, activations, number, (float *)memory + lines);
     return DONE;
 }
 

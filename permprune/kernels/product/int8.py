@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import BLOCK, FLOATS
-from permprune.kernels.product.linear import LARGEST_BATCH, bias_gradient, round_to_int8
+from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH
+from permprune.kernels.product.linear import bias_gradient, round_to_int8
 from permprune.kernels.product.packed import quantize
 
 ROWS = 4096

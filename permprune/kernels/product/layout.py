@@ -15,6 +15,8 @@ BLOCK = 64
 CODE = 8
 """Bytes of a block that say which channels are kept."""
 LARGEST_GROUP = 16
+LARGEST_BATCH = 64
+"""Largest number of rows of activations that are multiplied by the kernels for few rows."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """The types in which kept values can be stored."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -2,17 +2,18 @@
 
     y = torch.ops.permprune.packed_linear(x, blocks, bias, order, width, n, m, dtype)
 
-Up to `LARGEST_BATCH` rows of activations are multiplied by the packed weight directly. For larger batches the weight is
-unpacked a few rows at a time and multiplied with BLAS. In small batches the activations for int8 weights are rounded to
-int8, with a scale for every 64 channels of a row; in large batches they are not rounded. Rows of activations that are
-not finite give what the dense product with zeros gives, whatever multiplies them.
+Few rows of activations are multiplied by kernels that read the packed weight as fast as memory allows. For many rows,
+where multiplications are the limit, a kernel leaves out what is pruned (`native.leaves_out`); where dense products are
+faster than that, the weight is unpacked a few rows at a time and multiplied with BLAS above `LARGEST_BATCH` rows. Up to
+these the activations for int8 weights are rounded to int8, with a scale for every 64 channels of a row; in larger
+batches they are not rounded. Rows of activations that are not finite give what the dense product with zeros gives,
+whatever multiplies them.
 
 The weight is frozen: there are gradients for the activations, those of the product without rounding, and the bias.
 """
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -25,17 +26,12 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import BLOCK, FLOATS, Layout
+from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH, Layout
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
 
-LARGEST_BATCH = 64
-"""Largest number of rows of activations that are multiplied by the packed weight directly."""
 UNPACKED_BYTES = 1 << 24
 """Bytes of the weight that are unpacked at a time for BLAS: with fewer, BLAS reads the activations too often."""
-
-_kept = threading.local()
-"""The memory of each thread for unpacked rows (see `_tile`)."""
 
 
 @torch.library.custom_op("permprune::packed_linear", mutates_args=())
@@ -124,7 +120,9 @@ def multiply_native(
 ) -> Tensor:
     """`packed_linear` with native kernels; `weights` describes a weight of type `dtype` with this order and bias."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if rows.shape[0] <= LARGEST_BATCH:
+    if native.leaves_out(weights, rows):
+        y = native.multiply(weights, rows, many=True)
+    elif rows.shape[0] <= LARGEST_BATCH:
         y = native.multiply(weights, rows)
     else:
         y = _multiply_unpacked(weights, rows, dtype, order, bias)
@@ -151,23 +149,12 @@ def _multiply_unpacked(
 def _tiles(weights: native.Weights, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of a weight with its zeros, some at a time, which are valid until the next ones."""
     rows = max(1, UNPACKED_BYTES // (weights.width * dtype.itemsize))
-    memory = _tile(min(rows, weights.rows), weights.width, dtype)
+    most = min(rows, weights.rows)
+    memory = native.workspace(most * weights.width * dtype.itemsize).view(dtype).view(most, weights.width)
     for first in range(0, weights.rows, rows):
         tile = memory[: weights.rows - first]
         native.unpack(weights, first, tile)
         yield slice(first, first + rows), tile
-
-
-def _tile(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Return memory for unpacked rows, (rows, width), that this thread's next call gets again.
-
-    With memory from the system in every call, its new pages take a seventh of the time of a product in fp32.
-    """
-    numel = rows * width
-    kept: Tensor | None = getattr(_kept, "tile", None)
-    if kept is None or kept.nbytes < numel * dtype.itemsize:
-        _kept.tile = kept = torch.empty(numel * dtype.itemsize, dtype=torch.uint8)
-    return kept[: numel * dtype.itemsize].view(dtype).view(rows, width)
 
 
 @cache

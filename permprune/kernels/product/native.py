@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import Any
 
 import torch
@@ -11,11 +12,24 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.library import NUMBERS
-from permprune.kernels.product.layout import BLOCK, FLOATS, Layout
+from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH, Layout
 from permprune.pattern import Pattern
 
 Weights = Any
 """A `weights` structure of the library: pointers, which are valid while the tensors stay in place."""
+
+MOST_SLOTS = 40
+"""Most kept weights of a block with which leaving out the others is faster than a dense product (5:8 of them)."""
+
+MANY = {"avx2": 16, "avx512": LARGEST_BATCH + 1}
+"""Rows of activations from which the kernel for many rows is faster than the others (docs/results/speed.md), by the
+name of the kernels; portable ones are slower than dense products, and those of ARM were not measured."""
+
+MOST_TOKENS = 4 * 96
+"""Most rows of activations for which the kernel for many rows needs memory at a time."""
+
+_kept = threading.local()
+"""The memory of each thread (see `workspace`)."""
 
 _MASK, _POSITIONS, _PLAIN = range(3)
 
@@ -81,10 +95,11 @@ def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
     )
 
 
-def multiply(weights: Weights, x: Tensor, kernels: str | None = None) -> Tensor:
+def multiply(weights: Weights, x: Tensor, kernels: str | None = None, *, many: bool = False) -> Tensor:
     """Return x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16, in the type of x: (batch, rows).
 
-    `kernels` is one of `library.names()`, by default the best. Raises `PermpruneError` for other input.
+    `kernels` is one of `library.names()`, by default the best. With `many` the kernel for many rows of activations is
+    used, which does not multiply what is pruned, and sums in fp32. Raises `PermpruneError` for other input.
     """
     functions, index = library.require(kernels)
     # The weights that the last product read have displaced torch from the processor's cache: each call of it here takes
@@ -102,13 +117,43 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None) -> Tensor:
     if not output.numel():
         return output
     threads = library.threads(batch * weights.rows * weights.count * weights.slots)
-    status = functions.permprune_multiply(
-        ctypes.byref(weights), x.data_ptr(), NUMBERS[x.dtype], batch, output.data_ptr(), index, threads
-    )
+    given = ctypes.byref(weights), x.data_ptr(), NUMBERS[x.dtype], batch, output.data_ptr()
+    if many:
+        memory = workspace(4 * (min(batch + 16, MOST_TOKENS) + 1) * weights.count * BLOCK)
+        status = functions.permprune_multiply_many(*given, memory.data_ptr(), memory.nbytes, index, threads)
+    else:
+        status = functions.permprune_multiply(*given, index, threads)
     if status == 3:
         raise PermpruneError(f"a channel order names channels outside 0 to {weights.width - 1}: pack the model again")
     library.require_done(status, f"a product of {batch} rows with a packed weight")
     return output
+
+
+def leaves_out(weights: Weights, x: Tensor) -> bool:
+    """Whether `multiply` with `many` is the fastest product of x (batch, width) on this processor.
+
+    It is from `MANY` rows on, except where bf16 is multiplied by bf16 and a processor multiplies pairs of them, alone
+    or in matrix units, which makes dense products faster. int8 weights are multiplied as integers up to
+    `LARGEST_BATCH`.
+    """
+    name, pairs = library.best()
+    types = NUMBERS[torch.bfloat16], torch.bfloat16
+    if name not in MANY or weights.slots > MOST_SLOTS or (pairs and (weights.number, x.dtype) == types):
+        return False
+    least = MANY[name] if weights.number != NUMBERS[torch.int8] else LARGEST_BATCH + 1
+    return x.shape[0] >= least
+
+
+def workspace(size: int) -> Tensor:
+    """Return `size` bytes of memory that this thread's next call gets again, aligned to 64 bytes.
+
+    With memory from the system in every call, its new pages take a seventh of the time of a dense product in fp32.
+    """
+    kept: Tensor | None = getattr(_kept, "memory", None)
+    if kept is None or kept.nbytes < size:
+        kept = torch.empty(size + 64, dtype=torch.uint8)
+        _kept.memory = kept = kept[-kept.data_ptr() % 64 :]
+    return kept[:size]
 
 
 def unpack(weights: Weights, first: int, output: Tensor, kernels: str | None = None) -> None:

@@ -44,6 +44,10 @@ static ALWAYS_INLINE float32x4_t expand(float32x4_t kept, uint64_t bits)
 #define KEPT(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
 #include "product/family.h"
 
+#define WIDEN_F16(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)))
+#define SPREAD(p) vld1q_dup_f32(p)
+#include "product/many.h"
+
 #undef VECTOR
 #undef LOAD
 

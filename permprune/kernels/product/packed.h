@@ -60,6 +60,18 @@ struct product {
     int32_t output_number;
 };
 
+/* Of many.h: */
+enum { CHUNK = 64 }; /* rows of the weight */
+enum { TILES = 4 };  /* tiles of tokens */
+
+/* A product with many rows of activations, "tokens". The values of `staged` are lines of tokens: see many.h. */
+struct many {
+    struct product product;
+    const void *activations; /* (batch, width), of the type of the output */
+    int64_t tiles;
+    int64_t first, last; /* the tiles whose lines are in `staged` */
+};
+
 static ALWAYS_INLINE void write_output(const struct product *job, int64_t batch, int64_t row, float sum)
 {
     const struct weights *weights = job->weights;
@@ -109,21 +121,53 @@ static ALWAYS_INLINE uint64_t kept_channels(uint64_t code, int32_t kind)
     return mask;
 }
 
+/* Writes `count` floats as numbers, from index `to` on. */
+static ALWAYS_INLINE void write_floats(void *numbers, int64_t to, int32_t number, const float *line, int count)
+{
+    switch (number) { /* a separate loop for each type */
+    case F32: memcpy((float *)numbers + to, line, (size_t)count * sizeof *line); break;
+    case BF16:
+        for (int c = 0; c < count; c++)
+            write_number(numbers, to + c, BF16, line[c]);
+        break;
+    default:
+        for (int c = 0; c < count; c++)
+            write_number(numbers, to + c, F16, line[c]);
+    }
+}
+
 /* Some floats of a row of the unpacked weight. */
 static ALWAYS_INLINE void write_line(const struct product *job, int64_t row, int64_t channel, const float *line)
 {
     const int64_t left = job->weights->width - channel, to = row * job->weights->width + channel;
-    const int count = left < BLOCK ? (int)left : BLOCK;
-    switch (job->output_number) { /* a separate loop for each type */
-    case F32: memcpy((float *)job->output + to, line, (size_t)count * sizeof *line); break;
-    case BF16:
-        for (int c = 0; c < count; c++)
-            write_number(job->output, to + c, BF16, line[c]);
-        break;
-    default:
-        for (int c = 0; c < count; c++)
-            write_number(job->output, to + c, F16, line[c]);
+    write_floats(job->output, to, job->output_number, line, left < BLOCK ? (int)left : BLOCK);
+}
+
+/* Reads `count` channels of a row of activations in the weight's order, from `channel` on. */
+static ALWAYS_INLINE void read_channels(const struct weights *weights, const void *x, int64_t row, int64_t channel,
+                                        int64_t count, int32_t number, float *to)
+{
+    const int64_t first = row * weights->width;
+    if (weights->order)
+        for (int64_t c = 0; c < count; c++)
+            to[c] = read_number(x, first + weights->order[channel + c], number);
+    else
+        for (int64_t c = 0; c < count; c++)
+            to[c] = read_number(x, first + channel + c, number);
+}
+
+/* Reads a block of channels of a row of activations of type `number`, with zeros after the width. */
+static ALWAYS_INLINE void read_block(const struct weights *weights, const void *x, int64_t row, int64_t n, int32_t number,
+                                     float *to)
+{
+    const int64_t channel = n * BLOCK, count = smaller(BLOCK, weights->width - channel);
+    switch (number) { /* a separate loop for each type */
+    case F32: read_channels(weights, x, row, channel, count, F32, to); break;
+    case BF16: read_channels(weights, x, row, channel, count, BF16, to); break;
+    default: read_channels(weights, x, row, channel, count, F16, to);
     }
+    for (int64_t c = count; c < BLOCK; c++)
+        to[c] = 0;
 }
 
 /* The first `channels` channels of a block. */

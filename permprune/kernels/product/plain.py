@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import BLOCK, FLOATS
-from permprune.kernels.product.linear import LARGEST_BATCH
+from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH
 
 
 @torch.library.custom_op("permprune::plain_linear", mutates_args=())

@@ -54,6 +54,10 @@ static ALWAYS_INLINE vector load_f16(const uint16_t *p)
 #define KEPT(p) load_f16(p)
 #include "product/family.h"
 
+#define WIDEN_F16(p) load_f16(p)
+#define SPREAD(p) ((vector){*(p), *(p), *(p), *(p)})
+#include "product/many.h"
+
 #undef VECTOR
 #undef SUM
 #undef LOAD

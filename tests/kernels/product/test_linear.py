@@ -12,9 +12,8 @@ from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
 from permprune.kernels.product.int8 import dequantize, int8_linear
-from permprune.kernels.product.layout import DTYPES, FLOATS
+from permprune.kernels.product.layout import DTYPES, FLOATS, LARGEST_BATCH
 from permprune.kernels.product.linear import (
-    LARGEST_BATCH,
     multiply_reference,
     packed_linear,
     packed_linear_backward,
@@ -98,6 +97,37 @@ def test_products_agree_with_float64(
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@given(
+    pattern=st.sampled_from(PATTERNS),
+    rows=st.integers(1, 140),
+    groups=st.integers(1, 60),
+    batch=st.integers(1, 420),
+    dtype=st.sampled_from(DTYPES),
+    activations=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    extras=st.booleans(),
+)
+def test_products_of_many_rows_agree_with_float64(
+    kernels: str,
+    pattern: str,
+    rows: int,
+    groups: int,
+    batch: int,
+    dtype: torch.dtype,
+    activations: torch.dtype,
+    extras: bool,
+) -> None:
+    width = groups * Pattern.parse(pattern).m
+    weight = packed(rows, width, pattern, dtype)
+    x = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch)).to(activations)
+    bias = torch.linspace(-1, 1, rows).to(activations) if extras else None
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(width)) if extras else None
+    found = native.multiply(describe(weight, bias, order), x, kernels, many=True)
+    channels = x if order is None else x[:, order]
+    expected = channels.double() @ weight.unpack().double().T
+    assert_near(found, expected if bias is None else expected + bias.double())
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_rows_of_many_tiles(kernels: str, pattern: str, dtype: torch.dtype) -> None:
@@ -110,7 +140,7 @@ def test_wide_rows_of_many_tiles(kernels: str, pattern: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 3, 13])
+@pytest.mark.parametrize("batch", [1, 3, 13, 200])
 def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype, batch: int) -> None:
     before = torch.get_num_threads()
     weight = packed(1001, 512, dtype=dtype)
@@ -119,11 +149,12 @@ def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(native.multiply(describe(weight), x, kernels))
+            found.append(native.multiply(describe(weight), x, kernels, many=batch > LARGEST_BATCH))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    assert_near(found[0], exact(weight, x))
+    if batch <= LARGEST_BATCH:
+        assert_near(found[0], exact(weight, x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -200,7 +231,11 @@ def assert_as_dense(found: Tensor, x: Tensor, dense: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_that_are_not_finite_give_what_the_dense_product_gives(kernel: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("leaves_out", [False, True])
+def test_activations_that_are_not_finite_give_what_the_dense_product_gives(
+    kernel: str, dtype: torch.dtype, leaves_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "leaves_out", lambda weights, x: leaves_out)
     for pattern, activations in product(PATTERNS, FLOATS):
         width = 22 * Pattern.parse(pattern).m
         weight, order, bias = packed(41, width, pattern, dtype), torch.randperm(width), torch.linspace(-1, 1, 41)
@@ -225,8 +260,9 @@ def test_codes_that_lie_read_nothing_outside(kernels: str) -> None:
         weight = packed(5, 192, dtype=dtype)
         weight.blocks.unflatten(1, (weight.layout.count, -1))[..., :8] = 255
         for batch in (1, 3, 13):
-            native.multiply(describe(weight), torch.randn(batch, 192), kernels)
-            native.multiply(describe(weight), torch.randn(batch, 192).bfloat16(), kernels)
+            for many in (False, True):
+                native.multiply(describe(weight), torch.randn(batch, 192), kernels, many=many)
+                native.multiply(describe(weight), torch.randn(batch, 192).bfloat16(), kernels, many=many)
         unpack(weight, 0, 5, torch.float32, kernels)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from permprune.errors import PermpruneError
-from permprune.kernels.product.linear import LARGEST_BATCH
+from permprune.kernels.product.layout import LARGEST_BATCH
 from permprune.kernels.product.plain import PlainLinear, plain_linear, use_kernels, use_pytorch
 
 
