@@ -39,9 +39,9 @@ this page.
 - **residual**: channels that are read in several places, all in one order. If a grouped convolution reads them as well,
   there is one space within its groups and one of whole groups.
 
-Each number counts spaces. "Difference" is the largest change of an output in float64, relative to the largest output, when
-each space alone and then all together are permuted at random; if it is not near 1e-16, the model's own code computes norms
-in float32.
+Each number counts spaces. "Difference" is the largest change of an output in float64, relative to the largest output,
+when each space alone and then all together are permuted at random; if it is not near 1e-16, the model's own code
+computes norms in float32.
 
 "Pruned" is the share of the weights inside the repeated blocks that lie in pruned layers. The matrices of each expert
 are layers of their own; routers, kernels of convolutions, state matrices and the experts of Llama 4 stay dense.
