@@ -35,6 +35,7 @@ from permprune.models.modality import (
     kind_of,
 )
 from permprune.models.narrow_weights import end_weights, held_type, is_narrow
+from permprune.models.pairs import takes_pairs
 from permprune.models.positions import fitting_length
 from permprune.models.shallow import Repetition
 from permprune.permuters.registry import permuter
@@ -287,6 +288,8 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, proc
         yield "tokens are spread evenly over the experts"
     if kind_of(model) in ("sentences", "embeddings"):
         yield f"sentences have --length tokens in memory, and {TYPICAL['sentences']} on average"
+    if takes_pairs(model):
+        yield "texts have no images"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
 
@@ -314,8 +317,13 @@ def _counted(
 
 
 def _shapes(model: PreTrainedModel, count: int, length: int, size: tuple[int, int] | None) -> Shapes:
-    """The shapes of a batch of `count` examples, of texts with `length` tokens and of images of this size."""
+    """The shapes of a batch of `count` examples, of texts with `length` tokens and of images of this size.
+
+    Of texts with images only the text: how many tokens an image is depends on its numbers.
+    """
     length = fitting_length(model, length)
+    if takes_pairs(model):
+        return {"input_ids": (count, length)}
     shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
     if size and len(image := shapes.get("pixel_values", ())) == 4:
         shapes["pixel_values"] = (*image[:2], *size)
