@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ class Watch:
                 setattr(found, name, self.timed(stage, getattr(found, name)))
 
 
+class Measured(Exception):
+    """Ends a run before its folder is written."""
+
+
+def stop(_: object) -> None:
+    raise Measured
+
+
 def measure(name: str, options: argparse.Namespace, watch: Watch) -> list[str]:
     """Prune a model, and return the rows of its stages."""
     config = PruneConfig(effort=options.effort) if options.effort else SMALL
@@ -80,8 +89,10 @@ def measure(name: str, options: argparse.Namespace, watch: Watch) -> list[str]:
     config, evaluation = Evaluation.beside(config.replace(calibration=source), source, 24 if options.effort else 1)
     forecasts: list[Forecast] = []
     watch.spent.clear()
-    with tempfile.TemporaryDirectory() as folder:
-        prune_to_folder(name, Path(folder) / "out", config, evaluation=evaluation, begin=forecasts.append)
+    with tempfile.TemporaryDirectory() as folder, suppress(Measured):
+        prune_to_folder(
+            name, Path(folder) / "out", config, evaluation=evaluation, begin=forecasts.append, announce=stop
+        )
     expected = {stage: seconds for stage, seconds in forecasts[0].seconds.items() if seconds and stage in STAGES}
     rows = [(stage, seconds, watch.spent[stage]) for stage, seconds in expected.items()]
     rows.append(("all", sum(row[1] for row in rows), sum(row[2] for row in rows)))

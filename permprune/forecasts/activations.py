@@ -44,9 +44,10 @@ class Activations:
     """Bytes of the tensors that live at the peak of a pass over one batch, and the operations of the pass.
 
     `logits` are those of the model's head and the loss, if the peak is there, and `blocks` all others. `positions` is
-    the number of positions, such as tokens, of all examples together that the first linear layer reads, and `outputs`
-    are the bytes of the outputs of all blocks. `operations` are floating-point operations of products, convolutions and
-    attention (`OPERATIONS`), forward and, with gradients, backward.
+    the number of positions, such as tokens, of all examples together that a linear layer reads: the mean by the squares
+    of their widths, by which the work on second moments goes. `outputs` are the bytes of the outputs of all blocks.
+    `operations` are floating-point operations of products, convolutions and attention (`OPERATIONS`), forward and, with
+    gradients, backward, and `moved` the bytes that all other operations read and write.
     """
 
     blocks: int
@@ -54,6 +55,7 @@ class Activations:
     positions: int
     outputs: int
     operations: float = 0.0
+    moved: float = 0.0
 
     @property
     def parts(self) -> tuple[Memory, ...]:
@@ -104,14 +106,19 @@ def count_activations(
         live.leave_head()
         copies = [fake.get_submodule(f"{one.name}.{equal}") for one in lists for equal in one.equals]
         growth, outputs = (sum(sizes.get(block, 0) for block in copies) for sizes in (live.growth, live.outputs))
-        left_out = sum(live.computed.get(block, 0) for block in copies)
+        passes = 1 if gradients == "none" else 4 if recompute else 3
+        operations, moved = (
+            total + passes * sum(each.get(block, 0.0) for block in copies)
+            for total, each in ((live.operations, live.computed), (live.moved, live.moved_by))
+        )
     logits = live.head - live.before_head if live.head == live.peak else 0
     return Activations(
         blocks=live.peak - logits + growth,
         logits=logits,
         positions=live.positions,
         outputs=sum(live.outputs.values()) + outputs,
-        operations=live.operations + left_out * (1 if gradients == "none" else 4 if recompute else 3),
+        operations=operations,
+        moved=moved,
     )
 
 
@@ -119,17 +126,19 @@ class _Live(TorchDispatchMode):
     """Counts the bytes of the tensors that operations inside make and that are alive, without those of the model.
 
     `now` are the bytes at present and `peak` the most so far. `growth` are the bytes that remain of each block after it
-    has run forward, and `outputs` those of its output. `operations` is as in `Activations`, and `computed` are those of
-    each block forward. `head` is the peak from the end of the last block until its
-    output has a gradient, and `before_head` are the bytes at its beginning. `positions` is as in `Activations`.
+    has run forward, and `outputs` those of its output. `operations` and `moved` are as in `Activations`; `computed` and
+    `moved_by` are those of each block forward. `head` is the peak from the end of the last block until its output has a
+    gradient, and `before_head` are the bytes at its beginning. `positions` is as in `Activations`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.blocks, self.growth, self.outputs = blocks(model), dict[nn.Module, int](), dict[nn.Module, int]()
         self.operations, self.computed = 0.0, dict[nn.Module, float]()
+        self.moved, self.moved_by = 0.0, dict[nn.Module, float]()
         self._own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        self.now = self.peak = self.head = self.before_head = self.positions = 0
+        self.now = self.peak = self.head = self.before_head = 0
+        self._squares = self._read = 0
         self._sizes: dict[int, int] = {}
         self._left: nn.Module | None = None
         self._peak_before: int | None = None
@@ -137,22 +146,32 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._end_block()
         result = function(*args, **(kwargs or {}))
+        written = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        made = any([self._add(tensor.untyped_storage()) for tensor in written])
         if (count := OPERATIONS.get(function._overloadpacket)) is not None:
             self.operations += count(*args, **(kwargs or {}), out_val=result)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
+        elif made or function._schema.is_mutable:  # others are views
+            tensors = [*written, *(one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor))]
+            self.moved += sum(one.nbytes for one in tensors if one.untyped_storage()._cdata not in self._own)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata not in self._sizes and storage._cdata not in self._own:
-            self._sizes[storage._cdata] = storage.nbytes()
-            weakref.finalize(storage, self._drop, storage._cdata)
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
+    def _add(self, storage: torch.UntypedStorage) -> bool:
+        """Count a storage, unless it is known; returns whether it is new."""
+        if storage._cdata in self._sizes or storage._cdata in self._own:
+            return False
+        self._sizes[storage._cdata] = storage.nbytes()
+        weakref.finalize(storage, self._drop, storage._cdata)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        return True
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+    @property
+    def positions(self) -> int:
+        """As in `Activations`."""
+        return round(self._read / max(1, self._squares))
 
     @contextmanager
     def watching(self, layers: Set[nn.Module], starts_graph: bool) -> Iterator[None]:
@@ -160,10 +179,12 @@ class _Live(TorchDispatchMode):
         first: list[nn.Module] = []
 
         def read(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            x = args[0]
+            self._squares += x.shape[-1] ** 2
+            self._read += x.shape[-1] * x.numel()
             if module not in (first or [module]):
                 return None
-            x, first[:] = args[0], [module]
-            self.positions = self.positions or x.shape[:-1].numel()
+            first[:] = [module]
             begins = starts_graph and not x.requires_grad and torch.is_grad_enabled()
             return (x.detach().requires_grad_(), *args[1:]) if begins else None
 
@@ -175,12 +196,13 @@ class _Live(TorchDispatchMode):
         def enter(_block: nn.Module, _args: Any) -> None:
             self._end_block()
             self.leave_head()  # operations between two blocks are not part of the head
-            self.growth[block], self.computed[block] = -self.now, -self.operations
+            self.growth[block], self.computed[block], self.moved_by[block] = -self.now, -self.operations, -self.moved
 
         def leave(_block: nn.Module, _args: Any, output: Any) -> None:
             first = output if isinstance(output, Tensor) else output[0]
             self._left, self.outputs[block] = block, first.nbytes
             self.computed[block] += self.operations
+            self.moved_by[block] += self.moved
             if first.requires_grad and block is self.blocks[-1]:
                 first.register_hook(lambda _gradient: self.leave_head())
 

@@ -33,6 +33,9 @@ from permprune.updates.base import NoUpdate, Update
 TRIED = 1.5
 """Mean number of held-out losses in a round of a trust region: most steps are accepted or halved once."""
 
+START = 2
+"""Held-out losses before the first round: of the orders to start from, and of the natural ones."""
+
 TRIED_SHARES = 3
 """The same in a round of refinement."""
 
@@ -135,6 +138,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     def stage(what: str, *parts: Memory, work: Work | None, times: float = method.rounds) -> Stage:
         return Stage(f"{method.name}: {what}", (*parts, gradients), None if work is None else work * times)
 
+    losses = TRIED * method.rounds + START + method.trains_at_end
     backward = _pass(method, run, examples)
     if run.dtype == torch.float32 and not run.recompute:
         # until the backward pass; of other types, `run.gradient` counts them
@@ -142,7 +146,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     rounds = [
         stage("gradients", *backward, work=run.gradient_work(examples)),
         stage("proposals", Memory("largest problem's model", model), work=proposing),
-        stage("accept", *_pass(method, run), work=run.loss_work(run.held_out) * TRIED),
+        Stage(f"{method.name}: accept", (*_pass(method, run), gradients), run.loss_work(run.held_out) * losses),
     ]
     batch = method.step_examples * run.examples_per_window
     training = _training(method, run, batch)

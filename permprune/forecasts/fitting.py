@@ -105,8 +105,10 @@ class Fitting(Subject):
                 raise PermpruneError(fault)
             return replace(forecast_held(self, config, self.processes), advice=self._dividing(""))
         whole = forecast_held(self, config)
-        if config.shard is False or fault or whole.tensors <= self._memory(whole):
+        if config.shard is False or whole.tensors <= self._memory(whole):
             return whole
+        if fault:
+            return replace(whole, advice=f"each process holds the whole model, {gib(whole.tensors)}, because {fault}")
         needed = f"the whole model would take about {gib(whole.tensors)} in each process: "
         return replace(forecast_held(self, config, self.processes), advice=self._dividing(needed))
 
@@ -203,7 +205,7 @@ class Fitting(Subject):
             able = ", ".join(name for name, other in PERMUTERS.items() if other().divides_rows)
             return (
                 f"permuter {label_of(method)} needs all rows of a layer: choose one of {able}, "
-                "without training (tune, train)"
+                "without training (tune, train), or --effort order"
             )
         if not isinstance(change, NoUpdate):
             return f"update {change.name} needs all rows of a layer: choose none"

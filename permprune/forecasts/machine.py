@@ -18,8 +18,12 @@ with on_first_use(globals()):
     from permprune.kernels.search.placement import add_placement_cost
     from permprune.system.device import best_device, fast_dtype
 
-OF_SHEET, OF_MEASURED = 0.5, 0.6
-"""Shares of the rates of a data sheet, and of those measured on single operations, that forecasts assume."""
+OF_SHEET = 0.5
+"""The share of the rates of a data sheet that forecasts assume."""
+
+OF_PRODUCTS, OF_COMPARISONS, OF_MOVED = 0.9, 0.6, 0.4
+"""Shares of the rates measured on single operations that forecasts assume (benchmarks/forecasts.py): products of
+narrower matrices are slower, and operations on elements compute more than the sum that is measured."""
 
 DISK = 1e9
 """Bytes a second that forecasts assume to be read from disk or written to it."""
@@ -79,9 +83,13 @@ class Machine:
 @cache
 def _measured_rates(device: torch.device, dtype: torch.dtype, threads: int) -> Rates:
     """The rates of this machine with so many threads, which PyTorch has."""
-    products, fp32 = (_product_rate(kind, device) for kind in (dtype, torch.float32))
-    measured = (products, fp32, _comparison_rate(device), _memory_rate(device))
-    return Rates(*(OF_MEASURED * rate for rate in measured))
+    products = {kind: _product_rate(kind, device, threads) for kind in {dtype, torch.float32}}
+    return Rates(
+        products=OF_PRODUCTS * products[dtype],
+        products_fp32=OF_PRODUCTS * products[torch.float32],
+        comparisons=OF_COMPARISONS * _comparison_rate(device),
+        moved=OF_MOVED * _memory_rate(device, threads),
+    )
 
 
 def this_machine() -> Machine:
@@ -122,11 +130,11 @@ def machine_named(name: str | None) -> Machine:
     return GPUS[name]()
 
 
-def _product_rate(dtype: torch.dtype, device: torch.device) -> float:
+def _product_rate(dtype: torch.dtype, device: torch.device, threads: int) -> float:
     """Measure the floating-point operations a second of a product of two matrices."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    return 2 * size**3 * _calls_a_second(lambda: matrix @ matrix, device)
+    return 2 * size**3 * _calls_a_second(lambda: matrix @ matrix, device, threads)
 
 
 def _comparison_rate(device: torch.device) -> float:
@@ -148,19 +156,23 @@ def _comparison_rate(device: torch.device) -> float:
     return groups**2 * rows * _calls_a_second(compare, device)
 
 
-def _memory_rate(device: torch.device) -> float:
+def _memory_rate(device: torch.device, threads: int) -> float:
     """Measure the bytes a second that a sum of two matrices, of the size of a block of `newton`, reads and writes."""
     size = 2**21
     first, second, total = torch.ones(3, size, device=device)
-    return 3 * 4 * size * _calls_a_second(lambda: torch.add(first, second, out=total), device)
+    return 3 * 4 * size * _calls_a_second(lambda: torch.add(first, second, out=total), device, threads)
 
 
-def _calls_a_second(call: Callable[[], object], device: torch.device) -> float:
-    """Measure how often a call could be made in a second; the fastest counts, whatever else the machine does."""
+def _calls_a_second(call: Callable[[], object], device: torch.device, threads: int = 1) -> float:
+    """Measure how often a call could be made in a second; the fastest counts.
+
+    On a CPU the time is that of the processor, divided by the `threads` of the call: other processes hardly change it.
+    """
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cuda":
+            return time.process_time() / threads
+        torch.cuda.synchronize(device)
         return time.perf_counter()
 
     call()

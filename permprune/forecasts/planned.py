@@ -24,7 +24,10 @@ def forecast_plan(model: PreTrainedModel, plan: Plan, windows: int) -> Forecast:
     `windows` is the number of windows of the evaluation. The lengths are those of the examples.
     """
     origin, processes = origin_of(model), distributed.world()
-    subject = Subject(origin.name, model, plan.outline, this_machine(), origin.dtype, windows, processes)
+    examples = sum(len(part) for part in (plan.measured, plan.run.held_out, plan.run.train))
+    subject = Subject(
+        origin.name, model, plan.outline, this_machine(), origin.dtype, windows, processes, examples=examples
+    )
     shown = _shown(plan.run.train, plan.config.batch * BATCH_MULTIPLIER[kind_of(model)])
     return forecast_held(subject, plan.config, example=example_pass(model, plan.config, shown=shown))
 

@@ -164,7 +164,8 @@ class Subject:
 
     `outline` is that of `outline_model`, `stored` the type in which the weights are stored, and `windows` the number of
     windows of the evaluation. The run has so many `processes`, all on this machine unless `torchrun` says otherwise.
-    `size` are the height and width of images, if they are not those of the model's config.
+    `size` are the height and width of images, if they are not those of the model's config, and `examples` the number of
+    examples to calibrate on, if it is known.
     """
 
     name: str
@@ -175,6 +176,7 @@ class Subject:
     windows: int = EVALUATION_WINDOWS
     processes: int = 1
     size: tuple[int, int] | None = None
+    examples: int | None = None
 
 
 def forecast_held(
@@ -198,11 +200,11 @@ def forecast_held(
     else:
         counted = _uncounted
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
-    measured, held_out, _ = shares_of(calibration_count(model, config), config, per_window)
+    measured, held_out, _ = shares_of(subject.examples or calibration_count(model, config), config, per_window)
     run = Workload(
         outline=outline,
         threads=machine.threads if shards == 1 else 1,
-        forward=example.operations / shards,
+        forward=Work(products=example.operations, moved=example.moved) * (1 / shards),
         batch=batch,
         gradient=gradient,
         loss=counted("none", batch=LIGHT * config.batch),
@@ -216,7 +218,9 @@ def forecast_held(
     narrow = outline.weights + sum(weight.numel() for weight, _ in end_weights(model)) // shards
     weights = Memory("weights", whole - (4 - outline.dtype.itemsize) * narrow)
     network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
-    evaluating = Work(products_fp32=EVALUATED * evaluation_count(model, subject.windows) * run.forward)
+    passes = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
+    evaluated = passes * evaluation_count(model, subject.windows)
+    evaluating = Work(products_fp32=run.forward.products, moved=run.forward.moved) * evaluated
     stages = [
         _calibration(config, run, counted("inputs"), measured, example.positions).beside([weights]),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),

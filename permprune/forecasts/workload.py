@@ -16,7 +16,7 @@ from permprune.pruning.outline import Outline
 class Workload:
     """The layers and orders of a run, and the cost of passes of its model.
 
-    `threads` problems are solved at a time, one on each thread. An example takes `forward` floating-point operations. A
+    `threads` problems are solved at a time, one on each thread. A pass forward over an example is the work `forward`. A
     batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of the
     weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number of
     examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts one
@@ -25,7 +25,7 @@ class Workload:
 
     outline: Outline
     threads: int
-    forward: float
+    forward: Work
     batch: int
     gradient: Activations
     loss: Activations
@@ -46,11 +46,11 @@ class Workload:
 
     def loss_work(self, examples: int) -> Work:
         """The work of a loss on some examples."""
-        return Work(products=examples * self.forward)
+        return self.forward * examples
 
     def gradient_work(self, examples: int) -> Work:
         """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`."""
-        return Work(products=examples * self.forward * (4 if self.recompute else 3))
+        return self.forward * (examples * (4 if self.recompute else 3))
 
     def each_problem(self, work: Callable[[int, int, int], Work]) -> Work:
         """Return the sum of `work(channels, rows, m)` over all problems, of which one thread does the largest."""

@@ -14,7 +14,7 @@ from permprune.checkpoints.record import PACKED
 from permprune.report.page import fill
 from permprune.report.run import decision, dense_sentence, measured_rows
 from permprune.report.showcase import answers, plain, speed_note, titles
-from permprune.report.words import overlap_note
+from permprune.report.words import kept_weights, overlap_note
 from permprune.system.files import write_whole
 from permprune.zoo.models import MODELS
 
@@ -41,6 +41,7 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         title=f"{source if on_hub else _name(record['model'])}, {settings['pattern']}",
         base=record.get("base_model") or (kind if on_hub and record["model"] not in MODELS else _name(record["model"])),
         decision=decision(record),
+        kept=kept_weights(record["curve"], settings["update"]),
         overlap=overlap_note((measured or {}).get("overlap")),
         on_hub=on_hub,
         source=json.dumps(source, ensure_ascii=False),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from permprune.data.overlap import QUOTED
 from permprune.evaluation.result import Result, metric_named
@@ -75,6 +77,15 @@ def overlap_note(share: float | None) -> str:
         return ""
     note = "of the evaluation data are also in the calibration data: pruned models do worse on other data."
     return f"{percent(share)} {note}"
+
+
+def kept_weights(curve: Iterable[Mapping[str, Any]], update: str) -> str:
+    """Say, as a sentence, whether the weights that were kept have changed, by training in the search or an update."""
+    changes = ["training"] if any(one.get("stage") == "training" and one["kept"] for one in curve) else []
+    changes += [] if update == NONE else [update]
+    if not changes:
+        return "The weights that are kept have the values that they have in the dense model."
+    return f"The weights that are kept were changed by {' and '.join(changes)}."
 
 
 def duration(seconds: float | None) -> str:

@@ -125,8 +125,10 @@ def test_an_effort_gives_the_same_files_every_time(
     small = ["--calibration", tiny_text, "--data", tiny_text, "--length", "16", "--samples", "24", "--windows", "2"]
     digests = []
     for out, effort in (("one", []), ("other", ["--effort", "minutes"])):
-        code, _, stderr = run("-v", "prune", tiny_checkpoint, *small, *effort, "--out", tmp_path / out)
+        code, stdout, stderr = run("-v", "prune", tiny_checkpoint, *small, *effort, "--out", tmp_path / out)
         assert code == 0 and "effort minutes: newton:rounds=1:train_steps=2000 on 24" in " ".join(stderr.split())
+        said = "effort minutes: newton:rounds=1:train_steps=6 on 24 windows; training changes the weights that are kept"
+        assert stdout.startswith(said) and "; about" in stdout
         settings = json.loads((tmp_path / out / "permprune.json").read_text())["settings"]
         assert (settings["effort"], settings["permute"]) == ("minutes", "newton:rounds=1:train_steps=6")
         assert "<dt>effort</dt><dd>minutes</dd>" in (tmp_path / out / "report.html").read_text()

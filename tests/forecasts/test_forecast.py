@@ -147,8 +147,8 @@ def test_training_holds_gradients_where_a_step_has_several_batches(config_folder
 def test_the_evaluation_counts_its_examples(tiny_vit: Path) -> None:
     found = forecast(tiny_vit, permute="newton:rounds=1", samples=192)
     tried, evaluated = stage_of(found, "newton: accept").work, stage_of(found, "evaluate").work
-    assert tried and evaluated  # one and a half times on 8 windows of 8 images; three times on 24 windows of 32
-    assert evaluated.products_fp32 / (3 * 24 * 32) == pytest.approx(tried.products / (1.5 * 8 * 8))
+    assert tried and evaluated  # 1.5 times and twice before, on 8 windows of 8 images; three times on 24 windows of 32
+    assert evaluated.products_fp32 / (3 * 24 * 32) == pytest.approx(tried.products / ((1.5 + 2) * 8 * 8))
 
 
 def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
     free, none = seconds("newton:rounds=400", None)
     assert none is None
     whole, trained = seconds("newton:rounds=400:train=0.5", 1000.0)
-    assert whole == pytest.approx(free) and trained is not None and free < 60000 - trained
+    assert whole == pytest.approx(free, rel=1e-3) and trained is not None and free < 60000 - trained
     limit = 1e-3 * free / 60
     short, trained = seconds("newton:rounds=400:train=0.75", limit)
     assert short < 60 * limit / 4 and trained == pytest.approx(60 * limit * 3 / 4)

@@ -111,3 +111,10 @@ def test_a_record_without_them_is_read() -> None:
     del values["license"], values["base_model"]
     assert Record.of(values) == record_of()
     assert dataclasses.replace(record_of(), license="mit").to_json()["license"] == "mit"
+
+
+def test_a_card_says_whether_weights_changed() -> None:
+    point = {"round": 1, "loss": 1.0, "seconds": 1.0}
+    trained, rejected = ([{**point, "kept": kept, "stage": "training"}] for kept in (True, False))
+    for curve, said in ((trained, "were changed by training."), (rejected, "in the dense model"), ([], "in the dense")):
+        assert said in str(card_of(curve=curve))
