@@ -15,8 +15,8 @@ MODEL := smollm2-135m
 
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
-	$(BIN)/permprune --verbose prune $(MODEL) --permute newton:rounds=1:train_steps=80 --minutes 1.7 --length 128 \
-		--windows 16 --pack bf16 --out demo/pruned
+	$(BIN)/permprune --verbose prune $(MODEL) --permute newton:rounds=1:compensate=true:train_steps=12 \
+		--length 128 --windows 16 --pack bf16 --out demo/pruned
 	$(BIN)/permprune verify demo/pruned
 
 compare: $(INSTALLED)
