@@ -91,7 +91,8 @@ class Recipe:
 
     `model` is a name of the zoo, or the folder that `prepare` leaves in the recipe's folder. `prune` are the options of
     `permprune prune` and `pack` those of `permprune pack`, without the output; `data` are those for the evaluation, and
-    `title` and `unit` say what they measure. `speed` tells what `permprune bench`, with the options `bench`, counts.
+    `title` and `unit` say what they measure. `evaluate` are the options of `permprune evaluate`, if not the same.
+    `speed` tells what `permprune bench`, with the options `bench`, counts.
     """
 
     model: str
@@ -101,6 +102,7 @@ class Recipe:
     speed: str
     bench: str
     pack: str = "--dtype int8 --head int8"
+    evaluate: str = ""
     unit: str = "share"
     others: Sequence[Measure] = ()
     prepare: Callable[[Workplace], None] = lambda place: None
@@ -114,14 +116,14 @@ def measured(recipe: Recipe, place: Workplace) -> Row:
     place.model("packed", "pack", "pruned", *recipe.pack.split())
     record = json.loads((place.work / "pruned" / "permprune.json").read_text(encoding="utf-8"))
     own = record["measured"]
-    first = {"title": recipe.title, "unit": recipe.unit, "dense": own["dense"], "plain": own["none"]}
-    first |= {"pruned": value(place, "packed-data", "packed", recipe.data), "count": own["count"], "of": own["unit"]}
+    first: Row = {"title": recipe.title, "unit": recipe.unit, "dense": own["dense"], "plain": own["none"]}
+    options = recipe.evaluate or recipe.data
+    asked = [measure.options for measure in recipe.others]
+    file = f"pruned-{asked.index(options)}" if options in asked else "packed-data"
+    first |= {"pruned": value(place, file, "packed", options), "count": own["count"], "of": own["unit"]}
     if recipe.others:
         place.model("plain", "prune", recipe.model, *plain(prune), *data)
-    models, asked = (
-        {"dense": recipe.model, "plain": "plain", "pruned": "packed"},
-        [one.options for one in recipe.others],
-    )
+    models = {"dense": recipe.model, "plain": "plain", "pruned": "packed"}
     others: list[Row] = []
     for measure in recipe.others:
         others.append({"title": measure.title, "unit": measure.unit})
@@ -177,13 +179,13 @@ def text(place: Workplace) -> None:
 
 
 def texts(place: Workplace) -> None:
-    """The paragraphs of the same documents, a text in each line."""
+    """The paragraphs of the same documents of 30 characters or more, cut at 600, a text in each line."""
     text(place)
     for name in ("c4", "other"):
         documents = (place.work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        (place.work / f"{name}.txt").write_text(
-            "\n".join(json.loads(line)["text"] for line in documents), encoding="utf-8"
-        )
+        lines = [line.strip() for document in documents for line in json.loads(document)["text"].splitlines()]
+        kept = "\n".join(line[:600] for line in lines if len(line) >= 30)
+        (place.work / f"{name}.txt").write_text(kept, encoding="utf-8")
 
 
 def sentiment(place: Workplace) -> None:
@@ -227,7 +229,7 @@ def speech(place: Workplace) -> None:
         join([place.work / "clips", place.data / "ljspeech"], place.work / "speech", count=300)
 
 
-AGREEMENT = "--data other.txt --length 128 --dense minilm-l6"
+AGREEMENT = "--data other.txt --windows 30 --length 128 --dense minilm-l6"
 """The options that compare the embeddings of unseen texts with those of the dense model."""
 
 RECIPES = {
@@ -256,7 +258,8 @@ RECIPES = {
         model="minilm-l6",
         prepare=texts,
         prune="--calibration c4.txt --length 128",
-        data="--data other.txt",
+        data="--data other.txt --windows 30",
+        evaluate=AGREEMENT,
         title="cosine to the dense model",
         unit="correlation",
         others=[
@@ -285,7 +288,7 @@ RECIPES = {
         title="top-1 accuracy",
         pack="--dtype int8",
         speed="images",
-        bench="--batch 1 --turns 2",
+        bench="--batch 1 --turns 5",
     ),
     "clip-vit-b16": Recipe(
         model="clip-vit-b16-cifar10",
@@ -295,7 +298,7 @@ RECIPES = {
         title="top-1 accuracy",
         pack="--dtype int8",
         speed="images",
-        bench="--batch 1 --turns 2",
+        bench="--batch 1 --turns 5",
     ),
     "whisper-tiny-en": Recipe(
         model="whisper-tiny-en",
@@ -304,7 +307,7 @@ RECIPES = {
         data="--data other",
         title="word error rate",
         speed="clips of 16 tokens",
-        bench="--batch 1 --turns 2",
+        bench="--batch 1 --turns 5",
     ),
 }
 
