@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from permprune.config import PruneConfig
+from permprune.errors import first_line
 from permprune.forecasts.costs import TRIED
 from permprune.forecasts.run import example_pass
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
@@ -53,7 +54,7 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
         return config
     name = config.effort or DEFAULT
     effort, method, kind = EFFORTS[name], Newton(), kind_of(model)
-    windows = effort.operations / (example_pass(model, config, size=size).operations * EXAMPLES_PER_WINDOW[kind])
+    windows = effort.operations / (_operations(model, config, size) * EXAMPLES_PER_WINDOW[kind])
     a_round = 3 * method.examples + TRIED * config.held_out  # passes of a window
     a_step = 4 * method.step_examples  # with the dense model's
     compensated = kind == "embeddings" and effort.search < 1  # by masks of its own, which further rounds hardly improve
@@ -68,6 +69,15 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     resolved = config.replace(effort=name, permute=f"{method.name}:rounds={rounds}{training}", samples=samples)
     log.info("effort %s: %s on %d windows", name, resolved.permute, resolved.samples)
     return resolved
+
+
+def _operations(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] | None) -> float:
+    """The operations of a pass over an example; of a model that cannot be run without numbers, those of its weights."""
+    try:
+        return example_pass(model, config, size=size).operations
+    except Exception as error:  # a model's own code can raise any type
+        log.warning("the effort is that of a text of %d tokens: %s", config.length, first_line(error))
+        return 2.0 * config.length * sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
 
 
 def _within(limits: tuple[int, int], number: float) -> int:

@@ -19,11 +19,12 @@ from permprune.evaluation.speed import cells, measure
 from permprune.models.forward import is_causal_lm
 from permprune.models.modality import kind_of
 from permprune.pruning.folder import write_record
-from permprune.system.device import best_device, dtype_named
+from permprune.system.device import best_device, dtype_named, fast_dtype
 from permprune.system.progress import log
 
 TYPES = ("fp32", "bf16")
-"""The data types in which the dense model is measured: the faster one counts."""
+"""The data types in which a dense model that generates is measured: the faster one counts. Of other models, where
+products are the limit, that with the faster products is known."""
 
 FEW, STEPS = 4, 16
 """Generated tokens: a few to find the faster data type, then those that count."""
@@ -48,8 +49,7 @@ def add_speeds(folder: Path, dense: str, config: PruneConfig) -> Record:
     log.info("measuring the speed of the dense and of the pruned model")
     try:
         model, _, _ = read_model(dense, task=config.task, trust_remote_code=trusted)
-        rates = {name: _rate(nn.Module.to(model, dtype_named(name)), FEW) for name in TYPES}
-        fastest = max(rates, key=rates.__getitem__)
+        fastest = _fastest_type(model)
         sides = dict(record.showcase.sides)
         sides["dense"] = _measured(nn.Module.to(model, dtype_named(fastest)), sides["dense"], fastest)
         unit = "tokens/s" if is_causal_lm(model) else f"{_read_by(model)}/s"
@@ -69,6 +69,14 @@ def add_speeds(folder: Path, dense: str, config: PruneConfig) -> Record:
     record = dataclasses.replace(record, showcase=shown)
     write_record(record, folder)
     return record
+
+
+def _fastest_type(model: PreTrainedModel) -> str:
+    """The data type in which a dense model is fastest, of `TYPES`; the model is left in one of them."""
+    if not is_causal_lm(model):
+        return "bf16" if fast_dtype(best_device()) == torch.bfloat16 else "fp32"
+    rates = {name: _rate(nn.Module.to(model, dtype_named(name)), FEW) for name in TYPES}
+    return max(rates, key=rates.__getitem__)
 
 
 def _measured(model: PreTrainedModel, side: Side, dtype: str) -> Side:

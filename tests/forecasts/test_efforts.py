@@ -47,6 +47,19 @@ def little(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def test_a_model_that_does_not_run_without_numbers_has_the_work_of_its_weights(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("it reads a number")
+
+    expected = resolve(tiny_llama, PruneConfig(effort="order", length=16))
+    monkeypatch.setattr(efforts, "example_pass", fail)
+    found = resolve(tiny_llama, PruneConfig(effort="order", length=16))
+    assert found.permute == expected.permute
+    assert "it reads a number" in caplog.text
+
+
 def test_every_effort_has_a_budget() -> None:
     assert tuple(EFFORTS) == NAMES
     for name in ("seconds", "day"):
