@@ -1,11 +1,10 @@
 """Training that is killed between and within its steps continues to the same weights, bit for bit."""
 
 import json
+import os
 import pkgutil
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +19,34 @@ from permprune.training.loop import Trainer
 from ..cli.running import run
 from .test_resuming import write_text
 
-pytestmark = pytest.mark.slow
-
-KILLED = """
-import os, pkgutil, signal, sys
-from itertools import count
-import transformers.modeling_utils
-from permprune.__main__ import main
-from permprune.permuters import trust_region, tuning
-from permprune.system import search_state
-
-place, last, *sys.argv[1:] = sys.argv[1:]
-search_state.EVERY, calls = 0.0, count(1)
-trust_region.timed = lambda seconds: tuning.counted(6)
-owner, name = place.rsplit(".", 1)
-owner = pkgutil.resolve_name(owner)
-original = getattr(owner, name)
-
-def stop(*args, **options):
-    if next(calls) == int(last):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **options)
-
-setattr(owner, name, stop)
-main()
-"""
-"""A program that saves its state after each step, and kills itself in a given call of a function."""
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
 
 
 def kill(place: str, call: int, *command: str | Path) -> None:
-    program = [sys.executable, "-c", KILLED, place, str(call), *map(str, command)]
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    """Run a command in a forked process, which saves its state after each step, until a given call of a function."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                torch.set_num_threads(1)
+                patch.setattr("permprune.system.search_state.EVERY", 0.0)
+                calls(place, patch, last=call)
+                run(*command)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-def calls(place: str, patch: pytest.MonkeyPatch) -> list[int]:
-    """A list that gets an element for each call of a function from now on."""
+def calls(place: str, patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]:
+    """A list that gets an element for each call of a function from now on; the `last` one kills this process."""
     owner, _, name = place.rpartition(".")
     original, found = getattr(pkgutil.resolve_name(owner), name), list[int]()
 
     def count(*args: object, **options: object) -> object:
         found.append(1)
+        if len(found) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
         return original(*args, **options)
 
     patch.setattr(place, count)
