@@ -2,12 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,6 +24,7 @@ from permprune.saliency.registry import SALIENCIES
 from permprune.system.search_state import Checkpoint
 from permprune.updates.registry import UPDATES
 
+from ..killed import FORKS, kill
 from .running import COMMAND, fails, run
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
@@ -359,18 +355,15 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
     assert first["permutations"] == second["permutations"]
 
 
+@FORKS
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_permutations(source: list[str], tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    command = [sys.executable, "-m", "permprune", "prune", *source, "--permute", "newton:rounds=5"]
-    process = subprocess.Popen([*command, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "out.partial" / "newton.safetensors").exists():
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and not out.exists()
-    assert run(*command[3:], "--out", out, "--resume")[0] == 0
-    assert run(*command[3:], "--out", whole)[0] == 0
+    command = ["prune", *source, "--permute", "newton:rounds=5"]
+    kill("permprune.system.search_state.Checkpoint.save_object", 3, *command, "--out", out)
+    assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not out.exists()
+    assert run(*command, "--out", out, "--resume")[0] == 0
+    assert run(*command, "--out", whole)[0] == 0
     first, second = (json.loads((folder / "permprune.json").read_text()) for folder in (whole, out))
     assert first["permutations"] == second["permutations"]
 

@@ -1,10 +1,7 @@
 """Training that is killed between and within its steps continues to the same weights, bit for bit."""
 
 import json
-import os
-import pkgutil
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +14,10 @@ from permprune.permuters.tuning import counted
 from permprune.training.loop import Trainer
 
 from ..cli.running import run
+from ..killed import FORKS, calls, kill
 from .test_resuming import write_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")]
-
-
-def kill(place: str, call: int, *command: str | Path) -> None:
-    """Run a command in a forked process, which saves its state after each step, until a given call of a function."""
-    child = os.fork()
-    if child == 0:
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                torch.set_num_threads(1)
-                patch.setattr("permprune.system.search_state.EVERY", 0.0)
-                calls(place, patch, last=call)
-                run(*command)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def calls(place: str, patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]:
-    """A list that gets an element for each call of a function from now on; the `last` one kills this process."""
-    owner, _, name = place.rpartition(".")
-    original, found = getattr(pkgutil.resolve_name(owner), name), list[int]()
-
-    def count(*args: object, **options: object) -> object:
-        found.append(1)
-        if len(found) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **options)
-
-    patch.setattr(place, count)
-    return found
+pytestmark = [pytest.mark.slow, FORKS]
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:

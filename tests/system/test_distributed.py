@@ -43,12 +43,11 @@ def test_threads_answer_in_order_and_give_the_threads_back() -> None:
 
 
 CASES = [
-    ["--permute", "newton:rounds=2", "--mode", "gather"],
-    ["--permute", "learned:rounds=1", "--mode", "gather"],
+    ["--permute", "learned:rounds=2", "--mode", "gather"],
     ["--permute", "newton:rounds=1", "--mode", "fold"],
 ]
-DIVIDED = CASES[2]
-"""In this case the two processes divide the rows of the weights; in the others each holds the whole model."""
+DIVIDED = CASES[1]
+"""In this case the two processes divide the rows of the weights; in the other each holds the whole model."""
 
 COMMANDS = """
 import json, os, sys
@@ -106,8 +105,8 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
         )
     assert ended.returncode == 0, ended.stderr
     codes = [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)]
-    assert codes == [[0, 0, 0, 2, 2]] * 2, ended.stderr
-    assert ended.stdout.count("written to") == 3
+    assert codes == [[0, 0, 2, 2]] * 2, ended.stderr
+    assert ended.stdout.count("written to") == 2
     assert ended.stderr.count("the 2 processes divide the rows of the weights") == 1
     assert ended.stderr.count("another run is writing") == 1
     assert ended.stderr.count("the processes of this run differ in seed: ") == 1
