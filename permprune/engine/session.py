@@ -38,6 +38,7 @@ class Session:
         self.evaluation, self.pruned = evaluation, False
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()
+        stage(stages.READ)
         self.weights = open_weights()
         try:
             with self.weights.dense():

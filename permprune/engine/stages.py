@@ -8,17 +8,17 @@ from permprune.config import PruneConfig
 from permprune.forecasts.run import EVALUATED, Forecast
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuter
-from permprune.system.stages import CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, UPDATE, WRITE
+from permprune.system.stages import CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, SPEED, UPDATE, WRITE
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 
 
-def stages_of_pruning(config: PruneConfig, *, streamed: bool, packed: bool) -> list[str]:
-    """The stages of `Session.prune`, and of writing the model."""
+def stages_of_pruning(config: PruneConfig, *, streamed: bool, packed: bool, timed: bool) -> list[str]:
+    """The stages of `Session.prune`, of writing the model, and of measuring how fast it is."""
     searched = _searched(permuter(config.permute), config)
     held = [CALIBRATE, DENSE, NATURAL, *searched]
     tried = [DENSE, *searched, NATURAL] if streamed else held  # layer by layer the search calibrates
-    return [READ, *tried, MEASURE, WRITE, *([PACK] if packed else [])]
+    return [READ, *tried, MEASURE, WRITE, *([PACK] if packed else []), *([SPEED] if timed else [])]
 
 
 def stages_of_attempts(methods: Iterable[Permuter], config: PruneConfig) -> list[str]:
@@ -33,6 +33,7 @@ def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ..
     found: dict[str, float | None] = dict.fromkeys((DENSE, NATURAL, MEASURE), each)
     for name, stage in (("load", READ), ("calibrate", CALIBRATE), ("update", UPDATE), ("write", WRITE)):
         found[stage] = seconds.pop(name, 0.0)
+    found |= {PACK: 0.0, SPEED: 0.0}  # which take seconds
     for name, own in seconds.items():
         stage, before = _stage_of(method, name), found.get(_stage_of(method, name), 0.0)
         found[stage] = None if own is None or before is None else before + own

@@ -28,8 +28,8 @@ from permprune.permuters.registry import permuters
 from permprune.system import distributed
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, require_space
-from permprune.system.progress import stages
-from permprune.system.stages import WRITE
+from permprune.system.progress import stage, stages
+from permprune.system.stages import SPEED, WRITE
 
 FIXED = ("pattern", "saliency", "mode", "update", "seed")
 """Fields of the config that the JSON file of a comparison contains."""
@@ -105,32 +105,34 @@ def compare(
     """
     chosen = {**permuters(["none"]), **permuters(methods)}
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
-    with (
-        WorkFolder(Path(out)).held("compare", resume=False) if out else nullcontext() as work,
-        stages(*stages_of_attempts(chosen.values(), config), *([WRITE] if out else [])),
-        Session(partial(Held.open, model, config, processor), evaluation) as session,
-    ):
-        weights = session.weights
-        if work:
-            require_space(work.out, weight_bytes(weights.model, weights.stored))
-        overlap, dense = session.overlap, session.dense
-        weights.plan.dense.warn()
-        tried = {label: session.attempt(method, label)[1] for label, method in chosen.items()}
-        rows = _rows([dense, *tried.values()])
-        result = Comparison(
-            model=name_of(weights.model),
-            config=config,
-            metric=dense.result.metric,
-            overlap=overlap,
-            calibrate_seconds=weights.seconds,
-            rows=rows,
-            showcase=session.beside(tried["none"], _best(rows[1:])),
-        )
-        announce(result)
-        if work:
-            _write_best(session, chosen[result.best.method], tried, result.best.method, work)
-    if out and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
-        add_speeds(Path(out), str(model), config)
+    names = stages_of_attempts(chosen.values(), config)
+    with stages(*names, *([WRITE, SPEED] if out else [])):
+        with (
+            WorkFolder(Path(out)).held("compare", resume=False) if out else nullcontext() as work,
+            Session(partial(Held.open, model, config, processor), evaluation) as session,
+        ):
+            weights = session.weights
+            if work:
+                require_space(work.out, weight_bytes(weights.model, weights.stored))
+            overlap, dense = session.overlap, session.dense
+            weights.plan.dense.warn()
+            tried = {label: session.attempt(method, label)[1] for label, method in chosen.items()}
+            rows = _rows([dense, *tried.values()])
+            result = Comparison(
+                model=name_of(weights.model),
+                config=config,
+                metric=dense.result.metric,
+                overlap=overlap,
+                calibrate_seconds=weights.seconds,
+                rows=rows,
+                showcase=session.beside(tried["none"], _best(rows[1:])),
+            )
+            announce(result)
+            if work:
+                _write_best(session, chosen[result.best.method], tried, result.best.method, work)
+        if out and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
+            stage(SPEED)
+            add_speeds(Path(out), str(model), config)
     return result
 
 

@@ -14,7 +14,6 @@ from permprune.system.stages import MEASURE, READ
 
 
 @failures_reported()
-@stages(READ, MEASURE)
 def evaluate(
     model: ModelSource,
     evaluation: Evaluation | None = None,
@@ -31,6 +30,7 @@ def evaluate(
 
 
 @failures_reported()
+@stages(READ, MEASURE)
 def evaluate_all(
     model: ModelSource,
     evaluation: Evaluation | None = None,

@@ -45,7 +45,7 @@ from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log, stage, stages
-from permprune.system.stages import PACK
+from permprune.system.stages import PACK, SPEED, Stages
 
 
 @failures_reported()
@@ -73,20 +73,23 @@ def prune_to_folder(
     Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
-    record, runs = _prune(
-        model,
-        Path(out),
-        config,
-        evaluation=evaluation,
-        processor=processor,
-        pack=pack,
-        resume=resume,
-        callbacks=callbacks,
-        begin=begin,
-        announce=announce,
-    )
-    if runs and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
-        record = add_speeds(Path(out), str(model), config)
+    with stages() as shown:
+        record, runs = _prune(
+            model,
+            Path(out),
+            config,
+            evaluation=evaluation,
+            processor=processor,
+            pack=pack,
+            resume=resume,
+            callbacks=callbacks,
+            begin=begin,
+            announce=announce,
+            shown=shown,
+        )
+        if runs and not isinstance(model, PreTrainedModel) and distributed.rank() == 0:
+            stage(SPEED)
+            record = add_speeds(Path(out), str(model), config)
     return record
 
 
@@ -102,6 +105,7 @@ def _prune(
     callbacks: Sequence[Callback],
     begin: Callable[[Forecast], None],
     announce: Callable[[Record], None],
+    shown: Stages,
 ) -> tuple[Record, bool]:
     """Prune a model and write its folder, as `prune_to_folder`, and free it.
 
@@ -119,7 +123,8 @@ def _prune(
             config = fitted.config
             require_space(work.out, sum(fitted.disk.values()))
         name, streamed = str(model), fitted is not None and fitted.streamed
-        shown = inside.enter_context(stages(*stages_of_pruning(config, streamed=streamed, packed=pack is not None)))
+        alone = not streamed and (fitted is None or fitted.shards == 1) and not isinstance(model, PreTrainedModel)
+        shown.plan(stages_of_pruning(config, streamed=streamed, packed=pack is not None, timed=alone))
 
         def forecast(found: Forecast) -> None:
             shown.expect(*expected(found))

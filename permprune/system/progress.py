@@ -62,7 +62,7 @@ def bar(label: str, total: int, completed: int = 0) -> Iterator[Callable[[int, s
 def stages(*names: str) -> Iterator[Stages]:
     """A context, or a decorator, of a run with these stages, of which the first begins; `stage` begins the others.
 
-    Inside another run its stages are not shown.
+    Without names, what it yields is to be planned. Inside another run its stages are not shown.
     """
     made = Stages(names)
     with _displayed() as display:
@@ -70,7 +70,8 @@ def stages(*names: str) -> Iterator[Stages]:
             yield made
             return
         display.stages = made
-        stage(names[0])
+        if names:
+            stage(names[0])
         try:
             yield made
         finally:
@@ -83,7 +84,7 @@ def stage(name: str) -> None:
         return
     found = _display.stages
     left = found.left()
-    time_left = "" if left is None else f", about {duration(left)} left"
+    time_left = f", about {duration(left)} left" if left and left >= 1 else ""
     log.info("stage %d of %d: %s%s", found.at + 1, len(found.names), name, time_left)
     _display.show()
 
@@ -147,13 +148,13 @@ class _Display:
         return Group(*line, *([self.bars] if self.bars.tasks else []))
 
     def _text(self) -> str:
-        if self.stages is None:
+        if self.stages is None or self.stages.at < 0:
             return self.text and f"{self.text}; {duration(time.monotonic() - self._began)} so far"
         task = next(iter(self.bars.tasks), None)
         left = self.stages.left(task.completed / task.total if task and task.total else None)
         name = self.stages.names[self.stages.at]
         text = f"stage {self.stages.at + 1} of {len(self.stages.names)}: {name}; {duration(self.stages.elapsed)} so far"
-        return text if left is None else f"{text}, about {duration(left)} left"
+        return f"{text}, about {duration(left)} left" if left and left >= 1 else text
 
 
 class _Hiding:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 READ, CALIBRATE, TRAIN, UPDATE = "read the model", "calibrate", "train", "update the weights"
 MEASURE, DENSE, NATURAL = "measure", "measure the dense model", "measure the natural order"
-CHECK, WRITE, PACK = "check", "write", "pack"
+CHECK, WRITE, PACK, SPEED = "check", "write", "pack", "measure the speed"
 """The stages of many runs, in the words that are shown."""
 
 PRIOR = 0.1
@@ -20,12 +20,17 @@ class Stages:
     The next stage begins with `enter`; some may be left out.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names, self.at = [*names], -1
-        self._expected: list[float | None] = [None] * len(names)
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.at = -1
         self._limited: Collection[str] = ()
         self._spent: dict[int, float] = {}
         self._began = 0.0
+        self.plan(names)
+
+    def plan(self, names: Sequence[str]) -> None:
+        """Set the stages of a run that has not begun."""
+        self.names = [*names]
+        self._expected: list[float | None] = [None] * len(names)
 
     def expect(self, seconds: Mapping[str, float | None], limited: Collection[str] = ()) -> None:
         """Set the expected seconds of stages by name; those in `limited` end by the clock."""

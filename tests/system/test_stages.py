@@ -57,3 +57,10 @@ def test_a_stage_with_a_time_limit_ends_by_the_clock(clock):
 @pytest.mark.parametrize(("seconds", "text"), [(1.23, "1.2 s"), (59.6, "60 s"), (600.0, "10 min"), (9000.0, "2.5 h")])
 def test_durations_as_text(seconds, text):
     assert duration(seconds) == text
+
+
+def test_stages_may_be_planned_later(clock):
+    run = Stages()
+    assert not run.enter("read")
+    run.plan(["read", "write"])
+    assert run.enter("read") and run.names == ["read", "write"]
