@@ -134,16 +134,6 @@ def protocol_others() -> str:
     return markdown(f"pattern, mode | {PROTOCOL_HEADS}", lines)
 
 
-def protocol_seeds() -> str:
-    found = [[row for row in protocol("2:4", "fold", seed) if row["method"] in ("ria", "newton")] for seed in range(3)]
-    lines = (
-        [seeds[0]["method"], name, *(f"{gap_closed(row, text):.1%}" for row in seeds)]
-        for seeds in zip(*found, strict=True)
-        for text, name in zip(TEXTS, ("WikiText-2 raw", "C4, other documents"), strict=True)
-    )
-    return markdown("method | text | seed 0 | seed 1 | seed 2", lines)
-
-
 def readme() -> str:
     found = rows("protocol.jsonl", method="dense") + protocol("2:4", "fold")
     gather = next(row for row in protocol("2:4", "gather") if row["method"] == "newton")
@@ -259,7 +249,7 @@ MODELS = {
 def models_orders() -> str:
     lines = []
     for model, (title, data) in MODELS.items():
-        for method in ("dense", "none", "ria", "newton", "learned"):
+        for method in ("dense", "none", "ria", "newton"):
             own = [row for row in rows("models.jsonl", model=model) if row["method"].partition(":")[0] == method]
             names = ", ".join(dict.fromkeys(row["method"] for row in own)).replace(f", {method}:rounds=", ", ")
             cells = [title, names]
@@ -270,28 +260,14 @@ def models_orders() -> str:
     return markdown("model | method | 2:4, % | gap closed, % | 4:8, % | gap closed, %", lines)
 
 
-def sweep_vit() -> str:
-    found = json.loads((RESULTS / "sweeps" / "vit-s14.json").read_text(encoding="utf-8"))
-    accuracy = "{top-1 accuracy/1e-2:.1f} ± {stderr/1e-2:.1f}"
-    lines = [["dense", "100%", filled(accuracy, found["dense"]), "", ""]]
-    for start in range(0, len(found["rows"]), 3):  # none, ria, newton
-        own = found["rows"][start : start + 3]
-        cells = [filled(f"**{accuracy}**" if row["front"] else accuracy, row) for row in own]
-        lines.append([own[0]["pattern"], f"{own[0]['size']:.1%}", *cells])
-    return markdown("pattern | size | none, % | ria, % | newton:rounds=3, %", lines)
-
-
 GLUE = {
     "cola": "CoLA (Matthews)", "sst2": "SST-2 (accuracy)", "rte": "RTE (accuracy)", "stsb": "STS-B (Pearson, Spearman)",
     "mnli": "MNLI (accuracy)", "boolq": "BoolQ (accuracy)", "cb": "CB (accuracy, F1)", "wic": "WiC (accuracy)",
 }  # fmt: skip
 
 
-def glue(pattern: str, *, summary: bool = False) -> str:
-    """Means over the seeds with their standard errors; those of the dense models are over the examples.
-
-    `summary` leaves out the lines of the tasks.
-    """
+def glue(pattern: str) -> str:
+    """Means over the seeds with their standard errors; those of the dense models are over the examples."""
     columns, dense = [], 0.0
     for method in ("dense", "none", "ria", "newton:rounds=4", "newton:rounds=4+finetune"):
         found = [row for row in rows("glue.jsonl", method=method) if row.get("pattern", pattern) == pattern]
@@ -308,7 +284,7 @@ def glue(pattern: str, *, summary: bool = False) -> str:
         dense = dense or mean
         columns.append([*cells, f"{mean / dense:.1%}"])
     names = [*GLUE.values(), "mean", "of the dense mean"]
-    lines = list(zip(names, *columns, strict=True))[len(GLUE) if summary else 0 :]
+    lines = zip(names, *columns, strict=True)
     return markdown("task | dense | none | ria | newton:rounds=4 | then training", lines)
 
 
@@ -331,14 +307,11 @@ def kv_rivals() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "protocol-fold": protocol_fold,
     "protocol-others": protocol_others,
-    "protocol-seeds": protocol_seeds,
     "readme": readme,
     "home": home,
     "zero-shot": zero_shot,
     "models-orders": models_orders,
-    "sweep-vit": sweep_vit,
     "glue-2-4": lambda: glue("2:4"),
-    "glue-4-8": lambda: glue("4:8", summary=True),
     "kv-rivals": kv_rivals,
     **{f"recipe-{page}": functools.partial(recipes, page) for _, _, page in RECIPES.values()},
 }

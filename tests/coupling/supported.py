@@ -48,8 +48,8 @@ are layers of their own; routers, kernels of convolutions, state matrices and th
 Embeddings, biases and norms are not counted. Every run names the weights that stay dense, and so does `verify` for a
 folder.
 
-| family | class | pruned | {kinds} | difference | frozen |
-|---|---|---:|{columns}---:|---|
+| family | pruned | {kinds} | difference | frozen |
+|---|---:|{columns}---:|---|
 """
 
 
@@ -134,7 +134,7 @@ def row(name: str) -> str:
     coupling = discover(model, example)
     counts: list[Any] = list(census(model, coupling).values())
     difference = f"{worst(model, coupling, example):.0e}"
-    cells = [name, f"`{type(model).__name__}`", pruned(model, coupling), *counts, difference]
+    cells = [name, pruned(model, coupling), *counts, difference]
     return " | ".join(["", *map(str, cells), "; ".join(frozen(coupling)) or "nothing", ""]).strip()
 
 
