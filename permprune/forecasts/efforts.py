@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from permprune.config import PruneConfig
-from permprune.errors import first_line
+from permprune.errors import PermpruneError, first_line
 from permprune.forecasts.costs import TRIED
 from permprune.forecasts.run import example_pass
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
@@ -75,6 +75,8 @@ def _operations(model: PreTrainedModel, config: PruneConfig, size: tuple[int, in
     """The operations of a pass over an example; of a model that cannot be run without numbers, those of its weights."""
     try:
         return example_pass(model, config, size=size).operations
+    except PermpruneError:
+        raise
     except Exception as error:  # a model's own code can raise any type
         log.warning("the effort is that of a text of %d tokens: %s", config.length, first_line(error))
         return 2.0 * config.length * sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)

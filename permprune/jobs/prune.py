@@ -23,7 +23,7 @@ from permprune.engine.sharded import Sharded
 from permprune.engine.stages import expected, stages_of_pruning
 from permprune.engine.streamed import Streamed
 from permprune.engine.weights import Weights
-from permprune.errors import first_line
+from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.efforts import resolve
@@ -133,6 +133,8 @@ def _prune(
         def planned(opened: PreTrainedModel, plan: Plan) -> None:
             try:
                 found = forecast_plan(opened, plan, evaluation.windows)
+            except PermpruneError:
+                raise
             except Exception as error:  # a model's own code can raise any type where it runs without numbers
                 log.warning("the time is not known, as the model does not run without numbers: %s", first_line(error))
                 return

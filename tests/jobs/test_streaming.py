@@ -211,7 +211,7 @@ def test_damaged_weights_are_refused(
     tiny_llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
     tiny_llama.save_pretrained(tmp_path / "source")
     tiny_tokenizer.save_pretrained(tmp_path / "source")
-    with pytest.raises(PermpruneError, match=r"layers\.1\.mlp\.up_proj holds NaN"):
+    with pytest.raises(PermpruneError, match="not finite: the weights or activations overflow"):
         run(tmp_path / "source", tmp_path / "out", "ria", tiny_text, memory=500_000)
 
 
