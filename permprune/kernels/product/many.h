@@ -14,7 +14,10 @@
  * Expects LANES, VECTOR, LOAD, STORE, FMA and ZERO of family.h; SPREAD(const float *), a VECTOR of one number;
  * WIDEN_F16(const uint16_t *), LANES numbers of fp16, a VECTOR; and, if there is a fast way, TURN_8(const float *from, int64_t
  * apart, float *to, int64_t to_apart), which transposes 8 x 8 floats. */
-enum { MOST_VECTORS = LANES < 16 ? 10 : 6 };
+#ifndef MOST
+#define MOST (LANES < 16 ? 10 : 6)
+#endif
+enum { MOST_VECTORS = MOST };
 
 static ALWAYS_INLINE void turn(const float *from, int64_t apart, float *to, int64_t to_apart, int rows, int columns)
 {
@@ -164,11 +167,13 @@ static void add_tile(const struct many *job, int64_t row, int rows, int64_t n, i
     case vectors: add_chunk(job->product.weights, row, rows, n, lines, sums, next, last, vectors); break;
         ADD_CHUNK(1)
         ADD_CHUNK(2)
+#if MOST > 2
         ADD_CHUNK(3)
         ADD_CHUNK(4)
         ADD_CHUNK(5)
         ADD_CHUNK(6)
-#if LANES < 16
+#endif
+#if MOST > 6
         ADD_CHUNK(7)
         ADD_CHUNK(8)
         ADD_CHUNK(9)

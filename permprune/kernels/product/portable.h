@@ -55,6 +55,7 @@ static ALWAYS_INLINE vector load_f16(const uint16_t *p)
 #include "product/family.h"
 
 #define WIDEN_F16(p) load_f16(p)
+#define MOST 2 /* it is not for speed */
 #define SPREAD(p) ((vector){*(p), *(p), *(p), *(p)})
 #include "product/many.h"
 
