@@ -49,7 +49,7 @@ from permprune.config import PruneConfig  # noqa: E402
 from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
 from permprune.forecasts.activations import Activations, Gradients  # noqa: E402
-from permprune.forecasts.run import _counted  # noqa: E402
+from permprune.forecasts.passes import batch_pass  # noqa: E402
 from permprune.jobs.speeds import add_speeds  # noqa: E402
 from permprune.kernels import library  # noqa: E402
 from permprune.pruning.outline import Outline  # noqa: E402
@@ -174,11 +174,11 @@ def counted_once() -> Iterator[None]:
         own = (gradients, config.length, config.batch, config.recompute, settings, outline.repeated)
         key = repr((type(model), model.config, *own))
         if key not in counted:
-            counted[key] = _counted(model, outline, gradients, config=config, **settings)
+            counted[key] = batch_pass(model, outline, gradients, config=config, **settings)
         return counted[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permprune.forecasts.run._counted", count_once)
+        patch.setattr("permprune.forecasts.run.batch_pass", count_once)
         yield
 
 

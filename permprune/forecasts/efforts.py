@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError, first_line
 from permprune.forecasts.costs import TRIED
-from permprune.forecasts.run import example_pass
+from permprune.forecasts.passes import example_pass
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.permuters.newton import Newton
 from permprune.system.progress import log

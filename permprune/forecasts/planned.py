@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.origin import origin_of
 from permprune.examples import Examples, batches
 from permprune.forecasts.machine import this_machine
-from permprune.forecasts.run import Forecast, Shapes, Subject, example_pass, forecast_held
+from permprune.forecasts.passes import Shapes, example_pass
+from permprune.forecasts.run import Forecast, Subject, forecast_held
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.plan import Plan
 from permprune.system import distributed

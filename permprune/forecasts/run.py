@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from permprune.calibration.moments import accumulator_bytes
 from permprune.calibration.statistics import sums_by_pass
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
-from permprune.examples import Examples
-from permprune.forecasts.activations import Activations, Gradients, count_activations
+from permprune.forecasts.activations import Activations
 from permprune.forecasts.costs import stages_of, state_bytes
 from permprune.forecasts.machine import Machine
+from permprune.forecasts.passes import TYPICAL, batch_pass, example_pass, uncounted
 from permprune.forecasts.resources import Memory, Place, Stage, Work
 from permprune.forecasts.workload import Workload
-from permprune.losses.targets import next_token
-from permprune.models.dummy_inputs import example_inputs
-from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
 from permprune.models.modality import (
     BATCH_MULTIPLIER,
     EVALUATION_BATCH,
     EVALUATION_WINDOWS,
     EXAMPLES_PER_WINDOW,
-    Kind,
     evaluation_count,
     kind_of,
 )
 from permprune.models.narrow_weights import end_weights, held_type, is_narrow
 from permprune.models.pairs import takes_pairs
 from permprune.models.positions import fitting_length
-from permprune.models.shallow import Repetition
 from permprune.permuters.registry import permuter
 from permprune.plan import calibration_count, shares_of
 from permprune.pruning.network import LIGHT
@@ -48,12 +42,6 @@ from permprune.updates.registry import update
 
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
-
-TYPICAL: dict[Kind, int] = {"sentences": 64, "embeddings": 64, "speech": 64}
-"""The tokens that are assumed of a sentence and of a transcript, where they determine the work and not the memory."""
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""The shapes of a batch, by the names of the model's arguments."""
 
 
 @dataclass(frozen=True)
@@ -193,12 +181,12 @@ def forecast_held(
     per_window = EXAMPLES_PER_WINDOW[kind]
     dtype, batch = dtype_named(config.precision) or machine.dtype, config.batch * BATCH_MULTIPLIER[kind]
     counted: Callable[..., Activations] = partial(
-        _counted, model, outline, config=config, dtype=dtype, size=subject.size
+        batch_pass, model, outline, config=config, dtype=dtype, size=subject.size
     )
     if example is None:
         example = example_pass(model, config, size=subject.size, lists=outline.repeated)
     else:
-        counted = _uncounted
+        counted = uncounted
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
     measured, held_out, _ = shares_of(subject.examples or calibration_count(model, config), config, per_window)
     run = Workload(
@@ -266,22 +254,6 @@ def program_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def example_pass(
-    model: PreTrainedModel,
-    config: PruneConfig,
-    *,
-    shown: Shapes | None = None,
-    size: tuple[int, int] | None = None,
-    lists: Sequence[Repetition] = (),
-) -> Activations:
-    """Count what the model computes forward for one example, of the shapes `shown` or of `TYPICAL` length.
-
-    The model may be on the meta device. `size` is as in `Subject`, and blocks in `lists` are not run.
-    """
-    shapes = _shapes(model, 1, min(config.length, TYPICAL.get(kind_of(model), config.length)), size)
-    return _run(model, {name: (shown or {}).get(name, shape) for name, shape in shapes.items()}, lists=lists)
-
-
 def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, processes: int) -> Iterator[str]:
     """Yield the assumptions of the forecast, one sentence each."""
     if (length := fitting_length(model, config.length)) < config.length:
@@ -296,83 +268,6 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, proc
         yield "texts have no images"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
-
-
-def _counted(
-    model: PreTrainedModel,
-    outline: Outline,
-    gradients: Gradients,
-    *,
-    config: PruneConfig,
-    dtype: torch.dtype,
-    batch: int | None = None,
-    size: tuple[int, int] | None = None,
-) -> Activations:
-    """Count the activations of a batch of this many windows, by default `config.batch`."""
-    return _run(
-        model,
-        _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length, size),
-        gradients=gradients,
-        dtype=dtype,
-        recompute=config.recompute and gradients != "none",
-        lists=outline.repeated,
-        held=outline.dtype if gradients == "inputs" and dtype == outline.dtype else torch.float32,
-    )
-
-
-def _shapes(model: PreTrainedModel, count: int, length: int, size: tuple[int, int] | None) -> Shapes:
-    """The shapes of a batch of `count` examples, of texts with `length` tokens and of images of this size.
-
-    Of texts with images only the text: how many tokens an image is depends on its numbers.
-    """
-    length = fitting_length(model, length)
-    if takes_pairs(model):
-        return {"input_ids": (count, length)}
-    shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
-    if size and len(image := shapes.get("pixel_values", ())) == 4:
-        shapes["pixel_values"] = (*image[:2], *size)
-    return shapes | {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
-
-
-def _run(
-    model: PreTrainedModel,
-    shapes: Shapes,
-    *,
-    gradients: Gradients = "none",
-    dtype: torch.dtype = torch.float32,
-    **settings: Any,
-) -> Activations:
-    """Count what a pass over a batch makes and computes."""
-    text = is_causal_lm(model) and shapes.keys() == {"input_ids"}
-    run = _next_token_loss(shapes) if text else _output_sum(shapes)
-    return count_activations(model, run, gradients=gradients, dtype=dtype, **settings)
-
-
-def _uncounted(*_: object, **__: object) -> Activations:
-    return Activations(blocks=0, logits=0, positions=0, outputs=0)
-
-
-def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
-    """A loss of a language model on a batch of text."""
-
-    return lambda model: next_token(model, Examples(_zeros(shapes))).loss()
-
-
-def _output_sum(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
-    """The sum of a model's outputs, which keeps as much memory as a loss."""
-
-    def total(model: nn.Module) -> Tensor:
-        outputs = main_outputs(model(**forward_arguments(model, _zeros(shapes))))
-        return torch.stack([output.float().sum() for output in outputs if isinstance(output, Tensor)]).sum()
-
-    return total
-
-
-def _zeros(shapes: Shapes) -> dict[str, Tensor]:
-    return {
-        name: torch.zeros(shape, dtype=torch.int64 if name.endswith("_ids") else torch.float32)
-        for name, shape in shapes.items()
-    }
 
 
 def _loading(weights: int, stored: int, machine: Machine, shards: int) -> Iterator[Memory]:

@@ -6,12 +6,12 @@ from torch import nn
 
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
+from permprune.forecasts.passes import example_pass
 from permprune.forecasts.resources import Memory, Stage, Work
 from permprune.forecasts.run import (
     EVALUATED,
     Forecast,
     Subject,
-    example_pass,
     offloaded_bytes,
     program_bytes,
 )

@@ -21,8 +21,9 @@ from permprune.examples import Examples
 from permprune.forecasts.activations import count_activations
 from permprune.forecasts.fitting import fit_memory
 from permprune.forecasts.machine import GPUS, Machine, Rates, this_machine
+from permprune.forecasts.passes import _next_token_loss
 from permprune.forecasts.resources import Stage, Work
-from permprune.forecasts.run import Forecast, _next_token_loss
+from permprune.forecasts.run import Forecast
 from permprune.jobs.prune import prune_to_folder
 from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token

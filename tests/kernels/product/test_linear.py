@@ -48,10 +48,12 @@ def unpack(weight: PackedWeight, first: int, last: int, dtype: torch.dtype, kern
     return output
 
 
-def exact(weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Tensor:
-    """The product in float64, of activations rounded to int8 where the kernels round them."""
+def exact(
+    weight: PackedWeight, x: Tensor, bias: Tensor | None = None, order: Tensor | None = None, *, rounded: bool = True
+) -> Tensor:
+    """The product in float64, of activations rounded to int8 where the kernels for few rows round them."""
     channels = x.float() if order is None else x.float()[:, order]
-    if weight.layout.dtype == torch.int8:
+    if rounded and weight.layout.dtype == torch.int8:
         channels = round_to_int8(channels)
     y = channels.double() @ weight.unpack().double().T
     return y if bias is None else y + bias.double()
@@ -68,63 +70,36 @@ def test_this_processor_has_kernels() -> None:
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize(("most_rows", "most_batch", "many"), [(21, 18, False), (140, 420, True)])
 @given(
+    data=st.data(),
     pattern=st.sampled_from(PATTERNS),
-    rows=st.integers(1, 21),
     groups=st.integers(1, 60),
-    batch=st.integers(1, 18),
     dtype=st.sampled_from(DTYPES),
     activations=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     extras=st.booleans(),
 )
 def test_products_agree_with_float64(
     kernels: str,
+    most_rows: int,
+    most_batch: int,
+    many: bool,
+    data: st.DataObject,
     pattern: str,
-    rows: int,
     groups: int,
-    batch: int,
     dtype: torch.dtype,
     activations: torch.dtype,
     extras: bool,
 ) -> None:
+    """Of few rows of activations and of many, which are not rounded for int8 weights."""
+    rows, batch = data.draw(st.integers(1, most_rows)), data.draw(st.integers(1, most_batch))
     width = groups * Pattern.parse(pattern).m
     weight = packed(rows, width, pattern, dtype)
     x = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch)).to(activations)
     bias = torch.linspace(-1, 1, rows).to(activations) if extras else None
     order = torch.randperm(width, generator=torch.Generator().manual_seed(width)) if extras else None
-    found = native.multiply(describe(weight, bias, order), x, kernels)
-    assert_near(found, exact(weight, x, bias, order))
-
-
-@pytest.mark.parametrize("kernels", KERNELS)
-@given(
-    pattern=st.sampled_from(PATTERNS),
-    rows=st.integers(1, 140),
-    groups=st.integers(1, 60),
-    batch=st.integers(1, 420),
-    dtype=st.sampled_from(DTYPES),
-    activations=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    extras=st.booleans(),
-)
-def test_products_of_many_rows_agree_with_float64(
-    kernels: str,
-    pattern: str,
-    rows: int,
-    groups: int,
-    batch: int,
-    dtype: torch.dtype,
-    activations: torch.dtype,
-    extras: bool,
-) -> None:
-    width = groups * Pattern.parse(pattern).m
-    weight = packed(rows, width, pattern, dtype)
-    x = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch)).to(activations)
-    bias = torch.linspace(-1, 1, rows).to(activations) if extras else None
-    order = torch.randperm(width, generator=torch.Generator().manual_seed(width)) if extras else None
-    found = native.multiply(describe(weight, bias, order), x, kernels, many=True)
-    channels = x if order is None else x[:, order]
-    expected = channels.double() @ weight.unpack().double().T
-    assert_near(found, expected if bias is None else expected + bias.double())
+    found = native.multiply(describe(weight, bias, order), x, kernels, many=many)
+    assert_near(found, exact(weight, x, bias, order, rounded=not many))
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

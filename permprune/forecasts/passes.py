@@ -1,0 +1,121 @@
+"""Passes of a model that is run without numbers: what a batch, or a single example, takes in memory and operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from permprune.config import PruneConfig
+from permprune.examples import Examples
+from permprune.forecasts.activations import Activations, Gradients, count_activations
+from permprune.losses.targets import next_token
+from permprune.models.dummy_inputs import example_inputs
+from permprune.models.forward import forward_arguments, is_causal_lm, main_outputs
+from permprune.models.modality import BATCH_MULTIPLIER, Kind, kind_of
+from permprune.models.pairs import takes_pairs
+from permprune.models.positions import fitting_length
+from permprune.models.shallow import Repetition
+from permprune.pruning.outline import Outline
+
+TYPICAL: dict[Kind, int] = {"sentences": 64, "embeddings": 64, "speech": 64}
+"""The tokens that are assumed of a sentence and of a transcript, where they determine the work and not the memory."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of a batch, by the names of the model's arguments."""
+
+
+def example_pass(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    *,
+    shown: Shapes | None = None,
+    size: tuple[int, int] | None = None,
+    lists: Sequence[Repetition] = (),
+) -> Activations:
+    """Count what the model computes forward for one example, of the shapes `shown` or of `TYPICAL` length.
+
+    The model may be on the meta device. `size` is as in `Subject`, and blocks in `lists` are not run.
+    """
+    shapes = _shapes(model, 1, min(config.length, TYPICAL.get(kind_of(model), config.length)), size)
+    return _run(model, {name: (shown or {}).get(name, shape) for name, shape in shapes.items()}, lists=lists)
+
+
+def batch_pass(
+    model: PreTrainedModel,
+    outline: Outline,
+    gradients: Gradients,
+    *,
+    config: PruneConfig,
+    dtype: torch.dtype,
+    batch: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> Activations:
+    """Count the activations of a batch of this many windows, by default `config.batch`."""
+    return _run(
+        model,
+        _shapes(model, (batch or config.batch) * BATCH_MULTIPLIER[kind_of(model)], config.length, size),
+        gradients=gradients,
+        dtype=dtype,
+        recompute=config.recompute and gradients != "none",
+        lists=outline.repeated,
+        held=outline.dtype if gradients == "inputs" and dtype == outline.dtype else torch.float32,
+    )
+
+
+def uncounted(*_: object, **__: object) -> Activations:
+    return Activations(blocks=0, logits=0, positions=0, outputs=0)
+
+
+def _shapes(model: PreTrainedModel, count: int, length: int, size: tuple[int, int] | None) -> Shapes:
+    """The shapes of a batch of `count` examples, of texts with `length` tokens and of images of this size.
+
+    Of texts with images only the text: how many tokens an image is depends on its numbers.
+    """
+    length = fitting_length(model, length)
+    if takes_pairs(model):
+        return {"input_ids": (count, length)}
+    shapes = {name: (count, *tensor.shape[1:]) for name, tensor in example_inputs(model).items()}
+    if size and len(image := shapes.get("pixel_values", ())) == 4:
+        shapes["pixel_values"] = (*image[:2], *size)
+    return shapes | {name: (count, length) for name in ("input_ids", "decoder_input_ids") if name in shapes}
+
+
+def _run(
+    model: PreTrainedModel,
+    shapes: Shapes,
+    *,
+    gradients: Gradients = "none",
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> Activations:
+    """Count what a pass over a batch makes and computes."""
+    text = is_causal_lm(model) and shapes.keys() == {"input_ids"}
+    run = _next_token_loss(shapes) if text else _output_sum(shapes)
+    return count_activations(model, run, gradients=gradients, dtype=dtype, **settings)
+
+
+def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
+    """A loss of a language model on a batch of text."""
+
+    return lambda model: next_token(model, Examples(_zeros(shapes))).loss()
+
+
+def _output_sum(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
+    """The sum of a model's outputs, which keeps as much memory as a loss."""
+
+    def total(model: nn.Module) -> Tensor:
+        outputs = main_outputs(model(**forward_arguments(model, _zeros(shapes))))
+        return torch.stack([output.float().sum() for output in outputs if isinstance(output, Tensor)]).sum()
+
+    return total
+
+
+def _zeros(shapes: Shapes) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=torch.int64 if name.endswith("_ids") else torch.float32)
+        for name, shape in shapes.items()
+    }
