@@ -3,6 +3,7 @@
 import os
 import pkgutil
 import signal
+import traceback
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 def kill(place: str, call: int, *command: str | Path) -> None:
     """Run a command in a forked process, which saves its state after each step, until a given call of a function."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
@@ -23,11 +25,15 @@ def kill(place: str, call: int, *command: str | Path) -> None:
                 torch.set_num_threads(1)
                 patch.setattr("permprune.system.search_state.EVERY", 0.0)
                 calls(place, patch, last=call)
-                run(*command)
-        finally:
-            os._exit(1)
+                ended = str(run(*command))
+        except BaseException:
+            ended = traceback.format_exc()
+        os.write(writer, ended[-60_000:].encode())
+        os._exit(1)
+    os.close(writer)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    with open(reader) as said:
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, said.read()
 
 
 def calls(place: str, patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]:
