@@ -1,9 +1,12 @@
 """Commands that are killed in a given call of a function."""
 
-import os
+import multiprocessing
 import pkgutil
 import signal
 import traceback
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from os import getpid, kill
 from pathlib import Path
 
 import pytest
@@ -11,29 +14,41 @@ import torch
 
 from .cli.running import run
 
-FORKS = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-"""The mark of tests that call `kill`."""
+
+def run_until(place: str, call: int, *command: str | Path, patches: Mapping[str, object] | None = None) -> None:
+    """Run a command in another process, which saves its state after each step, until a given call of a function.
+
+    `patches` are attributes that have other values there. The process is forked from one that has only imported what
+    it needs: a fork of this one could not differentiate if a device other than the CPU was simulated here.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    reader, writer = context.Pipe(duplex=False)
+    values = {"permprune.system.search_state.EVERY": 0.0, **(patches or {})}
+    child = context.Process(target=_run, args=(writer, torch.get_num_threads(), values, place, call, command))
+    child.start()
+    writer.close()
+    try:
+        ended = reader.recv()
+    except EOFError:
+        ended = "the process said nothing"
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, ended
 
 
-def kill(place: str, call: int, *command: str | Path) -> None:
-    """Run a command in a forked process, which saves its state after each step, until a given call of a function."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
+def _run(
+    writer: Connection, threads: int, values: Mapping[str, object], place: str, call: int, command: tuple[str | Path]
+) -> None:
+    torch.set_num_threads(threads)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(name, value)
+        calls(place, patch, last=call)
         try:
-            with pytest.MonkeyPatch.context() as patch:
-                torch.set_num_threads(1)
-                patch.setattr("permprune.system.search_state.EVERY", 0.0)
-                calls(place, patch, last=call)
-                ended = str(run(*command))
+            ended = str(run(*command))
         except BaseException:
             ended = traceback.format_exc()
-        os.write(writer, ended[-60_000:].encode())
-        os._exit(1)
-    os.close(writer)
-    _, status = os.waitpid(child, 0)
-    with open(reader) as said:
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, said.read()
+    writer.send(ended)
 
 
 def calls(place: str, patch: pytest.MonkeyPatch, last: int | None = None) -> list[int]:
@@ -44,7 +59,7 @@ def calls(place: str, patch: pytest.MonkeyPatch, last: int | None = None) -> lis
     def count(*args: object, **options: object) -> object:
         found.append(1)
         if len(found) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+            kill(getpid(), signal.SIGKILL)
         return original(*args, **options)
 
     patch.setattr(place, count)

@@ -24,7 +24,7 @@ from permprune.saliency.registry import SALIENCIES
 from permprune.system.search_state import Checkpoint
 from permprune.updates.registry import UPDATES
 
-from ..killed import FORKS, kill
+from ..killed import run_until
 from .running import COMMAND, fails, run
 
 SMALL = ["--length", "16", "--samples", "24", "--windows", "4"]
@@ -355,12 +355,11 @@ def test_ctrl_c_says_how_to_resume(source: list[str], tmp_path: Path, monkeypatc
     assert first["permutations"] == second["permutations"]
 
 
-@FORKS
 @pytest.mark.slow
 def test_a_killed_process_resumes_to_the_same_permutations(source: list[str], tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = ["prune", *source, "--permute", "newton:rounds=5"]
-    kill("permprune.system.search_state.Checkpoint.save_object", 3, *command, "--out", out)
+    run_until("permprune.system.search_state.Checkpoint.save_object", 3, *command, "--out", out)
     assert (tmp_path / "out.partial" / "newton.safetensors").exists() and not out.exists()
     assert run(*command, "--out", out, "--resume")[0] == 0
     assert run(*command, "--out", whole)[0] == 0

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from permprune.permuters.tuning import counted
+from permprune.permuters.tuning import Schedule, counted
 from permprune.training.loop import Trainer
 
 from ..cli.running import run
-from ..killed import FORKS, calls, kill
+from ..killed import calls, run_until
 from .test_resuming import write_text
 
-pytestmark = [pytest.mark.slow, FORKS]
+pytestmark = pytest.mark.slow
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
@@ -27,6 +27,11 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 ADAM = "permprune.permuters.tuning.adam_step"
 LAYERS = 14
 """Of the tiny LLaMA; each step of a training calls `adam_step` once for each."""
+
+
+def six_steps(_: float) -> Schedule:
+    """In place of a schedule of so many seconds."""
+    return counted(6)
 
 
 @pytest.mark.parametrize(
@@ -52,13 +57,14 @@ def test_a_killed_training_of_a_search_continues(
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
     command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train=" in method else [])]
-    monkeypatch.setattr("permprune.permuters.trust_region.timed", lambda _: counted(6))
+    patches = {"permprune.permuters.trust_region.timed": six_steps}
+    monkeypatch.setattr(*next(iter(patches.items())))
     every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
     code, _, stderr = run(*command, "--out", whole)
     assert code == 0, stderr
     made = len(every)
     every.clear()
-    kill(place, call, *command, "--out", out)
+    run_until(place, call, *command, "--out", out, patches=patches)
     code, _, stderr = run(*command, "--out", out, "--resume")
     assert code == 0, stderr
     steps = LAYERS if place == ADAM else 1  # the step in which it was killed is made again, and no other one
@@ -90,7 +96,7 @@ def test_a_killed_fine_tuning_continues_within_the_epoch(
     assert code == 0, stderr
     assert len(every) == 3 * 5
     every.clear()
-    kill(place, 8, *command, "--out", out)  # in the third step of the second epoch
+    run_until(place, 8, *command, "--out", out)  # in the third step of the second epoch
     code, _, stderr = run(*command, "--out", out, "--resume")
     assert code == 0, stderr
     assert len(every) == 15 - 7 and curves[2:4] == curves[4:]
