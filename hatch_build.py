@@ -23,7 +23,7 @@ except ImportError:  # run by hand
 
 ROOT = Path(__file__).resolve().parent
 FOLDER = Path("permprune/kernels")
-FLAGS = ["-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden"]
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden"]
 CHECKS = ["-fno-sanitize=undefined", "-Wall", "-Wextra"]
 MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 GLIBC = (2, 17)
