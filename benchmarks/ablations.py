@@ -1,6 +1,9 @@
-"""The paper's ablation studies with the learned permuter: its loss, its number of groups, and the length of its search.
+"""Ablation studies: of the paper, with the learned permuter, and of the orders that an update of all layers starts from.
 
 python benchmarks/ablations.py smollm2-135m --study loss --mode gather --calibration c4.jsonl --data wiki.test.raw
+python benchmarks/ablations.py smollm2-135m --study compensation --mode fold --length 128 --samples 192
+
+Those of the paper are the loss, the number of groups, and the length of the search.
 
 Li et al. 2026, arXiv 2601.22980, "ablations". An epoch is one pass over the calibration windows that gradients are
 computed on. Prints a table; --paper studies the published method and parameters.
@@ -15,8 +18,11 @@ from permprune.engine.measuring import Evaluation
 from permprune.jobs.compare import compare
 from permprune.losses.objective import Objective
 from permprune.permuters.base import Permuter
+from permprune.permuters.identity import Identity
 from permprune.permuters.learned import Learned
+from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
+from permprune.permuters.ria import RIAPermuter
 from permprune.report.comparison import comparison_table
 from permprune.system.progress import console
 
@@ -26,6 +32,12 @@ OBJECTIVES = {
     "CE + distillation": Objective(distillation=1e-5),
     "KL": Objective(0.0, divergence=1.0),
     "KL + distillation": Objective(0.0, divergence=1.0, distillation=1e-5),
+}
+ORDERS = {
+    "natural order": Newton(rounds=0, start=Identity()),
+    "ria": Newton(rounds=0, start=RIAPermuter()),
+    "reconstruction": Newton(rounds=0),
+    "three rounds of newton": Newton(rounds=3),
 }
 GROUPS = (1, 2, 4, 8, 16)
 EPOCHS = (0.0, 0.25, 0.5, 1.0, 2.0)
@@ -41,6 +53,8 @@ def variants(study: str, learner: Learned | LearnedPaper, windows: int) -> dict[
     """The permuters of a study, by label."""
     if study == "loss":
         return {label: dataclasses.replace(learner, objective=loss) for label, loss in OBJECTIVES.items()}
+    if study == "compensation":
+        return {label: dataclasses.replace(order, compensate=True) for label, order in ORDERS.items()}
     if study == "groups":
         return {f"{count} groups": dataclasses.replace(learner, groups=count) for count in GROUPS}
     return {f"{length:g} epochs": lasting(learner, length, windows) for length in EPOCHS}
@@ -49,16 +63,18 @@ def variants(study: str, learner: Learned | LearnedPaper, windows: int) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--study", choices=("loss", "groups", "epochs"), default="loss")
+    parser.add_argument("--study", choices=("loss", "groups", "epochs", "compensation"), default="loss")
     parser.add_argument("--paper", action="store_true", help="the published method and parameters")
     parser.add_argument("--epochs", type=float, help="length of each variant of the studies loss and groups")
     parser.add_argument("--mode", choices=("fold", "gather"), default="gather")
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--calibration")
     parser.add_argument("--data")
     parser.add_argument("--windows", type=int, default=12)
     options = parser.parse_args()
-    config = PruneConfig(mode=options.mode, samples=options.samples, calibration=options.calibration)
+    config = PruneConfig(mode=options.mode, samples=options.samples, length=options.length)
+    config = config if options.calibration is None else config.replace(calibration=options.calibration)
     windows = max(0, config.shares(config.samples)[-1])
     learner = LearnedPaper() if options.paper else Learned()
     learner = learner if options.epochs is None else lasting(learner, options.epochs, windows)

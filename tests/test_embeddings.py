@@ -12,15 +12,12 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune.evaluation.embeddings import embedding_agreement
-from permprune.forecasts.efforts import resolve
 from permprune.losses.choice import choose_task
 from permprune.losses.embeddings import Embedding, Embeddings
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Imitation
 from permprune.models.modality import kind_of
 from permprune.models.pooling import POOLING, embeddings
-from permprune.permuters.newton import Newton
-from permprune.permuters.registry import permuter
 
 from .cli.running import run
 from .fixtures import BLOCK, SENTENCES
@@ -228,12 +225,7 @@ def test_a_score_that_is_no_number_is_named(encoder: Path, pairs: Path) -> None:
         permprune.evaluate(str(encoder), permprune.Evaluation(str(pairs)))
 
 
-def test_efforts_compensate_before_they_train(encoder: Path) -> None:
-    model = permprune.read_model(str(encoder))[0]
-    for effort, trains in (("order", False), ("minutes", True), ("hour", True)):
-        method = permuter(resolve(model, permprune.PruneConfig(effort=effort)).permute)
-        assert isinstance(method, Newton)
-        assert method.compensate == bool(method.train_steps) == trains
+def test_hidden_states_weigh_less_for_embeddings_than_for_images() -> None:
     assert 0 < Objective().for_training(Embedding()).hidden_states < Objective().for_training(Imitation()).hidden_states
 
 

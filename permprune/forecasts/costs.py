@@ -28,6 +28,7 @@ from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.outline import Outline
+from permprune.updates.admm import ADMM
 from permprune.updates.base import NoUpdate, Update
 
 TRIED = 1.5
@@ -42,6 +43,9 @@ TRIED_SHARES = 3
 MOVED = 280
 """Bytes that `QuadraticModel.swap` reads and writes for each weight: in three passes it computes scores and pruned
 parts, from which it takes the placement cost, the gains, and new slopes."""
+
+PASSES = 20
+"""How often an iteration of ADMM reads or writes each weight, beside the product."""
 
 
 @singledispatch
@@ -162,11 +166,25 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         rounds.append(stage("refinement", *backward, work=work, times=method.refine))
     if method.compensate:
         updated = Memory("updated weights", 4 * outline.weights)
-        rounds.append(stage("compensation", updated, *_pass(method, run), work=run.loss_work(4 * examples), times=1))
+        work = _compensation(run, 4 * examples)
+        rounds.append(stage("compensation", updated, *_pass(method, run), work=work, times=1))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
         rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
     return [*stages_of(method.start, run), *rounds]
+
+
+def _compensation(run: Workload, examples: int) -> Work:
+    """Blocks run twice, before and after the update; an inverse costs about as much as an iteration."""
+    method, outline = ADMM(), run.outline
+    positions = examples * run.forward.products / (2 * outline.weights)
+
+    def update(channels: int, rows: int, m: int) -> Work:
+        products = 2.0 * channels**2 * rows * (method.iterations + 2)
+        return Work(products_fp32=products, moved=PASSES * 4.0 * channels * rows * method.iterations)
+
+    moments = Work(products_fp32=2 * positions * outline.moments())
+    return run.loss_work(2 * examples) + moments + run.each_problem(update)
 
 
 @state_bytes.register(TrustRegion)

@@ -14,9 +14,11 @@ from permprune.config import PruneConfig
 from permprune.errors import PermpruneError, first_line
 from permprune.forecasts.costs import TRIED
 from permprune.forecasts.passes import example_pass
+from permprune.models.layers import block_linears
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.permuters.newton import Newton
 from permprune.system.progress import log
+from permprune.updates.admm import ADMM
 
 DEFAULT = "minutes"
 """The effort of `prune` if neither an effort nor a permuter is given."""
@@ -33,13 +35,21 @@ LARGE_WINDOWS = 768
 
 @dataclass(frozen=True)
 class Effort:
-    """The `operations` of a run, and the share of them in which it searches; it trains weights with the others."""
+    """The `operations` of a run, and whether weights that are kept change.
+
+    If they do, a layer-wise update chooses the masks (see `compensation`), and what is left of the operations goes into
+    training: after such an update, rounds of search for the order gain nothing (docs/results/ablations.md).
+    """
 
     operations: float
-    search: float
+    trains: bool
 
 
-EFFORTS = {"order": Effort(6e13, 1.0), "minutes": Effort(6e13, 0.25), "hour": Effort(3.6e14, 0.1)}
+EFFORTS = {
+    "order": Effort(6e13, trains=False),
+    "minutes": Effort(6e13, trains=True),
+    "hour": Effort(3.6e14, trains=True),
+}
 """The efforts by name (`config.EFFORTS`)."""
 
 
@@ -55,18 +65,19 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     name = config.effort or DEFAULT
     effort, method, kind = EFFORTS[name], Newton(), kind_of(model)
     windows = effort.operations / (_operations(model, config, size) * EXAMPLES_PER_WINDOW[kind])
-    a_round = 3 * method.examples + TRIED * config.held_out  # passes of a window
-    a_step = 4 * method.step_examples  # with the dense model's
-    compensated = kind == "embeddings" and effort.search < 1  # by masks of its own, which further rounds hardly improve
-    rounds = _within(ROUNDS, 0 if compensated else effort.search * windows / a_round)
-    steps = _within(STEPS, (windows - rounds * a_round) / a_step) if effort.search < 1 else 0
-    training = ":compensate=true" if compensated else ""
-    training += f":train_steps={steps}" if steps else ""
+    rounds, steps, changes = 0, 0, ""
+    if effort.trains:
+        compensation = 8 * method.examples + _update_operations(model) * windows / effort.operations
+        a_step = 4 * method.step_examples  # with the dense model's
+        steps = _within(STEPS, (windows - compensation) / a_step)
+        changes = f":compensate=true:train_steps={steps}"
+    else:
+        rounds = _within(ROUNDS, windows / (3 * method.examples + TRIED * config.held_out))  # passes of a window
     needed = max(rounds * method.examples, steps * method.step_examples)
     if kind in ("images", "speech"):
         needed = min(needed, LARGE_WINDOWS)
     samples = config.samples if "samples" in config.given else config.measured + config.held_out + needed
-    resolved = config.replace(effort=name, permute=f"{method.name}:rounds={rounds}{training}", samples=samples)
+    resolved = config.replace(effort=name, permute=f"{method.name}:rounds={rounds}{changes}", samples=samples)
     log.info("effort %s: %s on %d windows", name, resolved.permute, resolved.samples)
     return resolved
 
@@ -80,6 +91,12 @@ def _operations(model: PreTrainedModel, config: PruneConfig, size: tuple[int, in
     except Exception as error:  # a model's own code can raise any type
         log.warning("the effort is that of a text of %d tokens: %s", config.length, first_line(error))
         return 2.0 * config.length * sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+
+
+def _update_operations(model: PreTrainedModel) -> float:
+    """The operations of the products of an update of all layers (see `compensation`)."""
+    shapes = [layer.weight.shape for layer in block_linears(model)]
+    return sum(2.0 * rows * channels**2 * ADMM().iterations for rows, channels in shapes)
 
 
 def _within(limits: tuple[int, int], number: float) -> int:

@@ -68,18 +68,20 @@ def test_every_effort_has_a_budget() -> None:
 
 
 def test_work_is_divided_into_rounds_and_steps(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round takes 8 windows forward and backward and 1.5 times 8 held-out ones, a step 2 and the dense model's."""
-    monkeypatch.setitem(EFFORTS, "hour", Effort(6e13, 0.5))
-    for windows, rounds, steps in ((720, 10, 45), (360, 5, 22), (36, *(ROUNDS[0], STEPS[0])), (1e9, 16, 2000)):
-        method = chosen(tiny_llama, monkeypatch, windows, effort="hour")
-        assert (method.rounds, method.train_steps) == (rounds, steps)
-    for windows, rounds in ((360, 10), (1, 1), (1e9, 16)):
+    """A round takes 8 windows forward and backward and 1.5 times 8 held-out ones, a step 2 and the dense model's.
+
+    An update takes 32 windows twice.
+    """
+    for windows, steps in ((720, 82), (360, 37), (36, STEPS[0]), (1e9, STEPS[1])):
+        method = chosen(tiny_llama, monkeypatch, windows, effort="minutes")
+        assert (method.rounds, method.compensate, method.train_steps) == (0, True, steps)
+    for windows, rounds in ((360, 10), (1, ROUNDS[0]), (1e9, ROUNDS[1])):
         method = chosen(tiny_llama, monkeypatch, windows, effort="order")
-        assert (method.rounds, method.train_steps) == (rounds, 0)
+        assert (method.rounds, method.compensate, method.train_steps) == (rounds, False, 0)
 
 
 def test_only_shapes_count(tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(EFFORTS, "minutes", Effort(2e9, 0.1))
+    monkeypatch.setitem(EFFORTS, "minutes", Effort(1e10, trains=True))
     whole = resolve(tiny_llama, PruneConfig(length=32))
     shapes = copy.deepcopy(tiny_llama).to("meta")  # type: ignore[arg-type]
     assert resolve(shapes, PruneConfig(length=32)) == whole
@@ -120,7 +122,9 @@ def test_training_sees_a_short_text_once(
     pruned = permprune.prune(tiny_llama, examples=WINDOWS, precision="fp32")
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
     assert "12 windows" in said and "each once, in 6 steps in place of 2000" in said
-    assert pruned.config.permute == pruned.record().settings["permute"] == "newton:rounds=1:train_steps=6"
+    assert (
+        pruned.config.permute == pruned.record().settings["permute"] == "newton:rounds=0:compensate=true:train_steps=6"
+    )
     assert pruned.solution.curve[-1].stage == "training" and "starts over" not in caplog.text
 
 
@@ -129,7 +133,9 @@ def test_training_sees_images_several_times(little: None, caplog: pytest.LogCapt
     pruned = permprune.prune(make("vit"), examples=images, precision="fp32")
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
     assert "2 windows" in said and "up to 20 times, in 20 steps in place of" in said
-    assert pruned.config.permute == "newton:rounds=1:train_steps=20" and "starts over" not in caplog.text
+    assert (
+        pruned.config.permute == "newton:rounds=0:compensate=true:train_steps=20" and "starts over" not in caplog.text
+    )
 
 
 def test_an_effort_gives_the_same_files_every_time(
@@ -139,11 +145,13 @@ def test_an_effort_gives_the_same_files_every_time(
     digests = []
     for out, effort in (("one", []), ("other", ["--effort", "minutes"])):
         code, stdout, stderr = run("-v", "prune", tiny_checkpoint, *small, *effort, "--out", tmp_path / out)
-        assert code == 0 and "effort minutes: newton:rounds=1:train_steps=2000 on 24" in " ".join(stderr.split())
-        said = "effort minutes: newton:rounds=1:train_steps=6 on 24 windows; training changes the weights that are kept"
+        assert code == 0 and "effort minutes: newton:rounds=0:compensate=true:train_steps=2000 on 24" in " ".join(
+            stderr.split()
+        )
+        said = "effort minutes: newton:rounds=0:compensate=true:train_steps=6 on 24 windows; training changes the weights that are kept"
         assert stdout.startswith(said) and "; about" in stdout
         settings = json.loads((tmp_path / out / "permprune.json").read_text())["settings"]
-        assert (settings["effort"], settings["permute"]) == ("minutes", "newton:rounds=1:train_steps=6")
+        assert (settings["effort"], settings["permute"]) == ("minutes", "newton:rounds=0:compensate=true:train_steps=6")
         assert "<dt>effort</dt><dd>minutes</dd>" in (tmp_path / out / "report.html").read_text()
         digests.append(hashlib.sha256((tmp_path / out / "model.safetensors").read_bytes()).digest())
     assert digests[0] == digests[1]

@@ -169,11 +169,11 @@ def test_a_time_limit_divides_into_search_and_training(config_folder: Path) -> N
 
 
 def test_only_the_config_is_read(config_folder: Path) -> None:
-    found = forecast(config_folder, gpu="h100")
+    found = forecast(config_folder, gpu="h100", effort="order")
     assert found.assumed == ("2 of the 5 blocks in model.layers were traced: the others equal one of them in shape",)
     half = json.loads((config_folder / "config.json").read_text())
     (config_folder / "config.json").write_text(json.dumps({**half, "dtype": "bfloat16"}))
-    other = forecast(config_folder, gpu="h100")
+    other = forecast(config_folder, gpu="h100", effort="order")
     assert 2 * other.disk["checkpoint"] == found.disk["checkpoint"]
     wide, narrow = (bytes_of(one, "newton: proposals") for one in (found, other))
     assert narrow["weights"] < 0.7 * wide["weights"] and 2 * narrow["gradients"] == wide["gradients"]
