@@ -70,8 +70,9 @@ def replaced_while_running(
     def enter(*_: object) -> None:
         tensor = replacement(parameter)
         if tensor is not None:
-            shown = _InPlaceOf.apply(parameter, tensor)  # type: ignore[no-untyped-call]
-            module._parameters[attribute] = shown
+            if torch.is_grad_enabled():
+                tensor = _InPlaceOf.apply(parameter, tensor)  # type: ignore[no-untyped-call]
+            module._parameters[attribute] = tensor  # type: ignore[assignment]
 
     def leave(*_: object) -> None:
         module._parameters[attribute] = parameter

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
+from permprune.kernels.product.masked import MaskedWeight
 from permprune.kernels.search.masks import apply_mask, kept_sum, pack_mask, unpack_mask, write_mask
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
@@ -343,10 +344,22 @@ class MaskedLayers:
 
             def shown(stored: nn.Parameter, parts: list[Layer] = parts) -> Tensor | None:
                 network = reference()
-                return None if network is None else network._stored(parts, stored)
+                if network is None:
+                    return None
+                alone = len(parts) == 1 and not torch.is_grad_enabled()
+                product = network._multiplied(parts[0]) if alone else None
+                return network._stored(parts, stored) if product is None else product
 
             attribute = parameter.rpartition(".")[2]
             self._handles += replaced_while_running(parts[0].owner, attribute, shown)
+
+    def _multiplied(self, layer: Layer) -> Tensor | None:
+        """Return a weight that is shown as a product without gradients reads it fastest, or None where it is dense."""
+        weight = self.trained.get(layer.name, layer.weight)
+        other = layer.expert is not None or layer.transposed or layer.name in self.updated
+        if other or autocast_dtype(weight.device) or not MaskedWeight.fits(weight, self.patterns[layer.name]):
+            return None
+        return MaskedWeight.of(weight, self._bits[layer.name])
 
     @torch.no_grad()
     def _stored(self, layers: list[Layer], stored: nn.Parameter) -> Tensor:

@@ -186,6 +186,42 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
     return DONE;
 }
 
+static uint64_t reversed(uint8_t byte) { return (byte * 0x0202020202ull & 0x010884422010ull) % 1023; }
+
+static void compress_rows(const void *own, int64_t first, int64_t last)
+{
+    const struct compress *job = own;
+    const int64_t count = (job->width + BLOCK - 1) / BLOCK, size = CODE + BLOCK * (int64_t)sizeof(float);
+    for (int64_t row = first; row < last; row++)
+        for (int64_t n = 0; n < count; n++) {
+            const float *weight = job->weight + row * job->row_stride + n * BLOCK;
+            const uint8_t *bits = job->bits + row * ((job->width + 7) / 8) + n * BLOCK / 8;
+            const int used = (int)smaller(BLOCK, job->width - n * BLOCK);
+            char *block = job->blocks + (row * count + n) * size;
+            float *to = (float *)(block + CODE);
+            uint64_t code = 0;
+            for (int byte = 0; byte * 8 < used; byte++)
+                code |= reversed(bits[byte]) << byte * 8;
+            code = used < BLOCK ? before(code, used) : code;
+            memcpy(block, &code, sizeof code);
+            for (int c = 0, kept = 0; c < used; c++) { /* no branch: what is not kept is overwritten */
+                to[kept] = weight[c];
+                kept += (int)(code >> c & 1);
+            }
+        }
+}
+
+/* Write the blocks of a weight and its mask. */
+ENTRY(compress)
+{
+    (void)kernels;
+    if (bad_size(job->rows) || bad_size(job->width) ||
+        LACKS(job->rows * job->width, job->weight, job->bits, job->blocks))
+        return BAD_SIZE;
+    run_in_pieces(job, compress_rows, job->rows, TILE_ROWS, threads);
+    return DONE;
+}
+
 /* Whether the mask of the channels of some blocks keeps exactly n of every m of the first `width`, and no others. */
 static int keeps_pattern(const struct weights *weights, const char *block, int32_t n, int32_t m)
 {

@@ -95,6 +95,29 @@ def describe_plain(values: Tensor, scale: Tensor | None = None) -> Weights:
     )
 
 
+def describe_blocks(blocks: Tensor, bias: Tensor | None, *, rows: int, width: int) -> Weights:
+    """Describe fp32 blocks that keep any weights (`struct compress` of the library), as (rows, width).
+
+    Raises `PermpruneError` for a bias that is not (rows,), contiguous and on the CPU.
+    """
+    if bias is not None and not (
+        bias.shape == (rows,) and bias.is_contiguous() and bias.is_cpu and bias.dtype in FLOATS
+    ):
+        raise PermpruneError(f"a bias of shape {tuple(bias.shape)} and type {bias.dtype} does not fit {rows} rows")
+    return library.structure(
+        "weights",
+        blocks=blocks,
+        bias=bias,
+        rows=rows,
+        width=width,
+        count=-(-width // BLOCK),
+        slots=BLOCK,
+        number=NUMBERS[torch.float32],
+        bias_number=0 if bias is None else NUMBERS[bias.dtype],
+        kind=_MASK,
+    )
+
+
 def multiply(weights: Weights, x: Tensor, kernels: str | None = None, *, many: bool = False) -> Tensor:
     """Return x W^T + bias for contiguous x (batch, width) of fp32, bf16 or fp16, in the type of x: (batch, rows).
 
@@ -130,7 +153,12 @@ def multiply(weights: Weights, x: Tensor, kernels: str | None = None, *, many: b
 
 
 def leaves_out(weights: Weights, x: Tensor) -> bool:
-    """Whether `multiply` with `many` is the fastest product of x (batch, width) on this processor.
+    """Whether `multiply` with `many` is the fastest product of x (batch, width) with a packed weight here."""
+    return weights.slots <= MOST_SLOTS and is_fastest(weights, x)
+
+
+def is_fastest(weights: Weights, x: Tensor) -> bool:
+    """Whether `multiply` with `many` is the fastest product with a weight that keeps at most `MOST_SLOTS` of a block.
 
     It is from `MANY` rows on, except where bf16 is multiplied by bf16 and a processor multiplies pairs of them, alone
     or in matrix units, which makes dense products faster. int8 weights are multiplied as integers up to
@@ -138,21 +166,22 @@ def leaves_out(weights: Weights, x: Tensor) -> bool:
     """
     name, pairs = library.best()
     types = NUMBERS[torch.bfloat16], torch.bfloat16
-    if name not in MANY or weights.slots > MOST_SLOTS or (pairs and (weights.number, x.dtype) == types):
+    if name not in MANY or (pairs and (weights.number, x.dtype) == types):
         return False
     least = MANY[name] if weights.number != NUMBERS[torch.int8] else LARGEST_BATCH + 1
     return x.shape[0] >= least
 
 
-def workspace(size: int) -> Tensor:
-    """Return `size` bytes of memory that this thread's next call gets again, aligned to 64 bytes.
+def workspace(size: int, of: str = "lines") -> Tensor:
+    """Return `size` bytes of memory that this thread's next call with the same `of` gets again, aligned to 64 bytes.
 
     With memory from the system in every call, its new pages take a seventh of the time of a dense product in fp32.
     """
-    kept: Tensor | None = getattr(_kept, "memory", None)
+    kept: Tensor | None = getattr(_kept, of, None)
     if kept is None or kept.nbytes < size:
         kept = torch.empty(size + 64, dtype=torch.uint8)
-        _kept.memory = kept = kept[-kept.data_ptr() % 64 :]
+        kept = kept[-kept.data_ptr() % 64 :]
+        setattr(_kept, of, kept)
     return kept[:size]
 
 

@@ -1,0 +1,81 @@
+"""Products with masked weights, for every kernel that runs on this processor, beside float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from permprune.errors import PermpruneError
+from permprune.kernels import library
+from permprune.kernels.product.masked import LEAST_ROWS, MaskedWeight
+from permprune.kernels.search.masks import pack_mask
+from permprune.pattern import Pattern
+
+
+@pytest.mark.usefixtures("kernel")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(
+    rows=st.integers(1, 150),
+    width=st.integers(1, 200),
+    batch=st.sampled_from([1, LEAST_ROWS - 1, LEAST_ROWS, 2 * LEAST_ROWS + 77]),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    biased=st.booleans(),
+    apart=st.booleans(),
+)
+def test_a_linear_layer_multiplies_what_the_mask_keeps(
+    rows: int, width: int, batch: int, share: float, biased: bool, apart: bool
+) -> None:
+    weight = torch.randn(rows, width + 3)[:, 1 : width + 1] if apart else torch.randn(rows, width)
+    mask = torch.rand(rows, width) < share
+    bias = torch.randn(rows) if biased else None
+    x = torch.randn(3, batch, width)[1:2] if apart else torch.randn(1, batch, width)
+    with torch.inference_mode():
+        found = F.linear(x, MaskedWeight.of(weight, pack_mask(mask)), bias)
+    expected = F.linear(x.double(), (weight * mask).double(), None if bias is None else bias.double())
+    assert found.shape == expected.shape
+    assert torch.allclose(found.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_what_is_not_finite_counts_as_in_the_dense_product() -> None:
+    weight, mask = torch.randn(40, 70), torch.rand(40, 70) < 0.5
+    x = torch.randn(LEAST_ROWS, 70)
+    x[3, 5], x[7, 69], x[8, 0] = torch.nan, torch.inf, -torch.inf
+    found = F.linear(x, MaskedWeight.of(weight, pack_mask(mask)))
+    torch.testing.assert_close(found, F.linear(x, weight * mask), equal_nan=True, atol=2e-5, rtol=1e-5)
+
+
+def test_other_functions_are_given_the_zeros() -> None:
+    weight, mask = torch.randn(5, 9), torch.rand(5, 9) < 0.5
+    masked = MaskedWeight.of(weight, pack_mask(mask))
+    assert torch.equal(masked * 2, weight * mask * 2)
+    assert torch.equal(torch.mm(torch.ones(2, 5), masked), torch.ones(2, 5) @ (weight * mask))
+    assert torch.equal(F.linear(torch.ones(1, 9), weight=masked), F.linear(torch.ones(1, 9), weight * mask))
+
+
+def test_products_do_not_depend_on_the_threads() -> None:
+    weight, mask, x = torch.randn(700, 600), torch.rand(700, 600) < 0.5, torch.randn(LEAST_ROWS, 600)
+    masked, threads = MaskedWeight.of(weight, pack_mask(mask)), torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(F.linear(x, masked))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+def test_only_what_pays_fits() -> None:
+    weight = torch.randn(8, 16)
+    if library.available():
+        assert MaskedWeight.fits(weight, Pattern(2, 4))
+    assert not MaskedWeight.fits(weight, Pattern(3, 4))
+    assert not MaskedWeight.fits(weight.bfloat16(), Pattern(2, 4))
+    assert not MaskedWeight.fits(weight.T, Pattern(2, 4))
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    weight, mask = torch.randn(8, 16), torch.ones(8, 8, dtype=torch.bool)
+    with pytest.raises(PermpruneError, match="mask"):
+        F.linear(torch.ones(LEAST_ROWS, 16), MaskedWeight.of(weight, pack_mask(mask)))
