@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from functools import cache
 from typing import Any
 
 import torch
@@ -160,16 +161,23 @@ def leaves_out(weights: Weights, x: Tensor) -> bool:
 def is_fastest(weights: Weights, x: Tensor) -> bool:
     """Whether `multiply` with `many` is the fastest product with a weight that keeps at most `MOST_SLOTS` of a block.
 
-    It is from `MANY` rows on, except where bf16 is multiplied by bf16 and a processor multiplies pairs of them, alone
-    or in matrix units, which makes dense products faster. int8 weights are multiplied as integers up to
-    `LARGEST_BATCH`.
+    It is from `MANY` rows on, except where bf16 is multiplied by bf16, or fp16 by fp16, and the processor multiplies
+    them as such, alone or in matrix units (AMX), which makes dense products faster. int8 weights are multiplied as
+    integers up to `LARGEST_BATCH`.
     """
     name, pairs = library.best()
-    types = NUMBERS[torch.bfloat16], torch.bfloat16
-    if name not in MANY or (pairs and (weights.number, x.dtype) == types):
+    faster = {torch.bfloat16: pairs, torch.float16: multiplies_fp16()}.get(x.dtype, False)
+    if name not in MANY or (faster and weights.number == NUMBERS[x.dtype]):
         return False
     least = MANY[name] if weights.number != NUMBERS[torch.int8] else LARGEST_BATCH + 1
     return x.shape[0] >= least
+
+
+@cache
+def multiplies_fp16() -> bool:
+    """Whether torch's products of fp16 have instructions of their own; old releases of torch do not say it."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_fp16"))
 
 
 def workspace(size: int, of: str = "lines") -> Tensor:

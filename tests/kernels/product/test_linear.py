@@ -209,6 +209,17 @@ def assert_as_dense(found: Tensor, x: Tensor, dense: Tensor) -> None:
     assert found[~bad].isfinite().all()
 
 
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_fp16_is_dense_where_it_has_instructions(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": has_instructions}, raising=False)
+    native.multiplies_fp16.cache_clear()
+    weights, x = describe(packed(8, 64, dtype=torch.float16)), torch.ones(LARGEST_BATCH + 1, 64)
+    leaves_out = library.best()[0] in native.MANY
+    assert native.leaves_out(weights, x.half()) == (leaves_out and not has_instructions)
+    assert native.leaves_out(weights, x) == leaves_out
+    native.multiplies_fp16.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leaves_out", [False, True])
 def test_activations_that_are_not_finite_give_what_the_dense_product_gives(
