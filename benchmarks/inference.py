@@ -4,13 +4,14 @@
 are in huge pages, as in packed models that permprune loads. `torch` is `torch.nn.functional.linear` on a dense weight
 of the activations' type, in memory as torch allocates it (in huge pages, too, with `THP_MEM_ALLOC_ENABLE=1`). They take
 turns, every other turn in reverse order, because a product is slower the more of the cache the one before it has used.
-The fastest of all turns counts. Each product cycles through so many copies of its weights that none is in the
-processor's cache.
+The fastest of all turns counts, in processor time where one thread runs. Each product cycles through so many copies of
+its weights that none is in the processor's cache.
 
-Above 64 rows of activations, `packed` is the kernel that leaves out what is pruned, and there is no `dense`.
+Above 64 rows of activations, `packed` is the kernel that leaves out what is pruned, and there is no `dense`; these
+figures are rows of the table `many-rows`.
 
 python benchmarks/inference.py --threads 1 2 --batch 1 16
-python benchmarks/inference.py --threads 1 2 --batch 512 --types fp32 --turns 8
+python benchmarks/inference.py --threads 1 2 --batch 512 --types fp32 --turns 8 --outputs 1536 --inputs 576
 """
 
 import argparse
@@ -75,7 +76,11 @@ def main() -> None:
                 ratios = [f"{times[own] / packed:.2f}" if own in times else "" for own in ("dense", "torch")]
                 print(f"| {' | '.join([name, str(batch), str(threads), *cells, *ratios])} | {limit:.2f} |", flush=True)
                 shape = {own: getattr(options, own) for own in ("pattern", "outputs", "inputs")}
-                cell = {"table": "layers"} | shape | {"type": name, "batch": batch, "threads": threads}
+                cell = (
+                    {"table": "layers" if len(others) > 1 else "many-rows"}
+                    | shape
+                    | {"type": name, "batch": batch, "threads": threads}
+                )
                 found = times | {"byte_limit": limit}
                 add(options.rows, cell, {own: round(value, 4) for own, value in found.items()})
 
@@ -136,13 +141,14 @@ def check(products: list[Product], x: Tensor) -> None:
 def measure(products: list[Product], x: Tensor, turns: int) -> list[float]:
     """Milliseconds of each, the fastest of its turns."""
     fastest = [float("inf")] * len(products)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     order = list(enumerate(products))
     for _ in range(turns):
         order.reverse()
         for index, product in order:
-            began = time.perf_counter()
+            began = clock()
             product(x)
-            fastest[index] = min(fastest[index], time.perf_counter() - began)
+            fastest[index] = min(fastest[index], clock() - began)
     return [1000 * seconds for seconds in fastest]
 
 
