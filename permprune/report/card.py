@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from permprune.checkpoints.record import PACKED
+from permprune.models.pooling import POOLING
 from permprune.report.page import fill
 from permprune.report.run import decision, dense_sentence, measured_rows
 from permprune.report.showcase import answers, plain, speed_note, titles
@@ -75,6 +76,9 @@ def loading_code(record: Mapping[str, Any], config: Mapping[str, Any], source: s
     loader = next(iter([*own_classes, *(config.get("architectures") or ())]), "AutoModel")
     trusted = ", trust_remote_code=True" if own_classes else ""
     lines = ["import permprune  # with it, Transformers loads packed weights"] if PACKED in record else []
+    if config.get(POOLING):
+        lines += ["from sentence_transformers import SentenceTransformer", ""]
+        return "\n".join([*lines, f"model = SentenceTransformer({name}{trusted})"])
     lines += [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({name}{trusted})"]
     return "\n".join(lines)
 

@@ -83,6 +83,8 @@ def test_what_the_hub_reads_is_what_is_known() -> None:
     assert "This is `someone/small-model`, pruned to N:M" in card.text
     own = card_of("me/small", True, {"auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "a.C"}})
     assert 'AutoModelForCausalLM.from_pretrained("me/small", trust_remote_code=True)' in own.text
+    encoder = card_of(config={"architectures": ["BertModel"], "sentence_pooling": "mean"})
+    assert 'model = SentenceTransformer("out")' in encoder.text and "BertModel" not in encoder.text
     strange = card_of(model="/home/me/a|`b`\n# <b>", settings={"pattern": "2:4", "permute": "a|`b", "update": "none"})
     assert strange.text.startswith("\n# a\\|\\`b\\` \\# \\<b\\>, 2:4\n") and "/home" not in strange.text
     assert "This is `a\\| b # <b>`, pruned" in strange.text and "| permute | `a\\| b` |" in strange.text
