@@ -69,7 +69,7 @@ def measure_throughput(model: PreTrainedModel, *, batch: int, context: int = 0, 
     Texts have `context` tokens. Of an encoder-decoder model that writes text, as those of speech do, the time includes
     `steps` tokens that are generated greedily. Raises `PermpruneError` if the inputs cannot be made.
     """
-    inputs, device = _inputs(model, batch, context), compute_device(model)
+    inputs, device = batch_inputs(model, batch, context), compute_device(model)
     with evaluating(model):
         began = _now(device)
         if needs_decoder_inputs(model, inputs):
@@ -79,8 +79,8 @@ def measure_throughput(model: PreTrainedModel, *, batch: int, context: int = 0, 
         return Throughput(batch, context, _now(device) - began)
 
 
-def _inputs(model: PreTrainedModel, batch: int, context: int) -> Examples:
-    """Random inputs, one row or image for each of the batch, and texts of `context` tokens unless it is 0."""
+def batch_inputs(model: PreTrainedModel, batch: int, context: int) -> Examples:
+    """Return random inputs, one row or image for each of the batch, and texts of `context` tokens unless it is 0."""
     made = example_inputs(model)
     if needs_decoder_inputs(model, Examples({name: made[name] for name in made if not name.startswith("decoder_")})):
         made = {name: tensor for name, tensor in made.items() if not name.startswith("decoder_")}

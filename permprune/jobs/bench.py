@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import io
+import logging
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,8 @@ from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
-from permprune.evaluation.speed import STEPS, cells, measure
+from permprune.evaluation.speed import STEPS, batch_inputs, cells, measure
+from permprune.inference.engines import EngineError, build, installed
 from permprune.kv.cache import PrunedCache
 from permprune.kv.files import OtherModelError
 from permprune.kv.files import read_record as read_kv
@@ -48,11 +52,13 @@ class _Entry:
     threads: int
     trust_remote_code: bool
     kv: str | None = None
+    engine: str | None = None
+    """The engine that runs the dense model, one of `ENGINES`; None for PyTorch."""
 
     @property
     def name(self) -> str:
         """The name of the row in the results."""
-        name = self.source if self.dtype is None else f"{self.source} ({self.dtype})"
+        name = self.source if self.dtype is None else f"{self.source} ({self.engine or self.dtype})"
         return name if self.kv is None else f"{name} with {self.kv}"
 
     @property
@@ -71,6 +77,7 @@ def bench(
     turns: int = 3,
     threads: int | None = None,
     kv: str | Path | None = None,
+    engines: bool = False,
     trust_remote_code: bool = False,
 ) -> Benchmark:
     """Benchmark checkpoints against the dense model in fp32 and bf16.
@@ -81,7 +88,8 @@ def bench(
     is loaded in its own process. The processes are measured one at a time, in `turns` rounds, and the shortest time of
     the rounds is reported. `threads` is the number of threads of each process, by default PyTorch's. With `kv`, a
     folder that `permprune kv` wrote, those of the dense model in bf16 and the checkpoints that it was made for are
-    measured with that pruned cache too; a warning names the others. Raises `PermpruneError`.
+    measured with that pruned cache too; a warning names the others. With `engines`, the dense model is measured in the
+    other engines that are installed too, as far as they run it. Raises `PermpruneError`.
     """
     given = {"batches": batches, "contexts": contexts, "steps": [steps], "turns": [turns]}
     _require_numbers(**{name: numbers for name, numbers in given.items() if numbers is not None})
@@ -92,6 +100,10 @@ def bench(
     if kv is not None:
         read_kv(Path(kv))
         entries += [dataclasses.replace(entry, kv=str(kv)) for entry in entries if entry.dtype in ("bf16", None)]
+    if engines:
+        if best_device().type != "cpu":
+            raise PermpruneError("other engines are measured on a CPU alone: hide the GPU (CUDA_VISIBLE_DEVICES=)")
+        entries += [dataclasses.replace(entries[0], engine=engine) for engine in installed()]
     speeds: dict[tuple[int, int, int], Any] = {}
     with _served(entries) as (entries, servers):
         measured_at: list[tuple[int, int]] = _ask(servers[0], (batches, contexts))
@@ -133,16 +145,17 @@ def _dense_of(folders: Sequence[str | Path]) -> str:
     return read_record(Path(folders[0])).model
 
 
-@contextmanager
+@contextlib.contextmanager
 def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Connection]]]:
     """Start one process per model, which load their models one after the other; yields a connection to each.
 
-    Without the models that the pruned cache was not made for; raises `OtherModelError` if it was made for none.
+    Without the models that the pruned cache was not made for; raises `OtherModelError` if it was made for none. Without
+    the engines that do not run the model.
     """
     context = worker_context(__name__)
     served: list[_Entry] = []
     servers: list[Connection] = []
-    refused: dict[str, OtherModelError] = {}
+    refused: dict[str, OtherModelError | EngineError] = {}
     processes = []
     try:
         for entry in track(entries, "loading", len(entries)):
@@ -154,13 +167,14 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
             processes.append(process)
             try:
                 _receive(connection)
-            except OtherModelError as error:
+            except (OtherModelError, EngineError) as error:
                 refused[entry.name] = error
                 continue
             served.append(entry)
             servers.append(connection)
-        if refused and not any(entry.kv for entry in served):
-            raise next(iter(refused.values()))
+        others = [error for error in refused.values() if isinstance(error, OtherModelError)]
+        if others and not any(entry.kv for entry in served):
+            raise others[0]
         for name, reason in refused.items():
             log.warning("%s is not measured: %s", name, reason)
         yield served, servers
@@ -214,6 +228,9 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
     torch.set_num_threads(entry.threads)
     try:
         model = _load(entry)
+        if entry.engine is not None:
+            _serve_engine(pipe, entry, model)
+            return
         cache = None if entry.kv is None else functools.partial(PrunedCache.from_pretrained, entry.kv, model)
         if cache is not None:
             cache()
@@ -231,3 +248,21 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
                 pipe.send(measure(model, batch=batch, context=context, steps=steps, cache=cache))
     except PermpruneError as error:
         pipe.send(error)
+
+
+def _serve_engine(pipe: Connection, entry: _Entry, model: PreTrainedModel) -> None:
+    """Do the same for a dense model in another engine; the memory of the model in PyTorch is not counted."""
+    assert entry.engine is not None
+    batch, context = cells(model)[0]
+    with tempfile.TemporaryDirectory(prefix="permprune-") as folder:
+        inputs = batch_inputs(model, max(2, batch), context)
+        logging.disable(logging.WARNING)  # advice of the engines to their users
+        with contextlib.redirect_stdout(io.StringIO()):  # and their bars
+            engine = build(model, entry.engine, inputs, threads=entry.threads, folder=Path(folder))
+        pipe.send(None)
+        while (question := pipe.recv()) != END:
+            if question is None:
+                pipe.send((engine.nbytes, psutil.Process().memory_info().rss - stored_bytes(model)))
+            else:
+                batch, context, _ = question
+                pipe.send(engine.measure(model, batch, context))

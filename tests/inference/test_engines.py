@@ -1,0 +1,41 @@
+"""Dense models in other engines."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from permprune.errors import PermpruneError
+from permprune.evaluation.speed import batch_inputs
+from permprune.inference import engines
+from permprune.inference.engines import ENGINES, EngineError, build, installed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "tolerance"), [("ONNX Runtime fp32", 1e-5), ("ONNX Runtime int8", 5e-2)])
+def test_an_engine_computes_what_the_model_does(name: str, tolerance: float, tiny_bert: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval()
+    engine = build(model, name, batch_inputs(model, 2, 8), threads=1, folder=tmp_path)
+    words = batch_inputs(model, 3, 12)["input_ids"]
+    with torch.no_grad():
+        expected = model(words).logits.numpy()
+    assert np.abs(engine.run(words)[0] - expected).max() < tolerance
+    found = engine.measure(model, 5, 4)
+    assert (found.batch, found.context) == (5, 4)
+    if name.endswith("fp32"):
+        assert engine.nbytes > sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_models_that_write_text_are_refused(tiny_llama: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="write no text"):
+        build(tiny_llama, "OpenVINO fp32", batch_inputs(tiny_llama, 2, 8), threads=1, folder=tmp_path)
+
+
+def test_only_what_is_installed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "nncf" else name)
+    assert installed() == [name for name in ENGINES if name != "OpenVINO int8"]
+    monkeypatch.setattr(engines, "find_spec", lambda _: None)
+    with pytest.raises(PermpruneError, match="engines"):
+        installed()
