@@ -8,7 +8,7 @@ The fastest of all turns counts, in processor time where one thread runs. Each p
 its weights that none is in the processor's cache.
 
 Above 64 rows of activations, `packed` is the kernel that leaves out what is pruned, and there is no `dense`; these
-figures are rows of the table `many-rows`.
+figures are rows of the table `many-rows`. Nor is there one of int4.
 
 python benchmarks/inference.py --threads 1 2 --batch 1 16
 python benchmarks/inference.py --threads 1 2 --batch 512 --types fp32 --turns 8 --outputs 1536 --inputs 576
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.layout import LARGEST_BATCH, Layout
+from permprune.kernels.product.layout import BLOCK, LARGEST_BATCH, Layout
 from permprune.kernels.product.packed import PackedWeight, quantize
 from permprune.pattern import Pattern
 from permprune.system.huge_pages import move_to_huge_pages
@@ -39,6 +39,7 @@ TYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "int8": (torch.int8, torch.float32),
+    "int4": (torch.int4, torch.float32),
 }
 """Of the weight, and of the activations."""
 
@@ -90,14 +91,17 @@ def layers(
 ) -> tuple[list[Product], float]:
     """The weight packed, dense on the same kernels, and in torch; and the dense bytes over the packed ones."""
     packed = PackedWeight.pack(weight, pattern, stored)
-    values, scale = (weight.to(stored), None) if stored != torch.int8 else quantize(weight)
-    values = values.to(stored)
-    dense_bytes = values.nbytes + (0 if scale is None else scale.nbytes)
-    return [
-        cycle([_native(packed.blocks, kernels, packed.layout) for _ in range(copies(packed.nbytes))]),
-        cycle([_native(values, kernels, scale=scale) for _ in range(copies(dense_bytes))]),
-        cycle([_torch(weight.to(activations)) for _ in range(copies(weight.to(activations).nbytes))]),
-    ], dense_bytes / packed.nbytes
+    products = [cycle([_native(packed.blocks, kernels, packed.layout) for _ in range(copies(packed.nbytes))])]
+    unpacked = packed.unpack(activations)
+    if stored == torch.int4:
+        dense_bytes = int(weight.numel() * (4 + 16 / BLOCK) / 8)
+    else:
+        values, scale = (weight, None) if stored != torch.int8 else quantize(weight)
+        values = values.to(stored)
+        dense_bytes = values.nbytes + (0 if scale is None else scale.nbytes)
+        products.append(cycle([_native(values, kernels, scale=scale) for _ in range(copies(dense_bytes))]))
+    products.append(cycle([_torch(unpacked.clone()) for _ in range(copies(unpacked.nbytes))]))
+    return products, dense_bytes / packed.nbytes
 
 
 def copies(size: int) -> int:
@@ -133,7 +137,7 @@ def _torch(weight: Tensor) -> Product:
 
 
 def check(products: list[Product], x: Tensor) -> None:
-    """All give the same, within the rounding of int8 weights and activations."""
+    """All give the same, within the rounding of int8 activations."""
     found = [product(x).float() for product in products]
     assert all((other - found[0]).norm() < 0.02 * found[0].norm() for other in found)
 

@@ -25,7 +25,7 @@ T = TypeVar("T", bound="DataclassInstance")
 MODES = ("fold", "gather")
 """How orders are stored: folded into the weights, or applied with an `index_select` when the model runs."""
 
-PACKED = ("fp32", "bf16", "fp16", "int8")
+PACKED = ("fp32", "bf16", "fp16", "int8", "int4")
 """The types of packed values."""
 
 MOST = 10**9

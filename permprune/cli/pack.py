@@ -16,7 +16,7 @@ from permprune.options import PACKED, require_choice
 def pack(
     folder: cli.Folder,
     out: Annotated[Path, typer.Option(help="folder for the packed checkpoint; must not exist yet")],
-    dtype: Annotated[str, typer.Option(help="data type of the kept weights: fp32, bf16, fp16 or int8")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="data type of the kept weights: fp32, bf16, fp16, int8 or int4")] = "bf16",
     head: Annotated[
         str | None,
         typer.Option(help="int8 stores the embedding and the head as int8 too", show_default="a floating-point type"),

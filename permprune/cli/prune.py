@@ -28,7 +28,7 @@ def prune(
     pack: Annotated[
         str | None,
         typer.Option(
-            help="write packed weights as fp32, bf16, fp16 or int8 (see permprune pack)",
+            help="write packed weights as fp32, bf16, fp16, int8 or int4 (see permprune pack)",
             show_default="not packed, with zeros",
         ),
     ] = None,

@@ -37,10 +37,10 @@ def pack(
 ) -> list[str]:
     """Replace linear layers of a pruned model by `PackedLinear`, in place.
 
-    `patterns` maps the names of the layers to their N:M patterns. `dtype` is "fp32", "bf16", "fp16" or "int8" (with a
-    scale for every 64 channels of a row); the rest of the model is converted to it too, unless it is
-    int8. With `head="int8"` the embedding and the head become int8 as well, whatever the `dtype`. The orders of a model
-    in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
+    `patterns` maps the names of the layers to their N:M patterns. `dtype` is "fp32", "bf16", "fp16", "int8" or "int4"
+    (with a scale for every 64 channels of a row); the rest of the model is converted to it too, unless it is an
+    integer. With `head="int8"` the embedding and the head become int8 as well, whatever the `dtype`. The orders of a
+    model in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
     `from_pretrained` loads once permprune is imported.
 
     Returns the names of layers that stay dense: experts, and layers that `PackedLinear` does not replace, because their
@@ -56,7 +56,7 @@ def pack(
     for name, pattern in layers.items():
         packed = PackedLinear.pack(model.get_submodule(name), pattern, stored, orders.get(("input", name)))
         model.set_submodule(name, packed)
-    if stored != torch.int8:
+    if stored.is_floating_point:
         _convert(model, stored)
     reordered = {name: order for (side, name), order in orders.items() if side == "output"}
     for name, order in reordered.items():
@@ -116,7 +116,7 @@ def packed_bytes(
     Returns None if no layer can be packed.
     """
     stored, linears = packed_type(dtype), linear_layers(model)
-    kept: torch.dtype = model.dtype if stored == torch.int8 else stored  # type: ignore[assignment]
+    kept: torch.dtype = stored if stored.is_floating_point else model.dtype  # type: ignore[assignment]
     item = kept.itemsize
     total = sum(parameter.numel() for parameter in model.parameters()) * item
     for module in model.modules():

@@ -23,7 +23,7 @@ struct kernels {
     const char *name;
     int (*runs_here)(void); /* NULL where they always do */
     void (*stage_i8)(const float *line, int64_t count, const struct staged *staged, int64_t place, int64_t apart);
-    kernel *products[NUMBERS], *dense[NUMBERS], *unpack[NUMBERS]; /* of rows of the weight */
+    kernel *products[STORED], *dense[NUMBERS], *unpack[STORED]; /* of rows of the weight */
     kernel *spread, *many; /* of tiles of tokens; of chunks of rows: see product/many.h */
     int64_t lanes, vectors; /* numbers of a vector, and the most vectors of a tile */
     int (*pairs_run_here)(void);
@@ -38,9 +38,10 @@ struct kernels {
 /* What the headers of all families define for each instruction set. */
 #define ALL_KERNELS                                                                                                    \
     .stage_i8 = stage_i8,                                                                                              \
-    .products = {[F32] = product_f32, [BF16] = product_bf16, [F16] = product_f16, [I8] = product_i8},                  \
+    .products = {[F32] = product_f32, [BF16] = product_bf16, [F16] = product_f16, [I8] = product_i8,                   \
+                 [I4] = product_i4},                                                                                   \
     .dense = {[F32] = dense_f32, [BF16] = dense_bf16, [F16] = dense_f16, [I8] = dense_i8},                             \
-    .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8},                        \
+    .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8, [I4] = unpack_i4},      \
     .spread = spread_tokens, .many = multiply_tokens, .lanes = LANES, .vectors = MOST_VECTORS,                        \
     .mask = mask_rows, .keep = keep_rows, .apply = apply_rows, .step = step_rows, .prune = prune_groups,               \
     .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states,                     \

@@ -7,12 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-NAMED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
-"""Types of tensors, by the names that options give them."""
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
+"""The name of integers of four bits; torch cannot compute with them."""
+
+NAMED = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "int4": INT4,
+}  # fmt: skip
+"""Types of numbers, by the names that options give them."""
 
 
 def dtype_named(name: str) -> torch.dtype | None:
-    """Return the type of tensors with a name of `NAMED`; None for any other name, such as "auto"."""
+    """Return the type of numbers with a name of `NAMED`; None for any other name, such as "auto"."""
     return NAMED.get(name)
 
 

@@ -39,7 +39,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 CASES = [
-    (("fold", "2:4"), {"fp32": 1e-5, "int8": 0.05}),
+    (("fold", "2:4"), {"fp32": 1e-5, "int8": 0.05, "int4": 0.4}),
     (("gather", "2:4"), {"fp32": 1e-5, "bf16": 0.05}),
     (("gather", "mixed"), {"fp32": 1e-5}),
 ]
@@ -79,7 +79,7 @@ def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tin
 @pytest.mark.parametrize("pruned", [("fold", "2:4")], indirect=True)
 def test_what_is_refused(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert "dtype is 'fp8': choose one of fp32, bf16, fp16, int8" in fails(
+    assert "dtype is 'fp8': choose one of fp32, bf16, fp16, int8, int4" in fails(
         "pack", pruned, "--dtype", "fp8", "--out", out
     )
     assert "holds no permprune.json" in fails("pack", tiny_checkpoint, "--out", out)

@@ -34,8 +34,8 @@ from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 
-DTYPES = ["fp32", "bf16", "fp16", "int8"]
-CLOSE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 5e-3, "int8": 0.05}
+DTYPES = ["fp32", "bf16", "fp16", "int8", "int4"]
+CLOSE = {"fp32": 1e-5, "bf16": 0.05, "fp16": 5e-3, "int8": 0.05, "int4": 0.4}
 """How far outputs may be from those of the model with zeros, beside the largest."""
 
 

@@ -87,6 +87,91 @@ static ALWAYS_INLINE __m256i dot_i8(block_i8 w, block_i8 x)
     return sum;
 }
 
+/* ---- integers, two rows that keep half: in each lane of 128 bits, four groups of both ---- */
+
+#include "product/nibbles.h"
+
+typedef struct {
+    __m256i w[2], index[2]; /* of the first and third, and of the second and fourth 16 channels */
+    __m256 scale;
+} two_blocks;
+
+static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number)
+{
+    return number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
+}
+
+/* Of each kept value, its channel in its four groups. */
+static ALWAYS_INLINE __m256i places_in_lanes(const char *block)
+{
+    __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)block));
+    code = _mm256_or_si256(code, _mm256_slli_epi32(code, 12));
+    code = _mm256_and_si256(_mm256_or_si256(code, _mm256_slli_epi32(code, 6)), _mm256_set1_epi8(3));
+    return _mm256_or_si256(code, _mm256_set1_epi64x(0x0c0c080804040000));
+}
+
+static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second, int32_t number)
+{
+    const __m256i a = read_kept(first, number), b = read_kept(second, number);
+    const __m256i c = places_in_lanes(first), d = places_in_lanes(second);
+    return (two_blocks){
+        .w = {_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)},
+        .index = {_mm256_unpacklo_epi64(c, d), _mm256_unpackhi_epi64(c, d)},
+        .scale = _mm256_blend_ps(_mm256_set1_ps(read_scale(first, number)), _mm256_set1_ps(read_scale(second, number)),
+                                 0xcc),
+    };
+}
+
+/* Sums in 16 bits: two products of at most 128 x 127, or four of at most 8 x 127. */
+static ALWAYS_INLINE __m256i dot_two(const two_blocks *two, const __m256i *x, int32_t number)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i pairs[2];
+    UNROLLED for (int i = 0; i < 2; i++)
+        pairs[i] = _mm256_maddubs_epi16(_mm256_abs_epi8(two->w[i]),
+                                        _mm256_sign_epi8(_mm256_shuffle_epi8(x[i], two->index[i]), two->w[i]));
+    if (number == I4)
+        return _mm256_madd_epi16(_mm256_add_epi16(pairs[0], pairs[1]), ones);
+    return _mm256_add_epi32(_mm256_madd_epi16(pairs[0], ones), _mm256_madd_epi16(pairs[1], ones));
+}
+
+static ALWAYS_INLINE void add_two_integers(__m256 sums[][WIDE_BATCH], const two_blocks *two, const struct product *job,
+                                           int32_t number, int64_t pair, int64_t n, const int batch)
+{
+    UNROLLED for (int b = 0; b < batch; b++) {
+        const int64_t place = wide_place(pair, job->weights->count, n, b, batch);
+        const block_i8 x = load_i8((const int8_t *)job->staged->values + place * BLOCK);
+        const __m256i lanes[2] = {_mm256_permute2x128_si256(x.half[0], x.half[1], 0x20),
+                                  _mm256_permute2x128_si256(x.half[0], x.half[1], 0x31)};
+        const __m256 scale = _mm256_set1_ps(job->staged->scale[place]);
+        UNROLLED for (int p = 0; p < PAIRS; p++) {
+            const __m256 count = _mm256_cvtepi32_ps(dot_two(&two[p], lanes, number));
+            sums[p][b] = _mm256_fmadd_ps(_mm256_mul_ps(count, scale), two[p].scale, sums[p][b]);
+        }
+    }
+}
+
+static ALWAYS_INLINE float total_of_row(__m256 sum, int row)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehdup_ps(four));
+    return _mm_cvtss_f32(row ? _mm_movehl_ps(two, two) : two);
+}
+
+#define TWO two_blocks
+#define TOTAL_OF_ROW(sum, row) total_of_row(sum, row)
+#define NAME two_rows_i8
+#define READ_TWO(first, second) read_two(first, second, I8)
+#define ADD_TWO(sums, two, block, job, pair, n, batch) add_two_integers(sums, two, job, I8, pair, n, batch)
+#include "product/two_rows.h"
+#define TWO_ROWS_I8 1
+#define TWO two_blocks
+#define NAME two_rows_i4
+#define READ_TWO(first, second) read_two(first, second, I4)
+#define ADD_TWO(sums, two, block, job, pair, n, batch) add_two_integers(sums, two, job, I4, pair, n, batch)
+#include "product/two_rows.h"
+#define TWO_ROWS_I4 1
+
 #define VECTOR block_i8
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)

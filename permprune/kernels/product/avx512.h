@@ -104,14 +104,19 @@ static ALWAYS_INLINE __m512 alternate_floats(__m512 first, __m512 second, int up
 #undef SCALE
 #undef TOTAL
 
-/* ---- int8, half of it kept: unsigned |w| by signed x sign(w), on the 32 channels that are picked ---- */
+/* ---- integers, half of them kept: unsigned |w| by signed x sign(w), on the 32 channels that are picked ---- */
+
+#include "product/nibbles.h"
 
 typedef struct {
     __m256i w;
     __m512i index; /* of the channel of each byte of w; the upper half is undefined */
 } half_block;
 
-static ALWAYS_INLINE __m256i load_32(const char *bytes) { return _mm256_loadu_si256((const __m256i *)bytes); }
+static ALWAYS_INLINE __m256i read_kept(const char *block, int32_t number)
+{
+    return number == I4 ? load_nibbles(block + HEADER_I4) : _mm256_loadu_si256((const __m256i *)(block + HEADER_I8));
+}
 
 /* The upper half is undefined. Clang's own cast copies something there. */
 static ALWAYS_INLINE __m512i as_lower_half(__m256i v)
@@ -123,7 +128,7 @@ static ALWAYS_INLINE __m512i as_lower_half(__m256i v)
 #endif
 }
 
-static ALWAYS_INLINE half_block read_half(const char *block)
+static ALWAYS_INLINE half_block read_half(const char *block, int32_t number)
 {
     const __m256i fields = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30, 32, 34, 36, 38, 40,
                                             42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62);
@@ -131,7 +136,7 @@ static ALWAYS_INLINE half_block read_half(const char *block)
                                             40, 44, 44, 48, 48, 52, 52, 56, 56, 60, 60);
     __m256i shifted = _mm256_multishift_epi64_epi8(fields, _mm256_set1_epi64x((int64_t)read_code(block)));
     __m256i index = _mm256_ternarylogic_epi64(groups, shifted, _mm256_set1_epi8(3), OR_AND);
-    return (half_block){load_32(block + HEADER_I8), as_lower_half(index)};
+    return (half_block){read_kept(block, number), as_lower_half(index)};
 }
 
 static ALWAYS_INLINE __m256i dot_half(half_block half, __m512i x)
@@ -157,10 +162,14 @@ static ALWAYS_INLINE float total_half(__m256 sum)
     _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #define TOTAL(sum) total_half(sum)
 #define NAME half_i8
-#define HEADER HEADER_I8
-#define SCALE_OF(weights, block, number) read_scale(block)
+#define SCALE_OF(weights, block, place) read_scale(block, I8)
 #define FACTORS half_block
-#define READ(block, kind, end, room) ((void)(end), (void)(room), read_half(block))
+#define READ(weights, block, end, room) ((void)(end), (void)(room), read_half(block, I8))
+#include "product/product_i8.h"
+#define NAME half_i4
+#define SCALE_OF(weights, block, place) read_scale(block, I4)
+#define FACTORS half_block
+#define READ(weights, block, end, room) ((void)(end), (void)(room), read_half(block, I4))
 #include "product/product_i8.h"
 #define HALF_I8
 
@@ -170,7 +179,7 @@ static ALWAYS_INLINE float total_half(__m256 sum)
 #undef SCALE
 #undef TOTAL
 
-/* ---- int8, two rows that keep half: the activations, plus 128, are unsigned, and `shift` makes up for that ---- */
+/* ---- integers, two rows that keep half: the activations, plus 128, are unsigned, and `shift` makes up for that ---- */
 
 typedef struct {
     __m512i w, index;
@@ -179,7 +188,7 @@ typedef struct {
 } two_blocks;
 
 /* In each lane of 128 bits, four groups: eight channels of the first row and eight of the second. */
-static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second)
+static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second, int32_t number)
 {
 #define FIELDS(bit) bit, bit + 2, bit + 4, bit + 6, bit + 8, bit + 10, bit + 12, bit + 14
     static const uint8_t fields[64] __attribute__((aligned(64))) = {FIELDS(0),  FIELDS(0),  FIELDS(16), FIELDS(16),
@@ -188,13 +197,14 @@ static ALWAYS_INLINE two_blocks read_two(const char *first, const char *second)
     const __m512i groups = _mm512_set4_epi32(0x0c0c0808, 0x04040000, 0x0c0c0808, 0x04040000);
     const __m512i ones = _mm512_set1_epi8(-1), three = _mm512_set1_epi8(3);
     __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(fields), two_codes(first, second));
-    __m512i w = alternate(as_lower_half(load_32(first + HEADER_I8)), as_lower_half(load_32(second + HEADER_I8)), 0);
+    __m512i w = alternate(as_lower_half(read_kept(first, number)), as_lower_half(read_kept(second, number)), 0);
     return (two_blocks){
         .w = w,
         .index = add_groups(shifted, three, groups),
         /* 128 x (-w - 1), plus 128, of four each */
         .shift = _mm512_dpbusd_epi32(_mm512_set1_epi32(4 * 128), _mm512_set1_epi8(-128), _mm512_xor_si512(w, ones)),
-        .scale = _mm512_mask_blend_ps(SECOND_ROW, _mm512_set1_ps(read_scale(first)), _mm512_set1_ps(read_scale(second))),
+        .scale = _mm512_mask_blend_ps(SECOND_ROW, _mm512_set1_ps(read_scale(first, number)),
+                                      _mm512_set1_ps(read_scale(second, number))),
     };
 }
 
@@ -221,13 +231,19 @@ static ALWAYS_INLINE void add_two_i8(SUM sums[][WIDE_BATCH], const two_blocks *t
 }
 
 #define NAME two_rows_i8
-#define BYTES(weights) (HEADER_I8 + (weights)->slots)
 #define TWO two_blocks
-#define READ_TWO(first, second) read_two(first, second)
+#define READ_TWO(first, second) read_two(first, second, I8)
 #define ADD_TWO add_two_i8
 #include "product/two_rows.h"
+#define TWO_ROWS_I8 2
+#define NAME two_rows_i4
+#define TWO two_blocks
+#define READ_TWO(first, second) read_two(first, second, I4)
+#define ADD_TWO add_two_i8
+#include "product/two_rows.h"
+#define TWO_ROWS_I4 2
 
-/* ---- int8, any pattern ---- */
+/* ---- integers, any pattern ---- */
 
 #define TOTAL(sum) _mm512_reduce_add_ps(sum)
 #define EXPAND_BLOCK(p, bits) _mm512_maskz_expand_epi8(bits, LOAD(p))

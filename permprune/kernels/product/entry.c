@@ -31,7 +31,7 @@ static void stage_row(const struct kernels *kernels, const struct weights *weigh
         read_pairs(weights, x, row, line);
     else
         read_floats(weights, x, row, number, line);
-    if (weights->number == I8) {
+    if (are_integers(weights)) {
         kernels->stage_i8(line, weights->count, staged, place, height);
         return;
     }
@@ -68,9 +68,10 @@ static float weight_at(const struct weights *weights, int64_t row, int64_t chann
         if (!own || slot >= weights->slots)
             return 0.0f;
     }
-    if (weights->number != I8)
+    if (!are_integers(weights))
         return read_number(values, slot, weights->number);
-    return (float)((const int8_t *)values)[slot] * (weights->kind == PLAIN ? weights->scale[n] : read_scale(block));
+    const int integer = weights->number == I8 ? (int8_t)values[slot] : ((uint8_t)values[slot / 2] >> slot % 2 * 4 & 15) - 8;
+    return (float)integer * (weights->kind == PLAIN ? weights->scale[n] : read_scale(block, weights->number));
 }
 
 /* The products of a row of activations that are not all finite: only those count. Zeros are multiplied, too, as in the
@@ -113,8 +114,8 @@ static int weights_are_bad(const struct weights *weights)
     const int64_t width = weights->width, slots = weights->slots;
     const int plain = weights->kind == PLAIN, positions = weights->kind == POSITIONS, number = weights->number;
     return bad_size(weights->rows) || bad_size(width) || weights->count != (width + BLOCK - 1) / BLOCK || slots < 1 ||
-           slots > BLOCK || number < F32 || number > I8 || weights->kind < MASK || weights->kind > PLAIN ||
-           (plain && (width % BLOCK || slots != BLOCK || weights->half)) ||
+           slots > BLOCK || number < F32 || number > I4 || weights->kind < MASK || weights->kind > PLAIN ||
+           (plain && (width % BLOCK || slots != BLOCK || weights->half || number == I4)) || (number == I4 && slots % 4) ||
            ((positions || weights->half) && slots < BLOCK / 2) || (positions && width % 4) ||
            (weights->bias && !is_float(weights->bias_number)) ||
            LACKS(weights->rows * width, weights->blocks) ||

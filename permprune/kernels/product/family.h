@@ -111,7 +111,6 @@ static ALWAYS_INLINE void PASTE(add_two_, KIND)(SUM sums[][WIDE_BATCH], const CO
 }
 
 #define NAME PASTE(two_rows_, KIND)
-#define BYTES(weights) (CODE + (weights)->slots * (int64_t)sizeof(WEIGHT))
 #define TWO CODES
 #define READ_TWO(first, second) TWO_CODES(first, second)
 #define ADD_TWO PASTE(add_two_, KIND)

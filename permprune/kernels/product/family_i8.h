@@ -1,4 +1,5 @@
-/* The kernels of int8, `stage_i8`, `product_i8`, `unpack_i8` and `dense_i8`, once family.h has made those of floats.
+/* The kernels of integers, `stage_i8`, `dense_i8`, and `product_` and `unpack_` of `i8` and `i4`, once family.h has made
+ * those of floats. Integers of four bits are multiplied as those of eight.
  *
  * Expects the types VECTOR (BLOCK int8, and nothing else) and SUM (float lanes); LOAD(const int8_t *), a VECTOR;
  * EXPAND_BLOCK(const int8_t *, uint64_t bits), the next values put where `bits` has ones and zeros between;
@@ -8,24 +9,35 @@
  * Where a processor multiplies unsigned by signed bytes, FACTOR(w) gives DOT w + 128, and DOT makes up for that with
  * `shift`, -128 times the sum of x.
  *
- * If HALF_I8 is defined, `half_i8` multiplies weights with POSITIONS, and `two_rows_i8` the most rows of them in batches.
+ * If HALF_I8 is defined, `half_i8` and `half_i4` multiply weights with POSITIONS. If TWO_ROWS_I8 or TWO_ROWS_I4 is
+ * defined, `two_rows_` multiplies the most rows of them in batches of so many activations or more.
  */
 #ifndef FACTOR
 #define FACTOR(w) (w)
 #endif
+static ALWAYS_INLINE VECTOR read_expanded(const struct weights *weights, int32_t number, const char *block,
+                                          const char *end, int8_t room[BLOCK])
+{
+    const int8_t *values = read_integers(block, number, weights->slots, end, room);
+    return EXPAND_BLOCK(values, kept_channels(read_code(block), weights->kind));
+}
+
 #define NAME expand_i8_blocks
-#define HEADER HEADER_I8
-#define SCALE_OF(weights, block, number) read_scale(block)
+#define SCALE_OF(weights, block, place) read_scale(block, I8)
 #define FACTORS VECTOR
-#define READ(block, kind, end, room)                                                                                   \
-    FACTOR(EXPAND_BLOCK(readable((block) + HEADER_I8, end, room, 1), kept_channels(read_code(block), kind)))
+#define READ(weights, block, end, room) FACTOR(read_expanded(weights, I8, block, end, room))
+#include "product/product_i8.h"
+
+#define NAME expand_i4_blocks
+#define SCALE_OF(weights, block, place) read_scale(block, I4)
+#define FACTORS VECTOR
+#define READ(weights, block, end, room) FACTOR(read_expanded(weights, I4, block, end, room))
 #include "product/product_i8.h"
 
 #define NAME dense_i8
-#define HEADER 0
-#define SCALE_OF(weights, block, number) (weights)->scale[number]
+#define SCALE_OF(weights, block, place) (weights)->scale[place]
 #define FACTORS VECTOR
-#define READ(block, kind, end, room) ((void)(end), (void)(room), FACTOR(LOAD((const int8_t *)(block))))
+#define READ(weights, block, end, room) ((void)(end), (void)(room), FACTOR(LOAD((const int8_t *)(block))))
 #include "product/product_i8.h"
 
 /* Rounds a block to integers from -127 to 127 and returns its scale. Of numbers that are not finite, any integers come. */
@@ -55,36 +67,60 @@ static void stage_i8(const float *line, int64_t count, const struct staged *stag
         staged->scale[place] = quantize_block(line, values + place * BLOCK, staged->shift + place);
 }
 
+/* Whether weights with POSITIONS are multiplied two rows at a time. */
+static ALWAYS_INLINE int takes_two_rows(const struct product *job, int64_t least)
+{
+    return job->weights->kind == POSITIONS && job->staged->batch >= least;
+}
+
 static void product_i8(const void *own, int64_t first, int64_t last)
 {
+#ifdef TWO_ROWS_I8
+    if (takes_two_rows(own, TWO_ROWS_I8))
+        first = two_rows_i8(own, first, last);
+#endif
 #ifdef HALF_I8
-    const struct product *job = own;
-    if (job->weights->kind == POSITIONS) {
-        if (job->staged->batch > 1)
-            first = two_rows_i8(job, first, last);
-        half_i8(job, first, last);
+    if (((const struct product *)own)->weights->kind == POSITIONS) {
+        half_i8(own, first, last);
         return;
     }
 #endif
     expand_i8_blocks(own, first, last);
 }
 
-static void unpack_i8(const void *own, int64_t first, int64_t last)
+static void product_i4(const void *own, int64_t first, int64_t last)
 {
-    const struct product *job = own;
+#ifdef TWO_ROWS_I4
+    if (takes_two_rows(own, TWO_ROWS_I4))
+        first = two_rows_i4(own, first, last);
+#endif
+#ifdef HALF_I8
+    if (((const struct product *)own)->weights->kind == POSITIONS) {
+        half_i4(own, first, last);
+        return;
+    }
+#endif
+    expand_i4_blocks(own, first, last);
+}
+
+static ALWAYS_INLINE void unpack_integers(const struct product *job, int32_t number, int64_t first, int64_t last)
+{
     const struct weights *weights = job->weights;
-    const int64_t size = HEADER_I8 + weights->slots;
+    const int64_t size = block_bytes(weights);
     const char *block = weights->blocks + first * weights->count * size;
     const char *end = weights->blocks + weights->rows * weights->count * size;
     int8_t room[BLOCK], integers[BLOCK];
     float line[BLOCK];
     for (int64_t row = first; row < last; row++)
         for (int64_t n = 0; n < weights->count; n++, block += size) {
-            uint64_t bits = kept_channels(read_code(block), weights->kind);
-            VECTOR expanded = EXPAND_BLOCK(readable(block + HEADER_I8, end, room, 1), bits);
+            VECTOR expanded = read_expanded(weights, number, block, end, room);
             memcpy(integers, &expanded, BLOCK);
             for (int c = 0; c < BLOCK; c++)
-                line[c] = (float)integers[c] * read_scale(block);
+                line[c] = (float)integers[c] * read_scale(block, number);
             write_line(job, row, n * BLOCK, line);
         }
 }
+
+static void unpack_i8(const void *own, int64_t first, int64_t last) { unpack_integers(own, I8, first, last); }
+
+static void unpack_i4(const void *own, int64_t first, int64_t last) { unpack_integers(own, I4, first, last); }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from permprune.kernels.product.layout import Layout
 from permprune.kernels.product.packed import PackedWeight
+from permprune.system.device import INT4
 
 LARGEST_BATCH = 16
 """The maximum rows of activations in one product, which is the smallest tile of a GPU's matrix units."""
@@ -24,7 +25,7 @@ ROWS = 32
 @triton.jit
 def _block(
     codes, values, scales, row, inside, n, row_bytes, block_bytes, slots,
-    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Return the 64 channels of block `n` of some rows, including zeros, and its scales (1 without).
 
@@ -41,18 +42,22 @@ def _block(
     else:
         bit = (byte >> (channel % 8)[None, :]) & 1
         rank = tl.cumsum(bit, axis=1) - bit
-    at = ((start + HEADER) // SIZE)[:, None] + rank
-    weight = tl.load(values + at, mask=inside[:, None] & (bit == 1) & (rank < slots), other=0)
+    shown = inside[:, None] & (bit == 1) & (rank < slots)
+    if SIZE == 0:  # two values in a byte
+        pair = tl.load(values + (start + HEADER)[:, None] + rank // 2, mask=shown, other=0).to(tl.int32)
+        weight = tl.where(shown, ((pair >> (rank % 2 * 4)) & 15) - 8, 0)
+    else:
+        weight = tl.load(values + ((start + HEADER) // SIZE)[:, None] + rank, mask=shown, other=0)
     scale = tl.full((1,), 1.0, tl.float32)
-    if SCALED:
-        scale = tl.load(scales + (start + 8) // 4, mask=inside, other=0)
+    if SCALE > 0:
+        scale = tl.load(scales + (start + 8) // SCALE, mask=inside, other=0).to(tl.float32)
     return weight, scale
 
 
 @triton.jit
 def _multiply(
     x, codes, values, scales, bias, y, batch, rows, width, count, row_bytes, block_bytes, slots,
-    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, BIASED: tl.constexpr,
     NARROW: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -61,7 +66,7 @@ def _multiply(
     total = tl.zeros((ROWS, BATCH), tl.float32)
     for n in range(count):
         weight, scale = _block(
-            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALED
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALE
         )
         at = n * 64 + channel
         shown = (at[:, None] < width) & (sample[None, :] < batch)
@@ -80,15 +85,15 @@ def _multiply(
 @triton.jit
 def _unpack(
     codes, values, scales, weight, rows, width, count, row_bytes, block_bytes, slots,
-    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr,
+    HEADER: tl.constexpr, SIZE: tl.constexpr, POSITIONS: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < rows
     for n in range(count):
         part, scale = _block(
-            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALED
+            codes, values, scales, row, inside, n, row_bytes, block_bytes, slots, HEADER, SIZE, POSITIONS, SCALE
         )
-        if SCALED:
+        if SCALE > 0:
             part = part.to(tl.float32) * scale[:, None]
         at = n * 64 + tl.arange(0, 64)
         to = weight + row[:, None] * width + at[None, :]
@@ -121,15 +126,19 @@ def unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def _typed(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same bytes as codes, as values, and as scales."""
-    blocks = weight.blocks
-    return blocks, blocks.view(weight.layout.dtype), blocks.view(torch.float32)
+    """Return the same bytes as codes, as values (those of int4 in pairs), and as scales."""
+    blocks, layout = weight.blocks, weight.layout
+    values = torch.uint8 if layout.dtype == INT4 else layout.dtype
+    return blocks, blocks.view(values), blocks.view(layout.scale or torch.uint8)
 
 
 def _geometry(layout: Layout) -> tuple[tuple[int, ...], dict[str, int]]:
-    """Return the sizes that a kernel reads at run time, and those that it is compiled for."""
-    sizes = (layout.count, layout.row_bytes, layout.row_bytes // layout.count, layout.slots)
-    scaled = layout.dtype == torch.int8
+    """Return the sizes that a kernel reads at run time, and those that it is compiled for.
+
+    `SIZE` is the bytes of a value, 0 if two share one, and `SCALE` those of a scale, 0 without.
+    """
+    sizes = (layout.count, layout.row_bytes, layout.block_bytes, layout.slots)
+    size, scale = 0 if layout.dtype == INT4 else layout.dtype.itemsize, layout.scale
     return sizes, {
-        "HEADER": layout.header, "SIZE": layout.dtype.itemsize, "POSITIONS": layout.positions, "SCALED": scaled,
+        "HEADER": layout.header, "SIZE": size, "POSITIONS": layout.positions, "SCALE": scale.itemsize if scale else 0,
     }  # fmt: skip

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
+from permprune.system.device import INT4
 
 BLOCK = 64
-"""Number of channels of a block: the unit of packed rows, and of the scales of int8."""
+"""Number of channels of a block: the unit of packed rows, and of the scales of integers."""
 CODE = 8
 """Bytes of a block that say which channels are kept."""
 LARGEST_GROUP = 16
 LARGEST_BATCH = 64
 """Largest number of rows of activations that are multiplied by the kernels for few rows."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, INT4)
 """The types in which kept values can be stored."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """The types of activations, biases and unpacked weights."""
@@ -27,10 +28,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Layout:
     """How a packed weight of some pattern, stored type and width is stored.
 
-    A row is a sequence of `count` blocks of 64 channels, the last padded. A block consists of 8 bytes of code, in int8
-    an fp32 scale, and `slots` values: the kept weights in channel order, then zeros. The code of 2:4 has two bits for
-    each kept weight: its position among the four of its group (`positions`). That of another pattern has a bit for each
-    channel. Raises `PermpruneError` for a pattern, type or width that cannot be packed.
+    A row is a sequence of `count` blocks of 64 channels, the last padded. A block consists of 8 bytes of code, a scale
+    (int8: fp32, int4: bf16), and `slots` values: the kept weights in channel order, then zeros. The code of 2:4 has two
+    bits for each kept weight: its position among the four of its group (`positions`). That of another pattern has a bit
+    for each channel. Raises `PermpruneError` for a pattern, type or width that cannot be packed.
     """
 
     pattern: Pattern
@@ -53,7 +54,7 @@ class Layout:
 
     @property
     def slots(self) -> int:
-        """Values of a block: as many as a block can keep, padded to a multiple of four bytes."""
+        """Values of a block: as many as a block can keep, padded to a multiple of four bytes (int4: of two)."""
         n, m = self.pattern.n, self.pattern.m
         most = 0
         for first in {BLOCK * block % m for block in range(m)}:  # where in a group a block can begin
@@ -64,14 +65,25 @@ class Layout:
         return -(-most // unit) * unit
 
     @property
+    def scale(self) -> torch.dtype | None:
+        """The type of the scales of integers; None of other values."""
+        return {torch.int8: torch.float32, INT4: torch.bfloat16}.get(self.dtype)
+
+    @property
     def header(self) -> int:
         """Bytes of a block before its values."""
-        return CODE + (4 if self.dtype == torch.int8 else 0)
+        return CODE + (0 if self.scale is None else self.scale.itemsize)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block."""
+        values = self.slots // 2 if self.dtype == INT4 else self.slots * self.dtype.itemsize
+        return self.header + values
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return self.count * (self.header + self.slots * self.dtype.itemsize)
+        return self.count * self.block_bytes
 
     def require(
         self, blocks: Tensor, bias: Tensor | None = None, order: Tensor | None = None, name: str = "a packed weight"

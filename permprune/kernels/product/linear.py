@@ -5,9 +5,9 @@
 Few rows of activations are multiplied by kernels that read the packed weight as fast as memory allows. For many rows,
 where multiplications are the limit, a kernel leaves out what is pruned (`native.leaves_out`); where dense products are
 faster than that, the weight is unpacked a few rows at a time and multiplied with BLAS above `LARGEST_BATCH` rows. Up to
-these the activations for int8 weights are rounded to int8, with a scale for every 64 channels of a row; in larger
-batches they are not rounded. Rows of activations that are not finite give what the dense product with zeros gives,
-whatever multiplies them.
+these the activations for int8 and int4 weights are rounded to int8, with a scale for every 64 channels of a row; in
+larger batches they are not rounded. Rows of activations that are not finite give what the dense product with zeros
+gives, whatever multiplies them.
 
 The weight is frozen: there are gradients for the activations, those of the product without rounding, and the bias.
 """
@@ -177,7 +177,7 @@ def multiply_gpu(weight: PackedWeight, x: Tensor, bias: Tensor | None, order: Te
     rows = x.reshape(-1, x.shape[-1])
     if order is not None:
         rows = rows.index_select(1, order)
-    if weight.layout.dtype == torch.int8 and len(rows) <= LARGEST_BATCH:
+    if weight.layout.scale is not None and len(rows) <= LARGEST_BATCH:
         rows = round_to_int8(rows.float())
     if len(rows) <= gpu.LARGEST_BATCH:
         y = gpu.multiply(rows.contiguous(), weight, bias)
@@ -193,7 +193,7 @@ def multiply_reference(weight: PackedWeight, x: Tensor, bias: Tensor | None, ord
     rows = x.reshape(-1, x.shape[-1]).float()
     if order is not None:
         rows = _reorder(rows, order)
-    if weight.layout.dtype == torch.int8 and 0 < rows.shape[0] <= LARGEST_BATCH:
+    if weight.layout.scale is not None and 0 < rows.shape[0] <= LARGEST_BATCH:
         rows = round_to_int8(rows)
     y = rows @ weight.unpack().T
     if bias is not None:
@@ -211,7 +211,7 @@ def _unpack(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def round_to_int8(x: Tensor) -> Tensor:
-    """Round fp32 (batch, width) as the kernels of int8 weights do.
+    """Round fp32 (batch, width) as the kernels of integer weights do.
 
     Each run of 64 channels is rounded to 255 steps from minus its largest magnitude to its largest magnitude; runs with
     NaN or infinity stay as they are.

@@ -86,7 +86,7 @@ static ALWAYS_INLINE const float *float_values(const struct weights *weights, co
     const int slots = (int)weights->slots;
     const uint16_t *restrict halves = (const uint16_t *)(block + CODE);
     const int8_t *restrict bytes = (const int8_t *)(block + HEADER_I8);
-    const float scale = weights->number == I8 ? read_scale(block) : 1.0f;
+    const uint8_t *restrict pairs = (const uint8_t *)(block + HEADER_I4);
     int i = 0;
     switch (weights->number) { /* a separate loop for each type */
     case F32: return (const float *)(block + CODE);
@@ -100,9 +100,15 @@ static ALWAYS_INLINE const float *float_values(const struct weights *weights, co
         for (; i < slots; i++)
             room[i] = f16_to_f32(halves[i]);
         break;
-    default:
+    case I8:
         for (; i < slots; i++)
-            room[i] = (float)bytes[i] * scale;
+            room[i] = (float)bytes[i] * read_scale(block, I8);
+        break;
+    default:
+        for (; i < slots / 2; i++) {
+            room[2 * i] = (float)((pairs[i] & 15) - 8) * read_scale(block, I4);
+            room[2 * i + 1] = (float)((pairs[i] >> 4) - 8) * read_scale(block, I4);
+        }
     }
     return room;
 }

@@ -68,12 +68,19 @@ class PackedLinear(nn.Module):
         return bool(((result - expected).norm(dim=1) <= 1e-4 * expected.norm(dim=1)).all())
 
     @classmethod
-    def pack(cls, layer: nn.Module, pattern: Pattern, dtype: torch.dtype, order: Tensor | None = None) -> PackedLinear:
-        """Pack the weight of an `nn.Linear` or `Conv1D`. Raises `PermpruneError` as `PackedWeight.pack` does."""
+    def pack(
+        cls,
+        layer: nn.Module,
+        pattern: Pattern,
+        dtype: torch.dtype,
+        order: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> PackedLinear:
+        """Pack the weight of an `nn.Linear` or `Conv1D`. Arguments and errors are those of `PackedWeight.pack`."""
         transposed = isinstance(layer, Conv1D)
         stored: Tensor = layer.weight.data  # type: ignore[union-attr,assignment]
         bias: Tensor | None = layer.bias  # type: ignore[assignment]
-        packed = PackedWeight.pack(stored.T if transposed else stored, pattern, dtype)
+        packed = PackedWeight.pack(stored.T if transposed else stored, pattern, dtype, scale)
         return cls(packed, None if bias is None else bias.data, order, transposed)
 
     @classmethod

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
-from permprune.kernels.library import NUMBERS
 from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH, Layout
 from permprune.pattern import Pattern
+from permprune.system.device import INT4
 
 Weights = Any
 """A `weights` structure of the library: pointers, which are valid while the tensors stay in place."""
+
+NUMBERS = {**library.NUMBERS, INT4: len(library.NUMBERS)}
+"""The numbers of data types in the library."""
 
 MOST_SLOTS = 40
 """Most kept weights of a block with which leaving out the others is faster than a dense product (5:8 of them)."""
@@ -162,14 +165,14 @@ def is_fastest(weights: Weights, x: Tensor) -> bool:
     """Whether `multiply` with `many` is the fastest product with a weight that keeps at most `MOST_SLOTS` of a block.
 
     It is from `MANY` rows on, except where bf16 is multiplied by bf16, or fp16 by fp16, and the processor multiplies
-    them as such, alone or in matrix units (AMX), which makes dense products faster. int8 weights are multiplied as
-    integers up to `LARGEST_BATCH`.
+    them as such, alone or in matrix units (AMX), which makes dense products faster. Integers are multiplied as such up
+    to `LARGEST_BATCH`.
     """
     name, pairs = library.best()
     faster = {torch.bfloat16: pairs, torch.float16: multiplies_fp16()}.get(x.dtype, False)
     if name not in MANY or (faster and weights.number == NUMBERS[x.dtype]):
         return False
-    least = MANY[name] if weights.number != NUMBERS[torch.int8] else LARGEST_BATCH + 1
+    least = MANY[name] if weights.number < NUMBERS[torch.int8] else LARGEST_BATCH + 1
     return x.shape[0] >= least
 
 

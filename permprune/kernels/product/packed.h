@@ -4,8 +4,11 @@
  * channels, so that a product reads memory from front to back. A block is
  *
  *     code     8 bytes that say which channels are kept
- *     scale    fp32, of I8 only: the value of one integer step
+ *     scale    of integers, the value of one step: fp32 of I8, bf16 of I4
  *     values   `slots` numbers: the kept weights in channel order, then zeros
+ *
+ * An integer of I4 is from -8 to 7, plus 8 in four bits: two of them in a byte, the first in its low bits. `slots` is a
+ * multiple of four then.
  *
  * A code of kind MASK has a bit for every channel; the bits after the width are zero. One of kind POSITIONS, for 2:4, has
  * four bits for each group of four channels: the position of the first kept channel in bits 0 and 1, that of the second
@@ -21,7 +24,8 @@
 
 enum { BLOCK = 64 };     /* channels of a block */
 enum { CODE = 8 };       /* bytes of a code */
-enum { HEADER_I8 = 12 }; /* bytes of a code and a scale */
+enum { HEADER_I8 = 12, HEADER_I4 = 10 }; /* bytes of a code and a scale */
+enum { I4 = NUMBERS, STORED };           /* the types of weights: numbers, and I4 */
 enum { TILE_ROWS = 4 };  /* rows of the weight that a tile multiplies at once */
 enum { TILE_BATCH = 4 }; /* rows of the activations that a tile multiplies at once */
 
@@ -58,8 +62,8 @@ STRUCTURE(compress, {
  * block, the channels of each row in turn, with zeros after the width. */
 struct staged {
     void *values;
-    float *scale;   /* I8: for each group, block and row, the value of one integer step */
-    int32_t *shift; /* I8: likewise, -128 times the sum of the integers: see family_i8.h */
+    float *scale;   /* of integers: for each group, block and row, the value of one integer step */
+    int32_t *shift; /* of integers: likewise, -128 times the sum of the integers: see family_i8.h */
     int64_t batch;
 };
 
@@ -90,16 +94,20 @@ static ALWAYS_INLINE void write_output(const struct product *job, int64_t batch,
     write_number(job->output, batch * weights->rows + row, job->output_number, sum);
 }
 
+/* Whether weights are integers, which are multiplied by activations that are rounded to integers. */
+static ALWAYS_INLINE int are_integers(const struct weights *weights) { return weights->number >= I8; }
+
 /* The bytes before the values of a block, and those of a whole block. */
 static ALWAYS_INLINE int64_t header_bytes(const struct weights *weights)
 {
-    return weights->kind == PLAIN ? 0 : weights->number == I8 ? HEADER_I8 : CODE;
+    static const int64_t header[STORED] = {[F32] = CODE, [BF16] = CODE, [F16] = CODE, [I8] = HEADER_I8, [I4] = HEADER_I4};
+    return weights->kind == PLAIN ? 0 : header[weights->number];
 }
 
 static ALWAYS_INLINE int64_t block_bytes(const struct weights *weights)
 {
-    static const int64_t size[NUMBERS] = {[F32] = 4, [BF16] = 2, [F16] = 2, [I8] = 1};
-    return header_bytes(weights) + weights->slots * size[weights->number];
+    static const int64_t bits[STORED] = {[F32] = 32, [BF16] = 16, [F16] = 16, [I8] = 8, [I4] = 4};
+    return header_bytes(weights) + weights->slots * bits[weights->number] / 8;
 }
 
 static ALWAYS_INLINE uint64_t read_code(const char *block)
@@ -109,10 +117,15 @@ static ALWAYS_INLINE uint64_t read_code(const char *block)
     return code;
 }
 
-/* Of a block of I8. */
-static ALWAYS_INLINE float read_scale(const char *block)
+/* Of a block of integers. */
+static ALWAYS_INLINE float read_scale(const char *block, int32_t number)
 {
     float scale;
+    uint16_t half;
+    if (number == I4) {
+        memcpy(&half, block + CODE, sizeof half);
+        return bf16_to_f32(half);
+    }
     memcpy(&scale, block + CODE, sizeof scale);
     return scale;
 }
@@ -193,6 +206,21 @@ static ALWAYS_INLINE const void *readable(const void *from, const void *end, voi
     memset(room, 0, BLOCK * size);
     if (left > 0)
         memcpy(room, from, (size_t)left);
+    return room;
+}
+
+/* The integers of a block, from which BLOCK can be read. */
+static ALWAYS_INLINE const int8_t *read_integers(const char *block, int32_t number, int64_t slots, const char *end,
+                                                 int8_t room[BLOCK])
+{
+    if (number == I8)
+        return readable(block + HEADER_I8, end, room, 1);
+    const uint8_t *pairs = (const uint8_t *)block + HEADER_I4;
+    memset(room, 0, BLOCK);
+    for (int64_t i = 0; i < slots / 2; i++) {
+        room[2 * i] = (int8_t)((pairs[i] & 15) - 8);
+        room[2 * i + 1] = (int8_t)((pairs[i] >> 4) - 8);
+    }
     return room;
 }
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
+from permprune.kernels.product.int4 import pack_pairs, round_to_int4, search_scale, unpack_pairs
 from permprune.kernels.product.layout import BLOCK, CODE, Layout, type_name
 from permprune.pattern import Pattern
+from permprune.system.device import INT4
 
 AT_ONCE = 1 << 24
 """Number of weights that are packed or unpacked at a time by PyTorch, to bound the memory of intermediate results."""
@@ -25,7 +27,7 @@ class PackedWeight:
     """A weight (rows, width) that keeps `pattern.n` of every `pattern.m` consecutive weights of a row.
 
     `blocks` is uint8 (rows, `layout.row_bytes`): the blocks of 64 channels of a row one after the other, so that a
-    product reads memory from front to back. Each block holds 8 bytes of code, in int8 an fp32 scale, and the kept
+    product reads memory from front to back. Each block holds 8 bytes of code, of integers a scale, and the kept
     weights in channel order (`Layout`).
     """
 
@@ -38,16 +40,20 @@ class PackedWeight:
         return self.blocks.nbytes
 
     @classmethod
-    def pack(cls, weight: Tensor, pattern: Pattern, dtype: torch.dtype | None = None) -> PackedWeight:
+    def pack(
+        cls, weight: Tensor, pattern: Pattern, dtype: torch.dtype | None = None, scale: Tensor | None = None
+    ) -> PackedWeight:
         """Pack a floating-point weight (rows, width) whose groups have at most n non-zeros.
 
         Values are stored as `dtype`, by default the type of the weight. int8 rounds each block of 64 channels of a row
-        to 255 steps from minus its largest magnitude to its largest magnitude. Raises `PermpruneError` as `layout_of`.
+        to 255 steps from minus its largest magnitude to its largest magnitude. int4 rounds to 16 steps, of a size that
+        is searched in each block (`search_scale`) unless it is given as `scale`, bf16 (rows, blocks of a row). Raises
+        `PermpruneError` as `layout_of`.
         """
         layout = cls.layout_of(weight, pattern, dtype or weight.dtype)
         blocks = torch.empty(weight.shape[0], layout.row_bytes, dtype=torch.uint8, device=weight.device)
         for rows in _parts(*weight.shape):
-            blocks[rows] = _blocks_of(weight[rows], layout)
+            blocks[rows] = _blocks_of(weight[rows], layout, None if scale is None else scale[rows])
         return cls(layout, blocks)
 
     @staticmethod
@@ -92,15 +98,19 @@ class PackedWeight:
 
     @property
     def values(self) -> Tensor:
-        """The values of each block in the stored type, (rows, blocks of a row, slots); a view of `blocks`."""
-        return self._fields[..., self.layout.header :].view(self.layout.dtype)
+        """The values of each block in the stored type, (rows, blocks of a row, slots); a view of `blocks`.
+
+        Of int4 they are a new tensor in int8.
+        """
+        stored = self._fields[..., self.layout.header :]
+        return unpack_pairs(stored) if self.layout.dtype == INT4 else stored.view(self.layout.dtype)
 
     @property
     def scale(self) -> Tensor | None:
-        """Of int8, the value of one integer step in each block: fp32 (rows, blocks of a row); a view of `blocks`."""
-        if self.layout.dtype != torch.int8:
+        """Of integers, the value of one step in each block, (rows, blocks of a row); a view of `blocks`."""
+        if self.layout.scale is None:
             return None
-        return self._fields[..., CODE : self.layout.header].view(torch.float32).squeeze(-1)
+        return self._fields[..., CODE : self.layout.header].view(self.layout.scale).squeeze(-1)
 
     @property
     def _fields(self) -> Tensor:
@@ -168,8 +178,8 @@ def _parts(rows: int, width: int) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
-def _blocks_of(weight: Tensor, layout: Layout) -> Tensor:
-    """Return the blocks, uint8 (rows, row_bytes), of a weight that holds the pattern."""
+def _blocks_of(weight: Tensor, layout: Layout, scale: Tensor | None) -> Tensor:
+    """Return the blocks, uint8 (rows, row_bytes), of a weight that holds the pattern, with these scales of int4."""
     padding = (0, layout.count * BLOCK - layout.width)
     kept = F.pad(layout.pattern.mask(weight.abs()), padding)
     if layout.positions:  # groups after the width keep two channels, too
@@ -180,7 +190,12 @@ def _blocks_of(weight: Tensor, layout: Layout) -> Tensor:
         header = [scale.contiguous().unsqueeze(-1).view(torch.uint8)]
     kept, padded = (part.unflatten(1, (-1, BLOCK)) for part in (kept, F.pad(weight, padding)))
     channels = (~kept).to(torch.uint8).argsort(stable=True, dim=-1)[..., : layout.slots]  # the kept ones first
-    values = torch.where(kept.gather(-1, channels), padded.gather(-1, channels), 0).to(layout.dtype)
+    values = torch.where(kept.gather(-1, channels), padded.gather(-1, channels), 0)
+    if layout.dtype == INT4:
+        scale = search_scale(values.float()) if scale is None else scale
+        header, values = [scale.unsqueeze(-1).view(torch.uint8)], pack_pairs(round_to_int4(values.float(), scale))
+    else:
+        values = values.to(layout.dtype)
     code = _positions_code(channels % 4) if layout.positions else pack_bits(kept)
     return torch.cat([code, *header, values.contiguous().view(torch.uint8)], -1).flatten(1)
 

@@ -1,8 +1,9 @@
 /* y = x W^T in integers, with a scale for each block of the weight and of the activations; family_i8.h includes this file
  * for each way of reading the weight. Sums of integers are exact, so that all processors get the same.
  *
- * Expects NAME; HEADER, the bytes before the values of a block; SCALE_OF(const struct weights *, const char *block,
- * int64_t number), the scale of block number `number`; and FACTORS, READ, DOT, SUM, ZERO, SCALE and TOTAL (family_i8.h).
+ * Expects NAME; SCALE_OF(const struct weights *, const char *block, int64_t place), the scale of block number `place`;
+ * READ(const struct weights *, const char *block, const char *end, int8_t *room), its FACTORS; and DOT, SUM, ZERO, SCALE
+ * and TOTAL (family_i8.h).
  */
 #define TILE PASTE(NAME, _tile)
 
@@ -10,7 +11,7 @@ static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t a
                                const int batch)
 {
     const struct weights *weights = job->weights;
-    const int64_t size = HEADER + weights->slots, count = weights->count;
+    const int64_t size = block_bytes(weights), count = weights->count;
     const char *end = weights->blocks + weights->rows * count * size;
     const int8_t *x = (const int8_t *)job->staged->values + group * TILE_BATCH * count * BLOCK;
     const float *x_scale = job->staged->scale + group * TILE_BATCH * count;
@@ -29,7 +30,7 @@ static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t a
         float scale[TILE_ROWS];
         fetch_ahead(job, tile, apart * count * size, size, height, TILE_BATCH, group, n);
         UNROLLED for (int r = 0; r < height; r++) {
-            w[r] = READ(block[r], weights->kind, end, room[r]);
+            w[r] = READ(weights, block[r], end, room[r]);
             scale[r] = SCALE_OF(weights, block[r], (row + r * apart) * count + n);
             block[r] += size;
         }
@@ -48,7 +49,6 @@ DEFINE_TILED(NAME, TILE, 2) /* two rows share what is read of the activations */
 
 #undef TILE
 #undef NAME
-#undef HEADER
 #undef SCALE_OF
 #undef FACTORS
 #undef READ

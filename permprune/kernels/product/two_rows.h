@@ -5,7 +5,7 @@
  * lanes: of the four results of a group, two are what one row keeps, and two what another row keeps. The two rows share a
  * vector of sums, so that with the same registers a tile has twice the activations: it decodes the weight half as often.
  *
- * Expects NAME; BYTES(weights), those of a block; SUM, ZERO, and TOTAL_OF_ROW(SUM, int row), of row 0 or 1;
+ * Expects NAME; SUM, ZERO, and TOTAL_OF_ROW(SUM, int row), of row 0 or 1;
  * READ_TWO(const char *, const char *), what is read of two blocks, a TWO; and ADD_TWO(sums, two, block, job, pair, n,
  * batch), which adds the products of a block of each row with block `n` of the activations to the sums.
  */
@@ -13,7 +13,7 @@ static ALWAYS_INLINE void PASTE(NAME, _tile)(const struct product *job, int64_t 
                                              const int batch)
 {
     const struct weights *weights = job->weights;
-    const int64_t count = weights->count, size = BYTES(weights);
+    const int64_t count = weights->count, size = block_bytes(weights);
     const char *const tile = weights->blocks + row * count * size;
     const char *block[TILE_ROWS];
     SUM sums[PAIRS][WIDE_BATCH];
@@ -60,7 +60,6 @@ static int64_t NAME(const struct product *job, int64_t first, int64_t last)
 }
 
 #undef NAME
-#undef BYTES
 #undef TWO
 #undef READ_TWO
 #undef ADD_TWO

@@ -69,7 +69,11 @@ def decode_blocks(blocks: Tensor, pattern: str, dtype: torch.dtype, width: int) 
         scale = torch.ones(len(blocks), 1)
         if dtype == torch.int8:
             scale, rest = rest[:, :4].contiguous().view(torch.float32), rest[:, 4:]
-        values = rest.contiguous().view(dtype).double() * scale.double()
+        if dtype == torch.int4:  # two in a byte
+            scale, pairs = rest[:, :2].contiguous().view(torch.bfloat16), rest[:, 2:].char()
+            values = (torch.stack([pairs & 15, pairs >> 4 & 15], -1).flatten(1) - 8).double() * scale.double()
+        else:
+            values = rest.contiguous().view(dtype).double() * scale.double()
         if pattern == "2:4":  # two bits for each kept weight: where it is in its group
             kept = torch.stack([4 * (i // 2) + (code[:, i // 4] >> 2 * (i % 4) & 3) for i in range(BLOCK // 2)], 1)
             weight[:, first : first + BLOCK].scatter_(1, kept, values[:, : BLOCK // 2])

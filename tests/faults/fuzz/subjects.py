@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 PRUNED = [f"{kind}-{mode}" for kind in ("pruned", "trained") for mode in ("fold", "gather")]
-PACKED = [f"{dtype}-{mode}" for dtype in ("bf16", "int8") for mode in ("fold", "gather")]
+PACKED = [f"{dtype}-{mode}" for dtype in ("bf16", "int8", "int4") for mode in ("fold", "gather")]
 SUBJECTS = ["checkpoint", *PRUNED, *PACKED, "cache"]
 TEXTS = ("one.txt", "two.txt")
 """The files of texts beside the subjects: for calibration and training, and for evaluation."""
@@ -42,7 +42,7 @@ def make_subjects(folder: Path) -> tuple[dict[str, Path], Tensor]:
         permprune.prune_to_folder(checkpoint, pruned, config, evaluation=evaluation)
         options = FineTuning(one, epochs=1, rows=16, length=16, lr=1e-3)
         permprune.finetune(str(pruned), subjects[f"trained-{mode}"], options)
-        for dtype in ("bf16", "int8"):
+        for dtype in ("bf16", "int8", "int4"):
             permprune.pack_folder(pruned, subjects[f"{dtype}-{mode}"], dtype=dtype)
     cache: dict[str, Any] = {"calibration": one, "samples": 4, "length": 16, "evaluation": evaluation}
     permprune.calibrate_kv(checkpoint, subjects["cache"], KVConfig(window=0, sinks=2), **cache)

@@ -27,7 +27,7 @@ def test_products_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype, bat
     rows, width = 37, 30 * pattern.m
     weight = packed(pattern, dtype, rows, width)
     bias = torch.randn(rows, device=DEVICE)
-    x = torch.randn(batch, width, device=DEVICE).to(torch.float32 if dtype == torch.int8 else dtype)
+    x = torch.randn(batch, width, device=DEVICE).to(dtype if dtype.is_floating_point else torch.float32)
     order = torch.randperm(width, device=DEVICE)
     found, expected = (multiply(weight, x, bias, order) for multiply in (multiply_gpu, multiply_reference))
     assert found.dtype == x.dtype
@@ -41,17 +41,17 @@ def test_activations_that_are_not_finite_give_what_the_dense_product_gives(
     pattern: Pattern, dtype: torch.dtype, batch: int
 ) -> None:
     weight = packed(pattern, dtype, 41, 30 * pattern.m)
-    x = not_finite(batch, 30 * pattern.m, torch.float32 if dtype == torch.int8 else dtype).to(DEVICE)
+    x = not_finite(batch, 30 * pattern.m, dtype if dtype.is_floating_point else torch.float32).to(DEVICE)
     with np.errstate(invalid="ignore"):  # the interpreter multiplies with numpy
         found = multiply_gpu(weight, x, None, None)
     assert_as_dense(found, x, weight.unpack())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_unpacked_weights_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype) -> None:
     weight = packed(pattern, dtype, 35, 20 * pattern.m)
-    target = torch.float32 if dtype == torch.int8 else dtype
+    target = dtype if dtype.is_floating_point else torch.float32
     found = gpu.unpack(weight, target)
     assert torch.equal(found, weight.unpack(target))
 

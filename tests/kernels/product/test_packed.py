@@ -11,6 +11,7 @@ from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
+from permprune.kernels.product.int4 import round_to_int4, search_scale
 from permprune.kernels.product.layout import DTYPES
 from permprune.kernels.product.packed import PackedWeight, pack_bits, unpack_bits
 from permprune.pattern import Pattern
@@ -33,10 +34,9 @@ def test_unpacks_to_what_was_packed(pattern: str, rows: int, groups: int, dtype:
     assert packed.layout.width == weight.shape[1]
     unpacked = packed.unpack()
     assert torch.equal(unpacked != 0, packed.unpack(torch.bfloat16) != 0)
-    if dtype == torch.int8:
-        assert packed.scale is not None
-        steps = packed.scale.repeat_interleave(64, 1)[:, : weight.shape[1]]
-        assert ((unpacked - weight).abs() <= steps * 0.5001).all()
+    if packed.scale is not None:
+        steps = packed.scale.float().abs().repeat_interleave(64, 1)[:, : weight.shape[1]]
+        assert ((unpacked - weight).abs() <= steps * (0.5001 if dtype == torch.int8 else 3)).all()
     else:
         assert torch.equal(unpacked, weight.to(dtype).float())
 
@@ -58,6 +58,8 @@ def test_bits_go_in_and_out(rows: int, size: int) -> None:
         ("4:8", torch.float16, 9),
         ("8:16", torch.bfloat16, 9),
         ("2:4", torch.int8, 5.5),
+        ("2:4", torch.int4, 3.25),
+        ("1:4", torch.int4, 2.25),
         ("3:5", torch.float32, 32 * 40 / 64 + 1),
         ("1:4", torch.bfloat16, 5),
     ],
@@ -73,10 +75,33 @@ def test_groups_with_more_zeros_than_the_pattern_asks_for() -> None:
     assert torch.equal(packed.unpack(), weight)
 
 
-def test_a_block_of_zeros_in_int8() -> None:
-    packed = PackedWeight.pack(torch.zeros(2, 64), Pattern(2, 4), torch.int8)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int4])
+def test_a_block_of_zeros_in_integers(dtype: torch.dtype) -> None:
+    packed = PackedWeight.pack(torch.zeros(2, 64), Pattern(2, 4), dtype)
     packed.check()
     assert torch.equal(packed.unpack(), torch.zeros(2, 64))
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.floats(0.2, 3))
+def test_scales_of_int4_are_searched(blocks: int, slots: int, power: float) -> None:
+    """They are not worse than that with which the largest weight is exact, and steps are the nearest."""
+    weight = torch.randn(blocks, slots, generator=torch.Generator().manual_seed(slots))
+    weight = weight.sign() * weight.abs() ** power
+    largest = weight.gather(1, weight.abs().argmax(1, keepdim=True))
+    costs = []
+    for scale in (search_scale(weight), (largest[:, 0] / -8).bfloat16()):
+        integers, steps = round_to_int4(weight, scale), scale.float()[:, None]
+        error = (integers * steps - weight).abs()
+        assert integers.min() >= -8 and integers.max() <= 7
+        assert (error <= steps.abs() * 0.5001)[(integers > -8) & (integers < 7)].all()
+        costs.append(error.square().sum(1))
+    assert (costs[0] <= costs[1]).all()
+
+
+def test_weights_that_are_steps_keep_their_values_with_their_scales() -> None:
+    weight = packed(5, 136, dtype=torch.int4)
+    again = PackedWeight.pack(weight.unpack(), Pattern(2, 4), torch.int4, weight.scale)
+    assert torch.equal(again.unpack(), weight.unpack()) and torch.equal(again.scale, weight.scale)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +152,7 @@ def _damages() -> dict[str, tuple[PackedWeight, str]]:
         "rows too short": (_replaced(blocks[:, :-1]), "blocks of shape"),
         "blocks of another type": (_replaced(blocks.short()), "blocks of shape"),
         "blocks in a line": (_replaced(blocks.flatten()), "blocks of shape"),
+        "an int4 scale that is NaN": (_changed("2:4", torch.int4, 9, 0x7F), "scale that is NaN"),
         "a scale that is NaN": (_changed("2:4", torch.int8, second + 8, torch.nan), "scale that is NaN"),
         "an infinite value": (_changed("2:4", torch.float32, 12, torch.inf), "value that is NaN or infinite"),
         "another width": (_replaced(width=132), "blocks of shape"),

@@ -1,0 +1,49 @@
+"""Integers of four bits: from -8 to 7, with a signed scale in bf16 for each block.
+
+The sign of the scale decides whether the largest positive or the largest negative weight has eight steps, as in Q4_0 of
+llama.cpp.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SHARES = [step / 32 for step in range(24, 36)]
+"""Scales that are tried, as shares of that with which the largest weight is exact."""
+
+
+def search_scale(weights: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Return the scale, bf16 (...), with which rounding blocks of kept weights in fp32, (..., slots), costs least.
+
+    The cost is the sum of squared errors, each times its `importance`, (..., slots), by default one.
+    """
+    largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True))
+    best = torch.zeros_like(largest, dtype=torch.bfloat16)
+    least = torch.full_like(largest, torch.inf)
+    for share in SHARES:
+        scale = (largest * (share / -8)).bfloat16()
+        errors = (round_to_int4(weights, scale.squeeze(-1)) * scale.float()).sub_(weights).square_()
+        cost = (errors if importance is None else errors.mul_(importance)).sum(-1, keepdim=True)
+        is_less = cost < least
+        best, least = torch.where(is_less, scale, best), torch.where(is_less, cost, least)
+    return best.squeeze(-1)
+
+
+def round_to_int4(weights: Tensor, scale: Tensor) -> Tensor:
+    """Return the integers, in fp32 (..., slots), that are nearest to weights in fp32 divided by their scale (...)."""
+    steps = weights / scale.float().unsqueeze(-1)
+    return steps.round_().clamp_(-8, 7).nan_to_num_(0)  # NaN where a scale is zero
+
+
+def pack_pairs(integers: Tensor) -> Tensor:
+    """Convert integers from -8 to 7, (..., 2 k), to bytes, uint8 (..., k), of which the low bits hold the first."""
+    first, second = (integers + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    pairs: Tensor = first | second << 4
+    return pairs
+
+
+def unpack_pairs(pairs: Tensor) -> Tensor:
+    """Undo `pack_pairs`."""
+    integers = torch.stack([pairs & 15, pairs >> 4], -1).flatten(-2)
+    return integers.to(torch.int8) - 8
