@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
+from permprune.config import PruneConfig
 from permprune.options import PACKED, require_choice
 
 
@@ -17,6 +18,13 @@ def pack(
     folder: cli.Folder,
     out: Annotated[Path, typer.Option(help="folder for the packed checkpoint; must not exist yet")],
     dtype: Annotated[str, typer.Option(help="data type of the kept weights: fp32, bf16, fp16, int8 or int4")] = "bf16",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="data to solve int4 values on, as for permprune prune: text, sentences, images or speech",
+            show_default="values are rounded",
+        ),
+    ] = None,
     head: Annotated[
         str | None,
         typer.Option(help="int8 stores the embedding and the head as int8 too", show_default="a floating-point type"),
@@ -28,11 +36,22 @@ def pack(
     require_choice("dtype", dtype, PACKED)
     if head is not None:
         require_choice("head", head, ["int8"])
+    config = None
+    if calibration is not None:
+        require_choice("dtype with --calibration", dtype, ["int4"])
+        config = PruneConfig(calibration=calibration, trust_remote_code=trust_remote_code)
     yield
 
     from permprune.jobs.packing import pack_folder
 
-    packed = pack_folder(folder, out, dtype=dtype, head=head, trust_remote_code=trust_remote_code)
+    packed = pack_folder(
+        folder,
+        out,
+        dtype=dtype,
+        head=head,
+        calibration=config,
+        trust_remote_code=trust_remote_code,
+    )
     layers, weights = (
         f"{sizes.packed / 1e6:.1f} MB, dense {sizes.dense / 1e6:.1f} MB" for sizes in (packed.layers, packed.weights)
     )

@@ -11,14 +11,16 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.gathers import BUFFERS, Gather, attached_orders, detach_gathers
 from permprune.checkpoints.patterns import linear_layers
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head, require_head
+from permprune.inference.solving import solve
 from permprune.kernels.product.layout import LARGEST_GROUP, Layout
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.models.layers import require_changeable
 from permprune.options import PACKED
 from permprune.pattern import Pattern
-from permprune.system.device import dtype_named
+from permprune.system.device import INT4, dtype_named
 
 
 def packed_type(name: str) -> torch.dtype:
@@ -34,6 +36,7 @@ def pack(
     *,
     dtype: str = "bf16",
     head: str | None = None,
+    examples: Examples | None = None,
 ) -> list[str]:
     """Replace linear layers of a pruned model by `PackedLinear`, in place.
 
@@ -43,18 +46,27 @@ def pack(
     model in gather mode become part of the packed model. Afterwards `model.save_pretrained` writes a folder that
     `from_pretrained` loads once permprune is imported.
 
+    Values of int4 are rounded, or solved on calibration `examples` (`solving.solve`): give them where outputs count.
+
     Returns the names of layers that stay dense: experts, and layers that `PackedLinear` does not replace, because their
     class computes something else than `nn.Linear` or `Conv1D`. Raises `PermpruneError` if a weight does not hold its
     pattern or does not fit the dtype, or the head cannot be int8; the model is unchanged then.
     """
     require_changeable(model)
     stored, orders = packed_type(dtype), attached_orders(model)
+    if examples is not None and stored != INT4:
+        raise PermpruneError(f"values in {dtype} are rounded, not solved: leave out the calibration, or pack as int4")
     layers, dense = _packable(model, patterns, stored, {name for side, name in orders if side == "input"})
     named = _head_names(model, head)
     require_head(model, named)
+    scales = {}
+    if examples is not None:
+        found = linear_layers(model)
+        scales = solve(model, {name: found[name] for name in layers}, examples)
     detach_gathers(model)
     for name, pattern in layers.items():
-        packed = PackedLinear.pack(model.get_submodule(name), pattern, stored, orders.get(("input", name)))
+        order = orders.get(("input", name))
+        packed = PackedLinear.pack(model.get_submodule(name), pattern, stored, order, scales.get(name))
         model.set_submodule(name, packed)
     if stored.is_floating_point:
         _convert(model, stored)

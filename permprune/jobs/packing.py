@@ -13,11 +13,13 @@ from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import linear_layers
 from permprune.checkpoints.probe import TOLERANCE, Probe, check_outputs, output_difference
 from permprune.checkpoints.record import PACKED, read_record
+from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes, weight_bytes
 from permprune.inference.pack import pack, unpack
 from permprune.models.layers import merged
 from permprune.models.processors import Processor, read_processor
+from permprune.plan import calibration_examples
 from permprune.pruning.folder import require_probe, write_pruned
 from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_space, require_writable
@@ -60,12 +62,14 @@ def pack_folder(
     *,
     dtype: str = "bf16",
     head: str | None = None,
+    calibration: PruneConfig | None = None,
     trust_remote_code: bool = False,
 ) -> Packed:
     """Write the pruned checkpoint in `folder` with packed weights to the folder `out`, which Transformers can load.
 
-    `dtype` and `head` are as in `permprune.pack`, and `trust_remote_code` is as in `read_model`. The gathers
-    of the checkpoint become part of the packed layers. Raises `PermpruneError`.
+    `dtype` and `head` are as in `permprune.pack`, and `trust_remote_code` is as in `read_model`. With `calibration`
+    values of int4 are solved on its data, as many windows as it measures. The gathers of the checkpoint become part of
+    the packed layers. Raises `PermpruneError`.
     """
     folder, out = Path(folder), Path(out)
     require_absent(out)
@@ -76,9 +80,12 @@ def pack_folder(
     model, processor, probe = _read(folder, trust_remote_code)
     require_space(out, weight_bytes(model))
     stage(PACK)
+    examples = None
+    if calibration is not None:
+        examples = calibration_examples(model, processor, calibration.replace(samples=calibration.measured))
     patterns = {row.name: row.pattern for row in record.layers}
     before = _sizes(model, set(patterns))
-    dense = pack(model, patterns, dtype=dtype, head=head)
+    dense = pack(model, patterns, dtype=dtype, head=head, examples=examples)
     after = _sizes(model, set(patterns))
     difference = output_difference(model, probe, str(folder))
     kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head, TOLERANCE: probe.tolerance}

@@ -188,12 +188,16 @@ def _held(
 
 
 def write_pruned_weights(weights: Weights, pruned: Pruned, record: Record, work: WorkFolder, pack: str | None) -> None:
-    """Write the output folder; with `pack`, write the unpacked checkpoint to the work folder first and pack that."""
+    """Write the output folder; with `pack`, write the unpacked checkpoint to the work folder first and pack that.
+
+    Values of int4 are solved on the calibration data of the run.
+    """
     out = work.out if pack is None else work.scratch / "pruned"
     with weights.served(), atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_pruned(record, pruned.probe, partial(weights.write, pruned=pruned), folder, load=weights.load)
     if pack is None:
         return
     stage(PACK)
-    if dense := pack_folder(out, work.out, dtype=pack).left_dense:
+    calibration = weights.plan.config if pack == "int4" else None
+    if dense := pack_folder(out, work.out, dtype=pack, calibration=calibration).left_dense:
         log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))

@@ -52,7 +52,8 @@ def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tin
     gathers = json.loads((pruned / "permprune.json").read_text())["gathers"]
     for dtype, close in limits.items():
         packed, back = tmp_path / f"packed-{dtype}", tmp_path / f"back-{dtype}"
-        code, stdout, _ = run("pack", pruned, "--dtype", dtype, "--out", packed)
+        calibration = ["--calibration", tiny_text] if dtype == "int4" else []
+        code, stdout, _ = run("pack", pruned, "--dtype", dtype, *calibration, "--out", packed)
         assert code == 0 and re.search(r"pruned layers: 0.\d MB, dense 0.1 MB; all weights: 0.\d MB", stdout), stdout
         files = {path.name for path in packed.iterdir()}
         assert {"config.json", "packed.safetensors", "tokenizer.json", "permprune.json"} <= files
@@ -81,6 +82,9 @@ def test_what_is_refused(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     assert "dtype is 'fp8': choose one of fp32, bf16, fp16, int8, int4" in fails(
         "pack", pruned, "--dtype", "fp8", "--out", out
+    )
+    assert "dtype with --calibration is 'bf16': choose one of int4" in fails(
+        "pack", pruned, "--calibration", pruned / "permprune.json", "--out", out
     )
     assert "holds no permprune.json" in fails("pack", tiny_checkpoint, "--out", out)
     assert "is not packed" in fails("unpack", pruned, "--out", out)

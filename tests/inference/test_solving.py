@@ -1,0 +1,58 @@
+"""Values of int4 that are solved on calibration examples."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+
+from permprune.errors import PermpruneError
+from permprune.examples import Examples
+from permprune.inference.pack import pack
+from permprune.inference.solving import solve_layer
+from permprune.kernels.product.module import PackedLinear
+from permprune.kernels.product.packed import PackedWeight
+from permprune.pattern import Pattern
+from tests.inference.test_pack import prune_to, say
+from tests.kernels.product.weights import sparse
+
+
+@given(st.integers(4, 40), st.integers(9, 50), st.sampled_from(["2:4", "1:4", "4:8"]))
+def test_solved_values_cost_less_than_rounded_ones(rows: int, groups: int, text: str) -> None:
+    pattern = Pattern.parse(text)
+    width = groups * pattern.m
+    weight = sparse(rows, width, pattern, seed=rows)
+    generator = torch.Generator().manual_seed(groups)
+    few = torch.randn(max(4, width // 8), width, generator=generator)  # inputs that are correlated
+    x = torch.randn(500, len(few), generator=generator) @ few + 0.1 * torch.randn(500, width, generator=generator)
+    solved, scale = solve_layer(weight, x.T @ x / len(x))
+    assert not solved[weight == 0].any()
+    packed = PackedWeight.pack(solved, pattern, torch.int4, scale)
+    torch.testing.assert_close(packed.unpack(), solved)
+    rounded = PackedWeight.pack(weight, pattern, torch.int4).unpack()
+    assert (x @ (solved - weight).T).square().sum() < 0.8 * (x @ (rounded - weight).T).square().sum()
+
+
+def test_a_channel_that_is_always_zero_keeps_its_weights() -> None:
+    weight, x = sparse(8, 64, Pattern(2, 4)), torch.randn(100, 64)
+    x[:, 5] = 0
+    solved, scale = solve_layer(weight, x.T @ x / len(x))
+    assert ((solved - weight)[:, 5].abs() <= 4 * scale[:, 0].float().abs()).all()
+
+
+def test_a_model_with_solved_values_is_nearer_to_the_pruned_one(tiny_llama: LlamaForCausalLM) -> None:
+    patterns, tokens = prune_to(tiny_llama), torch.randint(0, 90, (32, 24), generator=torch.Generator().manual_seed(0))
+    expected = say(tiny_llama, input_ids=tokens)
+    rounded, solved = copy.deepcopy(tiny_llama), tiny_llama
+    pack(rounded, patterns, dtype="int4")
+    assert pack(solved, patterns, dtype="int4", examples=Examples.of(tokens)) == []
+    assert {module.layout.dtype for module in solved.modules() if isinstance(module, PackedLinear)} == {torch.int4}
+    errors = [(say(model, input_ids=tokens) - expected).square().sum() for model in (solved, rounded)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_values_of_other_types_are_not_solved(tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(PermpruneError, match="values in bf16 are rounded, not solved"):
+        pack(tiny_llama, prune_to(tiny_llama), examples=Examples.of(torch.zeros(2, 8, dtype=torch.int64)))
