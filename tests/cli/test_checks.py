@@ -55,7 +55,7 @@ WRONG = {
     "kv smollm2-135m --out out --permute newton": "orders the channels of weights, not of a cache",
     "kv smollm2-135m --out out --dtype int6": "dtype is 'int6'",
     "plan smollm2-135m --gpu h101": 'did you mean "h100"',
-    "pack full --out out --dtype int4": "dtype is 'int4'",
+    "pack full --out out --dtype int3": "dtype is 'int3'",
     "pack nowhere --out out": "there is no folder nowhere",
     "unpack nowhere --out out": "there is no folder nowhere",
     "verify nowhere": "there is no folder nowhere",
