@@ -54,19 +54,27 @@ def read_model(
     without it. Custom code of a checkpoint runs only with `trust_remote_code`. Raises `PermpruneError` if a part does
     not load, or if the checkpoint's weights do not match its config.json.
     """
+    model, processor = read_as_stored(name, task=task, trust_remote_code=trust_remote_code)
+    stored = model.dtype
+    if not is_packed(model):
+        model.float()
+    return model, processor, stored
+
+
+def read_as_stored(
+    name: str, *, task: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Processor | None]:
+    """Like `read_model`, but the weights keep the types in which they are stored."""
     checkpoint, processor = open_checkpoint(name, trust_remote_code, task)
     folder = Path(checkpoint.source)
     if any((folder / file).exists() for file in (RECORD, GATHERED)):
         model = _load_pruned(checkpoint, read_record(folder))
     else:
         with loading(name, folder, WEIGHTS):
-            model = checkpoint.load()
+            model = checkpoint.load_on(best_device())
         set_origin(model, Origin(name, model.dtype))
-    stored = model.dtype
-    if not is_packed(model):
-        model.float()
     nn.Module.to(model, best_device())  # PreTrainedModel.to raises for packed models, though they can be moved
-    return model.eval(), processor, stored
+    return model.eval(), processor
 
 
 def open_checkpoint(

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from permprune.errors import PermpruneError, first_line
 from permprune.models.dummy_inputs import random_like
-from permprune.models.forward import computed_in, forward_arguments, main_outputs
+from permprune.models.forward import forward_arguments, main_outputs
 from permprune.models.hooks import attached
 from permprune.models.layers import is_packed
+from permprune.models.narrow_weights import in_fp32
 from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
@@ -133,7 +134,7 @@ def output_difference(model: PreTrainedModel, probe: Probe, what: str) -> float:
     try:
         if unknown := sorted(probe.inputs.keys() - set(known)):
             raise TypeError(f"it takes no {unknown[0]!r}")
-        with nullcontext() if is_packed(model) else computed_in(model, torch.float32):
+        with nullcontext() if is_packed(model) else in_fp32(model):
             outputs = probe_outputs(model, probe.inputs, max(1, len(probe.outputs) // max(1, rows)))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise PermpruneError(f"the model does not run on the examples of {PROBE} ({first_line(error)})") from error

@@ -65,6 +65,12 @@ class Checkpoint:
         model: PreTrainedModel = self._from_pretrained(**options).eval()
         return model
 
+    def load_on(self, device: torch.device) -> PreTrainedModel:
+        """Like `load`, tensor by tensor to a device, unless they are packed: the host holds only a few at a time."""
+        if device.type == "cpu" or getattr(self.config, "quantization_config", None) is not None:
+            return self.load()
+        return self.load(device_map={"": device})
+
     def skeleton(self) -> PreTrainedModel:
         """Load the model on the meta device, reading only the names and shapes of its weights.
 

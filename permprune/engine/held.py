@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -72,13 +72,15 @@ def prepare(
     examples: ExampleData | None = None,
     partial: Path | None = None,
     planned: Callable[[Plan], object] = lambda plan: None,
+    held: NarrowWeights | None = None,
 ) -> Prepared:
     """Discover the couplings, calibrate the model, and mask its weights in natural order.
 
     `processor` is the tokenizer of a language model, or the processor of images or audio. `examples` replace the
     config's calibration data, as in `prune`. If they lack text for a decoder, the decoder reads the text that the dense
     model generates. `partial` is a folder in which the searches save their state. `planned` is called with the plan
-    before the calibration. Raises `PermpruneError` for a config, data or a model that cannot be used.
+    before the calibration. `held` are weights of the model that are held in bf16 already. Raises `PermpruneError` for a
+    config, data or a model that cannot be used.
     """
     if config.shard:
         raise PermpruneError(
@@ -92,19 +94,23 @@ def prepare(
         config = config.replace(calibration=f"{len(shown)} examples given in Python")
     if needs_decoder_inputs(model, shown):
         shown = with_decoder_inputs(model, shown, config.batch * BATCH_MULTIPLIER[kind_of(model)])
-    plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
+    with nullcontext() if held is None else held.as_stored():  # so that the trace shows the model's own operations
+        plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
     planned(plan)
-    return measure(plan, model, started)
+    return measure(plan, model, started, held)
 
 
-def measure(plan: Plan, model: PreTrainedModel, started: float) -> Prepared:
-    """Calibrate the model of a plan, and mask its weights in natural order; the preparation `started` at this time."""
+def measure(plan: Plan, model: PreTrainedModel, started: float, held: NarrowWeights | None = None) -> Prepared:
+    """Calibrate the model of a plan, and mask its weights in natural order; the preparation `started` at this time.
+
+    `held` is as in `prepare`.
+    """
     stage(CALIBRATE)
     config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
         task = choose_task(model, plan.measured, batch)
-    held = NarrowWeights(model, layers, origin_of(model).dtype)
+    held = held or NarrowWeights(model, layers, origin_of(model).dtype)
     statistics = calibrate(
         model,
         layers,
@@ -136,6 +142,12 @@ def measure(plan: Plan, model: PreTrainedModel, started: float) -> Prepared:
         held=held,
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
+
+
+def open_to_prune(source: ModelSource, config: PruneConfig, processor: Processor | None) -> OpenModel:
+    """Open a model to prune it: one that is read holds the weights that are stored in bf16 once, as they are."""
+    task, code = config.task, config.trust_remote_code
+    return open_model(source, processor, task=task, trust_remote_code=code, narrow=True)
 
 
 @failures_reported()
@@ -189,14 +201,13 @@ class Held(Weights):
     def of(cls, opened: OpenModel, config: PruneConfig, *, spare: bool = False, **settings: Any) -> Held:
         """Prepare a model that is open (see `prepare`, which takes the `settings`)."""
         set_origin(opened.model, origin_of(opened.model))
-        return cls(prepare(opened.model, opened.processor, config, **settings), opened.processor, spare=spare)
+        prepared = prepare(opened.model, opened.processor, config, held=opened.held, **settings)
+        return cls(prepared, opened.processor, spare=spare)
 
     @classmethod
     def open(cls, source: ModelSource, config: PruneConfig, processor: Processor | None = None) -> Held:
         """Open a model and prepare it. Raises `PermpruneError`."""
-        return cls.of(
-            open_model(source, processor, task=config.task, trust_remote_code=config.trust_remote_code), config
-        )
+        return cls.of(open_to_prune(source, config, processor), config)
 
     def dense(self) -> AbstractContextManager[None]:
         return self.network.dense_weights()
@@ -223,12 +234,13 @@ class Held(Weights):
         shown = sample(network, measures)
         network.write()
         round_weights(model.parameters(), self.stored)
-        with computed_in(model, torch.float32):
+        with nullcontext() if network.holds_narrow else computed_in(model, torch.float32):
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
         fold_all(model, pruned.tables, plan.coupling)
         for layer, order in gathered_layers(plan, solution.orders).values():
             layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))
+        network.release()
         attach_gathers(model, pruned.gathers)
         pruned.gathers = compose(origin.gathers, pruned.gathers)
         set_origin(model, replace(origin, record=pruned.record(), probe=probe))

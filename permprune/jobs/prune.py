@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.offload import read_shapes, read_size
 from permprune.checkpoints.record import Record
-from permprune.checkpoints.source import ModelSource, name_of, open_model
+from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
-from permprune.engine.held import Held
+from permprune.engine.held import Held, open_to_prune
 from permprune.engine.measuring import Evaluation
 from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
@@ -178,7 +178,7 @@ def _held(
     planned: Callable[[PreTrainedModel, Plan], None],
 ) -> Held:
     """Open and calibrate a model that is held in memory."""
-    opened = open_model(model, processor, task=config.task, trust_remote_code=config.trust_remote_code)
+    opened = open_to_prune(model, config, processor)
     needed = weight_bytes(opened.model, opened.stored)
     require_space(work.out, needed)
     ready = partial(planned, opened.model)

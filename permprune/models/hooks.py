@@ -63,19 +63,21 @@ def replaced_while_running(
 
     `replacement` is called with the parameter before the module runs; if it returns None, the parameter stays. The
     gradient with respect to the replacement becomes that of the parameter. Outside the module's `forward` the parameter
-    is unchanged, and only while the module runs, or until the backward pass, is the replacement in memory.
+    is unchanged, and only while the module runs, or until the backward pass, is the replacement in memory. Copies of
+    the module run with their own parameter.
     """
     parameter: nn.Parameter = getattr(module, attribute)
 
-    def enter(*_: object) -> None:
-        tensor = replacement(parameter)
+    def enter(running: nn.Module, *_: object) -> None:
+        tensor = replacement(parameter) if running is module else None
         if tensor is not None:
             if torch.is_grad_enabled():
                 tensor = _InPlaceOf.apply(parameter, tensor)  # type: ignore[no-untyped-call]
             module._parameters[attribute] = tensor  # type: ignore[assignment]
 
-    def leave(*_: object) -> None:
-        module._parameters[attribute] = parameter
+    def leave(running: nn.Module, *_: object) -> None:
+        if running is module:
+            module._parameters[attribute] = parameter
 
     return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
 

@@ -1,17 +1,19 @@
-"""Weights of layers held in the type in which their checkpoint stores them, in a model that computes as in fp32."""
+"""Weights held in the type in which their checkpoint stores them, in a model that computes as in fp32."""
 
 from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from permprune.models.hooks import replaced_while_running
-from permprune.models.layers import Layer, ends_of
+from permprune.models.layers import Layer, block_linears, ends_of
 
 
 def held_type(stored: torch.dtype) -> torch.dtype:
@@ -22,6 +24,12 @@ def held_type(stored: torch.dtype) -> torch.dtype:
 def is_narrow(stored: torch.dtype) -> bool:
     """Whether a search holds weights that are stored in this type in 16 bits."""
     return stored == torch.bfloat16
+
+
+def held_bytes(model: nn.Module, stored: torch.dtype) -> int:
+    """Return the bytes of the weights of a model that is read to be pruned; it may be on the meta device."""
+    kept = {id(one.parameter) for one in _holdable(model, block_linears(model))} if is_narrow(stored) else set()
+    return sum(weight.numel() * (2 if id(weight) in kept else 4) for weight in model.parameters())
 
 
 def end_weights(model: nn.Module) -> list[tuple[nn.Parameter, list[nn.Module]]]:
@@ -38,44 +46,93 @@ def end_weights(model: nn.Module) -> list[tuple[nn.Parameter, list[nn.Module]]]:
 
 
 class NarrowWeights:
-    """Holds fp32 weights of layers in bf16, without a change of any value.
+    """Holds weights in bf16 in a model that computes as in fp32.
 
-    This applies to models that were stored in bf16 (`stored`) and converted to fp32 when they were read, and there to
-    each parameter all of whose values bf16 represents. Modules run with the weights in fp32, or inside autocast to bf16
-    with those that are held: it would round them to the same values. Gradients of the parameters have their type, bf16.
-    The embedding table and the output layer are held likewise, tied or not; embeddings come out in fp32.
+    Of a model that was stored in bf16 (`stored`) and converted to fp32, each parameter of `layers` is held all of whose
+    values bf16 represents, so that none changes. Modules run with the weights in fp32, or inside autocast to bf16 with
+    those that are held: it would round them to the same values. Gradients of the parameters have their type, bf16. The
+    embedding table and the output layer are held likewise, tied or not; embeddings come out in fp32.
 
-    `types` are the types to which `release` converts the parameters back, by name. That also happens when this object
-    is deleted.
+    `types` are the types of the layers' parameters that are held, by name, as a model in fp32 has them.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer], stored: torch.dtype) -> None:
-        self.types: dict[str, torch.dtype] = {}
-        held: list[nn.Parameter] = []
-        handles: list[RemovableHandle] = []
-        self._release = weakref.finalize(self, _release, held, handles)
+        found = _holdable(model, layers) if is_narrow(stored) else []
+        held = [one for one in found if one.parameter.dtype == torch.float32 and _narrow(one.parameter)]
+        self._hold(held, [(one.parameter, torch.float32) for one in held])
+
+    @classmethod
+    def as_read(cls, model: nn.Module) -> NarrowWeights:
+        """Let a model compute in fp32 that has the types of its checkpoint, without a second copy of its weights.
+
+        Those of linear layers in its blocks and of its ends that are in bf16 are held; all else becomes fp32.
+        """
+        self = cls.__new__(cls)
+        held = [one for one in _holdable(model, block_linears(model)) if one.parameter.dtype == torch.bfloat16]
+        kept = {id(one.parameter) for one in held}
+        others = [*model.parameters(), *model.buffers()]
+        wide = [one for one in others if one.is_floating_point() and one.dtype != torch.float32 and id(one) not in kept]
+        self._hold(held, [(one, one.dtype) for one in wide])
+        for tensor in wide:
+            tensor.data = tensor.data.float()
+        return self
+
+    def _hold(self, held: list[_Holdable], before: list[tuple[Tensor, torch.dtype]]) -> None:
+        """Let modules run with weights that are held; `before` are the types of what was or will be converted."""
+        self._held, self._before = held, before
+        self.types = dict.fromkeys((one.name for one in held if one.name is not None), torch.float32)
+        self._handles: list[RemovableHandle] = []
+        self._release = weakref.finalize(self, _release, before, self._handles)
         self._release.atexit = False
-        if not is_narrow(stored):
+        self._attach()
+
+    def _attach(self) -> None:
+        for one in self._held:
+            for module, attribute in one.places:
+                if isinstance(module, nn.Embedding):  # rows are converted after they are looked up: the table is large
+                    self._handles.append(module.register_forward_hook(_wide_rows))
+                else:
+                    self._handles += replaced_while_running(module, attribute, _computed)
+
+    @property
+    def active(self) -> bool:
+        """Whether weights are held."""
+        return bool(self._held) and self._release.alive
+
+    @contextmanager
+    def as_stored(self) -> Iterator[None]:
+        """A context in which the model has the types in which it was read, for code that has to see its own operations.
+
+        Without weights that are held nothing changes.
+        """
+        if not self.active:
+            yield
             return
-        owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-        wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())  # their code reads the type of the weights
-        for name, layer in {layer.parameter: layer for layer in layers}.items():
-            parameter = layer.stored
-            if owners[id(parameter)] > 1 or any(part in wide for part in name.split(".")) or not _narrow(parameter):
-                continue
-            self.types[name] = torch.float32
-            held.append(parameter)
-            handles += replaced_while_running(layer.owner, name.rpartition(".")[2], _computed)
-        for parameter, modules in end_weights(model):
-            if owners[id(parameter)] == len(modules) and _narrow(parameter):
-                held.append(parameter)
-                for module in modules:
-                    handles += _in_fp32(module)
+        present = [(tensor, tensor.dtype) for tensor, _ in self._before]
+        _release(self._before, self._handles)
+        try:
+            yield
+        finally:
+            _convert(present)
+            self._attach()
 
     def release(self) -> None:
-        """Convert the parameters back to fp32."""
+        """Convert everything back to the types of before: those of fp32, or those in which the model was read.
+
+        It also happens when this object is deleted.
+        """
         self.types = {}
         self._release()
+
+
+@contextmanager
+def in_fp32(model: nn.Module) -> Iterator[None]:
+    """A context in which a model computes in fp32, with one layer's weights in fp32 at a time if they are in bf16."""
+    held = NarrowWeights.as_read(model)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def computed_type(held: Tensor) -> torch.dtype:
@@ -83,17 +140,36 @@ def computed_type(held: Tensor) -> torch.dtype:
     return held.dtype if torch.is_autocast_enabled(held.device.type) else torch.float32
 
 
-def _in_fp32(module: nn.Module) -> list[RemovableHandle]:
-    """Let an embedding table or a linear layer whose weight is held in bf16 compute as with its weight in fp32."""
-    if isinstance(module, nn.Embedding):  # rows are converted after they are looked up: the table is large
-        return [module.register_forward_hook(lambda _module, _inputs, rows: rows.float())]
-    return replaced_while_running(module, "weight", _computed)
+@dataclass(frozen=True)
+class _Holdable:
+    """A parameter that can be held in bf16, with the modules and attributes that have it; the end ones have no name."""
+
+    parameter: nn.Parameter
+    places: list[tuple[nn.Module, str]]
+    name: str | None = None
+
+
+def _holdable(model: nn.Module, layers: Iterable[Layer]) -> list[_Holdable]:
+    """The parameters of layers and of the model's ends that no other module has, nor code that reads their type."""
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    found = [
+        _Holdable(layer.stored, [(layer.owner, name.rpartition(".")[2])], name)
+        for name, layer in {layer.parameter: layer for layer in layers}.items()
+        if owners[id(layer.stored)] == 1 and not any(part in wide for part in name.split("."))
+    ]
+    for parameter, modules in end_weights(model):
+        if owners[id(parameter)] == len(modules):
+            found.append(_Holdable(parameter, [(module, "weight") for module in modules]))
+    return found
+
+
+def _wide_rows(_module: nn.Module, _inputs: object, rows: Tensor) -> Tensor:
+    return rows.float()
 
 
 def _narrow(parameter: nn.Parameter) -> bool:
-    """Convert a parameter from fp32 to bf16 if that changes no value; returns whether it did."""
-    if parameter.dtype != torch.float32:
-        return False
+    """Convert a parameter to bf16 if that changes no value; returns whether it did."""
     narrow = parameter.data.bfloat16()
     if not torch.equal(narrow.float(), parameter.data):
         return False
@@ -105,8 +181,12 @@ def _computed(parameter: nn.Parameter) -> Tensor:
     return parameter.detach().to(computed_type(parameter))
 
 
-def _release(held: list[nn.Parameter], handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    for parameter in held:
-        parameter.data = parameter.data.float()
+def _release(before: list[tuple[Tensor, torch.dtype]], handles: list[RemovableHandle]) -> None:
+    while handles:
+        handles.pop().remove()
+    _convert(before)
+
+
+def _convert(types: list[tuple[Tensor, torch.dtype]]) -> None:
+    for tensor, dtype in types:
+        tensor.data = tensor.data.to(dtype)

@@ -80,7 +80,7 @@ class MaskedLayers:
     processes.
 
     `sites` maps each layer to the name of the tensor that it reads. `held` are the weights that are held in bf16; the
-    network releases them when its masked weights are written, or the dense weights are restored. Raises
+    network releases them when the dense weights are restored. Raises
     `PermpruneError` for a layer that cannot be scored.
     """
 
@@ -288,12 +288,24 @@ class MaskedLayers:
     def restore(self) -> None:
         """Let the model run with its dense weights; the network must not be used afterwards."""
         self._detach()
+        self.release()
+
+    @property
+    def holds_narrow(self) -> bool:
+        """Whether weights are held in bf16."""
+        return self.held is not None and self.held.active
+
+    def release(self) -> None:
+        """Convert weights that are held in bf16 to the types of before."""
         if self.held is not None:
             self.held.release()
 
     def write(self) -> None:
-        """Write the weights that are shown into the model; the network must not be used afterwards."""
-        self.restore()
+        """Write the weights that are shown into the model; the network must not be used afterwards.
+
+        Those that are held in bf16 remain so, and are rounded.
+        """
+        self._detach()
         for name, layer in self.layers.items():
             layer.weight.copy_(self.shown[name])
 

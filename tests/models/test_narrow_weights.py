@@ -1,18 +1,26 @@
 """Weights that are held in bf16 while the model computes as in fp32."""
 
 import copy
+from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import permprune
 from permprune.checkpoints.origin import Origin, set_origin
+from permprune.checkpoints.source import open_model
 from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare, prune
+from permprune.engine.measuring import Evaluation
 from permprune.examples import Examples
+from permprune.jobs.prune import prune_to_folder
 from permprune.losses.objective import Objective
 from permprune.models.layers import prunable_layers
 from permprune.models.narrow_weights import NarrowWeights
+from permprune.models.narrow_weights import held_bytes as held_bytes_of_a_run
 from permprune.pattern import Pattern
 from permprune.permuters.newton import Newton
 
@@ -127,12 +135,54 @@ def test_a_pruned_model_is_fp32_again() -> None:
     assert torch.equal(logits(copy.deepcopy(natural.model), torch.float32), logits(natural.model, torch.float32))
 
 
-def test_updated_weights_are_not_rounded() -> None:
+def test_updated_weights_are_rounded_when_they_are_written() -> None:
     network = prepared(stored_in_bf16()).network
     name = next(iter(network.layers))
     changed = network.shown[name] * (1 + 2**-12)
     network.show({name: changed})
     assert torch.equal(network.shown[name], changed)
-    model = network.model
     network.write()
-    assert torch.equal(network.layers[name].weight, changed) and logits(model, torch.float32).isfinite().all()
+    assert torch.equal(network.layers[name].weight, changed.bfloat16())
+    network.release()
+    assert torch.equal(network.layers[name].weight, changed.bfloat16().float())
+
+
+@pytest.fixture
+def narrow_checkpoint(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A checkpoint in bf16."""
+    make_tiny_llama().bfloat16().save_pretrained(tmp_path / "narrow")
+    tiny_tokenizer.save_pretrained(tmp_path / "narrow")
+    return tmp_path / "narrow"
+
+
+def test_a_model_is_read_in_the_type_of_its_checkpoint(narrow_checkpoint: Path) -> None:
+    opened, whole = open_model(str(narrow_checkpoint), narrow=True), permprune.read_model(str(narrow_checkpoint))[0]
+    model, held = opened.model, opened.held
+    assert held is not None and held.active
+    assert {p.dtype for p in model.parameters() if p.dim() > 1} == {torch.bfloat16}
+    assert sum(p.nbytes for p in model.parameters()) == held_bytes_of_a_run(whole, torch.bfloat16)
+    assert isinstance(whole, LlamaForCausalLM) and isinstance(model, LlamaForCausalLM)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(logits(model, dtype), logits(whole, dtype))
+    with held.as_stored():
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        traced = copy.deepcopy(model)
+    assert torch.equal(logits(model, torch.float32), logits(whole, torch.float32))
+    held.release()
+    assert torch.equal(model(**WINDOWS[:2]).logits, traced(**WINDOWS[:2]).logits)
+    assert not NarrowWeights.as_read(make_tiny_llama()).active
+
+
+def test_a_run_from_the_checkpoint_is_that_of_the_model_in_fp32(
+    narrow_checkpoint: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    config = SETTINGS.replace(
+        permute="newton:rounds=1:train_steps=2", calibration=str(tiny_text), length=16, samples=24
+    )
+    model, tokenizer, _ = permprune.read_model(str(narrow_checkpoint))
+    evaluation = Evaluation(str(tiny_text), 4, 16)
+    whole = prune_to_folder(model, tmp_path / "whole", config, evaluation=evaluation, processor=tokenizer)
+    once = prune_to_folder(str(narrow_checkpoint), tmp_path / "once", config, evaluation=evaluation)
+    assert once.permutations == whole.permutations and once.measured == whole.measured
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "once"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
