@@ -7,11 +7,18 @@
 As with CUDA, operators on tensors of both devices raise, except copies, numbers in CPU tensors without dimensions, and
 indexing with indices on the CPU. Random numbers from a generator of the CPU and conversions to NumPy raise, too.
 
+The bytes of its tensors are counted, as the allocator of CUDA counts them, and beyond a limit it raises as that does:
+
+    with allocated(limit=2**20) as device:
+        ...
+    device.peak
+
 Not simulated: `torch.export`, and `torch.tensor` with a device, which does not call Python.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +66,42 @@ COPIES = {aten._to_copy.default, aten.copy_.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 
 
+class Allocated:
+    """The bytes of the device's tensors that live: `now`, and as `peak` the most at a time since `begin`.
+
+    A tensor that would need more than `limit` bytes in all raises `torch.OutOfMemoryError`.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.limit: int | None = None
+        self._sizes: dict[int, int] = {}
+
+    def begin(self) -> None:
+        """Begin to measure a peak."""
+        self.peak = self.now
+
+    def add(self, values: Tensor) -> None:
+        """Count a tensor of the device, unless it shares the memory of one that is counted."""
+        storage = values.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if values.is_meta or key in self._sizes:
+            return
+        if self.limit is not None and self.now + size > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes: {self.now} are in use.")
+        self._sizes[key] = size
+        weakref.finalize(storage, self._drop, key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+MEMORY = Allocated()
+"""The memory of the device."""
+
+
 class SimulatedTensor(torch.Tensor):
     """A tensor of the simulated device; `values` is the tensor on the CPU that holds its values."""
 
@@ -70,6 +113,7 @@ class SimulatedTensor(torch.Tensor):
             return torch.nn.Parameter(values, requires_grad)
         if isinstance(values, SimulatedTensor):
             values = values.values
+        MEMORY.add(values)
         with torch.inference_mode(False):  # PyTorch refuses views that are inference tensors while their base is none
             tensor: SimulatedTensor = torch.Tensor._make_wrapper_subclass(
                 cls,
@@ -175,3 +219,14 @@ def simulated_device() -> Iterator[None]:
         yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@contextmanager
+def allocated(limit: int | None = None) -> Iterator[Allocated]:
+    """Context manager: the device has `limit` bytes; yields its memory, whose peak begins here."""
+    MEMORY.begin()
+    MEMORY.limit = limit
+    try:
+        yield MEMORY
+    finally:
+        MEMORY.limit = None

@@ -143,10 +143,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         return Stage(f"{method.name}: {what}", (*parts, gradients), None if work is None else work * times)
 
     losses = TRIED * method.rounds + START + method.trains_at_end
-    backward = _pass(method, run, examples)
-    if run.dtype == torch.float32 and not run.recompute:
-        # until the backward pass; of other types, `run.gradient` counts them
-        backward += (Memory("masked weights", 4 * outline.weights),)
+    backward = (*_pass(method, run, examples), *_masked(run))
     rounds = [
         stage("gradients", *backward, work=run.gradient_work(examples)),
         stage("proposals", Memory("largest problem's model", model), work=proposing),
@@ -243,10 +240,24 @@ def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Mem
     outline = run.outline
     weights = outline.dtype.itemsize * outline.weights
     moments = 2 * weights * outline.pattern.n // outline.pattern.m
-    parts = [Memory("trained weights", weights), Memory("Adam's moments", moments), *run.gradient.parts]
+    parts = [trained_weights(run), Memory("Adam's moments", moments), *run.gradient.parts, *_masked(run)]
     if examples > run.batch:
         parts.append(Memory("gradients", run.gradient_bytes))
+    if run.on_device:
+        parts.append(Memory("state that is saved", weights + moments, "host"))
     return (*parts, *_teacher(method, run, examples, training=True))
+
+
+def trained_weights(run: Workload) -> Memory:
+    """The memory of weights that were trained."""
+    return Memory("trained weights", run.outline.dtype.itemsize * run.outline.weights)
+
+
+def _masked(run: Workload) -> tuple[Memory, ...]:
+    """The memory of the masked weights, which live until the backward pass; `run.gradient` counts those in bf16."""
+    if run.dtype != torch.float32 or run.recompute:
+        return ()
+    return (Memory("masked weights", 4 * run.outline.weights),)
 
 
 def _teacher(method: Iterative[Any], run: Workload, examples: int, *, training: bool = False) -> tuple[Memory, ...]:

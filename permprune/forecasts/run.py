@@ -16,7 +16,7 @@ from permprune.calibration.statistics import sums_by_pass
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.activations import Activations
-from permprune.forecasts.costs import stages_of, state_bytes
+from permprune.forecasts.costs import stages_of, state_bytes, trained_weights
 from permprune.forecasts.machine import Machine
 from permprune.forecasts.passes import TYPICAL, batch_pass, example_pass, uncounted
 from permprune.forecasts.resources import Memory, Place, Stage, Work
@@ -29,7 +29,7 @@ from permprune.models.modality import (
     evaluation_count,
     kind_of,
 )
-from permprune.models.narrow_weights import end_weights, held_type, is_narrow
+from permprune.models.narrow_weights import held_bytes, held_type, is_narrow
 from permprune.models.pairs import takes_pairs
 from permprune.models.positions import fitting_length
 from permprune.permuters.registry import permuter
@@ -201,11 +201,12 @@ def forecast_held(
         examples_per_window=per_window,
         recompute=config.recompute,
         labelled=kind == "text",
+        on_device=machine.device.type != "cpu",
     )
     whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
-    narrow = outline.weights + sum(weight.numel() for weight, _ in end_weights(model)) // shards
-    weights = Memory("weights", whole - (4 - outline.dtype.itemsize) * narrow)
+    weights = Memory("weights", held_bytes(model, stored) // shards)
     network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
+    found = (*network, *([trained_weights(run)] if method.trains else []))
     passes = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
     evaluated = passes * evaluation_count(model, subject.windows)
     evaluating = Work(products_fp32=run.forward.products, moved=run.forward.moved) * evaluated
@@ -213,16 +214,21 @@ def forecast_held(
         _calibration(config, run, counted("inputs"), measured, example.positions).beside([weights]),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
         *(stage.beside(network) for stage in stages_of(update(config.update), run)),
-        Stage("evaluate", evaluation.parts, evaluating).beside(network),
+        Stage("evaluate", evaluation.parts, evaluating).beside(found),
     ]
-    load = Stage("load", tuple(_loading(whole, checkpoint, machine, shards)), Work(stored=checkpoint))
-    written = (Memory("weights", whole), *_writing(checkpoint // shards, stored, shards))
+    # processes that divide rows convert their own from fp32, parameter by parameter
+    load = Stage("load", (weights if shards == 1 else Memory("weights", whole),), Work(stored=checkpoint))
+    written = (
+        *found,
+        *([Memory("weights as stored", checkpoint // shards, "host")] if run.on_device or shards > 1 else []),
+    )
     return Forecast(
         config=config,
         machine=machine,
         stages=(
             load,
             *(_shared(stage, processes // shards) for stage in stages),
+            # the model is freed before what was written is read to check it
             Stage("write", written, Work(stored=checkpoint)),
         ),
         disk={
@@ -268,24 +274,6 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, proc
         yield "texts have no images"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
-
-
-def _loading(weights: int, stored: int, machine: Machine, shards: int) -> Iterator[Memory]:
-    """The memory of `read_model`: the checkpoint, converted parameter by parameter, on the host and then on the device.
-
-    Processes that divide rows read their own, parameter by parameter.
-    """
-    if shards == 1:
-        yield Memory("checkpoint", stored, "host")
-    yield Memory("weights", weights)
-    if machine.device.type != "cpu" and shards == 1:
-        yield Memory("weights on the host", weights, "host")
-
-
-def _writing(checkpoint: int, stored: torch.dtype, shards: int) -> Iterator[Memory]:
-    """The memory of `write_weights`: all weights in the type in which they are stored; of divided weights, one file."""
-    if stored != torch.float32 or shards > 1:
-        yield Memory("weights as stored", checkpoint, "host")
 
 
 def _calibration(config: PruneConfig, run: Workload, activations: Activations, examples: int, positions: int) -> Stage:

@@ -20,7 +20,7 @@ class Workload:
     batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of the
     weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number of
     examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts one
-    of the labels, as in text.
+    of the labels, as in text. `on_device` is whether it runs on a device with memory of its own.
     """
 
     outline: Outline
@@ -34,6 +34,7 @@ class Workload:
     examples_per_window: int
     recompute: bool
     labelled: bool = True
+    on_device: bool = False
 
     @property
     def gradient_bytes(self) -> int:

@@ -12,12 +12,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 import permprune
 from permprune import Evaluation, Examples, FineTuning, Identity, Newton, PruneConfig
 from permprune.coupling.space import Coupling
 from permprune.engine.held import prepare
+from permprune.forecasts.machine import Machine, Rates
 from permprune.inference.pack import pack
 from permprune.permuters.base import Permuter
 from permprune.permuters.cp import CP
@@ -26,11 +35,13 @@ from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS
 from permprune.permuters.trust_region import TrustRegion
 from permprune.saliency.registry import SALIENCIES
+from permprune.system.failures import OutOfMemory
 from permprune.updates.registry import UPDATES
 
 from ..fixtures import BLOCK, make_tiny_llama
+from ..jobs.test_streaming import Held
 from ..permuters.test_permuters import WINDOWS, brief
-from ..simulated_device import CPU, SIMULATED, SimulatedTensor, simulated_device
+from ..simulated_device import CPU, SIMULATED, SimulatedTensor, allocated, simulated_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traced_on_cpu", "torch_only")]
 
@@ -48,7 +59,9 @@ def traced_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert len(devices) <= 1
         if not devices:
             return discover(model, example)
-        return discover(type(model)(model.config), {name: tensor.cpu() for name, tensor in example.items()})
+        inputs = {name: tensor.cpu() for name, tensor in example.items()}
+        with _disable_current_modes():  # which would count the copy
+            return discover(type(model)(model.config), inputs)
 
     for module in ("plan", "jobs.finetune"):
         monkeypatch.setattr(f"permprune.{module}.discover", on_cpu)
@@ -202,3 +215,67 @@ def test_packed_models(dtype: str, error: float) -> None:
         with torch.no_grad():
             found.append(pruned.model(WINDOWS[:2].to(device), use_cache=False).logits.cpu())
     assert float((found[1] - found[0]).abs().max()) <= error * float(found[0].abs().max())
+
+
+@pytest.fixture
+def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forecasts are those of the device, with blocks that are as small beside the tiny models as beside real ones."""
+    machine = Machine("simulated", SIMULATED, torch.float32, memory=2**30, sheet=Rates(1e12, 1e12, 1e12, 1e12))
+    for module, name in (("fitting", "machine_named"), ("fitting", "this_machine"), ("planned", "this_machine")):
+        monkeypatch.setattr(f"permprune.forecasts.{module}.{name}", lambda *_: machine)
+    for module in ("permuters.bundles", "permuters.reconstruction", "forecasts.costs"):
+        monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
+    monkeypatch.setattr("permprune.permuters.kept.READ", 2**10)
+    monkeypatch.setattr("permprune.kernels.adam.rounding.CHUNK", 2**10)
+
+
+def small_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, **shape: Any) -> Path:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **shape}
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+TRAINED = Newton(start=Identity(), rounds=1, swaps=1, train_steps=1)
+
+
+@pytest.mark.usefixtures("simulated_best", "unchanged_settings", "planned_for")
+@pytest.mark.parametrize(
+    ("dtype", "settings", "shape"),
+    [
+        (torch.bfloat16, {"permute": TRAINED}, {"num_hidden_layers": 4}),
+        (torch.float32, {"permute": TRAINED, "recompute": True}, {"num_hidden_layers": 2, "intermediate_size": 256}),
+        (torch.float32, {"permute": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 3}),
+    ],
+)
+def test_device_and_host_hold_what_was_forecast(
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    shape: dict[str, int],
+    tmp_path: Path,
+    tiny_text: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    source = small_checkpoint(tmp_path / "source", tiny_tokenizer, dtype, **shape)
+    config = PruneConfig(calibration=str(tiny_text), length=16, samples=24, precision="fp32").replace(**settings)
+    found = permprune.forecast(str(source), config, windows=4)
+    with allocated() as device, Held() as host:
+        before = device.now
+        permprune.prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 16))
+    assert device.peak - before == pytest.approx(found.device, rel=0.1)
+    if settings["permute"] is TRAINED:  # of the others the host holds little but a batch of a few tokens
+        assert host.peak == pytest.approx(found.host - found.program, rel=0.1)
+    assert torch.isfinite(permprune.load(tmp_path / "out").get_parameter("lm_head.weight")).all()
+
+
+@pytest.mark.usefixtures("simulated_best", "unchanged_settings")
+def test_a_full_device_ends_in_one_line(
+    tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.bfloat16, num_hidden_layers=2)
+    config = PruneConfig(permute="ria", calibration=str(tiny_text), length=16, samples=24)
+    with allocated() as device, pytest.raises(OutOfMemory, match="--recompute"):
+        device.limit = device.now + 300_000  # the weights fit, with their statistics they do not
+        permprune.prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 16))
+    assert not (tmp_path / "out").exists()
