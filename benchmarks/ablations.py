@@ -1,4 +1,4 @@
-"""Ablation studies: of the paper, with the learned permuter, and of the orders that an update of all layers starts from.
+"""Ablation studies: of the paper, with the learned permuter, and of the orders before an update of all layers.
 
 python benchmarks/ablations.py smollm2-135m --study loss --mode gather --calibration c4.jsonl --data wiki.test.raw
 python benchmarks/ablations.py smollm2-135m --study compensation --mode fold --length 128 --samples 192
