@@ -148,7 +148,7 @@ def test_an_effort_gives_the_same_files_every_time(
         assert code == 0 and "effort minutes: newton:rounds=0:compensate=true:train_steps=2000 on 24" in " ".join(
             stderr.split()
         )
-        said = "effort minutes: newton:rounds=0:compensate=true:train_steps=6 on 24 windows; training changes the weights"
+        said = "effort minutes: newton:rounds=0:compensate=true:train_steps=6 on 24 windows; training changes the"
         assert stdout.startswith(said) and "; about" in stdout
         settings = json.loads((tmp_path / out / "permprune.json").read_text())["settings"]
         assert (settings["effort"], settings["permute"]) == ("minutes", "newton:rounds=0:compensate=true:train_steps=6")
