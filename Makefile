@@ -78,7 +78,7 @@ $(INSTALLED): pyproject.toml $(NATIVE)
 		&& "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "permprune needs Python 3.11 or newer: install it, or put it first in PATH" >&2; exit 1; }; \
 	test -x $(BIN)/python || "$$python" -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --editable .
 	@touch $@
 
 $(DEV): $(INSTALLED)
