@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -95,7 +96,8 @@ def test_without_a_terminal_stages_are_lines_of_the_log(tiny_checkpoint: Path, t
 def test_a_line_is_shown_before_torch_is_imported_and_ctrl_c_erases_it(shown: None, tiny_checkpoint: Path) -> None:
     with terminal() as (writer, seen):
         command = [sys.executable, "-m", "permprune", "evaluate", str(tiny_checkpoint)]
-        process = subprocess.Popen(command, stdout=writer, stderr=writer)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what a shell runs in the background ignores it
+        process = subprocess.Popen(command, stdout=writer, stderr=writer, preexec_fn=heard)
         while "importing PyTorch" not in "".join(seen) and process.poll() is None:
             pass
         process.send_signal(signal.SIGINT)

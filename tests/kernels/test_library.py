@@ -119,7 +119,7 @@ def test_a_compiler_that_fails_is_named(
 
 
 WRONG: dict[str, int | None] = {
-    "rows": -1, "count": 3, "slots": 65, "number": 4, "kind": 3, "bias_number": 3, "blocks": None,
+    "rows": -1, "count": 3, "slots": 65, "number": 5, "kind": 3, "bias_number": 3, "blocks": None,
 }  # fmt: skip
 
 
