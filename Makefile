@@ -16,7 +16,7 @@ MODEL := smollm2-135m
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
 	$(BIN)/permprune --verbose prune $(MODEL) --permute newton:rounds=0:compensate=true:train_steps=12 \
-		--length 128 --windows 16 --pack bf16 --out demo/pruned
+		--length 128 --windows 16 --pack int8 --out demo/pruned
 	$(BIN)/permprune verify demo/pruned
 
 compare: $(INSTALLED)
