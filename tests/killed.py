@@ -37,7 +37,12 @@ def run_until(place: str, call: int, *command: str | Path, patches: Mapping[str,
 
 
 def _run(
-    writer: Connection, threads: int, values: Mapping[str, object], place: str, call: int, command: tuple[str | Path]
+    writer: Connection,
+    threads: int,
+    values: Mapping[str, object],
+    place: str,
+    call: int,
+    command: tuple[str | Path, ...],
 ) -> None:
     torch.set_num_threads(threads)
     with pytest.MonkeyPatch.context() as patch:

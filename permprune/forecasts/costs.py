@@ -44,7 +44,7 @@ MOVED = 280
 """Bytes that `QuadraticModel.swap` reads and writes for each weight: in three passes it computes scores and pruned
 parts, from which it takes the placement cost, the gains, and new slopes."""
 
-PASSES = 20
+UPDATE_PASSES = 20
 """How often an iteration of ADMM reads or writes each weight, beside the product."""
 
 
@@ -178,7 +178,7 @@ def _compensation(run: Workload, examples: int) -> Work:
 
     def update(channels: int, rows: int, m: int) -> Work:
         products = 2.0 * channels**2 * rows * (method.iterations + 2)
-        return Work(products_fp32=products, moved=PASSES * 4.0 * channels * rows * method.iterations)
+        return Work(products_fp32=products, moved=UPDATE_PASSES * 4.0 * channels * rows * method.iterations)
 
     moments = Work(products_fp32=2 * positions * outline.moments())
     return run.loss_work(2 * examples) + moments + run.each_problem(update)

@@ -7,8 +7,7 @@ arXiv 2406.17542) then moves each value to the best step beside all others, whic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +19,12 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.kernels.product.int4 import round_to_int4, search_scale
 from permprune.kernels.product.layout import BLOCK
+from permprune.models.block_by_block import block_by_block
 from permprune.models.experts import Routed
 from permprune.models.forward import inference, padding_of, run_model
-from permprune.models.hooks import attached, hooked
-from permprune.models.layers import Layer, blocks
+from permprune.models.hooks import hooked
+from permprune.models.layers import Layer
 from permprune.system.device import compute_device
-from permprune.system.progress import track
 
 DAMPING = 0.01
 """What is added to the diagonal of the second moments, in units of its mean."""
@@ -42,19 +41,10 @@ def solve(model: nn.Module, layers: Mapping[str, Layer], examples: Examples) -> 
     with all examples in one batch. Layers that the pass does not reach, and those outside of the blocks, stay as they
     are. Raises `PermpruneError` if the second moments of a layer's inputs cannot be used.
     """
-    block_of = {module: block for block in reversed(blocks(model)) for module in block.modules()}
-    waiting: dict[nn.Module, list[Layer]] = {}
-    for layer in layers.values():
-        if layer.owner in block_of:
-            waiting.setdefault(block_of[layer.owner], []).append(layer)
     shown, scales = examples.to(compute_device(model)), dict[str, Tensor]()
-    padding, bar = padding_of(model, shown), track(waiting.copy(), "solving int4")
+    padding = padding_of(model, shown)
 
-    def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        own = waiting.pop(block, None)
-        if own is None:  # a block that runs again
-            return
-        next(bar)
+    def visit(own: list[Layer], run_block: Callable[[], Any]) -> None:
         read: list[tuple[Tensor, list[Layer]]] = []  # layers that read the same tensor share its moments
 
         def see(layer: Layer, x: Tensor, _routed: Routed | None) -> None:
@@ -65,7 +55,7 @@ def solve(model: nn.Module, layers: Mapping[str, Layer], examples: Examples) -> 
             read.append((x, [layer]))
 
         with hooked(own, before=see):
-            block.forward(*args, **kwargs)  # calling `block` would run this hook again
+            run_block()
         for x, readers in read:
             name = readers[0].name
             moments = moments_of(padding.real(x, None, readers[0].owner), name, half=False)[name]
@@ -75,17 +65,10 @@ def solve(model: nn.Module, layers: Mapping[str, Layer], examples: Examples) -> 
                 except PermpruneError as error:
                     raise PermpruneError(f"{layer.name}: {error}") from error
                 layer.weight.copy_(solved)
-        if not waiting:
-            raise _AllSolved
 
-    hooks = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
-    with attached(hooks), closing(bar), suppress(_AllSolved), inference(model):
+    with block_by_block(model, layers.values(), visit, "solving int4"), inference(model):
         run_model(model, shown)
     return scales
-
-
-class _AllSolved(Exception):
-    """Ends the forward pass after the last block was solved."""
 
 
 def solve_layer(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,18 +11,17 @@ from permprune.errors import PermpruneError
 from permprune.options import require_fields
 from permprune.pattern import Pattern
 from permprune.system.imports import on_first_use
-from permprune.system.progress import track
 
 with on_first_use(globals()):
     import torch
     from jaxtyping import Bool, Float, Int
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from permprune.calibration.moments import InputMoments
     from permprune.examples import Examples
+    from permprune.models.block_by_block import block_by_block
     from permprune.models.forward import frozen, padding_of
-    from permprune.models.hooks import attached
-    from permprune.models.layers import Layer, blocks
+    from permprune.models.layers import Layer
     from permprune.pruning.network import PrunedNetwork
 
 
@@ -82,19 +80,14 @@ class LayerUpdate(Update):
 
     def run(self, network: PrunedNetwork, examples: Examples, masks: Mapping[str, Tensor] | None = None) -> None:
         """Run one forward pass over all examples in one batch, and update each block just before it runs."""
-        waiting = _layers_by_block(network)
         columns, shown = network.stored_columns(), examples.to(network.device)
         padding = padding_of(network.model, shown)
 
-        def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layers = waiting.pop(block, None)
-            if layers is None:  # a block that runs again
-                return
-            next(bar)
+        def visit(layers: list[Layer], run_block: Callable[[], Any]) -> None:
             network.show({layer.name: network.weights[layer.name] for layer in layers})
             inputs = InputMoments({network.sites[layer.name]: layer for layer in layers})
             with inputs.observe(padding):
-                block.forward(*args, **kwargs)  # calling `block` would run this hook again
+                run_block()
             measured, known = inputs.result(), network.statistics.moments
             with torch.autocast(network.device.type, enabled=False):
                 updated = {}
@@ -103,16 +96,11 @@ class LayerUpdate(Update):
                     moments = (measured if site in measured else known)[site]  # few tokens may reach an expert
                     updated[layer.name] = self._layer(network, layer.name, moments, columns[layer.name], mask)
                 network.show(updated)
-            if not waiting:
-                raise _AllUpdated
 
-        bar = track(waiting.copy(), self.name)
-        hooks = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
+        pruned = network.layers.values()
         with (
-            attached(hooks),
+            block_by_block(network.model, pruned, visit, self.name),
             torch.no_grad(),
-            closing(bar),
-            suppress(_AllUpdated),
             frozen(network.model),
             network.autocast(),
         ):
@@ -123,16 +111,3 @@ class LayerUpdate(Update):
             return self.apply(network.weights[name].float(), moments, order, network.patterns[name], mask)
         except PermpruneError as error:
             raise PermpruneError(f"{name}: {error}") from error
-
-
-class _AllUpdated(Exception):
-    """Ends the forward pass after the last block was updated."""
-
-
-def _layers_by_block(network: PrunedNetwork) -> dict[nn.Module, list[Layer]]:
-    """Return the pruned layers of each repeated block; the layers of a module shared by blocks belong to the first."""
-    block_of = {module: block for block in reversed(blocks(network.model)) for module in block.modules()}
-    layers: dict[nn.Module, list[Layer]] = {}
-    for layer in network.layers.values():
-        layers.setdefault(block_of[layer.owner], []).append(layer)
-    return layers

@@ -57,14 +57,14 @@ def test_a_killed_training_of_a_search_continues(
     text = write_text(tmp_path / "text.txt", "calibration")
     command = ["prune", tiny_checkpoint, "--calibration", text, "--data", text, "--length", "16", "--samples", "24"]
     command += ["--windows", "4", "--permute", method, *(["--minutes", "9"] if "train=" in method else [])]
-    patches = {"permprune.permuters.trust_region.timed": six_steps}
-    monkeypatch.setattr(*next(iter(patches.items())))
+    schedule = "permprune.permuters.trust_region.timed"
+    monkeypatch.setattr(schedule, six_steps)
     every, whole, out = calls(place, monkeypatch), tmp_path / "whole", tmp_path / "out"
     code, _, stderr = run(*command, "--out", whole)
     assert code == 0, stderr
     made = len(every)
     every.clear()
-    run_until(place, call, *command, "--out", out, patches=patches)
+    run_until(place, call, *command, "--out", out, patches={schedule: six_steps})
     code, _, stderr = run(*command, "--out", out, "--resume")
     assert code == 0, stderr
     steps = LAYERS if place == ADAM else 1  # the step in which it was killed is made again, and no other one
