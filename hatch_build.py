@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 try:
@@ -24,7 +25,7 @@ except ImportError:  # run by hand
 ROOT = Path(__file__).resolve().parent
 FOLDER = Path("permprune/kernels")
 # Zig's Clang spends a third of its time on debug information, which is stripped, unless it is told not to write any.
-FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden"]
+FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden"]
 CHECKS = ["-fno-sanitize=undefined", "-Wall", "-Wextra"]
 MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 GLIBC = (2, 17)
@@ -53,21 +54,34 @@ def build() -> Path:
     """Compile the library, and return its path below the root. Raises `SystemExit` when the compiler fails."""
     library = FOLDER / ("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
     folder = ROOT / FOLDER
-    sources = sorted(str(path) for path in folder.rglob("*.c"))
+    sources = sorted(folder.rglob("*.c"))
     digest = runpy.run_path(str(folder / "sources.py"))["digest"](folder)
     defined = ["-I", str(folder), f'-DPERMPRUNE_SOURCES="{digest}"', *os.environ.get("CFLAGS", "").split()]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        made = Path(scratch) / library.name
-        command = [*compiler(), *FLAGS, *CHECKS, *defined, "-o", str(made), *sources]
-        environment = {"ZIG_LOCAL_CACHE_DIR": scratch, "ZIG_GLOBAL_CACHE_DIR": scratch, **os.environ}
-        done = subprocess.run(command, env=environment, check=False)
-        if done.returncode:
-            raise SystemExit(
-                f"compiling permprune's kernels failed ({shlex.join(command)}): set CC to another compiler, or "
-                "PERMPRUNE_NATIVE=0 to install without kernels"
-            )
-        made.replace(ROOT / library)
+        objects = [f"{scratch}/{number}.o" for number in range(len(sources))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Zig compiles the sources of one command in turn
+            compiled = [
+                pool.submit(run, [*FLAGS, *CHECKS, *defined, "-c", str(source), "-o", made], scratch)
+                for source, made in zip(sources, objects, strict=True)
+            ]
+        for one in compiled:
+            one.result()
+        linked = f"{scratch}/{library.name}"
+        strip = [] if os.environ.get("CC") else ["-s"]
+        run([*FLAGS, *defined, *strip, "-shared", *objects, "-o", linked], scratch)
+        Path(linked).replace(ROOT / library)
     return library
+
+
+def run(arguments: list[str], scratch: str) -> None:
+    """Run the compiler, whose files are in `scratch`. Raises `SystemExit` when it fails."""
+    command = [*compiler(), *arguments]
+    environment = {"ZIG_LOCAL_CACHE_DIR": scratch, "ZIG_GLOBAL_CACHE_DIR": scratch, **os.environ}
+    if subprocess.run(command, env=environment, check=False).returncode:
+        raise SystemExit(
+            f"compiling permprune's kernels failed ({shlex.join(command)}): set CC to another compiler, or "
+            "PERMPRUNE_NATIVE=0 to install without kernels"
+        )
 
 
 def compiler() -> list[str]:
@@ -76,7 +90,7 @@ def compiler() -> list[str]:
         return shlex.split(os.environ["CC"])
     machine = MACHINES[platform.machine()]
     system = f"linux-gnu.{GLIBC[0]}.{GLIBC[1]}" if sys.platform == "linux" else f"macos.{MACOS[0]}.{MACOS[1]}"
-    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-{system}", "-s"]
+    return [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-{system}"]
 
 
 def wheel_platform() -> str:
