@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from permprune.errors import PermpruneError
-from permprune.options import described, nearest, numbers_of
+from permprune.options import described, nearest, numbers_of, require_choice
 
 T = TypeVar("T")
 
@@ -22,9 +22,9 @@ def method_of(given: str | T, kind: type[T], known: Mapping[str, type[T]]) -> T:
     """Return the method for a name such as "newton:rounds=6"; an object of type `kind` is returned unchanged.
 
     `known` are the methods by name. Options are separated by colons, as in "newton:rounds=6:distillation=1e-5"; each is
-    a numeric field of the method or of its objective. Raises `PermpruneError` for an unknown name, an unknown option, a
-    value that is invalid for the option (see `permprune.options`), and an object without the `name` that tables,
-    records and states need.
+    a numeric field of the method or of its objective, or one for another method, which is given by its name alone, as
+    in "newton:start=ria". Raises `PermpruneError` for an unknown name, an unknown option, a value that is invalid for
+    the option (see `permprune.options`), and an object without the `name` that tables, records and states need.
     """
     word = kind.__name__.lower()
     if isinstance(given, kind):
@@ -39,7 +39,8 @@ def method_of(given: str | T, kind: type[T], known: Mapping[str, type[T]]) -> T:
     if name not in known:
         raise PermpruneError(f'unknown {word} "{name}": {nearest(name, known)}')
     method = known[name]()
-    options, weights = _read_options(name, changes, method)
+    simple = {other: made() for other, made in known.items() if not _methods(made(), kind)}
+    options, weights = _read_options(name, changes, method, dict.fromkeys(_methods(method, kind), simple))
     if weights:
         options["objective"] = dataclasses.replace(_objective(method), **weights)
     return dataclasses.replace(method, **options)  # type: ignore[type-var]
@@ -94,21 +95,33 @@ def _objective(method: Any) -> Any:
     return objective if dataclasses.is_dataclass(objective) else None
 
 
-def _read_options(name: str, changes: list[str], method: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _methods(method: Any, kind: type) -> list[str]:
+    """Return the options of a method that are methods of the same kind."""
+    return [field.name for field in dataclasses.fields(method) if isinstance(getattr(method, field.name), kind)]
+
+
+def _read_options(
+    name: str, changes: list[str], method: Any, methods: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parse "option=value" texts; returns the values by option, first the method's and then its objective's.
 
-    Raises `PermpruneError` for an unknown or repeated option.
+    `methods` are the options that are methods, with those that can be given. Raises `PermpruneError` for an unknown or
+    repeated option.
     """
-    objective, chosen = _objective(method), {}
+    objective, chosen = _objective(method), dict[str, Any]()
     holders = {option: held for held in (method, objective) if held for option in numbers_of(type(held))}
     for change in changes:
         option, equals, text = change.partition("=")
         if option in chosen:
             raise PermpruneError(f'"{name}" is given {option} twice: give it once')
+        if option in methods:  # no deeper: the colons of a nested method's options would be those of this one
+            require_choice(f"{option} of {name}", text, methods[option])
+            chosen[option] = methods[option][text]
+            continue
         if not equals or option not in holders:
             known = ", ".join(f"{key}={json.dumps(getattr(holder, key))}" for key, holder in holders.items())
             advice = f"give numbers for {known}" if known else "it has none"
             raise PermpruneError(f'"{change}" is not an option of {name}: {advice}')
         chosen[option] = numbers_of(type(holders[option]))[option].from_text(text)
-    options = {option: value for option, value in chosen.items() if holders[option] is method}
+    options = {option: value for option, value in chosen.items() if holders.get(option, method) is method}
     return options, {option: value for option, value in chosen.items() if option not in options}

@@ -29,6 +29,9 @@ ROUNDS = 1, 16
 STEPS = 16, 2000
 """The fewest and the most steps of training; its learning rate rises in a tenth of them."""
 
+START = "ria"
+"""The orders that a compensation is made for: as good as better orders of the search (docs/results/ablations.md)."""
+
 LARGE_WINDOWS = 768
 """The most windows of images or speech that are drawn: they take up to a thousand times the memory of text."""
 
@@ -65,19 +68,19 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     name = config.effort or DEFAULT
     effort, method, kind = EFFORTS[name], Newton(), kind_of(model)
     windows = effort.operations / (_operations(model, config, size) * EXAMPLES_PER_WINDOW[kind])
-    rounds, steps, changes = 0, 0, ""
+    rounds, steps, start, training = 0, 0, "", ""
     if effort.trains:
         compensation = 8 * method.examples + _update_operations(model) * windows / effort.operations
         a_step = 4 * method.step_examples  # with the dense model's
         steps = _within(STEPS, (windows - compensation) / a_step)
-        changes = f":compensate=true:train_steps={steps}"
+        start, training = f":start={START}", f":compensate=true:train_steps={steps}"
     else:
         rounds = _within(ROUNDS, windows / (3 * method.examples + TRIED * config.held_out))  # passes of a window
     needed = max(rounds * method.examples, steps * method.step_examples)
     if kind in ("images", "speech"):
         needed = min(needed, LARGE_WINDOWS)
     samples = config.samples if "samples" in config.given else config.measured + config.held_out + needed
-    resolved = config.replace(effort=name, permute=f"{method.name}:rounds={rounds}{changes}", samples=samples)
+    resolved = config.replace(effort=name, permute=f"{method.name}{start}:rounds={rounds}{training}", samples=samples)
     log.info("effort %s: %s on %d windows", name, resolved.permute, resolved.samples)
     return resolved
 

@@ -123,7 +123,9 @@ def test_training_sees_a_short_text_once(
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
     assert "12 windows" in said and "each once, in 6 steps in place of 2000" in said
     assert (
-        pruned.config.permute == pruned.record().settings["permute"] == "newton:rounds=0:compensate=true:train_steps=6"
+        pruned.config.permute
+        == pruned.record().settings["permute"]
+        == "newton:start=ria:rounds=0:compensate=true:train_steps=6"
     )
     assert pruned.solution.curve[-1].stage == "training" and "starts over" not in caplog.text
 
@@ -134,7 +136,8 @@ def test_training_sees_images_several_times(little: None, caplog: pytest.LogCapt
     (said,) = [line for line in caplog.messages if "windows to train on" in line]
     assert "2 windows" in said and "up to 20 times, in 20 steps in place of" in said
     assert (
-        pruned.config.permute == "newton:rounds=0:compensate=true:train_steps=20" and "starts over" not in caplog.text
+        pruned.config.permute == "newton:start=ria:rounds=0:compensate=true:train_steps=20"
+        and "starts over" not in caplog.text
     )
 
 
@@ -145,13 +148,13 @@ def test_an_effort_gives_the_same_files_every_time(
     digests = []
     for out, effort in (("one", []), ("other", ["--effort", "minutes"])):
         code, stdout, stderr = run("-v", "prune", tiny_checkpoint, *small, *effort, "--out", tmp_path / out)
-        assert code == 0 and "effort minutes: newton:rounds=0:compensate=true:train_steps=2000 on 24" in " ".join(
-            stderr.split()
-        )
-        said = "effort minutes: newton:rounds=0:compensate=true:train_steps=6 on 24 windows; training changes the"
+        asked = "effort minutes: newton:start=ria:rounds=0:compensate=true:train_steps=2000 on 24"
+        assert code == 0 and asked in " ".join(stderr.split())
+        method = "newton:start=ria:rounds=0:compensate=true:train_steps=6"
+        said = f"effort minutes: {method} on 24 windows; training changes the"
         assert stdout.startswith(said) and "; about" in stdout
         settings = json.loads((tmp_path / out / "permprune.json").read_text())["settings"]
-        assert (settings["effort"], settings["permute"]) == ("minutes", "newton:rounds=0:compensate=true:train_steps=6")
+        assert (settings["effort"], settings["permute"]) == ("minutes", method)
         assert "<dt>effort</dt><dd>minutes</dd>" in (tmp_path / out / "report.html").read_text()
         digests.append(hashlib.sha256((tmp_path / out / "model.safetensors").read_bytes()).digest())
     assert digests[0] == digests[1]
