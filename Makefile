@@ -15,8 +15,8 @@ MODEL := smollm2-135m
 
 demo: $(INSTALLED)
 	rm -rf demo && mkdir demo
-	$(BIN)/permprune --verbose prune $(MODEL) --permute newton:rounds=0:compensate=true:train_steps=12 \
-		--length 128 --windows 16 --pack int8 --out demo/pruned
+	$(BIN)/permprune --verbose prune $(MODEL) --permute newton:start=ria:rounds=0:compensate=true:train_steps=10 \
+		--length 128 --windows 16 --pack int8 --head int8 --out demo/pruned
 	$(BIN)/permprune verify demo/pruned
 
 compare: $(INSTALLED)

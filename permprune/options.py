@@ -28,6 +28,9 @@ MODES = ("fold", "gather")
 PACKED = ("fp32", "bf16", "fp16", "int8", "int4")
 """The types of packed values."""
 
+HEADS = ("int8",)
+"""The types that an embedding and a head can be packed as, beside their own."""
+
 MOST = 10**9
 """The largest count: more than is ever useful, but the product of two counts fits in 64 bits."""
 

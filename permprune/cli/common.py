@@ -48,6 +48,13 @@ Methods = Annotated[
 TrustRemoteCode = Annotated[bool, option(PruneConfig, "trust_remote_code", "--trust-remote-code")]
 Task = Annotated[str | None, option(PruneConfig, "task", "--task")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue an interrupted run")]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        help="int8 packs the embedding and the head of a language model as int8 too",
+        show_default="a floating-point type",
+    ),
+]
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="write the results to this JSON file; - is stdout, and tables then go to stderr"),

@@ -10,7 +10,7 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.config import PruneConfig
-from permprune.options import PACKED, require_choice
+from permprune.options import HEADS, PACKED, require_choice
 
 
 @cli.command
@@ -25,17 +25,14 @@ def pack(
             show_default="values are rounded",
         ),
     ] = None,
-    head: Annotated[
-        str | None,
-        typer.Option(help="int8 stores the embedding and the head as int8 too", show_default="a floating-point type"),
-    ] = None,
+    head: cli.Head = None,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> Iterator[None]:
     """Write a pruned FOLDER with packed weights: about half the size. Transformers loads it with permprune imported."""
 
     require_choice("dtype", dtype, PACKED)
     if head is not None:
-        require_choice("head", head, ["int8"])
+        require_choice("head", head, HEADS)
     config = None
     if calibration is not None:
         require_choice("dtype with --calibration", dtype, ["int4"])

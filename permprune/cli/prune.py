@@ -12,7 +12,8 @@ from permprune.cli import common as cli
 from permprune.cli.plan import intention
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
-from permprune.options import PACKED, require_choice
+from permprune.errors import PermpruneError
+from permprune.options import HEADS, PACKED, require_choice
 
 if TYPE_CHECKING:
     from permprune.checkpoints.record import Record
@@ -32,6 +33,7 @@ def prune(
             show_default="not packed, with zeros",
         ),
     ] = None,
+    head: cli.Head = None,
     resume: cli.Resume = False,
 ) -> Iterator[None]:
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
@@ -40,12 +42,24 @@ def prune(
     config, evaluation = cli.beside(config, evaluation)
     if pack is not None:
         require_choice("pack", pack, PACKED)
+    if head is not None:
+        require_choice("head", head, HEADS)
+        if pack is None:
+            raise PermpruneError("--head is for packed weights: give --pack too, such as int8")
     yield
 
     from permprune.jobs.prune import prune_to_folder
 
     prune_to_folder(
-        model, out, config, evaluation=evaluation, pack=pack, resume=resume, begin=_begin, announce=_announce
+        model,
+        out,
+        config,
+        evaluation=evaluation,
+        pack=pack,
+        head=head,
+        resume=resume,
+        begin=_begin,
+        announce=_announce,
     )
     cli.show_written(out)
 

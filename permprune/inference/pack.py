@@ -57,8 +57,7 @@ def pack(
     if examples is not None and stored != INT4:
         raise PermpruneError(f"values in {dtype} are rounded, not solved: leave out the calibration, or pack as int4")
     layers, dense = _packable(model, patterns, stored, {name for side, name in orders if side == "input"})
-    named = _head_names(model, head)
-    require_head(model, named)
+    named = head_names(model, head)
     scales = {}
     if examples is not None:
         found = linear_layers(model)
@@ -147,8 +146,11 @@ def packed_bytes(
     return total - saved if packable else None
 
 
-def _head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:
-    """The names of the embedding and the head, as `PackedConfig` has them; none unless they are to be int8."""
+def head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:
+    """Return the names of the embedding and the head, as `PackedConfig` has them; none unless they are to be int8.
+
+    Raises `PermpruneError` if they cannot be. The model may be on the meta device.
+    """
     if head is None:
         return {}
     if head != "int8":
@@ -158,6 +160,7 @@ def _head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:
     parts = {"embedding": names[embedding]}
     if linear is not None:
         parts["tied" if linear.weight is embedding.weight else "linear"] = names[linear]
+    require_head(model, parts)
     return parts
 
 

@@ -155,4 +155,4 @@ def _write_best(
     weights, measured = session.weights, {"none": tried["none"], method.name: tried[best]}
     weights.plan = dataclasses.replace(weights.plan, config=weights.plan.config.replace(permute=method))
     pruned, record = session.prune(method, tried=measured)
-    distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work, None))
+    distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work))

@@ -30,7 +30,7 @@ from permprune.forecasts.efforts import resolve
 from permprune.forecasts.fitting import fit_memory
 from permprune.forecasts.planned import forecast_plan
 from permprune.forecasts.run import Forecast
-from permprune.inference.pack import packed_type
+from permprune.inference.pack import head_names, packed_type
 from permprune.jobs.packing import pack_folder
 from permprune.jobs.speeds import add_speeds
 from permprune.kernels.product.layout import require_packable
@@ -57,6 +57,7 @@ def prune_to_folder(
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
     pack: str | None = None,
+    head: str | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     begin: Callable[[Forecast], None] = lambda forecast: None,
@@ -66,13 +67,15 @@ def prune_to_folder(
 
     `model` is a name, a folder, or a model in memory with its `processor`, which is pruned in place; `config.memory`
     then limits only the statistics. Of the processes that `torchrun` starts each holds the whole model, or they divide
-    the rows of its weights (`config.shard`). With `pack`, a `dtype` of `permprune.pack`, the weights are written
-    packed. Until the run is complete, all files including the state of the search are in `out`.partial. With `resume`
-    the search continues from its last state. `callbacks` are as in `prune`. `begin` is called with the forecast of the
-    run before the calibration, and `announce` with the record before anything is written to `out`. Returns the record.
-    Raises `PermpruneError`.
+    the rows of its weights (`config.shard`). With `pack` and `head`, the `dtype` and the `head` of `permprune.pack`,
+    the weights are written packed. Until the run is complete, all files including the state of the search are in
+    `out`.partial. With `resume` the search continues from its last state. `callbacks` are as in `prune`. `begin` is
+    called with the forecast of the run before the calibration, and `announce` with the record before anything is
+    written to `out`. Returns the record. Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
+    if head is not None and pack is None:
+        raise PermpruneError(f"head is {head}, which is for packed weights: give pack too, such as int8")
     with stages() as shown:
         record, runs = _prune(
             model,
@@ -81,6 +84,7 @@ def prune_to_folder(
             evaluation=evaluation,
             processor=processor,
             pack=pack,
+            head=head,
             resume=resume,
             callbacks=callbacks,
             begin=begin,
@@ -101,6 +105,7 @@ def _prune(
     evaluation: Evaluation,
     processor: Processor | None,
     pack: str | None,
+    head: str | None,
     resume: bool,
     callbacks: Sequence[Callback],
     begin: Callable[[Forecast], None],
@@ -112,12 +117,16 @@ def _prune(
     Returns the record, and whether the models run in the memory of one process.
     """
     with WorkFolder(out).held("prune", resume) as work, ExitStack() as inside:
-        distributed.require_same({"model": name_of(model), **config.to_json(), **vars(evaluation), "pack": pack})
+        distributed.require_same(
+            {"model": name_of(model), **config.to_json(), **vars(evaluation), "pack": pack, "head": head}
+        )
         reset_peak_memory()
         started = time.monotonic()
         if pack is not None:
             require_packable(config.parsed_pattern, packed_type(pack))
-        config = resolve(*_shapes(model, processor, config))
+        shapes, size = _shapes(model, processor, config)
+        head_names(shapes, head)  # raises
+        config = resolve(shapes, config, size)
         fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config)
         if fitted is not None:
             config = fitted.config
@@ -156,18 +165,19 @@ def _prune(
         seconds = {**record.seconds, "total": time.monotonic() - started}
         record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
         announce(record)
-        distributed.on_first(lambda: write_pruned_weights(weights, pruned, record, work, pack), others=weights.serve)
+        write = partial(write_pruned_weights, weights, pruned, record, work, pack=pack, head=head)
+        distributed.on_first(write, others=weights.serve)
     return record, not weights.unanswering
 
 
 def _shapes(
     model: ModelSource, processor: Processor | None, config: PruneConfig
-) -> tuple[PreTrainedModel, PruneConfig, tuple[int, int] | None]:
-    """The arguments of `resolve`: of a model that is read, from its config alone."""
+) -> tuple[PreTrainedModel, tuple[int, int] | None]:
+    """The model, or one without numbers in place of a model that is read, and the size of its images."""
     if isinstance(model, PreTrainedModel):
-        return model, config, processed_size(processor)
+        return model, processed_size(processor)
     shapes, _ = read_shapes(str(model), task=config.task, trust_remote_code=config.trust_remote_code)
-    return shapes, config, read_size(str(model), shapes, trust_remote_code=config.trust_remote_code)
+    return shapes, read_size(str(model), shapes, trust_remote_code=config.trust_remote_code)
 
 
 def _held(
@@ -187,7 +197,15 @@ def _held(
     return held
 
 
-def write_pruned_weights(weights: Weights, pruned: Pruned, record: Record, work: WorkFolder, pack: str | None) -> None:
+def write_pruned_weights(
+    weights: Weights,
+    pruned: Pruned,
+    record: Record,
+    work: WorkFolder,
+    *,
+    pack: str | None = None,
+    head: str | None = None,
+) -> None:
     """Write the output folder; with `pack`, write the unpacked checkpoint to the work folder first and pack that.
 
     Values of int4 are solved on the calibration data of the run.
@@ -199,5 +217,5 @@ def write_pruned_weights(weights: Weights, pruned: Pruned, record: Record, work:
         return
     stage(PACK)
     calibration = weights.plan.config if pack == "int4" else None
-    if dense := pack_folder(out, work.out, dtype=pack, calibration=calibration).left_dense:
+    if dense := pack_folder(out, work.out, dtype=pack, head=head, calibration=calibration).left_dense:
         log.warning("of a type that has no packed form, and so written with their zeros: %s", ", ".join(dense))

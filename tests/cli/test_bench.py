@@ -81,6 +81,8 @@ def test_what_cannot_be_packed_is_refused_before_the_work(tiny_checkpoint: Path,
     assert "pack is 'int3': did you mean" in fails("prune", tiny_checkpoint, "--out", out, "--pack", "int3")
     wide = fails("prune", tiny_checkpoint, "--out", out, "--pack", "bf16", "--pattern", "16:32")
     assert "M is at most 16" in wide
+    narrow = fails("prune", tiny_checkpoint, "--out", out, "--pack", "int8", "--head", "int8")
+    assert "rows of 32 channels cannot be int8" in narrow
     assert not out.exists()
 
 

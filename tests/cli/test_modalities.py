@@ -31,7 +31,7 @@ from .running import fails, run
 pytestmark = pytest.mark.slow
 
 SMALL = ["--samples", "6", "--windows", "1"]
-CHANGED = ["--samples", "12", "--permute", "newton:rounds=0:compensate=true:train_steps=1"]
+CHANGED = ["--samples", "12", "--permute", "newton:start=ria:rounds=0:compensate=true:train_steps=1"]
 """A small run of what efforts do by default."""
 
 
@@ -204,6 +204,8 @@ def test_a_head_that_cannot_be_int8(model: str, request: pytest.FixtureRequest, 
     shared = ["--calibration", source, "--data", source, *SMALL, "--length", "16", "--permute", "none"]
     assert run("prune", folder, *shared, "--out", tmp_path / "out")[0] == 0
     assert message in fails("pack", tmp_path / "out", "--head", "int8", "--out", tmp_path / "packed")
+    at_once = ["--pack", "int8", "--head", "int8", "--out", tmp_path / "at_once"]
+    assert message in fails("prune", folder, *shared, *at_once) and not (tmp_path / "at_once.partial").exists()
 
 
 def test_compare_shows_the_metric(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:

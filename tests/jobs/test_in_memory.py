@@ -189,6 +189,23 @@ def test_prune_and_finetune(
         permprune.finetune(dense, tmp_path / "other", options, processor=tiny_tokenizer)
 
 
+def test_a_head_is_packed_as_int8_at_once(
+    tiny_llama: LlamaForCausalLM,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    config: PruneConfig,
+    evaluation: Evaluation,
+) -> None:
+    shape = copy.deepcopy(tiny_llama.config)
+    shape.hidden_size = 64
+    held: dict[str, Any] = {"evaluation": evaluation, "processor": tiny_tokenizer}
+    model = LlamaForCausalLM(shape).eval()
+    permprune.prune_to_folder(model, tmp_path / "packed", config, **held, pack="int8", head="int8")
+    assert permprune.load(tmp_path / "packed").get_input_embeddings().values.dtype == torch.int8
+    with pytest.raises(PermpruneError, match="give pack too"):
+        permprune.prune_to_folder(model, tmp_path / "other", config, **held, head="int8")
+
+
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(PermpruneError, match="a Linear is not a model: give a name, a folder or a PreTrainedModel"):
         permprune.evaluate(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
