@@ -27,11 +27,13 @@ from permprune.jobs.prune import prune_to_folder
 
 STAGES = {
     "calibrate": ["permprune.engine.held:calibrate"],
+    "ria": ["permprune.permuters.ria:RIAPermuter.each"],
     "reconstruction": ["permprune.permuters.reconstruction:Reconstruction.each"],
     "reconstruction: accept": ["permprune.permuters.reconstruction:Reconstruction._choose"],
     "newton: gradients": ["permprune.permuters.iterate:Landscape.gradients"],
     "newton: proposals": ["permprune.permuters.trust_region:TrustRegion.proposals"],
     "newton: accept": ["permprune.permuters.iterate:Landscape.held_out_loss"],
+    "newton: compensation": ["permprune.permuters.trust_region:compensate"],
     "newton: training at the end": ["permprune.permuters.tuning:train_weights"],
     "evaluate": ["permprune.engine.measuring:Meter.__call__"],
 }
@@ -100,7 +102,9 @@ def measure(name: str, options: argparse.Namespace, watch: Watch) -> list[str]:
     return [f"| {name} | {stage} | {one:.1f} | {two:.1f} | {two / one:.2f} |" for stage, one, two in rows]
 
 
-SMALL = PruneConfig(permute="newton:rounds=1:examples=2:train_steps=4", samples=12, measured=2, held_out=2)
+SMALL = PruneConfig(
+    permute="newton:rounds=1:examples=2:compensate=true:train_steps=4", samples=12, measured=2, held_out=2
+)
 
 
 def main() -> None:

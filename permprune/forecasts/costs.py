@@ -44,6 +44,9 @@ MOVED = 280
 """Bytes that `QuadraticModel.swap` reads and writes for each weight: in three passes it computes scores and pruned
 parts, from which it takes the placement cost, the gains, and new slopes."""
 
+COUPLED = 7
+"""How often a swap multiplies all rows by their correlations, for gains and for the slopes at each candidate step."""
+
 UPDATE_PASSES = 20
 """How often an iteration of ADMM reads or writes each weight, beside the product."""
 
@@ -197,7 +200,8 @@ def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
 @proposals.register(Newton)
 def _newton(method: Newton, run: Workload) -> tuple[int, Work]:
     work = run.each_problem(lambda channels, rows, m: swap_work(channels, rows, m, quadratic.PART) * method.swaps)
-    return model_bytes(run, run.outline.dtype, quadratic.PART), work
+    coupled = run.correlated(lambda channels, rows: COUPLED * channels * rows) * method.swaps
+    return model_bytes(run, run.outline.dtype, quadratic.PART), work + coupled
 
 
 @proposals.register(Learned)

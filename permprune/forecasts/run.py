@@ -201,6 +201,7 @@ def forecast_held(
         examples_per_window=per_window,
         recompute=config.recompute,
         labelled=kind == "text",
+        one_label=kind in ("sentences", "embeddings", "images"),
         on_device=machine.device.type != "cpu",
     )
     whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
@@ -290,7 +291,7 @@ def _calibration(config: PruneConfig, run: Workload, activations: Activations, e
     runs = len(each) + (2 if run.recompute else 1)
     products = Work(products_fp32=2 * positions * examples * outline.moments())
     parts = (sums, moments, converted, *activations.parts)
-    return Stage("calibrate", parts, run.loss_work(runs * examples) + products)
+    return Stage("calibrate", parts, run.loss_work(runs * examples) + run.position_work(examples) + products)
 
 
 def _moments_bytes(outline: Outline) -> int:

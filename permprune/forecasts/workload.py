@@ -20,7 +20,8 @@ class Workload:
     batch has `batch` examples, and activations have type `dtype`. `gradient` are its activations with gradients of the
     weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number of
     examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts one
-    of the labels, as in text. `on_device` is whether it runs on a device with memory of its own.
+    of the labels, as in text, and `one_label` whether an example has only one. `on_device` is whether it runs on a
+    device with memory of its own.
     """
 
     outline: Outline
@@ -34,6 +35,7 @@ class Workload:
     examples_per_window: int
     recompute: bool
     labelled: bool = True
+    one_label: bool = False
     on_device: bool = False
 
     @property
@@ -50,8 +52,28 @@ class Workload:
         return self.forward * examples
 
     def gradient_work(self, examples: int) -> Work:
-        """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`."""
-        return self.forward * (examples * (4 if self.recompute else 3))
+        """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`.
+
+        With one label per example the covariance of rows follows from pairs of positions (`row_covariance`).
+        """
+        passes = self.loss_work(examples * (4 if self.recompute else 3))
+        return passes + self.position_work(examples) + self.correlated(lambda _, rows: self.positions * rows) * examples
+
+    def position_work(self, examples: int) -> Work:
+        """The work of the products of all positions of an example with each other, where it has one label."""
+        return self.correlated(lambda channels, rows: self.positions**2 * (channels + rows) / rows) * examples
+
+    @property
+    def positions(self) -> float:
+        """The positions of an example."""
+        return self.forward.products / (2 * self.outline.weights)
+
+    def correlated(self, each: Callable[[int, int], float]) -> Work:
+        """The work of products of the rows of all layers with `each(channels, rows)` others, if rows are correlated."""
+        if not self.one_label:
+            return Work()
+        shapes = [(layer.weight.shape[1], self.outline.rows[layer.name]) for layer in self.outline.layers]
+        return Work(products_fp32=sum(2 * rows * each(channels, rows) for channels, rows in shapes))
 
     def each_problem(self, work: Callable[[int, int, int], Work]) -> Work:
         """Return the sum of `work(channels, rows, m)` over all problems, of which one thread does the largest."""
