@@ -257,7 +257,7 @@ RECIPES = {
     "minilm-l6": Recipe(
         model="minilm-l6",
         prepare=texts,
-        prune="--calibration c4.txt --length 128",
+        prune="--calibration c4.txt --length 128 --effort hour",
         data="--data other.txt --windows 30",
         evaluate=AGREEMENT,
         title="cosine to the dense model",
@@ -303,7 +303,7 @@ RECIPES = {
     "whisper-tiny-en": Recipe(
         model="whisper-tiny-en",
         prepare=speech,
-        prune="--calibration speech --permute newton:rounds=4:examples=4:train_steps=300 --samples 300",
+        prune="--calibration speech --samples 300",
         data="--data other",
         title="word error rate",
         speed="clips of 16 tokens",

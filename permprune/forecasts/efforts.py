@@ -29,6 +29,9 @@ ROUNDS = 1, 16
 STEPS = 16, 2000
 """The fewest and the most steps of training; its learning rate rises in a tenth of them."""
 
+RATES = {"embeddings": 5e-3}
+"""The learning rate of kinds of model whose training gains by another than the default."""
+
 START = "ria"
 """The orders that a compensation is made for: as good as better orders of the search (docs/results/ablations.md)."""
 
@@ -73,7 +76,8 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
         compensation = 8 * method.examples + _update_operations(model) * windows / effort.operations
         a_step = 4 * method.step_examples  # with the dense model's
         steps = _within(STEPS, (windows - compensation) / a_step)
-        start, training = f":start={START}", f":compensate=true:train_steps={steps}"
+        rate = f":rate={RATES[kind]:g}" if kind in RATES else ""
+        start, training = f":start={START}", f":compensate=true:train_steps={steps}{rate}"
     else:
         rounds = _within(ROUNDS, windows / (3 * method.examples + TRIED * config.held_out))  # passes of a window
     needed = max(rounds * method.examples, steps * method.step_examples)
