@@ -20,7 +20,57 @@ static ALWAYS_INLINE float total(__m256 sum)
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+static ALWAYS_INLINE float total_of_row(__m256 sum, int row)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehdup_ps(four));
+    return _mm_cvtss_f32(row ? _mm_movehl_ps(two, two) : two);
+}
+
+/* ---- floats, two rows that keep half: in each lane of 128 bits, a group of both ---- */
+
+/* Of each byte, which is the code of two groups, that of the first row and then that of the second. */
+typedef struct {
+    uint8_t pairs[BLOCK / 4];
+} two_codes;
+
+static ALWAYS_INLINE two_codes read_codes(const char *first, const char *second)
+{
+    two_codes codes;
+    const __m128i a = _mm_loadl_epi64((const __m128i *)first), b = _mm_loadl_epi64((const __m128i *)second);
+    _mm_storeu_si128((__m128i *)codes.pairs, _mm_unpacklo_epi8(a, b));
+    return codes;
+}
+
+/* A shuffle within lanes reads the lowest two bits of each index. */
+static ALWAYS_INLINE __m256i index_in_groups(const two_codes *codes, int step)
+{
+    const int upper = step % 2 ? 16 : 0; /* two steps read one number, which is stored whole */
+    int32_t pairs;
+    memcpy(&pairs, codes->pairs + 4 * (step / 2), sizeof pairs);
+    return _mm256_srlv_epi32(_mm256_set1_epi32(pairs),
+                             _mm256_setr_epi32(upper, upper + 2, upper + 8, upper + 10, upper + 4, upper + 6, upper + 12,
+                                               upper + 14));
+}
+
+/* Two groups of the first row and the second, of four that are read. */
+static ALWAYS_INLINE __m256 alternate(__m256 first, __m256 second, int half)
+{
+    const __m256d a = _mm256_castps_pd(first), b = _mm256_castps_pd(second);
+    const __m256d even = _mm256_unpacklo_pd(a, b), odd = _mm256_unpackhi_pd(a, b);
+    return _mm256_castpd_ps(half ? _mm256_permute2f128_pd(even, odd, 0x31) : _mm256_permute2f128_pd(even, odd, 0x20));
+}
+
 #include "product/turn_8.h"
+
+#define TWO_ROWS_FROM 1
+#define CODES two_codes
+#define TWO_CODES(first, second) read_codes(first, second)
+#define INDEX __m256i
+#define INDEX_IN_GROUPS(codes, step) index_in_groups(&(codes), step)
+#define PICK_IN_GROUPS(channels, index) _mm256_permutevar_ps(channels, index)
+#define ALTERNATE(first, second, half) alternate(first, second, half)
+#define TOTAL_OF_ROW(sum, row) total_of_row(sum, row)
 
 #define STAGED float
 #define LANES 8
@@ -151,15 +201,7 @@ static ALWAYS_INLINE void add_two_integers(__m256 sums[][WIDE_BATCH], const two_
     }
 }
 
-static ALWAYS_INLINE float total_of_row(__m256 sum, int row)
-{
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehdup_ps(four));
-    return _mm_cvtss_f32(row ? _mm_movehl_ps(two, two) : two);
-}
-
 #define TWO two_blocks
-#define TOTAL_OF_ROW(sum, row) total_of_row(sum, row)
 #define NAME two_rows_i8
 #define READ_TWO(first, second) read_two(first, second, I8)
 #define ADD_TWO(sums, two, block, job, pair, n, batch) add_two_integers(sums, two, job, I8, pair, n, batch)

@@ -19,6 +19,8 @@ static ALWAYS_INLINE __m512i add_groups(__m512i shifted, __m512i three, __m512i 
 
 /* ---- for two_rows.h: of each 128 bits, the lower 64 belong to the first row, the upper to the second ---- */
 
+#define TWO_ROWS_FROM (TILE_BATCH + 1) /* before, picking from two vectors is faster */
+
 static ALWAYS_INLINE __m512i two_codes(const char *first, const char *second)
 {
     return _mm512_mask_set1_epi64(_mm512_set1_epi64((int64_t)read_code(first)), 0xaa, (int64_t)read_code(second));

@@ -12,7 +12,7 @@
  * each block are multiplied that way. Expanding the weight works for any pattern.
  *
  * If PICK_IN_GROUPS(VECTOR, INDEX) is defined, those with POSITIONS are multiplied two rows at a time (two_rows.h) in batches
- * for which that is faster. Expects then TWO_CODES(const char *, const char *), the codes of two blocks, a CODES;
+ * of TWO_ROWS_FROM and more. Expects then TWO_CODES(const char *, const char *), the codes of two blocks, a CODES;
  * INDEX_IN_GROUPS(CODES, int step), the INDEX of what both keep of the channels of vector `step`; ALTERNATE(VECTOR, VECTOR,
  * int half), one half of two vectors of kept values, in the same order; and TOTAL_OF_ROW.
  */
@@ -119,21 +119,20 @@ static ALWAYS_INLINE void PASTE(add_two_, KIND)(SUM sums[][WIDE_BATCH], const CO
 
 static void PASTE(product_, KIND)(const void *own, int64_t first, int64_t last)
 {
-#ifdef PICK
     const struct product *job = own;
-    if (job->weights->half) {
+    const int32_t kind = job->weights->kind;
 #ifdef PICK_IN_GROUPS
-        if (job->weights->kind == POSITIONS && job->staged->batch > TILE_BATCH)
-            first = PASTE(two_rows_, KIND)(job, first, last);
+    if (job->weights->half && kind == POSITIONS && job->staged->batch >= TWO_ROWS_FROM)
+        first = PASTE(two_rows_, KIND)(job, first, last);
 #endif
-        if (job->weights->kind == POSITIONS)
-            PASTE(positions_, KIND)(job, first, last);
-        else
-            PASTE(mask_, KIND)(job, first, last);
+#ifdef PICK
+    if (job->weights->half) {
+        kind == POSITIONS ? PASTE(positions_, KIND)(job, first, last) : PASTE(mask_, KIND)(job, first, last);
         return;
     }
 #endif
-    PASTE(expand_, KIND)(own, first, last);
+    (void)kind;
+    PASTE(expand_, KIND)(job, first, last);
 }
 
 #ifdef STORE
