@@ -25,9 +25,10 @@ NUMBERS = {**library.NUMBERS, INT4: len(library.NUMBERS)}
 MOST_SLOTS = 40
 """Most kept weights of a block with which leaving out the others is faster than a dense product (5:8 of them)."""
 
-MANY = {"avx2": 16, "avx512": LARGEST_BATCH + 1}
-"""Rows of activations from which the kernel for many rows is faster than the others (docs/results/speed.md), by the
-name of the kernels; portable ones are slower than dense products, and those of ARM were not measured."""
+MANY = {"avx2": (16, 32), "avx512": (LARGEST_BATCH + 1, LARGEST_BATCH + 1)}
+"""Rows of activations from which the kernel for many rows is faster than the others (docs/results/speed.md), with
+weights in floating point and with integers, by the name of the kernels; portable ones are slower than dense products,
+and those of ARM were not measured."""
 
 MOST_TOKENS = 4 * 96
 """Most rows of activations for which the kernel for many rows needs memory at a time."""
@@ -165,15 +166,13 @@ def is_fastest(weights: Weights, x: Tensor) -> bool:
     """Whether `multiply` with `many` is the fastest product with a weight that keeps at most `MOST_SLOTS` of a block.
 
     It is from `MANY` rows on, except where bf16 is multiplied by bf16, or fp16 by fp16, and the processor multiplies
-    them as such, alone or in matrix units (AMX), which makes dense products faster. Integers are multiplied as such up
-    to `LARGEST_BATCH`.
+    them as such, alone or in matrix units (AMX), which makes dense products faster.
     """
     name, pairs = library.best()
     faster = {torch.bfloat16: pairs, torch.float16: multiplies_fp16()}.get(x.dtype, False)
     if name not in MANY or (faster and weights.number == NUMBERS[x.dtype]):
         return False
-    least = MANY[name] if weights.number < NUMBERS[torch.int8] else LARGEST_BATCH + 1
-    return x.shape[0] >= least
+    return x.shape[0] >= MANY[name][weights.number >= NUMBERS[torch.int8]]
 
 
 @cache
