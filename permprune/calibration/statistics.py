@@ -60,8 +60,11 @@ def calibrate(
     recompute: bool = False,
     half: bool = False,
     seed: int = 0,
+    fisher: bool = True,
 ) -> Statistics:
     """Run `examples` through the model, forward and backward, and collect the statistics of its layers.
+
+    Without `fisher` they run forward only, and the Fisher information is left out.
 
     `sites` maps each layer to the name of the tensor it reads; layers that read the same tensor share one H. Experts
     read only the tokens routed to them; those that read fewer than `FEWEST` are measured on all tokens of their layer.
@@ -80,10 +83,16 @@ def calibrate(
     parts = distributed.share(list(enumerate(batches(examples, batch))))
     reading = _Pass(model, task, parts, dtype, half, seed)
     one_label_per_example = reading.terms(examples[:1]) == 1
-    sums = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in layers}
+    differentiated = layers if fisher else []
+    sums = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in differentiated}
     with frozen(model):
-        with _graph_from(layers), recomputed(model, recompute):
-            measured, terms = reading.differentiated(first, layers, sums, one_label_per_example=one_label_per_example)
+        if fisher:
+            with _graph_from(layers), recomputed(model, recompute):
+                measured, terms = reading.differentiated(
+                    first, layers, sums, one_label_per_example=one_label_per_example
+                )
+        else:
+            measured, terms = reading.forward(first), 0.0
         moments = dict(measured.stored)
         for group in further:
             moments |= reading.forward(group).stored
@@ -93,17 +102,26 @@ def calibrate(
             moments |= reading.forward(group, whole=True).stored
     distributed.add_(list(sums.values()))
     (terms,) = distributed.total(terms)
-    fisher = {name: (total / terms).float() for name, total in sums.items()}
-    for name, diagonal in fisher.items():
+    information = _information(sums, terms, layers) if fisher else {}
+    return Statistics(Symmetrics(moments), information, int(terms), one_label_per_example)
+
+
+def _information(sums: dict[str, Tensor], terms: float, layers: list[Layer]) -> dict[str, Tensor]:
+    """Return the Fisher information of sums over so many terms of the loss; that of experts not read is small.
+
+    Raises `PermpruneError` if it is not finite.
+    """
+    found = {name: (total / terms).float() for name, total in sums.items()}
+    for name, diagonal in found.items():
         if not torch.isfinite(diagonal).all():
             raise PermpruneError(
                 f"gradients at {name} overflow on the calibration data: check the checkpoint's weights"
             )
-    unread = [layer for layer in layers if layer.expert is not None and not fisher[layer.name].any()]
-    mean = sum(float(diagonal.mean()) for diagonal in fisher.values()) / len(fisher)
+    unread = [layer for layer in layers if layer.expert is not None and not found[layer.name].any()]
+    mean = sum(float(diagonal.mean()) for diagonal in found.values()) / len(found)
     for layer in unread:
-        fisher[layer.name].fill_(UNREAD * mean)
-    return Statistics(Symmetrics(moments), fisher, int(terms), one_label_per_example)
+        found[layer.name].fill_(UNREAD * mean)
+    return found
 
 
 @dataclass(frozen=True)

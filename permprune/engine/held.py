@@ -73,13 +73,15 @@ def prepare(
     partial: Path | None = None,
     planned: Callable[[Plan], object] = lambda plan: None,
     held: NarrowWeights | None = None,
+    fisher: bool = True,
 ) -> Prepared:
     """Discover the couplings, calibrate the model, and mask its weights in natural order.
 
     `processor` is the tokenizer of a language model, or the processor of images or audio. `examples` replace the
     config's calibration data, as in `prune`. If they lack text for a decoder, the decoder reads the text that the dense
     model generates. `partial` is a folder in which the searches save their state. `planned` is called with the plan
-    before the calibration. `held` are weights of the model that are held in bf16 already. Raises `PermpruneError` for a
+    before the calibration. `held` are weights of the model that are held in bf16 already, and `fisher` is as in
+    `calibrate`. Raises `PermpruneError` for a
     config, data or a model that cannot be used.
     """
     if config.shard:
@@ -97,13 +99,15 @@ def prepare(
     with nullcontext() if held is None else held.as_stored():  # so that the trace shows the model's own operations
         plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
     planned(plan)
-    return measure(plan, model, started, held)
+    return measure(plan, model, started, held, fisher=fisher)
 
 
-def measure(plan: Plan, model: PreTrainedModel, started: float, held: NarrowWeights | None = None) -> Prepared:
+def measure(
+    plan: Plan, model: PreTrainedModel, started: float, held: NarrowWeights | None = None, *, fisher: bool = True
+) -> Prepared:
     """Calibrate the model of a plan, and mask its weights in natural order; the preparation `started` at this time.
 
-    `held` is as in `prepare`.
+    `held` and `fisher` are as in `prepare`.
     """
     stage(CALIBRATE)
     config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
@@ -123,6 +127,7 @@ def measure(plan: Plan, model: PreTrainedModel, started: float, held: NarrowWeig
         recompute=recompute,
         half=bool(held.types),
         seed=config.seed,
+        fisher=fisher or config.pattern == MIXED,
     )
     patterns = dict.fromkeys(sites, plan.pattern)
     if config.pattern == MIXED:
@@ -175,7 +180,7 @@ def prune(
         raise PermpruneError(f"the config is {reprlib.repr(config)}: give a PruneConfig, or its fields as keywords")
     config = resolve(model, config.replace(**changes), processed_size(processor))
     set_origin(model, origin_of(model))
-    prepared = prepare(model, processor, config, examples=examples)
+    prepared = prepare(model, processor, config, examples=examples, fisher=permuter(config.permute).uses_fisher)
     prepared.dense.warn()
     run = replace(prepared.run, callbacks=tuple(callbacks))
     weights = Held(prepared, processor)

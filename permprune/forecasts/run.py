@@ -32,6 +32,7 @@ from permprune.models.modality import (
 from permprune.models.narrow_weights import held_bytes, held_type, is_narrow
 from permprune.models.pairs import takes_pairs
 from permprune.models.positions import fitting_length
+from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter
 from permprune.plan import calibration_count, shares_of
 from permprune.pruning.network import LIGHT
@@ -187,6 +188,7 @@ def forecast_held(
         example = example_pass(model, config, size=subject.size, lists=outline.repeated)
     else:
         counted = uncounted
+    fisher = method.uses_fisher or config.pattern == MIXED
     gradient, evaluation = counted("weights"), counted("none", dtype=torch.float32, batch=EVALUATION_BATCH)
     measured, held_out, _ = shares_of(subject.examples or calibration_count(model, config), config, per_window)
     run = Workload(
@@ -212,7 +214,9 @@ def forecast_held(
     evaluated = passes * evaluation_count(model, subject.windows)
     evaluating = Work(products_fp32=run.forward.products, moved=run.forward.moved) * evaluated
     stages = [
-        _calibration(config, run, counted("inputs"), measured, example.positions).beside([weights]),
+        _calibration(run, measured, fisher=fisher, memory=config.memory, positions=example.positions).beside(
+            [weights, *counted("inputs" if fisher else "none").parts]
+        ),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
         *(stage.beside(network) for stage in stages_of(update(config.update), run)),
         Stage("evaluate", evaluation.parts, evaluating).beside(found),
@@ -277,21 +281,21 @@ def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, proc
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
 
 
-def _calibration(config: PruneConfig, run: Workload, activations: Activations, examples: int, positions: int) -> Stage:
-    """The pass forward and backward, and further ones forward if not all sums fit in the memory limit.
+def _calibration(run: Workload, examples: int, *, fisher: bool, memory: int | None, positions: int) -> Stage:
+    """The passes forward, several if not all sums fit in the memory limit, and backward for the Fisher information.
 
-    Each of the `examples` has so many positions.
+    Each of the `examples` has so many positions. The activations are not counted.
     """
     outline = run.outline
-    each = sums_by_pass(outline.widths, None if config.memory is None else config.memory * outline.shards)
+    each = sums_by_pass(outline.widths, None if memory is None else memory * outline.shards)
     sums = Memory("sums of moments", max(accumulator_bytes(widths.values()) for widths in each) // outline.shards)
     moments = Memory("second moments", _moments_bytes(outline) if len(each) > 1 else 0)
-    wide = run.dtype == torch.float32 != outline.dtype and not run.recompute
+    wide = fisher and run.dtype == torch.float32 != outline.dtype and not run.recompute
     converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
-    runs = len(each) + (2 if run.recompute else 1)
-    products = Work(products_fp32=2 * positions * examples * outline.moments())
-    parts = (sums, moments, converted, *activations.parts)
-    return Stage("calibrate", parts, run.loss_work(runs * examples) + run.position_work(examples) + products)
+    work = run.loss_work(len(each) * examples) + Work(products_fp32=2 * positions * examples * outline.moments())
+    if fisher:
+        work += run.loss_work(examples * (2 if run.recompute else 1)) + run.position_work(examples)
+    return Stage("calibrate", (sums, moments, converted), work)
 
 
 def _moments_bytes(outline: Outline) -> int:

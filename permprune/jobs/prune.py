@@ -192,7 +192,8 @@ def _held(
     needed = weight_bytes(opened.model, opened.stored)
     require_space(work.out, needed)
     ready = partial(planned, opened.model)
-    held = Held.of(opened, config, spare=opened.model is not model, partial=work.path, planned=ready)
+    fisher, spare = permuter(config.permute).uses_fisher, opened.model is not model
+    held = Held.of(opened, config, spare=spare, partial=work.path, planned=ready, fisher=fisher)
     require_space(work.out, needed + state_bytes(permuter(config.permute), held.plan.outline))
     return held
 

@@ -185,6 +185,11 @@ class Permuter(ABC):
         return False
 
     @property
+    def uses_fisher(self) -> bool:
+        """Whether it reads the Fisher information of the calibration, which takes a backward pass."""
+        return True
+
+    @property
     def trains(self) -> bool:
         """Whether the method changes weights that are kept."""
         return False
@@ -298,6 +303,10 @@ class LocalPermuter(Permuter):
 @dataclass(frozen=True)
 class ScorePermuter(LocalPermuter):
     """A permuter that needs only scores: it orders the channels of a key/value cache as well as those of weights."""
+
+    @property
+    def uses_fisher(self) -> bool:
+        return False
 
     @abstractmethod
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:

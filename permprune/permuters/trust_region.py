@@ -158,6 +158,10 @@ class TrustRegion(Iterative[TrustRegionState]):
         return not (self.trains or self.refine or self.compensate) and self.start.divides_rows
 
     @property
+    def uses_fisher(self) -> bool:
+        return self.start.uses_fisher
+
+    @property
     def stages(self) -> tuple[str, ...]:
         after = {"refinement": self.refine, "compensation": self.compensate, "training": self.trains_at_end}
         return (*super().stages, *(self.stage(what) for what, asked in after.items() if asked))

@@ -168,6 +168,13 @@ def test_a_memory_limit_gives_the_same_statistics_in_several_passes(tiny_llama, 
     assert_same(limited, statistics(tiny_llama), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("memory", [None, 1])
+def test_a_pass_forward_gives_the_same_moments(tiny_llama, memory):
+    whole, found = statistics(tiny_llama), statistics(tiny_llama, fisher=False, memory=memory)
+    assert found.fisher == {} and not any(parameter.grad is not None for parameter in tiny_llama.parameters())
+    torch.testing.assert_close(found.moments, whole.moments, rtol=0, atol=0)
+
+
 def test_bf16_activations_give_nearly_the_same_fp32_statistics(tiny_llama):
     coarse, fine = statistics(tiny_llama, torch.bfloat16), statistics(tiny_llama)
     for site, matrix in coarse.moments.items():
