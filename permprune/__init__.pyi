@@ -59,7 +59,8 @@ from .permuters.reconstruction import Reconstruction as Reconstruction
 from .permuters.ria import RIAPermuter as RIAPermuter
 from .pruning.folder import save as save
 from .pruning.hub import push_to_hub as push_to_hub
-from .pruning.masked import LayerMeasure as LayerMeasure, MaskedLayers as MaskedLayers
+from .pruning.masked import MaskedLayers as MaskedLayers
+from .pruning.measures import LayerMeasure as LayerMeasure
 from .pruning.network import PrunedNetwork as PrunedNetwork
 from .pruning.problem import Problem as Problem
 from .saliency.base import Saliency as Saliency

@@ -22,7 +22,7 @@ from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import calibration_examples, plan_run
-from permprune.pruning.masked import LayerMeasure
+from permprune.pruning.measures import LayerMeasure
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, require_space
 from permprune.system.memory import release_freed_memory

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from permprune.pattern import Pattern
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
     from torch import Tensor
 
+    from permprune.kernels.search.masks import pruned_weights
     from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.problem import Part, Problem
 
@@ -26,18 +28,26 @@ class Rows:
     """Rows of a problem that read the same input channels: those of one layer.
 
     `read` yields (weight, score), both (channels, rows), for one block of rows after the other, and `slopes` are the
-    slopes of the blocks. Rows are scaled so that fisher is 1 in the model: the weight is multiplied by sqrt(fisher),
-    the slope is divided by it. `coupling` is the covariance after this scaling, that is, the correlations (rows, rows),
-    for which all rows have to be in one block; None if rows are treated as independent.
+    slopes of the blocks. `pattern` is the layer's. Rows are scaled so that fisher is 1 in the model: the weight is
+    multiplied by sqrt(fisher), the slope is divided by it. `coupling` is the covariance after this scaling, that is,
+    the correlations (rows, rows), for which all rows have to be in one block; None if rows are treated as independent.
     """
 
     read: Callable[[], Iterator[tuple[Tensor, Tensor]]]
     slopes: list[Tensor]
+    pattern: Pattern
     coupling: Tensor | None = None
 
     def coupled(self, x: Tensor) -> Tensor:
         """Multiply `x` (..., rows) by the correlations of the rows."""
         return x if self.coupling is None else x @ self.coupling
+
+    def pruned(self, weight: Tensor, score: Tensor, groups: Tensor) -> Tensor:
+        """Return the weights of a block that the pattern prunes, and 0 where it keeps one (`pruned_weights`).
+
+        `groups` are those of the problem, int64 (count, M), where the pattern's M divides M.
+        """
+        return pruned_weights(weight, score, groups.reshape(-1, self.pattern.m), self.pattern)
 
 
 @dataclass
@@ -113,4 +123,4 @@ def _rows(
         slopes = [(columns[span].float() / -root[span, None]).T.contiguous().to(columns.dtype) for span in spans]
     blocks = list(read()) if small else None
     correlations = None if covariance is None else covariance / root[:, None] / root
-    return Rows(read if blocks is None else partial(iter, blocks), slopes, correlations)
+    return Rows(read if blocks is None else partial(iter, blocks), slopes, network.patterns[part.layer], correlations)

@@ -194,6 +194,6 @@ class CostMatrixLearner(Iterative[CostMatrixState]):
                     matrix[part.layer][:, columns].float().unflatten(1, (len(plan), -1)).transpose(0, 1) @ plan
                     for matrix in (network.dense, network.scores)
                 )
-                back = (weight * self.keep(score, network.pattern_of(problem))) @ plan.mT
+                back = (weight * self.keep(score, network.patterns[part.layer])) @ plan.mT
                 relaxed.append((part, columns, back.transpose(0, 1).flatten(1)))
             yield problem, cost, relaxed

@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from permprune.pattern import Pattern
-from permprune.permuters.bundles import Bundle, read_bundles
+from permprune.permuters.bundles import Bundle, Rows, read_bundles
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.kernels.search.masks import pruned_weights
     from permprune.kernels.search.placement import add_placement_cost
     from permprune.matching.assignment import cycles
     from permprune.matching.pairs import pair_up
@@ -74,18 +73,23 @@ class Pool:
 
 @dataclass(frozen=True)
 class Block:
-    """The matrices of a block of rows, (channels, rows), at the current groups; `slope` may be changed in place."""
+    """The matrices of a block of `rows`, (channels, rows), at the current groups; `slope` may be changed in place."""
 
     weight: Tensor
     score: Tensor
     slope: Tensor
     error: Tensor
-    coupled: Callable[[Tensor], Tensor]
+    rows: Rows
+
+    def pruned(self, groups: Tensor) -> Tensor:
+        """Return the pruned weights with other groups."""
+        return self.rows.pruned(self.weight, self.score, groups)
 
 
 class QuadraticModel:
     """The model of one problem at its current groups of channels; each move updates the slopes.
 
+    `pattern` has the size of the groups; layers that share the order may have others, whose groups divide these.
     `change` is the sum of the predicted changes of the loss of all moves made.
     """
 
@@ -119,9 +123,7 @@ class QuadraticModel:
             for bundle in bundles:
                 moments = bundle.moments(torch.arange(problem.size))
                 for rows in bundle.rows:
-                    errors = (
-                        pruned_weights(weight, score, model.groups, model.pattern) for weight, score in rows.read()
-                    )
+                    errors = (rows.pruned(weight, score, model.groups) for weight, score in rows.read())
                     rows.slopes += [moments @ error for error in errors]
         return model
 
@@ -220,8 +222,7 @@ class QuadraticModel:
     def _blocks(self, bundle: Bundle) -> Iterator[Block]:
         for rows in bundle.rows:
             for (weight, score), slope in zip(rows.read(), rows.slopes, strict=True):
-                error = pruned_weights(weight, score, self.groups, self.pattern)
-                yield Block(weight, score, slope, error, rows.coupled)
+                yield Block(weight, score, slope, rows.pruned(weight, score, self.groups), rows)
 
     def _gains(self, groups: Tensor, pools: list[Pool], sets: Sequence[Tensor]) -> Tensor:
         """Return the change of the model by each set's move to its places in `groups`, alone: fp64 (sets,).
@@ -234,9 +235,9 @@ class QuadraticModel:
         for bundle in self.bundles:
             moments = torch.cat([pool.submatrices(bundle, inside) for pool, inside in zip(pools, sets, strict=True)])
             for block in self._blocks(bundle):
-                move = pruned_weights(block.weight, block.score, groups, self.pattern).sub_(block.error)
+                move = block.pruned(groups).sub_(block.error)
                 moves = move[channels.flatten()].view(*channels.shape, -1)
-                products = torch.bmm(block.coupled(moves), moves.mT).mul_(moments).sum((1, 2))
+                products = torch.bmm(block.rows.coupled(moves), moves.mT).mul_(moments).sum((1, 2))
                 linear = move.mul_(block.slope).sum(1)[channels].sum(1)
                 gain += linear.add_(products, alpha=self.damping / 2).cpu()
         sharding.add_(gain)
@@ -253,9 +254,9 @@ class QuadraticModel:
         for bundle in self.bundles:
             products = [pool.product(bundle, changed) for pool in pools]
             for block in self._blocks(bundle):
-                error = pruned_weights(block.weight, block.score, groups, self.pattern)
+                error = block.pruned(groups)
                 move = error - block.error
-                field = block.coupled(_joined(pools, products, move)).mul_(self.damping)
+                field = block.rows.coupled(_joined(pools, products, move)).mul_(self.damping)
                 block.slope.add_(field)
                 change += float((move * block.slope).sum() - field.mul_(move).sum() / 2)
                 if slots is not None:
@@ -284,13 +285,16 @@ class QuadraticModel:
         slots: Tensor,
     ) -> None:
         slope, curvature = block.slope.to(block.weight.dtype), self.damping / 2 * bundle.diagonal
+        pattern = block.rows.pattern
         for cost, pool in zip(costs, pools, strict=True):
+            free = slots[pool.groups]
+            parts = groups[pool.groups].view(len(free), -1, pattern.m)
             add_placement_cost(
                 *(cost, block.score, block.weight, slope, error),
                 curvature=curvature,
-                groups=groups[pool.groups],
-                slots=slots[pool.groups],
-                pattern=self.pattern,
+                groups=parts[torch.arange(len(free)), free // pattern.m],
+                slots=free % pattern.m,
+                pattern=pattern,
             )
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -20,6 +20,8 @@ from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights, computed_type
 from permprune.pattern import Pattern
+from permprune.pruning.computed import Computed
+from permprune.pruning.measures import LayerMeasure, output_energy
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency, Scale
 from permprune.system import distributed, sharding
@@ -27,38 +29,6 @@ from permprune.system.device import autocast_dtype
 from permprune.system.progress import track
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LayerMeasure:
-    """How close a pruned layer with its current weights is to the dense one.
-
-    `kept` is the share of the squared scores that belongs to non-zero weights; `error` is the relative output error on
-    the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff. `transposed` is whether the weight is stored
-    as (inputs, outputs).
-    """
-
-    name: str
-    transposed: bool
-    pattern: str
-    kept: float
-    error: float
-
-
-class Computed(Mapping[str, Tensor]):
-    """A mapping of names to tensors that are computed each time they are read."""
-
-    def __init__(self, names: Collection[str], compute: Callable[[str], Tensor]) -> None:
-        self._names, self._compute = names, compute
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._compute(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class MaskedLayers:
@@ -95,7 +65,7 @@ class MaskedLayers:
         patterns: Mapping[str, Pattern],
         held: NarrowWeights | None = None,
     ) -> None:
-        self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, patterns
+        self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, dict(patterns)
         self.held = held
         self.layers = {layer.name: layer for layer in layers}
         self.orders: Orders = {}
@@ -106,7 +76,7 @@ class MaskedLayers:
         self._bits = {name: pack_mask(patterns[name].mask(score)) for name, score in self.scores.items()}
         self._refined: set[str] = set()
         self._handles: list[RemovableHandle] = []
-        self._attach()
+        self.attach()
 
     @property
     def dense(self) -> Mapping[str, Tensor]:
@@ -134,8 +104,17 @@ class MaskedLayers:
         return Computed(self.sites, self._shown)
 
     def pattern_of(self, problem: Problem) -> Pattern:
-        """The pattern of the layers that follow a problem's order; it is the same for all of them."""
-        return self.patterns[problem.parts[0].layer]
+        """The pattern of the layers that follow a problem's order.
+
+        If they have several, it has the groups that contain those of all, and keeps about as many weights.
+        """
+        patterns = [self.patterns[part.layer] for part in problem.parts]
+        if len({*patterns}) == 1:
+            return patterns[0]
+        rows = [self.row_count(part.layer) for part in problem.parts]
+        kept = sum(pattern.density * count for pattern, count in zip(patterns, rows, strict=True)) / sum(rows)
+        m = math.lcm(*(pattern.m for pattern in patterns))
+        return Pattern(min(m - 1, max(1, round(kept * m))), m)
 
     def row_count(self, layer: str) -> int:
         """The number of rows of a layer."""
@@ -201,6 +180,27 @@ class MaskedLayers:
                 write_mask(mask, score, columns, self.patterns[name])
             self._bits[name] = pack_mask(mask)
 
+    def set_patterns(self, patterns: Mapping[str, Pattern]) -> None:
+        """Mask the layers by other patterns, with the current orders; a layer without one runs with all its weights.
+
+        Searches need a pattern for every layer.
+        """
+        before, self.patterns, stored = self.patterns, dict(patterns), self.stored_columns()
+        self.updated.clear()
+        for name in self.layers:
+            if before.get(name) != patterns.get(name):
+                self._bits[name] = pack_mask(self.mask_with(name, patterns.get(name), stored[name]))
+
+    def mask_with(self, name: str, pattern: Pattern | None, columns: Tensor) -> Tensor:
+        """Return the mask of a layer by its scores, bool (rows, channels); without a pattern it keeps all weights.
+
+        `columns` are the layer's `stored_columns`.
+        """
+        mask = torch.ones_like(self.layers[name].weight, dtype=torch.bool)
+        if pattern is not None:
+            write_mask(mask, self.scores[name], columns, pattern)
+        return mask
+
     @property
     def bits(self) -> dict[str, Tensor]:
         """The masks as `pack_mask` packs them, by layer; the tensors must not be changed."""
@@ -214,9 +214,7 @@ class MaskedLayers:
         self.updated.clear()
         stored = self.stored_columns()
         for name in self._refined - bits.keys():
-            mask = self.masks[name]
-            write_mask(mask, self.scores[name], stored[name], self.patterns[name])
-            self._bits[name] = pack_mask(mask)
+            self._bits[name] = pack_mask(self.mask_with(name, self.patterns[name], stored[name]))
         self._bits |= {name: mask.to(self.layers[name].weight.device) for name, mask in bits.items()}
         self._refined = set(bits)
 
@@ -279,15 +277,15 @@ class MaskedLayers:
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
         """Return a context manager inside which the model runs with its dense weights."""
-        self._detach()
+        self.detach()
         try:
             yield
         finally:
-            self._attach()
+            self.attach()
 
     def restore(self) -> None:
         """Let the model run with its dense weights; the network must not be used afterwards."""
-        self._detach()
+        self.detach()
         self.release()
 
     @property
@@ -305,7 +303,7 @@ class MaskedLayers:
 
         Those that are held in bf16 remain so, and are rounded.
         """
-        self._detach()
+        self.detach()
         for name, layer in self.layers.items():
             layer.weight.copy_(self.shown[name])
 
@@ -318,8 +316,8 @@ class MaskedLayers:
             sums = sharding.total(float((energy * shown.ne(0)).sum()), float(energy.sum()))
             kept = sums[0] / max(sums[1], 1e-30)
             if name not in self._energies:  # a product as large as a pass over many tokens
-                self._energies[name] = max(_output_energy(dense, moments), 1e-30)
-            error = _output_energy(dense - shown, moments) / self._energies[name]
+                self._energies[name] = max(output_energy(dense, moments), 1e-30)
+            error = output_energy(dense - shown, moments) / self._energies[name]
             measures.append(LayerMeasure(name, layer.transposed, str(self.patterns[name]), kept, error))
         return measures
 
@@ -341,12 +339,13 @@ class MaskedLayers:
             return self.updated[name].to(dtype)
         return apply_mask(self.trained.get(name, self.layers[name].weight), self._bits[name], dtype)
 
-    def _detach(self) -> None:
+    def detach(self) -> None:
+        """Let the model run with its own weights."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
-    def _attach(self) -> None:
+    def attach(self) -> None:
         """Let the modules of the layers run with the weights that are shown."""
         layers: dict[str, list[Layer]] = {}
         for layer in self.layers.values():
@@ -369,7 +368,8 @@ class MaskedLayers:
         """Return a weight that is shown as a product without gradients reads it fastest, or None where it is dense."""
         weight = self.trained.get(layer.name, layer.weight)
         other = layer.expert is not None or layer.transposed or layer.name in self.updated
-        if other or autocast_dtype(weight.device) or not MaskedWeight.fits(weight, self.patterns[layer.name]):
+        pattern = self.patterns.get(layer.name)
+        if other or pattern is None or autocast_dtype(weight.device) or not MaskedWeight.fits(weight, pattern):
             return None
         return MaskedWeight.of(weight, self._bits[layer.name])
 
@@ -385,11 +385,3 @@ class MaskedLayers:
         for layer in layers:
             layer.part_of(whole).copy_(self._shown(layer.name, whole.dtype))
         return whole
-
-
-def _output_energy(weight: Tensor, moments: Tensor) -> float:
-    """Return the mean squared norm of a layer's outputs, tr(W H W^T).
-
-    `weight` is (rows, channels), and `moments` are the second moments of its inputs, (channels, channels).
-    """
-    return sharding.total(float(((weight.float() @ moments) * weight).sum()))[0]

@@ -21,6 +21,7 @@ from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients, GradientSums, differentiable, received
 from permprune.pruning.masked import MaskedLayers
+from permprune.pruning.outline import Outline
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed, sharding
@@ -64,6 +65,28 @@ class PrunedNetwork(MaskedLayers):
             layers, problems, sites, statistics=statistics, saliency=saliency, patterns=patterns, held=held
         )
         self.model, self.task, self.dtype, self.batch, self.recompute = model, task, dtype, batch, recompute
+        self.saliency = saliency
+
+    def restricted(self, outline: Outline, patterns: Mapping[str, Pattern]) -> PrunedNetwork:
+        """Return the network of only the layers of an outline, in natural order, with these patterns.
+
+        The model runs with it, and with its own weights in other layers; this network is detached.
+        """
+        self.detach()
+        return PrunedNetwork(
+            self.model,
+            [*outline.layers],
+            [*outline.problems],
+            dict(outline.sites),
+            statistics=self.statistics,
+            saliency=self.saliency,
+            patterns=patterns,
+            task=self.task,
+            dtype=self.dtype,
+            batch=self.batch,
+            recompute=self.recompute,
+            held=self.held,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -73,7 +73,7 @@ def build(
                 parts = [[x[:, :2] for x in parts[0]], [x[:, 2:] for x in parts[0]]]
             blocks = [(part[0], part[1]) for part in parts]
             coupling = normal(size, 9).corrcoef().view(size, size) if coupled else None
-            layers.append(Rows(partial(iter, blocks), [part[2].clone() for part in parts], coupling))
+            layers.append(Rows(partial(iter, blocks), [part[2].clone() for part in parts], pattern, coupling))
         bundles.append(Bundle(partial(submatrix, moments), moments.diagonal(), layers))
     return QuadraticModel(bundles, order, pattern, damping)
 
