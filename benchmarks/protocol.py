@@ -132,18 +132,18 @@ def measure(options: argparse.Namespace, config: PruneConfig, methods: list[str]
     score = scorer(options, model, tokenizer, kept)
     *others, _ = config.shares(config.samples)
     windows = tokenize(shown, tokenizer, config.length, config.samples, config.seed, fewer=True, apart=sum(others))
-    prepared = prepare(model, processor, config, examples=Examples.of(windows))
+    held = Held(prepare(model, processor, config, examples=Examples.of(windows)), processor)
     if "dense" in methods:
-        with prepared.network.dense_weights():
+        with held.dense():
             yield "dense", score()
     for method in methods:
         if method != "dense":
             reset_peak_memory()
             curve = Curve(options.at, score)
-            run = dataclasses.replace(prepared.run, callbacks=(curve,))
-            solution = permuter(method).solve(prepared.network, run)
+            run = dataclasses.replace(held.plan.run, callbacks=(curve,))
+            solution = held.search(permuter(method), run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(curve.spent()), "curve": curve.points}
-            Held(prepared, None).update()
+            held.update()
             yield method, score() | cost | {"peak": round(peak_memory_mb() or 0)}
 
 

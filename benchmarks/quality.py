@@ -2,9 +2,9 @@
 
 Every search is tested on each source of --data, so that text of another domain than the calibration's can stand among
 them; the metric is the one that suits the model. With several --seeds the figures are means, with standard deviations.
-A method may be given options, as in newton:rounds=24. With --rows every figure is added to a file as soon as it is
-there, and what the file has is not measured again. --bf16 measures with activations in bfloat16, which is faster where
-the CPU or GPU has it and moves an accuracy by a few thousandths.
+A method may be given options, as in newton:rounds=24, and a mix a share, as in mixed@0.6. With --rows every figure is
+added to a file as soon as it is there, and what the file has is not measured again. --bf16 measures with activations in
+bfloat16, which is faster where the CPU or GPU has it and moves an accuracy by a few thousandths.
 
 "core-seconds" are the processor time of the search, all threads together: on a machine that does other work meanwhile
 they say more than the clock does.
@@ -14,7 +14,6 @@ torchrun --nproc-per-node 2 benchmarks/quality.py ...    # the same from two pro
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import statistics
@@ -29,6 +28,7 @@ from permprune import PruneConfig, read_model
 from permprune.engine.held import Held, prepare
 from permprune.engine.measuring import Evaluation, Meter
 from permprune.evaluation.result import gap_closed, metric_named
+from permprune.jobs.sweep_cells import of_pattern
 from permprune.permuters.registry import permuter
 from permprune.system import distributed
 from permprune.system.device import compute_device
@@ -58,14 +58,14 @@ def main() -> None:
     for pattern, name, update, mode in itertools.product(
         options.patterns, options.saliencies, options.updates, options.modes
     ):
-        config = PruneConfig(pattern=pattern, saliency=name, mode=mode, update=update, calibration=options.calibration)
+        config = PruneConfig(saliency=name, mode=mode, update=update, calibration=options.calibration)
         for seed in options.seeds:
-            table += rows_of(options, dataclasses.replace(config, seed=seed), known)
+            table += rows_of(options, of_pattern(config.replace(seed=seed), pattern), pattern, known)
     if not distributed.rank():
         print(markdown(table))
 
 
-def rows_of(options: argparse.Namespace, config: PruneConfig, known: list[Row]) -> list[Row]:
+def rows_of(options: argparse.Namespace, config: PruneConfig, pattern: str, known: list[Row]) -> list[Row]:
     """A row for each method: those known, and the others measured and added to them and to the file."""
     shared = {
         "model": options.model,
@@ -74,7 +74,7 @@ def rows_of(options: argparse.Namespace, config: PruneConfig, known: list[Row]) 
         "precision": "bf16" if options.bf16 else "fp32",
     }
     cell = shared | {
-        "pattern": config.pattern,
+        "pattern": pattern,
         "mask": config.saliency if config.update == "none" else f"{config.saliency} + {config.update}",
         "mode": config.mode,
         "seed": config.seed,
@@ -105,16 +105,15 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
     """Yield the rows of the methods wanted; `known` is a row of the dense model on the same data, if there is one."""
     model, processor, _ = read_model(options.model)
     runs = {data_name(source): Evaluation.beside(config, source, options.windows) for source in options.data}
-    prepared = prepare(
-        model, processor, dataclasses.replace(config, shared=any(own.shared for own, _ in runs.values()))
-    )
+    config = config.replace(shared=any(own.shared for own, _ in runs.values()))
+    held = Held(prepare(model, processor, config), processor)
 
     def score() -> tuple[dict[str, float], str]:
         with torch.autocast(compute_device(model).type, torch.bfloat16, enabled=options.bf16):
             results = {name: meter() for name, meter in meters.items()}
         return {name: result.value for name, result in results.items()}, next(iter(results.values())).metric.name
 
-    with prepared.network.dense_weights():
+    with held.dense():
         meters = {name: Meter(model, processor, evaluation) for name, (_, evaluation) in runs.items()}
         dense, metric = (known["value"], known["metric"]) if known else score()
     row = {"metric": metric, "method": "dense", "value": dense, "gap": dict.fromkeys(dense, 1.0)}
@@ -125,9 +124,9 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
         if method in wanted or method == "none":
             reset_peak_memory()
             began = time.process_time()
-            solution = permuter(method).solve(prepared.network, prepared.run)
+            solution = held.search(permuter(method), held.plan.run)
             cost = {"seconds": round(solution.seconds), "core_seconds": round(time.process_time() - began)}
-            Held(prepared, None).update()
+            held.update()
             found, _ = score()
             none = none or found
             gap = {

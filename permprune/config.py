@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack
 
+from permprune.budget.asked import CANDIDATES, KEPT, frame_of, parse_candidates, require_budget
 from permprune.errors import PermpruneError
 from permprune.options import (
     MODES,
@@ -17,15 +18,16 @@ from permprune.options import (
     Length,
     Positive,
     Seed,
+    Share,
     replace_fields,
     require_choice,
     require_fields,
 )
+from permprune.pattern import MIXED, Pattern
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
     from permprune.models.pooling import pooling_asked
-    from permprune.pattern import Pattern, parse_pattern
     from permprune.permuters.base import Permuter
     from permprune.permuters.registry import permuter
     from permprune.registry import describe, label_of
@@ -43,6 +45,10 @@ DEFAULTS: dict[str, Any] = {"permute": "newton", "samples": 192}
 """The values without an effort of the fields that efforts set."""
 
 
+MIX_FIELDS = ("candidates", "keep", "bytes", "max_loss", "packed", "packed_head")
+"""The fields of a mix of patterns."""
+
+
 class _Unset(enum.Enum):
     UNSET = enum.auto()
 
@@ -55,6 +61,10 @@ class PruneSettings(TypedDict, total=False):
     """The fields of `PruneConfig`, as keywords of the functions that take changes of them."""
 
     pattern: str
+    candidates: tuple[str, ...]
+    keep: Share | None
+    bytes: Positive | None
+    max_loss: Positive | None
     saliency: str | Saliency
     effort: str | None
     permute: str | Permuter
@@ -73,6 +83,8 @@ class PruneSettings(TypedDict, total=False):
     minutes: Positive | None
     seed: Seed
     exclude: tuple[str, ...]
+    packed: str
+    packed_head: str | None
     shared: bool
     task: str | None
     trust_remote_code: bool
@@ -87,7 +99,24 @@ class PruneConfig:
     """
 
     pattern: str = "2:4"
-    """N:M keeps N of every M consecutive weights; "mixed" gives each layer a pattern of its own."""
+    """N:M keeps N of every M consecutive weights; "mixed" gives each layer a pattern of its own, within a budget."""
+
+    candidates: tuple[str, ...] = CANDIDATES
+    """The patterns that the layers of a mix may have, separated by commas, by default dense,6:8,3:4,4:8,2:4,1:4."""
+
+    keep: Share | None = None
+    """The budget of a mix: the share of the weights of pruned layers that it keeps, by default 0.5."""
+
+    bytes: Positive | None = None
+    """The budget of a mix: the size of the packed model, such as 90MB, or as a share of its size in bf16, such as 0.5.
+
+    In Python it is a number of bytes, or a share, which is at most 1."""
+
+    max_loss: Positive | None = None
+    """The budget of a mix: what the model may lose by the measure of the evaluation, such as 1%.
+
+    In Python it is a share, such as 0.01. The fewest weights that keep to it are searched, in several runs; one half of
+    the evaluation data is for that, and the other half for the result."""
 
     saliency: str | Saliency = "wanda"
     """The score of each weight: magnitude, wanda, ria or obs."""
@@ -166,6 +195,11 @@ class PruneConfig:
     exclude: tuple[str, ...] = ()
     """Globs of the names of layers that are not pruned, such as "*.layers.0.*"."""
 
+    packed: str = "bf16"
+    """The types of packed values and, in `packed_head`, of the head that `bytes` counts (set by `prune_to_folder`)."""
+
+    packed_head: str | None = None
+
     shared: bool = False
     """Whether the evaluation uses the same source: each then gets half of its images, speech or sentences
     (`Evaluation.beside` sets it)."""
@@ -182,16 +216,22 @@ class PruneConfig:
     """Those of the fields that an effort may set that were given instead."""
 
     parsed_pattern: Pattern = dataclasses.field(init=False, repr=False)
-    """The pattern as N and M; that of "mixed" keeps as many weights as the mix."""
+    """The pattern as N and M; for "mixed" that for whose groups orders are searched (`frame_of`)."""
 
     def __post_init__(self) -> None:
         if self.effort is not None:
             require_choice("effort", self.effort, EFFORTS)
         values = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is UNSET}
         values |= {"given": frozenset(DEFAULTS.keys() - values.keys()), "calibration": _sources(self.calibration)}
-        for name, value in {**values, "parsed_pattern": parse_pattern(self.pattern)}.items():
+        values |= {"candidates": tuple(self.candidates)}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
         require_fields(self)
+        require_budget(self.pattern, self.candidates, keep=self.keep, bytes=self.bytes, max_loss=self.max_loss)
+        mixed = self.pattern == MIXED
+        share = KEPT if self.keep is None else self.keep
+        pattern = frame_of(parse_candidates(self.candidates), share) if mixed else Pattern.parse(self.pattern)
+        object.__setattr__(self, "parsed_pattern", pattern)
         saliency(self.saliency)
         permuter(self.permute).require_minutes(self.minutes)
         update(self.update)
@@ -211,6 +251,11 @@ class PruneConfig:
                 f"effort {self.effort} chooses the search, and so does {label_of(self.permute)}: give one of them"
             )
 
+    def require_no_limit(self, what: str) -> None:
+        """Raise `PermpruneError` if the budget is a loss, for which `what` has no data."""
+        if self.max_loss is not None:
+            raise PermpruneError(f"{what} measures no loss to limit: give keep or bytes, or use permprune prune --data")
+
     def reads(self, source: str) -> bool:
         """Whether this is a source of the calibration data, however its path is written."""
         return _resolved(source) in [_resolved(known) for known in self.sources if known is not None]
@@ -224,9 +269,14 @@ class PruneConfig:
         return replace_fields(self, {**dict.fromkeys(by_effort, UNSET), **changes}, "there is no setting")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values: names as given, objects as the names that describe them (`label_of`)."""
+        """Return the fields as JSON values: names as given, objects as the names that describe them (`label_of`).
+
+        Those of a mix are left out if there is one pattern.
+        """
         described = {name: label_of(getattr(self, name)) for name in ("permute", "saliency", "update")}
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        if self.pattern != MIXED:
+            values = {name: value for name, value in values.items() if name not in MIX_FIELDS}
         return {"permute": described["permute"], **values, **described}
 
     def identity(self) -> dict[str, Any]:

@@ -16,6 +16,12 @@ with on_first_use(globals()):
 WIDEST = 16
 """The largest M of the patterns that `tightest` considers."""
 
+MIXED = "mixed"
+"""The name, in place of N:M, with which each layer gets its own pattern."""
+
+DENSE = "dense"
+"""The name of the candidate of a mix that keeps all weights of a layer."""
+
 COUNTED = 8
 """The largest M for which ranks are computed by pairwise comparison, which is then faster than sorting."""
 
@@ -135,19 +141,3 @@ def ranks(score: Num[Tensor, "*shape"], dim: int) -> Int[Tensor, "*shape"] | UIn
             if j != i:
                 larger[i] += other >= score if j < i else other > score
     return torch.stack(larger, dim)
-
-
-MIXED = "mixed"
-"""The value of the option `pattern` with which each layer gets its own pattern (`permprune.pruning.allocation`)."""
-
-
-TOTAL = Pattern(2, 4)
-"""The pattern that keeps the same number of weights as a mix."""
-
-
-def parse_pattern(text: str) -> Pattern:
-    """Parse "N:M"; for "mixed", return the pattern that keeps the same number of weights (`TOTAL`).
-
-    Raises `PermpruneError` for anything else.
-    """
-    return TOTAL if text == MIXED else Pattern.parse(text)

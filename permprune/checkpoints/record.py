@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from permprune.checkpoints.benchmark import Benchmark
 from permprune.checkpoints.gathers import Gather, Order
+from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.schema import Malformed, decode, encode
 from permprune.checkpoints.showcase import Showcase
 from permprune.errors import PermpruneError
@@ -184,8 +185,8 @@ class Record:
     not recorded. `bench` is the result of `permprune bench`. `base_model` is the dense model's hub id and `license` its
     licence, as its card or config states it; None if unknown. `digests` are those of the tensors of the written weights
     (see `weight_digests`), by name; empty for a model in memory, and in records of earlier releases. `showcase` has the
-    dense and the pruned models side by side. Values that were not measured are None. Keys unknown to this version are
-    kept in `extra`.
+    dense and the pruned models side by side. `mix` is how the patterns of a mix were chosen. Values that were not
+    measured are None. Keys unknown to this version are kept in `extra`.
     """
 
     format: Format
@@ -211,6 +212,7 @@ class Record:
     reordered: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     showcase: Showcase | None = None
+    mix: Mix | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import typer
 from permprune.cli import common as cli
 from permprune.cli.plan import intention
 from permprune.config import PruneConfig
-from permprune.engine.measuring import Evaluation
+from permprune.engine.measuring import Evaluation, require_data
 from permprune.errors import PermpruneError
 from permprune.options import HEADS, PACKED, require_choice
 
@@ -39,6 +39,7 @@ def prune(
     """Prune MODEL to N:M with a searched channel order, and write a checkpoint, its record and a report."""
 
     config.require_one_choice()
+    require_data(config, evaluation)
     config, evaluation = cli.beside(config, evaluation)
     if pack is not None:
         require_choice("pack", pack, PACKED)

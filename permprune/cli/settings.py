@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
@@ -31,7 +32,7 @@ RENAMED = {
 }
 """Options that have another name than the field."""
 
-PYTHON_ONLY = ("measured", "held_out", "shared", "tasks")
+PYTHON_ONLY = ("measured", "held_out", "shared", "tasks", "packed", "packed_head")
 """Fields that are no options."""
 
 PANELS = {
@@ -82,7 +83,28 @@ def numbers_in(option: str, text: str, kind: type[N]) -> list[N]:
         raise PermpruneError(f'--{option} is "{text}": give {what}, separated by commas') from None
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {"memory": parse_bytes, "tasks": parts}
+def parse_size(text: str) -> float:
+    """Parse the size of a model: bytes such as "90MB", or a share such as "0.5". Raises `PermpruneError`."""
+    if re.fullmatch(r"\s*(1|1\.0*|0?\.\d+)\s*", text):
+        return float(text)
+    return parse_bytes(text)
+
+
+def parse_loss(text: str) -> float:
+    """Parse a share such as "1%" or "0.01". Raises `PermpruneError` for anything else."""
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(%?)\s*", text)
+    if found is None:
+        raise PermpruneError(f'--max-loss is "{text}": give a share of the dense model\'s value, such as 1%')
+    return float(found[1]) / (100 if found[2] else 1)
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "memory": parse_bytes,
+    "tasks": parts,
+    "candidates": parts,
+    "bytes": parse_size,
+    "max_loss": parse_loss,
+}
 """Functions that read the text of an option."""
 
 

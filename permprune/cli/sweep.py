@@ -11,7 +11,7 @@ import typer
 
 from permprune.cli import common as cli
 from permprune.cli.settings import numbers_in, parts
-from permprune.config import PruneConfig
+from permprune.config import MIX_FIELDS, PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.evaluation.lm_tasks import TaskList
 from permprune.options import Count
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from permprune.jobs.sweep_cells import Sweep
 
 
-@partial(cli.command, without=("effort", "permute", "pattern", "minutes", "shard", "few_shot", "examples"))
+@partial(cli.command, without=(*MIX_FIELDS, "effort", "permute", "pattern", "minutes", "shard", "few_shot", "examples"))
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],
@@ -28,7 +28,7 @@ def sweep(
     evaluation: Evaluation,
     tasks: TaskList,
     patterns: Annotated[
-        str, typer.Option(help="N:M patterns, separated by commas; mixed: a pattern for each layer")
+        str, typer.Option(help="N:M patterns, separated by commas; mixed@0.6: one for each layer, keeping this share")
     ] = "1:4,2:4,4:8,2:8,8:16,mixed",
     methods: cli.Methods = "none,ria,newton",
     budgets: Annotated[

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
+from permprune.engine.mixing import mix
 from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, stored_form
 from permprune.engine.weights import Weights, round_weights
 from permprune.errors import PermpruneError
@@ -38,8 +39,7 @@ from permprune.pattern import MIXED
 from permprune.permuters.base import Callback, Permuter, Run, Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
-from permprune.pruning.allocation import mix
-from permprune.pruning.masked import LayerMeasure
+from permprune.pruning.measures import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.stored import reorder_columns
@@ -129,9 +129,6 @@ def measure(
         seed=config.seed,
         fisher=fisher or config.pattern == MIXED,
     )
-    patterns = dict.fromkeys(sites, plan.pattern)
-    if config.pattern == MIXED:
-        patterns = mix(layers, plan.problems, sites, statistics, plan.metric)
     network = PrunedNetwork(
         model,
         layers,
@@ -139,7 +136,7 @@ def measure(
         sites,
         statistics=statistics,
         saliency=plan.metric,
-        patterns=patterns,
+        patterns=dict.fromkeys(sites, plan.pattern),
         task=task,
         dtype=dtype,
         batch=batch,
@@ -179,11 +176,12 @@ def prune(
     if not isinstance(config, PruneConfig):
         raise PermpruneError(f"the config is {reprlib.repr(config)}: give a PruneConfig, or its fields as keywords")
     config = resolve(model, config.replace(**changes), processed_size(processor))
+    config.require_no_limit("prune in Python")
     set_origin(model, origin_of(model))
     prepared = prepare(model, processor, config, examples=examples, fisher=permuter(config.permute).uses_fisher)
     prepared.dense.warn()
-    run = replace(prepared.run, callbacks=tuple(callbacks))
     weights = Held(prepared, processor)
+    run = replace(weights.plan.run, callbacks=tuple(callbacks))
     natural = weights.natural()
     solution = weights.search(permuter(prepared.config.permute), run)
     weights.update()
@@ -193,14 +191,30 @@ def prune(
 class Held(Weights):
     """The weights of a prepared model, in memory.
 
+    The patterns of a mix are chosen here, unless its budget is a loss: `mix` chooses them.
+
     A model that is `spare` gives up its weights when what was written is loaded, so that one copy is in memory.
     """
 
     def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
         self.plan: Prepared = prepared
         self.network = prepared.network
+        self.unmixed, self.mixed_at = prepared, cast(float | None, None)
         self.model, self.processor, self.stored = prepared.model, processor, origin_of(prepared.model).dtype
         self.seconds, self.spare = prepared.seconds, spare
+        if self.plan.config.pattern == MIXED and self.plan.config.max_loss is None:
+            self.mix()
+
+    def mix(self, keep: float | None = None) -> None:
+        """Choose a pattern for each layer (`mixing.mix`), if given for this share of the weights."""
+        started = time.monotonic()
+        self.network.detach()
+        self.unmixed.network.attach()
+        plan, self.network, self.mixed = mix(self.unmixed, self.unmixed.network, self.model, keep)
+        self.plan, self.mixed_at = replace(plan, network=self.network), keep
+        if keep is None:
+            self.unmixed = self.plan  # the network of all layers is not needed again
+        self.seconds += time.monotonic() - started
 
     @classmethod
     def of(cls, opened: OpenModel, config: PruneConfig, *, spare: bool = False, **settings: Any) -> Held:
@@ -242,6 +256,7 @@ class Held(Weights):
         with nullcontext() if network.holds_narrow else computed_in(model, torch.float32):
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
+        pruned.mix = self.mixed
         fold_all(model, pruned.tables, plan.coupling)
         for layer, order in gathered_layers(plan, solution.orders).values():
             layer.stored.data.copy_(reorder_columns(layer.stored, layer, order))

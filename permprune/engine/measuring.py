@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from permprune.config import PruneConfig
+from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList, average, task_figures
 from permprune.evaluation.result import Result, require_label_metric
 from permprune.models.modality import EVALUATION_WINDOWS, evaluation_batch, evaluation_count, kind_of
@@ -84,18 +85,39 @@ class Evaluation:
         )
 
 
+def require_data(config: PruneConfig, evaluation: Evaluation) -> None:
+    """Raise `PermpruneError` if a limit of the loss is given without the data that it is measured on."""
+    if config.max_loss is not None and evaluation.source is None:
+        raise PermpruneError("--max-loss is measured on data of yours: give them with --data")
+
+
 class Meter:
     """Measures a model on the examples of an evaluation, by the metric that fits both.
 
-    It has to be created while the model has its dense weights: without labels, the metric is the agreement with the
-    dense model's outputs.
+    `examples` replace those of the evaluation. It has to be created while the model has its dense weights: without
+    labels, the metric is the agreement with the dense model's outputs.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> None:
-        self.model, self.examples = model, evaluation.examples(model, processor)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Processor | None,
+        evaluation: Evaluation,
+        examples: Examples | None = None,
+    ) -> None:
+        self.model, self.examples = model, evaluation.examples(model, processor) if examples is None else examples
         self.tokenizer = transcriber(model, processor)
         self.dense = None if has_targets(model, self.examples) else dense_outputs(model, self.examples)
         self.batch, self.metric = evaluation_batch(model), evaluation.metric
+
+    @classmethod
+    def halves(cls, model: PreTrainedModel, processor: Processor | None, evaluation: Evaluation) -> tuple[Meter, Meter]:
+        """Return two meters, each with its own half of twice as many examples. Raises `PermpruneError`."""
+        examples = dataclasses.replace(evaluation, windows=2 * evaluation.windows).examples(model, processor)
+        if (half := len(examples) // 2) < 1:
+            raise PermpruneError("there is one example to evaluate on: to choose and to confirm, give two or more")
+        first, second = (cls(model, processor, evaluation, part) for part in (examples[:half], examples[half:]))
+        return first, second
 
     def __call__(self) -> list[Result]:
         """Measure the model; the result that counts comes first."""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.companions import base_model_of, licence_of
 from permprune.checkpoints.gathers import Gather
 from permprune.checkpoints.io import load_written, write_weights
+from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.offload import Edit
 from permprune.checkpoints.origin import origin_of
 from permprune.checkpoints.patterns import recorded_patterns, require_patterns
@@ -30,7 +31,7 @@ from permprune.permuters.base import Solution
 from permprune.plan import Plan
 from permprune.pruning.folder import write_pruned
 from permprune.pruning.hub import push_to_hub
-from permprune.pruning.masked import LayerMeasure
+from permprune.pruning.measures import LayerMeasure
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places, reorder_columns, reordered_outputs
 from permprune.system.files import atomic_folder
@@ -50,7 +51,7 @@ class Pruned:
     `error_none`) and as pruned (`kept`, `error`). `probe` contains random inputs and the model's outputs for them
     before the orders were folded (`make_probe`). `reordered` are the outputs beside the logits whose channels are in
     the order of spaces in `tables`, with their names. `sample` contains a few weights before and after pruning (see
-    `sample`); it is None if the model was read layer by layer.
+    `sample`); it is None if the model was read layer by layer. `mix` is how the patterns of a mix were chosen.
     """
 
     model: PreTrainedModel
@@ -62,6 +63,7 @@ class Pruned:
     probe: Probe
     reordered: dict[str, list[str]]
     sample: dict[str, Any] | None = None
+    mix: Mix | None = None
 
     def record(self) -> Record:
         """Return the record of how the model was pruned; fields that `prune` does not measure are None."""
@@ -81,6 +83,7 @@ class Pruned:
             "reordered": {**(before.reordered if before else {}), **self.reordered},
             "dense": asdict(dense_weights(self.model, pruned, self.config.exclude)),
             "sample": self.sample,
+            "mix": self.mix and asdict(self.mix),
             "seconds": {"search": self.solution.seconds},
             "base_model": before.base_model if before else base_model_of(self.model, name),
             "license": (before and before.license) or licence_of(name),

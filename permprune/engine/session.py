@@ -19,7 +19,7 @@ from permprune.engine.weights import Weights
 from permprune.evaluation.result import NotFinite, gap_closed
 from permprune.evaluation.size import weight_bytes
 from permprune.inference.pack import packed_bytes
-from permprune.permuters.base import Permuter, Run, Solution
+from permprune.permuters.base import Callback, Permuter, Run, Solution
 from permprune.showcase.shown import Shown
 from permprune.system import stages
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
@@ -30,8 +30,8 @@ class Session:
     """Runs of one or several methods on a calibrated model, measured beside the dense model.
 
     `open_weights` reads and calibrates the model; the evaluation's tasks are loaded before it is called, and its data
-    before anything is searched. A context manager: it restores the dense weights at the end, unless the model was
-    pruned.
+    before anything is searched. If a loss limits the patterns of a mix, half of the data are for `choosing` them. A
+    context manager: it restores the dense weights at the end, unless the model was pruned.
     """
 
     def __init__(self, open_weights: Callable[[], Weights], evaluation: Evaluation) -> None:
@@ -43,7 +43,9 @@ class Session:
         try:
             with self.weights.dense():
                 model, processor = self.weights.model, self.weights.processor
-                self.measure = Meter(model, processor, evaluation)
+                self.measure, self.choosing = Meter(model, processor, evaluation), None
+                if self.weights.plan.config.max_loss is not None:
+                    self.choosing, self.measure = Meter.halves(model, processor, evaluation)
                 examples, reason = self.measure.examples, self.weights.unanswering
                 self.shown = Shown(model, processor, examples, evaluation.shown, reason=reason)
         except BaseException:
@@ -84,18 +86,22 @@ class Session:
         return solution, measurement
 
     def prune(
-        self, method: Permuter, run: Run | None = None, *, tried: Mapping[str, Measurement] | None = None
+        self,
+        method: Permuter,
+        *,
+        callbacks: tuple[Callback, ...] = (),
+        tried: Mapping[str, Measurement] | None = None,
     ) -> tuple[Pruned, Record]:
         """Prune with a method, and put the model in stored order; no method can be tried afterwards.
 
-        `tried` are the measurements of the natural order and of the method by name, if they were tried. The record has
-        what was measured.
+        `callbacks` are called after the rounds of the search. `tried` are the measurements of the natural order and of
+        the method by name, if they were tried. The record has what was measured.
         """
         weights, known = self.weights, tried or {}
         dense, overlap = self.dense.result, self.overlap
         natural = weights.natural()
         none = known.get("none") or self._measurement("none", 0.0)
-        solution = weights.search(method, run or weights.plan.run)
+        solution = weights.search(method, dataclasses.replace(weights.plan.run, callbacks=callbacks))
         started = time.monotonic()
         stage(stages.UPDATE)
         weights.update()

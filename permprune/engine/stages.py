@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
+from permprune.forecasts.mixing import OTHERS, PATTERNS
 from permprune.forecasts.run import EVALUATED, Forecast
+from permprune.pattern import MIXED
 from permprune.permuters.base import Permuter
 from permprune.permuters.registry import permuter
-from permprune.system.stages import CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, SPEED, UPDATE, WRITE
+from permprune.system.stages import ALLOCATE, CALIBRATE, DENSE, MEASURE, NATURAL, PACK, READ, SPEED, UPDATE, WRITE
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 
 
 def stages_of_pruning(config: PruneConfig, *, streamed: bool, packed: bool, timed: bool) -> list[str]:
     """The stages of `Session.prune`, of writing the model, and of measuring how fast it is."""
-    searched = _searched(permuter(config.permute), config)
-    held = [CALIBRATE, DENSE, NATURAL, *searched]
+    searched, mixed = _searched(permuter(config.permute), config), [ALLOCATE] if config.pattern == MIXED else []
+    held = [CALIBRATE, *mixed, DENSE, NATURAL, *searched]
+    if config.max_loss is not None:  # a last search finds its solution
+        held = [CALIBRATE, *[*mixed, *searched, MEASURE] * ATTEMPTS, DENSE, NATURAL, *searched]
     tried = [DENSE, *searched, NATURAL] if streamed else held  # layer by layer the search calibrates
     return [READ, *tried, MEASURE, WRITE, *([PACK] if packed else []), *([SPEED] if timed else [])]
 
 
 def stages_of_attempts(methods: Iterable[Permuter], config: PruneConfig) -> list[str]:
     """The stages of a session that attempts methods one after the other."""
-    return [READ, CALIBRATE, DENSE, *(name for one in methods for name in (*_searched(one, config), MEASURE))]
+    mixed = [ALLOCATE] if config.pattern == MIXED else []
+    return [READ, CALIBRATE, *mixed, DENSE, *(name for one in methods for name in (*_searched(one, config), MEASURE))]
 
 
 def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ...]]:
@@ -31,8 +37,15 @@ def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ..
     method, seconds = permuter(forecast.config.permute), dict(forecast.seconds)
     each = None if (evaluating := seconds.pop("evaluate")) is None else evaluating / EVALUATED
     found: dict[str, float | None] = dict.fromkeys((DENSE, NATURAL, MEASURE), each)
-    for name, stage in (("load", READ), ("calibrate", CALIBRATE), ("update", UPDATE), ("write", WRITE)):
+    for name, stage in (
+        ("load", READ),
+        ("calibrate", CALIBRATE),
+        (PATTERNS, ALLOCATE),
+        ("update", UPDATE),
+        ("write", WRITE),
+    ):
         found[stage] = seconds.pop(name, 0.0)
+    seconds.pop(OTHERS, None)  # stages that are made several times count as often
     found |= {PACK: 0.0, SPEED: 0.0}  # which take seconds
     for name, own in seconds.items():
         stage, before = _stage_of(method, name), found.get(_stage_of(method, name), 0.0)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.offload import StoredWeights, load_written_offloaded, write_offloaded
 from permprune.engine.pruned import Pruned
 from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter, Run, Solution
 from permprune.plan import Plan
-from permprune.pruning.masked import LayerMeasure
+from permprune.pruning.measures import LayerMeasure
 
 
 class Weights(ABC):
@@ -25,7 +26,7 @@ class Weights(ABC):
 
     `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them, and
     `seconds` the time that the calibration took. `unanswering` says why the model cannot answer examples one token
-    after the other; it is empty if it can.
+    after the other; it is empty if it can. `mixed` is the choice of the patterns of a mix.
     """
 
     unanswering: ClassVar[str] = ""
@@ -35,6 +36,7 @@ class Weights(ABC):
     stored: torch.dtype
     plan: Plan
     seconds: float
+    mixed: Mix | None = None
 
     @abstractmethod
     def dense(self) -> AbstractContextManager[None]:

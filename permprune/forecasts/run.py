@@ -18,6 +18,7 @@ from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.activations import Activations
 from permprune.forecasts.costs import stages_of, state_bytes, trained_weights
 from permprune.forecasts.machine import Machine
+from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.passes import TYPICAL, batch_pass, example_pass, uncounted
 from permprune.forecasts.resources import Memory, Place, Stage, Work
 from permprune.forecasts.workload import Workload
@@ -213,12 +214,17 @@ def forecast_held(
     passes = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
     evaluated = passes * evaluation_count(model, subject.windows)
     evaluating = Work(products_fp32=run.forward.products, moved=run.forward.moved) * evaluated
+    searching = [
+        *(stage.beside(network) for stage in stages_of_mix(config, run)),
+        *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
+        *(stage.beside(network) for stage in stages_of(update(config.update), run)),
+    ]
     stages = [
         _calibration(run, measured, fisher=fisher, memory=config.memory, positions=example.positions).beside(
             [weights, *counted("inputs" if fisher else "none").parts]
         ),
-        *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
-        *(stage.beside(network) for stage in stages_of(update(config.update), run)),
+        *searching,
+        *stages_of_limit(config, searching),
         Stage("evaluate", evaluation.parts, evaluating).beside(found),
     ]
     # processes that divide rows convert their own from fp32, parameter by parameter

@@ -14,10 +14,10 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head, require_head
 from permprune.inference.solving import solve
-from permprune.kernels.product.layout import LARGEST_GROUP, Layout
+from permprune.kernels.product.layout import BLOCK, LARGEST_GROUP, Layout
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
-from permprune.models.layers import require_changeable
+from permprune.models.layers import Layer, require_changeable
 from permprune.options import PACKED
 from permprune.pattern import Pattern
 from permprune.system.device import INT4, dtype_named
@@ -126,24 +126,49 @@ def packed_bytes(
     `patterns` and `dtype` are as in `pack`; `gathers` are those of the pruned model, which need not be attached.
     Returns None if no layer can be packed.
     """
-    stored, linears = packed_type(dtype), linear_layers(model)
-    kept: torch.dtype = stored if stored.is_floating_point else model.dtype  # type: ignore[assignment]
-    item = kept.itemsize
-    total = sum(parameter.numel() for parameter in model.parameters()) * item
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and name not in BUFFERS.values():
-                total += buffer.numel() * (item if buffer.is_floating_point() else buffer.dtype.itemsize)
-    total += sum(len(gather.places) * len(gather.order) * torch.int64.itemsize for gather in gathers)
-    packable, saved = False, 0
+    linears = linear_layers(model)
+    packable, total = False, unpacked_bytes(model, gathers, dtype=dtype)
     for name, text in patterns.items():
         layer, pattern = linears[name], Pattern.parse(text)
         if layer.expert is None and PackedLinear.replaces(layer.owner):
             if pattern.m > LARGEST_GROUP:
                 return None
-            packable, (rows, width) = True, layer.weight.shape
-            saved += rows * (width * item - Layout(pattern, stored, width).row_bytes)
-    return total - saved if packable else None
+            packable = True
+        total -= layer_bytes(model, layer, None, dtype=dtype) - layer_bytes(model, layer, pattern, dtype=dtype)
+    return total if packable else None
+
+
+def layer_bytes(model: nn.Module, layer: Layer, pattern: Pattern | None, *, dtype: str = "bf16") -> int:
+    """Return the bytes of a layer's weight in a model that is packed as `dtype`; dense without a pattern.
+
+    Layers that have no packed form are dense with any pattern.
+    """
+    stored, (rows, width) = packed_type(dtype), layer.weight.shape
+    if pattern is None or layer.expert is not None or not PackedLinear.replaces(layer.owner):
+        return rows * width * _item(model, stored)
+    return rows * Layout(pattern, stored, width).row_bytes
+
+
+def unpacked_bytes(
+    model: nn.Module, gathers: Iterable[Gather] = (), *, dtype: str = "bf16", head: str | None = None
+) -> int:
+    """Return the bytes of the tensors of a model that is packed as `dtype` and `head` if all layers stay dense."""
+    item = _item(model, packed_type(dtype))
+    total = sum(parameter.numel() for parameter in model.parameters()) * item
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and name not in BUFFERS.values():
+                total += buffer.numel() * (item if buffer.is_floating_point() else buffer.dtype.itemsize)
+    named = head_names(model, head)  # type: ignore[arg-type]
+    for table in (model.get_parameter(f"{name}.weight") for part, name in named.items() if part != "tied"):
+        total -= table.numel() * (item - 1) - table.numel() // BLOCK * torch.float32.itemsize
+    return total + sum(len(gather.places) * len(gather.order) * torch.int64.itemsize for gather in gathers)
+
+
+def _item(model: nn.Module, stored: torch.dtype) -> int:
+    """The bytes of an element that is not packed, where packed ones are `stored`."""
+    kept: torch.dtype = stored if stored.is_floating_point else model.dtype  # type: ignore[assignment]
+    return kept.itemsize
 
 
 def head_names(model: PreTrainedModel, head: str | None) -> dict[str, str]:

@@ -105,6 +105,7 @@ def compare(
     """
     chosen = {**permuters(["none"]), **permuters(methods)}
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
+    config.require_no_limit("compare")
     names = stages_of_attempts(chosen.values(), config)
     with stages(*names, *([WRITE, SPEED] if out else [])):
         with (

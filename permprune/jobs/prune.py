@@ -16,7 +16,8 @@ from permprune.checkpoints.record import Record
 from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
 from permprune.engine.held import Held, open_to_prune
-from permprune.engine.measuring import Evaluation
+from permprune.engine.limiting import keep_within
+from permprune.engine.measuring import Evaluation, require_data
 from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
 from permprune.engine.sharded import Sharded
@@ -76,6 +77,7 @@ def prune_to_folder(
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     if head is not None and pack is None:
         raise PermpruneError(f"head is {head}, which is for packed weights: give pack too, such as int8")
+    require_data(config, evaluation)
     with stages() as shown:
         record, runs = _prune(
             model,
@@ -124,6 +126,7 @@ def _prune(
         started = time.monotonic()
         if pack is not None:
             require_packable(config.parsed_pattern, packed_type(pack))
+            config = config.replace(packed=pack, packed_head=head)
         shapes, size = _shapes(model, processor, config)
         head_names(shapes, head)  # raises
         config = resolve(shapes, config, size)
@@ -160,8 +163,10 @@ def _prune(
         session = inside.enter_context(Session(open_weights, evaluation))
         weights = session.weights
         weights.plan.dense.warn()
-        run = dataclasses.replace(weights.plan.run, callbacks=tuple(callbacks))
-        pruned, record = session.prune(permuter(weights.plan.config.permute), run)
+        method, called = permuter(weights.plan.config.permute), tuple(callbacks)
+        if session.choosing is not None:
+            keep_within(session, method, called)
+        pruned, record = session.prune(method, callbacks=called)
         seconds = {**record.seconds, "total": time.monotonic() - started}
         record = dataclasses.replace(record, seconds=seconds, peak_memory_mb=peak_memory_mb())
         announce(record)

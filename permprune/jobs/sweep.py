@@ -37,7 +37,7 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.result import TASK_SCORE, gap_closed
 from permprune.evaluation.size import model_bytes
 from permprune.forecasts.costs import state_bytes
-from permprune.jobs.sweep_cells import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, pareto, plan_cells
+from permprune.jobs.sweep_cells import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, of_pattern, pareto, plan_cells
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
 from permprune.options import Count, require
@@ -159,7 +159,7 @@ def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int
         else read_skeleton(str(model), task=config.task, trust_remote_code=config.trust_remote_code)
     )
     for pattern in dict.fromkeys(cell.pattern for cell in cells):
-        prunable_layers(skeleton, config.replace(pattern=pattern).parsed_pattern, config.exclude)
+        prunable_layers(skeleton, of_pattern(config, pattern).parsed_pattern, config.exclude)
     dense_weights(skeleton, [layer.name for layer in block_linears(skeleton)]).warn()  # does not list excluded layers
 
 
@@ -258,7 +258,7 @@ def _begin_worker(threads: int, level: int) -> None:
 
 def run_job(job: Job) -> None:
     """Measure the cells of a job one after the other and write each row as soon as it is measured."""
-    config = job.config.replace(pattern=job.cells[0].pattern)
+    config = of_pattern(job.config, job.cells[0].pattern)
     with Session(
         partial(Held.open, job.model, config, job.processor), dataclasses.replace(job.evaluation, shown=0)
     ) as session:

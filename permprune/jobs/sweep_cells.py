@@ -13,17 +13,20 @@ from permprune.engine.measuring import Evaluation, Measurement
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Metric
 from permprune.options import Positive, require
-from permprune.pattern import parse_pattern
+from permprune.pattern import MIXED
 from permprune.permuters.base import CurvePoint, LocalPermuter
 from permprune.permuters.registry import permuter
 
-CELL_FIELDS = ("pattern", "permute", "minutes")
+CELL_FIELDS = ("pattern", "keep", "permute", "minutes")
 """Fields of the config that differ between cells."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One combination of a pattern, a method and a time limit of the search in `minutes` (None for no limit)."""
+    """One combination of a pattern, a method and a time limit of the search in `minutes` (None for no limit).
+
+    The pattern of a mix may have the share of the weights that it keeps: "mixed@0.6".
+    """
 
     pattern: str
     method: str
@@ -34,6 +37,17 @@ class Cell:
         """The name of the cell's files, without an extension."""
         budget = "" if self.minutes is None else f" {self.minutes:g}"
         return f"{self.pattern} {self.method}{budget}".replace(":", "-")
+
+
+def of_pattern(config: PruneConfig, pattern: str) -> PruneConfig:
+    """Return the config of the cells of a pattern. Raises `PermpruneError` for an unknown pattern."""
+    name, at, share = pattern.partition("@")
+    if name != MIXED or not at:
+        return config.replace(pattern=pattern)
+    try:
+        return config.replace(pattern=name, keep=float(share))
+    except ValueError:
+        raise PermpruneError(f'"{pattern}" keeps no share of the weights: give one, as {MIXED}@0.6') from None
 
 
 def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequence[float]) -> list[Cell]:
@@ -47,7 +61,7 @@ def plan_cells(patterns: Sequence[str], methods: Sequence[str], budgets: Sequenc
         require("budgets", budget, Positive)
     cells = []
     for pattern in dict.fromkeys(patterns):
-        parse_pattern(pattern)
+        of_pattern(PruneConfig(), pattern)
         for method in dict.fromkeys(["none", *methods]):
             local = isinstance(permuter(method), LocalPermuter)
             limits: Sequence[float | None] = [None] if local or not budgets else sorted(set(budgets))

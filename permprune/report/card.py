@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from permprune.checkpoints.record import PACKED
 from permprune.models.pooling import POOLING
 from permprune.report.page import fill
-from permprune.report.run import decision, dense_sentence, measured_rows
+from permprune.report.run import decision, dense_sentence, measured_rows, mix_sentences
 from permprune.report.showcase import answers, plain, speed_note, titles
 from permprune.report.words import kept_weights, overlap_note
 from permprune.system.files import write_whole
@@ -24,7 +24,20 @@ CARD = "README.md"
 NAMED = re.compile(r'(?:from_pretrained|permprune\.load)\(("(?:[^"\\]|\\.)*")')
 """The folder in the loading code of a card, quoted."""
 
-FACTS = ("pattern", "mode", "permute", "saliency", "update", "calibration", "samples", "length", "seed")
+FACTS = (
+    "pattern",
+    "keep",
+    "bytes",
+    "max_loss",
+    "mode",
+    "permute",
+    "saliency",
+    "update",
+    "calibration",
+    "samples",
+    "length",
+    "seed",
+)
 """Settings on the card; those that an older record lacks are left out."""
 
 
@@ -51,6 +64,7 @@ def render_card(record: Mapping[str, Any], config: Mapping[str, Any], source: st
         writes_text=kind.endswith("ForCausalLM"),
         facts=list(_facts(settings)),
         dense=dense_sentence(record.get("dense")),
+        mix=mix_sentences(record),
         table=measured_rows(record),
         measured=" ".join(filter(None, (on, speed_note(record)))),
         titles=titles(settings["pattern"]),

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from permprune.pattern import Pattern
+from permprune.pattern import DENSE, Pattern
 from permprune.report.pictures import layer_kinds
 from permprune.report.style import BLUE, ORANGE, WIDTH, bare, figure, legend, styled
 
@@ -57,7 +57,10 @@ def patterns(layers: Sequence[Record]) -> Figure:
 
     Rows are the kinds of linear layers, columns the layers.
     """
-    shares = [{"name": layer["name"], "kept": Pattern.parse(layer["pattern"]).density} for layer in layers]
+    density = {
+        text: 1.0 if text == DENSE else Pattern.parse(text).density for text in {one["pattern"] for one in layers}
+    }
+    shares = [{"name": layer["name"], "kept": density[layer["pattern"]]} for layer in layers]
     kinds = layer_kinds(shares, "kept", "kept")
     picture = figure(WIDTH, 0.9 + 0.19 * len(kinds))
     axes = picture.subplots()
@@ -66,8 +69,8 @@ def patterns(layers: Sequence[Record]) -> Figure:
     axes.pcolormesh(grid, cmap=_ramp(BLUE), vmin=0.0, vmax=most, edgecolors="none")
     _rows(axes, list(kinds))
     _columns(axes, grid.shape[1])
-    names = sorted({layer["pattern"] for layer in layers}, key=lambda text: Pattern.parse(text).density)
-    handles = [Patch(facecolor=_ramp(BLUE)(Pattern.parse(text).density / most), label=text) for text in names]
+    names = sorted(density, key=lambda text: density[text])
+    handles = [Patch(facecolor=_ramp(BLUE)(density[text] / most), label=text) for text in names]
     legend(picture, handles, 6)
     return picture
 

@@ -77,6 +77,25 @@ def learning_curve(curve: Sequence[Record]) -> Figure:
 
 
 @styled
+def mixes(mix: Record) -> Figure:
+    """Draw the held-out loss of mixes against the share of the weights that they keep, and mark the chosen one."""
+    picture = figure(WIDTH, 2.5)
+    axes = picture.subplots()
+    keep, expected, measured = ([point[key] for point in mix["curve"]] for key in ("keep", "expected", "measured"))
+    axes.plot(keep, expected, color=ORANGE, linewidth=1.1, linestyle=(0, (4, 1.5)), label="expected")
+    axes.plot(keep, measured, color=BLUE, marker="o", markersize=4, label="measured")
+    axes.axvline(mix["keep"], color=GRAY, linewidth=1.0, linestyle=(0, (4, 2)), zorder=0)
+    axes.annotate(
+        "chosen", (mix["keep"], 1.0), (3, -9), xycoords=axes.get_xaxis_transform(), textcoords="offset points"
+    )
+    axes.set_xlabel("share of the weights that is kept")
+    axes.set_ylabel("held-out loss")
+    axes.grid(axis="y")
+    legend(picture, axes.get_legend_handles_labels()[0], 2)
+    return picture
+
+
+@styled
 def epochs(curve: Sequence[Record], metric: str, dense: float | None) -> Figure:
     """Draw a metric before training and after each epoch, with a line at the dense model's value if that is given."""
     picture = figure(WIDTH, 2.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -18,8 +19,10 @@ from permprune.report.showcase import Piece, answers, side_rows, speed_note, tit
 from permprune.report.speed import short_name, speed_bars, summary
 from permprune.report.words import (
     NONE,
+    count,
     duration,
     fine_percent,
+    number,
     outcome,
     overlap_note,
     percent,
@@ -50,6 +53,7 @@ def render(record: Mapping[str, Any]) -> str:
         examples=_examples(record.get("showcase")),
         stages=_stages(record["curve"]),
         dense=dense_sentence(record.get("dense")),
+        mix=mix_sentences(record),
         pictures=_pictures(record),
         speeds=_speeds(record.get("bench")),
         times={name: duration(seconds) for name, seconds in record["seconds"].items()},
@@ -155,8 +159,12 @@ def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
         drawn["speed"] = speed_bars(figures)
     if layers := record["layers"]:
         drawn["saliency"], drawn["error"] = maps.kept_saliency(layers), pictures.output_error(layers)
-        if len({layer["pattern"] for layer in layers}) > 1:
-            drawn["patterns"] = maps.patterns(layers)
+        mix = record.get("mix")
+        shown = [{"name": name, "pattern": text} for name, text in mix["layers"].items()] if mix else layers
+        if len({layer["pattern"] for layer in shown}) > 1:
+            drawn["patterns"] = maps.patterns(shown)
+        if mix and mix["curve"]:
+            drawn["mixes"] = pictures.mixes(mix)
     if sample := record["sample"]:
         drawn["sample"] = maps.sample(sample)
     return {name: data_uri(picture) for name, picture in drawn.items()}
@@ -172,6 +180,20 @@ def dense_sentence(weights: Mapping[str, Any] | None) -> str:
     """Describe what stayed dense inside the blocks, as a sentence; "" if nothing did or this was not recorded."""
     text = str(DenseWeights(**weights)) if weights else ""
     return f"{text}." if text else ""
+
+
+def mix_sentences(record: Mapping[str, Any]) -> str:
+    """Describe the patterns of a mix, and the runs that a limit of the loss took; "" if there is one pattern."""
+    if (mix := record.get("mix")) is None:
+        return ""
+    layers = ", ".join(f"{count(held, 'layer')} {text}" for text, held in Counter(mix["layers"].values()).items())
+    size = f"{mix['bytes'] / 1e6:,.1f} MB packed"
+    sentences = [f"The mix keeps {fine_percent(mix['keep'])} of the weights of {layers}; {size}."]
+    for attempt in mix["attempts"]:
+        value = number(attempt["chosen"])
+        other = "" if attempt["confirmed"] is None else f", and {number(attempt['confirmed'])} on data for the result"
+        sentences.append(f"With {fine_percent(attempt['keep'])}: {value} on the data for the choice{other}.")
+    return " ".join(sentences)
 
 
 def _spaces(record: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -95,7 +95,8 @@ def duration(seconds: float | None) -> str:
 
 def way(pattern: str, method: str, update: str) -> str:
     """Describe how a model was pruned, as the start of a sentence: "2:4 with newton, then sparsegpt"."""
-    words = "A mix of patterns" if pattern == MIXED else pattern
+    mix, _, share = pattern.partition("@")
+    words = pattern if mix != MIXED else f"A mix of patterns that keeps {share}" if share else "A mix of patterns"
     words += " in natural order" if method == NONE else f" with {method}"
     return words if update == NONE else f"{words}, then {update}"
 

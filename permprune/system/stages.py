@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 READ, CALIBRATE, TRAIN, UPDATE = "read the model", "calibrate", "train", "update the weights"
 MEASURE, DENSE, NATURAL = "measure", "measure the dense model", "measure the natural order"
 CHECK, WRITE, PACK, SPEED = "check", "write", "pack", "measure the speed"
+ALLOCATE = "choose the patterns"
 """The stages of many runs, in the words that are shown."""
 
 PRIOR = 0.1

@@ -26,6 +26,13 @@ from .running import COMMAND, fails, run
 
 WRONG = {
     "prune smollm2-135m --out out --pattern 4:2": 'pattern "4:2" keeps no or all weights',
+    "prune smollm2-135m --out out --pattern mixed --keep 0.6 --bytes 90MB": "--keep and --bytes are two budgets",
+    "prune smollm2-135m --out out --pattern mixed --bytes much": "is not an amount of memory",
+    "prune smollm2-135m --out out --pattern mixed --max-loss much": "give a share",
+    "prune smollm2-135m --out out --pattern mixed --max-loss 1%": "give them with --data",
+    "prune smollm2-135m --out out --pattern mixed --keep 0.1": "keep more, or give a sparser candidate",
+    "prune smollm2-135m --out out --pattern mixed --candidates 2:4": "two candidates or more",
+    "prune smollm2-135m --out out --keep 0.6": "--keep is for a mix of patterns",
     "prune smollm2-135m --out out --permute newtn": 'did you mean "newton"',
     "prune smollm2-135m --out out --permute newton:rounds=x": "rounds is 'x': give a whole number",
     "prune smollm2-135m --out out --saliency wand": 'did you mean "wanda"',
@@ -50,6 +57,8 @@ WRONG = {
     "compare smollm2-135m --methods ria,newtons": 'did you mean "newton"',
     "compare smollm2-135m --json empty": "is not a file",
     "sweep smollm2-135m --out out --patterns 2:4,x": '"x" is not an N:M pattern',
+    "sweep smollm2-135m --out out --patterns mixed@much": "keeps no share of the weights",
+    "sweep smollm2-135m --out out --patterns mixed@0.2": "keep more",
     "sweep smollm2-135m --out out --budgets 0": "budgets is 0.0",
     "evaluate smollm2-135m --tasks cb --limit 0": "limit is 0",
     "evaluate smollm2-135m --kv nowhere": "there is no folder nowhere",

@@ -295,7 +295,8 @@ def test_finetune_finds_the_zeros_of_a_plain_checkpoint(source: Path, tmp_path: 
     model.save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
     before = held_patterns(model)
-    assert len(before) == 14 and (pattern == "mixed" or set(map(str, before.values())) == {pattern})
+    assert pattern == "mixed" or (len(before) == 14 and set(map(str, before.values())) == {pattern})
+    assert before
     assert run("finetune", tmp_path / "plain", "--data", source / "text.txt", *TUNED, "--out", tmp_path / "out")[0] == 0
     tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert held_patterns(tuned) == before

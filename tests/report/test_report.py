@@ -149,9 +149,14 @@ def test_the_page_lists_settings_versions_times_and_orders(rendered: str) -> Non
 
 
 def test_a_mix_shows_the_pattern_of_each_layer() -> None:
-    page = Page(render(changed(layers=MIXED, settings={**RECORD["settings"], "pattern": "mixed"})))
-    assert len(page.images) == 6 and "Pattern of each layer" in page.text
-    assert page.text.count("3:4") == 1 and "A mix of patterns with newton: perplexity" in page.text
+    layers = {layer["name"]: layer["pattern"] for layer in MIXED} | {"model.layers.9.mlp.up_proj": "dense"}
+    points = [{"keep": keep, "bytes": 10**6, "expected": 9 - keep, "measured": 9.1 - keep} for keep in (0.4, 0.6, 1.0)]
+    attempts = [{"keep": 0.6, "chosen": 31.0, "confirmed": 32.0}]
+    mix = {"layers": layers, "keep": 0.6, "bytes": 10**6, "rounds": [8.5], "curve": points, "attempts": attempts}
+    page = Page(render(changed(layers=MIXED, settings={**RECORD["settings"], "pattern": "mixed"}, mix=mix)))
+    assert len(page.images) == 7 and "Pattern of each layer" in page.text
+    assert "1 layer 3:4" in page.text and "32.00 on data for the result" in page.text
+    assert "A mix of patterns with newton: perplexity" in page.text
 
 
 def test_the_page_follows_the_reader_s_light_and_width(rendered: str) -> None:

@@ -1,0 +1,1 @@
+"""A pattern for each layer, under a budget of weights, of bytes or of loss."""

@@ -1,0 +1,95 @@
+"""A pattern for each layer of a calibrated model, within the budget of its config, and the plan that follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from permprune.budget.allocate import Costs, allocate
+from permprune.budget.asked import KEPT, Candidate, parse_candidates
+from permprune.checkpoints.mix import Mix
+from permprune.errors import PermpruneError
+from permprune.evaluation.size import weight_bytes
+from permprune.inference.pack import layer_bytes, unpacked_bytes
+from permprune.kernels.product.layout import LARGEST_GROUP
+from permprune.plan import Plan
+from permprune.pruning.network import PrunedNetwork
+from permprune.system.progress import stage
+from permprune.system.search_state import Checkpoint
+from permprune.system.stages import ALLOCATE
+
+P = TypeVar("P", bound=Plan)
+
+STATE = "patterns"
+"""The name of the state with the patterns that were chosen, and of the folder of the search for them."""
+
+
+def mix(
+    plan: P, network: PrunedNetwork, model: PreTrainedModel, keep: float | None = None
+) -> tuple[P, PrunedNetwork, Mix]:
+    """Choose the patterns of a mix; returns the plan and the network of the layers that are pruned, and the choice.
+
+    `network` has all layers of the `plan` and can be used again, with another `keep`, which replaces the budget of the
+    config. An interrupted run finds the patterns that it had chosen. Raises `PermpruneError` if no choice fits.
+    """
+    stage(ALLOCATE)
+    folder = plan.run.checkpoint.folder
+    if folder is not None and keep is not None:
+        folder = folder / f"keep {keep:.4f}"
+    searched = plan.run.checkpoint.settings | {"share": keep}
+    checkpoint = Checkpoint(folder and folder / STATE, searched)
+    found = checkpoint.load_object(STATE, Mix)
+    if found is None:
+        costs = costs_of(plan, model, keep)
+        found = allocate(network, replace(plan.run, checkpoint=checkpoint, callbacks=()), costs, plan.pattern)
+        checkpoint.save_object(STATE, found)
+    patterns = found.patterns
+    if not patterns:
+        raise PermpruneError("the budget leaves every layer dense: there is nothing to prune")
+    outline = plan.outline.of([layer for layer in plan.layers if layer.name in patterns])
+    own = {**plan.run.checkpoint.settings, STATE: json.dumps(found.layers, sort_keys=True)}
+    run = replace(plan.run, checkpoint=Checkpoint(folder, own), solved={})
+    chosen = replace(plan, layers=[*outline.layers], problems=[*outline.problems], sites=dict(outline.sites), run=run)
+    return chosen, network.restricted(outline, patterns), found
+
+
+def costs_of(plan: Plan, model: PreTrainedModel, keep: float | None = None) -> Costs:
+    """Return what the candidates of the config take in each layer of a plan, and its budget."""
+    config = plan.config
+    candidates = parse_candidates(config.candidates)
+    packs = plan.pattern.m <= LARGEST_GROUP
+    if not packs and config.bytes is not None:
+        raise PermpruneError(f"there is no packed form of groups of {plan.pattern.m}: give candidates with a smaller M")
+
+    def size(layer: int, candidate: Candidate) -> int:
+        return layer_bytes(model, plan.layers[layer], candidate if packs else None, dtype=config.packed)
+
+    def table(entry: Sequence[Sequence[int]]) -> np.ndarray:
+        return np.array(entry, dtype=np.int64)
+
+    weights = [layer.weight.numel() for layer in plan.layers]
+    kept = table([[count if one is None else count * one.n // one.m for one in candidates] for count in weights])
+    sizes = table([[size(layer, one) for one in candidates] for layer in range(len(weights))])
+    dense = sum(size(layer, None) for layer in range(len(weights)))
+    others = unpacked_bytes(model, dtype=config.packed, head=config.packed_head) - dense + _gather_bytes(plan)
+    found = Costs(candidates, kept, sizes, weights=sum(weights), others=others, limit=0)
+    if config.bytes is None or keep is not None:
+        return found.keeping(next(share for share in (keep, config.keep, KEPT) if share is not None))
+    limit = config.bytes * weight_bytes(model, torch.bfloat16) if config.bytes <= 1 else config.bytes
+    return replace(found, limit=int(limit), by_bytes=True)
+
+
+def _gather_bytes(plan: Plan) -> int:
+    """The bytes of the orders that modules read at run time, if every order that cannot be folded is stored."""
+    owners = {layer.name: layer.owner_name for layer in plan.layers}
+    gathered = [problem for problem in plan.problems if not problem.space]
+    return sum(
+        torch.int64.itemsize * problem.size * len({owners[part.layer] for part in problem.parts})
+        for problem in gathered
+    )

@@ -1,0 +1,43 @@
+"""The cost of choosing the patterns of a mix (`permprune.budget`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from permprune.budget.allocate import EXAMPLES, POINTS, ROUNDS, START
+from permprune.budget.asked import parse_candidates
+from permprune.budget.sensitivity import ROWS
+from permprune.budget.shares import ATTEMPTS
+from permprune.config import PruneConfig
+from permprune.forecasts.costs import TRIED, stages_of
+from permprune.forecasts.resources import Memory, Stage, Work
+from permprune.forecasts.workload import Workload
+from permprune.pattern import MIXED
+
+PATTERNS, OTHERS = "patterns", "other shares of the weights"
+"""The names of the stages: the choice of patterns, and the runs that a limit of the loss needs beside the last one."""
+
+
+def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
+    """Return the stage in which patterns are chosen; none if there is one pattern."""
+    if config.pattern != MIXED:
+        return []
+    outline, candidates = run.outline, len(parse_candidates(config.candidates))
+    shapes = [layer.weight.shape for layer in outline.layers]
+    products = sum(2.0 * min(ROWS, rows) * channels**2 * candidates for rows, channels in shapes)
+    losses = 2 + TRIED * ROUNDS + len(POINTS) + 2
+    gradients = run.gradient_work(EXAMPLES * run.examples_per_window) * (ROUNDS + 1)
+    work = [Work(products_fp32=products), gradients, run.loss_work(run.held_out) * losses]
+    work += [stage.work for stage in stages_of(START, run) if stage.work is not None]
+    parts = (*run.gradient.parts, Memory("gradients", run.gradient_bytes))
+    return [Stage(PATTERNS, parts, sum(work, Work()))]
+
+
+def stages_of_limit(config: PruneConfig, stages: Sequence[Stage]) -> list[Stage]:
+    """Return the stage of the other runs of a limit of the loss, given the `stages` of one; none without a limit."""
+    if config.max_loss is None:
+        return []
+    works = [stage.work for stage in stages]
+    known = [work for work in works if work is not None]
+    total = sum(known, Work()) * (ATTEMPTS - 1) if len(known) == len(works) else None
+    return [Stage(OTHERS, max((stage.parts for stage in stages), key=lambda parts: sum(p.bytes for p in parts)), total)]

@@ -1,0 +1,160 @@
+"""The mix of patterns: its budget, its choice, and that it goes through the whole pipeline."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from permprune.budget.asked import frame_of, parse_candidates
+from permprune.config import PruneConfig
+from permprune.engine.held import Held, prepare
+from permprune.errors import PermpruneError
+from permprune.inference.pack import pack, packed_bytes
+from permprune.pattern import Pattern
+from permprune.permuters.quadratic import QuadraticModel
+from permprune.permuters.registry import PERMUTERS
+
+from ..permuters.test_permuters import brief
+
+WINDOWS = torch.randint(128, (20, 16), generator=torch.Generator().manual_seed(0))
+QUIET = "model.layers.1.mlp.up_proj"
+
+
+def ready(model: LlamaForCausalLM, partial: Path | None = None, **settings: Any) -> Held:
+    settings = {"pattern": "mixed", "precision": "fp32", "measured": 4, "held_out": 4, **settings}
+    return Held(prepare(model, None, PruneConfig(**settings), examples=WINDOWS, partial=partial), None)
+
+
+def kept(held: Held) -> float:
+    """The share of the weights that the patterns keep."""
+    sizes = {layer.name: layer.weight.numel() for layer in held.unmixed.outline.layers}
+    assert held.mixed is not None
+    density = {name: pattern.density for name, pattern in held.mixed.patterns.items()}
+    total = sum(
+        layer.weight.numel() for layer in held.model.model.layers.modules() if isinstance(layer, torch.nn.Linear)
+    )
+    return (sum(sizes[name] * density[name] for name in sizes) + total - sum(sizes.values())) / total
+
+
+def test_the_groups_of_a_mix_contain_those_of_its_candidates() -> None:
+    candidates = parse_candidates(["2:4", "dense", "6:8", "1:4"])
+    assert candidates == (Pattern(1, 4), Pattern(2, 4), Pattern(6, 8), None)
+    assert frame_of(candidates, 0.6) == Pattern(5, 8) and frame_of(candidates[:2], 0.5) == Pattern(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.6, "bytes": 0.5}, "two budgets"),
+        ({"keep": 0.6, "pattern": "2:4"}, "is for a mix"),
+        ({"candidates": ("2:4", "dense"), "pattern": "2:4"}, "is for a mix"),
+        ({"keep": 0.2}, "keeps 0.25"),
+        ({"keep": 1.0}, "every layer would be dense"),
+        ({"keep": 1.5}, "keep is 1.5"),
+        ({"candidates": ("2:4",)}, "two candidates"),
+        ({"candidates": ("2:4", "half")}, "not an N:M pattern"),
+        ({"max_loss": 0.0}, "max_loss is 0.0"),
+    ],
+)
+def test_bad_budgets_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PermpruneError, match=message):
+        PruneConfig(**{"pattern": "mixed", **settings})
+
+
+def test_one_pattern_has_no_settings_of_a_mix() -> None:
+    assert "keep" not in PruneConfig().to_json() and PruneConfig(pattern="mixed").to_json()["keep"] is None
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize("share", [0.4, 0.75])
+def test_a_mix_keeps_to_its_budget_and_what_the_loss_feels(
+    tiny_llama: LlamaForCausalLM, mode: str, share: float
+) -> None:
+    tiny_llama.get_submodule(QUIET).weight.data /= 50
+    held = ready(tiny_llama, mode=mode, keep=share)
+    assert held.mixed is not None
+    assert share - 0.1 < kept(held) <= share and kept(held) == pytest.approx(held.mixed.keep)
+    densities = {name: held.mixed.patterns[name].density for name in held.mixed.patterns}
+    assert len({*held.mixed.layers.values()}) > 1 and densities[QUIET] == min(densities.values())
+    assert held.mixed.rounds == sorted(held.mixed.rounds, reverse=True)
+    assert [point.keep for point in held.mixed.curve] == sorted(point.keep for point in held.mixed.curve)
+    assert held.network.patterns == held.mixed.patterns
+    if mode == "fold":  # layers that share the order of the residual stream
+        problem = max(held.plan.problems, key=lambda one: len(one.parts))
+        assert len({held.network.patterns[part.layer] for part in problem.parts}) > 1
+
+
+@pytest.mark.parametrize("budget", [0.8, 36_000.0])
+def test_a_mix_keeps_to_its_bytes(tiny_llama: LlamaForCausalLM, budget: float) -> None:
+    held = ready(tiny_llama, mode="gather", bytes=budget)
+    assert held.mixed is not None
+    dense = 2 * sum(parameter.numel() for parameter in tiny_llama.parameters())
+    natural = held.natural()
+    pruned = held.finish(held.search(brief("newton"), held.plan.run), natural)
+    size = packed_bytes(tiny_llama, {row.name: row.pattern for row in pruned.layers}, pruned.gathers)
+    assert size is not None and size <= held.mixed.bytes <= (budget if budget > 1 else budget * dense)
+    pack(tiny_llama, {row.name: row.pattern for row in pruned.layers})
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in tiny_llama.state_dict().values()}
+    assert sum(tensors.values()) <= size
+
+
+def test_what_does_not_fit_is_one_line(tiny_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(PermpruneError, match="the packed model takes at least"):
+        ready(tiny_llama, bytes=20_000)
+
+
+def test_an_interrupted_run_keeps_the_patterns(
+    tiny_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ready(tiny_llama, tmp_path, keep=0.6)
+    solution = first.search(brief("newton"), first.plan.run)
+    first.restore()
+    monkeypatch.setattr("permprune.engine.mixing.allocate", None)
+    again = ready(tiny_llama, tmp_path, keep=0.6)
+    assert again.mixed == first.mixed
+    found = again.search(brief("newton"), again.plan.run)
+    assert found.curve == solution.curve
+    with pytest.raises(PermpruneError, match="another keep"):
+        ready(tiny_llama, tmp_path, keep=0.7)
+
+
+def test_a_swap_changes_layers_with_several_patterns_as_predicted(tiny_llama: LlamaForCausalLM) -> None:
+    """The model of an order that layers of 6:8, 2:4 and 1:4 share is exact, as it is for one pattern."""
+    held = ready(tiny_llama, candidates=("6:8", "2:4", "1:4"), keep=0.5)
+    network = held.network
+    problem = max(network.problems, key=lambda one: len(one.parts))
+    cycle = itertools.cycle([Pattern(6, 8), Pattern(2, 4), Pattern(1, 4)])
+    network.set_patterns({name: next(cycle) for name in network.layers})
+    assert network.pattern_of(problem).m == 8
+
+    def error(order: torch.Tensor) -> float:
+        network.set_orders({problem.name: order})
+        total = 0.0
+        for part in problem.parts:
+            pruned = network.dense[part.layer] * ~network.masks[part.layer]
+            moments = network.statistics.moments[part.site]
+            total += float(((pruned @ moments) * pruned).sum(1) @ network.statistics.fisher[part.layer]) / 2
+        return total
+
+    model = QuadraticModel.of(network, problem, network.statistics.fisher, order=problem.identity())
+    before = error(problem.identity())
+    model.swap(torch.Generator().manual_seed(0), 4)
+    assert model.change < 0
+    assert error(model.order) - before == pytest.approx(model.change, rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize("method", PERMUTERS)
+def test_every_permuter_searches_a_mix(tiny_llama: LlamaForCausalLM, method: str, mode: str) -> None:
+    held = ready(tiny_llama, mode=mode, keep=0.6)
+    natural = held.natural()
+    pruned = held.finish(held.search(brief(method), held.plan.run), natural)
+    assert pruned.record().mix == held.mixed
+    for row in pruned.layers:
+        pattern, layer = Pattern.parse(row.pattern), held.network.layers[row.name]
+        assert pattern.holds(layer.weight)
+        assert layer.weight.ne(0).float().mean() == pytest.approx(pattern.density, abs=0.01)

@@ -1,0 +1,51 @@
+"""The search for the fewest weights within a loss, and the choice of candidates within a budget."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from permprune.budget.knapsack import cheapest
+from permprune.budget.shares import ATTEMPTS, next_share
+from permprune.errors import PermpruneError
+
+
+@pytest.mark.parametrize(("power", "scale"), [(2, 0.5), (3.5, 0.5), (5, 0.3), (3, 4.0)])
+def test_the_share_is_found_in_few_runs(power: float, scale: float) -> None:
+    limit, tried = 0.01, list[tuple[float, float]]()
+    while (share := next_share(tried, limit, 0.25, 0.98)) is not None:
+        tried.append((share, scale * (1 - share) ** power))
+    best = 1 - (limit / scale) ** (1 / power)
+    found = min(share for share, loss in tried if loss <= limit)
+    assert len(tried) <= ATTEMPTS and best <= found < best + 0.05
+
+
+def test_the_search_ends_at_the_sparsest_candidates_if_nothing_is_lost() -> None:
+    tried = list[tuple[float, float]]()
+    while (share := next_share(tried, 0.01, 0.25, 0.98)) is not None:
+        tried.append((share, -0.001))
+    assert tried[-1][0] == pytest.approx(0.25)
+
+
+def test_no_share_is_within_an_impossible_limit() -> None:
+    tried = list[tuple[float, float]]()
+    while (share := next_share(tried, 0.01, 0.25, 0.98)) is not None:
+        tried.append((share, 9.0))
+    assert 1 < len(tried) <= ATTEMPTS and all(0.7 <= share <= 0.98 for share, _ in tried)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_choice_is_the_best_within_the_budget(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    weights, share = generator.choice([64, 128, 192, 512], 5), np.array([0.25, 0.5, 0.75, 1.0])
+    sizes = (weights[:, None] * share).astype(np.int64)
+    costs = np.sort(generator.normal(size=(5, 4)) ** 3, axis=1)[:, ::-1] * 1e-7
+    budget = int(0.6 * weights.sum())
+
+    def cost(choices: tuple[int, ...]) -> float:
+        return costs[range(5), choices].sum() if sizes[range(5), choices].sum() <= budget else np.inf
+
+    best = min(cost(choices) for choices in itertools.product(range(4), repeat=5))
+    assert cost(tuple(cheapest(costs, sizes, budget))) == pytest.approx(best, abs=1e-4 * np.ptp(costs))
+    with pytest.raises(PermpruneError, match="smallest choices"):
+        cheapest(costs, sizes, int(sizes[:, 0].sum()) - 1)
