@@ -1,16 +1,18 @@
 """Perplexity and bytes of pruned key/value caches: a Markdown table.
 
 Every token is pruned but those of the window and the sinks, in prompts too. "factor" is the perplexity divided by that
-with a dense cache, with the standard error of the paired difference over the windows. The bytes are those of the
-storages of a cache that holds one window of states in bf16, divided by those of a dense bf16 cache. Orders are found on
-the calibration text.
+with a dense cache, with the standard error of the paired difference of the log-perplexity over blocks of 128 tokens.
+"KL" is the mean Kullback-Leibler divergence of the distribution of the next token from that with the dense cache, in
+nats, and "top-1" how often both have the same likeliest token. The bytes are those of the storages of a cache that
+holds one window of states in bf16, divided by those of a dense bf16 cache. Orders are found on the calibration text.
 
 `--table orders` compares keys and values, orders and recoveries; `patterns` has keys alone, and keys and values, in
 the order of `ria` only; `rivals` other choices of channels at equal bytes, by their descriptions: ThinK (arXiv
 2407.21018), which keeps the same channels of all tokens and so needs no mask; Mustafar (2505.22913), which keeps the
 largest channels of each token; SparK (2508.15212), which weights them by the queries and recovers the others from
 their signs. `int4` is our own reference of a cache with 4 bits for each state and two bf16 numbers for each group of
-channels of a token and head (Transformers' `QuantizedCache` needs quanto or hqq).
+channels of a token and head (Transformers' `QuantizedCache` needs quanto or hqq). `quantised` are caches that keep all
+channels in 4, 3 or 2 bits (kv_rivals.py), and ours.
 
 python benchmarks/kv_cache.py --data wiki.test.raw --calibration wiki.valid.raw --windows 4 --length 1024
 """
@@ -22,27 +24,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from kv_rivals import QUANTISED, SPARK, MakeLayer, Ranged, layer_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
-from permprune.evaluation.perplexity import perplexity
-from permprune.evaluation.result import Result
 from permprune.examples import Examples
 from permprune.jobs.kv import find_channels
 from permprune.kv.cache import PrunedCache
 from permprune.kv.calibration import ObservedLayer, observe_states
-from permprune.kv.config import DTYPES, KVConfig, default_pattern
-from permprune.kv.evaluation import cached_perplexity
+from permprune.kv.config import KVConfig, default_pattern
+from permprune.kv.evaluation import cached_logits
 from permprune.kv.files import LayerChannels
 from permprune.kv.layer import PrunedLayer
-from permprune.kv.packing import TINY, Channels, Parts, encode
-from permprune.kv.tokens import PackedTokens
+from permprune.kv.packing import Channels
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
+from permprune.system.device import dtype_named
 
 Observed = Mapping[int, ObservedLayer]
+
+BLOCK = 128
+"""Number of tokens of a block, whose mean losses are taken to be independent."""
 
 
 @dataclass
@@ -53,7 +58,8 @@ class Row:
     config: KVConfig
     channels: LayerChannels
     spared: float = 0.0
-    layer: type[PrunedLayer] = PrunedLayer
+    layer: MakeLayer = PrunedLayer
+    stored: str = ""
 
     def cells(self) -> dict[str, str]:
         config = self.config
@@ -62,7 +68,7 @@ class Row:
             "keys": config.keys,
             "values": config.values,
             "recovery": config.recovery,
-            "stored": config.dtype,
+            "stored": self.stored or config.dtype,
         }
 
 
@@ -81,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rows", help="file to which the rows are added as JSON lines; rows that it has are left out")
     options = parser.parse_args()
     model, tokenizer, _ = read_model(options.model)
-    model = model.to(DTYPES[options.dtype])
+    model = model.to(dtype_named(options.dtype))
     shown = load_examples(
         options.calibration, model, tokenizer, part="calibration", count=options.samples, length=512, seed=0
     )
@@ -89,10 +95,12 @@ def main() -> None:
         options.data, model, tokenizer, part="evaluation", count=options.windows, length=options.length
     )
     observed = observe_states(model, shown, skipped=options.sinks)
-    dense = log_perplexities(windows, lambda window: perplexity(model, window, 1))
+    dense = dense_windows(model, windows)
+    perplexity = torch.stack([own.losses.mean() for own in dense]).mean().exp()
     about = f"{options.model} in {options.dtype}, {len(windows)} windows of {options.length} tokens"
-    print(f"{about}, dense perplexity {dense.mean().exp():.2f}\n")
-    print("| method | keys | values | recovery | stored | factor | bytes |\n|---|---|---|---|---|---|---|", flush=True)
+    print(f"{about}, dense perplexity {perplexity:.2f}\n")
+    heads = ("method", "keys", "values", "recovery", "stored", "factor", "KL", "top-1", "bytes")
+    print(f"| {' | '.join(heads)} |{chr(10)}{'|---' * len(heads)}|", flush=True)
     figures = {"table": options.table, "model": options.model, "length": options.length, "windows": len(windows)}
     for row in TABLES[options.table](observed, KVConfig(dtype="bf16", window=options.window, sinks=options.sinks)):
         cells = row.cells()
@@ -100,16 +108,16 @@ def main() -> None:
             cells.items() <= other.items() and figures.items() <= other.items() for other in read_rows(options.rows)
         ):
             continue
-        make = maker(model, row)
-        ratios = log_perplexities(windows, lambda window: cached_perplexity(model, window, make, 1).result) - dense  # noqa: B023
-        factor, error = float(ratios.mean().exp()), float(ratios.std()) / len(ratios) ** 0.5
+        found = compare(model, dense, maker(model, row))
         share = share_of_bytes(model, row, options.length)
-        print(f"| {' | '.join(cells.values())} | {factor:.4f} ± {error:.4f} | {share:.4f} |", flush=True)
+        print(
+            f"| {' | '.join(cells.values())} | {found.factor:.4f} ± {found.error:.4f} | {found.divergences.mean():.5f} "
+            f"| {found.same.mean():.2%} | {share:.4f} |",
+            flush=True,
+        )
         if options.rows:
-            measured = {"factor": round(factor, 4), "stderr": round(error, 4), "bytes": round(share, 4)}
-            measured["of_windows"] = [round(ratio, 5) for ratio in ratios.exp().tolist()]
             with open(options.rows, "a", encoding="utf-8") as file:
-                file.write(json.dumps(figures | cells | measured) + "\n")
+                file.write(json.dumps(figures | cells | found.figures() | {"bytes": round(share, 4)}) + "\n")
 
 
 def read_rows(path: str | None) -> list[dict[str, object]]:
@@ -119,10 +127,80 @@ def read_rows(path: str | None) -> list[dict[str, object]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def log_perplexities(windows: Examples, measure: Callable[[Examples], Result]) -> Tensor:
-    """Return the logarithm of the perplexity of each window, fp64 (windows,)."""
-    values = [measure(windows[at : at + 1]).value for at in range(len(windows))]
-    return torch.tensor(values, dtype=torch.float64).log()
+@dataclass
+class Dense:
+    """A window, int64 (tokens,), the losses of its tokens from the second on, and the logits in fp16 without their
+    largest: with the dense cache."""
+
+    tokens: Tensor
+    losses: Tensor
+    logits: Tensor
+
+
+@dataclass
+class Compared:
+    """A cache beside the dense one, by windows and predicted tokens, fp64: differences of the loss, divergences of the
+    distribution, and 1 where the likeliest token is the same."""
+
+    differences: Tensor
+    divergences: Tensor
+    same: Tensor
+
+    @property
+    def factor(self) -> float:
+        """The perplexity divided by the dense one."""
+        return float(self.differences.mean().exp())
+
+    @property
+    def blocks(self) -> Tensor:
+        """The mean difference of each block of tokens."""
+        return torch.cat([block.mean(1) for block in self.differences.split(BLOCK, 1)])
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean difference."""
+        return float(self.blocks.std()) / len(self.blocks) ** 0.5
+
+    def figures(self) -> dict[str, object]:
+        """The figures of a row."""
+        return {
+            "factor": round(self.factor, 4),
+            "stderr": round(self.error, 4),
+            "kl": round(float(self.divergences.mean()), 5),
+            "top1": round(float(self.same.mean()), 4),
+            "of_windows": [round(ratio, 5) for ratio in self.differences.mean(1).exp().tolist()],
+            "of_blocks": [round(difference, 5) for difference in self.blocks.tolist()],
+        }
+
+
+@torch.inference_mode()
+def dense_windows(model: PreTrainedModel, windows: Examples) -> list[Dense]:
+    """Return what the model predicts of each window without a cache."""
+    found = []
+    for tokens in windows["input_ids"]:
+        logits = model(input_ids=tokens[None]).logits[0].float()
+        losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none").double()
+        found.append(Dense(tokens, losses, (logits - logits.amax(-1, keepdim=True)).half()))
+    return found
+
+
+@torch.inference_mode()
+def compare(model: PreTrainedModel, dense: list[Dense], make: Callable[[], PrunedCache]) -> Compared:
+    """Compare what the model predicts with a cache with what it predicts of the same windows without one."""
+    parts: list[list[Tensor]] = []
+    for own in dense:
+        first, found = 0, []
+        for logits in cached_logits(model, own.tokens[None], make()):
+            last = min(first + logits.shape[1], len(own.losses))
+            predicted = logits[0, : last - first].float().log_softmax(-1)
+            expected = own.logits[first:last].float().log_softmax(-1)
+            losses = F.nll_loss(predicted, own.tokens[first + 1 : last + 1], reduction="none").double()
+            divergences = F.kl_div(predicted, expected, reduction="none", log_target=True).sum(-1).double()
+            same = (predicted.argmax(-1) == expected.argmax(-1)).double()
+            found.append(torch.stack((losses - own.losses[first:last], divergences, same)))
+            first = last
+        parts.append(list(torch.cat(found, 1)))
+    return Compared(*map(torch.stack, zip(*parts, strict=True)))
 
 
 def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
@@ -186,7 +264,7 @@ def rivals(observed: Observed, config: KVConfig) -> Iterator[Row]:
         def own(pattern: object, recovery: str, dtype: str = dtype) -> KVConfig:
             return config.replace(keys=str(pattern), values=str(pattern), recovery=recovery, dtype=dtype)
 
-        yield Row("SparK", own(wide, "sign"), inverse, layer=SparKLayer)
+        yield Row("SparK", own(wide, "sign"), inverse, layer=SPARK)
         yield Row("Mustafar", own(most, "zeros"), plain)
         think = own(same, "zeros")
         yield Row("ThinK", think, {i: static(layer, think) for i, layer in observed.items()}, spared=1.0)
@@ -217,66 +295,21 @@ def int4(observed: Observed, config: KVConfig) -> Iterator[Row]:
     """States of four bits; and all channels with int8 values."""
     own = config.replace(keys="dense", values="dense")
     channels = find_channels(observed, own, Identity())[0]
-    yield Row("int4, groups of 32", own, channels, layer=Int4Layer)
-    yield Row("int4, one group", own, channels, layer=WideInt4Layer)
+    for name, group in (("int4, groups of 32", 32), ("int4, one group", 2**20)):
+        form = Ranged(4, group, torch.bfloat16)
+        yield Row(name, own, channels, layer=layer_of(form), stored="int4")
     yield Row("int8", own.replace(dtype="int8"), channels)
 
 
-class OtherLayer(PrunedLayer):
-    """A layer with other packed tokens."""
-
-    tokens: type[PackedTokens]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        assert self.packed is not None
-        keys, values = (self.tokens(own.channels, own.layout) for own in self.packed)
-        self.packed = keys, values
-
-
-class SparKTokens(PackedTokens):
-    """Tokens that keep the largest weighted channels, however the others are recovered."""
-
-    def append(self, states: Tensor) -> None:
-        self._write(encode(states, self.channels, self.layout, turns=0), states.shape[2])
-
-
-class SparKLayer(OtherLayer):
-    tokens = SparKTokens
-
-
-class Int4Tokens(PackedTokens):
-    """States as integers from 0 to 15, two in a byte, with the least state and the step of each group of channels."""
-
-    group = 32
-
-    def append(self, states: Tensor) -> None:
-        groups = states.float().unflatten(-1, (-1, min(self.group, states.shape[-1])))
-        low = groups.amin(-1, keepdim=True).bfloat16()
-        step = ((groups.amax(-1, keepdim=True) - low.float()) / 15).bfloat16()
-        steps = ((groups - low.float()) / step.float().clamp_min(TINY)).round().clamp(0, 15).byte().flatten(-2)
-        parts: Parts = {"values": steps[..., ::2] | steps[..., 1::2] << 4, "low": low, "step": step}
-        self._write(parts, states.shape[2])
-
-    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        values, low, step = (self.parts[name][:, :, start:stop] for name in ("values", "low", "step"))
-        steps = torch.stack((values & 15, values >> 4), -1).flatten(-2).unflatten(-1, (low.shape[-2], -1))
-        return (steps * step.float() + low.float()).flatten(-2).to(dtype)
-
-    def native_states(self) -> None:
-        return None
-
-
-class WideInt4Tokens(Int4Tokens):
-    group = 2**20
-
-
-class Int4Layer(OtherLayer):
-    tokens = Int4Tokens
-
-
-class WideInt4Layer(OtherLayer):
-    tokens = WideInt4Tokens
+def quantised(observed: Observed, config: KVConfig) -> Iterator[Row]:
+    """Caches that keep all channels in a few bits; and ours with values of five bits."""
+    own = config.replace(keys="dense", values="dense")
+    channels = find_channels(observed, own, Identity())[0]
+    for name, (stored, layer) in QUANTISED.items():
+        yield Row(name, own, channels, layer=layer, stored=stored)
+    ours = config.replace(keys=str(default_pattern(width_of(observed), "int5")), dtype="int5")
+    ours = ours.replace(values=ours.keys)
+    yield Row("ria", ours, find_channels(observed, ours, RIAPermuter())[0])
 
 
 TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {
@@ -284,6 +317,7 @@ TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {
     "patterns": patterns,
     "rivals": rivals,
     "int4": int4,
+    "quantised": quantised,
 }
 
 

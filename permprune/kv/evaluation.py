@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
@@ -30,6 +31,12 @@ class CachedPerplexity:
     dense_nbytes: int
 
 
+def cached_logits(model: nn.Module, tokens: Tensor, cache: Cache) -> Iterator[Tensor]:
+    """Yield the logits of tokens, (batch, length), that are read through a cache, some hundred tokens at a time."""
+    for part in tokens.split(CHUNK, 1):
+        yield model(input_ids=part, **cache_argument(model, cache)).logits
+
+
 def cached_perplexity(
     model: PreTrainedModel, windows: Examples, cache: Callable[[], PrunedCache], batch: int = 4
 ) -> CachedPerplexity:
@@ -45,11 +52,10 @@ def cached_perplexity(
     sizes = [(0, 0)]
 
     def logits_of(model: nn.Module, part: Examples) -> Tensor:
-        pruned, logits = cache(), []
-        for tokens in part["input_ids"].split(CHUNK, 1):
-            logits.append(model(input_ids=tokens, **cache_argument(model, pruned)).logits)
+        pruned = cache()
+        logits = torch.cat(list(cached_logits(model, part["input_ids"], pruned)), 1)
         sizes.append((pruned.nbytes, pruned.dense_nbytes))
-        return torch.cat(logits, 1)
+        return logits
 
     result = perplexity(model, windows, batch, logits_of)
     return CachedPerplexity(result, *max(sizes))
