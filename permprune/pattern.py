@@ -16,6 +16,9 @@ with on_first_use(globals()):
 WIDEST = 16
 """The largest M of the patterns that `tightest` considers."""
 
+PAIRED = "p"
+"""What follows N:M in the name of a pattern of pairs."""
+
 MIXED = "mixed"
 """The name, in place of N:M, with which each layer gets its own pattern."""
 
@@ -30,28 +33,32 @@ COUNTED = 8
 class Pattern:
     """The pattern that keeps `n` of every `m` consecutive weights along the input dimension.
 
-    Raises `PermpruneError` unless 1 <= n < m.
+    With a `unit` of 2, written 4:8p, it keeps or prunes two adjacent weights together: the pairs whose scores have the
+    largest sums of squares. Raises `PermpruneError` unless 1 <= n < m, and the unit divides both.
     """
 
     n: int
     m: int
+    unit: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.n < self.m:
             raise PermpruneError(f'pattern "{self}" keeps no or all weights: give N:M with 1 <= N < M, as "2:4"')
+        if self.n % self.unit or self.m % self.unit:
+            raise PermpruneError(f'pattern "{self}" splits a pair: give even numbers, as "4:8p"')
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}{PAIRED if self.unit == 2 else ''}"
 
     @classmethod
     def parse(cls, text: str | Pattern) -> Pattern:
-        """Parse "N:M"; a `Pattern` is returned unchanged. Raises `PermpruneError` for anything else."""
+        """Parse "N:M" or "N:Mp"; a `Pattern` is returned unchanged. Raises `PermpruneError` for anything else."""
         if isinstance(text, Pattern):
             return text
-        match = re.fullmatch(r"\s*(\d{1,9})\s*:\s*(\d{1,9})\s*", text)
+        match = re.fullmatch(rf"\s*(\d{{1,9}})\s*:\s*(\d{{1,9}})({PAIRED}?)\s*", text)
         if not match:
             raise PermpruneError(f'"{text}" is not an N:M pattern: give two whole numbers, as "2:4"')
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), 2 if match[3] else 1)
 
     @property
     def density(self) -> float:
@@ -99,15 +106,21 @@ class Pattern:
 
         Returns a bool tensor of the shape of `score`. Ties are broken as by `mask`; scores are not checked for NaN.
         """
-        return ranks(score, dim) < self.n
+        if self.unit == 1:
+            return ranks(score, dim) < self.n
+        dim %= score.dim()
+        energy = score.square().unflatten(dim, (-1, self.unit)).sum(dim + 1)
+        return (ranks(energy, dim) < self.n // self.unit).repeat_interleave(self.unit, dim)
 
     def holds(self, weight: Num[Tensor, "*rows width"]) -> bool:
         """Return whether every group of m consecutive weights of `weight`, (..., width), has at most n non-zeros.
 
+        Those of pairs are in at most n / 2 of them.
         Raises `PermpruneError` if m does not divide the width.
         """
         self.require_divisible(weight.shape[-1], "a weight matrix")
-        return bool((weight.unflatten(-1, (-1, self.m)).ne(0).sum(-1) <= self.n).all())
+        kept = weight.unflatten(-1, (-1, self.m // self.unit, self.unit)).ne(0).any(-1)
+        return bool((kept.sum(-1) <= self.n // self.unit).all())
 
 
 def tightest(weight: Num[Tensor, "*rows width"]) -> Pattern | None:

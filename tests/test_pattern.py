@@ -20,7 +20,8 @@ def scores(draw):
 
 
 @pytest.mark.parametrize(
-    ("text", "pattern"), [("2:4", Pattern(2, 4)), (" 4 : 8 ", Pattern(4, 8)), ("1:16", Pattern(1, 16))]
+    ("text", "pattern"),
+    [("2:4", Pattern(2, 4)), (" 4 : 8 ", Pattern(4, 8)), ("1:16", Pattern(1, 16)), ("4:8p", Pattern(4, 8, 2))],
 )
 def test_parse(text, pattern):
     assert Pattern.parse(text) == pattern
@@ -29,7 +30,7 @@ def test_parse(text, pattern):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:", ":4", "2:4:8", "a:b", "2.0:4", "-2:4", "2-4", "0:4", "4:4", "5:4", "0:0"]
+    "text", ["", "2", "2:", ":4", "2:4:8", "a:b", "2.0:4", "-2:4", "2-4", "0:4", "4:4", "5:4", "0:0", "1:4p", "4:8q"]
 )
 def test_bad_patterns(text):
     with pytest.raises(PermpruneError, match=f'"{text}"'):
@@ -49,6 +50,21 @@ def test_mask_keeps_the_n_best_of_each_group(case):
     least_kept = score.masked_fill(~mask, torch.inf).amin(-1)
     best_dropped = score.masked_fill(mask, -torch.inf).amax(-1)
     assert (least_kept >= best_dropped).all()
+
+
+@given(scores())
+def test_pairs_stay_or_go_together(case):
+    pattern, score = case
+    doubled = Pattern(2 * pattern.n, 2 * pattern.m, 2)
+    score = score.flatten(1).clamp(-1e9, 1e9)
+    pairs = score.square().sqrt().repeat_interleave(2, 1)  # of equal weights, so that their pattern decides
+    mask = doubled.mask(pairs)
+    assert torch.equal(mask, pattern.mask(2 * pairs[:, ::2].square()).repeat_interleave(2, 1))
+    kept = pairs.masked_fill(~mask, 0)
+    assert doubled.holds(kept)
+    split = torch.zeros(1, doubled.m)
+    split[0, 0 : 2 * (pattern.n + 1) : 2] = 1.0  # one weight in more pairs than are kept
+    assert not doubled.holds(split)
 
 
 @given(scores())

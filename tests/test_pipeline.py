@@ -45,7 +45,7 @@ from permprune.updates.base import Update
 WINDOWS = torch.randint(128, (12, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:4", "8:16"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:4", "8:16", "4:8p"])
 @pytest.mark.parametrize("mode", ["fold", "gather"])
 def test_the_pruned_model_says_what_the_masked_one_said(tiny_llama: LlamaForCausalLM, mode: str, pattern: str) -> None:
     prepared = prepare(tiny_llama, None, PruneConfig(pattern=pattern, mode=mode, precision="fp32"), examples=WINDOWS)

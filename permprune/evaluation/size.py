@@ -33,7 +33,7 @@ def index_bits(pattern: Pattern) -> int:
     """
     if pattern == Pattern(2, 4):
         return 4
-    return (math.comb(pattern.m, pattern.n) - 1).bit_length()
+    return (math.comb(pattern.m // pattern.unit, pattern.n // pattern.unit) - 1).bit_length()
 
 
 def model_bytes(model: nn.Module, layers: Iterable[Layer], patterns: Mapping[str, Pattern]) -> float:

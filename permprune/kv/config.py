@@ -7,7 +7,7 @@ from typing import Any
 
 from permprune.errors import PermpruneError
 from permprune.options import Natural, replace_fields, require_choice, require_fields
-from permprune.pattern import Pattern
+from permprune.pattern import PAIRED, Pattern
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
@@ -95,6 +95,8 @@ def pattern_of(text: str, width: int, dtype: str = KVConfig.dtype) -> Pattern | 
     if text == DENSE:
         return None
     pattern = default_pattern(width, dtype) if text == AUTO else Pattern.parse(text)
+    if pattern.unit > 1:
+        raise PermpruneError(f"{pattern} keeps pairs of weights, which a cache does not have: leave out the {PAIRED}")
     if not pattern.divides(width):
         raise PermpruneError(
             f"{pattern} does not divide the {width} channels of a head: choose an M that divides {width}, or "

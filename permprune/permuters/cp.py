@@ -53,8 +53,9 @@ class CP(ScorePermuter):
     triples: bool = False
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
-        score, groups = stacked_scores(network, problem), problem.identity().view(-1, network.pattern_of(problem).m)
-        return search(score, groups, network.pattern_of(problem), generator, self.escapes, self.triples).flatten()
+        score, pattern = stacked_scores(network, problem), network.pattern_of(problem)
+        groups = problem.identity().view(-1, pattern.m)
+        return search(score, groups, pattern, generator, self.escapes, self.triples).flatten()
 
 
 def search(
@@ -77,6 +78,8 @@ def search(
     Above 2048 channels only random swaps are tried. Raises `PermpruneError` for `triples` unless m is 4 and there are
     at most 64 channels.
     """
+    if pattern.unit > 1:
+        raise PermpruneError(f"cp keeps single weights, and {pattern} pairs: choose another permuter, such as newton")
     if triples and (pattern.m != 4 or len(score) > NARROW):
         raise PermpruneError(
             f"{len(score)} channels in groups of {pattern.m} cannot be regrouped three groups at a time: "

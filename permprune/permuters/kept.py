@@ -19,6 +19,7 @@ with on_first_use(globals()):
 
     from permprune.kernels.search.placement import add_placement_cost
     from permprune.matching.assignment import assign
+    from permprune.matching.pairs import pair_up
     from permprune.matching.parts import groups_in, random_parts
     from permprune.pruning.problem import Problem
     from permprune.system import sharding
@@ -94,7 +95,13 @@ def ria_order(score: Tensor, pattern: Pattern) -> Tensor:
     other, the channels in that slot are assigned to the groups so that they keep the most score; this is done `PASSES`
     times. If there are more than `PART` channels, the groups are divided into parts at random, for each slot anew, and
     channels are assigned to the groups of their part. `score` is (channels, rows); returns int64 (channels,).
+
+    Of a pattern of pairs, channels that are large in the same rows become pairs, which are then ordered.
     """
+    if pattern.unit > 1:
+        pairs = _pairs(score)
+        size = score[pairs].square_().sum(1).sqrt_()
+        return pairs[ria_order(size, Pattern(pattern.n // pattern.unit, pattern.m // pattern.unit))].flatten()
     total = score.sum(1)
     sharding.add_(total)
     hands = total.argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
@@ -107,6 +114,16 @@ def ria_order(score: Tensor, pattern: Pattern) -> Tensor:
             others = groups[pool][:, torch.arange(pattern.m) != slot].T
             groups[pool[assign(-_kept_by_joining(score, free, others, pattern.n))], slot] = free
     return groups.flatten()
+
+
+def _pairs(score: Tensor) -> Tensor:
+    """Return pairs of channels whose squared scores are large in the same rows, int64 (channels / 2, 2)."""
+    energy, pairs = score.square(), []
+    for part in torch.randperm(len(score), generator=torch.Generator().manual_seed(0)).split(PART):
+        alike = energy[part] @ energy[part].T
+        sharding.add_(alike)
+        pairs.append(part[pair_up(-alike.cpu())])
+    return torch.cat(pairs)
 
 
 def _kept_by_joining(score: Tensor, free: Tensor, others: Tensor, n: int) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from permprune.errors import PermpruneError
 from permprune.kernels.search.masks import pack_mask
 from permprune.permuters.iterate import Landscape, S
 from permprune.pruning.gradients import Gradients
@@ -61,6 +62,8 @@ class Swaps:
 def find_swaps(network: PrunedNetwork, name: str, gradients: Gradients, damping: float) -> Swaps:
     """Return the significant swaps of a layer that are predicted to lower the loss, the best of each row of a group."""
     weight, mask, pattern = network.weights[name], network.masks[name], network.patterns[name]
+    if pattern.unit > 1:
+        raise PermpruneError(f"refine chooses single weights, and {pattern} keeps pairs: leave refine out")
     moments = network.statistics.moments[network.sites[name]]
     columns = network.stored_columns()[name].view(-1, pattern.m).to(moments.device)
     energy = moments[columns[:, :, None], columns[:, None, :]].to(weight.device)  # of each group

@@ -136,7 +136,7 @@ def reassign(model: QuadraticModel, generator: torch.Generator) -> None:
     model.move(at, slots, assign(cost), cost)
 
 
-@pytest.fixture(params=[Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2)], ids=str)
+@pytest.fixture(params=[Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2), Pattern(2, 4, 2)], ids=str)
 def pattern(request) -> Pattern:
     return request.param
 
@@ -283,7 +283,7 @@ def test_swaps_inside_parts_are_exact_without_the_interaction_of_parts(pattern, 
     value = Reference(model)
     model.swap(torch.Generator().manual_seed(5), times)
     assert model.change == pytest.approx(value(model.order), abs=1e-9)
-    assert model.change < 0
+    assert model.change < 0 or (pattern.unit > 1 and times == 1)  # the swap drawn of each pair need not gain
     value.check(model)
     for part, own in zip(parts, channels, strict=True):
         assert torch.equal(model.groups[part].flatten().sort().values, own.sort().values)

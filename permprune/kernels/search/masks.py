@@ -28,7 +28,7 @@ def write_mask(mask: Tensor, score: Tensor, columns: Tensor, pattern: Pattern) -
     lists the columns in the order in which they form groups. Ties are broken in favour of the earlier column of a
     group. Raises `PermpruneError` if m does not divide the size.
     """
-    if not runs_native(pattern.m, score) or mask.device.type != "cpu":
+    if not runs_native(pattern, score) or mask.device.type != "cpu":
         chosen = columns.to(score.device)
         mask[:, chosen] = pattern.mask(score[:, chosen])
         return
@@ -58,7 +58,7 @@ def apply_mask(weight: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the weight with zeros where the mask of `pack_mask` has none: a new tensor (rows, channels) of `dtype`."""
     rows, width = weight.shape
     adjacent = width == 1 or weight.stride(1) == 1
-    if not (adjacent and dtype in (torch.float32, torch.bfloat16) and runs_native(LARGEST_M, weight)):
+    if not (adjacent and dtype in (torch.float32, torch.bfloat16) and runs_native(None, weight)):
         return (weight * unpack_mask(bits, width)).to(dtype)
     masked = torch.empty(rows, width, dtype=dtype)
     require_layout("a mask", bits, torch.uint8, rows, -(-width // 8))
@@ -81,7 +81,7 @@ def kept_sum(score: Tensor, weight: Tensor, gradient: Tensor, columns: Tensor, p
 
     `score`, `weight` and `gradient` are (rows, width); `columns` is as in `write_mask`.
     """
-    if not runs_native(pattern.m, score, weight, gradient):
+    if not runs_native(pattern, score, weight, gradient):
         chosen = columns.to(score.device)
         product = weight[:, chosen].float() * gradient[:, chosen]
         return float((product * pattern.mask(score[:, chosen])).sum(dtype=torch.float64))
@@ -107,7 +107,7 @@ def pruned_weights(weight: Tensor, score: Tensor, groups: Tensor, pattern: Patte
     """
     weight, score = weight.contiguous(), score.contiguous()
     pruned = torch.empty_like(weight)
-    if not runs_native(pattern.m, weight, score):
+    if not runs_native(pattern, weight, score):
         flat = groups.flatten().to(score.device)
         keep = pattern.mask_groups(score[flat].view(*groups.shape, -1), 1).flatten(0, 1)
         pruned[flat] = weight[flat].masked_fill_(keep, 0)
@@ -133,12 +133,16 @@ def require_layout(what: str, tensor: Tensor, dtype: torch.dtype, *shape: int) -
         )
 
 
-def runs_native(m: int, *tensors: Tensor) -> bool:
-    """Return whether native code runs for tensors of one shape. Raises `PermpruneError` if their shapes differ."""
+def runs_native(pattern: Pattern | None, *tensors: Tensor) -> bool:
+    """Return whether native code runs for a pattern, if one is needed, and tensors of one shape.
+
+    Raises `PermpruneError` if their shapes differ.
+    """
     if len({tensor.shape for tensor in tensors}) > 1:
         raise PermpruneError("a step of the search has matrices of different shapes")
     fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-    return fits and m <= LARGEST_M and library.available()
+    known = pattern is None or (pattern.m <= LARGEST_M and pattern.unit == 1)
+    return fits and known and library.available()
 
 
 def _columns(score: Tensor, columns: Tensor, pattern: Pattern) -> dict[str, Any]:

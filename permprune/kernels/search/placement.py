@@ -32,11 +32,12 @@ def add_placement_cost(
     weight w of channel c instead of keeping it is ((w - 2 error) * curvature[c] + slope) * w. `groups`, int64
     (count, m), lists the channels in the slots of each group, and `slots`, int64 (count,), the free slot of each group.
     In every row the moved weight is pruned unless its score exceeds the n-th largest score of the other members of the
-    group; then the member with that score is pruned instead. `cost` is fp64 (count, count) on the CPU, with a row for
-    each free channel and a column for each group. The result is exact up to a constant in each row.
+    group; then the member with that score is pruned instead. Of a pattern of pairs, whole pairs are. `cost` is fp64
+    (count, count) on the CPU, with a row for each free channel and a column for each group. The result is exact up to a
+    constant in each row.
     """
     matrices = [matrix.contiguous() for matrix in (score, weight, slope, error)]
-    if not (runs_native(pattern.m, *matrices) and cost.is_contiguous()):
+    if not (runs_native(pattern, *matrices) and cost.is_contiguous()):
         cost += _placement_cost(matrices, curvature, groups, slots, pattern).double().cpu()
         return
     groups, slots, curvature = groups.contiguous(), slots.contiguous(), curvature.float().contiguous()
@@ -59,13 +60,22 @@ def _placement_cost(
         pruned = weight[channels]
         return ((pruned - 2 * error[channels]) * curvature[channels, None] + slope[channels]) * pruned
 
-    free = groups[torch.arange(len(groups)), slots]
-    rest = groups[groups.ne(free[:, None])].view(len(groups), -1)
-    scores = score[rest]
-    last = ranks(scores, 1) == pattern.n - 1  # the last member to be kept if the free slot were empty
-    threshold, rival = ((values * last).sum(1) for values in (scores, prune_cost(rest.flatten()).view_as(scores)))
+    every, unit = torch.arange(len(groups)), pattern.unit
+    free, units = groups[every, slots], groups.view(len(groups), -1, unit)
+    own = torch.arange(units.shape[1]) == slots[:, None] // unit
+    mates = units[own][units[own].ne(free[:, None])].view(len(groups), -1)
+    rest = units[~own].view(len(groups), -1, unit)
+    size = score if unit == 1 else score.square()
+    sizes = size[rest].sum(2)
+    last = ranks(sizes, 1) == pattern.n // unit - 1  # the last unit to be kept if that with the free slot were empty
+    costs = prune_cost(rest.flatten()).view(*rest.shape, -1).sum(2)
+    threshold, rival = ((values * last).sum(1) for values in (sizes, costs))
     place = _gpu_place if score.is_cuda and has_triton() else place_reference
-    return place(score[free], prune_cost(free), threshold, rival)
+    if unit == 1:
+        return place(score[free], prune_cost(free), threshold, rival)
+    mate = prune_cost(mates.flatten()).view(*mates.shape, -1).sum(1)  # the others of the unit share the channel's fate
+    placed = place(size[free], prune_cost(free), threshold - size[mates].sum(1), rival - mate)
+    return placed + mate.sum(1)
 
 
 def _gpu_place(score: Tensor, cost: Tensor, threshold: Tensor, rival: Tensor) -> Tensor:
