@@ -1,13 +1,18 @@
 """Integers of four bits: from -8 to 7, with a signed scale in bf16 for each block.
 
 The sign of the scale decides whether the largest positive or the largest negative weight has eight steps, as in Q4_0 of
-llama.cpp.
+llama.cpp. Scales are so short that their multiples are exact in bf16: what is unpacked, and packed again, is the same.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from permprune.kernels.product.layout import BLOCK
+
+SCALE_BITS = 5
+"""Significant bits of a searched scale; with the three of an integer they are those of bf16."""
 
 SHARES = [step / 32 for step in range(24, 36)]
 """Scales that are tried, as shares of that with which the largest weight is exact."""
@@ -16,18 +21,45 @@ SHARES = [step / 32 for step in range(24, 36)]
 def search_scale(weights: Tensor, importance: Tensor | None = None) -> Tensor:
     """Return the scale, bf16 (...), with which rounding blocks of kept weights in fp32, (..., slots), costs least.
 
-    The cost is the sum of squared errors, each times its `importance`, (..., slots), by default one.
+    The cost is the sum of squared errors, each times its `importance`, (..., slots), by default one. Scales have
+    `SCALE_BITS` significant bits.
     """
     largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True))
     best = torch.zeros_like(largest, dtype=torch.bfloat16)
     least = torch.full_like(largest, torch.inf)
     for share in SHARES:
-        scale = (largest * (share / -8)).bfloat16()
+        mantissa, exponent = torch.frexp(largest * (share / -8))
+        scale = torch.ldexp((mantissa * 2**SCALE_BITS).round(), exponent - SCALE_BITS).bfloat16()
         errors = (round_to_int4(weights, scale.squeeze(-1)) * scale.float()).sub_(weights).square_()
         cost = (errors if importance is None else errors.mul_(importance)).sum(-1, keepdim=True)
         is_less = cost < least
         best, least = torch.where(is_less, scale, best), torch.where(is_less, cost, least)
     return best.squeeze(-1)
+
+
+def exact_scale(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scales, bf16 (...), of blocks of fp32 weights, (..., slots), that are steps already, and which these are.
+
+    The latter is bool (...).
+    """
+    largest = weights.gather(-1, weights.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    found, is_exact = torch.zeros_like(largest, dtype=torch.bfloat16), torch.zeros_like(largest, dtype=torch.bool)
+    for steps in range(1, 9):
+        scale = (largest / -steps).bfloat16()
+        exact = (round_to_int4(weights, scale) * scale.float().unsqueeze(-1) == weights).all(-1)
+        found, is_exact = torch.where(exact, scale, found), is_exact | exact
+    return found, is_exact
+
+
+def stored_values(weight: Tensor, scale: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Return the values, fp32 (rows, channels), with which int4 of these scales, bf16 (rows, blocks), stores a weight.
+
+    `columns`, int64 (channels,), are those of the weight in the order of the blocks, if it is another one.
+    """
+    each = scale.float().repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+    if columns is not None:
+        each = each[:, columns.argsort()]
+    return round_to_int4(weight.float().unsqueeze(-1), each).squeeze(-1).mul_(each)
 
 
 def round_to_int4(weights: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product import native
-from permprune.kernels.product.int4 import pack_pairs, round_to_int4, search_scale, unpack_pairs
+from permprune.kernels.product.int4 import exact_scale, pack_pairs, round_to_int4, search_scale, unpack_pairs
 from permprune.kernels.product.layout import BLOCK, CODE, Layout, type_name
 from permprune.pattern import Pattern
 from permprune.system.device import INT4
@@ -47,8 +47,8 @@ class PackedWeight:
 
         Values are stored as `dtype`, by default the type of the weight. int8 rounds each block of 64 channels of a row
         to 255 steps from minus its largest magnitude to its largest magnitude. int4 rounds to 16 steps, of a size that
-        is searched in each block (`search_scale`) unless it is given as `scale`, bf16 (rows, blocks of a row). Raises
-        `PermpruneError` as `layout_of`.
+        is searched in each block (`search_scale`), unless its weights are such steps already or the size is given as
+        `scale`, bf16 (rows, blocks of a row). Raises `PermpruneError` as `layout_of`.
         """
         layout = cls.layout_of(weight, pattern, dtype or weight.dtype)
         blocks = torch.empty(weight.shape[0], layout.row_bytes, dtype=torch.uint8, device=weight.device)
@@ -192,8 +192,11 @@ def _blocks_of(weight: Tensor, layout: Layout, scale: Tensor | None) -> Tensor:
     channels = (~kept).to(torch.uint8).argsort(stable=True, dim=-1)[..., : layout.slots]  # the kept ones first
     values = torch.where(kept.gather(-1, channels), padded.gather(-1, channels), 0)
     if layout.dtype == INT4:
-        scale = search_scale(values.float()) if scale is None else scale
-        header, values = [scale.unsqueeze(-1).view(torch.uint8)], pack_pairs(round_to_int4(values.float(), scale))
+        values = values.float()
+        if scale is None:
+            known, is_exact = exact_scale(values)
+            scale = torch.where(is_exact, known, search_scale(values))
+        header, values = [scale.unsqueeze(-1).view(torch.uint8)], pack_pairs(round_to_int4(values, scale))
     else:
         values = values.to(layout.dtype)
     code = _positions_code(channels % 4) if layout.positions else pack_bits(kept)
