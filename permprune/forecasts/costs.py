@@ -6,6 +6,7 @@ A method without a registered function runs as any other, and its time is not kn
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import singledispatch
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from permprune.forecasts.resources import Memory, Stage, Work
 from permprune.forecasts.workload import Workload
+from permprune.inference.solving import SWEEPS
 from permprune.losses.loss import as_loss
 from permprune.matching.parts import groups_in, part_count
 from permprune.permuters import cp, kept, quadratic
@@ -28,6 +30,7 @@ from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
 from permprune.pruning.outline import Outline
+from permprune.training.int4 import SOLVED
 from permprune.updates.admm import ADMM
 from permprune.updates.base import NoUpdate, Update
 
@@ -170,20 +173,35 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         rounds.append(stage("compensation", updated, *_pass(method, run), work=work, times=1))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
+        if method.int4:
+            training = (*training, Memory("int4 weights", outline.dtype.itemsize * outline.weights))
+            counted = counted and counted + _solving(run, SOLVED * run.examples_per_window)
         rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
     return [*stages_of(method.start, run), *rounds]
 
 
 def _compensation(run: Workload, examples: int) -> Work:
-    """Blocks run twice, before and after the update; an inverse costs about as much as an iteration."""
-    method, outline = ADMM(), run.outline
-    positions = examples * run.forward.products / (2 * outline.weights)
+    """An inverse costs about as much as an iteration."""
+    method = ADMM()
 
     def update(channels: int, rows: int, m: int) -> Work:
         products = 2.0 * channels**2 * rows * (method.iterations + 2)
         return Work(products_fp32=products, moved=UPDATE_PASSES * 4.0 * channels * rows * method.iterations)
 
-    moments = Work(products_fp32=2 * positions * outline.moments())
+    return _block_by_block(run, examples, update)
+
+
+def _solving(run: Workload, examples: int) -> Work:
+    """An inverse and GPTQ's order cost about as much as a pass of coordinate descent each."""
+    return _block_by_block(
+        run, examples, lambda channels, rows, m: Work(products_fp32=2.0 * channels**2 * rows * (SWEEPS + 2))
+    )
+
+
+def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, int], Work]) -> Work:
+    """Blocks run twice, before and after the update of their layers, which needs second moments."""
+    positions = examples * run.forward.products / (2 * run.outline.weights)
+    moments = Work(products_fp32=2 * positions * run.outline.moments())
     return run.loss_work(2 * examples) + moments + run.each_problem(update)
 
 
@@ -191,6 +209,7 @@ def _compensation(run: Workload, examples: int) -> Work:
 def _trust_region_state(method: TrustRegion, outline: Outline) -> int:
     weights = outline.dtype.itemsize * outline.weights if method.trains else 0
     training = weights + 2 * weights * outline.pattern.n // outline.pattern.m  # and two moments of kept ones
+    training += outline.weights // 32 if method.int4 else 0  # scales
     masks = outline.weights // 8 if method.refine or method.compensate else 0
     orders = 8 * sum(problem.size for problem in outline.problems) * method.rounds
     states = 2 * (orders + weights + masks + training)  # the old one is kept until the new one is written

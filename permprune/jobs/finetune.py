@@ -16,7 +16,7 @@ from permprune.evaluation.result import Result, require_label_metric
 from permprune.losses.objective import Objective
 from permprune.models.modality import evaluation_batch, kind_of
 from permprune.models.pooling import pooling_asked
-from permprune.options import Count, NonNegative, Positive, Seed, require_choice, require_fields
+from permprune.options import PACKED, Count, NonNegative, Positive, Seed, require_choice, require_fields
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.imports import on_first_use
@@ -29,7 +29,7 @@ with on_first_use(globals()):
     from transformers import PreTrainedModel
 
     from permprune.checkpoints.origin import origin_of
-    from permprune.checkpoints.patterns import Patterns, require_patterns
+    from permprune.checkpoints.patterns import Patterns, linear_layers, recorded_patterns, require_patterns
     from permprune.checkpoints.probe import check_outputs
     from permprune.checkpoints.record import Epoch, Optimised
     from permprune.checkpoints.schema import decode
@@ -43,15 +43,17 @@ with on_first_use(globals()):
     from permprune.evaluation.linear_probe import with_head
     from permprune.evaluation.size import weight_bytes
     from permprune.examples import Examples
+    from permprune.jobs.packing import pack_folder
     from permprune.losses.choice import choose_task
     from permprune.losses.targets import Imitation, Task
     from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
-    from permprune.models.layers import block_linears, require_changeable
+    from permprune.models.layers import Layer, block_linears, require_changeable
     from permprune.models.processors import Processor
     from permprune.pruning.folder import require_probe, write_model
     from permprune.system import digests, distributed
     from permprune.system.search_state import Checkpoint
     from permprune.training.adapters import adapted
+    from permprune.training.int4 import packable, through_int4
     from permprune.training.loop import Trainer, Training
     from permprune.training.weights import trained_weights, weight_scale
     from permprune.training.zeros import KeptZeros, patterns_of
@@ -128,6 +130,11 @@ class FineTuning:
     length: Count | None = None
     """Tokens in an example; by default at most 128, or 512 for windows of text."""
 
+    pack: str | None = None
+    """Write packed weights as fp32, bf16, fp16, int8 or int4 (see `permprune pack`); by default not packed, with zeros.
+
+    Training then goes through int4: every step runs with the values as they are packed, solved at first."""
+
     rows: Count | None = None
     """Examples to draw from the data; by default all, or 256 windows of text."""
 
@@ -146,6 +153,10 @@ class FineTuning:
         require_label_metric(self.metric)
         pooling_asked(self.task)
         require_choice("train", self.train, RATES)
+        if self.pack is not None:
+            require_choice("pack", self.pack, PACKED)
+        if self.pack == "int4" and self.adapters is not None:
+            raise PermpruneError("--adapters change weights that int4 could not store: give --adapters or --pack int4")
         if self.adapters is not None and self.train != "all":
             raise PermpruneError(f"--adapters trains linear layers, --train {self.train} does not: give one of the two")
 
@@ -257,7 +268,12 @@ def _finetune(
     opened: OpenModel, options: FineTuning, work: WorkFolder, announce: Callable[[FineTuned], None]
 ) -> FineTuned:
     model, processor = opened.model, opened.processor
-    if origin_of(model).record is None:
+    record = origin_of(model).record
+    if record is None:
+        if options.pack is not None:
+            raise PermpruneError(
+                f"{opened.name} has no record of permprune, so that it cannot be packed: prune it first"
+            )
         model = _with_head(model, options)
     patterns = patterns_of(model)
     examples, held_out = options.examples(model, processor)
@@ -294,7 +310,11 @@ def _finetune(
         **digests.versions(),
     }
     size = weight_bytes(model, opened.stored)
-    with _trained(model, patterns, options) as weights:
+    stored = {}
+    if record is not None and options.pack == "int4":
+        recorded = recorded_patterns(model, record.layers)
+        stored = packable([linear_layers(model)[name] for name in recorded], recorded)
+    with _trained(model, patterns, options, stored, examples) as weights:
         # Best weights, weights and two moments in fp32; the old state is kept until the new one is written.
         require_space(work.out, size + 28 * sum(weight.numel() for weight in weights.values()))
         trainer = Trainer(
@@ -324,16 +344,24 @@ def _finetune(
     )
     announce(result)
     stage(WRITE)
-    with atomic_folder(work.out, work.scratch, "free space, then repeat with --resume") as folder:
+    out = work.out if options.pack is None else work.scratch / "trained"
+    with atomic_folder(out, work.scratch, "free space, then repeat with --resume") as folder:
         write_model(model, processor, folder, optimised=decode(Optimised, result.to_json()), bench=None)
+    if options.pack is not None:
+        pack_folder(out, work.out, dtype=options.pack, trust_remote_code=options.trust_remote_code)
     return result
 
 
 @contextmanager
-def _trained(model: PreTrainedModel, patterns: Patterns, options: FineTuning) -> Iterator[dict[str, nn.Parameter]]:
-    """A context in which pruned weights stay zero; it returns the parameters to train, by name."""
+def _trained(
+    model: PreTrainedModel, patterns: Patterns, options: FineTuning, stored: dict[str, Layer], examples: Examples
+) -> Iterator[dict[str, nn.Parameter]]:
+    """A context in which pruned weights stay zero; it returns the parameters to train, by name.
+
+    Inside, the layers `stored` run with their weights as int4 stores them, solved on the first of the `examples`.
+    """
     if options.adapters is None:
-        with KeptZeros(model, patterns):
+        with KeptZeros(model, patterns), through_int4(model, stored, examples):
             yield trained_weights(model, options.train)
         return
     layers = block_linears(model)

