@@ -276,12 +276,14 @@ class MaskedLayers:
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
-        """Return a context manager inside which the model runs with its dense weights."""
+        """Return a context manager inside which the model runs with its dense weights; it may be entered twice."""
+        attached = bool(self._handles)
         self.detach()
         try:
             yield
         finally:
-            self.attach()
+            if attached:
+                self.attach()
 
     def restore(self) -> None:
         """Let the model run with its dense weights; the network must not be used afterwards."""
