@@ -49,7 +49,7 @@ from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log, stage, stages
 from permprune.system.stages import PACK, SPEED, Stages
 
-INT4_SHARE = 1 / 3
+INT4_SHARE = 0.33
 """The share of the training that goes through int4 values if the weights are packed so."""
 
 

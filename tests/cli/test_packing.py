@@ -104,3 +104,18 @@ def test_what_is_refused(pruned: Path, tiny_checkpoint: Path, tmp_path: Path) ->
     record["layers"][0]["pattern"] = "1:4"
     (pruned / "permprune.json").write_text(json.dumps(record))
     assert "does not hold 1:4" in fails("pack", pruned, "--out", tmp_path / "again")
+
+
+def test_a_training_goes_through_the_int4_values_that_are_packed(
+    tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    command = ["prune", tiny_checkpoint, "--calibration", tiny_text, "--data", tiny_text, "--length", "16"]
+    command += ["--samples", "24", "--windows", "4", "--permute"]
+    method, through, packed, back = "newton:start=ria:rounds=0:train_steps=9:rate=0.02", *map(tmp_path.joinpath, "abc")
+    assert run(*command, f"{method}:int4=0.33", "--out", through)[0] == 0
+    code, _, stderr = run(*command, method, "--pack", "int4", "--out", packed)
+    assert code == 0, stderr
+    assert ":int4=0.33" in json.loads((packed / "permprune.json").read_text())["settings"]["permute"]
+    assert run("unpack", packed, "--out", back)[0] == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (through, back))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], weight) for name, weight in other.items())
