@@ -12,7 +12,8 @@ the order of `ria` only; `rivals` other choices of channels at equal bytes, by t
 largest channels of each token; SparK (2508.15212), which weights them by the queries and recovers the others from
 their signs. `int4` is our own reference of a cache with 4 bits for each state and two bf16 numbers for each group of
 channels of a token and head (Transformers' `QuantizedCache` needs quanto or hqq). `quantised` are caches that keep all
-channels in 4, 3 or 2 bits (kv_rivals.py), and ours.
+channels in 4, 3 or 2 bits (kv_rivals.py), and ours. `tiers` are ours at fewer bytes: the same channels of every head
+kept, and a number for each head by a budget.
 
 python benchmarks/kv_cache.py --data wiki.test.raw --calibration wiki.valid.raw --windows 4 --length 1024
 """
@@ -33,13 +34,15 @@ from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
 from permprune.examples import Examples
 from permprune.jobs.kv import find_channels
+from permprune.kv.bands import MixedLayer
 from permprune.kv.cache import PrunedCache
 from permprune.kv.calibration import ObservedLayer, observe_states
-from permprune.kv.config import KVConfig, default_pattern
+from permprune.kv.config import KVConfig, default_pattern, token_bytes
 from permprune.kv.evaluation import cached_logits
 from permprune.kv.files import LayerChannels
 from permprune.kv.layer import PrunedLayer
 from permprune.kv.packing import Channels
+from permprune.kv.tiers import choose_tiers
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
 from permprune.system.device import dtype_named
@@ -58,7 +61,7 @@ class Row:
     config: KVConfig
     channels: LayerChannels
     spared: float = 0.0
-    layer: MakeLayer = PrunedLayer
+    layer: MakeLayer | type[MixedLayer] = PrunedLayer
     stored: str = ""
 
     def cells(self) -> dict[str, str]:
@@ -312,12 +315,25 @@ def quantised(observed: Observed, config: KVConfig) -> Iterator[Row]:
     yield Row("ria", ours, find_channels(observed, ours, RIAPermuter())[0])
 
 
+def tiers(observed: Observed, config: KVConfig) -> Iterator[Row]:
+    """Ours with values of five bits: the same number of channels in each head, and numbers by a budget of bytes."""
+    width = width_of(observed)
+    for budget in (0.28, 0.24, 0.2):
+        kept = max(n for n in range(1, width) if token_bytes(n, width, "int5") <= 2 * width * budget)
+        same = config.replace(keys=f"{kept}:{width}", values=f"{kept}:{width}", dtype="int5")
+        yield Row("ria", same, find_channels(observed, same, RIAPermuter())[0])
+        own = config.replace(keys="mixed", values="mixed", dtype="int5")
+        channels = choose_tiers(observed, own, budget)
+        yield Row(f"each head, {budget:g}", own, channels, layer=MixedLayer)
+
+
 TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {
     "orders": orders,
     "patterns": patterns,
     "rivals": rivals,
     "int4": int4,
     "quantised": quantised,
+    "tiers": tiers,
 }
 
 
@@ -336,10 +352,11 @@ def share_of_bytes(model: PreTrainedModel, row: Row, tokens: int) -> float:
     cache, spared = maker(model, row, exact_window=False)(), 0.0
     for number, (keys, values) in row.channels.items():
         layer = cache.layers[number]
-        assert isinstance(layer, PrunedLayer)
         states = [torch.randn(1, *own.shape, tokens).transpose(2, 3).bfloat16() for own in (keys, values)]
         layer.update(*states)
-        spared += row.spared / 8 * sum(own.order.numel() for own in (keys, values)) * layer.packed_count(tokens)
+        if row.spared:
+            assert isinstance(layer, PrunedLayer)
+            spared += row.spared / 8 * sum(own.order.numel() for own in (keys, values)) * layer.packed_count(tokens)
     return (cache.nbytes - spared) / cache.dense_nbytes
 
 

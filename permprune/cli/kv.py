@@ -17,7 +17,7 @@ from permprune.kv.config import KVConfig
 from permprune.options import Count, Seed
 
 
-@partial(cli.command, without=("keys", "values", "metric", "examples"))
+@partial(cli.command, without=("keys", "values", "dtype", "metric", "examples"))
 def kv(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],
@@ -31,6 +31,15 @@ def kv(
             metavar="N:M",
         ),
     ] = "auto",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            "--bytes",
+            help="bytes of a packed token relative to 16-bit states, such as 0.25: each head keeps its own number of "
+            "channels, in keys and in values, chosen by the error of the output of attention",
+        ),
+    ] = None,
+    dtype: Annotated[str | None, option(KVConfig, "dtype", show_default="int8; int5 with --bytes")] = None,
     keys: Annotated[str | None, option(KVConfig, "keys", show_default="that of --pattern")] = None,
     values: Annotated[str | None, option(KVConfig, "values", show_default="that of --pattern")] = None,
     permute: Annotated[
@@ -59,7 +68,8 @@ def kv(
 
     from permprune.permuters.registry import score_permuter
 
-    config = config.replace(keys=keys or pattern, values=values or pattern)
+    dtype = dtype or (KVConfig.dtype if budget is None else "int5")
+    config = config.replace(keys=keys or pattern, values=values or pattern, dtype=dtype)
     score_permuter(permute)
     yield
 
@@ -78,8 +88,11 @@ def kv(
         seed=seed,
         fold=fold,
         evaluation=evaluation,
+        budget=budget,
         trust_remote_code=trust_remote_code,
     )
+    if record.budget is not None:
+        print(f"keys and values mixed: each head keeps its own number of channels, {record.budget:g} of 16 bits")
     for side, kept in record.kept.items():
         natural = "" if kept.found == kept.natural else f", {kept.natural:.1%} in the model's order"
         print(f"{side} {getattr(record.config, side)}: {kept.found:.1%} of the score kept{natural}")

@@ -20,17 +20,18 @@ from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 from permprune.kv.cache import PrunedCache, attention_layers
-from permprune.kv.calibration import ObservedLayer, fit_channels, observe_states
+from permprune.kv.calibration import SIDES, ObservedLayer, fit_channels, observe_states
 from permprune.kv.config import AUTO, KVConfig, default_pattern, pattern_of
 from permprune.kv.evaluation import CachedPerplexity, cached_perplexity
 from permprune.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
 from permprune.kv.folding import fold_values
+from permprune.kv.tiers import choose_tiers, require_budget
 from permprune.models.forward import short_inputs
 from permprune.models.modality import EVALUATION_BATCH
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor
 from permprune.options import Count, Seed, require
-from permprune.pattern import Pattern
+from permprune.pattern import MIXED, Pattern
 from permprune.permuters.base import ScorePermuter
 from permprune.permuters.registry import score_permuter
 from permprune.pruning.folder import write_model
@@ -39,8 +40,6 @@ from permprune.system.failures import failures_reported
 from permprune.system.files import atomic_folder, require_absent, require_writable
 from permprune.system.progress import stage, stages, track
 from permprune.system.stages import CALIBRATE, MEASURE, READ, WRITE
-
-SIDES = ("keys", "values")
 
 
 @failures_reported()
@@ -58,6 +57,7 @@ def calibrate_kv(
     fold: str | Path | None = None,
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
+    budget: float | None = None,
     trust_remote_code: bool = False,
 ) -> KVRecord:
     """Find the channels of a pruned key/value cache, measure its perplexity, and write both to the folder `out`.
@@ -72,6 +72,9 @@ def calibrate_kv(
     model with these weights, for which the cache then is, is written to that folder. A model in memory is changed in
     place. Its outputs stay the same.
 
+    With `budget`, the bytes of a packed token relative to 16-bit states, each head gets a number of channels of its
+    own, in keys and in values (`permprune.kv.tiers`); the patterns of `config` are then "mixed" or left "auto".
+
     The perplexity is that of text as `evaluation` says. Returns the record. Raises `PermpruneError`, for example if a
     pattern does not divide the channels of a head.
     """
@@ -79,6 +82,7 @@ def calibrate_kv(
     for name, number, hint in (("samples", samples, Count), ("length", length, Count), ("seed", seed, Seed)):
         require(name, number, hint)
     method = score_permuter(permute)
+    config = _with_budget(config, budget)
     for folder in (out, *([] if fold is None else [Path(fold)])):
         require_absent(folder)
         require_writable(folder)
@@ -95,8 +99,12 @@ def calibrate_kv(
     stage(CALIBRATE)
     started = time.monotonic()
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
-    config = _with_patterns(config, observed)
-    channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
+    kept: dict[str, Kept] = {}
+    if budget is not None:
+        channels = choose_tiers(observed, config, budget)
+    else:
+        config = _with_patterns(config, observed)
+        channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
     if fold is not None:
         if all(values.is_natural for _, values in channels.values()):
             raise PermpruneError(f"values of the pattern {config.values} need no order: leave out --fold")
@@ -115,6 +123,7 @@ def calibrate_kv(
         seconds=seconds,
         measured=_measure(opened, config, channels, evaluation),
         weights=weights_of(opened.model),
+        budget=budget,
     )
     stage(WRITE)
     if fold is not None:
@@ -125,9 +134,22 @@ def calibrate_kv(
     return record
 
 
+def _with_budget(config: KVConfig, budget: float | None) -> KVConfig:
+    """Return the settings for a budget of bytes: mixed patterns. Raises `PermpruneError` if they do not go with it."""
+    patterns = {config.keys, config.values}
+    if budget is None:
+        if MIXED in patterns:
+            raise PermpruneError('the pattern "mixed" needs a budget: give --bytes, such as --bytes 0.25')
+        return config
+    require_budget(config, budget)
+    if not patterns <= {AUTO, MIXED}:
+        raise PermpruneError("--bytes chooses the channels of each head: leave out --pattern, --keys and --values")
+    return config.replace(keys=MIXED, values=MIXED)
+
+
 def _with_patterns(config: KVConfig, observed: Mapping[int, ObservedLayer]) -> KVConfig:
     """Return the settings with the default patterns of these layers in place of "auto"."""
-    widths = {side: [getattr(layer, side)[0].shape[-1] for layer in observed.values()] for side in SIDES}
+    widths = {side: [layer.width_of(side) for layer in observed.values()] for side in SIDES}
     chosen = [side for side in SIDES if getattr(config, side) == AUTO]
     return config.replace(**{side: str(default_pattern(math.gcd(*widths[side]), config.dtype)) for side in chosen})
 
@@ -149,11 +171,9 @@ def find_channels(
     channels: LayerChannels = {}
     for number in track(sorted(observed), "ordering channels"):
         layer, sides = observed[number], []
-        for side, states in zip(SIDES, layer.states(), strict=True):
+        for side in SIDES:
+            states, weight, mean = layer.side(side, config.dtype)
             pattern = pattern_of(getattr(config, side), states.shape[2], config.dtype)
-            weight = layer.query_weights() if side == "keys" else torch.ones(states.shape[0], states.shape[2])
-            centres = side == "keys" and config.dtype == "int5" and layer.centres_keys
-            mean = states.mean(1) if centres else None
             centred = states if mean is None else states - mean[:, None]
             score = (centred * weight[:, None]).square()
             natural = torch.arange(states.shape[2]).repeat(len(states), 1)

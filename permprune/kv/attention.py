@@ -65,6 +65,12 @@ class Call:
         mask, bias = (None if t is None else _reordered(t, places) for t in (self.mask, self.bias))
         return dataclasses.replace(self, mask=mask, bias=bias)
 
+    def of_heads(self, heads: Tensor) -> Call:
+        """Return the call for some of the heads, int64 (heads,)."""
+        mask, bias = (t if t is None or t.shape[1] == 1 else t[:, heads] for t in (self.mask, self.bias))
+        sinks = None if self.sinks is None else self.sinks[heads]
+        return dataclasses.replace(self, query=self.query[:, heads], mask=mask, bias=bias, sinks=sinks)
+
     def padding(self, count: int) -> Tensor:
         """Return how many of the first `count` tokens come before those that the newest query reads: int64 (batch,)."""
         assert self.mask is not None
@@ -169,7 +175,7 @@ def attend_plain(call: Call, module: nn.Module, keys: Tensor, values: Tensor) ->
         return output
     if call.causal and call.mask is None and count > 1:  # a static cache may hold memory for later tokens
         keys, values = keys[:, :, :count], values[:, :, :count]
-    return attend(call, _Plain(keys, values)).transpose(1, 2).contiguous()
+    return attend(call, Plain(keys, values)).transpose(1, 2).contiguous()
 
 
 Sums = tuple[Tensor, Tensor, Tensor]
@@ -266,7 +272,7 @@ class _OnlineSoftmax:
         return self.sum / self.total.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-class _Plain(Source):
+class Plain(Source):
     """Keys and values as tensors."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:

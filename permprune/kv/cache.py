@@ -11,12 +11,16 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from permprune.errors import PermpruneError
 from permprune.kv.attention import use_attention
+from permprune.kv.bands import MixedLayer
 from permprune.kv.config import KVConfig
 from permprune.kv.files import read_channels, read_record, require_model
 from permprune.kv.layer import PrunedLayer
 from permprune.kv.packing import Channels
 from permprune.models.forward import is_causal_lm
+from permprune.pattern import MIXED
 from permprune.system.progress import log
+
+PRUNED = (PrunedLayer, MixedLayer)
 
 
 class PrunedCache(Cache):  # type: ignore[misc]
@@ -57,7 +61,8 @@ class PrunedCache(Cache):  # type: ignore[misc]
         use_attention(model)
         for i in full:
             keys, values = (None, None) if channels is None else channels[i]
-            layers[i] = PrunedLayer(self.config, keys, values, exact_window)
+            kind = MixedLayer if MIXED in (self.config.keys, self.config.values) else PrunedLayer
+            layers[i] = kind(self.config, keys, values, exact_window)
         super().__init__(layers=layers)
 
     @classmethod
@@ -93,14 +98,12 @@ class PrunedCache(Cache):  # type: ignore[misc]
     @property
     def dense_nbytes(self) -> int:
         """Bytes that the same tokens take in Transformers' `DynamicCache`."""
-        return sum(
-            layer.dense_nbytes if isinstance(layer, PrunedLayer) else _storage_bytes(layer) for layer in self.layers
-        )
+        return sum(layer.dense_nbytes if isinstance(layer, PRUNED) else _storage_bytes(layer) for layer in self.layers)
 
 
 def _storage_bytes(layer: Any) -> int:
     """Return the bytes of all memory that holds states of tokens in a layer of a cache."""
-    held = layer.tensors() if isinstance(layer, PrunedLayer) else vars(layer).values()
+    held = layer.tensors() if isinstance(layer, PRUNED) else vars(layer).values()
     storages = [value.untyped_storage() for value in held if isinstance(value, Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -28,6 +29,33 @@ VERIFIED = 64
 ROUNDS = 4
 """Number of times that levels are fitted to kept channels and amplitudes."""
 
+PROBES = 4
+"""The most examples of which attention is computed again with pruned states."""
+
+QUERIES = 32
+"""Number of queries of a probe, its newest tokens."""
+
+SIDES = ("keys", "values")
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The newest queries of an example, and the keys and values that they read: (1, heads, tokens, width), in fp32."""
+
+    call: Call
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, call: Call, keys: Tensor, values: Tensor) -> Probe:
+        """Return the probe of the first row of a batch."""
+        count = call.query.shape[2]
+        part = call.rows(max(0, count - QUERIES), count)
+        row = {name: tensor[:1].cpu() for name in ("mask", "bias") if (tensor := getattr(part, name)) is not None}
+        query, keys, values = (states[:1].float().cpu().clone() for states in (part.query, keys, values))
+        sinks = None if call.sinks is None else call.sinks.cpu()
+        return cls(dataclasses.replace(part, query=query, sinks=sinks, **row), keys, values)
+
 
 @dataclass
 class ObservedLayer:
@@ -43,6 +71,19 @@ class ObservedLayer:
     centres_keys: bool = True
     """Whether keys can be stored without their mean: queries need not know it (`Call.ignores_constants`)."""
 
+    probes: list[Probe] = field(default_factory=list)
+    """Examples of attention, one of each batch."""
+
+    @property
+    def heads(self) -> int:
+        """The number of key/value heads."""
+        return len(self.keys[0])
+
+    def width_of(self, side: str) -> int:
+        """Return the number of channels of a head of the keys or of the values."""
+        states: list[Tensor] = getattr(self, side)
+        return states[0].shape[2]
+
     def add(self, query: Tensor, keys: Tensor, values: Tensor) -> None:
         """Add the states of new tokens, (batch, heads, tokens, width), after positions are encoded."""
         batch, heads, _, width = keys.shape
@@ -55,6 +96,16 @@ class ObservedLayer:
     def states(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, fp32 (heads, tokens, width)."""
         return torch.cat(self.keys, 1), torch.cat(self.values, 1)
+
+    def side(self, side: str, dtype: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the states of the "keys" or "values", fp32 (heads, tokens, width), and their weights and mean.
+
+        Those are fp32 (heads, width). There is a mean if values of type `dtype` are stored without it.
+        """
+        states = self.states()[SIDES.index(side)]
+        if side == "values":
+            return states, torch.ones(states.shape[0], states.shape[2]), None
+        return states, self.query_weights(), states.mean(1) if dtype == "int5" and self.centres_keys else None
 
     def query_weights(self) -> Tensor:
         """Return the root mean square of each channel of the queries, relative to the largest of its head."""
@@ -144,4 +195,6 @@ class _View(States):
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         self.observed.add(call.query, self.keys, self.values)
         self.observed.centres_keys &= call.ignores_constants
+        if len(self.observed.probes) < PROBES:
+            self.observed.probes.append(Probe.of(call, self.keys, self.values))
         return attend_plain(call, module, self.keys, self.values)

@@ -7,7 +7,7 @@ from typing import Any
 
 from permprune.errors import PermpruneError
 from permprune.options import Natural, replace_fields, require_choice, require_fields
-from permprune.pattern import PAIRED, Pattern
+from permprune.pattern import MIXED, PAIRED, Pattern
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
@@ -21,7 +21,7 @@ AUTO = "auto"
 """The pattern that is chosen by the width of the heads (`default_pattern`)."""
 
 DENSE = "dense"
-"""The pattern of states that keep all channels."""
+"""The pattern of states that keep all channels. With "mixed" (`MIXED`), each head keeps a number of its own."""
 
 SHARES = {"int8": 45 / 128, "int5": 40 / 128}
 """The bytes of a token with the default pattern and values of a type, relative to bf16. For heads of 64 channels, int8
@@ -72,7 +72,7 @@ class KVConfig:
     def __post_init__(self) -> None:
         require_fields(self)
         for text in (self.keys, self.values):
-            if text not in (AUTO, DENSE):
+            if text not in (AUTO, DENSE, MIXED):
                 Pattern.parse(text)
         require_choice("recovery", self.recovery, RECOVERIES)
         require_choice("dtype", self.dtype, DTYPES)
@@ -114,12 +114,16 @@ def default_pattern(width: int, dtype: str = KVConfig.dtype) -> Pattern:
     other types. The parts of fixed size weigh more in narrow heads, which keep less.
     """
     name = "int5" if dtype == "int5" else "int8"
-    stored = stored_type(name)
-    assert stored is not None
-
-    def size(kept: int) -> int:
-        parts = part_sizes(stored, width, Pattern(kept, width), recovers=True)
-        return sum(count * stored.itemsize for count, stored in parts.values())
-
-    fitting = (n for n in range(2, width) if size(n) <= 2 * width * SHARES[name])
+    fitting = (n for n in range(2, width) if token_bytes(n, width, name) <= 2 * width * SHARES[name])
     return Pattern(max(fitting, default=1), width)
+
+
+def token_bytes(kept: int, width: int, dtype: str, *, recovers: bool = True) -> int:
+    """Return the bytes of a token of a head that keeps `kept` of `width` channels, one group, with values of `dtype`.
+
+    `recovers` is whether pruned channels are recovered by their signs.
+    """
+    stored = stored_type(dtype)
+    assert stored is not None, "a type by name"
+    pattern = None if kept == width else Pattern(kept, width)
+    return sum(count * own.itemsize for count, own in part_sizes(stored, width, pattern, recovers=recovers).values())

@@ -21,12 +21,13 @@ from permprune.errors import PermpruneError
 from permprune.kv.config import KVConfig
 from permprune.kv.packing import Channels
 from permprune.options import Range
+from permprune.pattern import MIXED
 from permprune.system.digests import digest_of, rounded_digests
 from permprune.system.files import write_json, write_whole
 from permprune.system.progress import log
 
 RECORD, TENSORS = "kv.json", "kv.safetensors"
-"""Names of the files: the record, and the tensors "layers.{number}.{keys or values}.{order, weight, level or mean}"."""
+"""Names of the files: the record, and the tensors, "layers.{number}.{keys or values}." and a name of `DTYPES`."""
 
 FORMAT = 1
 """The version of the format that is written, and the newest that can be read."""
@@ -38,10 +39,16 @@ FOR_IT = "make a cache for it with permprune kv"
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")
 """Entries of a model's config that tell whether a cache is for that model."""
 
-NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(keys|values)\.(order|weight|level|mean)")
+NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(keys|values)\.(order|weight|level|mean|kept)")
 """The names of tensors."""
 
-DTYPES = {"order": torch.int32, "weight": torch.float32, "level": torch.float32, "mean": torch.float32}
+DTYPES = {
+    "order": torch.int32,
+    "weight": torch.float32,
+    "level": torch.float32,
+    "mean": torch.float32,
+    "kept": torch.int32,
+}
 """The types of tensors, by the last part of their names."""
 
 LayerChannels = dict[int, tuple[Channels, Channels]]
@@ -82,7 +89,8 @@ class KVRecord:
 
     `shape` has entries of the model's config (`SHAPE`). `calibration` describes the data and `kept` the share of the
     score that keys and values keep. `weights` are the digests of the model's weights (`weights_of`), and `contents` is
-    that of the settings and the channels; empty in folders of older releases.
+    that of the settings and the channels; empty in folders of older releases. `budget` is the share of the bytes of a
+    16-bit cache by which the number of channels of each head was chosen.
     """
 
     format: Annotated[int, Range(FORMAT, FORMAT)]
@@ -97,6 +105,7 @@ class KVRecord:
     measured: Measurement | None = None
     weights: dict[str, str] = dataclasses.field(default_factory=dict)
     contents: str = ""
+    budget: float | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -155,7 +164,7 @@ def read_channels(folder: Path, record: KVRecord) -> LayerChannels:
     numbers: set[int] = set()
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
-        if match is None or (match[3] == "mean" and (match[2], record.config.dtype) != ("keys", "int5")):
+        if match is None or not _needs(record.config, match[2], match[3]):
             raise PermpruneError(f"{path} holds {reprlib.repr(name)}, which its settings do not need: {AGAIN}")
         if tensor.dtype != DTYPES[match[3]]:
             raise PermpruneError(f"{path} holds {name} of type {tensor.dtype}, not {DTYPES[match[3]]}: {AGAIN}")
@@ -188,11 +197,19 @@ def require_model(folder: Path, record: KVRecord, model: PreTrainedModel) -> Non
         raise OtherModelError(f"{folder} is for {made_for}, and this model has other weights: {FOR_IT}")
 
 
+def _needs(config: KVConfig, side: str, part: str) -> bool:
+    """Return whether a cache with these settings may have a part of its keys or values."""
+    if part == "mean":
+        return side == "keys" and config.dtype == "int5"
+    return part != "kept" or getattr(config, side) == MIXED
+
+
 def _side(path: Path, tensors: dict[str, Tensor], name: str) -> Channels:
     order, weight, level = (tensors.get(f"{name}.{part}") for part in ("order", "weight", "level"))
     if order is None or weight is None or level is None or order.dim() != 2:
         raise PermpruneError(f"{path} lacks tensors of {reprlib.repr(name)}: {AGAIN}")
-    channels = Channels(order.long(), weight, level, tensors.get(f"{name}.mean"))
+    kept = tensors.get(f"{name}.kept")
+    channels = Channels(order.long(), weight, level, tensors.get(f"{name}.mean"), None if kept is None else kept.long())
     channels.check(f"{path}: {name}")
     return channels
 

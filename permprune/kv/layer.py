@@ -67,17 +67,12 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for states of this type and shape. Raises `PermpruneError` if the channels have another shape."""
+        require_shape(self.channels, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         packed = []
         for name, states, channels in zip(("keys", "values"), (key_states, value_states), self.channels, strict=True):
-            shape = states.shape[1], states.shape[3]
-            channels = channels or Channels.natural(*shape)
-            if channels.shape != shape:
-                raise PermpruneError(
-                    f"the cache is for {name} of {channels.shape[0]} heads of {channels.shape[1]} channels, and the "
-                    f"model has {shape[0]} of {shape[1]}: make one for this model with permprune kv"
-                )
-            pattern = pattern_of(getattr(self.config, name), shape[1], self.config.dtype)
+            channels = channels or Channels.natural(states.shape[1], states.shape[3])
+            pattern = pattern_of(getattr(self.config, name), states.shape[3], self.config.dtype)
             stored = stored_type(self.config.dtype) or states.dtype
             layout = Layout(pattern, stored, self.config.recovery == "sign")
             packed.append(PackedTokens(channels.to(self.device), layout))
@@ -190,6 +185,17 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
             yield from () if self.places is None else (self.places,)
             for packed in self.packed:
                 yield from packed.parts.values()
+
+
+def require_shape(channels: tuple[Channels | None, Channels | None], keys: Tensor, values: Tensor) -> None:
+    """Raise `PermpruneError` if the channels of keys or values have another shape than these states."""
+    for name, own, states in zip(("keys", "values"), channels, (keys, values), strict=True):
+        heads, width = states.shape[1], states.shape[3]
+        if own is not None and own.shape != (heads, width):
+            raise PermpruneError(
+                f"the cache is for {name} of {own.shape[0]} heads of {own.shape[1]} channels, and the model has "
+                f"{heads} of {width}: make one for this model with permprune kv"
+            )
 
 
 class _View(Source, States):

@@ -16,6 +16,7 @@ pattern N:M, the row of a token has these parts, channels in stored order (`Chan
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,7 @@ from permprune.kernels.attention.codes import (
 )
 from permprune.kernels.attention.states import SCALED, pack, packs
 from permprune.kernels.product.packed import unpack_bits
+from permprune.kv.config import DENSE
 from permprune.pattern import Pattern
 
 Parts = dict[str, Tensor]
@@ -54,13 +56,15 @@ class Channels:
     (heads, width), is the importance of each stored channel, by which errors are multiplied. `level`, fp32 (heads,
     width), is the magnitude of each stored channel, relative to the others, where it is pruned. `mean`, fp32 (heads,
     width), is subtracted from the states of all tokens before they are stored, whole or packed. Keys may have one: what
-    it takes from the scores of a query is the same for all tokens, which does not change their softmax.
+    it takes from the scores of a query is the same for all tokens, which does not change their softmax. `kept`, int64
+    (heads,), is how many channels each head keeps, where heads differ.
     """
 
     order: Tensor
     weight: Tensor
     level: Tensor
     mean: Tensor | None = None
+    kept: Tensor | None = None
 
     @classmethod
     def natural(cls, heads: int, width: int) -> Channels:
@@ -93,10 +97,29 @@ class Channels:
                     "make the cache again with permprune kv"
                 )
 
+        kept, (heads, width) = self.kept, self.shape
+        if kept is not None and not (kept.shape == (heads,) and ((kept >= 1) & (kept <= width)).all()):
+            raise PermpruneError(
+                f"{name} does not keep from 1 to {width} channels of each head: make the cache again with permprune kv"
+            )
+
     def to(self, device: torch.device) -> Channels:
         """Return the channels on a device."""
-        mean = None if self.mean is None else self.mean.to(device)
-        return Channels(self.order.to(device), self.weight.to(device), self.level.to(device), mean)
+        return self._changed(lambda tensor: tensor.to(device))
+
+    def of(self, heads: Tensor) -> Channels:
+        """Return the channels of some heads."""
+        return self._changed(lambda tensor: tensor[heads])
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Channels:
+        mean, kept = (None if tensor is None else change(tensor) for tensor in (self.mean, self.kept))
+        return Channels(change(self.order), change(self.weight), change(self.level), mean, kept)
+
+    def pattern_of(self, head: int) -> str:
+        """Return the pattern of a head, all of whose channels are one group, as `KVConfig` has it."""
+        assert self.kept is not None
+        kept, width = int(self.kept[head]), self.shape[1]
+        return DENSE if kept == width else f"{kept}:{width}"
 
     def arrange(self, states: Tensor) -> Tensor:
         """Put states, (batch, heads, tokens, width), into the stored order."""

@@ -63,6 +63,34 @@ def test_a_cache_is_made_measured_and_used(
         permprune.PrunedCache.from_pretrained(folder, model, dtype="int5")
 
 
+def test_each_head_gets_channels_within_a_budget(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    out, figures = tmp_path / "kv", tmp_path / "figures.json"
+    text = ("--data", tiny_text, "--windows", "2", "--length", "64")
+    given = ("--calibration", tiny_text, "--samples", "4", "--window", "8")
+    code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, *given, "--bytes", "0.42")
+    assert code == 0 and "keys and values mixed: " in said
+    record = read_record(out)
+    assert (record.config.keys, record.config.dtype, record.budget) == ("mixed", "int5", 0.42)
+    for keys, values in read_channels(out, record).values():
+        assert all(own.kept is not None and own.kept.shape == (2,) for own in (keys, values))
+    assert run("evaluate", tiny_checkpoint, "--kv", out, *text, "--json", figures)[0] == 0
+    assert record.measured is not None and json.loads(figures.read_text())["value"] == record.measured.pruned
+    tensors = load_file(out / "kv.safetensors")
+    forget(out, "contents")
+    save_file({name: t for name, t in tensors.items() if not name.endswith("kept")}, out / "kv.safetensors")
+    assert "do not say how many each head keeps" in fails("evaluate", tiny_checkpoint, "--kv", out, *text)
+    refused = {
+        ("--bytes", "0.1"): "--bytes is 0.1",
+        ("--bytes", "-1"): "bytes is -1.0: give a number above 0",
+        ("--bytes", "0.4", "--keys", "2:4"): "leave out --pattern, --keys and --values",
+        ("--bytes", "0.4", "--dtype", "auto"): "give --dtype int5",
+        ("--pattern", "mixed"): "needs a budget: give --bytes",
+    }
+    for options, line in refused.items():
+        assert line in fails("kv", tiny_checkpoint, "--out", tmp_path / "other", *text, *given, *options)
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_order_of_the_values_is_folded(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     out, folded = tmp_path / "kv", tmp_path / "folded"
     text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "1", "--windows", "1", "--length", "40")
@@ -166,6 +194,7 @@ def with_entry(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         ("order", lambda t: t.long(), "of type torch.int64, not torch.int32"),
         ("order", lambda t: t[0].clone(), "lacks tensors of 'layers.1.keys'"),
         ("mean", lambda _: torch.zeros(2, 8), "which its settings do not need"),
+        ("kept", lambda _: torch.ones(2, dtype=torch.int32), "which its settings do not need"),
         ("code", lambda _: torch.zeros(1), "which its settings do not need"),
     ],
 )

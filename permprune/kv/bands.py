@@ -1,0 +1,140 @@
+"""The layer of a pruned cache whose heads keep different numbers of channels."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from permprune.errors import PermpruneError
+from permprune.kv.attention import Call, States
+from permprune.kv.config import KVConfig
+from permprune.kv.layer import PrunedLayer, require_shape
+from permprune.kv.packing import Channels
+from permprune.pattern import MIXED
+
+
+class MixedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one attention layer, of which each head keeps a number of channels of its own.
+
+    Heads that keep the same numbers of keys and of values are a band, which is a `PrunedLayer`; `heads` are those of
+    each band, int64. Raises `PermpruneError` if the channels do not say how many are kept (`Channels.kept`).
+    """
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(
+        self, config: KVConfig, keys: Channels | None, values: Channels | None, exact_window: bool = False
+    ) -> None:
+        super().__init__()
+        if keys is None or values is None:
+            raise PermpruneError(
+                "heads with patterns of their own need the channels of a folder that permprune kv --bytes wrote"
+            )
+        self.channels = keys, values
+        bands: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+        patterns = zip(_patterns(config.keys, keys), _patterns(config.values, values), strict=True)
+        for head, pair in enumerate(patterns):
+            bands[pair].append(head)
+        self.heads = [torch.tensor(heads) for heads in bands.values()]
+        self.layers = [
+            PrunedLayer(config.replace(keys=pair[0], values=pair[1]), keys.of(own), values.of(own), exact_window)
+            for pair, own in zip(bands, self.heads, strict=True)
+        ]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Raise `PermpruneError` if the channels have another shape than the states."""
+        require_shape(self.channels, key_states, value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.heads = [heads.to(self.device) for heads in self.heads]
+        self.is_initialized = True
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[States, States]:
+        """Add the states of new tokens, (batch, heads, tokens, width); returns what their queries attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        views = [
+            layer.update(key_states[:, heads], value_states[:, heads])[0]
+            for heads, layer in zip(self.heads, self.layers, strict=True)
+        ]
+        view = _Views(
+            views, self.heads, torch.Size((*key_states.shape[:2], self.get_seq_length(), key_states.shape[3]))
+        )
+        return view, view
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens."""
+        return self.layers[0].get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of tokens after `query_length` more, and the position of the first."""
+        return self.layers[0].get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        """Return -1: the number of tokens is not limited."""
+        return -1
+
+    def reset(self) -> None:
+        """Remove all tokens."""
+        for layer in self.layers:
+            layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -`tokens_to_remove` tokens, as `PrunedLayer.crop`."""
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows of the batch, as beam search does."""
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select rows of the batch."""
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes of the same tokens as they come from the model."""
+        return sum(layer.dense_nbytes for layer in self.layers)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors that hold states of tokens, or their places."""
+        for layer in self.layers:
+            yield from layer.tensors()
+
+
+class _Views(States):
+    """What the queries of one `update` attend to: a view for each band of key/value heads. `shape` is the keys'."""
+
+    def __init__(self, views: list[States], heads: list[Tensor], shape: torch.Size) -> None:
+        self.views, self.heads, self.shape = views, heads, shape
+
+    def attend(self, call: Call, module: nn.Module) -> Tensor:
+        group = torch.arange(call.query.shape[1] // self.shape[1], device=call.query.device)
+        rows = [(heads[:, None] * len(group) + group).flatten() for heads in self.heads]
+        outputs = [view.attend(call.of_heads(own), module) for view, own in zip(self.views, rows, strict=True)]
+        return torch.cat(outputs, 2)[:, :, torch.cat(rows).argsort()]
+
+
+def _patterns(text: str, channels: Channels) -> list[str]:
+    """Return the pattern of each head, as `KVConfig` has it."""
+    if text != MIXED:
+        return [text] * len(channels.order)
+    if channels.kept is None:
+        raise PermpruneError(
+            "the channels do not say how many each head keeps: make the cache again with permprune kv --bytes"
+        )
+    return [channels.pattern_of(head) for head in range(len(channels.order))]
