@@ -38,6 +38,9 @@ with on_first_use(globals()):
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
+PLACES = ("none", "host", "disk")
+"""Where what is not used may be (`permprune.engine.offloading`)."""
+
 EFFORTS = ("order", "minutes", "hour")
 """How much work a run may do (`permprune.forecasts.efforts`)."""
 
@@ -79,6 +82,7 @@ class PruneSettings(TypedDict, total=False):
     recompute: bool
     precision: str
     memory: Bytes | None
+    offload: str
     shard: bool | None
     minutes: Positive | None
     seed: Seed
@@ -179,6 +183,12 @@ class PruneConfig:
     In Python it is a number of bytes. It limits a run of `prune_to_folder`, and elsewhere the statistics of one
     calibration pass."""
 
+    offload: str = "none"
+    """Where the weights of blocks that do not run, gradients and other large tensors are while they are not used: none
+    (where they are used), host (for a GPU) or disk. Slower, less memory, the same result.
+
+    With `memory` it is chosen if nothing else fits. It is for runs of `prune_to_folder` that read the model."""
+
     shard: bool | None = None
     """Whether the processes that torchrun starts divide the rows of the weights among them, or each hold the whole
     model, as they do by default if it fits in memory.
@@ -238,6 +248,7 @@ class PruneConfig:
         pooling_asked(self.task)
         require_choice("mode", self.mode, MODES)
         require_choice("precision", self.precision, PRECISIONS)
+        require_choice("offload", self.offload, PLACES)
 
     @property
     def sources(self) -> tuple[str | None, ...]:

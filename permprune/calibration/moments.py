@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from permprune.calibration.symmetric import Symmetric, Symmetrics, stored_elements
+from permprune.calibration.symmetric import Symmetric, Symmetrics, SymmetricShelf, stored_elements
 from permprune.errors import PermpruneError
 from permprune.models.activation_checkpointing import recomputing
 from permprune.models.experts import Routed
@@ -18,6 +18,7 @@ from permprune.models.layers import Layer
 from permprune.models.padding import Padding
 from permprune.system import distributed
 from permprune.system.progress import log
+from permprune.system.shelf import Shelf
 
 FEWEST = 128
 """The smallest number of tokens from which the moments of an expert's inputs are taken: the root mean square of a
@@ -73,16 +74,18 @@ class InputMoments:
     sums are computed in fp32, whatever the type of the activations: in bf16, rounding would give H negative
     eigenvalues, which a search would exploit. Only one triangle of each sum is in memory. With `half` the results are
     stored as correlations in fp16. With `whole`, the experts among the readers run on all tokens of their layer and not
-    on those routed to them.
+    on those routed to them. Sums and results rest where tensors of `shelf` do, by default on the device.
     """
 
-    def __init__(self, readers: dict[str, Layer], *, half: bool = False, whole: bool = False) -> None:
-        self.readers, self.half, self.whole = readers, half, whole
+    def __init__(
+        self, readers: dict[str, Layer], *, half: bool = False, whole: bool = False, shelf: Shelf | None = None
+    ) -> None:
+        self.readers, self.half, self.whole, self.shelf = readers, half, whole, Shelf() if shelf is None else shelf
         self.sites = {layer.name: site for site, layer in readers.items()}
         self.experts = {(layer.owner, layer.expert) for layer in readers.values() if layer.expert is not None}
-        self.sums = {
-            site: Symmetric.zeros(layer.weight.shape[1], layer.weight.device) for site, layer in readers.items()
-        }
+        self.sums = SymmetricShelf(self.shelf.another())
+        for site, layer in readers.items():
+            self.sums[site] = Symmetric.zeros(layer.shape[1], layer.stored.device)
         self.counts = dict.fromkeys(readers, 0)
 
     @contextmanager
@@ -93,7 +96,9 @@ class InputMoments:
             if recomputing():
                 return
             x, site = padding.real(inputs, routed, layer.owner), self.sites[layer.name]
-            self.sums[site].add_products(x.detach().flatten(0, -2).float())
+            total = self.sums[site]
+            total.add_products(x.detach().flatten(0, -2).float())
+            self.sums[site] = total
             self.counts[site] += x.shape[:-1].numel()
 
         def runs_whole(experts: nn.Module, index: int, _tokens: int) -> bool:
@@ -108,11 +113,10 @@ class InputMoments:
         Left out are the sites of experts that read fewer than `FEWEST` tokens, unless they ran on all. The sums are
         freed, so this can be called only once. Raises `PermpruneError` if activations overflowed.
         """
-        distributed.add_([strip for total in self.sums.values() for strip in total.strips])
-        counts = distributed.total(*self.counts.values())
-        moments = {}
+        counts, moments = distributed.total(*self.counts.values()), SymmetricShelf(self.shelf.another())
         for (site, layer), count in zip(self.readers.items(), counts, strict=True):
             total = self.sums.pop(site)
+            distributed.add_(list(total.strips))
             if layer.expert is not None and count < FEWEST and not self.whole:
                 continue
             moments[site] = _mean(total, count, site, half=self.half)

@@ -24,6 +24,7 @@ from permprune.models.layers import Layer
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import log, track
+from permprune.system.shelf import Shelf
 
 UNREAD = 1e-6
 """The Fisher information of an expert's rows, as a share of the mean, if no token is routed to the expert. It weights
@@ -61,6 +62,7 @@ def calibrate(
     half: bool = False,
     seed: int = 0,
     fisher: bool = True,
+    shelf: Shelf | None = None,
 ) -> Statistics:
     """Run `examples` through the model, forward and backward, and collect the statistics of its layers.
 
@@ -72,19 +74,22 @@ def calibrate(
     activation checkpointing (`recomputed`); both bound the memory of activations and do not change the result. `memory`
     is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. With
     `half` the second moments are stored as correlations in fp16 (`Symmetric`); they are read as fp32. `seed` is that of
-    the labels that are drawn at random if there are none (`Outputs.fisher_loss`); they are the same for
-    any number of processes. Raises `PermpruneError` if a loss or a statistic is not finite.
+    the labels that are drawn at random if there are none (`Outputs.fisher_loss`); they are the same for any number of
+    processes. The moments, and their sums, rest where tensors of `shelf` do. Raises `PermpruneError` if a loss or a
+    statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}
-    memory = None if memory is None else memory * distributed.shards()  # each process holds a part of each sum
+    shelf = Shelf() if shelf is None else shelf
+    if memory is not None:  # each process holds a part of each sum, unless they rest elsewhere
+        memory = memory * distributed.shards() if shelf.place == "device" else None
     first, *further = _split(readers, memory)
     if further:
         log.info("calibration needs %d passes to stay within the memory limit", 1 + len(further))
     parts = distributed.share(list(enumerate(batches(examples, batch))))
-    reading = _Pass(model, task, parts, dtype, half, seed)
+    reading = _Pass(model, task, parts, dtype, half, seed, shelf)
     one_label_per_example = reading.terms(examples[:1]) == 1
     differentiated = layers if fisher else []
-    sums = {layer.name: layer.weight.new_zeros(len(layer.weight), dtype=torch.float64) for layer in differentiated}
+    sums = {layer.name: layer.stored.new_zeros(layer.shape[0], dtype=torch.float64) for layer in differentiated}
     with frozen(model):
         if fisher:
             with _graph_from(layers), recomputed(model, recompute):
@@ -93,13 +98,13 @@ def calibrate(
                 )
         else:
             measured, terms = reading.forward(first), 0.0
-        moments = dict(measured.stored)
+        moments = measured.stored
         for group in further:
-            moments |= reading.forward(group).stored
+            moments.update(reading.forward(group).stored)
         rare = {site: layer for site, layer in readers.items() if site not in moments}
         warn_of_rare({(layer.owner, layer.expert) for layer in rare.values()}, layers)
         for group in _split(rare, memory) if rare else []:
-            moments |= reading.forward(group, whole=True).stored
+            moments.update(reading.forward(group, whole=True).stored)
     distributed.add_(list(sums.values()))
     (terms,) = distributed.total(terms)
     information = _information(sums, terms, layers) if fisher else {}
@@ -134,6 +139,7 @@ class _Pass:
     dtype: torch.dtype
     half: bool
     seed: int
+    shelf: Shelf
 
     @torch.no_grad()
     def terms(self, examples: Examples) -> int:
@@ -144,7 +150,7 @@ class _Pass:
     @torch.no_grad()
     def forward(self, readers: dict[str, Layer], whole: bool = False) -> Symmetrics:
         """Return the second moments of the readers' inputs, by site; `whole` is that of `InputMoments`."""
-        inputs = InputMoments(readers, half=self.half, whole=whole)
+        inputs = InputMoments(readers, half=self.half, whole=whole, shelf=self.shelf)
         for _, examples in self._batches():
             with inputs.observe(padding_of(self.model, examples)):
                 self._outputs(examples)
@@ -154,7 +160,7 @@ class _Pass:
         self, readers: dict[str, Layer], layers: list[Layer], fisher: dict[str, Tensor], *, one_label_per_example: bool
     ) -> tuple[Symmetrics, float]:
         """Like `forward`, with a backward pass that accumulates `fisher`. Returns (moments, number of terms)."""
-        inputs, terms = InputMoments(readers, half=self.half), 0.0
+        inputs, terms = InputMoments(readers, half=self.half, shelf=self.shelf), 0.0
         for number, examples in self._batches():
             padding = padding_of(self.model, examples)
             with (
@@ -199,7 +205,7 @@ def _graph_from(layers: list[Layer]) -> Iterator[None]:
 
 def _split(readers: dict[str, Layer], memory: int | None) -> list[dict[str, Layer]]:
     """Split the sites into passes (`sums_by_pass`)."""
-    widths = {site: layer.weight.shape[1] for site, layer in readers.items()}
+    widths = {site: layer.shape[1] for site, layer in readers.items()}
     return [{site: readers[site] for site in one} for one in sums_by_pass(widths, memory)]
 
 

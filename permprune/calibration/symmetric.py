@@ -5,7 +5,8 @@ Processes that divide the rows of weights divide these matrices as well (`permpr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from permprune.system import distributed, sharding
+from permprune.system.shelf import Shelf
 
 STRIP = 256
 """Number of rows that are stored, and multiplied, at a time."""
@@ -132,10 +134,40 @@ class Symmetric:
         )
 
 
+class SymmetricShelf(MutableMapping[str, Symmetric]):
+    """Symmetric matrices by name, whose strips rest on a shelf: after a change in place one has to be put back."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self._strips, self._diagonals = shelf, dict[str, Tensor | None]()
+
+    def __getitem__(self, name: str) -> Symmetric:
+        diagonal, strips = self._diagonals[name], self._strips
+        numbered = (f"{name}/{number}" for number in itertools.count())
+        return Symmetric(tuple(strips[one] for one in itertools.takewhile(strips.__contains__, numbered)), diagonal)
+
+    def __setitem__(self, name: str, matrix: Symmetric) -> None:
+        self._diagonals[name] = matrix.diagonal
+        self._strips.update((f"{name}/{number}", strip) for number, strip in enumerate(matrix.strips))
+
+    def __delitem__(self, name: str) -> None:
+        for number in range(len(self[name].strips)):
+            del self._strips[f"{name}/{number}"]
+        del self._diagonals[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._diagonals
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._diagonals)
+
+    def __len__(self) -> int:
+        return len(self._diagonals)
+
+
 class Symmetrics(Mapping[str, Tensor]):
     """Symmetric matrices by name, which are made dense each time they are read."""
 
-    def __init__(self, stored: Mapping[str, Symmetric]) -> None:
+    def __init__(self, stored: MutableMapping[str, Symmetric]) -> None:
         self.stored = stored
 
     @property
@@ -153,6 +185,9 @@ class Symmetrics(Mapping[str, Tensor]):
     def main_diagonal(self, name: str) -> Float[Tensor, " size"]:
         """Return the diagonal of a matrix."""
         return self.stored[name].main_diagonal()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.stored)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from accelerate import init_empty_weights
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from accelerate.utils import OffloadedWeightsLoader
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.damage import require_digests
@@ -37,12 +36,17 @@ from permprune.checkpoints.record import RECORD, read_record
 from permprune.checkpoints.weight_files import GATHERED, stop_transformers
 from permprune.checkpoints.weights import Checkpoint, require_buildable
 from permprune.errors import PermpruneError
+from permprune.models.at_rest import at_rest, values_of
 from permprune.models.dummy_inputs import processed_size
-from permprune.models.layers import canonical_names
+from permprune.models.hooks import replaced_while_running
+from permprune.models.layers import block_linears, canonical_names
 from permprune.models.modality import kind_of
+from permprune.models.narrow_weights import held_type
 from permprune.models.processors import Processor, read_processor
 from permprune.system import sharding
 from permprune.system.device import best_device
+from permprune.system.shelf import Computed
+from permprune.system.tensor_file import write_tensors
 from permprune.zoo.models import resolve_model
 
 Edit = Callable[[str, Tensor], Tensor]
@@ -50,17 +54,6 @@ Edit = Callable[[str, Tensor], Tensor]
 
 SHARD = 5 * 10**9
 """Maximum number of bytes of weights in one file of a checkpoint."""
-
-TYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-}
-"""Names of dtypes in the header of a safetensors file."""
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -244,6 +237,40 @@ def attach(model: PreTrainedModel, weights: StoredWeights) -> None:
     attach_align_device_hook(model, execution_device=best_device(), offload=True, weights_map=weights)
 
 
+def load_at_rest(model: PreTrainedModel, weights: StoredWeights, *, held: bool) -> None:
+    """Give a model on the meta device its weights, of which those of the layers in its blocks are at rest.
+
+    These are read from the checkpoint whenever they are used or, if they are `held`, from the memory of the host.
+    """
+    device, users = best_device(), Counter(parameter for one in model.modules() for parameter in _own(one).values())
+    resting = {layer.parameter for layer in block_linears(model) if users[layer.stored] == 1}
+    loaded: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in _own(module).items():
+            name = f"{prefix}.{attribute}".removeprefix(".")
+            if name in resting:
+                module._parameters[attribute] = _at_rest(name, weights, device, held=held)
+                replaced_while_running(module, attribute, values_of)
+                continue
+            if parameter not in loaded:
+                loaded[parameter] = nn.Parameter(weights[name], requires_grad=False)
+            module._parameters[attribute] = loaded[parameter]
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(module.named_parameters(recurse=False))
+
+
+def _at_rest(name: str, weights: StoredWeights, device: torch.device, *, held: bool) -> nn.Parameter:
+    stored = weights.stored[name]
+    dtype = held_type(stored.dtype)
+    if not held:
+        return at_rest(lambda: weights.stored[name], stored.shape, dtype, device)
+    kept = stored.to(dtype)
+    kept = kept.pin_memory() if device.type == "cuda" else kept
+    return at_rest(lambda: kept, kept.shape, dtype, device)
+
+
 def write_offloaded(
     model: PreTrainedModel,
     processor: Processor | None,
@@ -282,15 +309,7 @@ def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _save_in_turn(model: PreTrainedModel, weights: StoredWeights, path: Path) -> None:
     """Write all tensors of the model, in the model's dtypes, to one safetensors file, holding one of them at a time."""
     tensors = {name: t for name, t in model.state_dict().items() if weights.canonical.get(name, name) == name}
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name, tensor in tensors.items():
-            whole = weights[name].to(tensor.dtype) if tensor.is_meta else tensor
-            file.write(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    read = Computed(
+        tensors, lambda name: weights[name].to(tensors[name].dtype) if tensors[name].is_meta else tensors[name]
+    )
+    write_tensors(path, read, {"format": "pt"}, described=tensors)

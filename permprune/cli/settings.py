@@ -38,7 +38,7 @@ PYTHON_ONLY = ("measured", "held_out", "shared", "tasks", "packed", "packed_head
 PANELS = {
     "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
     "Tasks": ("tasks", "task_file", "task_data", "limit", "few_shot"),
-    "Memory and speed": ("memory", "batch", "recompute", "precision", "shard", "jobs"),
+    "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard", "jobs"),
     "Model and output": ("exclude", "task", "trust_remote_code", "pack", "head", "json", "picture"),
 }
 """Options that few people need, by their panel in the help."""

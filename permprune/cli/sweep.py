@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from permprune.jobs.sweep_cells import Sweep
 
 
-@partial(cli.command, without=(*MIX_FIELDS, "effort", "permute", "pattern", "minutes", "shard", "few_shot", "examples"))
+@partial(
+    cli.command,
+    without=(*MIX_FIELDS, "effort", "permute", "pattern", "minutes", "offload", "shard", "few_shot", "examples"),
+)
 def sweep(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the report, picture and results; must not exist yet")],

@@ -23,7 +23,7 @@ from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
 from permprune.engine.mixing import mix
 from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, stored_form
-from permprune.engine.weights import Weights, round_weights
+from permprune.engine.weights import Weights, round_shelved, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.forecasts.efforts import resolve
@@ -46,6 +46,7 @@ from permprune.pruning.stored import reorder_columns
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
 from permprune.system.progress import stage
+from permprune.system.shelf import Shelf
 from permprune.system.stages import CALIBRATE, NATURAL
 from permprune.updates.registry import update
 from permprune.updates.share import update_network
@@ -88,6 +89,8 @@ def prepare(
         raise PermpruneError(
             "only permprune prune, started by torchrun, divides weights among processes: leave shard out"
         )
+    if config.offload != "none":
+        raise PermpruneError("only permprune prune offloads, and a model that it reads itself: leave offload out")
     started = time.monotonic()
     if examples is None:
         shown = calibration_examples(model, processor, config)
@@ -103,11 +106,18 @@ def prepare(
 
 
 def measure(
-    plan: Plan, model: PreTrainedModel, started: float, held: NarrowWeights | None = None, *, fisher: bool = True
+    plan: Plan,
+    model: PreTrainedModel,
+    started: float,
+    held: NarrowWeights | None = None,
+    *,
+    fisher: bool = True,
+    shelf: Shelf | None = None,
 ) -> Prepared:
     """Calibrate the model of a plan, and mask its weights in natural order; the preparation `started` at this time.
 
-    `held` and `fisher` are as in `prepare`.
+    `held` and `fisher` are as in `prepare`. What the run keeps beside the weights rests where tensors of `shelf` do, by
+    default on the device.
     """
     stage(CALIBRATE)
     config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
@@ -128,6 +138,7 @@ def measure(
         half=bool(held.types),
         seed=config.seed,
         fisher=fisher or config.pattern == MIXED,
+        shelf=shelf,
     )
     network = PrunedNetwork(
         model,
@@ -142,6 +153,7 @@ def measure(
         batch=batch,
         recompute=recompute,
         held=held,
+        shelf=shelf,
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
 
@@ -245,7 +257,8 @@ class Held(Weights):
 
     def update(self) -> None:
         update_network(update(self.plan.config.update), self.network, self.plan.measured, self.plan.run.held_out)
-        round_weights([*self.network.trained.values(), *self.network.updated.values()], self.stored)
+        round_shelved(self.network.trained, self.stored)
+        round_shelved(self.network.updated, self.stored)
 
     def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
         plan, model, network, origin = self.plan, self.model, self.network, origin_of(self.model)

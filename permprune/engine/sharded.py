@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from permprune.checkpoints.offload import CollectedWeights, attach, read_offloaded
+from permprune.checkpoints.offload import CollectedWeights, StoredWeights, attach, read_offloaded
 from permprune.checkpoints.probe import make_probe
 from permprune.config import PruneConfig
 from permprune.engine.held import Held, measure
@@ -16,16 +18,18 @@ from permprune.engine.pruned import Pruned, beside_natural, stored_form, stored_
 from permprune.engine.weights import Offloaded
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
+from permprune.models.at_rest import values_of
 from permprune.models.forward import short_inputs
 from permprune.models.layers import require_finite
 from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
-from permprune.plan import calibration_examples, plan_run
+from permprune.plan import Plan, calibration_examples, plan_run
 from permprune.pruning.measures import LayerMeasure
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, require_space
 from permprune.system.memory import release_freed_memory
+from permprune.system.shelf import Shelf
 
 
 class Sharded(Offloaded, Held):
@@ -39,7 +43,13 @@ class Sharded(Offloaded, Held):
     weights: CollectedWeights
     unanswering = "the weights were divided among processes"
 
-    def __init__(self, name: str, config: PruneConfig, work: WorkFolder) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: PruneConfig,
+        work: WorkFolder,
+        planned: Callable[[PreTrainedModel, Plan], object] = lambda *_: None,
+    ) -> None:
         started, folder = time.monotonic(), work.scratch / f"rank-{distributed.rank()}"
         model, processor, stored, weights = read_offloaded(
             name, folder, task=config.task, trust_remote_code=config.trust_remote_code
@@ -50,23 +60,38 @@ class Sharded(Offloaded, Held):
         size, states = weight_bytes(self.whole, stored), state_bytes(permuter(config.permute), plan.outline)
         distributed.on_first(lambda: require_space(work.out, size + states))
 
+        planned(self.whole, plan)
+        self.shelf, fisher = self.shelf_of(config, work), permuter(config.permute).uses_fisher
+
         def load() -> None:
-            load_rows(model, weights.rows)
+            self.load_weights(model, weights)
             for layer in plan.layers:
                 require_finite(layer)
 
         distributed.on_all(load)
-        super().__init__(measure(plan, model, started), processor)
-        self.stored, self.scratch, self.memory = stored, work.scratch / "written", -(-size // distributed.shards())
+        super().__init__(measure(plan, model, started, shelf=self.shelf, fisher=fisher), processor)
+        self.stored, self.scratch, self.memory = stored, work.scratch / "written", -(-size // self.files())
         lengths = {name: len(parameter) for name, parameter in self.whole.named_parameters()}
         layers = {layer.parameter: name for name, layer in self.network.layers.items()}
 
         def rows_to_write(name: str) -> tuple[Tensor, int]:
-            rows = self.network.shown[layers[name]] if name in layers else model.get_parameter(name).data
+            rows = self.network.shown[layers[name]] if name in layers else values_of(model.get_parameter(name))
             return rows.to(stored), lengths[name]
 
         self.weights = CollectedWeights(lengths, weights.canonical, rows_to_write)
         attach(self.whole, self.weights)
+
+    def load_weights(self, model: PreTrainedModel, weights: StoredWeights) -> None:
+        """Give a model on the meta device the weights that this process holds."""
+        load_rows(model, weights.rows)
+
+    def shelf_of(self, config: PruneConfig, work: WorkFolder) -> Shelf:
+        """Where the other tensors of the run rest."""
+        return Shelf()
+
+    def files(self) -> int:
+        """Half the number of files of weights that are written."""
+        return distributed.shards()
 
     def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
         """Return the pruned model, without its weights, which `write` collects."""

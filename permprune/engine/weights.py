@@ -19,6 +19,7 @@ from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter, Run, Solution
 from permprune.plan import Plan
 from permprune.pruning.measures import LayerMeasure
+from permprune.system.shelf import Shelf
 
 
 class Weights(ABC):
@@ -113,3 +114,11 @@ def round_weights(weights: Iterable[Tensor], stored: torch.dtype) -> None:
     for weight in weights:
         if weight.is_floating_point():
             weight.copy_(weight.to(stored))
+
+
+def round_shelved(weights: Shelf, stored: torch.dtype) -> None:
+    """The same for weights on a shelf."""
+    for name in weights:
+        weight = weights[name]
+        round_weights([weight], stored)
+        weights[name] = weight

@@ -110,11 +110,12 @@ def _reconstruction(method: Reconstruction, run: Workload) -> list[Stage]:
         swaps = swap_work(channels, rows, m, quadratic.PART) * method.swaps
         return (assignment_work(channels, rows, m) + slopes + swaps) * method.candidates
 
-    weights, model = run.outline.largest_weights(run.threads), model_bytes(run, torch.float32)
+    weights = run.outline.largest_weights(run.threads)
     scores = 4 * weights + 12 * min(weights, run.threads * BLOCK)  # with the noise of a block
     losses = 1 + method.shares * (method.candidates - 1)
     return [
-        Stage(method.name, (Memory("largest problem's model", max(scores, model)),), run.each_problem(work)),
+        Stage(f"{method.name}: scores", (Memory("largest problem's scores", scores),)),
+        Stage(method.name, model_parts(run, torch.float32, model_bytes(run, torch.float32)), run.each_problem(work)),
         Stage(f"{method.name}: accept", run.loss.parts, run.loss_work(losses * run.held_out)),
     ]
 
@@ -152,7 +153,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     backward = (*_pass(method, run, examples), *_masked(run))
     rounds = [
         stage("gradients", *backward, work=run.gradient_work(examples)),
-        stage("proposals", Memory("largest problem's model", model), work=proposing),
+        stage("proposals", *model_parts(run, outline.dtype, model), work=proposing),
         Stage(f"{method.name}: accept", (*_pass(method, run), gradients), run.loss_work(run.held_out) * losses),
     ]
     batch = method.step_examples * run.examples_per_window
@@ -168,7 +169,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
         rounds.append(stage("refinement", *backward, work=work, times=method.refine))
     if method.compensate:
-        updated = Memory("updated weights", 4 * outline.weights)
+        updated = Memory("compensated weights", 4 * outline.weights)
         work = _compensation(run, 4 * examples)
         rounds.append(stage("compensation", updated, *_pass(method, run), work=work, times=1))
     if method.trains_at_end:
@@ -267,7 +268,7 @@ def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Mem
     if examples > run.batch:
         parts.append(Memory("gradients", run.gradient_bytes))
     if run.on_device:
-        parts.append(Memory("state that is saved", weights + moments, "host"))
+        parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
     return (*parts, *_teacher(method, run, examples, training=True))
 
 
@@ -313,6 +314,12 @@ def model_bytes(run: Workload, slopes: torch.dtype, part: int | None = None) -> 
         width = max(outline.widths[one.site] for one in problem.parts)
         total += 6 * width * min(width, part or width)
     return total
+
+
+def model_parts(run: Workload, slopes: torch.dtype, model: int) -> tuple[Memory, ...]:
+    """The parts of the models of the largest problems, of so many bytes, whose slopes have type `slopes`."""
+    rest = slopes.itemsize * run.outline.largest_weights(run.threads)
+    return Memory("slopes of the largest problem", rest), Memory("largest problem's model", model - rest)
 
 
 def pairs_bytes(channels: int, m: int, triples: bool) -> int:

@@ -115,9 +115,10 @@ class Fitting(Subject):
     def within(self, config: PruneConfig, memory: int) -> Forecast:
         """Return the forecast of the run with the settings given, or with the first leaner ones that fit.
 
-        Leaner settings in turn are fewer windows in a batch, activations that are computed again, activations in bf16;
-        the same with weights that the processes divide; and, with methods for which that is possible, a run layer by
-        layer. Raises `PermpruneError` if none fits in `memory` bytes.
+        Leaner settings in turn are fewer windows in a batch, activations that are computed again, tensors that are
+        offloaded, activations in bf16; the same with weights that the processes divide, which do not offload; and, with
+        methods for which that is possible, a run layer by layer. Raises `PermpruneError` if none fits in `memory`
+        bytes.
         """
         fault = self._undivided(config)
         if config.shard and fault:
@@ -177,14 +178,21 @@ class Fitting(Subject):
         The runs are those with the settings given, and with leaner and leaner ones.
         """
         given, ladder = forecast_held(self, config, shards), list(_leaner(config, self.machine))
+        if self.processes > 1 or self._whole(config):
+            ladder = [settings.replace(offload=config.offload) for settings in ladder]
         leanest = [
             forecast_held(self, settings, shards) for settings in ladder if settings.batch == 1 and settings.recompute
         ]
         least = min([given, *leanest], key=lambda fitting: fitting.tensors)
         if given.tensors <= memory or least.tensors > memory:
             return (given if given.tensors <= memory else None), least
-        runs = (fitting for settings in ladder if (fitting := forecast_held(self, settings, shards)).tensors <= memory)
-        return next(runs), least
+        runs = (forecast_held(self, settings, shards) for settings in ladder)
+        return next(one for one in runs if one.tensors <= memory and self._fits_host(one)), least
+
+    def _fits_host(self, found: Forecast) -> bool:
+        """Whether what a run offloads to the host fits in the memory of this machine, if that runs it."""
+        elsewhere = self.machine.sheet is not None or found.config.offload != "host"
+        return elsewhere or found.host <= psutil.virtual_memory().total
 
     def _memory(self, given: Forecast) -> int:
         """The bytes for the tensors of one process: those of its device, or its share of those of the host."""
@@ -232,6 +240,11 @@ def _leaner(config: PruneConfig, machine: Machine) -> Iterator[PruneConfig]:
     if not config.recompute:
         config = config.replace(recompute=True)
         yield config
+    if config.offload == "none":
+        places = ("disk",) if machine.device.type == "cpu" else ("host", "disk")
+        offloaded = [config.replace(offload=place) for place in places]
+        yield from offloaded
+        config = offloaded[-1]
     if config.precision == "auto" and machine.dtype == torch.float32:
         yield config.replace(precision="bf16")
 
@@ -240,6 +253,7 @@ def _options(given: PruneConfig, chosen: PruneConfig) -> str:
     """The options that lead from one config to another."""
     options = {
         "batch": f"--batch {chosen.batch}", "recompute": "--recompute", "precision": f"--precision {chosen.precision}",
+        "offload": f"--offload {chosen.offload}",
     }  # fmt: skip
     return " ".join(text for name, text in options.items() if getattr(chosen, name) != getattr(given, name))
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Place = Literal["device", "host"]
-"""The memory that holds a part: that of the device that computes, or that of the host; the same on a CPU."""
+Place = Literal["device", "host", "disk"]
+"""Where a part is: in the memory of the device that computes or of the host, the same on a CPU, or in a file."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Stage:
     last: bool = False
 
     def bytes(self, place: Place | None = None) -> int:
-        """The bytes of its parts, at one place or in all."""
-        return sum(part.bytes for part in self.parts if place in (None, part.place))
+        """The bytes of its parts at one place, or in memory."""
+        return sum(part.bytes for part in self.parts if part.place == place or (not place and part.place != "disk"))
 
     def beside(self, others: Iterable[Memory]) -> Stage:
         """The stage with other parts that are held all the time."""

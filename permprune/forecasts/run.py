@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -19,6 +19,7 @@ from permprune.forecasts.activations import Activations
 from permprune.forecasts.costs import stages_of, state_bytes, trained_weights
 from permprune.forecasts.machine import Machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
+from permprune.forecasts.offloading import FILES, Offload
 from permprune.forecasts.passes import TYPICAL, batch_pass, example_pass, uncounted
 from permprune.forecasts.resources import Memory, Place, Stage, Work
 from permprune.forecasts.workload import Workload
@@ -30,7 +31,7 @@ from permprune.models.modality import (
     evaluation_count,
     kind_of,
 )
-from permprune.models.narrow_weights import held_bytes, held_type, is_narrow
+from permprune.models.narrow_weights import end_weights, held_bytes, held_type, is_narrow
 from permprune.models.pairs import takes_pairs
 from permprune.models.positions import fitting_length
 from permprune.pattern import MIXED
@@ -41,6 +42,9 @@ from permprune.pruning.outline import Outline
 from permprune.system.device import dtype_named
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
+
+SHORT = 16
+"""The tokens of text on which what was written is compared with the model."""
 
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
@@ -219,8 +223,9 @@ def forecast_held(
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
         *(stage.beside(network) for stage in stages_of(update(config.update), run)),
     ]
-    stages = [
-        _calibration(run, measured, fisher=fisher, memory=config.memory, positions=example.positions).beside(
+    limit = config.memory if config.offload == "none" else None
+    stages: Sequence[Stage] = [
+        _calibration(run, measured, fisher=fisher, memory=limit, positions=example.positions).beside(
             [weights, *counted("inputs" if fisher else "none").parts]
         ),
         *searching,
@@ -229,22 +234,33 @@ def forecast_held(
     ]
     # processes that divide rows convert their own from fp32, parameter by parameter
     load = Stage("load", (weights if shards == 1 else Memory("weights", whole),), Work(stored=checkpoint))
-    written = (
-        *found,
-        *([Memory("weights as stored", checkpoint // shards, "host")] if run.on_device or shards > 1 else []),
+    offloads = config.offload != "none"
+    files = FILES if offloads else shards
+    ends = [weight.numel() for weight, _ in end_weights(model)]
+    largest = max(layer.shape.numel() for layer in outline.layers)
+    as_stored = (
+        Memory("weights as stored", checkpoint // files, "host"),
+        Memory("layers in fp32", 4 * (largest + max(ends, default=0)) if is_narrow(stored) else 0, "host"),
+        Memory("activations of the check", _check_bytes(counted("none", dtype=torch.float32, batch=2), config), "host"),
     )
+    written = (*found, *(as_stored if run.on_device or files > 1 else ()))
+    stages = (
+        load,
+        *(_shared(stage, processes // shards) for stage in stages),
+        # the model is freed before what was written is read to check it
+        Stage("write", written, Work(stored=checkpoint)),
+    )
+    if offloads:
+        offload = Offload.of(cast(Place, config.offload), model, run)
+        stages = tuple(map(offload.stage, stages))
     return Forecast(
         config=config,
         machine=machine,
-        stages=(
-            load,
-            *(_shared(stage, processes // shards) for stage in stages),
-            # the model is freed before what was written is read to check it
-            Stage("write", written, Work(stored=checkpoint)),
-        ),
+        stages=stages,
         disk={
             "checkpoint": checkpoint,
             "states of the search": state_bytes(method, outline),
+            "tensors at rest": max(stage.bytes("disk") for stage in stages),
             "experts as fused": shards * offloaded_bytes(outline, stored) if shards > 1 else 0,  # read from disk
         },
         program=program_bytes(),
@@ -252,6 +268,11 @@ def forecast_held(
         shards=shards,
         assumed=tuple(_assumed(model, config, outline, processes)),
     )
+
+
+def _check_bytes(activations: Activations, config: PruneConfig) -> int:
+    """The activations of two examples of `short_inputs`, given those of two of the config's length."""
+    return int((activations.blocks + activations.logits) * min(1.0, SHORT / config.length))
 
 
 def _shared(stage: Stage, processes: int) -> Stage:

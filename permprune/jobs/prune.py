@@ -18,6 +18,7 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Held, open_to_prune
 from permprune.engine.limiting import keep_within
 from permprune.engine.measuring import Evaluation, require_data
+from permprune.engine.offloading import Offloading
 from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
 from permprune.engine.sharded import Sharded
@@ -141,7 +142,11 @@ def _prune(
             config = fitted.config
             require_space(work.out, sum(fitted.disk.values()))
         name, streamed = str(model), fitted is not None and fitted.streamed
+        offloads = config.offload != "none"
+        if offloads and (isinstance(model, PreTrainedModel) or distributed.world() > 1):
+            raise PermpruneError("only one process offloads, and a model that it reads itself: leave --offload out")
         alone = not streamed and (fitted is None or fitted.shards == 1) and not isinstance(model, PreTrainedModel)
+        alone = alone and not offloads
         shown.plan(stages_of_pruning(config, streamed=streamed, packed=pack is not None, timed=alone))
 
         def forecast(found: Forecast) -> None:
@@ -166,6 +171,8 @@ def _prune(
             open_weights = partial(Sharded, name, config, work)
         elif streamed:
             open_weights = partial(Streamed, name, config, work)
+        elif offloads:
+            open_weights = partial(Offloading, name, config, work, planned)
         session = inside.enter_context(Session(open_weights, evaluation))
         weights = session.weights
         weights.plan.dense.warn()

@@ -64,12 +64,13 @@ def replaced_while_running(
     `replacement` is called with the parameter before the module runs; if it returns None, the parameter stays. The
     gradient with respect to the replacement becomes that of the parameter. Outside the module's `forward` the parameter
     is unchanged, and only while the module runs, or until the backward pass, is the replacement in memory. Copies of
-    the module run with their own parameter.
+    the module run with their own parameter. Of several replacements the last one is made.
     """
     parameter: nn.Parameter = getattr(module, attribute)
 
     def enter(running: nn.Module, *_: object) -> None:
-        tensor = replacement(parameter) if running is module else None
+        own = running is module and module._parameters[attribute] is parameter
+        tensor = replacement(parameter) if own else None
         if tensor is not None:
             if torch.is_grad_enabled():
                 tensor = _InPlaceOf.apply(parameter, tensor)  # type: ignore[no-untyped-call]
@@ -79,7 +80,8 @@ def replaced_while_running(
         if running is module:
             module._parameters[attribute] = parameter
 
-    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    before = module.register_forward_pre_hook(enter, prepend=True)
+    return [before, module.register_forward_hook(leave, always_call=True)]
 
 
 class _InPlaceOf(torch.autograd.Function):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
+from permprune.models.at_rest import values_of
 from permprune.models.experts import WRITES, ExpertMatrix, Experts, is_experts
 from permprune.options import Share
 from permprune.pattern import Pattern
@@ -81,8 +82,16 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as (rows, channels) = (outputs, inputs); it shares memory with the parameter."""
-        return self.part_of(self.stored.data)
+        """The weight as (rows, channels) = (outputs, inputs).
+
+        It shares memory with the parameter, unless that is at rest elsewhere (`values_of`).
+        """
+        return values_of(self.stored, self.part_of)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the weight, (rows, channels)."""
+        return self.part_of(self.stored.data).shape
 
     @property
     def rows(self) -> slice:
@@ -92,7 +101,7 @@ class Layer:
     @property
     def row_count(self) -> int:
         """The number of rows of the whole layer."""
-        return getattr(self.owner, ROWS, (slice(None), len(self.weight)))[1]  # type: ignore[no-any-return]
+        return getattr(self.owner, ROWS, (slice(None), self.shape[0]))[1]  # type: ignore[no-any-return]
 
     @property
     def channel_dim(self) -> int:
@@ -143,8 +152,8 @@ def prunable_layers(model: nn.Module, pattern: Pattern, exclude: Iterable[str] =
     if not layers:
         raise PermpruneError("no linear layer to prune: the model has no repeated blocks, or all are excluded")
     for layer in layers:
-        pattern.require_divisible(layer.weight.shape[1], layer.name)
-        if not layer.weight.is_meta:
+        pattern.require_divisible(layer.shape[1], layer.name)
+        if not layer.stored.is_meta:
             require_finite(layer)
     return layers
 

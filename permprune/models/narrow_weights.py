@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from permprune.models.at_rest import rests, values_of
 from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer, block_linears, ends_of
 
@@ -58,8 +59,8 @@ class NarrowWeights:
 
     def __init__(self, model: nn.Module, layers: Iterable[Layer], stored: torch.dtype) -> None:
         found = _holdable(model, layers) if is_narrow(stored) else []
-        held = [one for one in found if one.parameter.dtype == torch.float32 and _narrow(one.parameter)]
-        self._hold(held, [(one.parameter, torch.float32) for one in held])
+        held = [one for one in found if _narrow(one.parameter)]
+        self._hold(held, [(one.parameter, torch.float32) for one in held if not rests(one.parameter)])
 
     @classmethod
     def as_read(cls, model: nn.Module) -> NarrowWeights:
@@ -169,7 +170,9 @@ def _wide_rows(_module: nn.Module, _inputs: object, rows: Tensor) -> Tensor:
 
 
 def _narrow(parameter: nn.Parameter) -> bool:
-    """Convert a parameter to bf16 if that changes no value; returns whether it did."""
+    """Convert a parameter in fp32 to bf16 if that changes no value; returns whether it did, or rests in bf16."""
+    if parameter.dtype != torch.float32 or rests(parameter):
+        return rests(parameter) and parameter.dtype == torch.bfloat16
     narrow = parameter.data.bfloat16()
     if not torch.equal(narrow.float(), parameter.data):
         return False
@@ -178,7 +181,7 @@ def _narrow(parameter: nn.Parameter) -> bool:
 
 
 def _computed(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to(computed_type(parameter))
+    return values_of(parameter).to(computed_type(parameter))
 
 
 def _release(before: list[tuple[Tensor, torch.dtype]], handles: list[RemovableHandle]) -> None:

@@ -56,7 +56,7 @@ class Solution:
     orders: dict[str, Tensor]
     seconds: float
     curve: tuple[CurvePoint, ...] = ()
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
     bits: dict[str, Tensor] = field(default_factory=dict)
     stopped: bool = False
 

@@ -5,7 +5,7 @@ Matrices are channels first, (channels, rows), so that a group's weights are con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ with on_first_use(globals()):
     from permprune.kernels.search.masks import pruned_weights
     from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.problem import Part, Problem
+    from permprune.system.shelf import Shelf
 
 BLOCK = 2**21
 """Number of weights that are read at a time: a matrix of them is 8 MiB in fp32. Smaller problems are read once."""
@@ -28,15 +29,20 @@ class Rows:
     """Rows of a problem that read the same input channels: those of one layer.
 
     `read` yields (weight, score), both (channels, rows), for one block of rows after the other, and `slopes` are the
-    slopes of the blocks. `pattern` is the layer's. Rows are scaled so that fisher is 1 in the model: the weight is
-    multiplied by sqrt(fisher), the slope is divided by it. `coupling` is the covariance after this scaling, that is,
-    the correlations (rows, rows), for which all rows have to be in one block; None if rows are treated as independent.
+    slopes of the blocks, by number. `pattern` is the layer's. Rows are scaled so that fisher is 1 in the model: the
+    weight is multiplied by sqrt(fisher), the slope is divided by it. `coupling` is the covariance after this scaling,
+    that is, the correlations (rows, rows), for which all rows have to be in one block; None if rows are treated as
+    independent.
     """
 
     read: Callable[[], Iterator[tuple[Tensor, Tensor]]]
-    slopes: list[Tensor]
+    slopes: Shelf
     pattern: Pattern
     coupling: Tensor | None = None
+
+    def add(self, slope: Tensor) -> None:
+        """Add the slopes of the next block."""
+        self.slopes[str(len(self.slopes))] = slope
 
     def coupled(self, x: Tensor) -> Tensor:
         """Multiply `x` (..., rows) by the correlations of the rows."""
@@ -67,7 +73,7 @@ def read_bundles(
     network: MaskedLayers,
     problem: Problem,
     fisher: dict[str, Tensor],
-    gradient: dict[str, Tensor] | None,
+    gradient: Mapping[str, Tensor] | None,
     covariance: dict[str, Tensor] | None,
 ) -> list[Bundle]:
     """Return the bundles of a problem; the arguments are those of `QuadraticModel.of`."""
@@ -117,10 +123,12 @@ def _rows(
         for span, (weight, score) in zip(spans, network.blocks(part, spans), strict=True):
             yield weight.mul_(root[span]), score
 
-    slopes = []
-    if gradient is not None:
-        columns = gradient[:, part.span]
-        slopes = [(columns[span].float() / -root[span, None]).T.contiguous().to(columns.dtype) for span in spans]
     blocks = list(read()) if small else None
     correlations = None if covariance is None else covariance / root[:, None] / root
-    return Rows(read if blocks is None else partial(iter, blocks), slopes, network.patterns[part.layer], correlations)
+    pattern = network.patterns[part.layer]
+    rows = Rows(read if blocks is None else partial(iter, blocks), network.shelf.another(), pattern, correlations)
+    if gradient is not None:
+        columns = gradient[:, part.span]
+        for span in spans:
+            rows.add((columns[span].float() / -root[span, None]).T.contiguous().to(columns.dtype))
+    return rows

@@ -6,6 +6,7 @@ find what the least squares of each layer give at once, and never finds other ma
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -28,10 +29,11 @@ def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
     before = network.bits
     with torch.no_grad():
         ADMM().run(network, landscape.run.batch(0, examples))
-        updated = dict(network.updated)
-        network.set_bits(_bits_of(network, updated))
-        # Pruned weights keep the values that they had, as in training.
-        kept = {name: torch.where(network.masks[name], updated[name], network.weights[name]) for name in updated}
+        updated, kept = network.updated, network.shelf.another()
+        network.set_bits(_bits_of(network, updated))  # `updated` is not shown any more
+        for name in updated:  # pruned weights keep the values that they had, as in training
+            weight = torch.where(network.masks[name], updated[name], network.weights[name])
+            kept[name] = weight.to(network.layers[name].stored.dtype)
         network.set_weights(kept)
     loss = landscape.held_out_loss()
     better = loss < state.best - TOLERANCE
@@ -44,7 +46,7 @@ def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
     return state
 
 
-def _bits_of(network: PrunedNetwork, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _bits_of(network: PrunedNetwork, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks of pruned weights, packed; each group keeps its N largest weights, of which some may be 0."""
     columns, bits = network.stored_columns(), {}
     for name, weight in weights.items():

@@ -10,17 +10,18 @@ With slope = fisher * (E H) and damping 1 the model is the layer's own output er
 sensitivity of the loss. With slope = -dLoss/dW_eff it is the end-to-end model of the "newton" and "learned" searches,
 in which a damping above 1 accounts for the curvature between layers that move together.
 
-The model is a sum over rows, of which it reads a block at a time. Of all rows it holds only the slope, in the type of
-the weights; E follows from the weights, their scores and the groups. If processes divide the rows, each has those that
-it holds, and the sums over rows, of costs and changes of the model, are added.
+The model is a sum over rows, of which it reads a block at a time. Of all rows it keeps only the slope, in the type of
+the weights, where the network's tensors rest; E follows from the weights, their scores and the groups. If processes
+divide the rows, each has those that it holds, and the sums over rows, of costs and changes of the model, are added.
 
 Matrices here are channels first, (channels, rows), so that a group's weights are contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from permprune.pattern import Pattern
 from permprune.permuters.bundles import Bundle, Rows, read_bundles
@@ -73,13 +74,17 @@ class Pool:
 
 @dataclass(frozen=True)
 class Block:
-    """The matrices of a block of `rows`, (channels, rows), at the current groups; `slope` may be changed in place."""
+    """The matrices of a block of `rows`, (channels, rows), at the current groups.
+
+    `slope` may be changed in place, after which `put_back` has to be called with it.
+    """
 
     weight: Tensor
     score: Tensor
     slope: Tensor
     error: Tensor
     rows: Rows
+    put_back: Callable[[Tensor], None]
 
     def pruned(self, groups: Tensor) -> Tensor:
         """Return the pruned weights with other groups."""
@@ -104,7 +109,7 @@ class QuadraticModel:
         network: MaskedLayers,
         problem: Problem,
         fisher: dict[str, Tensor],
-        gradient: dict[str, Tensor] | None = None,
+        gradient: Mapping[str, Tensor] | None = None,
         damping: float = 1.0,
         order: Tensor | None = None,
         covariance: dict[str, Tensor] | None = None,
@@ -123,8 +128,8 @@ class QuadraticModel:
             for bundle in bundles:
                 moments = bundle.moments(torch.arange(problem.size))
                 for rows in bundle.rows:
-                    errors = (rows.pruned(weight, score, model.groups) for weight, score in rows.read())
-                    rows.slopes += [moments @ error for error in errors]
+                    for weight, score in rows.read():
+                        rows.add(moments @ rows.pruned(weight, score, model.groups))
         return model
 
     @property
@@ -221,8 +226,9 @@ class QuadraticModel:
 
     def _blocks(self, bundle: Bundle) -> Iterator[Block]:
         for rows in bundle.rows:
-            for (weight, score), slope in zip(rows.read(), rows.slopes, strict=True):
-                yield Block(weight, score, slope, rows.pruned(weight, score, self.groups), rows)
+            for name, (weight, score) in zip(rows.slopes, rows.read(), strict=True):
+                put_back = partial(rows.slopes.__setitem__, name)
+                yield Block(weight, score, rows.slopes[name], rows.pruned(weight, score, self.groups), rows, put_back)
 
     def _gains(self, groups: Tensor, pools: list[Pool], sets: Sequence[Tensor]) -> Tensor:
         """Return the change of the model by each set's move to its places in `groups`, alone: fp64 (sets,).
@@ -257,7 +263,7 @@ class QuadraticModel:
                 error = block.pruned(groups)
                 move = error - block.error
                 field = block.rows.coupled(_joined(pools, products, move)).mul_(self.damping)
-                block.slope.add_(field)
+                block.put_back(block.slope.add_(field))
                 change += float((move * block.slope).sum() - field.mul_(move).sum() / 2)
                 if slots is not None:
                     self._add_costs(costs, bundle, block, error, groups=groups, pools=pools, slots=slots)

@@ -68,12 +68,12 @@ def find_swaps(network: PrunedNetwork, name: str, gradients: Gradients, damping:
     columns = network.stored_columns()[name].view(-1, pattern.m).to(moments.device)
     energy = moments[columns[:, :, None], columns[:, None, :]].to(weight.device)  # of each group
     columns = columns.to(weight.device)
-    swaps = []
+    gradient, swaps = gradients.weight[name].flatten(), []
     for rows in torch.arange(len(weight), device=weight.device).split(max(1, GROUPS_AT_ONCE // len(columns))):
         members = mask[rows][:, columns].to(torch.int8).argsort(dim=-1, descending=True, stable=True)  # kept ones first
         places = (rows[:, None, None] * weight.shape[1] + columns).gather(-1, members)
         values = weight.flatten()[places].float()
-        slope = gradients.weight[name].flatten()[places].float() * values
+        slope = gradient[places].float() * values
         fisher = gradients.fisher[name][rows, None].float()
         pair, change = _best_pairs(
             values, slope, members, energy, n=pattern.n, fisher=fisher, damping=damping, terms=gradients.count

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from permprune.examples import Examples
 from permprune.kernels.adam.step import adam_step
-from permprune.kernels.search.masks import pack_mask
 from permprune.losses.loss import Loss
 from permprune.permuters.base import Run
 from permprune.permuters.iterate import TOLERANCE, Landscape, S
@@ -20,6 +20,7 @@ from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import bar, log
 from permprune.system.search_state import Resumable, State
+from permprune.system.shelf import Computed, Shelf
 from permprune.training.int4 import SOLVED, Int4Weights
 
 BETAS = (0.9, 0.95)
@@ -71,34 +72,34 @@ def first_ended(*schedules: Schedule) -> Schedule:
 class KeptWeights:
     """The kept weights of a network in training with Adam, with moments of these weights only.
 
-    Weights and moments have the type in which the model holds each weight. `weights` are by layer, (rows, channels),
-    with zeros where a weight is pruned. Learning rates are relative to the root mean square of a layer's kept weights,
-    as in Adafactor (Shazeer & Stern 2018, arXiv 1804.04235, section 8), because that differs more than tenfold between
-    models, and the rates that suit them do as well. `steps` is the number of steps so far.
+    Weights and moments have the type in which the model holds each weight, and rest where those of the network do
+    (`MaskedLayers.shelf`). `weights` are by layer, (rows, channels), with zeros where a weight is pruned. Learning
+    rates are relative to the root mean square of a layer's kept weights, as in Adafactor (Shazeer & Stern 2018, arXiv
+    1804.04235, section 8), because that differs more than tenfold between models, and the rates that suit them do as
+    well. `steps` is the number of steps so far.
 
-    Starts from the weights that the network shows, or from the state of an interrupted training with the same masks,
-    from which its tensors are removed one after the other.
+    Starts from the weights that the network shows, or from the state of an interrupted training with the same masks.
     """
 
     def __init__(self, network: PrunedNetwork, generator: torch.Generator, state: State | None) -> None:
         tensors, values = state or ({}, {"steps": 0})
         self._network, self._generator, self.steps = network, generator, int(values["steps"])
         if state is not None:
-            generator.set_state(tensors.pop(GENERATOR))
-        self._bits = {name: pack_mask(mask) for name, mask in network.masks.items()}
-        self.weights: dict[str, Tensor] = {}
-        self._moments: dict[str, Tensor] = {}
+            generator.set_state(tensors[GENERATOR])
+        self._bits = network.bits
+        self.weights, self._moments = network.shelf.another(), network.shelf.another()
         scales = [name.removeprefix(SCALE) for name in tensors if name.startswith(SCALE)]
-        self._int4 = Int4Weights(network, {name: tensors.pop(SCALE + name) for name in scales})
+        self._int4 = Int4Weights(network, {name: tensors[SCALE + name] for name in scales})
         self._scales: dict[str, float] = {}
         for name, layer in network.layers.items():
-            self.weights[name] = weight = network.shown[name].to(layer.weight.dtype)
+            weight = network.shown[name].to(layer.stored.dtype)
             kept = int(network.masks[name][0].sum())
-            self._moments[name] = weight.new_zeros(2, len(weight), kept)
+            moments = weight.new_zeros(2, len(weight), kept)
             self._scales[name] = float(weight.float().square().sum() / (len(weight) * kept)) ** 0.5
             if state is not None:
-                weight.copy_(tensors.pop(WEIGHT + name))
-                self._moments[name].copy_(tensors.pop(MOMENTS + name))
+                weight.copy_(tensors[WEIGHT + name])
+                moments.copy_(tensors[MOMENTS + name])
+            self.weights[name], self._moments[name] = weight, moments
 
     def begin_int4(self, examples: Examples) -> None:
         """Let the next steps run with the weights as int4 stores them, solved on `examples`, if they do not yet."""
@@ -114,34 +115,39 @@ class KeptWeights:
         seed, number = int(torch.randint(2**32, (), generator=self._generator)), itertools.count()
 
         def take(name: str, gradient: Tensor) -> None:
+            weight, moments = self.weights[name], self._moments[name]
             adam_step(
-                self.weights[name],
+                weight,
                 gradient.contiguous(),
                 self._bits[name],
-                *self._moments[name],
+                *moments,
                 step=self.steps,
                 rate=rate * self._scales[name],
                 betas=BETAS,
                 seed=(seed + next(number)) % 2**32,
             )
+            self.weights[name], self._moments[name] = weight, moments
 
-        self._network.show({name: self._int4.stored(name, weight) for name, weight in self.weights.items()})
+        shown = self.weights
+        if self._int4.scales:
+            shown = self._network.shelf.another()
+            shown.update((name, self._int4.stored(name, weight)) for name, weight in self.weights.items())
+        self._network.show(shown)
         return self._network.take_gradients(examples, loss, take)
 
     def state(self) -> State:
-        """Return the state after the last step, from which training can be resumed; it shares the tensors."""
-        tensors = {WEIGHT + name: weight for name, weight in self.weights.items()}
-        tensors |= {MOMENTS + name: moments for name, moments in self._moments.items()}
-        tensors |= {SCALE + name: scale for name, scale in self._int4.scales.items()}
-        return tensors | {GENERATOR: self._generator.get_state()}, {"steps": self.steps}
+        """Return the state after the last step, from which training can be resumed; its tensors are read one by one."""
+        tensors: dict[str, Callable[[], Tensor]] = {GENERATOR: self._generator.get_state}
+        for prefix, shelf in ((WEIGHT, self.weights), (MOMENTS, self._moments)):
+            tensors |= {prefix + name: partial(shelf.resting, name) for name in shelf}
+        tensors |= {SCALE + name: partial(self._int4.scales.__getitem__, name) for name in self._int4.scales}
+        return Computed(tensors, lambda name: tensors[name]()), {"steps": self.steps}
 
-    def with_pruned(self) -> dict[str, Tensor]:
+    def with_pruned(self) -> Shelf:
         """Return the weights as stored, with the values that pruned ones had before; they replace `weights`."""
-        for name, weight in self.weights.items():
-            mask = self._network.masks[name]
-            weight.copy_(
-                torch.where(mask, self._int4.stored(name, weight), self._network.weights[name].to(weight.dtype))
-            )
+        for name in self.weights:
+            mask, weight = self._network.masks[name], self._int4.stored(name, self.weights[name])
+            self.weights[name] = torch.where(mask, weight, self._network.weights[name].to(weight.dtype))
         return self.weights
 
 
@@ -187,7 +193,7 @@ def train_weights(
     rate: float,
     int4: float = 0.0,
     saved: Resumable,
-) -> dict[str, Tensor]:
+) -> Shelf:
     """Train the network's weights with Adam at its current masks, as long as `schedule` does; returns them by layer.
 
     The network itself keeps its weights. Step i uses batch `first` + i of `examples` training examples, at a learning

@@ -17,6 +17,7 @@ from permprune.kernels.adam.rounding import add_rounded_
 from permprune.models.activation_checkpointing import recomputed
 from permprune.models.forward import frozen
 from permprune.system import distributed
+from permprune.system.shelf import Shelf
 
 SEED_STEP = 0x27D4EB2F
 """The difference of the seeds of one sum in bf16 and the next."""
@@ -33,15 +34,15 @@ class Gradients:
     weight as it is held. `fisher[layer]` (rows,) is the Fisher information as in `Statistics`, averaged over the
     `count` terms of this loss and multiplied by the loss's `curvature`. `loss` is the mean loss. If each example has
     one label, `covariance[layer]` (rows, rows) is the `row_covariance` of layers that are not too wide; its diagonal is
-    `fisher`. `stored` are the gradients of the parameters, whose memory those in `weight` share.
+    `fisher`. `stored` are the gradients of the parameters, from which those in `weight` are read.
     """
 
-    weight: dict[str, Tensor]
+    weight: Mapping[str, Tensor]
     fisher: dict[str, Tensor]
     loss: float
     count: int
     covariance: dict[str, Tensor] = field(default_factory=dict)
-    stored: dict[str, Tensor] = field(default_factory=dict)
+    stored: Shelf = field(default_factory=Shelf)
 
     def discounted(self, weight: float) -> Gradients:
         """Return these gradients with this share of their weight in later means."""
@@ -82,27 +83,29 @@ def received(parameters: Parameters, receive: Callable[[str, Tensor], None]) -> 
 
 
 class GradientSums:
-    """The sums of gradients over batches and ranks, by the names of the parameters in `sums`.
+    """The sums of gradients over batches and ranks, by the names of the parameters, on the shelf `sums`.
 
     They are kept in the narrower of the parameter's type and `dtype`, that of activations. With a `seed`, which is the
     same on all ranks, sums in bf16 are rounded stochastically.
     """
 
-    def __init__(self, parameters: Parameters, dtype: torch.dtype, seed: int | None = None) -> None:
-        self.parameters, self.dtype, self.seed = parameters, dtype, seed
-        self.sums: dict[str, Tensor] = {}
+    def __init__(self, parameters: Parameters, dtype: torch.dtype, sums: Shelf, *, seed: int | None = None) -> None:
+        self.parameters, self.dtype, self.sums, self.seed = parameters, dtype, sums, seed
         self._added = itertools.count(1)
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add a batch's gradient of a parameter."""
         if name not in self.sums:
             self.sums[name] = gradient.to(self._type_of(gradient)).contiguous()
-        elif self.seed is not None and self.sums[name].dtype == torch.bfloat16:
-            add_rounded_(self.sums[name], gradient, (self.seed + next(self._added) * SEED_STEP) % 2**32)
+            return
+        total = self.sums[name]
+        if self.seed is not None and total.dtype == torch.bfloat16:
+            add_rounded_(total, gradient, (self.seed + next(self._added) * SEED_STEP) % 2**32)
         else:
-            self.sums[name] += gradient
+            total += gradient
+        self.sums[name] = total
 
-    def mean(self, terms: int, ran: bool) -> dict[str, Tensor]:
+    def mean(self, terms: int, ran: bool) -> Shelf:
         """Add the sums of all ranks, divide them by `terms`, in place, and return them.
 
         `ran` is whether this rank ran any examples; if so, raises `PermpruneError` for a parameter without a gradient.
@@ -124,6 +127,7 @@ class GradientSums:
             else:
                 distributed.add_([total])
             total /= terms
+            self.sums[name] = total
         return self.sums
 
     def _type_of(self, weight: Tensor) -> torch.dtype:

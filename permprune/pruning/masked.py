@@ -20,13 +20,13 @@ from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights, computed_type
 from permprune.pattern import Pattern
-from permprune.pruning.computed import Computed
 from permprune.pruning.measures import LayerMeasure, output_energy
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency, Scale
 from permprune.system import distributed, sharding
 from permprune.system.device import autocast_dtype
 from permprune.system.progress import track
+from permprune.system.shelf import Computed, Shelf
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ class MaskedLayers:
     Rows are those that this process holds (`permprune.system.sharding`): what depends on all of them is summed over the
     processes.
 
+    Weights in `trained` and `updated` rest on shelves at the place of `shelf`, by default on the device.
+
     `sites` maps each layer to the name of the tensor that it reads. `held` are the weights that are held in bf16; the
     network releases them when the dense weights are restored. Raises
     `PermpruneError` for a layer that cannot be scored.
@@ -64,13 +66,14 @@ class MaskedLayers:
         saliency: Saliency,
         patterns: Mapping[str, Pattern],
         held: NarrowWeights | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, dict(patterns)
-        self.held = held
+        self.held, self.shelf = held, Shelf() if shelf is None else shelf
         self.layers = {layer.name: layer for layer in layers}
         self.orders: Orders = {}
-        self.trained: dict[str, Tensor] = {}
-        self.updated: dict[str, Tensor] = {}
+        self.trained = self.shelf.another()
+        self._show_masked()
         self._energies: dict[str, float] = {}
         self.scales = {name: self._scale(name, saliency) for name in sites}
         self._bits = {name: pack_mask(patterns[name].mask(score)) for name, score in self.scores.items()}
@@ -91,12 +94,12 @@ class MaskedLayers:
     @property
     def weights(self) -> Mapping[str, Tensor]:
         """The weights that are masked."""
-        return Computed(self.sites, lambda name: self.trained.get(name, self.dense[name]))
+        return Computed(self.sites, lambda name: (self.trained if name in self.trained else self.dense)[name])
 
     @property
     def masks(self) -> Mapping[str, Tensor]:
         """Which weights are kept, bool."""
-        return Computed(self.sites, lambda name: unpack_mask(self._bits[name], self.layers[name].weight.shape[1]))
+        return Computed(self.sites, lambda name: unpack_mask(self._bits[name], self.layers[name].shape[1]))
 
     @property
     def shown(self) -> Mapping[str, Tensor]:
@@ -118,7 +121,7 @@ class MaskedLayers:
 
     def row_count(self, layer: str) -> int:
         """The number of rows of a layer."""
-        return len(self.layers[layer].weight)
+        return self.layers[layer].shape[0]
 
     def identity(self) -> Orders:
         """The natural order of every problem."""
@@ -146,7 +149,7 @@ class MaskedLayers:
         if distributed.shards() == 1:  # otherwise all ranks solve the same problem at a time
             numbered.sort(key=weights)
         mine = distributed.share(numbered)
-        results = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.layers.values())).weight.device)
+        results = distributed.each(lambda pair: solve(*pair), mine, next(iter(self.layers.values())).stored.device)
         tracked = track(results, label, len(mine)) if label else results
         return distributed.merge({problem.name: result for (_, problem), result in zip(mine, tracked, strict=True)})
 
@@ -156,7 +159,7 @@ class MaskedLayers:
         This is given by the current orders: groups of m neighbours follow the layer's pattern, and columns that no
         problem moves keep their positions.
         """
-        stored = {name: torch.arange(layer.weight.shape[1]) for name, layer in self.layers.items()}
+        stored = {name: torch.arange(layer.shape[1]) for name, layer in self.layers.items()}
         orders = self.current()
         for problem in self.problems:
             for part in problem.parts:
@@ -166,7 +169,7 @@ class MaskedLayers:
     def set_orders(self, orders: Orders) -> None:
         """Apply the masks of these orders; problems that are not in `orders` keep their current order."""
         touched: dict[str, list[Tensor]] = {}
-        self.updated.clear()
+        self._show_masked()
         for problem in self.problems:
             order = orders.get(problem.name)
             if order is None or torch.equal(order, self.orders.get(problem.name, problem.identity())):
@@ -211,20 +214,24 @@ class MaskedLayers:
 
         An order that changes afterwards sets the masks of its columns by the scores again.
         """
-        self.updated.clear()
+        self._show_masked()
         stored = self.stored_columns()
         for name in self._refined - bits.keys():
             self._bits[name] = pack_mask(self.mask_with(name, self.patterns[name], stored[name]))
-        self._bits |= {name: mask.to(self.layers[name].weight.device) for name, mask in bits.items()}
+        self._bits |= {name: mask.to(self.layers[name].stored.device) for name, mask in bits.items()}
         self._refined = set(bits)
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Apply the masks to these weights (rows, channels), by layer, and to the dense weights of the other layers.
 
-        They are converted to the types of the dense weights, and moved to their devices.
+        They are converted to the types of the dense weights, and moved to their devices; those on a shelf stay there.
         """
-        self.trained = {name: weight.to(self.layers[name].weight) for name, weight in weights.items()}
-        self.updated.clear()
+        if isinstance(weights, Shelf):
+            self.trained = weights
+        else:
+            self.trained = self.shelf.another()
+            self.trained.update((name, weights[name].to(self.layers[name].stored)) for name in weights)
+        self._show_masked()
 
     def blocks(self, part: Part, spans: Iterable[slice]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the weights to mask and the scores of a part's columns, for one span of rows after the other.
@@ -270,9 +277,21 @@ class MaskedLayers:
     def show(self, weights: Mapping[str, Tensor]) -> None:
         """Run with these weights without masking them, until orders or weights are set again.
 
-        They are (rows, channels) in the network's own order, by layer; other layers keep their current weights.
+        They are (rows, channels) in the network's own order, by layer; other layers keep their current weights. Of
+        weights on a shelf, what it holds when a layer runs counts.
         """
-        self.updated |= weights
+        if isinstance(weights, Shelf):
+            self.updated, self._borrows = weights, True
+            return
+        if self._borrows:
+            borrowed = self.updated
+            self._show_masked()
+            self.updated.update(borrowed)
+        self.updated.update(weights)
+
+    def _show_masked(self) -> None:
+        """Let all layers run with masked weights."""
+        self.updated, self._borrows = self.shelf.another(), False
 
     @contextmanager
     def dense_weights(self) -> Iterator[None]:
@@ -332,14 +351,20 @@ class MaskedLayers:
     def _type(self, name: str) -> torch.dtype:
         """The type of a layer's weights where they are not held in bf16."""
         layer = self.layers[name]
-        return layer.weight.dtype if self.held is None else self.held.types.get(layer.parameter, layer.weight.dtype)
+        dtype = layer.stored.dtype
+        return dtype if self.held is None else self.held.types.get(layer.parameter, dtype)
 
     def _shown(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a weight that is shown, (rows, channels), in `dtype`, by default the type of the dense weight."""
         dtype = dtype or self._type(name)
         if name in self.updated:
             return self.updated[name].to(dtype)
-        return apply_mask(self.trained.get(name, self.layers[name].weight), self._bits[name], dtype)
+        return apply_mask(self._unmasked(name), self._bits[name], dtype)
+
+    def _unmasked(self, name: str) -> Tensor:
+        """The weight that is masked, in the type in which it is held."""
+        trained = name in self.trained
+        return self.trained[name] if trained else self.layers[name].weight
 
     def detach(self) -> None:
         """Let the model run with its own weights."""
@@ -368,10 +393,12 @@ class MaskedLayers:
 
     def _multiplied(self, layer: Layer) -> Tensor | None:
         """Return a weight that is shown as a product without gradients reads it fastest, or None where it is dense."""
-        weight = self.trained.get(layer.name, layer.weight)
         other = layer.expert is not None or layer.transposed or layer.name in self.updated
         pattern = self.patterns.get(layer.name)
-        if other or pattern is None or autocast_dtype(weight.device) or not MaskedWeight.fits(weight, pattern):
+        if other or pattern is None or layer.stored.dtype != torch.float32 or autocast_dtype(layer.stored.device):
+            return None
+        weight = self._unmasked(layer.name)
+        if not MaskedWeight.fits(weight, pattern):
             return None
         return MaskedWeight.of(weight, self._bits[layer.name])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from permprune.pruning.problem import Orders, Part, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed, sharding
 from permprune.system.device import compute_device
+from permprune.system.shelf import Computed, Shelf
 
 COUPLED = 4096
 """The largest number of rows of a layer for which the covariance of rows is computed: 64 MiB in fp32."""
@@ -60,9 +62,17 @@ class PrunedNetwork(MaskedLayers):
         batch: int = 2,
         recompute: bool = False,
         held: NarrowWeights | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         super().__init__(
-            layers, problems, sites, statistics=statistics, saliency=saliency, patterns=patterns, held=held
+            layers,
+            problems,
+            sites,
+            statistics=statistics,
+            saliency=saliency,
+            patterns=patterns,
+            held=held,
+            shelf=shelf,
         )
         self.model, self.task, self.dtype, self.batch, self.recompute = model, task, dtype, batch, recompute
         self.saliency = saliency
@@ -144,10 +154,11 @@ class PrunedNetwork(MaskedLayers):
         later examples, which rounding to the nearest would lose. Raises `PermpruneError` if the loss has no gradient,
         or if a layer takes no part in it.
         """
-        fisher = {name: self._no_fisher(layer.weight) for name, layer in self.layers.items()}
-        sums = GradientSums(self.parameters, self.dtype, seed=int(examples.digest[:8], 16))
-        if mean and distributed.adds_once():
-            sums.sums |= {name: gradient.mul_(mean.count) for name, gradient in mean.stored.items()}
+        fisher = {name: self._no_fisher(layer) for name, layer in self.layers.items()}
+        earlier = mean.stored if mean and distributed.adds_once() else self.shelf.another()
+        for name in earlier:
+            earlier[name] *= cast(Gradients, mean).count
+        sums = GradientSums(self.parameters, self.dtype, earlier, seed=int(examples.digest[:8], 16))
         total, count = 0.0, 0.0
         with self._differentiable(), received(self.parameters, sums.add):
             for shown, dense in self._batches(examples, loss, self.batch):
@@ -160,11 +171,11 @@ class PrunedNetwork(MaskedLayers):
         stored = sums.mean(terms, ran=bool(_share(examples, self.batch)))
         fisher = {name: f * loss.curvature / count for name, f in fisher.items()}
         if mean:
-            earlier = mean.fisher | mean.covariance
-            fisher = {name: earlier[name].lerp(f, count / terms) for name, f in fisher.items()}
+            known = mean.fisher | mean.covariance
+            fisher = {name: known[name].lerp(f, count / terms) for name, f in fisher.items()}
         covariance = {name: f for name, f in fisher.items() if f.dim() == 2}
         fisher |= {name: f.diagonal().clamp_min(SMALL * float(f.diagonal().mean())) for name, f in covariance.items()}
-        weight = {name: layer.part_of(stored[layer.parameter]) for name, layer in self.layers.items()}
+        weight = Computed(self.layers, lambda name: self.layers[name].part_of(stored[self.layers[name].parameter]))
         return Gradients(weight, fisher, total / count, terms, covariance, stored)
 
     def slopes(self, examples: Examples, loss: Loss, before: Orders, after: Orders) -> dict[str, float]:
@@ -199,7 +210,7 @@ class PrunedNetwork(MaskedLayers):
         this pass have yet to read. Raises `PermpruneError` as `gradients` does.
         """
         shares, parameters = list(self._batches(examples, loss, self.batch)), self.parameters
-        sums, alone = GradientSums(parameters, self.dtype), distributed.world() == 1
+        sums, alone = GradientSums(parameters, self.dtype, self.shelf.another()), distributed.world() == 1
         count, losses = distributed.total(len(shares))[0], list[float]()
 
         def hand(parameter: str, gradient: Tensor) -> None:
@@ -247,11 +258,11 @@ class PrunedNetwork(MaskedLayers):
         alike, layers = self.statistics.one_label_per_example, list(self.layers.values())
         return output_fisher(layers, fisher, one_label_per_example=alike, padding=padding_of(self.model, shown))
 
-    def _no_fisher(self, weight: Tensor) -> Tensor:
-        """Zeros for the Fisher information of a weight's rows, (rows,), or for the covariance of rows, (rows, rows)."""
-        rows, dtype = len(weight), torch.promote_types(weight.dtype, torch.float32)
+    def _no_fisher(self, layer: Layer) -> Tensor:
+        """Zeros for the Fisher information of a layer's rows, (rows,), or for the covariance of rows, (rows, rows)."""
+        rows, dtype = layer.shape[0], torch.promote_types(layer.stored.dtype, torch.float32)
         square = self.statistics.one_label_per_example and rows <= COUPLED and distributed.shards() == 1
-        return weight.new_zeros((rows, rows) if square else rows, dtype=dtype)
+        return layer.stored.new_zeros((rows, rows) if square else rows, dtype=dtype)
 
     def _batches(
         self,

@@ -35,17 +35,17 @@ class Outline:
     @cached_property
     def rows(self) -> dict[str, int]:
         """The number of rows of each layer."""
-        return {layer.name: -(-len(layer.weight) // self.shards) for layer in self.layers}
+        return {layer.name: -(-layer.shape[0] // self.shards) for layer in self.layers}
 
     @cached_property
     def widths(self) -> dict[str, int]:
         """The number of channels of each tensor that layers read."""
-        return {self.sites[layer.name]: layer.weight.shape[1] for layer in self.layers}
+        return {self.sites[layer.name]: layer.shape[1] for layer in self.layers}
 
     @cached_property
     def weights(self) -> int:
         """The number of weights of all layers."""
-        return sum(self.rows[layer.name] * layer.weight.shape[1] for layer in self.layers)
+        return sum(self.rows[layer.name] * layer.shape[1] for layer in self.layers)
 
     def rows_of(self, problem: Problem) -> int:
         """The number of weight rows that follow a problem's order."""

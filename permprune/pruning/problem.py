@@ -111,7 +111,7 @@ def _columns(reader: Member, block: int, layers: list[Layer]) -> list[tuple[Laye
     copies = reader.positions[block]
     if not layers or layers[0].expert is None or reader.dims[0] != 0:
         return [(layer, columns) for layer in layers for columns in copies]
-    width, by_expert = layers[0].weight.shape[1], {layer.expert: layer for layer in layers}
+    width, by_expert = layers[0].shape[1], {layer.expert: layer for layer in layers}
     experts = [set((columns // width).tolist()) for columns in copies]
     owners = [by_expert.get(numbers.pop()) if len(numbers) == 1 else None for numbers in experts]
     return [(layer, columns % width) for layer, columns in zip(owners, copies, strict=True) if layer is not None]

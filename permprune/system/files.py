@@ -46,7 +46,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     A symbolic link at `path` is replaced, not followed. Raises `PermpruneError` if it cannot be written (a full disk, a
     missing permission, a folder or device at `path`).
     """
-    with _reported(path):
+    with reported(path):
         _require_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _new_folder(path.parent, "new") as folder:
@@ -94,7 +94,7 @@ def atomic_folder(out: Path, within: Path | None = None, advice: str = ADVICE) -
     `PermpruneError` if `out` exists, or, with a message that ends in `advice`, if it cannot be written.
     """
     require_absent(out)
-    with _reported(out, advice), _new_folder(within or out.parent, out.name) as folder:
+    with reported(out, advice), _new_folder(within or out.parent, out.name) as folder:
         yield folder
         _follow_umask(folder)
         os.rename(folder, out)
@@ -139,7 +139,7 @@ class WorkFolder:
     def _open(self, lock: FileLock, job: str, resume: bool) -> None:
         require_absent(self.out)
         require_writable(self.out)
-        with _reported(self.path):
+        with reported(self.path):
             self._require_ours()
             self.path.mkdir(exist_ok=True)
             try:
@@ -182,7 +182,7 @@ class WorkFolder:
 
     def _close(self, lock: FileLock, keep: bool) -> None:
         """Release the lock, and remove the folder unless it is to be kept; marker and lock are removed last."""
-        with _reported(self.path):
+        with reported(self.path):
             _remove(self.scratch)
             if not keep:
                 for name in sorted(self._entries() - {MARKER, LOCK}):
@@ -216,7 +216,7 @@ def require_absent(out: Path) -> None:
 
 def require_writable(path: Path) -> None:
     """Raise `PermpruneError` unless `path` can be written; tests it with a temporary file of that name beside it."""
-    with _reported(path, "choose another place"):
+    with reported(path, "choose another place"):
         _require_file(path)
         existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
         with tempfile.TemporaryDirectory(prefix=PREFIX, dir=existing) as private:
@@ -257,7 +257,7 @@ def _follow_umask(folder: Path) -> None:
 
 
 @contextmanager
-def _reported(path: Path, advice: str = ADVICE) -> Iterator[None]:
+def reported(path: Path, advice: str = ADVICE) -> Iterator[None]:
     """A context that turns errors of the operating system into a `WriteError` of `path`."""
     try:
         yield

@@ -7,24 +7,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from permprune.errors import PermpruneError
 from permprune.system import distributed
 from permprune.system.digests import digest_of
 from permprune.system.files import write_whole
+from permprune.system.shelf import Computed, Shelf
+from permprune.system.tensor_file import read_tensors, write_tensors
 
 EVERY, SLOW = 30.0, 1.6
 """Seconds between two saves of a stage; `SLOW` times as many if a save takes more than a twentieth of them."""
 
-State = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors by name, and values that JSON can hold."""
+State = tuple[Mapping[str, Tensor], dict[str, Any]]
+"""Tensors by name, which may be read one at a time, and values that JSON can hold."""
 
 T = TypeVar("T")
 
@@ -49,13 +51,12 @@ class Checkpoint:
         """
         if self.folder is None or not self.saves(every_rank):
             return
-        copies = {key: tensor.contiguous() for key, tensor in tensors.items()}
         metadata = {
             "settings": json.dumps(self.settings),
             "values": json.dumps(values),
-            "digest": digest_of(sorted(copies.items())),
+            "digest": _digest(tensors),
         }
-        write_whole(self.folder / f"{name}.safetensors", lambda temporary: save_file(copies, temporary, metadata))
+        write_whole(self.folder / f"{name}.safetensors", lambda temporary: write_tensors(temporary, tensors, metadata))
 
     def save_object(self, name: str, value: Any) -> None:
         """Save a dataclass object as it is (see `as_state`), on the first rank; otherwise as `save`."""
@@ -80,19 +81,17 @@ class Checkpoint:
             (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
 
     def load(self, name: str) -> State | None:
-        """Return the tensors and values that were saved last, or None.
+        """Return the tensors and values that were saved last, or None; tensors are read when they are accessed.
 
         Raises `PermpruneError` for a state with other settings, naming those that differ, and for a damaged file.
         """
         if self.folder is None or not (path := self.folder / f"{name}.safetensors").exists():
             return None
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors, metadata = read_tensors(path)
             saved, values, digest = (metadata[key] for key in ("settings", "values", "digest"))
             settings, loaded = json.loads(saved), json.loads(values)
-            if digest != digest_of(sorted(tensors.items())):
+            if digest != _digest(tensors):
                 raise ValueError("the digest differs")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise self._damaged(name) from error
@@ -159,8 +158,9 @@ class Journal(Resumable):
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         super().__init__(checkpoint, f"{name}.rank-{distributed.rank()}", every_rank=True)
-        self._of_rank: State = self.take() or ({}, {})
-        self.tensors, self.values = dict(self._of_rank[0]), dict(self._of_rank[1])
+        tensors, values = self.take() or ({}, {})
+        self._of_rank = dict(tensors), values
+        self.tensors, self.values = dict(self._of_rank[0]), dict(values)
         for file in checkpoint.names(f"{name}.rank-"):
             if file != self.name and (saved := checkpoint.load(file)):
                 self.tensors |= saved[0]
@@ -188,27 +188,28 @@ class Journal(Resumable):
 def as_state(value: Any) -> State:
     """Return a dataclass object as a state: its tensors, by their paths in the object, and its other values.
 
-    It may have other dataclass objects, dicts with keys that are strings, lists and tuples, and in them tensors and
-    values that JSON can hold.
+    It may have other dataclass objects, mappings with keys that are strings, lists and tuples, and in them tensors and
+    values that JSON can hold. Tensors on a shelf are read there when they are accessed.
     """
-    tensors: dict[str, Tensor] = {}
-    memory: set[int] = set()
+    tensors: dict[str, Callable[[], Tensor]] = {}
 
     def plain(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            shared = value.untyped_storage().data_ptr() in memory  # which a file of safetensors cannot hold
-            tensors[path] = value.clone() if shared else value
-            memory.add(value.untyped_storage().data_ptr())
+            tensors[path] = lambda: value
             return None
         if is_dataclass(value):
             return {field.name: plain(getattr(value, field.name), f"{path}/{field.name}") for field in fields(value)}
-        if isinstance(value, dict):
+        if isinstance(value, Shelf):
+            tensors.update({f"{path}/{key}": partial(value.resting, key) for key in value})
+            return dict.fromkeys(value)
+        if isinstance(value, Mapping):
             return {key: plain(item, f"{path}/{key}") for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [plain(item, f"{path}/{number}") for number, item in enumerate(value)]
         return value
 
-    return tensors, plain(value, "")
+    values = plain(value, "")
+    return Computed(tensors, lambda path: tensors[path]()), values
 
 
 def from_state(kind: type[T], state: State) -> T:
@@ -222,7 +223,7 @@ def from_state(kind: type[T], state: State) -> T:
             hints = get_type_hints(hint)
             return hint(**{name: restored(hints[name], item, f"{path}/{name}") for name, item in value.items()})
         origin, of = get_origin(hint), get_args(hint)
-        if origin is dict:
+        if origin in (dict, Mapping):
             return {key: restored(of[1], item, f"{path}/{key}") for key, item in value.items()}
         if origin in (list, tuple):
             return origin(restored(of[0], item, f"{path}/{number}") for number, item in enumerate(value))
@@ -230,6 +231,10 @@ def from_state(kind: type[T], state: State) -> T:
 
     restored_object: T = restored(kind, values, "")
     return restored_object
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return digest_of((name, tensors[name]) for name in sorted(tensors))
 
 
 def require_same(path: Path, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

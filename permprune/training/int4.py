@@ -25,6 +25,7 @@ from permprune.models.layers import Layer
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
 from permprune.pattern import Pattern
 from permprune.pruning.network import PrunedNetwork
+from permprune.system.shelf import Shelf
 
 SOLVED = 24
 """Windows on which the values are solved."""
@@ -48,13 +49,13 @@ class Int4Weights:
     def __init__(self, network: PrunedNetwork, scales: dict[str, Tensor]) -> None:
         self._network, self._columns, self.scales = network, network.stored_columns(), scales
 
-    def begin(self, weights: Mapping[str, Tensor], examples: Examples) -> None:
+    def begin(self, weights: Shelf, examples: Examples) -> None:
         """Solve `weights`, (rows, channels) by layer with zeros where they are pruned; changes them in place."""
         network = self._network
         network.show(weights)
 
         def take(layer: Layer, solved: Solved) -> None:
-            weights[layer.name].copy_(solved.targets)
+            weights[layer.name] = weights[layer.name].copy_(solved.targets)
             self.scales[layer.name] = solved.scale
             network.show({layer.name: self.stored(layer.name, weights[layer.name])})
 

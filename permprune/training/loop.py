@@ -211,7 +211,7 @@ class Trainer:
         values = {"curve": curve, "best": self.best_value, "position": asdict(self.position)}
         return state | {f"{RANDOM} {key}": value for key, value in random_states(self.device).items()}, values
 
-    def _restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
+    def _restore(self, tensors: Mapping[str, Tensor], values: dict[str, Any]) -> dict[str, Tensor]:
         """Restore the state of an interrupted run; returns the random states.
 
         Raises `PermpruneError` if the weights of its best epoch are missing.

@@ -239,6 +239,7 @@ def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
         forecast(config_folder, permute="newton:rounds=1", shard=True)
 
 
+@pytest.mark.usefixtures("unchanged_settings")
 def test_a_run_layer_by_layer_is_forecast(config_folder: Path) -> None:
     memory = forecast(config_folder, permute="ria", batch=1, recompute=True).tensors - 1
     found = forecast(config_folder, permute="ria", memory=memory)

@@ -14,6 +14,7 @@ from permprune.matching.parts import random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.bundles import Bundle, Rows
 from permprune.permuters.quadratic import QuadraticModel
+from permprune.system.shelf import Shelf
 
 ROWS = (5, 3)  # of the two bundles that share the channels
 
@@ -65,7 +66,7 @@ def build(
         score = weight.abs() * moments.diagonal().sqrt()[:, None]
         error = masked(weight, score, order, pattern)
         slope = moments @ error if local else 5 * normal(channels, rows)
-        layers = []
+        layers = list[Rows]()
         for own in (slice(0, rows - 2), slice(rows - 2, rows)):
             parts = [[x[:, own] for x in (weight, score, slope)]]
             size = parts[0][0].shape[1]
@@ -73,7 +74,9 @@ def build(
                 parts = [[x[:, :2] for x in parts[0]], [x[:, 2:] for x in parts[0]]]
             blocks = [(part[0], part[1]) for part in parts]
             coupling = normal(size, 9).corrcoef().view(size, size) if coupled else None
-            layers.append(Rows(partial(iter, blocks), [part[2].clone() for part in parts], pattern, coupling))
+            layers.append(Rows(partial(iter, blocks), Shelf(), pattern, coupling))
+            for part in parts:
+                layers[-1].add(part[2].clone())
         bundles.append(Bundle(partial(submatrix, moments), moments.diagonal(), layers))
     return QuadraticModel(bundles, order, pattern, damping)
 
@@ -89,7 +92,7 @@ class Reference:
                 torch.cat(x, 1) for x in zip(*(pair for r in bundle.rows for pair in r.read()), strict=True)
             )
             couplings = [
-                torch.eye(sum(slope.shape[1] for slope in rows.slopes), dtype=torch.float64)
+                torch.eye(sum(slope.shape[1] for slope in rows.slopes.values()), dtype=torch.float64)
                 if rows.coupling is None
                 else rows.coupling
                 for rows in bundle.rows
@@ -115,7 +118,7 @@ class Reference:
 
 def slopes(bundle: Bundle) -> Tensor:
     """All slopes of a bundle, (channels, rows)."""
-    return torch.cat([slope for rows in bundle.rows for slope in rows.slopes], 1)
+    return torch.cat([slope for rows in bundle.rows for slope in rows.slopes.values()], 1)
 
 
 def swapped(order: Tensor, i: int, j: int) -> Tensor:

@@ -1,0 +1,144 @@
+"""Shelves of tensors, which rest on the device that computes, in the memory of the host, or in a file."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from permprune.system.files import reported
+
+Place = Literal["device", "host", "disk"]
+"""Where tensors rest: on the device that computes, in the memory of the host, or on the disk."""
+
+
+class Computed(Mapping[str, Tensor]):
+    """A mapping of names to tensors that are computed each time they are read."""
+
+    def __init__(self, names: Collection[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = names, compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Shelf(MutableMapping[str, Tensor]):
+    """Tensors by name, which rest at a `place`, on the disk in a temporary file in `folder`.
+
+    A tensor that is read is on the device from which it was put here. Unless it rests there, it is a copy, or on a CPU
+    a mapping of the file, and is freed when it is not used any more: after a change in place it has to be put back, as
+    `shelf[name] += 1` does. The file has no name, and ends with the shelf. Raises `PermpruneError` if the disk is full.
+    """
+
+    def __init__(self, place: Place = "device", folder: Path | None = None) -> None:
+        self.place, self.folder = place, folder
+        self._held: dict[str, _Held] = {}
+        self._lent = defaultdict[str, Callable[[], Tensor | None]](lambda: lambda: None)
+        self._file: _File | None = None
+        self._lock = threading.Lock()  # several problems are solved at a time
+
+    def another(self) -> Shelf:
+        """An empty shelf at the same place."""
+        return Shelf(self.place, self.folder)
+
+    def resting(self, name: str) -> Tensor:
+        """The tensor where it rests; of one on the disk a mapping of the file."""
+        held = self._held[name]
+        return held.tensor if held.start is None else self._opened().mapped(held)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.resting(name).to(self._held[name].device)
+        self._lent[name] = weakref.ref(tensor)
+        return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if self.place == "device" or (self.place == "host" and tensor.is_cpu):
+            self._held[name] = _Held(tensor.device, tensor)
+            return
+        known = self._held.get(name)
+        if known is None or (known.tensor.shape, known.tensor.dtype) != (tensor.shape, tensor.dtype):
+            self._held[name] = self._room_for(tensor)
+        elif tensor.is_cpu and self._lent[name]() is tensor:
+            return  # a mapping, which was changed in place
+        self.resting(name).copy_(tensor)
+
+    def __delitem__(self, name: str) -> None:
+        del self._held[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def _room_for(self, tensor: Tensor) -> _Held:
+        if self.place == "host":
+            return _Held(tensor.device, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda))
+        described = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        with self._lock:
+            return _Held(tensor.device, described, self._opened().allocate(tensor.nbytes))
+
+    def _opened(self) -> _File:
+        if self._file is None:
+            self._file = _File(self.folder)
+        return self._file
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor at rest, and the device from which it came; of one on the disk its shape, and its place in the file."""
+
+    device: torch.device
+    tensor: Tensor
+    start: int | None = None
+
+
+class _File:
+    """A temporary file without a name, of which tensors are mapped."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder, self._end = folder or Path(tempfile.gettempdir()), 0
+        with reported(self.folder):
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (closed with the shelf)
+        weakref.finalize(self, self._file.close)
+
+    def allocate(self, size: int) -> int:
+        """Take so many bytes, on pages of their own; returns the place of the first. Raises `PermpruneError`."""
+        start = self._end
+        self._end += mmap.ALLOCATIONGRANULARITY * math.ceil(size / mmap.ALLOCATIONGRANULARITY)
+        with reported(self.folder):
+            if size and hasattr(os, "posix_fallocate"):  # to write to a page that the disk lacks would kill the process
+                os.posix_fallocate(self._file.fileno(), start, self._end - start)
+            else:
+                self._file.truncate(self._end)
+        return start
+
+    def mapped(self, held: _Held) -> Tensor:
+        described = held.tensor
+        if not described.numel():
+            return torch.empty(described.shape, dtype=described.dtype)
+        pages = mmap.mmap(self._file.fileno(), described.nbytes, offset=cast(int, held.start))
+        return torch.frombuffer(pages, dtype=described.dtype).view(described.shape)
