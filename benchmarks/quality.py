@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], 
 
     def score() -> tuple[dict[str, float], str]:
         with torch.autocast(compute_device(model).type, torch.bfloat16, enabled=options.bf16):
-            results = {name: meter() for name, meter in meters.items()}
+            results = {name: meter()[0] for name, meter in meters.items()}
         return {name: result.value for name, result in results.items()}, next(iter(results.values())).metric.name
 
     with held.dense():
