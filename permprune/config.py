@@ -206,9 +206,10 @@ class PruneConfig:
     """Globs of the names of layers that are not pruned, such as "*.layers.0.*"."""
 
     packed: str = "bf16"
-    """The types of packed values and, in `packed_head`, of the head that `bytes` counts (set by `prune_to_folder`)."""
+    """The type of the packed values that `bytes` counts; set by `prune_to_folder`."""
 
     packed_head: str | None = None
+    """The type of the packed embedding and head, in the same way."""
 
     shared: bool = False
     """Whether the evaluation uses the same source: each then gets half of its images, speech or sentences

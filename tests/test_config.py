@@ -28,7 +28,7 @@ def test_a_misspelt_setting_names_the_nearest() -> None:
     assert PruneConfig().replace(pattern="4:8", seed=3) == PruneConfig(pattern="4:8", seed=3)
     with pytest.raises(PermpruneError, match=r'there is no setting "patern": did you mean "pattern"\?'):
         PruneConfig().replace(patern="2:4")
-    with pytest.raises(PermpruneError, match='there is no setting "colour": choose one of pattern, saliency'):
+    with pytest.raises(PermpruneError, match='there is no setting "colour": choose one of pattern, candidates'):
         PruneConfig().replace(colour=1)
 
 

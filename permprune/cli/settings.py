@@ -36,6 +36,7 @@ PYTHON_ONLY = ("measured", "held_out", "shared", "tasks", "packed", "packed_head
 """Fields that are no options."""
 
 PANELS = {
+    "A mix of patterns": ("candidates", "keep", "bytes", "max_loss"),
     "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
     "Tasks": ("tasks", "task_file", "task_data", "limit", "few_shot"),
     "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard", "jobs"),

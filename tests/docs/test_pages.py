@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from transformers import AutoConfig, LlamaForCausalLM
 
 import permprune
 from permprune.cli import app
@@ -137,6 +138,9 @@ def recipe(target: str) -> list[list[str]]:
 @pytest.mark.slow
 def test_the_demo_runs_on_a_tiny_model(folder: Path) -> None:
     (folder / "demo").mkdir()
+    config = AutoConfig.from_pretrained(folder / "tiny-llama")
+    config.hidden_size = 64  # the least width of an embedding in int8
+    LlamaForCausalLM(config).save_pretrained(folder / "tiny-llama")
     prune, verify = recipe("demo")
     code, stdout, stderr = run(*prune[prune.index("prune") :], *TINY[1:])
     assert code == 0, stderr
