@@ -87,7 +87,8 @@ def calibrate(
         log.info("calibration needs %d passes to stay within the memory limit", 1 + len(further))
     parts = distributed.share(list(enumerate(batches(examples, batch))))
     reading = _Pass(model, task, parts, dtype, half, seed, shelf)
-    one_label_per_example = reading.terms(examples[:1]) == 1
+    with hooked(layers, after=lambda *_: None):  # refuses a layer that returns more than a tensor
+        one_label_per_example = reading.terms(examples[:1]) == 1
     differentiated = layers if fisher else []
     sums = {layer.name: layer.stored.new_zeros(layer.shape[0], dtype=torch.float64) for layer in differentiated}
     with frozen(model):

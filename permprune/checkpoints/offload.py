@@ -296,6 +296,7 @@ def write_offloaded(
         weights.edit = lambda name, tensor: (tensor if edit is None else edit(name, tensor)).to(dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # of tied weights, compared
             model.save_pretrained(folder, max_shard_size=min(memory // 2, SHARD))
     write_beside(model, processor, folder)
 

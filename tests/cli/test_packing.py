@@ -49,7 +49,8 @@ CASES = [
 @pytest.mark.parametrize(("pruned", "limits"), CASES, indirect=["pruned"])
 def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tiny_text: Path, tmp_path: Path) -> None:
     expected = logits(pruned)
-    gathers = json.loads((pruned / "permprune.json").read_text())["gathers"]
+    record = json.loads((pruned / "permprune.json").read_text())
+    gathers, count = record["gathers"], len(record["layers"])
     for dtype, close in limits.items():
         packed, back = tmp_path / f"packed-{dtype}", tmp_path / f"back-{dtype}"
         calibration = ["--calibration", tiny_text] if dtype == "int4" else []
@@ -59,11 +60,11 @@ def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tin
         assert {"config.json", "packed.safetensors", "tokenizer.json", "permprune.json"} <= files
         assert not files & {"gathered.safetensors", "model.safetensors"}
         code, stdout, _ = run("verify", packed)
-        assert code == 0 and "14 layers hold the pattern" in stdout
+        assert code == 0 and f"{count} layers hold the pattern" in stdout
         options = ["--data", tiny_text, "--windows", "2", "--length", "16"]
         assert run("evaluate", packed, *options)[0] == 0
         loaded = AutoModelForCausalLM.from_pretrained(packed)
-        assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 14
+        assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == count > 10
         assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 13)
         assert float((logits(packed) - expected).abs().max()) <= close * float(expected.abs().max())
         assert run("unpack", packed, "--out", back)[0] == 0

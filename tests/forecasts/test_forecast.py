@@ -203,7 +203,7 @@ def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
     with pytest.raises(
         PermpruneError,
         match=r"newton needs the whole network in memory, which takes about .* GiB( with --.*)?: raise --memory to "
-        r"that, or take a permuter that works layer by layer \(none, .*\) and no update, which takes about .* GiB$",
+        r"that, or take a permuter that works layer by layer \(none, .*\) and no update",
     ):
         permprune.forecast(str(config_folder), config)
     with pytest.raises(PermpruneError, match=r"even layer by layer this model takes about .* GiB: raise --memory"):

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.slow
 
 FAMILIES = {"mixtral": mixtral, "qwen3-moe": qwen3_moe, "gpt-oss": gpt_oss}
 LIMIT = 2**20
+LIMITS = {"mixtral": 7 * LIMIT // 10, "qwen3-moe": LIMIT // 2, "gpt-oss": LIMIT}
+"""What is too little to hold a model whose calibration makes no backward pass."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -79,11 +81,18 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
 @pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize(("mode", "method"), [("fold", "ria"), ("gather", "random")])
 def test_orders_of_experts_are_the_same_held_or_streamed(
-    source: Path, mode: str, method: str, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    source: Path,
+    family: str,
+    mode: str,
+    method: str,
+    tiny_text: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     held = run(source, tmp_path / "held", tiny_text, permute=method, mode=mode)
+    limit = LIMIT if mode == "fold" else LIMITS[family]
     said = caplog.text.count("experts read fewer than")
-    streamed = run(source, tmp_path / "streamed", tiny_text, permute=method, mode=mode, memory=LIMIT)
+    streamed = run(source, tmp_path / "streamed", tiny_text, permute=method, mode=mode, memory=limit)
     assert "layer by layer" in caplog.text
     assert caplog.text.count("experts read fewer than") == 2 * said > 0
     residual = {name for name in held["permutations"] if name.endswith("residual")}
