@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from permprune.errors import PermpruneError
@@ -59,6 +61,12 @@ class Pattern:
         if not match:
             raise PermpruneError(f'"{text}" is not an N:M pattern: give two whole numbers, as "2:4"')
         return cls(int(match[1]), int(match[2]), 2 if match[3] else 1)
+
+    @classmethod
+    def containing(cls, patterns: Iterable[Pattern], density: float) -> Pattern:
+        """Return the pattern whose groups contain those of all `patterns`, and that keeps about this share."""
+        m = math.lcm(*(pattern.m for pattern in patterns))
+        return cls(min(m - 1, max(1, round(density * m))), m)
 
     @property
     def density(self) -> float:

@@ -235,6 +235,15 @@ def tiny_checkpoint(tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer
     return folder
 
 
+def small_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, **shape: Any) -> Path:
+    """Write a random LLaMA of 64 channels and its tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **shape}
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 BLOCK: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 from permprune.errors import PermpruneError
@@ -44,8 +43,7 @@ def frame_of(candidates: Iterable[Candidate], share: float) -> Pattern:
 
     Orders are searched for its groups: one that is good for groups of 8 is as good for the groups of 4 inside them.
     """
-    m = math.lcm(*(candidate.m for candidate in candidates if candidate is not None))
-    return Pattern(min(m - 1, max(1, round(share * m))), m)
+    return Pattern.containing((candidate for candidate in candidates if candidate is not None), share)
 
 
 def require_budget(pattern: str, candidates: tuple[str, ...], **budgets: float | None) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,39 +22,33 @@ from permprune.system.progress import stage, stages
 from permprune.system.stages import MEASURE, READ, TRAIN, WRITE
 
 with on_first_use(globals()):
-    import torch
-    from torch import nn
     from transformers import PreTrainedModel
 
     from permprune.checkpoints.origin import origin_of
-    from permprune.checkpoints.patterns import Patterns, linear_layers, recorded_patterns, require_patterns
+    from permprune.checkpoints.patterns import linear_layers, recorded_patterns, require_patterns
     from permprune.checkpoints.probe import check_outputs
     from permprune.checkpoints.record import Epoch, Optimised
     from permprune.checkpoints.schema import decode
-    from permprune.coupling.discovery import discover
-    from permprune.coupling.fold import fold_all
-    from permprune.data.labelled import read_labelled_text
     from permprune.data.load import load_examples
     from permprune.data.overlap import overlap, warn_of_overlap
     from permprune.evaluation.agreement import dense_outputs
     from permprune.evaluation.dispatch import evaluate_model, has_targets
-    from permprune.evaluation.linear_probe import with_head
     from permprune.evaluation.size import weight_bytes
     from permprune.examples import Examples
     from permprune.jobs.packing import pack_folder
+    from permprune.jobs.student import parameters_to_train, teacher_of, with_labels_head
     from permprune.losses.choice import choose_task
-    from permprune.losses.targets import Imitation, Task
-    from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
-    from permprune.models.layers import Layer, block_linears, require_changeable
+    from permprune.losses.targets import Imitation
+    from permprune.models.forward import is_causal_lm
+    from permprune.models.layers import block_linears, require_changeable
     from permprune.models.processors import Processor
     from permprune.pruning.folder import require_probe, write_model
     from permprune.system import digests, distributed
     from permprune.system.search_state import Checkpoint
-    from permprune.training.adapters import adapted
-    from permprune.training.int4 import packable, through_int4
+    from permprune.training.int4 import packable
     from permprune.training.loop import Trainer, Training
-    from permprune.training.weights import trained_weights, weight_scale
-    from permprune.training.zeros import KeptZeros, patterns_of
+    from permprune.training.weights import weight_scale
+    from permprune.training.zeros import patterns_of
 
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
 """The share of the data that is held out to measure each epoch if `dev` is None, and the maximum number of examples."""
@@ -274,7 +266,7 @@ def _finetune(
             raise PermpruneError(
                 f"{opened.name} has no record of permprune, so that it cannot be packed: prune it first"
             )
-        model = _with_head(model, options)
+        model = with_labels_head(model, options)
     patterns = patterns_of(model)
     examples, held_out = options.examples(model, processor)
     if options.dev is not None:
@@ -286,7 +278,7 @@ def _finetune(
     task = choose_task(model, examples, batch)
     if isinstance(task, Imitation) and options.teacher is None:
         raise PermpruneError(f"a {type(model).__name__} learns from a dense model's outputs alone: name a --teacher")
-    teacher = _teacher(options, model, examples, task)
+    teacher = teacher_of(options, model, examples, task)
     objective = Objective()
     if teacher is not None:  # the teacher's outputs replace labels, not the tokens of text
         objective = dataclasses.replace(objective.for_training(task), task=float(kind_of(model) == "text"))
@@ -314,7 +306,7 @@ def _finetune(
     if record is not None and options.pack == "int4":
         recorded = recorded_patterns(model, record.layers)
         stored = packable([linear_layers(model)[name] for name in recorded], recorded)
-    with _trained(model, patterns, options, stored, examples) as weights:
+    with parameters_to_train(model, patterns, options, stored=stored, examples=examples) as weights:
         # Best weights, weights and two moments in fp32; the old state is kept until the new one is written.
         require_space(work.out, size + 28 * sum(weight.numel() for weight in weights.values()))
         trainer = Trainer(
@@ -350,62 +342,3 @@ def _finetune(
     if options.pack is not None:
         pack_folder(out, work.out, dtype=options.pack, trust_remote_code=options.trust_remote_code)
     return result
-
-
-@contextmanager
-def _trained(
-    model: PreTrainedModel, patterns: Patterns, options: FineTuning, stored: dict[str, Layer], examples: Examples
-) -> Iterator[dict[str, nn.Parameter]]:
-    """A context in which pruned weights stay zero; it returns the parameters to train, by name.
-
-    Inside, the layers `stored` run with their weights as int4 stores them, solved on the first of the `examples`.
-    """
-    if options.adapters is None:
-        with KeptZeros(model, patterns), through_int4(model, stored, examples):
-            yield trained_weights(model, options.train)
-        return
-    layers = block_linears(model)
-    names = {layer.name for layer in layers}
-    unadapted = [name for name in patterns if name not in names]
-    with KeptZeros(model, unadapted), adapted(model, layers, options.adapters, options.seed) as adapters:
-        yield trained_weights(model, "norms") | adapters
-
-
-def _with_head(model: PreTrainedModel, options: FineTuning) -> PreTrainedModel:
-    """Return a text encoder with a head for the labels of the data, which is new if the model has none.
-
-    A sentence encoder with a teacher, which learns embeddings, and any other model are returned unchanged, as is every
-    model if `options.data` is None.
-    """
-    kind, writes = kind_of(model), is_causal_lm(model) or is_encoder_decoder(model)
-    imitates = kind == "embeddings" and options.teacher is not None
-    if kind not in ("text", "embeddings") or writes or imitates or options.data is None:
-        return model
-    classes = read_labelled_text(options.data, "calibration").classes()
-    with torch.random.fork_rng():
-        torch.manual_seed(options.seed)
-        return with_head(model, classes or ["score"])
-
-
-def _teacher(options: FineTuning, model: PreTrainedModel, examples: Examples, task: Task) -> PreTrainedModel | None:
-    """Return the teacher with its channels in the stored order of the pruned model; None if there is no teacher.
-
-    A teacher in memory is copied instead of changed. Raises `PermpruneError` if the shape of its outputs differs from
-    that of the model's.
-    """
-    if options.teacher is None:
-        return None
-    opened = open_model(options.teacher, task=options.task, trust_remote_code=options.trust_remote_code)
-    teacher = opened.model
-    first = examples[:1].trimmed()
-    with torch.no_grad():
-        student_shape, shape = (task(one, first.to(one.device)).target().shape for one in (model, teacher))
-    if student_shape != shape:
-        raise PermpruneError(
-            f"{opened.name} has {shape[-1]} outputs but the model {student_shape[-1]}: give the dense model as teacher"
-        )
-    record = origin_of(model).record
-    if tables := {space: torch.tensor(table) for space, table in (record.permutations if record else {}).items()}:
-        teacher = copy.deepcopy(teacher) if teacher is options.teacher else teacher
-        fold_all(teacher, tables, discover(teacher, short_inputs(teacher, examples.to(teacher.device))))
-    return teacher

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
 from permprune.kernels.product.masked import MaskedWeight
 from permprune.kernels.search.masks import apply_mask, kept_sum, pack_mask, unpack_mask, write_mask
-from permprune.models.hooks import replaced_while_running
 from permprune.models.layers import Layer
-from permprune.models.narrow_weights import NarrowWeights, computed_type
+from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.measures import LayerMeasure, output_energy
 from permprune.pruning.problem import Orders, Part, Problem
+from permprune.pruning.running import RunningLayers
 from permprune.saliency.base import Saliency, Scale
 from permprune.system import distributed, sharding
 from permprune.system.device import autocast_dtype
@@ -31,7 +27,7 @@ from permprune.system.shelf import Computed, Shelf
 T = TypeVar("T")
 
 
-class MaskedLayers:
+class MaskedLayers(RunningLayers):
     """Layers that run with weight * mask, in the model's own channel order.
 
     The masks follow each layer's pattern with its columns in the chosen orders. The layers themselves stay in their own
@@ -68,9 +64,9 @@ class MaskedLayers:
         held: NarrowWeights | None = None,
         shelf: Shelf | None = None,
     ) -> None:
+        super().__init__(layers, held)
         self.problems, self.sites, self.statistics, self.patterns = problems, sites, statistics, dict(patterns)
-        self.held, self.shelf = held, Shelf() if shelf is None else shelf
-        self.layers = {layer.name: layer for layer in layers}
+        self.shelf = Shelf() if shelf is None else shelf
         self.orders: Orders = {}
         self.trained = self.shelf.another()
         self._show_masked()
@@ -78,7 +74,6 @@ class MaskedLayers:
         self.scales = {name: self._scale(name, saliency) for name in sites}
         self._bits = {name: pack_mask(patterns[name].mask(score)) for name, score in self.scores.items()}
         self._refined: set[str] = set()
-        self._handles: list[RemovableHandle] = []
         self.attach()
 
     @property
@@ -116,8 +111,7 @@ class MaskedLayers:
             return patterns[0]
         rows = [self.row_count(part.layer) for part in problem.parts]
         kept = sum(pattern.density * count for pattern, count in zip(patterns, rows, strict=True)) / sum(rows)
-        m = math.lcm(*(pattern.m for pattern in patterns))
-        return Pattern(min(m - 1, max(1, round(kept * m))), m)
+        return Pattern.containing(patterns, kept)
 
     def row_count(self, layer: str) -> int:
         """The number of rows of a layer."""
@@ -293,17 +287,6 @@ class MaskedLayers:
         """Let all layers run with masked weights."""
         self.updated, self._borrows = self.shelf.another(), False
 
-    @contextmanager
-    def dense_weights(self) -> Iterator[None]:
-        """Return a context manager inside which the model runs with its dense weights; it may be entered twice."""
-        attached = bool(self._handles)
-        self.detach()
-        try:
-            yield
-        finally:
-            if attached:
-                self.attach()
-
     def restore(self) -> None:
         """Let the model run with its dense weights; the network must not be used afterwards."""
         self.detach()
@@ -355,7 +338,6 @@ class MaskedLayers:
         return dtype if self.held is None else self.held.types.get(layer.parameter, dtype)
 
     def _shown(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a weight that is shown, (rows, channels), in `dtype`, by default the type of the dense weight."""
         dtype = dtype or self._type(name)
         if name in self.updated:
             return self.updated[name].to(dtype)
@@ -366,33 +348,7 @@ class MaskedLayers:
         trained = name in self.trained
         return self.trained[name] if trained else self.layers[name].weight
 
-    def detach(self) -> None:
-        """Let the model run with its own weights."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def attach(self) -> None:
-        """Let the modules of the layers run with the weights that are shown."""
-        layers: dict[str, list[Layer]] = {}
-        for layer in self.layers.values():
-            layers.setdefault(layer.parameter, []).append(layer)
-        reference = weakref.ref(self)  # the model must not keep a network alive that is not used any more
-        for parameter, parts in layers.items():
-
-            def shown(stored: nn.Parameter, parts: list[Layer] = parts) -> Tensor | None:
-                network = reference()
-                if network is None:
-                    return None
-                alone = len(parts) == 1 and not torch.is_grad_enabled()
-                product = network._multiplied(parts[0]) if alone else None
-                return network._stored(parts, stored) if product is None else product
-
-            attribute = parameter.rpartition(".")[2]
-            self._handles += replaced_while_running(parts[0].owner, attribute, shown)
-
     def _multiplied(self, layer: Layer) -> Tensor | None:
-        """Return a weight that is shown as a product without gradients reads it fastest, or None where it is dense."""
         other = layer.expert is not None or layer.transposed or layer.name in self.updated
         pattern = self.patterns.get(layer.name)
         if other or pattern is None or layer.stored.dtype != torch.float32 or autocast_dtype(layer.stored.device):
@@ -401,16 +357,3 @@ class MaskedLayers:
         if not MaskedWeight.fits(weight, pattern):
             return None
         return MaskedWeight.of(weight, self._bits[layer.name])
-
-    @torch.no_grad()
-    def _stored(self, layers: list[Layer], stored: nn.Parameter) -> Tensor:
-        """Return the parameter of these layers with the weights that are shown."""
-        (first, *others) = layers
-        if first.expert is None and not others:
-            weight = self._shown(first.name, autocast_dtype(stored.device))  # as the product would convert it
-            return weight.T if first.transposed else weight
-        held = self.held is not None and first.parameter in self.held.types
-        whole = stored.detach().to(computed_type(stored) if held else stored.dtype, copy=True)
-        for layer in layers:
-            layer.part_of(whole).copy_(self._shown(layer.name, whole.dtype))
-        return whole

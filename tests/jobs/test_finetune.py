@@ -17,8 +17,9 @@ from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.jobs.evaluate import evaluate
-from permprune.jobs.finetune import FineTuning, _teacher, finetune
+from permprune.jobs.finetune import FineTuning, finetune
 from permprune.jobs.prune import prune_to_folder
+from permprune.jobs.student import teacher_of
 from permprune.jobs.verify import verify
 from permprune.kernels.product.module import PackedLinear
 from permprune.losses.objective import Objective, block_outputs
@@ -159,7 +160,7 @@ def test_the_hidden_states_of_the_teacher_stand_in_the_order_of_the_student(enco
     options = FineTuning(data, teacher=str(dense), hidden=1.0, train="norms", epochs=1)
     student, processor, _ = read_model(str(pruned))
     examples, _ = options.examples(student, processor)
-    teacher = _teacher(options, student, examples, labelled)
+    teacher = teacher_of(options, student, examples, labelled)
     assert teacher
     plain, _, _ = read_model(str(dense))
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune import Evaluation, Identity, Newton, PruneConfig
@@ -18,19 +18,12 @@ from permprune.errors import PermpruneError
 from permprune.forecasts.machine import Rates
 from permprune.system.shelf import Shelf
 
+from ..fixtures import small_checkpoint
 from .test_streaming import Held
 
 METHOD = Newton(start=Identity(), rounds=2, swaps=2, examples=4, refine=1, compensate=True, train_steps=2)
 
 SETTINGS = PruneConfig(length=16, samples=24, precision="fp32", recompute=True)
-
-
-def checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, **shape: Any) -> Path:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **shape}
-    LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def prune(source: Path, out: Path, text: Path, **settings: Any) -> Record:
@@ -43,7 +36,7 @@ def prune(source: Path, out: Path, text: Path, **settings: Any) -> Record:
 def test_nothing_but_the_memory_changes(
     dtype: torch.dtype, mode: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    source = checkpoint(tmp_path / "source", tiny_tokenizer, dtype, num_hidden_layers=2)
+    source = small_checkpoint(tmp_path / "source", tiny_tokenizer, dtype, num_hidden_layers=2)
     records = [prune(source, tmp_path / place, tiny_text, offload=place, mode=mode) for place in ("none", "disk")]
     assert records[1].permutations == records[0].permutations and records[1].gathers == records[0].gathers
     assert records[1].measured == records[0].measured
@@ -61,7 +54,7 @@ def test_memory_is_what_was_forecast(
         monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
     monkeypatch.setattr("permprune.forecasts.machine._measured_rates", lambda *_: Rates(1e12, 1e12, 1e12, 1e12))
     sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 256}
-    source = checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **sizes)
+    source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **sizes)
     method = Newton(start=Identity(), rounds=1, swaps=1, examples=4, train_steps=1)
     settings = {"permute": method, "batch": 1, "offload": "disk"}
     found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)

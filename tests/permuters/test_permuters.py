@@ -24,7 +24,8 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.paper import LearnedPaper
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.registry import PERMUTERS, permuter
-from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion, TrustRegionState
+from permprune.permuters.trust_region import DISCOUNT, LEAST_SLOPE, TrustRegion
+from permprune.permuters.trust_region_state import TrustRegionState
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.problem import Orders
 from permprune.system.search_state import Checkpoint

@@ -311,7 +311,7 @@ def test_gradients_in_bf16_are_those_of_fp32_weights_that_autocast_converts(
     first = network.layers["model.layers.0.mlp.up_proj"].module
     first.register_forward_hook(lambda module, inputs, output: seen.add(module.weight.dtype), prepend=True)
     found = network.gradients(WINDOWS[:6], Objective())
-    monkeypatch.setattr("permprune.pruning.masked.autocast_dtype", lambda device: None)
+    monkeypatch.setattr("permprune.pruning.running.autocast_dtype", lambda device: None)
     expected = network.gradients(WINDOWS[:6], Objective())
     assert seen == {torch.bfloat16, torch.float32}
     assert found.loss == expected.loss

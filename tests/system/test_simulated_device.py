@@ -16,8 +16,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -38,7 +36,7 @@ from permprune.saliency.registry import SALIENCIES
 from permprune.system.failures import OutOfMemory
 from permprune.updates.registry import UPDATES
 
-from ..fixtures import BLOCK, make_tiny_llama
+from ..fixtures import BLOCK, make_tiny_llama, small_checkpoint
 from ..jobs.test_streaming import Held
 from ..permuters.test_permuters import WINDOWS, brief
 from ..simulated_device import CPU, SIMULATED, SimulatedTensor, allocated, simulated_device
@@ -63,7 +61,7 @@ def traced_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         with _disable_current_modes():  # which would count the copy
             return discover(type(model)(model.config), inputs)
 
-    for module in ("plan", "jobs.finetune"):
+    for module in ("plan", "jobs.student"):
         monkeypatch.setattr(f"permprune.{module}.discover", on_cpu)
     with simulated_device():
         yield
@@ -227,14 +225,6 @@ def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
     monkeypatch.setattr("permprune.permuters.kept.READ", 2**10)
     monkeypatch.setattr("permprune.kernels.adam.rounding.CHUNK", 2**10)
-
-
-def small_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype, **shape: Any) -> Path:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, **shape}
-    LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 TRAINED = Newton(start=Identity(), rounds=1, swaps=1, train_steps=1)
