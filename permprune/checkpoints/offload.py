@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,6 +57,54 @@ SHARD = 5 * 10**9
 """Maximum number of bytes of weights in one file of a checkpoint."""
 
 
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint as they are stored, each read from disk when it is accessed.
+
+    Access raises `PermpruneError` if a file is not as it was when this was made: one that is cut off while it is mapped
+    would end the process.
+    """
+
+    def __init__(self, loader: Mapping[str, Tensor]) -> None:
+        self._loader = loader
+        self._index: Mapping[str, Mapping[str, str]] = getattr(loader, "index", {})
+        files = {place["safetensors_file"] for place in self._index.values() if "safetensors_file" in place}
+        self._signatures = {file: _signature(file) for file in files}
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._file(name)
+        return self._loader[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Read only some rows of a tensor."""
+        file = self._file(name)
+        if file is None:
+            return self[name][rows]
+        with safe_open(file, "pt") as opened:
+            tensor: Tensor = opened.get_slice(self._index[name].get("weight_name", name))[rows]
+            return tensor
+
+    def _file(self, name: str) -> str | None:
+        file = self._index.get(name, {}).get("safetensors_file")
+        if file is not None and _signature(file) != self._signatures[file]:
+            raise PermpruneError(f"{file} changed during the run: restore it, and continue with --resume")
+        return file
+
+
+def _signature(file: str) -> tuple[int, int] | None:
+    """The size of a file and the time of its last change; None if it is gone."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 class StoredWeights(Mapping[str, Tensor]):
     """Mapping from names to the tensors of a checkpoint in fp32, each read from disk when it is accessed.
 
@@ -64,7 +113,7 @@ class StoredWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, stored: Mapping[str, Tensor], canonical: Mapping[str, str]) -> None:
-        self.stored, self.canonical = stored, canonical
+        self.stored, self.canonical = StoredTensors(stored), canonical
         self.edit: Edit | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -80,13 +129,8 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Read only some rows of a tensor; `edit` is not applied."""
-        name = self.canonical.get(name, name)
-        place = getattr(self.stored, "index", {}).get(name, {})
-        if "safetensors_file" not in place:
-            return self.stored[name][rows].to(best_device(), torch.float32, copy=True)
-        with safe_open(place["safetensors_file"], "pt") as file:
-            tensor: Tensor = file.get_slice(place.get("weight_name", name))[rows]
-            return tensor.to(best_device(), torch.float32, copy=True)
+        tensor = self.stored.rows(self.canonical.get(name, name), rows)
+        return tensor.to(best_device(), torch.float32, copy=True)
 
 
 class CollectedWeights(StoredWeights):

@@ -129,6 +129,32 @@ def test_the_state_of_another_search_is_refused(
     assert "continue with --resume, or remove it" in fails(*command)
 
 
+@pytest.mark.parametrize(
+    ("options", "cut"),
+    [(["--memory", "300KB"], False), (["--offload", "disk"], True)],
+    ids=["streamed, other bytes", "offloaded, cut off"],
+)
+def test_a_checkpoint_that_changes_during_a_run_is_named(
+    source: list[str], tmp_path: Path, options: list[str], cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["prune", *source, "--out", tmp_path / "out", "--permute", "ria", *options]
+    weights = Path(source[0]) / "model.safetensors"
+    whole, order, calls = weights.read_bytes(), PERMUTERS["ria"].order, []
+
+    def change(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            weights.write_bytes(whole[: len(whole) // 2] if cut else bytes(byte ^ 1 for byte in whole))
+        return order(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PERMUTERS["ria"], "order", change)
+        code, _, stderr = run(*command)
+    assert code == 2 and "model.safetensors changed during the run: restore it" in stderr.splitlines()[-1]
+    weights.write_bytes(whole)
+    assert run(*command, "--resume")[0] == 0
+
+
 @pytest.mark.parametrize("done", [False, True], ids=["part", "all"])
 def test_the_cells_of_another_sweep_are_refused(
     source: list[str], tmp_path: Path, done: bool, monkeypatch: pytest.MonkeyPatch
