@@ -12,6 +12,7 @@ import reprlib
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -125,7 +126,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f'did you mean "{close[0]}"?' if close else f"choose one of {', '.join(known)}"
 
 
-def numbers_of(options: type) -> dict[str, Number]:
+@cache
+def numbers_of(options: type) -> Mapping[str, Number]:
     """Return the numeric fields of a dataclass, by name."""
     hints = get_type_hints(options, include_extras=True)
     numbers = {field.name: Number.of(hints[field.name]) for field in fields(options)}
