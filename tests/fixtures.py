@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,12 +48,12 @@ from permprune.checkpoints.record import read_record  # noqa: E402
 from permprune.config import PruneConfig  # noqa: E402
 from permprune.coupling.discovery import discover  # noqa: E402
 from permprune.coupling.space import Coupling  # noqa: E402
-from permprune.forecasts.activations import Activations, Gradients  # noqa: E402
-from permprune.forecasts.passes import batch_pass  # noqa: E402
+from permprune.forecasts.activations import Activations  # noqa: E402
+from permprune.forecasts.passes import batch_pass, example_pass  # noqa: E402
 from permprune.jobs.speeds import add_speeds  # noqa: E402
 from permprune.kernels import library  # noqa: E402
 from permprune.pruning.outline import Outline  # noqa: E402
-from permprune.report.run import _pictures  # noqa: E402
+from permprune.report import run, sweep  # noqa: E402
 from permprune.showcase.base import NotShown  # noqa: E402
 from permprune.showcase.choice import showing_of  # noqa: E402
 from permprune.zoo.models import resolve_model  # noqa: E402
@@ -94,11 +94,15 @@ def unchanged_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.forecasts.fitting._leaner", lambda *_: iter(()))
 
 
+PICTURES = {report: report._pictures for report in (run, sweep)}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def pictureless() -> Iterator[None]:
     """Reports without pictures, which take longer to draw than such small models to prune."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permprune.report.run._pictures", lambda _: {})
+        patch.setattr(run, "_pictures", lambda _: {})
+        patch.setattr(sweep, "_pictures", lambda _: [])
         yield
 
 
@@ -106,7 +110,8 @@ def pictureless() -> Iterator[None]:
 def with_pictures() -> Iterator[None]:
     """Reports with their pictures."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permprune.report.run._pictures", _pictures)
+        for report, pictures in PICTURES.items():
+            patch.setattr(report, "_pictures", pictures)
         yield
 
 
@@ -165,20 +170,29 @@ def traced_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def counted_once() -> Iterator[None]:
-    """Forecasts count the activations of a model once a session: every run with a memory limit makes several."""
+    """Forecasts count the passes of a model once a session: every run makes some, with a memory limit dozens."""
     counted: dict[str, Activations] = {}
 
-    def count_once(
-        model: PreTrainedModel, outline: Outline, gradients: Gradients, *, config: PruneConfig, **settings: Any
-    ) -> Activations:
-        own = (gradients, config.length, config.batch, config.recompute, settings, outline.repeated)
-        key = repr((type(model), model.config, *own))
-        if key not in counted:
-            counted[key] = batch_pass(model, outline, gradients, config=config, **settings)
-        return counted[key]
+    def read(value: Any) -> Any:
+        """What a count reads of an argument."""
+        if isinstance(value, PruneConfig):
+            return value.length, value.batch, value.recompute
+        return value.repeated if isinstance(value, Outline) else value
+
+    def once(count: Callable[..., Activations]) -> Callable[..., Activations]:
+        def count_once(model: PreTrainedModel, *arguments: Any, **settings: Any) -> Activations:
+            values = [*map(read, arguments), *((name, read(value)) for name, value in settings.items())]
+            key = repr((count, type(model), model.config, values))
+            if key not in counted:
+                counted[key] = count(model, *arguments, **settings)
+            return counted[key]
+
+        return count_once
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("permprune.forecasts.run.batch_pass", count_once)
+        patch.setattr("permprune.forecasts.run.batch_pass", once(batch_pass))
+        for module in ("efforts", "planned", "run", "streamed"):
+            patch.setattr(f"permprune.forecasts.{module}.example_pass", once(example_pass))
         yield
 
 

@@ -27,6 +27,7 @@ def figures(out: Path) -> list[tuple[Any, ...]]:
     return [(row["pattern"], row["method"], row["minutes"], row["perplexity"]) for row in rows]
 
 
+@pytest.mark.usefixtures("with_pictures")
 def test_a_sweep_prints_a_table_and_the_decision(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--patterns", "2:4,mixed", "--methods", "ria,newton:rounds=2", "--budgets", "0.0001,9"]

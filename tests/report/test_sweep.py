@@ -14,6 +14,8 @@ from permprune.report.sweep import render_sweep, sweep_decision, write_sweep
 
 from .pages import Page, assert_svg
 
+pytestmark = pytest.mark.usefixtures("with_pictures")
+
 
 def row(pattern: str, method: str, value: float, size: float, front: bool = False, **fields: Any) -> dict[str, Any]:
     cost = {"seconds": 600.0, "peak_memory_mb": 900.0, "stderr": 1.5, "gap_closed": 0.5, "minutes": None}
