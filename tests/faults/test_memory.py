@@ -1,7 +1,8 @@
 """Memory that runs out: one line, with the peak so far and the options that help."""
 
 import pickle
-import subprocess
+import re
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from permprune.system.failures import OutOfMemory
 from permprune.system.files import WriteError
 
 from ..cli.running import fails, run
+from ..forked import forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("retraced")]
 
@@ -118,19 +120,15 @@ def test_other_errors_stay_what_they_are(tiny_llama: LlamaForCausalLM, monkeypat
     assert not isinstance(caught.value, OutOfMemory)
 
 
-LIMITED = """
-import re, resource, sys
-from pathlib import Path
-
-import permprune.engine.held
-import permprune.jobs.evaluate
-from tests.cli.running import run
-
-for megabytes in (30, 150):
-    size = 1024 * int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-    resource.setrlimit(resource.RLIMIT_AS, (size + megabytes * 2**20, resource.RLIM_INFINITY))
-    print(*run(*sys.argv[1:]))
-"""
+def limited(*command: str | Path) -> list[tuple[int, str, str]]:
+    """What a command says in this process, which gets little more memory than it has, and then some more."""
+    found = []
+    for megabytes in (30, 150):
+        size = re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())
+        assert size
+        resource.setrlimit(resource.RLIMIT_AS, (1024 * int(size[1]) + megabytes * 2**20, resource.RLIM_INFINITY))
+        found.append(run(*command))
+    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space is limited and read as Linux does it")
@@ -142,9 +140,9 @@ def test_a_process_that_gets_no_more_memory_says_so(
     LlamaForCausalLM(large).save_pretrained(tmp_path / "large")
     tiny_tokenizer.save_pretrained(tmp_path / "large")
     command = ["evaluate", tmp_path / "large", "--data", tiny_text, "--length", "1024", "--windows", "4"]
-    found = subprocess.run([sys.executable, "-c", LIMITED, *command], capture_output=True, text=True, check=True)
-    lines = [line for line in found.stdout.splitlines() if line.strip()]
-    assert len(lines) == 2 and all(line.startswith("2  permprune: out of memory (peak") for line in lines), found
+    status, found = forked(limited, *command)
+    assert status == 0 and [code for code, _, _ in found] == [2, 2], found
+    assert all(stderr.startswith("permprune: out of memory (peak") for _, _, stderr in found), found
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from permprune.permuters.tuning import Schedule, counted
 from permprune.training.loop import Trainer
 
 from ..cli.running import run
-from ..killed import calls, run_until
+from ..forked import calls, run_until
 from .test_resuming import write_text
 
 pytestmark = pytest.mark.slow
