@@ -1,6 +1,5 @@
 """Systems that lack what Linux has."""
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,31 +12,6 @@ from permprune.system.memory import peak_memory_mb, reset_peak_memory
 
 from ..cli.running import run
 
-WINDOWS = """
-import builtins
-
-find = builtins.__import__
-
-def windows(name, globals=None, *rest, **named):
-    asks = (globals or {}).get("__name__", "")
-    if asks.startswith("permprune") and name in ("fcntl", "grp", "pwd", "resource", "termios"):
-        raise ModuleNotFoundError(name)
-    return find(name, globals, *rest, **named)
-
-builtins.__import__ = windows
-import permprune
-import permprune.cli
-assert all(getattr(permprune, name) for name in permprune.__all__)
-from permprune.system.memory import peak_memory_mb
-from transformers import LlamaForCausalLM
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-print(peak_memory_mb() > 100, "permprune" in AUTO_QUANTIZER_MAPPING)
-"""
-"""permprune's own imports fail as they do there; its dependencies know what they run on.
-
-Transformers, imported after permprune, knows its quantizer; `tests/cli/test_start.py` imports it before.
-"""
-
 
 @pytest.fixture
 def no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,12 +21,6 @@ def no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
         raise FileNotFoundError
 
     monkeypatch.setattr(resources, "Path", lambda _: SimpleNamespace(read_text=missing, write_text=missing))
-
-
-@pytest.mark.slow
-def test_it_imports_without_the_modules_of_unix() -> None:
-    done = subprocess.run([sys.executable, "-c", WINDOWS], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "True True\n"), done.stderr
 
 
 @pytest.mark.usefixtures("no_proc")
