@@ -35,6 +35,12 @@ CHANGED = ["--samples", "12", "--permute", "newton:start=ria:rounds=0:compensate
 """A small run of what efforts do by default."""
 
 
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models write on until they may not: 8 tokens, not 128."""
+    monkeypatch.setattr("permprune.models.generation.LENGTH", 8)
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
@@ -132,32 +138,42 @@ def store(folder: Path, dtype: torch.dtype) -> None:
     write_weights(model, processor, dtype, folder)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("kind", KINDS)
+WAYS = {
+    (kind, dtype): ["fold", "gather"][(number + other) % 2]
+    for number, kind in enumerate(KINDS)
+    for other, dtype in enumerate(TYPES)
+}
+"""Every kind has every type in one of two ways, and every kind, as every type, goes both ways."""
+
+
+@pytest.mark.parametrize(("kind", "dtype"), WAYS)
 def test_every_kind_of_every_type_is_pruned_packed_and_measured(
     kind: str, dtype: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     model, data, metric, unit = KINDS[kind]
     folder, source = request.getfixturevalue(model), request.getfixturevalue(data)
     store(folder, TYPES[dtype])
-    out, packed, unpacked, at_once = (tmp_path / name for name in ("out", "packed", "unpacked", "at-once"))
+    out, packed, unpacked = (tmp_path / name for name in ("out", "packed", "unpacked"))
     shared = ["--calibration", source, "--data", source, *SMALL, "--length", "16"]
-    code, stdout, stderr = run("prune", folder, *shared, "--out", out, "--permute", "ria")
-    assert code == 0 and "2:4 with ria" in stdout and metric in " ".join(stdout.split()), stderr
-    record = json.loads((out / "permprune.json").read_text())
-    assert record["settings"]["shared"] and record["measured"]["unit"] == unit
-    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {TYPES[dtype]}
-    again = ["prune", folder, *shared, *CHANGED, "--mode", "gather", "--pack", dtype, "--out", at_once]
-    for arguments in (again, ["pack", out, "--out", packed], ["unpack", packed, "--out", unpacked]):
+    if WAYS[kind, dtype] == "fold":
+        code, stdout, stderr = run("prune", folder, *shared, "--out", out, "--permute", "ria")
+        assert code == 0 and "2:4 with ria" in stdout and metric in " ".join(stdout.split()), stderr
+        record = json.loads((out / "permprune.json").read_text())
+        assert record["settings"]["shared"] and record["measured"]["unit"] == unit
+        assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {TYPES[dtype]}
+        commands = [["pack", out, "--out", packed], ["unpack", packed, "--out", unpacked]]
+    else:
+        commands = [["prune", folder, *shared, *CHANGED, "--mode", "gather", "--pack", dtype, "--out", packed]]
+    for arguments in commands:
         code, _, stderr = run(*arguments)
         assert code == 0, stderr
-    for written in (out, packed, unpacked, at_once):
+    for written in filter(Path.exists, (out, packed, unpacked)):
         code, stdout, stderr = run("verify", written)
         assert code == 0 and "layers hold the pattern" in stdout, stderr
     if kind.startswith("encoder"):
         assert "there are no labels" in fails("evaluate", packed, "--data", source, "--length", "16")
         return
-    for written in (out, packed):
+    for written in filter(Path.exists, (out, packed)):
         figures = tmp_path / f"{written.name}.json"
         given = ["--data", source, "--windows", "1", "--length", "16", "--json", figures]
         code, stdout, stderr = run("evaluate", written, *given)
