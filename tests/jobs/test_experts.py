@@ -38,15 +38,24 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def written(family: str, blocks: int, folder: Path, tokenizer: tf.PreTrainedTokenizerFast) -> Path:
+    """A checkpoint in bf16, as Transformers writes it."""
+    model: Any = randomised(FAMILIES[family](vocab_size=128, num_hidden_layers=blocks))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def source(family: str, tmp_path: Path, tiny_tokenizer: tf.PreTrainedTokenizerFast) -> Path:
-    """A checkpoint in bf16, as Transformers writes it, of a model that takes more memory than `LIMIT`."""
-    folder = tmp_path / "source"
-    sizes = {"vocab_size": 128, "num_hidden_layers": 7}
-    model: Any = randomised(FAMILIES[family](**sizes))
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    """A checkpoint of 20 layers."""
+    return written(family, 2, tmp_path / "source", tiny_tokenizer)
+
+
+@pytest.fixture
+def deep(family: str, tmp_path: Path, tiny_tokenizer: tf.PreTrainedTokenizerFast) -> Path:
+    """A checkpoint of a model that takes more memory than `LIMIT`."""
+    return written(family, 7, tmp_path / "deep", tiny_tokenizer)
 
 
 def run(source: Path, out: Path, text: Path, **settings: Any) -> dict[str, Any]:
@@ -61,11 +70,11 @@ def run(source: Path, out: Path, text: Path, **settings: Any) -> dict[str, Any]:
 def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(source, out, tiny_text, permute="random", mode=mode, seed=1)
-    assert verify(out).layers == 7 * (4 + 6)
+    assert verify(out).layers == 20
     assert (out / GATHERED).exists() == (mode == "gather")
     model = load(out)
     layers = [layer for layer in block_linears(model) if layer.expert is not None]
-    assert len(layers) == 7 * 6 and all(Pattern(2, 4).holds(layer.weight) for layer in layers)
+    assert len(layers) == 2 * 6 and all(Pattern(2, 4).holds(layer.weight) for layer in layers)
     if mode == "fold":
         plain = tf.AutoModelForCausalLM.from_pretrained(out, dtype="auto")
         ids = torch.arange(16)[None]
@@ -81,7 +90,7 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
 @pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize(("mode", "method"), [("fold", "ria"), ("gather", "random")])
 def test_orders_of_experts_are_the_same_held_or_streamed(
-    source: Path,
+    deep: Path,
     family: str,
     mode: str,
     method: str,
@@ -89,10 +98,10 @@ def test_orders_of_experts_are_the_same_held_or_streamed(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    held = run(source, tmp_path / "held", tiny_text, permute=method, mode=mode)
+    held = run(deep, tmp_path / "held", tiny_text, permute=method, mode=mode)
     limit = LIMIT if mode == "fold" else LIMITS[family]
     said = caplog.text.count("experts read fewer than")
-    streamed = run(source, tmp_path / "streamed", tiny_text, permute=method, mode=mode, memory=limit)
+    streamed = run(deep, tmp_path / "streamed", tiny_text, permute=method, mode=mode, memory=limit)
     assert "layer by layer" in caplog.text
     assert caplog.text.count("experts read fewer than") == 2 * said > 0
     residual = {name for name in held["permutations"] if name.endswith("residual")}
@@ -113,14 +122,14 @@ def test_orders_of_experts_are_the_same_held_or_streamed(
 
 @pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)
-def test_a_streamed_run_holds_the_least_limit_that_is_accepted(source: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_a_streamed_run_holds_the_least_limit_that_is_accepted(deep: Path, tiny_text: Path, tmp_path: Path) -> None:
     with pytest.raises(PermpruneError, match="even layer by layer") as refused:
-        run(source, tmp_path / "out", tiny_text, permute="ria", memory=1)
+        run(deep, tmp_path / "out", tiny_text, permute="ria", memory=1)
     gibibytes = re.search(r"takes about (\S+) GiB", str(refused.value))
     assert gibibytes is not None
     limit = int(1.01 * float(gibibytes[1]) * 2**30)
     with Held() as held:
-        run(source, tmp_path / "out", tiny_text, permute="ria", memory=limit)
+        run(deep, tmp_path / "out", tiny_text, permute="ria", memory=limit)
     assert limit / 2 < held.peak < limit
 
 
@@ -130,7 +139,7 @@ def test_training_keeps_the_pattern(source: Path, tiny_text: Path, tmp_path: Pat
     run(source, out, tiny_text, permute="none")
     options = FineTuning(str(tiny_text), epochs=1, rows=16, length=16, lr=1e-2, teacher=str(source))
     finetune(str(out), tmp_path / "tuned", options)
-    assert verify(tmp_path / "tuned").layers == 70
+    assert verify(tmp_path / "tuned").layers == 20
     old, new = (dict(load(folder).named_parameters()) for folder in (out, tmp_path / "tuned"))
     for name, weight in old.items():
         if weight.dim() == 3:
@@ -145,9 +154,9 @@ def test_packing_leaves_experts_dense_and_says_so(source: Path, tiny_text: Path,
     experts = "model.layers.*.mlp.experts.*"
     assert found.left_dense == [f"{experts}.gate_up_proj", f"{experts}.down_proj"]
     assert found.layers.packed - found.layers.dense == found.weights.packed - found.weights.dense
-    assert verify(packed).layers == 70
+    assert verify(packed).layers == 20
     unpack_folder(packed, tmp_path / "unpacked")
-    assert verify(tmp_path / "unpacked").layers == 70
+    assert verify(tmp_path / "unpacked").layers == 20
     run(source, tmp_path / "gathered", tiny_text, permute="random", mode="gather")
     with pytest.raises(PermpruneError, match=r"experts.* has a channel order.*prune in fold mode"):
         pack_folder(tmp_path / "gathered", tmp_path / "no")
@@ -157,6 +166,6 @@ def test_packing_leaves_experts_dense_and_says_so(source: Path, tiny_text: Path,
 def test_a_pruned_folder_is_pruned_again(source: Path, tiny_text: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "one", tiny_text, permute="random", mode="gather")
     run(tmp_path / "one", tmp_path / "two", tiny_text, permute="random", mode="gather", pattern="1:4")
-    assert verify(tmp_path / "two").layers == 70
+    assert verify(tmp_path / "two").layers == 20
     assert {row.pattern for row in read_record(tmp_path / "two").layers} == {"1:4"}
     assert read_model(str(tmp_path / "two"))[2] == torch.bfloat16

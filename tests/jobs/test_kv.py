@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,29 +27,37 @@ from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
 
 from ..cli.running import fails, run
+from ..faults.pruned import write_source
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """What `permprune kv` wrote for the tiny model; shared, so leave it as it is."""
+    place = tmp_path_factory.mktemp("kv")
+    source = write_source(place / "source", tiny_tokenizer)
+    text = ("--calibration", source / "text.txt", "--data", source / "text.txt", "--length", "64")
+    code, said, _ = run(
+        "kv", source, "--out", place / "out", *text, "--samples", "4", "--windows", "2", "--window", "8"
+    )
+    assert code == 0
+    assert "keys 1:8: " in said and "perplexity" in said and f"written to {place / 'out'}" in said.replace("\n", "")
+    return place / "out"
 
 
 @pytest.fixture
-def folder(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Path:
-    """What `permprune kv` wrote for the tiny model."""
-    out = tmp_path / "kv"
-    text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "4", "--windows", "2", "--length", "64")
-    code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, "--window", "8")
-    assert code == 0
-    assert "keys 1:8: " in said and "perplexity" in said and f"written to {out}" in said.replace("\n", "")
-    return out
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "kv"))
 
 
-def test_a_cache_is_made_measured_and_used(
-    folder: Path, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path
-) -> None:
+def test_a_cache_is_made_measured_and_used(whole: Path, folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     record = json.loads((folder / "kv.json").read_text())
     assert record["shape"]["head_dim"] == 8 and record["config"]["keys"] == "1:8" and record["permute"] == "ria"
     assert all(record["kept"][side]["found"] >= record["kept"][side]["natural"] for side in ("keys", "values"))
     measured = record["measured"]
     assert measured["pruned"] == pytest.approx(measured["dense"], rel=0.1) and measured["count"] == 126
     figures = tmp_path / "figures.json"
-    options = ("--data", tiny_text, "--windows", "2", "--length", "64", "--json", figures)
+    text = whole.parent / "source" / "text.txt"
+    options = ("--data", text, "--windows", "2", "--length", "64", "--json", figures)
     code, said, _ = run("evaluate", tiny_checkpoint, "--kv", folder, *options)
     assert code == 0 and "cache " in said
     found = json.loads(figures.read_text())

@@ -44,7 +44,7 @@ class Held(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: dict[int, int] = {}
-        self.peak = 0
+        self.now = self.peak = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -53,9 +53,13 @@ class Held(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.sizes:
                     self.sizes[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.sizes.pop, storage._cdata)
-                    self.peak = max(self.peak, sum(self.sizes.values()))
+                    weakref.finalize(storage, self._drop, storage._cdata)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
         return result
+
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
 
 
 @pytest.fixture

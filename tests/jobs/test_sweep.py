@@ -87,10 +87,10 @@ def test_what_would_fail_later_fails_at_once(
 
 
 def test_the_rows_are_those_of_compare(setting: Setting, tmp_path: Path) -> None:
-    found = run_sweep(setting, tmp_path / "out", ["2:4", "4:8"], ["ria", "newton:rounds=5"])
+    found = run_sweep(setting, tmp_path / "out", ["2:4", "4:8"], ["ria", "newton:rounds=2"])
     assert found.metric == PERPLEXITY and len(found.rows) == 6
     name, config, evaluation = setting
-    compared = compare(name, ["ria", "newton:rounds=5"], config, evaluation=evaluation)
+    compared = compare(name, ["ria", "newton:rounds=2"], config, evaluation=evaluation)
     expected = {row.method: row for row in compared.rows}
     assert found.dense.result == expected["dense"].result
     for row in found.rows[:3]:
@@ -126,7 +126,7 @@ def test_a_mix_has_the_size_of_its_pattern(setting: Setting, tmp_path: Path) -> 
 def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = (["2:4", "1:4"], ["random", "newton:rounds=5"])
+    asked = (["2:4", "1:4"], ["random", "newton:rounds=2"])
     whole = run_sweep(setting, tmp_path / "whole", *asked)
     done: list[str] = []
     original = Session.attempt
@@ -154,7 +154,7 @@ def test_an_interrupted_sweep_goes_on_without_doing_a_cell_twice(
 
 
 def test_a_larger_budget_goes_on_where_the_smaller_one_stopped(setting: Setting, tmp_path: Path) -> None:
-    method = ["newton:rounds=5"]
+    method = ["newton:rounds=2"]
     short, long = run_sweep(setting, tmp_path / "out", ["2:4"], method, budgets=[1e-6, 60]).rows[1:]
     alone = run_sweep(setting, tmp_path / "alone", ["2:4"], method).rows[1]
     assert len(short.curve) == 1 and long.curve[0] == short.curve[0], "one search, not two"
