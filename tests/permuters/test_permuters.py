@@ -50,6 +50,9 @@ def same(a: Orders, b: Orders) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+FOLDED = ("ria", "reconstruction", "learned-paper", "newton")
+"""One method of each kind of search: the mode decides on the problems, which all methods read in the same way."""
+
 SLOW = ("learned", "permllm")
 """Methods that share the code of their search with a faster one, newton or learned-paper."""
 

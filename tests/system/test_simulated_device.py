@@ -38,7 +38,7 @@ from permprune.updates.registry import UPDATES
 
 from ..fixtures import BLOCK, make_tiny_llama, small_checkpoint
 from ..jobs.test_streaming import Held
-from ..permuters.test_permuters import WINDOWS, brief
+from ..permuters.test_permuters import FOLDED, WINDOWS, brief
 from ..simulated_device import CPU, SIMULATED, SimulatedTensor, allocated, simulated_device
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traced_on_cpu", "torch_only")]
@@ -112,10 +112,6 @@ def test_what_cuda_refuses_is_refused() -> None:
     assert (x.cpu() + y).tolist() == [3, 2, 3]
 
 
-FOLDED = ("ria", "reconstruction", "learned-paper", "newton")
-"""One method of each kind of search: the mode decides on the problems, which all methods read in the same way."""
-
-
 @pytest.mark.parametrize(
     ("name", "mode"), [*itertools.product(PERMUTERS, ["gather"]), *itertools.product(FOLDED, ["fold"])]
 )
@@ -168,8 +164,7 @@ def test_labels_and_padding() -> None:
 
 
 @pytest.mark.usefixtures("unchanged_settings")
-@pytest.mark.parametrize("memory", [None, 3 * 10**5])
-@pytest.mark.parametrize("mode", ["fold", "gather"])
+@pytest.mark.parametrize(("mode", "memory"), [("fold", None), ("fold", 3 * 10**5), ("gather", 3 * 10**5)])
 def test_folders(
     mode: str, memory: int | None, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, request: Any
 ) -> None:

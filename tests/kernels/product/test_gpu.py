@@ -15,14 +15,25 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8), Pattern(3, 5)]
 
 
+def with_batches(*batches: int, each: int) -> list[tuple[Pattern, torch.dtype, int]]:
+    """Each pattern in each type, with `each` of the batches, so that every pattern, as every type, has every batch.
+
+    Pattern and type decide how weights are decoded, and the batch which tiles they are multiplied with.
+    """
+    return [
+        (pattern, dtype, batches[(row + column + 2 * turn) % len(batches)])
+        for row, pattern in enumerate(PATTERNS)
+        for column, dtype in enumerate(DTYPES)
+        for turn in range(each)
+    ]
+
+
 def packed(pattern: Pattern, dtype: torch.dtype, rows: int, width: int) -> PackedWeight:
     weight = torch.randn(rows, width, device=DEVICE)
     return PackedWeight.pack(weight * pattern.mask(weight.abs()), pattern, dtype)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 5, 16, 40, 70])
+@pytest.mark.parametrize(("pattern", "dtype", "batch"), with_batches(1, 5, 16, 40, 70, each=2), ids=str)
 def test_products_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype, batch: int) -> None:
     rows, width = 37, 30 * pattern.m
     weight = packed(pattern, dtype, rows, width)
@@ -34,9 +45,7 @@ def test_products_are_those_of_pytorch(pattern: Pattern, dtype: torch.dtype, bat
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-3 * width**0.5)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [4, 40, 70])
+@pytest.mark.parametrize(("pattern", "dtype", "batch"), with_batches(4, 40, 70, each=1), ids=str)
 def test_activations_that_are_not_finite_give_what_the_dense_product_gives(
     pattern: Pattern, dtype: torch.dtype, batch: int
 ) -> None:
