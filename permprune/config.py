@@ -129,7 +129,7 @@ class PruneConfig:
     """How much work the run does: order (a search, no weight changes), minutes (a search, then training of the weights
     that are kept; the default of prune unless `permute` is given) or hour (about six times as much).
 
-    It sets `permute` by the size of the model, and `samples` unless they are given."""
+    It sets `permute` by the size of the model, and how many of the `samples` are used."""
 
     permute: str | Permuter = UNSET
     """The search for an order of channels: none, random, ria, cp, permllm, reconstruction, learned-paper, learned or
@@ -153,8 +153,8 @@ class PruneConfig:
     Several sources (a list) are mixed: each gives an equal share of the windows, or all it has, evenly spread."""
 
     samples: Count = UNSET
-    """Windows of text to calibrate on, by default 192, or what the effort needs; 32 sentences, or 8 images or texts to
-    embed, count as one."""
+    """Windows of text to calibrate on, by default 192; an effort takes as many as it needs, or fewer if they are given.
+    32 sentences, or 8 images or texts to embed, count as one."""
 
     length: Length = 512
     """Tokens in a window of text."""

@@ -23,6 +23,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples, by_length
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.forward import short_inputs
+from permprune.models.generation import with_begun_text
 from permprune.models.layers import DenseWeights, Layer, block_linears, dense_weights, prunable_layers
 from permprune.models.modality import EXAMPLES_PER_WINDOW, Kind, kind_of
 from permprune.models.positions import clipped_length
@@ -107,7 +108,7 @@ def plan_run(
         order = by_length(train, config.batch * examples_per_window, torch.Generator().manual_seed(config.seed))
         train = train[torch.cat(order)]
     config, passes = _within_data(config, kind, max(1, len(train) // examples_per_window))
-    coupling = _couple(model, short_inputs(model, measured), layers, config.mode)
+    coupling = _couple(model, short_inputs(model, with_begun_text(model, measured)), layers, config.mode)
     sites = _sites(coupling, layers)
     layers = [layer for layer in layers if layer.name in sites]
     problems = build_problems(coupling, layers, pattern, config.mode)

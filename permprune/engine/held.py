@@ -45,7 +45,8 @@ from permprune.pruning.preview import sample
 from permprune.pruning.stored import reorder_columns
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
-from permprune.system.progress import stage
+from permprune.system.progress import log, stage
+from permprune.system.search_state import Journal
 from permprune.system.shelf import Shelf
 from permprune.system.stages import CALIBRATE, NATURAL
 from permprune.updates.registry import update
@@ -97,8 +98,6 @@ def prepare(
     else:
         shown = Examples.of(examples, calibration_count(model, config))
         config = config.replace(calibration=f"{len(shown)} examples given in Python")
-    if needs_decoder_inputs(model, shown):
-        shown = with_decoder_inputs(model, shown, config.batch * BATCH_MULTIPLIER[kind_of(model)])
     with nullcontext() if held is None else held.as_stored():  # so that the trace shows the model's own operations
         plan = plan_run(model, config, examples=shown, weights=model.state_dict(), partial=partial)
     planned(plan)
@@ -120,6 +119,7 @@ def measure(
     default on the device.
     """
     stage(CALIBRATE)
+    plan = transcribed(plan, model)
     config, layers, sites, dtype = plan.config, plan.layers, plan.sites, plan.dtype
     batch, recompute = config.batch * BATCH_MULTIPLIER[kind_of(model)], config.recompute
     with frozen(model), torch.no_grad(), autocast(compute_device(model), dtype):
@@ -156,6 +156,17 @@ def measure(
         shelf=shelf,
     )
     return Prepared(**vars(plan), model=model, network=network, seconds=time.monotonic() - started)
+
+
+def transcribed(plan: Plan, model: PreTrainedModel) -> Plan:
+    """Return the plan with the text that the dense model generates for sounds without any; saved with the searches."""
+    if not needs_decoder_inputs(model, plan.measured):
+        return plan
+    run, parts = plan.run, [plan.measured, plan.run.held_out, plan.run.train]
+    log.info("the dense model writes the transcripts of %d sounds", sum(map(len, parts)))
+    with Journal(run.checkpoint, "transcripts") as journal:
+        texts = [with_decoder_inputs(model, part, journal, f"{n}.") for n, part in enumerate(parts)]
+    return replace(plan, measured=texts[0], run=replace(run, held_out=texts[1], train=texts[2]))
 
 
 def open_to_prune(source: ModelSource, config: PruneConfig, processor: Processor | None) -> OpenModel:

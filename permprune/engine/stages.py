@@ -15,6 +15,16 @@ from permprune.system.stages import ALLOCATE, CALIBRATE, DENSE, MEASURE, NATURAL
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
 
+OF_FORECASTS = {
+    "load": READ,
+    "transcribe": CALIBRATE,
+    "calibrate": CALIBRATE,
+    PATTERNS: ALLOCATE,
+    "update": UPDATE,
+    "write": WRITE,
+}
+"""The stages of a run to which those of a forecast belong, beside the stages of a search."""
+
 
 def stages_of_pruning(config: PruneConfig, *, streamed: bool, packed: bool, timed: bool) -> list[str]:
     """The stages of `Session.prune`, of writing the model, and of measuring how fast it is."""
@@ -37,18 +47,11 @@ def expected(forecast: Forecast) -> tuple[dict[str, float | None], tuple[str, ..
     method, seconds = permuter(forecast.config.permute), dict(forecast.seconds)
     each = None if (evaluating := seconds.pop("evaluate")) is None else evaluating / EVALUATED
     found: dict[str, float | None] = dict.fromkeys((DENSE, NATURAL, MEASURE), each)
-    for name, stage in (
-        ("load", READ),
-        ("calibrate", CALIBRATE),
-        (PATTERNS, ALLOCATE),
-        ("update", UPDATE),
-        ("write", WRITE),
-    ):
-        found[stage] = seconds.pop(name, 0.0)
     seconds.pop(OTHERS, None)  # stages that are made several times count as often
-    found |= {PACK: 0.0, SPEED: 0.0}  # which take seconds
+    found |= dict.fromkeys((*OF_FORECASTS.values(), PACK, SPEED), 0.0)  # to pack and to measure the speed take seconds
     for name, own in seconds.items():
-        stage, before = _stage_of(method, name), found.get(_stage_of(method, name), 0.0)
+        stage = OF_FORECASTS.get(name) or _stage_of(method, name)
+        before = found.get(stage, 0.0)
         found[stage] = None if own is None or before is None else before + own
     return found, method.stages if forecast.config.minutes else ()
 

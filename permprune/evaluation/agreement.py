@@ -41,7 +41,7 @@ def dense_outputs(model: nn.Module, examples: Examples, batch: int = 8) -> Dense
     A decoder without text in the examples reads what the dense model generates, as in calibration.
     """
     if needs_decoder_inputs(model, examples):
-        examples = with_decoder_inputs(model, examples, batch)
+        examples = with_decoder_inputs(model, examples)
     examples = examples.to(compute_device(model))
     with frozen(model):
         task = choose_task(model, examples, batch)

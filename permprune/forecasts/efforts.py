@@ -83,7 +83,9 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     needed = max(rounds * method.examples, steps * method.step_examples)
     if kind in ("images", "speech"):
         needed = min(needed, LARGE_WINDOWS)
-    samples = config.samples if "samples" in config.given else config.measured + config.held_out + needed
+    samples = config.measured + config.held_out + needed
+    if "samples" in config.given:
+        samples = min(samples, config.samples)
     resolved = config.replace(effort=name, permute=f"{method.name}{start}:rounds={rounds}{training}", samples=samples)
     log.info("effort %s: %s on %d windows", name, resolved.permute, resolved.samples)
     return resolved

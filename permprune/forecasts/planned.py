@@ -11,6 +11,7 @@ from permprune.examples import Examples, batches
 from permprune.forecasts.machine import this_machine
 from permprune.forecasts.passes import Shapes, example_pass
 from permprune.forecasts.run import Forecast, Subject, forecast_held
+from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import BATCH_MULTIPLIER, kind_of
 from permprune.plan import Plan
 from permprune.system import distributed
@@ -27,7 +28,15 @@ def forecast_plan(model: PreTrainedModel, plan: Plan, windows: int) -> Forecast:
     origin, processes = origin_of(model), distributed.world()
     examples = sum(len(part) for part in (plan.measured, plan.run.held_out, plan.run.train))
     subject = Subject(
-        origin.name, model, plan.outline, this_machine(), origin.dtype, windows, processes, examples=examples
+        origin.name,
+        model,
+        plan.outline,
+        this_machine(),
+        origin.dtype,
+        windows,
+        processes,
+        examples=examples,
+        transcribed=examples if needs_decoder_inputs(model, plan.measured) else 0,
     )
     shown = _shown(plan.run.train, plan.config.batch * BATCH_MULTIPLIER[kind_of(model)])
     return forecast_held(subject, plan.config, example=example_pass(model, plan.config, shown=shown))

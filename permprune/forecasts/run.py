@@ -46,6 +46,9 @@ from permprune.updates.registry import update
 SHORT = 16
 """The tokens of text on which what was written is compared with the model."""
 
+TRANSCRIBED = 1.7
+"""Passes over an example that take as long as to generate its text (benchmarks/forecasts.py)."""
+
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
 
@@ -159,7 +162,7 @@ class Subject:
     `outline` is that of `outline_model`, `stored` the type in which the weights are stored, and `windows` the number of
     windows of the evaluation. The run has so many `processes`, all on this machine unless `torchrun` says otherwise.
     `size` are the height and width of images, if they are not those of the model's config, and `examples` the number of
-    examples to calibrate on, if it is known.
+    examples to calibrate on, if it is known. The model generates a text for `transcribed` of them.
     """
 
     name: str
@@ -171,6 +174,7 @@ class Subject:
     processes: int = 1
     size: tuple[int, int] | None = None
     examples: int | None = None
+    transcribed: int = 0
 
 
 def forecast_held(
@@ -217,20 +221,22 @@ def forecast_held(
     found = (*network, *([trained_weights(run)] if method.trains else []))
     passes = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
     evaluated = passes * evaluation_count(model, subject.windows)
-    evaluating = Work(products_fp32=run.forward.products, moved=run.forward.moved) * evaluated
+    in_fp32 = Work(products_fp32=run.forward.products, moved=run.forward.moved)
     searching = [
         *(stage.beside(network) for stage in stages_of_mix(config, run)),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
         *(stage.beside(network) for stage in stages_of(update(config.update), run)),
     ]
     limit = config.memory if config.offload == "none" else None
+    texts = Stage("transcribe", (weights,), in_fp32 * (TRANSCRIBED * subject.transcribed))
     stages: Sequence[Stage] = [
+        *([texts] if subject.transcribed else []),
         _calibration(run, measured, fisher=fisher, memory=limit, positions=example.positions).beside(
             [weights, *counted("inputs" if fisher else "none").parts]
         ),
         *searching,
         *stages_of_limit(config, searching),
-        Stage("evaluate", evaluation.parts, evaluating).beside(found),
+        Stage("evaluate", evaluation.parts, in_fp32 * evaluated).beside(found),
     ]
     # processes that divide rows convert their own from fp32, parameter by parameter
     load = Stage("load", (weights if shards == 1 else Memory("weights", whole),), Work(stored=checkpoint))

@@ -12,9 +12,16 @@ from permprune.models.forward import frozen, is_encoder_decoder, typed_inputs
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track
+from permprune.system.search_state import Journal
 
 LENGTH = 128
 """Maximum number of generated tokens; 30 seconds of speech have about 100."""
+
+SOUNDS = 8
+"""Examples whose texts are generated together: each step reads the decoder's weights once for all of them."""
+
+BEGUN = 11
+"""Tokens of `with_begun_text`."""
 
 PROMPT = 4
 """Positions reserved for the tokens with which a decoder starts."""
@@ -29,24 +36,43 @@ def needs_decoder_inputs(model: nn.Module, examples: Examples) -> bool:
     return generates and not {"labels", "decoder_input_ids"} & set(examples)
 
 
+def with_begun_text(model: nn.Module, examples: Examples) -> Examples:
+    """Return examples whose decoder, if they have no input for it, reads start tokens: enough to trace a model."""
+    if not needs_decoder_inputs(model, examples):
+        return examples
+    config: Any = model.config
+    return Examples(
+        {**examples, "decoder_input_ids": torch.full((len(examples), BEGUN), config.decoder_start_token_id)}
+    )
+
+
 @torch.no_grad()
-def with_decoder_inputs(model: nn.Module, examples: Examples, batch: int) -> Examples:
+def with_decoder_inputs(
+    model: nn.Module, examples: Examples, journal: Journal | None = None, name: str = ""
+) -> Examples:
     """Add the text that the model generates (greedy search) for each example as its decoder input.
 
     Returns the examples with "decoder_input_ids" (count, length) and "decoder_attention_mask", which is 0 after the end
-    of a text. The model runs on `batch` examples at a time. The work is shared between the processes; the result does
-    not depend on their number.
+    of a text. The work is shared between the processes; the result does not depend on their number. Texts in the
+    `journal`, by `name` and place, are not generated again, and others are added to it.
     """
-    device = compute_device(model)
-    texts_by_place: dict[str, Tensor] = {}
+    device, texts = compute_device(model), {} if journal is None else dict(journal.tensors)
+    made: dict[str, Tensor] = {}
     with frozen(model):
-        places = distributed.share(torch.arange(len(examples)).split(batch))
-        for batch_places in track(places, "transcribing"):
-            written = generate(model, examples[batch_places].to(device), LENGTH).cpu()
-            texts_by_place |= {str(place): ids for place, ids in zip(batch_places.tolist(), written, strict=True)}
-    texts = [ids for _, ids in sorted(distributed.merge(texts_by_place).items(), key=lambda item: int(item[0]))]
+        places = distributed.share(torch.arange(len(examples)).split(SOUNDS))
+        for batch in track(places, "transcribing"):
+            keys = [f"{name}{place}" for place in batch.tolist()]
+            if not texts.keys() >= set(keys):
+                written = generate(model, examples[batch].to(device), LENGTH).cpu()
+                texts |= (new := dict(zip(keys, written, strict=True)))
+                if journal is not None:
+                    journal.add(new)
+            made |= {key: texts[key] for key in keys}
+    merged = distributed.merge(made)
     config: Any = model.config
-    padded = torch.nn.utils.rnn.pad_sequence(texts, True, config.pad_token_id or 0)
+    padded = torch.nn.utils.rnn.pad_sequence(
+        [merged[f"{name}{place}"] for place in range(len(examples))], True, config.pad_token_id or 0
+    )
     start = torch.full((len(padded), 1), config.decoder_start_token_id)
     ids = padded if torch.equal(padded[:, :1], start) else torch.cat([start, padded], 1)
     ended = ids[:, 1:].eq(config.eos_token_id).cumsum(1).bool()

@@ -1,10 +1,16 @@
 """Speech without transcripts: the dense model's own are imitated."""
 
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
 import torch
 
 from permprune.config import PruneConfig
 from permprune.engine.held import prepare
 from permprune.examples import Examples
+from permprune.forecasts.planned import forecast_plan
+from permprune.forecasts.run import Forecast
 from permprune.losses.choice import choose_task
 from permprune.losses.targets import Imitation
 from permprune.models.generation import needs_decoder_inputs, with_decoder_inputs
@@ -24,12 +30,13 @@ def test_only_speech_without_text_lacks_it() -> None:
 
 def test_texts_start_as_the_decoder_does_and_end_where_it_ends() -> None:
     model = make("whisper")
-    free = with_decoder_inputs(model, silent(), 5)["decoder_input_ids"]
+    free = with_decoder_inputs(model, silent())["decoder_input_ids"]
     assert (free[:, 0] == 1).all() and free.shape[1] <= 16
     model.config.eos_token_id = model.generation_config.eos_token_id = int(free[0, 4])
-    found = with_decoder_inputs(model, silent(), 5)
+    found = with_decoder_inputs(model, silent())
     ids, mask = found["decoder_input_ids"], found["decoder_attention_mask"]
-    assert torch.equal(with_decoder_inputs(model, silent(), 12)["decoder_input_ids"], ids)
+    few = with_decoder_inputs(model, silent()[:5])["decoder_input_ids"]  # in other batches
+    assert torch.equal(few, ids[:5, : few.shape[1]])
     for own, real in zip(ids[:, 1:].tolist(), mask[:, 1:].tolist(), strict=True):
         end = own.index(model.config.eos_token_id) if model.config.eos_token_id in own else len(own)
         assert real == [1] * end + [0] * (len(own) - end)
@@ -38,10 +45,36 @@ def test_texts_start_as_the_decoder_does_and_end_where_it_ends() -> None:
 
 def test_a_speech_model_is_calibrated_without_labels() -> None:
     model = make("whisper")
-    found = with_decoder_inputs(model, silent(), 4)
+    found = with_decoder_inputs(model, silent())
     said = choose_task(model, found, 4)(model, found)
     assert said.terms == int(found["decoder_attention_mask"].sum())
     prepared = prepare(make("whisper"), None, PruneConfig(precision="fp32", measured=4, held_out=2), examples=silent())
     assert prepared.network.task == Imitation()
     assert torch.equal(prepared.measured["decoder_input_ids"], found["decoder_input_ids"][:4])
     assert all(fisher.any() for fisher in prepared.network.statistics.fisher.values())
+
+
+def test_texts_are_forecast_before_they_are_generated_and_kept_for_a_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("generated")
+
+    config, shown = PruneConfig(precision="fp32", measured=4, held_out=2), {"examples": silent(), "partial": tmp_path}
+    forecasts: list[Forecast] = []
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="generated"):
+        patch.setattr("permprune.models.generation.generate", fail)
+        prepare(
+            model := make("whisper"),
+            None,
+            config,
+            planned=lambda p: forecasts.append(forecast_plan(model, p, 1)),
+            **shown,
+        )
+    (forecast,) = forecasts
+    assert forecast.seconds["transcribe"]
+    first = prepare(make("whisper"), None, config, **shown)
+    monkeypatch.setattr("permprune.models.generation.generate", fail)
+    again = prepare(make("whisper"), None, config, **shown)
+    for one, other in zip((first.measured, first.run.train), (again.measured, again.run.train), strict=True):
+        assert torch.equal(one["decoder_input_ids"], other["decoder_input_ids"])
