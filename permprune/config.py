@@ -39,7 +39,7 @@ with on_first_use(globals()):
 PRECISIONS = ("auto", "fp32", "bf16")
 
 PLACES = ("none", "host", "disk")
-"""Where what is not used may be (`permprune.engine.offloading`)."""
+"""Where what is not used may be (`permprune.engine.sharded`)."""
 
 EFFORTS = ("order", "minutes", "hour")
 """How much work a run may do (`permprune.forecasts.efforts`)."""

@@ -11,10 +11,10 @@ from jaxtyping import jaxtyped
 MODULES = [
     "permprune.pattern",
     "permprune.matching.assignment",
-    "permprune.matching.pairs",
-    "permprune.matching.parts",
+    "permprune.matching.assignment",
+    "permprune.matching.assignment",
     "permprune.matching.sinkhorn",
-    "permprune.matching.relaxation",
+    "permprune.matching.sinkhorn",
     "permprune.calibration.symmetric",
     "permprune.calibration.moments",
     "permprune.calibration.fisher",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune.evaluation.embeddings import embedding_agreement
+from permprune.evaluation.agreement import embedding_agreement
 from permprune.losses.choice import choose_task
 from permprune.losses.embeddings import Embedding, Embeddings
 from permprune.losses.objective import Objective

@@ -17,9 +17,8 @@ from permprune.checkpoints.record import read_record
 from permprune.checkpoints.weight_files import GATHERED
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
-from permprune.coupling.fold import fold
+from permprune.coupling.fold import fold, verify_space
 from permprune.coupling.space import Coupling
-from permprune.coupling.verify import verify_space
 from permprune.data.text import load_documents, tokenize
 from permprune.engine.held import Held, prepare, prune
 from permprune.engine.measuring import Evaluation

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from permprune.models.experts import Routed
+from permprune.models.forward import Padding
 from permprune.models.hooks import hooked
 from permprune.models.layers import Layer
-from permprune.models.padding import Padding
 
 BLOCK = 2**24
 """Maximum number of elements of per-example weight gradients that are computed at a time."""

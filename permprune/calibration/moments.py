@@ -13,9 +13,9 @@ from permprune.calibration.symmetric import Symmetric, Symmetrics, SymmetricShel
 from permprune.errors import PermpruneError
 from permprune.models.activation_checkpointing import recomputing
 from permprune.models.experts import Routed
+from permprune.models.forward import Padding
 from permprune.models.hooks import hooked
 from permprune.models.layers import Layer
-from permprune.models.padding import Padding
 from permprune.system import distributed
 from permprune.system.progress import log
 from permprune.system.shelf import Shelf

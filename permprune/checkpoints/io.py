@@ -30,8 +30,8 @@ from permprune.models.layers import is_packed
 from permprune.models.processors import Processor, read_processor
 from permprune.system.device import best_device
 from permprune.system.failures import failures_reported
-from permprune.zoo.cache import cache_root
 from permprune.zoo.models import resolve_model
+from permprune.zoo.packages import cache_root
 
 WRITTEN = "the written model"
 """The name in error messages of a model that is checked before its folder appears."""

@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from permprune.errors import PermpruneError, first_line
 from permprune.models.dummy_inputs import random_like
-from permprune.models.forward import forward_arguments, main_outputs
+from permprune.models.forward import argument_names, forward_arguments, main_outputs
 from permprune.models.hooks import attached
 from permprune.models.layers import is_packed
 from permprune.models.narrow_weights import in_fp32
-from permprune.models.signature import argument_names
 from permprune.system.device import compute_device
 
 PROBE = "probe.safetensors"

@@ -48,7 +48,7 @@ class Side:
 class Showcase:
     """What a run shows of the models of `SIDES`.
 
-    `kind` is what the answers are, one of `permprune.showcase.base.KINDS`; `note` says how they came about or, without
+    `kind` is what the answers are, a `permprune.showcase.base.Kind`; `note` says how they came about or, without
     `examples`, why there are none. Speeds are in `unit`, on `threads` threads of the `device`, "CPU" or "GPU".
     """
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
 from permprune.cli import common as cli
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
 from permprune.models.pooling import pooling_asked
+from permprune.system.imports import on_first_use
+
+with on_first_use(globals()):
+    from permprune.evaluation.result import Result
+    from permprune.report.words import result_text, with_error
 
 
 @partial(cli.command, without=("task_data", "examples"))
@@ -49,13 +55,11 @@ def evaluate(
 
     from permprune.jobs.evaluate import evaluate_all
     from permprune.jobs.kv import evaluate_kv
-    from permprune.report.tables import tasks_table
-    from permprune.report.words import result_text
 
     if scored:
         results = evaluate_tasks(model, tasks, trust_remote_code=trust_remote_code)
         figures = {"model": model, **dataclasses.asdict(tasks), "results": [result.to_json() for result in results]}
-        cli.show(tasks_table(model, results))
+        cli.show(_table(model, results))
         cli.write_figures(json, figures)
         return
     if kv is not None:
@@ -70,3 +74,18 @@ def evaluate(
         print(result_text(result))
     more = {"others": [result.to_json() for result in others]} if others else {}
     cli.write_figures(json, {**first.to_json(), **more})
+
+
+def _table(model: str, results: Sequence[Result]) -> Table:
+    """Return a table of the results of tasks."""
+    table = Table(title=model)
+    for title in ("task", "metric"):
+        table.add_column(title)
+    for title in ("value", "measured on"):
+        table.add_column(title, justify="right")
+    for result in results:
+        if result.task == "average":
+            table.add_section()
+        figure = with_error(result.value, result.stderr)
+        table.add_row(result.task, result.metric.name, figure, f"{result.count:,} {result.unit}")
+    return table

@@ -69,8 +69,7 @@ def sweep(
 
 def announce(result: Sweep) -> None:
     """Print the table and the summary of a sweep."""
-    from permprune.report.sweep import sweep_decision
-    from permprune.report.tables import sweep_table
+    from permprune.report.sweep import sweep_decision, sweep_table
 
     figures = result.to_json()
     cli.show(sweep_table(figures))

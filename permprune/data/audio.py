@@ -17,10 +17,9 @@ from permprune.data.items import Item, Labels, Medium, Selection, class_of, find
 from permprune.data.sources import LABEL_COLUMNS, locate, read_text
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED
-from permprune.models.forward import writes_text
+from permprune.models.forward import argument_names, writes_text
 from permprune.models.generation import decoder_positions
 from permprune.models.processors import Processor, feature_extractor_of, tokenizer_of
-from permprune.models.signature import argument_names
 from permprune.system.progress import log
 
 TEXT_COLUMNS = ("text", "transcript", "transcription", "sentence", "normalized_text")

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from permprune.data.items import Item, Labels, Medium, Selection, class_of, find_list, row_label
 from permprune.data.sources import LABEL_COLUMNS, locate
 from permprune.errors import PermpruneError
+from permprune.models.forward import argument_names, find_config
 from permprune.models.processors import Processor, image_processor_of
-from permprune.models.signature import argument_names, find_config
 
 MODES = {1: "L", 4: "RGBA"}
 """PIL image modes by number of channels; RGB for other numbers."""

@@ -11,17 +11,16 @@ from transformers import PreTrainedModel
 from permprune.data.audio import load_speech
 from permprune.data.images import load_images
 from permprune.data.items import Selection
-from permprune.data.labelled import load_labelled_text
+from permprune.data.labelled import load_labelled_text, load_sentences
 from permprune.data.pairs import has_images, load_pairs
-from permprune.data.sentences import load_sentences
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
+from permprune.models.forward import argument_names
 from permprune.models.modality import kind_of
 from permprune.models.pairs import takes_pairs
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor, image_processor_of, tokenizer_of
-from permprune.models.signature import argument_names
 from permprune.zoo import images as zoo
 
 CIFAR = "cifar10"

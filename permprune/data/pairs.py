@@ -14,9 +14,9 @@ from permprune.data.items import FILE_COLUMNS, Item, Selection, find_list, liste
 from permprune.data.sources import TABLES, dataset, find_column, first_row, looks_like_path, parse_name, read_text
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
+from permprune.models.forward import argument_names
 from permprune.models.pairs import encode_pair, pair_processor_of
 from permprune.models.processors import Processor
-from permprune.models.signature import argument_names
 
 PROMPTS = ("question", "prompt", "instruction", "query")
 ANSWERS = ("answer", "answers", "response", "completion", "output", "caption", "captions", "text", "sentence")

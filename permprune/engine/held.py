@@ -39,7 +39,7 @@ from permprune.pattern import MIXED
 from permprune.permuters.base import Callback, Permuter, Run, Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
-from permprune.pruning.measures import LayerMeasure
+from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
 from permprune.pruning.preview import sample
 from permprune.pruning.stored import reorder_columns

@@ -31,7 +31,7 @@ from permprune.permuters.base import Solution
 from permprune.plan import Plan
 from permprune.pruning.folder import write_pruned
 from permprune.pruning.hub import push_to_hub
-from permprune.pruning.measures import LayerMeasure
+from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.problem import Orders, Problem
 from permprune.pruning.stored import fold_tables, gather_places, reorder_columns, reordered_outputs
 from permprune.system.files import atomic_folder

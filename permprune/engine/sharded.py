@@ -1,4 +1,4 @@
-"""A model of whose weights each process holds some rows (`permprune.models.row_shards`)."""
+"""A model of whose weights each process holds some rows (`permprune.models.row_shards`), or one process one block."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.offload import CollectedWeights, StoredWeights, attach, read_offloaded
+from permprune.checkpoints.offload import CollectedWeights, StoredWeights, attach, load_at_rest, read_offloaded
 from permprune.checkpoints.probe import make_probe
 from permprune.config import PruneConfig
 from permprune.engine.held import Held, measure
@@ -18,6 +19,7 @@ from permprune.engine.pruned import Pruned, beside_natural, stored_form, stored_
 from permprune.engine.weights import Offloaded
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
+from permprune.forecasts.offloading import FILES
 from permprune.models.at_rest import values_of
 from permprune.models.forward import short_inputs
 from permprune.models.layers import require_finite
@@ -25,11 +27,11 @@ from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_examples, plan_run
-from permprune.pruning.measures import LayerMeasure
+from permprune.pruning.masked import LayerMeasure
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, require_space
 from permprune.system.memory import release_freed_memory
-from permprune.system.shelf import Shelf
+from permprune.system.shelf import Place, Shelf
 
 
 class Sharded(Offloaded, Held):
@@ -107,3 +109,22 @@ class Sharded(Offloaded, Held):
 
     def serve(self) -> None:
         self.weights.serve()
+
+
+class Offloading(Sharded):
+    """A model whose weights are at rest while their modules do not run, and whose other tensors rest on shelves.
+
+    Weights on the disk are read from the checkpoint. Raises `PermpruneError` for a checkpoint or data that cannot be
+    used, and if the disk is full.
+    """
+
+    unanswering = "the weights were offloaded"
+
+    def load_weights(self, model: PreTrainedModel, weights: StoredWeights) -> None:
+        load_at_rest(model, weights, held=self.shelf.place == "host")
+
+    def shelf_of(self, config: PruneConfig, work: WorkFolder) -> Shelf:
+        return Shelf(cast(Place, config.offload), work.scratch)
+
+    def files(self) -> int:
+        return FILES

@@ -35,8 +35,7 @@ from permprune.models.narrow_weights import is_narrow
 from permprune.permuters.base import LocalPermuter, Permuter, Run, Solution
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_examples, plan_run
-from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.measures import LayerMeasure
+from permprune.pruning.masked import LayerMeasure, MaskedLayers
 from permprune.pruning.problem import Orders, Problem
 from permprune.system import distributed, stages
 from permprune.system.device import compute_device

@@ -18,7 +18,7 @@ from permprune.engine.pruned import Pruned
 from permprune.models.processors import Processor
 from permprune.permuters.base import Permuter, Run, Solution
 from permprune.plan import Plan
-from permprune.pruning.measures import LayerMeasure
+from permprune.pruning.masked import LayerMeasure
 from permprune.system.shelf import Shelf
 
 

@@ -6,8 +6,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from permprune.errors import PermpruneError
-from permprune.evaluation.agreement import DenseOutputs, agreement
-from permprune.evaluation.embeddings import pair_similarity
+from permprune.evaluation.agreement import DenseOutputs, agreement, pair_similarity
 from permprune.evaluation.metrics import accuracy, measure_labels
 from permprune.evaluation.perplexity import perplexity
 from permprune.evaluation.result import Result

@@ -20,9 +20,8 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.metrics import share
 from permprune.evaluation.result import TOP_1_ACCURACY, Result
 from permprune.examples import Examples
-from permprune.models.forward import frozen, run_model
+from permprune.models.forward import argument_names, frozen, run_model
 from permprune.models.hooks import attached
-from permprune.models.signature import argument_names
 from permprune.options import Count, Seed, require
 from permprune.system.device import compute_device
 from permprune.system.progress import log, track

@@ -16,7 +16,7 @@ from permprune.forecasts.resources import Memory, Stage, Work
 from permprune.forecasts.workload import Workload
 from permprune.inference.solving import SWEEPS
 from permprune.losses.loss import as_loss
-from permprune.matching.parts import groups_in, part_count
+from permprune.matching.assignment import groups_in, part_count
 from permprune.permuters import cp, kept, quadratic
 from permprune.permuters.base import Permuter
 from permprune.permuters.bundles import BLOCK

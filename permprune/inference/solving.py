@@ -21,10 +21,9 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.kernels.product.int4 import exact_scale, round_to_int4, search_scale
 from permprune.kernels.product.layout import BLOCK
-from permprune.models.block_by_block import block_by_block
 from permprune.models.experts import Routed
 from permprune.models.forward import inference, padding_of, run_model
-from permprune.models.hooks import hooked
+from permprune.models.hooks import block_by_block, hooked
 from permprune.models.layers import Layer
 from permprune.system.device import compute_device
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.coupling.discovery import discover
-from permprune.coupling.verify import verify_space
+from permprune.coupling.fold import verify_space
 from permprune.models.dummy_inputs import example_inputs, read_example
 from permprune.models.processors import Processor
 from permprune.system.failures import failures_reported

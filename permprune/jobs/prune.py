@@ -18,10 +18,9 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Held, open_to_prune
 from permprune.engine.limiting import keep_within
 from permprune.engine.measuring import Evaluation, require_data
-from permprune.engine.offloading import Offloading
 from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
-from permprune.engine.sharded import Sharded
+from permprune.engine.sharded import Offloading, Sharded
 from permprune.engine.stages import expected, stages_of_pruning
 from permprune.engine.streamed import Streamed
 from permprune.engine.weights import Weights

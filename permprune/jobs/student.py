@@ -24,9 +24,8 @@ from permprune.losses.targets import Task
 from permprune.models.forward import is_causal_lm, is_encoder_decoder, short_inputs
 from permprune.models.layers import Layer, block_linears
 from permprune.models.modality import kind_of
-from permprune.training.adapters import adapted
 from permprune.training.int4 import through_int4
-from permprune.training.weights import trained_weights
+from permprune.training.weights import adapted, trained_weights
 from permprune.training.zeros import KeptZeros
 
 if TYPE_CHECKING:

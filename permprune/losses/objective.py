@@ -20,10 +20,9 @@ with on_first_use(globals()):
     from permprune.losses import targets
     from permprune.losses.embeddings import Embedding
     from permprune.losses.targets import Imitation, Task
-    from permprune.models.forward import padding_of
+    from permprune.models.forward import Padding, padding_of
     from permprune.models.hooks import attached
     from permprune.models.layers import blocks
-    from permprune.models.padding import Padding
 
 ONE_LABEL_DIVERGENCE = 3.0
 """The weight of `Objective.divergence` where each example has one label."""

@@ -1,10 +1,11 @@
-"""Running a model: the arguments of its forward, its outputs, and its type (decoder, generative)."""
+"""Running a model: the arguments of its forward, its outputs, its type (decoder, generative), and its nested config."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.utils import _pytree
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
-from permprune.models.padding import Padding
+from permprune.models.experts import Routed
 from permprune.system.device import compute_device
 
 
@@ -239,3 +240,63 @@ def writes_text(model: nn.Module) -> bool:
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether the model is a decoder-only language model, which predicts the next token of its input."""
     return bool(getattr(model, "can_generate", bool)()) and not is_encoder_decoder(model)
+
+
+def argument_names(model: PreTrainedModel) -> list[str]:
+    """The names of the keyword arguments of the model's forward."""
+    kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    return [name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds]
+
+
+def find_config(config: PreTrainedConfig, *fields: str) -> Any:
+    """The outermost config, among a config and those nested in it, in which no field is None; None if there is none."""
+    having = (one for one in nested_configs(config) if all(getattr(one, field, None) is not None for field in fields))
+    return next(having, None)
+
+
+def nested_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yield a config and all configs nested in it, breadth first."""
+    level = [config]
+    while level:
+        yield from level
+        level = [value for one in level for value in vars(one).values() if isinstance(value, PreTrainedConfig)]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The padding of one batch.
+
+    `masks` are bool tensors (batch, length), False at padding: one per sequence that the model reads, e.g. one for the
+    encoder and one for the decoder. Their shapes differ, so the shape of an activation tells to which sequence it
+    belongs. Without masks, nothing is padding. `readers` are the modules that read these sequences; None for all. The
+    vision encoder of a vision-language model is not one of them: its activations may have the shape of the text.
+    """
+
+    masks: tuple[Tensor, ...] = ()
+    readers: Set[nn.Module] | None = None
+
+    @classmethod
+    def of(cls, *masks: Tensor | None, readers: Set[nn.Module] | None = None) -> Padding:
+        """Create the padding from masks of any dtype that are 0 at padding; None entries are ignored."""
+        return cls(tuple(mask.bool() for mask in masks if mask is not None), readers)
+
+    def mask_of(self, x: Tensor, routed: Routed | None = None, module: nn.Module | None = None) -> Tensor | None:
+        """The mask that belongs to activations x, (batch, length, channels) or (batch * length, channels).
+
+        It has the shape of x without the channels and is False at padding. None if x has no padding. If x are the
+        inputs or outputs of an expert, (rows, channels), `routed` tells of which tokens. `module` is the module that
+        reads or computes x; None if x are outputs of the model.
+        """
+        if module is not None and self.readers is not None and module not in self.readers:
+            return None
+        for mask in self.masks:
+            if routed is not None and routed.total == mask.numel():
+                return mask.flatten()[routed.places]
+            if routed is None and x.shape[:-1] in (mask.shape, (mask.numel(),)):
+                return mask.reshape(x.shape[:-1])
+        return None
+
+    def real(self, x: Tensor, routed: Routed | None = None, module: nn.Module | None = None) -> Tensor:
+        """The activations that are not padding, (positions, channels); x itself if it has none (see `mask_of`)."""
+        mask = self.mask_of(x, routed, module)
+        return x if mask is None else x[mask]

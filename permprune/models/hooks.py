@@ -1,9 +1,9 @@
-"""Hooks on layers, which see what the layers read and compute whenever they run."""
+"""Hooks on layers, which see what the layers read and compute whenever they run, and on blocks, which change theirs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from permprune.errors import PermpruneError
 from permprune.models.experts import ExpertMatrix, Routed, Whole, routed_only, run_in_turn
-from permprune.models.layers import Layer
+from permprune.models.layers import Layer, blocks
+from permprune.system.progress import track
 
 Before = Callable[[Layer, Tensor, Routed | None], Tensor | None]
 """Called with (layer, inputs, tokens) before a layer runs; returns the inputs to use instead, or None.
@@ -23,6 +24,9 @@ The tokens are those of an expert's inputs, and None for other layers.
 
 After = Callable[[Layer, Tensor, Routed | None, Tensor], None]
 """Called with (layer, inputs, tokens, outputs) after a layer has run."""
+
+Visit = Callable[[list[Layer], Callable[[], Any]], None]
+"""Called with the layers of a block and a function that runs the block on its inputs."""
 
 
 @contextmanager
@@ -111,3 +115,40 @@ def _after(layer: Layer, call: After, module: nn.Module, args: tuple[Any, ...], 
 
 def _routed(layer: Layer, args: tuple[Any, ...]) -> Routed | None:
     return None if layer.expert is None else args[1]
+
+
+@contextmanager
+def block_by_block(model: nn.Module, layers: Iterable[Layer], visit: Visit, name: str) -> Iterator[None]:
+    """Context manager: a forward pass calls `visit` before each block first runs, and ends after the last of them.
+
+    The block then runs as `visit` left it, so that the next one reads what it computes. Layers of a module that blocks
+    share belong to the first; those outside of the blocks are left out. `name` is shown with the progress.
+    """
+    waiting = _layers_by_block(model, layers)
+    bar = track(list(waiting), name)
+
+    def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        own = waiting.pop(block, None)
+        if own is None:  # a block that runs again
+            return
+        next(bar)
+        visit(own, partial(block.forward, *args, **kwargs))  # calling `block` would run this hook again
+        if not waiting:
+            raise _AllVisited
+
+    hooks = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
+    with attached(hooks), closing(bar), suppress(_AllVisited):
+        yield
+
+
+class _AllVisited(Exception):
+    """Ends the forward pass after the last block was visited."""
+
+
+def _layers_by_block(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:
+    block_of = {module: block for block in reversed(blocks(model)) for module in block.modules()}
+    found: dict[nn.Module, list[Layer]] = {}
+    for layer in layers:
+        if layer.owner in block_of:
+            found.setdefault(block_of[layer.owner], []).append(layer)
+    return found

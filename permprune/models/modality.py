@@ -9,9 +9,8 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     from transformers import PreTrainedModel
 
-    from permprune.models.forward import is_causal_lm
+    from permprune.models.forward import argument_names, is_causal_lm
     from permprune.models.pooling import pooling_of
-    from permprune.models.signature import argument_names
 
 Kind = Literal["text", "sentences", "embeddings", "images", "speech"]
 

@@ -12,9 +12,8 @@ from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenize
 
 from permprune.errors import PermpruneError, first_line
 from permprune.examples import IGNORED
-from permprune.models.forward import is_causal_lm
+from permprune.models.forward import argument_names, is_causal_lm
 from permprune.models.processors import Processor
-from permprune.models.signature import argument_names
 
 
 def takes_pairs(model: PreTrainedModel) -> bool:

@@ -14,7 +14,7 @@ with on_first_use(globals()):
     from torch.nn import functional as F
     from transformers import PreTrainedModel
 
-    from permprune.models.signature import argument_names
+    from permprune.models.forward import argument_names
 
 TASK = "embedding"
 """The task of a sentence encoder, by the name that it is asked for."""

@@ -23,7 +23,7 @@ with on_first_use(globals()):
     from torch.optim.adamw import adamw
 
     from permprune.matching.assignment import assign
-    from permprune.matching.relaxation import gumbel_noise
+    from permprune.matching.sinkhorn import gumbel_noise
     from permprune.pruning.problem import Part, Problem
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8

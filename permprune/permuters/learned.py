@@ -19,8 +19,7 @@ with on_first_use(globals()):
     from torch import Tensor
 
     from permprune.matching.assignment import assign
-    from permprune.matching.relaxation import gumbel_noise
-    from permprune.matching.sinkhorn import sinkhorn
+    from permprune.matching.sinkhorn import gumbel_noise, sinkhorn
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     from torch import Tensor
 
-    from permprune.matching.relaxation import straight_through
+    from permprune.matching.sinkhorn import straight_through
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,7 @@ with on_first_use(globals()):
     from torch import Tensor
 
     from permprune.kernels.search.placement import add_placement_cost
-    from permprune.matching.assignment import cycles
-    from permprune.matching.pairs import pair_up
-    from permprune.matching.parts import groups_in, random_parts
+    from permprune.matching.assignment import cycles, groups_in, pair_up, random_parts
     from permprune.pruning.masked import MaskedLayers
     from permprune.pruning.problem import Problem
     from permprune.system import sharding

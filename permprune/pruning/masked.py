@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -15,7 +16,6 @@ from permprune.kernels.search.masks import apply_mask, kept_sum, pack_mask, unpa
 from permprune.models.layers import Layer
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
-from permprune.pruning.measures import LayerMeasure, output_energy
 from permprune.pruning.problem import Orders, Part, Problem
 from permprune.pruning.running import RunningLayers
 from permprune.saliency.base import Saliency, Scale
@@ -357,3 +357,27 @@ class MaskedLayers(RunningLayers):
         if not MaskedWeight.fits(weight, pattern):
             return None
         return MaskedWeight.of(weight, self._bits[layer.name])
+
+
+@dataclass(frozen=True)
+class LayerMeasure:
+    """How close a pruned layer with its current weights is to the dense one.
+
+    `kept` is the share of the squared scores that belongs to non-zero weights; `error` is the relative output error on
+    the dense model's inputs, tr(E H E^T) / tr(W H W^T) with E = W - W_eff. `transposed` is whether the weight is stored
+    as (inputs, outputs).
+    """
+
+    name: str
+    transposed: bool
+    pattern: str
+    kept: float
+    error: float
+
+
+def output_energy(weight: Tensor, moments: Tensor) -> float:
+    """Return the mean squared norm of a layer's outputs, tr(W H W^T).
+
+    `weight` is (rows, channels), and `moments` are the second moments of its inputs, (channels, channels).
+    """
+    return sharding.total(float(((weight.float() @ moments) * weight).sum()))[0]

@@ -1,4 +1,4 @@
-"""The HTML page of a sweep: the result in a sentence, then pictures of the trade-off, then a table of all cells.
+"""A sweep as a table for the terminal, and as a page: the result in a sentence, pictures of the trade-off, all cells.
 
 A cell is the result of one combination of pattern, method and time budget.
 """
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from permprune.evaluation.result import metric_named
 from permprune.report.page import data_uri, fill
 from permprune.report.style import write_png
@@ -17,11 +19,15 @@ from permprune.report.tradeoff import SCORE, SCORE_NAME, minutes, pareto
 from permprune.report.words import (
     NONE,
     count,
+    duration,
     fine_percent,
+    number,
     outcome,
     overlap_note,
     percent,
     way,
+    whole,
+    with_error,
 )
 from permprune.system.files import write_whole
 
@@ -118,3 +124,26 @@ def _groups(result: Result) -> list[tuple[str, list[Mapping[str, Any]]]]:
             heading += ": " + ", ".join(f"{count(held, 'layer')} {kind}" for kind, held in layers.items())
         headed.append((heading, rows))
     return headed
+
+
+def sweep_table(result: Result) -> Table:
+    """Return a table of the contents of a sweep's figures.json; rows on the Pareto front are bold."""
+    metric = result["metric"]
+    title = f"{result['model']}, dense {metric} {number(result['dense'][metric])}"
+    table = Table(title=title, caption=overlap_note(result["measured"]["overlap"]), caption_justify="left")
+    for title in ("pattern", "method"):
+        table.add_column(title)
+    scored = "score" in result["dense"]
+    for title in ("minutes", "size", metric, "gap closed", *(["task score"] if scored else []), "time", "peak MiB"):
+        table.add_column(title, justify="right")
+    last = ""
+    for row in result["rows"]:
+        if last and row["pattern"] != last:
+            table.add_section()
+        last = row["pattern"]
+        minutes = "" if row["minutes"] is None else f"{row['minutes']:g}"
+        cells = (minutes, fine_percent(row["size"]), number(row[metric]), percent(row["gap_closed"]))
+        score = [with_error(row["score"], row["score_stderr"])] if scored else []
+        cost = (duration(row["seconds"]), whole(row["peak_memory_mb"]))
+        table.add_row(last, row["method"], *cells, *score, *cost, style="bold" if row["front"] else "")
+    return table

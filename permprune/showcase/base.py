@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from io import BytesIO
+from typing import Any, ClassVar, Literal
 
+import torch
+from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from permprune.examples import Examples
@@ -14,6 +19,9 @@ Kind = Literal["texts", "words", "classes", "scores", "transcripts", "neighbours
 
 LONGEST = 160
 """The most characters of a text that is shown."""
+
+SIDE = 96
+"""The longest side of a thumbnail in pixels."""
 
 
 class Showing(ABC):
@@ -67,3 +75,23 @@ def shortened(text: str) -> str:
     """Return a text on one line, cut after `LONGEST` characters."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def thumbnail(pixels: Tensor, processor: Any) -> str | None:
+    """Return a thumbnail of an image (channels, height, width) as a model reads it: a JPEG file in base64.
+
+    The normalisation of the image processor is undone. Returns None for a tensor that is not an image of 1 or 3
+    channels.
+    """
+    if pixels.dim() != 3 or pixels.shape[0] not in (1, 3):
+        return None
+    image = pixels.float().cpu()
+    if getattr(processor, "do_normalize", False):
+        mean, std = (torch.tensor(getattr(processor, name)).reshape(-1, 1, 1) for name in ("image_mean", "image_std"))
+        image = image * std + mean
+    levels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).expand(-1, -1, 3)
+    picture = Image.fromarray(levels.contiguous().numpy())
+    picture.thumbnail((SIDE, SIDE))
+    file = BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Texts that language models write: the continuations of prompts, and what a model says about an image."""
+"""Texts that models write: continuations of prompts, filled-in words, what is said of an image, and transcripts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from permprune.evaluation.speech import transcribed
 from permprune.examples import IGNORED, Examples
-from permprune.models.forward import evaluating, is_encoder_decoder, typed_inputs
+from permprune.models.forward import evaluating, frozen, is_encoder_decoder, run_model, typed_inputs
 from permprune.showcase.base import NotShown, Showing, shortened, spread
 from permprune.system.device import compute_device
 
@@ -27,6 +28,9 @@ WORD_STARTS = ("\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}", "\N{LOWER ONE EIGHTH
 """First characters of the tokens that begin a word, in byte-pair and in SentencePiece vocabularies."""
 
 SENTENCE_ENDS = (".", "!", "?")
+
+CONTEXT = 12
+"""The tokens on either side of a masked one that are shown and read."""
 
 
 class Texts(Showing):
@@ -133,3 +137,55 @@ def _prompt(window: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 def _first(ids: int | list[int] | None) -> int:
     return ids[0] if isinstance(ids, list) else ids or 0
+
+
+class Words(Showing):
+    """The likeliest token in the place of a masked one of each of several windows of text, int64 (windows, tokens)."""
+
+    kind = "words"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, windows: Tensor, count: int) -> None:
+        mask = tokenizer.mask_token_id
+        if mask is None:
+            raise NotShown("the tokenizer has no token that stands for a masked one")
+        places = spread(len(windows), count)
+        middle = windows.shape[1] // 2
+        start, end = max(0, middle - CONTEXT), min(windows.shape[1], middle + CONTEXT + 1)
+        self.model, self.tokenizer, self.place = model, tokenizer, middle - start
+        cut = windows[places, start:end].clone()
+        expected = [self._word(ids) for ids in cut[:, self.place]]
+        cut[:, self.place] = mask
+        given = [shortened(" ".join(str(tokenizer.decode(part)) for part in (ids[: self.place], ids[self.place :])))
+                 for ids in cut]  # fmt: skip
+        super().__init__(given, f"The likeliest token in the place of {tokenizer.mask_token}.", expected)
+        self.ids = cut
+
+    @torch.inference_mode()
+    def __call__(self) -> list[str]:
+        device = compute_device(self.model)
+        with frozen(self.model):
+            logits: Tensor = run_model(self.model, Examples({"input_ids": self.ids}).to(device)).logits
+        return [self._word(ids) for ids in logits[:, self.place].argmax(-1)]
+
+    def _word(self, token: Tensor) -> str:
+        return str(self.tokenizer.decode([int(token)])).strip()
+
+
+class Transcripts(Showing):
+    """The transcripts of several utterances; their labels are the expected ones."""
+
+    kind = "transcripts"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> None:
+        self.model, self.tokenizer, self.examples = model, tokenizer, examples
+        self.longest = 2 * examples["labels"].shape[1]
+        note = "The likeliest token each time; case and punctuation as the word error rate has them."
+        super().__init__([f"utterance {number}" for number in range(1, len(examples) + 1)], note)
+
+    @torch.inference_mode()
+    def __call__(self) -> list[str]:
+        inputs = self.examples.to(compute_device(self.model))
+        with frozen(self.model):
+            pairs = transcribed(self.model, inputs, self.tokenizer, self.longest)
+        self.expected = [reference for reference, _ in pairs]
+        return [written for _, written in pairs]

@@ -19,8 +19,8 @@ with on_first_use(globals()):
 
     from permprune.calibration.moments import InputMoments
     from permprune.examples import Examples
-    from permprune.models.block_by_block import block_by_block
     from permprune.models.forward import frozen, padding_of
+    from permprune.models.hooks import block_by_block
     from permprune.models.layers import Layer
     from permprune.pruning.network import PrunedNetwork
 

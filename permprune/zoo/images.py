@@ -19,8 +19,7 @@ from PIL import Image
 
 from permprune.errors import PermpruneError
 from permprune.system.progress import log
-from permprune.zoo.cache import cached, damaged
-from permprune.zoo.packages import Package, fetch
+from permprune.zoo.packages import Package, cached, damaged, fetch
 
 ImagePart = Literal["probe", "calibration", "evaluation"]
 

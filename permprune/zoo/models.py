@@ -14,8 +14,7 @@ from pathlib import Path
 from permprune.errors import PermpruneError
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log
-from permprune.zoo.cache import cached
-from permprune.zoo.packages import Package, fetch
+from permprune.zoo.packages import Package, cached, fetch
 
 with on_first_use(globals()):
     import torch

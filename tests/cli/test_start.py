@@ -9,10 +9,10 @@ import pytest
 from permprune.config import PruneConfig
 from permprune.evaluation.dispatch import ACCURACY
 from permprune.evaluation.metrics import METRICS
+from permprune.jobs.finetune import RATES
 from permprune.options import PACKED
 from permprune.permuters.registry import PERMUTERS
 from permprune.saliency.registry import SALIENCIES
-from permprune.training.weights import TRAINED
 from permprune.updates.registry import UPDATES
 
 from .running import run
@@ -105,7 +105,7 @@ def test_permprune_and_transformers_are_imported_in_any_order() -> None:
         ("prune", [*SALIENCIES]),
         ("prune", [ACCURACY, *METRICS]),
         ("prune", [*UPDATES]),
-        ("finetune", [*TRAINED]),
+        ("finetune", [*RATES]),
         ("pack", [*PACKED]),
     ],
 )

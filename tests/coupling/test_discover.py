@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from permprune.coupling.discovery import discover
+from permprune.coupling.fold import verify_space
 from permprune.coupling.space import Coupling
-from permprune.coupling.verify import verify_space
 from permprune.errors import PermpruneError
 
 from .coupling_models import FAMILIES, llama, randomised, tokens

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from permprune.coupling.discovery import discover
-from permprune.coupling.fold import fold, fold_all, inverse
+from permprune.coupling.fold import fold, fold_all, inverse, verify_space
 from permprune.coupling.space import ChannelSpace
-from permprune.coupling.verify import verify_space
 
 from .coupling_models import FAMILIES, randomised
 from .supported import PAGE, SHOWN, census, difference, families, frozen, movable, outputs, random_tables

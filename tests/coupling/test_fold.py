@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from permprune.coupling.discovery import discover
-from permprune.coupling.fold import fold, fold_all, fold_parameter, inverse
+from permprune.coupling.fold import fold, fold_all, fold_parameter, inverse, verify_space
 from permprune.coupling.space import ChannelSpace, Member
-from permprune.coupling.verify import verify_space
 from permprune.errors import PermpruneError
 
 from .coupling_models import llama, randomised, tokens

@@ -161,7 +161,7 @@ def test_the_cells_of_another_sweep_are_refused(
 ) -> None:
     command = ["sweep", *source, "--out", tmp_path / "out", "--patterns", "2:4", "--methods", "random"]
     with monkeypatch.context() as patch, interrupted(Session, "attempt", 2 if done else 1, patch):
-        patch.setattr("permprune.report.tables.sweep_table", stop)
+        patch.setattr("permprune.report.sweep.sweep_table", stop)
         assert run(*command)[0] == 130
     with counted(Session, "attempt", monkeypatch) as runs:
         for what in CHANGES:

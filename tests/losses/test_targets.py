@@ -14,9 +14,8 @@ from permprune.examples import Examples
 from permprune.losses.choice import choose_task
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Features, Imitation, Predictions, Task, labelled, next_token, scored
-from permprune.models.forward import padding_of, run_model
+from permprune.models.forward import Padding, padding_of, run_model
 from permprune.models.layers import prunable_layers
-from permprune.models.padding import Padding
 from permprune.pattern import Pattern
 
 from ..modalities import EXAMPLES, draw, images, make, scorer, sentences, speech

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.matching.pairs import pair_up
+from permprune.matching.assignment import pair_up
 
 
 def symmetric(n: int, seed: int) -> Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from permprune.matching.parts import part_count, random_parts
+from permprune.matching.assignment import part_count, random_parts
 
 
 @pytest.mark.parametrize(

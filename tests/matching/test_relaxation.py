@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from permprune.errors import PermpruneError
 from permprune.matching.assignment import assign
-from permprune.matching.relaxation import gumbel_noise, straight_through
-from permprune.matching.sinkhorn import sinkhorn
+from permprune.matching.sinkhorn import gumbel_noise, sinkhorn, straight_through
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -8,9 +8,9 @@ import transformers as tf
 from torch import Tensor, nn
 
 from permprune.models.experts import Experts, Routed, implementation, is_experts, run_in_turn
+from permprune.models.forward import Padding
 from permprune.models.hooks import hooked
 from permprune.models.layers import Layer, block_linears, prunable_layers
-from permprune.models.padding import Padding
 from permprune.pattern import Pattern
 
 from ..coupling.coupling_models import deepseek_v3, gpt_oss, mixtral, qwen3_moe, randomised

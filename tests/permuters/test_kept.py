@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from permprune.matching.parts import random_parts
+from permprune.matching.assignment import random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.kept import ROWS, descending, kept_score, ria_order, union_kept
 

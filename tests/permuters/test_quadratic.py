@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from permprune.kernels.search.masks import pruned_weights
-from permprune.matching.assignment import assign
-from permprune.matching.pairs import pair_up
-from permprune.matching.parts import random_parts
+from permprune.matching.assignment import assign, pair_up, random_parts
 from permprune.pattern import Pattern
 from permprune.permuters.bundles import Bundle, Rows
 from permprune.permuters.quadratic import QuadraticModel

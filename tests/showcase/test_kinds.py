@@ -25,8 +25,7 @@ from permprune.checkpoints.io import read_model
 from permprune.examples import IGNORED, Examples
 from permprune.models.pooling import POOLING
 from permprune.showcase.base import NotShown, Showing
-from permprune.showcase.choice import STRIP, showing_of
-from permprune.showcase.shown import Shown
+from permprune.showcase.shown import STRIP, Shown, showing_of
 from permprune.showcase.texts import PROMPT
 
 from ..fixtures import BLOCK, SENTENCES

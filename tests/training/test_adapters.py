@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from permprune.models.layers import block_linears
-from permprune.training.adapters import Adapter, adapted
+from permprune.training.weights import Adapter, adapted
 
 from ..experts import make as make_experts
 from ..modalities import make

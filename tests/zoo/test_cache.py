@@ -6,7 +6,7 @@ import pytest
 from safetensors import SafetensorError
 
 from permprune.errors import PermpruneError
-from permprune.zoo.cache import cache_root, cached
+from permprune.zoo.packages import cache_root, cached
 
 
 @pytest.fixture(autouse=True)
