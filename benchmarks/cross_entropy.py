@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy
-from permprune.losses.output_layer import Logits, Projected
+from permprune.losses.cross_entropy import Logits, Projected, cross_entropy, distilled_cross_entropy
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 
 

@@ -8,8 +8,7 @@ from .checkpoints.io import load as load, read_model as read_model
 from .checkpoints.record import PrunedLayer as PrunedLayer, Record as Record
 from .config import PruneConfig as PruneConfig
 from .coupling.discovery import discover as discover
-from .coupling.fold import fold as fold, fold_all as fold_all
-from .coupling.verify import verify_space as verify_space
+from .coupling.fold import fold as fold, fold_all as fold_all, verify_space as verify_space
 from .coupling.walk import Walk as Walk, coupling_rule as coupling_rule
 from .engine.held import prune as prune
 from .engine.measuring import Evaluation as Evaluation
@@ -40,8 +39,7 @@ from .kv.cache import PrunedCache as PrunedCache
 from .kv.config import KVConfig as KVConfig
 from .kv.evaluation import CachedPerplexity as CachedPerplexity
 from .kv.files import KVRecord as KVRecord
-from .losses.loss import Loss as Loss
-from .losses.objective import Objective as Objective
+from .losses.objective import Loss as Loss, Objective as Objective
 from .pattern import Pattern as Pattern
 from .permuters.base import (
     LocalPermuter as LocalPermuter,
@@ -57,10 +55,8 @@ from .permuters.learned import Learned as Learned
 from .permuters.newton import Newton as Newton
 from .permuters.reconstruction import Reconstruction as Reconstruction
 from .permuters.ria import RIAPermuter as RIAPermuter
-from .pruning.folder import save as save
-from .pruning.hub import push_to_hub as push_to_hub
-from .pruning.masked import MaskedLayers as MaskedLayers
-from .pruning.measures import LayerMeasure as LayerMeasure
+from .pruning.folder import push_to_hub as push_to_hub, save as save
+from .pruning.masked import LayerMeasure as LayerMeasure, MaskedLayers as MaskedLayers
 from .pruning.network import PrunedNetwork as PrunedNetwork
 from .pruning.problem import Problem as Problem
 from .saliency.base import Saliency as Saliency
@@ -72,8 +68,12 @@ from .system.progress import (
     disable_progress_bars as disable_progress_bars,
     enable_progress_bars as enable_progress_bars,
 )
-from .training.peft import lora_on_packed as lora_on_packed, merge_adapters as merge_adapters
-from .training.zeros import KeepPattern as KeepPattern, keep_pattern as keep_pattern
+from .training.zeros import (
+    KeepPattern as KeepPattern,
+    keep_pattern as keep_pattern,
+    lora_on_packed as lora_on_packed,
+    merge_adapters as merge_adapters,
+)
 from .updates.admm import ADMM as ADMM
 from .updates.base import LayerUpdate as LayerUpdate, Update as Update
 from .updates.sparsegpt import SparseGPT as SparseGPT

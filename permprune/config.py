@@ -27,7 +27,7 @@ from permprune.pattern import MIXED, Pattern
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
-    from permprune.models.pooling import pooling_asked
+    from permprune.models.modality import pooling_asked
     from permprune.permuters.base import Permuter
     from permprune.permuters.registry import permuter
     from permprune.registry import describe, label_of

@@ -16,8 +16,7 @@ from permprune.losses.choice import choose_task
 from permprune.losses.embeddings import Embedding, Embeddings
 from permprune.losses.objective import Objective
 from permprune.losses.targets import Imitation
-from permprune.models.modality import kind_of
-from permprune.models.pooling import POOLING, embeddings
+from permprune.models.modality import POOLING, embeddings, kind_of
 
 from .cli.running import run
 from .fixtures import BLOCK, SENTENCES

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from permprune.checkpoints.io import load
 from permprune.checkpoints.probe import probe_outputs
 from permprune.checkpoints.record import read_record
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.config import PruneConfig
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold, verify_space

@@ -21,7 +21,7 @@ from torch import Tensor
 from permprune.budget.asked import Candidate
 from permprune.examples import Examples
 from permprune.kernels.search.masks import kept_sum
-from permprune.losses.loss import Loss
+from permprune.losses.objective import Loss
 from permprune.pruning.network import PrunedNetwork
 
 ROWS = 256

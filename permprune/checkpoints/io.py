@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_model as save_safetensors
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save, get_class_from_dynamic_module
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
-from permprune.checkpoints.companions import copy_companions, fetch_companions
+from permprune.checkpoints.companions import copy_companions, encoder_class, fetch_companions, write_modules
 from permprune.checkpoints.damage import damage, require_digests
 from permprune.checkpoints.gathers import attach_gathers, has_gathers
-from permprune.checkpoints.origin import Origin, origin_of, set_origin
-from permprune.checkpoints.patterns import recorded_patterns
+from permprune.checkpoints.origin import Origin, origin_of, recorded_patterns, set_origin
 from permprune.checkpoints.probe import PROBE, read_probe
 from permprune.checkpoints.record import RECORD, Record, read_record
-from permprune.checkpoints.remote_code import UNTRUSTED, code_class, has_code_class, write_code
 from permprune.checkpoints.schema import Malformed
-from permprune.checkpoints.sentence_transformers import encoder_class, write_modules
-from permprune.checkpoints.weight_files import GATHERED, stop_transformers
-from permprune.checkpoints.weights import Checkpoint, require_fewer_layers
+from permprune.checkpoints.weights import GATHERED, Checkpoint, require_fewer_layers, stop_transformers
 from permprune.errors import PermpruneError, first_line
 from permprune.models.forward import stored_as
 from permprune.models.layers import is_packed
@@ -38,6 +37,9 @@ WRITTEN = "the written model"
 
 CONFIG, PROCESSOR, WEIGHTS = "its config: ", "its tokenizer or processor: ", "its weights: "
 """Prefixes of error messages, for the part of a model that does not load."""
+
+UNTRUSTED = "it comes with its own Python code, which loading would run: read it, then give --trust-remote-code"
+"""The reason given in the error if a checkpoint with custom code is loaded without `trust_remote_code`."""
 
 
 @failures_reported()
@@ -232,3 +234,41 @@ def write_configs(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+def code_class(config: PreTrainedConfig, source: str | Path) -> type[PreTrainedModel] | None:
+    """The model class that a checkpoint's custom code defines for this config; None if there is no such code.
+
+    Runs the code. Saving a model of this class writes the code next to the weights.
+    """
+    for kind, reference in _classes(config).items():
+        architecture: type[PreTrainedModel] = get_class_from_dynamic_module(reference, str(source))
+        architecture.register_for_auto_class(kind)
+        return add_generation_mixin_to_remote_model(architecture)  # type: ignore[no-any-return]
+    return None
+
+
+def has_code_class(config: PreTrainedConfig) -> bool:
+    """Whether `code_class` would return a class; does not run the code."""
+    return bool(_classes(config))
+
+
+def _classes(config: PreTrainedConfig) -> dict[str, str]:
+    """The entries of a config's `auto_map` for its architecture, or for "AutoModel" if it names no architecture.
+
+    Keys are auto classes, e.g. "AutoModelForCausalLM"; values are references, e.g. "modeling_name.NameForCausalLM".
+    """
+    references = getattr(config, "auto_map", None)
+    if not isinstance(references, dict):
+        return {}
+    models = {kind: name for kind, name in references.items() if kind.startswith("AutoModel") and isinstance(name, str)}
+    if not config.architectures:
+        return {kind: name for kind, name in models.items() if kind == "AutoModel"}
+    return {kind: name for kind, name in models.items() if name.rpartition(".")[2] == config.architectures[0]}
+
+
+def write_code(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model's custom code, if it has any, to `folder`, and refer to it in the model's config."""
+    if model._auto_class is not None:
+        config: Any = model.config
+        custom_object_save(model, str(folder), config=config)

@@ -34,20 +34,17 @@ from permprune.checkpoints.io import (
 )
 from permprune.checkpoints.origin import Origin, set_origin
 from permprune.checkpoints.record import RECORD, read_record
-from permprune.checkpoints.weight_files import GATHERED, stop_transformers
-from permprune.checkpoints.weights import Checkpoint, require_buildable
+from permprune.checkpoints.weights import GATHERED, Checkpoint, require_buildable, stop_transformers
 from permprune.errors import PermpruneError
-from permprune.models.at_rest import at_rest, values_of
 from permprune.models.dummy_inputs import processed_size
 from permprune.models.hooks import replaced_while_running
-from permprune.models.layers import block_linears, canonical_names
+from permprune.models.layers import at_rest, block_linears, canonical_names, values_of
 from permprune.models.modality import kind_of
 from permprune.models.narrow_weights import held_type
 from permprune.models.processors import Processor, read_processor
 from permprune.system import sharding
 from permprune.system.device import best_device
-from permprune.system.shelf import Computed
-from permprune.system.tensor_file import write_tensors
+from permprune.system.shelf import Computed, write_tensors
 from permprune.zoo.models import resolve_model
 
 Edit = Callable[[str, Tensor], Tensor]

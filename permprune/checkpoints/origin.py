@@ -1,22 +1,29 @@
-"""Metadata about a model that permprune has loaded or pruned, stored as an attribute of the model."""
+"""What is known of a model: where it comes from and how it was pruned, and the N:M patterns of its layers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import Gather, attach_gathers
-from permprune.checkpoints.patterns import linear_layers
 from permprune.checkpoints.probe import PROBE, Probe, read_probe
-from permprune.checkpoints.record import RECORD, Record, read_record
-from permprune.models.layers import is_packed
+from permprune.checkpoints.record import RECORD, PrunedLayer, Record, read_record
+from permprune.checkpoints.schema import Malformed
+from permprune.errors import PermpruneError
+from permprune.kernels.product.module import PackedLinear
+from permprune.models.layers import Layer, is_packed, linears_of
+from permprune.pattern import Pattern, tightest
 from permprune.system.progress import log
 
 ATTRIBUTE = "_permprune_origin"
+
+Patterns = dict[str, Pattern]
+"""Patterns by the name of the layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,3 +106,38 @@ def _renamed(record: Record, rename: Callable[[str], str]) -> Record:
         ],
         sample=None if sample is None else dataclasses.replace(sample, layer=rename(sample.layer)),
     )
+
+
+def recorded_patterns(model: nn.Module, layers: Iterable[PrunedLayer]) -> Patterns:
+    """The pattern of each layer in a record. Raises `Malformed` if the model has no such layer or M does not fit it."""
+    linears = linear_layers(model)
+    for row in layers:
+        if row.name not in linears or linears[row.name].transposed != row.transposed:
+            raise Malformed(f"the model has no such layer as {row.name!r}")
+        if not Pattern.parse(row.pattern).divides(width := linears[row.name].weight.shape[1]):
+            raise Malformed(f"{row.name} has rows of {width} weights, which {row.pattern} does not fit")
+    return {row.name: Pattern.parse(row.pattern) for row in layers}
+
+
+def held_patterns(model: nn.Module) -> Patterns:
+    """The sparsest pattern (see `tightest`) that each linear layer's weights satisfy; dense layers are left out."""
+    patterns = {name: tightest(layer.weight) for name, layer in linear_layers(model).items()}
+    return {name: pattern for name, pattern in patterns.items() if pattern}
+
+
+def require_patterns(model: nn.Module, patterns: Patterns) -> None:
+    """Raise `PermpruneError` unless the weights of every layer, as stored, satisfy its pattern."""
+    linears = linear_layers(model)
+    for name, pattern in patterns.items():
+        if not pattern.holds(linears[name].weight):
+            raise PermpruneError(f"{name} is not {pattern} in stored order: prune the model again")
+
+
+def linear_layers(model: nn.Module) -> dict[str, Layer]:
+    """All linear layers of a model by name, whether pruned, packed or dense."""
+    linears = {}
+    for name, module in model.named_modules():
+        packed = isinstance(module, PackedLinear)
+        layers = [Layer(name, module, module.transposed)] if packed else linears_of(name, module)
+        linears.update({layer.name: layer for layer in layers})
+    return linears

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import warnings
@@ -36,6 +37,15 @@ SHOWN = 3
 """Maximum number of names in an error message."""
 
 Shape = tuple[int, ...]
+
+GATHERED, PACKED_WEIGHTS = "gathered.safetensors", "packed.safetensors"
+"""Files of the weights of a model with gathers, and of packed weights."""
+
+CURES = {
+    GATHERED: "these weights reorder channels at run time - load them with permprune.load",
+    PACKED_WEIGHTS: "these weights are packed - import permprune before you load them",
+}
+"""The text in place of a file's name in the error that plain Transformers raises."""
 
 
 @dataclass(frozen=True)
@@ -254,3 +264,14 @@ def _is_apart(key: str, modules: Container[str]) -> bool:
     path = _pattern(key).split(".")[:-1]
     above = [".".join(path[:end]) for end in range(1, len(path) + 1)]
     return not any(part in modules and (part is above[-1] or part.endswith("*")) for part in above)
+
+
+def stop_transformers(folder: Path, weights: str) -> None:
+    """Let `from_pretrained` of plain Transformers stop with an error that names the cure for these weights (`CURES`).
+
+    The folder's config names the cure as the file of weights, which does not exist.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["transformers_weights"] = f"{CURES[weights]}.safetensors"
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from permprune.cli import common as cli
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList, evaluate_tasks
-from permprune.models.pooling import pooling_asked
+from permprune.models.modality import pooling_asked
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):

@@ -21,6 +21,6 @@ def push(
 
     yield
 
-    from permprune.pruning.hub import push_to_hub
+    from permprune.pruning.folder import push_to_hub
 
     print(f"uploaded to {push_to_hub(folder, repo, private=private or None, revision=revision)}")

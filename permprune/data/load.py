@@ -9,18 +9,16 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from permprune.data.audio import load_speech
-from permprune.data.images import load_images
+from permprune.data.images import has_images, load_images, load_pairs
 from permprune.data.items import Selection
 from permprune.data.labelled import load_labelled_text, load_sentences
-from permprune.data.pairs import has_images, load_pairs
 from permprune.data.text import load_documents, tokenize
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, Part
 from permprune.models.forward import argument_names
 from permprune.models.modality import kind_of
-from permprune.models.pairs import takes_pairs
 from permprune.models.positions import clipped_length
-from permprune.models.processors import Processor, image_processor_of, tokenizer_of
+from permprune.models.processors import Processor, image_processor_of, takes_pairs, tokenizer_of
 from permprune.zoo import images as zoo
 
 CIFAR = "cifar10"

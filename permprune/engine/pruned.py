@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,21 +19,19 @@ from permprune.checkpoints.gathers import Gather
 from permprune.checkpoints.io import load_written, write_weights
 from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.offload import Edit
-from permprune.checkpoints.origin import origin_of
-from permprune.checkpoints.patterns import recorded_patterns, require_patterns
+from permprune.checkpoints.origin import origin_of, recorded_patterns, require_patterns
 from permprune.checkpoints.probe import Probe, check_outputs
 from permprune.checkpoints.record import FORMAT, PrunedLayer, Record
 from permprune.config import PruneConfig
 from permprune.coupling.fold import fold_parameter
+from permprune.coupling.space import Coupling, Site
 from permprune.models.layers import Layer, dense_weights
 from permprune.models.processors import Processor
 from permprune.permuters.base import Solution
 from permprune.plan import Plan
-from permprune.pruning.folder import write_pruned
-from permprune.pruning.hub import push_to_hub
+from permprune.pruning.folder import push_to_hub, write_pruned
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.problem import Orders, Problem
-from permprune.pruning.stored import fold_tables, gather_places, reorder_columns, reordered_outputs
 from permprune.system.files import atomic_folder
 from permprune.zoo.models import note
 
@@ -184,3 +182,38 @@ def _gathers(plan: Plan, orders: Orders) -> list[Gather]:
         Gather(problem.site, *gather_places(sites[problem.site], layers), orders[problem.name].tolist())
         for problem, layers in _gathered_problems(plan, orders)
     ]
+
+
+def fold_tables(coupling: Coupling, problems: list[Problem], orders: Orders) -> dict[str, Tensor]:
+    """Return the permutations to fold, by space: int64 (blocks, size); blocks without an order keep the natural one."""
+    tables: dict[str, Tensor] = {}
+    sizes = {space.name: (space.blocks, space.size) for space in coupling.spaces}
+    for problem in problems:
+        if problem.space and problem.name in orders:
+            blocks, size = sizes[problem.space]
+            table = tables.setdefault(problem.space, torch.arange(size).repeat(blocks, 1))
+            table[problem.block] = orders[problem.name]
+    return tables
+
+
+def reordered_outputs(coupling: Coupling, tables: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Return the outputs beside the logits whose channels the folded permutations move (see `Coupling.reordered`)."""
+    natural = {name: torch.arange(table.shape[-1]).expand_as(table) for name, table in tables.items()}
+    return coupling.reordered(name for name, table in tables.items() if not torch.equal(table, natural[name]))
+
+
+def gather_places(site: Site, readers: list[Layer]) -> tuple[str, list[str]]:
+    """Return the modules at which the `Gather` of a site reorders channels: (a module, []) or ("", modules).
+
+    In the first case the output of a module is reordered, in the second the inputs of modules. `readers` are the
+    layers that read the new order; if other modules read the site as well, its tensor must stay in the old order.
+    """
+    alone = {layer.parameter for layer in readers} == set(site.readers)
+    modules = list(dict.fromkeys(layer.owner_name for layer in readers))
+    return (site.gather[1], []) if site.gather[0] == "output" and alone else ("", modules)
+
+
+@torch.no_grad()
+def reorder_columns(stored: Tensor, layer: Layer, order: Tensor) -> Tensor:
+    """Return a layer's parameter with its columns in a new order: of all experts, as one gather serves them all."""
+    return stored.index_select(layer.channel_dim, order.to(stored.device))

@@ -10,8 +10,7 @@ from functools import cached_property
 
 import torch
 
-from permprune.checkpoints.record import Measured, Other, Record
-from permprune.checkpoints.showcase import SIDES, Showcase, Side
+from permprune.checkpoints.record import SIDES, Measured, Other, Record, Showcase, Side
 from permprune.data.overlap import warn_of_overlap
 from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
 from permprune.engine.pruned import Pruned

@@ -20,9 +20,8 @@ from permprune.engine.weights import Offloaded
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.offloading import FILES
-from permprune.models.at_rest import values_of
 from permprune.models.forward import short_inputs
-from permprune.models.layers import require_finite
+from permprune.models.layers import require_finite, values_of
 from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter

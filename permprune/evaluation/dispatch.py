@@ -13,7 +13,7 @@ from permprune.evaluation.result import Result
 from permprune.evaluation.speech import word_error_rate
 from permprune.examples import Examples
 from permprune.models.forward import is_causal_lm, is_ctc, writes_text
-from permprune.models.pooling import pooling_of
+from permprune.models.modality import pooling_of
 from permprune.options import Count, require
 from permprune.system.failures import failures_reported
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import PERPLEXITY, NotFinite, Result
 from permprune.examples import IGNORED, Examples
-from permprune.losses.cross_entropy import cross_entropy
-from permprune.losses.output_layer import Logits, Projected, compute_logits
+from permprune.losses.cross_entropy import Logits, Projected, compute_logits, cross_entropy
 from permprune.losses.targets import next_labels
 from permprune.models.forward import frozen, is_encoder_decoder
 from permprune.options import Count, require

@@ -15,7 +15,7 @@ import torch
 from permprune.forecasts.resources import Memory, Stage, Work
 from permprune.forecasts.workload import Workload
 from permprune.inference.solving import SWEEPS
-from permprune.losses.loss import as_loss
+from permprune.losses.objective import as_loss
 from permprune.matching.assignment import groups_in, part_count
 from permprune.permuters import cp, kept, quadratic
 from permprune.permuters.base import Permuter

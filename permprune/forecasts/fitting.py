@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from permprune.checkpoints.offload import read_shapes, read_size, read_skeleton
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.forecasts.efforts import resolve

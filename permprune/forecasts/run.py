@@ -32,8 +32,8 @@ from permprune.models.modality import (
     kind_of,
 )
 from permprune.models.narrow_weights import end_weights, held_bytes, held_type, is_narrow
-from permprune.models.pairs import takes_pairs
 from permprune.models.positions import fitting_length
+from permprune.models.processors import takes_pairs
 from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter
 from permprune.plan import calibration_count, shares_of

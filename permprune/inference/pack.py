@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.gathers import BUFFERS, Gather, attached_orders, detach_gathers
-from permprune.checkpoints.patterns import linear_layers
+from permprune.checkpoints.origin import linear_layers
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.inference.quantizer import PackedConfig, PackedQuantizer, reorder_output, replace_head, require_head

@@ -24,7 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from permprune.checkpoints.weight_files import PACKED_WEIGHTS, stop_transformers
+from permprune.checkpoints.weights import PACKED_WEIGHTS, stop_transformers
 from permprune.errors import PermpruneError
 from permprune.kernels.product.int8 import Int8Embedding, Int8Linear, Int8Table, TiedHead
 from permprune.kernels.product.layout import DTYPES

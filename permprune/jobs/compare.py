@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.showcase import Showcase
+from permprune.checkpoints.record import Showcase
 from permprune.checkpoints.source import ModelSource, name_of
 from permprune.config import PruneConfig
 from permprune.engine.held import Held

@@ -12,8 +12,7 @@ from permprune.checkpoints.source import ModelSource, OpenModel, name_of, open_m
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Result, require_label_metric
 from permprune.losses.objective import Objective
-from permprune.models.modality import evaluation_batch, kind_of
-from permprune.models.pooling import pooling_asked
+from permprune.models.modality import evaluation_batch, kind_of, pooling_asked
 from permprune.options import PACKED, Count, NonNegative, Positive, Seed, require_choice, require_fields
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
@@ -24,8 +23,7 @@ from permprune.system.stages import MEASURE, READ, TRAIN, WRITE
 with on_first_use(globals()):
     from transformers import PreTrainedModel
 
-    from permprune.checkpoints.origin import origin_of
-    from permprune.checkpoints.patterns import linear_layers, recorded_patterns, require_patterns
+    from permprune.checkpoints.origin import linear_layers, origin_of, recorded_patterns, require_patterns
     from permprune.checkpoints.probe import check_outputs
     from permprune.checkpoints.record import Epoch, Optimised
     from permprune.checkpoints.schema import decode

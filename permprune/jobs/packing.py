@@ -9,8 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.io import PROCESSOR, load, load_written, loading, write_beside, write_weights
-from permprune.checkpoints.origin import origin_of
-from permprune.checkpoints.patterns import linear_layers
+from permprune.checkpoints.origin import linear_layers, origin_of
 from permprune.checkpoints.probe import TOLERANCE, Probe, check_outputs, output_difference
 from permprune.checkpoints.record import PACKED, read_record
 from permprune.config import PruneConfig

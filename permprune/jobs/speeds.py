@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.benchmark import Speed
 from permprune.checkpoints.io import load, read_model
-from permprune.checkpoints.record import PACKED, Record, read_record
-from permprune.checkpoints.showcase import Side
+from permprune.checkpoints.record import PACKED, Record, Side, read_record
 from permprune.config import PruneConfig
 from permprune.errors import first_line
 from permprune.evaluation.speed import cells, measure

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.origin import origin_of
-from permprune.checkpoints.patterns import Patterns
+from permprune.checkpoints.origin import Patterns, origin_of
 from permprune.checkpoints.source import open_model
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import fold_all

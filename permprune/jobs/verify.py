@@ -8,8 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.io import load
-from permprune.checkpoints.origin import origin_of
-from permprune.checkpoints.patterns import recorded_patterns, require_patterns
+from permprune.checkpoints.origin import origin_of, recorded_patterns, require_patterns
 from permprune.checkpoints.probe import check_outputs
 from permprune.checkpoints.record import Record
 from permprune.errors import PermpruneError

@@ -9,7 +9,7 @@ from permprune.examples import IGNORED, Examples
 from permprune.losses.embeddings import Embedding
 from permprune.losses.targets import Imitation, Task, labelled, next_token, scored
 from permprune.models.forward import is_causal_lm, is_ctc
-from permprune.models.pooling import pooling_of
+from permprune.models.modality import pooling_of
 from permprune.system.device import compute_device
 
 

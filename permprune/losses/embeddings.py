@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from permprune.examples import Examples, batches, by_length
-from permprune.losses.output_layer import Logits
+from permprune.losses.cross_entropy import Logits
 from permprune.losses.targets import Features, Imitation, Sums
 from permprune.models.forward import run_model
-from permprune.models.pooling import embeddings
+from permprune.models.modality import embeddings
 from permprune.system import distributed
 from permprune.system.device import compute_device
 from permprune.system.progress import track

@@ -14,8 +14,14 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples
-from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy, divergence
-from permprune.losses.output_layer import Logits, Projected, compute_logits
+from permprune.losses.cross_entropy import (
+    Logits,
+    Projected,
+    compute_logits,
+    cross_entropy,
+    distilled_cross_entropy,
+    divergence,
+)
 from permprune.models.forward import Padding, is_encoder_decoder, padding_of, run_model
 from permprune.system import distributed
 from permprune.system.device import compute_device

@@ -18,8 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.models.forward import argument_names, find_config, nested_configs, typed_inputs
-from permprune.models.pairs import encode_pair, pair_processor_of, takes_pairs
-from permprune.models.processors import Processor
+from permprune.models.processors import Processor, encode_pair, pair_processor_of, takes_pairs
 from permprune.system.device import compute_device
 
 BATCH, LENGTH = 2, 11

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from permprune.errors import PermpruneError
-from permprune.models.at_rest import values_of
 from permprune.models.experts import WRITES, ExpertMatrix, Experts, is_experts
 from permprune.options import Share
 from permprune.pattern import Pattern
@@ -26,6 +25,9 @@ SHOWN = 5
 
 ROWS = "_permprune_rows"
 """Attribute of a module of whose weight this process holds some rows (`load_rows`): (these rows, number of all)."""
+
+VALUES = "_permprune_values"
+"""Attribute of a parameter that rests elsewhere: a function that returns its values, where they rest."""
 
 
 @dataclass(frozen=True)
@@ -294,3 +296,30 @@ def _identity(parameter: Tensor) -> Any:
     if parameter.numel() == 0 or parameter.device.type == "meta":
         return id(parameter)
     return (parameter.device, parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype)
+
+
+def at_rest(values: Callable[[], Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Return a parameter that rests elsewhere, with values that are read each time they are used.
+
+    All its elements are one NaN, so that code that does not read them as `values_of` cannot go unnoticed.
+    """
+    everywhere = torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+    parameter = nn.Parameter(everywhere, requires_grad=False)
+    setattr(parameter, VALUES, values)
+    return parameter
+
+
+def rests(parameter: Tensor) -> bool:
+    """Whether the values of a parameter rest elsewhere."""
+    return hasattr(parameter, VALUES)
+
+
+def values_of(parameter: Tensor, part_of: Callable[[Tensor], Tensor] = lambda whole: whole) -> Tensor:
+    """Return the values of a parameter, or the part of them that `part_of` takes.
+
+    Of one that rests elsewhere they are a copy in its type and on its device.
+    """
+    values: Callable[[], Tensor] | None = getattr(parameter, VALUES, None)
+    if values is None:
+        return part_of(parameter.data)
+    return part_of(values()).to(parameter.device, parameter.dtype, copy=True)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
+from permprune.errors import PermpruneError
+from permprune.options import nearest
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
+    import torch
+    from torch import Tensor
+    from torch.nn import functional as F
     from transformers import PreTrainedModel
 
     from permprune.models.forward import argument_names, is_causal_lm
-    from permprune.models.pooling import pooling_of
+
 
 Kind = Literal["text", "sentences", "embeddings", "images", "speech"]
 
@@ -34,6 +40,12 @@ EVALUATION_BATCH = 4
 ANSWERED_ONCE = 32
 """Examples with one label each, such as images, for a window of text in the evaluation: many, to measure as well."""
 
+TASK = "embedding"
+"""The task of a sentence encoder, by the name that it is asked for."""
+
+POOLING = "sentence_pooling"
+"""The field of a config that names the pooling of a sentence encoder, one of `POOLINGS`."""
+
 
 def evaluation_count(model: PreTrainedModel, windows: int) -> int:
     """Return the number of examples that so many windows of the evaluation are."""
@@ -55,3 +67,62 @@ def kind_of(model: PreTrainedModel) -> Kind:
         return "embeddings"
     classifies = "labels" in argument_names(model) and model.get_output_embeddings() is None
     return "sentences" if classifies and not is_causal_lm(model) else "text"
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    weights = mask[..., None].to(states)
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)
+
+
+def _first(states: Tensor, mask: Tensor) -> Tensor:
+    return states[torch.arange(len(states), device=states.device), mask.int().argmax(1)]
+
+
+def _last(states: Tensor, mask: Tensor) -> Tensor:
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return states[torch.arange(len(states), device=states.device), (positions * mask).argmax(1)]
+
+
+def _max(states: Tensor, mask: Tensor) -> Tensor:
+    return states.masked_fill(~mask[..., None], -torch.inf).amax(1)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": _mean,
+    "cls": _first,
+    "max": _max,
+    "lasttoken": _last,
+}
+"""Functions of states (batch, length, channels) and a bool mask (batch, length), False at padding, by the names that
+Sentence-Transformers gives them."""
+
+
+def pooling_asked(task: str | None) -> str | None:
+    """Return the pooling that a task names: "embedding:pooling=cls"; "" if it names none, and None without a task.
+
+    Raises `PermpruneError` for another task, and for a pooling that is not one of `POOLINGS`.
+    """
+    if task is None:
+        return None
+    name, colon, option = task.partition(":")
+    key, _, pooling = option.partition("=")
+    if name != TASK or (colon and key != "pooling"):
+        raise PermpruneError(f'the task is "{task}": give {TASK}, or {TASK}:pooling={"|".join(POOLINGS)}')
+    if colon and pooling not in POOLINGS:
+        raise PermpruneError(f'unknown pooling "{pooling}": {nearest(pooling, POOLINGS)}')
+    return pooling
+
+
+def pooling_of(model: PreTrainedModel) -> str | None:
+    """Return the pooling of a sentence encoder; None for other models, and for encoders that got a head."""
+    pooling: str | None = getattr(getattr(model, "config", None), POOLING, None)
+    if pooling is None:
+        return None
+    has_head = model.get_output_embeddings() is not None or "labels" in argument_names(model)
+    return None if has_head else pooling
+
+
+def embeddings(states: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """Pool states (batch, length, channels) to embeddings of length 1, fp32 (batch, channels)."""
+    real = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask.bool()
+    return F.normalize(POOLINGS[pooling](states.float(), real), dim=1)

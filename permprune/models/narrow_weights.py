@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from permprune.models.at_rest import rests, values_of
 from permprune.models.hooks import replaced_while_running
-from permprune.models.layers import Layer, block_linears, ends_of
+from permprune.models.layers import Layer, block_linears, ends_of, rests, values_of
 
 
 def held_type(stored: torch.dtype) -> torch.dtype:

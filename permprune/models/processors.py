@@ -1,10 +1,14 @@
-"""Processors (tokenizers, image processors, feature extractors), loaded from the folder of a model's weights."""
+"""Processors (tokenizers, image processors, feature extractors) of a folder, and inputs of images with texts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jinja2
+import torch
+from PIL.Image import Image
+from torch import Tensor
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -12,11 +16,14 @@ from transformers import (
     AutoTokenizer,
     BaseImageProcessor,
     FeatureExtractionMixin,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 
-from permprune.errors import PermpruneError
+from permprune.errors import PermpruneError, first_line
+from permprune.examples import IGNORED
+from permprune.models.forward import argument_names, is_causal_lm
 
 Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
 
@@ -79,3 +86,65 @@ def _part(processor: Processor | None, attribute: str, kind: type[T], needed: st
     if not isinstance(part, kind):
         raise PermpruneError(f"{needed}, and the model has none: save one into its folder, or give one")
     return part
+
+
+def takes_pairs(model: PreTrainedModel) -> bool:
+    """Whether the model is a causal language model that reads images."""
+    return is_causal_lm(model) and {"input_ids", "pixel_values"} <= set(argument_names(model))
+
+
+def pair_processor_of(processor: Processor | None) -> Any:
+    """The processor of images with texts. Raises `PermpruneError` if there is none."""
+    parts = [getattr(processor, name, None) for name in ("tokenizer", "image_processor")]
+    kinds = (PreTrainedTokenizerBase, BaseImageProcessor)
+    if not isinstance(processor, ProcessorMixin) or not all(map(isinstance, parts, kinds)):
+        raise PermpruneError(
+            "images with texts need a processor of both, and the model has none: save its processor into its folder"
+        )
+    return processor
+
+
+def encode_pair(processor: Any, image: Image, prompt: str, answer: str) -> dict[str, Tensor]:
+    """Tokenize a prompt about an image and its answer, and preprocess the image, with a model's processor.
+
+    Prompt and answer are two turns of a conversation in the processor's chat template, which may add an end of turn to
+    the answer; without a template, the text is the image, the prompt and the answer, on lines of their own. Returns the
+    processor's tensors, "input_ids" (1, tokens) among them, and "labels" (1, tokens): the answer's tokens, and -100
+    before them. Raises `PermpruneError` if the template or the processor fails, or if the answer has no tokens.
+    """
+    user = [{"type": "image"}, *([{"type": "text", "text": prompt}] if prompt else [])]
+    turns = [{"role": "user", "content": user}]
+    ended = [*turns, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    try:
+        if processor.chat_template or processor.tokenizer.chat_template:
+            asked = processor.apply_chat_template(turns, add_generation_prompt=True)
+            text = processor.apply_chat_template(ended)
+        else:
+            asked = "\n".join([processor.image_token, *([prompt] if prompt else []), ""])
+            text = asked + answer
+        start = processor.tokenizer.bos_token
+        special = {"add_special_tokens": False} if start and text.startswith(start) else {}
+        made = processor(text=[text], images=[[image]], return_tensors="pt", **special)
+    except (jinja2.TemplateError, ValueError, TypeError, IndexError) as error:
+        raise PermpruneError(f"the model's processor fails on an image with text: {first_line(error)}") from error
+    tensors: dict[str, Tensor] = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+    return {**tensors, "labels": _answer_labels(tensors["input_ids"], processor.tokenizer, asked, text)}
+
+
+def _answer_labels(ids: Tensor, tokenizer: PreTrainedTokenizerBase, asked: str, text: str) -> Tensor:
+    """The tokens (1, tokens) of a text with -100 instead of those of `asked`, its beginning.
+
+    All image tokens are at the beginning, so that the answer's tokens are counted from the end.
+    """
+    before, whole = (tokenizer(passage, add_special_tokens=False)["input_ids"] for passage in (asked, text))
+    common = 0
+    while common < min(len(before), len(whole)) and before[common] == whole[common]:
+        common += 1
+    answer = torch.tensor(whole[common:])
+    ends = [len(whole) - common + extra for extra in (0, 1)]  # the tokenizer may add an end of text
+    lengths = [size for size in ends if size and torch.equal(ids[0, len(ids[0]) - size :][: len(answer)], answer)]
+    if not len(answer) or not lengths:
+        raise PermpruneError("the model's processor gives an answer no tokens of its own: check its chat template")
+    labels = ids.clone()
+    labels[:, : -lengths[0]] = IGNORED
+    return labels

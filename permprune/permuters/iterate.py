@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
-from permprune.losses.loss import Loss, LossFunction, TeacherOutputs, as_loss
-from permprune.losses.objective import Objective
+from permprune.losses.objective import Loss, LossFunction, Objective, TeacherOutputs, as_loss
 from permprune.permuters.base import TRAINING, CurvePoint, Permuter, Round, Run, Solution
 from permprune.system.imports import on_first_use
 from permprune.system.progress import bar, log, stage

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from permprune.losses.loss import Loss, LossFunction
-from permprune.losses.objective import Objective
+from permprune.losses.objective import Loss, LossFunction, Objective
 from permprune.matching.schedule import Geometric
 from permprune.options import Count, Natural, NonNegative, Share
 from permprune.pattern import Pattern

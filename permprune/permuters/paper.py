@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from permprune.losses.loss import Loss, LossFunction
-from permprune.losses.objective import Objective
+from permprune.losses.objective import Loss, LossFunction, Objective
 from permprune.options import Count, NonNegative
 from permprune.pattern import Pattern
 from permprune.permuters.cost_matrix import CostMatrixLearner

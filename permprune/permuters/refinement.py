@@ -14,19 +14,21 @@ are considered, of which those with the largest predicted gain are made, as many
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels.search.masks import pack_mask
-from permprune.permuters.iterate import Landscape, S
+from permprune.kernels.search.masks import pack_mask, write_mask
+from permprune.permuters.iterate import TOLERANCE, Landscape, S
 from permprune.pruning.gradients import Gradients
 from permprune.pruning.network import PrunedNetwork
 from permprune.system import distributed
 from permprune.system.progress import log, track
 from permprune.system.search_state import Resumable
+from permprune.updates.admm import ADMM
 
 DAMPING = 1500.0
 """The damping of the first round: the swaps of a round are thousands, in all layers, and act together. It is divided by
@@ -187,3 +189,40 @@ def _try_shares(landscape: Landscape, swaps: dict[str, Swaps], best: float) -> t
         share *= SHARE
     network.set_bits(chosen)
     return kept, best
+
+
+def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
+    """Compensate with `ADMM` for the pruned weights of a network, which shows `state`, if the held-out loss falls.
+
+    The second moments are those of `examples` training examples. Returns the state with the loss on its curve and, if
+    it fell, the new weights; the network then shows these, and keeps the masks that were chosen.
+    """
+    network = landscape.network
+    before = network.bits
+    with torch.no_grad():
+        ADMM().run(network, landscape.run.batch(0, examples))
+        updated, kept = network.updated, network.shelf.another()
+        network.set_bits(_bits_of(network, updated))  # `updated` is not shown any more
+        for name in updated:  # pruned weights keep the values that they had, as in training
+            weight = torch.where(network.masks[name], updated[name], network.weights[name])
+            kept[name] = weight.to(network.layers[name].stored.dtype)
+        network.set_weights(kept)
+    loss = landscape.held_out_loss()
+    better = loss < state.best - TOLERANCE
+    log.info("compensation: held-out loss %.4f, %s", loss, "kept" if better else "rejected")
+    state = state.record(loss, better, "compensation")
+    if better:
+        return replace(state, best=loss, weights=network.trained)
+    network.set_weights(state.weights)
+    network.set_bits(before)
+    return state
+
+
+def _bits_of(network: PrunedNetwork, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The masks of pruned weights, packed; each group keeps its N largest weights, of which some may be 0."""
+    columns, bits = network.stored_columns(), {}
+    for name, weight in weights.items():
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        write_mask(mask, weight.abs(), columns[name], network.patterns[name])
+        bits[name] = pack_mask(mask)
+    return bits

@@ -22,8 +22,7 @@ with on_first_use(globals()):
     import torch
     from torch import Tensor
 
-    from permprune.permuters.compensation import compensate
-    from permprune.permuters.refinement import refine_masks
+    from permprune.permuters.refinement import compensate, refine_masks
     from permprune.permuters.tuning import Schedule, counted, first_ended, timed, train_further
     from permprune.pruning.gradients import Gradients
     from permprune.pruning.problem import Problem

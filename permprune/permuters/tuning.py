@@ -13,7 +13,7 @@ from torch import Tensor
 
 from permprune.examples import Examples
 from permprune.kernels.adam.step import adam_step
-from permprune.losses.loss import Loss
+from permprune.losses.objective import Loss
 from permprune.permuters.base import Run
 from permprune.permuters.iterate import TOLERANCE, Landscape, S
 from permprune.pruning.network import PrunedNetwork

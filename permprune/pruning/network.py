@@ -13,7 +13,7 @@ from permprune.calibration.fisher import output_fisher
 from permprune.calibration.statistics import Statistics
 from permprune.errors import PermpruneError
 from permprune.examples import Examples, batches
-from permprune.losses.loss import Loss, TeacherOutputs
+from permprune.losses.objective import Loss, TeacherOutputs
 from permprune.losses.targets import Task
 from permprune.models.autocast import autocast
 from permprune.models.forward import frozen, padding_of

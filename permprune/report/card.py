@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from permprune.checkpoints.record import PACKED
-from permprune.models.pooling import POOLING
+from permprune.models.modality import POOLING
 from permprune.report.page import fill
 from permprune.report.run import decision, dense_sentence, measured_rows, mix_sentences
 from permprune.report.showcase import answers, plain, speed_note, titles

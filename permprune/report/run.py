@@ -11,9 +11,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from permprune.checkpoints.showcase import SIDES
+from permprune.checkpoints.record import SIDES
 from permprune.models.layers import DenseWeights
-from permprune.report import maps, pictures
+from permprune.report import pictures
 from permprune.report.page import data_uri, fill
 from permprune.report.showcase import Piece, answers, side_rows, speed_note, titles
 from permprune.report.speed import short_name, speed_bars, summary
@@ -158,15 +158,15 @@ def _pictures(record: Mapping[str, Any]) -> dict[str, str]:
     if figures := record.get("bench"):
         drawn["speed"] = speed_bars(figures)
     if layers := record["layers"]:
-        drawn["saliency"], drawn["error"] = maps.kept_saliency(layers), pictures.output_error(layers)
+        drawn["saliency"], drawn["error"] = pictures.kept_saliency(layers), pictures.output_error(layers)
         mix = record.get("mix")
         shown = [{"name": name, "pattern": text} for name, text in mix["layers"].items()] if mix else layers
         if len({layer["pattern"] for layer in shown}) > 1:
-            drawn["patterns"] = maps.patterns(shown)
+            drawn["patterns"] = pictures.patterns(shown)
         if mix and mix["curve"]:
             drawn["mixes"] = pictures.mixes(mix)
     if sample := record["sample"]:
-        drawn["sample"] = maps.sample(sample)
+        drawn["sample"] = pictures.sample(sample)
     return {name: data_uri(picture) for name, picture in drawn.items()}
 
 

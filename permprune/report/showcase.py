@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from permprune.checkpoints.showcase import SIDES
+from permprune.checkpoints.record import SIDES
 from permprune.pattern import MIXED
 from permprune.report.words import DASH, count, number, percent
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from permprune.examples import Examples
 from permprune.losses.embeddings import embed_all
 from permprune.models.forward import frozen, run_model
-from permprune.models.pooling import pooling_of
+from permprune.models.modality import pooling_of
 from permprune.models.processors import Processor, image_processor_of
 from permprune.showcase.base import NotShown, Showing, spread, text_of, thumbnail
 from permprune.system.device import compute_device

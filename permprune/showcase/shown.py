@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from permprune.checkpoints.showcase import Example, Showcase, Side
+from permprune.checkpoints.record import Example, Showcase, Side
 from permprune.errors import first_line
 from permprune.examples import Examples
 from permprune.models.forward import argument_names, is_causal_lm, is_encoder_decoder, writes_text

@@ -19,8 +19,7 @@ from permprune.errors import PermpruneError
 from permprune.system import distributed
 from permprune.system.digests import digest_of
 from permprune.system.files import write_whole
-from permprune.system.shelf import Computed, Shelf
-from permprune.system.tensor_file import read_tensors, write_tensors
+from permprune.system.shelf import Computed, Shelf, read_tensors, write_tensors
 
 EVERY, SLOW = 30.0, 1.6
 """Seconds between two saves of a stage; `SLOW` times as many if a save takes more than a twentieth of them."""

@@ -15,7 +15,7 @@ from permprune.checkpoints.record import Epoch
 from permprune.errors import PermpruneError
 from permprune.evaluation.result import Result
 from permprune.examples import Examples, batches, by_length
-from permprune.losses.loss import Loss
+from permprune.losses.objective import Loss
 from permprune.losses.targets import Task
 from permprune.models.autocast import autocast
 from permprune.models.forward import frozen

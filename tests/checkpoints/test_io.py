@@ -11,10 +11,9 @@ import transformers as tf
 from permprune.checkpoints.gathers import Gather, attach_gathers
 from permprune.checkpoints.io import load, read_model, write_weights
 from permprune.checkpoints.offload import attach, read_offloaded, read_skeleton, write_offloaded
-from permprune.checkpoints.origin import Origin, set_origin
-from permprune.checkpoints.patterns import linear_layers
+from permprune.checkpoints.origin import Origin, linear_layers, set_origin
 from permprune.checkpoints.probe import make_probe
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.errors import PermpruneError
 from permprune.models.dummy_inputs import example_inputs
 from permprune.models.processors import feature_extractor_of, image_processor_of, read_processor, tokenizer_of

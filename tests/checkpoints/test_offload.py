@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from permprune.checkpoints.offload import attach, read_offloaded, read_skeleton, write_offloaded
 from permprune.checkpoints.probe import probe_outputs
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.errors import PermpruneError
 
 IDS = torch.arange(32).view(2, 16)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 import permprune
 from permprune.checkpoints.probe import OLD_OUTPUTS, OUTPUTS, PROBE, TOLERANCE
 from permprune.checkpoints.record import RECORD
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 
 from ..cli.running import fails, run
 from ..faults.pruned import WINDOWS, commands, write_pruned, write_source

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import permprune
 from permprune.checkpoints.record import read_record
-from permprune.checkpoints.weight_files import CURES, GATHERED, PACKED_WEIGHTS
+from permprune.checkpoints.weights import CURES, GATHERED, PACKED_WEIGHTS
 from permprune.kernels.product.module import PackedLinear
 
 from ..cli.running import run

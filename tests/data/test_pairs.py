@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
+from permprune.data.images import has_images
 from permprune.data.load import load_examples
 from permprune.data.overlap import overlap
-from permprune.data.pairs import has_images
 from permprune.errors import PermpruneError
 from permprune.examples import IGNORED, Examples, batches
 from permprune.models.forward import padding_of, run_model

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from permprune import PermpruneError, load, prune, read_model
 from permprune.checkpoints.offload import read_offloaded
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.zoo.models import MODELS
 
 from ..cli.running import fails, run

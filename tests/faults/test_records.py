@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 import permprune
 from permprune.checkpoints.probe import OUTPUTS, PROBE
 from permprune.checkpoints.record import FORMAT, RECORD, Record, read_record
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.report.run import render
 
 from ..cli.running import fails, run

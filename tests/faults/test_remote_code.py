@@ -13,9 +13,9 @@ import transformers as tf
 from transformers import dynamic_module_utils
 
 from permprune import PermpruneError, load, read_model
+from permprune.checkpoints.io import UNTRUSTED
 from permprune.checkpoints.offload import read_offloaded, read_skeleton
-from permprune.checkpoints.remote_code import UNTRUSTED
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.cli import app
 
 from ..cli.running import fails, run

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
-from permprune.checkpoints.patterns import held_patterns
+from permprune.checkpoints.origin import held_patterns
 from permprune.checkpoints.record import RECORD, read_record
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 
 from ..cli.running import fails, run
 from .pruned import SETTINGS, SMALL, TUNED, WINDOWS, commands, logits, options, write_pruned, write_source

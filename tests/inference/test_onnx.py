@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import permprune
-from permprune.checkpoints.patterns import held_patterns
+from permprune.checkpoints.origin import held_patterns
 from permprune.models.layers import block_linears
 
 from ..faults.pruned import WINDOWS

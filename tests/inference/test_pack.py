@@ -26,7 +26,7 @@ from transformers import (
 
 import permprune
 from permprune.checkpoints.gathers import Gather, attach_gathers
-from permprune.checkpoints.weight_files import PACKED_WEIGHTS
+from permprune.checkpoints.weights import PACKED_WEIGHTS
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack, unpack
 from permprune.kernels.product.int8 import Int8Linear, Int8Table

@@ -10,7 +10,7 @@ import transformers as tf
 
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import read_record
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError

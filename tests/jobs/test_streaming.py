@@ -20,7 +20,7 @@ from transformers import (
 
 from permprune.checkpoints.io import load
 from permprune.checkpoints.record import read_record
-from permprune.checkpoints.weight_files import GATHERED
+from permprune.checkpoints.weights import GATHERED
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.engine.streamed import require_streamable

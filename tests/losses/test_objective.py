@@ -6,8 +6,7 @@ import torch
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.losses.choice import choose_task
-from permprune.losses.loss import TeacherOutputs
-from permprune.losses.objective import TRAINED_HIDDEN_STATES, Objective, block_outputs
+from permprune.losses.objective import TRAINED_HIDDEN_STATES, Objective, TeacherOutputs, block_outputs
 from permprune.losses.targets import Imitation, next_token
 from permprune.models.forward import padding_of, run_model
 

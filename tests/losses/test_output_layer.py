@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Llama
 
 from permprune.examples import Examples
 from permprune.losses import cross_entropy as module
-from permprune.losses.cross_entropy import cross_entropy, distilled_cross_entropy, divergence
+from permprune.losses.cross_entropy import Projected, cross_entropy, distilled_cross_entropy, divergence, project
 from permprune.losses.objective import Objective
-from permprune.losses.output_layer import Projected, project
 from permprune.losses.targets import next_token
 from permprune.models.narrow_weights import NarrowWeights
 

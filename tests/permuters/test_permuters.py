@@ -13,8 +13,7 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Prepared, prepare
 from permprune.errors import PermpruneError
 from permprune.examples import Examples
-from permprune.losses.loss import Loss
-from permprune.losses.objective import Objective
+from permprune.losses.objective import Loss, Objective
 from permprune.permuters.base import Permuter, Solution
 from permprune.permuters.cost_matrix import CostMatrixLearner
 from permprune.permuters.cp import CP

@@ -92,6 +92,6 @@ def test_what_cannot_be_uploaded_is_one_line(
         permprune.push_to_hub(folder, "a/b", token=TOKEN, endpoint="http://127.0.0.1:9")
     assert "holds no permprune.json" in fails("push", tmp_path, "a/b")
     assert not hub.files
-    monkeypatch.setattr("permprune.pruning.hub.push_to_hub", lambda *args, **options: f"{args[1]} {options}")
+    monkeypatch.setattr("permprune.pruning.folder.push_to_hub", lambda *args, **options: f"{args[1]} {options}")
     code, stdout, _ = run("push", folder, "a/b", "--private")
     assert code == 0 and stdout == "uploaded to a/b {'private': True, 'revision': None}\n"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from permprune.report import maps, pictures
+from permprune.report import pictures
 from permprune.report.comparison import comparison_title, write_comparison
 from permprune.report.run import decision, render, write_report
 from permprune.report.style import Format, save
@@ -240,9 +240,9 @@ def test_everything_in_a_record_is_escaped() -> None:
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_every_picture_is_a_whole_file(kind: Format) -> None:
     drawn = [
-        maps.kept_saliency(LAYERS),
-        maps.patterns(MIXED),
-        maps.sample(RECORD["sample"]),
+        pictures.kept_saliency(LAYERS),
+        pictures.patterns(MIXED),
+        pictures.sample(RECORD["sample"]),
         pictures.output_error(LAYERS),
         pictures.learning_curve(CURVE),
         pictures.bars(30.1, 175.7, float("inf"), "perplexity", "newton"),

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from permprune.report import tradeoff
 from permprune.report.style import save
-from permprune.report.sweep import render_sweep, sweep_decision, write_sweep
+from permprune.report.sweep import minutes, pareto, render_sweep, sweep_decision, write_sweep
 
 from .pages import Page, assert_svg
 
@@ -147,9 +146,9 @@ def test_nothing_in_a_sweep_breaks_out() -> None:
 
 @pytest.mark.parametrize("result", [RESULT, changed(rows=[row("2:4", "none", math.inf, 0.65)])])
 def test_pictures_are_whole(result: dict[str, Any]) -> None:
-    assert_svg(save(tradeoff.pareto(result, ["perplexity"])))
-    assert_svg(save(tradeoff.minutes(result)))
-    assert save(tradeoff.minutes(result), "png").startswith(b"\x89PNG")
+    assert_svg(save(pareto(result, ["perplexity"])))
+    assert_svg(save(minutes(result)))
+    assert save(minutes(result), "png").startswith(b"\x89PNG")
 
 
 def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 
 from permprune.checkpoints.io import read_model
 from permprune.examples import IGNORED, Examples
-from permprune.models.pooling import POOLING
+from permprune.models.modality import POOLING
 from permprune.showcase.base import NotShown, Showing
 from permprune.showcase.shown import STRIP, Shown, showing_of
 from permprune.showcase.texts import PROMPT
@@ -146,8 +146,8 @@ def test_speech_has_transcripts(folder: str, request: pytest.FixtureRequest) -> 
 
 
 def test_images_with_texts_are_answered(tmp_path: Path) -> None:
+    from permprune.data.images import load_pairs
     from permprune.data.items import Selection
-    from permprune.data.pairs import load_pairs
 
     model, processor = qwen()
     pairs = load_pairs(write_pairs(tmp_path / "pairs", 6), model, processor, Selection("evaluation", 6))

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 from transformers import LlamaForCausalLM
 
-from permprune.checkpoints.record import Record, read_record
-from permprune.checkpoints.showcase import SIDES, Showcase
+from permprune.checkpoints.record import SIDES, Record, Showcase, read_record
 from permprune.jobs.packing import pack_folder
 from permprune.report.run import measured_rows, render
 from permprune.report.showcase import SIGNS, answers, examples_shown, plain

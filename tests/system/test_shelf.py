@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from permprune.system.shelf import Place, Shelf
-from permprune.system.tensor_file import read_tensors, write_tensors
+from permprune.system.shelf import Place, Shelf, read_tensors, write_tensors
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])

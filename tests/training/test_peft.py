@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 import permprune
-from permprune.checkpoints.patterns import held_patterns
+from permprune.checkpoints.origin import held_patterns
 from permprune.kernels.product.module import PackedLinear
 from permprune.models.layers import block_linears
 
