@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from permprune.system.interrupts import leaving_on_interrupt
+from permprune.system.failures import leaving_on_interrupt
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.config import PruneConfig
-from permprune.coupling.discovery import discover
-from permprune.coupling.observe import observe
+from permprune.coupling.discovery import discover, observe
 from permprune.coupling.space import Coupling
 from permprune.coupling.trace import Untraceable
 from permprune.data.load import load_examples
@@ -34,8 +33,7 @@ from permprune.permuters.base import Run
 from permprune.permuters.identity import Identity
 from permprune.permuters.registry import permuter
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pruning.outline import Outline
-from permprune.pruning.problem import Problem, build_problems
+from permprune.pruning.problem import Outline, Problem, build_problems
 from permprune.registry import describe
 from permprune.saliency.base import Saliency
 from permprune.saliency.registry import saliency

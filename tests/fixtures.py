@@ -52,7 +52,7 @@ from permprune.forecasts.activations import Activations  # noqa: E402
 from permprune.forecasts.passes import batch_pass, example_pass  # noqa: E402
 from permprune.jobs.speeds import add_speeds  # noqa: E402
 from permprune.kernels import library  # noqa: E402
-from permprune.pruning.outline import Outline  # noqa: E402
+from permprune.pruning.problem import Outline  # noqa: E402
 from permprune.report import run, sweep  # noqa: E402
 from permprune.showcase.base import NotShown  # noqa: E402
 from permprune.showcase.shown import showing_of  # noqa: E402

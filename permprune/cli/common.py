@@ -30,7 +30,7 @@ from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.evaluation.lm_tasks import TaskList
 from permprune.options import Number
-from permprune.system.interrupts import interruptible
+from permprune.system.failures import interruptible
 from permprune.system.progress import console, log, working
 
 app = typer.Typer(

@@ -1,15 +1,20 @@
-"""Discover the channel spaces and sites of a model from an example batch."""
+"""Discover the channel spaces and sites of a model from an example batch, or its sites alone by running it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from permprune.coupling.build import build_spaces
-from permprune.coupling.sites import find_sites
-from permprune.coupling.space import Coupling
+from permprune.coupling.sites import UniqueNames, common_prefix, dotted, find_sites, owner
+from permprune.coupling.space import Coupling, Site
 from permprune.coupling.trace import trace
+from permprune.errors import PermpruneError, first_line
+from permprune.models.forward import forward_arguments, inference
+from permprune.models.hooks import attached
+from permprune.models.layers import Layer
 from permprune.system.failures import failures_reported
 
 
@@ -24,3 +29,49 @@ def discover(model: nn.Module, example: Mapping[str, Tensor]) -> Coupling:
     walk, graph = trace(model, example)
     sites, readers = find_sites(model, walk, graph)
     return Coupling(build_spaces(walk, readers), sites)
+
+
+def observe(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[Layer]) -> Coupling:
+    """Find the sites of a model that cannot be traced, by running it on an example batch.
+
+    `layers` are the layers to observe; `example` is passed to the model's forward as keyword arguments. Layers that
+    read the same tensor object share a site; all experts of a layer read one. The result has no spaces, so every
+    permutation needs a gather at run time. Raises `PermpruneError` if the forward pass fails.
+    """
+    read: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that no id() is reused
+
+    def note(layer: Layer, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inside = args[0].new_empty(0, layer.weight.shape[1])  # what an expert computes is read by nothing else
+        read.append((layer.parameter, args[0] if layer.reads_input else inside))
+
+    observed = {layer.parameter: layer for layer in layers}.values()
+    try:
+        with (
+            attached(layer.owner.register_forward_pre_hook(partial(note, layer)) for layer in observed),
+            inference(model),
+        ):
+            model(**forward_arguments(model, example))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        raise PermpruneError(
+            f"the model can be neither traced nor run on the calibration data ({first_line(error)}): "
+            "raise --memory if it is read layer by layer, else check that it runs"
+        ) from error
+    return Coupling((), tuple(_sites(read)))
+
+
+def _sites(read: Sequence[tuple[str, Tensor]]) -> list[Site]:
+    """Group weights that read a common tensor, directly or through other weights, into one site each, in call order."""
+    groups: list[dict[str, Tensor]] = []
+    readers: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in read:
+        readers.setdefault(id(tensor), {})[name] = tensor
+    for weights in readers.values():
+        joined = [group for group in groups if group.keys() & weights.keys()]
+        merged = {name: tensor for group in [*joined, weights] for name, tensor in group.items()}
+        groups = [group for group in groups if group not in joined] + [merged]
+    names, sites = UniqueNames(), []
+    for group in groups:
+        size = next(iter(group.values())).shape[-1]
+        prefix = common_prefix(map(owner, group))
+        sites.append(Site(names.take(dotted(prefix, "input")), tuple(group), size, ("input",)))
+    return sites

@@ -22,7 +22,7 @@ from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
 from permprune.engine.mixing import mix
-from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reorder_columns, stored_form
+from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reorder_columns, sample, stored_form
 from permprune.engine.weights import Weights, round_shelved, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
@@ -41,7 +41,6 @@ from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, calibration_examples, plan_run
 from permprune.pruning.masked import LayerMeasure
 from permprune.pruning.network import PrunedNetwork
-from permprune.pruning.preview import sample
 from permprune.system.device import compute_device
 from permprune.system.failures import failures_reported
 from permprune.system.progress import log, stage

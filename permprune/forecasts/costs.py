@@ -29,7 +29,7 @@ from permprune.permuters.newton import Newton
 from permprune.permuters.reconstruction import Reconstruction
 from permprune.permuters.ria import RIAPermuter
 from permprune.permuters.trust_region import TrustRegion
-from permprune.pruning.outline import Outline
+from permprune.pruning.problem import Outline
 from permprune.training.int4 import SOLVED
 from permprune.updates.admm import ADMM
 from permprune.updates.base import NoUpdate, Update

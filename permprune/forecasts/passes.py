@@ -19,7 +19,7 @@ from permprune.models.modality import BATCH_MULTIPLIER, Kind, kind_of
 from permprune.models.positions import fitting_length
 from permprune.models.processors import takes_pairs
 from permprune.models.shallow import Repetition
-from permprune.pruning.outline import Outline
+from permprune.pruning.problem import Outline
 
 TYPICAL: dict[Kind, int] = {"sentences": 64, "embeddings": 64, "speech": 64}
 """The tokens that are assumed of a sentence and of a transcript, where they determine the work and not the memory."""

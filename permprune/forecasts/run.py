@@ -38,7 +38,7 @@ from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter
 from permprune.plan import calibration_count, shares_of
 from permprune.pruning.network import LIGHT
-from permprune.pruning.outline import Outline
+from permprune.pruning.problem import Outline
 from permprune.system.device import dtype_named
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update

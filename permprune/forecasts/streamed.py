@@ -18,7 +18,7 @@ from permprune.forecasts.run import (
 from permprune.models.modality import EVALUATION_BATCH
 from permprune.models.positions import fitting_length
 from permprune.permuters.registry import permuter
-from permprune.pruning.outline import Outline
+from permprune.pruning.problem import Outline
 from permprune.saliency.base import Saliency
 from permprune.saliency.obs import OBS
 from permprune.saliency.registry import saliency

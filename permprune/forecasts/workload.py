@@ -9,7 +9,7 @@ import torch
 
 from permprune.forecasts.activations import Activations
 from permprune.forecasts.resources import Work
-from permprune.pruning.outline import Outline
+from permprune.pruning.problem import Outline
 
 
 @dataclass(frozen=True)

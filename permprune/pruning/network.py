@@ -22,8 +22,7 @@ from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients, GradientSums, differentiable, received
 from permprune.pruning.masked import MaskedLayers
-from permprune.pruning.outline import Outline
-from permprune.pruning.problem import Orders, Part, Problem
+from permprune.pruning.problem import Orders, Outline, Part, Problem
 from permprune.saliency.base import Saliency
 from permprune.system import distributed, sharding
 from permprune.system.device import compute_device

@@ -15,8 +15,7 @@ from permprune.models.forward import argument_names, is_causal_lm, is_encoder_de
 from permprune.models.modality import kind_of
 from permprune.models.processors import Processor, image_processor_of, tokenizer_of
 from permprune.showcase.base import NotShown, Showing, spread, text_of, thumbnail
-from permprune.showcase.classes import Classes, Scores
-from permprune.showcase.neighbours import ImageNeighbours, SentenceNeighbours
+from permprune.showcase.classes import Classes, ImageNeighbours, Scores, SentenceNeighbours
 from permprune.showcase.texts import Transcripts, Words, answers_about_images, continuations, outputs
 from permprune.system.progress import log
 

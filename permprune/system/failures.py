@@ -1,8 +1,10 @@
-"""Failures of the system as errors of permprune: memory that runs out, and other processes that end."""
+"""Failures as errors of permprune: memory that runs out, processes that end, and Ctrl-C while a program is starting."""
 
 from __future__ import annotations
 
 import errno
+import os
+import signal
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,3 +81,41 @@ def failures_reported() -> Iterator[None]:
         if is_lost_connection(error):
             raise PermpruneError(ENDED) from error
         raise
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A context, for use inside `leaving_on_interrupt`, in which Ctrl-C raises `KeyboardInterrupt` again."""
+    if signal.getsignal(signal.SIGINT) is not _leave:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, _leave)
+
+
+@contextmanager
+def leaving_on_interrupt() -> Iterator[None]:
+    """A context in which Ctrl-C ends the program at once, with one line and status 130.
+
+    Importing what a command needs takes seconds, during which `KeyboardInterrupt` could be raised anywhere in other
+    packages, and some of them catch it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.default_int_handler:  # for instance ignored, under nohup
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _leave(*_: object) -> None:
+    # a line of progress may stand there, with the cursor hidden
+    shown = b"\r\x1b[2K\x1b[?25h" if os.isatty(2) else b""
+    os.write(2, shown + b"permprune: interrupted\n")
+    os._exit(130)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from permprune.coupling.discovery import discover
-from permprune.coupling.observe import observe
+from permprune.coupling.discovery import discover, observe
 from permprune.errors import PermpruneError
 from permprune.models.layers import Layer, block_linears, linears_of
 

@@ -9,7 +9,7 @@ from subprocess import PIPE
 
 import pytest
 
-from permprune.system.interrupts import leaving_on_interrupt
+from permprune.system.failures import leaving_on_interrupt
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from permprune.config import PruneConfig
 from permprune.models.shallow import repetitions, shortened
 from permprune.plan import outline_model
-from permprune.pruning.outline import Outline
+from permprune.pruning.problem import Outline
 
 from ..coupling.coupling_models import ENCODER_DECODER, EXPERTS, SHORT
 
