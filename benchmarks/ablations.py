@@ -78,7 +78,7 @@ def main() -> None:
     windows = max(0, config.shares(config.samples)[-1])
     learner = LearnedPaper() if options.paper else Learned()
     learner = learner if options.epochs is None else lasting(learner, options.epochs, windows)
-    config, evaluation = Evaluation.beside(config, options.data, options.windows)
+    config, evaluation = Evaluation(options.data, options.windows).beside(config)
     result = compare(options.model, variants(options.study, learner, windows), config, evaluation=evaluation)
     console.print(comparison_table(result.to_json()))
 

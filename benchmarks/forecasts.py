@@ -88,7 +88,7 @@ def measure(name: str, options: argparse.Namespace, watch: Watch) -> list[str]:
     """Prune a model, and return the rows of its stages."""
     config = PruneConfig(effort=options.effort) if options.effort else SMALL
     source = str(options.speech) if name.startswith("whisper") else None
-    config, evaluation = Evaluation.beside(config.replace(calibration=source), source, 24 if options.effort else 1)
+    config, evaluation = Evaluation(source, 24 if options.effort else 1).beside(config.replace(calibration=source))
     forecasts: list[Forecast] = []
     watch.spent.clear()
     with tempfile.TemporaryDirectory() as folder, suppress(Measured):

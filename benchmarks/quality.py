@@ -104,7 +104,7 @@ def matching(rows: list[Row], cell: Row) -> list[Row]:
 def measure(options: argparse.Namespace, config: PruneConfig, wanted: set[str], known: Row | None) -> Iterator[Row]:
     """Yield the rows of the methods wanted; `known` is a row of the dense model on the same data, if there is one."""
     model, processor, _ = read_model(options.model)
-    runs = {data_name(source): Evaluation.beside(config, source, options.windows) for source in options.data}
+    runs = {data_name(source): Evaluation(source, options.windows).beside(config) for source in options.data}
     config = config.replace(shared=any(own.shared for own, _ in runs.values()))
     held = Held(prepare(model, processor, config), processor)
 

@@ -192,14 +192,7 @@ def beside(
 ) -> tuple[PruneConfig, Evaluation]:
     """Return the config and the evaluation of a run (`Evaluation.beside`), with the tasks if there are any."""
     tasks = tasks if tasks and (tasks.names or tasks.files) else None
-    return Evaluation.beside(
-        config,
-        evaluation.source,
-        evaluation.windows,
-        metric=evaluation.metric,
-        tasks=tasks,
-        shown=evaluation.shown,
-    )
+    return dataclasses.replace(evaluation, tasks=tasks).beside(config)
 
 
 def show(*tables: RenderableType) -> None:

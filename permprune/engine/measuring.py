@@ -61,21 +61,13 @@ class Evaluation:
         require_fields(self)
         require_label_metric(self.metric)
 
-    @classmethod
-    def beside(
-        cls,
-        config: PruneConfig,
-        source: str | None,
-        windows: int,
-        *,
-        metric: str | None = None,
-        tasks: TaskList | None = None,
-        shown: int = 3,
-    ) -> tuple[PruneConfig, Evaluation]:
-        """Return the config and the evaluation of a run; `shared` is set in both if they name the same source."""
-        shared = source is not None and config.reads(source)
-        evaluation = cls(source, windows, config.length, shared=shared, metric=metric, tasks=tasks, shown=shown)
-        return config.replace(shared=shared), evaluation
+    def beside(self, config: PruneConfig) -> tuple[PruneConfig, Evaluation]:
+        """Return the config and the evaluation of a run, with windows of the config's length.
+
+        `shared` is set in both if they name the same source.
+        """
+        shared = self.source is not None and config.reads(self.source)
+        return config.replace(shared=shared), dataclasses.replace(self, length=config.length, shared=shared)
 
     def examples(self, model: PreTrainedModel, processor: Processor | None) -> Examples:
         """Load the examples to measure a model on. Raises `PermpruneError` if they cannot be read."""

@@ -25,22 +25,16 @@ class Epsilon(ABC):
                 f"epsilon cannot go from {self.start} to {self.end}: give positive numbers that do not rise"
             )
 
-    def __call__(self, progress: float) -> float:
-        """Return epsilon at `progress`, the fraction of steps done. Raises `PermpruneError` outside [0, 1]."""
-        if not 0 <= progress <= 1:
-            raise PermpruneError(f"progress is {progress}: give the share of the steps done, from 0 to 1")
-        return self.value(progress)
-
     @abstractmethod
-    def value(self, progress: float) -> float:
-        """Return epsilon at a valid `progress`."""
+    def __call__(self, progress: float) -> float:
+        """Return epsilon at `progress`, the fraction of steps done, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Geometric(Epsilon):
     """Falls by a constant factor per step."""
 
-    def value(self, progress: float) -> float:
+    def __call__(self, progress: float) -> float:
         return float(self.start ** (1 - progress) * self.end**progress)
 
 
@@ -48,6 +42,6 @@ class Geometric(Epsilon):
 class Cosine(Epsilon):
     """Falls along half a cosine."""
 
-    def value(self, progress: float) -> float:
+    def __call__(self, progress: float) -> float:
         high = (1 + math.cos(math.pi * progress)) / 2
         return high * self.start + (1 - high) * self.end

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from permprune.errors import PermpruneError
 from permprune.matching.assignment import assign, require_costs
 
 
@@ -24,14 +22,10 @@ def sinkhorn(
 
     `cost` is (..., n, n); each leading index is an independent problem; types narrower than fp32 are computed in
     fp32. Returns P (..., n, n) after `iterations` iterations: its columns sum to 1, and its row sums approach 1.
-    Gradients flow through the iterations. Raises `PermpruneError` if the matrices are not square, a cost is not
-    finite, or an argument is out of range.
+    Gradients flow through the iterations. `epsilon` is above 0. Raises `PermpruneError` if the matrices are not square
+    or a cost is not finite.
     """
     require_costs(cost)
-    if not 0 < epsilon < math.inf:
-        raise PermpruneError(f"epsilon is {epsilon}: give a positive number")
-    if iterations < 1:
-        raise PermpruneError(f"{iterations} Sinkhorn iterations are too few: give at least 1")
     kernel = cost.to(torch.promote_types(cost.dtype, torch.float32)) / -epsilon
     f, g = torch.zeros_like(kernel[..., 0]), torch.zeros_like(kernel[..., 0])  # potentials, in units of epsilon
     for _ in range(iterations):
@@ -44,10 +38,8 @@ def gumbel_noise(shape: Sequence[int], scale: float, generator: torch.Generator)
     """Draw standard Gumbel noise and multiply it by `scale`; returns fp32 of `shape` on the generator's device.
 
     Added to the costs before the relaxation, the noise explores other permutations, as in the Gumbel-Sinkhorn
-    network (Mena et al. 2018, arXiv 1802.08665). Raises `PermpruneError` unless `scale` is finite and at least 0.
+    network (Mena et al. 2018, arXiv 1802.08665).
     """
-    if not 0 <= scale < math.inf:
-        raise PermpruneError(f"the scale of the Gumbel noise is {scale}: give a number from 0 up")
     exponential = torch.empty(*shape, device=generator.device).exponential_(generator=generator)
     return exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_().mul_(-scale)
 

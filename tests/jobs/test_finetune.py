@@ -100,7 +100,7 @@ def test_scores_are_learned_and_pruned(encoder: str, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     found = finetune(encoder, dense, FineTuning(data, epochs=6, lr=3e-3, batch=8, metric="spearman"))
     assert found.result.metric.name == "Spearman correlation" and found.result.value > 0.5 and found.dense is None
-    settings, evaluation = Evaluation.beside(PruneConfig(calibration=data, samples=8, length=16), data, 1)
+    settings, evaluation = Evaluation(data, 1).beside(PruneConfig(calibration=data, samples=8, length=16))
     record = prune_to_folder(
         str(dense), tmp_path / "pruned", settings.replace(permute="newton:rounds=2"), evaluation=evaluation
     )
@@ -126,7 +126,7 @@ def test_what_was_pruned_stays_zero(encoder: str, tmp_path: Path, mode: str, obj
     data = str(table(tmp_path / "classes.tsv"))
     dense, pruned, tuned = (tmp_path / name for name in ("dense", "pruned", "tuned"))
     finetune(encoder, dense, FineTuning(data, epochs=6, lr=5e-4, batch=8))
-    settings, evaluation = Evaluation.beside(PruneConfig(calibration=data, samples=8, length=16, mode=mode), data, 1)
+    settings, evaluation = Evaluation(data, 1).beside(PruneConfig(calibration=data, samples=8, length=16, mode=mode))
     prune_to_folder(str(dense), pruned, settings.replace(permute="ria"), evaluation=evaluation)
     options = FineTuning(data, dev=data, teacher=str(dense), epochs=4, lr=2e-4, batch=8)
     found = finetune(str(pruned), tuned, options)

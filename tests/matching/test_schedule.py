@@ -33,10 +33,3 @@ def test_geometric_is_halfway_at_the_geometric_mean_and_cosine_at_the_mean():
 def test_refuses_ends_that_do_not_fall_to_a_positive_number(schedule, start, end):
     with pytest.raises(PermpruneError, match="epsilon cannot go from"):
         schedule(start, end)
-
-
-@pytest.mark.parametrize("progress", [-0.01, 1.01, math.nan])
-@pytest.mark.parametrize("epsilon", [Geometric(1, 0.1), Cosine(1, 0.1)])
-def test_refuses_progress_outside_the_training(epsilon, progress):
-    with pytest.raises(PermpruneError, match="share of the steps"):
-        epsilon(progress)

@@ -109,16 +109,12 @@ def test_large_costs_over_epsilon_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    "cost, arguments, message",
+    "cost, message",
     [
-        (torch.full((2, 2), math.nan), {}, "NaN or infinite"),
-        (torch.zeros(2, 3), {}, "square"),
-        (torch.zeros(2, 2), {"epsilon": 0.0}, "epsilon is 0"),
-        (torch.zeros(2, 2), {"epsilon": -1.0}, "epsilon is -1"),
-        (torch.zeros(2, 2), {"epsilon": math.nan}, "epsilon is nan"),
-        (torch.zeros(2, 2), {"iterations": 0}, "0 Sinkhorn iterations"),
+        (torch.full((2, 2), math.nan), "NaN or infinite"),
+        (torch.zeros(2, 3), "square"),
     ],
 )
-def test_refuses_bad_input(cost, arguments, message):
+def test_refuses_bad_input(cost, message):
     with pytest.raises(PermpruneError, match=message):
-        inspect.unwrap(sinkhorn)(cost, **{"epsilon": 1.0, **arguments})  # without the check of shapes
+        inspect.unwrap(sinkhorn)(cost, 1.0)  # without the check of shapes
