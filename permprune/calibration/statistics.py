@@ -170,7 +170,7 @@ class _Pass:
             ):
                 outputs = self._outputs(examples)
                 with autocast(examples.device, self.dtype, blocks=False):
-                    loss = outputs.fisher_loss(self._generator(number))
+                    loss = outputs.fisher_loss(torch.Generator().manual_seed((self.seed * 2**20 + number) % 2**63))
                 if not torch.isfinite(loss):
                     raise PermpruneError(
                         "the loss on the calibration data is not finite: check the checkpoint and the data"
@@ -188,9 +188,6 @@ class _Pass:
         # not in blocks, where the squared gradients of keys are less exact
         with autocast(examples.device, self.dtype, blocks=False):
             return self.task(self.model, examples)
-
-    def _generator(self, number: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 2**20 + number) % 2**63)
 
 
 @contextmanager

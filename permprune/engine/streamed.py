@@ -29,7 +29,7 @@ from permprune.kernels.search.masks import pack_mask, unpack_mask
 from permprune.models.autocast import autocast
 from permprune.models.experts import Routed
 from permprune.models.forward import frozen, padding_of, run_model, short_inputs
-from permprune.models.hooks import hooked
+from permprune.models.hooks import Done, hooked
 from permprune.models.layers import Layer, require_finite
 from permprune.models.narrow_weights import is_narrow
 from permprune.permuters.base import LocalPermuter, Permuter, Run, Solution
@@ -152,7 +152,7 @@ class Streamed(Offloaded):
             with torch.autocast(device.type, enabled=False):
                 journal.add(*self._decide(method, site, layers, problems[site], padding.real(x, routed, layer.owner)))
             if not waiting:
-                raise _AllDecided
+                raise Done
 
         def is_rare(experts: nn.Module, index: int, tokens: int) -> bool:
             if tokens < FEWEST:
@@ -166,7 +166,7 @@ class Streamed(Offloaded):
         self.weights.edit = None
         with (
             closing(bar),
-            suppress(_AllDecided),
+            suppress(Done),
             hooked(plan.layers, before=reach, whole=is_rare),
             frozen(self.model),
             autocast(device, plan.dtype),
@@ -257,7 +257,3 @@ class Streamed(Offloaded):
             saliency=self.plan.metric,
             patterns=dict.fromkeys(uniform, self.plan.pattern),
         )
-
-
-class _AllDecided(Exception):
-    """Ends the forward pass when all problems are solved."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,20 +129,16 @@ def measure_labels(model: nn.Module, examples: Examples, metric: str | None = No
         offered = ", ".join(fitting if scores else ["accuracy", *fitting])
         raise PermpruneError(f'the metric "{metric}" does not fit {kind}: choose one of {offered}')
     counted = examples[labels.ne(IGNORED).nonzero()[:, 0]]
-    right, predictions = (x.numpy() for x in _predict(model, counted, scores, batch))
+    right, predictions = _predict(model, counted, scores, batch)
     if scores:
-        return _measured("regression", sorted(fitting, key=lambda name: name != metric), right, predictions)
-    return _measured("classification", [metric], right, predictions)
+        return correlations("regression", right, predictions, first=metric)
+    return [_result("classification", METRICS[metric], right.numpy(), predictions.numpy())]
 
 
 def correlations(task: str, scores: Tensor, predictions: Tensor, *, first: str) -> list[Result]:
     """Measure the correlations of predictions with scores, both fp64 (count,); the metric `first` comes first."""
     names = sorted((name for name, one in METRICS.items() if one.scores), key=lambda name: name != first)
-    return _measured(task, names, scores.numpy(), predictions.numpy())
-
-
-def _measured(task: str, names: Iterable[str], right: Any, predictions: Any) -> list[Result]:
-    return [_result(task, METRICS[name], right, predictions) for name in names]
+    return [_result(task, METRICS[name], scores.numpy(), predictions.numpy()) for name in names]
 
 
 @torch.inference_mode()

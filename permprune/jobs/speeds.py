@@ -31,6 +31,9 @@ FEW, STEPS = 4, 16
 TURNS = 2
 """How often each speed that counts is measured; the highest is reported."""
 
+READ_BY = {"images": "images", "speech": "sounds"}
+"""What kinds of models read that read no texts."""
+
 INPUTS, TOKENS = 8, 128
 """Inputs of a batch, and tokens of a text, for models that do not generate."""
 
@@ -51,7 +54,7 @@ def add_speeds(folder: Path, dense: str, config: PruneConfig) -> Record:
         fastest = _fastest_type(model)
         sides = dict(record.showcase.sides)
         sides["dense"] = _measured(nn.Module.to(model, dtype_named(fastest)), sides["dense"], fastest)
-        unit = "tokens/s" if is_causal_lm(model) else f"{_read_by(model)}/s"
+        unit = "tokens/s" if is_causal_lm(model) else f"{READ_BY.get(kind_of(model), 'texts')}/s"
         del model
         pruned = nn.Module.to(load(folder, trust_remote_code=trusted), best_device())
         if PACKED in record.extra:
@@ -89,8 +92,3 @@ def _rate(model: PreTrainedModel, steps: int) -> float:
     ((batch, context),) = cells(model, [1 if generates else INPUTS], [steps if generates else TOKENS])
     speed = measure(model, batch=batch, context=context, steps=steps)
     return speed.decode if isinstance(speed, Speed) else speed.items
-
-
-def _read_by(model: PreTrainedModel) -> str:
-    """What a model reads, in the plural."""
-    return {"images": "images", "speech": "sounds"}.get(kind_of(model), "texts")

@@ -134,15 +134,15 @@ def block_by_block(model: nn.Module, layers: Iterable[Layer], visit: Visit, name
         next(bar)
         visit(own, partial(block.forward, *args, **kwargs))  # calling `block` would run this hook again
         if not waiting:
-            raise _AllVisited
+            raise Done
 
     hooks = [block.register_forward_pre_hook(reach, with_kwargs=True) for block in waiting]
-    with attached(hooks), closing(bar), suppress(_AllVisited):
+    with attached(hooks), closing(bar), suppress(Done):
         yield
 
 
-class _AllVisited(Exception):
-    """Ends the forward pass after the last block was visited."""
+class Done(Exception):
+    """Ends a forward pass when the last block was visited, or the last problem solved."""
 
 
 def _layers_by_block(model: nn.Module, layers: Iterable[Layer]) -> dict[nn.Module, list[Layer]]:

@@ -154,6 +154,7 @@ class PrunedNetwork(MaskedLayers):
         or if a layer takes no part in it.
         """
         fisher = {name: self._no_fisher(layer) for name, layer in self.layers.items()}
+        alike, layers = self.statistics.one_label_per_example, list(self.layers.values())
         earlier = mean.stored if mean and distributed.adds_once() else self.shelf.another()
         for name in earlier:
             earlier[name] *= cast(Gradients, mean).count
@@ -161,7 +162,8 @@ class PrunedNetwork(MaskedLayers):
         total, count = 0.0, 0.0
         with self._differentiable(), received(self.parameters, sums.add):
             for shown, dense in self._batches(examples, loss, self.batch):
-                with self._output_fisher(fisher, shown):
+                padding = padding_of(self.model, shown)
+                with output_fisher(layers, fisher, one_label_per_example=alike, padding=padding):
                     value, terms = self._backward(shown, loss, dense)
                 total, count = total + value, count + terms
         total, count = distributed.total(total, count)
@@ -251,11 +253,6 @@ class PrunedNetwork(MaskedLayers):
             raise PermpruneError(f"{loss} has no gradient: compute it from the model's outputs")
         (value if count is None else value / (terms * count)).backward()
         return float(value.detach()), terms
-
-    def _output_fisher(self, fisher: dict[str, Tensor], shown: Examples) -> AbstractContextManager[None]:
-        """A context in which the backward pass of a batch adds the rows' Fisher information to `fisher`."""
-        alike, layers = self.statistics.one_label_per_example, list(self.layers.values())
-        return output_fisher(layers, fisher, one_label_per_example=alike, padding=padding_of(self.model, shown))
 
     def _no_fisher(self, layer: Layer) -> Tensor:
         """Zeros for the Fisher information of a layer's rows, (rows,), or for the covariance of rows, (rows, rows)."""

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from permprune.calibration.symmetric import stored_elements
 from permprune.coupling.space import ChannelSpace, Coupling, Member, Site
-from permprune.errors import PermpruneError
 from permprune.models.layers import Layer
 from permprune.models.shallow import Repetition
-from permprune.options import MODES
 from permprune.pattern import Pattern
 from permprune.system.progress import log
 
@@ -68,10 +66,8 @@ def build_problems(coupling: Coupling, layers: list[Layer], pattern: Pattern, mo
 
     `fold`: an order for every space that is free, or for each of its blocks; the residual stream is one of them.
     `gather`: spaces whose channels are read at only one site are folded as well; every other site that pruned layers
-    read gets an order of its own. Raises `PermpruneError` for an unknown mode.
+    read gets an order of its own.
     """
-    if mode not in MODES:
-        raise PermpruneError(f'unknown mode "{mode}": choose fold or gather')
     pruned: dict[str, list[Layer]] = {}
     for layer in layers:
         pruned.setdefault(layer.parameter, []).append(layer)

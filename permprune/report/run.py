@@ -15,7 +15,7 @@ from permprune.checkpoints.record import SIDES
 from permprune.models.layers import DenseWeights
 from permprune.report import pictures
 from permprune.report.page import data_uri, fill
-from permprune.report.showcase import Piece, answers, side_rows, speed_note, titles
+from permprune.report.showcase import answers, side_rows, speed_note, titles
 from permprune.report.speed import short_name, speed_bars, summary
 from permprune.report.words import (
     NONE,
@@ -36,6 +36,7 @@ REPORT = "report.html"
 
 def render(record: Mapping[str, Any]) -> str:
     """Render the page for the contents of a permprune.json. Everything from the record is escaped."""
+    shown = record.get("showcase")
     return fill(
         "run.html",
         record=record,
@@ -48,9 +49,9 @@ def render(record: Mapping[str, Any]) -> str:
         table=measured_rows(record),
         titles=titles(record["settings"]["pattern"]),
         speed_note=speed_note(record),
-        shown=record.get("showcase"),
+        shown=shown,
         sides=SIDES,
-        examples=_examples(record.get("showcase")),
+        examples=[(one, answers(shown, one)) for one in shown["examples"]] if shown else [],
         stages=_stages(record["curve"]),
         dense=dense_sentence(record.get("dense")),
         mix=mix_sentences(record),
@@ -119,11 +120,6 @@ def measured_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(("kept saliency, mean", "100 %", kept[0], kept[1]))
         rows.append(("output error, mean", "0 %", error[0], error[1]))
     return rows
-
-
-def _examples(shown: Mapping[str, Any] | None) -> list[tuple[Mapping[str, Any], list[list[Piece]]]]:
-    """Return the examples of a record, each with the answers to it."""
-    return [(example, answers(shown, example)) for example in shown["examples"]] if shown else []
 
 
 def _stages(curve: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:

@@ -51,7 +51,7 @@ def side_rows(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
         if sides[2].get("packed"):
             rows.append(("MB in 16 bits, packed", *(_megabytes(side.get("packed")) for side in sides)))
         if shown["unit"]:
-            rows.append((shown["unit"], *(_speed(side) for side in sides)))
+            rows.append((shown["unit"], *(number(side.get("speed")) for side in sides)))
     return rows
 
 
@@ -154,7 +154,3 @@ def _compared(expected: str, answer: str) -> Iterator[Piece]:
 
 def _megabytes(size: int | None) -> str:
     return DASH if size is None else number(size / 1e6)
-
-
-def _speed(side: Mapping[str, Any]) -> str:
-    return number(side.get("speed"))

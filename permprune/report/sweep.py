@@ -101,16 +101,12 @@ def _values(result: Result) -> list[str]:
 def _pictures(result: Result) -> list[tuple[str, str, str]]:
     """Return the title, the description and the data URI of each picture."""
     line = "A line joins the cells to which no other is superior in both size and quality."
-    drawn = []
+    measured, drawn = result["measured"], []
+    data = f"{measured['count']:,} {measured['unit']} of {measured['data']}"
     for value in _values(result):
-        name, on = (SCORE_NAME, _tasks(result)) if value == SCORE else (value, _data(result))
+        name, on = (SCORE_NAME, _tasks(result)) if value == SCORE else (value, data)
         drawn.append((f"Size against {name}", f"{on}. {line}", data_uri(pareto(result, [value]))))
     return [*drawn, ("What time buys", "The line of a pattern is the best found so far.", data_uri(minutes(result)))]
-
-
-def _data(result: Result) -> str:
-    measured = result["measured"]
-    return f"{measured['count']:,} {measured['unit']} of {measured['data']}"
 
 
 def _tasks(result: Result) -> str:

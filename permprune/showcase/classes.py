@@ -37,7 +37,8 @@ class Classes(Showing):
         self.names = {int(number): str(name) for number, name in (model.config.id2label or {}).items()}
         labels = examples.get("labels")
         expected = None if labels is None else [None if label == IGNORED else self._named(label) for label in labels]
-        super().__init__(given, self._note(labels), expected)
+        note = "The likeliest class of each example." if labels is None else "Each example's label, and the answers."
+        super().__init__(given, note, expected)
         self.model, self.examples = model, examples
 
     @torch.inference_mode()
@@ -54,9 +55,6 @@ class Classes(Showing):
 
     def _named(self, value: Tensor) -> str:
         return self.names.get(int(value), str(int(value)))
-
-    def _note(self, labels: Tensor | None) -> str:
-        return "The likeliest class of each example." if labels is None else "Each example's label, and the answers."
 
 
 class Scores(Classes):

@@ -67,13 +67,14 @@ class Texts(Showing):
         """The tokens that the model adds to a batch of inputs, int64 (batch, tokens)."""
         model: Any = self.model
         own = model.generation_config
+        pad, ends = own.pad_token_id, own.eos_token_id
         settings = GenerationConfig(
             max_new_tokens=WRITTEN,
             do_sample=False,
             num_beams=1,
             repetition_penalty=PENALTY,
             eos_token_id=own.eos_token_id,
-            pad_token_id=own.pad_token_id if own.pad_token_id is not None else _first(own.eos_token_id),
+            pad_token_id=pad if pad is not None else ends[0] if isinstance(ends, list) else ends or 0,
             bos_token_id=own.bos_token_id,
             decoder_start_token_id=own.decoder_start_token_id,
         )
@@ -133,10 +134,6 @@ def _prompt(window: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     sentences = [start for start in ended if tokens[start].lstrip("".join(WORD_STARTS))[:1].isupper()]
     start = next(iter([*sentences, *ended, *whole, *plain, *starts]))
     return torch.cat([window[:begun], window[start : start + size]])
-
-
-def _first(ids: int | list[int] | None) -> int:
-    return ids[0] if isinstance(ids, list) else ids or 0
 
 
 class Words(Showing):
