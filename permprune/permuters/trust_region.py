@@ -11,18 +11,10 @@ from typing import ClassVar
 
 from permprune.options import Count, Natural, Positive, Share
 from permprune.permuters.base import TRAINING, Permuter, Solution
-from permprune.permuters.iterate import (
-    TOLERANCE,
-    Iterative,
-    Landscape,
-    Proposal,
-    SearchState,
-    Trial,
-    TrustRegionState,
-    Visit,
-)
+from permprune.permuters.iterate import TOLERANCE, Iterative, Landscape, SearchState
 from permprune.permuters.quadratic import QuadraticModel
 from permprune.permuters.reconstruction import Reconstruction
+from permprune.permuters.trust_region_state import Proposal, Trial, TrustRegionState, Visit
 from permprune.system.imports import on_first_use
 from permprune.system.progress import log, stage
 
