@@ -91,7 +91,7 @@ class PackedWeight:
         code = self._fields[..., :CODE]
         if not self.layout.positions:
             return unpack_bits(code)
-        channels = _positions(code) + torch.arange(BLOCK // 2, device=code.device) // 2 * 4
+        channels = unpack_bits(code, 2) + torch.arange(BLOCK // 2, device=code.device) // 2 * 4
         mask = torch.zeros(*code.shape[:2], BLOCK, dtype=torch.bool, device=code.device)
         mask.scatter_(-1, channels, value=True)
         return mask
@@ -143,25 +143,26 @@ class PackedWeight:
         groups, rest = kept[:, : layout.width].unflatten(1, (-1, layout.pattern.m)), kept[:, layout.width :]
         bad = (groups.sum(-1) != layout.pattern.n).any(-1)
         if layout.positions:
-            first, second = _positions(self._fields[..., :CODE]).unflatten(-1, (-1, 2)).unbind(-1)
+            first, second = unpack_bits(self._fields[..., :CODE], 2).unflatten(-1, (-1, 2)).unbind(-1)
             bad |= (first >= second).flatten(1).any(-1)
             rest = rest != (torch.arange(rest.shape[1], device=rest.device) % 4 < 2)
         bad |= rest.any(-1)
         return int(bad.int().argmax()) if bad.any() else None
 
 
-def pack_bits(kept: Tensor) -> Tensor:
-    """Convert bool (..., 8 k) to uint8 (..., k): bit c % 8 of byte c // 8 is set if channel c is kept."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    mask: Tensor = (kept.to(torch.uint8).unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
-    return mask
+def pack_bits(numbers: Tensor, bits: int = 1) -> Tensor:
+    """Convert numbers of so many bits, (..., 8 / bits * k), to bytes, uint8 (..., k), whose low bits hold the first."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
+    fields = numbers.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+    packed: Tensor = (fields << shifts).sum(-1, dtype=torch.uint8)
+    return packed
 
 
-def unpack_bits(mask: Tensor) -> Tensor:
-    """Undo `pack_bits`."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    bits: Tensor = (mask.unsqueeze(-1) >> shifts & 1).bool().flatten(-2)
-    return bits
+def unpack_bits(packed: Tensor, bits: int = 1) -> Tensor:
+    """Undo `pack_bits`: bool for one bit, else int64."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    fields: Tensor = (packed.unsqueeze(-1) >> shifts & 2**bits - 1).flatten(-2)
+    return fields.bool() if bits == 1 else fields.long()
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -199,18 +200,5 @@ def _blocks_of(weight: Tensor, layout: Layout, scale: Tensor | None) -> Tensor:
         header, values = [scale.unsqueeze(-1).view(torch.uint8)], pack_pairs(round_to_int4(values, scale))
     else:
         values = values.to(layout.dtype)
-    code = _positions_code(channels % 4) if layout.positions else pack_bits(kept)
+    code = pack_bits(channels % 4, 2) if layout.positions else pack_bits(kept)
     return torch.cat([code, *header, values.contiguous().view(torch.uint8)], -1).flatten(1)
-
-
-def _positions_code(positions: Tensor) -> Tensor:
-    """Convert positions from 0 to 3, (..., 32), to the codes of blocks, uint8 (..., 8)."""
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=positions.device)
-    code: Tensor = (positions.to(torch.uint8).unflatten(-1, (-1, 4)) << shifts).sum(-1, dtype=torch.uint8)
-    return code
-
-
-def _positions(code: Tensor) -> Tensor:
-    """Undo `_positions_code`: int64 (..., 32)."""
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=code.device)
-    return (code.unsqueeze(-1) >> shifts & 3).long().flatten(-2)
