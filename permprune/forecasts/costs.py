@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from permprune.forecasts.resources import Memory, Stage, Work
-from permprune.forecasts.workload import Workload
+from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.inference.solving import SWEEPS
 from permprune.losses.objective import as_loss
 from permprune.matching.assignment import groups_in, part_count

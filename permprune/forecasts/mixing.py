@@ -10,8 +10,7 @@ from permprune.budget.sensitivity import ROWS
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import TRIED, stages_of
-from permprune.forecasts.resources import Memory, Stage, Work
-from permprune.forecasts.workload import Workload
+from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.pattern import MIXED
 
 PATTERNS, OTHERS = "patterns", "other shares of the weights"

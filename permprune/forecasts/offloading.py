@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from permprune.calibration.symmetric import stored_elements
-from permprune.forecasts.resources import Memory, Place, Stage
-from permprune.forecasts.workload import Workload
+from permprune.forecasts.resources import Memory, Place, Stage, Workload
 from permprune.models.layers import block_linears, blocks
 
 RESTING = {

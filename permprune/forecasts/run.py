@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
+from statistics import fmean
 from typing import Any, cast
 
 import psutil
@@ -13,16 +14,18 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.moments import accumulator_bytes
 from permprune.calibration.statistics import sums_by_pass
+from permprune.checkpoints.origin import origin_of
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
+from permprune.examples import Examples, batches
 from permprune.forecasts.activations import Activations
 from permprune.forecasts.costs import stages_of, state_bytes, trained_weights
-from permprune.forecasts.machine import Machine
+from permprune.forecasts.machine import Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload
-from permprune.forecasts.passes import TYPICAL, batch_pass, example_pass, uncounted
-from permprune.forecasts.resources import Memory, Place, Stage, Work
-from permprune.forecasts.workload import Workload
+from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
+from permprune.forecasts.resources import Memory, Place, Stage, Work, Workload
+from permprune.models.generation import needs_decoder_inputs
 from permprune.models.modality import (
     BATCH_MULTIPLIER,
     EVALUATION_BATCH,
@@ -36,9 +39,10 @@ from permprune.models.positions import fitting_length
 from permprune.models.processors import takes_pairs
 from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter
-from permprune.plan import calibration_count, shares_of
+from permprune.plan import Plan, calibration_count, shares_of
 from permprune.pruning.network import LIGHT
 from permprune.pruning.problem import Outline
+from permprune.system import distributed
 from permprune.system.device import dtype_named
 from permprune.updates.base import NoUpdate
 from permprune.updates.registry import update
@@ -51,6 +55,9 @@ TRANSCRIBED = 1.7
 
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
+
+SEEN = 8
+"""The number of batches whose lengths stand for those of all."""
 
 
 @dataclass(frozen=True)
@@ -336,3 +343,35 @@ def _moments_bytes(outline: Outline) -> int:
     widths = outline.widths.values()
     total = accumulator_bytes(widths)
     return (total // 2 + 4 * sum(widths) if is_narrow(outline.dtype) else total) // outline.shards
+
+
+def forecast_plan(model: PreTrainedModel, plan: Plan, windows: int) -> Forecast:
+    """Forecast the time of a run with a plan, which holds the whole model; its memory is not forecast.
+
+    `windows` is the number of windows of the evaluation. The lengths are those of the examples.
+    """
+    origin, processes = origin_of(model), distributed.world()
+    examples = sum(len(part) for part in (plan.measured, plan.run.held_out, plan.run.train))
+    subject = Subject(
+        origin.name,
+        model,
+        plan.outline,
+        this_machine(),
+        origin.dtype,
+        windows,
+        processes,
+        examples=examples,
+        transcribed=examples if needs_decoder_inputs(model, plan.measured) else 0,
+    )
+    shown = _shown(plan.run.train, plan.config.batch * BATCH_MULTIPLIER[kind_of(model)])
+    return forecast_held(subject, plan.config, example=example_pass(model, plan.config, shown=shown))
+
+
+def _shown(examples: Examples, batch: int) -> Shapes:
+    """The shapes of an example as it is shown to a model, of texts in a batch with the mean length of batches."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    seen = batches(examples[: SEEN * batch], batch)
+    for name in examples:
+        shape = [(1, *part[name].shape[1:]) for part in seen]
+        shapes[name] = (1, round(fmean(length for _, length in shape))) if len(shape[0]) == 2 else shape[0]
+    return shapes
