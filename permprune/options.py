@@ -155,7 +155,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 def require_fields(options: Any) -> None:
     """Raise `PermpruneError` for the first field of a dataclass object that is out of range."""
-    for name, number in numbers_of(type(options)).items():
+    for name, number in numbers_of(options.__class__).items():
         number.require(name, getattr(options, name))
 
 

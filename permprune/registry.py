@@ -109,7 +109,7 @@ def _read_options(
     repeated option.
     """
     objective, chosen = _objective(method), dict[str, Any]()
-    holders = {option: held for held in (method, objective) if held for option in numbers_of(type(held))}
+    holders = {option: held for held in (method, objective) if held for option in numbers_of(held.__class__)}
     for change in changes:
         option, equals, text = change.partition("=")
         if option in chosen:
@@ -122,6 +122,6 @@ def _read_options(
             known = ", ".join(f"{key}={json.dumps(getattr(holder, key))}" for key, holder in holders.items())
             advice = f"give numbers for {known}" if known else "it has none"
             raise PermpruneError(f'"{change}" is not an option of {name}: {advice}')
-        chosen[option] = numbers_of(type(holders[option]))[option].from_text(text)
+        chosen[option] = numbers_of(holders[option].__class__)[option].from_text(text)
     options = {option: value for option, value in chosen.items() if holders.get(option, method) is method}
     return options, {option: value for option, value in chosen.items() if option not in options}
