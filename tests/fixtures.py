@@ -191,7 +191,7 @@ def counted_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.forecasts.run.batch_pass", once(batch_pass))
-        for module in ("efforts", "planned", "run", "streamed"):
+        for module in ("efforts", "run", "streamed"):
             patch.setattr(f"permprune.forecasts.{module}.example_pass", once(example_pass))
         yield
 

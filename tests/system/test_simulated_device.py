@@ -214,7 +214,7 @@ def test_packed_models(dtype: str, error: float) -> None:
 def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forecasts are those of the device, with blocks that are as small beside the tiny models as beside real ones."""
     machine = Machine("simulated", SIMULATED, torch.float32, memory=2**30, sheet=Rates(1e12, 1e12, 1e12, 1e12))
-    for module, name in (("fitting", "machine_named"), ("fitting", "this_machine"), ("planned", "this_machine")):
+    for module, name in (("fitting", "machine_named"), ("fitting", "this_machine"), ("run", "this_machine")):
         monkeypatch.setattr(f"permprune.forecasts.{module}.{name}", lambda *_: machine)
     for module in ("permuters.bundles", "permuters.reconstruction", "forecasts.costs"):
         monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
