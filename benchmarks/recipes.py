@@ -274,7 +274,7 @@ RECIPES = {
     "minilm-sst2": Recipe(
         model="minilm-sst2",
         prepare=sentiment,
-        prune="--calibration sentences.tsv --length 128",
+        prune="--calibration sentences.tsv --length 128 --permute newton:rounds=4:tune=100:wait=3",
         data="--data other.tsv --windows 64",
         title="accuracy, other sentences",
         speed="sentences of 32 tokens",
@@ -283,8 +283,8 @@ RECIPES = {
     "vit-s14": Recipe(
         model="vit-s14-cifar10",
         prepare=probed("vit-s14", 24),
-        prune="",
-        data="--windows 32",
+        prune="--permute newton:rounds=3:examples=4:train_steps=80 --samples 250",
+        data="--windows 12",
         title="top-1 accuracy",
         pack="--dtype int8",
         speed="images",
