@@ -28,17 +28,32 @@ FOLDER = Path("permprune/kernels")
 FLAGS = ["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden"]
 CHECKS = ["-fno-sanitize=undefined", "-Wall", "-Wextra"]
 MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vbmi2", "avx512_vnni"}
+"""The features of a processor, in the words of Linux, without which the kernels of avx512*.c do not run."""
+
+WITHOUT_AVX512 = """
+#include "library.h"
+#include "x86.h"
+static int never(void) { return 0; }
+const struct kernels avx512_kernels = {.name = "avx512", .runs_here = never};
+EXPORT int32_t permprune_left_out(void) { return has_avx512(); }
+"""
+"""What a library has in place of those kernels: that it was built elsewhere is said where they would run."""
+
 GLIBC = (2, 17)
 MACOS = (11, 0)
 
 
 class NativeKernels(BuildHookInterface):
-    """Adds the library to wheels and editable installs, and names the platform it runs on."""
+    """Adds the library to wheels and editable installs, and names the platform it runs on.
+
+    An editable install runs on this machine: kernels that its processor cannot run are not compiled.
+    """
 
     def initialize(self, version: str, build_data: dict) -> None:
         if self.target_name != "wheel" or not supported():
             return
-        library = build()
+        library = build(without_avx512=version == "editable" and not has_avx512())
         build_data["artifacts"].append(str(library))
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{wheel_platform()}"
@@ -50,7 +65,15 @@ def supported() -> bool:
     return wanted and sys.platform in ("linux", "darwin") and platform.machine() in MACHINES
 
 
-def build() -> Path:
+def has_avx512() -> bool:
+    """Whether the kernels of avx512*.c may run on this machine; where the system does not tell, they may."""
+    features = Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not features.exists():
+        return True
+    return set(features.read_text(encoding="utf-8").split()) >= AVX512
+
+
+def build(without_avx512: bool = False) -> Path:
     """Compile the library, and return its path below the root. Raises `SystemExit` when the compiler fails."""
     library = FOLDER / ("libpermprune.dylib" if sys.platform == "darwin" else "libpermprune.so")
     folder = ROOT / FOLDER
@@ -58,6 +81,10 @@ def build() -> Path:
     digest = runpy.run_path(str(folder / "sources.py"))["digest"](folder)
     defined = ["-I", str(folder), f'-DPERMPRUNE_SOURCES="{digest}"', *os.environ.get("CFLAGS", "").split()]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if without_avx512:
+            sources = [source for source in sources if not source.name.startswith("avx512")]
+            sources.append(Path(scratch, "without_avx512.c"))
+            sources[-1].write_text(WITHOUT_AVX512, encoding="utf-8")
         objects = [f"{scratch}/{number}.o" for number in range(len(sources))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Zig compiles the sources of one command in turn
             compiled = [
@@ -102,4 +129,4 @@ def wheel_platform() -> str:
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build(without_avx512=not has_avx512()))

@@ -159,13 +159,15 @@ def load() -> ctypes.CDLL | None:
     if library.permprune_sources().decode() != sources.digest(Path(__file__).parent):
         _warn("are older than their sources")
         return None
+    if hasattr(library, "permprune_left_out") and library.permprune_left_out():  # see hatch_build.py
+        _warn("were built on a machine without AVX-512, which this one has", instead="those of AVX2 take")
     library.permprune_use_threads_of(_parallel_region())
     return library
 
 
-def _warn(reason: str) -> None:
+def _warn(reason: str, instead: str = "PyTorch takes") -> None:
     warnings.warn(
-        f"permprune's native kernels {reason}: PyTorch takes their place, slowly; install permprune again, or run "
+        f"permprune's native kernels {reason}: {instead} their place, slowly; install permprune again, or run "
         "hatch_build.py in a checkout",
         stacklevel=5,
     )

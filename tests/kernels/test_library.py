@@ -118,6 +118,30 @@ def test_a_compiler_that_fails_is_named(
     assert built.read_text() == "the old one"
 
 
+def test_kernels_that_do_not_run_here_can_be_left_out(
+    hook: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(Path(sources.__file__).parent, tmp_path / hook.FOLDER, ignore=shutil.ignore_patterns("*.so"))
+    monkeypatch.setattr(hook, "ROOT", tmp_path)
+    compiled: list[str] = []
+
+    def compile_one(arguments: list[str], scratch: str) -> None:
+        compiled.extend(Path(word).name for word in arguments if word.endswith(".c"))
+        Path(arguments[-1]).touch()
+
+    monkeypatch.setattr(hook, "run", compile_one)
+    assert (tmp_path / hook.build(without_avx512=True)).exists()
+    assert {"avx2.c", "without_avx512.c"} <= set(compiled) and not {"avx512.c", "avx512_bf16.c"} & set(compiled)
+
+
+def test_a_library_built_without_kernels_that_run_here_says_so(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: Any = ctypes.CDLL(str(library.LIBRARY))
+    built.permprune_left_out = lambda: 1
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda *_, **__: built)
+    with pytest.warns(UserWarning, match="built on a machine without AVX-512"):
+        assert library.available()
+
+
 WRONG: dict[str, int | None] = {
     "rows": -1, "count": 3, "slots": 65, "number": 5, "kind": 3, "bias_number": 3, "blocks": None,
 }  # fmt: skip
