@@ -56,8 +56,8 @@ TRANSCRIBED = 1.7
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
 
-SEEN = 8
-"""The number of batches whose lengths stand for those of all."""
+SORTED = 8
+"""The number of batches whose texts are sorted by length together: about as many as those of a step of training."""
 
 
 @dataclass(frozen=True)
@@ -353,16 +353,10 @@ def forecast_plan(model: PreTrainedModel, plan: Plan, windows: int) -> Forecast:
     origin, processes = origin_of(model), distributed.world()
     examples = sum(len(part) for part in (plan.measured, plan.run.held_out, plan.run.train))
     subject = Subject(
-        origin.name,
-        model,
-        plan.outline,
-        this_machine(),
-        origin.dtype,
-        windows,
-        processes,
-        examples=examples,
-        transcribed=examples if needs_decoder_inputs(model, plan.measured) else 0,
+        origin.name, model, plan.outline, this_machine(), origin.dtype, windows, processes, examples=examples
     )
+    if needs_decoder_inputs(model, plan.measured):
+        subject = replace(subject, transcribed=examples)
     shown = _shown(plan.run.train, plan.config.batch * BATCH_MULTIPLIER[kind_of(model)])
     return forecast_held(subject, plan.config, example=example_pass(model, plan.config, shown=shown))
 
@@ -370,7 +364,7 @@ def forecast_plan(model: PreTrainedModel, plan: Plan, windows: int) -> Forecast:
 def _shown(examples: Examples, batch: int) -> Shapes:
     """The shapes of an example as it is shown to a model, of texts in a batch with the mean length of batches."""
     shapes: dict[str, tuple[int, ...]] = {}
-    seen = batches(examples[: SEEN * batch], batch)
+    seen = [part for group in examples.split(SORTED * batch) for part in batches(group, batch)]
     for name in examples:
         shape = [(1, *part[name].shape[1:]) for part in seen]
         shapes[name] = (1, round(fmean(length for _, length in shape))) if len(shape[0]) == 2 else shape[0]
