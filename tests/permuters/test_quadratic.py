@@ -142,8 +142,7 @@ def pattern(request) -> Pattern:
     return request.param
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "coupled"), [(0, False), (1, True)])
 def test_one_pair_swaps_down_to_where_no_swap_gains(pattern, seed, coupled):
     """Two groups make one pair, so every step is one swap: predicted exactly, and taken only if it gains."""
     model = build(2, pattern, seed, coupled=coupled)
@@ -173,33 +172,29 @@ def test_local_model_is_the_output_error(pattern):
         return total
 
     start, generator = output_error(), torch.Generator().manual_seed(0)
-    for _ in range(50):
+    for _ in range(20):
         model.swap(generator)
         assert start + model.change == pytest.approx(output_error(), rel=1e-9)
     assert output_error() < start
 
 
-def test_swaps_in_several_pairs_keep_error_and_slope_consistent(pattern):
-    model = build(7, pattern, seed=1)
-    value, generator = Reference(model), torch.Generator().manual_seed(1)
-    for _ in range(60):
-        model.swap(generator)
-    value.check(model)
-
-
 @pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_swaps_in_several_pairs_are_predicted_exactly_and_never_raise_the_model(pattern, mean, coupled):
-    """Channels with a large common mean carry much the same: what gains alone overshoots where all of them move."""
-    model = build(6, pattern, seed=2, mean=mean, coupled=coupled)
+    """Channels with a large common mean carry much the same: what gains alone overshoots where all of them move.
+
+    One of the seven groups has no other to swap with.
+    """
+    model = build(7, pattern, seed=2, mean=mean, coupled=coupled)
     value, generator = Reference(model), torch.Generator().manual_seed(2)
     last = 0.0
-    for _ in range(60):
+    for _ in range(25):
         model.swap(generator)
         assert model.change == pytest.approx(value(model.order), abs=1e-9)
         assert model.change <= last
         last = model.change
     assert last < 0
+    value.check(model)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -234,13 +229,12 @@ def test_reassignment_is_the_best_of_all_where_channels_do_not_interact(pattern,
     value.check(model)
 
 
-@pytest.mark.parametrize("coupled", [False, True])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "coupled"), [(0, False), (1, True)])
 def test_reassignment_never_raises_the_model_and_predicts_exactly(pattern, seed, coupled):
     model = build(6, pattern, seed, coupled=coupled)
     value, generator = Reference(model), torch.Generator().manual_seed(seed)
     last = 0.0
-    for _ in range(40):
+    for _ in range(20):
         reassign(model, generator)
         now = value(model.order)
         assert now <= last + 1e-9
