@@ -224,16 +224,16 @@ def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 TRAINED = Newton(start=Identity(), rounds=1, swaps=1, train_steps=1)
 
-WIDE = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 256}
+WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 
 
 @pytest.mark.usefixtures("simulated_best", "unchanged_settings", "planned_for")
 @pytest.mark.parametrize(
     ("dtype", "settings", "shape"),
     [
-        (torch.bfloat16, {"permute": TRAINED}, {"num_hidden_layers": 8}),
+        (torch.bfloat16, {"permute": TRAINED}, {"num_hidden_layers": 4}),
         (torch.float32, {"permute": TRAINED, "recompute": True}, {"num_hidden_layers": 2, "intermediate_size": 256}),
-        (torch.float32, {"permute": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 3}),
+        (torch.float32, {"permute": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 2}),
         (torch.bfloat16, {"permute": TRAINED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
     ],
 )
