@@ -88,7 +88,16 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
 
 
 @pytest.mark.usefixtures("unchanged_settings")
-@pytest.mark.parametrize(("mode", "method"), [("fold", "ria"), ("gather", "random")])
+@pytest.mark.parametrize(
+    ("family", "mode", "method"),
+    [
+        ("mixtral", "fold", "ria"),
+        ("mixtral", "gather", "random"),
+        ("qwen3-moe", "gather", "random"),
+        ("gpt-oss", "fold", "ria"),
+    ],
+    indirect=["family"],
+)
 def test_orders_of_experts_are_the_same_held_or_streamed(
     deep: Path,
     family: str,
