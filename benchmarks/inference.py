@@ -78,7 +78,7 @@ def main() -> None:
                 print(f"| {' | '.join([name, str(batch), str(threads), *cells, *ratios])} | {limit:.2f} |", flush=True)
                 shape = {own: getattr(options, own) for own in ("pattern", "outputs", "inputs")}
                 cell = (
-                    {"table": "layers" if len(others) > 1 else "many-rows"}
+                    {"table": "layers" if batch <= LARGEST_BATCH else "many-rows"}
                     | shape
                     | {"type": name, "batch": batch, "threads": threads}
                 )
