@@ -12,8 +12,7 @@ the order of `ria` only; `rivals` other choices of channels at equal bytes, by t
 largest channels of each token; SparK (2508.15212), which weights them by the queries and recovers the others from
 their signs. `int4` is our own reference of a cache with 4 bits for each state and two bf16 numbers for each group of
 channels of a token and head (Transformers' `QuantizedCache` needs quanto or hqq). `quantised` are caches that keep all
-channels in 4, 3 or 2 bits (kv_rivals.py), and ours. `tiers` are ours at fewer bytes: the same channels of every head
-kept, and a number for each head by a budget.
+channels in 4, 3 or 2 bits (kv_rivals.py), and ours in few bits: of each head by a budget, or of every head the same.
 
 python benchmarks/kv_cache.py --data wiki.test.raw --calibration wiki.valid.raw --windows 4 --length 1024
 """
@@ -37,12 +36,12 @@ from permprune.jobs.kv import find_channels
 from permprune.kv.bands import MixedLayer
 from permprune.kv.cache import PrunedCache
 from permprune.kv.calibration import ObservedLayer, observe_states
-from permprune.kv.config import KVConfig, default_pattern, token_bytes
+from permprune.kv.config import KVConfig, default_pattern
 from permprune.kv.evaluation import cached_logits
 from permprune.kv.files import LayerChannels
 from permprune.kv.layer import PrunedLayer
 from permprune.kv.packing import Channels
-from permprune.kv.tiers import choose_tiers
+from permprune.kv.tiers import measure_bits
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
 from permprune.system.device import dtype_named
@@ -224,14 +223,13 @@ def orders(observed: Observed, config: KVConfig) -> Iterator[Row]:
 def patterns(observed: Observed, config: KVConfig) -> Iterator[Row]:
     """Keys, and keys and values, in the order of `ria` with signs; both with integers, too.
 
-    The default takes as many bytes as 2:4 with int8 values; the default pattern of int5, and "fewer", as many as states
-    of four bits.
+    The default takes as many bytes as 2:4 with int8 values; "fewer" as many as states of four bits in groups of 32.
     """
     width = width_of(observed)
-    most, wide = (str(default_pattern(width, dtype)) for dtype in ("int5", "int8"))
+    wide = str(default_pattern(width))
     fewer, half = (f"{round(share * width)}:{width}" for share in (3 / 8, 1 / 2))
     for keys, values, dtype in (
-        (most, most, "int5"),
+        ("4bit", "4bit", "int8"),
         (wide, wide, "int8"),
         ("2:4", "2:4", "int8"),
         (fewer, fewer, "int8"),
@@ -305,27 +303,28 @@ def int4(observed: Observed, config: KVConfig) -> Iterator[Row]:
 
 
 def quantised(observed: Observed, config: KVConfig) -> Iterator[Row]:
-    """Caches that keep all channels in a few bits; and ours with values of five bits."""
-    own = config.replace(keys="dense", values="dense")
-    channels = find_channels(observed, own, Identity())[0]
-    for name, (stored, layer) in QUANTISED.items():
-        yield Row(name, own, channels, layer=layer, stored=stored)
-    ours = config.replace(keys=str(default_pattern(width_of(observed), "int5")), dtype="int5")
-    ours = ours.replace(values=ours.keys)
-    yield Row("ria", ours, find_channels(observed, ours, RIAPermuter())[0])
+    """Ours in few bits, with bits of each head by a budget of bytes, and the same of every head; the int8 pattern; and
+    caches that keep all channels in a few bits."""
+    measured, mixed = measure_bits(observed), config.replace(keys="mixed", values="mixed", dtype="int8")
+    dense = config.replace(keys="dense", values="dense")
+    plain = find_channels(observed, dense, Identity())[0]
+    for budget, rivals in BESIDE.items():
+        yield Row(f"each head, {budget:g}", mixed, measured.channels(budget), layer=MixedLayer, stored="2 to 6 bits")
+        for name in rivals:
+            stored, layer = QUANTISED[name]
+            yield Row(name, dense, plain, layer=layer, stored=stored)
+    pattern = str(default_pattern(width_of(observed)))
+    for text, stored in (("4bit", "4 bits"), ("3bit", "3 bits"), (pattern, "int8")):
+        own = config.replace(keys=text, values=text, dtype="int8")
+        yield Row("ria", own, find_channels(observed, own, RIAPermuter())[0], stored=stored)
 
 
-def tiers(observed: Observed, config: KVConfig) -> Iterator[Row]:
-    """Ours with values of five bits: the same number of channels in each head, and numbers by a budget of bytes."""
-    width = width_of(observed)
-    for budget in (0.28, 0.24, 0.2):
-        kept = max(n for n in range(1, width) if token_bytes(n, width, "int5") <= 2 * width * budget)
-        same = config.replace(keys=f"{kept}:{width}", values=f"{kept}:{width}", dtype="int5")
-        yield Row("ria", same, find_channels(observed, same, RIAPermuter())[0])
-        own = config.replace(keys="mixed", values="mixed", dtype="int5")
-        channels = choose_tiers(observed, own, budget)
-        yield Row(f"each head, {budget:g}", own, channels, layer=MixedLayer)
-
+BESIDE = {
+    0.28: ("q4_0, Hadamard", "q4_1, Hadamard", "KIVI, 4 bits"),
+    0.2: ("TurboQuant, 3 bits", "KIVI, 2 bits"),
+    0.24: ("TurboQuant, 4 bits", "q4_0"),
+}
+"""Budgets, and other caches at about as many bytes or more."""
 
 TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {
     "orders": orders,
@@ -333,7 +332,6 @@ TABLES: dict[str, Callable[[Observed, KVConfig], Iterator[Row]]] = {
     "rivals": rivals,
     "int4": int4,
     "quantised": quantised,
-    "tiers": tiers,
 }
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from permprune.kernels.attention.codes import pack_padded_bits
 from permprune.kernels.product.packed import unpack_bits
+from permprune.kv.coding import hadamard as hadamard_on
 from permprune.kv.config import KVConfig
 from permprune.kv.layer import PrunedLayer
 from permprune.kv.packing import TINY, Channels, Layout, Parts, encode
@@ -140,15 +141,6 @@ class Rotated(Form):
 
 
 @cache
-def hadamard(width: int) -> Tensor:
-    """The orthogonal Walsh-Hadamard matrix of the largest power of two that divides the width, block by block."""
-    matrix = torch.ones(1, 1)
-    while width % (2 * len(matrix)) == 0:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1))) / 2**0.5
-    return torch.block_diag(*[matrix] * (width // len(matrix)))
-
-
-@cache
 def random_rotation(width: int) -> Tensor:
     """A random orthogonal matrix, the same in every run."""
     generator = torch.Generator().manual_seed(0)
@@ -166,6 +158,11 @@ def lloyd_max(bits: int) -> Tensor:
         totals.index_add_(1, nearest, torch.stack((places * density, density)))
         codes = totals[0] / totals[1]
     return codes.float()
+
+
+def hadamard(width: int) -> Tensor:
+    """The Hadamard rotation of a head."""
+    return hadamard_on(width, torch.device("cpu"))
 
 
 def grouped(states: Tensor, group: int) -> Tensor:

@@ -57,9 +57,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--dense", default="sdpa:bf16,sdpa:fp32,eager:bf16,eager:fp32", help="attention:type, ...")
-    parser.add_argument(
-        "--pruned", default="bf16:auto,bf16:int8,bf16:int5", help="type of the model:type of kept values, ..."
-    )
+    parser.add_argument("--pruned", default="bf16:auto,bf16:int8", help="type of the model:type of kept values, ...")
     parser.add_argument("--patterns", nargs="+", default=[AUTO], help="patterns of the pruned caches")
     parser.add_argument("--steps", type=int, default=4, help="tokens in each turn")
     parser.add_argument("--turns", type=int, default=4)

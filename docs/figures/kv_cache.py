@@ -14,8 +14,7 @@ MODEL, LENGTH = "smollm2-135m", 2048
 """The model, and the length of windows, of the rows that are drawn."""
 
 LABELS = {
-    ("ria", "42:64", "sign", "int5"): ("42:64, int5", BLUE, (-8, -3), "right"),
-    ("ria", "29:64", "sign", "int8"): ("29:64, int8, the default", BLUE, (-8, -12), "left"),
+    ("ria", "29:64", "sign", "int8"): ("29:64, int8", BLUE, (-8, -12), "left"),
     ("ria", "24:64", "sign", "int8"): ("24:64, int8", BLUE, (8, 2), "left"),
     ("ria", "2:4", "sign", "int8"): ("2:4, int8", BLUE, (8, 2), "left"),
     ("ria", "2:4", "sign", "bf16"): ("2:4, bf16", BLUE, (8, -3), "left"),

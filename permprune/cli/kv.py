@@ -10,14 +10,14 @@ from typing import Annotated
 import typer
 
 from permprune.cli import common as cli
-from permprune.cli.settings import option
+from permprune.cli.settings import option, parse_loss
 from permprune.config import PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.kv.config import KVConfig
 from permprune.options import Count, Seed
 
 
-@partial(cli.command, without=("keys", "values", "dtype", "metric", "examples"))
+@partial(cli.command, without=("keys", "values", "metric", "examples"))
 def kv(
     model: cli.Model,
     out: Annotated[Path, typer.Option(help="folder for the cache's orders and record; must not exist yet")],
@@ -26,8 +26,8 @@ def kv(
     pattern: Annotated[
         str,
         typer.Option(
-            help="N:M keeps N of every M channels of a head, in keys and values; auto is one group for the whole head, "
-            "29:64 for heads of 64 channels, 62:128 for 128 (with int5 42:64 and 90:128)",
+            help="N:M keeps N of every M channels of a head, in keys and values; 4bit (or 2 to 6) keeps all channels "
+            "in so many bits; auto gives each head bits of its own, as --bytes 0.28",
             metavar="N:M",
         ),
     ] = "auto",
@@ -35,11 +35,17 @@ def kv(
         float | None,
         typer.Option(
             "--bytes",
-            help="bytes of a packed token relative to 16-bit states, such as 0.25: each head keeps its own number of "
-            "channels, in keys and in values, chosen by the error of the output of attention",
+            help="bytes of a packed token relative to 16-bit states, such as 0.25: each head gets bits of its own, in "
+            "keys and in values, chosen by the error of the output of attention",
         ),
     ] = None,
-    dtype: Annotated[str | None, option(KVConfig, "dtype", show_default="int8; int5 with --bytes")] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(
+            help="the fewest --bytes with which the perplexity of --data grows by at most a share, such as 0.5%",
+            metavar="SHARE",
+        ),
+    ] = None,
     keys: Annotated[str | None, option(KVConfig, "keys", show_default="that of --pattern")] = None,
     values: Annotated[str | None, option(KVConfig, "values", show_default="that of --pattern")] = None,
     permute: Annotated[
@@ -68,8 +74,8 @@ def kv(
 
     from permprune.permuters.registry import score_permuter
 
-    dtype = dtype or (KVConfig.dtype if budget is None else "int5")
-    config = config.replace(keys=keys or pattern, values=values or pattern, dtype=dtype)
+    config = config.replace(keys=keys or pattern, values=values or pattern)
+    most = None if max_loss is None else parse_loss(max_loss)
     score_permuter(permute)
     yield
 
@@ -89,10 +95,11 @@ def kv(
         fold=fold,
         evaluation=evaluation,
         budget=budget,
+        max_loss=most,
         trust_remote_code=trust_remote_code,
     )
     if record.budget is not None:
-        print(f"keys and values mixed: each head keeps its own number of channels, {record.budget:g} of 16 bits")
+        print(f"keys and values mixed: each head has bits of its own, {record.budget:g} of 16 bits")
     for side, kept in record.kept.items():
         natural = "" if kept.found == kept.natural else f", {kept.natural:.1%} in the model's order"
         print(f"{side} {getattr(record.config, side)}: {kept.found:.1%} of the score kept{natural}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import importlib.metadata
 import math
@@ -21,16 +22,16 @@ from permprune.errors import PermpruneError
 from permprune.evaluation.perplexity import perplexity
 from permprune.kv.cache import PrunedCache, attention_layers
 from permprune.kv.calibration import SIDES, ObservedLayer, fit_channels, observe_states
-from permprune.kv.config import AUTO, KVConfig, default_pattern, pattern_of
+from permprune.kv.config import AUTO, KVConfig, bits_of, default_pattern, pattern_of
 from permprune.kv.evaluation import CachedPerplexity, cached_perplexity
 from permprune.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
 from permprune.kv.folding import fold_values
-from permprune.kv.tiers import choose_tiers, require_budget
+from permprune.kv.tiers import Measured, choose_means, measure_bits, outputs_of
 from permprune.models.forward import short_inputs
 from permprune.models.modality import EVALUATION_BATCH
 from permprune.models.positions import clipped_length
 from permprune.models.processors import Processor
-from permprune.options import Count, Seed, require
+from permprune.options import Count, Positive, Seed, require
 from permprune.pattern import MIXED, Pattern
 from permprune.permuters.base import ScorePermuter
 from permprune.permuters.registry import score_permuter
@@ -58,6 +59,7 @@ def calibrate_kv(
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
     budget: float | None = None,
+    max_loss: float | None = None,
     trust_remote_code: bool = False,
 ) -> KVRecord:
     """Find the channels of a pruned key/value cache, measure its perplexity, and write both to the folder `out`.
@@ -65,15 +67,16 @@ def calibrate_kv(
     `model` is a name, a folder, or a model in memory with its `processor`. One forward pass over `samples` windows of
     `length` tokens of the `calibration` text shows queries, keys and values. `permute` orders the channels of each
     head so that the N:M groups keep the most of the squared keys, weighted by the mean squared queries, and of the
-    squared values. With values of five bits, keys are stored without their mean. The values of a model that permprune
-    pruned stay in its order, whose groups `prune` has chosen.
+    squared values. The values of a model that permprune pruned stay in its order, whose groups `prune` has chosen.
 
     With `fold`, the order of the values is folded into the model's weights, so that a cache need not reorder them: the
     model with these weights, for which the cache then is, is written to that folder. A model in memory is changed in
     place. Its outputs stay the same.
 
-    With `budget`, the bytes of a packed token relative to 16-bit states, each head gets a number of channels of its
-    own, in keys and in values (`permprune.kv.tiers`); the patterns of `config` are then "mixed" or left "auto".
+    By default each head gets bits of its own, in keys and in values (`permprune.kv.tiers`): with `budget`, the bytes of
+    a packed token relative to 16-bit states (`Measured.usual` if left out), or with `max_loss`, the fewest bytes with
+    which perplexity grows by no more than this share, as `evaluation` measures it. The patterns of `config` are then
+    left "auto". Any other settings of the kept channels choose patterns.
 
     The perplexity is that of text as `evaluation` says. Returns the record. Raises `PermpruneError`, for example if a
     pattern does not divide the channels of a head.
@@ -82,7 +85,7 @@ def calibrate_kv(
     for name, number, hint in (("samples", samples, Count), ("length", length, Count), ("seed", seed, Seed)):
         require(name, number, hint)
     method = score_permuter(permute)
-    config = _with_budget(config, budget)
+    config = _with_budget(config, budget, max_loss)
     for folder in (out, *([] if fold is None else [Path(fold)])):
         require_absent(folder)
         require_writable(folder)
@@ -100,8 +103,12 @@ def calibrate_kv(
     started = time.monotonic()
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
     kept: dict[str, Kept] = {}
-    if budget is not None:
-        channels = choose_tiers(observed, config, budget)
+    if config.keys == config.values == MIXED:
+        measured = measure_bits(observed)
+        if max_loss is not None:
+            budget = _least_bytes(opened, config, measured, evaluation, max_loss)
+        budget = measured.usual if budget is None else budget
+        channels = measured.channels(budget)
     else:
         config = _with_patterns(config, observed)
         channels, kept = find_channels(observed, config, method, seed, order_values=not pruned)
@@ -134,24 +141,59 @@ def calibrate_kv(
     return record
 
 
-def _with_budget(config: KVConfig, budget: float | None) -> KVConfig:
-    """Return the settings for a budget of bytes: mixed patterns. Raises `PermpruneError` if they do not go with it."""
-    patterns = {config.keys, config.values}
-    if budget is None:
-        if MIXED in patterns:
-            raise PermpruneError('the pattern "mixed" needs a budget: give --bytes, such as --bytes 0.25')
-        return config
-    require_budget(config, budget)
-    if not patterns <= {AUTO, MIXED}:
-        raise PermpruneError("--bytes chooses the channels of each head: leave out --pattern, --keys and --values")
+def _with_budget(config: KVConfig, budget: float | None, max_loss: float | None) -> KVConfig:
+    """Return the settings for a budget, or for none: mixed patterns, unless the settings choose patterns.
+
+    Raises `PermpruneError` if they do not go with a budget.
+    """
+    plain = config.dtype == KVConfig.dtype and config.recovery == KVConfig.recovery
+    mixes = plain and {config.keys, config.values} <= {AUTO, MIXED}
+    if budget is None and max_loss is None:
+        if MIXED in (config.keys, config.values) and not mixes:
+            raise PermpruneError("mixed are the bits of keys and of values: leave out --dtype and --recovery")
+        return config.replace(keys=MIXED, values=MIXED) if mixes else config
+    if budget is not None and max_loss is not None:
+        raise PermpruneError("--bytes and --max-loss are two ways to choose the bits of each head: leave out one")
+    require("bytes" if max_loss is None else "max-loss", budget if max_loss is None else max_loss, Positive)
+    if not mixes:
+        raise PermpruneError(
+            "a budget chooses the bits of each head: leave out --pattern, --keys, --values, --dtype and --recovery"
+        )
     return config.replace(keys=MIXED, values=MIXED)
+
+
+def _least_bytes(
+    opened: OpenModel, config: KVConfig, measured: Measured, evaluation: Evaluation, max_loss: float
+) -> float:
+    """Return the fewest bytes, in steps of 1 % of 16 bits, with which perplexity grows by at most a share.
+
+    Raises `PermpruneError` if it grows by more with the most bytes.
+    """
+    model, windows = opened.model, evaluation.examples(opened.model, opened.processor)
+    limit = perplexity(model, windows, EVALUATION_BATCH).value * (1 + max_loss)
+
+    def fits(percent: int) -> bool:
+        channels = measured.channels(percent / 100)
+        cached = cached_perplexity(
+            model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), EVALUATION_BATCH
+        )
+        return cached.result.value <= limit
+
+    least, most = math.ceil(100 * measured.range[0]), math.floor(100 * measured.range[1])
+    if not fits(most):
+        raise PermpruneError(
+            f"with {most} % of the bytes of 16 bits the perplexity grows by more than {max_loss:.2%}: "
+            "allow more, or keep a pattern with int8 or bf16 values"
+        )
+    percents = range(least, most)
+    return (least + bisect.bisect_left(percents, True, key=fits)) / 100
 
 
 def _with_patterns(config: KVConfig, observed: Mapping[int, ObservedLayer]) -> KVConfig:
     """Return the settings with the default patterns of these layers in place of "auto"."""
     widths = {side: [layer.width_of(side) for layer in observed.values()] for side in SIDES}
     chosen = [side for side in SIDES if getattr(config, side) == AUTO]
-    return config.replace(**{side: str(default_pattern(math.gcd(*widths[side]), config.dtype)) for side in chosen})
+    return config.replace(**{side: str(default_pattern(math.gcd(*widths[side]))) for side in chosen})
 
 
 def find_channels(
@@ -172,17 +214,20 @@ def find_channels(
     for number in track(sorted(observed), "ordering channels"):
         layer, sides = observed[number], []
         for side in SIDES:
-            states, weight, mean = layer.side(side, config.dtype)
-            pattern = pattern_of(getattr(config, side), states.shape[2], config.dtype)
-            centred = states if mean is None else states - mean[:, None]
-            score = (centred * weight[:, None]).square()
+            (states, weight), text = layer.side(side), getattr(config, side)
+            if (bits := bits_of(text)) is not None:
+                moving = choose_means(layer, outputs_of(layer)) if side == "keys" else None
+                sides.append(layer.coded(side, torch.full((layer.heads,), bits), moving))
+                continue
+            pattern = pattern_of(text, states.shape[2])
+            score = (states * weight[:, None]).square()
             natural = torch.arange(states.shape[2]).repeat(len(states), 1)
             order = natural
             if pattern is not None:
                 if side == "keys" or order_values:
                     order = torch.stack([_order(head, pattern, method, generator) for head in score])
                 shares[side].append(torch.stack([_kept(score, o, pattern) for o in (natural, order)]))
-            sides.append(fit_channels(states, weight, order, pattern, mean))
+            sides.append(fit_channels(states, weight, order, pattern))
         channels[number] = sides[0], sides[1]
     kept = {side: Kept(*torch.stack(pairs).mean(0).tolist()) for side, pairs in shares.items() if pairs}
     return channels, kept

@@ -32,7 +32,7 @@ struct kernels {
     kernel *prune;                              /* of groups */
     int (*place)(const struct place *place);    /* 0 when there is no memory */
     kernel *attend;                             /* of (batch, heads, parts) */
-    kernel *combine, *unpack_states, *pack_states; /* of (batch, heads) */
+    kernel *combine, *unpack_states; /* of (batch, heads) */
 };
 
 /* What the headers of all families define for each instruction set. */
@@ -44,8 +44,7 @@ struct kernels {
     .unpack = {[F32] = unpack_f32, [BF16] = unpack_bf16, [F16] = unpack_f16, [I8] = unpack_i8, [I4] = unpack_i4},      \
     .spread = spread_tokens, .many = multiply_tokens, .lanes = LANES, .vectors = MOST_VECTORS,                        \
     .mask = mask_rows, .keep = keep_rows, .apply = apply_rows, .step = step_rows, .prune = prune_groups,               \
-    .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states,                     \
-    .pack_states = pack_states
+    .place = place_channels, .attend = attend, .combine = combine, .unpack_states = unpack_states
 
 extern const struct kernels avx512_kernels, avx2_kernels, neon_kernels, portable_kernels;
 

@@ -53,7 +53,6 @@ JOBS = {
     "step": "a step of Adam",
     "attend": "attention to packed keys and values",
     "unpack_states": "unpacking keys and values",
-    "pack_states": "packing keys and values",
 }
 """The functions of the library that run a job, each of a structure of its name, and what they do."""
 

@@ -1,4 +1,4 @@
-"""The layer of a pruned cache whose heads keep different numbers of channels."""
+"""The layer of a pruned cache whose heads have different numbers of bits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from permprune.pattern import MIXED
 
 
 class MixedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one attention layer, of which each head keeps a number of channels of its own.
+    """Keys and values of one attention layer, of which each head has bits of its own.
 
-    Heads that keep the same numbers of keys and of values are a band, which is a `PrunedLayer`; `heads` are those of
-    each band, int64. Raises `PermpruneError` if the channels do not say how many are kept (`Channels.kept`).
+    Heads with the same bits of keys and of values are a band, which is a `PrunedLayer`; `heads` are those of each band,
+    int64. Raises `PermpruneError` if the channels do not say how many there are (`Channels.bits`).
     """
 
     is_croppable = True
@@ -33,7 +33,7 @@ class MixedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         if keys is None or values is None:
             raise PermpruneError(
-                "heads with patterns of their own need the channels of a folder that permprune kv --bytes wrote"
+                "heads with bits of their own need the channels of a folder that permprune kv --bytes wrote"
             )
         self.channels = keys, values
         bands: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
@@ -133,8 +133,6 @@ def _patterns(text: str, channels: Channels) -> list[str]:
     """Return the pattern of each head, as `KVConfig` has it."""
     if text != MIXED:
         return [text] * len(channels.order)
-    if channels.kept is None:
-        raise PermpruneError(
-            "the channels do not say how many each head keeps: make the cache again with permprune kv --bytes"
-        )
-    return [channels.pattern_of(head) for head in range(len(channels.order))]
+    if channels.bits is None:
+        raise PermpruneError("the channels have no bits for each head: make the cache again with permprune kv --bytes")
+    return [f"{bits}bit" for bits in channels.bits.tolist()]

@@ -73,19 +73,12 @@ class PrunedCache(Cache):  # type: ignore[misc]
 
         `changes` are settings of `KVConfig` in place of those of the folder: `dtype="int8"`, `window=64`. The channels
         were found for the folder's patterns. Raises `PermpruneError` if the folder is damaged or was made for another
-        model than this one (in whatever type it is loaded), or if `dtype` is changed to "int5", which needs the means
-        of keys.
+        model than this one (in whatever type it is loaded).
         """
         folder = Path(folder)
         record = read_record(folder)
         require_model(folder, record, model)
-        config = record.config.replace(**changes)
-        if config.dtype == "int5" != record.config.dtype:
-            raise PermpruneError(
-                f"{folder} is for {record.config.dtype} values, and int5 needs the means of the keys: "
-                "make a cache with permprune kv --dtype int5"
-            )
-        return cls(model, config, read_channels(folder, record), exact_window=exact_window)
+        return cls(model, record.config.replace(**changes), read_channels(folder, record), exact_window=exact_window)
 
     @property
     def nbytes(self) -> int:

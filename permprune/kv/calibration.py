@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from permprune.examples import Examples
 from permprune.kv.attention import Call, States, attend_plain, verify_attention
 from permprune.kv.cache import attention_layers
+from permprune.kv.coding import balance
+from permprune.kv.moving import Moving, Rotary, rotaries_of
 from permprune.kv.packing import LARGEST, SMALLEST, TURNS, Channels, choose_channels
 from permprune.models.forward import cache_argument, frozen, model_inputs
 from permprune.pattern import Pattern
@@ -68,8 +70,12 @@ class ObservedLayer:
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
     centres_keys: bool = True
-    """Whether keys can be stored without their mean: queries need not know it (`Call.ignores_constants`)."""
+    """Whether keys can be stored without their mean: scores are not soft-capped."""
+
+    rotaries: list[Rotary] = field(default_factory=list)
+    """How the model may turn the keys (`rotaries_of`)."""
 
     probes: list[Probe] = field(default_factory=list)
     """Examples of attention, one of each batch."""
@@ -92,20 +98,26 @@ class ObservedLayer:
         for states, held in ((keys, self.keys), (values, self.values)):
             sample = states[:, :, self.skipped :: self.stride].float().cpu()
             held.append(sample.transpose(0, 1).flatten(1, 2))
+        self.positions.append(torch.arange(self.skipped, keys.shape[2], self.stride).repeat(batch))
 
     def states(self) -> tuple[Tensor, Tensor]:
         """Return keys and values, fp32 (heads, tokens, width)."""
         return torch.cat(self.keys, 1), torch.cat(self.values, 1)
 
-    def side(self, side: str, dtype: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the states of the "keys" or "values", fp32 (heads, tokens, width), and their weights and mean.
-
-        Those are fp32 (heads, width). There is a mean if values of type `dtype` are stored without it.
-        """
+    def side(self, side: str) -> tuple[Tensor, Tensor]:
+        """Return the "keys" or "values", fp32 (heads, tokens, width), and their weights, (heads, width)."""
         states = self.states()[SIDES.index(side)]
-        if side == "values":
-            return states, torch.ones(states.shape[0], states.shape[2]), None
-        return states, self.query_weights(), states.mean(1) if dtype == "int5" and self.centres_keys else None
+        return states, torch.ones(len(states), states.shape[2]) if side == "values" else self.query_weights()
+
+    def coded(self, side: str, bits: Tensor, moving: Moving | None = None) -> Channels:
+        """Return the channels of a side in few bits, int64 (heads,), with a mean of the keys."""
+        states, weight = self.side(side)
+        if moving is not None:
+            states = states - moving.at(torch.cat(self.positions)[None])[0]
+        factor = balance(states, weight).clamp(SMALLEST, LARGEST)
+        return Channels(
+            Channels.natural(*weight.shape).order, factor, (1 / factor).clamp(SMALLEST, LARGEST), bits, moving
+        )
 
     def query_weights(self) -> Tensor:
         """Return the root mean square of each channel of the queries, relative to the largest of its head."""
@@ -127,6 +139,7 @@ def observe_states(
     count, length = examples["input_ids"].shape
     stride = max(1, math.ceil(count * length / TOKENS))
     observed = {i: ObservedLayer(skipped, stride) for i in full}
+    rotaries: dict[int, list[Rotary]] = {}
     device = compute_device(model)
     with frozen(model):
         verify_attention(model, examples["input_ids"][:1, :VERIFIED].to(device))
@@ -134,23 +147,23 @@ def observe_states(
             cache = Cache(layers=[_Layer(observed[i]) if i in observed else layers[i] for i in range(len(layers))])
             model(**model_inputs(model, part.to(device)), **cache_argument(model, cache))
             layers, _ = attention_layers(model)
+    for layer in observed.values():
+        width = layer.width_of("keys")
+        layer.rotaries = rotaries.setdefault(width, rotaries_of(model, width))
     return observed
 
 
-def fit_channels(
-    states: Tensor, weight: Tensor, order: Tensor, pattern: Pattern | None, mean: Tensor | None = None
-) -> Channels:
+def fit_channels(states: Tensor, weight: Tensor, order: Tensor, pattern: Pattern | None) -> Channels:
     """Return the channels of an order, with the levels that recover pruned channels with the least error.
 
-    `states` are fp32 (heads, tokens, width), `weight` and `mean`, which is subtracted from them, (heads, width), all in
-    the model's order. Levels and the tokens' amplitudes minimise sum (weight (|state| - amplitude level))^2 over the
-    pruned channels in turns.
+    `states` are fp32 (heads, tokens, width) and `weight` (heads, width), both in the model's order. Levels and the
+    tokens' amplitudes minimise sum (weight (|state| - amplitude level))^2 over the pruned channels in turns.
     """
-    weight, mean = weight.gather(1, order), None if mean is None else mean.gather(1, order)
-    channels = Channels(order, weight, 1 / weight, mean)
+    weight = weight.gather(1, order)
+    channels = Channels(order, weight, 1 / weight)
     if pattern is None:
         return channels
-    arranged = channels.centred(channels.arrange(states[None]))
+    arranged = channels.arrange(states[None])
     size = arranged.abs()
     for _ in range(ROUNDS):
         kept, factor = choose_channels(arranged, channels, pattern, turns=TURNS)
@@ -158,7 +171,7 @@ def fit_channels(
         products, squares = (size * factor * pruned).sum(2)[0], (factor.square() * pruned).sum(2)[0]
         level = torch.where((squares > 0) & (products > 0), products / squares, channels.level)
         level = level.clamp(SMALLEST, LARGEST)
-        channels = Channels(order, weight, level, mean)
+        channels = Channels(order, weight, level)
     return channels
 
 
@@ -194,7 +207,7 @@ class _View(States):
 
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         self.observed.add(call.query, self.keys, self.values)
-        self.observed.centres_keys &= call.ignores_constants
+        self.observed.centres_keys &= call.softcap is None
         if len(self.observed.probes) < PROBES:
             self.observed.probes.append(Probe.of(call, self.keys, self.values))
         return attend_plain(call, module, self.keys, self.values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from permprune.errors import PermpruneError
@@ -13,9 +14,7 @@ from permprune.system.imports import on_first_use
 with on_first_use(globals()):
     import torch
 
-    from permprune.kernels.attention import codes
     from permprune.kernels.attention.states import part_sizes
-    from permprune.system.device import dtype_named
 
 AUTO = "auto"
 """The pattern that is chosen by the width of the heads (`default_pattern`)."""
@@ -23,13 +22,15 @@ AUTO = "auto"
 DENSE = "dense"
 """The pattern of states that keep all channels. With "mixed" (`MIXED`), each head keeps a number of its own."""
 
-SHARES = {"int8": 45 / 128, "int5": 40 / 128}
-"""The bytes of a token with the default pattern and values of a type, relative to bf16. For heads of 64 channels, int8
-takes those of 2:4, and int5 those of dense states of four bits in groups of 32."""
+SHARE = 45 / 128
+"""The bytes of a token with the default pattern and int8 values, relative to bf16: those of 2:4 for 64 channels."""
+
+BITS = re.compile(r"([2-6])bit")
+"""The texts that mean states of few bits in place of a pattern."""
 
 RECOVERIES = ("zeros", "sign")
 
-DTYPES = ("auto", "fp32", "bf16", "fp16", "int8", "int5")
+DTYPES = ("auto", "fp32", "bf16", "fp16", "int8")
 """The types of kept values by name; "auto" is the type in which the model computes."""
 
 
@@ -41,12 +42,13 @@ class KVConfig:
     """
 
     keys: str = AUTO
-    """The N:M pattern of the keys along the channels of a head, or dense; auto is one group for the whole head.
+    """The N:M pattern of the keys along the channels of a head, or dense, or bits; auto is one group for a head.
 
-    M may be all of the channels. "auto" is `default_pattern`, and "dense" keeps all channels."""
+    M may be all of the channels. "auto" is `default_pattern`, "dense" keeps all channels, and "4bit", or 2 to 6, all in
+    so many bits (`permprune.kv.coding`)."""
 
     values: str = AUTO
-    """The pattern of the values, or dense, or auto."""
+    """The pattern of the values, or dense, or bits, or auto."""
 
     _: dataclasses.KW_ONLY
 
@@ -56,10 +58,9 @@ class KVConfig:
     The sign, one bit, is multiplied by the channel's typical magnitude and one number for each token and head."""
 
     dtype: str = "int8"
-    """The type of kept values: int8, int5, bf16, fp16, fp32, or auto for the model's.
+    """The type of kept values of a pattern: int8, bf16, fp16, fp32, or auto for the model's.
 
-    "int8" with one scale for each token and head loses hardly more than "bf16" at 0.6 of its bytes; with "int5" fewer
-    bytes keep more channels."""
+    "int8" with one scale for each token and head loses hardly more than "bf16" at 0.6 of its bytes."""
 
     window: Natural = 32
     """The newest tokens, which are not pruned.
@@ -72,7 +73,7 @@ class KVConfig:
     def __post_init__(self) -> None:
         require_fields(self)
         for text in (self.keys, self.values):
-            if text not in (AUTO, DENSE, MIXED):
+            if text not in (AUTO, DENSE, MIXED) and bits_of(text) is None:
                 Pattern.parse(text)
         require_choice("recovery", self.recovery, RECOVERIES)
         require_choice("dtype", self.dtype, DTYPES)
@@ -82,48 +83,43 @@ class KVConfig:
         return replace_fields(self, changes, "a cache has no setting")
 
 
-def stored_type(name: str) -> torch.dtype | None:
-    """Return the type of kept values with a name of `DTYPES`; None for "auto"."""
-    return codes.INT5 if name == "int5" else dtype_named(name)
+def bits_of(text: str) -> int | None:
+    """Return the bits that the text of a setting means, such as "4bit"; None for patterns."""
+    match = BITS.fullmatch(text)
+    return int(match[1]) if match else None
 
 
-def pattern_of(text: str, width: int, dtype: str = KVConfig.dtype) -> Pattern | None:
-    """Return the pattern that a text means for heads of `width` channels; None for "dense".
+def pattern_of(text: str, width: int) -> Pattern | None:
+    """Return the pattern that a text means for heads of `width` channels; None for "dense" and bits.
 
-    Raises `PermpruneError` unless it is "auto", "dense" or an N:M whose M divides the width.
+    Raises `PermpruneError` unless it is "auto", "dense", bits, or an N:M whose M divides the width.
     """
-    if text == DENSE:
+    if text == DENSE or bits_of(text) is not None:
         return None
-    pattern = default_pattern(width, dtype) if text == AUTO else Pattern.parse(text)
+    pattern = default_pattern(width) if text == AUTO else Pattern.parse(text)
     if pattern.unit > 1:
         raise PermpruneError(f"{pattern} keeps pairs of weights, which a cache does not have: leave out the {PAIRED}")
     if not pattern.divides(width):
         raise PermpruneError(
             f"{pattern} does not divide the {width} channels of a head: choose an M that divides {width}, or "
-            f"{default_pattern(width, dtype)}, the default"
+            f"{default_pattern(width)}, the default"
         )
     return pattern
 
 
-def default_pattern(width: int, dtype: str = KVConfig.dtype) -> Pattern:
+def default_pattern(width: int) -> Pattern:
     """Return the default pattern for heads of `width` channels: one group for the whole head.
 
     One group keeps the channels that matter most of each token, wherever they are. At the bytes of 2:4 it changes
-    fewer answers about long contexts. N is the largest (but at least 1) with which a token with signs and values of
-    type `dtype` takes at most `SHARES` of its bytes in bf16: 42:64 and 90:128 with int5, 29:64 and 62:128 with int8 and
-    other types. The parts of fixed size weigh more in narrow heads, which keep less.
+    fewer answers about long contexts. N is the largest (but at least 1) with which a token with signs and int8
+    values takes at most `SHARE` of its bytes in bf16: 29:64 and 62:128. The parts of fixed size weigh more in narrow
+    heads, which keep less.
     """
-    name = "int5" if dtype == "int5" else "int8"
-    fitting = (n for n in range(2, width) if token_bytes(n, width, name) <= 2 * width * SHARES[name])
+    fitting = (n for n in range(2, width) if token_bytes(n, width) <= 2 * width * SHARE)
     return Pattern(max(fitting, default=1), width)
 
 
-def token_bytes(kept: int, width: int, dtype: str, *, recovers: bool = True) -> int:
-    """Return the bytes of a token of a head that keeps `kept` of `width` channels, one group, with values of `dtype`.
-
-    `recovers` is whether pruned channels are recovered by their signs.
-    """
-    stored = stored_type(dtype)
-    assert stored is not None, "a type by name"
-    pattern = None if kept == width else Pattern(kept, width)
-    return sum(count * own.itemsize for count, own in part_sizes(stored, width, pattern, recovers=recovers).values())
+def token_bytes(kept: int, width: int) -> int:
+    """Return the bytes of a token of a head that keeps `kept` of `width` channels, one group, as int8 with signs."""
+    sizes = part_sizes(torch.int8, width, Pattern(kept, width), recovers=True)
+    return sum(count * dtype.itemsize for count, dtype in sizes.values())

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from permprune.checkpoints.gathers import gather_buffers
 from permprune.checkpoints.schema import Malformed, decode, dotted, encode
 from permprune.errors import PermpruneError
-from permprune.kv.config import KVConfig
+from permprune.kv.config import KVConfig, bits_of
+from permprune.kv.moving import Moving
 from permprune.kv.packing import Channels
 from permprune.options import Range
 from permprune.pattern import MIXED
@@ -39,15 +40,18 @@ FOR_IT = "make a cache for it with permprune kv"
 SHAPE = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")
 """Entries of a model's config that tell whether a cache is for that model."""
 
-NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(keys|values)\.(order|weight|level|mean|kept)")
+NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(keys|values)\.(order|weight|level|bits|mean|side|frequency)")
 """The names of tensors."""
+
+MOVING = ("mean", "side", "frequency")
+"""The last parts of names of the tensors of `Moving`."""
 
 DTYPES = {
     "order": torch.int32,
     "weight": torch.float32,
     "level": torch.float32,
-    "mean": torch.float32,
-    "kept": torch.int32,
+    "bits": torch.int32,
+    **dict.fromkeys(MOVING, torch.float32),
 }
 """The types of tensors, by the last part of their names."""
 
@@ -90,7 +94,7 @@ class KVRecord:
     `shape` has entries of the model's config (`SHAPE`). `calibration` describes the data and `kept` the share of the
     score that keys and values keep. `weights` are the digests of the model's weights (`weights_of`), and `contents` is
     that of the settings and the channels; empty in folders of older releases. `budget` is the share of the bytes of a
-    16-bit cache by which the number of channels of each head was chosen.
+    16-bit cache by which the number of bits of each head was chosen.
     """
 
     format: Annotated[int, Range(FORMAT, FORMAT)]
@@ -132,7 +136,7 @@ def write_cache(folder: Path, channels: LayerChannels, record: KVRecord) -> None
         for number, pair in channels.items()
         for side, channels_of_side in zip(("keys", "values"), pair, strict=True)
         for name, dtype in DTYPES.items()
-        if (tensor := getattr(channels_of_side, name)) is not None
+        if (tensor := getattr(channels_of_side.moving if name in MOVING else channels_of_side, name, None)) is not None
     }
     write_whole(folder / TENSORS, lambda path: save_file(tensors, path))
     write_json(folder / RECORD, encode(dataclasses.replace(record, contents=_contents(record.config, tensors))))
@@ -199,17 +203,20 @@ def require_model(folder: Path, record: KVRecord, model: PreTrainedModel) -> Non
 
 def _needs(config: KVConfig, side: str, part: str) -> bool:
     """Return whether a cache with these settings may have a part of its keys or values."""
-    if part == "mean":
-        return side == "keys" and config.dtype == "int5"
-    return part != "kept" or getattr(config, side) == MIXED
+    text = getattr(config, side)
+    coded = text == MIXED or bits_of(text) is not None
+    return coded and (side == "keys" or part == "bits") if part in ("bits", *MOVING) else True
 
 
 def _side(path: Path, tensors: dict[str, Tensor], name: str) -> Channels:
     order, weight, level = (tensors.get(f"{name}.{part}") for part in ("order", "weight", "level"))
     if order is None or weight is None or level is None or order.dim() != 2:
         raise PermpruneError(f"{path} lacks tensors of {reprlib.repr(name)}: {AGAIN}")
-    kept = tensors.get(f"{name}.kept")
-    channels = Channels(order.long(), weight, level, tensors.get(f"{name}.mean"), None if kept is None else kept.long())
+    bits, means = tensors.get(f"{name}.bits"), [tensors[own] for part in MOVING if (own := f"{name}.{part}") in tensors]
+    if means and len(means) < len(MOVING):
+        raise PermpruneError(f"{path} lacks tensors of the mean of {reprlib.repr(name)}: {AGAIN}")
+    moving = Moving(*means) if means else None
+    channels = Channels(order.long(), weight, level, None if bits is None else bits.long(), moving)
     channels.check(f"{path}: {name}")
     return channels
 

@@ -4,38 +4,33 @@ The layout is made for kernels that walk over the tokens of one head. All tensor
 contiguous: the tokens of a head follow each other, and each is a row of bytes. For a head of `width` channels with
 pattern N:M, the row of a token has these parts, channels in stored order (`Channels.order`):
 
-* `values`, (width N / M): the kept values, in channel order; fp32, bf16, fp16 or int8. Of int5 uint8, half as many:
-  places in `permprune.kernels.attention.codes.MAGNITUDES`, two in a byte, the first in the lower bits;
-* `code`, uint8: which channels are kept (`permprune.kernels.attention.codes`); for 2:4, 3 bits for each group;
+* `values`, (width N / M): the kept values, in channel order; fp32, bf16, fp16 or int8;
+* `code`, uint8 (ceil(width / 8)): which channels are kept, a bit for each;
 * `signs`, uint8 (ceil(width (M - N) / (8 M))), with recovery only: bit i is set if the i-th channel that is not kept is
-  negative. Of int5 uint8 (ceil(width / 8)), with or without recovery: bit c is set if channel c is negative;
+  negative;
 * `amplitude`, (1), with recovery only: a pruned channel c is read as its sign times `amplitude` times
   `Channels.level[c]`; of the type of the values, or for integers uint8 in steps of half the scale;
-* `scale`, bf16 (1), for integers only: a kept value is its integer, or magnitude, times the scale.
+* `scale`, bf16 (1), for integers only: a kept value is its integer times the scale.
+
+States of few bits keep all channels; `permprune.kv.coding` describes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
-from permprune.kernels.attention.codes import (
-    INT5,
-    kept_count,
-    pack_code,
-    pack_magnitudes,
-    pack_padded_bits,
-    unpack_code,
-    unpack_magnitudes,
-)
-from permprune.kernels.attention.states import SCALED, pack, packs
+from permprune.kernels.attention.codes import CODED, pack_padded_bits
+from permprune.kernels.attention.states import SCALED
 from permprune.kernels.product.packed import unpack_bits
-from permprune.kv.config import DENSE
+from permprune.kv import coding
+from permprune.kv.moving import Moving
 from permprune.pattern import Pattern
 
 Parts = dict[str, Tensor]
@@ -54,23 +49,25 @@ class Channels:
 
     `order` is int64 (heads, width): stored channel i of a head is the model's channel `order[i]`. `weight`, fp32
     (heads, width), is the importance of each stored channel, by which errors are multiplied. `level`, fp32 (heads,
-    width), is the magnitude of each stored channel, relative to the others, where it is pruned. `mean`, fp32 (heads,
-    width), is subtracted from the states of all tokens before they are stored, whole or packed. Keys may have one: what
-    it takes from the scores of a query is the same for all tokens, which does not change their softmax. `kept`, int64
-    (heads,), is how many channels each head keeps, where heads differ.
+    width), is the magnitude of each stored channel, relative to the others, where it is pruned.
+
+    Heads in few bits have `bits`, int64 (heads,). Their channels are in the model's order, and stored multiplied by
+    `weight` and rotated. Keys may have a mean, which is `moving`: it is subtracted from packed tokens, and what it adds
+    to the scores of a query is computed apart.
     """
 
     order: Tensor
     weight: Tensor
     level: Tensor
-    mean: Tensor | None = None
-    kept: Tensor | None = None
+    bits: Tensor | None = None
+    moving: Moving | None = None
 
     @classmethod
-    def natural(cls, heads: int, width: int) -> Channels:
+    def natural(cls, heads: int, width: int, bits: int | None = None) -> Channels:
         """Return channels in the model's order, all of the same importance and magnitude."""
         ones = torch.ones(heads, width)
-        return cls(torch.arange(width).repeat(heads, 1), ones, ones)
+        own = None if bits is None else torch.full((heads,), bits)
+        return cls(torch.arange(width).repeat(heads, 1), ones, ones, own)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -86,10 +83,8 @@ class Channels:
         for what, numbers, least in (
             ("weights", self.weight, SMALLEST),
             ("levels", self.level, SMALLEST),
-            ("means", self.mean, -LARGEST),
+            *(("means", getattr(self.moving, part), -LARGEST) for part in ("mean", "side", "frequency") if self.moving),
         ):
-            if numbers is None:
-                continue
             fits = numbers.is_floating_point() and numbers.shape == self.order.shape
             if not fits or not ((numbers >= least) & (numbers <= LARGEST)).all():
                 raise PermpruneError(
@@ -97,40 +92,40 @@ class Channels:
                     "make the cache again with permprune kv"
                 )
 
-        kept, (heads, width) = self.kept, self.shape
-        if kept is not None and not (kept.shape == (heads,) and ((kept >= 1) & (kept <= width)).all()):
+        bits, least, most = self.bits, coding.ALL[0], coding.ALL[-1]
+        if bits is not None and not (bits.shape == self.shape[:1] and ((bits >= least) & (bits <= most)).all()):
             raise PermpruneError(
-                f"{name} does not keep from 1 to {width} channels of each head: make the cache again with permprune kv"
+                f"{name} does not have {least} to {most} bits for each head: make the cache again with permprune kv"
             )
 
     def to(self, device: torch.device) -> Channels:
         """Return the channels on a device."""
-        return self._changed(lambda tensor: tensor.to(device))
+        return self._changed(lambda part: part.to(device))
 
     def of(self, heads: Tensor) -> Channels:
         """Return the channels of some heads."""
-        return self._changed(lambda tensor: tensor[heads])
+        return self._changed(lambda part: part.of(heads) if isinstance(part, Moving) else part[heads])
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> Channels:
-        mean, kept = (None if tensor is None else change(tensor) for tensor in (self.mean, self.kept))
-        return Channels(change(self.order), change(self.weight), change(self.level), mean, kept)
-
-    def pattern_of(self, head: int) -> str:
-        """Return the pattern of a head, all of whose channels are one group, as `KVConfig` has it."""
-        assert self.kept is not None
-        kept, width = int(self.kept[head]), self.shape[1]
-        return DENSE if kept == width else f"{kept}:{width}"
+    def _changed(self, change: Callable[[Any], Any]) -> Channels:
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
     def arrange(self, states: Tensor) -> Tensor:
-        """Put states, (batch, heads, tokens, width), into the stored order."""
+        """Put states, (batch, heads, tokens, width), into the form in which they are stored."""
+        if self.bits is not None:
+            return ((states.float() * self.weight[:, None]) @ self._rotation).to(states.dtype)
         return states if self.is_natural else states.gather(-1, self.order[:, None].expand_as(states))
 
-    def centred(self, states: Tensor) -> Tensor:
-        """Return states in the stored order without their mean."""
-        return states if self.mean is None else (states.float() - self.mean[:, None]).to(states.dtype)
+    def arrange_query(self, query: Tensor) -> Tensor:
+        """Return queries, (batch, heads, rows, width), whose products with stored keys are those with the keys."""
+        if self.bits is None:
+            return self.arrange(query)
+        return (query.float() / self.weight[:, None]) @ self._rotation
 
     def restore(self, states: Tensor) -> Tensor:
-        """Put states in the stored order, (batch, heads, tokens, width), into the model's order."""
+        """Undo `arrange`."""
+        if self.bits is not None:
+            return (states.float() @ self._rotation.T / self.weight[:, None]).to(states.dtype)
         return states if self.is_natural else states.gather(-1, self._inverse[:, None].expand_as(states))
 
     @cached_property
@@ -142,11 +137,15 @@ class Channels:
     def _inverse(self) -> Tensor:
         return self.order.argsort(-1)
 
+    @property
+    def _rotation(self) -> Tensor:
+        return coding.hadamard(self.shape[1], self.weight.device)
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The packed form of states: the pattern, None if all channels are kept; the type of values (of int5 `INT5`);
-    recovery by `signs`, or zeros."""
+    """The packed form of states: the pattern, None if all channels are kept; the type of values; recovery by `signs`,
+    or zeros."""
 
     pattern: Pattern | None
     dtype: torch.dtype
@@ -158,23 +157,15 @@ def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURN
 
     With recovery, kept channels and amplitudes are fitted to each other in `turns` turns (`choose_channels`).
     """
-    if layout.pattern is not None and packs(states, layout.dtype):
-        return pack(
-            states,
-            channels.weight,
-            channels.level,
-            layout.pattern,
-            dtype=layout.dtype,
-            signs=layout.signs,
-            turns=turns,
-        )
+    if layout.dtype in CODED:
+        return coding.code(states, CODED[layout.dtype])
     states = states.float()
     if layout.pattern is None:
         parts = _stored(states, layout.dtype)
     else:
         kept, size = choose_channels(states, channels, layout.pattern, turns=turns if layout.signs else 0)
         parts = _stored(_select(states, kept), layout.dtype)
-        parts["code"] = pack_code(kept, layout.pattern)
+        parts["code"] = pack_padded_bits(kept)
         if layout.signs:
             parts["signs"] = pack_padded_bits(_select(states, ~kept) < 0)
             if "scale" in parts:
@@ -182,32 +173,28 @@ def encode(states: Tensor, channels: Channels, layout: Layout, turns: int = TURN
                 parts["amplitude"] = steps.round().clamp(0, 255).to(torch.uint8)
             else:
                 parts["amplitude"] = size.to(layout.dtype)
-    if layout.dtype == INT5:
-        parts["signs"] = pack_padded_bits(states < 0)
     return parts
 
 
 def decode(parts: Parts, channels: Channels, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Unpack states, with pruned channels zero or recovered: `dtype` (batch, heads, tokens, width) in stored order."""
     values, scale, width = parts["values"], parts.get("scale"), channels.shape[1]
-    if layout.dtype == INT5:
-        values = unpack_magnitudes(values, kept_count(layout.pattern, width))
+    if layout.dtype in CODED:
+        return coding.decode(parts, CODED[layout.dtype], width).to(dtype)
     if scale is not None:
         values = values * scale.float()
     states = values = values.to(dtype)
     if layout.pattern is not None:
-        kept = unpack_code(parts["code"], layout.pattern, width)
+        kept = unpack_bits(parts["code"])[..., :width]
         states = torch.zeros(kept.shape, dtype=dtype, device=kept.device).masked_scatter_(kept, values)
         if layout.signs:
             size = parts["amplitude"].float()
             if scale is not None:
                 size = size * scale.float() / 2
-            recovered = (~kept).float()
-            if layout.dtype != INT5:
-                signs = unpack_bits(parts["signs"])[..., : width - values.shape[-1]]
-                recovered.masked_scatter_(~kept, 1.0 - 2.0 * signs)
+            signs = unpack_bits(parts["signs"])[..., : width - values.shape[-1]]
+            recovered = (~kept).float().masked_scatter_(~kept, 1.0 - 2.0 * signs)
             states += (recovered * size * channels.level[:, None]).to(dtype)
-    return torch.where(unpack_bits(parts["signs"])[..., :width], -states, states) if layout.dtype == INT5 else states
+    return states
 
 
 def choose_channels(states: Tensor, channels: Channels, pattern: Pattern, *, turns: int) -> tuple[Tensor, Tensor]:
@@ -219,9 +206,6 @@ def choose_channels(states: Tensor, channels: Channels, pattern: Pattern, *, tur
 
     Returns bool (batch, heads, tokens, width) and fp32 (batch, heads, tokens, 1).
     """
-    if packs(states, torch.float32):
-        parts = pack(states, channels.weight, channels.level, pattern, dtype=torch.float32, signs=True, turns=turns)
-        return unpack_code(parts["code"], pattern, channels.shape[1]), parts["amplitude"]
     magnitude, weight = states.float().abs(), channels.weight[:, None]
     kept = _largest(magnitude * weight, pattern)
     size = _amplitude(magnitude, kept, channels)
@@ -252,13 +236,11 @@ MOST = 127
 
 
 def _stored(values: Tensor, dtype: torch.dtype) -> Parts:
-    """Return values as `dtype`, with a scale for each token and head if those are integers; int5 without signs."""
+    """Return values as `dtype`, with a scale for each token and head if those are integers."""
     if dtype not in SCALED:
         return {"values": values.to(dtype)}
     scale = (values.abs().amax(-1, keepdim=True) / MOST).bfloat16()
     steps = values / scale.float().clamp_min(TINY)
-    if dtype == INT5:
-        return {"values": pack_magnitudes(steps.abs()), "scale": scale}
     return {"values": steps.round().clamp(-MOST, MOST).to(dtype), "scale": scale}
 
 

@@ -1,83 +1,115 @@
-"""How many channels each head keeps within a budget of bytes, chosen by the error of the output of attention."""
+"""The means of keys in few bits, and the bits of each head, chosen by the error of the output of attention."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from permprune.errors import PermpruneError
+from permprune.kv import coding
 from permprune.kv.attention import Plain, attend
-from permprune.kv.calibration import SIDES, ObservedLayer, Probe, fit_channels
-from permprune.kv.config import DENSE, KVConfig, pattern_of, stored_type, token_bytes
+from permprune.kv.calibration import SIDES, ObservedLayer, Probe
+from permprune.kv.moving import Moving, still_mean
 from permprune.kv.packing import Channels, Layout, decode, encode
 from permprune.options import Positive, require
-from permprune.pattern import Pattern
 from permprune.system.progress import track
 
-TIERS = 12
-"""Number of different numbers of channels that a head may keep."""
+MEASURED = 4
+"""The bits with which means of keys are compared."""
+
+BYTES = 0.28
+"""The default bytes of a packed token relative to 16-bit states."""
 
 
-def require_budget(config: KVConfig, budget: float) -> None:
-    """Raise `PermpruneError` unless heads can get numbers of channels of their own with these settings."""
-    require("bytes", budget, Positive)
-    if stored_type(config.dtype) is None:
-        raise PermpruneError("--bytes needs the type of the values: give --dtype int5, or another by name")
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The errors of the output of attention of each head with each number of bits (`coding.ALL`).
 
-
-def choose_tiers(
-    observed: Mapping[int, ObservedLayer], config: KVConfig, budget: float
-) -> dict[int, tuple[Channels, Channels]]:
-    """Return the channels of all layers, of which each head keeps as many as lower the error most for their bytes.
-
-    `budget` is the number of bytes of a packed token relative to that of 16-bit states. The error is that of the output
-    of attention on the probes of each layer, squared and relative to its output, with pruned keys and whole values, and
-    the other way round. From the fewest channels on, the keys or values of a head get more, wherever these lower the
-    sum of the errors most for each byte. Raises `PermpruneError` if the budget is too small or larger than can be used.
+    `means` are those of the keys of each layer. `errors` and `sizes`, in bytes of a token, have an entry for each head
+    of the keys of a layer, then of its values, layer by layer. `whole` are the bytes of a token of all in 16 bits.
     """
-    errors, sizes = [], []
-    for number in track(sorted(observed), "choosing the channels of each head"):
+
+    observed: Mapping[int, ObservedLayer]
+    means: dict[int, Moving | None]
+    errors: list[list[float]]
+    sizes: list[list[int]]
+    whole: int
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the most bytes of a token, relative to 16 bits."""
+        least, most = (sum(own[end] for own in self.sizes) / self.whole for end in (0, -1))
+        return least, most
+
+    @property
+    def usual(self) -> float:
+        """The default budget: `BYTES`, or in narrow heads, whose scales weigh more, that of 4 bits in every head."""
+        four = sum(own[coding.ALL.index(MEASURED)] for own in self.sizes) / self.whole
+        return max(BYTES, four)
+
+    def channels(self, budget: float) -> dict[int, tuple[Channels, Channels]]:
+        """Return the channels of all layers, whose heads have the bits that lower the error most for their bytes.
+
+        `budget` is the number of bytes of a packed token relative to that of 16-bit states. From the fewest bits on,
+        the keys or values of a head get more, wherever these lower the sum of the errors most for each byte. Raises
+        `PermpruneError` if the budget is too small or larger than can be used.
+        """
+        require("bytes", budget, Positive)
+        least, most = self.range
+        if not least <= budget <= most:
+            raise PermpruneError(
+                f"a token takes {least:.3f} to {most:.3f} of 16 bits, and --bytes is {budget:g}: give a number between"
+            )
+        chosen = iter(spend(self.errors, self.sizes, budget * self.whole))
+        found = {}
+        for number, layer in sorted(self.observed.items()):
+            keys, values = (torch.tensor([coding.ALL[next(chosen)] for _ in range(layer.heads)]) for _ in SIDES)
+            found[number] = layer.coded("keys", keys, self.means[number]), layer.coded("values", values)
+        return found
+
+
+def measure_bits(observed: Mapping[int, ObservedLayer]) -> Measured:
+    """Return the error of the output of attention with each number of bits of each head, keys and values apart.
+
+    It is that on the probes of each layer, squared and relative to its output, with coded keys and whole values, and
+    the other way round.
+    """
+    means: dict[int, Moving | None] = {}
+    errors, sizes, whole = [], [], 0
+    for number in track(sorted(observed), "choosing the bits of each head"):
         layer = observed[number]
-        outputs = [attend(probe.call, Plain(probe.keys, probe.values)) for probe in layer.probes]
-        energy = sum(float(output.square().sum()) for output in outputs)
+        outputs = outputs_of(layer)
+        energy = max(sum(float(output.square().sum()) for output in outputs), 1e-30)
+        means[number] = choose_means(layer, outputs)
         for side in SIDES:
-            tiers = tiers_of(layer.width_of(side), config)
-            own = _tier_errors(layer, side, config, list(tiers), outputs) / max(energy, 1e-30)
-            errors += own.T.tolist()
-            sizes += [list(tiers.values())] * layer.heads
-    whole = sum(2 * layer.width_of(side) * layer.heads for layer in observed.values() for side in SIDES)
-    least, most = (sum(own[end] for own in sizes) / whole for end in (0, -1))
-    if not least <= budget <= most:
-        raise PermpruneError(
-            f"with {config.dtype} values a token takes from {least:.3f} to {most:.3f} of 16 bits, and --bytes is "
-            f"{budget:g}: give a number between, or another --dtype"
-        )
-    chosen = iter(spend(errors, sizes, budget * whole))
-    channels = {}
-    for number in sorted(observed):
-        layer, sides = observed[number], []
-        for side in SIDES:
-            counts = list(tiers_of(layer.width_of(side), config))
-            kept = torch.tensor([counts[next(chosen)] for _ in range(layer.heads)])
-            sides.append(_fitted(layer, side, config, kept))
-        channels[number] = sides[0], sides[1]
-    return channels
+            width, moving = layer.width_of(side), means[number] if side == "keys" else None
+            own = [_errors(layer, side, bits, moving, outputs) / energy for bits in coding.ALL]
+            errors += torch.stack(own, 1).tolist()
+            sizes += [[coding.token_bytes(bits, width) for bits in coding.ALL]] * layer.heads
+            whole += 2 * width * layer.heads
+    return Measured(observed, means, errors, sizes, whole)
 
 
-def tiers_of(width: int, config: KVConfig) -> dict[int, int]:
-    """Return the bytes of a token of a head by the number of its `width` channels that it may keep, both rising.
+def choose_means(layer: ObservedLayer, outputs: list[Tensor]) -> Moving | None:
+    """Return the means of the keys of each head with the least error of the output of attention; None without any.
 
-    The last keeps all, which needs no code of the kept channels, so that some numbers below take more bytes.
+    Tried are no mean, one that does not move, and one for each of the ways in which the model may turn keys.
     """
-    recovers = config.recovery == "sign"
-    counts = sorted({max(1, round(width * step / TIERS / 2) * 2) for step in range(1, TIERS)})
-    sizes = {kept: token_bytes(kept, width, config.dtype, recovers=recovers) for kept in counts}
-    whole = token_bytes(width, width, config.dtype)
-    by_size = {size: kept for kept, size in sizes.items() if size < whole}  # of the same size the most channels
-    return {by_size[size]: size for size in sorted(by_size)} | {width: whole}
+    if not layer.centres_keys:
+        return None
+    keys, _ = layer.states()
+    tried = [still_mean(keys), *(rotary.mean_of(keys, torch.cat(layer.positions)) for rotary in layer.rotaries)]
+    best, none = _errors(layer, "keys", MEASURED, None, outputs), torch.zeros_like(tried[0].mean)
+    found, moves = Moving(none, none, none), False
+    for moving in tried:
+        error = _errors(layer, "keys", MEASURED, moving, outputs)
+        found, moves = moving.where(error < best, found), moves or bool((error < best).any())
+        best = torch.minimum(error, best)
+    return found if moves else None
 
 
 def spend(errors: list[list[float]], sizes: list[list[int]], budget: float) -> list[int]:
@@ -107,32 +139,22 @@ def spend(errors: list[list[float]], sizes: list[list[int]], budget: float) -> l
     return chosen
 
 
-def _tier_errors(layer: ObservedLayer, side: str, config: KVConfig, tiers: list[int], outputs: list[Tensor]) -> Tensor:
-    """Return the squared error of the output of attention for each tier and key/value head, fp64 (tiers, heads).
+def outputs_of(layer: ObservedLayer) -> list[Tensor]:
+    """Return the output of attention of each probe of a layer with whole states."""
+    return [attend(probe.call, Plain(probe.keys, probe.values)) for probe in layer.probes]
 
-    Levels are fitted for the tier in the middle alone: they hardly depend on it.
-    """
-    states, weight, mean = layer.side(side, config.dtype)
-    natural, width = Channels.natural(*weight.shape).order, weight.shape[1]
-    middle = Pattern(tiers[(len(tiers) - 1) // 2], width) if len(tiers) > 1 else None
-    channels = fit_channels(states, weight, natural, middle, mean)
-    errors = torch.zeros(len(tiers), layer.heads, dtype=torch.float64)
-    for place, kept in enumerate(tiers):
-        layout = _layout(config, kept, width)
-        for probe, output in zip(layer.probes, outputs, strict=True):
-            found = attend(probe.call, _pruned(probe, side, channels, layout, layer.skipped))
-            squares = (found - output).square().double().sum((0, 2, 3))
-            errors[place] += squares.view(layer.heads, -1).sum(1)
+
+def _errors(layer: ObservedLayer, side: str, bits: int, moving: Moving | None, outputs: list[Tensor]) -> Tensor:
+    """Return the squared error of the output of attention of each key/value head, fp64 (heads,)."""
+    channels = layer.coded(side, torch.full((layer.heads,), bits), moving)
+    errors = torch.zeros(layer.heads, dtype=torch.float64)
+    for probe, output in zip(layer.probes, outputs, strict=True):
+        squares = (attend(probe.call, _coded(probe, side, channels, layer.skipped)) - output).square().double()
+        errors += squares.sum((0, 2, 3)).view(layer.heads, -1).sum(1)
     return errors
 
 
-def _layout(config: KVConfig, kept: int, width: int) -> Layout:
-    dtype = stored_type(config.dtype)
-    assert dtype is not None
-    return Layout(None if kept == width else Pattern(kept, width), dtype, config.recovery == "sign")
-
-
-def _pruned(probe: Probe, side: str, channels: Channels, layout: Layout, skipped: int) -> Plain:
+def _coded(probe: Probe, side: str, channels: Channels, skipped: int) -> Plain:
     """Return the keys and values of a probe, those of one side as they are read when they were packed.
 
     The first `skipped` tokens and those of the probe's queries stay whole.
@@ -141,22 +163,12 @@ def _pruned(probe: Probe, side: str, channels: Channels, layout: Layout, skipped
     last = states.shape[2] - probe.call.query.shape[2]
     if last <= skipped:
         return Plain(probe.keys, probe.values)
-    centred = channels.centred(states[:, :, skipped:last])
-    read = decode(encode(centred, channels, layout), channels, layout, states.dtype)
-    if channels.mean is not None:
-        read = read + channels.mean[:, None]
-    pruned = torch.cat((states[:, :, :skipped], read, states[:, :, last:]), 2)
-    return Plain(pruned, probe.values) if side == "keys" else Plain(probe.keys, pruned)
-
-
-def _fitted(layer: ObservedLayer, side: str, config: KVConfig, kept: Tensor) -> Channels:
-    """Return the channels of heads of which each keeps its own number, int64 (heads,)."""
-    states, weight, mean = layer.side(side, config.dtype)
-    order, width = Channels.natural(*weight.shape).order, weight.shape[1]
-    level = torch.empty_like(weight)
-    for count in kept.unique().tolist():
-        own = kept == count
-        pattern = pattern_of(DENSE if count == width else f"{count}:{width}", width)
-        part = fit_channels(states[own], weight[own], order[own], pattern, None if mean is None else mean[own])
-        level[own] = part.level
-    return Channels(order, weight, level, mean, kept)
+    assert channels.bits is not None
+    layout = Layout(None, coding.TYPES[int(channels.bits[0])], signs=False)
+    own, mean = states[:, :, skipped:last], torch.zeros(())
+    if channels.moving is not None:
+        mean = channels.moving.at(torch.arange(skipped, last)[None])
+    stored = encode(channels.arrange(own - mean), channels, layout)
+    read = channels.restore(decode(stored, channels, layout, states.dtype)) + mean
+    coded = torch.cat((states[:, :, :skipped], read, states[:, :, last:]), 2)
+    return Plain(coded, probe.values) if side == "keys" else Plain(probe.keys, coded)

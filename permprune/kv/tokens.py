@@ -62,9 +62,9 @@ class PackedTokens:
         """Return the parts as native kernels read them; None if there are no parts, or no kernels for them."""
         if self._states is None and self.parts:
             values, width = self.parts["values"], self.channels.shape[1]
-            runs = values.device.type == "cpu" and values.dtype in NUMBERS and width <= WIDEST
+            runs = values.device.type == "cpu" and self.layout.dtype in NUMBERS and width <= WIDEST
             if runs and library.available():
-                self._states = PackedStates(self.parts, self.channels.level, self.layout.pattern)
+                self._states = PackedStates(self.parts, self.channels.level, self.layout.pattern, self.layout.dtype)
         return self._states
 
     def truncate(self, length: int) -> None:

@@ -22,12 +22,15 @@ from permprune.kv.cache import PrunedCache
 from permprune.kv.calibration import ObservedLayer
 from permprune.kv.config import KVConfig
 from permprune.kv.files import read_channels, read_record, weights_of, write_cache
+from permprune.kv.moving import Moving
+from permprune.models.forward import cache_argument
 from permprune.permuters.cp import CP
 from permprune.permuters.identity import Identity
 from permprune.permuters.ria import RIAPermuter
 
 from ..cli.running import fails, run
 from ..faults.pruned import write_source
+from ..kv.reference import coded_channels, random_channels
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +39,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTo
     place = tmp_path_factory.mktemp("kv")
     source = write_source(place / "source", tiny_tokenizer)
     text = ("--calibration", source / "text.txt", "--data", source / "text.txt", "--length", "64")
-    code, said, _ = run(
-        "kv", source, "--out", place / "out", *text, "--samples", "4", "--windows", "2", "--window", "8"
-    )
+    few = ("--samples", "4", "--windows", "2", "--window", "8", "--pattern", "1:8")
+    code, said, _ = run("kv", source, "--out", place / "out", *text, *few)
     assert code == 0
     assert "keys 1:8: " in said and "perplexity" in said and f"written to {place / 'out'}" in said.replace("\n", "")
     return place / "out"
@@ -68,32 +70,36 @@ def test_a_cache_is_made_measured_and_used(whole: Path, folder: Path, tiny_check
     tensors = load_file(folder / "kv.safetensors")
     own = cache.layers[1].channels[0]
     assert own is not None and torch.equal(own.order, tensors["layers.1.keys.order"].long())
-    with pytest.raises(PermpruneError, match="is for int8 values, and int5 needs the means of the keys"):
-        permprune.PrunedCache.from_pretrained(folder, model, dtype="int5")
+    coded = permprune.PrunedCache.from_pretrained(folder, model, keys="4bit")
+    with pytest.raises(PermpruneError, match="the channels of the keys were not found for 4bit"):
+        model(torch.ones(1, 40, dtype=torch.int64), **cache_argument(model, coded))
 
 
-def test_each_head_gets_channels_within_a_budget(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_each_head_gets_bits_within_a_budget(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
     out, figures = tmp_path / "kv", tmp_path / "figures.json"
     text = ("--data", tiny_text, "--windows", "2", "--length", "64")
     given = ("--calibration", tiny_text, "--samples", "4", "--window", "8")
     code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, *given, "--bytes", "0.42")
     assert code == 0 and "keys and values mixed: " in said
     record = read_record(out)
-    assert (record.config.keys, record.config.dtype, record.budget) == ("mixed", "int5", 0.42)
+    assert (record.config.keys, record.budget) == ("mixed", 0.42)
     for keys, values in read_channels(out, record).values():
-        assert all(own.kept is not None and own.kept.shape == (2,) for own in (keys, values))
+        assert all(own.bits is not None and own.bits.shape == (2,) for own in (keys, values))
     assert run("evaluate", tiny_checkpoint, "--kv", out, *text, "--json", figures)[0] == 0
     assert record.measured is not None and json.loads(figures.read_text())["value"] == record.measured.pruned
     tensors = load_file(out / "kv.safetensors")
     forget(out, "contents")
-    save_file({name: t for name, t in tensors.items() if not name.endswith("kept")}, out / "kv.safetensors")
-    assert "do not say how many each head keeps" in fails("evaluate", tiny_checkpoint, "--kv", out, *text)
+    save_file({name: t for name, t in tensors.items() if not name.endswith("bits")}, out / "kv.safetensors")
+    assert "no bits for each head" in fails("evaluate", tiny_checkpoint, "--kv", out, *text)
     refused = {
         ("--bytes", "0.1"): "--bytes is 0.1",
         ("--bytes", "-1"): "bytes is -1.0: give a number above 0",
-        ("--bytes", "0.4", "--keys", "2:4"): "leave out --pattern, --keys and --values",
-        ("--bytes", "0.4", "--dtype", "auto"): "give --dtype int5",
-        ("--pattern", "mixed"): "needs a budget: give --bytes",
+        ("--bytes", "0.4", "--keys", "2:4"): "leave out --pattern, --keys, --values",
+        ("--bytes", "0.4", "--max-loss", "1%"): "leave out one",
+        ("--max-loss", "1%", "--pattern", "4bit"): "leave out --pattern, --keys, --values",
+        ("--max-loss", "1 %%"): "give a share of the dense model's value",
+        ("--pattern", "mixed", "--dtype", "bf16"): "leave out --dtype and --recovery",
+        ("--bytes", "0.4", "--dtype", "bf16"): "leave out --pattern, --keys, --values, --dtype and --recovery",
     }
     for options, line in refused.items():
         assert line in fails("kv", tiny_checkpoint, "--out", tmp_path / "other", *text, *given, *options)
@@ -104,7 +110,7 @@ def test_the_order_of_the_values_is_folded(tiny_checkpoint: Path, tiny_text: Pat
     out, folded = tmp_path / "kv", tmp_path / "folded"
     text = ("--calibration", tiny_text, "--data", tiny_text, "--samples", "1", "--windows", "1", "--length", "40")
     options = ("--out", out, "--fold", folded, *text, "--window", "8")
-    assert "values of the pattern 1:8 need no order: leave out --fold" in fails("kv", tiny_checkpoint, *options)
+    assert "values of the pattern mixed need no order: leave out --fold" in fails("kv", tiny_checkpoint, *options)
     code, said, _ = run("kv", tiny_checkpoint, *options, "--pattern", "2:4")
     assert code == 0 and f"the model that it is for to {folded}" in said.replace("\n", "")
     assert json.loads((out / "kv.json").read_text())["model"] == str(folded)
@@ -309,17 +315,29 @@ def test_channels_are_written_for_every_head(folder: Path) -> None:
     assert all(tensor.shape == (2, 8) for tensor in tensors.values())
 
 
-def test_keys_of_five_bits_have_a_mean(folder: Path) -> None:
-    layer, states = ObservedLayer(0, 1), torch.randn(1, 2, 200, 8)
-    layer.add(torch.rand(1, 4, 200, 8), states, states)
-    config = KVConfig("2:4", "2:4", dtype="int5")
-    keys, values = find_channels({0: layer}, config, RIAPermuter())[0][0]
-    torch.testing.assert_close(keys.mean, states.mean((0, 2)).gather(1, keys.order))
-    record = read_record(folder)
-    record = dataclasses.replace(record, config=config)
-    write_cache(folder, {0: (keys, values)}, record)
+def test_means_of_keys_are_written_and_read(folder: Path) -> None:
+    shape = torch.full((2, 8), 0.5)
+    keys = dataclasses.replace(coded_channels([4, 4], 8), moving=Moving(shape, 2 * shape, 3 * shape))
+    record = dataclasses.replace(read_record(folder), config=KVConfig("4bit", "2:4"))
+    write_cache(folder, {0: (keys, random_channels(2, 8))}, record)
     read = read_channels(folder, read_record(folder))[0]
-    assert torch.equal(read[0].mean, keys.mean) and read[1].mean is None
-    layer.centres_keys = False  # scores are soft-capped, or there are learned sinks
-    assert find_channels({0: layer}, config, RIAPermuter())[0][0][0].mean is None
-    assert find_channels({0: layer}, config.replace(dtype="int8"), RIAPermuter())[0][0][0].mean is None
+    assert read[0].moving is not None and read[1].moving is None and read[0].bits is not None
+    assert torch.equal(read[0].moving.frequency, 3 * shape) and read[0].bits.tolist() == [4, 4]
+    tensors = load_file(folder / "kv.safetensors")
+    forget(folder, "contents")
+    save_file({name: t for name, t in tensors.items() if not name.endswith("side")}, folder / "kv.safetensors")
+    with pytest.raises(PermpruneError, match="lacks tensors of the mean"):
+        read_channels(folder, read_record(folder))
+
+
+def test_a_limit_of_the_loss_gives_the_fewest_bytes(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
+    text = ("--data", tiny_text, "--windows", "2", "--length", "64", "--calibration", tiny_text, "--samples", "4")
+    budgets = []
+    for limit in ("0.01%", "50%"):
+        out = tmp_path / f"kv {limit}"
+        assert run("kv", tiny_checkpoint, "--out", out, *text, "--window", "8", "--max-loss", limit)[0] == 0
+        record = read_record(out)
+        assert record.measured is not None and record.budget is not None
+        assert record.measured.pruned <= record.measured.dense * (1 + float(limit[:-1]) / 100)
+        budgets.append(record.budget)
+    assert budgets[0] > budgets[1]

@@ -189,11 +189,6 @@ JOBS: list[tuple[str, dict[str, Any]]] = [
     ("unpack_states", {"states": {"width": 64, "kept": 64, "tokens": 1}, "batch": 1, "heads": 1, "count": 2}),
     ("unpack_states", {"states": {"width": 64, "kept": 33, "kind": 3}, "batch": 1, "heads": 1}),
     ("unpack_states", {"states": {"width": 64, "kept": 0, "kind": 1}, "batch": 1, "heads": 1}),
-    ("pack_states", {"batch": 1, "heads": 1, "count": 1}),
-    (
-        "pack_states",
-        {**PATTERN, "states": {"width": 64, "kept": 32, "kind": 3, "code_bytes": 5}, "batch": 1, "heads": 1},
-    ),
 ]
 
 

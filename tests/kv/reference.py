@@ -1,62 +1,51 @@
 """A cache that keeps every token whole and prunes by itself what each query reads, for comparison."""
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from permprune.kernels.attention.codes import MAGNITUDES
 from permprune.kv.attention import Call, States
 from permprune.kv.config import KVConfig, pattern_of
+from permprune.kv.moving import Moving
 from permprune.kv.packing import TURNS, Channels, choose_channels
 
 PLAIN = KVConfig("2:4", "2:4", dtype="auto")
 """Groups of four, and values of the model's type, which a reference can compute as exactly."""
 
 
-def random_channels(heads: int, width: int, *, centred: bool = False) -> Channels:
-    """Channels in a random order, with random weights and levels, and means if `centred`."""
+def random_channels(heads: int, width: int) -> Channels:
+    """Channels in a random order, with random weights and levels."""
     order = torch.stack([torch.randperm(width) for _ in range(heads)])
-    mean = torch.randn(heads, width) if centred else None
-    return Channels(order, torch.rand(heads, width) + 0.1, torch.rand(heads, width) + 0.1, mean)
+    return Channels(order, torch.rand(heads, width) + 0.1, torch.rand(heads, width) + 0.1)
 
 
-def pruned(states: Tensor, channels: Channels, text: str, recovery: str, stored: str = "auto") -> Tensor:
+def coded_channels(bits: list[int], width: int, *, moving: bool = False) -> Channels:
+    """Channels of heads in few bits with random weights, and means that move if `moving`."""
+    shape = len(bits), width
+    mean = Moving(*(torch.randn(2, *shape) * 5), torch.rand(shape)) if moving else None
+    natural = Channels.natural(*shape)
+    return Channels(natural.order, torch.rand(shape) + 0.5, natural.level, torch.tensor(bits), mean)
+
+
+def pruned(states: Tensor, channels: Channels, text: str, recovery: str) -> Tensor:
     """States, (batch, heads, tokens, width), with what a pruned cache reads of them, in the model's order.
 
-    The same channels are kept as in the cache. Values are `stored` as they are, or as "int5".
+    The same channels are kept as in the cache.
     """
-    if channels.mean is not None:
-        mean = torch.zeros_like(channels.mean).scatter_(1, channels.order, channels.mean)[:, None]
-        plain = dataclasses.replace(channels, mean=None)
-        return pruned(states - mean, plain, text, recovery, stored) + mean
-    pattern, result = pattern_of(text, states.shape[-1], stored), torch.zeros_like(states)
+    pattern, result = pattern_of(text, states.shape[-1]), torch.zeros_like(states)
     if pattern is None:
-        return states if stored == "auto" else rounded(states, torch.ones_like(states, dtype=torch.bool))[0]
+        return states
     turns = TURNS if recovery == "sign" else 0
-    kept, amplitude = choose_channels(channels.arrange(states), channels, pattern, turns=turns)
+    kept, _ = choose_channels(channels.arrange(states), channels, pattern, turns=turns)
     for head, order in enumerate(channels.order):
         own, keeps = states[:, head][..., order], kept[:, head]
         signs = torch.where(own < 0, -1.0, 1.0)  # of zero too: torch.randn gives one in some millions of numbers
         weight, level = (t[head].expand_as(own) for t in (channels.weight, channels.level))
         design, target = ((weight * t).masked_fill(keeps, 0) for t in (level, own.abs()))
         size = (design * target).sum(-1) / (design * design).sum(-1)
-        if stored == "int5":
-            torch.testing.assert_close(size[..., None], amplitude[:, head], rtol=1e-4, atol=1e-5)
-            own, scale = rounded(own, keeps)
-            size = ((2 * amplitude[:, head] / scale).round().clamp(0, 255) * scale / 2)[..., 0]
         recovered = signs * size[..., None] * level if recovery == "sign" else torch.zeros_like(own)
         result[:, head][..., order] = torch.where(keeps, own, recovered)
     return result
-
-
-def rounded(states: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """States as values of five bits, and the scales of the tokens."""
-    scale = (states.abs().masked_fill(~kept, 0).amax(-1, keepdim=True) / 127).bfloat16().float()
-    magnitudes = torch.tensor(MAGNITUDES, dtype=torch.float32)
-    places = ((states.abs() / scale).unsqueeze(-1) - magnitudes).abs().argmin(-1)
-    return torch.where(states < 0, -scale, scale) * magnitudes[places], scale
 
 
 def attend(
@@ -119,7 +108,7 @@ class _View(States):
     def attend(self, call: Call, module: nn.Module) -> Tensor:
         config, channels = self.layer.config, self.layer.channels
         small = (
-            pruned(self.keys, channels[0], config.keys, config.recovery, config.dtype),
-            pruned(self.values, channels[1], config.values, config.recovery, config.dtype),
+            pruned(self.keys, channels[0], config.keys, config.recovery),
+            pruned(self.values, channels[1], config.values, config.recovery),
         )
         return attend(call, self.keys, self.values, small, self.packed, config.sinks)

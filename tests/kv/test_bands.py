@@ -1,6 +1,5 @@
-"""Layers whose heads keep different numbers of channels."""
+"""Layers whose heads have different numbers of bits."""
 
-import dataclasses
 from unittest.mock import Mock
 
 import pytest
@@ -14,26 +13,20 @@ from permprune.kv.bands import MixedLayer
 from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
 from permprune.kv.layer import PrunedLayer
-from permprune.kv.packing import Channels
 from permprune.models.forward import cache_argument
 
-from .reference import random_channels
+from .reference import coded_channels, random_channels
 
-MIXED = KVConfig("mixed", "mixed", dtype="int5", window=8, sinks=2)
-
-
-def channels_of(kept: list[int], *, centred: bool = False) -> Channels:
-    natural = torch.arange(8).repeat(len(kept), 1)
-    own = random_channels(len(kept), 8, centred=centred)
-    return dataclasses.replace(own, order=natural, kept=torch.tensor(kept))
+MIXED = KVConfig("mixed", "mixed", window=8, sinks=2)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_each_head_reads_what_a_cache_of_its_pattern_holds(*, masked: bool) -> None:
-    keys, values = channels_of([3, 8, 3], centred=True), channels_of([5, 2, 5])
+    keys, values = coded_channels([3, 6, 3], 8, moving=True), coded_channels([5, 2, 5], 8)
     mixed = MixedLayer(MIXED, keys, values)
     plain = [
-        PrunedLayer(MIXED.replace(keys=keys.pattern_of(h), values=values.pattern_of(h)), keys, values) for h in range(3)
+        PrunedLayer(MIXED.replace(keys=f"{keys.bits[h]}bit", values=f"{values.bits[h]}bit"), keys, values)
+        for h in range(3)
     ]
     assert [len(heads) for heads in mixed.heads] == [2, 1]
     states, module = torch.randn(2, 2, 3, 43, 8), Mock(is_causal=True, num_key_value_groups=2)
@@ -54,7 +47,7 @@ def test_each_head_reads_what_a_cache_of_its_pattern_holds(*, masked: bool) -> N
 
 
 def test_models_generate_with_it(tiny_llama: LlamaForCausalLM) -> None:
-    channels = {i: (channels_of([2, 6], centred=True), channels_of([8, 4])) for i in range(2)}
+    channels = {i: (coded_channels([2, 6], 8, moving=True), coded_channels([3, 4], 8)) for i in range(2)}
     tokens = torch.randint(5, 128, (2, 40))
     cache = PrunedCache(tiny_llama, MIXED, channels)
     options = {"max_new_tokens": 12, "pad_token_id": 0, "do_sample": False}
@@ -72,12 +65,10 @@ def test_models_generate_with_it(tiny_llama: LlamaForCausalLM) -> None:
 
 def test_channels_that_do_not_fit_are_refused(tiny_llama: LlamaForCausalLM) -> None:
     plain = {i: (random_channels(2, 8), random_channels(2, 8)) for i in range(2)}
-    with pytest.raises(PermpruneError, match="how many each head keeps"):
+    with pytest.raises(PermpruneError, match="no bits for each head"):
         PrunedCache(tiny_llama, MIXED, plain)
     with pytest.raises(PermpruneError, match="permprune kv --bytes"):
         PrunedCache(tiny_llama, MIXED)
-    with pytest.raises(PermpruneError, match="does not keep from 1 to 8 channels"):
-        channels_of([3, 9]).check("kv")
-    narrow = MixedLayer(MIXED, channels_of([2]), channels_of([2]))
+    narrow = MixedLayer(MIXED, coded_channels([2], 8), coded_channels([2], 8))
     with pytest.raises(PermpruneError, match="for keys of 1 heads of 8 channels"):
         narrow.update(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))

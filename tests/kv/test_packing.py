@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from permprune.errors import PermpruneError
-from permprune.kernels.attention.codes import INT5
+from permprune.kv.moving import Moving
 from permprune.kv.packing import TURNS, Channels, Layout, choose_channels, decode, encode
 from permprune.pattern import Pattern
 
 from .reference import pruned, random_channels
 
-DTYPES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.int8: 1e-2, INT5: 3e-2}
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.int8: 1e-2}
 """Types of values, with their rounding errors beside the largest state."""
 
 
@@ -58,13 +58,12 @@ def test_channels_that_are_recovered_well_are_pruned() -> None:
 def test_sizes_are_those_of_the_description() -> None:
     channels, states = Channels.natural(2, 64), torch.randn(1, 2, 7, 64)
     bytes_of_token = {}
-    for dtype in (torch.bfloat16, torch.int8, INT5):
+    for dtype in (torch.bfloat16, torch.int8):
         parts = encode(states, channels, Layout(Pattern(2, 4), dtype, signs=True))
         assert all(part.shape[:3] == (1, 2, 7) for part in parts.values())
         bytes_of_token[dtype] = {name: part.nbytes // 14 for name, part in parts.items()}
-    assert bytes_of_token[torch.bfloat16] == {"values": 64, "code": 6, "signs": 4, "amplitude": 2}
-    assert bytes_of_token[torch.int8] == {"values": 32, "scale": 2, "code": 6, "signs": 4, "amplitude": 1}
-    assert bytes_of_token[INT5] == {"values": 16, "scale": 2, "code": 6, "signs": 8, "amplitude": 1}
+    assert bytes_of_token[torch.bfloat16] == {"values": 64, "code": 8, "signs": 4, "amplitude": 2}
+    assert bytes_of_token[torch.int8] == {"values": 32, "scale": 2, "code": 8, "signs": 4, "amplitude": 1}
 
 
 def test_zeros_and_outliers_are_stored() -> None:
@@ -89,5 +88,9 @@ def test_damaged_channels_are_refused() -> None:
         with pytest.raises(PermpruneError, match=r"not one number from 1e-06 to 1e\+06"):
             Channels(whole.order, weight, whole.level).check("kv")
     for mean in (whole.weight / 0, whole.weight[:, :4], whole.order):
+        moving = Moving(whole.weight, mean, whole.weight)
         with pytest.raises(PermpruneError, match=r"kv has means that are not one number from -1e\+06"):
-            Channels(whole.order, whole.weight, whole.level, mean).check("kv")
+            Channels(whole.order, whole.weight, whole.level, moving=moving).check("kv")
+    for bits in (torch.tensor([4, 7]), torch.tensor([4])):
+        with pytest.raises(PermpruneError, match="kv does not have 2 to 6 bits for each head"):
+            Channels(whole.order, whole.weight, whole.level, bits).check("kv")

@@ -13,24 +13,26 @@ enum { ROWS = 16 };          /* rows of queries that read the tokens together */
 
 typedef uint8_t bytes __attribute__((vector_size(LINE)));
 
-/* Types of kept values are those of numbers.h, and I5: places of `magnitudes`, two in a byte, beside a sign for each
- * channel, kept or pruned. I8 and I5 have a scale for each token and head. */
-enum { I5 = NUMBERS };
+/* Types of kept values are those of numbers.h, and CODED + i: numbers of i + 2 bits, as codes.py describes them. I8 and
+ * these have a scale for each token and head. */
+enum { CODED = NUMBERS, MOST_BITS = 6 };
 
-/* Those of codes.py, and the numbers between them. */
-static const uint8_t magnitudes[LINE] = {0, 3, 8, 13, 20, 27, 35, 44, 53, 62, 72, 82, 93, 104, 115, 127};
-static const float between[LINE - 1] = {1.5f, 5.5f, 10.5f, 16.5f, 23.5f, 31, 39.5f, 48.5f, 57.5f, 67, 77, 87.5f, 98.5f, 109.5f, 121};
+/* What numbers of 2, 3 and 4 bits stand for: those of codes.py. */
+static const int8_t numbered[3][LINE] = {
+    {-127, -38, 38, 127},
+    {-127, -79, -45, -14, 14, 45, 79, 127},
+    {-127, -96, -75, -58, -44, -31, -18, -6, 6, 18, 31, 44, 58, 75, 96, 127},
+};
 
-/* What codes are: none, if all channels are kept; a bit for every channel; or, for each group of four channels, a bit in
- * each of some planes, of which each has a bit for every group, as permprune/kernels/attention/codes.py describes them. */
-enum channels { EVERY, BITS, ONE_OF_4, TWO_OF_4, THREE_OF_4 };
+/* What codes are: none, if all channels are kept; or a bit for every channel. */
+enum channels { EVERY, BITS };
 
 /* Keys or values of `tokens` tokens, one head after the other. Each part is an array with an entry for each token, as
  * permprune/kv/packing.py describes them. */
 STRUCTURE(states, {
-    const char *values;     /* (kept,), numbers of type `number`; of I5 two in a byte */
+    const char *values;     /* (kept,), numbers of type `number`; from CODED on planes of bits of all channels */
     const uint8_t *code;    /* `code_bytes`, NULL for EVERY */
-    const uint8_t *signs;   /* `sign_bytes`: of the pruned channels, NULL without amplitudes; of I5 of all channels */
+    const uint8_t *signs;   /* `sign_bytes`: of the pruned channels, NULL without amplitudes */
     const void *amplitude;  /* of type `number`, or uint8 for integers; NULL if pruned channels are zero */
     const uint16_t *scale;  /* bf16, of integers only */
     const float *level;     /* (heads, width), or NULL without amplitudes */
@@ -67,26 +69,21 @@ STRUCTURE(unpack_states, {
     int32_t *bad;
 })
 
-/* States to pack: (batch, heads, count, width) of type `number`, with the strides of the dimensions before the last. Of
- * each group of m channels, n are kept. */
-STRUCTURE(pack_states, {
-    struct states states; /* what is written: batch * heads * count tokens; with levels in any case */
-    const void *numbers;
-    const float *weight; /* (heads, width), by which errors are multiplied */
-    int64_t stride[3];
-    int64_t batch, heads, count, n, m;
-    int64_t turns; /* in which kept channels and amplitudes are fitted to each other */
-    int32_t number;
-})
-
 static ALWAYS_INLINE void report_bad(int32_t *bad) { __atomic_store_n(bad, 1, __ATOMIC_RELAXED); }
 
 static ALWAYS_INLINE int has_scale(int number) { return number >= I8; }
 
+static ALWAYS_INLINE int is_coded(int number) { return number >= CODED; }
+
+/* Bytes of a plane of bits of `width` channels. */
+static ALWAYS_INLINE int64_t plane_bytes(int64_t width) { return (width + LINE - 1) / LINE * 2; }
+
 /* Bytes of `count` kept values. */
 static ALWAYS_INLINE int64_t value_bytes(int64_t count, int number)
 {
-    return number == I5 ? (count + 1) / 2 : count * (number == I8 ? 1 : number == F32 ? 4 : 2);
+    if (is_coded(number))
+        return (number - CODED + 2) * plane_bytes(count);
+    return count * (number == I8 ? 1 : number == F32 ? 4 : 2);
 }
 
 #endif

@@ -20,7 +20,7 @@ static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint3
     return rest;
 }
 
-static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
+static ALWAYS_INLINE bytes look_up(const int8_t *table, bytes places)
 {
     return (bytes)_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)table), (__m128i)places);
 }

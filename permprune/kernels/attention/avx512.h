@@ -52,39 +52,27 @@ static ALWAYS_INLINE void unpack_block(float *to, const char *from, const int nu
     }
 }
 
-static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
-{
-    return (bytes)_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)table), (__m128i)places);
-}
-
 static ALWAYS_INLINE lanes flip(lanes values, uint32_t bits)
 {
     __m512i own = (__m512i)values;
     return (lanes)_mm512_mask_xor_epi32(own, (__mmask16)bits, own, _mm512_set1_epi32(INT32_MIN));
 }
 
-/* The places are spread to bytes in one register: each pair becomes a 16-bit number. */
-static ALWAYS_INLINE void unpack_signed_block(float *to, const char *from, int64_t first, uint64_t mask, const lanes *rest,
-                                              uint64_t signs)
+/* Numbers become bytes in one register, and what they stand for by a table of 16, or by equal steps. */
+static ALWAYS_INLINE void unpack_coded(float *to, const uint64_t *planes, const int bits, int64_t lines)
 {
-    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)magnitudes));
-    __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(from + first / 2)));
-    if (first % 2) {
-        __m512i next = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(from + first / 2 + 1)));
-        next = _mm512_and_si512(_mm512_slli_epi16(next, 4), _mm512_set1_epi16(0xf0));
-        pairs = _mm512_or_si512(_mm512_srli_epi16(pairs, 4), next);
-    }
-    pairs = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), _mm512_set1_epi8(15));
-    const __m512i all = _mm512_maskz_expand_epi8(mask, _mm512_shuffle_epi8(table, pairs));
-    UNROLLED for (int i = 0; i < 4; i++, mask >>= LINE, signs >>= LINE) {
-        __m512 line = _mm512_mask_cvtepi32_ps((__m512)rest[i], (__mmask16)mask, _mm512_cvtepi8_epi32(quarter_of(all, i)));
-        _mm512_storeu_ps(to + i * LINE, (__m512)flip((lanes)line, signs & 0xffff));
-    }
+    const int step = bits > 4 ? 8 - bits : 0;
+    __m512i all = _mm512_set1_epi8((char)(bits > 4 ? -((1 << 7) - (1 << (7 - bits))) : 0));
+    UNROLLED for (int plane = 0; plane < bits; plane++)
+        all = _mm512_mask_add_epi8(all, planes[plane], all, _mm512_set1_epi8((char)(1 << (plane + step))));
+    if (bits <= 4)
+        all = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)numbered[bits - 2])), all);
+    UNROLLED for (int i = 0; i < 4; i++)
+        if (i < lines)
+            _mm512_storeu_ps(to + i * LINE, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter_of(all, i))));
 }
 
 static ALWAYS_INLINE uint64_t deposit(uint64_t bits, uint64_t places) { return _pdep_u64(bits, places); }
-
-static ALWAYS_INLINE uint64_t deposit_pairs(uint64_t bits, uint64_t places) { return _pdep_u64(bits, places); }
 
 #define HAS_BLOCKS
 #include "attention/kernels.h"

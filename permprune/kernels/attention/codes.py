@@ -1,15 +1,6 @@
-"""Codes of the channels that a token keeps in a pruned key/value cache, and magnitudes in four bits.
+"""Codes of the channels that a token keeps in a pruned key/value cache, and numbers of few bits.
 
-For N:M with M = 4, a code has some planes, each with one bit for each group of four channels. A plane has
-ceil(groups / 8) bytes, and the bit of group g is bit g % 8 of byte g // 8. Every code of these patterns keeps exactly N
-channels of each group.
-
-* 2:4, three planes: whether channel 0 is kept; whether channel 1 is kept or pruned like channel 0; whether channel 2
-  is. If neither is, channel 3 is. If both bits are set, the last one is ignored.
-* 1:4, two planes: the lower and the higher bit of the position of the channel that is kept.
-* 3:4, two planes: likewise, of the channel that is not kept.
-
-For other patterns it has a bit for every channel: bit c % 8 of byte c // 8 is set if channel c is kept.
+A code has a bit for every channel: bit c % 8 of byte c // 8 is set if channel c is kept.
 """
 
 from __future__ import annotations
@@ -21,22 +12,19 @@ from torch import Tensor
 from permprune.kernels.product.packed import pack_bits, unpack_bits
 from permprune.pattern import Pattern
 
-INT5 = torch.uint8
-"""The type of tensors of kept values of five bits: two places in `MAGNITUDES` in each byte, the first in its lower
-bits. Their signs are stored elsewhere."""
+CODED: dict[torch.dtype, int] = {getattr(torch, f"uint{bits}"): bits for bits in range(2, 7)}
+"""The bits of a number of each type of few bits. Such numbers are stored in planes of uint8: the first has the lowest
+bit of each, and so on. Bit c of a plane is bit c % 8 of byte c // 8."""
 
-MAGNITUDES = (0, 3, 8, 13, 20, 27, 35, 44, 53, 62, 72, 82, 93, 104, 115, 127)
-"""The magnitudes of kept values of five bits: 127 (i / 15)^1.4, rounded. Small values, of which there are more, are
-closer to each other, which lowers the error of values by about a tenth against equal steps."""
+MAGNITUDES = {2: (38, 127), 3: (14, 45, 79, 127), 4: (6, 18, 31, 44, 58, 75, 96, 127)} | {
+    bits: tuple(range(2 ** (7 - bits), 128, 2 ** (8 - bits))) for bits in (5, 6)
+}
+"""The magnitudes that numbers of few bits stand for, by bits: up to 4 bits those of a normal distribution with the
+least squared error (Max 1960, Quantizing for minimum distortion), rounded; above, equal steps. The lower half of the
+numbers stands for the negative ones, from the largest on."""
 
-PLANES = {Pattern(1, 4): 2, Pattern(2, 4): 3, Pattern(3, 4): 2}
-"""The number of planes of each pattern."""
-
-
-def code_bytes(pattern: Pattern, width: int) -> int:
-    """Return the bytes of the code of `width` channels."""
-    planes = PLANES.get(pattern)
-    return -(-width // 8) if planes is None else planes * -(-width // 32)
+UNITS = {2: 1.510 / 127, 3: 2.152 / 127, 4: 2.733 / 127, 5: 0.1881 / 8, 6: 0.1041 / 4}
+"""The size of a step of the magnitudes, by bits, relative to the root mean square of what is stored."""
 
 
 def kept_count(pattern: Pattern | None, width: int) -> int:
@@ -44,50 +32,29 @@ def kept_count(pattern: Pattern | None, width: int) -> int:
     return width if pattern is None else width // pattern.m * pattern.n
 
 
-def pack_code(kept: Tensor, pattern: Pattern) -> Tensor:
-    """Return the codes, uint8 (..., bytes), of channels of which each group keeps N: bool (..., width)."""
-    if pattern not in PLANES:
-        return pack_padded_bits(kept)
-    first, *others = kept.unflatten(-1, (-1, 4)).unbind(-1)
-    if pattern.n == 2:
-        planes = [first, first == others[0], first == others[1]]
-    else:
-        one = kept if pattern.n == 1 else ~kept
-        _, second, third, fourth = one.unflatten(-1, (-1, 4)).unbind(-1)
-        planes = [second | fourth, third | fourth]
-    return pack_padded_bits(torch.stack(planes, -2)).flatten(-2)
-
-
-def unpack_code(code: Tensor, pattern: Pattern, width: int) -> Tensor:
-    """Undo `pack_code`: bool (..., width)."""
-    if pattern not in PLANES:
-        return unpack_bits(code)[..., :width]
-    planes = unpack_bits(code.unflatten(-1, (PLANES[pattern], -1)))[..., : width // 4].unbind(-2)
-    if pattern.n == 2:
-        first, one, two = planes
-        two = two & ~one
-        return torch.stack((first, first == one, first == two, first ^ (one | two)), -1).flatten(-2)
-    low, high = planes
-    place = torch.stack((~low & ~high, low & ~high, ~low & high, low & high), -1).flatten(-2)
-    return place if pattern.n == 1 else ~place
-
-
 def pack_padded_bits(bits: Tensor) -> Tensor:
     """Convert bool (..., width) to uint8 (..., ceil(width / 8)), with zeros after the width."""
     return pack_bits(F.pad(bits, (0, -bits.shape[-1] % 8)))
 
 
-def pack_magnitudes(values: Tensor) -> Tensor:
-    """Convert numbers from 0 to 127, (..., count), to the nearest of `MAGNITUDES`: uint8 (..., ceil(count / 2))."""
-    magnitudes = torch.tensor(MAGNITUDES, dtype=values.dtype, device=values.device)
-    places = torch.bucketize(values.contiguous(), (magnitudes[1:] + magnitudes[:-1]) / 2).to(torch.uint8)
-    pairs = F.pad(places, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2))
-    packed: Tensor = pairs[..., 0] | pairs[..., 1] << 4
-    return packed
+def plane_bytes(width: int) -> int:
+    """Return the bytes of a plane of numbers of few bits, one for each channel: whole pairs of bytes."""
+    return -(-width // 16) * 2
 
 
-def unpack_magnitudes(packed: Tensor, count: int) -> Tensor:
-    """Undo `pack_magnitudes`: uint8 (..., count)."""
-    places = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)[..., :count]
-    magnitudes: Tensor = torch.tensor(MAGNITUDES, dtype=torch.uint8, device=packed.device)[places.int()]
-    return magnitudes
+def pack_planes(numbers: Tensor, bits: int) -> Tensor:
+    """Convert numbers from 0 to 2^bits - 1, (..., width), to their planes: uint8 (..., bits * plane_bytes)."""
+    padded = F.pad(numbers.to(torch.uint8), (0, -numbers.shape[-1] % 16))
+    return torch.cat([pack_bits((padded & 1 << plane).bool()) for plane in range(bits)], -1)
+
+
+def unpack_planes(planes: Tensor, width: int) -> Tensor:
+    """Undo `pack_planes`: int64 (..., width)."""
+    bits = unpack_bits(planes.unflatten(-1, (-1, plane_bytes(width))))[..., :width].long()
+    return (bits << torch.arange(bits.shape[-2], device=planes.device)[:, None]).sum(-2)
+
+
+def numbered(bits: int, device: torch.device) -> Tensor:
+    """Return what the numbers of so many bits stand for, fp32 (2^bits,), rising."""
+    upper = torch.tensor(MAGNITUDES[bits], dtype=torch.float32, device=device)
+    return torch.cat((-upper.flip(0), upper))

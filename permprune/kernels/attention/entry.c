@@ -1,19 +1,16 @@
-/* The functions for Python of the pruned cache: attention, packing and unpacking of states. */
+/* The functions for Python of the pruned cache: attention, and unpacking of states. */
 #include "library.h"
 
 /* Whether `states` contradict themselves, or have fewer than `tokens` tokens. */
 static int states_are_bad(const struct states *states, int64_t tokens)
 {
-    const int64_t width = states->width, kept = states->kept, planes = (width / 4 + 7) / 8;
-    const int64_t code_bytes[] = {0, (width + 7) / 8, 2 * planes, 3 * planes, 2 * planes};
+    const int64_t width = states->width, kept = states->kept;
     const int kind = states->kind, number = states->number, recovers = kind != EVERY && states->amplitude;
-    const int64_t signed_channels = number == I5 ? width : recovers ? width - kept : 0;
-    if (width < 1 || width > WIDEST || kept < 1 || kept > width || kind < EVERY || kind > THREE_OF_4 || number < F32 ||
-        number > I5)
+    const int64_t signed_channels = recovers ? width - kept : 0;
+    if (width < 1 || width > WIDEST || kept < 1 || kept > width || kind < EVERY || kind > BITS || number < F32 ||
+        number > CODED + MOST_BITS - 2 || (is_coded(number) && kind != EVERY))
         return 1;
-    if (kind == EVERY ? kept != width : kind != BITS && (width % 4 || kept != width / 4 * (kind - ONE_OF_4 + 1)))
-        return 1;
-    return states->tokens < tokens || states->code_bytes < code_bytes[kind] ||
+    return states->tokens < tokens || (kind == EVERY ? kept != width : states->code_bytes < (width + 7) / 8) ||
            states->sign_bytes < (signed_channels + 7) / 8 || LACKS(states->tokens, states->values) ||
            (kind != EVERY && LACKS(states->tokens, states->code)) ||
            (has_scale(number) && LACKS(states->tokens, states->scale)) ||
@@ -60,18 +57,4 @@ ENTRY(unpack_states)
         return BAD_SIZE;
     run_in_pieces(&own, kernels->unpack_states, heads, 1, threads);
     return bad ? BAD_CODE : DONE;
-}
-
-/* Pack states. */
-ENTRY(pack_states)
-{
-    const struct states *states = &job->states;
-    const int64_t n = job->n, m = job->m, heads = job->batch * job->heads;
-    if (bad_size(job->batch) || bad_size(job->heads) || bad_size(heads) || bad_size(job->count) ||
-        !is_float(job->number) || states_are_bad(states, heads * job->count) || states->kind == EVERY || n < 1 ||
-        n >= m || states->width % m || states->kept != states->width / m * n || (states->kind != BITS && m != 4) ||
-        LACKS(heads * job->count, job->numbers, job->weight, states->level))
-        return BAD_SIZE;
-    run_in_pieces(job, kernels->pack_states, heads, 1, threads);
-    return DONE;
 }

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from permprune.kernels.attention.codes import INT5, MAGNITUDES, PLANES, kept_count
+from permprune.kernels.attention.codes import kept_count
 from permprune.pattern import Pattern
 
 PART, TOKENS = 256, 32
@@ -20,11 +20,6 @@ PART, TOKENS = 256, 32
 
 SMALLEST = 16
 """The smallest side of a tile of a GPU's matrix units."""
-
-EVERY, BITS, ONE_OF_4, TWO_OF_4, THREE_OF_4 = (tl.constexpr(i) for i in range(5))
-
-LOWER, UPPER = (tl.constexpr(int.from_bytes(MAGNITUDES[i : i + 8], "little")) for i in (0, 8))
-"""The magnitudes of five-bit values as the bytes of two integers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,11 +46,11 @@ class Packed:
 
     def kinds(self, side: str) -> dict[str, int]:
         """The compile-time arguments of the kernel for keys (`side` "K") or values ("V")."""
-        kind = 0
-        if self.pattern is not None:
-            kind = 1 + self.pattern.n if self.pattern in PLANES else 1
-        arguments = {"KIND": kind, "SIGNS": "amplitude" in self.parts, "SCALED": "scale" in self.parts}
-        arguments["INT5"] = self.parts["values"].dtype == INT5
+        arguments = {
+            "CODED": self.pattern is not None,
+            "SIGNS": "amplitude" in self.parts,
+            "SCALED": "scale" in self.parts,
+        }
         arguments["WIDTH"] = max(SMALLEST, triton.next_power_of_2(self.level.shape[-1]))
         return {f"{side}_{name}": value for name, value in arguments.items()}
 
@@ -63,7 +58,7 @@ class Packed:
 @triton.jit
 def _states(
     values, code, signs, amplitude, scale, level, token, inside, head, width, kept, size, code_bytes, sign_bytes,
-    KIND: tl.constexpr, SIGNS: tl.constexpr, SCALED: tl.constexpr, INT5: tl.constexpr, WIDTH: tl.constexpr,
+    CODED: tl.constexpr, SIGNS: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return the states of some tokens, fp32 (tokens, WIDTH), with zeros after the width.
 
@@ -72,33 +67,13 @@ def _states(
     channel = tl.arange(0, WIDTH)[None, :]
     shown = inside[:, None] & (channel < width)
     line = token[:, None]
-    if KIND == EVERY:
-        bit = shown.to(tl.int32)
-    elif KIND == BITS:
+    bit = shown.to(tl.int32)
+    if CODED:
         byte = tl.load(code + line * code_bytes + channel // 8, mask=shown, other=0).to(tl.int32)
         bit = (byte >> (channel % 8)) & 1
-    else:
-        group, place = channel // 4, channel % 4
-        plane = code_bytes // 3 if KIND == TWO_OF_4 else code_bytes // 2
-        at = code + line * code_bytes + group // 8
-        a = (tl.load(at, mask=shown, other=0).to(tl.int32) >> (group % 8)) & 1
-        b = (tl.load(at + plane, mask=shown, other=0).to(tl.int32) >> (group % 8)) & 1
-        if KIND == TWO_OF_4:
-            c = (tl.load(at + 2 * plane, mask=shown, other=0).to(tl.int32) >> (group % 8)) & 1 & (1 - b)
-            later = tl.where(place == 2, 1 - (a ^ c), a ^ (b | c))
-            bit = tl.where(place == 0, a, tl.where(place == 1, 1 - (a ^ b), later))
-        else:
-            one = (place == a + 2 * b).to(tl.int32)
-            bit = one if KIND == ONE_OF_4 else 1 - one
-        bit = tl.where(shown, bit, 0)
     rank = tl.cumsum(bit, axis=1) - bit
     stored = shown & (bit == 1) & (rank < kept)
-    if INT5:
-        pair = tl.load(values + line * size + rank // 2, mask=stored, other=0).to(tl.int32)
-        place = (pair >> (rank % 2 * 4)) & 15
-        state = ((tl.where(place < 8, LOWER, UPPER) >> (place % 8 * 8)) & 255).to(tl.float32)
-    else:
-        state = tl.load(values + line * size + rank, mask=stored, other=0).to(tl.float32)
+    state = tl.load(values + line * size + rank, mask=stored, other=0).to(tl.float32)
     lost = channel - rank
     pruned = shown & (bit == 0) & (lost < width - kept)
     if SIGNS:
@@ -106,11 +81,8 @@ def _states(
         if SCALED:
             recovered = recovered * 0.5
         recovered = recovered * tl.load(level + head * width + channel, mask=channel < width, other=0)
-        state = tl.where(pruned, recovered, state)
-    if SIGNS or INT5:
-        signed, place = (shown, channel) if INT5 else (pruned, lost)
-        byte = tl.load(signs + line * sign_bytes + place // 8, mask=signed, other=0).to(tl.int32)
-        state = tl.where(signed & ((byte >> (place % 8)) & 1 == 1), -state, state)
+        byte = tl.load(signs + line * sign_bytes + lost // 8, mask=pruned, other=0).to(tl.int32)
+        state = tl.where(pruned, tl.where((byte >> (lost % 8)) & 1 == 1, -recovered, recovered), state)
     if SCALED:
         state = state * tl.load(scale + token, mask=inside, other=0).to(tl.float32)[:, None]
     return state
@@ -123,8 +95,8 @@ def _attend(
     heads, rows, tokens, softcap,
     k_capacity, k_width, k_kept, k_size, k_code_bytes, k_sign_bytes,
     v_capacity, v_width, v_kept, v_size, v_code_bytes, v_sign_bytes,
-    K_KIND: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALED: tl.constexpr, K_INT5: tl.constexpr, K_WIDTH: tl.constexpr,
-    V_KIND: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALED: tl.constexpr, V_INT5: tl.constexpr, V_WIDTH: tl.constexpr,
+    K_CODED: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALED: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_CODED: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALED: tl.constexpr, V_WIDTH: tl.constexpr,
     ADDED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
@@ -140,7 +112,7 @@ def _attend(
         inside = position < tokens
         keys = _states(
             k_values, k_code, k_signs, k_amplitude, k_scale, k_level, line * k_capacity + position, inside, head,
-            k_width, k_kept, k_size, k_code_bytes, k_sign_bytes, K_KIND, K_SIGNS, K_SCALED, K_INT5, K_WIDTH,
+            k_width, k_kept, k_size, k_code_bytes, k_sign_bytes, K_CODED, K_SIGNS, K_SCALED, K_WIDTH,
         )  # fmt: skip
         score = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if CAPPED:
@@ -155,7 +127,7 @@ def _attend(
         factor = tl.exp(largest - now)
         values = _states(
             v_values, v_code, v_signs, v_amplitude, v_scale, v_level, line * v_capacity + position, inside, head,
-            v_width, v_kept, v_size, v_code_bytes, v_sign_bytes, V_KIND, V_SIGNS, V_SCALED, V_INT5, V_WIDTH,
+            v_width, v_kept, v_size, v_code_bytes, v_sign_bytes, V_CODED, V_SIGNS, V_SCALED, V_WIDTH,
         )  # fmt: skip
         result = result * factor[:, None] + tl.dot(share, values, input_precision="ieee")
         total = total * factor + tl.sum(share, axis=1)

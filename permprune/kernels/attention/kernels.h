@@ -4,7 +4,6 @@
 #endif
 
 #include "attention/unpack.h"
-#include "attention/pack.h"
 
 static ALWAYS_INLINE lanes spread(float value) { return value - (lanes){0}; }
 

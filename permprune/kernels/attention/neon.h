@@ -22,9 +22,9 @@ static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint3
     return rest;
 }
 
-static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
+static ALWAYS_INLINE bytes look_up(const int8_t *table, bytes places)
 {
-    return (bytes)vqtbl1q_u8(vld1q_u8(table), (uint8x16_t)places);
+    return (bytes)vqtbl1q_u8(vreinterpretq_u8_s8(vld1q_s8(table)), (uint8x16_t)places);
 }
 
 #include "attention/kernels.h"

@@ -9,10 +9,10 @@ static ALWAYS_INLINE lanes unpack_line(const char *from, const int number, uint3
     return rest;
 }
 
-static ALWAYS_INLINE bytes look_up(const uint8_t *table, bytes places)
+static ALWAYS_INLINE bytes look_up(const int8_t *table, bytes places)
 {
     for (int i = 0; i < LINE; i++)
-        places[i] = table[places[i]];
+        places[i] = (uint8_t)table[places[i]];
     return places;
 }
 

@@ -4,15 +4,12 @@
  *         successive numbers at the ones of `bits`, and the lanes of `rest` elsewhere; may read LINE numbers
  *     void unpack_block(float *to, const char *from, const int number, uint64_t mask, const lanes *rest)
  *         the same for four lines; may read 64 numbers
- *     void unpack_signed_block(float *to, const char *from, int64_t first, uint64_t mask, const lanes *rest, uint64_t signs)
- *         likewise of `magnitudes`, whose places are from number `first` of `from` on, negated, as is `rest`, at the ones of
- *         `signs`
  *     lanes flip(lanes values, uint32_t bits)
  *         negates the lanes at the ones of `bits`; this one and the two before only where HAS_BLOCKS is defined
- *     bytes look_up(const uint8_t *table, bytes places)
- *         the entries of a table of LINE
- *     uint64_t deposit(uint64_t bits, uint64_t places), uint64_t deposit_pairs(uint64_t bits, uint64_t places)
- *         successive bits at the ones of `places`, of which each four have two for the second
+ *     bytes look_up(const int8_t *table, bytes places)
+ *         the entries of a table of LINE; not where HAS_BLOCKS is defined
+ *     uint64_t deposit(uint64_t bits, uint64_t places)
+ *         successive bits at the ones of `places`
  */
 static ALWAYS_INLINE int64_t lines_of(int64_t width) { return (width + LINE - 1) / LINE * LINE; }
 
@@ -31,36 +28,21 @@ static ALWAYS_INLINE uint64_t read_bytes(const uint8_t *from, const uint8_t *end
 static ALWAYS_INLINE uint64_t read_mask(const struct states *states, int64_t token, int64_t channel, const int kind,
                                         const int inside)
 {
-    const uint64_t ones = 0x1111111111111111;
     const int64_t left = states->width - channel;
     const uint64_t channels = left < 64 ? (1ull << left) - 1 : ~0ull;
     if (kind == EVERY)
         return channels;
     const uint8_t *code = states->code + token * states->code_bytes, *end = states->code + states->tokens * states->code_bytes;
-    if (kind == BITS)
-        return channels & read_bytes(code + channel / 8, end, inside);
-    const int64_t bytes = (states->width / 4 + 7) / 8; /* of a plane; 16 groups of it are read */
-    const uint64_t a = read_bytes(code + channel / 32, end, inside);
-    const uint64_t b = read_bytes(code + bytes + channel / 32, end, inside);
-    if (kind == TWO_OF_4) { /* a: channel 0 is kept; b: channel 1 is as channel 0; c: channel 2 is */
-        const uint64_t c = read_bytes(code + 2 * bytes + channel / 32, end, inside) & ~b;
-        return channels & (deposit(a, ones) | deposit(~(a ^ b), ones) << 1 | deposit(~(a ^ c), ones) << 2 |
-                           deposit(a ^ (b | c), ones) << 3);
-    }
-    const uint64_t one = deposit(~(a | b), ones) | deposit(a & ~b, ones) << 1 | deposit(b & ~a, ones) << 2 |
-                         deposit(a & b, ones) << 3;
-    return channels & (kind == ONE_OF_4 ? one : ~one);
+    return channels & read_bytes(code + channel / 8, end, inside);
 }
 
 /* The signs of the channels that `mask` does not keep among 64, of which the first is number `pruned` of those. */
 static ALWAYS_INLINE uint64_t read_signs(const struct states *states, int64_t token, int64_t pruned, uint64_t mask,
-                                         const int kind, const int inside)
+                                         const int inside)
 {
     const uint8_t *from = states->signs + token * states->sign_bytes + pruned / 8;
     const uint8_t *end = states->signs + states->tokens * states->sign_bytes;
     uint64_t bits = read_bytes(from, end, inside);
-    if (kind == TWO_OF_4)
-        return deposit_pairs(bits, ~mask);
     if (pruned % 8)
         bits = bits >> pruned % 8 | read_bytes(from + 8, end, 0) << 1 << (63 - pruned % 8);
     return deposit(bits, ~mask);
@@ -105,34 +87,55 @@ static ALWAYS_INLINE lanes recover(const float *level, float amplitude, uint64_t
     return kind == EVERY ? (lanes){0} : flip(load_line(level) * amplitude, signs & 0xffff);
 }
 
-/* Writes `count` magnitudes as bytes; their places are from number `first` of `from` on. May read 2 LINE bytes and write
- * 2 LINE more. Returns where the first is. */
-static ALWAYS_INLINE const char *spread_magnitudes(char *to, const char *from, int64_t first, int64_t count)
+/* The bits of 64 channels of a plane from byte `at` on, of the `left` bytes of it. */
+static ALWAYS_INLINE uint64_t read_plane(const char *plane, int64_t left)
 {
-    const char *begin = to + first % 2;
-    from += first / 2;
-    for (count += first % 2; count > 0; count -= 2 * LINE, from += LINE, to += 2 * LINE) {
-        bytes both, low, high, part[2];
-        memcpy(&both, from, sizeof both);
-        low = look_up(magnitudes, both & 15);
-        high = look_up(magnitudes, both >> 4);
-        part[0] = __builtin_shufflevector(low, high, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-        part[1] = __builtin_shufflevector(low, high, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        memcpy(to, part, sizeof part);
-    }
-    return begin;
+    uint64_t word = 0;
+    memcpy(&word, plane, (size_t)smaller(left, 8));
+    return word;
 }
 
 #if !defined(HAS_BLOCKS)
-static ALWAYS_INLINE void unpack_signed_block(float *to, const char *from, int64_t first, uint64_t mask, const lanes *rest,
-                                              uint64_t signs)
+static ALWAYS_INLINE void unpack_coded(float *to, const uint64_t *planes, const int bits, int64_t lines)
 {
-    char room[96];
-    unpack_block(to, spread_magnitudes(room, from, first, __builtin_popcountll(mask)), I8, mask, rest);
-    UNROLLED for (int i = 0; i < 4; i++, signs >>= LINE)
-        store_line(to + i * LINE, flip(load_line(to + i * LINE), signs & 0xffff));
+    typedef int8_t signed_bytes __attribute__((vector_size(LINE)));
+    const bytes bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    for (int64_t i = 0; i < lines; i++) {
+        bytes number = {0};
+        UNROLLED for (int plane = 0; plane < bits; plane++) {
+            const uint8_t low = (uint8_t)(planes[plane] >> i * LINE), high = (uint8_t)(planes[plane] >> (i * LINE + 8));
+            const bytes word = {low, low, low, low, low, low, low, low, high, high, high, high, high, high, high, high};
+            number |= (bytes)((word & bit) != 0) & (uint8_t)(1 << plane);
+        }
+        if (bits <= 4)
+            number = look_up(numbered[bits - 2], number);
+        else
+            number = number * (uint8_t)(1 << (8 - bits)) - (uint8_t)((1 << 7) - (1 << (7 - bits)));
+        store_line(to + i * LINE, __builtin_convertvector((signed_bytes)number, lanes));
+    }
 }
 #endif
+
+/* Unpacks a token of numbers of few bits to lines_of(width) floats, in steps of one magnitude. */
+static ALWAYS_INLINE void unpack_planes(const struct states *states, int64_t token, float *to, const int bits)
+{
+    const int64_t size = plane_bytes(states->width);
+    const char *from = states->values + token * bits * size;
+    for (int64_t at = 0; at < size; at += 8) {
+        uint64_t planes[MOST_BITS];
+        UNROLLED for (int plane = 0; plane < bits; plane++)
+            planes[plane] = size - at >= 8 ? read_plane(from + plane * size + at, 8)
+                                           : read_plane(from + plane * size + at, size - at);
+        unpack_coded(to + at * 8, planes, bits, smaller((size - at) / 2, 4));
+    }
+}
+
+static ALWAYS_INLINE int unpack_all(const struct states *states, int64_t first, int64_t count, float *to, const int bits)
+{
+    for (int64_t token = first; token < first + count; token++, to += lines_of(states->width))
+        unpack_planes(states, token, to, bits);
+    return 1;
+}
 
 /* Unpacks a token to lines_of(width) floats, with zeros after the width, in steps of one integer for integers. `level` has
  * as many. Returns 0 if a code keeps another number of channels than it should; the token becomes zero. */
@@ -141,7 +144,7 @@ static ALWAYS_INLINE int unpack_token(const struct states *states, int64_t token
 {
     const int64_t stride = lines_of(states->width), length = value_bytes(states->kept, number);
     const char *values = states->values + token * length;
-    char room[(WIDEST + 64) * 4], spread[96];
+    char room[(WIDEST + 64) * 4];
     if (kind == BITS && __builtin_expect(!keeps_as_many(states, token), 0)) {
         memset(to, 0, (size_t)stride * sizeof *to);
         return 0;
@@ -153,29 +156,20 @@ static ALWAYS_INLINE int unpack_token(const struct states *states, int64_t token
     int64_t kept = 0;
     for (int64_t channel = 0; channel < states->width; channel += 64) {
         uint64_t mask = read_mask(states, token, channel, kind, inside), signs = 0;
-        if (number == I5)
-            signs = read_bytes(states->signs + token * states->sign_bytes + channel / 8,
-                               states->signs + states->tokens * states->sign_bytes, inside);
-        else if (recovers)
-            signs = read_signs(states, token, channel - kept, mask, kind, inside);
-        const uint64_t flipped = number == I5 ? 0 : signs; /* of what is recovered; of I5 all channels are, at the end */
+        if (recovers)
+            signs = read_signs(states, token, channel - kept, mask, inside);
         if (channel + 64 <= stride) {
             lanes rest[4];
-            UNROLLED for (int i = 0; i < 4; i++) rest[i] = recover(level + channel + i * LINE, amplitude, flipped >> i * LINE, kind);
-            if (number == I5)
-                unpack_signed_block(to + channel, values, kept, mask, rest, signs);
-            else
-                unpack_block(to + channel, values + kept * value_bytes(1, number), number, mask, rest);
-            kept += kind == TWO_OF_4 ? 32 : __builtin_popcountll(mask);
+            UNROLLED for (int i = 0; i < 4; i++) rest[i] = recover(level + channel + i * LINE, amplitude, signs >> i * LINE, kind);
+            unpack_block(to + channel, values + kept * value_bytes(1, number), number, mask, rest);
+            kept += __builtin_popcountll(mask);
             continue;
         }
-        const char *from = number == I5 ? spread_magnitudes(spread, values, kept, __builtin_popcountll(mask))
-                                        : values + kept * value_bytes(1, number);
+        const char *from = values + kept * value_bytes(1, number);
         for (int64_t line = 0; channel + line < stride; line += LINE, mask >>= LINE) {
-            lanes own = recover(level + channel + line, amplitude, flipped >> line, kind);
-            own = unpack_line(from, number == I5 ? I8 : number, mask & 0xffff, own);
-            store_line(to + channel + line, number == I5 ? flip(own, signs >> line & 0xffff) : own);
-            from += __builtin_popcount(mask & 0xffff) * value_bytes(1, number == I5 ? I8 : number);
+            lanes own = recover(level + channel + line, amplitude, signs >> line, kind);
+            store_line(to + channel + line, unpack_line(from, number, mask & 0xffff, own));
+            from += __builtin_popcount(mask & 0xffff) * value_bytes(1, number);
         }
     }
     return 1;
@@ -197,13 +191,8 @@ static ALWAYS_INLINE int unpack_kind(const struct states *states, int64_t first,
 static ALWAYS_INLINE int unpack_typed(const struct states *states, int64_t first, int64_t count, const float *level,
                                       float *to, const int number)
 {
-    switch (states->kind) { /* a separate loop for each kind */
-    case EVERY: return unpack_kind(states, first, count, level, to, number, EVERY);
-    case TWO_OF_4: return unpack_kind(states, first, count, level, to, number, TWO_OF_4);
-    case BITS: return unpack_kind(states, first, count, level, to, number, BITS);
-    case ONE_OF_4: return unpack_kind(states, first, count, level, to, number, ONE_OF_4);
-    default: return unpack_kind(states, first, count, level, to, number, THREE_OF_4);
-    }
+    return states->kind == EVERY ? unpack_kind(states, first, count, level, to, number, EVERY)
+                                 : unpack_kind(states, first, count, level, to, number, BITS);
 }
 
 static ALWAYS_INLINE void prefetch(const void *part, int64_t first, int64_t count, int64_t size)
@@ -236,7 +225,11 @@ static int unpack_tokens(const struct states *states, int64_t first, int64_t cou
     case BF16: return unpack_typed(states, first, count, level, to, BF16);
     case F16: return unpack_typed(states, first, count, level, to, F16);
     case I8: return unpack_typed(states, first, count, level, to, I8);
-    default: return unpack_typed(states, first, count, level, to, I5);
+    case CODED: return unpack_all(states, first, count, to, 2);
+    case CODED + 1: return unpack_all(states, first, count, to, 3);
+    case CODED + 2: return unpack_all(states, first, count, to, 4);
+    case CODED + 3: return unpack_all(states, first, count, to, 5);
+    default: return unpack_all(states, first, count, to, MOST_BITS);
     }
 }
 

@@ -1,0 +1,74 @@
+"""Keys and values in few bits: all channels of a head, scaled and rotated, then numbers of 2 to 6 bits.
+
+After a Hadamard rotation every channel has about the same distribution, so that one scale for each token and head is
+enough and the codes of a normal distribution fit (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456; TurboQuant, Zandieh
+et al. 2025, arXiv 2504.19874). Before it, channels are multiplied by weights, which balance how large they are against
+how much their errors matter. The packed parts are `values`, planes of bits (`permprune.kernels.attention.codes`), and
+`scale`, bf16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from permprune.kernels.attention.codes import (
+    CODED,
+    MAGNITUDES,
+    UNITS,
+    numbered,
+    pack_planes,
+    unpack_planes,
+)
+
+TYPES = {bits: dtype for dtype, bits in CODED.items()}
+"""The types of stored values, by bits."""
+
+
+@cache
+def hadamard(width: int, device: torch.device) -> Tensor:
+    """Return the orthogonal Walsh-Hadamard matrix of the largest power of two in the width, block by block."""
+    matrix = torch.ones(1, 1)
+    while width % (2 * len(matrix)) == 0:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1))) / 2**0.5
+    blocks = torch.eye(width // len(matrix))
+    return torch.kron(blocks, matrix).to(device)
+
+
+def balance(states: Tensor, weight: Tensor) -> Tensor:
+    """Return the factors of channels, fp32 (heads, width), with the least error of numbers with one scale for all.
+
+    `states` are (heads, tokens, width), and errors are multiplied by `weight`, (heads, width). With factors d, an error
+    of the same size in all rotated channels costs sum (weight / d)^2, and its size is that of d * states.
+    """
+    size = states.square().mean(1).sqrt()
+    factor = (weight / size.clamp_min(size.amax(-1, keepdim=True) * 1e-3 + 1e-12)).sqrt()
+    return factor / factor.square().mean(-1, keepdim=True).sqrt()
+
+
+def code(states: Tensor, bits: int) -> dict[str, Tensor]:
+    """Return the parts of rotated states, floating (..., width), with the scale of least error for each token."""
+    states = states.float()
+    values = numbered(bits, states.device)
+    unit = states.square().mean(-1, keepdim=True).sqrt() * UNITS[bits]
+    relative = states / unit.clamp_min(torch.finfo(torch.float32).tiny)
+    places = torch.bucketize(relative, (values[1:] + values[:-1]) / 2)
+    found = values[places]
+    scale = (states * found).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)
+    return {"values": pack_planes(places, bits), "scale": scale.bfloat16()}
+
+
+def decode(parts: dict[str, Tensor], bits: int, width: int) -> Tensor:
+    """Return the rotated states that parts stand for, fp32 (..., width)."""
+    return numbered(bits, parts["scale"].device)[unpack_planes(parts["values"], width)] * parts["scale"].float()
+
+
+def token_bytes(bits: int, width: int) -> int:
+    """Return the bytes of a token of a head."""
+    return bits * (-(-width // 16) * 2) + 2
+
+
+ALL = sorted(MAGNITUDES)
+"""The numbers of bits that there are."""
