@@ -26,6 +26,7 @@ from permprune.forecasts.run import Forecast
 from permprune.jobs.prune import prune_to_folder
 
 STAGES = {
+    "transcribe": ["permprune.engine.held:transcribed"],
     "calibrate": ["permprune.engine.held:calibrate"],
     "ria": ["permprune.permuters.ria:RIAPermuter.each"],
     "reconstruction": ["permprune.permuters.reconstruction:Reconstruction.each"],
