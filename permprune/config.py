@@ -106,7 +106,7 @@ class PruneConfig:
     """N:M keeps N of every M consecutive weights; "mixed" gives each layer a pattern of its own, within a budget."""
 
     candidates: tuple[str, ...] = CANDIDATES
-    """The patterns that the layers of a mix may have, separated by commas, by default dense,6:8,3:4,4:8,2:4,1:4."""
+    """The patterns that the layers of a mix may have, separated by commas, by default dense,7:8,6:8,5:8,4:8,3:8,2:8."""
 
     keep: Share | None = None
     """The budget of a mix: the share of the weights of pruned layers that it keeps, by default 0.5."""

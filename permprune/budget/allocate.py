@@ -1,4 +1,4 @@
-"""The choice of a pattern for each layer: by the model of `sensitivity`, refined by an accept test on held-out data."""
+"""The choice of a pattern for each layer, which has to lose less on held-out data than one pattern for all layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from permprune.budget.asked import Candidate, name_of
 from permprune.budget.knapsack import cheapest
-from permprune.budget.sensitivity import Sensitivity
+from permprune.budget.sensitivity import layer_costs, show, slopes
 from permprune.checkpoints.mix import Mix, Point
 from permprune.errors import PermpruneError
 from permprune.losses.objective import Objective
@@ -23,19 +23,11 @@ from permprune.system.progress import log, track
 START = Reconstruction(swaps=3, candidates=1)
 """The search for the orders in which patterns are chosen: that from which the end-to-end searches start."""
 
-ROUNDS = 4
-"""The most rounds, each of which computes a gradient and tries other choices."""
-
-EXAMPLES = 8
-"""The windows of the gradient of a round."""
-
-ATTEMPTS = 3
-"""The choices that are tried in a round, each with `EASING` times the damping of the one before."""
-
-EASING = 4.0
+EXAMPLES = 4
+"""The windows on which the gradient at each uniform pattern is computed."""
 
 POINTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""The shares of the weights at which the curve is measured, beside the chosen one and that of the dense model."""
+"""The shares of the weights at which the curve is measured, beside the chosen one and those of uniform patterns."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +56,11 @@ class Costs:
             )
         return cheapest(costs, self.bytes, self.limit - self.others)
 
+    def fits(self, choice: Sequence[int]) -> bool:
+        """Whether a choice is within the limit."""
+        size = self.bytes_of(choice) if self.by_bytes else self.kept[np.arange(len(choice)), choice].sum()
+        return bool(size <= self.limit)
+
     def keeping(self, share: float) -> Costs:
         """The same with a limit of this share of the weights."""
         return replace(self, limit=int(share * self.weights), by_bytes=False)
@@ -80,11 +77,11 @@ class Costs:
 def allocate(network: PrunedNetwork, run: Run, costs: Costs, frame: Pattern) -> Mix:
     """Choose a candidate for each layer of a network; `frame` is that of the candidates (`frame_of`).
 
-    First the orders are found from which a search with the pattern `frame` would start. The first choice is that of the
-    least loss in a second-order model around the dense weights. Then rounds follow: the end-to-end model at the current
-    choice proposes another one, which is kept if the loss on the held-out examples falls; if not, the damping is
-    raised, so that fewer layers change. Every choice is the best one within the budget according to its model. At the
-    end the network shows the chosen patterns. Raises `PermpruneError` if the budget is too small.
+    First the orders are found from which a search with the pattern `frame` would start. In these orders, the costs of
+    the candidates are found from uniform patterns (`layer_costs`), and the choice that costs least within the budget is
+    tried. The uniform pattern with the lowest loss within the budget is chosen instead, for all layers, if it loses
+    less on the held-out examples. At the end the network shows the chosen patterns. Raises `PermpruneError` if the
+    budget is too small.
     """
     network.set_patterns(dict.fromkeys(network.layers, frame))
     START.solve(network, replace(run, solved={}))  # no other search starts from this network
@@ -92,60 +89,49 @@ def allocate(network: PrunedNetwork, run: Run, costs: Costs, frame: Pattern) -> 
 
 
 class _Choosing:
-    """The rounds of `allocate`: `choice` is the candidate of each layer, and `best` its held-out loss."""
+    """The measurements of `allocate`, all on the held-out examples: `losses` are those of the uniform patterns."""
 
     def __init__(self, landscape: Landscape, costs: Costs) -> None:
-        self.landscape, self.costs, self.names = landscape, costs, list(landscape.network.layers)
-        with landscape.network.dense_weights():
-            self.dense = landscape.held_out_loss()
-        self.model = Sensitivity(landscape.network, costs.candidates)
-        self.choice = costs.choose(self.model.curvature.diagonal(axis1=1, axis2=2) / 2)
-        self.best = self.show(self.choice)
-        log.info("patterns: held-out loss %.4f by the errors of layers, %.4f dense", self.best, self.dense)
+        self.landscape, self.costs, network = landscape, costs, landscape.network
+        self.uniform = [[number] * len(network.layers) for number in range(len(costs.candidates))]
+        examples, found, self.losses = landscape.run.batch(0, EXAMPLES), list[np.ndarray](), list[float]()
+        for choice in track(self.uniform, "measuring uniform patterns"):
+            self.losses.append(self.loss(choice))
+            found.append(slopes(network, costs.candidates, examples, landscape.loss))
+        self.changes = layer_costs(found, self.losses)
 
-    def show(self, choice: Sequence[int]) -> float:
+    def loss(self, choice: Sequence[int]) -> float:
         """Let the network run with a choice; returns its held-out loss."""
-        chosen = zip(self.names, (self.costs.candidates[number] for number in choice), strict=True)
-        self.landscape.network.set_patterns({name: one for name, one in chosen if one is not None})
+        show(self.landscape.network, [self.costs.candidates[number] for number in choice])
         return self.landscape.held_out_loss()
 
     def chosen(self) -> Mix:
-        losses = [self.best]
-        for number in range(ROUNDS + 1):
-            self.model.differentiate(self.landscape.run.batch(number, EXAMPLES), self.landscape.loss)
-            damping = self.model.damping_to(self.choice, self.dense - self.best)
-            if number == ROUNDS or not self._improve(damping):
-                break
-            log.info("patterns, round %d: held-out loss %.4f, damping %.1f", number, self.best, damping)
-            losses.append(self.best)
-        curve = self._curve(self.model.costs(self.choice, damping))
-        self.show(self.choice)
-        chosen = [name_of(self.costs.candidates[number]) for number in self.choice]
-        kept, size = self.costs.share_of(self.choice), self.costs.bytes_of(self.choice)
-        return Mix(dict(zip(self.names, chosen, strict=True)), kept, size, losses, curve)
+        candidates, names = self.costs.candidates, [*map(name_of, self.costs.candidates)]
+        choice = self.costs.choose(self.changes)
+        loss = self.loss(choice)
+        log.info("patterns: held-out loss %.4f with the mix", loss)
+        fitting = [number for number, uniform in enumerate(self.uniform) if self.costs.fits(uniform)]
+        if fitting:
+            best = min(fitting, key=self.losses.__getitem__)
+            log.info("patterns: held-out loss %.4f with %s in every layer", self.losses[best], names[best])
+            if loss > self.losses[best] - TOLERANCE:
+                log.warning("no mix of patterns that was tried loses less than %s in every layer", candidates[best])
+                choice, loss = self.uniform[best], self.losses[best]
+        curve = self._curve(choice, loss)
+        self.loss(choice)
+        chosen = dict(zip(self.landscape.network.layers, (names[number] for number in choice), strict=True))
+        uniform = dict(zip(names, self.losses, strict=True))
+        return Mix(chosen, self.costs.share_of(choice), self.costs.bytes_of(choice), [loss], curve, uniform=uniform)
 
-    def _improve(self, damping: float) -> bool:
-        """Take the choice that the model proposes, with more and more damping, if its held-out loss is lower."""
-        for _ in range(ATTEMPTS):
-            tried = self.costs.choose(self.model.costs(self.choice, damping))
-            if tried == self.choice:
-                break
-            loss = self.show(tried)
-            if loss < self.best - TOLERANCE:
-                self.choice, self.best = tried, loss
-                return True
-            damping *= EASING
-        self.show(self.choice)
-        return False
-
-    def _curve(self, changes: np.ndarray) -> list[Point]:
-        """Return the best choices for several shares of the weights; `changes` are those of the loss by candidates."""
+    def _curve(self, chosen: Sequence[int], loss: float) -> list[Point]:
+        """Return the best choices for several shares of the weights, beside the `chosen` one with its loss."""
         kept = self.costs.kept.sum(0) / self.costs.weights
         shares = [kept.min(), *(share for share in POINTS if kept.min() < share < kept.max()), kept.max()]
-        choices = [self.costs.keeping(share).choose(changes) for share in shares]
-        different, points = {tuple(choice) for choice in (*choices, self.choice)}, []
+        choices = [self.costs.keeping(share).choose(self.changes) for share in shares]
+        different, points = {tuple(choice) for choice in (*choices, chosen)}, []
+        known = dict(zip(map(tuple, (*self.uniform, chosen)), (*self.losses, loss), strict=True))
         for choice in track(sorted(different, key=self.costs.share_of), "measuring the curve"):
-            expected = self.best + float(changes[np.arange(len(choice)), choice].sum())
-            measured = self.best if choice == tuple(self.choice) else self.show(choice)
+            expected = self.losses[-1] + float(self.changes[np.arange(len(choice)), choice].sum())
+            measured = known[choice] if choice in known else self.loss(choice)
             points.append(Point(self.costs.share_of(choice), self.costs.bytes_of(choice), expected, measured))
         return points

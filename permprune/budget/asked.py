@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from permprune.errors import PermpruneError
 from permprune.pattern import DENSE, MIXED, Pattern
 
-CANDIDATES = (DENSE, "6:8", "3:4", "4:8", "2:4", "1:4")
-"""The patterns that a layer of a mix may have."""
+CANDIDATES = (DENSE, "7:8", "6:8", "5:8", "4:8", "3:8", "2:8")
+"""The patterns that a layer of a mix may have. Of as many weights, groups of 8 lose less than groups of 4."""
 
 KEPT = 0.5
 """The share of the weights that a mix keeps if no budget is given."""

@@ -44,8 +44,9 @@ class Mix:
     """The pattern of each layer, or `DENSE`, and what was found on the way.
 
     `keep` and `bytes` are the share of the weights and the bytes of the packed model that the choice keeps. `rounds`
-    are the held-out losses after each round, and `curve` has other choices, from few weights to all. `attempts` are
-    those of a limit of the loss.
+    are the held-out losses of the choice, the last one that of the result, and `curve` has other choices, from few
+    weights to all. `attempts` are those of a limit of the loss. `uniform` has the held-out loss of each candidate, by
+    its name, if all layers have it. All these losses are before the search.
     """
 
     layers: dict[str, str]
@@ -54,6 +55,7 @@ class Mix:
     rounds: list[Value]
     curve: list[Point]
     attempts: list[Attempt] = field(default_factory=list)
+    uniform: dict[str, Value] = field(default_factory=dict)
 
     @property
     def patterns(self) -> dict[str, Pattern]:

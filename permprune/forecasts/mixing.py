@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from permprune.budget.allocate import EXAMPLES, POINTS, ROUNDS, START
+from permprune.budget.allocate import EXAMPLES, POINTS, START
 from permprune.budget.asked import parse_candidates
-from permprune.budget.sensitivity import ROWS
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
-from permprune.forecasts.costs import TRIED, stages_of
+from permprune.forecasts.costs import stages_of
 from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.pattern import MIXED
 
@@ -21,12 +20,9 @@ def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
     """Return the stage in which patterns are chosen; none if there is one pattern."""
     if config.pattern != MIXED:
         return []
-    outline, candidates = run.outline, len(parse_candidates(config.candidates))
-    shapes = [layer.weight.shape for layer in outline.layers]
-    products = sum(2.0 * min(ROWS, rows) * channels**2 * candidates for rows, channels in shapes)
-    losses = 2 + TRIED * ROUNDS + len(POINTS) + 2
-    gradients = run.gradient_work(EXAMPLES * run.examples_per_window) * (ROUNDS + 1)
-    work = [Work(products_fp32=products), gradients, run.loss_work(run.held_out) * losses]
+    candidates = len(parse_candidates(config.candidates))
+    gradients = run.gradient_work(EXAMPLES * run.examples_per_window) * candidates
+    work = [gradients, run.loss_work(run.held_out) * (candidates + len(POINTS) + 2)]
     work += [stage.work for stage in stages_of(START, run) if stage.work is not None]
     parts = (*run.gradient.parts, Memory("gradients", run.gradient_bytes))
     return [Stage(PATTERNS, parts, sum(work, Work()))]

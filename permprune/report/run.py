@@ -185,6 +185,9 @@ def mix_sentences(record: Mapping[str, Any]) -> str:
     layers = ", ".join(f"{count(held, 'layer')} {text}" for text, held in Counter(mix["layers"].values()).items())
     size = f"{mix['bytes'] / 1e6:,.1f} MB packed"
     sentences = [f"The mix keeps {fine_percent(mix['keep'])} of the weights of {layers}; {size}."]
+    if uniform := mix.get("uniform"):
+        others = ", ".join(f"{number(loss)} with {name} in every layer" for name, loss in uniform.items())
+        sentences.append(f"Its held-out loss before the search is {number(mix['rounds'][-1])}; it is {others}.")
     for attempt in mix["attempts"]:
         value = number(attempt["chosen"])
         other = "" if attempt["confirmed"] is None else f", and {number(attempt['confirmed'])} on data for the result"

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.budget.asked import frame_of, parse_candidates
+from permprune.budget.sensitivity import layer_costs
 from permprune.config import PruneConfig
 from permprune.engine.held import Held, prepare
 from permprune.errors import PermpruneError
@@ -23,9 +24,23 @@ WINDOWS = torch.randint(128, (20, 16), generator=torch.Generator().manual_seed(0
 QUIET = "model.layers.1.mlp.up_proj"
 
 
-def ready(model: LlamaForCausalLM, partial: Path | None = None, **settings: Any) -> Held:
+def ready(
+    model: LlamaForCausalLM, partial: Path | None = None, windows: torch.Tensor = WINDOWS, **settings: Any
+) -> Held:
     settings = {"pattern": "mixed", "precision": "fp32", "measured": 4, "held_out": 4, **settings}
-    return Held(prepare(model, None, PruneConfig(**settings), examples=WINDOWS, partial=partial), None)
+    return Held(prepare(model, None, PruneConfig(**settings), examples=windows, partial=partial), None)
+
+
+def spoken(model: LlamaForCausalLM) -> torch.Tensor:
+    """Windows that a model has written, after its layers and logits are made larger: pruning now costs it loss."""
+    for layer in [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]:
+        layer.weight.data *= 8
+    model.lm_head.weight = torch.nn.Parameter(30 * model.lm_head.weight.detach())
+    prompts = torch.arange(60)[:, None]
+    written = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), min_new_tokens=15, max_new_tokens=15, do_sample=True
+    )
+    return torch.as_tensor(written)
 
 
 def kept(held: Held) -> float:
@@ -74,17 +89,27 @@ def test_a_mix_keeps_to_its_budget_and_what_the_loss_feels(
     tiny_llama: LlamaForCausalLM, mode: str, share: float
 ) -> None:
     tiny_llama.get_submodule(QUIET).weight.data /= 50
-    held = ready(tiny_llama, mode=mode, keep=share)
+    held = ready(tiny_llama, windows=spoken(tiny_llama), mode=mode, keep=share, held_out=16)
     assert held.mixed is not None
     assert share - 0.1 < kept(held) <= share and kept(held) == pytest.approx(held.mixed.keep)
     densities = {name: held.mixed.patterns[name].density for name in held.mixed.patterns}
     assert len({*held.mixed.layers.values()}) > 1 and densities[QUIET] == min(densities.values())
-    assert held.mixed.rounds == sorted(held.mixed.rounds, reverse=True)
+    assert held.mixed.rounds[-1] < held.mixed.uniform["3:8" if share < 0.5 else "6:8"]
     assert [point.keep for point in held.mixed.curve] == sorted(point.keep for point in held.mixed.curve)
     assert held.network.patterns == held.mixed.patterns
     if mode == "fold":  # layers that share the order of the residual stream
         problem = max(held.plan.problems, key=lambda one: len(one.parts))
         assert len({held.network.patterns[part.layer] for part in problem.parts}) > 1
+
+
+def test_a_mix_that_loses_more_than_one_pattern_is_not_chosen(
+    tiny_llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("permprune.budget.allocate.layer_costs", lambda slopes, losses: -layer_costs(slopes, losses))
+    held = ready(tiny_llama, windows=spoken(tiny_llama), candidates=("dense", "4:8", "1:8"), keep=0.5)
+    assert held.mixed is not None
+    assert {*held.mixed.layers.values()} == {"4:8"} and held.mixed.rounds == [held.mixed.uniform["4:8"]]
+    assert "4:8 in every layer" in caplog.text
 
 
 @pytest.mark.parametrize("budget", [0.8, 36_000.0])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from permprune.budget.knapsack import cheapest
+from permprune.budget.sensitivity import layer_costs
 from permprune.budget.shares import ATTEMPTS, next_share
 from permprune.errors import PermpruneError
 
@@ -32,6 +33,16 @@ def test_no_share_is_within_an_impossible_limit() -> None:
     while (share := next_share(tried, 0.01, 0.25, 0.98)) is not None:
         tried.append((share, 9.0))
     assert 1 < len(tried) <= ATTEMPTS and all(0.7 <= share <= 0.98 for share, _ in tried)
+
+
+def test_the_costs_of_layers_add_up_to_the_losses_of_uniform_patterns() -> None:
+    """For a quadratic loss of the sum of all layers' errors the parts of the layers are exact: they grow together."""
+    errors = np.array([[3.0, 1.0, 0.0], [1.5, 0.5, 0.0], [0.3, 0.1, 0.0]])  # of a layer's one weight, by candidate
+    totals = errors.sum(0)
+    slopes = [-2 * total * (1 - errors) for total in totals]  # the weight is 1 - error: its gradient is -2 * total
+    costs = layer_costs(slopes, [float(total**2) for total in totals])
+    assert costs.sum(0) == pytest.approx(totals**2)
+    assert costs[:, 0] / costs[:, 0].sum() == pytest.approx(errors[:, 0] / totals[0])
 
 
 @pytest.mark.parametrize("seed", range(4))
