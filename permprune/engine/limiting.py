@@ -26,8 +26,9 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
 
     Each attempt is a whole run: patterns for a share of the weights, a search, an update, and a measurement on the
     first half of the evaluation data (`Session.choosing`). The fewest weights within the limit there are confirmed on
-    the other half, which no choice has seen; if they lose more, the next larger share is, and the record tells of it.
-    Raises `PermpruneError` if no share that was tried is within the limit.
+    the other half, which no choice has seen; if they lose more, that loss counts, and the search goes on with larger
+    shares. The record tells of it. If none is confirmed, a warning tells what the best one loses.
+    Raises `PermpruneError` if no share that was tried is within the limit on the first half.
     """
     weights, choosing = session.weights, session.choosing
     assert isinstance(weights, Held) and choosing is not None
@@ -52,25 +53,36 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
 
     densities = [density_of(one) for one in parse_candidates(weights.plan.config.candidates)]
     least, most = densities[0], min(MOST, densities[-1])
-    tried = list[tuple[float, float]]()
-    while (share := next_share(tried, limit, least, most)) is not None:
-        value, loss = lost_at(share, choosing, dense[0])
-        log.info("keeping %.3f of the weights: %s %.4g, %.2f %% lost", share, dense[0].metric, value, 100 * loss)
-        tried.append((share, loss))
-        attempts.append(Attempt(share, value))
-    within = sorted(share for share, loss in tried if loss <= limit)
-    if not within:
-        share, loss = max(tried)
-        raise PermpruneError(
-            f"no mix that was tried loses at most {100 * limit:g} %: with {share:.2f} of the weights it is "
-            f"{100 * loss:.3g} %; allow more, take a larger --effort, or denser --candidates"
-        )
-    for share in within:
+    tried = dict[float, float]()
+    while True:
+        while (share := next_share([*tried.items()], limit, least, most)) is not None:
+            value, loss = lost_at(share, choosing, dense[0])
+            log.info("keeping %.3f of the weights: %s %.4g, %.2f %% lost", share, dense[0].metric, value, 100 * loss)
+            tried[share] = loss
+            attempts.append(Attempt(share, value))
+        share = min((share for share, loss in tried.items() if loss <= limit), default=None)
+        if share is None:
+            break
         value, loss = lost_at(share, session.measure, dense[1])
         attempts = [replace(one, confirmed=value) if one.keep == share else one for one in attempts]
         if loss <= limit:
             break
         log.warning("keeping %.2f of the weights loses %.2f %% on the other half of the data", share, 100 * loss)
+        tried[share] = loss
+    if all(one.confirmed is None for one in attempts):
+        share = max(tried)
+        raise PermpruneError(
+            f"no mix that was tried loses at most {100 * limit:g} %: with {share:.2f} of the weights it is "
+            f"{100 * tried[share]:.3g} %; allow more, take a larger --effort, or denser --candidates"
+        )
+    if share is None:
+        share = min(tried, key=tried.__getitem__)
+        lost_at(share, session.measure, dense[1])
+        log.warning(
+            "no mix that was tried loses at most %g %% on both halves of the data: this one, with %.2f of the weights, "
+            "loses least, %.3g %%",
+            *(100 * limit, share, 100 * tried[share]),
+        )
     assert weights.mixed is not None
     weights.mixed = replace(weights.mixed, attempts=attempts)
 
