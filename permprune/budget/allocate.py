@@ -23,8 +23,12 @@ from permprune.system.progress import log, track
 START = Reconstruction(swaps=3, candidates=1)
 """The search for the orders in which patterns are chosen: that from which the end-to-end searches start."""
 
-EXAMPLES = 4
-"""The windows on which the gradient at each uniform pattern is computed."""
+EXAMPLES = 8
+"""The windows on which the gradient at a uniform pattern is computed."""
+
+ENDS = 1
+"""The candidates at both ends that tell nothing of layers, if others are between: the sparsest network has too little
+left to lose, and with hardly a weight pruned noise decides."""
 
 POINTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """The shares of the weights at which the curve is measured, beside the chosen one and those of uniform patterns."""
@@ -79,13 +83,18 @@ def allocate(network: PrunedNetwork, run: Run, costs: Costs, frame: Pattern) -> 
 
     First the orders are found from which a search with the pattern `frame` would start. In these orders, the costs of
     the candidates are found from uniform patterns (`layer_costs`), and the choice that costs least within the budget is
-    tried. The uniform pattern with the lowest loss within the budget is chosen instead, for all layers, if it loses
-    less on the held-out examples. At the end the network shows the chosen patterns. Raises `PermpruneError` if the
+    tried. The densest uniform pattern within the budget is chosen instead, for all layers, if it loses less on the
+    held-out examples. At the end the network shows the chosen patterns. Raises `PermpruneError` if the
     budget is too small.
     """
     network.set_patterns(dict.fromkeys(network.layers, frame))
     START.solve(network, replace(run, solved={}))  # no other search starts from this network
     return _Choosing(Landscape.of(network, run, Objective()), costs).chosen()
+
+
+def differentiated(candidates: int) -> range:
+    """The numbers of the candidates at whose uniform patterns gradients are computed."""
+    return range(ENDS, candidates - ENDS) if candidates > 2 * ENDS + 1 else range(candidates)
 
 
 class _Choosing:
@@ -94,10 +103,12 @@ class _Choosing:
     def __init__(self, landscape: Landscape, costs: Costs) -> None:
         self.landscape, self.costs, network = landscape, costs, landscape.network
         self.uniform = [[number] * len(network.layers) for number in range(len(costs.candidates))]
-        examples, found, self.losses = landscape.run.batch(0, EXAMPLES), list[np.ndarray](), list[float]()
-        for choice in track(self.uniform, "measuring uniform patterns"):
+        examples, found, self.losses = landscape.run.batch(0, EXAMPLES), dict[int, np.ndarray](), list[float]()
+        telling = differentiated(len(costs.candidates))
+        for number, choice in track([*enumerate(self.uniform)], "measuring uniform patterns"):
             self.losses.append(self.loss(choice))
-            found.append(slopes(network, costs.candidates, examples, landscape.loss))
+            if number in telling:
+                found[number] = slopes(network, costs.candidates, examples, landscape.loss)
         self.changes = layer_costs(found, self.losses)
 
     def loss(self, choice: Sequence[int]) -> float:
@@ -112,7 +123,7 @@ class _Choosing:
         log.info("patterns: held-out loss %.4f with the mix", loss)
         fitting = [number for number, uniform in enumerate(self.uniform) if self.costs.fits(uniform)]
         if fitting:
-            best = min(fitting, key=self.losses.__getitem__)
+            best = min(fitting, key=lambda number: (-self.costs.share_of(self.uniform[number]), self.losses[number]))
             log.info("patterns: held-out loss %.4f with %s in every layer", self.losses[best], names[best])
             if loss > self.losses[best] - TOLERANCE:
                 log.warning("no mix of patterns that was tried loses less than %s in every layer", candidates[best])

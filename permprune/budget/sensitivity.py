@@ -12,7 +12,7 @@ So a layer is judged among others that are pruned like it. Among dense ones it c
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -54,20 +54,19 @@ def slopes(network: PrunedNetwork, candidates: Sequence[Candidate], examples: Ex
     return np.array([found[name] for name in network.layers])
 
 
-def layer_costs(slopes: Sequence[np.ndarray], losses: Sequence[float]) -> np.ndarray:
+def layer_costs(slopes: Mapping[int, np.ndarray], losses: Sequence[float]) -> np.ndarray:
     """Return the loss that each candidate costs each layer, fp64 (layers, candidates); the densest costs nothing.
 
-    `slopes` are those of the uniform patterns, and `losses` their losses, both from the sparsest candidate to the
-    densest. A layer's share of the loss differs little from step to step, so that it is the mean over the steps. Those
-    at both ends count only if there are no others: the sparsest network has too little left to lose, and the densest
-    loses so little that noise decides. A sparser candidate never costs less than a denser one.
+    `losses` are those of the uniform patterns, from the sparsest candidate to the densest, and `slopes`, by the number
+    of the candidate, those of two neighbours or more. A layer's share of the loss differs little from step to step, so
+    that it is the mean over the steps between neighbours. A sparser candidate never costs less than a denser one.
     """
     shares = []
-    for sparser, denser in itertools.pairwise(range(len(losses))):
+    for sparser, denser in itertools.pairwise(sorted(slopes)):
         along = (slopes[sparser] + slopes[denser]) / 2
         rises = along[:, sparser] - along[:, denser]
         rises = np.maximum(rises, LEAST * max(rises.mean(), 1e-12))
         shares.append(rises / rises.sum())
-    share = np.mean(shares[1:-1] or shares, axis=0)
     falling = np.maximum.accumulate(np.array(losses)[::-1] - losses[-1])[::-1]
-    return share[:, None] * falling
+    costs: np.ndarray = np.mean(shares, axis=0)[:, None] * falling
+    return costs

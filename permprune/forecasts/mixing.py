@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from permprune.budget.allocate import EXAMPLES, POINTS, START
+from permprune.budget.allocate import EXAMPLES, POINTS, START, differentiated
 from permprune.budget.asked import parse_candidates
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
@@ -21,7 +21,7 @@ def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
     if config.pattern != MIXED:
         return []
     candidates = len(parse_candidates(config.candidates))
-    gradients = run.gradient_work(EXAMPLES * run.examples_per_window) * candidates
+    gradients = run.gradient_work(EXAMPLES * run.examples_per_window) * len(differentiated(candidates))
     work = [gradients, run.loss_work(run.held_out) * (candidates + len(POINTS) + 2)]
     work += [stage.work for stage in stages_of(START, run) if stage.work is not None]
     parts = (*run.gradient.parts, Memory("gradients", run.gradient_bytes))

@@ -39,7 +39,7 @@ def test_the_costs_of_layers_add_up_to_the_losses_of_uniform_patterns() -> None:
     """For a quadratic loss of the sum of all layers' errors the parts of the layers are exact: they grow together."""
     errors = np.array([[3.0, 1.0, 0.0], [1.5, 0.5, 0.0], [0.3, 0.1, 0.0]])  # of a layer's one weight, by candidate
     totals = errors.sum(0)
-    slopes = [-2 * total * (1 - errors) for total in totals]  # the weight is 1 - error: its gradient is -2 * total
+    slopes = dict(enumerate(-2 * total * (1 - errors) for total in totals))  # of the weight 1 - error
     costs = layer_costs(slopes, [float(total**2) for total in totals])
     assert costs.sum(0) == pytest.approx(totals**2)
     assert costs[:, 0] / costs[:, 0].sum() == pytest.approx(errors[:, 0] / totals[0])

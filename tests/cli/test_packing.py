@@ -64,7 +64,7 @@ def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tin
         options = ["--data", tiny_text, "--windows", "2", "--length", "16"]
         assert run("evaluate", packed, *options)[0] == 0
         loaded = AutoModelForCausalLM.from_pretrained(packed)
-        assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == count > 10
+        assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == count > 4
         assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 13)
         assert float((logits(packed) - expected).abs().max()) <= close * float(expected.abs().max())
         assert run("unpack", packed, "--out", back)[0] == 0

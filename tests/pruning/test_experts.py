@@ -202,8 +202,10 @@ def test_permuters_order_experts(method: str, mode: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"saliency": name} for name in SALIENCIES] + [{"pattern": "mixed"}])
-def test_every_saliency_and_a_mix_of_patterns(settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"saliency": name} for name in SALIENCIES] + [{"pattern": "mixed", "candidates": ("6:8", "2:4")}]
+)
+def test_every_saliency_and_a_mix_of_patterns(settings: dict[str, Any]) -> None:
     pruned = prune(make("gpt-oss"), permute="ria", precision="fp32", examples=written_by("gpt-oss")[:24], **settings)
     verify(pruned.model)
     experts = [layer for layer in pruned.layers if ".experts." in layer.name]
