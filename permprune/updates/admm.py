@@ -18,6 +18,10 @@ with on_first_use(globals()):
 
     from permprune.calibration.moments import cholesky, root_mean_square
 
+LEAST = 0.03
+"""The least root mean square by which a channel is scaled, relative to the median of all. A channel that is almost zero
+would otherwise stand for others that are pruned, with weights a hundred thousand times as large as theirs."""
+
 SAMPLE = 65_536
 """About how many scores of a matrix give the limit of a mask: to select among all takes as long as the products."""
 
@@ -27,8 +31,9 @@ class ADMM(LayerUpdate):
     """The least output error that the remaining weights allow, by ADMM (Boža 2024, arXiv 2401.02938).
 
     The alternating direction method of multipliers solves min tr(E H E^T), E the change of the weights, over weights
-    that the mask allows. Channels are scaled so that the diagonal of H is 1; `damping` is then added to it. All rows
-    share one inverse, that of H + `penalty` * I, and each of the `iterations` multiplies all of them by it.
+    that the mask allows. Channels are scaled so that the diagonal of H is 1, or less where a channel is almost zero
+    (`LEAST`); `damping` is then added to it. All rows share one inverse, that of H + `penalty` * I, and each of the
+    `iterations` multiplies all of them by it.
 
     If no mask is given, the first `gradual` iterations choose one: a weight's score is the magnitude of its current
     value plus that of its multiplier. The N largest scores of each group are kept, and of the others those that are
@@ -61,7 +66,8 @@ class ADMM(LayerUpdate):
         hessian = moments[order][:, order]
         scale = root_mean_square(hessian)[:, None]
         alive = scale.gt(0).to(scale)  # as numbers, whose products are much faster than those with a mask
-        scale += 1 - alive
+        scale = scale.maximum(LEAST * scale.median())
+        scale += scale.eq(0)
         hessian /= scale * scale.T
         hessian.diagonal().add_(self.damping + self.penalty)
         inverse = torch.cholesky_inverse(cholesky(hessian))

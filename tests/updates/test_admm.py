@@ -141,3 +141,12 @@ def test_a_mask_cannot_be_chosen_in_more_iterations_than_there_are() -> None:
     with pytest.raises(PermpruneError, match="gradual is 15: give at most the number of iterations, 10"):
         ADMM(iterations=10)
     assert ADMM(iterations=10, gradual=10).gradual == 10
+
+
+@pytest.mark.parametrize("size", [1e-5, 0.0])
+def test_a_channel_that_is_almost_zero_does_not_stand_for_others(size: float) -> None:
+    weight, inputs, _, order = example()
+    inputs[:, 5] = size * inputs[:, 7]
+    moments = inputs.T @ inputs / len(inputs)
+    pruned = ADMM().apply(weight, moments, order, Pattern(2, 4))
+    assert float(pruned.abs().max()) < 10 * float(weight.abs().max())
