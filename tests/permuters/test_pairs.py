@@ -8,7 +8,7 @@ from permprune.config import PruneConfig
 from permprune.engine.held import Held, prepare
 from permprune.errors import PermpruneError
 from permprune.inference.pack import pack
-from permprune.kv.config import KVConfig, pattern_of
+from permprune.kv.config import pattern_of
 from permprune.pattern import Pattern
 from permprune.permuters.kept import ria_order
 from permprune.permuters.registry import permuter
@@ -56,4 +56,4 @@ def test_what_keeps_single_weights_is_refused(tiny_llama: LlamaForCausalLM) -> N
         with pytest.raises(PermpruneError, match=message):
             held.search(permuter(method), held.plan.run)
     with pytest.raises(PermpruneError, match="pairs of weights"):
-        pattern_of("4:8p", 64, KVConfig.dtype)
+        pattern_of("4:8p", 64)

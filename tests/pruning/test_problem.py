@@ -5,7 +5,6 @@ import torch
 from transformers import LlamaForCausalLM
 
 from permprune.coupling.discovery import discover
-from permprune.errors import PermpruneError
 from permprune.models.layers import prunable_layers
 from permprune.pattern import Pattern
 from permprune.pruning.problem import Problem, build_problems
@@ -45,8 +44,3 @@ def test_every_part_is_made_of_whole_groups_and_no_column_is_ordered_twice(
 
 def test_heads_as_wide_as_a_group_are_left_alone(tiny_llama: LlamaForCausalLM) -> None:
     assert not any("o_proj" in name for name in problems(tiny_llama, "fold", "4:8"))
-
-
-def test_an_unknown_mode_is_refused(tiny_llama: LlamaForCausalLM) -> None:
-    with pytest.raises(PermpruneError, match="choose fold or gather"):
-        problems(tiny_llama, "both")
