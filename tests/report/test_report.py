@@ -35,6 +35,8 @@ LAYERS = [
     for kind in KINDS
 ]
 MIXED = [{**layer, "pattern": "3:4" if place == 2 else "2:4"} for place, layer in enumerate(LAYERS)]
+OPTIONS = "start=ria:rounds=0:compensate=true:train_steps=158:examples=16"
+
 CURVE = [
     {"round": 0, "loss": 3.9, "kept": True, "seconds": 1.0},
     {"round": 1, "loss": 3.5, "kept": True, "seconds": 2.0},
@@ -245,7 +247,7 @@ def test_every_picture_is_a_whole_file(kind: Format) -> None:
         pictures.sample(RECORD["sample"]),
         pictures.output_error(LAYERS),
         pictures.learning_curve(CURVE),
-        pictures.bars(30.1, 175.7, float("inf"), "perplexity", "newton"),
+        pictures.bars(30.1, 175.7, float("inf"), "perplexity", f"newton:{OPTIONS}"),
         pictures.bars(0.9, 0.5, 0.7, "top-1 accuracy", "a_method with $ signs $"),
     ]
     files = [save(picture, kind) for picture in drawn]
