@@ -4,7 +4,7 @@ Every row has the same search. Language models are measured by perplexity, model
 distance to the dense model's, on each of --data.
 
 python benchmarks/budgets.py smollm2-135m --calibration c4.jsonl --data other.jsonl --data wiki.test.raw \
-    --patterns 2:4,4:8,mixed@0.5,5:8,mixed@0.625 --rows docs/results/models.jsonl
+    --patterns 2:4,4:8,mixed@0.5,5:8,mixed@0.625 --rows docs/results/budgets.jsonl
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
         seconds = time.process_time() - began
         mix = held.mixed
         cell = {"table": "budgets", "model": options.model, "permute": options.permute, "pattern": pattern} | settings
-        figures = {Path(data).name: result.value for data, result in zip(options.data, results, strict=True)}
+        figures = {Path(data).stem: result.value for data, result in zip(options.data, results, strict=True)}
         figures |= {"metric": results[0].metric.name, "count": [result.count for result in results]}
         figures |= {"keep": mix.keep, "layers": Counter(mix.layers.values())} if mix else {}
         print(cell | figures | {"core-seconds": round(seconds)}, flush=True)
