@@ -23,6 +23,9 @@ from permprune.kernels.attention.codes import (
     unpack_planes,
 )
 
+BITS = sorted(MAGNITUDES)
+"""The numbers of bits that a value may have."""
+
 TYPES = {bits: dtype for dtype, bits in CODED.items()}
 """The types of stored values, by bits."""
 
@@ -68,7 +71,3 @@ def decode(parts: dict[str, Tensor], bits: int, width: int) -> Tensor:
 def token_bytes(bits: int, width: int) -> int:
     """Return the bytes of a token of a head."""
     return bits * (-(-width // 16) * 2) + 2
-
-
-ALL = sorted(MAGNITUDES)
-"""The numbers of bits that there are."""

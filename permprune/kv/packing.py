@@ -92,7 +92,7 @@ class Channels:
                     "make the cache again with permprune kv"
                 )
 
-        bits, least, most = self.bits, coding.ALL[0], coding.ALL[-1]
+        bits, least, most = self.bits, coding.BITS[0], coding.BITS[-1]
         if bits is not None and not (bits.shape == self.shape[:1] and ((bits >= least) & (bits <= most)).all()):
             raise PermpruneError(
                 f"{name} does not have {least} to {most} bits for each head: make the cache again with permprune kv"

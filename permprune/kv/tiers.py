@@ -27,7 +27,7 @@ BYTES = 0.28
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The errors of the output of attention of each head with each number of bits (`coding.ALL`).
+    """The errors of the output of attention of each head with each number of bits (`coding.BITS`).
 
     `means` are those of the keys of each layer. `errors` and `sizes`, in bytes of a token, have an entry for each head
     of the keys of a layer, then of its values, layer by layer. `whole` are the bytes of a token of all in 16 bits.
@@ -48,7 +48,7 @@ class Measured:
     @property
     def usual(self) -> float:
         """The default budget: `BYTES`, or in narrow heads, whose scales weigh more, that of 4 bits in every head."""
-        four = sum(own[coding.ALL.index(MEASURED)] for own in self.sizes) / self.whole
+        four = sum(own[coding.BITS.index(MEASURED)] for own in self.sizes) / self.whole
         return max(BYTES, four)
 
     def channels(self, budget: float) -> dict[int, tuple[Channels, Channels]]:
@@ -67,7 +67,7 @@ class Measured:
         chosen = iter(spend(self.errors, self.sizes, budget * self.whole))
         found = {}
         for number, layer in sorted(self.observed.items()):
-            keys, values = (torch.tensor([coding.ALL[next(chosen)] for _ in range(layer.heads)]) for _ in SIDES)
+            keys, values = (torch.tensor([coding.BITS[next(chosen)] for _ in range(layer.heads)]) for _ in SIDES)
             found[number] = layer.coded("keys", keys, self.means[number]), layer.coded("values", values)
         return found
 
@@ -87,9 +87,9 @@ def measure_bits(observed: Mapping[int, ObservedLayer]) -> Measured:
         means[number] = choose_means(layer, outputs)
         for side in SIDES:
             width, moving = layer.width_of(side), means[number] if side == "keys" else None
-            own = [_errors(layer, side, bits, moving, outputs) / energy for bits in coding.ALL]
+            own = [_errors(layer, side, bits, moving, outputs) / energy for bits in coding.BITS]
             errors += torch.stack(own, 1).tolist()
-            sizes += [[coding.token_bytes(bits, width) for bits in coding.ALL]] * layer.heads
+            sizes += [[coding.token_bytes(bits, width) for bits in coding.BITS]] * layer.heads
             whole += 2 * width * layer.heads
     return Measured(observed, means, errors, sizes, whole)
 

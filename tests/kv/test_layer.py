@@ -19,6 +19,7 @@ from permprune.kv.packing import Channels
 from .reference import PLAIN, ReferenceLayer, coded_channels, random_channels
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+PADDING = torch.tensor([8, 0, 24])  # whole steps of packing
 
 
 CODED = KVConfig("4bit", "3bit", window=8, sinks=2)
@@ -289,27 +290,32 @@ def test_with_left_padding_the_first_tokens_that_are_read_stay_whole(exact: bool
     assert layer.places is None
 
 
+def assert_rows_read_what_they_read_alone(
+    layers: list[PrunedLayer], calls: list[int], widths: tuple[int, int], **close: float
+) -> None:
+    """The first layer reads three rows with left padding, in calls of so many tokens; each other one a row alone."""
+    layer, *alone = layers
+    past = 0
+    for new in calls:
+        states = random_states(3, 2, 2, new, widths)
+        found = call(layer, states, causal_mask(PADDING, past, new))
+        for row, first in enumerate(PADDING.tolist()):
+            skipped = max(0, first - past)
+            own = [t[row : row + 1, :, skipped:] for t in states]
+            mask = causal_mask(torch.zeros(1), past + skipped - first, new - skipped)
+            torch.testing.assert_close(found[row, skipped:], call(alone[row], own, mask)[0], **close)
+        past += new
+
+
 @settings(max_examples=20)
 @given(configs, st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 2**32))
 def test_a_row_with_left_padding_reads_what_it_reads_alone(
     config: KVConfig, exact: bool, calls: list[int], seed: int
 ) -> None:
     torch.manual_seed(seed)
-    calls = [32, *calls]
-    padding = torch.tensor([8, 0, 24])  # whole steps of packing
     channels = random_channels(2, 8), random_channels(2, 16)
-    layer = PrunedLayer(config, *channels, exact)
-    alone = [PrunedLayer(config, *channels, exact) for _ in padding]
-    past = 0
-    for new in calls:
-        states = random_states(3, 2, 2, new, (8, 16))
-        found = call(layer, states, causal_mask(padding, past, new))
-        for row, first in enumerate(padding.tolist()):
-            skipped = max(0, first - past)
-            own = [t[row : row + 1, :, skipped:] for t in states]
-            mask = causal_mask(torch.zeros(1), past + skipped - first, new - skipped)
-            torch.testing.assert_close(found[row, skipped:], call(alone[row], own, mask)[0], **CLOSE)
-        past += new
+    layers = [PrunedLayer(config, *channels, exact) for _ in range(4)]
+    assert_rows_read_what_they_read_alone(layers, [32, *calls], (8, 16), **CLOSE)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -335,24 +341,14 @@ def test_queries_read_keys_and_values_in_few_bits_with_their_means(kernel: str, 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_in_few_bits_a_row_with_left_padding_reads_what_it_reads_alone(kernel: str, exact: bool) -> None:
-    padding = torch.tensor([8, 0, 24])
     channels = coded()
-    layer = PrunedLayer(CODED, *channels, exact)
-    alone, past = [PrunedLayer(CODED, *channels, exact) for _ in padding], 0
-    for new in (40, 1, 30, 1):
-        states = random_states(3, 2, 2, new, (8, 8))
-        found = call(layer, states, causal_mask(padding, past, new))
-        for row, first in enumerate(padding.tolist()):
-            skipped = max(0, first - past)
-            own = [t[row : row + 1, :, skipped:] for t in states]
-            mask = causal_mask(torch.zeros(1), past + skipped - first, new - skipped)
-            torch.testing.assert_close(found[row, skipped:], call(alone[row], own, mask)[0], rtol=1e-4, atol=1e-4)
-        past += new
-    rows = torch.tensor([2, 0])
+    layers = [PrunedLayer(CODED, *channels, exact) for _ in range(4)]
+    assert_rows_read_what_they_read_alone(layers, [40, 1, 30, 1], (8, 8), rtol=1e-4, atol=1e-4)
+    (layer, *alone), rows = layers, torch.tensor([2, 0])
     layer.crop(-3)
     layer.reorder_cache(rows)
     states = random_states(2, 2, 2, 1, (8, 8))
-    found = call(layer, states, causal_mask(padding[rows], past - 3, 1))
+    found = call(layer, states, causal_mask(PADDING[rows], layer.get_seq_length(), 1))
     for row, which in enumerate(rows.tolist()):
         alone[which].crop(-3)
         expected = call(alone[which], [t[row : row + 1] for t in states], None)

@@ -10,7 +10,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.kv.attention import Plain, attend
 from permprune.kv.calibration import observe_states
-from permprune.kv.coding import ALL, token_bytes
+from permprune.kv.coding import BITS, token_bytes
 from permprune.kv.tiers import measure_bits, spend
 
 
@@ -38,7 +38,7 @@ def test_heads_that_matter_get_more(tiny_llama: LlamaForCausalLM) -> None:
     measured, spent = measure_bits(observed), 0
     for keys, values in measured.channels(0.6).values():
         assert keys.bits is not None and values.bits is not None
-        assert values.bits[0] > values.bits[1] == min(ALL)
+        assert values.bits[0] > values.bits[1] == min(BITS)
         spent += sum(token_bytes(int(n), 8) for own in (keys, values) for n in own.bits)
     assert 0.5 < spent / (2 * 2 * 2 * 16) <= 0.6
     with pytest.raises(PermpruneError, match="--bytes is 0"):
