@@ -7,9 +7,9 @@ pruned, so that all read the same states; the question comes after it, and reads
 seed.
 
 The difference to the dense cache, in points, is over the same questions, with the standard error of the mean of the
-paired differences.
+paired differences. The caches are those of `kv_cache.py` of the same `--table`.
 
-python benchmarks/kv_retrieval.py --kv kv/ --data wiki.test.raw --lengths 2048 4096 --count 50 50
+python benchmarks/kv_retrieval.py --data wiki.test.raw --calibration wiki.valid.raw --lengths 2048 4096 --count 50 50
 """
 
 import argparse
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from kv_cache import TABLES, maker
 from rows import add
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,17 +30,19 @@ from transformers.cache_utils import Cache
 from permprune.checkpoints.io import read_model
 from permprune.data.load import load_examples
 from permprune.kv.attention import use_attention
-from permprune.kv.cache import PrunedCache
-from permprune.kv.files import read_record
+from permprune.kv.calibration import observe_states
+from permprune.kv.config import KVConfig
 from permprune.models.forward import cache_argument
-from permprune.models.processors import tokenizer_of
+from permprune.models.processors import Processor, tokenizer_of
+from permprune.system.device import dtype_named
 
 CITIES = ("Paris", "London", "Berlin", "Madrid", "Rome", "Vienna", "Moscow", "Tokyo", "Chicago", "Boston")
 WORDS = ("apple", "river", "mountain", "silver", "window", "garden", "winter", "bridge", "candle", "forest", "ocean")
 TASKS = ("pass key", "needle")
-VARIANTS = {"bf16": {"dtype": "bf16"}, "zeros": {"recovery": "zeros"}}
-NATURAL = "zeros, the model's order"
+DENSE = ("dense", "", "", "bf16")
 Make = Callable[[], Cache]
+Name = tuple[str, str, str, str]
+"""A cache: the method, the patterns of its keys and values, and what is stored."""
 
 
 @dataclass
@@ -61,9 +64,11 @@ class Example:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--kv", nargs="+", required=True, help="folders that permprune kv wrote")
-    parser.add_argument("--variants", nargs="*", choices=[*VARIANTS, NATURAL], default=[*VARIANTS, NATURAL])
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type in which the model computes")
+    parser.add_argument("--table", choices=TABLES, default="quantised")
     parser.add_argument("--data", help="the text around; the default text if absent")
+    parser.add_argument("--calibration", help="text to find the channels on; the default text if absent")
+    parser.add_argument("--samples", type=int, default=16, help="windows of calibration text, 512 tokens each")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="tokens of the contexts")
     parser.add_argument("--count", type=int, nargs="+", default=[50, 50], help="contexts of each length")
     parser.add_argument("--seed", type=int, default=0)
@@ -71,16 +76,16 @@ def main() -> None:
     parser.add_argument("--states", help="folder for the states of the contexts, which later runs read from there")
     options = parser.parse_args()
     model, processor, _ = read_model(options.model)
-    model = model.bfloat16().eval()
+    model = model.to(dtype_named(options.dtype)).eval()
+    makers = makers_of(model, processor, options)
     use_attention(model)
     tokenizer = tokenizer_of(processor)
-    makers = makers_of(model, options.kv, options.variants)
     titles = " | ".join(f"{task} | difference" for task in TASKS)
-    print(f"| tokens | contexts | cache | {titles} |\n|---|---|---|---|---|---|---|", flush=True)
+    print(f"| tokens | contexts | method | keys | values | stored | {titles} |\n{'|---' * 10}|", flush=True)
     for length, count in zip(options.lengths, options.count, strict=True):
         text = load_examples(options.data, model, processor, part="evaluation", count=count, length=length)["input_ids"]
         draw = random.Random(f"{options.seed} {length}")
-        found: dict[str, list[list[Answer]]] = {name: [] for name in makers}
+        found: dict[Name, list[list[Answer]]] = {name: [] for name in makers}
         for number, row in enumerate(text):
             own_example = example(tokenizer, row, draw)
             path = Path(options.states) / f"{length}_{number}.pt" if options.states else None
@@ -89,34 +94,27 @@ def main() -> None:
                 found[name].append(own)
         right = {name: torch.tensor([[task.right for task in row] for row in rows]) for name, rows in found.items()}
         for name, own in right.items():
-            shares, differences = compared(own, right["dense"])
+            shares, differences = compared(own, right[DENSE])
             cells = [
                 f"{100 * shares[task]:.0f} % | {mean:+.0f} ± {error:.1f}" for task, (mean, error) in differences.items()
             ]
-            print(f"| {length} | {len(text)} | {name} | {' | '.join(cells)} |", flush=True)
-            cell = {
-                "table": "retrieval",
-                "model": options.model,
-                "tokens": length,
-                "contexts": len(text),
-                "cache": name,
-            }
-            add(options.rows, cell, {"accuracy": shares, "difference": differences if name != "dense" else None})
+            print(f"| {length} | {len(text)} | {' | '.join(name + tuple(cells))} |", flush=True)
+            cell = {"table": "retrieval", "model": options.model, "tokens": length, "contexts": len(text)}
+            cell |= dict(zip(("method", "keys", "values", "stored"), name, strict=True))
+            add(options.rows, cell, {"accuracy": shares, "difference": differences if name != DENSE else None})
 
 
-def makers_of(model: PreTrainedModel, folders: list[str], variants: list[str]) -> dict[str, Make]:
-    """Return functions that make empty caches: dense, and of every folder as it is and in every variant."""
-    makers: dict[str, Make] = {"dense": partial(DynamicCache, config=model.config)}
-    for folder in folders:
-        config = read_record(Path(folder)).config
-        pattern = config.keys if config.keys == config.values else f"{config.keys}, {config.values}"
-        makers[f"{pattern}, {config.dtype}"] = partial(PrunedCache.from_pretrained, folder, model)
-        for variant in variants:
-            name = f"{pattern}, {variant}"
-            if variant == NATURAL:
-                makers[name] = partial(PrunedCache, model, config.replace(recovery="zeros"))
-            else:
-                makers[name] = partial(PrunedCache.from_pretrained, folder, model, **VARIANTS[variant])
+def makers_of(model: PreTrainedModel, processor: Processor, options: argparse.Namespace) -> dict[Name, Make]:
+    """Return functions that make empty caches: dense, and of every row of the table."""
+    shown = load_examples(
+        options.calibration, model, processor, part="calibration", count=options.samples, length=512, seed=0
+    )
+    config = KVConfig(dtype="bf16")
+    observed = observe_states(model, shown, skipped=config.sinks)
+    makers: dict[Name, Make] = {DENSE: partial(DynamicCache, config=model.config)}
+    for row in TABLES[options.table](observed, config):
+        method, keys, values, _, stored = row.cells().values()
+        makers[method, keys, values, stored] = maker(model, row, exact_window=False)
     return makers
 
 
@@ -172,8 +170,8 @@ def read_context(model: PreTrainedModel, context: Tensor, path: Path | None) -> 
 
 @torch.inference_mode()
 def answers(
-    model: PreTrainedModel, makers: dict[str, Make], own: Example, states: list[Tensor]
-) -> dict[str, list[Answer]]:
+    model: PreTrainedModel, makers: dict[Name, Make], own: Example, states: list[Tensor]
+) -> dict[Name, list[Answer]]:
     """Return the answers that the model gives with each cache, which is filled with the states of the context."""
     found = {}
     for name, make in makers.items():
