@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache
 
 from permprune.checkpoints.io import read_model
 from permprune.kv.cache import PrunedCache
-from permprune.kv.config import AUTO, KVConfig
+from permprune.kv.config import AUTO, KVConfig, default_pattern
 from permprune.models.forward import cache_argument
 from permprune.system.memory import release_freed_memory
 
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--dense", default="sdpa:bf16,sdpa:fp32,eager:bf16,eager:fp32", help="attention:type, ...")
     parser.add_argument("--pruned", default="bf16:auto,bf16:int8", help="type of the model:type of kept values, ...")
     parser.add_argument("--patterns", nargs="+", default=[AUTO], help="patterns of the pruned caches")
+    parser.add_argument("--kv", type=Path, nargs="*", default=[], help="folders that permprune kv wrote, measured too")
     parser.add_argument("--steps", type=int, default=4, help="tokens in each turn")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds after which no further turn begins")
@@ -86,13 +87,20 @@ def main() -> None:
         if dtype not in dense:
             dense[dtype] = made(partial(DynamicCache, config=own.config), own)
         rows.append(Row(f"dense, {attention}, {dtype}", own, attention, *dense[dtype]))
-    for text, pattern in product(filter(None, options.pruned.split(",")), options.patterns):
+    pruned = list(filter(None, options.pruned.split(",")))
+    for text, pattern in product(pruned, [*options.patterns, *options.kv]):
         dtype, stored = text.split(":")
-        own, config = model_of(dtype), KVConfig(pattern, pattern, dtype=stored)
-        filled(PrunedCache(own, config), own, 1, 64)  # what the first call loads is not counted
-        cache, grown = made(partial(PrunedCache, own, config), own)
-        shown = cache.layers[0].packed[0].layout.pattern
-        name = f"{shown}, {stored if stored != 'auto' else dtype}, model {dtype}"
+        own = model_of(dtype)
+        if isinstance(pattern, Path):
+            make = partial(PrunedCache.from_pretrained, pattern, own)
+            name = f"bits of each head, model {dtype}"
+        else:
+            config = KVConfig(pattern, pattern, dtype=stored)
+            make = partial(PrunedCache, own, config)
+            shown = str(default_pattern(width_of(own))) if pattern == AUTO else pattern
+            name = f"{shown}, {stored if stored != 'auto' else dtype}, model {dtype}"
+        filled(make(), own, 1, 64)  # what the first call loads is not counted
+        cache, grown = made(make, own)
         rows.append(Row(name, own, "permprune", cache, grown))
     began = time.perf_counter()
     for turn in range(options.turns):
@@ -121,12 +129,16 @@ def resident() -> int:
 @torch.inference_mode()
 def filled(cache: Cache, model: PreTrainedModel, batch: int, context: int) -> Cache:
     """Add random states of `context` tokens."""
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    states = torch.randn(2, batch, config.num_key_value_heads, context, width).to(model.dtype)
+    states = torch.randn(2, batch, model.config.num_key_value_heads, context, width_of(model)).to(model.dtype)
     for layer in cache.layers:
         layer.update(states[0], states[1])
     return cache
+
+
+def width_of(model: PreTrainedModel) -> int:
+    """Return the number of channels of a head."""
+    config = model.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 @torch.inference_mode()
