@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -124,6 +125,26 @@ class States(ABC):
             "the model reads the cache by itself, not through Transformers' attention interface: "
             "it cannot run with a pruned cache"
         )
+
+
+class StatesLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A cache layer for any number of tokens, whose `update` returns `States`."""
+
+    is_croppable = True
+    is_sliding = False
+    batch_select_indices: Callable[[Tensor], None]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of tokens after `query_length` more, and the position of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the number of tokens is not limited."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows of the batch, as beam search does."""
+        self.batch_select_indices(beam_idx)
 
 
 def attention(

@@ -7,25 +7,21 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
 from permprune.errors import PermpruneError
-from permprune.kv.attention import Call, States
+from permprune.kv.attention import Call, States, StatesLayer
 from permprune.kv.config import KVConfig
 from permprune.kv.layer import PrunedLayer, require_shape
 from permprune.kv.packing import Channels
 from permprune.pattern import MIXED
 
 
-class MixedLayer(CacheLayerMixin):  # type: ignore[misc]
+class MixedLayer(StatesLayer):
     """Keys and values of one attention layer, of which each head has bits of its own.
 
     Heads with the same bits of keys and of values are a band, which is a `PrunedLayer`; `heads` are those of each band,
     int64. Raises `PermpruneError` if the channels do not say how many there are (`Channels.bits`).
     """
-
-    is_croppable = True
-    is_sliding = False
 
     def __init__(
         self, config: KVConfig, keys: Channels | None, values: Channels | None, exact_window: bool = False
@@ -72,14 +68,6 @@ class MixedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Return the number of tokens."""
         return self.layers[0].get_seq_length()
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of tokens after `query_length` more, and the position of the first."""
-        return self.layers[0].get_mask_sizes(query_length)
-
-    def get_max_length(self) -> int:
-        """Return -1: the number of tokens is not limited."""
-        return -1
-
     def reset(self) -> None:
         """Remove all tokens."""
         for layer in self.layers:
@@ -89,11 +77,6 @@ class MixedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Remove the last -`tokens_to_remove` tokens, as `PrunedLayer.crop`."""
         for layer in self.layers:
             layer.crop(tokens_to_remove)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select rows of the batch, as beam search does."""
-        for layer in self.layers:
-            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""

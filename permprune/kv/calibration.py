@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from permprune.examples import Examples
-from permprune.kv.attention import Call, States, attend_plain, verify_attention
+from permprune.kv.attention import Call, States, StatesLayer, attend_plain, verify_attention
 from permprune.kv.cache import attention_layers
 from permprune.kv.coding import balance
 from permprune.kv.moving import Moving, Rotary, rotaries_of
@@ -175,7 +175,7 @@ def fit_channels(states: Tensor, weight: Tensor, order: Tensor, pattern: Pattern
     return channels
 
 
-class _Layer(CacheLayerMixin):  # type: ignore[misc]
+class _Layer(StatesLayer):
     """A cache layer that holds nothing, and whose states record what attention reads."""
 
     def __init__(self, observed: ObservedLayer) -> None:
@@ -191,14 +191,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
         view = _View(self.observed, key_states, value_states)
         return view, view
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
     def get_seq_length(self) -> int:
         return 0
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class _View(States):

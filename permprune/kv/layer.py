@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from permprune.errors import PermpruneError
-from permprune.kv.attention import States
+from permprune.kv.attention import States, StatesLayer
 from permprune.kv.coding import TYPES
 from permprune.kv.config import KVConfig, bits_of, pattern_of
 from permprune.kv.packing import Channels, Layout
@@ -21,7 +20,7 @@ STEP = 8
 """Number of tokens that are packed at a time when they leave the window."""
 
 
-class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PrunedLayer(StatesLayer):
     """Keys and values of one attention layer, of which all but the first and the newest tokens are packed.
 
     `keys` and `values`, (batch, heads, tokens, width) in the stored order of their channels, are the whole tokens: the
@@ -36,8 +35,6 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
     packed in whatever calls the tokens come, as if one by one.
     """
 
-    is_croppable = True
-    is_sliding = False
     keys: Tensor
     values: Tensor
 
@@ -126,17 +123,7 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         """Return the number of tokens."""
-        if self.packed is None:
-            return 0
-        return int(self.keys.shape[2]) + self.packed[0].length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of tokens after `query_length` more, and the position of the first."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: the number of tokens is not limited."""
-        return -1
+        return 0 if self.packed is None else int(self.keys.shape[2]) + self.packed[0].length
 
     def reset(self) -> None:
         """Remove all tokens."""
@@ -163,10 +150,6 @@ class PrunedLayer(CacheLayerMixin):  # type: ignore[misc]
         for tokens in self.packed:
             tokens.truncate(packed)
         self.keys, self.values = (states[:, :, : left - packed].clone() for states in (self.keys, self.values))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select rows of the batch, as beam search does."""
-        self._change_batch(lambda part: part.index_select(0, beam_idx.to(part.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
