@@ -106,8 +106,8 @@ class _Views(States):
         self.views, self.heads, self.shape = views, heads, shape
 
     def attend(self, call: Call, module: nn.Module) -> Tensor:
-        group = torch.arange(call.query.shape[1] // self.shape[1], device=call.query.device)
-        rows = [(heads[:, None] * len(group) + group).flatten() for heads in self.heads]
+        group, device = call.query.shape[1] // self.shape[1], call.query.device
+        rows = [(heads[:, None] * group + torch.arange(group, device=device)).flatten() for heads in self.heads]
         outputs = [view.attend(call.of_heads(own), module) for view, own in zip(self.views, rows, strict=True)]
         return torch.cat(outputs, 2)[:, :, torch.cat(rows).argsort()]
 

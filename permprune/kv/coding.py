@@ -31,6 +31,7 @@ TYPES = {bits: dtype for dtype, bits in CODED.items()}
 
 
 @cache
+@torch.inference_mode(False)
 def hadamard(width: int, device: torch.device) -> Tensor:
     """Return the orthogonal Walsh-Hadamard matrix of the largest power of two in the width, block by block."""
     matrix = torch.ones(1, 1)

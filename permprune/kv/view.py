@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from permprune.errors import PermpruneError
 from permprune.kernels import library
+from permprune.kernels.attention.codes import CODED
 from permprune.kernels.attention.native import Queries, Side
 from permprune.kernels.attention.native import attend as attend_native
 from permprune.kernels.attention.states import WIDEST
@@ -63,34 +64,32 @@ class View(Source, States):
             call = call.at(self.layer.places)
         batch, heads, count, width = call.query.shape
         (keys, values), native = (packed.channels for packed in self.packed), self._runs_native(call)
-        grouped = call.query.reshape(batch, self.heads, -1, width)
+        grouped, fused = call.query.reshape(batch, self.heads, -1, width), native or self._runs_triton(call)
+        means = self._mean_scores(grouped * call.scaling) if fused else None
         if not native or keys.bits is not None:  # the native kernel knows orders, not rotations
             call = dataclasses.replace(call, query=keys.arrange_query(grouped).view_as(call.query))
         if native:
-            moves = self.before and keys.moving is not None
-            output = self._attend_native(call, self._mean_scores(grouped * call.scaling) if moves else None)
-            output = output.transpose(1, 2)
-        elif self._runs_triton(call):
-            output = attend(call, _Whole(self), self._read_packed(call))
+            output = self._attend_native(call, means).transpose(1, 2)
         else:
-            output = attend(dataclasses.replace(call, query=call.query.to(grouped.dtype)), self)
+            sums = self._read_packed(call, means) if fused else None
+            call = dataclasses.replace(call, query=call.query.to(grouped.dtype))
+            output = attend(call, _Whole(self) if fused else self, sums)
         if not native or values.bits is not None:
             output = values.restore(output.reshape(batch, self.heads, -1, output.shape[-1]))
         return output.view(batch, heads, count, -1).transpose(1, 2).to(grouped.dtype).contiguous()
 
-    def _mean_scores(self, query: Tensor) -> Tensor:
-        """Return what moving means add to the scores of queries, (batch, key/value heads, rows, width), fp32 (batch,
-        heads, queries, tokens): nothing for whole tokens."""
+    def _mean_scores(self, query: Tensor) -> Tensor | None:
+        """Return what moving means add to the scores of queries, (batch, key/value heads, rows, width), with packed
+        tokens, fp32 (batch, heads, rows, tokens); None if there are none."""
         layer, moving = self.layer, self.packed[0].channels.moving
-        assert moving is not None
+        if moving is None or not self.before:
+            return None
         padding = torch.zeros(1, dtype=torch.int64, device=query.device) if layer.padding is None else layer.padding
         if layer.places is None:
-            packed = moving.scores(query, self._sinks - padding, self.before)
-        else:
-            packed = moving.scores(query, -padding, self._sinks + self.before)
-            places = layer.places[:, None, None, self._sinks : self._sinks + self.before]
-            packed = packed.gather(-1, places.expand(*packed.shape[:-1], -1))
-        return F.pad(packed, (self._sinks, self.length - self._sinks - self.before))
+            return moving.scores(query, self._sinks - padding, self.before)
+        scores = moving.scores(query, -padding, self._sinks + self.before)
+        places = layer.places[:, None, None, self._sinks : self._sinks + self.before]
+        return scores.gather(-1, places.expand(*scores.shape[:-1], -1))
 
     def _pack_padding_first(self, padding: Tensor) -> None:
         """Let the first tokens after `padding`, int64 (batch,), be the sinks, if some of them would be packed."""
@@ -125,9 +124,8 @@ class View(Source, States):
         return on_cpu and packed and types <= set(FLOATS) and self._is_decoding(call)
 
     def _runs_triton(self, call: Call) -> bool:
-        """Return whether the Triton kernel reads the packed tokens: for a few queries on a GPU, not of few bits."""
-        coded = any(packed.channels.bits is not None for packed in self.packed)
-        return bool(self.before) and not coded and call.query.is_cuda and self._is_decoding(call) and has_triton()
+        """Return whether the Triton kernel reads the packed tokens: for a few queries on a GPU."""
+        return bool(self.before) and call.query.is_cuda and self._is_decoding(call) and has_triton()
 
     def _is_decoding(self, call: Call) -> bool:
         """Return whether kernels can compute this: a few queries without gradients that read the same packed tokens."""
@@ -138,20 +136,22 @@ class View(Source, States):
         graph = torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, *self.whole))
         return reads == {self.before} and not graph
 
-    def _read_packed(self, call: Call) -> Sums:
-        """Return the sums over the packed tokens, computed by the Triton kernel; queries are in the stored order."""
+    def _read_packed(self, call: Call, means: Tensor | None) -> Sums:
+        """Return the sums over the packed tokens, computed by the Triton kernel; queries are in the stored order, and
+        `means` are what means of keys add to their scores."""
         from permprune.kernels.attention import gpu  # needs Triton, which comes with PyTorch's builds for GPUs
 
         batch, heads, count, width = call.query.shape
-        added, softcap = None, call.softcap
+        added, softcap = means, call.softcap
         if call.mask is not None or call.bias is not None:
             shape = batch, self.heads, heads // self.heads, count, self.before
             plain = dataclasses.replace(call, softcap=None)
             segment = Segment(self._sinks, *self.whole)
             scores = masked(torch.zeros(shape, device=call.query.device), plain, segment, self.length - count)
-            added = scores.flatten(2, 3)
+            added = scores.flatten(2, 3) if means is None else scores.flatten(2, 3) + means
         keys, values = (
-            gpu.Packed(packed.parts, packed.channels.level, packed.layout.pattern) for packed in self.packed
+            gpu.Packed(own.parts, own.channels.level, own.layout.pattern, CODED.get(own.layout.dtype, 0))
+            for own in self.packed
         )
         query = call.query.reshape(batch, self.heads, -1, width).float() * call.scaling
         return gpu.attend(query, keys, values, self.before, added=added, softcap=softcap)
@@ -167,7 +167,9 @@ class View(Source, States):
             (None, call.mask) if call.mask is not None and call.mask.dtype != torch.bool else (call.mask, None)
         )
         biases = [t[..., : self.length].float() for t in (call.bias, added) if t is not None]
-        biases += [] if means is None else [means.view(batch, heads, count, -1)]
+        if means is not None:  # nothing for whole tokens
+            means = F.pad(means, (self._sinks, self.length - self._sinks - self.before))
+            biases.append(means.view(batch, heads, count, -1))
         queries = Queries(
             call.query,
             call.scaling,
@@ -187,7 +189,7 @@ class View(Source, States):
         (keys, values), sinks = self.whole, self.layer.config.sinks
         reads = [self._reads_packed(position) for position in range(first, first + count)]
         least, most = reads[0], reads[-1]
-        limits = torch.tensor(reads, device=keys.device)[:, None]
+        limits = torch.tensor(reads)[:, None].to(keys.device)
         if sinks:
             yield Segment(0, keys[:, :, :sinks], values[:, :, :sinks])
         for start in range(0, most, size):

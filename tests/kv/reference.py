@@ -5,9 +5,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from permprune.kv.attention import Call, States
+from permprune.kv.bands import MixedLayer
+from permprune.kv.coding import hadamard
 from permprune.kv.config import KVConfig, pattern_of
+from permprune.kv.layer import PrunedLayer
 from permprune.kv.moving import Moving
-from permprune.kv.packing import TURNS, Channels, choose_channels
+from permprune.kv.packing import TURNS, Channels, choose_channels, decode
 
 PLAIN = KVConfig("2:4", "2:4", dtype="auto")
 """Groups of four, and values of the model's type, which a reference can compute as exactly."""
@@ -78,6 +81,45 @@ def attend(
         shares = scores.softmax(-1).nan_to_num(0.0)[..., : len(position)]
         outputs.append(torch.einsum("bht,bhtd->bhd", shares, own[1]))
     return torch.stack(outputs, 1)
+
+
+def attend_stored(layer: MixedLayer, call: Call, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention in fp64 of queries to what a layer of heads in few bits holds, and to new keys and values."""
+    group, count = call.query.shape[1] // keys.shape[1], layer.get_seq_length() + keys.shape[2]
+    assert call.mask is not None
+    result = call.query.new_zeros(len(keys), keys.shape[2], call.query.shape[1], values.shape[3], dtype=torch.float64)
+    for heads, band in zip(layer.heads, layer.layers, strict=True):
+        own = [
+            torch.cat((past, new[:, heads].double()), 2) for past, new in zip(_held(band), (keys, values), strict=True)
+        ]
+        for i, head in enumerate(heads.tolist()):
+            rows = slice(head * group, (head + 1) * group)
+            scores = call.query[:, rows].double() @ own[0][:, i, None].transpose(-1, -2) * call.scaling
+            shares = scores.masked_fill(~call.mask[..., :count], -torch.inf).softmax(-1).nan_to_num(0.0)
+            result[:, :, rows] = (shares @ own[1][:, i, None]).transpose(1, 2)
+    return result
+
+
+def _held(layer: PrunedLayer) -> list[Tensor]:
+    """The keys and values that a layer in few bits holds, in the order of their positions: fp64."""
+    count, sinks, found = layer.get_seq_length(), min(layer.config.sinks, layer.keys.shape[2]), []
+    places = torch.arange(count, device=layer.device)[None] if layer.places is None else layer.places
+    for packed, whole in zip(layer.packed, (layer.keys, layer.values), strict=True):
+        channels, parts = packed.channels, {name: part[:, :, : packed.length] for name, part in packed.parts.items()}
+        stored = whole.double()
+        if packed.length:
+            own = decode(parts, channels, packed.layout, torch.float64)
+            stored = torch.cat((stored[:, :, :sinks], own, stored[:, :, sinks:]), 2)
+        rotation = hadamard(stored.shape[3], stored.device).double()
+        states = stored @ rotation.T / channels.weight.double()[:, None]
+        if channels.moving is not None and packed.length:
+            part, padding = slice(sinks, sinks + packed.length), 0 if layer.padding is None else layer.padding[:, None]
+            angle = (places[:, part] - padding)[:, None, :, None] * channels.moving.frequency.double()[:, None]
+            mean, side = channels.moving.mean[:, None], channels.moving.side[:, None]
+            states[:, :, part] += mean * angle.cos() + side * angle.sin()
+        order = places.argsort(-1)[:, None, :, None].expand_as(states)
+        found.append(states.gather(2, order))
+    return found
 
 
 class ReferenceLayer(DynamicLayer):

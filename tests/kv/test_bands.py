@@ -1,49 +1,68 @@
 """Layers whose heads have different numbers of bits."""
 
+import random
+from collections.abc import Iterator
 from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from permprune.errors import PermpruneError
+from permprune.kernels import library
+from permprune.kernels.attention import gpu
 from permprune.kv.attention import Call
 from permprune.kv.bands import MixedLayer
 from permprune.kv.cache import PrunedCache
 from permprune.kv.config import KVConfig
-from permprune.kv.layer import PrunedLayer
+from permprune.kv.tokens import PackedTokens
+from permprune.kv.view import View
 from permprune.models.forward import cache_argument
 
-from .reference import coded_channels, random_channels
+from .reference import attend_stored, coded_channels, random_channels
 
 MIXED = KVConfig("mixed", "mixed", window=8, sinks=2)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_each_head_reads_what_a_cache_of_its_pattern_holds(*, masked: bool) -> None:
-    keys, values = coded_channels([3, 6, 3], 8, moving=True), coded_channels([5, 2, 5], 8)
-    mixed = MixedLayer(MIXED, keys, values)
-    plain = [
-        PrunedLayer(MIXED.replace(keys=f"{keys.bits[h]}bit", values=f"{values.bits[h]}bit"), keys, values)
-        for h in range(3)
-    ]
-    assert [len(heads) for heads in mixed.heads] == [2, 1]
-    states, module = torch.randn(2, 2, 3, 43, 8), Mock(is_causal=True, num_key_value_groups=2)
-    for first, last in ((0, 40), (40, 41), (41, 43)):
-        mask = torch.rand(2, 1, last - first, last) < 0.8 if masked else None
-        call = Call(torch.randn(2, 6, last - first, 8), mask, 0.5)
+@pytest.fixture(params=[*library.names(), "torch", "triton"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What computes attention to packed tokens in turn; Triton on a GPU where there is one, or in its interpreter."""
+    library.chosen.cache_clear()
+    monkeypatch.setenv(library.FORCED, "torch" if request.param == "triton" else request.param)
+    if request.param == "triton":
+        monkeypatch.setattr(gpu, "PART", 32)
+        monkeypatch.setattr(gpu, "TOKENS", 16)
+        monkeypatch.setattr(View, "_runs_triton", lambda view, call: view.before and view._is_decoding(call))
+        monkeypatch.setattr(PackedTokens, "read", None)  # all packed tokens are read by the kernel
+    yield request.param
+    library.chosen.cache_clear()
 
-        def read(
-            layer: MixedLayer | PrunedLayer, call: Call = call, part: Tensor = states[:, :, :, first:last]
-        ) -> Tensor:
-            return layer.update(part[0], part[1])[0].attend(call, module)
 
-        found, expected = read(mixed), [read(layer) for layer in plain]
-        for head in range(3):
-            own = slice(2 * head, 2 * head + 2)
-            torch.testing.assert_close(found[:, :, own], expected[head][:, :, own], rtol=1e-4, atol=1e-5)
-    assert mixed.get_seq_length() == 43 and mixed.dense_nbytes == plain[0].dense_nbytes
+@pytest.mark.parametrize("seed", range(4))
+def test_each_head_reads_what_it_holds_in_few_bits(kernels: str, seed: int) -> None:
+    chosen = random.Random(seed)
+    batch, heads, group = chosen.randint(1, 2), chosen.randint(1, 3), chosen.randint(1, 3)
+    widths = chosen.choice([8, 20, 64]), chosen.choice([16, 24, 72])
+    bits = [[chosen.randint(2, 6) for _ in range(heads)] for _ in widths]
+    channels = coded_channels(bits[0], widths[0], moving=seed % 2 == 0), coded_channels(bits[1], widths[1])
+    layer = MixedLayer(MIXED.replace(window=chosen.randint(1, 9), sinks=chosen.randint(0, 5)), *channels)
+    device = "cuda" if kernels == "triton" and torch.cuda.is_available() else "cpu"
+    module, padding = Mock(is_causal=True, num_key_value_groups=group), torch.tensor([[0], [7]])[:batch]
+    dtype, close = (torch.bfloat16, 3e-2) if seed == 3 else (torch.float32, 1e-4)
+    last = 0
+    for count in (chosen.randint(30, 60), 1, chosen.randint(8, 16), 1):
+        first, last = last, last + count
+        states = [
+            torch.randn(batch, own, count, width, device=device).to(dtype)
+            for own, width in ((heads * group, widths[0]), (heads, widths[0]), (heads, widths[1]))
+        ]
+        mask = (torch.arange(last) <= torch.arange(first, last)[:, None]) & (torch.arange(last) >= padding[..., None])
+        call = Call(states[0], mask[:, None].to(device), 0.5)
+        expected = attend_stored(layer, call, states[1], states[2]) if first else None
+        found = layer.update(states[1], states[2])[0].attend(call, module)
+        if first:
+            torch.testing.assert_close(found.double(), expected, rtol=close, atol=close)
+    assert layer.get_seq_length() == last
 
 
 def test_models_generate_with_it(tiny_llama: LlamaForCausalLM) -> None:

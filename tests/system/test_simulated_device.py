@@ -26,6 +26,9 @@ from permprune.coupling.space import Coupling
 from permprune.engine.held import prepare
 from permprune.forecasts.machine import Machine, Rates
 from permprune.inference.pack import pack
+from permprune.kv.cache import PrunedCache
+from permprune.kv.config import KVConfig
+from permprune.models.forward import cache_argument
 from permprune.permuters.base import Permuter
 from permprune.permuters.cp import CP
 from permprune.permuters.learned import Learned
@@ -38,6 +41,7 @@ from permprune.updates.registry import UPDATES
 
 from ..fixtures import BLOCK, make_tiny_llama, small_checkpoint
 from ..jobs.test_streaming import Held
+from ..kv.reference import coded_channels
 from ..permuters.test_permuters import FOLDED, WINDOWS, brief
 from ..simulated_device import CPU, SIMULATED, SimulatedTensor, allocated, simulated_device
 
@@ -195,6 +199,22 @@ def test_folders(
     assert permprune.read_model(str(folder))[0].device == SIMULATED
     assert found[1][:2] == found[0][:2]
     assert found[1][2:] == pytest.approx(found[0][2:], rel=1e-5)
+
+
+@torch.no_grad()
+def test_caches_in_few_bits() -> None:
+    tokens, mask, found = torch.randint(5, 128, (2, 50)), torch.ones(2, 50, dtype=torch.int64), []
+    mask[0, :7] = 0
+    channels = {i: (coded_channels([2, 6], 8, moving=True), coded_channels([3, 4], 8)) for i in range(2)}
+    for device in DEVICES:
+        with simulated_device():
+            model = make_tiny_llama().to(device)
+            cache = PrunedCache(model, KVConfig("mixed", "mixed", window=8, sinks=2), channels)
+            for first, last in ((0, 40), (40, 41), (41, 50)):
+                inputs = {"input_ids": tokens[:, first:last].to(device), "attention_mask": mask[:, :last].to(device)}
+                logits = model(**inputs, **cache_argument(model, cache)).logits.cpu()
+            found.append(logits)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("fp32", 1e-5), ("bf16", 0.02), ("int8", 1e-5)])

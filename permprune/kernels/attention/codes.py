@@ -5,6 +5,8 @@ A code has a bit for every channel: bit c % 8 of byte c // 8 is set if channel c
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +56,9 @@ def unpack_planes(planes: Tensor, width: int) -> Tensor:
     return (bits << torch.arange(bits.shape[-2], device=planes.device)[:, None]).sum(-2)
 
 
+@cache
+@torch.inference_mode(False)
 def numbered(bits: int, device: torch.device) -> Tensor:
     """Return what the numbers of so many bits stand for, fp32 (2^bits,), rising."""
-    upper = torch.tensor(MAGNITUDES[bits], dtype=torch.float32, device=device)
-    return torch.cat((-upper.flip(0), upper))
+    upper = torch.tensor(MAGNITUDES[bits], dtype=torch.float32)
+    return torch.cat((-upper.flip(0), upper)).to(device)

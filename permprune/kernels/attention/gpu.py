@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from permprune.kernels.attention.codes import kept_count
+from permprune.kernels.attention.codes import kept_count, numbered
 from permprune.pattern import Pattern
 
 PART, TOKENS = 256, 32
@@ -24,17 +24,21 @@ SMALLEST = 16
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Packed keys or values: `parts` as in `permprune.kv.packing`, `level` fp32 (heads, width)."""
+    """Packed keys or values: `parts` as in `permprune.kv.packing`, `level` fp32 (heads, width), and the `pattern` or
+    the `bits`, 0 for whole numbers."""
 
     parts: Mapping[str, Tensor]
     level: Tensor
     pattern: Pattern | None
+    bits: int
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The values, codes, signs, amplitudes, scales and levels; the values in place of parts that are absent."""
+        """The values, codes, signs, amplitudes, scales and levels; the values in place of parts that are absent, and
+        what numbers of few bits stand for in place of the levels."""
         names = ("values", "code", "signs", "amplitude", "scale")
-        return [*(self.parts.get(name, self.parts["values"]) for name in names), self.level]
+        table = numbered(self.bits, self.level.device) if self.bits else self.level
+        return [*(self.parts.get(name, self.parts["values"]) for name in names), table]
 
     @property
     def sizes(self) -> list[int]:
@@ -47,18 +51,19 @@ class Packed:
     def kinds(self, side: str) -> dict[str, int]:
         """The compile-time arguments of the kernel for keys (`side` "K") or values ("V")."""
         arguments = {
+            "BITS": self.bits,
             "CODED": self.pattern is not None,
             "SIGNS": "amplitude" in self.parts,
             "SCALED": "scale" in self.parts,
+            "WIDTH": max(SMALLEST, triton.next_power_of_2(self.level.shape[-1])),
         }
-        arguments["WIDTH"] = max(SMALLEST, triton.next_power_of_2(self.level.shape[-1]))
         return {f"{side}_{name}": value for name, value in arguments.items()}
 
 
 @triton.jit
 def _states(
     values, code, signs, amplitude, scale, level, token, inside, head, width, kept, size, code_bytes, sign_bytes,
-    CODED: tl.constexpr, SIGNS: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
+    BITS: tl.constexpr, CODED: tl.constexpr, SIGNS: tl.constexpr, SCALED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Return the states of some tokens, fp32 (tokens, WIDTH), with zeros after the width.
 
@@ -68,21 +73,28 @@ def _states(
     shown = inside[:, None] & (channel < width)
     line = token[:, None]
     bit = shown.to(tl.int32)
-    if CODED:
-        byte = tl.load(code + line * code_bytes + channel // 8, mask=shown, other=0).to(tl.int32)
-        bit = (byte >> (channel % 8)) & 1
-    rank = tl.cumsum(bit, axis=1) - bit
-    stored = shown & (bit == 1) & (rank < kept)
-    state = tl.load(values + line * size + rank, mask=stored, other=0).to(tl.float32)
-    lost = channel - rank
-    pruned = shown & (bit == 0) & (lost < width - kept)
-    if SIGNS:
-        recovered = tl.load(amplitude + token, mask=inside, other=0).to(tl.float32)[:, None]
-        if SCALED:
-            recovered = recovered * 0.5
-        recovered = recovered * tl.load(level + head * width + channel, mask=channel < width, other=0)
-        byte = tl.load(signs + line * sign_bytes + lost // 8, mask=pruned, other=0).to(tl.int32)
-        state = tl.where(pruned, tl.where((byte >> (lost % 8)) & 1 == 1, -recovered, recovered), state)
+    if BITS:
+        number = bit * 0
+        for plane in tl.static_range(BITS):
+            at = values + line * size + plane * (size // BITS) + channel // 8
+            number += ((tl.load(at, mask=shown, other=0).to(tl.int32) >> (channel % 8)) & 1) << plane
+        state = tl.load(level + number, mask=shown, other=0)
+    else:
+        if CODED:
+            byte = tl.load(code + line * code_bytes + channel // 8, mask=shown, other=0).to(tl.int32)
+            bit = (byte >> (channel % 8)) & 1
+        rank = tl.cumsum(bit, axis=1) - bit
+        stored = shown & (bit == 1) & (rank < kept)
+        state = tl.load(values + line * size + rank, mask=stored, other=0).to(tl.float32)
+        lost = channel - rank
+        pruned = shown & (bit == 0) & (lost < width - kept)
+        if SIGNS:
+            recovered = tl.load(amplitude + token, mask=inside, other=0).to(tl.float32)[:, None]
+            if SCALED:
+                recovered = recovered * 0.5
+            recovered = recovered * tl.load(level + head * width + channel, mask=channel < width, other=0)
+            byte = tl.load(signs + line * sign_bytes + lost // 8, mask=pruned, other=0).to(tl.int32)
+            state = tl.where(pruned, tl.where((byte >> (lost % 8)) & 1 == 1, -recovered, recovered), state)
     if SCALED:
         state = state * tl.load(scale + token, mask=inside, other=0).to(tl.float32)[:, None]
     return state
@@ -95,8 +107,8 @@ def _attend(
     heads, rows, tokens, softcap,
     k_capacity, k_width, k_kept, k_size, k_code_bytes, k_sign_bytes,
     v_capacity, v_width, v_kept, v_size, v_code_bytes, v_sign_bytes,
-    K_CODED: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALED: tl.constexpr, K_WIDTH: tl.constexpr,
-    V_CODED: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALED: tl.constexpr, V_WIDTH: tl.constexpr,
+    K_BITS: tl.constexpr, K_CODED: tl.constexpr, K_SIGNS: tl.constexpr, K_SCALED: tl.constexpr, K_WIDTH: tl.constexpr,
+    V_BITS: tl.constexpr, V_CODED: tl.constexpr, V_SIGNS: tl.constexpr, V_SCALED: tl.constexpr, V_WIDTH: tl.constexpr,
     ADDED: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
@@ -112,7 +124,7 @@ def _attend(
         inside = position < tokens
         keys = _states(
             k_values, k_code, k_signs, k_amplitude, k_scale, k_level, line * k_capacity + position, inside, head,
-            k_width, k_kept, k_size, k_code_bytes, k_sign_bytes, K_CODED, K_SIGNS, K_SCALED, K_WIDTH,
+            k_width, k_kept, k_size, k_code_bytes, k_sign_bytes, K_BITS, K_CODED, K_SIGNS, K_SCALED, K_WIDTH,
         )  # fmt: skip
         score = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if CAPPED:
@@ -127,7 +139,7 @@ def _attend(
         factor = tl.exp(largest - now)
         values = _states(
             v_values, v_code, v_signs, v_amplitude, v_scale, v_level, line * v_capacity + position, inside, head,
-            v_width, v_kept, v_size, v_code_bytes, v_sign_bytes, V_CODED, V_SIGNS, V_SCALED, V_WIDTH,
+            v_width, v_kept, v_size, v_code_bytes, v_sign_bytes, V_BITS, V_CODED, V_SIGNS, V_SCALED, V_WIDTH,
         )  # fmt: skip
         result = result * factor[:, None] + tl.dot(share, values, input_precision="ieee")
         total = total * factor + tl.sum(share, axis=1)
