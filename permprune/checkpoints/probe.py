@@ -54,6 +54,16 @@ class Probe:
     outputs: Tensor
     tolerance: float
 
+    @property
+    def largest(self) -> float:
+        """The largest absolute output, of those that are finite."""
+        return largest_difference(self.outputs, self.outputs)[1]
+
+    def outputs_of(self, model: PreTrainedModel) -> Tensor:
+        """Return a model's outputs for the inputs, at as many positions as `outputs` has."""
+        rows = len(next(iter(self.inputs.values())))
+        return probe_outputs(model, self.inputs, max(1, len(self.outputs) // max(1, rows)))
+
     def write(self, folder: Path) -> None:
         """Write the file of the probe into a folder."""
         tolerance = torch.tensor(self.tolerance, dtype=torch.float64)
@@ -129,12 +139,12 @@ def check_outputs(model: PreTrainedModel, probe: Probe, what: str, advice: str =
 
 def output_difference(model: PreTrainedModel, probe: Probe, what: str) -> float:
     """Return the difference that `check_outputs` compares with the tolerance. Raises `PermpruneError` likewise."""
-    known, rows = argument_names(model), len(next(iter(probe.inputs.values())))
+    known = argument_names(model)
     try:
         if unknown := sorted(probe.inputs.keys() - set(known)):
             raise TypeError(f"it takes no {unknown[0]!r}")
         with nullcontext() if is_packed(model) else in_fp32(model):
-            outputs = probe_outputs(model, probe.inputs, max(1, len(probe.outputs) // max(1, rows)))
+            outputs = probe.outputs_of(model)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise PermpruneError(f"the model does not run on the examples of {PROBE} ({first_line(error)})") from error
     if outputs.shape != probe.outputs.shape:

@@ -55,7 +55,10 @@ def pack(
     print(f"pruned layers: {layers}; all weights: {weights}")
     if packed.left_dense:
         print(f"left dense, as they have no packed form: {', '.join(packed.left_dense)}")
-    print(f"outputs on the probe differ by at most {packed.difference:.2g} (the largest is {packed.largest:.2g})")
+    print(
+        f"outputs on random inputs (up to {packed.largest:.2g}) differ by at most {packed.difference:.2g} from those "
+        f"of the masked model, {packed.before:.2g} before packing; random rounding makes it {packed.rounding:.2g}"
+    )
     print(f"written to {out}")
 
 

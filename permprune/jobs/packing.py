@@ -16,6 +16,7 @@ from permprune.config import PruneConfig
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes, weight_bytes
 from permprune.inference.pack import pack, unpack
+from permprune.inference.rounding import check_rounding
 from permprune.models.layers import merged
 from permprune.models.processors import Processor, read_processor
 from permprune.plan import calibration_examples
@@ -43,13 +44,16 @@ class Packed:
 
     `weights` are the sizes of all weights, `layers` those of the pruned layers, and `left_dense` the names of the
     layers that were not packed, as `merged` shows them. `difference` is the largest absolute difference between the
-    outputs of the packed and the unpacked model on the folder's probe, and `largest` the largest absolute output.
+    packed model's outputs on the folder's probe and those of the masked model, of which the unpacked model had `before`
+    already. `rounding` is what rounding at random changes (`rounding_change`), `largest` the largest absolute output.
     """
 
     weights: Sizes
     layers: Sizes
     left_dense: list[str]
     difference: float
+    before: float
+    rounding: float
     largest: float
 
 
@@ -76,7 +80,7 @@ def pack_folder(
     record = read_record(folder)
     if PACKED in record.extra:
         raise PermpruneError(f"{folder} is packed already: unpack it first, or pack the folder that it was made from")
-    model, processor, probe = _read(folder, trust_remote_code)
+    model, processor, probe, earlier = _read(folder, trust_remote_code)
     require_space(out, weight_bytes(model))
     stage(PACK)
     examples = None
@@ -86,7 +90,9 @@ def pack_folder(
     before = _sizes(model, set(patterns))
     dense = pack(model, patterns, dtype=dtype, head=head, examples=examples)
     after = _sizes(model, set(patterns))
-    difference = output_difference(model, probe, str(folder))
+    packed = f"{folder}, packed as {dtype},"
+    difference = output_difference(model, probe, packed)
+    rounding = check_rounding(model, probe, difference, before=probe.tolerance, what=packed)
     kept = {"gathers": record.to_json()["gathers"], "dtype": dtype, "head": head, TOLERANCE: probe.tolerance}
     measured = dataclasses.replace(probe, tolerance=max(probe.tolerance, SLACK * difference))
     shown = record.showcase and record.showcase.resized(after[0])
@@ -104,7 +110,9 @@ def pack_folder(
         layers=Sizes(before[1], after[1]),
         left_dense=merged(dense),
         difference=difference,
-        largest=float(probe.outputs.abs().max()),
+        before=earlier,
+        rounding=rounding,
+        largest=probe.largest,
     )
 
 
@@ -121,7 +129,7 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
     record = read_record(folder)
     if PACKED not in record.extra:
         raise PermpruneError(f"{folder} is not packed: give a folder with packed weights")
-    model, processor, probe = _read(folder, trust_remote_code)
+    model, processor, probe, _ = _read(folder, trust_remote_code)
     stage("unpack")
     unpack(model)
     difference = check_outputs(model, probe, f"the unpacked {folder}")
@@ -138,17 +146,16 @@ def unpack_folder(folder: str | Path, out: str | Path, *, trust_remote_code: boo
         )
 
 
-def _read(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Processor | None, Probe]:
+def _read(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, Processor | None, Probe, float]:
     """Load the model in the data type that it is stored in, its processor (None if the folder has none), and its probe.
 
-    Raises `PermpruneError` if the model's outputs are not those of the probe.
+    The number is how far its outputs are from those of the probe. Raises `PermpruneError` if that is too far.
     """
     with loading(str(folder), folder, PROCESSOR):
         processor = read_processor(folder, trust_remote_code)
     model = load(folder, trust_remote_code=trust_remote_code)
     probe = require_probe(origin_of(model))
-    check_outputs(model, probe, str(folder))
-    return model, processor, probe
+    return model, processor, probe, check_outputs(model, probe, str(folder))
 
 
 def _sizes(model: PreTrainedModel, names: set[str]) -> tuple[int, int]:

@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.io import load
 from permprune.checkpoints.origin import origin_of, recorded_patterns, require_patterns
-from permprune.checkpoints.probe import check_outputs
-from permprune.checkpoints.record import Record
+from permprune.checkpoints.probe import TOLERANCE, check_outputs
+from permprune.checkpoints.record import PACKED, Record
 from permprune.errors import PermpruneError
+from permprune.inference.rounding import check_rounding
 from permprune.models.layers import DenseWeights, dense_weights
 from permprune.pruning.folder import require_probe
 from permprune.system.failures import failures_reported
@@ -24,13 +25,19 @@ class Verified:
     """The result of `verify`.
 
     `layers` is the number of layers whose stored weights satisfy their pattern, and `dense` describes the weights of
-    the blocks that are not pruned. `difference` is the largest absolute difference between the model's outputs and
-    those of the masked model before its channels were reordered.
+    the blocks that are not pruned. `difference` is the largest absolute difference between the model's outputs on
+    random inputs and those of the masked model in fp32, before its channels were reordered and its weights packed.
+    More than `limit` is refused, and `largest` is the largest absolute output. Of a packed model, `stored` is the type
+    of its weights, and `rounding` what rounding at random changes (`rounding_change`).
     """
 
     layers: int
     difference: float
     dense: DenseWeights
+    limit: float
+    largest: float
+    stored: str | None = None
+    rounding: float | None = None
 
 
 @failures_reported()
@@ -49,8 +56,19 @@ def verify(model: str | Path | PreTrainedModel, *, trust_remote_code: bool = Fal
     patterns = recorded_patterns(loaded, origin.record.layers)
     require_patterns(loaded, patterns)
     what = "this model" if loaded is model else str(model)
-    difference = check_outputs(loaded, require_probe(origin), what)
-    return Verified(len(patterns), difference, origin.record.dense or _dense(loaded, origin.record))
+    probe, packed = require_probe(origin), origin.record.extra.get(PACKED)
+    verified = Verified(
+        layers=len(patterns),
+        difference=check_outputs(loaded, probe, what),
+        dense=origin.record.dense or _dense(loaded, origin.record),
+        limit=probe.tolerance,
+        largest=probe.largest,
+    )
+    if packed is None:
+        return verified
+    before = packed.get(TOLERANCE, probe.tolerance)  # which earlier releases did not record
+    rounding = check_rounding(loaded, probe, verified.difference, before=before, what=what)
+    return dataclasses.replace(verified, stored=packed["dtype"], rounding=rounding)
 
 
 def _dense(model: PreTrainedModel, record: Record) -> DenseWeights:

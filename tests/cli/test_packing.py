@@ -60,7 +60,7 @@ def test_pack_verify_evaluate_unpack(pruned: Path, limits: dict[str, float], tin
         assert {"config.json", "packed.safetensors", "tokenizer.json", "permprune.json"} <= files
         assert not files & {"gathered.safetensors", "model.safetensors"}
         code, stdout, _ = run("verify", packed)
-        assert code == 0 and f"{count} layers hold the pattern" in stdout
+        assert code == 0 and f"{count} layers hold the pattern" in stdout and f"stored as {dtype}" in stdout
         options = ["--data", tiny_text, "--windows", "2", "--length", "16"]
         assert run("evaluate", packed, *options)[0] == 0
         loaded = AutoModelForCausalLM.from_pretrained(packed)
