@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -20,6 +21,9 @@ from permprune.models.generation import generate, needs_decoder_inputs
 from permprune.models.modality import kind_of
 from permprune.models.positions import fitting_length
 from permprune.system.device import compute_device
+
+ImageSize = tuple[int, int] | None
+"""Height and width of images; None for those of the model's config."""
 
 STEPS = 16
 """Default number of tokens that are generated to measure the time per token."""
@@ -54,21 +58,25 @@ def measure(
     context: int,
     steps: int = STEPS,
     cache: Callable[[], Cache] | None = None,
+    size: ImageSize = None,
 ) -> Speed | Throughput:
     """Measure a causal language model with `measure_speed`, and others with `measure_throughput`."""
     if is_causal_lm(model) or cache is not None:
         return measure_speed(model, batch=batch, context=context, steps=steps, cache=cache)
-    return measure_throughput(model, batch=batch, context=context, steps=steps)
+    return measure_throughput(model, batch=batch, context=context, steps=steps, size=size)
 
 
 @torch.inference_mode()
-def measure_throughput(model: PreTrainedModel, *, batch: int, context: int = 0, steps: int = STEPS) -> Throughput:
+def measure_throughput(
+    model: PreTrainedModel, *, batch: int, context: int = 0, steps: int = STEPS, size: ImageSize = None
+) -> Throughput:
     """Measure the time of a forward pass of a model on `batch` random inputs, once.
 
-    Texts have `context` tokens. Of an encoder-decoder model that writes text, as those of speech do, the time includes
-    `steps` tokens that are generated greedily. Raises `PermpruneError` if the inputs cannot be made.
+    Texts have `context` tokens, and images this `size`. Of an encoder-decoder model that writes text, as those of
+    speech do, the time includes `steps` tokens that are generated greedily. Raises `PermpruneError` if there are no
+    inputs for the model.
     """
-    inputs, device = batch_inputs(model, batch, context), compute_device(model)
+    inputs, device = batch_inputs(model, batch, context, size), compute_device(model)
     with evaluating(model):
         began = _now(device)
         if needs_decoder_inputs(model, inputs):
@@ -78,9 +86,14 @@ def measure_throughput(model: PreTrainedModel, *, batch: int, context: int = 0, 
         return Throughput(batch, context, _now(device) - began)
 
 
-def batch_inputs(model: PreTrainedModel, batch: int, context: int) -> Examples:
-    """Return random inputs, one row or image for each of the batch, and texts of `context` tokens unless it is 0."""
+def batch_inputs(model: PreTrainedModel, batch: int, context: int, size: ImageSize = None) -> Examples:
+    """Return random inputs, one row or image for each of the batch, and texts of `context` tokens unless it is 0.
+
+    Images have the height and width that the model's processor gives them (`size`), or those of its config.
+    """
     made = example_inputs(model)
+    if size is not None and "pixel_values" in made and made["pixel_values"].dim() == 4:  # others are videos and patches
+        made["pixel_values"] = F.interpolate(made["pixel_values"], size)
     if needs_decoder_inputs(model, Examples({name: made[name] for name in made if not name.startswith("decoder_")})):
         made = {name: tensor for name, tensor in made.items() if not name.startswith("decoder_")}
     example = Examples(made)

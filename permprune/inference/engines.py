@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.benchmark import Throughput
 from permprune.errors import PermpruneError, first_line
-from permprune.evaluation.speed import batch_inputs
+from permprune.evaluation.speed import ImageSize, batch_inputs
 from permprune.examples import Examples
 from permprune.models.forward import is_causal_lm
 from permprune.models.generation import needs_decoder_inputs
@@ -48,12 +48,12 @@ class Engine:
     run: Callable[[Tensor], Any]
     nbytes: int
 
-    def measure(self, model: PreTrainedModel, batch: int, context: int) -> Throughput:
+    def measure(self, model: PreTrainedModel, batch: int, context: int, size: ImageSize = None) -> Throughput:
         """Measure the engine's time for the inputs of `measure_throughput`, once; `model` is the one it runs.
 
         Raises `EngineError` if the engine fails.
         """
-        inputs = batch_inputs(model, batch, context)
+        inputs = batch_inputs(model, batch, context, size)
         (given,) = (inputs[name] for name in inputs)
         began = time.perf_counter()
         try:

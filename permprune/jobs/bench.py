@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.benchmark import BenchedModel, Benchmark
 from permprune.checkpoints.io import load, read_model
+from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import RECORD, read_record
 from permprune.errors import PermpruneError
 from permprune.evaluation.size import stored_bytes
-from permprune.evaluation.speed import STEPS, batch_inputs, cells, measure
+from permprune.evaluation.speed import STEPS, ImageSize, batch_inputs, cells, measure
 from permprune.inference.engines import EngineError, build, installed
 from permprune.kv.cache import PrunedCache
 from permprune.kv.files import OtherModelError
@@ -228,8 +229,9 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
     torch.set_num_threads(entry.threads)
     try:
         model = _load(entry)
+        size = read_size(entry.source, model, trust_remote_code=entry.trust_remote_code)
         if entry.engine is not None:
-            _serve_engine(pipe, entry, model)
+            _serve_engine(pipe, entry, model, size)
             return
         cache = None if entry.kv is None else functools.partial(PrunedCache.from_pretrained, entry.kv, model)
         if cache is not None:
@@ -245,17 +247,17 @@ def _serve(pipe: Connection, entry: _Entry) -> None:
                 pipe.send(cells(model, *question))
             else:
                 batch, context, steps = question
-                pipe.send(measure(model, batch=batch, context=context, steps=steps, cache=cache))
+                pipe.send(measure(model, batch=batch, context=context, steps=steps, cache=cache, size=size))
     except PermpruneError as error:
         pipe.send(error)
 
 
-def _serve_engine(pipe: Connection, entry: _Entry, model: PreTrainedModel) -> None:
+def _serve_engine(pipe: Connection, entry: _Entry, model: PreTrainedModel, size: ImageSize) -> None:
     """Do the same for a dense model in another engine; the memory of the model in PyTorch is not counted."""
     assert entry.engine is not None
     batch, context = cells(model)[0]
     with tempfile.TemporaryDirectory(prefix="permprune-") as folder:
-        inputs = batch_inputs(model, max(2, batch), context)
+        inputs = batch_inputs(model, max(2, batch), context, size)
         logging.disable(logging.WARNING)  # advice of the engines to their users
         with contextlib.redirect_stdout(io.StringIO()):  # and their bars
             engine = build(model, entry.engine, inputs, threads=entry.threads, folder=Path(folder))
@@ -265,4 +267,4 @@ def _serve_engine(pipe: Connection, entry: _Entry, model: PreTrainedModel) -> No
                 pipe.send((engine.nbytes, psutil.Process().memory_info().rss - stored_bytes(model)))
             else:
                 batch, context, _ = question
-                pipe.send(engine.measure(model, batch, context))
+                pipe.send(engine.measure(model, batch, context, size))

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from permprune.checkpoints.benchmark import Speed
 from permprune.checkpoints.io import load, read_model
+from permprune.checkpoints.offload import read_size
 from permprune.checkpoints.record import PACKED, Record, Side, read_record
 from permprune.config import PruneConfig
 from permprune.errors import first_line
-from permprune.evaluation.speed import cells, measure
+from permprune.evaluation.speed import ImageSize, cells, measure
 from permprune.models.forward import is_causal_lm
 from permprune.models.modality import kind_of
 from permprune.pruning.folder import write_record
@@ -52,8 +53,8 @@ def add_speeds(folder: Path, dense: str, config: PruneConfig) -> Record:
     try:
         model, _, _ = read_model(dense, task=config.task, trust_remote_code=trusted)
         fastest = _fastest_type(model)
-        sides = dict(record.showcase.sides)
-        sides["dense"] = _measured(nn.Module.to(model, dtype_named(fastest)), sides["dense"], fastest)
+        sides, size = dict(record.showcase.sides), read_size(dense, model, trust_remote_code=trusted)
+        sides["dense"] = _measured(nn.Module.to(model, dtype_named(fastest)), sides["dense"], fastest, size)
         unit = "tokens/s" if is_causal_lm(model) else f"{READ_BY.get(kind_of(model), 'texts')}/s"
         del model
         pruned = nn.Module.to(load(folder, trust_remote_code=trusted), best_device())
@@ -62,7 +63,7 @@ def add_speeds(folder: Path, dense: str, config: PruneConfig) -> Record:
             fastest = f"{record.extra[PACKED]['dtype']}, packed"
         else:
             nn.Module.to(pruned, dtype_named(fastest))
-        sides["pruned"] = _measured(pruned, sides["pruned"], fastest)
+        sides["pruned"] = _measured(pruned, sides["pruned"], fastest, size)
     except Exception as error:  # a model's own code can raise any type, and what was written is complete
         log.warning("the speed was not measured: %s", first_line(error))
         return record
@@ -81,14 +82,14 @@ def _fastest_type(model: PreTrainedModel) -> str:
     return max(rates, key=rates.__getitem__)
 
 
-def _measured(model: PreTrainedModel, side: Side, dtype: str) -> Side:
-    """Return a side with the speed of its model, which is in this data type."""
-    return dataclasses.replace(side, speed=max(_rate(model, STEPS) for _ in range(TURNS)), dtype=dtype)
+def _measured(model: PreTrainedModel, side: Side, dtype: str, size: ImageSize) -> Side:
+    """Return a side with the speed of its model, which is in this data type, for images of this size."""
+    return dataclasses.replace(side, speed=max(_rate(model, STEPS, size) for _ in range(TURNS)), dtype=dtype)
 
 
-def _rate(model: PreTrainedModel, steps: int) -> float:
+def _rate(model: PreTrainedModel, steps: int, size: ImageSize = None) -> float:
     """The tokens that a language model generates in a second, one at a time, or the inputs that another reads."""
     generates = is_causal_lm(model)
     ((batch, context),) = cells(model, [1 if generates else INPUTS], [steps if generates else TOKENS])
-    speed = measure(model, batch=batch, context=context, steps=steps)
+    speed = measure(model, batch=batch, context=context, steps=steps, size=size)
     return speed.decode if isinstance(speed, Speed) else speed.items

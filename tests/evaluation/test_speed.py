@@ -13,7 +13,7 @@ from transformers import (
 from permprune.checkpoints.benchmark import BenchedModel, Benchmark, Speed, Throughput
 from permprune.checkpoints.schema import Malformed, decode
 from permprune.errors import PermpruneError
-from permprune.evaluation.speed import cells, measure, measure_speed
+from permprune.evaluation.speed import batch_inputs, cells, measure, measure_speed
 from permprune.kv.cache import PrunedCache
 from permprune.report.speed import bench_table, short_name, speed_bars, summary
 from permprune.report.style import save
@@ -84,6 +84,14 @@ def test_other_models_read_a_batch_and_speech_is_transcribed(name: str, contexts
     speed = measure(model, batch=5, context=contexts[0], steps=3)
     assert isinstance(speed, Throughput) and speed.items > 0
     assert (speed.batch, speed.context, sizes) == (5, contexts[0], passes)
+
+
+def test_images_have_the_size_that_the_processor_gives() -> None:
+    model = modalities.make("vit")
+    own = batch_inputs(model, 3, 0)["pixel_values"].shape
+    assert batch_inputs(model, 3, 0, (8, 24))["pixel_values"].shape == (*own[:2], 8, 24)
+    with pytest.raises(ValueError, match="24"):  # this model reads images of one size
+        measure(model, batch=3, context=0, size=(8, 24))
 
 
 def test_speeds_of_inputs_are_shown_and_survive_json() -> None:
