@@ -75,4 +75,5 @@ static ALWAYS_INLINE void unpack_coded(float *to, const uint64_t *planes, const 
 static ALWAYS_INLINE uint64_t deposit(uint64_t bits, uint64_t places) { return _pdep_u64(bits, places); }
 
 #define HAS_BLOCKS
+#define HAS_CODED
 #include "attention/kernels.h"

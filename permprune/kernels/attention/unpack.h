@@ -7,7 +7,9 @@
  *     lanes flip(lanes values, uint32_t bits)
  *         negates the lanes at the ones of `bits`; this one and the two before only where HAS_BLOCKS is defined
  *     bytes look_up(const int8_t *table, bytes places)
- *         the entries of a table of LINE; not where HAS_BLOCKS is defined
+ *         the entries of a table of LINE; not where HAS_CODED is defined
+ *     void unpack_coded(float *to, const uint64_t *planes, const int bits, int64_t lines)
+ *         up to four lines of the numbers whose bits stand in planes; only where HAS_CODED is defined
  *     uint64_t deposit(uint64_t bits, uint64_t places)
  *         successive bits at the ones of `places`
  */
@@ -95,7 +97,7 @@ static ALWAYS_INLINE uint64_t read_plane(const char *plane, int64_t left)
     return word;
 }
 
-#if !defined(HAS_BLOCKS)
+#if !defined(HAS_CODED)
 static ALWAYS_INLINE void unpack_coded(float *to, const uint64_t *planes, const int bits, int64_t lines)
 {
     typedef int8_t signed_bytes __attribute__((vector_size(LINE)));
