@@ -78,71 +78,70 @@ class Costs:
         return self.others + int(self.bytes[np.arange(len(choice)), choice].sum())
 
 
-def allocate(network: PrunedNetwork, run: Run, costs: Costs, frame: Pattern) -> Mix:
-    """Choose a candidate for each layer of a network; `frame` is that of the candidates (`frame_of`).
-
-    First the orders are found from which a search with the pattern `frame` would start. In these orders, the costs of
-    the candidates are found from uniform patterns (`layer_costs`), and the choice that costs least within the budget is
-    tried. The densest uniform pattern within the budget is chosen instead, for all layers, if it loses less on the
-    held-out examples. At the end the network shows the chosen patterns. Raises `PermpruneError` if the
-    budget is too small.
-    """
-    network.set_patterns(dict.fromkeys(network.layers, frame))
-    START.solve(network, replace(run, solved={}))  # no other search starts from this network
-    return _Choosing(Landscape.of(network, run, Objective()), costs).chosen()
-
-
 def differentiated(candidates: int) -> range:
     """The numbers of the candidates at whose uniform patterns gradients are computed."""
     return range(ENDS, candidates - ENDS) if candidates > 2 * ENDS + 1 else range(candidates)
 
 
-class _Choosing:
-    """The measurements of `allocate`, all on the held-out examples: `losses` are those of the uniform patterns."""
+class Sensitivity:
+    """What patterns cost the layers of a network, measured once for all budgets; `frame` is that of `candidates`.
 
-    def __init__(self, landscape: Landscape, costs: Costs) -> None:
-        self.landscape, self.costs, network = landscape, costs, landscape.network
-        self.uniform = [[number] * len(network.layers) for number in range(len(costs.candidates))]
-        examples, found, self.losses = landscape.run.batch(0, EXAMPLES), dict[int, np.ndarray](), list[float]()
-        telling = differentiated(len(costs.candidates))
+    First the orders are found from which a search with the pattern `frame` would start (`frame_of`). In these orders,
+    the costs of the candidates are found from uniform patterns (`layer_costs`). Losses are those on the held-out
+    examples.
+    """
+
+    def __init__(self, network: PrunedNetwork, run: Run, candidates: Sequence[Candidate], frame: Pattern) -> None:
+        network.set_patterns(dict.fromkeys(network.layers, frame))
+        START.solve(network, replace(run, solved={}))  # no other search starts from this network
+        self.landscape, self.candidates = Landscape.of(network, run, Objective()), candidates
+        self.uniform = [(number,) * len(network.layers) for number in range(len(candidates))]
+        self.measured = dict[tuple[int, ...], float]()
+        examples, found = run.batch(0, EXAMPLES), dict[int, np.ndarray]()
+        telling = differentiated(len(candidates))
         for number, choice in track([*enumerate(self.uniform)], "measuring uniform patterns"):
-            self.losses.append(self.loss(choice))
+            self.loss(choice)
             if number in telling:
-                found[number] = slopes(network, costs.candidates, examples, landscape.loss)
+                found[number] = slopes(network, candidates, examples, self.landscape.loss)
+        self.losses = [self.measured[choice] for choice in self.uniform]
         self.changes = layer_costs(found, self.losses)
 
     def loss(self, choice: Sequence[int]) -> float:
-        """Let the network run with a choice; returns its held-out loss."""
-        show(self.landscape.network, [self.costs.candidates[number] for number in choice])
-        return self.landscape.held_out_loss()
+        """Return the held-out loss of a choice; the network runs with it where it was not measured before."""
+        if (key := tuple(choice)) not in self.measured:
+            show(self.landscape.network, [self.candidates[number] for number in choice])
+            self.measured[key] = self.landscape.held_out_loss()
+        return self.measured[key]
 
-    def chosen(self) -> Mix:
-        candidates, names = self.costs.candidates, [*map(name_of, self.costs.candidates)]
-        choice = self.costs.choose(self.changes)
+    def choose(self, costs: Costs) -> Mix:
+        """Return the choice that costs least within the budget, or the densest uniform pattern that fits.
+
+        The latter if it loses less on the held-out examples. Raises `PermpruneError` if the budget is too small.
+        """
+        candidates, names = self.candidates, [*map(name_of, self.candidates)]
+        choice = costs.choose(self.changes)
         loss = self.loss(choice)
         log.info("patterns: held-out loss %.4f with the mix", loss)
-        fitting = [number for number, uniform in enumerate(self.uniform) if self.costs.fits(uniform)]
+        fitting = [number for number, uniform in enumerate(self.uniform) if costs.fits(uniform)]
         if fitting:
-            best = min(fitting, key=lambda number: (-self.costs.share_of(self.uniform[number]), self.losses[number]))
+            best = min(fitting, key=lambda number: (-costs.share_of(self.uniform[number]), self.losses[number]))
             log.info("patterns: held-out loss %.4f with %s in every layer", self.losses[best], names[best])
             if loss > self.losses[best] - TOLERANCE:
                 log.warning("no mix of patterns that was tried loses less than %s in every layer", candidates[best])
-                choice, loss = self.uniform[best], self.losses[best]
-        curve = self._curve(choice, loss)
-        self.loss(choice)
+                choice, loss = [*self.uniform[best]], self.losses[best]
+        curve = self._curve(costs, choice)
+        vars(self.landscape).pop("teacher_outputs", None)  # which take much memory while orders are searched
         chosen = dict(zip(self.landscape.network.layers, (names[number] for number in choice), strict=True))
         uniform = dict(zip(names, self.losses, strict=True))
-        return Mix(chosen, self.costs.share_of(choice), self.costs.bytes_of(choice), [loss], curve, uniform=uniform)
+        return Mix(chosen, costs.share_of(choice), costs.bytes_of(choice), [loss], curve, uniform=uniform)
 
-    def _curve(self, chosen: Sequence[int], loss: float) -> list[Point]:
-        """Return the best choices for several shares of the weights, beside the `chosen` one with its loss."""
-        kept = self.costs.kept.sum(0) / self.costs.weights
+    def _curve(self, costs: Costs, chosen: Sequence[int]) -> list[Point]:
+        """Return the best choices for several shares of the weights, beside the `chosen` one."""
+        kept = costs.kept.sum(0) / costs.weights
         shares = [kept.min(), *(share for share in POINTS if kept.min() < share < kept.max()), kept.max()]
-        choices = [self.costs.keeping(share).choose(self.changes) for share in shares]
+        choices = [costs.keeping(share).choose(self.changes) for share in shares]
         different, points = {tuple(choice) for choice in (*choices, chosen)}, []
-        known = dict(zip(map(tuple, (*self.uniform, chosen)), (*self.losses, loss), strict=True))
-        for choice in track(sorted(different, key=self.costs.share_of), "measuring the curve"):
+        for choice in track(sorted(different, key=costs.share_of), "measuring the curve"):
             expected = self.losses[-1] + float(self.changes[np.arange(len(choice)), choice].sum())
-            measured = known[choice] if choice in known else self.loss(choice)
-            points.append(Point(self.costs.share_of(choice), self.costs.bytes_of(choice), expected, measured))
+            points.append(Point(costs.share_of(choice), costs.bytes_of(choice), expected, self.loss(choice)))
         return points

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack, cast
 
 import torch
 from transformers import PreTrainedModel
 
+from permprune.budget.allocate import Sensitivity
 from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import attach_gathers, compose
 from permprune.checkpoints.io import load_written, write_weights
@@ -21,7 +23,7 @@ from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
-from permprune.engine.mixing import mix
+from permprune.engine.mixing import mix, sensitivity
 from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reorder_columns, sample, stored_form
 from permprune.engine.weights import Weights, round_shelved, round_weights
 from permprune.errors import PermpruneError
@@ -231,11 +233,19 @@ class Held(Weights):
         started = time.monotonic()
         self.network.detach()
         self.unmixed.network.attach()
-        plan, self.network, self.mixed = mix(self.unmixed, self.unmixed.network, self.model, keep)
+        plan, self.network, self.mixed = mix(
+            self.unmixed, self.unmixed.network, self.model, measured=lambda: self.sensitivity, keep=keep
+        )
         self.plan, self.mixed_at = replace(plan, network=self.network), keep
         if keep is None:
             self.unmixed = self.plan  # the network of all layers is not needed again
+            vars(self).pop("sensitivity", None)
         self.seconds += time.monotonic() - started
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """What the patterns of a mix cost each layer, measured once for all budgets that are tried."""
+        return sensitivity(self.unmixed, self.unmixed.network)
 
     @classmethod
     def of(cls, opened: OpenModel, config: PruneConfig, *, spare: bool = False, **settings: Any) -> Held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from permprune.budget.allocate import Costs, allocate
+from permprune.budget.allocate import Costs, Sensitivity
 from permprune.budget.asked import KEPT, Candidate, parse_candidates
 from permprune.checkpoints.mix import Mix
 from permprune.errors import PermpruneError
@@ -30,24 +30,36 @@ STATE = "patterns"
 """The name of the state with the patterns that were chosen, and of the folder of the search for them."""
 
 
+def sensitivity(plan: Plan, network: PrunedNetwork) -> Sensitivity:
+    """Measure what the candidates of the config cost the layers of a network, which is that of the whole `plan`."""
+    checkpoint = plan.run.checkpoint
+    own = Checkpoint(checkpoint.folder and checkpoint.folder / STATE, checkpoint.settings)
+    run = replace(plan.run, checkpoint=own, callbacks=())
+    return Sensitivity(network, run, parse_candidates(plan.config.candidates), plan.pattern)
+
+
 def mix(
-    plan: P, network: PrunedNetwork, model: PreTrainedModel, keep: float | None = None
+    plan: P,
+    network: PrunedNetwork,
+    model: PreTrainedModel,
+    *,
+    measured: Callable[[], Sensitivity],
+    keep: float | None = None,
 ) -> tuple[P, PrunedNetwork, Mix]:
     """Choose the patterns of a mix; returns the plan and the network of the layers that are pruned, and the choice.
 
-    `network` has all layers of the `plan` and can be used again, with another `keep`, which replaces the budget of the
-    config. An interrupted run finds the patterns that it had chosen. Raises `PermpruneError` if no choice fits.
+    `network` has all layers of the `plan`, and `measured` returns what its patterns cost (`sensitivity`). Both can be
+    used again, with another `keep`, which replaces the budget of the config. An interrupted run finds the patterns that
+    it had chosen. Raises `PermpruneError` if no choice fits.
     """
     stage(ALLOCATE)
     folder = plan.run.checkpoint.folder
     if folder is not None and keep is not None:
         folder = folder / f"keep {keep:.4f}"
-    searched = plan.run.checkpoint.settings | {"share": keep}
-    checkpoint = Checkpoint(folder and folder / STATE, searched)
+    checkpoint = Checkpoint(folder and folder / STATE, plan.run.checkpoint.settings | {"share": keep})
     found = checkpoint.load_object(STATE, Mix)
     if found is None:
-        costs = costs_of(plan, model, keep)
-        found = allocate(network, replace(plan.run, checkpoint=checkpoint, callbacks=()), costs, plan.pattern)
+        found = measured().choose(costs_of(plan, model, keep))
         checkpoint.save_object(STATE, found)
     patterns = found.patterns
     if not patterns:

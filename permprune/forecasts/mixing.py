@@ -29,10 +29,13 @@ def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
 
 
 def stages_of_limit(config: PruneConfig, stages: Sequence[Stage]) -> list[Stage]:
-    """Return the stage of the other runs of a limit of the loss, given the `stages` of one; none without a limit."""
+    """Return the stage of the other runs of a limit of the loss, given the `stages` of one; none without a limit.
+
+    What patterns cost is measured once for all of them.
+    """
     if config.max_loss is None:
         return []
-    works = [stage.work for stage in stages]
+    works = [stage.work for stage in stages if stage.name != PATTERNS]
     known = [work for work in works if work is not None]
     total = sum(known, Work()) * (ATTEMPTS - 1) if len(known) == len(works) else None
     return [Stage(OTHERS, max((stage.parts for stage in stages), key=lambda parts: sum(p.bytes for p in parts)), total)]

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from permprune import PermpruneError, PruneConfig, compare
+from permprune.budget import sensitivity
 
 from ..cli.running import fails, run
 
@@ -19,13 +21,17 @@ def source(tiny_checkpoint: Path, tiny_text: Path) -> list[str]:
     return [str(tiny_checkpoint), "--calibration", str(tiny_text), "--data", str(tiny_text), *SMALL]
 
 
-def test_the_fewest_weights_within_a_limit_are_kept(source: list[str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_fewest_weights_within_a_limit_are_kept(
+    source: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, gradients = tmp_path / "out", Mock(side_effect=sensitivity.slopes)
+    monkeypatch.setattr("permprune.budget.allocate.slopes", gradients)
     code, stdout, _ = run("prune", *source, "--out", out, "--max-loss", "50%", "--candidates", "6:8,2:4,1:4")
     assert code == 0 and "A mix of patterns" in stdout
     record = json.loads((out / "permprune.json").read_text())
     measured, attempts = record["measured"], record["mix"]["attempts"]
     assert measured["pruned"] <= 1.5 * measured["dense"]
+    assert gradients.call_count == 3  # candidates, however many shares are tried
     assert len(attempts) > 1 and attempts[-1]["confirmed"] == pytest.approx(measured["pruned"], rel=1e-3)
     assert record["mix"]["keep"] <= min(attempt["keep"] for attempt in attempts) + 1e-6
     assert run("verify", out)[0] == 0

@@ -137,7 +137,7 @@ def test_an_interrupted_run_keeps_the_patterns(
     first = ready(tiny_llama, tmp_path, keep=0.6)
     solution = first.search(brief("newton"), first.plan.run)
     first.restore()
-    monkeypatch.setattr("permprune.engine.mixing.allocate", None)
+    monkeypatch.setattr("permprune.engine.held.sensitivity", None)
     again = ready(tiny_llama, tmp_path, keep=0.6)
     assert again.mixed == first.mixed
     found = again.search(brief("newton"), again.plan.run)
