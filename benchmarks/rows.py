@@ -44,17 +44,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", type=Path, help="what permprune bench --json wrote")
     parser.add_argument("--model", required=True, help="the name of the dense model in the table")
-    parser.add_argument("--table", choices=("models", "cached-models"), default="models", help="cached: with --kv")
     parser.add_argument("--rows", type=Path, required=True, help="file of figures")
     options = parser.parse_args()
     bench = json.loads(options.bench.read_text(encoding="utf-8"))
     dense = next(row["bytes"] for row in bench["rows"] if row["dense"] and row["name"].endswith("(bf16)"))
     for row in bench["rows"]:
-        source, _, cache = row["name"].partition(" with ")
-        dtype = re.search(r" \((\w+)\)$", source)
-        weights = f"dense {dtype[1]}" if dtype else Path(source).name.replace("-", " ")
-        shared = {"table": options.table, "model": options.model, "threads": bench["threads"]}
-        shared["weights"] = f"{weights}, pruned cache" if cache else weights
+        dtype = re.search(r" \((\w+)\)$", row["name"])
+        weights = f"dense {dtype[1]}" if dtype else Path(row["name"]).name.replace("-", " ")
+        shared = {"table": "models", "model": options.model, "threads": bench["threads"], "weights": weights}
         for speed in row["speeds"]:
             cell = shared | {name: speed.pop(name) for name in ("batch", "context")}
             figures = {"bytes": row["bytes"], "size": row["bytes"] / dense, "resident": row["resident"]}

@@ -292,7 +292,7 @@ def kv_rivals() -> str:
     """The caches that take no more bytes than the default, with the paired difference to it."""
     found = rows("kv-cache.jsonl", model="smollm2-135m", length=2048)
     default = next(row for row in found if (row["method"], row["keys"], row["stored"]) == ("ria", "29:64", "int8"))
-    kept = [row for row in found if row["table"] != "patterns" or row["keys"] == "29:64"]
+    kept = [row for row in found if row["table"] in ("rivals", "int4") or row is default]
     found = sorted((row for row in kept if row["bytes"] <= default["bytes"]), key=lambda row: row["factor"])
     lines = []
     for row in found:
@@ -304,6 +304,30 @@ def kv_rivals() -> str:
     return markdown("method | pattern | recovery | stored | perplexity / dense | difference | bytes / dense", lines)
 
 
+def few_bits(model: str) -> str:
+    """The caches in few bits of a model by their bytes, and how many of the hidden sentences are found with them."""
+    lines = []
+    found = [{"method": "dense", "keys": "", "bytes": 1.0}, *rows("kv-cache.jsonl", table="quantised", model=model)]
+    for row in sorted(found, key=lambda row: -float(row["bytes"])):
+        name = row["method"].replace("each head,", "permprune, of each head within").replace("ria", "permprune")
+        name += f", {row['keys']}" if row["method"] == "ria" else ""
+        cells = [filled(cell, row) for cell in ("{bytes:.3f}", "{factor:.4f} ± {stderr:.4f}", "{kl:.4f}", "{top1:.1%}")]
+        for tokens in (2048, 4096):
+            own = {"model": model, "tokens": tokens, "method": row["method"], "keys": row["keys"]}
+            cells.append(next(map(retrieved, rows("kv-retrieval.jsonl", **own)), ""))
+        lines.append([name, *cells])
+    heads = "cache | bytes | perplexity / dense | KL | top-1 | found in 2048 tokens | in 4096"
+    return markdown(heads, lines)
+
+
+def retrieved(row: Row) -> str:
+    """The mean accuracy over the tasks of the dense cache; of others the difference to it in points."""
+    if row["difference"] is None:
+        return f"{statistics.mean(row['accuracy'].values()):.0%}"
+    differences, errors = zip(*row["difference"].values(), strict=True)
+    return f"{statistics.mean(differences):+.1f} ± {math.hypot(*errors) / len(errors):.1f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "protocol-fold": protocol_fold,
     "protocol-others": protocol_others,
@@ -313,6 +337,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "models-orders": models_orders,
     "glue-2-4": lambda: glue("2:4"),
     "kv-rivals": kv_rivals,
+    "few-bits": lambda: few_bits("smollm2-135m"),
+    "few-bits-qwen": lambda: few_bits("qwen2.5-coder-1.5b"),
     **{f"recipe-{page}": functools.partial(recipes, page) for _, _, page in RECIPES.values()},
 }
 """The other tables."""

@@ -69,7 +69,7 @@ def test_rows_of_a_benchmark_replace_earlier_ones(tmp_path: Path, monkeypatch: p
 
 def test_a_benchmark_of_models_becomes_rows_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speed = {"batch": 1, "context": 128, "first_token": 0.5, "next_token": 0.1, "prefill": 256.0, "decode": 10.0}
-    sizes = {"tiny (fp32)": 400, "tiny (bf16)": 200, "out/packed-bf16": 130, "out/packed-bf16 with kv": 130}
+    sizes = {"tiny (fp32)": 400, "tiny (bf16)": 200, "out/packed-bf16": 130}
     rows = [{"name": name, "dense": "(" in name, "bytes": size, "resident": 1000, "speeds": [speed]}
             for name, size in sizes.items()]  # fmt: skip
     (tmp_path / "bench.json").write_text(json.dumps({"threads": 2, "device": "CPU", "rows": rows}), encoding="utf-8")
@@ -78,6 +78,6 @@ def test_a_benchmark_of_models_becomes_rows_of_the_table(tmp_path: Path, monkeyp
     runpy.run_path(str(BENCHMARKS / "rows.py"), run_name="__main__")
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [(row["weights"], row["size"]) for row in found] == [
-        ("dense fp32", 2.0), ("dense bf16", 1.0), ("packed bf16", 0.65), ("packed bf16, pruned cache", 0.65),
+        ("dense fp32", 2.0), ("dense bf16", 1.0), ("packed bf16", 0.65),
     ]  # fmt: skip
     assert all(row["table"] == "models" and row["decode"] == 10.0 and row["version"] for row in found)
