@@ -54,7 +54,7 @@ SHARD = 5 * 10**9
 """Maximum number of bytes of weights in one file of a checkpoint."""
 
 
-class StoredTensors(Mapping[str, Tensor]):
+class StoredTensors(Computed):
     """The tensors of a checkpoint as they are stored, each read from disk when it is accessed.
 
     Access raises `PermpruneError` if a file is not as it was when this was made: one that is cut off while it is mapped
@@ -62,20 +62,14 @@ class StoredTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, loader: Mapping[str, Tensor]) -> None:
-        self._loader = loader
+        super().__init__(loader, lambda name: loader[name])
         self._index: Mapping[str, Mapping[str, str]] = getattr(loader, "index", {})
         files = {place["safetensors_file"] for place in self._index.values() if "safetensors_file" in place}
         self._signatures = {file: _signature(file) for file in files}
 
     def __getitem__(self, name: str) -> Tensor:
         self._file(name)
-        return self._loader[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._loader)
-
-    def __len__(self) -> int:
-        return len(self._loader)
+        return super().__getitem__(name)
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Read only some rows of a tensor."""

@@ -73,7 +73,8 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
     windows = effort.operations / (_operations(model, config, size) * EXAMPLES_PER_WINDOW[kind])
     rounds, steps, start, training = 0, 0, "", ""
     if effort.trains:
-        compensation = 8 * method.examples + _update_operations(model) * windows / effort.operations
+        products = sum(2.0 * layer.shape.numel() * layer.shape[1] for layer in block_linears(model))
+        compensation = 8 * method.examples + products * ADMM().iterations * windows / effort.operations
         a_step = 4 * method.step_examples  # with the dense model's
         steps = _within(STEPS, (windows - compensation) / a_step)
         rate = f":rate={RATES[kind]:g}" if kind in RATES else ""
@@ -100,12 +101,6 @@ def _operations(model: PreTrainedModel, config: PruneConfig, size: tuple[int, in
     except Exception as error:  # a model's own code can raise any type
         log.warning("the effort is that of a text of %d tokens: %s", config.length, first_line(error))
         return 2.0 * config.length * sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
-
-
-def _update_operations(model: PreTrainedModel) -> float:
-    """The operations of the products of an update of all layers (see `compensation`)."""
-    shapes = [layer.weight.shape for layer in block_linears(model)]
-    return sum(2.0 * rows * channels**2 * ADMM().iterations for rows, channels in shapes)
 
 
 def _within(limits: tuple[int, int], number: float) -> int:

@@ -85,11 +85,6 @@ class Experts:
             for index in range(len(getattr(module, WRITES)))
         ]
 
-    @property
-    def share(self) -> float:
-        """The number of experts for each token over that of all experts; 1 if the config has no such number."""
-        return min(1.0, getattr(self.module.config, "num_experts_per_tok", len(self.matrices)) / len(self.matrices))
-
     def run(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, whole: Whole) -> Tensor:
         """Compute the output (tokens, channels) of the layer, one expert after the other.
 

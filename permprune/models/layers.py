@@ -49,11 +49,6 @@ class Layer:
         return self.module.index if isinstance(self.module, ExpertMatrix) else None
 
     @property
-    def share_of_tokens(self) -> float:
-        """The mean share of the tokens that the layer reads: 1, or of E experts with k for each token k / E."""
-        return self.module.experts.share if isinstance(self.module, ExpertMatrix) else 1.0
-
-    @property
     def owner(self) -> nn.Module:
         """The module of the model that holds the parameter."""
         return self.module.experts.module if isinstance(self.module, ExpertMatrix) else self.module
