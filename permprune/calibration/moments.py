@@ -74,7 +74,7 @@ class InputMoments:
     sums are computed in fp32, whatever the type of the activations: in bf16, rounding would give H negative
     eigenvalues, which a search would exploit. Only one triangle of each sum is in memory. With `half` the results are
     stored as correlations in fp16. With `whole`, the experts among the readers run on all tokens of their layer and not
-    on those routed to them. Sums and results rest where tensors of `shelf` do, by default on the device.
+    on those routed to them. Sums rest where tensors of `shelf` do, by default on the device; results are put aside.
     """
 
     def __init__(
@@ -113,13 +113,15 @@ class InputMoments:
         Left out are the sites of experts that read fewer than `FEWEST` tokens, unless they ran on all. The sums are
         freed, so this can be called only once. Raises `PermpruneError` if activations overflowed.
         """
-        counts, moments = distributed.total(*self.counts.values()), SymmetricShelf(self.shelf.another())
+        counts, shelf = distributed.total(*self.counts.values()), self.shelf.another()
+        moments = SymmetricShelf(shelf)
         for (site, layer), count in zip(self.readers.items(), counts, strict=True):
             total = self.sums.pop(site)
             distributed.add_(list(total.strips))
             if layer.expert is not None and count < FEWEST and not self.whole:
                 continue
             moments[site] = _mean(total, count, site, half=self.half)
+        shelf.put_aside()
         return Symmetrics(moments)
 
 
@@ -149,7 +151,8 @@ def moments_of(x: Float[Tensor, "*positions channels"], site: str, *, half: bool
 
 def _mean(total: Symmetric, count: float, site: str, *, half: bool) -> Symmetric:
     """Return a sum divided by the number of tokens. Raises `PermpruneError` if it is not finite."""
-    total.divide_(count)
+    for strip in total.strips:
+        strip /= count
     if not total.is_finite():
         raise PermpruneError(f"activations at {site} overflow on the calibration data: calibrate with --precision fp32")
     return total.correlations() if half else total

@@ -75,7 +75,7 @@ def calibrate(
     is a limit in bytes for the accumulators: the sites that do not fit are measured in further forward passes. With
     `half` the second moments are stored as correlations in fp16 (`Symmetric`); they are read as fp32. `seed` is that of
     the labels that are drawn at random if there are none (`Outputs.fisher_loss`); they are the same for any number of
-    processes. The moments, and their sums, rest where tensors of `shelf` do. Raises `PermpruneError` if a loss or a
+    processes. The sums of the moments rest where tensors of `shelf` do. Raises `PermpruneError` if a loss or a
     statistic is not finite.
     """
     readers = {sites[layer.name]: layer for layer in reversed(layers)}

@@ -6,7 +6,7 @@ Processes that divide the rows of weights divide these matrices as well (`permpr
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from permprune.system import distributed, sharding
-from permprune.system.shelf import Shelf
+from permprune.system.shelf import Computed, Shelf
 
 STRIP = 256
 """Number of rows that are stored, and multiplied, at a time."""
@@ -56,11 +56,6 @@ class Symmetric:
             for span, strip in zip(_spans(self.size), self.strips, strict=True):
                 if len(strip):
                     strip.addmm_(rows[:, span].T, rows[:, span.start :])
-
-    def divide_(self, count: float) -> None:
-        """Divide the matrix, which is in fp32, by a number."""
-        for strip in self.strips:
-            strip /= count
 
     def is_finite(self) -> bool:
         """Whether no element is NaN or infinite."""
@@ -164,19 +159,17 @@ class SymmetricShelf(MutableMapping[str, Symmetric]):
         return len(self._diagonals)
 
 
-class Symmetrics(Mapping[str, Tensor]):
+class Symmetrics(Computed):
     """Symmetric matrices by name, which are made dense each time they are read."""
 
     def __init__(self, stored: MutableMapping[str, Symmetric]) -> None:
+        super().__init__(stored, lambda name: stored[name].dense())
         self.stored = stored
 
     @property
     def nbytes(self) -> int:
         """The bytes that are stored."""
         return sum(matrix.nbytes for matrix in self.stored.values())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stored[name].dense()
 
     def block(self, name: str, channels: Int[Tensor, " n"]) -> Float[Tensor, "n n"]:
         """Return the rows and columns of some channels of a matrix (`Symmetric.block`)."""
@@ -185,15 +178,6 @@ class Symmetrics(Mapping[str, Tensor]):
     def main_diagonal(self, name: str) -> Float[Tensor, " size"]:
         """Return the diagonal of a matrix."""
         return self.stored[name].main_diagonal()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
 
 
 def stored_elements(size: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import singledispatch
 from typing import Any
 
@@ -156,12 +157,11 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         Stage(f"{method.name}: accept", (*_pass(method, run), gradients), run.loss_work(run.held_out) * losses),
     ]
     batch = method.step_examples * run.examples_per_window
-    training = _training(method, run, batch)
+    training, best = _training(method, run, batch), replace(trained_weights(run), name="best trained weights")
     step = run.gradient_work(batch) + run.loss_work(batch)  # of the dense model, for the divergence
     if not method.rounds:
         rounds = []
     elif method.tune:
-        best = Memory("best trained weights", outline.dtype.itemsize * outline.weights)
         steps = method.tune * max(0, method.rounds - method.wait)
         rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
     if method.refine:
@@ -169,13 +169,15 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
         rounds.append(stage("refinement", *backward, work=work, times=method.refine))
     if method.compensate:
         updated = Memory("compensated weights", 4 * outline.weights)
-        work = _compensation(run, 4 * examples)
-        rounds.append(stage("compensation", updated, *_pass(method, run), work=work, times=1))
+        parts = (updated, *([trained_weights(run)] if method.tune else []), *_pass(method, run))
+        rounds.append(Stage(f"{method.name}: compensation", parts, _compensation(run, 4 * examples)))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
         if method.int4:
             training = (*training, Memory("int4 weights", outline.dtype.itemsize * outline.weights))
             counted = counted and counted + _solving(run, SOLVED * run.examples_per_window)
+        if method.tune or method.compensate:
+            training = (*training, best)
         rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
     return [*stages_of(method.start, run), *rounds]
 
@@ -263,9 +265,11 @@ def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Mem
     outline = run.outline
     weights = outline.dtype.itemsize * outline.weights
     moments = 2 * weights * outline.pattern.n // outline.pattern.m
-    parts = [trained_weights(run), Memory("Adam's moments", moments), *run.gradient.parts, *_masked(run)]
+    parts = [
+        Memory("weights in training", weights), Memory("Adam's moments", moments), *run.gradient.parts, *_masked(run),
+    ]  # fmt: skip
     if examples > run.batch:
-        parts.append(Memory("gradients", run.gradient_bytes))
+        parts.append(Memory("sums of gradients", run.gradient_bytes))
     if run.on_device:
         parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
     return (*parts, *_teacher(method, run, examples, training=True))

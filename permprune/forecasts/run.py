@@ -251,10 +251,13 @@ def forecast_held(
     files = FILES if offloads else shards
     ends = [weight.numel() for weight, _ in end_weights(model)]
     largest = max(layer.shape.numel() for layer in outline.layers)
+    check = counted("none", dtype=torch.float32, batch=2)  # on two examples of `short_inputs`
     as_stored = (
         Memory("weights as stored", checkpoint // files, "host"),
         Memory("layers in fp32", 4 * (largest + max(ends, default=0)) if is_narrow(stored) else 0, "host"),
-        Memory("activations of the check", _check_bytes(counted("none", dtype=torch.float32, batch=2), config), "host"),
+        Memory(
+            "activations of the check", round(min(1.0, SHORT / config.length) * (check.blocks + check.logits)), "host"
+        ),
     )
     written = (*found, *(as_stored if run.on_device or files > 1 else ()))
     stages = (
@@ -281,11 +284,6 @@ def forecast_held(
         shards=shards,
         assumed=tuple(_assumed(model, config, outline, processes)),
     )
-
-
-def _check_bytes(activations: Activations, config: PruneConfig) -> int:
-    """The activations of two examples of `short_inputs`, given those of two of the config's length."""
-    return int((activations.blocks + activations.logits) * min(1.0, SHORT / config.length))
 
 
 def _shared(stage: Stage, processes: int) -> Stage:

@@ -203,8 +203,8 @@ def compensate(landscape: Landscape, state: S, *, examples: int) -> S:
         ADMM().run(network, landscape.run.batch(0, examples))
         updated, kept = network.updated, network.shelf.another()
         network.set_bits(_bits_of(network, updated))  # `updated` is not shown any more
-        for name in updated:  # pruned weights keep the values that they had, as in training
-            weight = torch.where(network.masks[name], updated[name], network.weights[name])
+        for name in [*updated]:  # pruned weights keep the values that they had, as in training
+            weight = torch.where(network.masks[name], updated.pop(name), network.weights[name])
             kept[name] = weight.to(network.layers[name].stored.dtype)
         network.set_weights(kept)
     loss = landscape.held_out_loss()

@@ -73,10 +73,10 @@ class KeptWeights:
     """The kept weights of a network in training with Adam, with moments of these weights only.
 
     Weights and moments have the type in which the model holds each weight, and rest where those of the network do
-    (`MaskedLayers.shelf`). `weights` are by layer, (rows, channels), with zeros where a weight is pruned. Learning
-    rates are relative to the root mean square of a layer's kept weights, as in Adafactor (Shazeer & Stern 2018, arXiv
-    1804.04235, section 8), because that differs more than tenfold between models, and the rates that suit them do as
-    well. `steps` is the number of steps so far.
+    (`MaskedLayers.shelf`). `weights` are by layer, (rows, channels), with zeros where a weight is pruned, which do not
+    rest. Learning rates are relative to the root mean square of a layer's kept weights, as in Adafactor (Shazeer &
+    Stern 2018, arXiv 1804.04235, section 8), because that differs more than tenfold between models, and the rates that
+    suit them do as well. `steps` is the number of steps so far.
 
     Starts from the weights that the network shows, or from the state of an interrupted training with the same masks.
     """
@@ -87,7 +87,7 @@ class KeptWeights:
         if state is not None:
             generator.set_state(tensors[GENERATOR])
         self._bits = network.bits
-        self.weights, self._moments = network.shelf.another(), network.shelf.another()
+        self.weights, self._moments = network.shelf.another(network.masks), network.shelf.another()
         scales = [name.removeprefix(SCALE) for name in tensors if name.startswith(SCALE)]
         self._int4 = Int4Weights(network, {name: tensors[SCALE + name] for name in scales})
         self._scales: dict[str, float] = {}
@@ -133,22 +133,23 @@ class KeptWeights:
             shown = self._network.shelf.another()
             shown.update((name, self._int4.stored(name, weight)) for name, weight in self.weights.items())
         self._network.show(shown)
-        return self._network.take_gradients(examples, loss, take)
+        return self._network.take_gradients(examples, loss, take, kept=True)
 
     def state(self) -> State:
         """Return the state after the last step, from which training can be resumed; its tensors are read one by one."""
         tensors: dict[str, Callable[[], Tensor]] = {GENERATOR: self._generator.get_state}
-        for prefix, shelf in ((WEIGHT, self.weights), (MOMENTS, self._moments)):
-            tensors |= {prefix + name: partial(shelf.resting, name) for name in shelf}
+        tensors |= {WEIGHT + name: partial(self.weights.__getitem__, name) for name in self.weights}
+        tensors |= {MOMENTS + name: partial(self._moments.resting, name) for name in self._moments}
         tensors |= {SCALE + name: partial(self._int4.scales.__getitem__, name) for name in self._int4.scales}
         return Computed(tensors, lambda name: tensors[name]()), {"steps": self.steps}
 
     def with_pruned(self) -> Shelf:
-        """Return the weights as stored, with the values that pruned ones had before; they replace `weights`."""
-        for name in self.weights:
-            mask, weight = self._network.masks[name], self._int4.stored(name, self.weights[name])
-            self.weights[name] = torch.where(mask, weight, self._network.weights[name].to(weight.dtype))
-        return self.weights
+        """Return the weights as stored, with the values that pruned ones had before; nothing is left for training."""
+        whole = self._moments = self._network.shelf.another()  # the moments are freed
+        for name in self._network.layers:
+            mask, weight = self._network.masks[name], self._int4.stored(name, self.weights.pop(name))
+            whole[name] = torch.where(mask, weight, self._network.weights[name].to(weight.dtype))
+        return whole
 
 
 def train_further(
@@ -205,6 +206,7 @@ def train_weights(
     and these are returned.
     """
     before = network.trained
+    before.put_aside()
     kept = KeptWeights(network, run.generator(first, examples), saved.take())
     if kept.steps:
         log.info("training resumes after step %d", kept.steps)

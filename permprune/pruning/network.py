@@ -202,16 +202,20 @@ class PrunedNetwork(MaskedLayers):
         *totals, count = distributed.total(*sharding.total(*sums.values()), count)
         return {name: value / count for name, value in zip(sums, totals, strict=True)}
 
-    def take_gradients(self, examples: Examples, loss: Loss, take: Callable[[str, Tensor], None]) -> float:
+    def take_gradients(
+        self, examples: Examples, loss: Loss, take: Callable[[str, Tensor], None], kept: bool = False
+    ) -> float:
         """Call `take` with the name of each layer and its gradient of the mean loss over `examples`, over all ranks.
 
         Returns the mean loss of this rank's batches. Gradients are as in `gradients`. In one process, a weight's
         gradient is complete, and freed after `take`, in the backward pass of the last batch: of a single batch, the
         gradients of all weights are never in memory together. `take` must not change the weights that the layers of
-        this pass have yet to read. Raises `PermpruneError` as `gradients` does.
+        this pass have yet to read. With `kept` the gradients of weights that are pruned now may be 0. Raises
+        `PermpruneError` as `gradients` does.
         """
         shares, parameters = list(self._batches(examples, loss, self.batch)), self.parameters
-        sums, alone = GradientSums(parameters, self.dtype, self.shelf.another()), distributed.world() == 1
+        resting = self.shelf.another(Computed(parameters, self._kept_of) if kept else None)
+        sums, alone = GradientSums(parameters, self.dtype, resting), distributed.world() == 1
         count, losses = distributed.total(len(shares))[0], list[float]()
 
         def hand(parameter: str, gradient: Tensor) -> None:
@@ -219,8 +223,9 @@ class PrunedNetwork(MaskedLayers):
                 take(layer.name, layer.part_of(gradient))
 
         def complete(parameter: str, gradient: Tensor) -> None:
-            earlier = sums.sums.pop(parameter, None)
-            hand(parameter, gradient if earlier is None else gradient.add_(earlier))
+            if parameter in sums.sums:
+                gradient.add_(sums.sums.pop(parameter))
+            hand(parameter, gradient)
 
         with self._differentiable():
             for number, (shown, dense) in enumerate(shares, 1):
@@ -232,6 +237,13 @@ class PrunedNetwork(MaskedLayers):
                 for name, parameter in parameters.items():
                     hand(name, gradients.pop(name).to(parameter.dtype))
         return sum(losses) / max(1, len(losses))
+
+    def _kept_of(self, parameter: str) -> Tensor:
+        """Which elements of a parameter the masks of its layers keep, bool."""
+        mask = torch.zeros_like(self.parameters[parameter], dtype=torch.bool)
+        for layer in self._layers_of(parameter):
+            layer.part_of(mask).copy_(self.masks[layer.name])
+        return mask
 
     def _layers_of(self, parameter: str) -> list[Layer]:
         """The layers whose weights are parts of a parameter."""

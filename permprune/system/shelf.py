@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -64,31 +64,52 @@ class Shelf(MutableMapping[str, Tensor]):
 
     A tensor that is read is on the device from which it was put here. Unless it rests there, it is a copy, or on a CPU
     a mapping of the file, and is freed when it is not used any more: after a change in place it has to be put back, as
-    `shelf[name] += 1` does. The file has no name, and ends with the shelf. Raises `PermpruneError` if the disk is full.
+    `shelf[name] += 1` does. The file has no name, and ends with the shelf. With `masks`, bool and of the tensors'
+    shapes, only the elements that they keep rest; the others are read as 0. Raises `PermpruneError` if the disk is
+    full.
     """
 
-    def __init__(self, place: Place = "device", folder: Path | None = None) -> None:
-        self.place, self.folder = place, folder
+    def __init__(
+        self, place: Place = "device", folder: Path | None = None, masks: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.place, self.folder, self._masks = place, folder, masks
         self._held: dict[str, _Held] = {}
         self._lent = defaultdict[str, Callable[[], Tensor | None]](lambda: lambda: None)
         self._file: _File | None = None
         self._lock = threading.Lock()  # several problems are solved at a time
 
-    def another(self) -> Shelf:
-        """An empty shelf at the same place."""
-        return Shelf(self.place, self.folder)
+    def another(self, masks: Mapping[str, Tensor] | None = None) -> Shelf:
+        """An empty shelf at the same place; with `masks` only the elements that they keep are needed of its tensors.
+
+        On the device all rest, since to pick them out would take longer.
+        """
+        return Shelf(self.place, self.folder, None if self.place == "device" else masks)
+
+    def put_aside(self) -> None:
+        """Move tensors in the memory of the host, which are seldom read from now on, to the disk."""
+        if self.place != "host":
+            return
+        self.place = "disk"
+        for name, held in self._held.items():
+            self._held[name] = replace(self._room_for(held.tensor), device=held.device)
+            self.resting(name).copy_(held.tensor)
 
     def resting(self, name: str) -> Tensor:
-        """The tensor where it rests; of one on the disk a mapping of the file."""
+        """The tensor, or its kept elements, where it rests; of one on the disk a mapping of the file."""
         held = self._held[name]
         return held.tensor if held.start is None else self._opened().mapped(held)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.resting(name).to(self._held[name].device)
+        if self._masks is not None:
+            mask = self._masks[name]
+            return tensor.new_zeros(mask.shape).masked_scatter_(mask, tensor)
         self._lent[name] = weakref.ref(tensor)
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if self._masks is not None:
+            tensor = tensor[self._masks[name]]
         if self.place == "device" or (self.place == "host" and tensor.is_cpu):
             self._held[name] = _Held(tensor.device, tensor)
             return

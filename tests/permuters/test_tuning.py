@@ -3,6 +3,7 @@
 import dataclasses
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,7 +153,12 @@ def test_a_training_of_a_number_of_steps_keeps_a_time_limit(
     place = "permprune.permuters.trust_region.timed"
     monkeypatch.setattr(place, lambda seconds: limits.append(seconds) or counted(2))
     steps, trained = [], prepared.network.take_gradients
-    monkeypatch.setattr(prepared.network, "take_gradients", lambda *given: steps.append(1) or trained(*given))
+
+    def counting(*given: Any, **named: Any) -> float:
+        steps.append(1)
+        return trained(*given, **named)
+
+    monkeypatch.setattr(prepared.network, "take_gradients", counting)
     for minutes, made in ((None, 3), (2.0, 2)):
         steps.clear()
         method = Newton(rounds=1, train_steps=3)

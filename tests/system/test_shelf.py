@@ -26,6 +26,20 @@ def test_what_is_put_back_is_kept(place: Place, tmp_path: Path) -> None:
     assert "a" not in shelf and [*shelf] == ["b", "c"]
 
 
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_what_a_mask_keeps_is_kept_and_can_be_put_aside(place: Place, tmp_path: Path) -> None:
+    mask = torch.rand(6, 8) > 0.5
+    whole, kept = Shelf(place, tmp_path), Shelf(place, tmp_path).another({"a": mask})
+    for shelf in (whole, kept):
+        shelf["a"] = torch.rand(6, 8)
+        shelf["a"] += 1
+    value = whole["a"].clone()
+    assert int((kept["a"] > 1).sum()) == (48 if place == "device" else int(mask.sum()))
+    assert kept.resting("a").numel() == int((kept["a"] != 0).sum())
+    whole.put_aside()
+    assert torch.equal(whole["a"], value) and whole.place == ("device" if place == "device" else "disk")
+
+
 def test_a_tensor_in_use_does_not_change_with_what_takes_its_name(tmp_path: Path) -> None:
     shelf = Shelf("disk", tmp_path)
     shelf["a"] = torch.ones(3)

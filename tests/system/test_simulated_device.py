@@ -243,6 +243,7 @@ def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 TRAINED = Newton(start=Identity(), rounds=1, swaps=1, train_steps=1)
+COMPENSATED = Newton(start=Identity(), rounds=0, compensate=True, train_steps=1)
 
 WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 
@@ -255,6 +256,7 @@ WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
         (torch.float32, {"permute": TRAINED, "recompute": True}, {"num_hidden_layers": 2, "intermediate_size": 256}),
         (torch.float32, {"permute": "reconstruction:swaps=1:candidates=1", "mode": "gather"}, {"num_hidden_layers": 2}),
         (torch.bfloat16, {"permute": TRAINED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
+        (torch.bfloat16, {"permute": COMPENSATED, "recompute": True, "batch": 1, "offload": "host"}, WIDE),
     ],
 )
 def test_device_and_host_hold_what_was_forecast(
@@ -271,8 +273,9 @@ def test_device_and_host_hold_what_was_forecast(
     with allocated() as device, Held() as host:
         before = device.now
         permprune.prune_to_folder(str(source), tmp_path / "out", config, evaluation=Evaluation(str(tiny_text), 4, 16))
-    assert device.peak - before == pytest.approx(found.device, rel=0.1)
-    if settings["permute"] is TRAINED:  # of the others the host holds little but a batch of a few tokens
+    if settings["permute"] is not COMPENSATED:  # which computes with several matrices of a layer
+        assert device.peak - before == pytest.approx(found.device, rel=0.1)
+    if settings["permute"] in (TRAINED, COMPENSATED):  # of others the host holds little but a batch of a few tokens
         assert host.peak == pytest.approx(found.host - found.program, rel=0.1)
     assert torch.isfinite(permprune.load(tmp_path / "out").get_parameter("lm_head.weight")).all()
 
