@@ -139,7 +139,6 @@ def observe_states(
     count, length = examples["input_ids"].shape
     stride = max(1, math.ceil(count * length / TOKENS))
     observed = {i: ObservedLayer(skipped, stride) for i in full}
-    rotaries: dict[int, list[Rotary]] = {}
     device = compute_device(model)
     with frozen(model):
         verify_attention(model, examples["input_ids"][:1, :VERIFIED].to(device))
@@ -148,8 +147,7 @@ def observe_states(
             model(**model_inputs(model, part.to(device)), **cache_argument(model, cache))
             layers, _ = attention_layers(model)
     for layer in observed.values():
-        width = layer.width_of("keys")
-        layer.rotaries = rotaries.setdefault(width, rotaries_of(model, width))
+        layer.rotaries = rotaries_of(model, layer.width_of("keys"))
     return observed
 
 

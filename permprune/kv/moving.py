@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -54,13 +55,9 @@ class Moving:
         angle = frequencies[:, None].double() * torch.arange(BLOCK, device=frequencies.device)
         return frequencies.double(), members, torch.cat((angle.cos(), angle.sin())).float()
 
-    def to(self, device: torch.device) -> Moving:
-        """Return the means on a device."""
-        return Moving(*(getattr(self, field.name).to(device) for field in fields(self)))
-
-    def of(self, heads: Tensor) -> Moving:
-        """Return the means of some heads."""
-        return Moving(*(getattr(self, field.name)[heads] for field in fields(self)))
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Moving:
+        """Return means with other tensors, such as those of some heads, or on another device."""
+        return Moving(*(change(getattr(self, field.name)) for field in fields(self)))
 
     def where(self, chosen: Tensor, other: Moving) -> Moving:
         """Return these means for the chosen heads, bool (heads,), and other ones elsewhere."""

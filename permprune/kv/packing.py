@@ -18,9 +18,8 @@ States of few bits keep all channels; `permprune.kv.coding` describes them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,7 +90,6 @@ class Channels:
                     f"{name} has {what} that are not one number from {least:g} to {LARGEST:g} for each channel: "
                     "make the cache again with permprune kv"
                 )
-
         bits, least, most = self.bits, coding.BITS[0], coding.BITS[-1]
         if bits is not None and not (bits.shape == self.shape[:1] and ((bits >= least) & (bits <= most)).all()):
             raise PermpruneError(
@@ -104,11 +102,12 @@ class Channels:
 
     def of(self, heads: Tensor) -> Channels:
         """Return the channels of some heads."""
-        return self._changed(lambda part: part.of(heads) if isinstance(part, Moving) else part[heads])
+        return self._changed(lambda part: part[heads])
 
-    def _changed(self, change: Callable[[Any], Any]) -> Channels:
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> Channels:
+        moving = None if self.moving is None else self.moving.changed(change)
+        bits = None if self.bits is None else change(self.bits)
+        return Channels(change(self.order), change(self.weight), change(self.level), bits, moving)
 
     def arrange(self, states: Tensor) -> Tensor:
         """Put states, (batch, heads, tokens, width), into the form in which they are stored."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -117,26 +117,17 @@ def spend(errors: list[list[float]], sizes: list[list[int]], budget: float) -> l
 
     `errors` and `sizes` have a number for each tier of a unit; sizes rise. `budget` is the sum of the sizes.
     """
-    chosen, left = [0] * len(errors), budget - sum(own[0] for own in sizes)
-    heap: list[tuple[float, int, int]] = []
-
-    def offer(unit: int) -> None:
-        now, own, size = chosen[unit], errors[unit], sizes[unit]
-        fitting = [tier for tier in range(now + 1, len(own)) if size[tier] - size[now] <= left]
-        if fitting:
-            slopes = {tier: (own[tier] - own[now]) / (size[tier] - size[now]) for tier in fitting}
-            best = min(fitting, key=slopes.__getitem__)
-            heapq.heappush(heap, (slopes[best], unit, best))
-
-    for unit in range(len(errors)):
-        offer(unit)
-    while heap:
-        _, unit, tier = heapq.heappop(heap)
-        cost = sizes[unit][tier] - sizes[unit][chosen[unit]]
-        if cost <= left:
-            chosen[unit], left = tier, left - cost
-        offer(unit)
-    return chosen
+    error, size, units = np.array(errors), np.array(sizes), range(len(errors))
+    chosen, left = np.zeros(len(errors), int), budget - size[:, 0].sum()
+    while True:
+        cost = size - size[units, chosen][:, None]
+        fitting = (cost > 0) & (cost <= left)
+        if not fitting.any():
+            return [int(tier) for tier in chosen]
+        gain = error - error[units, chosen][:, None]
+        slope = np.divide(gain, cost, out=np.full(cost.shape, np.inf), where=fitting)
+        unit, tier = np.unravel_index(slope.argmin(), slope.shape)
+        chosen[unit], left = tier, left - cost[unit, tier]
 
 
 def outputs_of(layer: ObservedLayer) -> list[Tensor]:
