@@ -42,7 +42,7 @@ def kv(
     max_loss: Annotated[
         str | None,
         typer.Option(
-            help="the fewest --bytes with which the perplexity of --data grows by at most a share, such as 0.5%",
+            help="the fewest --bytes with which perplexity on held-out calibration text grows by at most a share: 0.5%",
             metavar="SHARE",
         ),
     ] = None,
@@ -103,11 +103,11 @@ def kv(
     for side, kept in record.kept.items():
         natural = "" if kept.found == kept.natural else f", {kept.natural:.1%} in the model's order"
         print(f"{side} {getattr(record.config, side)}: {kept.found:.1%} of the score kept{natural}")
-    measured = record.measured
-    assert measured is not None
-    print(
-        f"perplexity {number(measured.pruned)}, with a dense cache {number(measured.dense)}; "
-        f"cache {measured.pruned_bytes / 1e6:.1f} MB, dense {measured.dense_bytes / 1e6:.1f} MB"
-    )
+    for text, measured in (("", record.measured), (" of the calibration text held out", record.chosen)):
+        if measured is not None:
+            print(
+                f"perplexity{text} {number(measured.pruned)}, with a dense cache {number(measured.dense)}; "
+                f"cache {measured.pruned_bytes / 1e6:.1f} MB, dense {measured.dense_bytes / 1e6:.1f} MB"
+            )
     print(f"written to {out}" + ("" if fold is None else f", the model that it is for to {fold}"))
     cli.write_figures(json, encode(record))

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor
 
 from permprune.checkpoints.origin import origin_of
-from permprune.checkpoints.source import ModelSource, OpenModel, open_model
+from permprune.checkpoints.source import ModelSource, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
-from permprune.evaluation.perplexity import perplexity
 from permprune.kv.cache import PrunedCache, attention_layers
 from permprune.kv.calibration import SIDES, ObservedLayer, fit_channels, observe_states
 from permprune.kv.config import AUTO, KVConfig, bits_of, default_pattern, pattern_of
-from permprune.kv.evaluation import CachedPerplexity, cached_perplexity
+from permprune.kv.evaluation import CachedPerplexity, CacheMeter
 from permprune.kv.files import Kept, KVRecord, LayerChannels, Measurement, shape_of, weights_of, write_cache
 from permprune.kv.folding import fold_values
 from permprune.kv.tiers import Measured, choose_means, measure_bits, outputs_of
@@ -75,8 +74,9 @@ def calibrate_kv(
 
     By default each head gets bits of its own, in keys and in values (`permprune.kv.tiers`): with `budget`, the bytes of
     a packed token relative to 16-bit states (`Measured.usual` if left out), or with `max_loss`, the fewest bytes with
-    which perplexity grows by no more than this share, as `evaluation` measures it. The patterns of `config` are then
-    left "auto". Any other settings of the kept channels choose patterns.
+    which the perplexity of windows of the calibration text grows by no more than this share. These are as many as
+    `evaluation` has, and not observed. The patterns of `config` are then left "auto". Any other settings of the kept
+    channels choose patterns.
 
     The perplexity is that of text as `evaluation` says. Returns the record. Raises `PermpruneError`, for example if a
     pattern does not divide the channels of a head.
@@ -96,17 +96,23 @@ def calibrate_kv(
     attention_layers(opened.model)
     length = clipped_length(opened.model, length)
     source: dict[str, str | int | None] = {"data": calibration, "samples": samples, "length": length, "seed": seed}
+    held_out = 0 if max_loss is None else evaluation.windows
     examples = load_examples(
-        calibration, opened.model, opened.processor, part="calibration", count=samples, length=length, seed=seed
-    )
+        calibration, opened.model, opened.processor,
+        part="calibration", count=samples + held_out, length=length, seed=seed, apart=held_out,
+    )  # fmt: skip
+    held_out = min(held_out, len(examples) // 2)
+    if max_loss is not None and not held_out:
+        raise PermpruneError("--max-loss chooses on a part of the calibration text, which has one window: give more")
+    unseen, examples = examples[:held_out], examples[held_out:]
     stage(CALIBRATE)
-    started = time.monotonic()
+    started, chosen = time.monotonic(), None
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
     kept: dict[str, Kept] = {}
     if config.keys == config.values == MIXED:
         measured = measure_bits(observed)
         if max_loss is not None:
-            budget = _least_bytes(opened, config, measured, evaluation, max_loss)
+            budget, chosen = _least_bytes(measured, CacheMeter(opened.model, config, unseen, calibration), max_loss)
         budget = measured.usual if budget is None else budget
         channels = measured.channels(budget)
     else:
@@ -118,6 +124,7 @@ def calibrate_kv(
         channels = fold_values(opened.model, channels, short_inputs(opened.model, examples))
     seconds = time.monotonic() - started
     stage(MEASURE)
+    windows = evaluation.examples(opened.model, opened.processor)
     record = KVRecord(
         format=1,
         permprune=importlib.metadata.version("permprune"),
@@ -128,9 +135,10 @@ def calibrate_kv(
         calibration=source,
         kept=kept,
         seconds=seconds,
-        measured=_measure(opened, config, channels, evaluation),
+        measured=CacheMeter(opened.model, config, windows, evaluation.source).compare(channels),
         weights=weights_of(opened.model),
         budget=budget,
+        chosen=chosen,
     )
     stage(WRITE)
     if fold is not None:
@@ -148,36 +156,26 @@ def _with_budget(config: KVConfig, budget: float | None, max_loss: float | None)
     """
     plain = config.dtype == KVConfig.dtype and config.recovery == KVConfig.recovery
     mixes = plain and {config.keys, config.values} <= {AUTO, MIXED}
-    if budget is None and max_loss is None:
-        if MIXED in (config.keys, config.values) and not mixes:
-            raise PermpruneError("mixed are the bits of keys and of values: leave out --dtype and --recovery")
-        return config.replace(keys=MIXED, values=MIXED) if mixes else config
-    if budget is not None and max_loss is not None:
+    given = {name: number for name, number in (("bytes", budget), ("max-loss", max_loss)) if number is not None}
+    if len(given) > 1:
         raise PermpruneError("--bytes and --max-loss are two ways to choose the bits of each head: leave out one")
-    require("bytes" if max_loss is None else "max-loss", budget if max_loss is None else max_loss, Positive)
-    if not mixes:
+    for name, number in given.items():
+        require(name, number, Positive)
+    if not mixes and (given or MIXED in (config.keys, config.values)):
         raise PermpruneError(
-            "a budget chooses the bits of each head: leave out --pattern, --keys, --values, --dtype and --recovery"
+            "each head has bits of its own: leave out --pattern, --keys, --values, --dtype and --recovery"
         )
-    return config.replace(keys=MIXED, values=MIXED)
+    return config.replace(keys=MIXED, values=MIXED) if mixes else config
 
 
-def _least_bytes(
-    opened: OpenModel, config: KVConfig, measured: Measured, evaluation: Evaluation, max_loss: float
-) -> float:
-    """Return the fewest bytes, in steps of 1 % of 16 bits, with which perplexity grows by at most a share.
-
-    Raises `PermpruneError` if it grows by more with the most bytes.
-    """
-    model, windows = opened.model, evaluation.examples(opened.model, opened.processor)
-    limit = perplexity(model, windows, EVALUATION_BATCH).value * (1 + max_loss)
+def _least_bytes(measured: Measured, meter: CacheMeter, max_loss: float) -> tuple[float, Measurement]:
+    """Return the fewest bytes, in steps of 1 % of 16 bits, with which perplexity grows by at most a share, and both
+    perplexities. Raises `PermpruneError` if it grows by more with the most bytes."""
+    found: dict[int, Measurement] = {}
 
     def fits(percent: int) -> bool:
-        channels = measured.channels(percent / 100)
-        cached = cached_perplexity(
-            model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), EVALUATION_BATCH
-        )
-        return cached.result.value <= limit
+        found[percent] = meter.compare(measured.channels(percent / 100))
+        return found[percent].lost <= max_loss
 
     least, most = math.ceil(100 * measured.range[0]), math.floor(100 * measured.range[1])
     if not fits(most):
@@ -185,8 +183,8 @@ def _least_bytes(
             f"with {most} % of the bytes of 16 bits the perplexity grows by more than {max_loss:.2%}: "
             "allow more, or keep a pattern with int8 or bf16 values"
         )
-    percents = range(least, most)
-    return (least + bisect.bisect_left(percents, True, key=fits)) / 100
+    percent = least + bisect.bisect_left(range(least, most), True, key=fits)
+    return percent / 100, found[percent]
 
 
 def _with_patterns(config: KVConfig, observed: Mapping[int, ObservedLayer]) -> KVConfig:
@@ -263,24 +261,6 @@ def _kept(score: Tensor, order: Tensor, pattern: Pattern) -> Tensor:
     return (kept / score.flatten(1).sum(1)).mean()
 
 
-def _measure(opened: OpenModel, config: KVConfig, channels: LayerChannels, evaluation: Evaluation) -> Measurement:
-    """Measure the perplexity with the dense and with the pruned cache."""
-    model, windows = opened.model, evaluation.examples(opened.model, opened.processor)
-    dense = perplexity(model, windows, EVALUATION_BATCH)
-    cached = cached_perplexity(
-        model, windows, lambda: PrunedCache(model, config, channels, exact_window=True), EVALUATION_BATCH
-    )
-    return Measurement(
-        data=evaluation.source or "default data",
-        length=windows["input_ids"].shape[1],
-        count=dense.count,
-        dense=dense.value,
-        pruned=cached.result.value,
-        dense_bytes=cached.dense_nbytes,
-        pruned_bytes=cached.nbytes,
-    )
-
-
 @stages(READ, MEASURE)
 def evaluate_kv(
     model: ModelSource,
@@ -300,8 +280,4 @@ def evaluate_kv(
     cache = PrunedCache.from_pretrained(folder, opened.model)  # refused before the data are read
     stage(MEASURE)
     windows = evaluation.examples(opened.model, opened.processor)
-
-    def empty() -> PrunedCache:
-        return PrunedCache(opened.model, cache.config, cache.channels, exact_window=True)
-
-    return cached_perplexity(opened.model, windows, empty, EVALUATION_BATCH)
+    return CacheMeter(opened.model, cache.config, windows, evaluation.source).cached(cache.channels)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +20,9 @@ from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
 from permprune.jobs.kv import calibrate_kv, evaluate_kv, find_channels
 from permprune.kv.cache import PrunedCache
-from permprune.kv.calibration import ObservedLayer
+from permprune.kv.calibration import ObservedLayer, observe_states
 from permprune.kv.config import KVConfig
+from permprune.kv.evaluation import CacheMeter
 from permprune.kv.files import read_channels, read_record, weights_of, write_cache
 from permprune.kv.moving import Moving
 from permprune.models.forward import cache_argument
@@ -98,12 +100,42 @@ def test_each_head_gets_bits_within_a_budget(tiny_checkpoint: Path, tiny_text: P
         ("--bytes", "0.4", "--max-loss", "1%"): "leave out one",
         ("--max-loss", "1%", "--pattern", "4bit"): "leave out --pattern, --keys, --values",
         ("--max-loss", "1 %%"): "give a share of the dense model's value",
-        ("--pattern", "mixed", "--dtype", "bf16"): "leave out --dtype and --recovery",
+        ("--pattern", "mixed", "--dtype", "bf16"): "leave out --pattern, --keys, --values, --dtype and --recovery",
+        ("--values", "mixed", "--keys", "2:4"): "leave out --pattern, --keys, --values, --dtype and --recovery",
         ("--bytes", "0.4", "--dtype", "bf16"): "leave out --pattern, --keys, --values, --dtype and --recovery",
     }
     for options, line in refused.items():
         assert line in fails("kv", tiny_checkpoint, "--out", tmp_path / "other", *text, *given, *options)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_limit_of_the_loss_is_for_text_that_was_held_out(
+    tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (other := tmp_path / "other.txt").write_text("the weights of the model are kept in a small order " * 30)
+    words = random.Random(0).choices(tiny_text.read_text().split(), k=1000)  # no window is like another
+    tiny_text.write_text(" ".join(words))
+    seen = Mock(wraps=observe_states)
+    monkeypatch.setattr("permprune.jobs.kv.observe_states", seen)
+    chosen_on = Mock(wraps=CacheMeter)
+    monkeypatch.setattr("permprune.jobs.kv.CacheMeter", chosen_on)
+    options: dict[str, Any] = {
+        "config": KVConfig(window=4), "evaluation": Evaluation(str(other), 2, 32), "processor": tiny_tokenizer,
+        "length": 32, "max_loss": 0.002,
+    }  # fmt: skip
+    record = calibrate_kv(tiny_llama, tmp_path / "kv", calibration=str(tiny_text), samples=3, **options)
+    assert record.chosen is not None and record.measured is not None and record.budget is not None
+    assert (record.chosen.data, record.measured.data) == (str(tiny_text), str(other))
+    assert record.chosen.lost <= 0.002 and record.chosen.count == 2 * 31
+    assert read_record(tmp_path / "kv").chosen == record.chosen
+    observed, held_out = seen.call_args.args[1]["input_ids"], chosen_on.call_args_list[0].args[2]["input_ids"]
+    assert observed.shape == (3, 32) and held_out.shape == (2, 32)
+    assert not (observed[:, None] == held_out).all(-1).any()
+    tiny_text.write_text(" ".join(words[:20]))
+    with pytest.raises(PermpruneError, match="give more"):
+        calibrate_kv(tiny_llama, tmp_path / "short", calibration=str(tiny_text), **options)
+    assert not (tmp_path / "short").exists()
 
 
 def test_the_order_of_the_values_is_folded(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -335,9 +367,10 @@ def test_a_limit_of_the_loss_gives_the_fewest_bytes(tiny_checkpoint: Path, tiny_
     budgets = []
     for limit in ("0.01%", "50%"):
         out = tmp_path / f"kv {limit}"
-        assert run("kv", tiny_checkpoint, "--out", out, *text, "--window", "8", "--max-loss", limit)[0] == 0
+        code, said, _ = run("kv", tiny_checkpoint, "--out", out, *text, "--window", "8", "--max-loss", limit)
+        assert code == 0 and said.count("perplexity") == 2 and "held out" in said
         record = read_record(out)
-        assert record.measured is not None and record.budget is not None
-        assert record.measured.pruned <= record.measured.dense * (1 + float(limit[:-1]) / 100)
+        assert record.chosen is not None and record.budget is not None
+        assert record.chosen.lost <= float(limit[:-1]) / 100
         budgets.append(record.budget)
     assert budgets[0] > budgets[1]
