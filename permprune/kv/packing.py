@@ -30,7 +30,7 @@ from permprune.kernels.attention.states import SCALED
 from permprune.kernels.product.packed import unpack_bits
 from permprune.kv import coding
 from permprune.kv.moving import Moving
-from permprune.pattern import Pattern
+from permprune.pattern import COUNTED, Pattern
 
 Parts = dict[str, Tensor]
 """The parts of packed states by name, each (batch, heads, tokens, ...)."""
@@ -216,16 +216,18 @@ def choose_channels(states: Tensor, channels: Channels, pattern: Pattern, *, tur
 
 def _largest(score: Tensor, pattern: Pattern) -> Tensor:
     """Return where the N largest scores of each group are: bool (batch, heads, tokens, width)."""
-    score = score.nan_to_num(nan=torch.inf)  # NaN is kept, for all to see
-    kept: Tensor = pattern.mask_groups(score.unflatten(-1, (-1, pattern.m)), -1).flatten(-2)
-    return kept
+    groups = score.nan_to_num(nan=torch.inf).unflatten(-1, (-1, pattern.m))  # NaN is kept, for all to see
+    if pattern.m <= COUNTED:
+        return pattern.mask_groups(groups, -1).flatten(-2)
+    largest = groups.topk(pattern.n, sorted=False).indices  # does not sort the others
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, largest, True).flatten(-2)
 
 
 def _amplitude(magnitude: Tensor, kept: Tensor, channels: Channels) -> Tensor:
     """Return the amplitudes with the least error of `choose_channels`, fp32 (batch, heads, tokens, 1)."""
     squared = (channels.weight.square() * channels.level)[:, None]
     products = (magnitude * squared).masked_fill(kept, 0).sum(-1, keepdim=True)
-    return products / (squared * channels.level[:, None]).masked_fill(kept, 0).sum(-1, keepdim=True)
+    return products / ((~kept).float() @ (squared * channels.level[:, None]).mT)
 
 
 TINY = torch.finfo(torch.float32).tiny
@@ -245,4 +247,4 @@ def _stored(values: Tensor, dtype: torch.dtype) -> Parts:
 
 def _select(states: Tensor, chosen: Tensor) -> Tensor:
     """Return the chosen channels, as many for each token, (batch, heads, tokens, count)."""
-    return states[chosen].view(*states.shape[:-1], -1)
+    return states.masked_select(chosen).view(*states.shape[:-1], -1)
