@@ -27,7 +27,6 @@ normal channel is then known to about 6 %."""
 ATTEMPTS = 4
 """Number of damping values that are tried, each ten times the previous one."""
 
-
 NO_FACTOR = "the second moments of its inputs have no Cholesky factor"
 ADVICE = "calibrate with --precision fp32, and check the calibration text"
 

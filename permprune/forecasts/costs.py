@@ -158,7 +158,7 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     ]
     batch = method.step_examples * run.examples_per_window
     training, best = _training(method, run, batch), replace(trained_weights(run), name="best trained weights")
-    step = run.gradient_work(batch) + run.loss_work(batch)  # of the dense model, for the divergence
+    step = run.gradient_work(batch) + run.pass_work(batch, run.batch)  # of the dense model, for the divergence
     if not method.rounds:
         rounds = []
     elif method.tune:
@@ -204,7 +204,7 @@ def _block_by_block(run: Workload, examples: int, update: Callable[[int, int, in
     """Blocks run twice, before and after the update of their layers, which needs second moments."""
     positions = examples * run.forward.products / (2 * run.outline.weights)
     moments = Work(products_fp32=2 * positions * run.outline.moments())
-    return run.loss_work(2 * examples) + moments + run.each_problem(update)
+    return run.pass_work(examples, examples, 2) + moments + run.each_problem(update)
 
 
 @state_bytes.register(TrustRegion)
@@ -296,7 +296,7 @@ def _teacher(method: Iterative[Any], run: Workload, examples: int, *, training: 
     if not (as_loss(method.objective).compares_blocks or (training and not run.labelled)):
         return ()
     distances = 8 * run.gradient.outputs // run.dtype.itemsize if examples else 0
-    outputs = Memory("dense model's outputs", run.teacher_outputs(run.held_out + examples), "host")
+    outputs = Memory("dense model's outputs", (run.held_out + examples) * run.gradient.outputs // run.batch, "host")
     return (outputs, Memory("distances to the dense model", distances))
 
 

@@ -28,6 +28,10 @@ narrower matrices are slower, and operations on elements compute more than the s
 DISK = 1e9
 """Bytes a second that forecasts assume to be read from disk or written to it."""
 
+BUS = 25e9
+"""Bytes a second that forecasts assume to travel between host and device: four fifths of the 31.5 GB/s of PCIe 4.0 with
+16 lanes, since packets have headers."""
+
 INSTRUCTIONS = 3
 """Instructions of an element operation on a GPU: a comparison and difference, a selection, and a sum."""
 
@@ -77,6 +81,7 @@ class Machine:
             + work.comparisons / rates.comparisons * max(1 / self.threads, work.largest)
             + work.moved / rates.moved
             + work.stored / DISK
+            + work.carried / BUS
         )
 
 

@@ -36,24 +36,23 @@ BACKWARD = {"calibrate", "gradients", "training", "training at the end", "refine
 
 @dataclass(frozen=True)
 class Offload:
-    """What a `run` that offloads to a `place` holds of a model in blocks; the largest has `block` weights to prune."""
+    """What a `run` that offloads holds of a model in blocks; the largest has `block` weights to prune."""
 
-    place: Place
     run: Workload
     block: int
 
     @classmethod
-    def of(cls, place: Place, model: PreTrainedModel, run: Workload) -> Offload:
+    def of(cls, model: PreTrainedModel, run: Workload) -> Offload:
         """Return what a run holds."""
         inside = [{id(module) for module in block.modules()} for block in blocks(model)]
         sizes = [(id(layer.owner), layer.shape.numel()) for layer in block_linears(model)]
-        return cls(place, run, max(sum(size for owner, size in sizes if owner in own) for own in inside))
+        return cls(run, max(sum(size for owner, size in sizes if owner in own) for own in inside))
 
     def stage(self, stage: Stage) -> Stage:
         """Return a stage of a run that holds everything as it is in one that offloads."""
         weights = self.run.outline.weights * self.run.outline.dtype.itemsize
         parts = [self._part(part, weights) for part in stage.parts]
-        if self.place == "host":
+        if self.run.rests == "host":
             parts.append(Memory("weights of blocks", weights, "host"))
         return replace(stage, parts=(*parts, Memory("layers in hand", self._in_hand(stage))))
 
@@ -62,7 +61,7 @@ class Offload:
         if part.name == "weights":
             return replace(part, bytes=part.bytes - weights)
         share = self.run.outline.pattern.density if part.name in KEPT else 1
-        place: Place = "disk" if part.name in ASIDE else self.place if part.name in RESTING else part.place
+        place: Place = "disk" if part.name in ASIDE else self.run.rests if part.name in RESTING else part.place
         return replace(part, bytes=round(part.bytes * share), place=place)
 
     def _in_hand(self, stage: Stage) -> int:

@@ -100,7 +100,6 @@ def _run(
 
 def _next_token_loss(shapes: Shapes) -> Callable[[nn.Module], Tensor]:
     """A loss of a language model on a batch of text."""
-
     return lambda model: next_token(model, Examples(_zeros(shapes))).loss()
 
 

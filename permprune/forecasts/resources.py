@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
+
+from permprune.models.modality import LIGHT
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +39,7 @@ class Work:
         largest: The share of `comparisons` that belong to the largest problem, which one thread solves.
         moved: Bytes that operations on single elements read from memory or write to it.
         stored: Bytes read from disk or written to it.
+        carried: Bytes that travel between the memory of the host and that of a device.
     """
 
     products: float = 0.0
@@ -43,17 +47,15 @@ class Work:
     comparisons: float = 0.0
     moved: float = 0.0
     stored: float = 0.0
+    carried: float = 0.0
     largest: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         """The work of both; `largest` is 0."""
-        return Work(**{name: amount + vars(other)[name] for name, amount in self._amounts().items()})
+        return Work(**{name: amount + vars(other)[name] for name, amount in vars(self).items()} | {"largest": 0.0})
 
     def __mul__(self, factor: float) -> Work:
-        return Work(**{name: amount * factor for name, amount in self._amounts().items()}, largest=self.largest)
-
-    def _amounts(self) -> dict[str, float]:
-        return {name: amount for name, amount in vars(self).items() if name != "largest"}
+        return Work(**{name: amount * factor for name, amount in vars(self).items()} | {"largest": self.largest})
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Workload:
     weights, and `loss` those of a batch of a pass without gradients, which may be larger. `held_out` is the number of
     examples of the accept test, and `examples_per_window` as in `Run`. `labelled` is whether each position predicts one
     of the labels, as in text, and `one_label` whether an example has only one. `on_device` is whether it runs on a
-    device with memory of its own.
+    device with memory of its own, and `rests` where weights and sums are while they are not used.
     """
 
     outline: Outline
@@ -103,26 +105,35 @@ class Workload:
     labelled: bool = True
     one_label: bool = False
     on_device: bool = False
+    rests: Place = "device"
 
     @property
     def gradient_bytes(self) -> int:
         """The bytes of the gradients of all weights (see `pruning.gradients.Gradients`)."""
         return min(self.dtype.itemsize, self.outline.dtype.itemsize) * self.outline.weights
 
-    def teacher_outputs(self, examples: int) -> int:
-        """The bytes of the dense model's block outputs for some examples."""
-        return examples * self.gradient.outputs // self.batch
+    def carrying(self, size: float) -> Work:
+        """The work of moving bytes between a device and where they rest; on a CPU files are in the system's memory."""
+        if self.rests == "device" or not self.on_device:
+            return Work()
+        return Work(carried=size, stored=size if self.rests == "disk" else 0.0)
 
-    def loss_work(self, examples: int) -> Work:
-        """The work of a loss on some examples."""
-        return self.forward * examples
+    def pass_work(self, examples: float, batch: int, passes: float = 1.0) -> Work:
+        """The work of so many passes forward over some examples, each batch of which reads all weights."""
+        read = math.ceil(examples / batch) * self.outline.dtype.itemsize * self.outline.weights
+        return (self.forward * examples + self.carrying(read)) * passes
+
+    def loss_work(self, examples: float) -> Work:
+        """The work of a loss on some examples, in the batches of a pass without gradients."""
+        return self.pass_work(examples, LIGHT * self.batch)
 
     def gradient_work(self, examples: int) -> Work:
         """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`.
 
         With one label per example the covariance of rows follows from pairs of positions (`row_covariance`).
         """
-        passes = self.loss_work(examples * (4 if self.recompute else 3))
+        passes = self.pass_work(examples, self.batch, 2 if self.recompute else 1) + self.forward * (2 * examples)
+        passes += self.carrying(2 * self.gradient_bytes * math.ceil(examples / self.batch))  # sums, read and written
         return passes + self.position_work(examples) + self.correlated(lambda _, rows: self.positions * rows) * examples
 
     def position_work(self, examples: int) -> Work:

@@ -20,7 +20,7 @@ from permprune.evaluation.size import weight_bytes
 from permprune.examples import Examples, batches
 from permprune.forecasts.activations import Activations
 from permprune.forecasts.costs import stages_of, state_bytes, trained_weights
-from permprune.forecasts.machine import Machine, this_machine
+from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
 from permprune.forecasts.offloading import FILES, Offload
 from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
@@ -31,6 +31,8 @@ from permprune.models.modality import (
     EVALUATION_BATCH,
     EVALUATION_WINDOWS,
     EXAMPLES_PER_WINDOW,
+    LIGHT,
+    evaluation_batch,
     evaluation_count,
     kind_of,
 )
@@ -40,7 +42,6 @@ from permprune.models.processors import takes_pairs
 from permprune.pattern import MIXED
 from permprune.permuters.registry import permuter
 from permprune.plan import Plan, calibration_count, shares_of
-from permprune.pruning.network import LIGHT
 from permprune.pruning.problem import Outline
 from permprune.system import distributed
 from permprune.system.device import dtype_named
@@ -221,6 +222,7 @@ def forecast_held(
         labelled=kind == "text",
         one_label=kind in ("sentences", "embeddings", "images"),
         on_device=machine.device.type != "cpu",
+        rests=cast(Place, "device" if config.offload == "none" else config.offload),
     )
     whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     weights = Memory("weights", held_bytes(model, stored) // shards)
@@ -228,14 +230,14 @@ def forecast_held(
     found = (*network, *([trained_weights(run)] if method.trains else []))
     passes = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
     evaluated = passes * evaluation_count(model, subject.windows)
-    in_fp32 = Work(products_fp32=run.forward.products, moved=run.forward.moved)
+    measuring = replace(run, forward=Work(products_fp32=run.forward.products, moved=run.forward.moved))
     searching = [
         *(stage.beside(network) for stage in stages_of_mix(config, run)),
         *(replace(stage.beside(network), limited=True) for stage in stages_of(method, run)),
         *(stage.beside(network) for stage in stages_of(update(config.update), run)),
     ]
     limit = config.memory if config.offload == "none" else None
-    texts = Stage("transcribe", (weights,), in_fp32 * (TRANSCRIBED * subject.transcribed))
+    texts = Stage("transcribe", (weights,), measuring.forward * (TRANSCRIBED * subject.transcribed))
     stages: Sequence[Stage] = [
         *([texts] if subject.transcribed else []),
         _calibration(run, measured, fisher=fisher, memory=limit, positions=example.positions).beside(
@@ -243,7 +245,7 @@ def forecast_held(
         ),
         *searching,
         *stages_of_limit(config, searching),
-        Stage("evaluate", evaluation.parts, in_fp32 * evaluated).beside(found),
+        Stage("evaluate", evaluation.parts, measuring.pass_work(evaluated, evaluation_batch(model))).beside(found),
     ]
     # processes that divide rows convert their own from fp32, parameter by parameter
     load = Stage("load", (weights if shards == 1 else Memory("weights", whole),), Work(stored=checkpoint))
@@ -252,23 +254,21 @@ def forecast_held(
     ends = [weight.numel() for weight, _ in end_weights(model)]
     largest = max(layer.shape.numel() for layer in outline.layers)
     check = counted("none", dtype=torch.float32, batch=2)  # on two examples of `short_inputs`
+    short = min(1.0, SHORT / config.length)
     as_stored = (
         Memory("weights as stored", checkpoint // files, "host"),
         Memory("layers in fp32", 4 * (largest + max(ends, default=0)) if is_narrow(stored) else 0, "host"),
-        Memory(
-            "activations of the check", round(min(1.0, SHORT / config.length) * (check.blocks + check.logits)), "host"
-        ),
+        Memory("activations of the check", round(short * (check.blocks + check.logits)), "host"),
     )
     written = (*found, *(as_stored if run.on_device or files > 1 else ()))
     stages = (
         load,
-        *(_shared(stage, processes // shards) for stage in stages),
+        *(replace(stage, work=stage.work and stage.work * (shards / processes)) for stage in stages),
         # the model is freed before what was written is read to check it
         Stage("write", written, Work(stored=checkpoint)),
     )
     if offloads:
-        offload = Offload.of(cast(Place, config.offload), model, run)
-        stages = tuple(map(offload.stage, stages))
+        stages = tuple(map(Offload.of(model, run).stage, stages))
     return Forecast(
         config=config,
         machine=machine,
@@ -282,15 +282,8 @@ def forecast_held(
         program=program_bytes(),
         processes=processes,
         shards=shards,
-        assumed=tuple(_assumed(model, config, outline, processes)),
+        assumed=tuple(_assumed(model, config, run, processes)),
     )
-
-
-def _shared(stage: Stage, processes: int) -> Stage:
-    """The stage with the work of one of several processes, which do equal parts of it."""
-    if stage.work is None or processes == 1:
-        return stage
-    return replace(stage, work=stage.work * (1 / processes))
 
 
 def offloaded_bytes(outline: Outline, stored: torch.dtype) -> int:
@@ -303,18 +296,21 @@ def program_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _assumed(model: PreTrainedModel, config: PruneConfig, outline: Outline, processes: int) -> Iterator[str]:
+def _assumed(model: PreTrainedModel, config: PruneConfig, run: Workload, processes: int) -> Iterator[str]:
     """Yield the assumptions of the forecast, one sentence each."""
     if (length := fitting_length(model, config.length)) < config.length:
         yield f"the model has {length} positions: the length is {length} tokens in place of {config.length}"
-    for one in outline.repeated:
+    for one in run.outline.repeated:
         yield f"{one.kept} of the {one.total} blocks in {one.name} were traced: the others equal one of them in shape"
-    if any(layer.expert is not None for layer in outline.layers):
+    if any(layer.expert is not None for layer in run.outline.layers):
         yield "tokens are spread evenly over the experts"
     if kind_of(model) in ("sentences", "embeddings"):
         yield f"sentences have --length tokens in memory, and {TYPICAL['sentences']} on average"
     if takes_pairs(model):
         yield "texts have no images"
+    if run.on_device and run.rests != "device":
+        files = ", all of it from files on the disk" if run.rests == "disk" else ""
+        yield f"{BUS / 1e9:.0f} GB a second travel to and from the device{files}, while nothing is computed"
     if processes > 1:
         yield f"the {processes} processes do equal parts of the work, and send what they exchange in no time"
 
@@ -330,9 +326,10 @@ def _calibration(run: Workload, examples: int, *, fisher: bool, memory: int | No
     moments = Memory("second moments", _moments_bytes(outline) if len(each) > 1 else 0)
     wide = fisher and run.dtype == torch.float32 != outline.dtype and not run.recompute
     converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
-    work = run.loss_work(len(each) * examples) + Work(products_fp32=2 * positions * examples * outline.moments())
+    work = run.pass_work(examples, run.batch, len(each)) + run.carrying(2 * sums.bytes * -(-examples // run.batch))
+    work += Work(products_fp32=2 * positions * examples * outline.moments())
     if fisher:
-        work += run.loss_work(examples * (2 if run.recompute else 1)) + run.position_work(examples)
+        work += run.forward * examples + run.pass_work(examples, run.batch, run.recompute) + run.position_work(examples)
     return Stage("calibrate", (sums, moments, converted), work)
 
 

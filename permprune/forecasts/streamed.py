@@ -8,13 +8,7 @@ from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.passes import example_pass
 from permprune.forecasts.resources import Memory, Stage, Work
-from permprune.forecasts.run import (
-    EVALUATED,
-    Forecast,
-    Subject,
-    offloaded_bytes,
-    program_bytes,
-)
+from permprune.forecasts.run import EVALUATED, Forecast, Subject, offloaded_bytes, program_bytes
 from permprune.models.modality import EVALUATION_BATCH
 from permprune.models.positions import fitting_length
 from permprune.permuters.registry import permuter

@@ -17,9 +17,7 @@ with on_first_use(globals()):
 
     from permprune.models.forward import argument_names, is_causal_lm
 
-
 Kind = Literal["text", "sentences", "embeddings", "images", "speech"]
-
 
 EXAMPLES_PER_WINDOW: dict[Kind, int] = {"text": 1, "sentences": 32, "embeddings": 8, "images": 8, "speech": 1}
 """Examples that replace one window of text: a window gives many predictions, a sentence or an image only one.
@@ -30,12 +28,14 @@ An embedding tells more than a label: fewer are needed, and with fewer in a step
 BATCH_MULTIPLIER: dict[Kind, int] = {"text": 1, "sentences": 8, "embeddings": 8, "images": 8, "speech": 1}
 """Number of examples in a batch for each window of text that the batch size counts."""
 
+LIGHT = 2
+"""How many batches of a pass with gradients make one of a pass without, which holds few activations."""
+
 EVALUATION_WINDOWS = 24
 """Windows of the evaluation, by default."""
 
 EVALUATION_BATCH = 4
 """Windows of text, or prompts, of a forward pass in the evaluation."""
-
 
 ANSWERED_ONCE = 32
 """Examples with one label each, such as images, for a window of text in the evaluation: many, to measure as well."""

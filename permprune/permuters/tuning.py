@@ -36,7 +36,6 @@ training."""
 LOGGED = 10
 """The number of steps whose mean loss is logged."""
 
-
 Schedule = Callable[[int, float], float | None]
 """The place in a schedule, from 0 to 1, of the step that follows so many steps and seconds; None at the end."""
 

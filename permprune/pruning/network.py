@@ -18,6 +18,7 @@ from permprune.losses.targets import Task
 from permprune.models.autocast import autocast
 from permprune.models.forward import frozen, padding_of
 from permprune.models.layers import Layer
+from permprune.models.modality import LIGHT
 from permprune.models.narrow_weights import NarrowWeights
 from permprune.pattern import Pattern
 from permprune.pruning.gradients import Gradients, GradientSums, differentiable, received
@@ -30,9 +31,6 @@ from permprune.system.shelf import Computed, Shelf
 
 COUPLED = 4096
 """The largest number of rows of a layer for which the covariance of rows is computed: 64 MiB in fp32."""
-
-LIGHT = 2
-"""How many batches of a pass with gradients make one of a pass without, which holds few activations."""
 
 SMALL = 1e-6
 """Lower bound for the Fisher information of rows with a covariance, as a share of the mean: less is rounding error."""

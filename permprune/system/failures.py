@@ -31,7 +31,6 @@ ADVICE: Mapping[str, str] = {
 }
 """Advice by option that reduces the memory of a command; for commands without one the advice is a larger machine."""
 
-
 ENDED = "another process of this run has ended: see what it printed, then repeat the command with --resume"
 """What a process prints before it ends because another one has."""
 

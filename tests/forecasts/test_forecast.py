@@ -20,7 +20,7 @@ from permprune.errors import PermpruneError
 from permprune.examples import Examples
 from permprune.forecasts.activations import count_activations
 from permprune.forecasts.fitting import fit_memory
-from permprune.forecasts.machine import GPUS, Machine, Rates, this_machine
+from permprune.forecasts.machine import BUS, GPUS, Machine, Rates, this_machine
 from permprune.forecasts.passes import _next_token_loss
 from permprune.forecasts.resources import Stage, Work
 from permprune.forecasts.run import Forecast
@@ -277,8 +277,21 @@ def test_time_follows_the_rates() -> None:
     assert machine.seconds(Work(products=4, products_fp32=3)) == 2 * (1 + 1.5)
     assert machine.seconds(Work(comparisons=16, largest=0.25)) == 2 * 2 / 2
     assert machine.seconds(Work(comparisons=16, largest=0.75)) == 2 * 2 * 0.75
-    assert machine.seconds(Work(stored=2e9, moved=3)) == 2 + 2 * 3
+    assert machine.seconds(Work(stored=2e9, moved=3, carried=BUS)) == 2 + 2 * 3 + 1
     assert this_machine().rates.products > 0 and GPUS["h100"]().rates.products == 0.5 * 989.4e12
+
+
+def test_what_travels_to_a_device_takes_time(config_folder: Path) -> None:
+    method = "newton:rounds=2:compensate=true:train_steps=2"
+    none, host, disk = (
+        forecast(config_folder, gpu="h100", permute=method, samples=192, offload=place).seconds
+        for place in ("none", "host", "disk")
+    )
+    for stage in ("calibrate", "newton: gradients", "newton: compensation", "newton: training at the end", "evaluate"):
+        assert (none[stage] or 0.0) < (host[stage] or 0.0) < (disk[stage] or 0.0)
+    weights = 5 * (4 * 128**2 + 3 * 128 * 256)
+    passes = (host["newton: accept"] - none["newton: accept"]) * BUS / (4 * weights)  # type: ignore[operator]
+    assert passes == pytest.approx((1.5 * 2 + 2 + 1) * 2)  # 8 windows, in batches of four
 
 
 def test_the_counted_loss_keeps_what_the_objective_keeps() -> None:
