@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from permprune.budget.asked import Candidate, name_of
-from permprune.budget.knapsack import cheapest
 from permprune.budget.sensitivity import layer_costs, show, slopes
 from permprune.checkpoints.mix import Mix, Point
 from permprune.errors import PermpruneError
 from permprune.losses.objective import Objective
+from permprune.matching.knapsack import cheapest
 from permprune.pattern import Pattern
 from permprune.permuters.base import Run
 from permprune.permuters.iterate import TOLERANCE, Landscape

@@ -15,6 +15,7 @@ from permprune.kv.attention import Plain, attend
 from permprune.kv.calibration import SIDES, ObservedLayer, Probe
 from permprune.kv.moving import Moving, still_mean
 from permprune.kv.packing import Channels, Layout, decode, encode
+from permprune.matching.knapsack import cheapest
 from permprune.options import Positive, require
 from permprune.system.progress import track
 
@@ -52,11 +53,10 @@ class Measured:
         return max(BYTES, four)
 
     def channels(self, budget: float) -> dict[int, tuple[Channels, Channels]]:
-        """Return the channels of all layers, whose heads have the bits that lower the error most for their bytes.
+        """Return the channels of all layers, whose heads have the bits with the least sum of the errors.
 
-        `budget` is the number of bytes of a packed token relative to that of 16-bit states. From the fewest bits on,
-        the keys or values of a head get more, wherever these lower the sum of the errors most for each byte. Raises
-        `PermpruneError` if the budget is too small or larger than can be used.
+        `budget` is the number of bytes of a packed token relative to that of 16-bit states. Raises `PermpruneError` if
+        it is too small or larger than can be used.
         """
         require("bytes", budget, Positive)
         least, most = self.range
@@ -64,7 +64,7 @@ class Measured:
             raise PermpruneError(
                 f"a token takes {least:.3f} to {most:.3f} of 16 bits, and --bytes is {budget:g}: give a number between"
             )
-        chosen = iter(spend(self.errors, self.sizes, budget * self.whole))
+        chosen = iter(cheapest(np.array(self.errors), np.array(self.sizes), int(budget * self.whole + 1e-6)))
         found = {}
         for number, layer in sorted(self.observed.items()):
             keys, values = (torch.tensor([coding.BITS[next(chosen)] for _ in range(layer.heads)]) for _ in SIDES)
@@ -110,24 +110,6 @@ def choose_means(layer: ObservedLayer, outputs: list[Tensor]) -> Moving | None:
         found, moves = moving.where(error < best, found), moves or bool((error < best).any())
         best = torch.minimum(error, best)
     return found if moves else None
-
-
-def spend(errors: list[list[float]], sizes: list[list[int]], budget: float) -> list[int]:
-    """Return the tier of each unit, which starts at the first and is raised where that gains most for each byte.
-
-    `errors` and `sizes` have a number for each tier of a unit; sizes rise. `budget` is the sum of the sizes.
-    """
-    error, size, units = np.array(errors), np.array(sizes), range(len(errors))
-    chosen, left = np.zeros(len(errors), int), budget - size[:, 0].sum()
-    while True:
-        cost = size - size[units, chosen][:, None]
-        fitting = (cost > 0) & (cost <= left)
-        if not fitting.any():
-            return [int(tier) for tier in chosen]
-        gain = error - error[units, chosen][:, None]
-        slope = np.divide(gain, cost, out=np.full(cost.shape, np.inf), where=fitting)
-        unit, tier = np.unravel_index(slope.argmin(), slope.shape)
-        chosen[unit], left = tier, left - cost[unit, tier]
 
 
 def outputs_of(layer: ObservedLayer) -> list[Tensor]:

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from permprune.budget.knapsack import cheapest
 from permprune.budget.sensitivity import layer_costs
 from permprune.budget.shares import ATTEMPTS, next_share
 from permprune.errors import PermpruneError
+from permprune.matching.knapsack import cheapest
 
 
 @pytest.mark.parametrize(("power", "scale"), [(2, 0.5), (3.5, 0.5), (5, 0.3), (3, 4.0)])

@@ -1,4 +1,4 @@
-"""The choice of one candidate for each layer that costs least within a budget: a multiple-choice knapsack problem."""
+"""The choice of one candidate for each layer or head that costs least within a budget: a multiple-choice knapsack."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def cheapest(costs: np.ndarray, sizes: np.ndarray, budget: int) -> list[int]:
     within = LinearConstraint(csr_array(sizes.reshape(1, -1) / unit), ub=budget // unit)
     solved = milp(scaled.flatten(), integrality=1, bounds=Bounds(0, 1), constraints=[one_each, within])
     if solved.x is None:
-        raise PermpruneError(f"no mix of patterns was found ({solved.message}): take one pattern, as 2:4")
+        raise PermpruneError(f"no choice for each layer was found ({solved.message}): choose one for all layers")
     return [int(choice) for choice in solved.x.reshape(costs.shape).argmax(1)]
