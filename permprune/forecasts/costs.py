@@ -149,19 +149,21 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     def stage(what: str, *parts: Memory, work: Work | None, times: float = method.rounds) -> Stage:
         return Stage(f"{method.name}: {what}", (*parts, gradients), None if work is None else work * times)
 
-    losses = TRIED * method.rounds + START + method.trains_at_end
+    losses = TRIED * method.rounds + START + method.compensate + method.trains_at_end
     backward = (*_pass(method, run, examples), *_masked(run))
-    rounds = [
-        stage("gradients", *backward, work=run.gradient_work(examples)),
-        stage("proposals", *model_parts(run, outline.dtype, model), work=proposing),
-        Stage(f"{method.name}: accept", (*_pass(method, run), gradients), run.loss_work(run.held_out) * losses),
-    ]
+    held = [gradients] if method.rounds else []
+    accept = Stage(f"{method.name}: accept", (*_pass(method, run), *held), run.loss_work(run.held_out) * losses)
     batch = method.step_examples * run.examples_per_window
     training, best = _training(method, run, batch), replace(trained_weights(run), name="best trained weights")
     step = run.gradient_work(batch) + run.pass_work(batch, run.batch)  # of the dense model, for the divergence
-    if not method.rounds:
-        rounds = []
-    elif method.tune:
+    rounds = [accept]
+    if method.rounds:
+        rounds = [
+            stage("gradients", *backward, work=run.gradient_work(examples)),
+            stage("proposals", *model_parts(run, outline.dtype, model), work=proposing),
+            accept,
+        ]
+    if method.rounds and method.tune:
         steps = method.tune * max(0, method.rounds - method.wait)
         rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
     if method.refine:

@@ -54,6 +54,9 @@ SHORT = 16
 TRANSCRIBED = 1.7
 """Passes over an example that take as long as to generate its text (benchmarks/forecasts.py)."""
 
+UNENDED = 5.4
+"""The same for a text as a model writes it that is pruned in natural order: it repeats itself as far as it may."""
+
 EVALUATED = 3
 """Evaluations of a run: the dense model, the pruned one in natural order, and in the order found."""
 
@@ -228,7 +231,9 @@ def forecast_held(
     weights = Memory("weights", held_bytes(model, stored) // shards)
     network = (weights, Memory("masks", outline.weights // 8), Memory("second moments", _moments_bytes(outline)))
     found = (*network, *([trained_weights(run)] if method.trains else []))
-    passes = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
+    passes: float = EVALUATED + (kind == "embeddings")  # which are compared with the dense model's
+    if kind == "speech" and model.can_generate():
+        passes = UNENDED + TRANSCRIBED * (EVALUATED - 1)
     evaluated = passes * evaluation_count(model, subject.windows)
     measuring = replace(run, forward=Work(products_fp32=run.forward.products, moved=run.forward.moved))
     searching = [

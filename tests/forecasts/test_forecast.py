@@ -23,7 +23,7 @@ from permprune.forecasts.fitting import fit_memory
 from permprune.forecasts.machine import BUS, GPUS, Machine, Rates, this_machine
 from permprune.forecasts.passes import _next_token_loss
 from permprune.forecasts.resources import Stage, Work
-from permprune.forecasts.run import Forecast
+from permprune.forecasts.run import TRANSCRIBED, UNENDED, Forecast
 from permprune.jobs.prune import prune_to_folder
 from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
@@ -114,6 +114,26 @@ def test_every_method_is_forecast(config_folder: Path, method: str) -> None:
 def test_models_of_every_kind_are_forecast(fixture: str, request: pytest.FixtureRequest) -> None:
     found = permprune.forecast(str(request.getfixturevalue(fixture)), PruneConfig(permute="ria"), gpu="h100")
     assert bytes_of(found, "calibrate")["activations"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fixture", "passes"), [("tiny_ctc", 3), ("tiny_whisper", UNENDED + 2 * TRANSCRIBED)])
+def test_an_evaluation_counts_the_transcripts_that_a_model_writes(
+    fixture: str, passes: float, request: pytest.FixtureRequest
+) -> None:
+    config = PruneConfig(permute="ria")
+    found = permprune.forecast(str(request.getfixturevalue(fixture)), config, windows=config.measured, gpu="h100")
+    evaluated, calibrated = stage_of(found, "evaluate").work, stage_of(found, "calibrate").work
+    assert evaluated and calibrated
+    assert evaluated.products_fp32 / calibrated.products == pytest.approx(passes)
+
+
+def test_a_search_without_rounds_measures_its_start_and_what_follows(config_folder: Path) -> None:
+    none, one = (
+        stage_of(forecast(config_folder, gpu="h100", permute=f"newton:rounds={rounds}:train_steps=2"), "newton: accept")
+        for rounds in (0, 1)
+    )
+    assert none.work and one.work and none.work.products / one.work.products == pytest.approx(3 / 4.5)
 
 
 def test_rounds_before_training_are_not_counted_as_training(config_folder: Path) -> None:
