@@ -16,6 +16,7 @@ from permprune.forecasts.costs import TRIED
 from permprune.forecasts.passes import example_pass
 from permprune.models.layers import block_linears
 from permprune.models.modality import EXAMPLES_PER_WINDOW, kind_of
+from permprune.models.shallow import repetitions
 from permprune.permuters.newton import Newton
 from permprune.system.progress import log
 from permprune.updates.admm import ADMM
@@ -94,13 +95,16 @@ def resolve(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] |
 
 def _operations(model: PreTrainedModel, config: PruneConfig, size: tuple[int, int] | None) -> float:
     """The operations of a pass over an example; of a model that cannot be run without numbers, those of its weights."""
-    try:
-        return example_pass(model, config, size=size).operations
-    except PermpruneError:
-        raise
-    except Exception as error:  # a model's own code can raise any type
-        log.warning("the effort is that of a text of %d tokens: %s", config.length, first_line(error))
-        return 2.0 * config.length * sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+    failure = ""
+    for lists in (repetitions(model), ()):  # a model's own code may need all of its blocks
+        try:
+            return example_pass(model, config, size=size, lists=lists).operations
+        except PermpruneError:
+            raise
+        except Exception as error:  # a model's own code can raise any type
+            failure = first_line(error)
+    log.warning("the effort is that of a text of %d tokens: %s", config.length, failure)
+    return 2.0 * config.length * sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
 
 
 def _within(limits: tuple[int, int], number: float) -> int:

@@ -311,7 +311,7 @@ def test_what_travels_to_a_device_takes_time(config_folder: Path) -> None:
         assert (none[stage] or 0.0) < (host[stage] or 0.0) < (disk[stage] or 0.0)
     weights = 5 * (4 * 128**2 + 3 * 128 * 256)
     passes = (host["newton: accept"] - none["newton: accept"]) * BUS / (4 * weights)  # type: ignore[operator]
-    assert passes == pytest.approx((1.5 * 2 + 2 + 1) * 2)  # 8 windows, in batches of four
+    assert passes == pytest.approx((1.5 * 2 + 2 + 1 + 1) * 2)  # with compensation and training; 8 windows in fours
 
 
 def test_the_counted_loss_keeps_what_the_objective_keeps() -> None:
