@@ -309,8 +309,7 @@ def few_bits(model: str) -> str:
     lines = []
     found = [{"method": "dense", "keys": "", "bytes": 1.0}, *rows("kv-cache.jsonl", table="quantised", model=model)]
     for row in sorted(found, key=lambda row: -float(row["bytes"])):
-        name = row["method"].replace("each head,", "permprune, of each head within").replace("ria", "permprune")
-        name += f", {row['keys']}" if row["method"] == "ria" else ""
+        name = row["method"].replace("each head", "permprune").replace("ria", f"permprune, {row['keys']}")
         cells = [filled(cell, row) for cell in ("{bytes:.3f}", "{factor:.4f} ± {stderr:.4f}", "{kl:.4f}", "{top1:.1%}")]
         for tokens in (2048, 4096):
             own = {"model": model, "tokens": tokens, "method": row["method"], "keys": row["keys"]}
