@@ -33,10 +33,10 @@ PUBLISHED = {
 }
 
 
-def cp(escapes: int, triples: bool = False) -> Callable[[Tensor], Tensor]:
+def cp(escapes: int) -> Callable[[Tensor], Tensor]:
     def order(score: Tensor) -> Tensor:
         groups = torch.arange(len(score)).view(-1, PATTERN.m)
-        return search(score, groups, PATTERN, torch.Generator().manual_seed(0), escapes, triples).flatten()
+        return search(score, groups, PATTERN, torch.Generator().manual_seed(0), escapes).flatten()
 
     return order
 
@@ -46,8 +46,6 @@ METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "cp, no escapes": cp(0),
     "cp, 100 escapes": cp(100),
     "cp, 300 escapes": cp(300),
-    "cp, triples, no escapes": cp(0, triples=True),
-    "cp, triples": cp(100, triples=True),
 }
 
 

@@ -43,7 +43,7 @@ def test_every_method_goes_by_its_name(make: Any, known: dict[str, Any]) -> None
         (permuter, "newton:rounds=6"),
         (permuter, "newton:rounds=6:damping=3.5:distillation=1e-05"),
         (permuter, "newton:start=ria:rounds=0"),
-        (permuter, "cp:triples=true"),
+        (permuter, "cp:escapes=3"),
         (saliency, "ria:power=1.0"),
         (saliency, "obs:damping=0.1"),
         (update, "sparsegpt:damping=0.1:block=64"),

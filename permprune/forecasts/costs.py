@@ -97,9 +97,7 @@ def _ria(method: RIAPermuter, run: Workload) -> list[Stage]:
 def _cp(method: CP, run: Workload) -> list[Stage]:
     outline = run.outline
     scores = Memory("largest problem's scores", 4 * outline.largest_weights(run.threads))
-    tables = sum(
-        pairs_bytes(problem.size, outline.pattern.m, method.triples) for problem in outline.largest(run.threads)
-    )
+    tables = sum(pairs_bytes(problem.size, outline.pattern.m) for problem in outline.largest(run.threads))
     return [Stage(method.name, (scores, Memory("tables of pairs", tables)), None)]
 
 
@@ -327,18 +325,16 @@ def model_parts(run: Workload, slopes: torch.dtype, model: int) -> tuple[Memory,
     return Memory("slopes of the largest problem", rest), Memory("largest problem's model", model - rest)
 
 
-def pairs_bytes(channels: int, m: int, triples: bool) -> int:
+def pairs_bytes(channels: int, m: int) -> int:
     """Return the bytes of the tables of `cp`: the groups, gain and choice of each pair, and of an escape the last two.
 
-    `cp.CHUNK` groups at a time are compared with all others, for every way to exchange channels. With `triples` the
-    tables are those of all pairs of channels, and of all partitions of three groups.
+    `cp.CHUNK` groups at a time are compared with all others, for every way to exchange channels.
     """
-    groups, pairs = channels // m, math.comb(channels, 2)
+    groups = channels // m
     if channels > cp.WIDE:
         return 0
     exchanges = sum(math.comb(m, count) ** 2 for count in ((1, 2) if m == 4 else (1,)))
-    tables = 48 * groups**2 + 16 * cp.CHUNK * groups * exchanges
-    return max(tables, 8 * pairs**2 + 16 * 5775 * math.comb(groups, 3)) if triples else tables
+    return 48 * groups**2 + 16 * cp.CHUNK * groups * exchanges
 
 
 def swap_work(channels: int, rows: int, m: int, part: int | None = None) -> Work:

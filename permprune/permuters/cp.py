@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
 from itertools import combinations
 from typing import ClassVar
 
@@ -27,9 +25,6 @@ WIDE = 2048
 ROUNDS = 200
 """Number of rounds of random swaps; a round tries one swap in each pair of a random pairing of the groups."""
 
-NARROW = 64
-"""Largest number of channels for regrouping sets of three groups, which tabulates the score of any 4: 635,376 sums."""
-
 SHUFFLED = 4
 """Number of groups whose channels an escape shuffles."""
 
@@ -44,28 +39,20 @@ CHUNK = 32
 class CP(ScorePermuter):
     """Keep the most score, with equally weighted rows, by `search` from the natural order (Pool and Yu 2021).
 
-    `escapes` and `triples` are those of `search`; `triples` needs patterns with M = 4 and problems of at most 64
-    channels. The paper makes 100 escapes; on the wide layers of a model the default of 10 takes a tenth of the time.
+    `escapes` are those of `search`. The paper makes 100; on the wide layers of a model the default of 10 takes a tenth
+    of the time.
     """
 
     name: ClassVar[str] = "cp"
     escapes: Natural = 10
-    triples: bool = False
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
         score, pattern = stacked_scores(network, problem), network.pattern_of(problem)
         groups = problem.identity().view(-1, pattern.m)
-        return search(score, groups, pattern, generator, self.escapes, self.triples).flatten()
+        return search(score, groups, pattern, generator, self.escapes).flatten()
 
 
-def search(
-    score: Tensor,
-    groups: Tensor,
-    pattern: Pattern,
-    generator: torch.Generator,
-    escapes: int = 100,
-    triples: bool = False,
-) -> Tensor:
+def search(score: Tensor, groups: Tensor, pattern: Pattern, generator: torch.Generator, escapes: int = 100) -> Tensor:
     """Return groups of channels that keep at least as much score as `groups`.
 
     This is the search over pairs of stripes with bounded regressions of Pool and Yu 2021, "Channel Permutations for N:M
@@ -74,64 +61,76 @@ def search(
     Disjoint pairs of groups are regrouped, the largest gains first, until no pair gains. For m up to 4 all partitions
     of a pair's channels are considered, for larger m all exchanges of one channel for another. Then, `escapes` times,
     the channels of a few random groups are shuffled (the descent would undo the paper's single swap), and the search
-    descends again; the result is kept if it keeps more score. `triples` adds a final descent over sets of three groups.
-    Above 2048 channels only random swaps are tried. Raises `PermpruneError` for `triples` unless m is 4 and there are
-    at most 64 channels.
+    descends again; the result is kept if it keeps more score. Above 2048 channels only random swaps are tried. Raises
+    `PermpruneError` for a pattern of pairs.
     """
     if pattern.unit > 1:
         raise PermpruneError(f"cp keeps single weights, and {pattern} pairs: choose another permuter, such as newton")
-    if triples and (pattern.m != 4 or len(score) > NARROW):
-        raise PermpruneError(
-            f"{len(score)} channels in groups of {pattern.m} cannot be regrouped three groups at a time: "
-            f"that takes groups of 4 and at most {NARROW} channels"
-        )
     if len(score) > WIDE:
         return _swap_at_random(score, groups, pattern, generator)
-    sets: Sets = Pairs(score, groups, pattern)
-    sets.descend()
+    pairs = Pairs(score, groups, pattern)
+    pairs.descend()
     for _ in range(escapes):
-        sets.escape(generator)
-    if triples:
-        sets = Triples(score, sets.groups, pattern)
-        sets.descend()
-    return sets.groups
+        pairs.escape(generator)
+    return pairs.groups
 
 
-class Sets(ABC):
-    """All sets of a few groups, with the largest gain in kept score from regrouping the channels of each set.
+class Pairs:
+    """All pairs of groups, with the largest gain in kept score from regrouping the channels of each.
 
-    `sets` is int64 (count, k), the groups of each set. A row of `partitions`, (partitions, k * m), lists the positions
-    among a set's channels that form the new first group, then those of the second, and so on. `gain` is fp64 (count,);
-    `choice`, int64 (count,), is the partition with that gain. `kept`, fp64 (groups,), is the score that each group
-    keeps.
+    The groups of a pair exchange one channel each, or, if m is 4, one or two. `pairs` is int64 (count, 2), the groups
+    of each pair. A row of `partitions`, (partitions, 2 m), lists the positions among a pair's channels that form the
+    new first group, then those of the second. `gain` is fp64 (count,); `choice`, int64 (count,), is the partition with
+    that gain. `kept`, fp64 (groups,), is the score that each group keeps. `given` and `rest` list, for each number of
+    exchanged channels, the subsets of positions that are given away and the positions that stay.
     """
 
-    def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern, sets: Tensor, partitions: Tensor) -> None:
-        self.score, self.pattern, self.sets, self.partitions = score, pattern, sets, partitions
+    def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern) -> None:
+        count, m = groups.shape
+        sizes = (1, 2) if m == 4 else (1,)
+        self.given = [torch.tensor(list(combinations(range(m), size))) for size in sizes]
+        self.rest = [torch.tensor(list(combinations(range(m), m - size))).flip(0) for size in sizes]  # complements
+        partitions = [
+            torch.cat((stay, m + got, gave, m + other))
+            for given, rest in zip(self.given, self.rest, strict=True)
+            for gave, stay in zip(given, rest, strict=True)
+            for got, other in zip(given, rest, strict=True)
+        ]
+        self.score, self.pattern, self.partitions = score, pattern, torch.stack(partitions)
+        self.pairs = torch.cartesian_prod(torch.arange(count), torch.arange(count))
         self.groups = groups.clone()
         self.kept = kept_score(score, groups, pattern)
-        self.gain = torch.zeros(len(sets), dtype=torch.float64)
-        self.choice = torch.zeros(len(sets), dtype=torch.int64)
-        self.refresh(torch.arange(len(groups)))
+        self.gain = torch.zeros(len(self.pairs), dtype=torch.float64)
+        self.choice = torch.zeros(len(self.pairs), dtype=torch.int64)
+        self.refresh(torch.arange(count))
 
-    @abstractmethod
     def refresh(self, changed: Tensor) -> None:
-        """Update gain and choice of all sets that contain one of the `changed` groups, int64 (k,)."""
-
-    def channels(self, sets: Tensor) -> Tensor:
-        """The channels of the sets, (count, k * m), in the order that `partitions` refers to."""
-        return self.groups[sets].flatten(1)
+        """Update gain and choice of all pairs that contain one of the `changed` groups, int64 (k,)."""
+        count = len(self.groups)
+        gain, choice = self.gain.view(count, count), self.choice.view(count, count)
+        gain[changed] = 0.0
+        gain[:, changed] = 0.0
+        left = torch.ones(count, dtype=torch.bool)  # a pair is computed once, and stored at [a, b] or [b, a] only
+        for chunk in changed.sort().values.split(CHUNK):
+            others = left.nonzero().flatten()
+            places = torch.searchsorted(others, chunk)
+            best, which = self._gains(others, places)
+            best[:, places] = best[:, places].triu(1)
+            gain[chunk[:, None], others] = best
+            choice[chunk[:, None], others] = which
+            left[chunk] = False
 
     def descend(self) -> None:
-        """Regroup disjoint sets, those with the largest gains first, until no set gains."""
+        """Regroup disjoint pairs, those with the largest gains first, until no pair gains."""
         while len(picked := self._disjoint()):
-            sets = self.sets[picked]
-            groups = self.channels(sets).gather(1, self.partitions[self.choice[picked]]).view(*sets.shape, -1)
-            kept = kept_score(self.score, groups.flatten(0, 1), self.pattern).view_as(sets)
-            better = kept.sum(1) > self.kept[sets].sum(1)  # checked exactly, as `gain` may be rounded
+            pairs = self.pairs[picked]
+            channels = self.groups[pairs].flatten(1)
+            groups = channels.gather(1, self.partitions[self.choice[picked]]).view(*pairs.shape, -1)
+            kept = kept_score(self.score, groups.flatten(0, 1), self.pattern).view_as(pairs)
+            better = kept.sum(1) > self.kept[pairs].sum(1)  # checked exactly, as `gain` may be rounded
             self.gain[picked] = 0.0
-            self.groups[sets[better]], self.kept[sets[better]] = groups[better], kept[better]
-            self.refresh(sets[better].flatten())
+            self.groups[pairs[better]], self.kept[pairs[better]] = groups[better], kept[better]
+            self.refresh(pairs[better].flatten())
 
     def escape(self, generator: torch.Generator) -> None:
         """Shuffle the channels of a few groups and descend; if this does not keep more score, restore everything."""
@@ -147,53 +146,16 @@ class Sets(ABC):
             self.groups, self.kept, self.gain, self.choice = before
 
     def _disjoint(self) -> Tensor:
-        """Choose sets that gain and have no group in common, those with the largest gains first."""
-        gaining = (self.gain > GAIN * self.kept[self.sets].sum(1)).nonzero().flatten()
+        """Choose pairs that gain and have no group in common, those with the largest gains first."""
+        gaining = (self.gain > GAIN * self.kept[self.pairs].sum(1)).nonzero().flatten()
         ranked = gaining[self.gain[gaining].argsort(descending=True, stable=True)]
         used: set[int] = set()
         picked = []
-        for number, groups in zip(ranked.tolist(), self.sets[ranked].tolist(), strict=True):
+        for number, groups in zip(ranked.tolist(), self.pairs[ranked].tolist(), strict=True):
             if used.isdisjoint(groups):
                 used.update(groups)
                 picked.append(number)
         return torch.tensor(picked, dtype=torch.int64)
-
-
-class Pairs(Sets):
-    """Sets of two groups, which exchange one channel each, or, if m is 4, one or two channels each.
-
-    `given` and `rest` list, for each number of exchanged channels, the subsets of positions that are given away and the
-    positions that stay.
-    """
-
-    def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern) -> None:
-        count, m = groups.shape
-        sizes = (1, 2) if m == 4 else (1,)
-        self.given = [torch.tensor(list(combinations(range(m), size))) for size in sizes]
-        self.rest = [torch.tensor(list(combinations(range(m), m - size))).flip(0) for size in sizes]  # complements
-        partitions = [
-            torch.cat((stay, m + got, gave, m + other))
-            for given, rest in zip(self.given, self.rest, strict=True)
-            for gave, stay in zip(given, rest, strict=True)
-            for got, other in zip(given, rest, strict=True)
-        ]
-        pairs = torch.cartesian_prod(torch.arange(count), torch.arange(count))
-        super().__init__(score, groups, pattern, pairs, torch.stack(partitions))
-
-    def refresh(self, changed: Tensor) -> None:
-        count = len(self.groups)
-        gain, choice = self.gain.view(count, count), self.choice.view(count, count)
-        gain[changed] = 0.0
-        gain[:, changed] = 0.0
-        left = torch.ones(count, dtype=torch.bool)  # a pair is computed once, and stored at [a, b] or [b, a] only
-        for chunk in changed.sort().values.split(CHUNK):
-            others = left.nonzero().flatten()
-            places = torch.searchsorted(others, chunk)
-            best, which = self._gains(others, places)
-            best[:, places] = best[:, places].triu(1)
-            gain[chunk[:, None], others] = best
-            choice[chunk[:, None], others] = which
-            left[chunk] = False
 
     def _gains(self, others: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return the largest gain of each group others[places] (row) with each of `others` (column), and its choice."""
@@ -214,60 +176,6 @@ class Pairs(Sets):
     def _join(self, x: list[Tensor], places: Tensor, y: list[Tensor]) -> Tensor:
         """The score that lists of x of the groups at `places` keep with lists of y; all are (groups, subsets, rows)."""
         return union_kept([t[places].flatten(0, 1) for t in x], [t.flatten(0, 1) for t in y], self.pattern.n)
-
-
-class Triples(Sets):
-    """Sets of three groups of 4, with all 5775 partitions of their channels."""
-
-    def __init__(self, score: Tensor, groups: Tensor, pattern: Pattern) -> None:
-        self.table, self.pair = _tabulate(score, pattern)
-        self.fours, self.thirds = _thirds()
-        sets = torch.combinations(torch.arange(len(groups)), 3)
-        super().__init__(score, groups, pattern, sets, self.fours[self.thirds].flatten(1))
-
-    def channels(self, sets: Tensor) -> Tensor:
-        return super().channels(sets).sort(1).values
-
-    def refresh(self, changed: Tensor) -> None:
-        stale = torch.isin(self.sets, changed).any(1).nonzero().flatten()
-        a, b, c, d = self.channels(self.sets[stale]).T[self.fours].unbind(1)
-        kept = self.table[self.pair[a, b], self.pair[c, d]]
-        first, second, third = self.thirds.T
-        most, self.choice[stale] = kept[first].add_(kept[second]).add_(kept[third]).max(0)
-        self.gain[stale] = most - self.kept[self.sets[stale]].sum(1)
-
-
-@cache
-def _thirds() -> tuple[Tensor, Tensor]:
-    """Return the 495 sets of 4 of 12 positions, (495, 4), and the three sets of each partition, (5775, 3)."""
-    fours = list(combinations(range(12), 4))
-    number: dict[tuple[int, ...], int] = {four: i for i, four in enumerate(fours)}
-    thirds = []
-    for first in combinations(range(1, 12), 3):
-        left = [i for i in range(1, 12) if i not in first]
-        for second in combinations(left[1:], 3):
-            third = tuple(i for i in left[1:] if i not in second)
-            thirds.append((number[0, *first], number[left[0], *second], number[third]))
-    return torch.tensor(fours), torch.tensor(thirds)
-
-
-def _tabulate(score: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
-    """Tabulate the score that any four channels keep as a group.
-
-    Returns a table, fp64 (pairs, pairs), and `pair`, int64 (channels, channels). The score of a < b < c < d is at
-    [pair[a, b], pair[c, d]] of the table.
-    """
-    channels = len(score)
-    first, second = torch.triu_indices(channels, channels, 1)
-    pair = torch.zeros(channels, channels, dtype=torch.int64)
-    pair[first, second] = torch.arange(len(first))
-    table = torch.zeros(len(first), len(first), dtype=torch.float64)
-    for block in score.split(ROWS, 1):
-        pairs = descending((block[first], block[second]), pattern.n)
-        for b in range(1, channels - 2):
-            low, high = pair[:b, b], slice(int(pair[b + 1, b + 2]), None)
-            table[low, high] += union_kept([t[low] for t in pairs], [t[high] for t in pairs], pattern.n).cpu()
-    return table, pair
 
 
 def _swap_at_random(score: Tensor, groups: Tensor, pattern: Pattern, generator: torch.Generator) -> Tensor:

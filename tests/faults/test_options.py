@@ -74,7 +74,7 @@ def test_every_number_of_every_method_has_a_range(options: type) -> None:
         *(f"reconstruction:{option}=0" for option in ("candidates", "shares")),
         *(f"learned:{option}=0" for option in ("groups", "steps", "iterations", "examples")),
         *(f"learned-paper:{option}" for option in ("iterations=0", "check=0", "noise=-1", "margin=-1")),
-        *("learned:decay=1.5", "learned:noise=-0.1", "permllm:block=0", "cp:escapes=-1", "cp:triples=1"),
+        *("learned:decay=1.5", "learned:noise=-0.1", "permllm:block=0", "cp:escapes=-1", "newton:compensate=1"),
     ],
 )
 def test_a_permuters_name_takes_what_it_understands(name: str) -> None:
@@ -84,7 +84,7 @@ def test_a_permuters_name_takes_what_it_understands(name: str) -> None:
 
 def test_a_permuters_name_is_understood_whole() -> None:
     assert permuter("newton:rounds=0:damping=3:rate=1e-5") == Newton(rounds=0, damping=3.0, rate=1e-5)
-    assert permuter("cp:triples=true").triples is True  # type: ignore[attr-defined]
+    assert permuter("newton:compensate=true").compensate is True  # type: ignore[attr-defined]
     assert "given rounds twice" in fails("prune", "./no-model", "--out", "out", "--permute", "newton:rounds=1:rounds=2")
     for name in ("newton:", "newton::rounds=1", "newton:rounds", "newton:Rounds=1", "ria:power=1"):
         assert "is not an option of" in fails("compare", "./no-model", "--methods", name)

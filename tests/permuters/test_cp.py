@@ -1,4 +1,4 @@
-"""CP against brute force over all partitions of two or three groups."""
+"""CP against brute force over all partitions of two groups."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from permprune.errors import PermpruneError
 from permprune.pattern import Pattern
 from permprune.permuters import cp
 from permprune.permuters.kept import kept_score
@@ -24,9 +23,9 @@ def natural(score: Tensor, pattern: Pattern) -> Tensor:
     return torch.arange(len(score)).view(-1, pattern.m)
 
 
-def search(score: Tensor, pattern: Pattern, seed: int = 0, escapes: int = 0, triples: bool = False) -> Tensor:
+def search(score: Tensor, pattern: Pattern, seed: int = 0, escapes: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    groups = cp.search(score, natural(score, pattern), pattern, generator, escapes, triples)
+    groups = cp.search(score, natural(score, pattern), pattern, generator, escapes)
     assert torch.equal(groups.flatten().sort().values, torch.arange(len(score)))
     return groups
 
@@ -72,15 +71,6 @@ def most_gain(score: Tensor, groups: Tensor, pattern: Pattern) -> float:
     return most_kept(score, groups, pattern) - total(score, groups, pattern)
 
 
-def test_two_groups_of_4_have_35_partitions_and_three_have_5775() -> None:
-    assert len(all_ways(2, 4)) == 35
-    score, pattern = random_score(12, 5, 0), Pattern(2, 4)
-    partitions = cp.Triples(score, natural(score, pattern), pattern).partitions.view(-1, 3, 4)
-    found = {frozenset(frozenset(four) for four in row) for row in partitions.tolist()}
-    assert found == {frozenset(map(frozenset, ways)) for ways in all_ways(3, 4).tolist()}
-    assert len(found) == 5775
-
-
 @settings(max_examples=40)
 @given(
     pattern=st.sampled_from([Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2), Pattern(2, 3), Pattern(3, 6)]),
@@ -99,27 +89,24 @@ def test_pair_gains_are_those_of_all_partitions(pattern: Pattern, count: int, ro
         found = float(gain[a, b] + gain[b, a])
         assert max(found, 0.0) == pytest.approx(max(expected, 0.0), abs=1e-6 * rows)
     for at in gain.flatten().nonzero().flatten():
-        regrouped = sets.channels(sets.sets[at][None])[:, sets.partitions[sets.choice[at]]].view(2, -1)
-        gained = total(score, regrouped, pattern) - float(sets.kept[sets.sets[at]].sum())
+        regrouped = sets.groups[sets.pairs[at]].flatten()[sets.partitions[sets.choice[at]]].view(2, -1)
+        gained = total(score, regrouped, pattern) - float(sets.kept[sets.pairs[at]].sum())
         assert gained == pytest.approx(float(sets.gain[at]), abs=1e-6 * rows)
 
 
-@pytest.mark.parametrize("kind", [cp.Pairs, cp.Triples])
-def test_gains_after_moves_are_those_of_a_fresh_start(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gains_after_moves_are_those_of_a_fresh_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cp, "CHUNK", 3)
     pattern, score = Pattern(2, 4), random_score(40, 70, 0)
-    sets = kind(score, natural(score, pattern), pattern)
+    sets = cp.Pairs(score, natural(score, pattern), pattern)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         sets.escape(generator)
-    fresh = kind(score, sets.groups, pattern)
+    fresh = cp.Pairs(score, sets.groups, pattern)
     assert not torch.equal(sets.groups, natural(score, pattern))
     torch.testing.assert_close(sets.kept, fresh.kept)
-    if kind is cp.Pairs:  # which of its two groups a pair lists first depends on the moves
-        kept, anew = (x.gain.clamp_min(0).view(10, 10) for x in (sets, fresh))
-        torch.testing.assert_close(kept + kept.T, anew + anew.T, atol=1e-4, rtol=0)
-    else:
-        torch.testing.assert_close(sets.gain, fresh.gain, atol=1e-4, rtol=0)
+    # which of its two groups a pair lists first depends on the moves
+    kept, anew = (x.gain.clamp_min(0).view(10, 10) for x in (sets, fresh))
+    torch.testing.assert_close(kept + kept.T, anew + anew.T, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -133,20 +120,6 @@ def test_the_search_ends_where_no_pair_of_groups_gains(pattern: Pattern, seed: i
     for a, b in combinations(range(5), 2):
         both = groups[[a, b]]
         assert most_gain(score, both, pattern) <= 1.1 * cp.GAIN * total(score, both, pattern)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_triples_end_where_no_three_groups_gain_and_keep_no_less(n: int) -> None:
-    pattern, better = Pattern(n, 4), 0
-    for seed in range(4):
-        score = random_score(20, 20, seed)
-        pairs, triples = search(score, pattern), search(score, pattern, triples=True)
-        assert total(score, triples, pattern) >= total(score, pairs, pattern)
-        better += total(score, triples, pattern) > total(score, pairs, pattern)
-        for some in combinations(range(5), 3):
-            three = triples[list(some)]
-            assert most_gain(score, three, pattern) <= 1.1 * cp.GAIN * total(score, three, pattern)
-    assert better
 
 
 def test_escapes_never_lose_and_often_gain() -> None:
@@ -169,12 +142,11 @@ def test_equal_seeds_give_equal_groups() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("triples", [False, True])
-def test_few_groups(count: int, triples: bool) -> None:
+def test_few_groups(count: int) -> None:
     pattern = Pattern(2, 4)
     score = random_score(4 * count, 9, 0)
-    groups = search(score, pattern, escapes=5, triples=triples)
-    if count < 3 or triples:
+    groups = search(score, pattern, escapes=5)
+    if count < 3:
         assert total(score, groups, pattern) == pytest.approx(most_kept(score, natural(score, pattern), pattern))
 
 
@@ -196,9 +168,3 @@ def test_wide_problems_take_random_swaps_that_gain(pattern: Pattern, monkeypatch
     assert kept == sorted(kept) and kept[0] < kept[-1]
     assert torch.equal(search(score, pattern), search(score, pattern))
     assert not torch.equal(search(score, pattern), search(score, pattern, seed=1))
-
-
-@pytest.mark.parametrize(("channels", "m"), [(68, 4), (48, 8), (4096, 4)])
-def test_triples_are_refused_where_there_are_too_many(channels: int, m: int) -> None:
-    with pytest.raises(PermpruneError, match="at most 64 channels"):
-        search(torch.zeros(channels, 1), Pattern(2, m), triples=True)
