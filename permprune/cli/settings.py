@@ -39,7 +39,7 @@ PANELS = {
     "A mix of patterns": ("candidates", "keep", "bytes", "max_loss"),
     "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
     "Tasks": ("tasks", "task_file", "task_data", "limit", "few_shot"),
-    "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard", "jobs"),
+    "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard"),
     "Model and output": ("exclude", "task", "trust_remote_code", "pack", "head", "json", "picture"),
 }
 """Options that few people need, by their panel in the help."""

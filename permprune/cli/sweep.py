@@ -14,7 +14,6 @@ from permprune.cli.settings import numbers_in, parts
 from permprune.config import MIX_FIELDS, PruneConfig
 from permprune.engine.measuring import Evaluation
 from permprune.evaluation.lm_tasks import TaskList
-from permprune.options import Count
 
 if TYPE_CHECKING:
     from permprune.jobs.sweep_cells import Sweep
@@ -38,7 +37,6 @@ def sweep(
         str,
         typer.Option(help="time limits of a search in minutes, separated by commas", show_default="no limit"),
     ] = "",
-    jobs: Annotated[Count, typer.Option(help="patterns to work on at the same time, each in its own process")] = 1,
     resume: cli.Resume = False,
 ) -> Iterator[None]:
     """Measure patterns x methods x budgets on MODEL: quality against size, as a table, a page and a picture."""
@@ -60,7 +58,6 @@ def sweep(
         methods=cells[1],
         budgets=cells[2],
         evaluation=evaluation,
-        jobs=jobs,
         resume=resume,
         announce=announce,
     )

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import math
-import multiprocessing
-import os
-import pickle
 import shutil
-import signal
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedModel
 
 from permprune.checkpoints.offload import read_skeleton
@@ -40,7 +30,6 @@ from permprune.forecasts.costs import state_bytes
 from permprune.jobs.sweep_cells import CELL_FIELDS, Cell, DenseRow, Sweep, SweepRow, of_pattern, pareto, plan_cells
 from permprune.models.layers import block_linears, dense_weights, prunable_layers
 from permprune.models.processors import Processor
-from permprune.options import Count, require
 from permprune.permuters.base import Run
 from permprune.permuters.registry import permuter
 from permprune.report.sweep import write_sweep
@@ -48,10 +37,8 @@ from permprune.system import distributed
 from permprune.system.digests import CALIBRATION, CONFIG, WEIGHTS, versions
 from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, read_sealed, require_space, write_json, write_sealed
-from permprune.system.memory import keep_freed_memory
-from permprune.system.progress import console, log, stages, track
+from permprune.system.progress import stages
 from permprune.system.search_state import Checkpoint, require_same
-from permprune.system.workers import without_main, worker_context
 from permprune.zoo.models import note
 
 IDENTITY = "sweep.json"
@@ -101,7 +88,6 @@ def sweep(
     budgets: Sequence[float] = (),
     evaluation: Evaluation | None = None,
     processor: Processor | None = None,
-    jobs: int = 1,
     resume: bool = False,
     announce: Callable[[Sweep], None] = lambda result: None,
 ) -> Sweep:
@@ -114,24 +100,23 @@ def sweep(
     end of the search with the next smaller budget.
 
     Until the sweep is complete, `out`.partial contains the row of every finished cell and the states of the searches.
-    With `resume` the sweep continues from there, also with more patterns, methods and budgets. `jobs` processes work on
-    one pattern each at a time and read the model themselves, so it has to be given by name; under `torchrun` all
-    processes share the work of each cell instead. `announce` is called with the result before it is written. Raises
-    `PermpruneError`.
+    With `resume` the sweep continues from there, also with more patterns, methods and budgets. `announce` is called
+    with the result before it is written. Raises `PermpruneError`.
     """
     config, evaluation = config or PruneConfig(), evaluation or Evaluation()
     cells = plan_cells(patterns, methods, budgets)
     asked = _asked(name_of(model), config, evaluation)
     with WorkFolder(Path(out)).held("sweep", resume) as work:
-        _check(model, cells, config, jobs)
+        _check(model, cells, config)
         distributed.on_first(lambda: _require_sound(work.path, cells, asked))
         missing = [cell for cell in cells if not _path(work.path, cell).exists()]
         distributed.wait()  # until all processes have checked
         unlimited = config.replace(minutes=None)
         groups = groupby(missing or cells[:1], lambda cell: cell.pattern)  # one cell checks that the data are the same
-        _run(
-            [Job(model, processor, unlimited, evaluation, tuple(group), work.path, asked) for _, group in groups], jobs
-        )
+        jobs = [Job(model, processor, unlimited, evaluation, tuple(group), work.path, asked) for _, group in groups]
+        with stages(*(name for job in jobs for name in job.stages)):
+            for job in jobs:
+                run_job(job)
         dense, rows = _rows(cells, work.path)
         name = name_of(model)
         result = Sweep(model=name, note=note(name), config=config, evaluation=evaluation, dense=dense, rows=rows)
@@ -146,13 +131,8 @@ def _write(result: dict[str, Any], work: WorkFolder) -> None:
         write_sweep(result, folder)
 
 
-def _check(model: ModelSource, cells: list[Cell], config: PruneConfig, jobs: int) -> None:
+def _check(model: ModelSource, cells: list[Cell], config: PruneConfig) -> None:
     """Raise `PermpruneError` before the sweep starts for arguments that would make it fail later."""
-    require("jobs", jobs, Count)
-    if jobs > 1 and distributed.world() > 1:
-        raise PermpruneError(f"{jobs} jobs in {distributed.world()} processes: use --jobs without torchrun")
-    if isinstance(model, PreTrainedModel) and jobs > 1:
-        raise PermpruneError(f"{jobs} jobs each read the model: give it by name, or use one job")
     skeleton = (
         model
         if isinstance(model, PreTrainedModel)
@@ -193,67 +173,6 @@ def _agree(path: Path, asked: dict[str, Any], data: dict[str, Any]) -> None:
 
 def _path(partial: Path, cell: Cell) -> Path:
     return partial / CELLS / f"{cell.name}.json"
-
-
-def _run(jobs: list[Job], workers: int) -> None:
-    """Run jobs in this process, or in worker processes if there are several of both."""
-    if workers == 1 or len(jobs) < 2:
-        with stages(*(name for job in jobs for name in job.stages)):
-            for job in jobs:
-                run_job(job)
-        return
-    scripted = _require_importable(jobs, workers)
-    threads = max(1, torch.get_num_threads() // workers)
-    context = worker_context(__name__)
-    pool = ProcessPoolExecutor(workers, context, _begin_worker, (threads, log.level))
-    try:
-        with nullcontext() if scripted else without_main():  # a process starts when a job is submitted
-            futures = [pool.submit(run_job, job) for job in jobs]
-        for future in track(as_completed(futures), "patterns", len(jobs)):
-            future.result()
-    except BaseException as error:
-        for process in [*(pool._processes or {}).values()]:  # public from Python 3.14 on, as `terminate_workers`
-            process.terminate()
-        if isinstance(error, BrokenProcessPool):
-            guard = ', or because the script calls sweep outside `if __name__ == "__main__":`' if scripted else ""
-            raise PermpruneError(
-                f"a process of the sweep died, perhaps because memory ran out{guard}: "
-                "continue with --resume and fewer --jobs"
-            ) from error
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _require_importable(jobs: list[Job], workers: int) -> bool:
-    """Return whether the jobs contain something that the caller's script defines.
-
-    Raises `PermpruneError` if they cannot be pickled, as for a method that is not defined in a module.
-    """
-    try:
-        return b"__main__" in pickle.dumps(jobs)
-    except (AttributeError, TypeError, pickle.PicklingError) as error:
-        raise PermpruneError(
-            f"{workers} jobs need methods that can be imported ({error}): define them in a module, or use one job"
-        ) from error
-
-
-def _begin_worker(threads: int, level: int) -> None:
-    """Initialise a worker process: no progress bars, and exit when the parent ends, even if the parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    console.quiet = True
-    log.handlers[:] = [logging.StreamHandler()]
-    log.setLevel(level)
 
 
 def run_job(job: Job) -> None:

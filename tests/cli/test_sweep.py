@@ -1,11 +1,6 @@
 """`permprune sweep`, run as a person runs it."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,30 +57,3 @@ def test_bad_input_is_one_line(source: list[str], tmp_path: Path) -> None:
     assert "which 5 does not divide" in fails("sweep", *source, *out, "--patterns", "2:4,2:5")
     code, _, stderr = run("sweep", *source, *out, "--pattern", "2:4")
     assert code == 2 and "no option --pattern" in stderr
-
-
-def test_killed_jobs_end_with_their_parent_and_resume_to_the_figures_of_one_process(
-    source: list[str], tmp_path: Path
-) -> None:
-    one, out = tmp_path / "one", tmp_path / "out"
-    options = ["sweep", *source, "--patterns", "2:4,1:4", "--methods", "random,newton:rounds=3"]
-    assert run(*options, "--out", one)[0] == 0
-    options += ["--jobs", "2", "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "permprune", *options], stderr=subprocess.DEVNULL, stdout=subprocess.PIPE
-    )
-    partial = tmp_path / "out.partial"
-    while process.poll() is None and not (partial / "states" / "2-4 newton-rounds=3" / "newton.safetensors").exists():
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.stdout is not None
-    process.stdout.read()  # until the last worker has closed it
-    process.stdout.close()
-    assert process.wait() == -signal.SIGKILL and not out.exists()
-    kept = {path: path.stat().st_mtime_ns for path in partial.rglob("*.json")}
-    assert {path.name for path in kept} >= {"2-4 none.json", "2-4 random.json"}
-    time.sleep(0.5)
-    assert {path: path.stat().st_mtime_ns for path in partial.rglob("*.json")} == kept, "no worker goes on"
-    code, _, stderr = run(*options, "--jobs", "1", "--resume")
-    assert code == 0, stderr
-    assert figures(out) == figures(one)

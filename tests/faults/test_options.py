@@ -107,7 +107,6 @@ def test_a_permuters_name_is_understood_whole() -> None:
         (["evaluate", "--tasks", "cb", "--few-shot", "-1"], "few_shot"),
         (["compare", "--tasks", "cb", "--limit", "0"], "limit"),
         *((["sweep", "--budgets", text], "budgets") for text in ("0", "-1", "nan", "5,inf")),
-        *((["sweep", "--jobs", text], "jobs") for text in ("0", "-1")),
         *(
             (["finetune", option, "0"], option[2:])
             for option in ("--epochs", "--lr", "--batch", "--length", "--rows", "--adapters")
