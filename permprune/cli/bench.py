@@ -46,7 +46,6 @@ def bench(
     ] = False,
     trust_remote_code: cli.TrustRemoteCode = False,
     json: cli.Json = None,
-    picture: cli.Picture = None,
 ) -> Iterator[None]:
     """Measure the speed, size and memory of FOLDERS beside the dense model, and add them to their reports."""
 
@@ -56,7 +55,7 @@ def bench(
 
     from permprune.jobs.bench import bench as run
     from permprune.jobs.bench import report
-    from permprune.report.speed import bench_table, summary, write_bench
+    from permprune.report.speed import bench_table, summary
 
     benchmark = run(
         folders,
@@ -76,7 +75,5 @@ def bench(
         if not row["dense"]:
             print(f"{row['name']}: {summary(figures, row)}")
     cli.write_figures(json, figures)
-    if picture is not None:
-        write_bench(figures, picture)
     for folder in folders:
         report(benchmark, folder)

@@ -59,7 +59,6 @@ Json = Annotated[
     Path | None,
     typer.Option("--json", help="write the results to this JSON file; - is stdout, and tables then go to stderr"),
 ]
-Picture = Annotated[Path | None, typer.Option(help="draw the results in this PNG file")]
 
 
 def _print_version(wanted: bool) -> None:

@@ -28,7 +28,6 @@ def compare(
         Path | None, typer.Option(help="folder for the checkpoint of the best method; must not exist yet")
     ] = None,
     json: cli.Json = None,
-    picture: cli.Picture = None,
 ) -> Iterator[None]:
     """Compare permuters on one MODEL: perplexity, share of the gap closed, task scores, seconds and peak memory."""
 
@@ -43,15 +42,13 @@ def compare(
 
     from permprune.jobs.compare import Comparison
     from permprune.jobs.compare import compare as run
-    from permprune.report.comparison import comparison_table, write_comparison
+    from permprune.report.comparison import comparison_table
     from permprune.report.showcase import examples_shown, titles
 
     def announce(result: Comparison) -> None:
         figures = result.to_json()
         cli.show(comparison_table(figures))
         cli.write_figures(json, figures)
-        if picture is not None:
-            write_comparison(figures, picture)
         if out is None:
             cli.show("", examples_shown(figures["showcase"], titles(config.pattern, result.best.method)))
 

@@ -40,7 +40,7 @@ PANELS = {
     "Data": ("samples", "length", "windows", "metric", "examples", "seed"),
     "Tasks": ("tasks", "task_file", "task_data", "limit", "few_shot"),
     "Memory and speed": ("memory", "batch", "recompute", "precision", "offload", "shard"),
-    "Model and output": ("exclude", "task", "trust_remote_code", "pack", "head", "json", "picture"),
+    "Model and output": ("exclude", "task", "trust_remote_code", "pack", "head", "json"),
 }
 """Options that few people need, by their panel in the help."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from permprune.report.style import BLUE, GRAY, WIDTH, figure, horizontal_bars, styled, write_png
+from permprune.report.style import BLUE, GRAY, WIDTH, figure, horizontal_bars, styled
 from permprune.report.words import number
 
 Figures = Mapping[str, Any]
@@ -115,8 +115,3 @@ def speed_bars(figures: Figures) -> Figure:
         speeds = rows[0]["speeds"]
         axes.set_xlabel(f"{'tokens' if generates(speeds) else 'items'}/s at {cell_name(speeds[place])}")
     return picture
-
-
-def write_bench(figures: Figures, path: Path) -> None:
-    """Write the charts of a benchmark to `path` as PNG. Raises `PermpruneError` if it cannot be written."""
-    write_png(speed_bars(figures), path)

@@ -227,7 +227,7 @@ def test_a_head_that_cannot_be_int8(model: str, request: pytest.FixtureRequest, 
 def test_compare_shows_the_metric(tiny_vit: Path, pictures: Path, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     shared = ["--calibration", pictures, "--data", pictures, *SMALL, "--methods", "ria", "--json", figures]
-    code, stdout, _ = run("compare", tiny_vit, *shared, "--picture", tmp_path / "compare.png")
+    code, stdout, _ = run("compare", tiny_vit, *shared)
     assert code == 0 and "top-1 accuracy" in stdout
     result = json.loads(figures.read_text())
     assert result["metric"] == "top-1 accuracy"

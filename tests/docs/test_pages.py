@@ -120,7 +120,7 @@ def test_the_commands_of_the_start_page_run(folder: Path) -> None:
         options = [option.replace("newton", "newton:rounds=1") for option in options]
         code, _, stderr = run(command, *small[command], *options)
         assert code == 0, stderr
-    assert (folder / "pruned" / "report.html").exists() and (folder / "figures.png").exists()
+    assert (folder / "pruned" / "report.html").exists() and (folder / "figures.json").exists()
 
 
 def recipe(target: str) -> list[list[str]]:

@@ -127,9 +127,7 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_work(command: str, out:
 @pytest.mark.parametrize(
     ("command", "option"),
     [
-        ("compare", "--json"),
-        ("compare", "--picture"),
-        *((name, "--json") for name in ("evaluate", "finetune")),
+        *((name, "--json") for name in ("compare", "evaluate", "finetune")),
     ],
 )
 def test_a_file_that_cannot_be_written_is_said_before_the_work(
@@ -150,12 +148,10 @@ def test_tables_are_printed_before_files_are_written(
         raise PermpruneError("cannot write it: No space left on device; free space")
 
     monkeypatch.setattr("permprune.system.files.write_json", refuse)
-    monkeypatch.setattr("permprune.report.comparison.write_comparison", refuse)
     figures = ["--json", tmp_path / "figures.json"]
     for command, printed in (
         (["evaluate", source[0], "--data", source[4], "--length", "16", *figures], "perplexity"),
         (["compare", *source, "--methods", "random", *figures], "random"),
-        (["compare", *source, "--methods", "random", "--picture", tmp_path / "table.png"], "random"),
         (["finetune", *training, "--train", "norms", "--out", tmp_path / "out", *figures], "before training"),
     ):
         code, stdout, stderr = run(*command)

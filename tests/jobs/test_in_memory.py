@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 import permprune
 from permprune import Evaluation, FineTuning, Identity, Newton, PermpruneError, PruneConfig
 from permprune.models.layers import block_linears
-from permprune.report.comparison import comparison_table, write_comparison
+from permprune.report.comparison import comparison_table
 from permprune.system.files import write_json
 
 from ..faults.pruned import SETTINGS, WINDOWS
@@ -96,7 +96,6 @@ def test_compare_has_a_row_for_a_model_that_overflows(
     printed = StringIO()
     Console(file=printed, width=120).print(comparison_table(figures))
     assert "not finite" in printed.getvalue()
-    write_comparison(figures, tmp_path / "picture.png")
     write_json(tmp_path / "figures.json", figures)
     assert json.loads((tmp_path / "figures.json").read_text())["rows"][-1]["perplexity"] is None
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from permprune.report import pictures
-from permprune.report.comparison import comparison_title, write_comparison
+from permprune.report.comparison import comparison_title
 from permprune.report.run import decision, render, write_report
 from permprune.report.style import Format, save
 from permprune.report.words import duration, number, percent, with_error
@@ -89,11 +89,6 @@ COMPARED = {
     "model": "someone/small-model", "pattern": "2:4", "saliency": "wanda", "mode": "fold", "update": "none",
     "metric": "perplexity",
 }  # fmt: skip
-ROWS = [
-    {"method": "newton", "perplexity": 63.4, "gap_closed": 0.58, "seconds": 493.0, "peak_memory_mb": 900},
-    {"method": "none", "perplexity": 175.7, "gap_closed": None, "seconds": None, "peak_memory_mb": None},
-    {"method": "random", "perplexity": float("inf"), "gap_closed": -0.2, "seconds": 1.0, "peak_memory_mb": 900},
-]
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -283,10 +278,8 @@ def test_no_two_kinds_share_a_label(paths: set[tuple[str, ...]]) -> None:
 
 def test_files_are_written_whole(rendered: str, tmp_path: Path) -> None:
     write_report(RECORD, tmp_path / "report.html")
-    write_comparison({**COMPARED, "model": "a_model with $ signs $", "rows": ROWS}, tmp_path / "compare.png")
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == rendered
-    assert (tmp_path / "compare.png").read_bytes().startswith(PNG)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.png", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html"]
 
 
 def test_numbers_read_well() -> None:
