@@ -130,7 +130,7 @@ class Sensitivity:
                 log.warning("no mix of patterns that was tried loses less than %s in every layer", candidates[best])
                 choice, loss = [*self.uniform[best]], self.losses[best]
         curve = self._curve(costs, choice)
-        vars(self.landscape).pop("teacher_outputs", None)  # which take much memory while orders are searched
+        self.landscape = replace(self.landscape)  # without outputs, which take much memory while orders are searched
         chosen = dict(zip(self.landscape.network.layers, (names[number] for number in choice), strict=True))
         uniform = dict(zip(names, self.losses, strict=True))
         return Mix(chosen, costs.share_of(choice), costs.bytes_of(choice), [loss], curve, uniform=uniform)

@@ -35,7 +35,6 @@ def require_files(options: Mapping[str, Any]) -> None:
         (("model", "teacher", "dense"), require_model),
         (("folder", "folders", "kv", "task_data"), _require_folder),
         (("data", "dev", "calibration"), require_source),
-        (("example",), _require_file),
         (("out", "fold"), require_absent),
         (("out", "fold", "json"), require_writable),  # before hours of work, not after
     )
@@ -54,11 +53,6 @@ def _given(options: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Return the values of the options that were given."""
     lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
     return {name: [value for value in values if value is not None] for name, values in lists.items()}
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise PermpruneError(f"there is no file {path}: give an existing one")
 
 
 def _require_folder(folder: Path | str) -> None:

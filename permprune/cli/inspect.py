@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,13 +21,6 @@ def inspect(
     verify: Annotated[
         bool, typer.Option("--verify", help="test each space with a random permutation, in float64")
     ] = False,
-    example: Annotated[
-        Path | None,
-        typer.Option(
-            help="file of the model's inputs by name (.safetensors or .npz), to trace it on",
-            show_default="generated inputs",
-        ),
-    ] = None,
     each: Annotated[bool, typer.Option("--each", help="print a row for every space, not for every kind")] = False,
     trust_remote_code: cli.TrustRemoteCode = False,
 ) -> Iterator[None]:
@@ -39,7 +31,7 @@ def inspect(
     from permprune.jobs.inspect import inspect as run
 
     kinds: dict[tuple[str, ...], list[float]] = {}
-    for space in run(model, example=example, verify=verify, trust_remote_code=trust_remote_code):
+    for space in run(model, verify=verify, trust_remote_code=trust_remote_code):
         name = space.name if each else re.sub(r"\d+", "*", space.name)
         kind = (name, str(space.size), _freedom(space), str(space.members), str(space.readers))
         kinds.setdefault(kind, []).append(space.difference or 0.0)

@@ -32,7 +32,7 @@ class Untraceable(PermpruneError):
     def __init__(self, what: str) -> None:
         super().__init__(
             f"{what}: use gather mode (--mode gather), which needs no coupling; "
-            "if it takes other inputs, try them with permprune inspect --example FILE"
+            "if it takes other inputs, try them with permprune.inspect(model, example={...})"
         )
         self.what = what
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from permprune.checkpoints.source import ModelSource, open_model
 from permprune.coupling.discovery import discover
 from permprune.coupling.fold import verify_space
-from permprune.models.dummy_inputs import example_inputs, read_example
+from permprune.models.dummy_inputs import example_inputs
 from permprune.models.processors import Processor
 from permprune.system.failures import failures_reported
 
@@ -44,23 +42,23 @@ def inspect(
     model: ModelSource,
     processor: Processor | None = None,
     *,
-    example: Mapping[str, Tensor] | Path | None = None,
+    example: Mapping[str, Tensor] | None = None,
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> list[InspectedSpace]:
     """Return the channel spaces of a model: which channels can be permuted, and which parameters they share.
 
     `model` is a name, a folder, or a model in memory, which is not changed. It is traced on `example`: its inputs by
-    name, or a .safetensors or .npz file of them. By default inputs are generated; the size of images is that of the
-    config or else of the `processor`. With `verify`, each space that can be permuted is tested with a random
-    permutation in float64. `trust_remote_code` is as in `read_model`. Raises `PermpruneError`.
+    name. By default inputs are generated; the size of images is that of the config or else of the `processor`. With
+    `verify`, each space that can be permuted is tested with a random permutation in float64. `trust_remote_code` is as
+    in `read_model`. Raises `PermpruneError`.
     """
     opened = open_model(model, processor, trust_remote_code=trust_remote_code)
     network = opened.model
     if verify:
         network = copy.deepcopy(network) if network is model else network
         network.double()
-    batch = _example(example, network, opened.processor)
+    batch = example_inputs(network, opened.processor) if example is None else dict(example)
     return [
         InspectedSpace(
             name=space.name,
@@ -74,11 +72,3 @@ def inspect(
         )
         for space in discover(network, batch).spaces
     ]
-
-
-def _example(
-    given: Mapping[str, Tensor] | Path | None, model: PreTrainedModel, processor: Processor | None
-) -> dict[str, Tensor]:
-    if given is None:
-        return example_inputs(model, processor)
-    return read_example(given, model) if isinstance(given, Path) else dict(given)

@@ -1,17 +1,13 @@
-"""Small example batches for tracing: random inputs derived from a model's signature and config, or read from a file."""
+"""Small example batches for tracing: random inputs derived from a model's signature and config."""
 
 from __future__ import annotations
 
 import inspect
-import zipfile
 from collections.abc import Callable, Container, Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -26,6 +22,9 @@ BATCH, LENGTH = 2, 11
 
 SECOND = 16_000
 """Audio samples per example if the config does not define the frame size: one second at 16 kHz."""
+
+EXAMPLE = "give an example batch in Python, permprune.inspect(model, example={...})"
+"""What to do if no inputs can be made up."""
 
 FRAMES = 64
 """Audio frames per example for models that accept any number of frames."""
@@ -58,8 +57,7 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
         del made["input_values"]
     if missing := sorted(needed - made.keys()):
         raise PermpruneError(
-            f"{type(model).__name__} takes {missing[0]}, which cannot be generated from its config: "
-            "give an example batch with permprune inspect --example FILE (.safetensors or .npz)"
+            f"{type(model).__name__} takes {missing[0]}, which cannot be generated from its config: {EXAMPLE}"
         )
     example = _as_the_model(made, model)
     if {"input_ids", "pixel_values"} <= example.keys() and (owner := find_config(model.config, "image_token_id")):
@@ -69,28 +67,6 @@ def example_inputs(model: PreTrainedModel, processor: object = None) -> dict[str
         if "mm_token_type_ids" in parameters:
             example["mm_token_type_ids"] = example["input_ids"].eq(owner.image_token_id).int()
     return example
-
-
-def read_example(path: Path, model: PreTrainedModel) -> dict[str, Tensor]:
-    """Read an example batch from a .safetensors or .npz file.
-
-    The file holds tensors named after arguments of the model's forward. They are moved to the model's device, and
-    floating-point ones are cast to its dtype. Raises `PermpruneError` if the file has another suffix, cannot be read,
-    is empty, or contains a name that the model's forward does not accept.
-    """
-    readers: dict[str, Callable[[Path], dict[str, Tensor]]] = {".safetensors": load_file, ".npz": _read_npz}
-    if path.suffix not in readers:
-        raise PermpruneError(f"{path} is not an example batch: give a .safetensors or .npz file of named tensors")
-    try:
-        tensors = readers[path.suffix](path)
-    except (OSError, SafetensorError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise PermpruneError(f"cannot read the tensors in {path}: {error}") from error
-    taken = argument_names(model)
-    if unknown := sorted(tensors.keys() - set(taken)):
-        raise PermpruneError(f"{path} holds {unknown[0]}, which the model does not take: it takes {', '.join(taken)}")
-    if not tensors:
-        raise PermpruneError(f"{path} contains no tensors: the model takes {', '.join(taken)}")
-    return _as_the_model(tensors, model)
 
 
 class _Maker:
@@ -235,8 +211,7 @@ def _with_placeholders(model: PreTrainedModel, example: dict[str, Tensor], token
         features = model.get_image_features(**images).pooler_output  # type: ignore[operator]
     except TypeError as error:
         raise PermpruneError(
-            f"{type(model).__name__} takes more than pixels ({error}): load it with its processor, or give an example "
-            "batch with permprune inspect --example FILE (.safetensors or .npz)"
+            f"{type(model).__name__} takes more than pixels ({error}): load it with its processor, or {EXAMPLE}"
         ) from error
     ids, longest = example["input_ids"], max(map(len, features))
     rows = []
@@ -258,8 +233,3 @@ def _processed_pairs(model: PreTrainedModel, processor: Processor) -> dict[str, 
 
 def _as_the_model(tensors: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
     return typed_inputs(model, {name: tensor.to(compute_device(model)) for name, tensor in tensors.items()})
-
-
-def _read_npz(path: Path) -> dict[str, Tensor]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

@@ -75,7 +75,6 @@ WRONG = {
     f"prune {'x' * 5000} --out out": "model cannot be looked for: File name too long",
     f"prune smollm2-135m --out out --data {'y/' * 3000}": "data cannot be looked for: File name too long",
     "compare smollm2-135m --methods ,": "--methods names no search",
-    "inspect smollm2-135m --example none.npz": "there is no file none.npz",
     "fetch smollm": 'did you mean "smollm2-135m"',
 }
 """Wrong command lines, and a part of their messages."""

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -247,16 +246,6 @@ def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
 def test_inspect_proves_models_of_any_input(fixture: str, request: pytest.FixtureRequest) -> None:
     code, stdout, _ = run("inspect", request.getfixturevalue(fixture), "--verify")
     assert code == 0 and "heads" in stdout and "max difference" in stdout
-
-
-def test_inspect_takes_an_example(tiny_vit: Path, tmp_path: Path) -> None:
-    example = tmp_path / "example.npz"
-    np.savez(example, pixel_values=np.zeros((1, 3, 16, 16)))
-    assert run("inspect", tiny_vit, "--example", example) == run("inspect", tiny_vit)
-    np.savez(example, pixel_values=np.zeros((1, 3, 8, 8)))
-    assert "cannot trace the model on pixel_values" in fails("inspect", tiny_vit, "--example", example)
-    np.savez(example, pixels=np.zeros((1, 3, 16, 16)))
-    assert "does not take: it takes pixel_values" in fails("inspect", tiny_vit, "--example", example)
 
 
 @pytest.mark.parametrize(

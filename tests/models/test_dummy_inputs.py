@@ -5,16 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers as tf
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from permprune.coupling.discovery import discover
 from permprune.errors import PermpruneError
-from permprune.models.dummy_inputs import example_inputs, random_like, read_example
+from permprune.models.dummy_inputs import example_inputs, random_like
 
 from ..coupling.coupling_models import idefics3, llava_onevision, qwen2_5_vl
 
@@ -158,7 +156,7 @@ def test_every_linear_takes_part_in_the_example(family: str) -> None:
 
 
 def test_a_model_that_needs_more_than_pixels_asks_for_its_processor() -> None:
-    with pytest.raises(PermpruneError, match=r"LlavaOnevision.*image_sizes.*its processor.*--example"):
+    with pytest.raises(PermpruneError, match=r"LlavaOnevision.*image_sizes.*its processor.*in Python"):
         example_inputs(llava_onevision())
 
 
@@ -204,7 +202,7 @@ def test_the_processor_knows_the_size_where_the_config_does_not(
 
 
 def test_what_cannot_be_made_up_is_named() -> None:
-    with pytest.raises(PermpruneError, match=r"takes pixel_values, which .* --example FILE"):
+    with pytest.raises(PermpruneError, match=r"takes pixel_values, which .* in Python"):
         example_inputs(resnet())
 
     class Odd(tf.ViTForImageClassification):
@@ -213,43 +211,6 @@ def test_what_cannot_be_made_up_is_named() -> None:
 
     with pytest.raises(PermpruneError, match="Odd takes depth, which cannot be generated"):
         example_inputs(Odd(tf.ViTConfig(**IMAGE)))
-
-
-def test_an_example_is_read(tiny_llama: tf.LlamaForCausalLM, tmp_path: Path) -> None:
-    ids = torch.arange(12).view(2, 6)
-    save_file({"input_ids": ids, "inputs_embeds": torch.ones(2, 6, 32)}, tmp_path / "a.safetensors")
-    np.savez(tmp_path / "a.npz", input_ids=ids.numpy(), inputs_embeds=np.ones((2, 6, 32)))
-    for name in ("a.safetensors", "a.npz"):
-        example = read_example(tmp_path / name, tiny_llama)
-        assert torch.equal(example["input_ids"], ids)
-        assert example["inputs_embeds"].dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("name", "arrays", "message"),
-    [
-        ("a.npz", {"pixels": np.ones(2)}, "holds pixels, which the model does not take: it takes input_ids, att"),
-        ("a.npz", {}, "contains no tensors"),
-        ("a.npz", {"input_ids": np.array(["text"])}, "cannot read the tensors in .*a.npz"),
-        ("a.npz", None, "cannot read the tensors in .*a.npz"),
-        ("a.safetensors", None, "cannot read the tensors in .*a.safetensors"),
-        ("a.pt", {"input_ids": np.ones(2)}, "give a .safetensors or .npz file"),
-    ],
-)
-def test_a_bad_example_is_one_line(
-    tiny_llama: tf.LlamaForCausalLM, tmp_path: Path, name: str, arrays: dict[str, Any] | None, message: str
-) -> None:
-    path = tmp_path / name
-    if arrays is None:
-        path.write_bytes(b"no tensors")
-    else:
-        with path.open("wb") as file:
-            np.savez(file, **arrays)
-    with pytest.raises(PermpruneError, match=message):
-        read_example(path, tiny_llama)
-    path.unlink()
-    with pytest.raises(PermpruneError):
-        read_example(path, tiny_llama)
 
 
 def test_random_inputs_keep_special_tokens_and_shapes() -> None:
