@@ -177,7 +177,7 @@ def counted_once() -> Iterator[None]:
         """What a count reads of an argument."""
         if isinstance(value, PruneConfig):
             return value.length, value.batch, value.recompute
-        return value.repeated if isinstance(value, Outline) else value
+        return (value.repeated, value.dtype) if isinstance(value, Outline) else value
 
     def once(count: Callable[..., Activations]) -> Callable[..., Activations]:
         def count_once(model: PreTrainedModel, *arguments: Any, **settings: Any) -> Activations:

@@ -352,13 +352,14 @@ def test_the_real_model_folds_loads_and_verifies(
     out = tmp_path / "out"
     settings = PruneConfig(permute="random", samples=6, length=64, measured=3, held_out=1)
     record = prune_to_folder("smollm2-135m", out, settings, evaluation=Evaluation(None, 2, 64))
-    found = verify(out)
+    loaded = load(out)
+    found = verify(loaded)
     assert found.layers == 210 and found.difference < 1e-3  # of logits up to 33
     assert record.measured and record.measured.none > record.measured.dense
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     _, tokenizer = smollm
     ids = tokenize(load_documents(None, "evaluation"), tokenizer, 32, 2)
-    assert torch.equal(probe_outputs(model, {"input_ids": ids}), probe_outputs(load(out), {"input_ids": ids}))
+    assert torch.equal(probe_outputs(model, {"input_ids": ids}), probe_outputs(loaded, {"input_ids": ids}))
     for layer in prunable_layers(model, Pattern(2, 4)):
         assert Pattern(2, 4).holds(layer.weight)
 

@@ -86,24 +86,17 @@ def test_what_cannot_be_packed_is_refused_before_the_work(tiny_checkpoint: Path,
 
 
 @pytest.mark.slow
-def test_a_script_needs_no_guard(tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> None:
-    """Neither `bench` nor `sweep` run the script again in their processes."""
+def test_a_script_needs_no_guard(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """`bench` does not run the script again in its processes."""
     script = tmp_path / "script.py"
     script.write_text(
         f"""
 import permprune
 
 print("started")
-text = {str(tiny_text)!r}
 found = permprune.bench([], dense={str(tiny_checkpoint)!r}, batches=[1], contexts=[4], steps=2, turns=1, threads=1)
 print(len(found.rows), "rows")
-settings = permprune.PruneConfig(calibration=text, samples=24, length=16, shared=True)
-found = permprune.sweep(
-    {str(tiny_checkpoint)!r}, "out", settings, patterns=["2:4", "1:4"], methods=[], jobs=2,
-    evaluation=permprune.Evaluation(text, 4, 16, shared=True),
-)
-print(len(found.rows), "cells")
 """
     )
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split("\n") == ["started", "2 rows", "2 cells", ""], done.stderr
+    assert done.stdout.split("\n") == ["started", "2 rows", ""], done.stderr
