@@ -56,27 +56,6 @@ FREE = (*CELL_FIELDS, "batch", "recompute")
 """Fields of the config that differ between cells, or that may change before an interrupted sweep is resumed."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """The cells of one pattern that have to be measured, with the arguments that this needs.
-
-    The cells share one calibrated model. Their rows are written to `folder`. `asked` are the settings of the sweep.
-    """
-
-    model: ModelSource
-    processor: Processor | None
-    config: PruneConfig
-    evaluation: Evaluation
-    cells: tuple[Cell, ...]
-    folder: Path
-    asked: dict[str, Any]
-
-    @property
-    def stages(self) -> list[str]:
-        """The stages of the job, in the words that are shown."""
-        return stages_of_attempts((permuter(cell.method) for cell in self.cells), self.config)
-
-
 @failures_reported()
 def sweep(
     model: ModelSource,
@@ -112,11 +91,14 @@ def sweep(
         missing = [cell for cell in cells if not _path(work.path, cell).exists()]
         distributed.wait()  # until all processes have checked
         unlimited = config.replace(minutes=None)
-        groups = groupby(missing or cells[:1], lambda cell: cell.pattern)  # one cell checks that the data are the same
-        jobs = [Job(model, processor, unlimited, evaluation, tuple(group), work.path, asked) for _, group in groups]
-        with stages(*(name for job in jobs for name in job.stages)):
-            for job in jobs:
-                run_job(job)
+        measured = missing or cells[:1]  # one cell checks that the data are the same
+        groups = [list(group) for _, group in groupby(measured, lambda cell: cell.pattern)]
+        methods_of = [[permuter(cell.method) for cell in group] for group in groups]
+        with stages(*(name for group in methods_of for name in stages_of_attempts(group, unlimited))):
+            for group in groups:
+                opened = partial(Held.open, model, of_pattern(unlimited, group[0].pattern), processor)
+                with Session(opened, dataclasses.replace(evaluation, shown=0)) as session:
+                    _measure_cells(session, group, work.path, asked)
         dense, rows = _rows(cells, work.path)
         name = name_of(model)
         result = Sweep(model=name, note=note(name), config=config, evaluation=evaluation, dense=dense, rows=rows)
@@ -175,23 +157,19 @@ def _path(partial: Path, cell: Cell) -> Path:
     return partial / CELLS / f"{cell.name}.json"
 
 
-def run_job(job: Job) -> None:
-    """Measure the cells of a job one after the other and write each row as soon as it is measured."""
-    config = of_pattern(job.config, job.cells[0].pattern)
-    with Session(
-        partial(Held.open, job.model, config, job.processor), dataclasses.replace(job.evaluation, shown=0)
-    ) as session:
-        run, outline = session.weights.plan.run, session.weights.plan.outline
-        require_space(job.folder, sum(state_bytes(permuter(cell.method), outline) for cell in job.cells))
-        distributed.on_first(lambda: _agree(job.folder / IDENTITY, job.asked, _data(session)))
-        _measure_dense(session, job.folder / DENSE)
-        for cell in job.cells:
-            if _path(job.folder, cell).exists():
-                continue
-            checkpoint = Checkpoint(_states(job, cell), run.checkpoint.settings)
-            row = _row(session, cell, dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint))
-            if not distributed.rank():
-                write_sealed(_path(job.folder, cell), encode(row))
+def _measure_cells(session: Session, cells: list[Cell], partial: Path, asked: dict[str, Any]) -> None:
+    """Measure cells of one pattern one after the other and write each row as soon as it is measured."""
+    run, outline = session.weights.plan.run, session.weights.plan.outline
+    require_space(partial, sum(state_bytes(permuter(cell.method), outline) for cell in cells))
+    distributed.on_first(lambda: _agree(partial / IDENTITY, asked, _data(session)))
+    _measure_dense(session, partial / DENSE)
+    for cell in cells:
+        if _path(partial, cell).exists():
+            continue
+        checkpoint = Checkpoint(_states(partial, cell), run.checkpoint.settings)
+        row = _row(session, cell, dataclasses.replace(run, minutes=cell.minutes, checkpoint=checkpoint))
+        if not distributed.rank():
+            write_sealed(_path(partial, cell), encode(row))
 
 
 def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
@@ -232,9 +210,9 @@ def _measure_dense(session: Session, path: Path) -> None:
         write_sealed(path, encode(row))
 
 
-def _states(job: Job, cell: Cell) -> Path:
+def _states(partial: Path, cell: Cell) -> Path:
     """Return the folder of the states of a cell's search; a new one starts as a copy of the next smaller budget's."""
-    states = job.folder / "states" / cell.name
+    states = partial / "states" / cell.name
     smaller = [
         other
         for other in states.parent.glob(f"{dataclasses.replace(cell, minutes=None).name} *")
