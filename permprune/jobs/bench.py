@@ -7,11 +7,14 @@ import dataclasses
 import functools
 import io
 import logging
+import multiprocessing
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -35,7 +38,9 @@ from permprune.report.run import REPORT, write_report
 from permprune.system.device import best_device, dtype_named
 from permprune.system.files import write_json
 from permprune.system.progress import console, log, track
-from permprune.system.workers import without_main, worker_context
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 DENSE = ("fp32", "bf16")
 """The data types in which the dense model is measured."""
@@ -153,7 +158,7 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
     Without the models that the pruned cache was not made for; raises `OtherModelError` if it was made for none. Without
     the engines that do not run the model.
     """
-    context = worker_context(__name__)
+    context = _context()
     served: list[_Entry] = []
     servers: list[Connection] = []
     refused: dict[str, OtherModelError | EngineError] = {}
@@ -162,7 +167,7 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
         for entry in track(entries, "loading", len(entries)):
             connection, other = context.Pipe()
             process = context.Process(target=_serve, args=(other, entry), daemon=True)
-            with without_main():
+            with _without_main():
                 process.start()
             other.close()
             processes.append(process)
@@ -187,6 +192,33 @@ def _served(entries: Sequence[_Entry]) -> Iterator[tuple[list[_Entry], list[Conn
         for process in processes:
             process.terminate()
             process.join()
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """Return the context in which to start processes, which share no state with this one.
+
+    Where the system can, they are forked from a process that has imported this module: its imports take seconds.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A context in which started processes do not run the caller's script again.
+
+    They would, to define what it defines; a script whose work is not under `if __name__ == "__main__":` would start
+    processes of its own, which Python refuses.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _ask(server: Connection, question: tuple[Any, ...] | None) -> Any:
