@@ -9,16 +9,18 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from permprune.checkpoints.origin import origin_of
-from permprune.checkpoints.source import ModelSource, open_model
+from permprune.checkpoints.source import ModelSource, OpenModel, open_model
 from permprune.config import PruneConfig
 from permprune.data.load import load_examples
 from permprune.engine.measuring import Evaluation
 from permprune.errors import PermpruneError
+from permprune.examples import Examples
 from permprune.kv.cache import PrunedCache, attention_layers
 from permprune.kv.calibration import SIDES, ObservedLayer, fit_channels, observe_states
 from permprune.kv.config import AUTO, KVConfig, bits_of, default_pattern, pattern_of
@@ -96,15 +98,7 @@ def calibrate_kv(
     attention_layers(opened.model)
     length = clipped_length(opened.model, length)
     source: dict[str, str | int | None] = {"data": calibration, "samples": samples, "length": length, "seed": seed}
-    held_out = 0 if max_loss is None else evaluation.windows
-    examples = load_examples(
-        calibration, opened.model, opened.processor,
-        part="calibration", count=samples + held_out, length=length, seed=seed, apart=held_out,
-    )  # fmt: skip
-    held_out = min(held_out, len(examples) // 2)
-    if max_loss is not None and not held_out:
-        raise PermpruneError("--max-loss chooses on a part of the calibration text, which has one window: give more")
-    unseen, examples = examples[:held_out], examples[held_out:]
+    examples, unseen = _windows(opened, source, 0 if max_loss is None else evaluation.windows)
     stage(CALIBRATE)
     started, chosen = time.monotonic(), None
     observed = observe_states(opened.model, examples, skipped=config.sinks, batch=EVALUATION_BATCH)
@@ -147,6 +141,21 @@ def calibrate_kv(
     with atomic_folder(out) as folder:
         write_cache(folder, channels, record)
     return record
+
+
+def _windows(opened: OpenModel, source: Mapping[str, Any], apart: int) -> tuple[Examples, Examples]:
+    """Return windows of the calibration text: those to observe, and up to `apart` of other documents.
+
+    Raises `PermpruneError` if the text has a single window and two are needed.
+    """
+    examples = load_examples(
+        source["data"], opened.model, opened.processor,
+        part="calibration", count=source["samples"] + apart, length=source["length"], seed=source["seed"], apart=apart,
+    )  # fmt: skip
+    held_out = min(apart, len(examples) // 2)
+    if apart and not held_out:
+        raise PermpruneError("--max-loss chooses on a part of the calibration text, which has one window: give more")
+    return examples[held_out:], examples[:held_out]
 
 
 def _with_budget(config: KVConfig, budget: float | None, max_loss: float | None) -> KVConfig:
