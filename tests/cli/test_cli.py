@@ -242,9 +242,8 @@ def test_inspect_lists_and_proves_the_spaces(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fixture", ["tiny_bert", "tiny_vit", "tiny_ctc", "tiny_whisper"])
-def test_inspect_proves_models_of_any_input(fixture: str, request: pytest.FixtureRequest) -> None:
-    code, stdout, _ = run("inspect", request.getfixturevalue(fixture), "--verify")
+def test_inspect_proves_a_model_of_two_inputs(tiny_whisper: Path) -> None:
+    code, stdout, _ = run("inspect", tiny_whisper, "--verify")
     assert code == 0 and "heads" in stdout and "max difference" in stdout
 
 

@@ -13,9 +13,9 @@ from permprune.models.hooks import hooked
 from permprune.models.layers import Layer, block_linears, prunable_layers
 from permprune.pattern import Pattern
 
-from ..coupling.coupling_models import deepseek_v3, gpt_oss, mixtral, qwen3_moe, randomised
+from ..coupling.coupling_models import gpt_oss, mixtral, randomised
+from ..experts import FAMILIES
 
-FAMILIES = {"mixtral": mixtral, "qwen3-moe": qwen3_moe, "gpt-oss": gpt_oss, "deepseek-v3": deepseek_v3}
 TOKENS = torch.randint(60, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
