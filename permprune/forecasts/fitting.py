@@ -233,20 +233,20 @@ class Fitting(Subject):
 
 
 def _leaner(config: PruneConfig, machine: Machine) -> Iterator[PruneConfig]:
-    """Yield settings that need less and less memory, those that cost least first."""
-    while config.batch > 1:
-        config = config.replace(batch=config.batch // 2)
-        yield config
+    """Yield settings that need less and less memory, those that cost least first.
+
+    What is offloaded is read for each batch: there, as many windows as fit cost least.
+    """
+    batches = [config.batch >> halved for halved in range(config.batch.bit_length())]
+    yield from (config.replace(batch=batch) for batch in batches[1:])
     if not config.recompute:
-        config = config.replace(recompute=True)
-        yield config
-    if config.offload == "none":
-        places = ("disk",) if machine.device.type == "cpu" else ("host", "disk")
-        offloaded = [config.replace(offload=place) for place in places]
-        yield from offloaded
-        config = offloaded[-1]
+        yield config.replace(batch=1, recompute=True)
+    places: tuple[str, ...] = ("disk",) if machine.device.type == "cpu" else ("host", "disk")
+    places = places if config.offload == "none" else ()
+    for place in places:
+        yield from (config.replace(batch=batch, recompute=True, offload=place) for batch in batches)
     if config.precision == "auto" and machine.dtype == torch.float32:
-        yield config.replace(precision="bf16")
+        yield config.replace(batch=1, recompute=True, offload=(config.offload, *places)[-1], precision="bf16")
 
 
 def _options(given: PruneConfig, chosen: PruneConfig) -> str:

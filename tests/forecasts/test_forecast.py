@@ -216,6 +216,12 @@ def test_a_limit_is_kept_by_leaner_settings(config_folder: Path) -> None:
         assert not found.streamed
 
 
+def test_what_is_offloaded_keeps_the_windows_of_a_batch(config_folder: Path) -> None:
+    run = partial(forecast, config_folder, gpu="h100", permute="newton:rounds=1")
+    found = run(memory=run(offload="host", recompute=True).device).config
+    assert (found.offload, found.batch) == ("host", PruneConfig().batch)
+
+
 @pytest.mark.slow
 def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
     config = PruneConfig(memory=2**20, length=16)
