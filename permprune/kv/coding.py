@@ -30,6 +30,10 @@ TYPES = {bits: dtype for dtype, bits in CODED.items()}
 """The types of stored values, by bits."""
 
 
+HALVES = 255
+"""Halves of a step from 0 to beyond the largest magnitude."""
+
+
 @cache
 @torch.inference_mode(False)
 def hadamard(width: int, device: torch.device) -> Tensor:
@@ -58,10 +62,22 @@ def code(states: Tensor, bits: int) -> dict[str, Tensor]:
     values = numbered(bits, states.device)
     unit = states.square().mean(-1, keepdim=True).sqrt() * UNITS[bits]
     relative = states / unit.clamp_min(torch.finfo(torch.float32).tiny)
-    places = torch.bucketize(relative, (values[1:] + values[:-1]) / 2)
-    found = values[places]
+    steps = (2 * relative).ceil().clamp(-HALVES, HALVES).nan_to_num(HALVES)
+    places = _nearest(bits, states.device)[steps.int() + HALVES]
+    found = values[places.int()]
     scale = (states * found).sum(-1, keepdim=True) / found.square().sum(-1, keepdim=True)
     return {"values": pack_planes(places, bits), "scale": scale.bfloat16()}
+
+
+@cache
+@torch.inference_mode(False)
+def _nearest(bits: int, device: torch.device) -> Tensor:
+    """Return the number nearest to all up to each multiple of half a step, uint8 (2 HALVES + 1,).
+
+    The bounds between magnitudes are such multiples, so that this table replaces a search.
+    """
+    values, ends = numbered(bits, device), torch.arange(-HALVES, HALVES + 1, device=device) / 2
+    return torch.bucketize(ends, (values[1:] + values[:-1]) / 2).to(torch.uint8)
 
 
 def decode(parts: dict[str, Tensor], bits: int, width: int) -> Tensor:

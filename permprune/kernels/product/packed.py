@@ -152,10 +152,9 @@ class PackedWeight:
 
 def pack_bits(numbers: Tensor, bits: int = 1) -> Tensor:
     """Convert numbers of so many bits, (..., 8 / bits * k), to bytes, uint8 (..., k), whose low bits hold the first."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
-    fields = numbers.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
-    packed: Tensor = (fields << shifts).sum(-1, dtype=torch.uint8)
-    return packed
+    places = 2.0 ** torch.arange(0, 8, bits, device=numbers.device)
+    packed: Tensor = numbers.float().unflatten(-1, (-1, 8 // bits)) @ places
+    return packed.to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int = 1) -> Tensor:
