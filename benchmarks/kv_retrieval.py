@@ -66,6 +66,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type in which the model computes")
     parser.add_argument("--table", choices=TABLES, default="quantised")
+    parser.add_argument(
+        "--only", help="the caches whose method has this in its name, beside the dense one; all if absent"
+    )
     parser.add_argument("--data", help="the text around; the default text if absent")
     parser.add_argument("--calibration", help="text to find the channels on; the default text if absent")
     parser.add_argument("--samples", type=int, default=16, help="windows of calibration text, 512 tokens each")
@@ -114,6 +117,8 @@ def makers_of(model: PreTrainedModel, processor: Processor, options: argparse.Na
     makers: dict[Name, Make] = {DENSE: partial(DynamicCache, config=model.config)}
     for row in TABLES[options.table](observed, config):
         method, keys, values, _, stored = row.cells().values()
+        if options.only and options.only not in method:
+            continue
         makers[method, keys, values, stored] = maker(model, row, exact_window=False)
     return makers
 

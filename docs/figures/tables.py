@@ -306,17 +306,17 @@ def kv_rivals() -> str:
 
 def few_bits(model: str) -> str:
     """The caches in few bits of a model by their bytes, and how many of the hidden sentences are found with them."""
-    lines = []
+    lines, lengths = [], sorted({row["tokens"] for row in rows("kv-retrieval.jsonl", model=model)})
     found = [{"method": "dense", "keys": "", "bytes": 1.0}, *rows("kv-cache.jsonl", table="quantised", model=model)]
     for row in sorted(found, key=lambda row: -float(row["bytes"])):
         name = row["method"].replace("each head", "permprune").replace("ria", f"permprune, {row['keys']}")
         cells = [filled(cell, row) for cell in ("{bytes:.3f}", "{factor:.4f} ± {stderr:.4f}", "{kl:.4f}", "{top1:.1%}")]
-        for tokens in (2048, 4096):
+        for tokens in lengths:
             own = {"model": model, "tokens": tokens, "method": row["method"], "keys": row["keys"]}
             cells.append(next(map(retrieved, rows("kv-retrieval.jsonl", **own)), ""))
         lines.append([name, *cells])
-    heads = "cache | bytes | perplexity / dense | KL | top-1 | found in 2048 tokens | in 4096"
-    return markdown(heads, lines)
+    found_in = " | ".join(f"found in {tokens} tokens" for tokens in lengths)
+    return markdown(f"cache | bytes | perplexity / dense | KL | top-1 | {found_in}", lines)
 
 
 def retrieved(row: Row) -> str:
