@@ -7,7 +7,8 @@ with each of many others is therefore computed from a few matrices of L1 distanc
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 
 from permprune.pattern import Pattern
 from permprune.permuters.base import Scores
@@ -28,6 +29,9 @@ ROWS = 64
 READ = 2**16
 """Number of scores that are read at a time where costs are summed over all rows."""
 
+HELD = 2**28
+"""Number of scores of a problem that are held: 1 GiB. Those of larger ones are computed each time they are read."""
+
 PART = 1536
 """The largest number of channels of the groups that channels are assigned to at a time."""
 
@@ -37,17 +41,32 @@ PASSES = 2
 
 def stacked_scores(network: Scores, problem: Problem, fisher: dict[str, Tensor] | None = None) -> Tensor:
     """Return the scores of all weights of a problem, (channels, rows); rows are multiplied by sqrt(fisher) if given."""
-    total = sum(network.row_count(part.layer) for part in problem.parts)
     scores, first = torch.empty(0), 0
-    for part in problem.parts:
-        rows = network.scores[part.layer][:, part.span]
+    for part, rows in zip(problem.parts, _scores(network, problem), strict=True):
         if not first:
-            scores = rows.new_empty(problem.size, total)
-        stacked = scores[:, first : first + len(rows)].copy_(rows.T)
+            scores = rows.new_empty(problem.size, _row_count(network, problem))
+        stacked = scores[:, first : first + rows.shape[1]].copy_(rows)
         if fisher is not None:
             stacked *= fisher[part.layer].sqrt()
-        first += len(rows)
+        first += rows.shape[1]
     return scores
+
+
+def scores_by_layer(network: Scores, problem: Problem) -> Callable[[], Iterable[Tensor]]:
+    """Return a function that reads the scores of a problem, (channels, rows) of one layer after the other."""
+    if problem.size * _row_count(network, problem) <= HELD:
+        held = [rows.contiguous() for rows in _scores(network, problem)]
+        return lambda: held
+    return lambda: (rows.contiguous() for rows in _scores(network, problem))
+
+
+def _scores(network: Scores, problem: Problem) -> Iterator[Tensor]:
+    """The scores of each layer's columns that follow a problem, (channels, rows)."""
+    return (network.scores[part.layer][:, part.span].T for part in problem.parts)
+
+
+def _row_count(network: Scores, problem: Problem) -> int:
+    return sum(network.row_count(part.layer) for part in problem.parts)
 
 
 def kept_score(score: Tensor, groups: Tensor, pattern: Pattern) -> Tensor:
@@ -86,52 +105,66 @@ def union_kept(x: list[Tensor], y: list[Tensor], n: int) -> Tensor:
     return total
 
 
-def ria_order(score: Tensor, pattern: Pattern) -> Tensor:
+def ria_order(read: Callable[[], Iterable[Tensor]], pattern: Pattern) -> Tensor:
     """Search the order that keeps the most score (Zhang et al. 2024, "Plug-and-Play", section 3.2).
 
     Channels sorted by total score are dealt to the groups, in alternating direction. Then, for one slot after the
     other, the channels in that slot are assigned to the groups so that they keep the most score; this is done `PASSES`
     times. If there are more than `PART` channels, the groups are divided into parts at random, for each slot anew, and
-    channels are assigned to the groups of their part. `score` is (channels, rows); returns int64 (channels,).
+    channels are assigned to the groups of their part. `read` iterates over all scores, (channels, rows) of some rows at
+    a time, in each pass anew; returns int64 (channels,).
 
     Of a pattern of pairs, channels that are large in the same rows become pairs, which are then ordered.
     """
     if pattern.unit > 1:
-        pairs = _pairs(score)
-        size = score[pairs].square_().sum(1).sqrt_()
-        return pairs[ria_order(size, Pattern(pattern.n // pattern.unit, pattern.m // pattern.unit))].flatten()
-    total = score.sum(1)
-    sharding.add_(total)
+        pairs = _pairs(read)
+        reduced = Pattern(pattern.n // pattern.unit, pattern.m // pattern.unit)
+        return pairs[ria_order(lambda: (block[pairs].square_().sum(1).sqrt_() for block in read()), reduced)].flatten()
+    total = _sum(read, lambda block: block.sum(1))
     hands = total.argsort(descending=True, stable=True).cpu().view(pattern.m, -1).clone()
     hands[1::2] = hands[1::2].flip(1)
     groups = hands.T.contiguous()
     generator = torch.Generator().manual_seed(0)
     for slot in [*range(pattern.m)] * PASSES:
-        for pool in random_parts(len(groups), groups_in(PART, pattern.m), generator):
-            free = groups[pool, slot]
-            others = groups[pool][:, torch.arange(pattern.m) != slot].T
-            groups[pool[assign(-_kept_by_joining(score, free, others, pattern.n))], slot] = free
+        pools = random_parts(len(groups), groups_in(PART, pattern.m), generator)
+        free = [groups[pool, slot] for pool in pools]
+        others = [groups[pool][:, torch.arange(pattern.m) != slot].T for pool in pools]
+        gains = [torch.zeros(len(pool), len(pool), dtype=torch.float64) for pool in pools]
+        for block in read():
+            for gain, channels, members in zip(gains, free, others, strict=True):
+                _add_gain(gain, block, channels, members, pattern.n)
+            del block  # before the next one is computed
+        for pool, channels, gain in zip(pools, free, gains, strict=True):
+            sharding.add_(gain)
+            groups[pool[assign(-gain)], slot] = channels
     return groups.flatten()
 
 
-def _pairs(score: Tensor) -> Tensor:
+def _pairs(read: Callable[[], Iterable[Tensor]]) -> Tensor:
     """Return pairs of channels whose squared scores are large in the same rows, int64 (channels / 2, 2)."""
-    energy, pairs = score.square(), []
-    for part in torch.randperm(len(score), generator=torch.Generator().manual_seed(0)).split(PART):
-        alike = energy[part] @ energy[part].T
-        sharding.add_(alike)
-        pairs.append(part[pair_up(-alike.cpu())])
-    return torch.cat(pairs)
+    size = len(next(iter(read())))
+    parts = torch.randperm(size, generator=torch.Generator().manual_seed(0)).split(PART)
+
+    def alike(part: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda block: (energy := block[part].square()) @ energy.T
+
+    return torch.cat([part[pair_up(-_sum(read, alike(part)).cpu())] for part in parts])
 
 
-def _kept_by_joining(score: Tensor, free: Tensor, others: Tensor, n: int) -> Tensor:
-    """Return the score that each group would keep more with each free channel: fp64 (channels, groups).
+def _sum(read: Callable[[], Iterable[Tensor]], each: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the sum of `each(block)` over all blocks, and over the rows of all processes."""
+    total = reduce(torch.add, map(each, read()))
+    sharding.add_(total)
+    return total
+
+
+def _add_gain(gain: Tensor, score: Tensor, free: Tensor, others: Tensor, n: int) -> None:
+    """Add the score that each group would keep more with each free channel to `gain`, fp64 (channels, groups).
 
     `free` are channels, int64 (count,), and `others` the other members of each group, int64 (m - 1, count). A channel
     with score c in a row adds max(c - t, 0) to a group whose n-th largest other score is t.
     """
     count = len(free)
-    gain = torch.zeros(count, count, dtype=torch.float64)
     pairs = torch.arange(2 * count).view(2, count).T  # the channel is kept in place of t if its score is larger
     for block in score.split(max(1, READ // (2 * count)), 1):
         limit = descending(block[others], n)[-1]
@@ -145,5 +178,3 @@ def _kept_by_joining(score: Tensor, free: Tensor, others: Tensor, n: int) -> Ten
             slots=torch.zeros(count, dtype=torch.int64),
             pattern=Pattern(1, 2),
         )
-    sharding.add_(gain)
-    return gain

@@ -72,7 +72,7 @@ class Reconstruction(LocalPermuter):
         fisher = network.statistics.fisher
         energy = stacked_scores(network, problem, fisher).square_()
         _add_noise(energy, jitter, generator, network, problem)
-        first = ria_order(energy, network.pattern_of(problem))
+        first = ria_order([energy].__iter__, network.pattern_of(problem))
         del energy  # as large as the problem
         model = QuadraticModel.of(network, problem, fisher, order=first)
         model.swap(generator, self.swaps)

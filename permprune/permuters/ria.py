@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from permprune.permuters.base import ScorePermuter, Scores
-from permprune.permuters.kept import ria_order, stacked_scores
+from permprune.permuters.kept import ria_order, scores_by_layer
 from permprune.system.imports import on_first_use
 
 with on_first_use(globals()):
@@ -27,4 +27,4 @@ class RIAPermuter(ScorePermuter):
         return True
 
     def order(self, network: Scores, problem: Problem, generator: torch.Generator) -> Tensor:
-        return ria_order(stacked_scores(network, problem), network.pattern_of(problem))
+        return ria_order(scores_by_layer(network, problem), network.pattern_of(problem))

@@ -1,6 +1,7 @@
 """Kept scores against sorting, and RIA's order against all assignments."""
 
 from itertools import permutations
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from permprune.matching.assignment import random_parts
 from permprune.pattern import Pattern
-from permprune.permuters.kept import ROWS, descending, kept_score, ria_order, union_kept
+from permprune.permuters.kept import (
+    ROWS,
+    descending,
+    kept_score,
+    ria_order,
+    scores_by_layer,
+    stacked_scores,
+    union_kept,
+)
+from permprune.pruning.problem import Part, Problem
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(1, 2), Pattern(5, 8)]
 
@@ -65,14 +75,30 @@ def best_assignments(score: Tensor, pattern: Pattern, largest: int = 4) -> Tenso
 @pytest.mark.parametrize("seed", range(3))
 def test_ria_makes_the_best_assignment_of_each_slot(pattern: Pattern, seed: int) -> None:
     score = random(4 * pattern.m, 2 * ROWS + 5, seed=seed).square()
-    assert torch.equal(ria_order(score, pattern), best_assignments(score, pattern).flatten())
+    assert torch.equal(ria_order(lambda: score.split(7, 1), pattern), best_assignments(score, pattern).flatten())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_ria_assigns_inside_random_parts_of_wide_problems(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("permprune.permuters.kept.PART", 2 * pattern.m)
     score = random(4 * pattern.m, 2 * ROWS + 5).square()
-    assert torch.equal(ria_order(score, pattern), best_assignments(score, pattern, largest=2).flatten())
+    assert torch.equal(
+        ria_order(lambda: score.split(7, 1), pattern), best_assignments(score, pattern, largest=2).flatten()
+    )
+
+
+def test_scores_of_large_problems_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern, orders = Pattern(2, 4), []
+    network = Mock(scores={"a": random(30, 16), "b": random(9, 32, seed=1)})
+    network.row_count.side_effect = lambda name: len(network.scores[name])
+    problem = Problem("order", 16, (Part("a", "x", torch.arange(16)), Part("b", "y", torch.arange(16) * 2)))
+    for held in (2**10, 0):
+        monkeypatch.setattr("permprune.permuters.kept.HELD", held)
+        read = scores_by_layer(network, problem)
+        assert (read() is read()) == bool(held)
+        assert torch.equal(torch.cat([*read()], 1), stacked_scores(network, problem))
+        orders.append(ria_order(read, pattern))
+    assert torch.equal(*orders)
 
 
 @pytest.mark.parametrize("scale", [1e4, 1e6, 1e9])
@@ -81,6 +107,6 @@ def test_huge_channels_do_not_blur_where_others_go(scale: float, seed: int) -> N
     pattern = Pattern(2, 4)
     score = random(16, 400, seed=seed)
     score[:3] *= scale
-    found, best = ria_order(score, pattern).view(4, 4), best_assignments(score.double(), pattern)
+    found, best = ria_order(lambda: score.split(7, 1), pattern).view(4, 4), best_assignments(score.double(), pattern)
     kept, most = (float(kept_score(score.double(), groups, pattern).sum()) for groups in (found, best))
     assert kept == pytest.approx(most, abs=1e-3, rel=0)
