@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import os
 import reprlib
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from permprune.options import (
     Positive,
     Seed,
     Share,
+    parse_bytes,
     replace_fields,
     require_choice,
     require_fields,
@@ -187,7 +189,9 @@ class PruneConfig:
     """Where the weights of blocks that do not run, gradients and other large tensors are while they are not used: none
     (where they are used), host (for a GPU) or disk. Slower, less memory, the same result.
 
-    With `memory` it is chosen if nothing else fits. It is for runs of `prune_to_folder` that read the model."""
+    With host:40GiB a run takes at most so much of the host, and files for what is left; what `memory` leaves free on a
+    GPU, these tensors take first. With `memory` it is chosen if nothing else fits. It is for runs of `prune_to_folder`
+    that read the model."""
 
     shard: bool | None = None
     """Whether the processes that torchrun starts divide the rows of the weights among them, or each hold the whole
@@ -249,7 +253,20 @@ class PruneConfig:
         pooling_asked(self.task)
         require_choice("mode", self.mode, MODES)
         require_choice("precision", self.precision, PRECISIONS)
-        require_choice("offload", self.offload, PLACES)
+        require_choice("offload", self.place, PLACES)
+        if self.offload != self.place and (self.place != "host" or math.isinf(self.host_limit)):
+            raise PermpruneError(f'offload is "{self.offload}": only the host has a limit, such as host:40GiB')
+
+    @property
+    def place(self) -> str:
+        """Where what is not used rests: one of `PLACES`."""
+        return self.offload.partition(":")[0]
+
+    @property
+    def host_limit(self) -> float:
+        """The bytes of memory that a run which offloads to the host takes there; infinite without a limit."""
+        limit = self.offload.partition(":")[2]
+        return parse_bytes(limit) if limit else math.inf
 
     @property
     def sources(self) -> tuple[str | None, ...]:

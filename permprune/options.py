@@ -164,3 +164,18 @@ def require(name: str, value: object, hint: Any) -> None:
     number = Number.of(hint)
     assert number is not None, f"{hint} is not a number"
     number.require(name, value)
+
+
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """Parse an amount of memory such as "8GiB"; returns bytes. Raises `PermpruneError` unless it is positive."""
+    number = text.rstrip("BGIKMbgikm")
+    try:
+        size = int(float(number) * UNITS[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise PermpruneError(f'"{text}" is not an amount of memory: give one above 0, such as 8GiB or 500MB')
+    return size

@@ -44,6 +44,7 @@ from permprune.models.narrow_weights import held_type
 from permprune.models.processors import Processor, read_processor
 from permprune.system import sharding
 from permprune.system.device import best_device
+from permprune.system.pinned import empty_on_host
 from permprune.system.shelf import Computed, write_tensors
 from permprune.zoo.models import resolve_model
 
@@ -301,8 +302,7 @@ def _at_rest(name: str, weights: StoredWeights, device: torch.device, *, held: b
     dtype = held_type(stored.dtype)
     if not held:
         return at_rest(lambda: weights.stored[name], stored.shape, dtype, device)
-    kept = stored.to(dtype)
-    kept = kept.pin_memory() if device.type == "cuda" else kept
+    kept = empty_on_host(stored.to(dtype), device).copy_(stored)
     return at_rest(lambda: kept, kept.shape, dtype, device)
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import typer
 
 from permprune.errors import PermpruneError
+from permprune.options import parse_bytes
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -54,20 +55,6 @@ NAMES = {
     "precision": "config:PRECISIONS",
 }
 """The module and the variable with the names that an option or argument may have; the Tab key completes them."""
-
-UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def parse_bytes(text: str) -> int:
-    """Parse an amount of memory such as "8GiB"; returns bytes. Raises `PermpruneError` unless it is positive."""
-    number = text.rstrip("BGIKMbgikm")
-    try:
-        size = int(float(number) * UNITS[text[len(number) :].strip().upper()])
-    except (ValueError, KeyError, OverflowError):
-        size = 0
-    if size < 1:
-        raise PermpruneError(f'"{text}" is not an amount of memory: give one above 0, such as 8GiB or 500MB')
-    return size
 
 
 def parts(text: str) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from permprune.pruning.masked import LayerMeasure
 from permprune.system import distributed
 from permprune.system.files import WorkFolder, require_space
 from permprune.system.memory import release_freed_memory
-from permprune.system.shelf import Place, Shelf
+from permprune.system.shelf import Place, Room, Shelf
 
 
 class Sharded(Offloaded, Held):
@@ -50,6 +50,7 @@ class Sharded(Offloaded, Held):
         config: PruneConfig,
         work: WorkFolder,
         planned: Callable[[PreTrainedModel, Plan], object] = lambda *_: None,
+        room: Room | None = None,
     ) -> None:
         started, folder = time.monotonic(), work.scratch / f"rank-{distributed.rank()}"
         model, processor, stored, weights = read_offloaded(
@@ -62,7 +63,7 @@ class Sharded(Offloaded, Held):
         distributed.on_first(lambda: require_space(work.out, size + states))
 
         planned(self.whole, plan)
-        self.shelf, fisher = self.shelf_of(config, work), permuter(config.permute).uses_fisher
+        self.shelf, fisher = self.shelf_of(config, work, room), permuter(config.permute).uses_fisher
 
         def load() -> None:
             self.load_weights(model, weights)
@@ -86,8 +87,8 @@ class Sharded(Offloaded, Held):
         """Give a model on the meta device the weights that this process holds."""
         load_rows(model, weights.rows)
 
-    def shelf_of(self, config: PruneConfig, work: WorkFolder) -> Shelf:
-        """Where the other tensors of the run rest."""
+    def shelf_of(self, config: PruneConfig, work: WorkFolder, room: Room | None) -> Shelf:
+        """Where the other tensors of the run rest, and the room that is left for them."""
         return Shelf()
 
     def files(self) -> int:
@@ -122,8 +123,8 @@ class Offloading(Sharded):
     def load_weights(self, model: PreTrainedModel, weights: StoredWeights) -> None:
         load_at_rest(model, weights, held=self.shelf.place == "host")
 
-    def shelf_of(self, config: PruneConfig, work: WorkFolder) -> Shelf:
-        return Shelf(cast(Place, config.offload), work.scratch)
+    def shelf_of(self, config: PruneConfig, work: WorkFolder, room: Room | None) -> Shelf:
+        return Shelf(cast(Place, config.place), work.scratch, room=room)
 
     def files(self) -> int:
         return FILES

@@ -6,6 +6,8 @@ A method without a registered function runs as any other, and its time is not kn
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import singledispatch
@@ -13,10 +15,13 @@ from typing import Any
 
 import torch
 
+from permprune.calibration.moments import accumulator_bytes
 from permprune.forecasts.resources import Memory, Stage, Work, Workload
 from permprune.inference.solving import SWEEPS
 from permprune.losses.objective import as_loss
 from permprune.matching.assignment import groups_in, part_count
+from permprune.models.layers import Layer
+from permprune.models.modality import LIGHT
 from permprune.permuters import cp, kept, quadratic
 from permprune.permuters.base import Permuter
 from permprune.permuters.bundles import BLOCK
@@ -49,6 +54,9 @@ parts, from which it takes the placement cost, the gains, and new slopes."""
 
 COUPLED = 7
 """How often a swap multiplies all rows by their correlations, for gains and for the slopes at each candidate step."""
+
+UPDATE_COPIES = 8.5
+"""The weight of a layer, and what ADMM computes of its size at a time, beside matrices of second moments."""
 
 UPDATE_PASSES = 20
 """How often an iteration of ADMM reads or writes each weight, beside the product."""
@@ -89,8 +97,16 @@ def _update(method: Update, run: Workload) -> list[Stage]:
 
 @stages_of.register(RIAPermuter)
 def _ria(method: RIAPermuter, run: Workload) -> list[Stage]:
-    scores = 4 * run.outline.largest_weights(run.threads) + 20 * kept.READ * run.threads  # and those of a block
-    return [Stage(method.name, (Memory("largest problem's scores", scores),), run.each_problem(assignment_work))]
+    outline, scores, read = run.outline, 20 * kept.READ * run.threads, 0.0  # those of a block
+    layer = max(layer.shape.numel() for layer in outline.layers)
+    for problem in outline.largest(run.threads):
+        weights = problem.size * outline.rows_of(problem)
+        scores += 4 * weights if weights <= kept.HELD else 12 * layer  # with its weights in fp32, and transposed
+    for problem in outline.problems:
+        weights = problem.size * outline.rows_of(problem)
+        read += weights * (1 if weights <= kept.HELD else 1 + kept.PASSES * outline.pattern.m)
+    work = run.each_problem(assignment_work) + run.carrying(read * outline.dtype.itemsize)
+    return [Stage(method.name, (Memory("largest problem's scores", scores),), work)]
 
 
 @stages_of.register(CP)
@@ -123,7 +139,7 @@ def _cost_matrix(method: CostMatrixLearner, run: Workload) -> list[Stage]:
     outline, examples = run.outline, method.examples * run.examples_per_window
     costs = Memory("cost matrices", 16 * _elements(method, outline))  # C, its gradient, two moments
     relaxed = Memory("relaxed weights", 4 * outline.weights)
-    gradients = relaxed, Memory("gradients", run.gradient_bytes), *_pass(method, run, examples)
+    gradients = relaxed, run.summed("gradients", examples, method.steps), *_pass(method, run, examples)
     graph = Memory("largest problem's graph", 32 * outline.largest_weights(1))  # both matrices, permuted, and put back
     losses = run.loss_work(run.held_out) * (1 + math.ceil(method.steps / method.check))
     return [
@@ -144,35 +160,40 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
     outline, examples = run.outline, method.examples * run.examples_per_window
     gradients, (model, proposing) = Memory("gradients", run.gradient_bytes), proposals(method, run)
 
-    def stage(what: str, *parts: Memory, work: Work | None, times: float = method.rounds) -> Stage:
-        return Stage(f"{method.name}: {what}", (*parts, gradients), None if work is None else work * times)
+    def stage(what: str, *parts: Memory, work: Work | None, summed: int = 0, times: float = method.rounds) -> Stage:
+        held = run.summed("gradients", summed, times)
+        return Stage(f"{method.name}: {what}", (*parts, held), None if work is None else work * times)
 
     losses = TRIED * method.rounds + START + method.compensate + method.trains_at_end
     backward = (*_pass(method, run, examples), *_masked(run))
     held = [gradients] if method.rounds else []
     accept = Stage(f"{method.name}: accept", (*_pass(method, run), *held), run.loss_work(run.held_out) * losses)
     batch = method.step_examples * run.examples_per_window
-    training, best = _training(method, run, batch), replace(trained_weights(run), name="best trained weights")
-    step = run.gradient_work(batch) + run.pass_work(batch, run.batch)  # of the dense model, for the divergence
+    trained = trained_weights(run)
+    best = replace(trained, name="best trained weights", travels=2.0 * trained.bytes)  # put aside, and read at the end
+    step = run.gradient_work(batch, reads=False) + run.pass_work(batch, run.batch)  # of the dense model
     rounds = [accept]
     if method.rounds:
         rounds = [
-            stage("gradients", *backward, work=run.gradient_work(examples)),
+            stage("gradients", *backward, work=run.gradient_work(examples), summed=examples),
             stage("proposals", *model_parts(run, outline.dtype, model), work=proposing),
             accept,
         ]
     if method.rounds and method.tune:
         steps = method.tune * max(0, method.rounds - method.wait)
+        training = _training(method, run, batch, steps)
         rounds.append(stage("training", *training, best, work=step * (steps / method.rounds)))
     if method.refine:
         work = run.gradient_work(2 * examples) + run.loss_work(run.held_out) * TRIED_SHARES
-        rounds.append(stage("refinement", *backward, work=work, times=method.refine))
+        rounds.append(stage("refinement", *backward, work=work, summed=2 * examples, times=method.refine))
     if method.compensate:
-        updated = Memory("compensated weights", 4 * outline.weights)
-        parts = (updated, *([trained_weights(run)] if method.tune else []), *_pass(method, run))
+        size = 4 * outline.weights  # written, read by blocks that run again, and replaced by half as many
+        updated = Memory("compensated weights", size, travels=3.5 * size)
+        parts = (updated, *([trained_weights(run)] if method.tune else []), *_block_update(run, 4 * examples))
         rounds.append(Stage(f"{method.name}: compensation", parts, _compensation(run, 4 * examples)))
     if method.trains_at_end:
         counted = step * method.train_steps if method.train_steps else None
+        training = _training(method, run, batch, method.train_steps)
         if method.int4:
             training = (*training, Memory("int4 weights", outline.dtype.itemsize * outline.weights))
             counted = counted and counted + _solving(run, SOLVED * run.examples_per_window)
@@ -180,6 +201,24 @@ def _trust_region(method: TrustRegion, run: Workload) -> list[Stage]:
             training = (*training, best)
         rounds.append(Stage(f"{method.name}: training at the end", training, counted, last=True))
     return [*stages_of(method.start, run), *rounds]
+
+
+def _block_update(run: Workload, examples: int) -> tuple[Memory, ...]:
+    """The memory of `LayerUpdate.run` with ADMM: a block's inputs, second moments and weights, and a layer's."""
+    blocks, sites = Counter[str](), dict[str, set[int]]()
+    for layer in run.outline.layers:
+        block = re.split(r"(?<=\.\d)\.", layer.name)[0]
+        blocks[block] += layer.shape.numel()
+        sites.setdefault(block, set()).add(layer.shape[1])
+
+    def in_hand(layer: Layer) -> float:
+        channels, weights = layer.shape[1], layer.shape.numel()
+        return max(4 * channels**2 + weights, 3 * channels**2 + UPDATE_COPIES * weights)
+
+    size = max(blocks.values()) + max(map(in_hand, run.outline.layers))
+    moments = max(accumulator_bytes(widths) for widths in sites.values())
+    inputs = run.loss.outputs * examples // (LIGHT * run.batch * len(blocks))
+    return Memory("activations", inputs), Memory("update of a block", round(4 * size) + moments)
 
 
 def _compensation(run: Workload, examples: int) -> Work:
@@ -260,16 +299,21 @@ def _pass(method: Iterative[Any], run: Workload, examples: int = 0) -> tuple[Mem
     return (*_teacher(method, run, examples), *(run.gradient if examples else run.loss).parts)
 
 
-def _training(method: Iterative[Any], run: Workload, examples: int) -> tuple[Memory, ...]:
-    """The memory of `train_weights` with this number of examples in a step: gradients only for several batches."""
-    outline = run.outline
+def _training(method: Iterative[Any], run: Workload, examples: int, steps: float) -> tuple[Memory, ...]:
+    """The memory of `train_weights` with so many examples in a step: sums of gradients only for several batches.
+
+    Each batch reads the weights, once more with `recompute`, and a step reads and writes them and their moments.
+    """
+    outline, batches = run.outline, math.ceil(examples / run.batch)
+    reads = (2 if run.recompute else 1) * batches + 2
     weights = outline.dtype.itemsize * outline.weights
     moments = 2 * weights * outline.pattern.n // outline.pattern.m
     parts = [
-        Memory("weights in training", weights), Memory("Adam's moments", moments), *run.gradient.parts, *_masked(run),
+        Memory("weights in training", weights, travels=float(weights * reads * steps)),
+        Memory("Adam's moments", moments, travels=2.0 * moments * steps), *run.gradient.parts, *_masked(run),
     ]  # fmt: skip
-    if examples > run.batch:
-        parts.append(Memory("sums of gradients", run.gradient_bytes))
+    if batches > 1:
+        parts.append(run.summed("sums of gradients", examples - run.batch, steps))
     if run.on_device:
         parts.append(Memory("tensor that is saved", weights // len(outline.sites), "host"))
     return (*parts, *_teacher(method, run, examples, training=True))

@@ -71,7 +71,8 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
     Of several processes the first one decides, and also if there is no limit: whether they divide the weights. Logs a
     warning if the settings are not those given. Raises `PermpruneError` if none fit.
     """
-    if config.memory is None and (config.shard is False or (config.shard is None and distributed.world() == 1)):
+    alone = config.shard is False or (config.shard is None and distributed.world() == 1)
+    if config.memory is None and alone and config.place == "none":
         return None
 
     def decide() -> Forecast:
@@ -79,7 +80,9 @@ def fit_memory(name: str, config: PruneConfig) -> Forecast | None:
         outline, processes = outline_model(model, config), distributed.world()
         size = read_size(name, model, trust_remote_code=config.trust_remote_code)
         fitting = Fitting(name, model, outline, this_machine(), stored=model.dtype, processes=processes, size=size)
-        return fitting.together(config) if config.memory is None else fitting.within(config, config.memory)
+        if config.memory is not None:
+            return fitting.within(config, config.memory)
+        return forecast_held(fitting, config) if alone else fitting.together(config)
 
     chosen = distributed.on_first(decide)
     if chosen.advice:
@@ -191,7 +194,7 @@ class Fitting(Subject):
 
     def _fits_host(self, found: Forecast) -> bool:
         """Whether what a run offloads to the host fits in the memory of this machine, if that runs it."""
-        elsewhere = self.machine.sheet is not None or found.config.offload != "host"
+        elsewhere = self.machine.sheet is not None or found.config.place != "host"
         return elsewhere or found.host <= psutil.virtual_memory().total
 
     def _memory(self, given: Forecast) -> int:

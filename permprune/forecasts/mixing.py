@@ -9,7 +9,7 @@ from permprune.budget.asked import parse_candidates
 from permprune.budget.shares import ATTEMPTS
 from permprune.config import PruneConfig
 from permprune.forecasts.costs import stages_of
-from permprune.forecasts.resources import Memory, Stage, Work, Workload
+from permprune.forecasts.resources import Stage, Work, Workload
 from permprune.pattern import MIXED
 
 PATTERNS, OTHERS = "patterns", "other shares of the weights"
@@ -24,7 +24,10 @@ def stages_of_mix(config: PruneConfig, run: Workload) -> list[Stage]:
     gradients = run.gradient_work(EXAMPLES * run.examples_per_window) * len(differentiated(candidates))
     work = [gradients, run.loss_work(run.held_out) * (candidates + len(POINTS) + 2)]
     work += [stage.work for stage in stages_of(START, run) if stage.work is not None]
-    parts = (*run.gradient.parts, Memory("gradients", run.gradient_bytes))
+    parts = (
+        *run.gradient.parts,
+        run.summed("gradients", EXAMPLES * run.examples_per_window, len(differentiated(candidates))),
+    )
     return [Stage(PATTERNS, parts, sum(work, Work()))]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from permprune.calibration.symmetric import stored_elements
-from permprune.forecasts.resources import Memory, Place, Stage, Workload
+from permprune.errors import PermpruneError
+from permprune.forecasts.resources import Memory, Place, Stage, Work, Workload
 from permprune.models.layers import block_linears, blocks
+from permprune.system.files import gib
 
 KEPT = {"weights in training", "sums of gradients"}
 """The parts of stages, by name, that rest elsewhere and of which only what the masks keep does."""
@@ -21,7 +25,10 @@ RESTING = KEPT | {
 """The parts of stages that rest elsewhere, by name, beside the weights of blocks."""
 
 ASIDE = {"second moments", "best trained weights"}
-"""Those that are seldom read, which are put aside in files (`Shelf.put_aside`)."""
+"""Those that are seldom read, which make room for others (`Shelf.put_aside`)."""
+
+MARGIN = 1.1
+"""The share of its forecast memory that is left to what does not rest on a device: forecasts may be 10 % too low."""
 
 STEP = 9
 """Bytes for each weight of a layer that a step of Adam computes on a device: a mask, and four numbers in fp32 for each
@@ -48,21 +55,49 @@ class Offload:
         sizes = [(id(layer.owner), layer.shape.numel()) for layer in block_linears(model)]
         return cls(run, max(sum(size for owner, size in sizes if owner in own) for own in inside))
 
-    def stage(self, stage: Stage) -> Stage:
-        """Return a stage of a run that holds everything as it is in one that offloads."""
-        weights = self.run.outline.weights * self.run.outline.dtype.itemsize
-        parts = [self._part(part, weights) for part in stage.parts]
-        if self.run.rests == "host":
-            parts.append(Memory("weights of blocks", weights, "host"))
-        return replace(stage, parts=(*parts, Memory("layers in hand", self._in_hand(stage))))
+    def stages(
+        self, stages: Sequence[Stage], memory: float, host: float
+    ) -> tuple[tuple[Stage, ...], tuple[float, float]]:
+        """Return the stages of a run that holds everything as they are in one that offloads, and its `Forecast.room`.
 
-    def _part(self, part: Memory, weights: int) -> Memory:
-        """Return a part of a stage, given the bytes of the weights of blocks."""
-        if part.name == "weights":
-            return replace(part, bytes=part.bytes - weights)
-        share = self.run.outline.pattern.density if part.name in KEPT else 1
-        place: Place = "disk" if part.name in ASIDE else self.run.rests if part.name in RESTING else part.place
-        return replace(part, bytes=round(part.bytes * share), place=place)
+        `memory` and `host` are the bytes of the device and of the host that it may take. Raises `PermpruneError` if the
+        host is too small for what always is there.
+        """
+        bare = [replace(stage, parts=tuple(self._held(stage))) for stage in stages]
+        spare = max(0.0, memory - MARGIN * max(stage.bytes("device") for stage in bare))
+        left = host - (needed := max(stage.bytes("host") for stage in bare))
+        if left < 0:
+            raise PermpruneError(f"the host needs {gib(needed)} beside the program: give --offload host more, or disk")
+        found = (self._at_rest(stage, other, spare, left) for stage, other in zip(bare, stages, strict=True))
+        return tuple(found), (spare, left)
+
+    def _held(self, stage: Stage) -> Iterator[Memory]:
+        """Yield the parts of a stage that do not rest elsewhere, and what it has in hand."""
+        weights = self.run.outline.weights * self.run.outline.dtype.itemsize
+        for part in stage.parts:
+            if part.name not in RESTING | ASIDE:
+                yield replace(part, bytes=part.bytes - weights) if part.name == "weights" else part
+        if self.run.rests == "host":
+            yield Memory("weights of blocks", weights, "host")
+        yield Memory("layers in hand", self._in_hand(stage))
+
+    def _at_rest(self, stage: Stage, whole: Stage, device: float, host: float) -> Stage:
+        """Return a stage with the parts of the `whole` that rest, where so many bytes are left for them."""
+        parts, moved, limited = [*stage.parts], Work(), host < math.inf
+        resting = [part for part in whole.parts if part.name in RESTING | ASIDE]
+        for part in sorted(resting, key=lambda part: part.name in ASIDE):
+            share = self.run.outline.pattern.density if part.name in KEPT else 1
+            size, aside = round(part.bytes * share), part.name in ASIDE
+            near = 0 if aside else round(min(size, device))
+            there = self.run.rests == "host" and (limited or not aside)
+            beside = round(min(size - near, host)) if there else 0
+            found: dict[Place, int] = {"device": near, "host": beside, "disk": size - near - beside}
+            device, host = device - near, host - beside
+            parts += [Memory(part.name, held, place) for place, held in found.items() if held]
+            stored = found["disk"] / size if size else not there
+            moved += Work(carried=1 - near / max(size, 1), stored=stored) * (part.travels * share)
+        work = stage.work and (stage.work + moved if self.run.on_device else stage.work)
+        return replace(stage, parts=tuple(parts), work=work)
 
     def _in_hand(self, stage: Stage) -> int:
         outline, named = self.run.outline, {part.name for part in stage.parts}

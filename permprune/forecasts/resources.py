@@ -21,11 +21,15 @@ Place = Literal["device", "host", "disk"]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of memory that a stage holds, by name and place."""
+    """Bytes of memory that a stage holds, by name and place.
+
+    If they rest elsewhere in a run that offloads, `travels` bytes are read from there or written there.
+    """
 
     name: str
     bytes: int
     place: Place = "device"
+    travels: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -127,13 +131,20 @@ class Workload:
         """The work of a loss on some examples, in the batches of a pass without gradients."""
         return self.pass_work(examples, LIGHT * self.batch)
 
-    def gradient_work(self, examples: int) -> Work:
+    def summed(self, name: str, examples: float, times: float = 1.0) -> Memory:
+        """The sums of gradients, which are read and written with each batch of so many examples, so many times."""
+        size = self.gradient_bytes
+        return Memory(name, size, travels=2.0 * size * math.ceil(examples / self.batch) * times)
+
+    def gradient_work(self, examples: int, *, reads: bool = True) -> Work:
         """The work of a gradient: forward, backward to the inputs and to the weights, and again with `recompute`.
 
-        With one label per example the covariance of rows follows from pairs of positions (`row_covariance`).
+        Without `reads` the weights of blocks are not read. With one label per example the covariance of rows follows
+        from pairs of positions (`row_covariance`).
         """
-        passes = self.pass_work(examples, self.batch, 2 if self.recompute else 1) + self.forward * (2 * examples)
-        passes += self.carrying(2 * self.gradient_bytes * math.ceil(examples / self.batch))  # sums, read and written
+        again = 2 if self.recompute else 1
+        passes = self.pass_work(examples, self.batch, again) if reads else self.forward * (examples * again)
+        passes += self.forward * (2 * examples)
         return passes + self.position_work(examples) + self.correlated(lambda _, rows: self.positions * rows) * examples
 
     def position_work(self, examples: int) -> Work:

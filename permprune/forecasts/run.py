@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -71,8 +72,8 @@ class Forecast:
     `stages` are in the order of the run. `disk` are the bytes on disk, by what is written. `program` are the bytes of
     the Python process without tensors. `streamed` is whether the model is read layer by layer. Bytes of memory are
     those of one process, of `processes`, and bytes on disk those of all; `shards` of them divide the rows of the
-    weights. `assumed` are the assumptions, one sentence each. `advice` says how the settings differ from those given,
-    or which would fit.
+    weights. `room` are the bytes for tensors at rest on the device and the host (`Room`). `assumed` are the
+    assumptions, one sentence each. `advice` says how the settings differ from those given, or which would fit.
     """
 
     config: PruneConfig
@@ -85,6 +86,7 @@ class Forecast:
     shards: int = 1
     assumed: tuple[str, ...] = ()
     advice: str = ""
+    room: tuple[float, float] = (0.0, math.inf)
 
     def peak(self, place: Place | None = None) -> Stage:
         """The stage that holds the most bytes, at one place or in all."""
@@ -225,7 +227,7 @@ def forecast_held(
         labelled=kind == "text",
         one_label=kind in ("sentences", "embeddings", "images"),
         on_device=machine.device.type != "cpu",
-        rests=cast(Place, "device" if config.offload == "none" else config.offload),
+        rests=cast(Place, "device" if config.place == "none" else config.place),
     )
     whole, checkpoint = weight_bytes(model, torch.float32) // shards, weight_bytes(model, stored)
     weights = Memory("weights", held_bytes(model, stored) // shards)
@@ -255,7 +257,7 @@ def forecast_held(
     # processes that divide rows convert their own from fp32, parameter by parameter
     load = Stage("load", (weights if shards == 1 else Memory("weights", whole),), Work(stored=checkpoint))
     offloads = config.offload != "none"
-    files = FILES if offloads else shards
+    files, room = FILES if offloads else shards, (0.0, math.inf)
     ends = [weight.numel() for weight, _ in end_weights(model)]
     largest = max(layer.shape.numel() for layer in outline.layers)
     check = counted("none", dtype=torch.float32, batch=2)  # on two examples of `short_inputs`
@@ -273,7 +275,8 @@ def forecast_held(
         Stage("write", written, Work(stored=checkpoint)),
     )
     if offloads:
-        stages = tuple(map(Offload.of(model, run).stage, stages))
+        device = config.memory if run.on_device else 0
+        stages, room = Offload.of(model, run).stages(stages, device or 0, config.host_limit - program_bytes())
     return Forecast(
         config=config,
         machine=machine,
@@ -285,6 +288,7 @@ def forecast_held(
             "experts as fused": shards * offloaded_bytes(outline, stored) if shards > 1 else 0,  # read from disk
         },
         program=program_bytes(),
+        room=room,
         processes=processes,
         shards=shards,
         assumed=tuple(_assumed(model, config, run, processes)),
@@ -327,11 +331,12 @@ def _calibration(run: Workload, examples: int, *, fisher: bool, memory: int | No
     """
     outline = run.outline
     each = sums_by_pass(outline.widths, None if memory is None else memory * outline.shards)
-    sums = Memory("sums of moments", max(accumulator_bytes(widths.values()) for widths in each) // outline.shards)
-    moments = Memory("second moments", _moments_bytes(outline) if len(each) > 1 else 0)
+    size, stored = max(accumulator_bytes(widths.values()) for widths in each) // outline.shards, _moments_bytes(outline)
+    sums = Memory("sums of moments", size, travels=size * (2.0 * -(-examples // run.batch) + 1))
+    moments = Memory("second moments", stored if len(each) > 1 else 0, travels=float(stored))
     wide = fisher and run.dtype == torch.float32 != outline.dtype and not run.recompute
     converted = Memory("weights in fp32", 4 * outline.weights if wide else 0)  # until the backward pass
-    work = run.pass_work(examples, run.batch, len(each)) + run.carrying(2 * sums.bytes * -(-examples // run.batch))
+    work = run.pass_work(examples, run.batch, len(each))
     work += Work(products_fp32=2 * positions * examples * outline.moments())
     if fisher:
         work += run.forward * examples + run.pass_work(examples, run.batch, run.recompute) + run.position_work(examples)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -46,6 +47,7 @@ from permprune.system.failures import failures_reported
 from permprune.system.files import WorkFolder, atomic_folder, require_space
 from permprune.system.memory import peak_memory_mb, reset_peak_memory
 from permprune.system.progress import log, stage, stages
+from permprune.system.shelf import Room
 from permprune.system.stages import PACK, SPEED, Stages
 
 INT4_SHARE = 0.33
@@ -170,7 +172,7 @@ def _prune(
         elif streamed:
             open_weights = partial(Streamed, name, config, work)
         elif offloads:
-            open_weights = partial(Offloading, name, config, work, planned)
+            open_weights = partial(Offloading, name, config, work, planned, Room(*cast(Forecast, fitted).room))
         session = inside.enter_context(Session(open_weights, evaluation))
         weights = session.weights
         weights.plan.dense.warn()

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from permprune.system.files import reported
+from permprune.system.pinned import empty_on_host
 
 Place = Literal["device", "host", "disk"]
 """Where tensors rest: on the device that computes, in the memory of the host, or on the disk."""
@@ -59,20 +60,63 @@ class Computed(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class Room:
+    """The bytes that are left for tensors on a device and in the memory of its host, of which shelves take leases."""
+
+    def __init__(self, device: float = 0, host: float = math.inf) -> None:
+        self.limited = host < math.inf
+        self.aside: list[weakref.ref[Shelf]] = []
+        self._left: dict[Place, float] = {"device": device, "host": host}
+        self._lock = threading.RLock()  # a lease may end while another one is taken
+
+    def lease(self, size: int, places: Collection[Place] = ("device", "host")) -> Lease:
+        """Take so many bytes at the first of these places that has them, else on the disk, until the lease is freed.
+
+        Before the disk is taken in place of the host, what is put `aside` there moves to the disk.
+        """
+        with self._lock:
+            while not (free := [place for place in places if self._left[place] >= size]):
+                if "host" not in places or not self.aside:
+                    break
+                if (shelf := self.aside.pop()()) is not None:
+                    shelf.move()
+            lease = Lease(next(iter(free), "disk"))
+            self._add(lease.place, -size)
+        weakref.finalize(lease, self._add, lease.place, size)
+        return lease
+
+    def _add(self, place: Place, size: int) -> None:
+        with self._lock:
+            if place != "disk":
+                self._left[place] += size
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A place for a tensor, which is held as long as this object is."""
+
+    place: Place
+
+
 class Shelf(MutableMapping[str, Tensor]):
     """Tensors by name, which rest at a `place`, on the disk in a temporary file in `folder`.
 
     A tensor that is read is on the device from which it was put here. Unless it rests there, it is a copy, or on a CPU
     a mapping of the file, and is freed when it is not used any more: after a change in place it has to be put back, as
     `shelf[name] += 1` does. The file has no name, and ends with the shelf. With `masks`, bool and of the tensors'
-    shapes, only the elements that they keep rest; the others are read as 0. Raises `PermpruneError` if the disk is
-    full.
+    shapes, only the elements that they keep rest; the others are read as 0. With `room`, tensors of a device rest there
+    while it has room, those of a shelf on the host then there, and only what is left on the disk. Raises
+    `PermpruneError` if the disk is full.
     """
 
     def __init__(
-        self, place: Place = "device", folder: Path | None = None, masks: Mapping[str, Tensor] | None = None
+        self,
+        place: Place = "device",
+        folder: Path | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        room: Room | None = None,
     ) -> None:
-        self.place, self.folder, self._masks = place, folder, masks
+        self.place, self.folder, self._masks, self.room = place, folder, masks, Room() if room is None else room
         self._held: dict[str, _Held] = {}
         self._lent = defaultdict[str, Callable[[], Tensor | None]](lambda: lambda: None)
         self._file: _File | None = None
@@ -83,20 +127,35 @@ class Shelf(MutableMapping[str, Tensor]):
 
         On the device all rest, since to pick them out would take longer.
         """
-        return Shelf(self.place, self.folder, None if self.place == "device" else masks)
+        return Shelf(self.place, self.folder, None if self.place == "device" else masks, self.room)
 
     def put_aside(self) -> None:
-        """Move tensors in the memory of the host, which are seldom read from now on, to the disk."""
-        if self.place != "host":
+        """Let tensors that are seldom read from now on make room for others, on the device at once.
+
+        If `room` limits the memory of the host, those there move to the disk when others need it, else at once.
+        """
+        if self.place == "device":
             return
-        self.place = "disk"
-        for name, held in self._held.items():
-            self._held[name] = replace(self._room_for(held.tensor), device=held.device)
-            self.resting(name).copy_(held.tensor)
+        if self.place == "host" and self.room.limited:
+            self.move("host")
+            self.room.aside.append(weakref.ref(self))
+            return
+        self.place, self.room = "disk", Room()
+        self.move()
+
+    def move(self, *places: Place) -> None:
+        """Move tensors that do not rest at these places there, or to the disk if they have no room."""
+        for name, held in [*self._held.items()]:
+            if held.start is None and (held.lease is None or held.lease.place not in places):
+                moved = self._room_for(held.tensor, held.device, places)
+                self._values(moved).copy_(held.tensor)
+                self._held[name] = moved
 
     def resting(self, name: str) -> Tensor:
         """The tensor, or its kept elements, where it rests; of one on the disk a mapping of the file."""
-        held = self._held[name]
+        return self._values(self._held[name])
+
+    def _values(self, held: _Held) -> Tensor:
         return held.tensor if held.start is None else self._opened().mapped(held)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -115,10 +174,12 @@ class Shelf(MutableMapping[str, Tensor]):
             return
         known = self._held.get(name)
         if known is None or (known.tensor.shape, known.tensor.dtype) != (tensor.shape, tensor.dtype):
-            self._held[name] = self._room_for(tensor)
-        elif tensor.is_cpu and self._lent[name]() is tensor:
-            return  # a mapping, which was changed in place
-        self.resting(name).copy_(tensor)
+            places: tuple[Place, ...] = ("device", "host") if self.place == "host" else ("device",)
+            known = self._held[name] = self._room_for(tensor, tensor.device, places[tensor.is_cpu :])
+        if known.start is None and known.tensor.device == tensor.device:
+            self._held[name] = replace(known, tensor=tensor)
+        elif not tensor.is_cpu or self._lent[name]() is not tensor:  # else a mapping, which was changed in place
+            self.resting(name).copy_(tensor)
 
     def __delitem__(self, name: str) -> None:
         del self._held[name]
@@ -132,12 +193,14 @@ class Shelf(MutableMapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._held)
 
-    def _room_for(self, tensor: Tensor) -> _Held:
-        if self.place == "host":
-            return _Held(tensor.device, torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda))
+    def _room_for(self, tensor: Tensor, device: torch.device, places: Collection[Place]) -> _Held:
+        """Room for a tensor of a device at one of these places or, if they have none, on the disk."""
+        lease = self.room.lease(tensor.nbytes, places)
+        if lease.place != "disk":
+            return _Held(device, tensor if lease.place == "device" else empty_on_host(tensor, device), lease=lease)
         described = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         with self._lock:
-            return _Held(tensor.device, described, self._opened().allocate(tensor.nbytes))
+            return _Held(device, described, self._opened().allocate(tensor.nbytes))
 
     def _opened(self) -> _File:
         if self._file is None:
@@ -152,6 +215,7 @@ class _Held:
     device: torch.device
     tensor: Tensor
     start: int | None = None
+    lease: Lease | None = None
 
 
 class _File:

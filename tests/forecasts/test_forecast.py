@@ -320,6 +320,25 @@ def test_what_travels_to_a_device_takes_time(config_folder: Path) -> None:
     assert passes == pytest.approx((1.5 * 2 + 2 + 1 + 1) * 2)  # with compensation and training; 8 windows in fours
 
 
+def test_what_rests_takes_what_is_left_of_the_device_and_the_host(config_folder: Path) -> None:
+    method = "newton:start=ria:rounds=0:compensate=true:train_steps=2"
+    settings = {"gpu": "h100", "permute": method, "samples": 192, "batch": 1, "recompute": True}
+    host = forecast(config_folder, offload="host", **settings)
+    assert host.device is not None
+    memory, limit = 3 * host.device // 2, host.host - host.program + 10 * 2**20
+    shared = forecast(config_folder, memory=memory, offload=f"host:{host.program + limit}B", **settings)
+    assert host.device < shared.device <= memory and shared.host <= host.program + limit
+    training = "newton: training at the end"
+    assert (shared.seconds[training] or 0.0) < (host.seconds[training] or 0.0)
+    resting = {stage.name: stage.bytes("disk") for stage in host.stages}
+    assert resting[training] > shared.peak("disk").bytes("disk")
+    for offload in ("disk:1GiB", "host:", "host:many"):
+        with pytest.raises(PermpruneError, match="GiB"):
+            PruneConfig(offload=offload)
+    with pytest.raises(PermpruneError, match="disk"):
+        forecast(config_folder, offload="host:1MB", **settings)
+
+
 def test_the_counted_loss_keeps_what_the_objective_keeps() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **SIZES)).to("meta").eval()

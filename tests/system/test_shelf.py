@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from permprune.system.shelf import Place, Shelf, read_tensors, write_tensors
+from permprune.errors import PermpruneError
+from permprune.system.pinned import empty_on_host
+from permprune.system.shelf import Place, Room, Shelf, read_tensors, write_tensors
+
+from ..simulated_device import CPU, SIMULATED, simulated_device
 
 
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
@@ -56,3 +60,48 @@ def test_files_hold_tensors_of_every_type_and_place(tmp_path: Path) -> None:
     read, metadata = read_tensors(tmp_path / "saved.safetensors")
     assert metadata == {"key": "value"} and read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_room_is_taken_on_the_device_then_on_the_host_then_on_the_disk(tmp_path: Path) -> None:
+    with simulated_device():
+        size, room = 4 * 100, Room(device=400, host=800)
+        first = Shelf("host", tmp_path, room=room)
+        tensors = {name: torch.rand(100) for name in "abcdef"}
+        first.update((name, tensors[name].to(SIMULATED)) for name in "abc")
+        assert [first.resting(name).device for name in "abc"] == [SIMULATED, CPU, CPU]
+        assert room.lease(1).place == "disk"
+        second = first.another()
+        first.put_aside()  # what is on the device has no room on the host
+        second["d"] = tensors["d"].to(SIMULATED)
+        assert second.resting("d").device == SIMULATED and first.resting("b").device == CPU
+        second["e"] = tensors["e"].to(SIMULATED)  # for which what is aside makes room
+        assert room.lease(size).place == "host" and room.lease(2 * size).place == "disk"
+        del second["d"]
+        second["f"] = tensors["f"].to(SIMULATED)
+        assert second.resting("f").device == SIMULATED
+        for name, shelf in {**dict.fromkeys("abc", first), **dict.fromkeys("ef", second)}.items():
+            assert shelf[name].device == SIMULATED and torch.equal(shelf[name].cpu(), tensors[name])
+
+
+def test_pinned_memory_is_as_large_as_its_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+            registered[address] = size
+            return int(size > 2**12)
+
+        def cudaHostUnregister(self, address: int) -> int:
+            return registered.pop(address) * 0
+
+    monkeypatch.setattr("torch.cuda.cudart", Runtime)
+    device = torch.device("cuda")
+    tensor = empty_on_host(torch.ones(3, 33, dtype=torch.bfloat16), device)
+    assert registered == {tensor.data_ptr(): 2 * 99} and tensor.fill_(2).shape == (3, 33)
+    view = tensor[1]
+    del tensor
+    assert registered
+    del view
+    assert not registered
+    with pytest.raises(PermpruneError, match="--offload disk"):
+        empty_on_host(torch.ones(2**12), device)
