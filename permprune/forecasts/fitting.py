@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from pathlib import Path
 
 import psutil
@@ -178,7 +179,8 @@ class Fitting(Subject):
     def _leaner(self, config: PruneConfig, shards: int, memory: int) -> tuple[Forecast | None, Forecast]:
         """Return the first run that fits in `memory` bytes, if any, and the one that takes least.
 
-        The runs are those with the settings given, and with leaner and leaner ones.
+        The runs are those with the settings given, and with leaner and leaner ones. Of those that offload to the host,
+        the fastest one counts: what leaner settings spare on the device need not travel.
         """
         given, ladder = forecast_held(self, config, shards), list(_leaner(config, self.machine))
         if self.processes > 1 or self._whole(config):
@@ -187,10 +189,13 @@ class Fitting(Subject):
             forecast_held(self, settings, shards) for settings in ladder if settings.batch == 1 and settings.recompute
         ]
         least = min([given, *leanest], key=lambda fitting: fitting.tensors)
-        if given.tensors <= memory or least.tensors > memory:
-            return (given if given.tensors <= memory else None), least
-        runs = (forecast_held(self, settings, shards) for settings in ladder)
-        return next(one for one in runs if one.tensors <= memory and self._fits_host(one)), least
+        runs = chain([given], (forecast_held(self, settings, shards) for settings in ladder))
+        fitting = (one for one in runs if one.tensors <= memory and (one is given or self._fits_host(one)))
+        first = next(fitting, None) if least.tensors <= memory else None
+        if first is not None and first.config.place == "host":
+            others = takewhile(lambda one: one.config.place == "host", fitting)
+            first = min([first, *others], key=lambda one: sum(time or 0.0 for time in one.seconds.values()))
+        return first, least
 
     def _fits_host(self, found: Forecast) -> bool:
         """Whether what a run offloads to the host fits in the memory of this machine, if that runs it."""
@@ -241,15 +246,16 @@ def _leaner(config: PruneConfig, machine: Machine) -> Iterator[PruneConfig]:
     What is offloaded is read for each batch: there, as many windows as fit cost least.
     """
     batches = [config.batch >> halved for halved in range(config.batch.bit_length())]
-    yield from (config.replace(batch=batch) for batch in batches[1:])
-    if not config.recompute:
-        yield config.replace(batch=1, recompute=True)
-    places: tuple[str, ...] = ("disk",) if machine.device.type == "cpu" else ("host", "disk")
-    places = places if config.offload == "none" else ()
+    places: tuple[str, ...] = (config.offload,)
+    if config.offload == "none":
+        yield from (config.replace(batch=batch) for batch in batches[1:])
+        if not config.recompute:
+            yield config.replace(batch=1, recompute=True)
+        places = ("disk",) if machine.device.type == "cpu" else ("host", "disk")
     for place in places:
         yield from (config.replace(batch=batch, recompute=True, offload=place) for batch in batches)
     if config.precision == "auto" and machine.dtype == torch.float32:
-        yield config.replace(batch=1, recompute=True, offload=(config.offload, *places)[-1], precision="bf16")
+        yield config.replace(batch=1, recompute=True, offload=places[-1], precision="bf16")
 
 
 def _options(given: PruneConfig, chosen: PruneConfig) -> str:

@@ -222,6 +222,14 @@ def test_what_is_offloaded_keeps_the_windows_of_a_batch(config_folder: Path) -> 
     assert (found.offload, found.batch) == ("host", PruneConfig().batch)
 
 
+def test_of_settings_that_offload_to_the_host_the_fastest_is_chosen(config_folder: Path) -> None:
+    config = PruneConfig(effort="minutes", offload="host", length=1024, batch=4)
+    given = permprune.forecast(str(config_folder), config, gpu="h100")
+    chosen = permprune.forecast(str(config_folder), config.replace(memory=given.device), gpu="h100")
+    assert chosen.config.recompute and not given.config.recompute
+    assert sum(filter(None, chosen.seconds.values())) < sum(filter(None, given.seconds.values()))
+
+
 @pytest.mark.slow
 def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
     config = PruneConfig(memory=2**20, length=16)
