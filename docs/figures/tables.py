@@ -319,6 +319,15 @@ def few_bits(model: str) -> str:
     return markdown(f"cache | bytes | perplexity / dense | KL | top-1 | {found_in}", lines)
 
 
+def max_loss() -> str:
+    """Mixes with the fewest weights within a loss, and what they lose on examples that the runs never saw."""
+    lines = []
+    for row in rows("budgets.jsonl", table="max-loss"):
+        cells = ("{model}", "{seed}", "{keep:.2f}", "{dense:.1%}", "{pruned:.1%}", "{loss:.2%}")
+        lines.append([filled(cell, row) for cell in cells])
+    return markdown("model | seed | weights kept | dense | pruned | lost", lines)
+
+
 def retrieved(row: Row) -> str:
     """The mean accuracy over the tasks of the dense cache; of others the difference to it in points."""
     if row["difference"] is None:
@@ -338,6 +347,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv-rivals": kv_rivals,
     "few-bits": lambda: few_bits("smollm2-135m"),
     "few-bits-qwen": lambda: few_bits("qwen2.5-coder-1.5b"),
+    "max-loss": max_loss,
     **{f"recipe-{page}": functools.partial(recipes, page) for _, _, page in RECIPES.values()},
 }
 """The other tables."""
