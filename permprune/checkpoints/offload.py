@@ -302,7 +302,7 @@ def _at_rest(name: str, weights: StoredWeights, device: torch.device, *, held: b
     dtype = held_type(stored.dtype)
     if not held:
         return at_rest(lambda: weights.stored[name], stored.shape, dtype, device)
-    kept = empty_on_host(stored.to(dtype), device).copy_(stored)
+    kept = empty_on_host(stored.to("meta", dtype), device).copy_(stored)
     return at_rest(lambda: kept, kept.shape, dtype, device)
 
 

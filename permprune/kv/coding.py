@@ -29,7 +29,6 @@ BITS = sorted(MAGNITUDES)
 TYPES = {bits: dtype for dtype, bits in CODED.items()}
 """The types of stored values, by bits."""
 
-
 HALVES = 255
 """Halves of a step from 0 to beyond the largest magnitude."""
 
@@ -69,6 +68,16 @@ def code(states: Tensor, bits: int) -> dict[str, Tensor]:
     return {"values": pack_planes(places, bits), "scale": scale.bfloat16()}
 
 
+def decode(parts: dict[str, Tensor], bits: int, width: int) -> Tensor:
+    """Return the rotated states that parts stand for, fp32 (..., width)."""
+    return numbered(bits, parts["scale"].device)[unpack_planes(parts["values"], width)] * parts["scale"].float()
+
+
+def token_bytes(bits: int, width: int) -> int:
+    """Return the bytes of a token of a head."""
+    return bits * (-(-width // 16) * 2) + 2
+
+
 @cache
 @torch.inference_mode(False)
 def _nearest(bits: int, device: torch.device) -> Tensor:
@@ -78,13 +87,3 @@ def _nearest(bits: int, device: torch.device) -> Tensor:
     """
     values, ends = numbered(bits, device), torch.arange(-HALVES, HALVES + 1, device=device) / 2
     return torch.bucketize(ends, (values[1:] + values[:-1]) / 2).to(torch.uint8)
-
-
-def decode(parts: dict[str, Tensor], bits: int, width: int) -> Tensor:
-    """Return the rotated states that parts stand for, fp32 (..., width)."""
-    return numbered(bits, parts["scale"].device)[unpack_planes(parts["values"], width)] * parts["scale"].float()
-
-
-def token_bytes(bits: int, width: int) -> int:
-    """Return the bytes of a token of a head."""
-    return bits * (-(-width // 16) * 2) + 2
