@@ -18,7 +18,8 @@ typedef void kernel(const void *job, int64_t first, int64_t last);
  *
  * Products are by the type of the weight: `products`; `dense`, the same for PLAIN weights; and `unpack`, which writes the
  * weight with its zeros, (rows, width). `pairs` multiplies bf16 by bf16 if there is such an instruction, else it is NULL.
- * `spread` and `many` multiply many rows of activations. `stage_i8` rounds a row of activations for int8 weights (product/family_i8.h). */
+ * `spread` and `many` multiply many rows of activations, and `many_pairs` those of bf16 by 2:4 weights of bf16 or integers where
+ * `pairs` run. `stage_i8` rounds a row of activations for int8 weights (product/family_i8.h). */
 struct kernels {
     const char *name;
     int (*runs_here)(void); /* NULL where they always do */
@@ -28,6 +29,7 @@ struct kernels {
     int64_t lanes, vectors; /* numbers of a vector, and the most vectors of a tile */
     int (*pairs_run_here)(void);
     kernel *pairs, *dense_pairs;
+    kernel *many_pairs; /* of (tiles of tokens, chunks of rows): see product/many_pairs.h */
     kernel *mask, *keep, *apply, *step;         /* of rows */
     kernel *prune;                              /* of groups */
     int (*place)(const struct place *place);    /* 0 when there is no memory */

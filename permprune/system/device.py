@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,15 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     """Return the activation type with the fastest products on this device that needs no loss scaling: bf16 or fp32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    probe = getattr(torch.cpu, "get_capabilities", dict)  # only in newer releases of torch
-    capabilities: dict[str, object] = probe() if device.type == "cpu" else {}
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+    multiplies = device.type == "cpu" and (processor_has("avx512_bf16") or processor_has("amx_bf16"))
+    return torch.bfloat16 if multiplies else torch.float32
+
+
+@cache
+def processor_has(feature: str) -> bool:
+    """Return whether torch's products on the CPU have instructions of this name; older releases of torch do not say."""
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get(feature))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -217,7 +217,7 @@ static ALWAYS_INLINE void add_two_integers(__m256 sums[][WIDE_BATCH], const two_
 #define VECTOR block_i8
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
-#define DOT(shift, w, x) dot_i8(w, x)
+#define DOT(w, x) dot_i8(w, x)
 #define SCALE(sum, count, w_scale, x_scale)                                                                            \
     _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #include "product/family_i8.h"

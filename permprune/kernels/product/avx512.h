@@ -157,7 +157,7 @@ static ALWAYS_INLINE float total_half(__m256 sum)
 
 #define SUM __m256
 #define ZERO() _mm256_setzero_ps()
-#define DOT(shift, w, x) ((void)(shift), dot_half(w, x))
+#define DOT(w, x) dot_half(w, x)
 #define SCALE(sum, count, w_scale, x_scale)                                                                            \
     _mm256_fmadd_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(count), _mm256_set1_ps(x_scale)), _mm256_set1_ps(w_scale), sum)
 #define TOTAL(sum) total_half(sum)
@@ -247,8 +247,27 @@ static ALWAYS_INLINE void add_two_i8(SUM sums[][WIDE_BATCH], const two_blocks *t
 
 #define TOTAL(sum) _mm512_reduce_add_ps(sum)
 #define EXPAND_BLOCK(p, bits) _mm512_maskz_expand_epi8(bits, LOAD(p))
-#define FACTOR(w) _mm512_xor_si512(w, _mm512_set1_epi8(-128))
-#define DOT(shift, w, x) _mm512_dpbusd_epi32(_mm512_zextsi128_si512(_mm_cvtsi32_si128(shift)), w, x)
+
+/* Unsigned |w| is multiplied by signed x sign(w), so that no lane is larger than its part of the product. */
+typedef struct {
+    __m512i magnitude;
+    __mmask64 negative;
+} signed_block;
+
+static ALWAYS_INLINE signed_block read_signed(__m512i w)
+{
+    return (signed_block){_mm512_abs_epi8(w), _mm512_movepi8_mask(w)};
+}
+
+static ALWAYS_INLINE __m512i dot_signed(signed_block w, __m512i x)
+{
+    const __m512i zero = _mm512_setzero_si512();
+    return _mm512_dpbusd_epi32(zero, w.magnitude, _mm512_mask_sub_epi8(x, w.negative, zero, x));
+}
+
+#define FACTOR_TYPE signed_block
+#define FACTOR(w) read_signed(w)
+#define DOT(w, x) dot_signed(w, x)
 #define SCALE(sum, count, w_scale, x_scale)                                                                            \
     _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(count), _mm512_set1_ps(x_scale)), _mm512_set1_ps(w_scale), sum)
 #include "product/family_i8.h"

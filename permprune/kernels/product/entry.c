@@ -144,11 +144,10 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     int pairs = weights->number == BF16 && number == BF16 && runs_pairs(index);
     size_t channels = (size_t)(weights->count * BLOCK), places = (size_t)(batch * weights->count);
     size_t line = channels * sizeof(float), values = places * BLOCK * sizeof(float);
-    char *memory = aligned_alloc(64, line + values + (places * 2 * sizeof(float) + 63) / 64 * 64);
+    char *memory = aligned_alloc(64, line + values + (places * sizeof(float) + 63) / 64 * 64);
     if (!memory)
         return NO_MEMORY;
-    float *scale = (float *)(memory + line + values);
-    struct staged staged = {memory + line, scale, (int32_t *)(scale + places), batch};
+    struct staged staged = {memory + line, (float *)(memory + line + values), batch};
     for (int64_t row = 0; row < batch; row++)
         stage_row(kernels, weights, activations, row, number, pairs, &staged, memory);
     struct product job = {weights, &staged, output, number};
@@ -159,8 +158,66 @@ EXPORT int32_t permprune_multiply(const struct weights *weights, const void *act
     return DONE;
 }
 
-/* The same for many rows of activations (many.h), in `memory` of `bytes` bytes: there has to be room for TILES tiles, in whole
- * blocks of floats, and for a row. PLAIN weights have no such kernel. */
+/* ---- many rows of activations ---- */
+
+enum { STAGED_PAIRS = TILES * 192 }; /* rows of activations that are copied at a time: as large as the lines of many.h */
+
+/* Copies rows of activations in the order of the weight's channels, with zeros after the width. */
+static void stage_pairs(const void *own, int64_t first, int64_t last)
+{
+    const struct many *job = own;
+    const struct weights *weights = job->product.weights;
+    uint16_t *to = job->product.staged->values;
+    for (int64_t row = first; row < last; row++)
+        read_pairs(weights, job->activations, job->first + row, to + row * weights->count * BLOCK);
+}
+
+/* Whether many_pairs.h multiplies these. */
+static int are_pairs(const struct kernels *kernels, const struct weights *weights, int32_t number, int32_t index)
+{
+    return number == BF16 && (weights->number == BF16 || are_integers(weights)) && weights->kind == POSITIONS &&
+           kernels->many_pairs && runs_pairs(index);
+}
+
+static void multiply_many_pairs(struct many *job, kernel *function, int32_t threads)
+{
+    const struct weights *weights = job->product.weights;
+    const int64_t batch = job->product.staged->batch, least = (weights->rows + PAIR_CHUNK - 1) / PAIR_CHUNK;
+    const int staged = weights->order || weights->width % BLOCK;
+    for (job->first = 0; job->first < batch; job->first += STAGED_PAIRS) {
+        struct many_pairs part = {
+            .weights = weights,
+            .activations = (const uint16_t *)job->activations + job->first * weights->width,
+            .apart = weights->width,
+            .batch = smaller(STAGED_PAIRS, batch - job->first),
+            .output = (uint16_t *)job->product.output + job->first * weights->rows,
+        };
+        const int64_t tiles = (part.batch + PAIR_TOKENS - 1) / PAIR_TOKENS, wanted = (threads + tiles - 1) / tiles;
+        part.chunks = least < wanted ? wanted : least;
+        part.chunk = ((weights->rows + part.chunks - 1) / part.chunks + 15) / 16 * 16;
+        part.chunks = (weights->rows + part.chunk - 1) / part.chunk;
+        if (staged) {
+            run_in_pieces(job, stage_pairs, part.batch, 1, threads);
+            part.activations = job->product.staged->values;
+            part.apart = weights->count * BLOCK;
+        }
+        run_in_pieces(&part, function, tiles * part.chunks, 1, threads);
+    }
+}
+
+static void multiply_many_floats(struct many *job, const struct kernels *kernels, int64_t tokens, int32_t threads)
+{
+    const int64_t chunks = (job->product.weights->rows + CHUNK - 1) / CHUNK;
+    job->tiles = (job->product.staged->batch + tokens - 1) / tokens;
+    for (job->first = 0; job->first < job->tiles; job->first = job->last) {
+        job->last = smaller(job->first + TILES, job->tiles);
+        run_in_pieces(job, kernels->spread, job->last - job->first, 1, threads);
+        run_in_pieces(job, kernels->many, chunks, 1, threads);
+    }
+}
+
+/* The same for many rows of activations, in `memory` of `bytes` bytes: there has to be room for the lines of TILES tiles, in
+ * whole blocks of floats, and for a row. PLAIN weights have no such kernel. */
 EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void *activations, int32_t number,
                                        int64_t batch, void *output, void *memory, int64_t bytes, int32_t index,
                                        int32_t threads)
@@ -172,17 +229,16 @@ EXPORT int32_t permprune_multiply_many(const struct weights *weights, const void
         return BAD_SIZE;
     if (weights->order && places_are_bad(weights->order, weights->width, weights->width))
         return BAD_ORDER;
-    const int64_t tokens = kernels->lanes * kernels->vectors, chunks = (weights->rows + CHUNK - 1) / CHUNK;
-    const int64_t channels = weights->count * BLOCK, lines = smaller(batch + kernels->lanes, TILES * tokens) * channels;
+    const int64_t tokens = kernels->lanes * kernels->vectors, channels = weights->count * BLOCK;
+    const int64_t lines = smaller(batch + kernels->lanes, TILES * tokens) * channels;
     if (bytes < (lines + channels) * (int64_t)sizeof(float) || LACKS(bytes, memory) || (uintptr_t)memory % 64)
         return BAD_SIZE;
-    struct staged staged = {memory, NULL, NULL, batch};
-    struct many job = {{weights, &staged, output, number}, activations, (batch + tokens - 1) / tokens, 0, 0};
-    for (; job.first < job.tiles; job.first = job.last) {
-        job.last = smaller(job.first + TILES, job.tiles);
-        run_in_pieces(&job, kernels->spread, job.last - job.first, 1, threads);
-        run_in_pieces(&job, kernels->many, chunks, 1, threads);
-    }
+    struct staged staged = {memory, NULL, batch};
+    struct many job = {.product = {weights, &staged, output, number}, .activations = activations};
+    if (are_pairs(kernels, weights, number, index))
+        multiply_many_pairs(&job, kernels->many_pairs, threads);
+    else
+        multiply_many_floats(&job, kernels, tokens, threads);
     correct_nonfinite(&job.product, activations, number, (float *)memory + lines);
     return DONE;
 }

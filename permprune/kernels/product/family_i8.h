@@ -3,17 +3,17 @@
  *
  * Expects the types VECTOR (BLOCK int8, and nothing else) and SUM (float lanes); LOAD(const int8_t *), a VECTOR;
  * EXPAND_BLOCK(const int8_t *, uint64_t bits), the next values put where `bits` has ones and zeros between;
- * DOT(int32_t shift, VECTOR w, VECTOR x), int32 lanes that add up to the product of a block; ZERO(),
+ * DOT(FACTOR_TYPE w, VECTOR x), int32 lanes that add up to the product of a block; ZERO(),
  * SCALE(SUM, lanes, float w_scale, float x_scale), which adds the lanes times both; and TOTAL(SUM).
  *
- * Where a processor multiplies unsigned by signed bytes, FACTOR(w) gives DOT w + 128, and DOT makes up for that with
- * `shift`, -128 times the sum of x.
+ * Where a processor multiplies unsigned by signed bytes, FACTOR(w), a FACTOR_TYPE, is what DOT takes in place of w.
  *
  * If HALF_I8 is defined, `half_i8` and `half_i4` multiply weights with POSITIONS. If TWO_ROWS_I8 or TWO_ROWS_I4 is
  * defined, `two_rows_` multiplies the most rows of them in batches of so many activations or more.
  */
 #ifndef FACTOR
 #define FACTOR(w) (w)
+#define FACTOR_TYPE VECTOR
 #endif
 static ALWAYS_INLINE VECTOR read_expanded(const struct weights *weights, int32_t number, const char *block,
                                           const char *end, int8_t room[BLOCK])
@@ -24,24 +24,24 @@ static ALWAYS_INLINE VECTOR read_expanded(const struct weights *weights, int32_t
 
 #define NAME expand_i8_blocks
 #define SCALE_OF(weights, block, place) read_scale(block, I8)
-#define FACTORS VECTOR
+#define FACTORS FACTOR_TYPE
 #define READ(weights, block, end, room) FACTOR(read_expanded(weights, I8, block, end, room))
 #include "product/product_i8.h"
 
 #define NAME expand_i4_blocks
 #define SCALE_OF(weights, block, place) read_scale(block, I4)
-#define FACTORS VECTOR
+#define FACTORS FACTOR_TYPE
 #define READ(weights, block, end, room) FACTOR(read_expanded(weights, I4, block, end, room))
 #include "product/product_i8.h"
 
 #define NAME dense_i8
 #define SCALE_OF(weights, block, place) (weights)->scale[place]
-#define FACTORS VECTOR
+#define FACTORS FACTOR_TYPE
 #define READ(weights, block, end, room) ((void)(end), (void)(room), FACTOR(LOAD((const int8_t *)(block))))
 #include "product/product_i8.h"
 
 /* Rounds a block to integers from -127 to 127 and returns its scale. Of numbers that are not finite, any integers come. */
-static float quantize_block(const float *from, int8_t *to, int32_t *shift)
+static float quantize_block(const float *from, int8_t *to)
 {
     uint32_t largest = 0;
     for (int c = 0; c < BLOCK; c++) {
@@ -50,12 +50,8 @@ static float quantize_block(const float *from, int8_t *to, int32_t *shift)
     }
     float limit = from_bits(largest);
     float inverse = limit > 1e-30f ? 127.0f / limit : 0.0f;
-    int32_t sum = 0;
-    for (int c = 0; c < BLOCK; c++) { /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
+    for (int c = 0; c < BLOCK; c++) /* adding 1.5 x 2^23 rounds to the nearest integer, ties to even */
         to[c] = (int8_t)to_bits(from[c] * inverse + 12582912.0f);
-        sum += to[c];
-    }
-    *shift = -128 * sum;
     return limit / 127.0f;
 }
 
@@ -64,7 +60,7 @@ static void stage_i8(const float *line, int64_t count, const struct staged *stag
 {
     int8_t *values = staged->values;
     for (int64_t n = 0; n < count; n++, line += BLOCK, place += apart)
-        staged->scale[place] = quantize_block(line, values + place * BLOCK, staged->shift + place);
+        staged->scale[place] = quantize_block(line, values + place * BLOCK);
 }
 
 /* Whether weights with POSITIONS are multiplied two rows at a time. */

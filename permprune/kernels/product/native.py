@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from functools import cache
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from permprune.errors import PermpruneError
 from permprune.kernels import library
 from permprune.kernels.product.layout import BLOCK, FLOATS, LARGEST_BATCH, Layout
 from permprune.pattern import Pattern
-from permprune.system.device import INT4
+from permprune.system.device import INT4, processor_has
 
 Weights = Any
 """A `weights` structure of the library: pointers, which are valid while the tensors stay in place."""
@@ -25,6 +24,9 @@ NUMBERS = {**library.NUMBERS, INT4: len(library.NUMBERS)}
 MOST_SLOTS = 40
 """Most kept weights of a block with which leaving out the others is faster than a dense product (5:8 of them)."""
 
+MOST_SLOTS_BESIDE_PAIRS = 16
+"""The same where dense products multiply pairs of bf16, and the kernel that leaves out the others does not (1:4)."""
+
 MANY = {"avx2": (16, 32), "avx512": (LARGEST_BATCH + 1, LARGEST_BATCH + 1)}
 """Rows of activations from which the kernel for many rows is faster than the others (docs/results/speed.md), with
 weights in floating point and with integers, by the name of the kernels; portable ones are slower than dense products,
@@ -33,10 +35,15 @@ and those of ARM were not measured."""
 MOST_TOKENS = 4 * 96
 """Most rows of activations for which the kernel for many rows needs memory at a time."""
 
+PAIRS_FROM = 16
+"""Rows of activations from which the kernel for many rows of pairs of bf16 is faster than the others."""
+
 _kept = threading.local()
 """The memory of each thread (see `workspace`)."""
 
 _MASK, _POSITIONS, _PLAIN = range(3)
+_OF_PAIRS = {NUMBERS[torch.bfloat16], NUMBERS[torch.int8], NUMBERS[INT4]}
+"""The values that the kernel for pairs of bf16 multiplies."""
 
 
 def describe(layout: Layout, blocks: Tensor, bias: Tensor | None = None, order: Tensor | None = None) -> Weights:
@@ -165,21 +172,21 @@ def leaves_out(weights: Weights, x: Tensor) -> bool:
 def is_fastest(weights: Weights, x: Tensor) -> bool:
     """Whether `multiply` with `many` is the fastest product with a weight that keeps at most `MOST_SLOTS` of a block.
 
-    It is from `MANY` rows on, except where bf16 is multiplied by bf16, or fp16 by fp16, and the processor multiplies
-    them as such, alone or in matrix units (AMX), which makes dense products faster.
+    It is from `MANY` rows on, or `PAIRS_FROM`, except where weights and activations are bf16, or both fp16, and the
+    processor multiplies these as such and the kernel does not, or has matrix units for them (AMX).
     """
     name, pairs = library.best()
-    faster = {torch.bfloat16: pairs, torch.float16: multiplies_fp16()}.get(x.dtype, False)
-    if name not in MANY or (faster and weights.number == NUMBERS[x.dtype]):
+    if name not in MANY:
+        return False
+    if x.dtype == torch.bfloat16 and pairs:
+        same = weights.number == NUMBERS[x.dtype]
+        if weights.kind == _POSITIONS and weights.number in _OF_PAIRS:
+            return x.shape[0] >= PAIRS_FROM and not (same and processor_has("amx_bf16"))
+        if same and (weights.slots > MOST_SLOTS_BESIDE_PAIRS or processor_has("amx_bf16")):
+            return False
+    elif x.dtype == torch.float16 and weights.number == NUMBERS[x.dtype] and processor_has("avx512_fp16"):
         return False
     return x.shape[0] >= MANY[name][weights.number >= NUMBERS[torch.int8]]
-
-
-@cache
-def multiplies_fp16() -> bool:
-    """Whether torch's products of fp16 have instructions of their own; old releases of torch do not say it."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(capabilities.get("avx512_fp16"))
 
 
 def workspace(size: int, of: str = "lines") -> Tensor:

@@ -83,6 +83,6 @@ static ALWAYS_INLINE int32x4_t dot_i8(block_i8 w, block_i8 x)
 #define VECTOR block_i8
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
-#define DOT(shift, w, x) dot_i8(w, x)
+#define DOT(w, x) dot_i8(w, x)
 #define SCALE(sum, count, w_scale, x_scale) vfmaq_n_f32(sum, vmulq_n_f32(vcvtq_f32_s32(count), x_scale), w_scale)
 #include "product/family_i8.h"

@@ -63,7 +63,6 @@ STRUCTURE(compress, {
 struct staged {
     void *values;
     float *scale;   /* of integers: for each group, block and row, the value of one integer step */
-    int32_t *shift; /* of integers: likewise, -128 times the sum of the integers: see family_i8.h */
     int64_t batch;
 };
 
@@ -84,6 +83,20 @@ struct many {
     const void *activations; /* (batch, width), of the type of the output */
     int64_t tiles;
     int64_t first, last; /* the tiles whose lines are in `staged` */
+};
+
+/* Of many_pairs.h: */
+enum { PAIR_TOKENS = 64 };  /* the most of a tile */
+enum { PAIR_CHUNK = 1024 }; /* the most rows of the weight whose sums are kept: 256 KiB */
+
+/* A product of many rows of activations in bf16. They are a whole number of blocks, `apart` numbers from each other, in the
+ * order of the weight's channels. */
+struct many_pairs {
+    const struct weights *weights;
+    const uint16_t *activations;
+    int64_t apart, batch;
+    uint16_t *output;      /* (batch, rows) */
+    int64_t chunk, chunks; /* rows of the weight that are multiplied at a time */
 };
 
 static ALWAYS_INLINE void write_output(const struct product *job, int64_t batch, int64_t row, float sum)

@@ -98,7 +98,7 @@ static ALWAYS_INLINE int32_t dot_i8(const block_i8 *w, const block_i8 *x)
 #define SUM float
 #define LOAD(p) load_i8(p)
 #define EXPAND_BLOCK(p, bits) expand_i8(p, bits)
-#define DOT(shift, w, x) dot_i8(&(w), &(x))
+#define DOT(w, x) dot_i8(&(w), &(x))
 #define ZERO() 0
 #define SCALE(sum, count, w_scale, x_scale) ((sum) + (float)(count) * (x_scale) * (w_scale))
 #define TOTAL(sum) (sum)

@@ -15,7 +15,6 @@ static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t a
     const char *end = weights->blocks + weights->rows * count * size;
     const int8_t *x = (const int8_t *)job->staged->values + group * TILE_BATCH * count * BLOCK;
     const float *x_scale = job->staged->scale + group * TILE_BATCH * count;
-    const int32_t *shift = job->staged->shift + group * TILE_BATCH * count;
     const char *block[TILE_ROWS];
     int8_t room[TILE_ROWS][BLOCK];
     SUM sums[TILE_ROWS][TILE_BATCH];
@@ -25,7 +24,7 @@ static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t a
             sums[r][b] = ZERO();
     }
     const char *const tile = block[0];
-    for (int64_t n = 0; n < count; n++, x += batch * BLOCK, x_scale += batch, shift += batch) {
+    for (int64_t n = 0; n < count; n++, x += batch * BLOCK, x_scale += batch) {
         FACTORS w[TILE_ROWS];
         float scale[TILE_ROWS];
         fetch_ahead(job, tile, apart * count * size, size, height, TILE_BATCH, group, n);
@@ -37,7 +36,7 @@ static ALWAYS_INLINE void TILE(const struct product *job, int64_t row, int64_t a
         UNROLLED for (int b = 0; b < batch; b++) {
             VECTOR channels = LOAD(x + b * BLOCK);
             UNROLLED for (int r = 0; r < height; r++)
-                sums[r][b] = SCALE(sums[r][b], DOT(shift[b], w[r], channels), scale[r], x_scale[b]);
+                sums[r][b] = SCALE(sums[r][b], DOT(w[r], channels), scale[r], x_scale[b]);
         }
     }
     UNROLLED for (int r = 0; r < height; r++)

@@ -22,6 +22,7 @@ from permprune.kernels.product.linear import (
 from permprune.kernels.product.packed import PackedWeight
 from permprune.kernels.product.plain import plain_linear
 from permprune.pattern import Pattern
+from permprune.system.device import processor_has
 from tests.kernels.product.test_packed import PATTERNS
 from tests.kernels.product.weights import packed, sparse
 
@@ -118,12 +119,26 @@ def test_wide_rows_of_many_tiles(kernels: str, pattern: str, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("rows", [1, 1001, 1100])
+@pytest.mark.parametrize("batch", [800, 1601])
+def test_bf16_in_another_order_and_padded_in_parts(kernels: str, rows: int, batch: int) -> None:
+    """Such activations are copied some rows at a time, and sums are kept of some rows of the weight at a time."""
+    weight, order = packed(rows, 132, dtype=torch.bfloat16), torch.randperm(132)
+    x, bias = torch.randn(batch, 132).bfloat16(), torch.randn(rows)
+    found = native.multiply(describe(weight, bias, order), x, kernels, many=True)
+    assert_near(found, exact(weight, x, bias, order))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", [1, 3, 13, 200])
-def test_the_same_bits_on_any_number_of_threads(kernels: str, dtype: torch.dtype, batch: int) -> None:
+def test_the_same_bits_on_any_number_of_threads(
+    kernels: str, dtype: torch.dtype, activations: torch.dtype, batch: int
+) -> None:
     before = torch.get_num_threads()
     weight = packed(1001, 512, dtype=dtype)
-    x = torch.randn(batch, 512)
+    x = torch.randn(batch, 512).to(activations)
     found = []
     try:
         for threads in (1, 2, 3):
@@ -211,12 +226,33 @@ def assert_as_dense(found: Tensor, x: Tensor, dense: Tensor) -> None:
 @pytest.mark.parametrize("has_instructions", [False, True])
 def test_fp16_is_dense_where_it_has_instructions(has_instructions: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": has_instructions}, raising=False)
-    native.multiplies_fp16.cache_clear()
+    processor_has.cache_clear()
     weights, x = describe(packed(8, 64, dtype=torch.float16)), torch.ones(LARGEST_BATCH + 1, 64)
     leaves_out = library.best()[0] in native.MANY
     assert native.leaves_out(weights, x.half()) == (leaves_out and not has_instructions)
     assert native.leaves_out(weights, x) == leaves_out
-    native.multiplies_fp16.cache_clear()
+    processor_has.cache_clear()
+
+
+@pytest.mark.parametrize("matrix_units", [False, True])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_bf16_is_dense_where_there_are_matrix_units_or_no_kernel_for_it(
+    pairs: bool, matrix_units: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_units}, raising=False)
+    monkeypatch.setattr(library, "best", lambda: ("avx512", pairs))
+    processor_has.cache_clear()
+    x = torch.ones(LARGEST_BATCH + 1, 64).bfloat16()
+
+    def leaves_out(pattern: str, dtype: torch.dtype, batch: int = LARGEST_BATCH + 1) -> bool:
+        return native.leaves_out(describe(packed(8, 64, pattern, dtype)), x[:batch])
+
+    assert leaves_out("2:4", torch.bfloat16) == (not (pairs and matrix_units))
+    assert leaves_out("2:4", torch.bfloat16, 16) == (pairs and not matrix_units)
+    assert leaves_out("4:8", torch.bfloat16) == (not pairs)
+    assert leaves_out("1:4", torch.bfloat16) == (not (pairs and matrix_units))
+    assert leaves_out("2:4", torch.int8) and leaves_out("4:8", torch.int8)
+    processor_has.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
