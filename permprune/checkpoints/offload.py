@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,8 @@ class StoredWeights(Mapping[str, Tensor]):
 class CollectedWeights(StoredWeights):
     """Weights of which each process holds some rows, each collected when the first process accesses it.
 
-    `rows_of(name)` returns the rows that this process holds of a parameter, and the number of all its rows; a parameter
-    that is not divided is returned whole. The other processes have to `serve` meanwhile.
+    `rows_of(name)` returns a copy of the rows that this process holds of a parameter, and the number of all its rows; a
+    parameter that is not divided is returned whole. The other processes have to `serve` meanwhile.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class CollectedWeights(StoredWeights):
 
     def _collected(self, name: str) -> Tensor | None:
         rows, count = self.rows_of(name)
-        return rows.clone() if len(rows) == count else sharding.gather_on_first(rows, count)
+        return rows if len(rows) == count else sharding.gather_on_first(rows, count)
 
 
 def read_skeleton(name: str, *, task: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -273,10 +273,11 @@ def attach(model: PreTrainedModel, weights: StoredWeights) -> None:
     attach_align_device_hook(model, execution_device=best_device(), offload=True, weights_map=weights)
 
 
-def load_at_rest(model: PreTrainedModel, weights: StoredWeights, *, held: bool) -> None:
+def load_at_rest(model: PreTrainedModel, weights: StoredWeights, pruned: Collection[str], *, held: bool) -> None:
     """Give a model on the meta device its weights, of which those of the layers in its blocks are at rest.
 
-    These are read from the checkpoint whenever they are used or, if they are `held`, from the memory of the host.
+    These are read from the checkpoint whenever they are used or, if they are `held`, from the memory of the host. The
+    `pruned` parameters have the type in which a search holds them, all others fp32.
     """
     device, users = best_device(), Counter(parameter for one in model.modules() for parameter in _own(one).values())
     resting = {layer.parameter for layer in block_linears(model) if users[layer.stored] == 1}
@@ -285,7 +286,8 @@ def load_at_rest(model: PreTrainedModel, weights: StoredWeights, *, held: bool) 
         for attribute, parameter in _own(module).items():
             name = f"{prefix}.{attribute}".removeprefix(".")
             if name in resting:
-                module._parameters[attribute] = _at_rest(name, weights, device, held=held)
+                dtype = held_type(weights.stored[name].dtype) if name in pruned else torch.float32
+                module._parameters[attribute] = _at_rest(weights.stored, name, dtype, device, held=held)
                 replaced_while_running(module, attribute, values_of)
                 continue
             if parameter not in loaded:
@@ -297,12 +299,13 @@ def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return dict(module.named_parameters(recurse=False))
 
 
-def _at_rest(name: str, weights: StoredWeights, device: torch.device, *, held: bool) -> nn.Parameter:
-    stored = weights.stored[name]
-    dtype = held_type(stored.dtype)
+def _at_rest(
+    stored: Mapping[str, Tensor], name: str, dtype: torch.dtype, device: torch.device, *, held: bool
+) -> nn.Parameter:
+    tensor = stored[name]
     if not held:
-        return at_rest(lambda: weights.stored[name], stored.shape, dtype, device)
-    kept = empty_on_host(stored.to("meta", dtype), device).copy_(stored)
+        return at_rest(lambda: stored[name], tensor.shape, dtype, device)
+    kept = empty_on_host(tensor.to("meta", held_type(tensor.dtype)), device).copy_(tensor)
     return at_rest(lambda: kept, kept.shape, dtype, device)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import cast
 
@@ -21,7 +22,7 @@ from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.offloading import FILES
 from permprune.models.forward import short_inputs
-from permprune.models.layers import require_finite, values_of
+from permprune.models.layers import Layer, require_finite, values_of
 from permprune.models.row_shards import load_rows
 from permprune.permuters.base import Solution
 from permprune.permuters.registry import permuter
@@ -66,7 +67,7 @@ class Sharded(Offloaded, Held):
         self.shelf, fisher = self.shelf_of(config, work, room), permuter(config.permute).uses_fisher
 
         def load() -> None:
-            self.load_weights(model, weights)
+            self.load_weights(model, weights, {layer.parameter for layer in plan.layers})
             for layer in plan.layers:
                 require_finite(layer)
 
@@ -74,17 +75,21 @@ class Sharded(Offloaded, Held):
         super().__init__(measure(plan, model, started, shelf=self.shelf, fisher=fisher), processor)
         self.stored, self.scratch, self.memory = stored, work.scratch / "written", -(-size // self.files())
         lengths = {name: len(parameter) for name, parameter in self.whole.named_parameters()}
-        layers = {layer.parameter: name for name, layer in self.network.layers.items()}
+        layers = defaultdict[str, list[Layer]](list)
+        for layer in self.network.layers.values():
+            layers[layer.parameter].append(layer)  # several, of experts
 
         def rows_to_write(name: str) -> tuple[Tensor, int]:
-            rows = self.network.shown[layers[name]] if name in layers else values_of(model.get_parameter(name))
-            return rows.to(stored), lengths[name]
+            rows = values_of(model.get_parameter(name)).to(stored, copy=True)
+            for layer in layers.get(name, ()):
+                layer.part_of(rows).copy_(self.network.shown[layer.name])
+            return rows, lengths[name]
 
         self.weights = CollectedWeights(lengths, weights.canonical, rows_to_write)
         attach(self.whole, self.weights)
 
-    def load_weights(self, model: PreTrainedModel, weights: StoredWeights) -> None:
-        """Give a model on the meta device the weights that this process holds."""
+    def load_weights(self, model: PreTrainedModel, weights: StoredWeights, pruned: Collection[str]) -> None:
+        """Give a model on the meta device the weights that this process holds; `pruned` are parameters to prune."""
         load_rows(model, weights.rows)
 
     def shelf_of(self, config: PruneConfig, work: WorkFolder, room: Room | None) -> Shelf:
@@ -120,8 +125,8 @@ class Offloading(Sharded):
 
     unanswering = "the weights were offloaded"
 
-    def load_weights(self, model: PreTrainedModel, weights: StoredWeights) -> None:
-        load_at_rest(model, weights, held=self.shelf.place == "host")
+    def load_weights(self, model: PreTrainedModel, weights: StoredWeights, pruned: Collection[str]) -> None:
+        load_at_rest(model, weights, pruned, held=self.shelf.place == "host")
 
     def shelf_of(self, config: PruneConfig, work: WorkFolder, room: Room | None) -> Shelf:
         return Shelf(cast(Place, config.place), work.scratch, room=room)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -35,25 +36,40 @@ STEP = 9
 of the half that is kept. It is more than what it takes to find the weights that are kept, as on a CPU."""
 
 FILES = 4
-"""Half the number of files of weights that a run writes."""
+"""Half the number of files of weights that a run writes, at least."""
+
+ONE_LAYER = {"load", "write"}
+"""The stages in which no module runs with all its weights."""
 
 BACKWARD = {"calibrate", "gradients", "training", "training at the end", "refinement"}
 """What stages with gradients are called."""
 
 
+def module_sizes(model: PreTrainedModel) -> Counter[int]:
+    """The number of weights that can be pruned of each module that has any, by its id."""
+    sizes = Counter[int]()
+    for layer in block_linears(model):
+        sizes[id(layer.owner)] += layer.shape.numel()
+    return sizes
+
+
 @dataclass(frozen=True)
 class Offload:
-    """What a `run` that offloads holds of a model in blocks; the largest has `block` weights to prune."""
+    """What a `run` that offloads holds of a model in blocks.
+
+    The largest block has `block` weights to prune, and the largest module, which may be that of all experts, `module`.
+    """
 
     run: Workload
     block: int
+    module: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, run: Workload) -> Offload:
         """Return what a run holds."""
         inside = [{id(module) for module in block.modules()} for block in blocks(model)]
-        sizes = [(id(layer.owner), layer.shape.numel()) for layer in block_linears(model)]
-        return cls(run, max(sum(size for owner, size in sizes if owner in own) for own in inside))
+        sizes = module_sizes(model)
+        return cls(run, max(sum(sizes[owner] for owner in own & sizes.keys()) for own in inside), max(sizes.values()))
 
     def stages(
         self, stages: Sequence[Stage], memory: float, host: float
@@ -102,7 +118,9 @@ class Offload:
     def _in_hand(self, stage: Stage) -> int:
         outline, named = self.run.outline, {part.name for part in stage.parts}
         largest, held = max(layer.shape.numel() for layer in outline.layers), outline.dtype.itemsize
-        layer = largest * (held + 4)  # as it is held, and masked
+        if stage.name in ONE_LAYER:
+            return largest * (held + 4)
+        layer = self.module * (held + 4)  # as it is held, and masked
         if stage.name.rpartition(": ")[2] not in BACKWARD:
             return layer
         changed = 2 if "Adam's moments" in named else 1  # the weight and the moments, or the sum of the gradients

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from permprune.calibration.moments import accumulator_bytes
 from permprune.calibration.statistics import sums_by_pass
+from permprune.checkpoints.offload import SHARD
 from permprune.checkpoints.origin import origin_of
 from permprune.config import PruneConfig
 from permprune.evaluation.size import weight_bytes
@@ -23,7 +24,7 @@ from permprune.forecasts.activations import Activations
 from permprune.forecasts.costs import stages_of, state_bytes, trained_weights
 from permprune.forecasts.machine import BUS, Machine, this_machine
 from permprune.forecasts.mixing import stages_of_limit, stages_of_mix
-from permprune.forecasts.offloading import FILES, Offload
+from permprune.forecasts.offloading import FILES, Offload, module_sizes
 from permprune.forecasts.passes import TYPICAL, Shapes, batch_pass, example_pass, uncounted
 from permprune.forecasts.resources import Memory, Place, Stage, Work, Workload
 from permprune.models.generation import needs_decoder_inputs
@@ -259,15 +260,20 @@ def forecast_held(
     offloads = config.offload != "none"
     files, room = FILES if offloads else shards, (0.0, math.inf)
     ends = [weight.numel() for weight, _ in end_weights(model)]
-    largest = max(layer.shape.numel() for layer in outline.layers)
+    largest = max(module_sizes(model).values())
     check = counted("none", dtype=torch.float32, batch=2)  # on two examples of `short_inputs`
     short = min(1.0, SHORT / config.length)
-    as_stored = (
-        Memory("weights as stored", checkpoint // files, "host"),
+    largest_file = checkpoint if files == 1 else min(checkpoint // files, 2 * SHARD)
+    as_stored = (Memory("weights as stored", largest_file, "host"),)
+    checked = (
         Memory("layers in fp32", 4 * (largest + max(ends, default=0)) if is_narrow(stored) else 0, "host"),
         Memory("activations of the check", round(short * (check.blocks + check.logits)), "host"),
     )
-    written = (*found, *(as_stored if run.on_device or files > 1 else ()))
+    if files > 1:  # of which one after the other is freed before they are checked
+        writing = max(as_stored, checked, key=lambda parts: sum(part.bytes for part in parts))
+    else:
+        writing = (*as_stored, *checked) if run.on_device else ()
+    written = (*found, *writing)
     stages = (
         load,
         *(replace(stage, work=stage.work and stage.work * (shards / processes)) for stage in stages),
