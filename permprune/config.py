@@ -179,8 +179,7 @@ class PruneConfig:
     """The data type of activations: fp32, bf16, or auto for the faster of the two."""
 
     memory: Bytes | None = None
-    """The limit of the memory for tensors, such as 8GiB: leaner settings are chosen, or the model is read layer by
-    layer from disk.
+    """The limit of the memory for tensors, such as 8GiB: settings are chosen that fit, to `offload` if nothing else.
 
     In Python it is a number of bytes. It limits a run of `prune_to_folder`, and elsewhere the statistics of one
     calibration pass."""

@@ -89,9 +89,12 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
-def unchanged_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that does not fit in a memory limit is made layer by layer; leaner settings would make such models fit."""
-    monkeypatch.setattr("permprune.forecasts.fitting._leaner", lambda *_: iter(()))
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed in blocks is so in blocks that are as small beside tiny models as beside real ones."""
+    for module in ("permuters.bundles", "permuters.reconstruction", "forecasts.costs"):
+        monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
+    monkeypatch.setattr("permprune.permuters.kept.READ", 2**10)
+    monkeypatch.setattr("permprune.kernels.adam.rounding.CHUNK", 2**10)
 
 
 PICTURES = {report: report._pictures for report in (run, sweep)}
@@ -191,7 +194,7 @@ def counted_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("permprune.forecasts.run.batch_pass", once(batch_pass))
-        for module in ("efforts", "run", "streamed"):
+        for module in ("efforts", "run"):
             patch.setattr(f"permprune.forecasts.{module}.example_pass", once(example_pass))
         yield
 

@@ -230,8 +230,8 @@ def _offloaded(checkpoint: Checkpoint, folder: Path) -> tuple[PreTrainedModel, M
     stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
     if rebuilt := sorted({*(getattr(model, "_keys_to_ignore_on_save", None) or ())} - {*stored}):
         raise PermpruneError(
-            f"{checkpoint.name} cannot be read layer by layer, since its checkpoint does not store {rebuilt[0]}: "
-            "raise --memory"
+            f"{checkpoint.name} can only be pruned whole in memory, since its checkpoint does not store {rebuilt[0]}: "
+            "raise --memory, or leave --offload out"
         )
     remove_hook_from_submodules(model)
     for module in model.modules():

@@ -57,7 +57,7 @@ def plan(
 def _stages(model: str, figures: dict[str, Any]) -> Table:
     """Return a table of the stages of a forecast, `Forecast.to_json`."""
     settings = figures["settings"]
-    how = "layer by layer" if figures["streamed"] else f"{settings['mode']} mode"
+    how = f"{settings['mode']} mode"
     if (processes := figures["processes"]) > 1:
         how += f", one of {processes} processes" + (" that divide the weights" if figures["shards"] > 1 else "")
     title = f"{model}, {settings['pattern']} with {settings['permute']}, {how}, on {figures['machine']}"

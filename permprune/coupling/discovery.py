@@ -53,8 +53,7 @@ def observe(model: nn.Module, example: Mapping[str, Tensor], layers: Sequence[La
             model(**forward_arguments(model, example))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         raise PermpruneError(
-            f"the model can be neither traced nor run on the calibration data ({first_line(error)}): "
-            "raise --memory if it is read layer by layer, else check that it runs"
+            f"the model can be neither traced nor run on the calibration data ({first_line(error)}): check that it runs"
         ) from error
     return Coupling((), tuple(_sites(read)))
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import reprlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, ClassVar, Unpack, cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from permprune.budget.allocate import Sensitivity
 from permprune.calibration.statistics import calibrate
 from permprune.checkpoints.gathers import attach_gathers, compose
 from permprune.checkpoints.io import load_written, write_weights
+from permprune.checkpoints.mix import Mix
 from permprune.checkpoints.origin import origin_of, set_origin
 from permprune.checkpoints.probe import make_probe
 from permprune.checkpoints.source import ModelSource, OpenModel, open_model
@@ -25,7 +27,6 @@ from permprune.config import PruneConfig, PruneSettings
 from permprune.coupling.fold import fold_all
 from permprune.engine.mixing import mix, sensitivity
 from permprune.engine.pruned import Pruned, beside_natural, gathered_layers, reorder_columns, sample, stored_form
-from permprune.engine.weights import Weights, round_shelved, round_weights
 from permprune.errors import PermpruneError
 from permprune.examples import ExampleData, Examples
 from permprune.forecasts.efforts import resolve
@@ -211,13 +212,19 @@ def prune(
     return weights.finish(solution, natural)
 
 
-class Held(Weights):
-    """The weights of a prepared model, in memory.
+class Held:
+    """The weights of a prepared model, in memory: what a session asks of them.
 
-    The patterns of a mix are chosen here, unless its budget is a loss: `mix` chooses them.
-
-    A model that is `spare` gives up its weights when what was written is loaded, so that one copy is in memory.
+    `model` runs with the weights that were shown last. `stored` is the type in which the checkpoint stores them, and
+    `seconds` the time that the calibration took. `unanswering` says why the model cannot answer examples one token
+    after the other; it is empty if it can. The patterns of a mix are chosen here, unless its budget is a loss: `mix`
+    chooses them, and `mixed` is the choice. A model that is `spare` gives up its weights when what was written is
+    loaded, so that one copy is in memory.
     """
+
+    unanswering: ClassVar[str] = ""
+
+    mixed: Mix | None = None
 
     def __init__(self, prepared: Prepared, processor: Processor | None, *, spare: bool = False) -> None:
         self.plan: Prepared = prepared
@@ -260,9 +267,11 @@ class Held(Weights):
         return cls.of(open_to_prune(source, config, processor), config)
 
     def dense(self) -> AbstractContextManager[None]:
+        """A context in which the model runs with its dense weights."""
         return self.network.dense_weights()
 
     def natural(self) -> list[LayerMeasure]:
+        """Show the pruned weights in natural order, with the update of the config; returns the layers' measures."""
         stage(NATURAL)
         self.network.set_weights({})
         self.network.set_orders(self.network.identity())
@@ -271,20 +280,26 @@ class Held(Weights):
         return self.network.measures()
 
     def search(self, method: Permuter, run: Run) -> Solution:
+        """Find orders with a method, and show the weights that they prune. Raises `PermpruneError`."""
         stage(method.stages[0])
         return method.solve(self.network, run)
 
     def update(self) -> None:
+        """Apply the weight update of the config to the weights shown. Raises `PermpruneError`."""
         update_network(update(self.plan.config.update), self.network, self.plan.measured, self.plan.run.held_out)
-        round_shelved(self.network.trained, self.stored)
-        round_shelved(self.network.updated, self.stored)
+        _round_shelved(self.network.trained, self.stored)
+        _round_shelved(self.network.updated, self.stored)
 
     def finish(self, solution: Solution, natural: list[LayerMeasure]) -> Pruned:
+        """Put the weights of a solution, which has to be the one shown, in stored order.
+
+        `natural` are the measures in natural order. Nothing else can be shown afterwards.
+        """
         plan, model, network, origin = self.plan, self.model, self.network, origin_of(self.model)
         measures = beside_natural(network.measures(), natural)
         shown = sample(network, measures)
         network.write()
-        round_weights(model.parameters(), self.stored)
+        _round(model.parameters(), self.stored)
         with nullcontext() if network.holds_narrow else computed_in(model, torch.float32):
             probe = make_probe(model, short_inputs(model, plan.run.held_out))
         pruned = stored_form(plan, model, solution, layers=measures, probe=probe, sample=shown)
@@ -299,12 +314,38 @@ class Held(Weights):
         return pruned
 
     def write(self, folder: Path, pruned: Pruned) -> None:
+        """Write the weights in stored order and the processor to a folder. Raises `PermpruneError`."""
         write_weights(pruned.model, self.processor, self.stored, folder)
 
     def load(self, folder: Path) -> PreTrainedModel:
+        """Load what was written to a folder, to check it; nothing can be written afterwards."""
         if self.spare:
             self.model.to("meta")  # type: ignore[arg-type]
         return load_written(self.model, folder)
 
     def restore(self) -> None:
+        """Let the model run with its dense weights; nothing else can be shown afterwards."""
         self.network.restore()
+
+    def served(self) -> AbstractContextManager[None]:
+        """A context of the first process in which the others `serve` it while it writes; by default nothing."""
+        return nullcontext()
+
+    def serve(self) -> None:
+        """Help the first process to write, until it has ended; by default nothing."""
+
+
+@torch.no_grad()
+def _round(weights: Iterable[Tensor], stored: torch.dtype) -> None:
+    """Round weights in place to the type in which they will be stored, so that what is measured is what is written."""
+    for weight in weights:
+        if weight.is_floating_point():
+            weight.copy_(weight.to(stored))
+
+
+def _round_shelved(weights: Shelf, stored: torch.dtype) -> None:
+    """The same for weights on a shelf."""
+    for name in weights:
+        weight = weights[name]
+        _round([weight], stored)
+        weights[name] = weight

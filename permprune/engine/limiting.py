@@ -8,7 +8,6 @@ from dataclasses import replace
 from permprune.budget.asked import density_of, parse_candidates
 from permprune.budget.shares import next_share
 from permprune.checkpoints.mix import Attempt
-from permprune.engine.held import Held
 from permprune.engine.measuring import Meter
 from permprune.engine.session import Session
 from permprune.errors import PermpruneError
@@ -31,7 +30,7 @@ def keep_within(session: Session, method: Permuter, callbacks: tuple[Callback, .
     Raises `PermpruneError` if no share that was tried is within the limit on the first half.
     """
     weights, choosing = session.weights, session.choosing
-    assert isinstance(weights, Held) and choosing is not None
+    assert choosing is not None
     limit, attempts = weights.plan.config.max_loss, list[Attempt]()
     assert limit is not None
     with weights.dense():

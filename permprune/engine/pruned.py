@@ -52,7 +52,7 @@ class Pruned:
     `error_none`) and as pruned (`kept`, `error`). `probe` contains random inputs and the model's outputs for them
     before the orders were folded (`make_probe`). `reordered` are the outputs beside the logits whose channels are in
     the order of spaces in `tables`, with their names. `sample` contains a few weights before and after pruning (see
-    `sample`); it is None if the model was read layer by layer. `mix` is how the patterns of a mix were chosen.
+    `sample`); it is None if no process held the model whole. `mix` is how the patterns of a mix were chosen.
     """
 
     model: PreTrainedModel

@@ -12,9 +12,9 @@ import torch
 
 from permprune.checkpoints.record import SIDES, Measured, Other, Record, Showcase, Side
 from permprune.data.overlap import warn_of_overlap
+from permprune.engine.held import Held
 from permprune.engine.measuring import DENSE, Evaluation, Measurement, Meter
 from permprune.engine.pruned import Pruned
-from permprune.engine.weights import Weights
 from permprune.evaluation.result import NotFinite, gap_closed
 from permprune.evaluation.size import weight_bytes
 from permprune.inference.pack import packed_bytes
@@ -33,7 +33,7 @@ class Session:
     context manager: it restores the dense weights at the end, unless the model was pruned.
     """
 
-    def __init__(self, open_weights: Callable[[], Weights], evaluation: Evaluation) -> None:
+    def __init__(self, open_weights: Callable[[], Held], evaluation: Evaluation) -> None:
         self.evaluation, self.pruned = evaluation, False
         self.tasks = evaluation.tasks.load() if evaluation.tasks else None
         reset_peak_memory()

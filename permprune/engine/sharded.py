@@ -7,17 +7,26 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from permprune.checkpoints.offload import CollectedWeights, StoredWeights, attach, load_at_rest, read_offloaded
+from permprune.checkpoints.offload import (
+    CollectedWeights,
+    StoredWeights,
+    attach,
+    load_at_rest,
+    load_written_offloaded,
+    read_offloaded,
+    write_offloaded,
+)
 from permprune.checkpoints.probe import make_probe
 from permprune.config import PruneConfig
 from permprune.engine.held import Held, measure
 from permprune.engine.pruned import Pruned, beside_natural, stored_form, stored_order
-from permprune.engine.weights import Offloaded
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
 from permprune.forecasts.offloading import FILES
@@ -34,7 +43,7 @@ from permprune.system.memory import release_freed_memory
 from permprune.system.shelf import Place, Room, Shelf
 
 
-class Sharded(Offloaded, Held):
+class Sharded(Held):
     """A model whose weights the processes read, prune and write in parts; inside `distributed.dividing_rows`.
 
     No process holds all weights: each reads its rows from the checkpoint, and to write the model, one file of weights
@@ -108,6 +117,21 @@ class Sharded(Offloaded, Held):
         pruned = stored_form(self.plan, self.whole, solution, layers=measures, probe=probe)
         self.weights.edit = stored_order(self.plan, pruned)
         return pruned
+
+    @torch.no_grad()
+    def write(self, folder: Path, pruned: Pruned) -> None:
+        write_offloaded(
+            pruned.model,
+            self.processor,
+            self.weights,
+            dtype=self.stored,
+            gathered=bool(pruned.gathers),
+            folder=folder,
+            memory=self.memory,
+        )
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        return load_written_offloaded(self.model, folder, self.scratch)
 
     def served(self) -> AbstractContextManager[None]:
         return self.weights.served()

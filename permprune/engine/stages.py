@@ -26,13 +26,12 @@ OF_FORECASTS = {
 """The stages of a run to which those of a forecast belong, beside the stages of a search."""
 
 
-def stages_of_pruning(config: PruneConfig, *, streamed: bool, packed: bool, timed: bool) -> list[str]:
+def stages_of_pruning(config: PruneConfig, *, packed: bool, timed: bool) -> list[str]:
     """The stages of `Session.prune`, of writing the model, and of measuring how fast it is."""
     searched, mixed = _searched(permuter(config.permute), config), [ALLOCATE] if config.pattern == MIXED else []
-    held = [CALIBRATE, *mixed, DENSE, NATURAL, *searched]
+    tried = [CALIBRATE, *mixed, DENSE, NATURAL, *searched]
     if config.max_loss is not None:  # a last search finds its solution
-        held = [CALIBRATE, *[*mixed, *searched, MEASURE] * ATTEMPTS, DENSE, NATURAL, *searched]
-    tried = [DENSE, *searched, NATURAL] if streamed else held  # layer by layer the search calibrates
+        tried = [CALIBRATE, *[*mixed, *searched, MEASURE] * ATTEMPTS, DENSE, NATURAL, *searched]
     return [READ, *tried, MEASURE, WRITE, *([PACK] if packed else []), *([SPEED] if timed else [])]
 
 

@@ -1,4 +1,4 @@
-"""Settings of a run that fit in a memory limit: those given, leaner ones, divided weights, or a run layer by layer."""
+"""Settings of a run that fit in a memory limit: those given, leaner ones, or weights that processes divide."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ from permprune.errors import PermpruneError
 from permprune.forecasts.efforts import resolve
 from permprune.forecasts.machine import Machine, machine_named, this_machine
 from permprune.forecasts.run import Forecast, Subject, forecast_held
-from permprune.forecasts.streamed import forecast_streamed
 from permprune.models.modality import EVALUATION_WINDOWS, kind_of
 from permprune.models.row_shards import require_divisible
 from permprune.options import Count, require
 from permprune.pattern import MIXED
-from permprune.permuters.base import LocalPermuter
 from permprune.permuters.registry import PERMUTERS, permuter
 from permprune.plan import outline_model
 from permprune.registry import label_of
@@ -120,9 +118,8 @@ class Fitting(Subject):
         """Return the forecast of the run with the settings given, or with the first leaner ones that fit.
 
         Leaner settings in turn are fewer windows in a batch, activations that are computed again, tensors that are
-        offloaded, activations in bf16; the same with weights that the processes divide, which do not offload; and, with
-        methods for which that is possible, a run layer by layer. Raises `PermpruneError` if none fits in `memory`
-        bytes.
+        offloaded, activations in bf16; and the same with weights that the processes divide, which do not offload.
+        Raises `PermpruneError` if none fits in `memory` bytes.
         """
         fault = self._undivided(config)
         if config.shard and fault:
@@ -142,20 +139,7 @@ class Fitting(Subject):
             raise PermpruneError(f"the divided model takes {needed}: raise --memory to that, or start more processes")
         if whole := self._whole(config):
             raise PermpruneError(f"{whole} in memory, which takes {needed}: raise --memory to that")
-        streamed = forecast_streamed(self, config)
-        if what := _needs_network(config):
-            smaller = f", which takes about {gib(streamed.tensors)}" if streamed.tensors < least.tensors else ""
-            raise PermpruneError(
-                f"{what} needs the whole network in memory, which takes {needed}: raise --memory to that, "
-                f"or take a permuter that works layer by layer ({_local_permuters()}) and no update{smaller}"
-            )
-        if streamed.tensors > memory:
-            raise PermpruneError(
-                f"even layer by layer this model takes about {gib(streamed.tensors)}: raise --memory to that, "
-                "or shorten --length"
-            )
-        how = f"the whole model would take {needed}: it is pruned layer by layer, without the network's loss"
-        return replace(streamed, advice=how)
+        raise PermpruneError(f"the model takes {needed}: raise --memory to that{self._smaller(config, memory)}")
 
     def advised(self, config: PruneConfig) -> Forecast:
         """Return the forecast of the run with the settings given.
@@ -170,11 +154,15 @@ class Fitting(Subject):
         place = f"{self.machine.name} has {gib(memory)} for tensors, which is too little"
         if fitting is not None:
             return replace(given, advice=f"{place}: {gib(fitting.tensors)}{_with(config, fitting.config)} would fit")
-        if not self._whole(config) and (streamed := forecast_streamed(self, config)).tensors <= memory:
-            local = f" and a permuter that works layer by layer ({_local_permuters()})"
-            how = f"--memory {memory // 2**20}MiB{local if _needs_network(config) else ''}"
-            return replace(given, advice=f"{place}: {gib(streamed.tensors)} with {how} would fit")
         return replace(given, advice=f"{place}; no settings take less than {gib(least.tensors)}")
+
+    def _smaller(self, config: PruneConfig, memory: int) -> str:
+        """What would let a model of text fit in `memory` bytes beside a higher limit; empty if nothing is known."""
+        if self.processes > 1:
+            return ", or start one process, which offloads"
+        gathered = config.replace(mode="gather")
+        other = replace(self, outline=outline_model(self.model, gathered))
+        return ", or take --mode gather" if other._leaner(gathered, 1, memory)[0] else ""
 
     def _leaner(self, config: PruneConfig, shards: int, memory: int) -> tuple[Forecast | None, Forecast]:
         """Return the first run that fits in `memory` bytes, if any, and the one that takes least.
@@ -270,16 +258,3 @@ def _options(given: PruneConfig, chosen: PruneConfig) -> str:
 def _with(given: PruneConfig, chosen: PruneConfig) -> str:
     options = _options(given, chosen)
     return f" with {options}" if options else ""
-
-
-def _needs_network(config: PruneConfig) -> str:
-    """The method of a config that needs the whole network, if there is one."""
-    method, change = permuter(config.permute), update(config.update)
-    if not isinstance(method, LocalPermuter):
-        return f"permuter {method.name}"
-    return "" if isinstance(change, NoUpdate) else f"update {change.name}"
-
-
-def _local_permuters() -> str:
-    """The names of the permuters that work layer by layer."""
-    return ", ".join(name for name, other in PERMUTERS.items() if issubclass(other, LocalPermuter))

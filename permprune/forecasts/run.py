@@ -70,11 +70,11 @@ SORTED = 8
 class Forecast:
     """The memory, disk space and time that a run takes.
 
-    `stages` are in the order of the run. `disk` are the bytes on disk, by what is written. `program` are the bytes of
-    the Python process without tensors. `streamed` is whether the model is read layer by layer. Bytes of memory are
-    those of one process, of `processes`, and bytes on disk those of all; `shards` of them divide the rows of the
-    weights. `room` are the bytes for tensors at rest on the device and the host (`Room`). `assumed` are the
-    assumptions, one sentence each. `advice` says how the settings differ from those given, or which would fit.
+    `stages` are in the order of the run. `disk` are the bytes on disk, by what is written. `program` are the bytes
+    of the Python process without tensors. Bytes of memory are those of one process, of `processes`, and bytes on
+    disk those of all; `shards` of them divide the rows of the weights. `room` are the bytes for tensors at rest on
+    the device and the host (`Room`). `assumed` are the assumptions, one sentence each. `advice` says how the
+    settings differ from those given, or which would fit.
     """
 
     config: PruneConfig
@@ -82,7 +82,6 @@ class Forecast:
     stages: tuple[Stage, ...]
     disk: dict[str, int]
     program: int
-    streamed: bool = False
     processes: int = 1
     shards: int = 1
     assumed: tuple[str, ...] = ()
@@ -143,7 +142,6 @@ class Forecast:
         return {
             "machine": self.machine.name,
             "settings": self.config.to_json(),
-            "streamed": self.streamed,
             "processes": self.processes,
             "shards": self.shards,
             "changes": self.changes,
@@ -263,8 +261,9 @@ def forecast_held(
     largest = max(module_sizes(model).values())
     check = counted("none", dtype=torch.float32, batch=2)  # on two examples of `short_inputs`
     short = min(1.0, SHORT / config.length)
-    largest_file = checkpoint if files == 1 else min(checkpoint // files, 2 * SHARD)
-    as_stored = (Memory("weights as stored", largest_file, "host"),)
+    as_stored = (
+        Memory("weights as stored", min(checkpoint // files, checkpoint if files == 1 else 2 * SHARD), "host"),
+    )
     checked = (
         Memory("layers in fp32", 4 * (largest + max(ends, default=0)) if is_narrow(stored) else 0, "host"),
         Memory("activations of the check", round(short * (check.blocks + check.logits)), "host"),
@@ -291,7 +290,7 @@ def forecast_held(
             "checkpoint": checkpoint,
             "states of the search": state_bytes(method, outline),
             "tensors at rest": max(stage.bytes("disk") for stage in stages),
-            "experts as fused": shards * offloaded_bytes(outline, stored) if shards > 1 else 0,  # read from disk
+            "experts as fused": fused_bytes(outline, stored) if offloads else 0,
         },
         program=program_bytes(),
         room=room,
@@ -301,7 +300,7 @@ def forecast_held(
     )
 
 
-def offloaded_bytes(outline: Outline, stored: torch.dtype) -> int:
+def fused_bytes(outline: Outline, stored: torch.dtype) -> int:
     """Return the bytes on disk of the experts' weights, which `read_offloaded` writes in the fused form."""
     return stored.itemsize * sum(layer.weight.numel() for layer in outline.layers if layer.expert is not None)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -23,8 +22,6 @@ from permprune.engine.pruned import Pruned
 from permprune.engine.session import Session
 from permprune.engine.sharded import Offloading, Sharded
 from permprune.engine.stages import expected, stages_of_pruning
-from permprune.engine.streamed import Streamed
-from permprune.engine.weights import Weights
 from permprune.errors import PermpruneError, first_line
 from permprune.evaluation.size import weight_bytes
 from permprune.forecasts.costs import state_bytes
@@ -141,13 +138,12 @@ def _prune(
         if fitted is not None:
             config = fitted.config
             require_space(work.out, sum(fitted.disk.values()))
-        name, streamed = str(model), fitted is not None and fitted.streamed
         offloads = config.offload != "none"
         if offloads and (isinstance(model, PreTrainedModel) or distributed.world() > 1):
             raise PermpruneError("only one process offloads, and a model that it reads itself: leave --offload out")
-        alone = not streamed and (fitted is None or fitted.shards == 1) and not isinstance(model, PreTrainedModel)
-        alone = alone and not offloads
-        shown.plan(stages_of_pruning(config, streamed=streamed, packed=pack is not None, timed=alone))
+        divided = fitted is not None and fitted.shards > 1
+        alone = not divided and not offloads and not isinstance(model, PreTrainedModel)
+        shown.plan(stages_of_pruning(config, packed=pack is not None, timed=alone))
 
         def forecast(found: Forecast) -> None:
             shown.expect(*expected(found))
@@ -163,16 +159,13 @@ def _prune(
                 return
             forecast(found)
 
-        if fitted is not None and (streamed or fitted.shards > 1):
+        open_weights: Callable[[], Held] = partial(_held, model, config, processor, work, planned)
+        if fitted is not None and divided:
             forecast(fitted)
-        open_weights: Callable[[], Weights] = partial(_held, model, config, processor, work, planned)
-        if fitted is not None and fitted.shards > 1:
             inside.enter_context(distributed.dividing_rows())
-            open_weights = partial(Sharded, name, config, work)
-        elif streamed:
-            open_weights = partial(Streamed, name, config, work)
-        elif offloads:
-            open_weights = partial(Offloading, name, config, work, planned, Room(*cast(Forecast, fitted).room))
+            open_weights = partial(Sharded, str(model), config, work)
+        elif fitted is not None and offloads:
+            open_weights = partial(Offloading, str(model), config, work, planned, Room(*fitted.room))
         session = inside.enter_context(Session(open_weights, evaluation))
         weights = session.weights
         weights.plan.dense.warn()
@@ -225,7 +218,7 @@ def _held(
 
 
 def write_pruned_weights(
-    weights: Weights,
+    weights: Held,
     pruned: Pruned,
     record: Record,
     work: WorkFolder,

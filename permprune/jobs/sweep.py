@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -175,7 +175,7 @@ def _measure_cells(session: Session, cells: list[Cell], partial: Path, asked: di
 def _row(session: Session, cell: Cell, run: Run) -> SweepRow:
     """Measure one cell."""
     solution, measurement = session.attempt(permuter(cell.method), cell.method, run)
-    network = cast(Held, session.weights).network
+    network = session.weights.network
     layers, patterns = network.measures(), network.patterns
     return SweepRow(
         **vars(measurement),

@@ -281,7 +281,11 @@ class LocalPermuter(Permuter):
     def search(self, network: PrunedNetwork, run: Run) -> Solution:
         network.set_orders(network.identity())
         with Journal(self.checkpoint(run), self.name) as journal:
-            return Solution(self.each(network, journal, self.solver(network, run)), journal.seconds)
+
+            def solve(number: int, problem: Problem) -> Tensor:
+                return self.order(network, problem, run.generator(number))
+
+            return Solution(self.each(network, journal, solve), journal.seconds)
 
     def each(
         self, network: MaskedLayers, journal: Journal, solve: Callable[[int, Problem], Tensor]
@@ -294,10 +298,6 @@ class LocalPermuter(Permuter):
             return journal.tensors[problem.name]
 
         return network.each_problem(find, self.name)
-
-    def solver(self, network: MaskedLayers, run: Run) -> Callable[[int, Problem], Tensor]:
-        """Return a function of (number, problem) that calls `order` with a generator seeded by the number."""
-        return lambda number, problem: self.order(network, problem, run.generator(number))
 
 
 @dataclass(frozen=True)

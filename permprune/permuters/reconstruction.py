@@ -40,8 +40,7 @@ class Reconstruction(LocalPermuter):
 
     The errors of single layers predict the network's loss poorly: orders with nearly the same error can differ much in
     perplexity. Each problem is therefore solved `candidates` times, from scores with 1 % of noise. The problems are
-    divided into `shares` runs of neighbours, and each run takes the candidate with the lowest held-out loss. If the
-    model is read layer by layer, this loss cannot be computed, and the first candidate is used.
+    divided into `shares` runs of neighbours, and each run takes the candidate with the lowest held-out loss.
     """
 
     name: ClassVar[str] = "reconstruction"

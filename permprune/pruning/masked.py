@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -125,21 +125,18 @@ class MaskedLayers(RunningLayers):
         """The current order of every problem."""
         return self.identity() | self.orders
 
-    def each_problem(
-        self, solve: Callable[[int, Problem], T], label: str | None, numbers: Sequence[int] | None = None
-    ) -> dict[str, T]:
+    def each_problem(self, solve: Callable[[int, Problem], T], label: str | None) -> dict[str, T]:
         """Call `solve(number, problem)` for every problem and return the results by name.
 
         The problems are distributed over ranks and threads, the largest first, to balance the load; every rank gets all
-        results. `solve` must not change the network. `numbers` are by default the positions of the problems. A progress
-        bar shows `label` unless it is None.
+        results. `solve` must not change the network. A progress bar shows `label` unless it is None.
         """
 
         def weights(numbered: tuple[int, Problem]) -> int:
             problem = numbered[1]
             return -problem.size * sum(self.row_count(part.layer) for part in problem.parts)
 
-        numbered = list(zip(numbers or range(len(self.problems)), self.problems, strict=True))
+        numbered = list(enumerate(self.problems))
         if distributed.shards() == 1:  # otherwise all ranks solve the same problem at a time
             numbered.sort(key=weights)
         mine = distributed.share(numbered)

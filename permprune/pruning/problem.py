@@ -180,13 +180,6 @@ class Outline:
         """The number of weights of the problems with the most weights."""
         return sum(problem.size * self.rows_of(problem) for problem in self.largest(count))
 
-    def layers_by_input(self) -> dict[str, list[Layer]]:
-        """Return the layers by what they read, in the order of `layers`."""
-        readers: dict[str, list[Layer]] = {}
-        for layer in self.layers:
-            readers.setdefault(self.sites[layer.name], []).append(layer)
-        return readers
-
     def moments(self) -> int:
         """The number of elements that are stored of the second moments of all tensors that layers read."""
         return sum(map(stored_elements, self.widths.values())) // self.shards

@@ -49,7 +49,7 @@ def best_device() -> torch.device:
 
 
 def compute_device(model: nn.Module) -> torch.device:
-    """Return the device on which a model runs: that of its weights, or the best one if they are read layer by layer."""
+    """Return the device on which a model runs: that of its weights, or the best one if it has none."""
     device = next(model.parameters()).device
     return best_device() if device.type == "meta" else device
 

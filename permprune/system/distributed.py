@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Thread
@@ -142,11 +142,6 @@ def require_same(settings: Mapping[str, Any]) -> None:
         raise PermpruneError(
             f"the processes of this run differ in {', '.join(names)}: start all with the same command and files"
         )
-
-
-def common(items: Iterable[str]) -> set[str]:
-    """Return the items that every rank has."""
-    return set.intersection(*gathered(set(items)))
 
 
 def each(function: Callable[[T], R], items: Sequence[T], device: torch.device) -> Iterator[R]:

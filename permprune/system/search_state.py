@@ -151,28 +151,26 @@ class Resumable:
 class Journal(Resumable):
     """The partial results of a search, which are saved at its end as well.
 
-    `tensors` and `values` are the results by name. Each rank writes its own file and reads the files of all ranks. Used
-    as a context manager around the search; `add` may be called by several threads.
+    `tensors` are the results by name. Each rank writes its own file and reads the files of all ranks. Used as a context
+    manager around the search; `add` may be called by several threads.
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         super().__init__(checkpoint, f"{name}.rank-{distributed.rank()}", every_rank=True)
-        tensors, values = self.take() or ({}, {})
-        self._of_rank = dict(tensors), values
-        self.tensors, self.values = dict(self._of_rank[0]), dict(values)
+        tensors, _ = self.take() or ({}, {})
+        self._of_rank = dict(tensors)
+        self.tensors = dict(self._of_rank)
         for file in checkpoint.names(f"{name}.rank-"):
             if file != self.name and (saved := checkpoint.load(file)):
                 self.tensors |= saved[0]
-                self.values |= saved[1]["own"]
         self._lock = threading.Lock()
 
-    def add(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Add results. Raises `PermpruneError` if they cannot be written."""
         with self._lock:
-            for kept_tensors, kept_values in ((self.tensors, self.values), self._of_rank):
-                kept_tensors.update(tensors)
-                kept_values.update(values or {})
-            self.offer(lambda: self._of_rank)
+            self.tensors |= tensors
+            self._of_rank |= tensors
+            self.offer(lambda: (self._of_rank, {}))
 
     def __enter__(self) -> Journal:
         return self
@@ -180,8 +178,8 @@ class Journal(Resumable):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if any(self._of_rank):
-            self.save(lambda: self._of_rank)
+        if self._of_rank:
+            self.save(lambda: (self._of_rank, {}))
 
 
 def as_state(value: Any) -> State:

@@ -102,14 +102,14 @@ def test_prune_and_compare_take_an_update(source: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unchanged_settings")
+@pytest.mark.usefixtures("small_blocks")
 def test_prune_keeps_to_a_memory_limit(source: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    fails("prune", *source, "--out", out, "--memory", "100KB")  # newton
-    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--memory", "300KB")
+    assert "raise --memory" in fails("prune", *source, "--out", out, "--memory", "10KB")
+    code, stdout, _ = run("prune", *source, "--out", out, "--permute", "ria", "--memory", "200KB")
     assert code == 0 and "2:4 with ria: perplexity" in stdout
     record = json.loads((out / "permprune.json").read_text())
-    assert record["permutations"] and not any("residual" in space for space in record["permutations"])
+    assert record["permutations"] and record["settings"]["offload"] == "disk"
     assert run("verify", out)[0] == 0 and not (tmp_path / "out.partial").exists()
 
 
@@ -137,8 +137,7 @@ def test_plan_says_what_prune_would_take(source: list[str], tmp_path: Path) -> N
     ("change", "message"),
     [
         (["--gpu", "h10"], "gpu is 'h10': did you mean \"h100\"?"),
-        (["--memory", "9KB"], "needs the whole network in memory, which takes about"),
-        (["--memory", "9KB", "--permute", "ria"], "even layer by layer this model takes about"),
+        (["--memory", "9KB"], "the model takes about"),
         (["--memory", "9KB", "--pattern", "mixed"], "a mix of patterns needs all layers in memory"),
         (["--pattern", "2:5"], "which 5 does not divide"),
         (["--permute", "luck"], 'unknown permuter "luck"'),

@@ -23,8 +23,8 @@ from ..coupling.coupling_models import FAMILIES, mixtral
 from ..fixtures import BLOCK, SENTENCES, make_tiny_llama
 from ..modalities import images, vit_config
 
-LAYERWISE = "prune layer by layer"
-COMMANDS = ("prune", LAYERWISE, "sweep", "inspect", "verify", "evaluate")
+OFFLOADED = "prune offloaded"
+COMMANDS = ("prune", OFFLOADED, "sweep", "inspect", "verify", "evaluate")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer_config.json"
 BIN = "pytorch_model.bin"
@@ -61,20 +61,12 @@ def arguments(command: str, folder: Path, text: Path) -> list[str | Path]:
     data = ["--calibration", text, "--data", text, *SMALL]
     return {
         "prune": ["prune", folder, "--out", out, "--permute", "ria", *data],
-        LAYERWISE: ["prune", folder, "--out", out, "--permute", "ria", "--memory", "300KB", *data],
+        OFFLOADED: ["prune", folder, "--out", out, "--permute", "ria", "--offload", "disk", *data],
         "sweep": ["sweep", folder, "--out", out, "--methods", "none", "--patterns", "2:4", *data],
         "inspect": ["inspect", folder],
         "verify": ["verify", folder],
         "evaluate": ["evaluate", folder, "--data", text, "--windows", "1", "--length", "16"],
     }[command]
-
-
-def fails_at_last(*arguments: str | Path) -> str:
-    """The last line of a command that fails after a warning that it reads the model layer by layer."""
-    code, _, stderr = run(*arguments)
-    *warning, line = stderr.splitlines()
-    assert code == 2 and (not warning or "it is pruned layer by layer" in " ".join(" ".join(warning).split())), stderr
-    return line
 
 
 def change_config(folder: Path, file: str = CONFIG, **values: Any) -> None:
@@ -150,7 +142,6 @@ FAULTS: Mapping[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_command_says_which_part_of_a_checkpoint_is_at_fault(
     fault: str, whole: Path, tiny_text: Path, tmp_path: Path
@@ -163,7 +154,7 @@ def test_each_command_says_which_part_of_a_checkpoint_is_at_fault(
     for command in COMMANDS:
         if command == "verify" and fault.startswith("tokenizer"):  # which it does not read
             continue
-        line = (fails_at_last if command == LAYERWISE else fails)(*arguments(command, damaged, tiny_text))
+        line = fails(*arguments(command, damaged, tiny_text))
         assert line.startswith(f"permprune: {damaged} ") and clause in line, (command, line)
         assert "report" not in line
     assert {path: path.stat().st_mtime_ns for path in damaged.iterdir()} == before
@@ -220,12 +211,12 @@ def save(model: tf.PreTrainedModel, folder: Path, **config: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("offloaded", [False, True])
 def test_a_head_that_the_model_has_not_is_left_out_with_a_warning(
-    streamed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    offloaded: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = save(tf.BertForPreTraining(tf.BertConfig(**BLOCK)), tmp_path / "bert", architectures=["BertForMaskedLM"])
-    model = (read_offloaded(str(folder), tmp_path / "offloaded") if streamed else read_model(str(folder)))[0]
+    model = (read_offloaded(str(folder), tmp_path / "offloaded") if offloaded else read_model(str(folder)))[0]
     assert type(model) is tf.BertForMaskedLM
     assert [record.getMessage() for record in caplog.records if record.name == "permprune"] == [
         f"{folder}: a BertForMaskedLM has no place for 4 weights (bert.pooler.dense.bias, bert.pooler.dense.weight, "
@@ -261,22 +252,21 @@ def test_constants_of_older_releases_are_no_weights(tmp_path: Path) -> None:
         ("experts.", "lacks 2 weights (model.layers.1.mlp.experts.down_proj, model.layers.1.mlp.experts.gate_up_proj)"),
     ],
 )
-@pytest.mark.parametrize("streamed", [False, True])
-def test_experts_that_a_checkpoint_lacks_are_named(absent: str, clause: str, streamed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_experts_that_a_checkpoint_lacks_are_named(absent: str, clause: str, offloaded: bool, tmp_path: Path) -> None:
     folder = save(mixtral(), tmp_path / "mixtral")
     change_weights(
         folder, lambda weights: [weights.pop(key) for key in [*weights] if f"layers.1.block_sparse_moe.{absent}" in key]
     )
     with pytest.raises(PermpruneError, match=re.escape(clause)):
-        read_offloaded(str(folder), tmp_path / "offloaded") if streamed else read_model(str(folder))
+        read_offloaded(str(folder), tmp_path / "offloaded") if offloaded else read_model(str(folder))
 
 
-@pytest.mark.usefixtures("unchanged_settings")
 def test_pickled_weights_are_read_as_tensors_alone(tiny_checkpoint: Path, tiny_text: Path) -> None:
     expected = run(*arguments("evaluate", tiny_checkpoint, tiny_text))
     pickle(tiny_checkpoint, make_tiny_llama().state_dict())
     assert run(*arguments("evaluate", tiny_checkpoint, tiny_text)) == expected
-    line = fails_at_last(*arguments(LAYERWISE, tiny_checkpoint, tiny_text))
+    line = fails(*arguments(OFFLOADED, tiny_checkpoint, tiny_text))
     assert "pytorch_model.bin contains pickled weights" in line and line.endswith("convert it to safetensors")
 
 
@@ -311,10 +301,10 @@ def test_what_a_family_saves_loads_whole(family: str, tmp_path: Path, caplog: py
     assert not [record for record in caplog.records if record.name == "permprune"]
 
 
-def test_a_model_that_builds_weights_again_is_not_read_layer_by_layer(tmp_path: Path) -> None:
+def test_a_model_that_builds_weights_again_is_not_offloaded(tmp_path: Path) -> None:
     folder = save(cast(tf.PreTrainedModel, FAMILIES["marian"].build()).float(), tmp_path / "model")
     assert read_model(str(folder))[0].dtype == torch.float32
     with pytest.raises(
-        PermpruneError, match=r"layer by layer, since its .* does not store .*embed_positions\.weight: raise"
+        PermpruneError, match=r"whole in memory, since its .* does not store .*embed_positions\.weight: raise"
     ):
         read_offloaded(str(folder), tmp_path / "offloaded")

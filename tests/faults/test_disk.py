@@ -45,16 +45,12 @@ def files_up_to(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [("ria", []), ("newton:rounds=1", ["--mode", "gather"]), ("ria", ["--memory", "300KB"])],
-    ids=["fold", "gather", "streamed"],
-)
+@pytest.mark.parametrize(("name", "mode"), [("ria", "fold"), ("newton:rounds=1", "gather")])
 def test_a_disk_that_is_full_when_the_model_is_written_costs_no_search(
-    source: list[str], tmp_path: Path, name: str, options: list[str], monkeypatch: pytest.MonkeyPatch
+    source: list[str], tmp_path: Path, name: str, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, method = tmp_path / "out", PERMUTERS[name.partition(":")[0]]
-    command = ["prune", *source, "--out", out, "--permute", name, *options]
+    command = ["prune", *source, "--out", out, "--permute", name, "--mode", mode]
     with files_up_to(2**15):
         code, stdout, stderr = run(*command)
     assert code == 2 and "2:4 with" in stdout and not out.exists()
@@ -99,7 +95,7 @@ def test_too_little_space_is_said_before_the_work(
     monkeypatch.setattr(Trainer, "fit", lambda *_: pytest.fail("trained"))
     for command in (
         ["prune", *source],
-        ["prune", *source, "--permute", "ria", "--memory", "300KB"],
+        ["prune", *source, "--permute", "ria", "--offload", "disk"],
         ["sweep", *source],
         ["finetune", *training],
         ["probe", source[0], "--classes", "a,b"],

@@ -139,10 +139,10 @@ def test_sweep_says_so_once(texts: tuple[Path, Path], tiny_checkpoint: Path, tmp
         assert said(text).count("% of the evaluation data are also in the calibration data") == 1
 
 
-LAYERWISE = ["--length", "16", "--samples", "24", "--windows", "20", "--memory", "300KB"]
+OFFLOADED = ["--length", "16", "--samples", "24", "--windows", "20", "--offload", "disk"]
 
 
-@pytest.mark.parametrize(("other", "options"), [(0, []), (1, []), (0, LAYERWISE)])
+@pytest.mark.parametrize(("other", "options"), [(0, []), (1, []), (0, OFFLOADED)])
 def test_prune_says_so(
     other: int, options: list[str], texts: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -244,8 +244,7 @@ def test_comparing_methods_on_a_gathered_model_starts_from_it(pruned: dict[str, 
     assert dense["perplexity"] == pytest.approx(perplexity(pruned["gather"], tmp_path), rel=1e-5)
 
 
-@pytest.mark.usefixtures("unchanged_settings")
-def test_a_gathered_model_is_not_read_layer_by_layer(pruned: dict[str, Path], tmp_path: Path) -> None:
+def test_a_gathered_model_is_not_offloaded(pruned: dict[str, Path], tmp_path: Path) -> None:
     arguments = [*options(pruned["gather"]), "--permute", "ria", "--memory", "300KB", "--out", tmp_path / "out"]
     assert "reorders channels at run time can only be pruned in memory" in fails("prune", pruned["gather"], *arguments)
 

@@ -28,7 +28,7 @@ from permprune.losses.objective import Objective
 from permprune.losses.targets import next_token
 from permprune.permuters.registry import PERMUTERS
 
-from ..jobs.test_streaming import Held
+from ..held_bytes import Held
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 5}
 SETTINGS = PruneConfig(length=16, samples=24, precision="fp32")
@@ -212,7 +212,6 @@ def test_a_limit_is_kept_by_leaner_settings(config_folder: Path) -> None:
     ):
         found = permprune.forecast(str(config_folder), config.replace(memory=memory))
         assert found.tensors <= memory and options in found.advice and bool(found.advice) == bool(options)
-        assert not found.streamed
 
 
 def test_what_is_offloaded_keeps_the_windows_of_a_batch(config_folder: Path) -> None:
@@ -229,17 +228,15 @@ def test_of_settings_that_offload_to_the_host_the_fastest_is_chosen(config_folde
     assert sum(filter(None, chosen.seconds.values())) < sum(filter(None, given.seconds.values()))
 
 
-@pytest.mark.slow
-def test_what_fits_nowhere_says_what_would(config_folder: Path) -> None:
-    config = PruneConfig(memory=2**20, length=16)
+def test_what_fits_nowhere_says_what_it_takes(config_folder: Path) -> None:
     with pytest.raises(
-        PermpruneError,
-        match=r"newton needs the whole network in memory, which takes about .* GiB( with --.*)?: raise --memory to "
-        r"that, or take a permuter that works layer by layer \(none, .*\) and no update",
+        PermpruneError, match=r"the model takes about .* GiB with --.*--offload disk: raise --memory to that$"
     ):
-        permprune.forecast(str(config_folder), config)
-    with pytest.raises(PermpruneError, match=r"even layer by layer this model takes about .* GiB: raise --memory"):
-        permprune.forecast(str(config_folder), config.replace(permute="ria"))
+        forecast(config_folder, memory=2**10)
+    least = {mode: forecast(config_folder, permute="cp", offload="disk", mode=mode) for mode in ("fold", "gather")}
+    assert least["gather"].tensors < least["fold"].tensors
+    with pytest.raises(PermpruneError, match=r"raise --memory to that, or take --mode gather$"):
+        forecast(config_folder, permute="cp", memory=least["fold"].tensors - 1)
 
 
 def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
@@ -271,17 +268,6 @@ def test_processes_divide_weights_that_do_not_fit(config_folder: Path) -> None:
         forecast(config_folder, permute="newton:rounds=1", shard=True)
 
 
-@pytest.mark.usefixtures("unchanged_settings")
-def test_a_run_layer_by_layer_is_forecast(config_folder: Path) -> None:
-    memory = forecast(config_folder, permute="ria", batch=1, recompute=True).tensors - 1
-    found = forecast(config_folder, permute="ria", memory=memory)
-    assert found.streamed and found.tensors <= memory
-    assert "pruned layer by layer" in found.advice
-    assert found.disk["masks"] == 5 * (4 * 128**2 + 3 * 128 * 256) // 4
-    four = forecast(config_folder, permute="ria", memory=memory, shard=False, processes=4)
-    assert four.streamed and four.processes == 4 and four.disk == found.disk | {"masks": 4 * found.disk["masks"]}
-
-
 @pytest.mark.slow
 def test_prune_takes_the_settings_of_its_forecast(
     tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -290,7 +276,7 @@ def test_prune_takes_the_settings_of_its_forecast(
     whole = permprune.forecast(str(tiny_checkpoint), config)
     limited = config.replace(memory=whole.tensors - 1)
     found = fit_memory(str(tiny_checkpoint), limited)
-    assert found is not None and found.advice and not found.streamed
+    assert found is not None and found.advice
     record = prune_to_folder(
         str(tiny_checkpoint), tmp_path / "out", limited, evaluation=Evaluation(str(tiny_text), 4, 16)
     )

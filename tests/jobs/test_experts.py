@@ -1,6 +1,5 @@
-"""Mixtures of experts in folders: written, read layer by layer, trained and packed."""
+"""Mixtures of experts in folders: written, offloaded, trained and packed."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 
+import permprune
 from permprune.checkpoints.io import load, read_model
 from permprune.checkpoints.record import read_record
 from permprune.checkpoints.weights import GATHERED
@@ -23,14 +23,13 @@ from permprune.pattern import Pattern
 from permprune.pruning.folder import save
 
 from ..coupling.coupling_models import gpt_oss, mixtral, qwen3_moe, randomised
-from .test_streaming import Held
+from ..held_bytes import Held
 
 pytestmark = pytest.mark.slow
 
 FAMILIES = {"mixtral": mixtral, "qwen3-moe": qwen3_moe, "gpt-oss": gpt_oss}
-LIMIT = 2**20
-LIMITS = {"mixtral": 7 * LIMIT // 10, "qwen3-moe": LIMIT // 2, "gpt-oss": LIMIT}
-"""What is too little to hold a model whose calibration makes no backward pass."""
+SETTINGS = PruneConfig(length=16, samples=40, measured=16, held_out=4, precision="fp32", batch=16)
+"""Few enough windows that the statistics come of one batch."""
 
 
 @pytest.fixture(params=FAMILIES)
@@ -52,17 +51,8 @@ def source(family: str, tmp_path: Path, tiny_tokenizer: tf.PreTrainedTokenizerFa
     return written(family, 2, tmp_path / "source", tiny_tokenizer)
 
 
-@pytest.fixture
-def deep(family: str, tmp_path: Path, tiny_tokenizer: tf.PreTrainedTokenizerFast) -> Path:
-    """A checkpoint of a model that takes more memory than `LIMIT`."""
-    return written(family, 7, tmp_path / "deep", tiny_tokenizer)
-
-
 def run(source: Path, out: Path, text: Path, **settings: Any) -> dict[str, Any]:
-    """Few enough windows that the statistics come of one batch, held or streamed."""
-    chosen = PruneConfig(
-        calibration=str(text), length=16, samples=40, measured=16, held_out=4, precision="fp32", batch=16, **settings
-    )
+    chosen = SETTINGS.replace(calibration=str(text), **settings)
     return prune_to_folder(str(source), out, chosen, evaluation=Evaluation(str(text), 4, 16)).to_json()
 
 
@@ -87,59 +77,39 @@ def test_a_folder_loads_and_holds_the_pattern(source: Path, mode: str, tiny_text
         verify(model)
 
 
-@pytest.mark.usefixtures("unchanged_settings")
 @pytest.mark.parametrize(
     ("family", "mode", "method"),
     [
         ("mixtral", "fold", "ria"),
         ("mixtral", "gather", "random"),
-        ("qwen3-moe", "gather", "random"),
+        ("qwen3-moe", "gather", "newton:rounds=1:train_steps=1"),
         ("gpt-oss", "fold", "ria"),
     ],
     indirect=["family"],
 )
-def test_orders_of_experts_are_the_same_held_or_streamed(
-    deep: Path,
-    family: str,
-    mode: str,
-    method: str,
-    tiny_text: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+def test_experts_that_are_offloaded_are_pruned_alike(
+    source: Path, mode: str, method: str, tiny_text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    held = run(deep, tmp_path / "held", tiny_text, permute=method, mode=mode)
-    limit = LIMIT if mode == "fold" else LIMITS[family]
-    said = caplog.text.count("experts read fewer than")
-    streamed = run(deep, tmp_path / "streamed", tiny_text, permute=method, mode=mode, memory=limit)
-    assert "layer by layer" in caplog.text
-    assert caplog.text.count("experts read fewer than") == 2 * said > 0
-    residual = {name for name in held["permutations"] if name.endswith("residual")}
-    assert streamed["permutations"].keys() == held["permutations"].keys() - residual
-    if method == "ria":
-        experts = [name for name in streamed["permutations"] if "experts" in name]
-        assert len(experts) == 7 and all(
-            held["permutations"][name] == streamed["permutations"][name] for name in experts
-        )
-    else:
-        assert "experts.gate_up_proj.input keeps its natural order" in caplog.text
-    assert [row["kept_none"] for row in streamed["layers"]] == pytest.approx(
-        [row["kept_none"] for row in held["layers"]]
+    one, other = (
+        run(source, tmp_path / place, tiny_text, permute=method, mode=mode, offload=place) for place in ("none", "disk")
     )
-    assert streamed["measured"]["none"] == pytest.approx(held["measured"]["none"], rel=1e-3)
-    assert verify(tmp_path / "streamed").layers == 70
+    assert caplog.text.count("experts read fewer than") == 2
+    for key in ("permutations", "layers", "measured"):
+        assert other[key] == one[key]
+    assert {gather["site"]: gather for gather in other["gathers"]} == {one["site"]: one for one in one["gathers"]}
+    weights = [load(tmp_path / place).state_dict() for place in ("none", "disk")]
+    assert all(torch.equal(weights[1][name], weight) for name, weight in weights[0].items())
+    assert verify(tmp_path / "disk").layers == 20
 
 
-@pytest.mark.usefixtures("unchanged_settings")
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss"], indirect=True)
-def test_a_streamed_run_holds_the_least_limit_that_is_accepted(deep: Path, tiny_text: Path, tmp_path: Path) -> None:
-    with pytest.raises(PermpruneError, match="even layer by layer") as refused:
-        run(deep, tmp_path / "out", tiny_text, permute="ria", memory=1)
-    gibibytes = re.search(r"takes about (\S+) GiB", str(refused.value))
-    assert gibibytes is not None
-    limit = int(1.01 * float(gibibytes[1]) * 2**30)
+def test_offloaded_experts_take_what_was_forecast(source: Path, tiny_text: Path, tmp_path: Path) -> None:
+    settings: Any = {"permute": "ria", "mode": "gather", "recompute": True, "offload": "disk"}
+    found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)
     with Held() as held:
-        run(deep, tmp_path / "out", tiny_text, permute="ria", memory=limit)
-    assert limit / 2 < held.peak < limit
+        run(source, tmp_path / "out", tiny_text, **settings)
+    assert held.peak == pytest.approx(found.tensors, rel=0.25)
 
 
 @pytest.mark.parametrize("family", ["mixtral"], indirect=True)

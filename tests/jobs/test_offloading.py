@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import permprune
 from permprune import Evaluation, Identity, Newton, PruneConfig
@@ -19,7 +19,7 @@ from permprune.forecasts.machine import Rates
 from permprune.system.shelf import Shelf
 
 from ..fixtures import small_checkpoint
-from .test_streaming import Held
+from ..held_bytes import Held
 
 METHOD = Newton(start=Identity(), rounds=2, swaps=2, examples=4, refine=1, compensate=True, train_steps=2)
 
@@ -31,38 +31,101 @@ def prune(source: Path, out: Path, text: Path, **settings: Any) -> Record:
     return permprune.prune_to_folder(str(source), out, config, evaluation=Evaluation(str(text), 4, 16))
 
 
+def same_offloaded(source: Path, folder: Path, text: Path, **settings: Any) -> list[Record]:
+    """Prune in memory and offloaded, and check that all but the memory is equal; returns both records."""
+    records = [prune(source, folder / place, text, offload=place, **settings) for place in ("none", "disk")]
+    assert records[1].permutations == records[0].permutations and records[1].gathers == records[0].gathers
+    assert records[1].layers == records[0].layers and records[1].measured == records[0].measured
+    one, other = (permprune.load(folder / place).state_dict() for place in ("none", "disk"))
+    assert one.keys() == other.keys() and all(torch.equal(other[name], weight) for name, weight in one.items())
+    assert permprune.verify(folder / "disk").layers == len(records[0].layers)
+    return records
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "mode"), [(torch.float32, "fold"), (torch.bfloat16, "gather")])
 def test_nothing_but_the_memory_changes(
     dtype: torch.dtype, mode: str, tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, dtype, num_hidden_layers=2)
-    records = [prune(source, tmp_path / place, tiny_text, offload=place, mode=mode) for place in ("none", "disk")]
-    assert records[1].permutations == records[0].permutations and records[1].gathers == records[0].gathers
-    assert records[1].measured == records[0].measured
-    one, other = (permprune.load(tmp_path / place).state_dict() for place in ("none", "disk"))
-    assert one.keys() == other.keys() and all(torch.equal(other[name], weight) for name, weight in one.items())
-    assert permprune.verify(tmp_path / "disk").layers == 14
+    same_offloaded(source, tmp_path, tiny_text, mode=mode)
 
 
 @pytest.mark.slow
-def test_memory_is_what_was_forecast(
-    tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("method", "saliency", "mode"),
+    [
+        ("none", "wanda", "gather"),
+        ("ria", "ria", "fold"),
+        ("cp:escapes=1", "wanda", "gather"),
+        ("random", "obs", "gather"),
+        ("reconstruction", "magnitude", "fold"),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_method_finds_or_writes_anything_else(
+    family: str,
+    method: str,
+    saliency: str,
+    mode: str,
+    tmp_path: Path,
+    tiny_text: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """With blocks that are as small beside the tiny model as beside real ones."""
-    for module in ("permuters.bundles", "permuters.reconstruction", "forecasts.costs"):
-        monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
+    """Of attention with biases and of a tied embedding, in several files, and of weights that are stored transposed."""
+    torch.manual_seed(0)
+    if family == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = LlamaConfig(vocab_size=128, attention_bias=True, tie_word_embeddings=True, **sizes)
+        model: Any = LlamaForCausalLM(config).bfloat16()
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    tiny_tokenizer.save_pretrained(tmp_path / "source")
+    settings = {"permute": method, "saliency": saliency, "mode": mode, "exclude": ("*.1.mlp.*",)}
+    records = same_offloaded(tmp_path / "source", tmp_path, tiny_text, **settings)
+    assert len(records[0].layers) == {"llama": 11, "gpt2": 6}[family]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [(Newton(start=Identity(), rounds=1, swaps=1, examples=4, train_steps=1), "fold"), ("ria", "gather")],
+)
+def test_memory_is_what_was_forecast(
+    method: str | Newton,
+    mode: str,
+    tmp_path: Path,
+    tiny_text: Path,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("permprune.forecasts.machine._measured_rates", lambda *_: Rates(1e12, 1e12, 1e12, 1e12))
     sizes = {"num_hidden_layers": 3, "hidden_size": 128, "intermediate_size": 256}
     source = small_checkpoint(tmp_path / "source", tiny_tokenizer, torch.float32, **sizes)
-    method = Newton(start=Identity(), rounds=1, swaps=1, examples=4, train_steps=1)
-    settings = {"permute": method, "batch": 1, "offload": "disk"}
+    settings = {"permute": method, "mode": mode, "batch": 1, "offload": "disk"}
     found = permprune.forecast(str(source), SETTINGS.replace(**settings), windows=4)
     with Held() as held:
         prune(source, tmp_path / "out", tiny_text, **settings)
     assert held.peak == pytest.approx(found.tensors, rel=0.1)
-    least = permprune.forecast(str(source), SETTINGS.replace(**settings, memory=found.tensors)).config
-    assert least.offload == "disk"
+    given = SETTINGS.replace(permute=method, mode=mode)
+    for memory, place in ((2**30, "none"), (found.tensors, "disk")):
+        assert permprune.forecast(str(source), given.replace(memory=memory), windows=4).config.offload == place
+
+
+@pytest.mark.slow
+def test_damaged_weights_are_refused(
+    tmp_path: Path, tiny_llama: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_text: Path
+) -> None:
+    tiny_llama.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    tiny_llama.save_pretrained(tmp_path / "source")
+    tiny_tokenizer.save_pretrained(tmp_path / "source")
+    with pytest.raises(PermpruneError, match="up_proj holds NaN or infinite weights"):
+        prune(tmp_path / "source", tmp_path / "out", tiny_text, permute="ria", offload="disk")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

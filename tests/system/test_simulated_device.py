@@ -40,7 +40,7 @@ from permprune.system.failures import OutOfMemory
 from permprune.updates.registry import UPDATES
 
 from ..fixtures import BLOCK, make_tiny_llama, small_checkpoint
-from ..jobs.test_streaming import Held
+from ..held_bytes import Held
 from ..kv.reference import coded_channels
 from ..permuters.test_permuters import FOLDED, WINDOWS, brief
 from ..simulated_device import CPU, SIMULATED, SimulatedTensor, allocated, simulated_device
@@ -167,11 +167,8 @@ def test_labels_and_padding() -> None:
     torch.testing.assert_close(list(found[1].values()), list(found[0].values()))
 
 
-@pytest.mark.usefixtures("unchanged_settings")
-@pytest.mark.parametrize(("mode", "memory"), [("fold", None), ("fold", 3 * 10**5), ("gather", 3 * 10**5)])
-def test_folders(
-    mode: str, memory: int | None, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, request: Any
-) -> None:
+@pytest.mark.parametrize(("mode", "place"), [("fold", "none"), ("fold", "disk"), ("gather", "disk")])
+def test_folders(mode: str, place: str, tiny_checkpoint: Path, tiny_text: Path, tmp_path: Path, request: Any) -> None:
     config = PruneConfig(
         permute="ria",
         calibration=str(tiny_text),
@@ -179,7 +176,7 @@ def test_folders(
         samples=24,
         precision="fp32",
         mode=mode,
-        memory=memory,
+        offload=place,
     )
     evaluation = Evaluation(str(tiny_text), 4, 16)
     options = FineTuning(
@@ -191,7 +188,7 @@ def test_folders(
             request.getfixturevalue("simulated_best")
         folder, tuned = tmp_path / device.type, tmp_path / f"tuned-{device.type}"
         record = permprune.prune_to_folder(str(tiny_checkpoint), folder, config, evaluation=evaluation)
-        assert ("model.residual" in record.permutations) == (mode == "fold" and memory is None)
+        assert ("model.residual" in record.permutations) == (mode == "fold")
         assert permprune.verify(folder).layers == 14
         measured = permprune.evaluate(folder, evaluation).value
         trained = permprune.finetune(str(folder), tuned, options).result.value
@@ -232,14 +229,10 @@ def test_packed_models(dtype: str, error: float) -> None:
 
 @pytest.fixture
 def planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forecasts are those of the device, with blocks that are as small beside the tiny models as beside real ones."""
+    """Forecasts are those of the device."""
     machine = Machine("simulated", SIMULATED, torch.float32, memory=2**30, sheet=Rates(1e12, 1e12, 1e12, 1e12))
     for module, name in (("fitting", "machine_named"), ("fitting", "this_machine"), ("run", "this_machine")):
         monkeypatch.setattr(f"permprune.forecasts.{module}.{name}", lambda *_: machine)
-    for module in ("permuters.bundles", "permuters.reconstruction", "forecasts.costs"):
-        monkeypatch.setattr(f"permprune.{module}.BLOCK", 2**12)
-    monkeypatch.setattr("permprune.permuters.kept.READ", 2**10)
-    monkeypatch.setattr("permprune.kernels.adam.rounding.CHUNK", 2**10)
 
 
 TRAINED = Newton(start=Identity(), rounds=1, swaps=1, train_steps=1)
@@ -248,7 +241,7 @@ COMPENSATED = Newton(start=Identity(), rounds=0, compensate=True, train_steps=1)
 WIDE = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256}
 
 
-@pytest.mark.usefixtures("simulated_best", "unchanged_settings", "planned_for")
+@pytest.mark.usefixtures("simulated_best", "planned_for", "small_blocks")
 @pytest.mark.parametrize(
     ("dtype", "settings", "shape"),
     [
@@ -279,7 +272,7 @@ def test_device_and_host_hold_what_was_forecast(
     assert torch.isfinite(permprune.load(tmp_path / "out").get_parameter("lm_head.weight")).all()
 
 
-@pytest.mark.usefixtures("simulated_best", "unchanged_settings")
+@pytest.mark.usefixtures("simulated_best")
 def test_a_full_device_ends_in_one_line(
     tmp_path: Path, tiny_text: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
