@@ -335,27 +335,42 @@ def test_a_folder_whose_weights_were_touched_fails_verification(
 
 
 @pytest.fixture(scope="module")
-def smollm_coupling(smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> Coupling:
-    """What is coupled in the real model, which takes seconds to trace."""
-    model, tokenizer = smollm
-    return discover(model, {"input_ids": tokenize(load_documents(None, "evaluation"), tokenizer, 16, 2)})
+def blocks(smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 8 of the 30 blocks of SmolLM2-135M between its embedding and its head."""
+    whole, tokenizer = smollm
+    config = copy.deepcopy(whole.config)
+    config.num_hidden_layers = 8
+    config.layer_types = None
+    model = LlamaForCausalLM(config).to(whole.dtype)
+    model.load_state_dict({name: whole.get_parameter(name) for name in model.state_dict()})
+    folder = tmp_path_factory.mktemp("blocks")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_the_real_model_folds_loads_and_verifies(
+@pytest.fixture(scope="module")
+def coupling(blocks: Path, smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast]) -> Coupling:
+    """What is coupled in these blocks, which takes seconds to trace."""
+    ids = tokenize(load_documents(None, "evaluation"), smollm[1], 16, 2)
+    return discover(LlamaForCausalLM.from_pretrained(blocks), {"input_ids": ids})
+
+
+def test_blocks_of_the_real_model_fold_load_and_verify(
+    blocks: Path,
     smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast],
-    smollm_coupling: Coupling,
+    coupling: Coupling,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SmolLM2-135M, a random order in every space: plain loading gives the masked model's logits, exactly 2:4."""
-    monkeypatch.setattr("permprune.plan.discover", lambda *_: smollm_coupling)
+    """A random order in every space: plain loading gives the masked model's logits, exactly 2:4."""
+    monkeypatch.setattr("permprune.plan.discover", lambda *_: coupling)
     out = tmp_path / "out"
     settings = PruneConfig(permute="random", samples=6, length=64, measured=3, held_out=1)
-    record = prune_to_folder("smollm2-135m", out, settings, evaluation=Evaluation(None, 2, 64))
+    prune_to_folder(str(blocks), out, settings, evaluation=Evaluation(None, 2, 64))
     loaded = load(out)
     found = verify(loaded)
-    assert found.layers == 210 and found.difference < 1e-3  # of logits up to 33
-    assert record.measured and record.measured.none > record.measured.dense
+    assert found.layers == 56 and found.difference < 1e-3
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     _, tokenizer = smollm
     ids = tokenize(load_documents(None, "evaluation"), tokenizer, 32, 2)
@@ -364,24 +379,20 @@ def test_the_real_model_folds_loads_and_verifies(
         assert Pattern(2, 4).holds(layer.weight)
 
 
-def test_dense_folding_of_the_real_model_changes_nothing(
-    smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], smollm_coupling: Coupling
+def test_dense_folding_of_blocks_of_the_real_model_changes_nothing(
+    blocks: Path, smollm: tuple[LlamaForCausalLM, PreTrainedTokenizerFast], coupling: Coupling
 ) -> None:
-    """A few spaces alone, then every discovered space of the real model at once: logits within 1e-4."""
-    model, tokenizer = smollm
-    ids = tokenize(load_documents(None, "evaluation"), tokenizer, 16, 2)
-    spaces = smollm_coupling.spaces
-    assert [sum(space.name.endswith(end) for space in spaces) for end in (".down_proj.input", ".o_proj.input")] == [
-        30,
-        30,
-    ]
+    """A few spaces alone, then every discovered space at once: logits within 1e-4."""
+    model = LlamaForCausalLM.from_pretrained(blocks).eval()
+    ids = tokenize(load_documents(None, "evaluation"), smollm[1], 16, 2)
+    spaces = coupling.spaces
+    for end in (".down_proj.input", ".o_proj.input"):
+        assert sum(space.name.endswith(end) for space in spaces) == 8
     for space in [space for space in spaces if ".7." in space.name or space.name.endswith("residual")]:
         assert verify_space(model, space, {"input_ids": ids}) < 1e-4
     before, generator = probe_outputs(model, {"input_ids": ids}), torch.Generator().manual_seed(0)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
     for space in spaces:
         table = torch.stack([torch.randperm(space.size, generator=generator) for _ in range(space.blocks)])
         fold(model, space, table)
     after = probe_outputs(model, {"input_ids": ids})
-    model.load_state_dict(state)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
