@@ -2,19 +2,21 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from permprune.cli import app
 from permprune.errors import PermpruneError
 from permprune.system import distributed
 from permprune.system.failures import OutOfMemory, failures_reported
 from permprune.system.files import WorkFolder
 
 from ..cli.running import run
+from ..forked import forked
 from ..processes import in_processes
 
 
@@ -49,26 +51,27 @@ CASES = [
 DIVIDED = CASES[1]
 """In this case the two processes divide the rows of the weights; in the other each holds the whole model."""
 
-COMMANDS = """
-import json, os, sys
-from pathlib import Path
 
-import permprune.report.run
-from permprune.cli import app
-from permprune.system import distributed
+def launch(folder: Path) -> None:
+    """Start two processes as `torchrun` does, forked from one that has imported what they need."""
+    logs = DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL)
+    config = LaunchConfig(
+        1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork", logs_specs=logs
+    )
+    elastic_launch(config, commands_of_rank)(folder)
 
-permprune.report.run._pictures = lambda _: {}
-folder = Path(sys.argv[1])
-codes = []
-with distributed.processes():
-    for arguments in json.loads((folder / "commands.json").read_text()):
-        try:
-            app([argument.replace("{rank}", os.environ["RANK"]) for argument in arguments])
-        except SystemExit as ended:
-            codes.append(ended.code)
-(folder / f"codes-{os.environ['RANK']}.json").write_text(json.dumps(codes))
-"""
-"""Runs one command after the other, so that the processes import torch once; {rank} is replaced in the arguments."""
+
+def commands_of_rank(folder: Path) -> None:
+    """Run one command after the other; {rank} is replaced in their arguments."""
+    codes = []
+    with distributed.processes(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("permprune.report.run._pictures", lambda _: {})
+        for arguments in json.loads((folder / "commands.json").read_text()):
+            try:
+                app([argument.replace("{rank}", os.environ["RANK"]) for argument in arguments])
+            except SystemExit as ended:
+                codes.append(ended.code)
+    (folder / f"codes-{os.environ['RANK']}.json").write_text(json.dumps(codes))
 
 
 @pytest.mark.slow
@@ -79,13 +82,6 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
     shared += ["--length", "16", "--samples", "40", "--windows", "4", "--precision", "fp32", "--batch", "4"]
     shared += ["--seed", "1"]
     alone, both = ([tmp_path / f"{count} {number}" for number in range(len(CASES))] for count in (1, 2))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for case, out in zip(CASES, alone, strict=True):
-            assert run(*shared, *case, "--out", out)[0] == 0
-    finally:
-        torch.set_num_threads(threads)
     commands = [
         [*shared, *case, "--out", str(out), "--shard" if case is DIVIDED else "--no-shard"]
         for case, out in zip(CASES, both, strict=True)
@@ -93,23 +89,24 @@ def test_two_processes_find_what_one_finds_and_say_an_error_once(
     faulty = [["--out", "held"], ["--out", "unlike", "--seed", "{rank}"]]
     commands += [[*shared, *options[:1], str(tmp_path / options[1]), *options[2:]] for options in faulty]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
-    (tmp_path / "commands.py").write_text(COMMANDS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with WorkFolder(tmp_path / "held").held("prune", resume=False):
-        ended = subprocess.run(
-            [*command, str(tmp_path / "commands.py"), str(tmp_path)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-    assert ended.returncode == 0, ended.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # also of the processes that are started
+    try:
+        for case, out in zip(CASES, alone, strict=True):
+            assert run(*shared, *case, "--out", out)[0] == 0
+        with WorkFolder(tmp_path / "held").held("prune", resume=False):
+            assert forked(launch, tmp_path) == (0, None)
+    finally:
+        torch.set_num_threads(threads)
+    stdout, stderr = (
+        "".join(path.read_text() for path in tmp_path.glob(f"logs/**/{name}.log")) for name in ("stdout", "stderr")
+    )
     codes = [json.loads((tmp_path / f"codes-{rank}.json").read_text()) for rank in (0, 1)]
-    assert codes == [[0, 0, 2, 2]] * 2, ended.stderr
-    assert ended.stdout.count("written to") == 2
-    assert ended.stderr.count("the 2 processes divide the rows of the weights") == 1
-    assert ended.stderr.count("another run is writing") == 1
-    assert ended.stderr.count("the processes of this run differ in seed: ") == 1
+    assert codes == [[0, 0, 2, 2]] * 2, stderr
+    assert stdout.count("written to") == 2
+    assert stderr.count("the 2 processes divide the rows of the weights") == 1
+    assert stderr.count("another run is writing") == 1
+    assert stderr.count("the processes of this run differ in seed: ") == 1
     assert run("verify", both[CASES.index(DIVIDED)])[0] == 0
     for folders in zip(alone, both, strict=True):
         one, two = (json.loads((folder / "permprune.json").read_text()) for folder in folders)
