@@ -1,14 +1,14 @@
 """`permprune bench`, and `permprune prune --pack`."""
 
 import json
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
 from permprune.checkpoints.record import read_record
 
+from ..forked import forked
 from .running import fails, run
 
 SMALL = ("--samples", "8", "--length", "16", "--windows", "2", "--permute", "none")
@@ -85,18 +85,26 @@ def test_what_cannot_be_packed_is_refused_before_the_work(tiny_checkpoint: Path,
     assert not out.exists()
 
 
+def run_script(path: Path) -> None:
+    runpy.run_path(str(path), run_name="__main__")
+
+
 @pytest.mark.slow
 def test_a_script_needs_no_guard(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """`bench` does not run the script again in its processes."""
-    script = tmp_path / "script.py"
+    script, said = tmp_path / "script.py", tmp_path / "said"
     script.write_text(
         f"""
 import permprune
 
-print("started")
+def say(line):
+    with open({str(said)!r}, "a") as file:
+        print(line, file=file)
+
+say("started")
 found = permprune.bench([], dense={str(tiny_checkpoint)!r}, batches=[1], contexts=[4], steps=2, turns=1, threads=1)
-print(len(found.rows), "rows")
+say(f"{{len(found.rows)}} rows")
 """
     )
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split("\n") == ["started", "2 rows", ""], done.stderr
+    assert forked(run_script, script) == (0, None)
+    assert said.read_text().splitlines() == ["started", "2 rows"]
