@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from permprune.calibration.symmetric import Symmetric, Symmetrics, SymmetricShelf, stored_elements
 from permprune.errors import PermpruneError
@@ -79,9 +79,10 @@ class InputMoments:
     def __init__(
         self, readers: dict[str, Layer], *, half: bool = False, whole: bool = False, shelf: Shelf | None = None
     ) -> None:
-        self.readers, self.half, self.whole, self.shelf = readers, half, whole, Shelf() if shelf is None else shelf
+        self.readers, self.half, self.shelf = readers, half, Shelf() if shelf is None else shelf
         self.sites = {layer.name: site for site, layer in readers.items()}
-        self.experts = {(layer.owner, layer.expert) for layer in readers.values() if layer.expert is not None}
+        experts = {(layer.owner, layer.expert) for layer in readers.values() if layer.expert is not None}
+        self.whole = experts if whole else set()
         self.sums = SymmetricShelf(self.shelf.another())
         for site, layer in readers.items():
             self.sums[site] = Symmetric.zeros(layer.shape[1], layer.stored.device)
@@ -100,10 +101,7 @@ class InputMoments:
             self.sums[site] = total
             self.counts[site] += x.shape[:-1].numel()
 
-        def runs_whole(experts: nn.Module, index: int, _tokens: int) -> bool:
-            return self.whole and (experts, index) in self.experts
-
-        with hooked(self.readers.values(), before=add, whole=runs_whole):
+        with hooked(self.readers.values(), before=add, whole=self.whole):
             yield
 
     def result(self) -> Symmetrics:
@@ -140,12 +138,12 @@ def accumulator_bytes(widths: Iterable[int]) -> int:
     return 4 * sum(map(stored_elements, widths))
 
 
-def moments_of(x: Float[Tensor, "*positions channels"], site: str, *, half: bool) -> Symmetrics:
+def moments_of(x: Float[Tensor, "*positions channels"], site: str) -> Float[Tensor, "channels channels"]:
     """Return the second moments of activations (..., channels) of any type, as `InputMoments` does for all of them."""
     rows = x.detach().flatten(0, -2).float()
     total = Symmetric.zeros(rows.shape[1], x.device)
     total.add_products(rows)
-    return Symmetrics({site: _mean(total, len(rows), site, half=half)})
+    return _mean(total, len(rows), site, half=False).dense()
 
 
 def _mean(total: Symmetric, count: float, site: str, *, half: bool) -> Symmetric:

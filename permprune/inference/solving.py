@@ -104,7 +104,7 @@ def solve_each(
         with torch.autocast(shown.device.type, enabled=False):
             for x, readers in read:
                 first = readers[0]
-                moments = moments_of(padding.real(x, None, first.owner), first.name, half=False)[first.name]
+                moments = moments_of(padding.real(x, None, first.owner), first.name)
                 for layer in readers:
                     order = None if columns is None else columns[layer.name]
                     try:

@@ -8,7 +8,7 @@ each matrix of each expert, so that hooks see what every one of them reads and w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,13 +32,8 @@ WRITES = "down_proj"
 
 _ATTRIBUTE = "_permprune_experts"
 
-Whole = Callable[[nn.Module, int, int], bool]
-"""Whether an expert runs on all tokens (see `Experts.run`), given the experts, its number, and its number of tokens."""
-
-
-def routed_only(_experts: nn.Module, _index: int, _tokens: int) -> bool:
-    """No expert runs on all tokens."""
-    return False
+Whole = Collection[tuple[nn.Module, int]]
+"""Experts that run on all tokens (see `Experts.run`): their modules and numbers."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +84,14 @@ class Experts:
         """Compute the output (tokens, channels) of the layer, one expert after the other.
 
         `hidden` is (tokens, channels); `top_k_index` and `top_k_weights` are the experts of each token and their
-        weights, (tokens, k). An expert for which `whole` returns True runs on all tokens, so that hooks see them; the
-        output is the same.
+        weights, (tokens, k). The experts in `whole` run on all tokens, so that hooks see them; the output is the same.
         """
         result, everyone = torch.zeros_like(hidden), torch.arange(len(hidden), device=hidden.device)
         # `unbind`, as the gradients of single selections would each have the size of all experts
         stacks = [getattr(self.module, attribute).unbind() for attribute in self.attributes]
         for index, matrices in enumerate(self.matrices):
             tokens, slots = self._routed(index, top_k_index)
-            shown = everyone if whole(self.module, index, len(tokens)) else tokens
+            shown = everyone if (self.module, index) in whole else tokens
             if not len(shown):
                 continue
             y = self._expert(hidden[shown], Routed(shown, len(hidden)), matrices, [stack[index] for stack in stacks])
@@ -145,7 +139,7 @@ def reading_attribute(module: nn.Module) -> str:
 
 
 @contextmanager
-def run_in_turn(layers: Iterable[Experts], whole: Whole = routed_only) -> Iterator[None]:
+def run_in_turn(layers: Iterable[Experts], whole: Whole = ()) -> Iterator[None]:
     """Context manager: experts run through `Experts.run`, which calls the modules in `Experts.matrices`.
 
     `whole` is that of `Experts.run`, for the given layers.
@@ -182,13 +176,13 @@ def implementation(name: str, modules: Iterable[nn.Module]) -> Iterator[None]:
 
 def _run_in_turn(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The implementation `IN_TURN`, with the arguments of the others."""
-    experts, whole = vars(module).get(_ATTRIBUTE) or (Experts(module), routed_only)
+    experts, whole = vars(module).get(_ATTRIBUTE) or (Experts(module), ())
     return experts.run(hidden_states, top_k_index, top_k_weights, whole)
 
 
 def _run_evenly(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The implementation `EVENLY`."""
-    return EvenExperts(module).run(hidden_states, top_k_index, top_k_weights, routed_only)
+    return EvenExperts(module).run(hidden_states, top_k_index, top_k_weights, ())
 
 
 ALL_EXPERTS_FUNCTIONS.register(IN_TURN, _run_in_turn)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from permprune.errors import PermpruneError
-from permprune.models.experts import ExpertMatrix, Routed, Whole, routed_only, run_in_turn
+from permprune.models.experts import ExpertMatrix, Routed, Whole, run_in_turn
 from permprune.models.layers import Layer, blocks
 from permprune.system.progress import track
 
@@ -42,11 +42,11 @@ def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    layers: Iterable[Layer], *, before: Before | None = None, after: After | None = None, whole: Whole = routed_only
+    layers: Iterable[Layer], *, before: Before | None = None, after: After | None = None, whole: Whole = ()
 ) -> Iterator[None]:
     """Context manager: `before` and `after` are called whenever one of the layers runs.
 
-    Experts run one after the other, on all tokens where `whole` says so (see `run_in_turn`). With `after`, a layer that
+    Experts run one after the other, those in `whole` on all tokens (see `run_in_turn`). With `after`, a layer that
     does not return a tensor raises `PermpruneError`.
     """
     hooks, layers = [], list(layers)

@@ -44,8 +44,8 @@ def test_in_turn_they_compute_what_other_implementations_compute(family: str) ->
         batched = model(input_ids=TOKENS).logits
         with implementation("eager", model.modules()):
             eager = model(input_ids=TOKENS).logits
-        for whole in (False, True):
-            with run_in_turn(groups, lambda *_, whole=whole: whole):
+        for whole in ((), [(group.module, index) for group in groups for index in range(len(group.matrices))]):
+            with run_in_turn(groups, whole):
                 torch.testing.assert_close(model(input_ids=TOKENS).logits, batched)
         torch.testing.assert_close(eager, batched)
         assert torch.equal(model(input_ids=TOKENS).logits, batched)  # as before, to the bit
@@ -113,7 +113,8 @@ def test_an_expert_may_see_all_tokens_and_its_input_may_be_replaced() -> None:
         counts[layer.name] = len(x)
         return torch.zeros_like(x)
 
-    with torch.no_grad(), hooked(layers, before=count, whole=lambda module, index, tokens: index == 2):
+    whole = {(layer.owner, 2) for layer in layers}
+    with torch.no_grad(), hooked(layers, before=count, whole=whole):
         blank = model(input_ids=TOKENS).logits
     assert {counts[layer.name] == 18 for layer in layers if layer.expert == 2} == {True}
     assert min(counts.values()) < 18
