@@ -77,7 +77,7 @@ print(peak_memory_mb() > 100, "permprune" in AUTO_QUANTIZER_MAPPING)
 EACH = f"""
 import os, sys
 # what takes longest to import, once for all
-import accelerate, datasets, jinja2, scipy.optimize, torchvision.transforms
+import accelerate, jinja2, scipy.optimize, torchvision.transforms
 import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor
 
 for code in {STARTS!r}:
